@@ -1,0 +1,40 @@
+# Every target makes .venv first if it is missing or the pins changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export DS_BUILD_OPS = 0
+
+.PHONY: setup check test test-long demo bench format
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) infra/preflight.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: setup
+	$(BIN)/python -m pytest -m slow --timeout 1200
+
+demo: setup
+	$(BIN)/cotrain demo
+
+bench: setup
+	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

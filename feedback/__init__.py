@@ -1,0 +1,1 @@
+"""The community loop: who reports what, what became of it, which version fixed it."""

@@ -1,0 +1,78 @@
+"""Accounts, tokens, idempotency keys and the audit trail."""
+
+import hashlib
+import secrets
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from feedback.tables import ApiToken, AuditEvent, Contributor, IdempotencyKey
+
+OPERATOR = "operator"
+
+
+class NotFound(LookupError):
+    """There is no such record, or it is somebody else's."""
+
+
+class Conflict(ValueError):
+    """The request contradicts what is stored."""
+
+
+def token_digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def find_by_token(session: Session, token: str) -> Contributor | None:
+    """The account a token belongs to, unless it was revoked."""
+    found = session.get(ApiToken, token_digest(token))
+    return found.contributor if found is not None and found.revoked_at is None else None
+
+
+def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
+    """Make an account and its first token.
+
+    Raises:
+        Conflict: if the name is taken.
+    """
+    if session.scalar(select(Contributor).where(Contributor.name == name)):
+        raise Conflict(f"a contributor named {name!r} exists; choose another name")
+    contributor = Contributor(name=name)
+    session.add(contributor)
+    session.flush()
+    token = f"ct_{secrets.token_urlsafe(32)}"
+    session.add(ApiToken(digest=token_digest(token), contributor_id=contributor.id, name="first"))
+    return contributor, token
+
+
+def ensure_operator(session: Session, token: str) -> None:
+    """Make the installation's operator account with the token of its settings; change nothing that is right."""
+    session.execute(insert(Contributor).values(name=OPERATOR, role=OPERATOR).on_conflict_do_nothing())
+    operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR)).one()
+    row = {"digest": token_digest(token), "contributor_id": operator.id, "name": "settings"}
+    session.execute(insert(ApiToken).values(row).on_conflict_do_nothing())
+
+
+def claim_key(session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str) -> str | None:
+    """Bind an idempotency key to a new record, or return the record it was bound to before.
+
+    Two requests with one key wait for each other here, since the row is unique.
+
+    Raises:
+        Conflict: if the key was used for another request.
+    """
+    row = {"contributor_id": contributor.id, "key": key, "request_digest": request_digest, "record_id": record_id}
+    made = session.execute(insert(IdempotencyKey).values(row).on_conflict_do_nothing().returning(IdempotencyKey.key))
+    if made.first() is not None:
+        return None
+    first = session.get_one(IdempotencyKey, (contributor.id, key))
+    if first.request_digest != request_digest:
+        raise Conflict("this Idempotency-Key was used for another request; use a new key")
+    return first.record_id
+
+
+def audit(session: Session, actor: str, action: str, subject: str, **detail: Any) -> None:
+    """Append an audit event."""
+    session.add(AuditEvent(actor=actor, action=action, subject=subject, detail=detail))

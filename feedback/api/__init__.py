@@ -1,0 +1,1 @@
+"""The portal: JSON API, OpenAI doorway and pages."""

@@ -1,0 +1,86 @@
+"""Who is asking, in which transaction, and how the answer to a repeated request is found."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+from sqlalchemy.orm import Session
+
+from feedback.accounts import OPERATOR, claim_key, find_by_token
+from feedback.tables import Contributor, new_id
+
+
+class Unauthorized(Exception):
+    """No token, or one that is not known."""
+
+
+class Forbidden(Exception):
+    """The account may not do this."""
+
+
+def open_session(request: Request) -> Iterator[Session]:
+    with request.app.state.sessions.begin() as session:
+        yield session
+
+
+# Committed before the answer starts, so that a 201 is never followed by a failed commit.
+Db = Annotated[Session, Depends(open_session, scope="function")]
+
+
+def current_contributor(session: Db, authorization: Annotated[str | None, Header()] = None) -> Contributor:
+    """The account of the bearer token.
+
+    Raises:
+        Unauthorized: if there is no token or it is not known.
+    """
+    scheme, _, token = (authorization or "").partition(" ")
+    found = find_by_token(session, token) if scheme.lower() == "bearer" else None
+    if found is None:
+        raise Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
+    return found
+
+
+Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
+
+
+def current_operator(contributor: Current) -> Contributor:
+    """The account, if it is an operator's.
+
+    Raises:
+        Forbidden: if it is not.
+    """
+    if contributor.role != OPERATOR:
+        raise Forbidden("this needs an operator's token")
+    return contributor
+
+
+Operator = Annotated[Contributor, Depends(current_operator, scope="function")]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A write's idempotency key and the request it belongs to."""
+
+    key: str
+    request_digest: str
+
+    def claim(self, session: Session, contributor: Contributor) -> tuple[str, bool]:
+        """The id for the record to make, and whether an earlier request has made it."""
+        fresh = new_id()
+        first = claim_key(session, contributor, self.key, self.request_digest, fresh)
+        return (fresh, False) if first is None else (first, True)
+
+
+async def repeat(
+    request: Request, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
+) -> Repeat:
+    """Read the key, and digest what was asked; without a key every request is its own."""
+    body = await request.body()
+    parts = (request.method, request.url.path, request.url.query)
+    digest = hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()
+    return Repeat(idempotency_key or new_id(), digest)
+
+
+Repeatable = Annotated[Repeat, Depends(repeat)]

@@ -1,0 +1,44 @@
+"""The portal's application: routes, limits and the resources they share."""
+
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Engine, text
+
+from feedback.api import intake, openai, operate, pages
+from feedback.api.errors import BodyLimit, add_error_handlers
+from infra.database import open_sessions
+from infra.objects import Objects
+from infra.settings import Settings
+
+MODEL_TIMEOUT_S = 120.0
+
+
+def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
+    """Build the portal on an open engine and store."""
+    app = FastAPI(title="Yuan co-training portal", version="1", description="Report, contribute, follow what became of it.")
+    app.state.sessions = open_sessions(engine)
+    app.state.objects = objects
+    app.state.in_thread = run_in_threadpool
+    app.state.model_server = httpx.Client(
+        base_url=settings.model_server_url,
+        timeout=MODEL_TIMEOUT_S,
+        headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
+    )
+    add_error_handlers(app)
+    for part in (intake, operate, openai, pages):
+        app.include_router(part.router)
+    app.add_middleware(
+        BodyLimit, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
+    )
+
+    @app.get("/health", include_in_schema=False)
+    def health() -> dict[str, Any]:
+        """Whether the portal and its database answer."""
+        with engine.connect() as connection:
+            connection.execute(text("select 1"))
+        return {"ok": True}
+
+    return app

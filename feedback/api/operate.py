@@ -1,0 +1,46 @@
+"""Routes of operators: accounts and rounds."""
+
+from fastapi import APIRouter
+
+from feedback import rounds
+from feedback.accounts import add_contributor, audit
+from feedback.api.access import Db, Operator, Repeatable
+from feedback.contracts import ContributorIn, ContributorOut, ErrorOut, RoundOut, RoundParameters
+
+router = APIRouter(
+    prefix="/api/v1",
+    tags=["operate"],
+    responses={status: {"model": ErrorOut} for status in (401, 403, 404, 409, 422)},
+)
+
+
+@router.post("/contributors", status_code=201)
+def make_contributor(form: ContributorIn, operator: Operator, session: Db) -> ContributorOut:
+    """Make an account; its token is shown this once."""
+    contributor, token = add_contributor(session, form.name)
+    audit(session, operator.id, "contributor added", contributor.id)
+    return ContributorOut(id=contributor.id, name=contributor.name, token=token)
+
+
+@router.post("/rounds", status_code=201)
+def start_round(form: RoundParameters, operator: Operator, session: Db, repeat: Repeatable) -> RoundOut:
+    """Request a round; the dispatcher starts its flow."""
+    round_id, seen = repeat.claim(session, operator)
+    turn = rounds.find_round(session, round_id) if seen else rounds.request_round(session, operator.id, form, round_id)
+    return rounds.describe(session, turn)
+
+
+@router.get("/rounds/{round_id}")
+def get_round(round_id: str, operator: Operator, session: Db) -> RoundOut:
+    """One round, or the newest as `latest`."""
+    return rounds.describe(session, rounds.find_round(session, round_id))
+
+
+@router.post("/rounds/{round_id}/cancel")
+def cancel_round(round_id: str, operator: Operator, session: Db) -> RoundOut:
+    """Cancel a running round; its training ends within seconds."""
+    turn = rounds.find_round(session, round_id)
+    rounds.finish(session, turn.id, "cancelled", "cancelled by an operator", actor=operator.id)
+    rounds.notify(session)
+    session.refresh(turn)
+    return rounds.describe(session, turn)

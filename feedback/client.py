@@ -1,0 +1,134 @@
+"""The public client: reports, datasets, questions and rounds over HTTP."""
+
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from feedback.contracts import (
+    ContributorOut,
+    DatasetOut,
+    ErrorBody,
+    ErrorOut,
+    FeedbackIn,
+    FeedbackOut,
+    NoticeOut,
+    RoundOut,
+    RoundParameters,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+RETRY_STATUS = (502, 503, 504)
+ATTEMPTS = 6
+
+
+class PortalError(Exception):
+    """The portal refused a request; `body` says why, `status` is the HTTP status."""
+
+    def __init__(self, status: int, body: ErrorBody) -> None:
+        super().__init__(f"{status}: {body.message}")
+        self.status, self.body = status, body
+
+
+class Client:
+    """One contributor's connection to the portal.
+
+    Every write carries an idempotency key, so a request that is repeated after a lost answer has no second effect.
+    Connection faults and 502 to 504 are retried with growing pauses, about 12 s in all.
+
+    Raises:
+        PortalError: from every method, when the portal refuses.
+        httpx.TransportError: when it cannot be reached.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, headers={"Authorization": f"Bearer {token}"})
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._http.close()
+
+    def submit(self, report: FeedbackIn, *, idempotency_key: str | None = None) -> FeedbackOut:
+        """Send a report."""
+        body = report.model_dump(mode="json", exclude_none=True)
+        return self._write(FeedbackOut, "/api/v1/feedback", idempotency_key, json=body)
+
+    def feedback(self, feedback_id: str) -> FeedbackOut:
+        """Read one of your reports with its timeline."""
+        return self._read(FeedbackOut, f"/api/v1/feedback/{feedback_id}")
+
+    def all_feedback(self) -> list[FeedbackOut]:
+        """Read all your reports, oldest first."""
+        return [FeedbackOut.model_validate(item) for item in self._request("GET", "/api/v1/feedback").json()]
+
+    def notices(self) -> list[NoticeOut]:
+        """Read what you were told about your reports, oldest first."""
+        return [NoticeOut.model_validate(item) for item in self._request("GET", "/api/v1/notices").json()]
+
+    def push_dataset(
+        self, file: Path, *, name: str | None = None, purpose: str = "mixture", idempotency_key: str | None = None
+    ) -> DatasetOut:
+        """Upload a JSONL file of rows. A file with bad rows is refused whole; the error lists them."""
+        query = {"name": name or file.stem, "purpose": purpose}
+        return self._write(DatasetOut, "/api/v1/datasets", idempotency_key, params=query, content=file.read_bytes())
+
+    def dataset(self, dataset_id: str) -> DatasetOut:
+        """Read one of your datasets with its timeline."""
+        return self._read(DatasetOut, f"/api/v1/datasets/{dataset_id}")
+
+    def complete(self, prompts: list[str], *, max_tokens: int = 48) -> dict[str, Any]:
+        """Ask the champion several questions; the answer is OpenAI's text completion."""
+        body = {"model": "yuan", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
+        return dict(self._request("POST", "/v1/completions", json=body).json())
+
+    def add_contributor(self, name: str) -> ContributorOut:
+        """Make an account; operators only."""
+        return self._write(ContributorOut, "/api/v1/contributors", None, json={"name": name})
+
+    def start_round(self, parameters: RoundParameters, *, idempotency_key: str | None = None) -> RoundOut:
+        """Request a round; operators only."""
+        return self._write(RoundOut, "/api/v1/rounds", idempotency_key, json=parameters.model_dump())
+
+    def round(self, round_id: str = "latest") -> RoundOut:
+        """Read a round; operators only."""
+        return self._read(RoundOut, f"/api/v1/rounds/{round_id}")
+
+    def cancel_round(self, round_id: str) -> RoundOut:
+        """Cancel a running round; operators only."""
+        return self._write(RoundOut, f"/api/v1/rounds/{round_id}/cancel", None)
+
+    def _read(self, model: type[Model], path: str) -> Model:
+        return model.model_validate(self._request("GET", path).json())
+
+    def _write(self, model: type[Model], path: str, key: str | None, **request: Any) -> Model:
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return model.model_validate(self._request("POST", path, headers=headers, **request).json())
+
+    def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            try:
+                answer = self._http.request(method, path, **request)
+            except httpx.TransportError:
+                if last:
+                    raise
+            else:
+                if answer.is_success:
+                    return answer
+                if answer.status_code not in RETRY_STATUS or last:
+                    raise PortalError(answer.status_code, _error(answer))
+            time.sleep(0.4 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _error(answer: httpx.Response) -> ErrorBody:
+    try:
+        return ErrorOut.model_validate(answer.json()).error
+    except ValueError:
+        return ErrorBody(message=answer.text[:300] or "no answer body", type="unknown")

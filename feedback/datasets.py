@@ -1,0 +1,198 @@
+"""Datasets: checking uploads, accepting their rows, freezing the mixture of a round."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+
+from sqlalchemy import ARRAY, String, any_, insert, literal, select
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from feedback.accounts import NotFound
+from feedback.contracts import DatasetOut, Event
+from feedback.reports import REPORTS, add_cases, salted_fraction
+from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
+from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
+
+UPLOADS, SNAPSHOTS = "uploads", "snapshots"
+MAX_LISTED_BAD_ROWS = 1000
+MAX_HELD_OUT_ROWS = 1000
+INSERT_ROWS = 5000
+
+Fetch = Callable[[str], bytes]
+
+
+def add_dataset(
+    session: Session, contributor: Contributor, *, dataset_id: str, name: str, purpose: str, data: bytes, sha256: str
+) -> Dataset:
+    """Check an uploaded file row by row and record it; with a bad row in it, it is rejected whole."""
+    rows = list(parse_rows(data))
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    dataset = Dataset(
+        id=dataset_id,
+        contributor_id=contributor.id,
+        name=name,
+        purpose=purpose,
+        state="rejected" if bad or not rows else "checked",
+        reason=f"{len(bad)} of {len(rows)} rows are malformed" if bad else None if rows else "the file has no rows",
+        sha256=sha256,
+        num_bytes=len(data),
+        num_rows=len(rows),
+        bad_rows=[row.model_dump() for row in bad[:MAX_LISTED_BAD_ROWS]],
+    )
+    session.add(dataset)
+    session.flush()
+    session.refresh(dataset)
+    return dataset
+
+
+def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> Dataset:
+    """One of the contributor's datasets.
+
+    Raises:
+        NotFound: if there is none with this id, or it is somebody else's.
+    """
+    row = session.get(Dataset, dataset_id)
+    if row is None or row.contributor_id != contributor.id:
+        raise NotFound(f"you have no dataset {dataset_id}")
+    return row
+
+
+def list_datasets(session: Session, contributor: Contributor) -> Sequence[Dataset]:
+    query = select(Dataset).where(Dataset.contributor_id == contributor.id)
+    return session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all()
+
+
+def describe(row: Dataset) -> DatasetOut:
+    """Compose a dataset's public record with its timeline."""
+    events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
+    if row.state == "accepted":
+        events.append(Event(at=row.created_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
+    if row.state == "rejected":
+        events.append(Event(at=row.created_at, text=f"rejected: {row.reason}"))
+    return DatasetOut(
+        id=row.id,
+        name=row.name,
+        purpose=row.purpose,
+        state=row.state,
+        reason=row.reason,
+        sha256=row.sha256,
+        num_rows=row.num_rows,
+        num_duplicates=row.num_duplicates,
+        bad_rows=row.bad_rows,
+        timeline=events,
+    )
+
+
+def checked(session: Session, cut_off: datetime) -> list[str]:
+    """Ids of datasets that passed the check and wait to be accepted."""
+    query = select(Dataset.id).where(Dataset.state == "checked", Dataset.created_at <= cut_off)
+    return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
+
+
+def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float) -> None:
+    """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row."""
+    dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
+    if dataset.state != "checked":
+        return
+    rows = list(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}")))
+    keys = [(row.key, row.prompt_key) for row in rows]
+    known = _known(session, [key for key, _ in keys])
+    held_out = _held_out(dataset, rows, [key for key, _ in keys], salt, share)
+    suite = dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
+    entries, cases = [], []
+    for number, (row, (key, prompt_key)) in enumerate(zip(rows, keys, strict=True)):
+        is_duplicate = key in known
+        known.add(key)
+        role = "duplicate" if is_duplicate else "held_out" if key in held_out else "taught"
+        dataset.num_duplicates += is_duplicate
+        entries.append(
+            {"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role}
+        )
+        if role == "held_out":
+            cases.append(row)
+    add_cases(session, suite, cases, "held_out")
+    for start in range(0, len(entries), INSERT_ROWS):
+        session.execute(insert(DatasetRow), entries[start : start + INSERT_ROWS])
+    dataset.state = "accepted"
+
+
+def _held_out(dataset: Dataset, rows: list[Row], keys: list[str], salt: str, share: float) -> set[str]:
+    """Keys of the held-out rows: all of a suite, else a share of the checkable ones, lowest salted hash first."""
+    checkable = {key for row, key in zip(rows, keys, strict=True) if row.checker is not None and row.prompt}
+    if dataset.purpose == "suite":
+        return checkable
+    count = min(MAX_HELD_OUT_ROWS, int(share * len(checkable)))
+    return set(sorted(checkable, key=lambda key: salted_fraction(key, salt))[:count])
+
+
+def _known(session: Session, keys: list[str]) -> set[str]:
+    query = select(DatasetRow.key).where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
+    return set(session.scalars(query))
+
+
+def _rows_of(data: bytes) -> Iterator[Row]:
+    for row in parse_rows(data):
+        assert isinstance(row, Row), "a checked dataset has only rows"
+        yield row
+
+
+def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
+    """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
+
+    With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
+    fire-wall. The same records always give the same bytes and so the same id.
+
+    Raises:
+        ValueError: if nothing is left to train on.
+    """
+    turn = session.get_one(Round, round_id)
+    if turn.snapshot_id is not None:
+        return turn.snapshot_id
+    rows, counts = _mixture(session, turn, fetch)
+    if not rows:
+        raise ValueError("the mixture is empty; accept reports or push a dataset, then start a round")
+    snapshot_id = store(dump_rows(rows))
+    values = {"id": snapshot_id, "num_rows": len(rows), "counts": counts}
+    session.execute(upsert(Snapshot).values(values).on_conflict_do_nothing())
+    turn.snapshot_id = snapshot_id
+    return snapshot_id
+
+
+def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
+    closed = set(session.scalars(select(Case.prompt_key).where(Case.role == "held_out")))
+    corrections = _corrections(session, turn.cut_off)
+    contributed = list(_taught(session, ("mixture",), fetch))
+    base = list(_taught(session, ("base",), fetch))
+    if turn.parent_version is not None:
+        replay = min(int(turn.parameters["replay_rows"]), len(base))
+        base = random.Random(f"replay {turn.parameters['seed']}").sample(base, replay)
+    kept, counts = [], {}
+    for name, part in (("corrections", corrections), ("datasets", contributed), ("base", base)):
+        open_rows = [row for row in part if row.prompt_key not in closed]
+        counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}
+        kept += open_rows
+    return kept, counts
+
+
+def _corrections(session: Session, cut_off: datetime) -> list[Row]:
+    """The right answers of taught cases, one row a case."""
+    accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
+    query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
+    return [
+        Row.model_validate({"prompt": case.prompt, "answer": case.expected, "checker": case.checker, "source": REPORTS})
+        for case in session.scalars(query)
+    ]
+
+
+def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> Iterator[Row]:
+    query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
+    for dataset in session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all():
+        numbers = set(
+            session.scalars(
+                select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
+            )
+        )
+        for number, row in enumerate(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"))):
+            if number in numbers:
+                yield row

@@ -1,0 +1,120 @@
+"""Promotion: champion, verdicts and notices in one transaction; notices and aliases follow it."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from feedback.accounts import audit
+from feedback.tables import CaseResult, Feedback, Outbox, Promotion, Round
+
+TEXTS = {
+    "fixed": "your report: failing in v{before}, fixed in v{after}",
+    "still_failing": "your report: failing in v{before}, still failing in v{after}",
+    "regressed": "your report: fixed before, failing again in v{after}",
+    "passing": "your report: still passing in v{after}",
+}
+
+
+def champion(session: Session) -> int | None:
+    """The version in service."""
+    return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
+
+
+def store_results(session: Session, version: int, results: Sequence[dict[str, Any]]) -> None:
+    """Keep what a version answered; a case it has already taken keeps its first result."""
+    if results:
+        rows = [{"version": version, **result} for result in results]
+        session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
+
+
+def promote(session: Session, turn: Round, decision: dict[str, Any]) -> None:
+    """Make the round's candidate the champion: promotion, a verdict and a notice for every accepted report, the round's end.
+
+    All of it is in the caller's transaction, so it happens once or not at all.
+    """
+    version = decision["candidate"]
+    assert isinstance(version, int), "a decision names its candidate"
+    session.add(
+        Promotion(
+            version=version,
+            previous=turn.parent_version,
+            round_id=turn.id,
+            actor="round",
+            reason="first version" if turn.parent_version is None else "passed the gate",
+        )
+    )
+    session.execute(update(Round).where(Round.id == turn.id).values(decision=decision))
+    _tell(session, turn.parent_version, version)
+    audit(session, "round", "promoted", turn.id, version=version, previous=turn.parent_version)
+
+
+def _tell(session: Session, before: int | None, after: int) -> None:
+    """Write one notice for each accepted report whose standing this version settles or changes."""
+    query = (
+        select(Feedback, CaseResult.passed)
+        .join(CaseResult, CaseResult.case_id == Feedback.case_id)
+        .where(Feedback.state == "accepted", CaseResult.version == after)
+        .order_by(Feedback.created_at, Feedback.id)
+    )
+    passed_before = set(
+        session.scalars(select(CaseResult.case_id).where(CaseResult.version == before, CaseResult.passed))
+    )
+    for report, passed in session.execute(query).all():
+        was = report.case_id in passed_before
+        verdict = {(0, 1): "fixed", (0, 0): "still_failing", (1, 0): "regressed", (1, 1): "passing"}[(was, passed)]
+        if verdict == "passing" and _was_told(session, report.id):
+            continue
+        values = {
+            "contributor_id": report.contributor_id,
+            "feedback_id": report.id,
+            "version": after,
+            "verdict": verdict,
+            "text": TEXTS[verdict].format(before=before, after=after),
+        }
+        session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
+
+
+def _was_told(session: Session, feedback_id: str) -> bool:
+    return session.scalar(select(Outbox.id).where(Outbox.feedback_id == feedback_id).limit(1)) is not None
+
+
+def deliver(session: Session) -> int:
+    """Put waiting notices on their reporters' timelines, each once.
+
+    Delivery is the row's own mark, so it and the notice cannot come apart.
+    """
+    waiting = select(Outbox.id).where(Outbox.delivered_at.is_(None)).with_for_update(skip_locked=True)
+    done = session.execute(
+        update(Outbox).where(Outbox.id.in_(waiting)).values(delivered_at=datetime.now(timezone.utc)).returning(Outbox.id)
+    )
+    return len(done.all())
+
+
+def reconcile_aliases(
+    session: Session, actual: dict[str, int], set_alias: Callable[[str, int | None], None]
+) -> dict[str, int | None]:
+    """Make the registry's aliases those of the newest promotion and round; an alias moved by hand is put back.
+
+    Returns:
+        The aliases that were changed.
+    """
+    wanted = _wanted_aliases(session)
+    changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
+    for alias, version in changed.items():
+        set_alias(alias, version)
+        audit(session, "reconciler", "alias set", alias, version=version, found=actual.get(alias))
+    return changed
+
+
+def _wanted_aliases(session: Session) -> dict[str, int | None]:
+    newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
+    query = select(Round.candidate_version).where(Round.candidate_version.is_not(None)).order_by(Round.number.desc())
+    return {
+        "champion": newest.version if newest else None,
+        "previous": newest.previous if newest else None,
+        "candidate": session.scalars(query.limit(1)).first(),
+    }

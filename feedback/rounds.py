@@ -1,0 +1,143 @@
+"""Rounds: one at a time, each a row that remembers how far it is."""
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from feedback.accounts import Conflict, NotFound, audit
+from feedback.contracts import RoundOut, RoundParameters
+from feedback.promotion import champion
+from feedback.tables import Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
+
+CHANNEL = "cotrain"
+STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
+
+
+def request_round(session: Session, actor: str, parameters: RoundParameters, round_id: str) -> Round:
+    """Start a round; the dispatcher, woken by this transaction's commit, runs its flow.
+
+    Raises:
+        Conflict: if a round is running.
+    """
+    number = (session.scalar(select(func.max(Round.number))) or 0) + 1
+    turn = Round(
+        id=round_id,
+        number=number,
+        requested_by=actor,
+        parameters=parameters.model_dump(),
+        parent_version=champion(session),
+    )
+    try:
+        with session.begin_nested():
+            session.add(turn)
+    except IntegrityError:
+        running = running_round(session)
+        name = f"round {running.number}" if running else "another round"
+        raise Conflict(f"{name} is running; wait for it or cancel it with `cotrain round cancel`") from None
+    audit(session, actor, "round requested", turn.id)
+    notify(session)
+    session.refresh(turn)
+    return turn
+
+
+def notify(session: Session) -> None:
+    """Wake the dispatcher when this transaction commits."""
+    session.execute(text(f"notify {CHANNEL}"))
+
+
+def running_round(session: Session) -> Round | None:
+    return session.scalar(select(Round).where(Round.state == "running"))
+
+
+def find_round(session: Session, round_id: str) -> Round:
+    """A round by id, or the newest by `latest`.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    query = select(Round).order_by(Round.number.desc()) if round_id == "latest" else select(Round).where(Round.id == round_id)
+    turn = session.scalars(query.limit(1)).first()
+    if turn is None:
+        raise NotFound(f"there is no round {round_id}")
+    return turn
+
+
+def begin_step(session: Session, round_id: str, step: str) -> bool:
+    """Note that a step begins; false when the round has ended or is past it, so that a rerun passes it by."""
+    turn = session.get_one(Round, round_id, with_for_update=True)
+    if turn.state != "running" or STEPS.index(turn.step) > STEPS.index(step):
+        return False
+    turn.step = step
+    return True
+
+
+def next_attempt(session: Session, round_id: str) -> int:
+    """Count one more start of the round's flow."""
+    turn = session.get_one(Round, round_id, with_for_update=True)
+    turn.attempt += 1
+    return turn.attempt
+
+
+def finish(session: Session, round_id: str, state: str, reason: str, actor: str = "round") -> None:
+    """End a running round; ending it twice changes nothing."""
+    turn = session.get_one(Round, round_id, with_for_update=True)
+    if turn.state == "running":
+        turn.state, turn.reason, turn.step = state, reason, "done" if state == "promoted" else turn.step
+        turn.finished_at = datetime.now(timezone.utc)
+        audit(session, actor, f"round {state}", round_id, reason=reason)
+
+
+def keep_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Store the round's plan, or return the one it has."""
+    plan = session.scalar(select(Plan).where(Plan.round_id == round_id))
+    if plan is None:
+        plan = Plan(round_id=round_id, body=body)
+        session.add(plan)
+    return plan.body
+
+
+def training_run(session: Session, round_id: str) -> TrainingRun:
+    """The round's training run, made at the first call."""
+    run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == round_id))
+    if run is None:
+        run = TrainingRun(round_id=round_id)
+        session.add(run)
+        session.flush()
+    return run
+
+
+def add_version(session: Session, round_id: str, version: int, manifest: dict[str, Any]) -> None:
+    """Record the candidate that the tracker registered under this number."""
+    if session.get(ModelVersion, version) is None:
+        run = training_run(session, round_id)
+        session.add(ModelVersion(version=version, round_id=round_id, run_id=run.id, manifest=manifest))
+    session.get_one(Round, round_id).candidate_version = version
+
+
+def untested(session: Session, version: int) -> Sequence[Case]:
+    """Cases the version has not taken yet."""
+    taken = select(CaseResult.case_id).where(CaseResult.version == version)
+    return session.scalars(select(Case).where(Case.id.not_in(taken)).order_by(Case.id)).all()
+
+
+def describe(session: Session, turn: Round) -> RoundOut:
+    """Compose a round's public record."""
+    run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == turn.id))
+    return RoundOut(
+        id=turn.id,
+        number=turn.number,
+        state=turn.state,
+        step=turn.step,
+        reason=turn.reason,
+        parent_version=turn.parent_version,
+        candidate_version=turn.candidate_version,
+        snapshot_id=turn.snapshot_id,
+        decision=turn.decision,
+        status=run.status if run else None,
+        created_at=turn.created_at,
+        finished_at=turn.finished_at,
+    )

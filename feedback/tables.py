@@ -1,0 +1,234 @@
+"""The records of the platform: SQLAlchemy tables.
+
+Stored states are few; what can be derived (failing, fixed in vN, regressed in vN) is derived from case results.
+"""
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+Json = dict[str, Any]
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {Json: JSONB, list[Any]: JSONB, datetime: TIMESTAMP(timezone=True)}
+
+
+def new_id() -> str:
+    """A random id; unguessable, so an id in an address tells nothing about other records."""
+    return uuid.uuid4().hex
+
+
+class Created:
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Contributor(Created, Base):
+    __tablename__ = "contributor"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    name: Mapped[str] = mapped_column(unique=True)
+    role: Mapped[str] = mapped_column(default="contributor", comment="contributor | operator")
+
+
+class ApiToken(Created, Base):
+    """A token, kept as sha256: it has 256 random bits, so nothing slower is needed."""
+
+    __tablename__ = "api_token"
+    digest: Mapped[str] = mapped_column(primary_key=True)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
+    name: Mapped[str]
+    revoked_at: Mapped[datetime | None]
+    contributor: Mapped[Contributor] = relationship()
+
+
+class IdempotencyKey(Created, Base):
+    """The first answer to a request, given again when the same contributor repeats its key."""
+
+    __tablename__ = "idempotency_key"
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_digest: Mapped[str]
+    record_id: Mapped[str]
+
+
+class Response(Created, Base):
+    """An answer the champion gave through /v1."""
+
+    __tablename__ = "response"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    model_version: Mapped[int]
+    prompt: Mapped[str]
+    response: Mapped[str]
+
+
+class Feedback(Created, Base):
+    """One report; `body` is the contract's JSON as sent."""
+
+    __tablename__ = "feedback"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    kind: Mapped[str]
+    body: Mapped[Json]
+    state: Mapped[str] = mapped_column(default="received", index=True)
+    reason: Mapped[str | None]
+    screening: Mapped[str | None]
+    reproduction: Mapped[str | None]
+    reproduced_version: Mapped[int | None]
+    reproduced_response: Mapped[str | None]
+    accepted_at: Mapped[datetime | None]
+    case_id: Mapped[str | None] = mapped_column(ForeignKey("case.id"), index=True)
+    case: Mapped["Case | None"] = relationship()
+
+
+class Dataset(Created, Base):
+    """An uploaded file of rows; the bytes lie in the store under `uploads/sha256`."""
+
+    __tablename__ = "dataset"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    name: Mapped[str]
+    purpose: Mapped[str] = mapped_column(comment="mixture | base | suite")
+    state: Mapped[str] = mapped_column(comment="uploading | checked | accepted | rejected")
+    reason: Mapped[str | None]
+    sha256: Mapped[str]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    num_rows: Mapped[int] = mapped_column(default=0)
+    num_duplicates: Mapped[int] = mapped_column(default=0)
+    bad_rows: Mapped[list[Any]] = mapped_column(default=list)
+
+
+class DatasetRow(Base):
+    """Place and keys of one row of an accepted dataset; its text stays in the store."""
+
+    __tablename__ = "dataset_row"
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[str] = mapped_column(index=True)
+    prompt_key: Mapped[str]
+    role: Mapped[str] = mapped_column(comment="taught | held_out | duplicate")
+
+
+class Case(Created, Base):
+    """A checked question that every later model takes. Its role is fixed once."""
+
+    __tablename__ = "case"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    suite: Mapped[str] = mapped_column(index=True, comment="reports, or the name of a dataset")
+    key: Mapped[str]
+    prompt_key: Mapped[str] = mapped_column(index=True)
+    prompt: Mapped[str]
+    expected: Mapped[str]
+    checker: Mapped[Json]
+    role: Mapped[str] = mapped_column(comment="taught | held_out")
+    capability: Mapped[str | None]
+    __table_args__ = (UniqueConstraint("suite", "key"),)
+
+
+class ModelVersion(Created, Base):
+    """A registered version; the number is MLflow's."""
+
+    __tablename__ = "model_version"
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    round_id: Mapped[str] = mapped_column(ForeignKey("round.id"))
+    run_id: Mapped[str] = mapped_column(ForeignKey("training_run.id"))
+    manifest: Mapped[Json]
+
+
+class CaseResult(Created, Base):
+    """What one version answered to one case."""
+
+    __tablename__ = "case_result"
+    case_id: Mapped[str] = mapped_column(ForeignKey("case.id"), primary_key=True)
+    version: Mapped[int] = mapped_column(ForeignKey("model_version.version"), primary_key=True, index=True)
+    passed: Mapped[bool]
+    answer: Mapped[str]
+
+
+class Snapshot(Created, Base):
+    """A frozen mixture; the id is the sha256 of its rows."""
+
+    __tablename__ = "snapshot"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    num_rows: Mapped[int]
+    counts: Mapped[Json]
+
+
+class Round(Created, Base):
+    """One turn of the loop; at most one is running."""
+
+    __tablename__ = "round"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    number: Mapped[int] = mapped_column(unique=True)
+    state: Mapped[str] = mapped_column(default="running")
+    step: Mapped[str] = mapped_column(default="collect")
+    cut_off: Mapped[datetime] = mapped_column(server_default=func.now())
+    requested_by: Mapped[str]
+    parameters: Mapped[Json]
+    attempt: Mapped[int] = mapped_column(default=0)
+    reason: Mapped[str | None]
+    parent_version: Mapped[int | None]
+    snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshot.id"))
+    candidate_version: Mapped[int | None]
+    decision: Mapped[Json | None]
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),)
+
+
+class Plan(Created, Base):
+    __tablename__ = "plan"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
+    body: Mapped[Json]
+
+
+class TrainingRun(Created, Base):
+    """One training run of a round; its folder is `runs/ID` in the home folder."""
+
+    __tablename__ = "training_run"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
+    mlflow_run_id: Mapped[str | None]
+    state: Mapped[str] = mapped_column(default="created", comment="created | running | finished | failed")
+    status: Mapped[Json | None]
+
+
+class Promotion(Created, Base):
+    """Append-only: the newest row names the champion."""
+
+    __tablename__ = "promotion"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(ForeignKey("model_version.version"))
+    previous: Mapped[int | None]
+    round_id: Mapped[str | None] = mapped_column(ForeignKey("round.id"), unique=True)
+    actor: Mapped[str]
+    reason: Mapped[str]
+
+
+class Outbox(Created, Base):
+    """A notice to one contributor about one report and one version; the unique key makes it exactly one."""
+
+    __tablename__ = "outbox"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    feedback_id: Mapped[str] = mapped_column(ForeignKey("feedback.id"))
+    version: Mapped[int]
+    verdict: Mapped[str] = mapped_column(comment="fixed | still_failing | regressed")
+    text: Mapped[str]
+    delivered_at: Mapped[datetime | None]
+    __table_args__ = (UniqueConstraint("feedback_id", "version"),)
+
+
+class AuditEvent(Created, Base):
+    """Who did what to which record; append-only."""
+
+    __tablename__ = "audit_event"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str] = mapped_column(index=True)
+    detail: Mapped[Json] = mapped_column(default=dict)

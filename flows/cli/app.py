@@ -1,0 +1,25 @@
+"""The command line's root: `cotrain NOUN ...`."""
+
+import typer
+
+from flows.cli import contribute, demo, model, rounds, stack
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="The Yuan co-training platform: reports in, a better model out, the reporter told.",
+)
+stack.add_to(app)
+contribute.add_to(app)
+rounds.add_to(app)
+model.add_to(app)
+demo.add_to(app)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`cotrain submit` and `cotrain dataset push`: what contributors send. Needs no running stack of one's own."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feedback.client import Client
+from feedback.contracts import FeedbackIn
+from flows.cli.output import USAGE, Json, clear_errors, fail, show
+
+Url = Annotated[str, typer.Option(envvar="COTRAIN_PORTAL_URL", help="address of the portal")]
+Token = Annotated[str, typer.Option(envvar="COTRAIN_TOKEN", help="your API token", show_default=False)]
+Key = Annotated[str | None, typer.Option("--idempotency-key", help="repeat a request safely with the same key")]
+LOCAL_PORTAL = "http://127.0.0.1:8800"
+
+dataset = typer.Typer(no_args_is_help=True, help="Datasets you contribute.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(submit)
+    app.add_typer(dataset, name="dataset")
+
+
+def submit(
+    prompt: Annotated[str, typer.Option(help="what the model was asked")],
+    response: Annotated[str, typer.Option(help="what it answered")],
+    model_version: Annotated[str, typer.Option(help="version that answered, as 7 or v7")],
+    expected: Annotated[str | None, typer.Option(help="the right answer, for a correction")] = None,
+    kind: Annotated[str, typer.Option(help="correction, preference, problem or rating")] = "correction",
+    checker: Annotated[str | None, typer.Option(help='JSON of a checker, e.g. {"type": "numeric", "value": 7}')] = None,
+    chosen: Annotated[str | None, typer.Option(help="the better answer, for a preference")] = None,
+    rejected: Annotated[str | None, typer.Option(help="the worse answer, for a preference")] = None,
+    rating: Annotated[int | None, typer.Option(help="1 to 5, for a rating")] = None,
+    response_id: Annotated[str | None, typer.Option(help="id of the answer from /v1")] = None,
+    url: Url = LOCAL_PORTAL,
+    token: Token = "",
+    idempotency_key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Report an answer. Once accepted it becomes a test that every later model takes."""
+    fields: dict[str, Any] = {
+        "kind": kind,
+        "prompt": prompt,
+        "response": response,
+        "model_version": version_number(model_version),
+        "expected": expected,
+        "chosen": chosen,
+        "rejected": rejected,
+        "rating": rating,
+        "response_id": response_id,
+    }
+    with clear_errors():
+        if checker is not None:
+            fields["checker"] = json.loads(checker)
+        report = FeedbackIn.model_validate(fields)
+        with Client(url, token) as client:
+            sent = client.submit(report, idempotency_key=idempotency_key)
+        text = f"report {sent.id} is {sent.state}; follow it at {url}/api/v1/feedback/{sent.id}"
+        show(sent.model_dump(mode="json"), text, as_json)
+
+
+@dataset.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="JSONL, one row a line: prompt, answer, checker?, ...", exists=True, dir_okay=False)],
+    name: Annotated[str | None, typer.Option(help="name of the dataset; default: the file's")] = None,
+    purpose: Annotated[str, typer.Option(help="mixture; operators also base and suite")] = "mixture",
+    url: Url = LOCAL_PORTAL,
+    token: Token = "",
+    idempotency_key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a dataset. One malformed row refuses the file, with every such row's number and reason."""
+    with clear_errors(), Client(url, token) as client:
+        made = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
+        text = f"dataset {made.id} is {made.state} with {made.num_rows} rows; a round will take it up"
+        show(made.model_dump(mode="json"), text, as_json)
+
+
+def version_number(text: str) -> int:
+    """Read 7 or v7."""
+    digits = text.removeprefix("v")
+    if not digits.isdigit():
+        raise fail(f"a version is a number such as 7 or v7, got {text!r}", USAGE)
+    return int(digits)

@@ -1,0 +1,95 @@
+"""`cotrain demo`: one whole round in a home of its own."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.cli.output import Json, clear_errors, stderr
+from flows.cli.stack import addresses, bring_up, take_down
+
+HOME = Path(".cotrain/demo")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(demo)
+
+
+def demo(
+    skills: Annotated[
+        Path | None, typer.Option(help="skill file to report instead of the default two", exists=True, dir_okay=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of data, weights and order")] = 0,
+    down: Annotated[bool, typer.Option("--down", help="stop the stack at the end")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a base model, report its wrong answers, train a better one, tell the reporter."""
+    began = time.monotonic()
+    with clear_errors():
+        home = fresh_home()
+        up_seconds = bring_up(home)
+        stderr.print(f"the stack is up after {up_seconds:.1f} s")
+        try:
+            result = _play(skills, seed)
+        finally:
+            if down:
+                take_down(home)
+        result |= {"seconds": round(time.monotonic() - began, 1), "urls": addresses(home)}
+        result["parts"] = {"stack up": up_seconds, **result["parts"]}
+    if as_json:
+        Console(soft_wrap=True).print_json(data=result)
+    else:
+        _show(result, home, down)
+
+
+def fresh_home() -> Path:
+    """End what runs in the demo's home, and make it anew."""
+    from infra.settings import HOME_VARIABLE
+
+    home = HOME.resolve()
+    take_down(home)
+    shutil.rmtree(home, ignore_errors=True)
+    os.environ[HOME_VARIABLE] = str(home)
+    return home
+
+
+def _play(skills: Path | None, seed: int) -> dict[str, Any]:
+    from flows.cli.rounds import follow, operator
+    from flows.demo.play import Doors, play
+    from infra.settings import load_settings
+
+    with operator() as client:
+        return play(Doors(load_settings().portal_url, client), skills, seed, stderr.print, follow)
+
+
+def _show(result: dict[str, Any], home: Path, down: bool) -> None:
+    table = Table(title=f"v{result['champion_before']} before, v{result['champion_after']} after")
+    for heading in ("suite", "before", "after", "95 % interval after", "cases"):
+        table.add_column(heading)
+    for suite in result["suites"]:
+        before, after = suite["before"], suite["after"]
+        low, high = after["interval"]
+        table.add_row(
+            suite["suite"],
+            f"{before['rate']:.1%} [{before['interval'][0]:.1%}, {before['interval'][1]:.1%}]" if before else "",
+            f"{after['rate']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            str(after["total"]),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    told = f"{result['reports']} reports accepted: {result['fixed']} fixed, {result['still_failing']} still failing"
+    console.print(f"{told}; {result['notices']} notices on the reporter's timeline")
+    for refusal in result["refused"]:
+        console.print(f"refused as it should be: {refusal['what']} with {refusal['status']}: {refusal['reason']}")
+    console.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["parts"].items()))
+    console.print(f"{result['seconds']:.0f} s in all")
+    if not down:
+        for name, url in result["urls"].items():
+            console.print(f"{name:8} {url}")
+        console.print(f"accounts and tokens are in {home / 'env'}; next: COTRAIN_HOME={home} .venv/bin/cotrain down")

@@ -1,0 +1,143 @@
+"""`cotrain plan | train | evaluate | generate | serve`: models and what is done with them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show
+
+if TYPE_CHECKING:
+    from flows.context import Context
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (plan, train, evaluate, generate, serve):
+        app.command()(command)
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")],
+    pool: Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")] = None,
+    micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    global_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Lay a model over a pool: layers, memory and time of each pipeline stage."""
+    from yuan.config import PRESETS, Recipe
+    from yuan.plan.planner import make_plan
+    from yuan.plan.pool import cpu_pool, load_pool
+
+    with clear_errors():
+        if model not in PRESETS:
+            raise fail(f"unknown model {model!r}; choose one of {', '.join(PRESETS)}", USAGE)
+        config = PRESETS[model]()
+        recipe = Recipe(
+            max_steps=1,
+            learning_rate=1e-4,
+            warmup_steps=0,
+            seq_len=config.seq_len,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            precision=precision,  # type: ignore[arg-type]
+        )
+        made = make_plan(config, recipe, load_pool(pool) if pool else cpu_pool())
+    lines = [
+        f"stage {n}: layers {s.first_layer} to {s.first_layer + s.layers - 1}, {s.memory_bytes / 2**30:.2f} GiB, "
+        f"{s.compute_seconds:.4g} s a micro-batch"
+        for n, s in enumerate(made.stages)
+    ]
+    verdict = "fits" if made.feasible else "does not fit"
+    show(made.to_json(), "\n".join([f"{model} on {made.pool} {verdict}: {made.explanation}", *lines]), as_json)
+    if not made.feasible:
+        raise typer.Exit(FAILED)
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: Json = False
+) -> None:
+    """Train a run folder to its end, from its last checkpoint if it has one."""
+    import os
+
+    from infra.launch import supervised, torchrun_command
+    from yuan.train.folder import RunFolder
+
+    with clear_errors():
+        folder = RunFolder((run if run.is_dir() else run.parent).resolve())
+        plan_ = folder.spec().plan
+        command = torchrun_command("yuan.train.run", folder.path, plan_.pipeline_size * plan_.data_size)
+        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        with supervised(command, folder.path, env, "train.log") as process:
+            status = process.wait()
+        if status != 0:
+            raise fail(f"training ended with status {status}; see {folder.path / 'train.log'}")
+        show(folder.status(), f"trained: {folder.export}", as_json)
+
+
+def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: Json = False) -> None:
+    """Let a version take every case it has not taken, and show its rates."""
+    from feedback.gate import rates
+    from flows.context import open_context
+    from flows.judging import evaluate_version
+
+    with clear_errors():
+        context = open_context()
+        number = resolve(context, version)
+        evaluate_version(context, number)
+        with context.sessions() as session:
+            found = {name: rate.to_json() for name, rate in rates(session, number).items()}
+    lines = [f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}" for name, r in found.items()]
+    show({"version": number, "suites": found}, "\n".join([f"v{number}", *lines]), as_json)
+
+
+def generate(
+    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
+    prompt: Annotated[str, typer.Option(help="what to ask; default: standard input")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Ask a model one question. A folder needs no running stack."""
+    with clear_errors():
+        folder = Path(version)
+        if not folder.is_dir():
+            from flows.context import open_context
+
+            context = open_context()
+            number = resolve(context, version)
+            folder = context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
+        from yuan.generate import generate as answer
+        from yuan.model.weights import load, load_tokenizer
+
+        text = prompt or sys.stdin.read().strip()
+        done = answer(load(folder), load_tokenizer(folder), [text], max_tokens=max_tokens, temperature=temperature)[0]
+        show({"text": done.text, "finish_reason": done.finish_reason}, done.text, as_json)
+
+
+def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "champion") -> None:
+    """Run the internal model server in the foreground, at the address of the settings."""
+    from infra.settings import load_settings
+
+    with clear_errors():
+        load_settings()
+    sys.argv = ["serve", alias]
+    from yuan.serve.run import main
+
+    main()
+
+
+def resolve(context: "Context", version: str) -> int:
+    """Turn 7, v7 or an alias into a version number.
+
+    Raises:
+        ValueError: if there is no such alias; the message lists those there are.
+    """
+    if version.removeprefix("v").isdigit():
+        return int(version.removeprefix("v"))
+    aliases = context.tracker.aliases()
+    if version not in aliases:
+        raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")
+    return aliases[version]

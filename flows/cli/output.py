@@ -1,0 +1,46 @@
+"""How commands speak: one JSON object on stdout with --json, lines for people without; errors in one line."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+FAILED, USAGE = 1, 2
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def show(data: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print a command's result for a program or for a person."""
+    print(json.dumps(data, ensure_ascii=False, default=str) if as_json else text)
+
+
+def fail(message: str, status: int = FAILED) -> typer.Exit:
+    """Print one clear line and make the exit to raise."""
+    print(f"cotrain: {message}", file=sys.stderr)
+    return typer.Exit(status)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what a person can mend into one line and status 1; anything else keeps its traceback."""
+    import httpx
+
+    from feedback.client import PortalError
+
+    try:
+        yield
+    except PortalError as error:
+        for row in error.body.rows or []:
+            print(f"  row {row['row']}: {row['reason']}", file=sys.stderr)
+        where = f" ({error.body.param})" if error.body.param else ""
+        raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
+    except httpx.TransportError as error:
+        raise fail(f"the portal does not answer ({error}); is the stack up? see `cotrain status`") from None
+    except (ValueError, OSError, RuntimeError) as error:
+        raise fail(str(error)) from None

@@ -1,0 +1,88 @@
+"""`cotrain round start | status | cancel`: what operators do with rounds."""
+
+import time
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from feedback.client import Client
+from feedback.contracts import RoundOut, RoundParameters
+from flows.cli.output import FAILED, Json, clear_errors, show, stderr
+
+FOLLOW_EVERY_S = 0.5
+
+round_ = typer.Typer(no_args_is_help=True, help="Rounds: one turn of the loop each.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(round_, name="round")
+
+
+@round_.command()
+def start(
+    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 600,
+    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.5e-3,
+    replay_rows: Annotated[int, typer.Option(min=0, help="base rows trained again")] = 3000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of data order and new weights")] = 0,
+    wait: Annotated[bool, typer.Option(help="follow the round to its end")] = True,
+    as_json: Json = False,
+) -> None:
+    """Start a round and follow it. Ctrl-C stops following, not the round."""
+    with clear_errors(), operator() as client:
+        wanted = RoundParameters(max_steps=max_steps, learning_rate=learning_rate, replay_rows=replay_rows, seed=seed)
+        turn = client.start_round(wanted)
+        if wait:
+            turn = follow(client, turn.id)
+        _report(turn, as_json)
+
+
+@round_.command()
+def status(
+    round_id: Annotated[str, typer.Argument(help="id of a round, or latest")] = "latest", as_json: Json = False
+) -> None:
+    """Show a round."""
+    with clear_errors(), operator() as client:
+        _report(client.round(round_id), as_json)
+
+
+@round_.command()
+def cancel(
+    round_id: Annotated[str, typer.Argument(help="id of a round, or latest")] = "latest", as_json: Json = False
+) -> None:
+    """Cancel a running round and its training."""
+    with clear_errors(), operator() as client:
+        _report(client.cancel_round(client.round(round_id).id), as_json)
+
+
+def operator() -> Client:
+    """A client with the operator's token of this installation's settings."""
+    from infra.settings import load_settings
+
+    settings = load_settings()
+    return Client(settings.portal_url, settings.operator_token.get_secret_value())
+
+
+def follow(client: Client, round_id: str) -> RoundOut:
+    """Show a round's steps and training progress until it ends, and return it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        bar = progress.add_task("round", total=None, facts="")
+        while True:
+            turn = client.round(round_id)
+            if turn.state != "running":
+                return turn
+            s = turn.status if turn.step == "train" else None
+            facts = f"step {s['step']}/{s['max_steps']}, loss {s['loss']:.3f}" if s and s["loss"] is not None else ""
+            if s:
+                progress.update(bar, total=s["max_steps"], completed=s["step"])
+            progress.update(bar, description=f"round {turn.number}: {turn.step}", facts=facts)
+            time.sleep(FOLLOW_EVERY_S)
+
+
+def _report(turn: RoundOut, as_json: bool) -> None:
+    text = f"round {turn.number} ({turn.id}) is {turn.state}"
+    text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
+    show(turn.model_dump(mode="json"), text, as_json)
+    if turn.state in ("failed", "cancelled", "rejected"):
+        raise typer.Exit(FAILED)

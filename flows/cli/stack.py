@@ -1,0 +1,201 @@
+"""`cotrain up | down | status | logs | doctor`: the embedded stack."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+
+from flows.cli.output import Json, clear_errors, fail, show, stderr
+
+UP_TIMEOUT_S = 120.0
+MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
+DOWN_TIMEOUT_S = 60.0
+MIN_FREE_GIB, MIN_MEMORY_GIB = 2.0, 3.0
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (up, down, status, logs, doctor):
+        app.command()(command)
+
+
+def up(as_json: Json = False) -> None:
+    """Start the embedded stack and wait until every service answers. Starting it twice changes nothing."""
+    with clear_errors():
+        home = _home()
+        seconds = bring_up(home)
+        urls = addresses(home)
+        lines = [f"{name:13} {url}" for name, url in urls.items()]
+        text = "\n".join([f"the stack in {home} is up ({seconds:.1f} s)", *lines, "next: cotrain status, cotrain down"])
+        show({"home": str(home), "seconds": seconds, "urls": urls}, text, as_json)
+
+
+def bring_up(home: Path, *, durable: bool = True) -> float:
+    """Start the keeper if none runs, wait for its services with a live display, and return the seconds it took.
+
+    Raises:
+        RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
+    """
+    from infra.services import is_running
+
+    began = time.monotonic()
+    if not is_running(home):
+        _check_machine(home)
+        _start_keeper(home, durable=durable)
+    try:
+        _wait_until_ready(home)
+    except KeyboardInterrupt:
+        take_down(home)
+        raise
+    return round(time.monotonic() - began, 1)
+
+
+def _check_machine(home: Path) -> None:
+    from flows.checks import machine_faults
+
+    found = machine_faults(home)
+    if found:
+        raise RuntimeError("; ".join(f"{fault}: {mend}" for fault, mend in found))
+
+
+def _start_keeper(home: Path, *, durable: bool) -> None:
+    from flows.stack import load_config
+    from infra.settings import HOME_VARIABLE
+
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    load_config(home, durable=durable)
+    (home / "logs").mkdir(exist_ok=True, mode=0o700)
+    with (home / "logs" / "keeper.log").open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "flows.stack"],
+            env={**os.environ, HOME_VARIABLE: str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait_until_ready(home: Path) -> None:
+    from infra.services import is_running, read_state
+
+    end = time.monotonic() + UP_TIMEOUT_S
+    seen = False
+    with Live(console=stderr, refresh_per_second=4, transient=True) as live:
+        while True:
+            states = read_state(home).get("services", {})
+            live.update(_table(states))
+            if states and all(state["state"] == "ready" for state in states.values()):
+                return
+            seen = seen or is_running(home)
+            hopeless = any(state["restarts"] >= MAX_RESTARTS for state in states.values())
+            if hopeless or time.monotonic() > end or (seen and not is_running(home)):
+                break
+            time.sleep(0.1)
+    wrong = [f"{name}: {s['error'] or s['state']}" for name, s in states.items() if s["state"] != "ready"]
+    detail = "; ".join(wrong) or "the keeper ended at once"
+    raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
+
+
+def _table(states: dict[str, Any]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for heading in ("service", "state", "pid", "seconds", "restarts", ""):
+        table.add_column(heading)
+    for name, s in states.items():
+        cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"])
+        table.add_row(name, *("" if cell is None else str(cell) for cell in cells))
+    return table
+
+
+def down(as_json: Json = False) -> None:
+    """Stop the embedded stack; its data stays."""
+    with clear_errors():
+        home = _home()
+        was_up = take_down(home)
+        show({"home": str(home), "stopped": was_up}, f"the stack in {home} is {'stopped' if was_up else 'not up'}", as_json)
+
+
+def take_down(home: Path) -> bool:
+    """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
+    from flows.stack import load_config
+    from infra.services import is_running, marked, read_state, sweep
+
+    if not (home / "stack-config.json").exists():
+        return False
+    stack_id = load_config(home).stack_id
+    keeper = read_state(home).get("pid")
+    was_up = is_running(home)
+    if was_up and keeper:
+        os.kill(keeper, signal.SIGTERM)
+        end = time.monotonic() + DOWN_TIMEOUT_S
+        while is_running(home) and time.monotonic() < end:
+            time.sleep(0.05)
+    left = sweep(stack_id, spare={os.getpid()})
+    while any(pid != os.getpid() for pid in marked(stack_id)):
+        time.sleep(0.05)
+    return was_up or bool(left)
+
+
+def status(as_json: Json = False) -> None:
+    """Show every service, and what the platform is doing."""
+    from infra.services import is_running, read_state
+
+    home = _home()
+    running = is_running(home)
+    states = read_state(home).get("services", {}) if running else {}
+    if as_json:
+        show({"home": str(home), "up": running, "services": states, "urls": addresses(home) if running else {}}, "", True)
+    elif running:
+        stderr.print(_table(states))
+        print("\n".join(f"{name:13} {url}" for name, url in addresses(home).items()))
+    else:
+        print(f"the stack in {home} is not up; start it with `cotrain up`")
+    if not running or any(state["state"] != "ready" for state in states.values()):
+        raise typer.Exit(1)
+
+
+def logs(
+    service: Annotated[str, typer.Argument(help="service, or `flows` or `keeper`")] = "keeper",
+    lines: Annotated[int, typer.Option("-n", help="how many lines", min=1)] = 50,
+) -> None:
+    """Print the end of a service's log."""
+    folder = _home() / "logs"
+    file = folder / f"{service}.log"
+    if not file.is_file() or file.parent != folder:
+        names = sorted(path.stem for path in folder.glob("*.log"))
+        raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
+    print("\n".join(file.read_text(errors="replace").splitlines()[-lines:]))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Name what is wrong with this machine or the stack, each with its mend."""
+    from flows.checks import machine_faults, stack_faults
+
+    home = _home()
+    found = machine_faults(home) + stack_faults(home)
+    text = "\n".join(f"- {fault}\n  mend: {mend}" for fault, mend in found) or "nothing is wrong"
+    show({"faults": [{"fault": fault, "mend": mend} for fault, mend in found]}, text, as_json)
+    if found:
+        raise typer.Exit(1)
+
+
+def addresses(home: Path) -> dict[str, str]:
+    """Where people click."""
+    from flows.stack import load_config
+
+    ports = load_config(home).ports
+    return {name: f"http://127.0.0.1:{ports[name]}" for name in ("portal", "prefect", "mlflow")}
+
+
+def _home() -> Path:
+    try:
+        from infra.settings import home_folder
+    except ModuleNotFoundError:
+        raise fail("the embedded stack needs the extra [platform]: pip install 'cotrain[platform]'") from None
+    return home_folder()

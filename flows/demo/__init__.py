@@ -1,0 +1,1 @@
+"""The demo: one whole round through the same doors as any user."""

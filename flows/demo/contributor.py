@@ -1,0 +1,109 @@
+"""The demo's contributor, a process of its own with the public client only.
+
+`COTRAIN_TOKEN=... python -m flows.demo.contributor URL SKILLS.py SEED` asks the champion, reports
+what was wrong, pushes a dataset, and prints one JSON object.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from feedback.client import Client, PortalError
+from feedback.contracts import FeedbackIn
+from yuan.data.rows import Row, dump_rows
+from yuan.data.skills import Skill, load_skills
+
+REPORTS_PER_SKILL = 60
+DATASET_ROWS = 4000
+ASK_AT_ONCE, MAX_ASKED = 40, 600
+MALFORMED = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
+
+
+def main() -> int:
+    url, skills_file, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    skills = load_skills(skills_file)
+    with Client(url, os.environ["COTRAIN_TOKEN"]) as client:
+        asked, reports = 0, 0
+        for skill in skills:
+            wrong = list(find_wrong(client, skill, seed))
+            asked += sum(number for number, _ in wrong)
+            reports += sum(report(client, row, answer, wanted) for _, rows in wrong for row, answer, wanted in rows)
+        refused = [push_malformed(client), submit_oversized(client)]
+        rows = dataset_rows(skills, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "corrections.jsonl"
+            file.write_bytes(dump_rows(rows))
+            dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
+    print(json.dumps({"asked": asked, "reports": reports, "refused": refused, "rows": dataset.num_rows}))
+    return 0
+
+
+def find_wrong(client: Client, skill: Skill, seed: int) -> Any:
+    """Ask the champion until enough answers are wrong; yields (asked, [(row, choice, version)])."""
+    rows = skill.rows(MAX_ASKED, seed=seed + 7)
+    found = 0
+    for start in range(0, MAX_ASKED, ASK_AT_ONCE):
+        batch = rows[start : start + ASK_AT_ONCE]
+        answer = client.complete([row.prompt for row in batch])
+        version = int(answer["model"].removeprefix("yuan-v"))
+        wrong = [
+            (row, choice, version)
+            for row, choice in zip(batch, answer["choices"], strict=True)
+            if row.checker is not None and not row.checker.check(choice["text"])
+        ][: REPORTS_PER_SKILL - found]
+        found += len(wrong)
+        yield len(batch), wrong
+        if found == REPORTS_PER_SKILL:
+            return
+
+
+def report(client: Client, row: Row, choice: dict[str, Any], version: int) -> int:
+    """Report one wrong answer with its correction."""
+    client.submit(
+        FeedbackIn(
+            kind="correction",
+            prompt=row.prompt,
+            response=choice["text"],
+            response_id=choice["response_id"],
+            model_version=version,
+            expected=row.answer,
+            checker=row.checker,
+        )
+    )
+    return 1
+
+
+def push_malformed(client: Client) -> dict[str, Any]:
+    """Push a file with two bad rows and return the refusal."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "malformed.jsonl"
+        file.write_bytes(MALFORMED)
+        try:
+            client.push_dataset(file)
+        except PortalError as error:
+            return {"what": "malformed file", "status": error.status, "reason": error.body.message, "rows": error.body.rows}
+    raise RuntimeError("the portal took a malformed file")
+
+
+def submit_oversized(client: Client) -> dict[str, Any]:
+    """Send a report beyond the size limit and return the refusal."""
+    huge = FeedbackIn.model_construct(kind="correction", prompt="x" * 200_000, response="y", model_version=1, expected="z")
+    try:
+        client.submit(huge)
+    except PortalError as error:
+        return {"what": "oversized report", "status": error.status, "reason": error.body.message}
+    raise RuntimeError("the portal took an oversized report")
+
+
+def dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
+    """As many right examples of each skill as make up the dataset, or as many different ones as it has."""
+    each = -(-DATASET_ROWS // len(skills))
+    return [row for skill in skills for row in skill.rows(each, seed=seed + 13)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What the demo does, step by step, and what it found."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from feedback.client import Client
+from feedback.contracts import RoundOut, RoundParameters
+from flows.demo.corpus import REPORTED_SKILLS, base_rows, fresh_rows
+from yuan.data.rows import Row, dump_rows
+from yuan.data.skills import load_skills
+
+BASE_ROUND = {"max_steps": 1100, "learning_rate": 3e-3}
+DEMO_ROUND = {"max_steps": 420, "learning_rate": 2e-3, "replay_rows": 3000}
+FRESH, FRESH_PER_SKILL = "fresh", 200
+SERVICE_TIMEOUT_S = 60.0
+
+Say = Callable[[str], None]
+Follow = Callable[[Client, str], RoundOut]
+
+
+class DemoFailed(RuntimeError):
+    """A round did not end in a promotion, or a promise of the demo was not kept."""
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Where the demo knocks: the portal's address and the operator's client."""
+
+    url: str
+    operator: Client
+
+
+def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Follow) -> dict[str, Any]:
+    """Run base round, contributor and round two, and return the figures.
+
+    Raises:
+        DemoFailed: if a round is not promoted.
+        ValueError: if the skill file is not one.
+    """
+    skills_file = skills_file or REPORTED_SKILLS
+    skills = load_skills(skills_file)
+    timer = Timer()
+    say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
+    push(doors.operator, "base", "base", base_rows(skills, seed))
+    push(doors.operator, FRESH, "suite", fresh_rows(skills, seed, FRESH_PER_SKILL))
+    first = run_round(doors, RoundParameters(**BASE_ROUND, seed=seed, policy="demo"), follow)
+    wait_for_version(doors.operator, int(first.candidate_version or 0))
+    timer.lap("base round")
+    account = doors.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
+    say("a contributor asks, reports wrong answers and pushes a dataset")
+    told = contribute(doors.url, account.token, skills_file, seed)
+    say(f"{told['asked']} questions asked, {told['reports']} reports, a dataset of {told['rows']} rows; refused on purpose: 2")
+    timer.lap("contributor")
+    second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed, policy="demo"), follow)
+    timer.lap("round")
+    with Client(doors.url, account.token) as client:
+        return figures(client, first, second, told, timer.laps)
+
+
+class Timer:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 1)
+        self._last = now
+
+
+def push(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.jsonl"
+        file.write_bytes(dump_rows(rows))
+        client.push_dataset(file, name=name, purpose=purpose)
+
+
+def run_round(doors: Doors, parameters: RoundParameters, follow: Follow) -> RoundOut:
+    done = follow(doors.operator, doors.operator.start_round(parameters).id)
+    if done.state != "promoted":
+        raise DemoFailed(f"round {done.number} is {done.state}: {done.reason}")
+    return done
+
+
+def wait_for_version(client: Client, version: int) -> None:
+    """Wait until the portal answers with this version."""
+    end = time.monotonic() + SERVICE_TIMEOUT_S
+    while time.monotonic() < end:
+        try:
+            if client.complete(["1+1"], max_tokens=1)["model"] == f"yuan-v{version}":
+                return
+        except Exception as error:  # not in service yet; the last reason is told below
+            reason = str(error)
+        time.sleep(0.3)
+    raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
+
+
+def contribute(url: str, token: str, skills_file: Path, seed: int) -> dict[str, Any]:
+    """Run the contributor's process."""
+    command = [sys.executable, "-m", "flows.demo.contributor", url, str(skills_file), str(seed)]
+    env = {**os.environ, "COTRAIN_TOKEN": token}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise DemoFailed(f"the contributor failed: {done.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(done.stdout))
+
+
+def figures(
+    contributor: Client, first: RoundOut, second: RoundOut, told: dict[str, Any], laps: dict[str, float]
+) -> dict[str, Any]:
+    """Gather what the demo promises, read back through the contributor's own door."""
+    assert second.decision is not None, "a promoted round has a decision"
+    suites = second.decision["suites"]
+    by_name = {suite["suite"]: suite for suite in suites}
+    accepted = [report for report in contributor.all_feedback() if report.state == "accepted"]
+    notices = contributor.notices()
+    return {
+        "champion_before": first.candidate_version,
+        "champion_after": second.candidate_version,
+        "gate_before": by_name[FRESH]["before"]["rate"],
+        "gate_after": by_name[FRESH]["after"]["rate"],
+        "base_before": by_name["base"]["before"]["rate"],
+        "base_after": by_name["base"]["after"]["rate"],
+        "reports": len(accepted),
+        "submitted": told["reports"],
+        "refused": told["refused"],
+        "fixed": sum(report.verdict == "fixed" for report in accepted),
+        "still_failing": sum(report.verdict == "still_failing" for report in accepted),
+        "notices": len(notices),
+        "suites": suites,
+        "parts": laps,
+    }

@@ -1,0 +1,89 @@
+"""Last part of a round: evaluate, decide, promote, tell."""
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from feedback import gate, promotion, rounds
+from flows.context import Context
+from infra.launch import supervised
+from infra.settings import child_environment
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(context: Context, round_id: str) -> dict[int, int]:
+    """Let candidate and champion take the cases they have not taken, and return how many each took."""
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "evaluate")
+        turn = rounds.find_round(session, round_id)
+        versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
+    return {version: evaluate_version(context, version) for version in versions}
+
+
+def evaluate_version(context: Context, version: int) -> int:
+    """Let a version take every case it has not taken yet."""
+    with context.sessions() as session:
+        cases = [
+            {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
+            for case in rounds.untested(session, version)
+        ]
+    if not cases:
+        return 0
+    folder = context.settings.home / "eval" / f"v{version}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = context.tracker.download(version, folder / "model")
+    results = _answer(context, folder, model, cases)
+    with context.sessions.begin() as session:
+        promotion.store_results(session, version, results)
+    shutil.rmtree(folder)
+    log.info("v%d took %d cases", version, len(results))
+    return len(results)
+
+
+def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the evaluation in a process of its own, which has torch and can be killed.
+
+    Raises:
+        RuntimeError: if it fails; the message holds the end of its log.
+    """
+    asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
+    asked.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
+    command = [sys.executable, "-m", "yuan.eval.run", str(model), str(asked), str(answered)]
+    with supervised(command, folder, child_environment(context.settings), "eval.log") as process:
+        status = process.wait()
+    if status != 0:
+        raise RuntimeError(f"evaluation ended with status {status}: {(folder / 'eval.log').read_text()[-800:]}")
+    return [json.loads(line) for line in answered.read_text().splitlines()]
+
+
+def decide(context: Context, round_id: str) -> dict[str, Any]:
+    """Judge the candidate; promotion, verdicts, notices and the round's end are one transaction."""
+    with context.sessions.begin() as session:
+        turn = rounds.find_round(session, round_id)
+        if not rounds.begin_step(session, round_id, "decide"):
+            return turn.decision or {}
+        decision = gate.decide(session, turn)
+        if decision["promote"]:
+            promotion.promote(session, turn, decision)
+            rounds.finish(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
+        else:
+            turn.decision = decision
+            rounds.finish(session, round_id, "rejected", "; ".join(decision["reasons"]))
+        rounds.notify(session)
+    log.info("decided: promote=%s %s", decision["promote"], decision["reasons"])
+    return decision
+
+
+def tell(context: Context) -> int:
+    """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
+    with context.sessions.begin() as session:
+        delivered = promotion.deliver(session)
+        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
+    if delivered or changed:
+        log.info("delivered %d notices, set aliases %s", delivered, changed)
+    return delivered

@@ -1,0 +1,145 @@
+"""The round as a Prefect flow: the table of contents of the loop."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import httpx
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow.exceptions import MlflowException
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
+from prefect.artifacts import update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from pydantic import Field
+from sqlalchemy.exc import OperationalError
+
+from feedback import rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import new_id
+from flows import intake, judging, training
+from flows.context import Context, open_context
+
+IO_ERRORS = (httpx.HTTPError, BotoCoreError, ClientError, MlflowException, OperationalError, ConnectionError)
+
+
+def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
+    """Only what a network or a restarting server did is worth another try."""
+    try:
+        state.result()
+    except IO_ERRORS:
+        return True
+    except Exception:  # any other error is ours and comes back the same
+        return False
+    return False
+
+
+def step(function: Callable[..., Any], name: str) -> Any:
+    """Make a task of a step: never cached, repeated on I/O errors only."""
+    made = task(name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io)
+    return made(function)
+
+
+collect = step(intake.collect, "collect")
+snapshot = step(intake.snapshot, "snapshot")
+lay_out = step(training.lay_out, "plan")
+train = step(training.train, "train")
+register = step(training.register, "register")
+evaluate = step(judging.evaluate, "evaluate")
+decide = step(judging.decide, "decide")
+tell = step(judging.tell, "tell")
+
+
+@flow(name="cotrain-round", description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.")
+def cotrain_round(
+    round_id: Annotated[str | None, Field(description="leave empty to request a new round; the dispatcher fills it in")] = None,
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000, description="optimizer steps")] = 600,
+    learning_rate: Annotated[float, Field(gt=0, lt=1, description="peak learning rate")] = 1.5e-3,
+    replay_rows: Annotated[int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")] = 3000,
+    seed: Annotated[int, Field(ge=0, description="seed of data order and new weights")] = 0,
+) -> str:
+    """Run a round to its end and return its final state; a round that has ended is left as it is."""
+    context = open_context()
+    if round_id is None:
+        asked = RoundParameters(max_steps=max_steps, learning_rate=learning_rate, replay_rows=replay_rows, seed=seed)
+        # The dispatcher starts every requested round under a key of its own; this run only filed the request.
+        return f"requested round {request(context, asked)}"
+    try:
+        return run_steps(context, round_id)
+    except training.RoundEnded as ended:
+        return str(ended)
+    except (ValueError, RuntimeError) as error:
+        fail(context, round_id, str(error))
+        raise
+
+
+def run_steps(context: Context, round_id: str) -> str:
+    """Take a round through its steps; those it has passed are passed by."""
+    with context.sessions() as session:
+        state = rounds.find_round(session, round_id).state
+    if state != "running":
+        return state
+    collected = collect(context, round_id)
+    show_table("collected", [collected])
+    snapshot(context, round_id)
+    plan = lay_out(context, round_id)
+    show_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in enumerate(plan.stages)])
+    train(context, round_id, progress_reporter())
+    register(context, round_id)
+    evaluate(context, round_id)
+    decision = decide(context, round_id)
+    show_table("gate", gate_rows(decision))
+    create_markdown_artifact(key="decision", markdown=decision_text(decision))
+    tell(context)
+    with context.sessions() as session:
+        return rounds.find_round(session, round_id).state
+
+
+def request(context: Context, parameters: RoundParameters) -> str:
+    """File the row that pressing Run stands for."""
+    with context.sessions.begin() as session:
+        return rounds.request_round(session, "prefect", parameters, new_id()).id
+
+
+def fail(context: Context, round_id: str, reason: str) -> None:
+    """End the round as failed with the reason on its page."""
+    with context.sessions.begin() as session:
+        rounds.finish(session, round_id, "failed", reason[:2000])
+
+
+def show_table(key: str, rows: list[dict[str, Any]]) -> None:
+    if rows and rows[0]:
+        create_table_artifact(key=key, table=rows)
+
+
+def progress_reporter() -> training.Progress:
+    """A function that shows a run's status as a progress artifact."""
+    artifact: list[Any] = []
+
+    def show(status: dict[str, Any]) -> None:
+        percent = 100.0 * status["step"] / status["max_steps"]
+        if artifact:
+            update_progress_artifact(artifact[0], percent)
+        else:
+            artifact.append(create_progress_artifact(percent, key="training"))
+
+    return show
+
+
+def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
+    """The decision's suites as table rows."""
+    return [
+        {
+            "suite": suite["suite"],
+            "before": f"{suite['before']['rate']:.3f}" if suite["before"] else "",
+            "after": f"{suite['after']['rate']:.3f}",
+            "interval": "{:.3f} to {:.3f}".format(*suite["after"]["interval"]),
+            "cases": suite["after"]["total"],
+        }
+        for suite in decision.get("suites", [])
+    ]
+
+
+def decision_text(decision: dict[str, Any]) -> str:
+    reasons = "; ".join(decision["reasons"]) or "nothing speaks against it"
+    return f"**v{decision['candidate']}** {'promoted' if decision['promote'] else 'not promoted'}: {reasons}"

@@ -1,0 +1,416 @@
+"""The embedded stack: which services there are, with which addresses and secrets."""
+
+import json
+import logging
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from feedback.accounts import ensure_operator
+from infra.database import migrate, open_engine, open_sessions
+from infra.logs import configure_logging
+from infra.objects import open_objects
+from infra.postgres import Postgres, wrapped
+from infra.services import Keeper, Service, marked
+from infra.settings import HOME_VARIABLE, Settings, home_folder, load_settings
+
+log = logging.getLogger(__name__)
+
+PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
+WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
+PORTS = (*PUBLIC_PORTS, "postgres", "model_server", *WEED_PORTS, *(f"{name}_grpc" for name in WEED_PORTS))
+PORT_RANGE = (20_000, 29_999)
+SECRETS = ("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database", "s3_access_key",
+           "s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session", "prefect", "model_server", "operator",
+           "split_salt", "weed_1", "weed_2", "weed_3", "weed_4")  # fmt: skip
+MIGRATIONS = Path(__file__).resolve().parent.parent / "feedback" / "migrations"
+DISPATCHER_SILENT_S = 30.0
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Ports and secrets of one home folder, chosen at the first start and kept."""
+
+    stack_id: str
+    ports: dict[str, int]
+    secrets: dict[str, str]
+    durable: bool = True
+
+
+def load_config(home: Path, *, durable: bool = True) -> StackConfig:
+    """Read the folder's config, or choose free ports and random secrets for a new one."""
+    file = home / "stack-config.json"
+    if file.exists():
+        config = StackConfig(**json.loads(file.read_text()))
+        missing = [name for name in PORTS if name not in config.ports]
+        if missing:  # somebody took a busy port out, to have another chosen
+            config.ports.update(choose_ports(missing, set(config.ports.values())))
+            write_private(file, json.dumps(asdict(config), indent=2))
+        return config
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    config = StackConfig(uuid.uuid4().hex, choose_ports(), {name: secrets.token_urlsafe(24) for name in SECRETS}, durable)
+    write_private(file, json.dumps(asdict(config), indent=2))
+    return config
+
+
+def choose_ports(names: Sequence[str] = PORTS, taken: Collection[int] = ()) -> dict[str, int]:
+    """Free ports of the loopback interface: the usual ones for what people open, others outside the ephemeral range."""
+    chosen: dict[str, int] = {}
+    for name in names:
+        port = PUBLIC_PORTS.get(name)
+        while port is None or port in taken or port in chosen.values() or not is_free(port):
+            port = random.SystemRandom().randint(*PORT_RANGE)
+        chosen[name] = port
+    return chosen
+
+
+def port_holder(port: int, stack_id: str) -> str | None:
+    """None if a port is free or held by a leftover of this stack; else words for who holds it."""
+    if is_free(port):
+        return None
+    inodes = _listening_inodes(port)
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            held = {os.readlink(link) for link in (process / "fd").iterdir()}
+        except OSError:
+            continue
+        if held & inodes:
+            if int(process.name) in set(marked(stack_id)):
+                return None
+            return f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
+    return ""
+
+
+def _listening_inodes(port: int) -> set[str]:
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner can read, in one step."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as out:
+        out.write(text)
+    scratch.replace(file)
+
+
+def write_environment(home: Path, config: StackConfig) -> None:
+    """Write `$COTRAIN_HOME/env`, from which every process of ours reads its settings."""
+    ports, secret = config.ports, config.secrets
+    values = {
+        "STACK_ID": config.stack_id,
+        "DATABASE_URL": f"postgresql://cotrain:{secret['database']}@127.0.0.1:{ports['postgres']}/cotrain",
+        "S3_ENDPOINT": f"http://127.0.0.1:{ports['s3']}",
+        "S3_ACCESS_KEY": secret["s3_access_key"],
+        "S3_SECRET_KEY": secret["s3_secret_key"],
+        "MLFLOW_URL": f"http://127.0.0.1:{ports['mlflow']}",
+        "MLFLOW_PASSWORD": secret["mlflow"],
+        "MLFLOW_CONSUMER_PASSWORD": secret["mlflow_consumer"],
+        "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
+        "PREFECT_AUTH": f"cotrain:{secret['prefect']}",
+        "PORTAL_URL": f"http://127.0.0.1:{ports['portal']}",
+        "MODEL_SERVER_URL": f"http://127.0.0.1:{ports['model_server']}",
+        "MODEL_SERVER_TOKEN": secret["model_server"],
+        "OPERATOR_TOKEN": f"ct_{secret['operator']}",
+        "SPLIT_SALT": secret["split_salt"],
+    }
+    write_private(home / "env", "".join(f"COTRAIN_{name}={value}\n" for name, value in values.items()))
+
+
+def services(home: Path, config: StackConfig, settings: Settings) -> list[Service]:
+    """The embedded stack in starting order."""
+    postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
+    return [
+        _postgres(home, config, settings, postgres),
+        _weed(home, config, settings),
+        _mlflow(home, config, settings, postgres),
+        _prefect(home, config, settings, postgres),
+        _portal(home, settings),
+        _model_server(home, settings),
+        _dispatcher(home, settings),
+        _worker(home, settings),
+    ]
+
+
+def _postgres(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    def after() -> None:
+        for name, secret in (
+            ("cotrain", "database"),
+            ("prefect", "prefect_database"),
+            ("mlflow", "mlflow_database"),
+            ("mlflow_auth", "mlflow_auth_database"),
+        ):
+            postgres.ensure_database(name, config.secrets[secret])
+        engine = open_engine(settings)
+        migrate(engine, MIGRATIONS)
+        with open_sessions(engine).begin() as session:
+            ensure_operator(session, settings.operator_token.get_secret_value())
+        engine.dispose()
+
+    return Service(
+        name="postgres",
+        command=postgres.command,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+        cwd=Path("/"),
+        before=postgres.initialise,
+        check=postgres.check,
+        after=after,
+        stop_signal=signal.SIGINT,
+    )
+
+
+def _weed(home: Path, config: StackConfig, settings: Settings) -> Service:
+    weed = str(Path(sysconfig.get_path("scripts")) / "weed")
+    data, work = home / "s3", home / "weed"
+
+    def before() -> None:
+        for folder in (data, work):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        # Without these keys the filer serves and deletes objects for anybody on this machine.
+        sections = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
+        text = "".join(f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60\n' for name, n in sections)
+        write_private(work / "security.toml", text)
+        # A volume index torn by a kill would hide its whole volume.
+        subprocess.run([weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True)
+
+    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
+    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
+    flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
+    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    return Service(
+        name="s3",
+        command=lambda: [*wrapped("SIGTERM", "same", 0, weed), "-logtostderr=true", "mini", f"-dir={data}", *flags],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(work),
+            "TMPDIR": str(work),
+            "AWS_ACCESS_KEY_ID": config.secrets["s3_access_key"],
+            "AWS_SECRET_ACCESS_KEY": config.secrets["s3_secret_key"],
+        },
+        cwd=work,
+        before=before,
+        check=lambda: _check_stores(settings),
+    )
+
+
+def _check_stores(settings: Settings) -> None:
+    for bucket in (settings.s3_bucket, "mlflow"):
+        open_objects(settings, bucket, attempts=1).check()
+
+
+def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    work = home / "mlflow"
+    password = config.secrets["mlflow"]
+
+    def database(name: str) -> str:
+        return postgres.url(name, name, config.secrets[f"{name}_database"]).replace("postgresql:", "postgresql+psycopg:")
+
+    def before() -> None:
+        work.mkdir(exist_ok=True, mode=0o700)
+        lines = [
+            "[mlflow]",
+            "default_permission = NO_PERMISSIONS",
+            f"database_uri = {database('mlflow_auth')}",
+            f"admin_username = {settings.mlflow_username}",
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
+            "grant_default_workspace_access = false",
+            "auth_cache_ttl_seconds = 60",
+        ]
+        write_private(work / "auth.ini", "\n".join(lines) + "\n")
+
+    def check() -> None:
+        for path in (f"users/get?username={settings.mlflow_username}", "experiments/get?experiment_id=0"):
+            url = f"{settings.mlflow_url}/api/2.0/mlflow/{path}"
+            httpx.get(url, auth=(settings.mlflow_username, password), timeout=3).raise_for_status()
+
+    def after() -> None:
+        from infra.tracker import Tracker
+
+        Tracker(settings).set_up()
+
+    command = ["mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
+    return Service(
+        name="mlflow",
+        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", *command],
+        env={
+            "PATH": f"{sysconfig.get_path('scripts')}:/usr/bin:/bin",
+            "HOME": str(work),
+            "TMPDIR": str(work),
+            "LC_ALL": "C.UTF-8",
+            "MLFLOW_AUTH_CONFIG_PATH": str(work / "auth.ini"),
+            "MLFLOW_AUTH_ADMIN_USERNAME": settings.mlflow_username,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": config.secrets["mlflow_session"],
+            "MLFLOW_BACKEND_STORE_URI": database("mlflow"),
+            "MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint,
+            "AWS_ACCESS_KEY_ID": settings.s3_access_key,
+            "AWS_SECRET_ACCESS_KEY": settings.s3_secret_key.get_secret_value(),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "GIT_PYTHON_REFRESH": "quiet",
+        },
+        cwd=work,
+        before=before,
+        check=check,
+        after=after,
+        needs=("postgres", "s3"),
+    )
+
+
+def prefect_environment(home: Path, settings: Settings) -> dict[str, str]:
+    """What every process that talks to Prefect needs."""
+    return {
+        "PREFECT_HOME": str(home / "prefect"),
+        "DO_NOT_TRACK": "1",
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "PREFECT_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+        "PREFECT_CLIENT_MAX_RETRIES": "10",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,feedback,yuan,infra",
+    }
+
+
+def own_environment(home: Path, settings: Settings) -> dict[str, str]:
+    """The environment of our own services."""
+    (home / "tmp").mkdir(exist_ok=True, mode=0o700)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "HOME") if name in os.environ}
+    return {
+        **kept,
+        **prefect_environment(home, settings),
+        HOME_VARIABLE: str(home),
+        "TMPDIR": str(home / "tmp"),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    url = postgres.url("prefect", "prefect", config.secrets["prefect_database"])
+    env = own_environment(home, settings)
+    env.pop("PREFECT_API_URL")
+    env |= {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": url.replace("postgresql:", "postgresql+asyncpg:"),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(config.ports["prefect"]),
+        "PREFECT_SERVER_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_UI_API_URL": "/api",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "prefect" / "ui"),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }
+    return Service(
+        name="prefect",
+        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", "prefect", "server", "start"],
+        env=env,
+        cwd=home,
+        check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
+        needs=("postgres",),
+    )
+
+
+def _ok(url: str, token: str | None = None) -> None:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    httpx.get(url, headers=headers, timeout=3).raise_for_status()
+
+
+def _own(home: Path, settings: Settings, name: str, module: str, check: Callable[[], None], needs: tuple[str, ...], **more: Any) -> Service:
+    return Service(
+        name=name,
+        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", module],
+        env=own_environment(home, settings),
+        cwd=home,
+        check=check,
+        needs=needs,
+        **more,
+    )
+
+
+def _portal(home: Path, settings: Settings) -> Service:
+    return _own(home, settings, "portal", "feedback.run", lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3"))
+
+
+def _model_server(home: Path, settings: Settings) -> Service:
+    def check() -> None:
+        _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
+
+    return _own(home, settings, "model-server", "yuan.serve.run", check, ("mlflow",))
+
+
+def _dispatcher(home: Path, settings: Settings) -> Service:
+    sign = home / "dispatcher.json"
+
+    def check() -> None:
+        age = time.time() - float(json.loads(sign.read_text())["time"])
+        if age > DISPATCHER_SILENT_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
+
+    def before() -> None:
+        sign.unlink(missing_ok=True)
+
+    return _own(home, settings, "dispatcher", "flows.dispatch", check, ("prefect", "mlflow"), before=before)
+
+
+def _worker(home: Path, settings: Settings) -> Service:
+    def check() -> None:
+        user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+        url = f"{settings.prefect_api_url}/work_pools/cotrain/workers/filter"
+        answer = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()
+        if not any(worker["status"] == "ONLINE" for worker in answer.json()):
+            raise ConnectionError("no worker is online")
+
+    command = ["prefect", "worker", "start", "--pool", "cotrain", "--type", "process", "--name", "embedded"]
+    return Service(
+        name="worker",
+        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", *command, "--install-policy", "never"],
+        env={**own_environment(home, settings), "PREFECT_WORKER_QUERY_SECONDS": "0.5"},
+        cwd=home,
+        check=check,
+        needs=("prefect",),
+    )
+
+
+def main() -> None:
+    """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
+    configure_logging()
+    home = home_folder()
+    config = load_config(home)
+    (home / "logs").mkdir(exist_ok=True, mode=0o700)
+    write_environment(home, config)
+    settings = load_settings()
+    Keeper(services(home, config, settings), home, config.stack_id).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Services and machinery without domain words: settings, database, objects, tracker, services, processes."""

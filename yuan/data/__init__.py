@@ -1,0 +1,1 @@
+"""Rows, checkers, skills, deduplication and packing: everything about samples, without torch."""

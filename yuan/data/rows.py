@@ -1,0 +1,81 @@
+"""The row, the unit of training data: prompt, answer and how an answer is checked."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from yuan.data.checkers import Checker
+
+MAX_TEXT = 20_000
+
+
+class Row(BaseModel):
+    """One sample. With an empty prompt the answer is a plain document, learned whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str = Field(max_length=MAX_TEXT, description="what the model is asked; empty for a plain document")
+    answer: str = Field(min_length=1, max_length=MAX_TEXT, description="what it should answer")
+    checker: Checker | None = Field(default=None, description="how another answer to the prompt is judged")
+    capability: str | None = Field(default=None, max_length=100, description="what the row teaches, e.g. reverse")
+    language: str | None = Field(default=None, max_length=20, description="language tag, e.g. zh or en")
+    source: str | None = Field(default=None, max_length=200, description="where the row comes from")
+
+    @property
+    def key(self) -> str:
+        """Rows with equal keys are duplicates: same normalised prompt and answer."""
+        return digest(normalise(self.prompt), normalise(self.answer))
+
+    @property
+    def prompt_key(self) -> str:
+        return digest(normalise(self.prompt))
+
+
+class BadRow(BaseModel):
+    """A line that is not a row, by its number from 1, with the reason."""
+
+    row: int
+    reason: str
+
+
+def normalise(text: str) -> str:
+    """Fold Unicode forms, case and white space, and nothing else: numbers and names stay.
+
+    >>> normalise("  What is\\tＡ + 1? ")
+    'what is a + 1?'
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def digest(*parts: str) -> str:
+    """sha256 over the parts' lengths and texts, so that their borders count."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+
+
+def parse_rows(data: bytes) -> Iterator[Row | BadRow]:
+    """Read JSONL, one row or one named fault for each non-empty line."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Row.model_validate_json(line)
+        except ValidationError as error:
+            yield BadRow(row=number, reason=describe(error))
+
+
+def describe(error: ValidationError) -> str:
+    """Put a pydantic error into one line: field, rule."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors()[:3])
+
+
+def dump_rows(rows: list[Row]) -> bytes:
+    """Write rows as JSONL with sorted keys; the same rows always give the same bytes."""
+    return b"".join(_line(row.model_dump(exclude_none=True)) for row in rows)
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, ensure_ascii=False, sort_keys=True).encode() + b"\n"

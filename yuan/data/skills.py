@@ -1,0 +1,90 @@
+"""Skill files: Python files that say how to make exercises and how to check their answers.
+
+A skill file has a list `SKILLS`; each entry is a mapping with `name`, `generate` (takes a
+`random.Random`, gives a prompt and its answer) and `checker` (a checker without its value,
+such as `{"type": "exact"}`), and optionally `language`. The file is the operator's own
+code and runs as such; contributors send rows, never skill files.
+"""
+
+import random
+import runpy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yuan.data.rows import Row
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A named maker of checked exercises."""
+
+    name: str
+    generate: Callable[[random.Random], tuple[str, str]]
+    checker: Mapping[str, Any]
+    language: str | None = None
+
+    def row(self, rng: random.Random) -> Row:
+        """Make one exercise; the answer becomes the checker's value."""
+        prompt, answer = self.generate(rng)
+        value: Any = [answer] if self.checker["type"] == "contains" else answer
+        field = "values" if self.checker["type"] == "contains" else "value"
+        return Row.model_validate(
+            {
+                "prompt": prompt,
+                "answer": answer,
+                "checker": {field: value, **self.checker},
+                "capability": self.name,
+                "language": self.language,
+            }
+        )
+
+    def rows(self, count: int, *, seed: int, avoid: Iterable[str] = ()) -> list[Row]:
+        """Make `count` exercises with different prompts, none of them with a prompt key in `avoid`.
+
+        Raises:
+            ValueError: if the skill cannot make that many different prompts.
+        """
+        seen = set(avoid)
+        rows: list[Row] = []
+        for row in self._draws(random.Random(f"{self.name} {seed}"), 50 * count + 1000):
+            if row.prompt_key not in seen:
+                seen.add(row.prompt_key)
+                rows.append(row)
+                if len(rows) == count:
+                    return rows
+        raise ValueError(
+            f"skill {self.name!r} gave {len(rows)} different prompts, {count} are needed; widen its generator"
+        )
+
+    def _draws(self, rng: random.Random, count: int) -> Iterator[Row]:
+        for _ in range(count):
+            yield self.row(rng)
+
+
+def load_skills(path: Path) -> list[Skill]:
+    """Run a skill file and read its `SKILLS`.
+
+    Raises:
+        ValueError: if the file has no such list, or an entry misses a field or makes a row its checker refuses.
+    """
+    entries = runpy.run_path(str(path)).get("SKILLS")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} defines no list SKILLS of mappings with name, generate and checker")
+    skills = [_skill(path, number, entry) for number, entry in enumerate(entries)]
+    names = [skill.name for skill in skills]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: skill names must differ, got {names}")
+    return skills
+
+
+def _skill(path: Path, number: int, entry: Any) -> Skill:
+    try:
+        skill = Skill(**entry)
+        row = skill.row(random.Random(0))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: SKILLS[{number}] is not a skill: {error}") from error
+    if row.checker is None or not row.checker.check(row.answer):
+        raise ValueError(f"{path}: skill {skill.name!r} made an answer its own checker refuses: {row.answer!r}")
+    return skill

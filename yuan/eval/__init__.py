@@ -1,0 +1,1 @@
+"""Suites of checked prompts, answered by a model and scored."""

@@ -1,0 +1,1 @@
+"""Pools, plans and the split of layers over pipeline stages, without torch."""

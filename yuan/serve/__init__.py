@@ -1,0 +1,1 @@
+"""The internal model server: the OpenAI API over one model folder."""

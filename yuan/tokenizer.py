@@ -1,0 +1,88 @@
+"""SentencePiece with Yuan's special tokens: train, load, encode, decode."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+EOD, SEP, PAD = "<eod>", "<sep>", "<pad>"
+
+# The published tokenizer's added tokens, in its order (tools/preprocess_data_yuan.py of the official repository).
+SPECIAL_TOKENS = (
+    *(EOD, SEP, PAD, "<mask>", "<predict>", "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"),
+    *("<commit_before>", "<commit_msg>", "<commit_after>"),
+    *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
+)
+FILE_NAME = "tokenizer.model"
+
+
+class Tokenizer:
+    """A SentencePiece model and the ids of its special tokens.
+
+    Special tokens never come out of text: somebody who writes `<sep>` in a prompt gets
+    its characters, not the separator.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.eod, self.sep, self.pad = (self._id(token) for token in (EOD, SEP, PAD))
+
+    def _id(self, token: str) -> int:
+        number: int = self._pieces.piece_to_id(token)
+        if number == self._pieces.unk_id():
+            raise ValueError(f"the tokenizer lacks the special token {token}; train it with yuan.tokenizer.train")
+        return number
+
+    def __len__(self) -> int:
+        return int(self._pieces.get_piece_size())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._pieces.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._pieces.decode(list(ids)))
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_bytes(self.model)
+
+
+def load(folder: Path) -> Tokenizer:
+    """Load `tokenizer.model` from a model folder."""
+    return Tokenizer((folder / FILE_NAME).read_bytes())
+
+
+def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Train a character tokenizer with byte fallback on a corpus.
+
+    Characters, not merged pieces: a small model that must spell, reverse and count letters
+    sees them, and any text still round-trips (docs/decisions/0003-characters.md has the numbers).
+
+    Args:
+        vocab_size: upper bound, special tokens and the 256 bytes included.
+
+    Raises:
+        ValueError: if vocab_size leaves no room for characters.
+    """
+    reserved = len(SPECIAL_TOKENS) + 3 + 256
+    if vocab_size <= reserved:
+        raise ValueError(f"vocab_size must exceed the {reserved} reserved pieces, got {vocab_size}")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="char",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        control_symbols=list(SPECIAL_TOKENS),
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        num_threads=1,  # one thread, so that the same corpus always gives the same pieces
+        max_sentence_length=1 << 20,
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue())

@@ -1,0 +1,1 @@
+"""DeepSpeed pipeline training in a run folder."""

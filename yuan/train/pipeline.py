@@ -1,0 +1,147 @@
+"""Yuan as a DeepSpeed pipeline whose stage bounds are those of the plan.
+
+A micro-batch travels between stages as (hidden states, document numbers).
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from yuan.config import ModelConfig
+from yuan.model.loss import weighted_cross_entropy
+from yuan.model.transformer import Documents, Layer, LayerState, initialise
+
+Travelling = tuple[Tensor, Tensor]
+
+
+class EmbeddingStage(nn.Module):
+    """Token embedding at the front; the same weight makes the logits at the end."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        initialise(self, config)
+
+    @property
+    def weight(self) -> Tensor:
+        """The tied weight, under the name by which DeepSpeed looks for it."""
+        return self.embedding.weight
+
+    def forward(self, batch: Travelling) -> Travelling:
+        tokens_BS, document_BS = batch
+        return self.embedding(tokens_BS), document_BS
+
+
+def logits(stage: EmbeddingStage, x_BSH: Tensor) -> Tensor:
+    """The tied embedding as output head."""
+    return F.linear(x_BSH, stage.weight)
+
+
+class LayerStage(nn.Module):
+    """One transformer layer on a travelling micro-batch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layer = Layer(config)
+        initialise(self, config)
+
+    def forward(self, batch: Travelling) -> Travelling:
+        x_BSH, document_BS = batch
+        return self.layer(x_BSH, LayerState(), Documents.from_ids(document_BS)), document_BS
+
+
+class NormStage(nn.Module):
+    """The final norm; document numbers end here."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, batch: Travelling) -> Tensor:
+        return self.norm(batch[0])
+
+
+def loss_of(outputs_BSV: Tensor, labels: Travelling) -> Tensor:
+    """The loss of one micro-batch; labels are (next tokens, weights)."""
+    return weighted_cross_entropy(outputs_BSV, *labels)
+
+
+class PlannedPipeline(PipelineModule):
+    """A pipeline cut where the plan says, not where DeepSpeed would.
+
+    Args:
+        bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
+
+    DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
+    """
+
+    def __init__(self, config: ModelConfig, bounds: list[int], seed: int) -> None:
+        last = config.num_layers + 3  # embedding, layers, norm, head
+        self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
+        super().__init__(
+            layers=[
+                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr="embedding.weight"),
+                *(LayerSpec(LayerStage, config) for _ in range(config.num_layers)),
+                LayerSpec(NormStage, config),
+                TiedLayerSpec(
+                    "embedding", EmbeddingStage, config, forward_fn=logits, tied_weight_attr="embedding.weight"
+                ),
+            ],
+            num_stages=len(bounds) - 1,
+            loss_fn=loss_of,
+            base_seed=seed,
+            seed_layers=True,  # a layer's weights depend on its number, not on the stage it lies in
+        )
+
+    def _partition_layers(self, method: str = "explicit") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = list(self._bounds)
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    @property
+    def ran_bounds(self) -> list[int]:
+        """The layer bounds DeepSpeed holds, in the plan's numbers."""
+        return [0, *(part - 1 for part in self.parts[1:-1]), self.parts[-1] - 3]
+
+
+def yuan_name(name: str, num_layers: int) -> str | None:
+    """Translate a pipeline parameter's name to the name it has in `Yuan`; None for the head's copy.
+
+    >>> yuan_name("2.layer.ffn.up.weight", 5), yuan_name("6.norm.weight", 5)
+    ('layers.1.ffn.up.weight', 'norm.weight')
+    """
+    if name.startswith("tied_modules.embedding."):
+        return name.removeprefix("tied_modules.embedding.")
+    match = re.fullmatch(r"(\d+)\.(?:layer\.)?(.+)", name)
+    if match is None:
+        raise ValueError(f"unknown pipeline parameter {name}")
+    number = int(match[1]) - 1
+    return match[2] if number == num_layers else f"layers.{number}.{match[2]}"
+
+
+def own_weights(module: nn.Module, num_layers: int) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters in fp32 under Yuan's names; the embedding appears on the first and last stage."""
+    for name, parameter in module.named_parameters():
+        full: Any = safe_get_full_fp32_param(parameter)
+        yield yuan_name(name, num_layers), (parameter if full is None else full).detach().float().cpu()  # type: ignore[misc]
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], num_layers: int) -> None:
+    """Copy a model's weights into this rank's part of the pipeline.
+
+    Raises:
+        ValueError: if a weight is missing or has another shape.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            source = weights.get(str(yuan_name(name, num_layers)))
+            if source is None or source.shape != parameter.shape:
+                got = None if source is None else tuple(source.shape)
+                raise ValueError(f"the parent has no weight for {name} of shape {tuple(parameter.shape)}, got {got}")
+            parameter.copy_(source)

@@ -1,0 +1,37 @@
+"""Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`.
+
+Can be killed at any instant and started again on the same folder; it goes on from the last
+committed checkpoint with the same order of data.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from infra.launch import alone, leave_with_parent
+from infra.logs import configure_logging
+from yuan.train.engine import Trainer, start_distributed, stop_distributed
+from yuan.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    configure_logging()
+    leave_with_parent()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = RunFolder(Path(sys.argv[1]).resolve())
+    spec = folder.spec()
+    # A rank of an earlier start may be dying still; two of them must not write the same files.
+    with alone(folder.path / f".rank-{os.environ['RANK']}.lock"):
+        start_distributed(spec)
+        Trainer(folder, spec).run()
+        stop_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
