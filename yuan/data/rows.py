@@ -74,7 +74,7 @@ def describe(error: ValidationError) -> str:
 
 def dump_rows(rows: list[Row]) -> bytes:
     """Write rows as JSONL with sorted keys; the same rows always give the same bytes."""
-    return b"".join(_line(row.model_dump(exclude_none=True)) for row in rows)
+    return b"".join(_line(row.model_dump(mode="json", exclude_none=True)) for row in rows)
 
 
 def _line(data: dict[str, Any]) -> bytes:
