@@ -123,10 +123,13 @@ class RoundParameters(BaseModel):
 
     max_steps: int = Field(default=600, ge=1, le=1_000_000, description="optimizer steps")
     learning_rate: float = Field(default=1.5e-3, gt=0, lt=1, description="peak learning rate")
-    replay_rows: int = Field(default=3000, ge=0, description="rows of the base mixture trained again, against forgetting")
+    replay_rows: int = Field(
+        default=3000, ge=0, description="rows of the base mixture trained again, against forgetting"
+    )
     seed: int = Field(default=0, ge=0, description="seed of data order and new weights")
     policy: Literal["reproduced", "demo"] = Field(
-        default="reproduced", description="which reports are accepted: those the champion really fails; demo: same, recorded"
+        default="reproduced",
+        description="which reports are accepted: those the champion really fails; demo: same, recorded",
     )
 
 

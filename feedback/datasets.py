@@ -106,9 +106,7 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         known.add(key)
         role = "duplicate" if is_duplicate else "held_out" if key in held_out else "taught"
         dataset.num_duplicates += is_duplicate
-        entries.append(
-            {"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role}
-        )
+        entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
         if role == "held_out":
             cases.append(row)
     add_cases(session, suite, cases, "held_out")
@@ -167,7 +165,8 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
     if turn.parent_version is not None:
         replay = min(int(turn.parameters["replay_rows"]), len(base))
         base = random.Random(f"replay {turn.parameters['seed']}").sample(base, replay)
-    kept, counts = [], {}
+    kept: list[Row] = []
+    counts: dict[str, int] = {}
     for name, part in (("corrections", corrections), ("datasets", contributed), ("base", base)):
         open_rows = [row for row in part if row.prompt_key not in closed]
         counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}

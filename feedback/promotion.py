@@ -32,7 +32,7 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
 
 
 def promote(session: Session, turn: Round, decision: dict[str, Any]) -> None:
-    """Make the round's candidate the champion: promotion, a verdict and a notice for every accepted report, the round's end.
+    """Make the round's candidate the champion, with a verdict and a notice for every accepted report.
 
     All of it is in the caller's transaction, so it happens once or not at all.
     """
@@ -89,7 +89,10 @@ def deliver(session: Session) -> int:
     """
     waiting = select(Outbox.id).where(Outbox.delivered_at.is_(None)).with_for_update(skip_locked=True)
     done = session.execute(
-        update(Outbox).where(Outbox.id.in_(waiting)).values(delivered_at=datetime.now(timezone.utc)).returning(Outbox.id)
+        update(Outbox)
+        .where(Outbox.id.in_(waiting))
+        .values(delivered_at=datetime.now(timezone.utc))
+        .returning(Outbox.id)
     )
     return len(done.all())
 

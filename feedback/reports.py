@@ -103,9 +103,7 @@ def review(session: Session, cut_off: datetime, salt: str, share: float) -> dict
         else:
             row.state, row.accepted_at = "accepted", datetime.now(timezone.utc)
             add_cases(session, REPORTS, [sample], role_of(sample.key, salt, share))
-            row.case_id = session.scalars(
-                select(Case.id).where(Case.suite == REPORTS, Case.key == sample.key)
-            ).one()
+            row.case_id = session.scalars(select(Case.id).where(Case.suite == REPORTS, Case.key == sample.key)).one()
         counts[row.state] += 1
     return counts
 

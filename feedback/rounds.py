@@ -59,7 +59,11 @@ def find_round(session: Session, round_id: str) -> Round:
     Raises:
         NotFound: if there is none.
     """
-    query = select(Round).order_by(Round.number.desc()) if round_id == "latest" else select(Round).where(Round.id == round_id)
+    query = (
+        select(Round).order_by(Round.number.desc())
+        if round_id == "latest"
+        else select(Round).where(Round.id == round_id)
+    )
     turn = session.scalars(query.limit(1)).first()
     if turn is None:
         raise NotFound(f"there is no round {round_id}")

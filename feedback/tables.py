@@ -5,7 +5,7 @@ Stored states are few; what can be derived (failing, fixed in vN, regressed in v
 
 import uuid
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {Json: JSONB, list[Any]: JSONB, datetime: TIMESTAMP(timezone=True)}
+    type_annotation_map: ClassVar = {Json: JSONB, list[Any]: JSONB, datetime: TIMESTAMP(timezone=True)}
 
 
 def new_id() -> str:
@@ -176,7 +176,9 @@ class Round(Created, Base):
     candidate_version: Mapped[int | None]
     decision: Mapped[Json | None]
     finished_at: Mapped[datetime | None]
-    __table_args__ = (Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),)
+    __table_args__ = (
+        Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),
+    )
 
 
 class Plan(Created, Base):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from flows.stack import load_config, port_holder
@@ -15,10 +14,8 @@ MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 
 
 def machine_faults(home: Path) -> list[Fault]:
-    """Python, permissions, disk, memory and busy ports."""
+    """Permissions, disk, memory and busy ports."""
     found: list[Fault] = []
-    if sys.version_info < (3, 11):
-        found.append((f"Python is {sys.version.split()[0]}", "use 3.11 or newer: make PYTHON=python3.11 setup"))
     place = next(path for path in (home, *home.parents) if path.exists())
     if not os.access(place, os.W_OK):
         return [*found, (f"{place} cannot be written", "give yourself the right, or set COTRAIN_HOME elsewhere")]

@@ -113,7 +113,9 @@ def key_of(round_id: str, attempt: int) -> str:
 
 def find_run(client: SyncPrefectClient, round_id: str, attempt: int) -> FlowRun | None:
     """The flow run of an attempt; None if it was never made or Prefect's database was lost."""
-    answer = client._client.post("/flow_runs/filter", json={"flow_runs": {"idempotency_key": {"any_": [key_of(round_id, attempt)]}}})
+    answer = client._client.post(
+        "/flow_runs/filter", json={"flow_runs": {"idempotency_key": {"any_": [key_of(round_id, attempt)]}}}
+    )
     found = answer.json()
     return FlowRun.model_validate(found[0]) if found else None
 

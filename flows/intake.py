@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from feedback import datasets, reports, rounds
+from feedback.accounts import audit
 from feedback.reproduce import ask_again
 from flows.context import Context
 
@@ -19,13 +20,14 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
         if not rounds.begin_step(session, round_id, "collect"):
             return {}
         turn = rounds.find_round(session, round_id)
-        cut_off, champion = turn.cut_off, turn.parent_version
+        cut_off, champion, policy = turn.cut_off, turn.parent_version, turn.parameters["policy"]
         screened = reports.screen(session, cut_off)
     if champion is not None:
         _reproduce(context, round_id, champion)
     with context.sessions.begin() as session:
         counts = reports.review(session, cut_off, context.salt, HELD_OUT_REPORTS)
         waiting = datasets.checked(session, cut_off)
+        audit(session, f"policy {policy}", "reviewed", round_id, **counts)
     for dataset_id in waiting:
         with context.sessions.begin() as session:
             datasets.accept(session, dataset_id, context.objects.get, context.salt, context.settings.held_out_share)

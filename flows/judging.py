@@ -14,6 +14,8 @@ from infra.settings import child_environment
 
 log = logging.getLogger(__name__)
 
+EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
+
 
 def evaluate(context: Context, round_id: str) -> dict[int, int]:
     """Let candidate and champion take the cases they have not taken, and return how many each took."""
@@ -52,12 +54,17 @@ def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, A
         RuntimeError: if it fails; the message holds the end of its log.
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
+    log_file = folder / "eval.log"
     asked.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
     command = [sys.executable, "-m", "yuan.eval.run", str(model), str(asked), str(answered)]
-    with supervised(command, folder, child_environment(context.settings), "eval.log") as process:
-        status = process.wait()
-    if status != 0:
-        raise RuntimeError(f"evaluation ended with status {status}: {(folder / 'eval.log').read_text()[-800:]}")
+    for _ in range(EVAL_ATTEMPTS):
+        with supervised(command, folder, child_environment(context.settings), log_file.name) as process:
+            status = process.wait()
+        if status == 0:
+            break
+        log.warning("an evaluation ended with status %d", status)
+    else:
+        raise RuntimeError(f"evaluation ended with status {status}: {log_file.read_text()[-800:]}")
     return [json.loads(line) for line in answered.read_text().splitlines()]
 
 

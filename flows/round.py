@@ -7,8 +7,12 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
-from prefect.artifacts import update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from pydantic import Field
@@ -36,7 +40,9 @@ def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
 
 def step(function: Callable[..., Any], name: str) -> Any:
     """Make a task of a step: never cached, repeated on I/O errors only."""
-    made = task(name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io)
+    made = task(
+        name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io
+    )
     return made(function)
 
 
@@ -50,12 +56,19 @@ decide = step(judging.decide, "decide")
 tell = step(judging.tell, "tell")
 
 
-@flow(name="cotrain-round", description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.")
+@flow(
+    name="cotrain-round",
+    description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.",
+)
 def cotrain_round(
-    round_id: Annotated[str | None, Field(description="leave empty to request a new round; the dispatcher fills it in")] = None,
+    round_id: Annotated[
+        str | None, Field(description="leave empty to request a new round; the dispatcher fills it in")
+    ] = None,
     max_steps: Annotated[int, Field(ge=1, le=1_000_000, description="optimizer steps")] = 600,
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="peak learning rate")] = 1.5e-3,
-    replay_rows: Annotated[int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")] = 3000,
+    replay_rows: Annotated[
+        int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")
+    ] = 3000,
     seed: Annotated[int, Field(ge=0, description="seed of data order and new weights")] = 0,
 ) -> str:
     """Run a round to its end and return its final state; a round that has ended is left as it is."""

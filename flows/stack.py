@@ -61,7 +61,9 @@ def load_config(home: Path, *, durable: bool = True) -> StackConfig:
             write_private(file, json.dumps(asdict(config), indent=2))
         return config
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    config = StackConfig(uuid.uuid4().hex, choose_ports(), {name: secrets.token_urlsafe(24) for name in SECRETS}, durable)
+    config = StackConfig(
+        uuid.uuid4().hex, choose_ports(), {name: secrets.token_urlsafe(24) for name in SECRETS}, durable
+    )
     write_private(file, json.dumps(asdict(config), indent=2))
     return config
 
@@ -194,10 +196,14 @@ def _weed(home: Path, config: StackConfig, settings: Settings) -> Service:
             folder.mkdir(exist_ok=True, mode=0o700)
         # Without these keys the filer serves and deletes objects for anybody on this machine.
         sections = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
-        text = "".join(f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60\n' for name, n in sections)
+        text = "".join(
+            f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60\n' for name, n in sections
+        )
         write_private(work / "security.toml", text)
         # A volume index torn by a kill would hide its whole volume.
-        subprocess.run([weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True)
+        subprocess.run(
+            [weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True
+        )
 
     flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
     flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
@@ -230,7 +236,9 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
     password = config.secrets["mlflow"]
 
     def database(name: str) -> str:
-        return postgres.url(name, name, config.secrets[f"{name}_database"]).replace("postgresql:", "postgresql+psycopg:")
+        return postgres.url(name, name, config.secrets[f"{name}_database"]).replace(
+            "postgresql:", "postgresql+psycopg:"
+        )
 
     def before() -> None:
         work.mkdir(exist_ok=True, mode=0o700)
@@ -345,7 +353,15 @@ def _ok(url: str, token: str | None = None) -> None:
     httpx.get(url, headers=headers, timeout=3).raise_for_status()
 
 
-def _own(home: Path, settings: Settings, name: str, module: str, check: Callable[[], None], needs: tuple[str, ...], **more: Any) -> Service:
+def _own(
+    home: Path,
+    settings: Settings,
+    name: str,
+    module: str,
+    check: Callable[[], None],
+    needs: tuple[str, ...],
+    **more: Any,
+) -> Service:
     return Service(
         name=name,
         command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", module],
@@ -358,7 +374,9 @@ def _own(home: Path, settings: Settings, name: str, module: str, check: Callable
 
 
 def _portal(home: Path, settings: Settings) -> Service:
-    return _own(home, settings, "portal", "feedback.run", lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3"))
+    return _own(
+        home, settings, "portal", "feedback.run", lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3")
+    )
 
 
 def _model_server(home: Path, settings: Settings) -> Service:

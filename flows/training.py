@@ -50,7 +50,9 @@ def lay_out(context: Context, round_id: str) -> Plan:
         return folder.spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    rows = [row for row in parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")) if isinstance(row, Row)]
+    rows = [
+        row for row in parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")) if isinstance(row, Row)
+    ]
     model, tokenizer = _model(context, folder, parent, rows)
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
@@ -123,14 +125,15 @@ def train(context: Context, round_id: str, progress: Progress) -> None:
             break
         status = _run_ranks(context, folder, reporter)
         if status != 0:
-            folder.append("events.jsonl", {"event": "ranks ended", "status": status, "restart": restart, "time": time.time()})
+            folder.append(
+                "events.jsonl", {"event": "ranks ended", "status": status, "restart": restart, "time": time.time()}
+            )
             log.warning("the ranks of run %s ended with status %d", run_id, status)
     else:
         raise RuntimeError(f"the ranks of run {run_id} died {MAX_RESTARTS + 1} times: {_log_end(folder)}")
     reporter.report()
-    context.tracker.log_artifact(mlflow_run, folder.path / "events.jsonl") if (
-        folder.path / "events.jsonl"
-    ).exists() else None
+    if (folder.path / "events.jsonl").exists():
+        context.tracker.log_artifact(mlflow_run, folder.path / "events.jsonl")
 
 
 def _run_ranks(context: Context, folder: RunFolder, reporter: "_Reporter") -> int:
@@ -149,7 +152,12 @@ def _tracked(context: Context, folder: RunFolder, run_id: str, number: int) -> s
     """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
     spec = folder.spec()
     mlflow_run = context.tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
-    parameters = {**dataclasses.asdict(spec.recipe), "snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
+    parameters = {
+        **dataclasses.asdict(spec.recipe),
+        "snapshot": spec.snapshot,
+        "parent": spec.parent,
+        "kind": spec.kind,
+    }
     context.tracker.log(mlflow_run, [], parameters)
     (folder.path / "plan.json").write_text(json.dumps(spec.plan.to_json(), indent=2))
     for name in ("run.json", "plan.json"):

@@ -25,7 +25,9 @@ TERM_GRACE_S = 10.0
 
 
 @contextlib.contextmanager
-def supervised(command: list[str], folder: Path, env: Mapping[str, str], log_name: str) -> Iterator[subprocess.Popen[bytes]]:
+def supervised(
+    command: list[str], folder: Path, env: Mapping[str, str], log_name: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command whose processes call `leave_with_parent`; leaving the block ends every one of them.
 
     Output goes to `log_name` in the folder.

@@ -16,7 +16,9 @@ def faults(folder: str) -> "list[str]":
     found = []
     if sys.version_info < (3, 11):
         version = "%d.%d" % sys.version_info[:2]
-        found.append(f"Python 3.11 or newer is needed and this is {version}: install it and run `make PYTHON=python3.11 ...`")
+        found.append(
+            f"Python 3.11 or newer is needed and this is {version}: install it and run `make PYTHON=python3.11 ...`"
+        )
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         found.append("Python has no venv module: install it (Debian: python3-venv)")
     if not os.access(folder, os.W_OK):

@@ -144,7 +144,9 @@ class Keeper:
         reason = "no answer yet"
         while not self._stopping.is_set():
             if process.poll() is not None:
-                raise RuntimeError(f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log")
+                raise RuntimeError(
+                    f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log"
+                )
             try:
                 return service.check()
             except Exception as error:  # any refusal means not ready

@@ -7,7 +7,7 @@ variables win over that file. `.env.example` describes each.
 import os
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 HOME_VARIABLE = "COTRAIN_HOME"
@@ -56,10 +56,9 @@ def load_settings() -> Settings:
     """
     home = home_folder()
     try:
-        return Settings(_env_file=home / "env")  # type: ignore[call-arg]
-    except ValueError as error:
-        names = getattr(error, "errors", list)()
-        wrong = ", ".join(f"COTRAIN_{str(e['loc'][0]).upper()}" for e in names)
+        return Settings(_env_file=home / "env")
+    except ValidationError as error:
+        wrong = ", ".join(f"COTRAIN_{str(e['loc'][0]).upper()}" for e in error.errors())
         raise ValueError(
             f"no usable settings in {home}: {wrong}; run `cotrain up` or set them as in .env.example"
         ) from None

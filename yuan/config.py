@@ -103,7 +103,8 @@ class Recipe:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise ValueError(
-                f"warmup_steps must be below max_steps, got {self.warmup_steps} and {self.max_steps}; lower warmup_steps"
+                f"warmup_steps must be below max_steps, got {self.warmup_steps} and {self.max_steps}; "
+                "lower warmup_steps"
             )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
@@ -147,7 +148,7 @@ def yuan_102b() -> ModelConfig:
 
 def tiny(vocab_size: int = 1024) -> ModelConfig:
     """The true architecture at a size that learns in minutes on two cores."""
-    return ModelConfig(name="tiny", num_layers=6, hidden_size=128, num_heads=4, vocab_size=vocab_size, seq_len=256)
+    return ModelConfig(name="tiny", num_layers=5, hidden_size=128, num_heads=4, vocab_size=vocab_size, seq_len=256)
 
 
 PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}

@@ -55,8 +55,9 @@ def generate(
         room = min(max_tokens, model.config.seq_len - length)
         for start in range(0, len(numbers), MAX_BATCH):
             batch = numbers[start : start + MAX_BATCH]
-            tokens = _decode(model, torch.tensor([encoded[n] for n in batch]), room, tokenizer.eod, temperature, generator)
-            for number, row in zip(batch, tokens.tolist(), strict=True):
+            prompts_BS = torch.tensor([encoded[n] for n in batch])
+            decoded_BS = _decode(model, prompts_BS, room, tokenizer.eod, temperature, generator)
+            for number, row in zip(batch, decoded_BS.tolist(), strict=True):
                 answers[number] = _completion(tokenizer, row, length)
     return [answer for answer in answers if answer is not None]
 

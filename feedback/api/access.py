@@ -73,9 +73,7 @@ class Repeat:
         return (fresh, False) if first is None else (first, True)
 
 
-async def repeat(
-    request: Request, idempotency_key: Annotated[str | None, Header(max_length=200)] = None
-) -> Repeat:
+async def repeat(request: Request, idempotency_key: Annotated[str | None, Header(max_length=200)] = None) -> Repeat:
     """Read the key, and digest what was asked; without a key every request is its own."""
     body = await request.body()
     parts = (request.method, request.url.path, request.url.query)

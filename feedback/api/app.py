@@ -4,7 +4,6 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine, text
 
 from feedback.api import intake, openai, operate, pages
@@ -18,10 +17,11 @@ MODEL_TIMEOUT_S = 120.0
 
 def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
     """Build the portal on an open engine and store."""
-    app = FastAPI(title="Yuan co-training portal", version="1", description="Report, contribute, follow what became of it.")
+    app = FastAPI(
+        title="Yuan co-training portal", version="1", description="Report, contribute, follow what became of it."
+    )
     app.state.sessions = open_sessions(engine)
     app.state.objects = objects
-    app.state.in_thread = run_in_threadpool
     app.state.model_server = httpx.Client(
         base_url=settings.model_server_url,
         timeout=MODEL_TIMEOUT_S,

@@ -68,12 +68,14 @@ class BodyLimit:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         limit = self._limits.get(scope["path"], self._default)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         message = f"the body may have {limit} bytes; send less"
         if declared.isdigit() and int(declared) > limit:
-            return await error_answer(413, "too_large", message)(scope, receive, send)
+            await error_answer(413, "too_large", message)(scope, receive, send)
+            return
         seen, started = 0, False
 
         async def counted() -> Any:

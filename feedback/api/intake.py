@@ -3,13 +3,14 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy import select
 
 from feedback import datasets, reports
+from feedback.accounts import OPERATOR, audit
 from feedback.api.access import Current, Db, Forbidden, Repeatable
 from feedback.api.errors import error_answer
-from feedback.accounts import OPERATOR, audit
 from feedback.contracts import DatasetOut, ErrorOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
 from feedback.rounds import notify
 from feedback.tables import Outbox
@@ -47,9 +48,7 @@ def get_feedback(feedback_id: str, contributor: Current, session: Db) -> Feedbac
 def notices(contributor: Current, session: Db) -> list[NoticeOut]:
     """What you were told about your reports, oldest first."""
     query = select(Outbox).where(Outbox.contributor_id == contributor.id, Outbox.delivered_at.is_not(None))
-    return [
-        NoticeOut.model_validate(row, from_attributes=True) for row in session.scalars(query.order_by(Outbox.id))
-    ]
+    return [NoticeOut.model_validate(row, from_attributes=True) for row in session.scalars(query.order_by(Outbox.id))]
 
 
 @router.post(
@@ -70,7 +69,7 @@ async def push_dataset(
     if purpose != "mixture" and contributor.role != OPERATOR:
         raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
     data = await request.body()
-    return await request.app.state.in_thread(_keep_dataset, request, contributor, session, repeat, name, purpose, data)
+    return await run_in_threadpool(_keep_dataset, request, contributor, session, repeat, name, purpose, data)
 
 
 def _keep_dataset(

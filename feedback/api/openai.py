@@ -50,14 +50,18 @@ def _ask(request: Request, method: str, path: str, body: dict[str, Any] | None =
     try:
         return http.request(method, path, json=body)
     except httpx.TransportError as error:
-        raise Upstream(f"the model server does not answer ({type(error).__name__}); try again in a few seconds") from None
+        raise Upstream(
+            f"the model server does not answer ({type(error).__name__}); try again in a few seconds"
+        ) from None
 
 
 def _relay(answer: httpx.Response) -> JSONResponse:
     return JSONResponse(answer.json(), status_code=answer.status_code)
 
 
-def _remember(session: Session, contributor_id: str, data: dict[str, Any], prompts: list[str], texts: list[str]) -> None:
+def _remember(
+    session: Session, contributor_id: str, data: dict[str, Any], prompts: list[str], texts: list[str]
+) -> None:
     for choice, prompt, text in zip(data["choices"], prompts, texts, strict=True):
         choice["response_id"] = new_id()
         session.add(

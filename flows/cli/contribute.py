@@ -63,7 +63,9 @@ def submit(
 
 @dataset.command()
 def push(
-    file: Annotated[Path, typer.Argument(help="JSONL, one row a line: prompt, answer, checker?, ...", exists=True, dir_okay=False)],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL, one row a line: prompt, answer, checker?, ...", exists=True, dir_okay=False)
+    ],
     name: Annotated[str | None, typer.Option(help="name of the dataset; default: the file's")] = None,
     purpose: Annotated[str, typer.Option(help="mixture; operators also base and suite")] = "mixture",
     url: Url = LOCAL_PORTAL,

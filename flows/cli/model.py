@@ -89,7 +89,10 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
         evaluate_version(context, number)
         with context.sessions() as session:
             found = {name: rate.to_json() for name, rate in rates(session, number).items()}
-    lines = [f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}" for name, r in found.items()]
+    lines = [
+        f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
+        for name, r in found.items()
+    ]
     show({"version": number, "suites": found}, "\n".join([f"v{number}", *lines]), as_json)
 
 

@@ -118,7 +118,11 @@ def down(as_json: Json = False) -> None:
     with clear_errors():
         home = _home()
         was_up = take_down(home)
-        show({"home": str(home), "stopped": was_up}, f"the stack in {home} is {'stopped' if was_up else 'not up'}", as_json)
+        show(
+            {"home": str(home), "stopped": was_up},
+            f"the stack in {home} is {'stopped' if was_up else 'not up'}",
+            as_json,
+        )
 
 
 def take_down(home: Path) -> bool:
@@ -150,7 +154,9 @@ def status(as_json: Json = False) -> None:
     running = is_running(home)
     states = read_state(home).get("services", {}) if running else {}
     if as_json:
-        show({"home": str(home), "up": running, "services": states, "urls": addresses(home) if running else {}}, "", True)
+        show(
+            {"home": str(home), "up": running, "services": states, "urls": addresses(home) if running else {}}, "", True
+        )
     elif running:
         stderr.print(_table(states))
         print("\n".join(f"{name:13} {url}" for name, url in addresses(home).items()))

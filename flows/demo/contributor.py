@@ -85,13 +85,20 @@ def push_malformed(client: Client) -> dict[str, Any]:
         try:
             client.push_dataset(file)
         except PortalError as error:
-            return {"what": "malformed file", "status": error.status, "reason": error.body.message, "rows": error.body.rows}
+            return {
+                "what": "malformed file",
+                "status": error.status,
+                "reason": error.body.message,
+                "rows": error.body.rows,
+            }
     raise RuntimeError("the portal took a malformed file")
 
 
 def submit_oversized(client: Client) -> dict[str, Any]:
     """Send a report beyond the size limit and return the refusal."""
-    huge = FeedbackIn.model_construct(kind="correction", prompt="x" * 200_000, response="y", model_version=1, expected="z")
+    huge = FeedbackIn.model_construct(
+        kind="correction", prompt="x" * 200_000, response="y", model_version=1, expected="z"
+    )
     try:
         client.submit(huge)
     except PortalError as error:

@@ -57,7 +57,7 @@ def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Fo
     account = doors.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
     say("a contributor asks, reports wrong answers and pushes a dataset")
     told = contribute(doors.url, account.token, skills_file, seed)
-    say(f"{told['asked']} questions asked, {told['reports']} reports, a dataset of {told['rows']} rows; refused on purpose: 2")
+    say(f"{told['asked']} questions, {told['reports']} reports, a dataset of {told['rows']} rows; 2 refused on purpose")
     timer.lap("contributor")
     second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed, policy="demo"), follow)
     timer.lap("round")

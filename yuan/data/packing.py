@@ -77,9 +77,7 @@ def pack(samples: Sequence[Sample], *, seq_len: int, pad: int) -> Windows:
 def _pieces(sample: Sample, seq_len: int) -> list[Sample]:
     """Cut a sample into pieces of at most seq_len predictions; neighbours share one token."""
     cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
-    pieces = [
-        Sample(sample.tokens[cut : cut + seq_len + 1], sample.learned[cut : cut + seq_len + 1]) for cut in cuts
-    ]
+    pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.learned[cut : cut + seq_len + 1]) for cut in cuts]
     return [piece for piece in pieces if any(piece.learned[1:])]
 
 

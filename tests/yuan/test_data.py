@@ -1,0 +1,121 @@
+"""Rows, checkers, packing, tokenizer, skills."""
+
+import random
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from yuan import tokenizer as tokenizers
+from yuan.data.checkers import Checker
+from yuan.data.packing import Sample, encode_row, pack, window_order
+from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
+from yuan.data.skills import load_skills
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512)
+
+
+@pytest.mark.parametrize(
+    ("checker", "right", "wrong"),
+    [
+        ({"type": "exact", "value": "abc"}, [" abc\n", "ａｂｃ"], ["ab c", "ABC", ""]),
+        ({"type": "numeric", "value": 1234}, ["1,234", "it is 1234.0", "7 then 1234"], ["1234 or 5", "none", "1235"]),
+        ({"type": "numeric", "value": "0.5", "tolerance": "0.01"}, ["0.505"], ["0.52", "-0.5"]),
+        ({"type": "choice", "value": "B"}, ["B", "the answer is B."], ["A or B", "b", "Bad"]),
+        ({"type": "contains", "values": ["red", "blue"]}, ["blue and red"], ["red"]),
+    ],
+)
+def test_checkers_take_right_answers_only(checker, right, wrong):
+    rule = TypeAdapter(Checker).validate_python(checker)
+    assert all(rule.check(answer) for answer in right)
+    assert not any(rule.check(answer) for answer in wrong)
+
+
+def test_every_bad_line_is_reported_with_its_number():
+    found = list(
+        parse_rows(b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "a"}\nnope\n{"prompt":"a","answer":"b","x":1}')
+    )
+    assert isinstance(found[0], Row)
+    assert [(bad.row, bad.reason.split(":")[0]) for bad in found[1:] if isinstance(bad, BadRow)] == [
+        (3, "answer"),
+        (4, "line"),
+        (5, "x"),
+    ]
+
+
+def test_dumped_rows_read_back_equal():
+    rows = [Row.model_validate({"prompt": "加", "answer": "1", "checker": {"type": "numeric", "value": 1}})]
+    assert list(parse_rows(dump_rows(rows))) == rows
+
+
+def test_key_ignores_form_and_keeps_numbers():
+    row = Row(prompt=" What is  Ａ1?", answer="x")
+    assert row.key == Row(prompt="what is a1?", answer="X").key
+    assert row.key != Row(prompt="what is a2?", answer="x").key
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n    return x", "加 12\t𝄞", "<sep> <eod>", ""])
+def test_any_text_round_trips_and_gives_no_special_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.sep, tokenizer.eod, tokenizer.pad} & set(ids)
+
+
+def test_only_the_answer_and_its_end_are_learned(tokenizer):
+    sample = encode_row(Row(prompt="12", answer="加减"), tokenizer)
+    assert sample.learned == (False, False, False, True, True, True)
+    assert sample.tokens[2] == tokenizer.sep
+    assert sample.tokens[-1] == tokenizer.eod
+    assert all(encode_row(Row(prompt="", answer="12"), tokenizer).learned)
+
+
+def test_packing_keeps_every_prediction_once():
+    rng = random.Random(0)
+    samples = [Sample(tuple(range(n)), (True,) * n) for n in (rng.randint(2, 40) for _ in range(50))]
+    windows = pack(samples, seq_len=16, pad=99)
+    assert windows.learned.sum() == sum(len(s.tokens) - 1 for s in samples)
+    inside = windows.documents >= 0
+    assert (windows.labels[inside] == windows.tokens[inside] + 1).all()
+    assert not windows.learned[~inside].any()
+
+
+def test_data_order_is_a_function_of_position():
+    whole = window_order(7, start=0, count=30, seed=3)
+    parts = np.concatenate([window_order(7, start=start, count=5, seed=3) for start in range(0, 30, 5)])
+    assert (whole == parts).all()
+    assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in range(0, 28, 7))
+
+
+def test_demo_skills_make_rows_their_checkers_take():
+    from flows.demo.corpus import BASE_SKILLS, REPORTED_SKILLS
+
+    for skill in [*load_skills(BASE_SKILLS), *load_skills(REPORTED_SKILLS)]:
+        assert all(row.checker.check(row.answer) for row in skill.rows(20, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = 1", "defines no list SKILLS"),
+        ("SKILLS = [{'name': 'a'}]", r"SKILLS\[0\] is not a skill"),
+        (
+            "SKILLS = [{'name': 'a', 'generate': lambda r: ('p', 'x'), 'checker': {'type': 'numeric'}}]",
+            r"SKILLS\[0\] is not a skill",
+        ),
+    ],
+)
+def test_a_wrong_skill_file_is_named(tmp_path, text, reason):
+    (tmp_path / "skills.py").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_skills(tmp_path / "skills.py")
+
+
+def test_a_skill_with_too_few_prompts_says_so(tmp_path):
+    (tmp_path / "s.py").write_text(
+        "SKILLS = [{'name': 'a', 'generate': lambda r: ('p', 'x'), 'checker': {'type': 'exact'}}]"
+    )
+    with pytest.raises(ValueError, match="gave 1 different prompts, 2 are needed"):
+        load_skills(tmp_path / "s.py")[0].rows(2, seed=0)

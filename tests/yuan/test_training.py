@@ -1,0 +1,154 @@
+"""The pipeline of two processes against a plain loop in one."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.launch import supervised, torchrun_command
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, Recipe
+from yuan.data.packing import Sample, pack, window_order
+from yuan.model import weights
+from yuan.model.loss import weighted_cross_entropy
+from yuan.model.transformer import Documents, Yuan
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import cpu_pool
+from yuan.train.engine import learning_rate
+from yuan.train.folder import RunFolder, RunSpec
+
+STEPS = 12
+RECIPE = Recipe(
+    max_steps=STEPS,
+    learning_rate=3e-3,
+    seq_len=32,
+    micro_batch_size=2,
+    global_batch_size=8,
+    warmup_steps=3,
+    checkpoint_every=4,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A parent model and packed windows of unequal documents."""
+    tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
+    config = ModelConfig(name="test", num_layers=3, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    torch.manual_seed(1)
+    parent = tmp_path_factory.mktemp("parent")
+    weights.save(parent, config, Yuan(config).state_dict(), tokenizer, {})
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
+        for n in rng.integers(4, 30, 200)
+    ]
+    return parent, config, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
+
+
+def lay_out(folder, made):
+    parent, config, windows = made
+    folder.mkdir(parents=True)
+    (folder / "parent").symlink_to(parent)
+    (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
+    spec = RunSpec(
+        kind="finetune",
+        model=config,
+        snapshot="s",
+        plan=make_plan(config, RECIPE, cpu_pool()),
+        recipe=RECIPE,
+        seed=5,
+        parent="v1",
+    )
+    RunFolder(folder).write(spec, windows)
+    return RunFolder(folder)
+
+
+def launch(folder):
+    return supervised(torchrun_command("yuan.train.run", folder.path, 2), folder.path, dict(os.environ), "train.log")
+
+
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory):
+    folder = lay_out(tmp_path_factory.mktemp("runs") / "whole", made)
+    with launch(folder) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    return folder
+
+
+def plain_losses(made):
+    """The same training as a loop anybody can read: one process, torch alone."""
+    parent, config, windows = made
+    model = Yuan(config)
+    model.load_state_dict(load_file(parent / "model.safetensors"))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": RECIPE.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
+    losses = []
+    for step in range(STEPS):
+        chosen = window_order(len(windows), start=8 * step, count=8, seed=5)
+        tokens, labels = (torch.from_numpy(a[chosen]).long() for a in (windows.tokens, windows.labels))
+        learned = torch.from_numpy(windows.learned[chosen]).float()
+        documents = Documents.from_ids(torch.from_numpy(windows.documents[chosen]))
+        loss = weighted_cross_entropy(model(tokens, documents=documents), labels, learned / learned.sum())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, RECIPE)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_two_stages_give_the_losses_of_one_process(made, finished):
+    losses = [row["train/loss"] for row in finished.metrics()]
+    np.testing.assert_allclose(losses, plain_losses(made), rtol=1e-5)
+
+
+def test_deepspeed_ran_the_planned_uneven_bounds(finished):
+    status = finished.status()
+    assert status["state"] == "finished"
+    assert status["bounds"] == finished.spec().plan.bounds == [0, 2, 3]
+
+
+def test_export_is_a_model_folder(made, finished):
+    model = weights.load(finished.export)
+    assert model.config == made[1]
+    assert weights.verify(finished.export)["parent"] == "v1"
+
+
+def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
+    folder = lay_out(tmp_path / "killed", made)
+    with launch(folder) as process:
+        end = time.monotonic() + 60
+        while not list(folder.checkpoints.glob("step-*/COMMITTED")):
+            assert time.monotonic() < end and process.poll() is None, (folder.path / "train.log").read_text()[-2000:]
+            time.sleep(0.01)
+        os.kill(json.loads((folder.path / "status.json").read_text())["pid"], signal.SIGKILL)
+        assert process.wait(60) != 0
+    with launch(folder) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
+    folder = lay_out(tmp_path / "orphan", made)
+    with launch(folder) as process:
+        end = time.monotonic() + 60
+        while not folder.status():
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        rank = folder.status()["pid"]
+        process.send_signal(signal.SIGKILL)  # torchrun alone; its ranks are in sessions of their own
+    end = time.monotonic() + 10
+    while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not os.path.exists(f"/proc/{rank}")
