@@ -108,8 +108,8 @@ def reconcile_aliases(
     wanted = _wanted_aliases(session)
     changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
     for alias, version in changed.items():
-        set_alias(alias, version)
         audit(session, "reconciler", "alias set", alias, version=version, found=actual.get(alias))
+        set_alias(alias, version)
     return changed
 
 

@@ -1,15 +1,20 @@
 """One handler from exception to status, and one JSON shape."""
 
+import logging
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from feedback.accounts import Conflict, NotFound
 from feedback.api.access import Forbidden, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
+
+log = logging.getLogger(__name__)
 
 
 class TooLarge(Exception):
@@ -28,6 +33,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     TooLarge: (413, "too_large"),
     Upstream: (503, "unavailable"),
 }
+STORE_FAULTS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
 
 
 def error_answer(
@@ -54,8 +60,18 @@ def add_error_handlers(app: FastAPI) -> None:
     def http(request: Request, error: HTTPException) -> JSONResponse:
         return error_answer(error.status_code, "http", str(error.detail))
 
+    def store(request: Request, error: Exception) -> JSONResponse:
+        log.warning("a store does not answer: %s", str(error).split("\n")[0][:200])
+        return error_answer(503, "unavailable", "a store does not answer now; repeat the request in a few seconds")
+
+    def unknown(request: Request, error: Exception) -> JSONResponse:
+        return error_answer(500, "internal", "this is our fault and is in the portal's log; nothing was changed")
+
     for kind in STATUS:
         app.add_exception_handler(kind, known)
+    for fault in STORE_FAULTS:
+        app.add_exception_handler(fault, store)
+    app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
 
@@ -76,23 +92,24 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > limit:
             await error_answer(413, "too_large", message)(scope, receive, send)
             return
-        seen, started = 0, False
+        seen, exceeded = 0, False
 
         async def counted() -> Any:
-            nonlocal seen
+            nonlocal seen, exceeded
             event = await receive()
             seen += len(event.get("body", b""))
             if seen > limit:
+                exceeded = True
                 raise TooLarge(message)
             return event
 
         async def watched(event: Any) -> None:
-            nonlocal started
-            started = True
-            await send(event)
+            if not exceeded:  # FastAPI turns any fault while reading a body into an answer of its own
+                await send(event)
 
         try:
             await self._app(scope, counted, watched)
         except TooLarge:
-            if not started:
-                await error_answer(413, "too_large", message)(scope, receive, send)
+            exceeded = True
+        if exceeded:
+            await error_answer(413, "too_large", message)(scope, receive, send)

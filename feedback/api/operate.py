@@ -42,5 +42,4 @@ def cancel_round(round_id: str, operator: Operator, session: Db) -> RoundOut:
     turn = rounds.find_round(session, round_id)
     rounds.finish(session, turn.id, "cancelled", "cancelled by an operator", actor=operator.id)
     rounds.notify(session)
-    session.refresh(turn)
     return rounds.describe(session, turn)

@@ -35,6 +35,8 @@ def clear_errors() -> Iterator[None]:
 
     try:
         yield
+    except typer.Exit:  # a RuntimeError by birth
+        raise
     except PortalError as error:
         for row in error.body.rows or []:
             print(f"  row {row['row']}: {row['reason']}", file=sys.stderr)

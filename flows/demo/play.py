@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from feedback.client import Client
-from feedback.contracts import RoundOut, RoundParameters
+from feedback.contracts import NoticeOut, RoundOut, RoundParameters
 from flows.demo.corpus import REPORTED_SKILLS, base_rows, fresh_rows
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
@@ -21,6 +21,7 @@ BASE_ROUND = {"max_steps": 1100, "learning_rate": 3e-3}
 DEMO_ROUND = {"max_steps": 420, "learning_rate": 2e-3, "replay_rows": 3000}
 FRESH, FRESH_PER_SKILL = "fresh", 200
 SERVICE_TIMEOUT_S = 60.0
+NOTICE_TIMEOUT_S = 30.0
 
 Say = Callable[[str], None]
 Follow = Callable[[Client, str], RoundOut]
@@ -123,7 +124,7 @@ def figures(
     suites = second.decision["suites"]
     by_name = {suite["suite"]: suite for suite in suites}
     accepted = [report for report in contributor.all_feedback() if report.state == "accepted"]
-    notices = contributor.notices()
+    notices = delivered_notices(contributor, len(accepted))
     return {
         "champion_before": first.candidate_version,
         "champion_after": second.candidate_version,
@@ -140,3 +141,13 @@ def figures(
         "suites": suites,
         "parts": laps,
     }
+
+
+def delivered_notices(contributor: Client, expected: int) -> list[NoticeOut]:
+    """The contributor's notices, once there are as many as expected or time is up."""
+    end = time.monotonic() + NOTICE_TIMEOUT_S
+    while True:
+        notices = contributor.notices()
+        if len(notices) >= expected or time.monotonic() > end:
+            return notices
+        time.sleep(0.2)

@@ -1,0 +1,101 @@
+"""Real services for the tests: embedded PostgreSQL and S3, started once."""
+
+import os
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from feedback.accounts import add_contributor
+from feedback.api.app import make_app
+from feedback.tables import new_id
+from flows.stack import load_config, services, write_environment
+from infra.database import open_engine, open_sessions
+from infra.objects import open_objects
+from infra.services import MARK, sweep
+from infra.settings import Settings
+
+
+def start(service, stack_id):
+    """Start one service of the embedded stack and wait until it answers."""
+    service.before()
+    (service.cwd / "log").parent.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        service.command(),
+        env={**service.env, MARK: stack_id},
+        cwd=service.cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while True:
+        try:
+            service.check()
+            break
+        except Exception:
+            assert process.poll() is None and time.monotonic() < end, f"{service.name} did not start"
+            time.sleep(0.05)
+    service.after()
+    return process
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    """Settings of a home whose PostgreSQL and S3 run."""
+    home = tmp_path_factory.mktemp("home")
+    config = load_config(home, durable=False)
+    write_environment(home, config)
+    settings = Settings(_env_file=home / "env", home=home)
+    processes = [start(service, config.stack_id) for service in services(home, config, settings)[:2]]
+    yield settings
+    sweep(config.stack_id, spare={os.getpid()})
+    for process in processes:
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def engine(stores):
+    engine = open_engine(stores)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine):
+    """A session on empty tables whose work is rolled back."""
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        connection.execute(text('truncate contributor, "case", round, snapshot cascade'))
+        with Session(connection, join_transaction_mode="create_savepoint", expire_on_commit=False) as session:
+            yield session
+        transaction.rollback()
+
+
+@pytest.fixture(scope="session")
+def objects(stores):
+    return open_objects(stores)
+
+
+@pytest.fixture(scope="session")
+def portal(stores, engine, objects):
+    with TestClient(make_app(stores, engine, objects)) as client:
+        yield client
+
+
+@pytest.fixture
+def account(engine):
+    """A contributor of this test alone: id and headers."""
+    with open_sessions(engine).begin() as session:
+        contributor, token = add_contributor(session, f"test-{new_id()}")
+        return SimpleNamespace(id=contributor.id, headers={"Authorization": f"Bearer {token}"}, token=token)
+
+
+@pytest.fixture
+def operator(stores):
+    return {"Authorization": f"Bearer {stores.operator_token.get_secret_value()}"}

@@ -1,0 +1,135 @@
+"""The portal's doors for contributors."""
+
+import json
+
+import pytest
+
+REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "abc", "model_version": 1, "expected": "cba"}
+
+
+@pytest.fixture
+def stranger(engine):
+    from feedback.accounts import add_contributor
+    from feedback.tables import new_id
+    from infra.database import open_sessions
+
+    with open_sessions(engine).begin() as session:
+        return {"Authorization": f"Bearer {add_contributor(session, f'stranger-{new_id()}')[1]}"}
+
+
+def test_a_report_comes_back_with_its_timeline(portal, account):
+    sent = portal.post("/api/v1/feedback", json=REPORT, headers=account.headers)
+    assert sent.status_code == 201
+    read = portal.get(f"/api/v1/feedback/{sent.json()['id']}", headers=account.headers).json()
+    assert read["state"] == "received"
+    assert read["timeline"][0]["text"] == "received: correction about v1"
+    assert portal.get("/api/v1/feedback", headers=account.headers).json() == [read]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
+@pytest.mark.parametrize("path", ["/api/v1/feedback", "/api/v1/datasets", "/api/v1/notices", "/v1/models"])
+def test_without_a_valid_token_nothing_is_shown(portal, path, headers):
+    answer = portal.get(path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "unauthorized"
+
+
+def test_every_route_but_page_and_health_asks_who_comes(portal):
+    public = {"/", "/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+    for path, methods in portal.get("/openapi.json").json()["paths"].items():
+        for method in methods:
+            if path not in public:
+                url = path.replace("{feedback_id}", "x").replace("{dataset_id}", "x").replace("{round_id}", "x")
+                assert portal.request(method, url, json={}).status_code == 401, (method, path)
+
+
+def test_somebody_elses_record_is_not_found(portal, account, stranger):
+    report = portal.post("/api/v1/feedback", json=REPORT, headers=account.headers).json()["id"]
+    dataset = portal.post(
+        "/api/v1/datasets?name=d", content=b'{"prompt": "a", "answer": "b"}', headers=account.headers
+    ).json()["id"]
+    for path in (f"feedback/{report}", f"datasets/{dataset}"):
+        assert portal.get(f"/api/v1/{path}", headers=stranger).status_code == 404
+    assert portal.get("/api/v1/feedback", headers=stranger).json() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"kind": "praise"}, "kind"),
+        ({"model_version": 0}, "model_version"),
+        ({"checker": {"type": "numeric", "value": "x"}}, "checker.numeric.value"),
+        ({"extra": 1}, "extra"),
+        ({"expected": None}, None),
+        ({"kind": "rating", "rating": 6}, "rating"),
+        ({"checker": {"type": "exact", "value": "other"}}, None),
+    ],
+)
+def test_a_wrong_shape_is_refused_with_its_field(portal, account, changes, param):
+    answer = portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers)
+    assert answer.status_code == 422
+    assert answer.json()["error"].get("param") == param
+
+
+def test_too_large_bodies_are_refused(portal, account, stores):
+    huge = {**REPORT, "prompt": "x" * (stores.max_report_bytes + 1)}
+    answer = portal.post("/api/v1/feedback", json=huge, headers=account.headers)
+    assert answer.status_code == 413
+    assert "send less" in answer.json()["error"]["message"]
+
+    def chunks():  # no Content-Length: counted while it arrives
+        for _ in range(stores.max_report_bytes // 1000 + 2):
+            yield b"x" * 1000
+
+    assert portal.post("/api/v1/feedback", content=chunks(), headers=account.headers).status_code == 413
+
+
+def test_the_same_key_gives_the_first_answer_again(portal, account):
+    headers = {**account.headers, "Idempotency-Key": "k1"}
+    first = portal.post("/api/v1/feedback", json=REPORT, headers=headers)
+    again = portal.post("/api/v1/feedback", json=REPORT, headers=headers)
+    assert again.json() == first.json()
+    assert len(portal.get("/api/v1/feedback", headers=account.headers).json()) == 1
+    other = portal.post("/api/v1/feedback", json={**REPORT, "prompt": "other"}, headers=headers)
+    assert other.status_code == 409
+
+
+def test_a_malformed_file_is_refused_whole_and_stays_visible(portal, account):
+    data = b'{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\noops\n'
+    answer = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)
+    assert answer.status_code == 422
+    assert [row["row"] for row in answer.json()["error"]["rows"]] == [2, 3]
+    kept = portal.get("/api/v1/datasets", headers=account.headers).json()[0]
+    assert kept["state"] == "rejected"
+    assert kept["reason"] == "2 of 3 rows are malformed"
+    assert len(kept["bad_rows"]) == 2
+
+
+def test_a_dataset_is_stored_as_sent(portal, account, objects):
+    data = json.dumps({"prompt": "a", "answer": "b"}).encode() + b"\n"
+    made = portal.post("/api/v1/datasets?name=good", content=data, headers=account.headers)
+    assert made.status_code == 201
+    assert made.json()["num_rows"] == 1
+    assert objects.get(f"uploads/{made.json()['sha256']}") == data
+
+
+def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator):
+    data = b'{"prompt": "a", "answer": "b"}'
+    answer = portal.post("/api/v1/datasets?name=d&purpose=suite", content=data, headers=account.headers)
+    assert answer.status_code == 403
+    assert portal.post("/api/v1/rounds", json={}, headers=account.headers).status_code == 403
+    assert portal.post("/api/v1/rounds", json={"max_steps": 0}, headers=operator).status_code == 422
+    assert portal.get("/api/v1/rounds/nope", headers=operator).status_code == 404
+
+
+def test_the_model_server_being_away_is_a_clear_503(portal, account):
+    answer = portal.post("/v1/completions", json={"prompt": "x"}, headers=account.headers)
+    assert answer.status_code == 503
+    assert "try again" in answer.json()["error"]["message"]
+
+
+def test_the_front_page_shows_no_submission(portal, account):
+    portal.post("/api/v1/feedback", json={**REPORT, "prompt": "very secret prompt"}, headers=account.headers)
+    page = portal.get("/")
+    assert page.status_code == 200
+    assert "very secret" not in page.text

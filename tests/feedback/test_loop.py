@@ -1,0 +1,243 @@
+"""From accepted report to notice, on a rolled-back session."""
+
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import select
+
+from feedback import datasets, gate, promotion, reports, rounds
+from feedback.accounts import Conflict, add_contributor
+from feedback.contracts import FeedbackIn, RoundParameters
+from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
+from yuan.data.rows import Row, dump_rows
+
+SALT = "salt"
+
+
+@pytest.fixture
+def later():
+    return datetime.now(timezone.utc) + timedelta(minutes=1)
+
+
+@pytest.fixture
+def reporter(session):
+    return add_contributor(session, new_id())[0]
+
+
+def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
+    form = FeedbackIn(kind="correction", prompt=prompt, response="?", model_version=1, expected=expected)
+    return reports.add_feedback(session, reporter, form, new_id())
+
+
+def accept_all(session, later, *, share=0.5, right=False):
+    reports.screen(session, later)
+    for row in reports.unreproduced(session, later, 1):
+        reports.note_reproduction(session, row.id, 1, row.body["expected"] if right else "wrong")
+    return reports.review(session, later, SALT, share)
+
+
+def start_round(session):
+    return rounds.request_round(session, "test", RoundParameters(), new_id())
+
+
+def add_candidate(session, turn, version):
+    rounds.add_version(session, turn.id, version, {})
+    session.flush()
+
+
+def answer(session, version, passed):
+    cases = session.scalars(select(Case)).all()
+    rows = [{"case_id": case.id, "answer": "", "passed": case.id in passed} for case in cases]
+    promotion.store_results(session, version, rows)
+
+
+def promote(session, version, passed, *, parent=None):
+    turn = start_round(session)
+    turn.parent_version = parent
+    add_candidate(session, turn, version)
+    answer(session, version, passed)
+    decision = gate.decide(session, turn)
+    if decision["promote"]:
+        promotion.promote(session, turn, decision)
+    rounds.finish(session, turn.id, "promoted" if decision["promote"] else "rejected", "test")
+    session.flush()
+    return decision
+
+
+def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
+    rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(40)]
+    assert accept_all(session, later)["accepted"] == 40
+    roles = [session.get_one(Case, row.case_id).role for row in rows]
+    assert {"taught", "held_out"} == set(roles)
+    assert [reports.role_of(session.get_one(Case, row.case_id).key, SALT, 0.5) for row in rows] == roles
+
+
+def test_a_report_the_champion_answers_right_is_rejected_with_the_reason(session, reporter, later):
+    row = submit(session, reporter)
+    accept_all(session, later, right=True)
+    assert row.state == "rejected"
+    assert row.reason == "not reproduced: v1 answers this prompt right"
+    assert row.reproduction == "already fixed in v1"
+
+
+def test_a_duplicate_shares_the_case_and_a_contradiction_is_disputed(session, reporter, later):
+    first = submit(session, reporter)
+    accept_all(session, later)
+    same, contrary = submit(session, reporter, " reverse:  ABC "), submit(session, reporter, expected="abc")
+    accept_all(session, later)
+    assert same.case_id == first.case_id
+    assert contrary.state == "disputed"
+    assert contrary.case_id is None
+
+
+def test_what_cannot_be_checked_waits_for_a_reviewer(session, reporter, later):
+    form = FeedbackIn(kind="rating", prompt="p", response="r", model_version=1, rating=2)
+    row = reports.add_feedback(session, reporter, form, new_id())
+    accept_all(session, later)
+    assert (row.state, row.screening) == ("in_review", "needs a reviewer")
+
+
+def test_each_accepted_report_gets_one_verdict_and_one_notice(session, reporter, later):
+    fixed, failing = submit(session, reporter, "a", "1"), submit(session, reporter, "b", "2")
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    session.execute(Outbox.__table__.delete())
+    promote(session, 2, passed=[fixed.case_id], parent=1)
+    assert promotion.deliver(session) == 2
+    assert promotion.deliver(session) == 0
+    assert reports.describe(session, fixed).verdict == "fixed"
+    assert reports.describe(session, fixed).summary == "failing in v1, fixed in v2"
+    assert reports.describe(session, failing).verdict == "still_failing"
+    assert "fixed in v2" in reports.describe(session, fixed).timeline[-1].text
+
+
+def test_telling_twice_makes_no_second_notice(session, reporter, later):
+    submit(session, reporter)
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    promotion._tell(session, None, 1)
+    assert len(session.scalars(select(Outbox)).all()) == 1
+
+
+def test_a_regression_of_a_report_blocks(session, reporter, later):
+    row = submit(session, reporter)
+    accept_all(session, later)
+    promote(session, 1, passed=[row.case_id])
+    decision = promote(session, 2, passed=[], parent=1)
+    assert not decision["promote"]
+    assert row.case_id in decision["regressions"]
+    assert promotion.champion(session) == 1
+
+
+def test_losing_more_than_two_points_on_the_base_blocks(session):
+    rows = [
+        Row.model_validate({"prompt": f"p{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
+        for n in range(100)
+    ]
+    reports.add_cases(session, "base", rows, "held_out")
+    cases = list(session.scalars(select(Case.id)))
+    assert promote(session, 1, passed=cases)["promote"]
+    assert promote(session, 2, passed=cases[2:], parent=1)["promote"]
+    blocked = promote(session, 3, passed=cases[5:], parent=2)
+    assert "base fell" in blocked["reasons"][0]
+
+
+def test_one_round_at_a_time(session):
+    first = start_round(session)
+    with pytest.raises(Conflict, match=f"round {first.number} is running"):
+        start_round(session)
+
+
+def test_steps_that_are_passed_are_passed_by(session):
+    turn = start_round(session)
+    assert rounds.begin_step(session, turn.id, "train")
+    assert rounds.begin_step(session, turn.id, "train")
+    assert not rounds.begin_step(session, turn.id, "collect")
+    rounds.finish(session, turn.id, "cancelled", "by hand")
+    assert not rounds.begin_step(session, turn.id, "train")
+
+
+def upload(session, objects, reporter, rows, purpose="mixture"):
+    data = dump_rows(rows)
+    sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    made = datasets.add_dataset(
+        session, reporter, dataset_id=new_id(), name=purpose, purpose=purpose, data=data, sha256=sha256
+    )
+    datasets.accept(session, made.id, objects.get, SALT, 0.1)
+    session.flush()
+    return made
+
+
+def checked_rows(prefix, count):
+    return [
+        Row.model_validate({"prompt": f"{prefix}{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
+        for n in range(count)
+    ]
+
+
+def freeze(session, objects):
+    turn = start_round(session)
+    stored = {}
+
+    def store(data):
+        stored["data"] = data
+        return objects.put_named_by_content(datasets.SNAPSHOTS, data)
+
+    snapshot_id = datasets.freeze(session, turn.id, objects.get, store)
+    rounds.finish(session, turn.id, "failed", "test")
+    session.flush()
+    return snapshot_id, stored["data"]
+
+
+def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, reporter):
+    shared = checked_rows("q", 20)
+    upload(session, objects, reporter, checked_rows("q", 20), purpose="suite")
+    upload(
+        session, objects, reporter, [*(Row(prompt=r.prompt, answer="other") for r in shared), *checked_rows("z", 50)]
+    )
+    snapshot_id, data = freeze(session, objects)
+    trained = data.decode()
+    assert not any(f'"{row.prompt}"' in trained for row in shared)
+    counts = session.get_one(Snapshot, snapshot_id).counts
+    assert (counts["datasets"], counts["datasets_closed_out"]) == (45, 20)  # a tenth of 50 is held out
+
+
+def test_duplicates_are_taken_once(session, objects, reporter):
+    upload(session, objects, reporter, checked_rows("d", 10))
+    again = upload(session, objects, reporter, [*checked_rows("d", 10), Row(prompt="new", answer="x")])
+    assert again.num_duplicates == 10
+
+
+def test_the_same_records_freeze_to_the_same_bytes(session, objects, reporter, later):
+    upload(session, objects, reporter, checked_rows("s", 30))
+    submit(session, reporter)
+    accept_all(session, later, share=0.0)
+    assert freeze(session, objects) == freeze(session, objects)
+
+
+def test_an_empty_mixture_is_refused(session, objects):
+    with pytest.raises(ValueError, match="the mixture is empty"):
+        freeze(session, objects)
+
+
+def test_aliases_follow_the_champion_and_hand_moves_are_put_back(session, reporter, later):
+    submit(session, reporter)
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=[], parent=1)
+    aliases = {"champion": 1}
+    changed = promotion.reconcile_aliases(session, aliases, aliases.__setitem__)
+    assert aliases == {"champion": 2, "previous": 1, "candidate": 2}
+    assert changed == aliases
+    aliases["champion"] = 1
+    assert promotion.reconcile_aliases(session, aliases, aliases.__setitem__) == {"champion": 2}
+    events = session.scalars(select(AuditEvent).where(AuditEvent.action == "alias set")).all()
+    assert events[-1].detail == {"version": 2, "found": 1}
+    assert promotion.reconcile_aliases(session, aliases, aliases.__setitem__) == {}
+
+
+def test_versions_belong_to_their_round(session):
+    turn = start_round(session)
+    add_candidate(session, turn, 7)
+    add_candidate(session, turn, 7)
+    assert session.get_one(ModelVersion, 7).round_id == turn.id

@@ -1,0 +1,109 @@
+"""The command line as a person or a script meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "deepspeed", "prefect", "mlflow", "sqlalchemy", "boto3", "fastapi"}
+
+
+def cotrain(*args, home=None, **env):
+    command = [sys.executable, "-m", "flows.cli.app", *args]
+    full = {**os.environ, **env, **({"COTRAIN_HOME": str(home)} if home else {})}
+    return subprocess.run(command, capture_output=True, text=True, env=full, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["submit", "--help"],
+        [
+            "submit",
+            "--prompt",
+            "p",
+            "--response",
+            "r",
+            "--model-version",
+            "1",
+            "--expected",
+            "x",
+            "--url",
+            "http://127.0.0.1:9",
+        ],
+        ["plan", "--model", "tiny"],
+    ],
+)
+def test_light_commands_load_nothing_heavy(argv):
+    code = f"""
+import sys
+sys.argv = ["cotrain", *{argv!r}]
+import feedback.client
+feedback.client.ATTEMPTS = 1
+try:
+    from flows.cli.app import main
+    main()
+except SystemExit:
+    pass
+print("LOADED", sorted({HEAVY!r} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_the_portal_loads_no_torch():
+    code = "import feedback.run, sys; print(sorted({'torch', 'deepspeed', 'prefect', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
+    done = cotrain("plan", "--model", "tiny", "--json")
+    assert done.returncode == 0
+    plan = json.loads(done.stdout)
+    assert plan["feasible"] is True
+    assert [stage["layers"] for stage in plan["stages"]] == [3, 2]
+    done = cotrain("plan", "--model", "2b", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["feasible"] is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
+        (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
+        (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version is a number"),
+        (["submit", "--prompt", "p", "--response", "r", "--model-version", "1"], 1, "a correction needs expected"),
+        (["round", "status"], 1, "run `cotrain up`"),
+        (["logs", "nothing"], 1, "there is no log of 'nothing'"),
+        (["status"], 1, "is not up"),
+        (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
+    ],
+)
+def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
+    done = cotrain(*argv, home=tmp_path)
+    assert done.returncode == status
+    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_no_portal_is_one_clear_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    done = cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
+    assert done.returncode == 1
+    assert "the portal does not answer" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_home_that_cannot_be_written_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    done = cotrain("up", home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr

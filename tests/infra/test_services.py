@@ -1,0 +1,158 @@
+"""The keeper, with real processes, and the stores under kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psycopg
+import pytest
+
+from flows.stack import is_free, load_config, port_holder, services, write_environment
+from infra.postgres import Postgres
+from infra.services import marked, read_state, sweep
+from infra.settings import Settings
+
+KEEPER = """
+import sys, urllib.request
+from pathlib import Path
+from infra.postgres import wrapped
+from infra.services import Keeper, Service
+
+folder, port, bind = Path(sys.argv[1]), sys.argv[2], ["--bind", "127.0.0.1"]
+(folder / "logs").mkdir(exist_ok=True)
+
+def web(name, needs=()):
+    return Service(
+        name=name,
+        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", "http.server", port, *bind],
+        env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
+        check=lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close(),
+    )
+
+Keeper([web("web")], folder, "keeper-test").run()
+"""
+
+
+def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    config = load_config(tmp_path / "ports")
+    command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(tmp_path), str(config.ports["portal"])]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    yield tmp_path, process
+    process.kill()
+    process.wait()
+    sweep("keeper-test", spare=set())
+
+
+def state(folder):
+    return read_state(folder).get("services", {}).get("web", {})
+
+
+def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
+    folder, process = keeper
+    assert until(lambda: state(folder).get("state") == "ready")
+    first = state(folder)["pid"]
+    os.kill(first, signal.SIGKILL)
+    assert until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
+    assert state(folder)["restarts"] == 1
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert not list(marked("keeper-test"))
+
+
+def test_services_die_with_a_killed_keeper(keeper):
+    folder, process = keeper
+    assert until(lambda: state(folder).get("state") == "ready")
+    process.kill()
+    process.wait()
+    assert until(lambda: not list(marked("keeper-test")))
+
+
+def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
+    config = load_config(tmp_path)
+    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    for round_ in range(2):
+        server.initialise()
+        process = subprocess.Popen(
+            server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+        )
+        assert until(lambda: answers(server))
+        with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+            connection.execute("create table if not exists kept (n int)")
+            connection.execute("insert into kept values (%s)", [round_])
+            assert connection.execute("select count(*) from kept").fetchone() == (round_ + 1,)
+        process.kill()
+        process.wait()
+
+
+def answers(server):
+    try:
+        server.check()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_the_server_wants_a_password(stores):
+    url = stores.database_url.get_secret_value()
+    secret = url.split(":")[2].split("@")[0]
+    with pytest.raises(psycopg.OperationalError, match="password"):
+        psycopg.connect(url.replace(secret, "wrong"))
+
+
+def test_secrets_are_readable_by_their_owner_only(stores):
+    for name in ("env", "stack-config.json"):
+        assert (stores.home / name).stat().st_mode & 0o077 == 0
+
+
+def test_objects_come_back_and_missing_ones_are_missing(objects):
+    name = objects.put_named_by_content("test", b"bytes")
+    assert objects.get(f"test/{name}") == b"bytes"
+    assert objects.exists(f"test/{name}")
+    assert not objects.exists("test/nothing")
+
+
+def test_a_busy_port_names_its_holder(tmp_path):
+    config = load_config(tmp_path)
+    port = config.ports["postgres"]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        assert until(lambda: not is_free(port))
+        assert f"pid {process.pid}" in str(port_holder(port, config.stack_id))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
+    config = load_config(tmp_path)
+    data = json.loads((tmp_path / "stack-config.json").read_text())
+    del data["ports"]["mlflow"]
+    (tmp_path / "stack-config.json").write_text(json.dumps(data))
+    again = load_config(tmp_path)
+    assert again.ports["postgres"] == config.ports["postgres"]
+    assert "mlflow" in again.ports
+
+
+def test_all_services_listen_on_loopback_only(tmp_path):
+    config = load_config(tmp_path)
+    write_environment(tmp_path, config)
+    settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
+    names = [service.name for service in services(tmp_path, config, settings)]
+    assert names == ["postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker"]
+    urls = (settings.portal_url, settings.mlflow_url, settings.prefect_api_url, settings.model_server_url)
+    assert all(url.startswith("http://127.0.0.1:") for url in urls)
