@@ -148,6 +148,7 @@ class RoundOut(BaseModel):
     status: dict[str, Any] | None
     created_at: datetime
     finished_at: datetime | None
+    timeline: list[Event]
 
 
 class ErrorBody(BaseModel):

@@ -9,11 +9,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import Conflict, NotFound, audit
-from feedback.contracts import RoundOut, RoundParameters
+from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.promotion import champion
-from feedback.tables import Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
+from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 
 CHANNEL = "cotrain"
+STEP_BEGUN = "step begun"
 STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
 
 
@@ -76,6 +77,7 @@ def begin_step(session: Session, round_id: str, step: str) -> bool:
     if turn.state != "running" or STEPS.index(turn.step) > STEPS.index(step):
         return False
     turn.step = step
+    audit(session, "round", STEP_BEGUN, round_id, step=step)
     return True
 
 
@@ -144,4 +146,14 @@ def describe(session: Session, turn: Round) -> RoundOut:
         status=run.status if run else None,
         created_at=turn.created_at,
         finished_at=turn.finished_at,
+        timeline=_timeline(session, turn),
     )
+
+
+def _timeline(session: Session, turn: Round) -> list[Event]:
+    """When each step began; one that began again after a kill appears again."""
+    query = select(AuditEvent).where(AuditEvent.subject == turn.id, AuditEvent.action == STEP_BEGUN)
+    return [
+        Event(at=event.created_at, text=str(event.detail["step"]))
+        for event in session.scalars(query.order_by(AuditEvent.id))
+    ]

@@ -148,7 +148,7 @@ def yuan_102b() -> ModelConfig:
 
 def tiny(vocab_size: int = 1024) -> ModelConfig:
     """The true architecture at a size that learns in minutes on two cores."""
-    return ModelConfig(name="tiny", num_layers=5, hidden_size=128, num_heads=4, vocab_size=vocab_size, seq_len=256)
+    return ModelConfig(name="tiny", num_layers=3, hidden_size=160, num_heads=4, vocab_size=vocab_size, seq_len=256)
 
 
 PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}

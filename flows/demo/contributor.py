@@ -18,7 +18,7 @@ from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import Skill, load_skills
 
 REPORTS_PER_SKILL = 60
-DATASET_ROWS = 4000
+DATASET_ROWS = 5000
 ASK_AT_ONCE, MAX_ASKED = 40, 600
 MALFORMED = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
 

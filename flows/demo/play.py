@@ -17,8 +17,8 @@ from flows.demo.corpus import REPORTED_SKILLS, base_rows, fresh_rows
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 
-BASE_ROUND = {"max_steps": 1100, "learning_rate": 3e-3}
-DEMO_ROUND = {"max_steps": 420, "learning_rate": 2e-3, "replay_rows": 3000}
+BASE_ROUND = {"max_steps": 1000, "learning_rate": 2e-3}
+DEMO_ROUND = {"max_steps": 750, "learning_rate": 1.5e-3, "replay_rows": 9000}
 FRESH, FRESH_PER_SKILL = "fresh", 200
 SERVICE_TIMEOUT_S = 60.0
 NOTICE_TIMEOUT_S = 30.0
@@ -139,6 +139,7 @@ def figures(
         "still_failing": sum(report.verdict == "still_failing" for report in accepted),
         "notices": len(notices),
         "suites": suites,
+        "round_overhead_s": overhead_s(second),
         "parts": laps,
     }
 
@@ -151,3 +152,11 @@ def delivered_notices(contributor: Client, expected: int) -> list[NoticeOut]:
         if len(notices) >= expected or time.monotonic() > end:
             return notices
         time.sleep(0.2)
+
+
+def overhead_s(turn: RoundOut) -> float:
+    """Seconds of a round that are neither training nor evaluation."""
+    assert turn.finished_at is not None, "the round has ended"
+    began = {event.text: event.at for event in reversed(turn.timeline)}
+    spent = (began["train"] - turn.created_at) + (turn.finished_at - began["decide"])
+    return round(spent.total_seconds(), 1)

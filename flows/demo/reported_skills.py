@@ -7,7 +7,7 @@ DIGITS = "零一二三四五六七八九"
 
 
 def reverse(rng: random.Random) -> tuple[str, str]:
-    text = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 6)))
+    text = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 5)))
     return f"Reverse: {text}", text[::-1]
 
 

@@ -67,7 +67,7 @@ def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
     assert done.returncode == 0
     plan = json.loads(done.stdout)
     assert plan["feasible"] is True
-    assert [stage["layers"] for stage in plan["stages"]] == [3, 2]
+    assert [stage["layers"] for stage in plan["stages"]] == [2, 1]
     done = cotrain("plan", "--model", "2b", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["feasible"] is False

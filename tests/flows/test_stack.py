@@ -108,7 +108,7 @@ def test_a_round_outlives_kills_and_counts_nothing_twice(first, operator):
     assert suite["suite"] == "base"
     assert suite["after"]["total"] == 120  # a tenth of 1,200 rows
     assert first.status["state"] == "finished"
-    assert first.status["bounds"] == [0, 3, 5]
+    assert first.status["bounds"] == [0, 2, 3]
 
 
 def test_the_consumer_pulls_the_champion_in_a_fresh_process(first, settings, tmp_path):

@@ -1,0 +1,55 @@
+"""The loop's promises, measured: `python benchmarks/loop.py [SEED ...]` runs the demo for each seed.
+
+One JSON line a figure: name, figure, unit, goal, ok. Rates are fractions.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+
+
+def main(seeds: list[int]) -> int:
+    all_ok = True
+    for seed in seeds:
+        for line in measure(seed):
+            all_ok &= line["ok"]
+            print(json.dumps({**line, "seed": seed}), flush=True)
+    return 0 if all_ok else 1
+
+
+def measure(seed: int) -> Iterator[dict[str, Any]]:
+    """Run one demo and compare its figures with the goals."""
+    command = [sys.executable, "-m", "flows.cli.app", "demo", "--seed", str(seed), "--json", "--down"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        yield {"name": "demo", "figure": done.returncode, "unit": "exit status", "goal": "0", "ok": False}
+        return
+    result = json.loads(done.stdout)
+    for suite in result["suites"]:
+        if suite["suite"].startswith("fresh/"):
+            before, after = suite["before"]["rate"], suite["after"]["rate"]
+            yield line(f"{suite['suite']} before", before, "rate", "at most 0.2", before <= 0.2)
+            yield line(f"{suite['suite']} after", after, "rate", "at least 0.8", after >= 0.8)
+    lost = result["base_before"] - result["base_after"]
+    yield line("base lost", round(lost, 4), "rate", "at most 0.02", lost <= 0.02)
+    yield line("reports", result["reports"], "reports", "at least 100", result["reports"] >= 100)
+    told = result["notices"] == result["reports"] == result["fixed"] + result["still_failing"]
+    yield line("one verdict and one notice each", result["notices"], "notices", "as many as reports", told)
+    yield line("stack up", result["parts"]["stack up"], "s", "at most 20", result["parts"]["stack up"] <= 20)
+    yield line("demo", result["seconds"], "s", "at most 360", result["seconds"] <= 360)
+    other = result["round_overhead_s"]
+    yield line("round less training and evaluation", other, "s", "at most 30", other <= 30)
+
+
+def line(name: str, figure: float, unit: str, goal: str, ok: bool) -> dict[str, Any]:
+    return {"name": name, "figure": figure, "unit": unit, "goal": goal, "ok": ok}
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(seed) for seed in sys.argv[1:]] or list(SEEDS)))
