@@ -25,7 +25,7 @@ from infra.logs import configure_logging
 from infra.objects import open_objects
 from infra.postgres import Postgres, wrapped
 from infra.services import Keeper, Service, marked
-from infra.settings import HOME_VARIABLE, Settings, home_folder, load_settings
+from infra.settings import HOME_VARIABLE, NO_TELEMETRY, Settings, home_folder, load_settings
 
 log = logging.getLogger(__name__)
 
@@ -283,8 +283,7 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
             "AWS_SECRET_ACCESS_KEY": settings.s3_secret_key.get_secret_value(),
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "DO_NOT_TRACK": "1",
+            **NO_TELEMETRY,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "GIT_PYTHON_REFRESH": "quiet",
@@ -301,7 +300,6 @@ def prefect_environment(home: Path, settings: Settings) -> dict[str, str]:
     """What every process that talks to Prefect needs."""
     return {
         "PREFECT_HOME": str(home / "prefect"),
-        "DO_NOT_TRACK": "1",
         "PREFECT_API_URL": settings.prefect_api_url,
         "PREFECT_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
@@ -320,6 +318,7 @@ def own_environment(home: Path, settings: Settings) -> dict[str, str]:
         HOME_VARIABLE: str(home),
         "TMPDIR": str(home / "tmp"),
         "PYTHONUNBUFFERED": "1",
+        **NO_TELEMETRY,
     }
 
 

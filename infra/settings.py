@@ -11,6 +11,8 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 HOME_VARIABLE = "COTRAIN_HOME"
+# MLflow would also write into the user's home folder, at its import.
+NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
 
 def home_folder() -> Path:

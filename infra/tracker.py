@@ -28,7 +28,6 @@ class Tracker:
         # The client library knows no other way to be given an account.
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = self._auth
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         self._client = MlflowClient(settings.mlflow_url)
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:

@@ -77,14 +77,26 @@ def train(
         show(folder.status(), f"trained: {folder.export}", as_json)
 
 
+def _open_context() -> "Context":
+    """Connect to the installation; the tracker's client is told to keep to itself before it is imported."""
+    import os
+
+    from infra.settings import NO_TELEMETRY
+
+    os.environ.update(NO_TELEMETRY)
+    from flows.context import open_context
+
+    return open_context()
+
+
 def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: Json = False) -> None:
     """Let a version take every case it has not taken, and show its rates."""
     from feedback.gate import rates
-    from flows.context import open_context
-    from flows.judging import evaluate_version
 
     with clear_errors():
-        context = open_context()
+        context = _open_context()
+        from flows.judging import evaluate_version
+
         number = resolve(context, version)
         evaluate_version(context, number)
         with context.sessions() as session:
@@ -107,9 +119,7 @@ def generate(
     with clear_errors():
         folder = Path(version)
         if not folder.is_dir():
-            from flows.context import open_context
-
-            context = open_context()
+            context = _open_context()
             number = resolve(context, version)
             folder = context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
         from yuan.generate import generate as answer

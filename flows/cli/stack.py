@@ -66,7 +66,7 @@ def _check_machine(home: Path) -> None:
 
 def _start_keeper(home: Path, *, durable: bool) -> None:
     from flows.stack import load_config
-    from infra.settings import HOME_VARIABLE
+    from infra.settings import HOME_VARIABLE, NO_TELEMETRY
 
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     load_config(home, durable=durable)
@@ -74,7 +74,7 @@ def _start_keeper(home: Path, *, durable: bool) -> None:
     with (home / "logs" / "keeper.log").open("ab") as output:
         subprocess.Popen(
             [sys.executable, "-m", "flows.stack"],
-            env={**os.environ, HOME_VARIABLE: str(home)},
+            env={**os.environ, **NO_TELEMETRY, HOME_VARIABLE: str(home)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
