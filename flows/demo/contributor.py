@@ -44,9 +44,9 @@ def main() -> int:
 
 def find_wrong(client: Client, skill: Skill, seed: int) -> Any:
     """Ask the champion until enough answers are wrong; yields (asked, [(row, choice, version)])."""
-    rows = skill.rows(MAX_ASKED, seed=seed + 7)
+    rows = skill.rows(MAX_ASKED, seed=seed + 7, at_least=1)
     found = 0
-    for start in range(0, MAX_ASKED, ASK_AT_ONCE):
+    for start in range(0, len(rows), ASK_AT_ONCE):
         batch = rows[start : start + ASK_AT_ONCE]
         answer = client.complete([row.prompt for row in batch])
         version = int(answer["model"].removeprefix("yuan-v"))
@@ -109,7 +109,7 @@ def submit_oversized(client: Client) -> dict[str, Any]:
 def dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
     """As many right examples of each skill as make up the dataset, or as many different ones as it has."""
     each = -(-DATASET_ROWS // len(skills))
-    return [row for skill in skills for row in skill.rows(each, seed=seed + 13)]
+    return [row for skill in skills for row in skill.rows(each, seed=seed + 13, at_least=1)]
 
 
 if __name__ == "__main__":

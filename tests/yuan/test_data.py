@@ -119,3 +119,4 @@ def test_a_skill_with_too_few_prompts_says_so(tmp_path):
     )
     with pytest.raises(ValueError, match="gave 1 different prompts, 2 are needed"):
         load_skills(tmp_path / "s.py")[0].rows(2, seed=0)
+    assert len(load_skills(tmp_path / "s.py")[0].rows(2, seed=0, at_least=1)) == 1

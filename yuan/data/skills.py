@@ -8,7 +8,7 @@ code and runs as such; contributors send rows, never skill files.
 
 import random
 import runpy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,13 @@ class Skill:
             }
         )
 
-    def rows(self, count: int, *, seed: int, avoid: Iterable[str] = ()) -> list[Row]:
-        """Make `count` exercises with different prompts, none of them with a prompt key in `avoid`.
+    def rows(self, count: int, *, seed: int, at_least: int | None = None) -> list[Row]:
+        """Make `count` exercises with different prompts, or all the skill has if they are `at_least` so many.
 
         Raises:
             ValueError: if the skill cannot make that many different prompts.
         """
-        seen = set(avoid)
+        seen: set[str] = set()
         rows: list[Row] = []
         for row in self._draws(random.Random(f"{self.name} {seed}"), 50 * count + 1000):
             if row.prompt_key not in seen:
@@ -54,8 +54,11 @@ class Skill:
                 rows.append(row)
                 if len(rows) == count:
                     return rows
+        needed = count if at_least is None else at_least
+        if len(rows) >= needed:
+            return rows
         raise ValueError(
-            f"skill {self.name!r} gave {len(rows)} different prompts, {count} are needed; widen its generator"
+            f"skill {self.name!r} gave {len(rows)} different prompts, {needed} are needed; widen its generator"
         )
 
     def _draws(self, rng: random.Random, count: int) -> Iterator[Row]:
