@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from flows.stack import load_config, port_holder
+from flows.home import load_config, port_holder
 from infra.devices import memory_gib
 from infra.services import is_running, read_state
 

@@ -2,7 +2,6 @@
 
 import sys
 import typing
-from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -67,7 +66,3 @@ def described_parameters(function: Any) -> dict[str, Any]:
             if isinstance(extra, FieldInfo) and extra.description and name in schema["properties"]:
                 schema["properties"][name]["description"] = extra.description
     return schema
-
-
-def flow_log(home: Path) -> Path:
-    return home / "logs" / "flows.log"

@@ -1,6 +1,5 @@
 """What this machine can compute with."""
 
-import os
 from pathlib import Path
 
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -14,11 +13,6 @@ def has_fast_bf16() -> bool:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return bool(FAST_BF16_FLAGS & set(flags.split()))
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def memory_gib() -> float:

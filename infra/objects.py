@@ -1,7 +1,6 @@
 """Bytes in S3: named once, never overwritten."""
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
@@ -42,22 +41,6 @@ class Objects:
                 return False
             raise
         return True
-
-    def put_folder(self, prefix: str, folder: Path) -> None:
-        """Upload the files of a folder; the manifest, sorted last, makes it whole."""
-        files = sorted(folder.iterdir(), key=lambda path: (path.name == "manifest.json", path.name))
-        for path in files:
-            self._client.upload_file(str(path), self._bucket, f"{prefix}/{path.name}")
-
-    def get_folder(self, prefix: str, folder: Path) -> None:
-        """Download every object under a prefix into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=f"{prefix}/")
-        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        if not keys:
-            raise FileNotFoundError(f"the store has nothing under {prefix}")
-        for key in keys:
-            self._client.download_file(self._bucket, key, str(folder / key.rsplit("/", 1)[1]))
 
     def ensure_bucket(self) -> None:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from infra.settings import Settings
@@ -70,11 +70,6 @@ class Tracker:
         made = self._client.create_model_version(MODEL_NAME, f"runs:/{run_id}/model", run_id, tags=dict(tags))
         return int(made.version)
 
-    def tag_version(self, version: int, tags: Mapping[str, str]) -> None:
-        self._client.log_batch(self._run_of(version), tags=[RunTag(key, value) for key, value in tags.items()])
-        for key, value in tags.items():
-            self._client.set_model_version_tag(MODEL_NAME, str(version), key, value)
-
     def _run_of(self, version: int) -> str:
         return str(self._client.get_model_version(MODEL_NAME, str(version)).run_id)
 
@@ -122,9 +117,3 @@ class Tracker:
 
     def _post(self, path: str, body: dict[str, str]) -> httpx.Response:
         return httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
-
-
-def check_mlflow(url: str, username: str, password: str) -> None:
-    """Raise unless both of the server's databases answer; its own /health does not look at them."""
-    for path in (f"users/get?username={username}", "experiments/get?experiment_id=0"):
-        httpx.get(f"{url}/api/2.0/mlflow/{path}", auth=(username, password), timeout=3).raise_for_status()

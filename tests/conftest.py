@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import new_id
-from flows.stack import load_config, services, write_environment
+from flows.home import load_config, write_environment
+from flows.stack import services
 from infra.database import open_engine, open_sessions
 from infra.objects import open_objects
 from infra.services import MARK, sweep

@@ -65,7 +65,7 @@ def _check_machine(home: Path) -> None:
 
 
 def _start_keeper(home: Path, *, durable: bool) -> None:
-    from flows.stack import load_config
+    from flows.home import load_config
     from infra.settings import HOME_VARIABLE, NO_TELEMETRY
 
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -127,7 +127,7 @@ def down(as_json: Json = False) -> None:
 
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
-    from flows.stack import load_config
+    from flows.home import load_config
     from infra.services import is_running, marked, read_state, sweep
 
     if not (home / "stack-config.json").exists():
@@ -193,7 +193,7 @@ def doctor(as_json: Json = False) -> None:
 
 def addresses(home: Path) -> dict[str, str]:
     """Where people click."""
-    from flows.stack import load_config
+    from flows.home import load_config
 
     ports = load_config(home).ports
     return {name: f"http://127.0.0.1:{ports[name]}" for name in ("portal", "prefect", "mlflow")}

@@ -15,7 +15,7 @@ import pytest
 from feedback.client import Client
 from feedback.contracts import FeedbackIn, RoundParameters
 from flows.demo.corpus import BASE_SKILLS, REPORTED_SKILLS
-from flows.stack import load_config
+from flows.home import load_config
 from infra.services import is_running, marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows

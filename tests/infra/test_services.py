@@ -11,7 +11,8 @@ import time
 import psycopg
 import pytest
 
-from flows.stack import is_free, load_config, port_holder, services, write_environment
+from flows.home import is_free, load_config, port_holder, write_environment
+from flows.stack import services
 from infra.postgres import Postgres
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings
