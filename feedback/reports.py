@@ -4,7 +4,7 @@ import hmac
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, joinedload
 
@@ -62,20 +62,38 @@ def screen(session: Session, cut_off: datetime) -> int:
     return len(rows)
 
 
-def unreproduced(session: Session, cut_off: datetime, version: int) -> Sequence[Feedback]:
-    """Checkable reports in review that the version has not answered yet."""
+def pending(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
+    """How many reports wait to be screened or reproduced, or to be reviewed if asked, and since when."""
+    unasked = (Feedback.screening == "checkable") & Feedback.reproduction.is_(None)
+    answered = Feedback.reproduction.is_not(None)
+    in_review = (Feedback.state == "in_review") & (unasked | answered if with_review else unasked)
+    query = select(func.count(), func.min(Feedback.created_at)).where((Feedback.state == "received") | in_review)
+    count, oldest = session.execute(query).one()
+    return count, oldest
+
+
+def accepted_since(session: Session, moment: datetime | None) -> int:
+    """How many reports were accepted after a moment, or ever."""
+    query = select(func.count()).select_from(Feedback).where(Feedback.accepted_at.is_not(None))
+    return session.scalars(query if moment is None else query.where(Feedback.accepted_at > moment)).one()
+
+
+def unreproduced(session: Session, cut_off: datetime, version: int, limit: int | None = None) -> Sequence[Feedback]:
+    """Checkable reports in review that the version has not answered yet, oldest first."""
     query = select(Feedback).where(
         Feedback.state == "in_review",
         Feedback.screening == "checkable",
         Feedback.created_at <= cut_off,
         Feedback.reproduced_version.is_distinct_from(version),
     )
-    return session.scalars(query.order_by(Feedback.created_at, Feedback.id)).all()
+    return session.scalars(query.order_by(Feedback.created_at, Feedback.id).limit(limit)).all()
 
 
 def note_reproduction(session: Session, feedback_id: str, version: int, answer: str) -> None:
-    """Record what the version answers to a report's prompt, judged by the report's checker."""
-    row = session.get_one(Feedback, feedback_id)
+    """Record what the version answers to a report's prompt, judged by the report's checker; once decided, it stays."""
+    row = session.get_one(Feedback, feedback_id, with_for_update=True)
+    if row.state != "in_review":
+        return
     right = FeedbackIn.model_validate(row.body).rule.check(answer)
     row.reproduced_version, row.reproduced_response = version, answer
     row.reproduction = f"already fixed in v{version}" if right else "reproduced"

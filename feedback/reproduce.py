@@ -15,7 +15,7 @@ def ask_again(settings: Settings, prompts: Sequence[str], version: int) -> list[
 
     Raises:
         httpx.HTTPError: if the model server does not answer; try again.
-        ValueError: if another version is in service by now.
+        ConnectionError: if another version is in service for the moment; try again.
     """
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     answers: list[str] = []
@@ -25,6 +25,6 @@ def ask_again(settings: Settings, prompts: Sequence[str], version: int) -> list[
             body = {"model": "yuan", "prompt": batch, "max_tokens": MAX_TOKENS, "temperature": 0}
             reply = http.post("/v1/completions", json=body).raise_for_status().json()
             if reply["model"] != f"yuan-v{version}":
-                raise ValueError(f"v{version} was to be asked and {reply['model']} answered; try again")
+                raise ConnectionError(f"v{version} was to be asked and {reply['model']} answered; try again")
             answers += [choice["text"] for choice in reply["choices"]]
     return answers

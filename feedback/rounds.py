@@ -54,27 +54,47 @@ def running_round(session: Session) -> Round | None:
     return session.scalar(select(Round).where(Round.state == "running"))
 
 
+def newest_round(session: Session) -> Round | None:
+    return session.scalars(select(Round).order_by(Round.number.desc()).limit(1)).first()
+
+
 def find_round(session: Session, round_id: str) -> Round:
     """A round by id, or the newest by `latest`.
 
     Raises:
         NotFound: if there is none.
     """
-    query = (
-        select(Round).order_by(Round.number.desc())
-        if round_id == "latest"
-        else select(Round).where(Round.id == round_id)
-    )
-    turn = session.scalars(query.limit(1)).first()
+    turn = newest_round(session) if round_id == "latest" else session.get(Round, round_id)
     if turn is None:
         raise NotFound(f"there is no round {round_id}")
     return turn
 
 
-def begin_step(session: Session, round_id: str, step: str) -> bool:
-    """Note that a step begins; false when the round has ended or is past it, so that a rerun passes it by."""
+class RoundEnded(Exception):
+    """The round has ended, or a later attempt works on it; whoever meets this leaves."""
+
+
+def check_attempt(turn: Round, attempt: int) -> None:
+    """Keep out an attempt that was taken for dead and is not: the newest one owns the round.
+
+    Raises:
+        RoundEnded: if the round is not running, or not this attempt's.
+    """
+    if turn.state != "running":
+        raise RoundEnded(f"the round is {turn.state}")
+    if turn.attempt != attempt:
+        raise RoundEnded(f"attempt {turn.attempt} has taken over from attempt {attempt}")
+
+
+def begin_step(session: Session, round_id: str, step: str, attempt: int) -> bool:
+    """Note that an attempt begins a step; false when the round is past it, so that a rerun passes it by.
+
+    Raises:
+        RoundEnded: if the round is not running, or not this attempt's.
+    """
     turn = session.get_one(Round, round_id, with_for_update=True)
-    if turn.state != "running" or STEPS.index(turn.step) > STEPS.index(step):
+    check_attempt(turn, attempt)
+    if STEPS.index(turn.step) > STEPS.index(step):
         return False
     turn.step = step
     audit(session, "round", STEP_BEGUN, round_id, step=step)

@@ -14,11 +14,12 @@ from infra.tracker import Tracker
 
 @dataclass(frozen=True)
 class Context:
-    """Settings and open connections."""
+    """Settings and open connections; in a round's flow also which attempt at the round this is."""
 
     settings: Settings
     sessions: sessionmaker[Session]
     objects: Objects
+    attempt: int = 0
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -27,6 +28,11 @@ class Context:
     @property
     def runs(self) -> Path:
         return self.settings.home / "runs"
+
+    def lock_of(self, round_id: str) -> Path:
+        """A file that one process at a time holds to work on the round."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        return self.runs / f".round-{round_id}.lock"
 
     @property
     def salt(self) -> str:

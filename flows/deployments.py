@@ -4,6 +4,7 @@ import sys
 import typing
 from typing import Any
 
+from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
@@ -12,34 +13,48 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 from pydantic.fields import FieldInfo
 
+from flows.reproduction import cotrain_reproduce
 from flows.round import cotrain_round
 from infra.settings import Settings
 
 POOL = "cotrain"
 NAME = "local"
-FULL_NAME = f"{cotrain_round.name}/{NAME}"
+ROUND = f"{cotrain_round.name}/{NAME}"
+REPRODUCE = f"{cotrain_reproduce.name}/{NAME}"
 SLUG = "calendar"
 
 
 def register(client: SyncPrefectClient, settings: Settings) -> None:
-    """Make pool and deployment what the code says; ids and switches that operators set stay."""
+    """Make pool and deployments what the code says; ids and switches that operators set stay."""
     client.create_work_pool(
         WorkPoolCreate(name=POOL, type="process", base_job_template=ProcessWorker.get_default_base_job_template()),
         overwrite=True,
     )
+    deploy(client, settings, cotrain_round, "flows.round.cotrain_round", [_calendar(client, settings)])
+    deploy(client, settings, cotrain_reproduce, "flows.reproduction.cotrain_reproduce", [])
+
+
+def deploy(
+    client: SyncPrefectClient,
+    settings: Settings,
+    flow: Flow[..., Any],
+    entrypoint: str,
+    schedules: list[DeploymentScheduleCreate],
+) -> None:
+    """Register one flow, run by the worker through `flows.engine`."""
     work = settings.home / "work"
     work.mkdir(parents=True, exist_ok=True)
     client.create_deployment(
-        flow_id=client.create_flow_from_name(cotrain_round.name),
+        flow_id=client.create_flow_from_name(flow.name),
         name=NAME,
-        entrypoint="flows.round.cotrain_round",
+        entrypoint=entrypoint,
         work_pool_name=POOL,
-        parameter_openapi_schema=described_parameters(cotrain_round.fn),
+        parameter_openapi_schema=described_parameters(flow.fn),
         enforce_parameter_schema=True,
-        description=cotrain_round.description,
+        description=flow.description,
         paused=None,
         tags=["cotrain"],
-        schedules=[_calendar(client, settings)],
+        schedules=schedules,
         job_variables={"command": f"{sys.executable} -m flows.engine", "working_dir": str(work)},
     )
 
@@ -52,7 +67,7 @@ def _calendar(client: SyncPrefectClient, settings: Settings) -> DeploymentSchedu
 
 def _is_active(client: SyncPrefectClient) -> bool:
     try:
-        schedules = client.read_deployment_by_name(FULL_NAME).schedules
+        schedules = client.read_deployment_by_name(ROUND).schedules
     except ObjectNotFound:
         return True
     return all(schedule.active for schedule in schedules)

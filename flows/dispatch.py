@@ -6,20 +6,22 @@ It waits on PostgreSQL's NOTIFY with a poll, so nothing outside flows has to kno
 import json
 import logging
 import time
-from pathlib import Path
+from datetime import datetime, timezone
 
 import httpx
 import psycopg
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Crashed
 from sqlalchemy.exc import OperationalError
 
-from feedback import rounds
+from feedback import reports, rounds
+from feedback.contracts import RoundParameters
+from feedback.promotion import champion
+from feedback.tables import new_id
+from flows.attempts import go_on, is_over, newest_run
 from flows.context import Context, open_context
-from flows.deployments import FULL_NAME, register
+from flows.deployments import REPRODUCE, register
 from flows.judging import tell
 from infra.logs import configure_logging
 from infra.settings import Settings
@@ -27,8 +29,9 @@ from infra.settings import Settings
 log = logging.getLogger(__name__)
 
 IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
-PENDING_LIMIT_S = 30.0
-MAX_ATTEMPTS = 12
+# Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
+BATCH_WAIT_S, BATCH_FULL = 10.0, 500
+RETRY_PAUSE_S = 60.0
 FAULTS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
 
 
@@ -55,7 +58,7 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
         except ObjectNotFound:
-            log.warning("the deployment is gone, registering it again")
+            log.warning("the deployments are gone, registering them again")
             registered = False
         except FAULTS as error:
             log.warning("a server does not answer, trying again: %s", str(error).split("\n")[0][:200])
@@ -63,87 +66,51 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
 
 
 def dispatch(context: Context, client: SyncPrefectClient) -> bool:
-    """Look once at what is due; true while a round is running."""
+    """Look once at what is due; true while a round is running or reports wait."""
     tell(context)
+    request_due_round(context)
     with context.sessions() as session:
         turn = rounds.running_round(session)
-        if turn is None:
-            return False
-        round_id, number, attempt = turn.id, turn.number, turn.attempt
-    current = find_run(client, round_id, attempt) if attempt else None
-    if current is None or is_over(client, current):
-        start(context, client, round_id, number, attempt, current)
-    return True
+        count, oldest = reports.pending(session, with_review=turn is None)
+        waiting = count > 0 and champion(session) is not None
+    if turn is not None:
+        go_on(context, client, turn)
+    is_collecting = turn is not None and turn.step == "collect"
+    if waiting and not is_collecting and (count >= BATCH_FULL or age_s(oldest) >= BATCH_WAIT_S):
+        reproduce(client, count)
+    return turn is not None or waiting
 
 
-def start(
-    context: Context, client: SyncPrefectClient, round_id: str, number: int, attempt: int, last: FlowRun | None
-) -> None:
-    """Start the round's flow once more, or give the round up.
-
-    An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
-    attempt follows; the key keeps two dispatchers from starting one attempt twice.
-    """
-    if last is not None and last.state is not None and last.state.is_cancelled():
-        return end(context, round_id, "cancelled", "cancelled in Prefect")
-    if attempt >= MAX_ATTEMPTS:
-        reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
-        return end(context, round_id, "failed", f"given up after {attempt} attempts: {reason}")
-    deployment = client.read_deployment_by_name(FULL_NAME)
+def request_due_round(context: Context) -> None:
+    """File a round when enough reports were accepted since the last one ended; while one runs, none is accepted."""
+    enough = context.settings.round_after_reports
     with context.sessions.begin() as session:
-        attempt = rounds.next_attempt(session, round_id)
+        last = rounds.newest_round(session)
+        if not enough or last is None or last.state == "running":
+            return
+        accepted = reports.accepted_since(session, last.finished_at)
+        if accepted >= enough:
+            rounds.request_round(session, "dispatcher", RoundParameters(), new_id())
+            log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
+
+
+def reproduce(client: SyncPrefectClient, count: int) -> None:
+    """Start the flow that takes reports up, unless one is at it or has just failed."""
+    deployment = client.read_deployment_by_name(REPRODUCE)
+    last = newest_run(client, {"flow_runs": {"deployment_id": {"any_": [str(deployment.id)]}}})
+    if last is not None and not is_over(client, last):
+        return
+    is_failed = last is not None and last.state is not None and not last.state.is_completed()
+    if last is not None and is_failed and age_s(last.end_time) < RETRY_PAUSE_S:
+        return
     run = client.create_flow_run_from_deployment(
-        deployment.id,
-        parameters={"round_id": round_id},
-        name=f"round-{number}-attempt-{attempt}",
-        idempotency_key=key_of(round_id, attempt),
+        deployment.id, idempotency_key=f"reproduce:after:{last.id if last is not None else 'nothing'}"
     )
-    log.info("started round %d, attempt %d, as flow run %s", number, attempt, run.id)
+    log.info("%d reports wait: started flow run %s", count, run.id)
 
 
-def end(context: Context, round_id: str, state: str, reason: str) -> None:
-    with context.sessions.begin() as session:
-        rounds.finish(session, round_id, state, reason, actor="dispatcher")
-    log.warning("round %s is %s: %s", round_id, state, reason)
-
-
-def key_of(round_id: str, attempt: int) -> str:
-    return f"round:{round_id}:attempt:{attempt}"
-
-
-def find_run(client: SyncPrefectClient, round_id: str, attempt: int) -> FlowRun | None:
-    """The flow run of an attempt; None if it was never made or Prefect's database was lost."""
-    answer = client._client.post(
-        "/flow_runs/filter", json={"flow_runs": {"idempotency_key": {"any_": [key_of(round_id, attempt)]}}}
-    )
-    found = answer.json()
-    return FlowRun.model_validate(found[0]) if found else None
-
-
-def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether nobody works on this run any more; one whose process is gone is marked as crashed."""
-    state = run.state
-    if state is None or state.is_final():
-        return True
-    if state.is_scheduled():
-        return False
-    if state.is_pending():
-        dead = (time.time() - state.timestamp.timestamp()) > PENDING_LIMIT_S
-    else:
-        dead = not is_process_of(run)
-    if dead:
-        client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
-        log.warning("flow run %s has no process any more", run.name)
-    return dead
-
-
-def is_process_of(run: FlowRun) -> bool:
-    """Whether the process that Prefect noted for a run exists and is that run's."""
-    try:
-        environment = Path(f"/proc/{int(run.infrastructure_pid or 0)}/environ").read_bytes()
-    except (OSError, ValueError):
-        return False
-    return f"PREFECT__FLOW_RUN_ID={run.id}".encode() in environment.split(b"\0")
+def age_s(moment: datetime | None) -> float:
+    return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()
 
 
 def alive(settings: Settings) -> None:

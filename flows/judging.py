@@ -20,7 +20,7 @@ EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
 def evaluate(context: Context, round_id: str) -> dict[int, int]:
     """Let candidate and champion take the cases they have not taken, and return how many each took."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "evaluate")
+        rounds.begin_step(session, round_id, "evaluate", context.attempt)
         turn = rounds.find_round(session, round_id)
         versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
     return {version: evaluate_version(context, version) for version in versions}
@@ -71,9 +71,8 @@ def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, A
 def decide(context: Context, round_id: str) -> dict[str, Any]:
     """Judge the candidate; promotion, verdicts, notices and the round's end are one transaction."""
     with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "decide", context.attempt)
         turn = rounds.find_round(session, round_id)
-        if not rounds.begin_step(session, round_id, "decide"):
-            return turn.decision or {}
         decision = gate.decide(session, turn)
         if decision["promote"]:
             promotion.promote(session, turn, decision)

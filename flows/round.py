@@ -1,50 +1,19 @@
 """The round as a Prefect flow: the table of contents of the loop."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
-import httpx
-from botocore.exceptions import BotoCoreError, ClientError
-from mlflow.exceptions import MlflowException
-from prefect import flow, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from pydantic import Field
-from sqlalchemy.exc import OperationalError
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.tables import new_id
 from flows import intake, judging, training
 from flows.context import Context, open_context
-
-IO_ERRORS = (httpx.HTTPError, BotoCoreError, ClientError, MlflowException, OperationalError, ConnectionError)
-
-
-def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
-    """Only what a network or a restarting server did is worth another try."""
-    try:
-        state.result()
-    except IO_ERRORS:
-        return True
-    except Exception:  # any other error is ours and comes back the same
-        return False
-    return False
-
-
-def step(function: Callable[..., Any], name: str) -> Any:
-    """Make a task of a step: never cached, repeated on I/O errors only."""
-    made = task(
-        name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io
-    )
-    return made(function)
-
+from flows.steps import show_table, step
+from infra.launch import alone
 
 collect = step(intake.collect, "collect")
 snapshot = step(intake.snapshot, "snapshot")
@@ -77,9 +46,13 @@ def cotrain_round(
         asked = RoundParameters(max_steps=max_steps, learning_rate=learning_rate, replay_rows=replay_rows, seed=seed)
         # The dispatcher starts every requested round under a key of its own; this run only filed the request.
         return f"requested round {request(context, asked)}"
+    with context.sessions() as session:
+        attempt = rounds.find_round(session, round_id).attempt
     try:
-        return run_steps(context, round_id)
-    except training.RoundEnded as ended:
+        # An earlier attempt may be leaving still; two of them must not write the same files.
+        with alone(context.lock_of(round_id)):
+            return run_steps(replace(context, attempt=attempt), round_id)
+    except rounds.RoundEnded as ended:
         return str(ended)
     except (ValueError, RuntimeError) as error:
         fail(context, round_id, str(error))
@@ -87,11 +60,11 @@ def cotrain_round(
 
 
 def run_steps(context: Context, round_id: str) -> str:
-    """Take a round through its steps; those it has passed are passed by."""
-    with context.sessions() as session:
-        state = rounds.find_round(session, round_id).state
-    if state != "running":
-        return state
+    """Take a round through its steps; those it has passed are passed by.
+
+    Raises:
+        RoundEnded: if the round has ended, or a later attempt works on it.
+    """
     collected = collect(context, round_id)
     show_table("collected", [collected])
     snapshot(context, round_id)
@@ -118,11 +91,6 @@ def fail(context: Context, round_id: str, reason: str) -> None:
     """End the round as failed with the reason on its page."""
     with context.sessions.begin() as session:
         rounds.finish(session, round_id, "failed", reason[:2000])
-
-
-def show_table(key: str, rows: list[dict[str, Any]]) -> None:
-    if rows and rows[0]:
-        create_table_artifact(key=key, table=rows)
 
 
 def progress_reporter() -> training.Progress:

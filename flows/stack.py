@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
 import sysconfig
 import time
@@ -14,18 +12,15 @@ from typing import Any
 
 import httpx
 
-from feedback.accounts import ensure_operator
-from flows.home import WEED_PORTS, StackConfig, load_config, write_environment, write_private
-from infra.database import migrate, open_engine, open_sessions
+from flows.home import StackConfig, load_config, write_environment, write_private
+from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.logs import configure_logging
-from infra.objects import open_objects
 from infra.postgres import Postgres, wrapped
 from infra.services import Keeper, Service
 from infra.settings import HOME_VARIABLE, NO_TELEMETRY, Settings, home_folder, load_settings
 
 log = logging.getLogger(__name__)
 
-MIGRATIONS = Path(__file__).resolve().parent.parent / "feedback" / "migrations"
 DISPATCHER_SILENT_S = 30.0
 
 
@@ -33,8 +28,8 @@ def services(home: Path, config: StackConfig, settings: Settings) -> list[Servic
     """The embedded stack in starting order."""
     postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
     return [
-        _postgres(home, config, settings, postgres),
-        _weed(home, config, settings),
+        postgres_service(config, settings, postgres),
+        weed_service(home, config, settings),
         _mlflow(home, config, settings, postgres),
         _prefect(home, config, settings, postgres),
         _portal(home, settings),
@@ -42,77 +37,6 @@ def services(home: Path, config: StackConfig, settings: Settings) -> list[Servic
         _dispatcher(home, settings),
         _worker(home, settings),
     ]
-
-
-def _postgres(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
-    def after() -> None:
-        for name, secret in (
-            ("cotrain", "database"),
-            ("prefect", "prefect_database"),
-            ("mlflow", "mlflow_database"),
-            ("mlflow_auth", "mlflow_auth_database"),
-        ):
-            postgres.ensure_database(name, config.secrets[secret])
-        engine = open_engine(settings)
-        migrate(engine, MIGRATIONS)
-        with open_sessions(engine).begin() as session:
-            ensure_operator(session, settings.operator_token.get_secret_value())
-        engine.dispose()
-
-    return Service(
-        name="postgres",
-        command=postgres.command,
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
-        cwd=Path("/"),
-        before=postgres.initialise,
-        check=postgres.check,
-        after=after,
-        stop_signal=signal.SIGINT,
-    )
-
-
-def _weed(home: Path, config: StackConfig, settings: Settings) -> Service:
-    weed = str(Path(sysconfig.get_path("scripts")) / "weed")
-    data, work = home / "s3", home / "weed"
-
-    def before() -> None:
-        for folder in (data, work):
-            folder.mkdir(exist_ok=True, mode=0o700)
-        # Without these keys the filer serves and deletes objects for anybody on this machine.
-        sections = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
-        text = "".join(
-            f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60\n' for name, n in sections
-        )
-        write_private(work / "security.toml", text)
-        # A volume index torn by a kill would hide its whole volume.
-        subprocess.run(
-            [weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True
-        )
-
-    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
-    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
-    flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
-    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    return Service(
-        name="s3",
-        command=lambda: [*wrapped("SIGTERM", "same", 0, weed), "-logtostderr=true", "mini", f"-dir={data}", *flags],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(work),
-            "TMPDIR": str(work),
-            "AWS_ACCESS_KEY_ID": config.secrets["s3_access_key"],
-            "AWS_SECRET_ACCESS_KEY": config.secrets["s3_secret_key"],
-        },
-        cwd=work,
-        before=before,
-        check=lambda: _check_stores(settings),
-    )
-
-
-def _check_stores(settings: Settings) -> None:
-    for bucket in (settings.s3_bucket, "mlflow"):
-        open_objects(settings, bucket, attempts=1).check()
 
 
 def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
@@ -125,6 +49,8 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
         )
 
     def before() -> None:
+        for name in ("mlflow", "mlflow_auth"):
+            postgres.ensure_database(name, config.secrets[f"{name}_database"])
         work.mkdir(exist_ok=True, mode=0o700)
         lines = [
             "[mlflow]",
@@ -180,6 +106,8 @@ def _mlflow_environment(work: Path, settings: Settings, config: StackConfig, dat
         "AWS_EC2_METADATA_DISABLED": "true",
         **NO_TELEMETRY,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Without workspaces every account may make experiments and models of its own.
+        "MLFLOW_ENABLE_WORKSPACES": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "GIT_PYTHON_REFRESH": "quiet",
     }
@@ -231,6 +159,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", "prefect", "server", "start"],
         env=env,
         cwd=home,
+        before=lambda: postgres.ensure_database("prefect", config.secrets["prefect_database"]),
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
         needs=("postgres",),
     )
@@ -315,7 +244,10 @@ def main() -> None:
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     write_environment(home, config)
     settings = load_settings()
-    Keeper(services(home, config, settings), home, config.stack_id).run()
+    try:
+        Keeper(services(home, config, settings), home, config.stack_id).run()
+    finally:
+        forget_weed_sockets(config)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,10 @@ REPORT_EVERY_S = 2.0
 Progress = Callable[[dict[str, Any]], None]
 
 
-class RoundEnded(Exception):
-    """The round was cancelled or ended elsewhere; its processes are gone."""
-
-
 def lay_out(context: Context, round_id: str) -> Plan:
     """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "plan")
+        rounds.begin_step(session, round_id, "plan", context.attempt)
         turn = rounds.find_round(session, round_id)
         run_id = rounds.training_run(session, round_id).id
         snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
@@ -108,11 +104,11 @@ def train(context: Context, round_id: str, progress: Progress) -> None:
     """Run the ranks until the run has exported its weights; start them again when they die.
 
     Raises:
-        RoundEnded: if the round was ended meanwhile.
+        RoundEnded: if the round was ended meanwhile; the ranks are gone.
         RuntimeError: if the ranks died too often; the message holds the end of their log.
     """
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "train")
+        rounds.begin_step(session, round_id, "train", context.attempt)
         run = rounds.training_run(session, round_id)
         run_id, number = run.id, rounds.find_round(session, round_id).number
     folder = RunFolder(context.runs / run_id)
@@ -177,9 +173,7 @@ class _Reporter:
         status = self._folder.status()
         with self._context.sessions.begin() as session:
             rounds.training_run(session, self._round_id).status = status or None
-            state = rounds.find_round(session, self._round_id).state
-        if state != "running":
-            raise RoundEnded(f"the round is {state}")
+            rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
         if status:
             self._progress(status)
         rows = self._folder.metrics(after_step=self._sent_step)

@@ -1,5 +1,6 @@
 """What this machine can compute with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -16,7 +17,26 @@ def has_fast_bf16() -> bool:
 
 
 def memory_gib() -> float:
-    """Memory that is available now, in GiB."""
+    """Memory that is available now, in GiB: of the machine, or of this process's control group if that has less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return kib / 2**20
+    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min([available, *_group_rooms()]) / 2**30
+
+
+def _group_rooms() -> Iterator[int]:
+    """Bytes that a container or a batch system still lets this process use, for each limit it set."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = Path("/sys/fs/cgroup") / controllers
+        limit, used = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        for folder in {top, top / path.lstrip("/")}:
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                room = int((folder / limit).read_text()) - int((folder / used).read_text())
+            except (OSError, ValueError):  # no such group in sight, or no limit
+                continue
+            yield room + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # dropped when needed

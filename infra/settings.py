@@ -1,7 +1,8 @@
 """Where things are: addresses, secrets and limits, read from the environment.
 
-The embedded stack writes the same variables to `$COTRAIN_HOME/env`; real environment
-variables win over that file. `.env.example` describes each.
+The embedded stack writes the same variables to `$COTRAIN_HOME/env`; an operator's own values
+in `$COTRAIN_HOME/env.local` win over those, and real environment variables over both.
+`.env.example` describes each.
 """
 
 import os
@@ -48,6 +49,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     calendar: str = "0 9 6 * *"
     time_zone: str = "Asia/Shanghai"
+    round_after_reports: int = Field(default=200, ge=0)
 
 
 def load_settings() -> Settings:
@@ -58,7 +60,7 @@ def load_settings() -> Settings:
     """
     home = home_folder()
     try:
-        return Settings(_env_file=home / "env")
+        return Settings(_env_file=(home / "env", home / "env.local"))
     except ValidationError as error:
         wrong = ", ".join(f"COTRAIN_{str(e['loc'][0]).upper()}" for e in error.errors())
         raise ValueError(

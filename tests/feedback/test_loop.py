@@ -150,11 +150,44 @@ def test_one_round_at_a_time(session):
 
 def test_steps_that_are_passed_are_passed_by(session):
     turn = start_round(session)
-    assert rounds.begin_step(session, turn.id, "train")
-    assert rounds.begin_step(session, turn.id, "train")
-    assert not rounds.begin_step(session, turn.id, "collect")
+    assert rounds.begin_step(session, turn.id, "train", 0)
+    assert rounds.begin_step(session, turn.id, "train", 0)
+    assert not rounds.begin_step(session, turn.id, "collect", 0)
     rounds.finish(session, turn.id, "cancelled", "by hand")
-    assert not rounds.begin_step(session, turn.id, "train")
+    with pytest.raises(rounds.RoundEnded, match="is cancelled"):
+        rounds.begin_step(session, turn.id, "train", 0)
+
+
+def test_an_attempt_that_was_taken_over_is_kept_out(session):
+    turn = start_round(session)
+    first = rounds.next_attempt(session, turn.id)
+    assert rounds.begin_step(session, turn.id, "collect", first)
+    second = rounds.next_attempt(session, turn.id)
+    with pytest.raises(rounds.RoundEnded, match="attempt 2 has taken over from attempt 1"):
+        rounds.begin_step(session, turn.id, "snapshot", first)
+    assert rounds.begin_step(session, turn.id, "snapshot", second)
+
+
+def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, later):
+    assert reports.pending(session, with_review=True) == (0, None)
+    first = submit(session, reporter)
+    assert reports.pending(session, with_review=False) == (1, first.created_at)
+    reports.screen(session, later)
+    assert reports.pending(session, with_review=False)[0] == 1
+    reports.note_reproduction(session, first.id, 1, "wrong")
+    assert reports.pending(session, with_review=False)[0] == 0
+    assert reports.pending(session, with_review=True)[0] == 1
+    reports.review(session, later, SALT, 0.5)
+    assert reports.pending(session, with_review=True)[0] == 0
+    assert reports.accepted_since(session, None) == 1
+    assert reports.accepted_since(session, later) == 0
+
+
+def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
+    row = submit(session, reporter)
+    accept_all(session, later)
+    reports.note_reproduction(session, row.id, 2, "cba")
+    assert (row.state, row.reproduced_version) == ("accepted", 1)
 
 
 def upload(session, objects, reporter, rows, purpose="mixture"):

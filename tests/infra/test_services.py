@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ import time
 import psycopg
 import pytest
 
-from flows.home import is_free, load_config, port_holder, write_environment
+from flows.home import WEED_PORTS, is_free, load_config, port_holder, write_environment
 from flows.stack import services
 from infra.postgres import Postgres
 from infra.services import marked, read_state, sweep
@@ -157,3 +159,18 @@ def test_all_services_listen_on_loopback_only(tmp_path):
     assert names == ["postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker"]
     urls = (settings.portal_url, settings.mlflow_url, settings.prefect_api_url, settings.model_server_url)
     assert all(url.startswith("http://127.0.0.1:") for url in urls)
+
+
+@pytest.mark.parametrize(
+    "name", [n for part in WEED_PORTS if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
+)
+def test_the_stores_inner_ports_speak_to_nobody_else(stores, name):
+    """Neither in the clear nor over TLS without the store's own certificate."""
+    port = load_config(stores.home).ports[name]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, context.wrap_socket(plain) as secure:
+        secure.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises((ssl.SSLError, ConnectionError), match=r"certificate|reset|alert"):
+            secure.recv(100)

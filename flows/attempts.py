@@ -1,0 +1,98 @@
+"""Attempts at a round: each is one flow run, started by the dispatcher, and followed by the next when it is lost."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Crashed
+
+from feedback import rounds
+from feedback.tables import Round
+from flows.context import Context
+from flows.deployments import ROUND
+
+log = logging.getLogger(__name__)
+
+PENDING_LIMIT_S = 30.0
+MAX_ATTEMPTS = 12
+
+
+def go_on(context: Context, client: SyncPrefectClient, turn: Round) -> None:
+    """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
+    last = find_run(client, key_of(turn.id, turn.attempt)) if turn.attempt else None
+    if last is None or is_over(client, last):
+        start(context, client, turn, last)
+
+
+def start(context: Context, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
+    """Start the round's flow once more, or give the round up.
+
+    An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
+    attempt follows; the key keeps two dispatchers from starting one attempt twice.
+    """
+    if last is not None and last.state is not None and last.state.is_cancelled():
+        return end(context, turn.id, "cancelled", "cancelled in Prefect")
+    if turn.attempt >= MAX_ATTEMPTS:
+        reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
+        return end(context, turn.id, "failed", f"given up after {turn.attempt} attempts: {reason}")
+    deployment = client.read_deployment_by_name(ROUND)
+    with context.sessions.begin() as session:
+        attempt = rounds.next_attempt(session, turn.id)
+    run = client.create_flow_run_from_deployment(
+        deployment.id,
+        parameters={"round_id": turn.id},
+        name=f"round-{turn.number}-attempt-{attempt}",
+        idempotency_key=key_of(turn.id, attempt),
+    )
+    log.info("started round %d, attempt %d, as flow run %s", turn.number, attempt, run.id)
+
+
+def end(context: Context, round_id: str, state: str, reason: str) -> None:
+    with context.sessions.begin() as session:
+        rounds.finish(session, round_id, state, reason, actor="dispatcher")
+    log.warning("round %s is %s: %s", round_id, state, reason)
+
+
+def key_of(round_id: str, attempt: int) -> str:
+    return f"round:{round_id}:attempt:{attempt}"
+
+
+def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
+    """The flow run with an idempotency key; None if it was never made or Prefect's database was lost."""
+    return newest_run(client, {"flow_runs": {"idempotency_key": {"any_": [key]}}})
+
+
+def newest_run(client: SyncPrefectClient, which: dict[str, Any]) -> FlowRun | None:
+    """The newest of the flow runs that a filter of Prefect's API finds."""
+    body = {**which, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    found = client._client.post("/flow_runs/filter", json=body).json()
+    return FlowRun.model_validate(found[0]) if found else None
+
+
+def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether nobody works on this run any more; one whose process is gone is marked as crashed."""
+    state = run.state
+    if state is None or state.is_final():
+        return True
+    if state.is_scheduled():
+        return False
+    if state.is_pending():
+        dead = (time.time() - state.timestamp.timestamp()) > PENDING_LIMIT_S
+    else:
+        dead = not is_process_of(run)
+    if dead:
+        client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
+        log.warning("flow run %s has no process any more", run.name)
+    return dead
+
+
+def is_process_of(run: FlowRun) -> bool:
+    """Whether the process that Prefect noted for a run exists and is that run's."""
+    try:
+        environment = Path(f"/proc/{int(run.infrastructure_pid or 0)}/environ").read_bytes()
+    except (OSError, ValueError):
+        return False
+    return f"PREFECT__FLOW_RUN_ID={run.id}".encode() in environment.split(b"\0")

@@ -1,0 +1,100 @@
+"""The embedded stack's two stores: PostgreSQL and S3."""
+
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from feedback.accounts import ensure_operator
+from flows.home import WEED_PORTS, StackConfig, write_private
+from infra.certificates import ensure_certificate
+from infra.database import migrate, open_engine, open_sessions
+from infra.objects import open_objects
+from infra.postgres import Postgres, wrapped
+from infra.services import Service
+from infra.settings import Settings
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "feedback" / "migrations"
+
+
+def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    def after() -> None:
+        postgres.ensure_database("cotrain", config.secrets["database"])
+        engine = open_engine(settings)
+        migrate(engine, MIGRATIONS)
+        with open_sessions(engine).begin() as session:
+            ensure_operator(session, settings.operator_token.get_secret_value())
+        engine.dispose()
+
+    return Service(
+        name="postgres",
+        command=postgres.command,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+        cwd=Path("/"),
+        before=postgres.initialise,
+        check=postgres.check,
+        after=after,
+        stop_signal=signal.SIGINT,
+    )
+
+
+def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service:
+    weed = str(Path(sysconfig.get_path("scripts")) / "weed")
+    data, work = home / "s3", home / "weed"
+
+    def before() -> None:
+        for folder in (data, work):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        forget_weed_sockets(config)
+        ensure_certificate(work / "tls.pem", "weed")
+        write_private(work / "security.toml", weed_security(config, work / "tls.pem"))
+        # A volume index torn by a kill would hide its whole volume.
+        subprocess.run(
+            [weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True
+        )
+
+    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
+    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
+    flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
+    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    return Service(
+        name="s3",
+        command=lambda: [*wrapped("SIGTERM", "same", 0, weed), "-logtostderr=true", "mini", f"-dir={data}", *flags],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(work),
+            "TMPDIR": str(work),
+            "AWS_ACCESS_KEY_ID": config.secrets["s3_access_key"],
+            "AWS_SECRET_ACCESS_KEY": config.secrets["s3_secret_key"],
+        },
+        cwd=work,
+        before=before,
+        check=lambda: _check_stores(settings),
+    )
+
+
+def forget_weed_sockets(config: StackConfig) -> None:
+    """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there."""
+    for name in WEED_PORTS:
+        Path(f"/tmp/seaweedfs-{name}-grpc-{config.ports[f'{name}_grpc']}.sock").unlink(missing_ok=True)
+
+
+def weed_security(config: StackConfig, certificate: Path) -> str:
+    """The store's security.toml: of its own processes only S3 is open to others, and that asks for its keys.
+
+    Without it, anybody on this machine can read and delete objects at the filer, the volume server and the master.
+    """
+    jwt = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
+    lines = [f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60' for name, n in jwt]
+    pair = f'cert = "{certificate}"\nkey = "{certificate}"'
+    lines.append(f'[grpc]\nca = "{certificate}"')
+    lines += [f"[grpc.{part}]\n{pair}" for part in ("volume", "master", "filer", "s3", "admin", "worker", "client")]
+    lines += [f'[https.{part}]\n{pair}\nca = "{certificate}"' for part in ("master", "volume", "filer", "admin")]
+    lines.append(f'[https.client]\nenabled = true\n{pair}\nca = "{certificate}"')
+    return "\n".join(lines) + "\n"
+
+
+def _check_stores(settings: Settings) -> None:
+    for bucket in (settings.s3_bucket, "mlflow"):
+        open_objects(settings, bucket, attempts=1).check()

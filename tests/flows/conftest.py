@@ -1,0 +1,91 @@
+"""A whole embedded stack of its own, one per test module."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from feedback.client import Client
+from infra.services import read_state
+from infra.settings import Settings
+from yuan.data.rows import dump_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+class Stack:
+    """The stack in one home, driven through the command line and the client."""
+
+    def __init__(self, home):
+        self.home = home
+
+    def cotrain(self, *args, check=False):
+        """Run a command with --json; its status, and its JSON or what it said on stderr."""
+        command = [sys.executable, "-m", "flows.cli.app", *args, "--json"]
+        env = {**os.environ, "COTRAIN_HOME": str(self.home)}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=200)
+        assert not check or done.returncode == 0, done.stderr
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    @cached_property
+    def settings(self):
+        return Settings(_env_file=self.home / "env", home=self.home)
+
+    def client(self, token):
+        return Client(self.settings.portal_url, token)
+
+    def pid(self, name):
+        return read_state(self.home)["services"][name]["pid"]
+
+    def kill(self, name):
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    @staticmethod
+    def until(condition, seconds=90.0, pause=0.1):
+        """Wait for a true value and return it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = condition()
+            if found:
+                return found
+            time.sleep(pause)
+        raise AssertionError("did not happen in time")
+
+    @classmethod
+    def follow(cls, client, turn):
+        """Wait until a round has ended."""
+        return cls.until(lambda: (r := client.round(turn.id)).state != "running" and r, seconds=200, pause=0.5)
+
+    @staticmethod
+    def push(client, folder, rows, **more):
+        file = folder / "rows.jsonl"
+        file.write_bytes(dump_rows(rows))
+        return client.push_dataset(file, **more)
+
+
+@pytest.fixture(scope="module")
+def stack(request, tmp_path_factory):
+    """The stack, with the settings that the test module names."""
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    (stack.home / "env.local").write_text(getattr(request.module, "SETTINGS", ""))
+    stack.cotrain("up", check=True)
+    yield stack
+    stack.cotrain("down", check=True)
+
+
+@pytest.fixture(scope="module")
+def operator(stack):
+    with stack.client(stack.settings.operator_token.get_secret_value()) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def contributor(operator, stack):
+    with stack.client(operator.add_contributor("tester").token) as client:
+        yield client

@@ -1,0 +1,190 @@
+"""Kill -9 of every process in every step of a round, while reports come in: nothing is lost or counted twice."""
+
+import itertools
+import os
+import random
+import signal
+import string
+import threading
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+
+from feedback import rounds
+from feedback.contracts import FeedbackIn, RoundParameters
+from feedback.tables import CaseResult, Feedback, Outbox, Round, TrainingRun
+from flows.demo.corpus import BASE_SKILLS
+from flows.home import load_config
+from infra.database import open_engine, open_sessions
+from infra.postgres import Postgres
+from infra.services import marked
+from yuan.data.skills import load_skills
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
+FIRST = RoundParameters(max_steps=60, learning_rate=2e-3)
+# Next to no learning: the candidate answers as its parent does, so every round ends in a promotion and has notices.
+NEXT = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
+STEPS = ("collect", "snapshot", "plan", "train", "register", "evaluate", "decide")
+SERVICES = ("postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker")
+PROCESSES = {
+    "flow": "flows.engine",
+    "torchrun": "torch.distributed.run",
+    "rank": "yuan.train.run",
+    "evaluation": "yuan.eval.run",
+}
+
+
+@pytest.fixture(scope="module")
+def sessions(stack):
+    engine = open_engine(stack.settings)
+    yield open_sessions(engine)
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def champion(stack, operator, tmp_path_factory):
+    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
+    done = stack.follow(operator, operator.start_round(FIRST))
+    assert done.state == "promoted", done.reason
+
+
+def pids_of(stack, victim):
+    """Processes to kill, none if there is none right now."""
+    if victim in SERVICES:
+        pid = stack.pid(victim)
+        return [pid] if pid else []
+    found = []
+    for pid in marked(load_config(stack.home).stack_id):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if PROCESSES[victim] in command and (victim != "rank" or "torch.distributed.run" not in command):
+            found.append(pid)
+    return found
+
+
+def where(stack, sessions, round_id):
+    """State and step of a round, None without database. Two moments have no step of their own: trained and not yet
+    registered, evaluated and not yet decided.
+    """
+    try:
+        with sessions() as session:
+            turn = session.get_one(Round, round_id)
+            run = session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == round_id))
+            taken = session.scalar(
+                select(CaseResult.version).where(CaseResult.version == turn.candidate_version).limit(1)
+            )
+    except OperationalError:
+        return None, None
+    if turn.step == "train" and (stack.home / "runs" / str(run) / "export" / "manifest.json").exists():
+        return turn.state, "register"
+    return turn.state, "decide" if turn.step == "evaluate" and taken else turn.step
+
+
+def strike(stack, sessions, round_id, victim):
+    """Kill the victim once in each step in which it lives, until the round has ended; returns the steps."""
+    struck = []
+    end = time.monotonic() + 400
+    while time.monotonic() < end:
+        state, step = where(stack, sessions, round_id)
+        if state not in (None, "running"):
+            return struck
+        if step and step not in struck and (pids := pids_of(stack, victim)):
+            for pid in pids[:1] if victim == "rank" else pids:
+                os.kill(pid, signal.SIGKILL)
+            struck.append(step)
+        time.sleep(0.02)
+    raise AssertionError(f"the round did not end in time, {victim} was killed in {struck}")
+
+
+class Reporter(threading.Thread):
+    """Sends reports until told to stop, and remembers which were acknowledged."""
+
+    def __init__(self, client, seed):
+        super().__init__(daemon=True)
+        self.client, self.random, self.stopped = client, random.Random(seed), threading.Event()
+        self.acknowledged, self.failed = [], []
+
+    def run(self):
+        while not self.stopped.wait(0.3):
+            word = "".join(self.random.choices(string.ascii_lowercase, k=12))
+            report = FeedbackIn(
+                kind="correction", prompt=f"Reverse: {word}", response="?", model_version=1, expected=word[::-1]
+            )
+            try:
+                self.acknowledged.append(self.client.submit(report).id)
+            except Exception as error:
+                self.failed.append(repr(error))
+
+
+def check_reports(stack, sessions, client, reporter, round_id):
+    """Every acknowledged report is there once; every accepted one that the version took was told once."""
+    assert reporter.failed == []
+    assert sorted(report.id for report in client.all_feedback()) == sorted(reporter.acknowledged)
+    with sessions() as session:
+        turn = session.get_one(Round, round_id)
+        assert turn.state == "promoted", turn.reason
+        early = session.scalars(select(Feedback).where(Feedback.created_at <= turn.cut_off)).all()
+        assert {report.state for report in early} <= {"accepted"}
+        expected = sorted(report.id for report in early)
+
+    def told():
+        with sessions() as session:
+            query = select(Outbox.feedback_id).where(
+                Outbox.version == turn.candidate_version, Outbox.delivered_at.is_not(None)
+            )
+            return sorted(session.scalars(query)) == expected
+
+    stack.until(told, seconds=30)
+    with sessions() as session:
+        untested = [case for case in rounds.untested(session, turn.candidate_version) if case.created_at < turn.cut_off]
+        assert untested == []
+
+
+counter = itertools.count(1)
+
+
+@pytest.fixture
+def reporter(stack, operator, champion):
+    number = next(counter)
+    with stack.client(operator.add_contributor(f"reporter-{number}").token) as client:
+        reporter = Reporter(client, number)
+        reporter.start()
+        stack.until(lambda: len(reporter.acknowledged) >= 3)
+        yield reporter
+        reporter.stopped.set()
+        reporter.join()
+
+
+@pytest.mark.parametrize("victim", [*SERVICES, *PROCESSES])
+def test_a_round_outlives_kills_in_every_step(stack, sessions, operator, reporter, victim):
+    turn = operator.start_round(NEXT)
+    struck = strike(stack, sessions, turn.id, victim)
+    reporter.stopped.set()
+    reporter.join()
+    lives_in = {"torchrun": {"train"}, "rank": {"train"}, "evaluation": {"evaluate"}}.get(victim, set(STEPS[3:6]))
+    assert lives_in <= set(struck)
+    check_reports(stack, sessions, reporter.client, reporter, turn.id)
+
+
+def test_a_round_outlives_the_loss_of_prefects_database(stack, sessions, operator, reporter):
+    turn = operator.start_round(NEXT)
+    stack.until(lambda: where(stack, sessions, turn.id)[1] == "train", pause=0.02)
+    config = load_config(stack.home)
+    postgres = Postgres(stack.home / "pg", config.ports["postgres"], config.secrets["postgres"])
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        connection.execute("drop database prefect with (force)")
+    assert operator.round(turn.id).state == "running"
+    stack.kill("prefect")
+    stack.until(lambda: where(stack, sessions, turn.id)[0] != "running", seconds=300)
+    reporter.stopped.set()
+    reporter.join()
+    check_reports(stack, sessions, reporter.client, reporter, turn.id)
