@@ -13,6 +13,7 @@ from feedback import rounds
 from feedback.tables import Round
 from flows.context import Context
 from flows.deployments import ROUND
+from infra.devices import has_room
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,12 @@ MAX_ATTEMPTS = 12
 def go_on(context: Context, client: SyncPrefectClient, turn: Round) -> None:
     """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
     last = find_run(client, key_of(turn.id, turn.attempt)) if turn.attempt else None
-    if last is None or is_over(client, last):
-        start(context, client, turn, last)
+    if last is not None and not is_over(client, last):
+        return
+    if not has_room(context.settings.home):
+        log.warning("round %d waits: the disk of %s is full; make room there", turn.number, context.settings.home)
+        return
+    start(context, client, turn, last)
 
 
 def start(context: Context, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:

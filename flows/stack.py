@@ -122,6 +122,7 @@ def prefect_environment(home: Path, settings: Settings) -> dict[str, str]:
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
         "PREFECT_CLIENT_MAX_RETRIES": "10",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,feedback,yuan,infra",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # the dispatcher uses the same code outside of runs
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from feedback import datasets, rounds
 from flows.context import Context
-from infra.devices import has_fast_bf16
+from infra.devices import has_fast_bf16, has_room
 from infra.launch import supervised, torchrun_command
 from infra.settings import child_environment
 from yuan import tokenizer as tokenizers
@@ -121,10 +121,11 @@ def train(context: Context, round_id: str, progress: Progress) -> None:
             break
         status = _run_ranks(context, folder, reporter)
         if status != 0:
-            folder.append(
-                "events.jsonl", {"event": "ranks ended", "status": status, "restart": restart, "time": time.time()}
-            )
             log.warning("the ranks of run %s ended with status %d", run_id, status)
+            if not has_room(folder.path):  # the dispatcher starts the next attempt when there is some
+                raise OSError(f"the disk of {folder.path} is full; make room, and the run goes on from its checkpoint")
+            event = {"event": "ranks ended", "status": status, "restart": restart, "time": time.time()}
+            folder.append("events.jsonl", event)
     else:
         raise RuntimeError(f"the ranks of run {run_id} died {MAX_RESTARTS + 1} times: {_log_end(folder)}")
     reporter.report()

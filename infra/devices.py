@@ -1,8 +1,10 @@
 """What this machine can compute with."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+MIN_ROOM_BYTES = 256 * 2**20
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -14,6 +16,11 @@ def has_fast_bf16() -> bool:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return bool(FAST_BF16_FLAGS & set(flags.split()))
+
+
+def has_room(folder: Path) -> bool:
+    """Whether the disk of a folder has room to work on; without, every writer there fails."""
+    return shutil.disk_usage(folder).free >= MIN_ROOM_BYTES
 
 
 def memory_gib() -> float:

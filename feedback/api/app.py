@@ -18,7 +18,11 @@ MODEL_TIMEOUT_S = 120.0
 def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
     """Build the portal on an open engine and store."""
     app = FastAPI(
-        title="Yuan co-training portal", version="1", description="Report, contribute, follow what became of it."
+        title="Yuan co-training portal",
+        version="1",
+        description="Report, contribute, follow what became of it.",
+        docs_url=None,  # FastAPI's pages run scripts from other people's servers; pages.docs is ours
+        redoc_url=None,
     )
     app.state.sessions = open_sessions(engine)
     app.state.objects = objects

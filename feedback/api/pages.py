@@ -1,4 +1,4 @@
-"""The portal's front page: rounds and versions, nothing of any submission."""
+"""The portal's open pages: rounds and versions, nothing of any submission, and the API for people."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,13 @@ def index(request: Request, session: Db) -> HTMLResponse:
     """The state of the programme for anybody."""
     page = front_page(session)
     return templates.TemplateResponse(request, "index.html", {"page": page})
+
+
+@router.get("/docs", response_class=HTMLResponse)
+def docs(request: Request) -> HTMLResponse:
+    """The API for people, made of its OpenAPI description."""
+    facts = {"api": request.app.openapi(), "url": request.base_url}
+    return templates.TemplateResponse(request, "docs.html", facts)
 
 
 def front_page(session: Session) -> FrontPage:

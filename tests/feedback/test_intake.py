@@ -35,7 +35,7 @@ def test_without_a_valid_token_nothing_is_shown(portal, path, headers):
 
 
 def test_every_route_but_page_and_health_asks_who_comes(portal):
-    public = {"/", "/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+    public = {"/", "/health", "/docs", "/openapi.json"}
     for path, methods in portal.get("/openapi.json").json()["paths"].items():
         for method in methods:
             if path not in public:
@@ -133,3 +133,13 @@ def test_the_front_page_shows_no_submission(portal, account):
     page = portal.get("/")
     assert page.status_code == 200
     assert "very secret" not in page.text
+
+
+def test_the_api_page_names_every_route_and_loads_nothing_from_elsewhere(portal):
+    page = portal.get("/docs").text
+    for path, methods in portal.get("/openapi.json").json()["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in page
+    assert "<script" not in page
+    assert "list of any" not in page
+    assert 'id="FeedbackIn"' in page

@@ -152,3 +152,12 @@ def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
     while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:
         time.sleep(0.02)
     assert not os.path.exists(f"/proc/{rank}")
+
+
+def test_a_torn_line_hides_no_other(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # what a full disk leaves
+    folder.append("metrics.jsonl", {"step": 3})
+    assert folder.metrics() == [{"step": 1}, {"step": 3}]

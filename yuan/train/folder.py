@@ -123,17 +123,29 @@ class RunFolder:
             return {}
 
     def metrics(self, after_step: int = -1) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl with a step above `after_step`; a line still being written is left out."""
+        """Lines of metrics.jsonl with a step above `after_step`; a torn line is left out."""
         try:
             text = (self.path / "metrics.jsonl").read_text()
         except FileNotFoundError:
             return []
-        rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return [row for row in rows if row["step"] > after_step]
+        return [row for line in text.splitlines() if (row := _parse(line)) and row["step"] > after_step]
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line to a log; after one that a full disk has torn, on a line of its own."""
+        with (self.path / name).open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            else:
+                torn = False
+            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
