@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp32", "bf16"]
+LocalFilter = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
 T = TypeVar("T")
 
 
@@ -16,10 +17,13 @@ class ModelConfig:
     convolutions 2 H² + 1.5 H, SwiGLU 12 H², three norms 3 H. The embedding is also
     the output head.
 
-    Raises:
-        ValueError: if a width is not positive or the heads do not divide the width evenly.
+    `rope_precision` "bf16" rounds the rotary angles as the official training does, "fp32" keeps them exact.
+    `local_filter` is "two_convs_norm" for Yuan; the others are the rows of the paper's Table 1, for that ablation.
 
-    Source: Yuan 2.0 paper, sections 3.1 and 3.2; the parameter count of section 1 of the model card.
+    Raises:
+        ValueError: if a width is not positive, the heads do not divide the width evenly, or a choice is unknown.
+
+    Source: Yuan 2.0 paper, sections 3.1 and 3.2, Table 1.
     """
 
     name: str
@@ -30,6 +34,8 @@ class ModelConfig:
     seq_len: int
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
+    rope_precision: Precision = "fp32"
+    local_filter: LocalFilter = "two_convs_norm"
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
@@ -40,6 +46,12 @@ class ModelConfig:
                 "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
                 f"got {self.hidden_size} and {self.num_heads}; use a multiple of {2 * self.num_heads}"
             )
+        for field, choice in (("rope_precision", Precision), ("local_filter", LocalFilter)):
+            if getattr(self, field) not in get_args(choice):
+                raise ValueError(f"{field} must be one of {', '.join(get_args(choice))}, got {getattr(self, field)!r}")
+        for field in ("norm_eps", "rope_base"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
 
     @property
     def head_dim(self) -> int:
@@ -51,7 +63,18 @@ class ModelConfig:
 
     @property
     def layer_parameters(self) -> int:
-        return 18 * self.hidden_size**2 + 9 * self.hidden_size // 2
+        """Parameters of one layer: attention and feed-forward 16 H², two norms 2 H, and the filter."""
+        h = self.hidden_size
+        return 16 * h**2 + 2 * h + self._filter_parameters
+
+    @property
+    def _filter_parameters(self) -> int:
+        h = self.hidden_size
+        if self.local_filter == "none":
+            return 0
+        if self.local_filter.startswith("conv"):
+            return int(self.local_filter.removeprefix("conv")) * h**2 + h
+        return 2 * h**2 + 3 * h // 2 + (h if self.local_filter == "two_convs_norm" else 0)
 
     @property
     def num_parameters(self) -> int:
@@ -133,17 +156,30 @@ def _from_json(cls: type[T], data: dict[str, Any]) -> T:
 
 def yuan_2b() -> ModelConfig:
     """Yuan 2.0-2.1B; examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
-    return ModelConfig(name="2b", num_layers=24, hidden_size=2048, num_heads=32, vocab_size=135_040, seq_len=8192)
+    return _published("2b", num_layers=24, hidden_size=2048, num_heads=32, seq_len=8192)
 
 
 def yuan_51b() -> ModelConfig:
     """Yuan 2.0-51B; examples/pretrain_yuan2.0_51B.sh of the official repository."""
-    return ModelConfig(name="51b", num_layers=42, hidden_size=8192, num_heads=64, vocab_size=135_040, seq_len=4096)
+    return _published("51b", num_layers=42, hidden_size=8192, num_heads=64, seq_len=4096)
 
 
 def yuan_102b() -> ModelConfig:
     """Yuan 2.0-102B; examples/pretrain_yuan2.0_102B.sh of the official repository."""
-    return ModelConfig(name="102b", num_layers=84, hidden_size=8192, num_heads=64, vocab_size=135_040, seq_len=4096)
+    return _published("102b", num_layers=84, hidden_size=8192, num_heads=64, seq_len=4096)
+
+
+def _published(name: str, *, num_layers: int, hidden_size: int, num_heads: int, seq_len: int) -> ModelConfig:
+    """The published vocabulary, and the rotary angles its weights were trained with."""
+    return ModelConfig(
+        name=name,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        vocab_size=135_040,
+        seq_len=seq_len,
+        rope_precision="bf16",
+    )
 
 
 def tiny(vocab_size: int = 1024) -> ModelConfig:

@@ -44,13 +44,31 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._pieces.decode(list(ids)))
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Compare with a model's vocabulary.
+
+        Raises:
+            ValueError: if there are more pieces than rows of the embedding.
+        """
+        if len(self) > vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self)} pieces and the model {vocab_size} rows; take the model's own tokenizer"
+            )
+
     def save(self, folder: Path) -> None:
         (folder / FILE_NAME).write_bytes(self.model)
 
 
 def load(folder: Path) -> Tokenizer:
-    """Load `tokenizer.model` from a model folder."""
-    return Tokenizer((folder / FILE_NAME).read_bytes())
+    """Load `tokenizer.model` from a model folder.
+
+    Raises:
+        ValueError: if there is none, or it lacks a special token.
+    """
+    try:
+        return Tokenizer((folder / FILE_NAME).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {FILE_NAME}; put the model's tokenizer there") from None
 
 
 def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:

@@ -13,6 +13,7 @@ from infra.objects import Objects
 from infra.settings import Settings
 
 MODEL_TIMEOUT_S = 120.0
+MODEL_CONNECTIONS = 512
 
 
 def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
@@ -26,9 +27,10 @@ def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
     )
     app.state.sessions = open_sessions(engine)
     app.state.objects = objects
-    app.state.model_server = httpx.Client(
+    app.state.model_server = httpx.AsyncClient(
         base_url=settings.model_server_url,
         timeout=MODEL_TIMEOUT_S,
+        limits=httpx.Limits(max_connections=MODEL_CONNECTIONS),
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)

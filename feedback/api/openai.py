@@ -1,75 +1,163 @@
 """`/v1`: the OpenAI API of the champion; every answer is remembered as a Response."""
 
+import asyncio
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import httpx
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
-from sqlalchemy.orm import Session
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from feedback.api.access import Current, Db
+from feedback import tables
+from feedback.api.access import Current
 from feedback.api.errors import Upstream
-from feedback.tables import Response, new_id
+from feedback.tables import new_id
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
+LOOK_EVERY_S = 0.25  # whether the caller is still there
+PASSED_ON = ("x-yuan-version",)
+Json = dict[str, Any]
+
 
 @router.get("/models")
-def models(request: Request, contributor: Current) -> JSONResponse:
+async def models(call: Request, contributor: Current) -> Response:
     """The models in service."""
-    return _relay(_ask(request, "GET", "/v1/models"))
+    answer = await _ask(call, "GET", "/v1/models")
+    return _relay(answer)
 
 
 @router.post("/completions")
-def completions(body: dict[str, Any], request: Request, contributor: Current, session: Db) -> JSONResponse:
+async def completions(body: Json, call: Request, contributor: Current) -> Response:
     """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
-    answer = _ask(request, "POST", "/v1/completions", body)
-    if answer.is_success:
-        prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
-        data = answer.json()
-        texts = [choice["text"] for choice in data["choices"]]
-        _remember(session, contributor.id, data, prompts, texts)
-        return JSONResponse(data)
-    return _relay(answer)
+    return await _answer(call, "/v1/completions", body, contributor.id)
 
 
 @router.post("/chat/completions")
-def chat(body: dict[str, Any], request: Request, contributor: Current, session: Db) -> JSONResponse:
+async def chat(body: Json, call: Request, contributor: Current) -> Response:
     """Answer a conversation."""
-    answer = _ask(request, "POST", "/v1/chat/completions", body)
-    if answer.is_success:
-        data = answer.json()
-        texts = [choice["message"]["content"] for choice in data["choices"]]
-        _remember(session, contributor.id, data, [body["messages"][-1]["content"]], texts)
-        return JSONResponse(data)
-    return _relay(answer)
+    return await _answer(call, "/v1/chat/completions", body, contributor.id)
 
 
-def _ask(request: Request, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-    http: httpx.Client = request.app.state.model_server
+async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:
+    memory = Memory(call, contributor_id, body)
+    if body.get("stream"):
+        return await _stream(call, path, body, memory)
+    waiting = asyncio.ensure_future(_ask(call, "POST", path, body))
     try:
-        return http.request(method, path, json=body)
+        while not (await asyncio.wait([waiting], timeout=LOOK_EVERY_S))[0]:
+            if await call.is_disconnected():
+                return Response(status_code=499)
+    finally:
+        waiting.cancel()  # the model server sees the connection close, and frees the rows
+    answer = waiting.result()
+    if not answer.is_success:
+        return _relay(answer)
+    data = memory.note(answer.json())
+    await run_in_threadpool(memory.keep)
+    return JSONResponse(data, headers=_passed_on(answer))
+
+
+async def _stream(call: Request, path: str, body: Json, memory: "Memory") -> Response:
+    http: httpx.AsyncClient = call.app.state.model_server
+    try:
+        upstream = await http.send(http.build_request("POST", path, json=body), stream=True)
     except httpx.TransportError as error:
-        raise Upstream(
-            f"the model server does not answer ({type(error).__name__}); try again in a few seconds"
-        ) from None
+        raise _unreachable(error) from None
+    if not upstream.is_success:
+        await upstream.aread()
+        return _relay(upstream)
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            async for line in upstream.aiter_lines():
+                if line.startswith("data: {"):
+                    line = "data: " + json.dumps(
+                        memory.note(json.loads(line.removeprefix("data: "))), ensure_ascii=False
+                    )
+                if line:
+                    yield line.encode() + b"\n\n"
+        except httpx.TransportError as error:
+            yield (
+                b"data: " + json.dumps({"error": {"message": str(_unreachable(error)), "type": "unavailable"}}).encode()
+            )
+        finally:
+            # Also what a caller saw before hanging up is remembered, since it may be reported.
+            with anyio.CancelScope(shield=True):
+                await upstream.aclose()
+                await run_in_threadpool(memory.keep)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers=_passed_on(upstream))
+
+
+class Memory:
+    """The choices of one answer, as they come, until they are kept as Responses."""
+
+    def __init__(self, call: Request, contributor_id: str, body: Json) -> None:
+        self._sessions = call.app.state.sessions
+        self._contributor_id, self._body = contributor_id, body
+        self._ids: dict[int, str] = {}
+        self._texts: dict[int, str] = {}
+        self._version = 0
+
+    def note(self, data: Json) -> Json:
+        """Take in an answer or a piece of one, and give each choice its `response_id`."""
+        for choice in data.get("choices", ()):
+            index = choice["index"]
+            choice["response_id"] = self._ids.setdefault(index, new_id())
+            self._texts[index] = self._texts.get(index, "") + _text_of(choice)
+            self._version = int(data["model"].removeprefix("yuan-v"))
+        return data
+
+    def keep(self) -> None:
+        """Store what was said."""
+        prompts = _prompts(self._body)
+        repeats = int(self._body.get("n") or 1)
+        with self._sessions.begin() as session:
+            for index, text in self._texts.items():
+                session.add(
+                    tables.Response(
+                        id=self._ids[index],
+                        contributor_id=self._contributor_id,
+                        model_version=self._version,
+                        prompt=prompts[index // repeats],
+                        response=text,
+                    )
+                )
+
+
+def _text_of(choice: Json) -> str:
+    said = choice.get("message") or choice.get("delta")
+    return str((said["content"] if said else choice["text"]) or "")
+
+
+def _prompts(body: Json) -> list[str]:
+    if "messages" in body:
+        content = body["messages"][-1]["content"]
+        return [content if isinstance(content, str) else "".join(part["text"] for part in content)]
+    prompt = body["prompt"]
+    many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return [one if isinstance(one, str) else json.dumps(one) for one in many]
+
+
+async def _ask(call: Request, method: str, path: str, body: Json | None = None) -> httpx.Response:
+    http: httpx.AsyncClient = call.app.state.model_server
+    try:
+        return await http.request(method, path, json=body)
+    except httpx.TransportError as error:
+        raise _unreachable(error) from None
+
+
+def _unreachable(error: Exception) -> Upstream:
+    return Upstream(f"the model server does not answer ({type(error).__name__}); try again in a few seconds")
 
 
 def _relay(answer: httpx.Response) -> JSONResponse:
-    return JSONResponse(answer.json(), status_code=answer.status_code)
+    return JSONResponse(answer.json(), status_code=answer.status_code, headers=_passed_on(answer))
 
 
-def _remember(
-    session: Session, contributor_id: str, data: dict[str, Any], prompts: list[str], texts: list[str]
-) -> None:
-    for choice, prompt, text in zip(data["choices"], prompts, texts, strict=True):
-        choice["response_id"] = new_id()
-        session.add(
-            Response(
-                id=choice["response_id"],
-                contributor_id=contributor_id,
-                model_version=int(data["model"].removeprefix("yuan-v")),
-                prompt=prompt,
-                response=text,
-            )
-        )
+def _passed_on(answer: httpx.Response) -> dict[str, str]:
+    return {name: answer.headers[name] for name in PASSED_ON if name in answer.headers}

@@ -82,6 +82,8 @@ def _show(result: dict[str, Any], home: Path, down: bool) -> None:
             str(after["total"]),
         )
     console = Console(highlight=False)
+    if not console.is_terminal:  # a log file has no width of its own
+        console.width = 120
     console.print(table)
     told = f"{result['reports']} reports accepted: {result['fixed']} fixed, {result['still_failing']} still failing"
     console.print(f"{told}; {result['notices']} notices on the reporter's timeline")

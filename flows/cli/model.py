@@ -1,4 +1,4 @@
-"""`cotrain plan | train | evaluate | generate | serve`: models and what is done with them."""
+"""`cotrain plan | train | evaluate | generate | serve | export | import`: models and what is done with them."""
 
 import json
 import sys
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (plan, train, evaluate, generate, serve):
+    for command in (plan, train, evaluate, generate, serve, export):
         app.command()(command)
+    app.command(name="import")(import_)
 
 
 def plan(
@@ -112,22 +113,83 @@ def generate(
     version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
     prompt: Annotated[str, typer.Option(help="what to ask; default: standard input")] = "",
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="keep this many tokens; 0 all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="keep tokens up to this probability")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids what was said")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be repeated")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Ask a model one question. A folder needs no running stack."""
     with clear_errors():
-        folder = Path(version)
-        if not folder.is_dir():
-            context = _open_context()
-            number = resolve(context, version)
-            folder = context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
-        from yuan.generate import generate as answer
+        folder = _folder_of(version)
+        from yuan.generate.answers import generate as answer
+        from yuan.generate.sampling import Sampling
         from yuan.model.weights import load, load_tokenizer
 
         text = prompt or sys.stdin.read().strip()
-        done = answer(load(folder), load_tokenizer(folder), [text], max_tokens=max_tokens, temperature=temperature)[0]
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
+        done = answer(load(folder), load_tokenizer(folder), [text], sampling)[0]
         show({"text": done.text, "finish_reason": done.finish_reason}, done.text, as_json)
+
+
+def export(
+    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+    format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for other tools. A folder needs no running stack."""
+    with clear_errors():
+        _only_hf(format)
+        from yuan.model.convert import export_hf
+
+        manifest = export_hf(_folder_of(version), out, dtype=dtype)
+        show(
+            {"out": str(out), **manifest}, f"wrote {len(manifest['files'])} files and their manifest to {out}", as_json
+        )
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="folder with config.json and weights", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+    format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read published weights, safetensors or pickles, into a model folder of ours; nothing in them is executed."""
+    with clear_errors():
+        _only_hf(format)
+        from yuan.model.convert import import_hf
+
+        manifest = import_hf(folder, out, dtype=dtype)
+        text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
+        show({"out": str(out), **manifest}, text, as_json)
+
+
+def _only_hf(format: str) -> None:
+    if format != "hf":
+        raise fail(f"unknown format {format!r}; the one there is is hf", USAGE)
+
+
+def _folder_of(version: str) -> Path:
+    """A model folder as it is, or a version fetched from the registry."""
+    folder = Path(version)
+    if folder.is_dir():
+        return folder
+    context = _open_context()
+    number = resolve(context, version)
+    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
 
 
 def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "champion") -> None:

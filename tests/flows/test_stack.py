@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psycopg
 import pytest
 
 from feedback.contracts import FeedbackIn, RoundParameters
@@ -90,7 +91,14 @@ def test_openais_client_is_answered_through_the_portal(first, stack, operator):
         stack.until(lambda: [model.id for model in client.models.list()] == ["yuan"])
         text = client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4)
         chat = client.chat.completions.create(model="yuan", messages=[{"role": "user", "content": "1 + 1 = ?"}])
-    assert text.model == chat.model == "yuan-v1"
+        chunks = list(client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4, stream=True))
+    streamed = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.text for choice in streamed) == text.choices[0].text
+    assert text.model == chat.model == chunks[0].model == "yuan-v1"
+    with psycopg.connect(stack.settings.database_url.get_secret_value()) as connection:
+        query = "select response, model_version from response where id = any(%s)"
+        ids = [streamed[0].response_id, text.choices[0].response_id]
+        assert connection.execute(query, [ids]).fetchall() == [(text.choices[0].text, 1)] * 2
     assert text.usage.completion_tokens <= 4
     assert chat.choices[0].message.role == "assistant"
 

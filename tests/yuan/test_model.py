@@ -1,13 +1,19 @@
 """The network against independent oracles."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from yuan.config import ModelConfig
-from yuan.model.loss import weighted_cross_entropy
-from yuan.model.transformer import Documents, LayerState, LocalFilter, Yuan
+from yuan.config import LocalFilter as LocalFilterName
+from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
+from yuan.model.filter import make_filter
+from yuan.model.rotary import rotary
+from yuan.model.rows import plain_rows
+from yuan.model.transformer import Yuan
 
 CONFIG = ModelConfig(name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=64, seq_len=32)
 
@@ -27,18 +33,24 @@ def test_parameters_are_as_many_as_the_config_says(model):
     assert sum(p.numel() for p in model.parameters()) == CONFIG.num_parameters
 
 
-def test_filter_equals_two_one_sided_convolutions():
+@pytest.mark.parametrize("variant", get_args(LocalFilterName))
+def test_filter_equals_one_sided_convolutions(variant):
     """The oracle is torch's convolution, padded on both sides and cut, as the official training code has it."""
     torch.manual_seed(0)
-    local = LocalFilter(8, 1e-6)
-    x_BSH = torch.randn(2, 7, 8)
+    config = dataclasses.replace(CONFIG, local_filter=variant)
+    local, x_BSH = make_filter(config), torch.randn(2, 7, 32)
+    assert sum(p.numel() for p in Yuan(config).parameters()) == config.num_parameters
 
-    def convolve(x, linear):
-        kernel = linear.weight.unflatten(1, (2, -1)).transpose(1, 2)  # (out, in, 2), older first
-        return F.conv1d(x.mT, kernel, linear.bias, padding=1)[..., :-1].mT
+    def convolve(x, conv):
+        kernel = conv.weight.permute(1, 2, 0)  # (out, in, kernel), older first
+        return F.conv1d(x.mT, kernel, conv.bias, padding=kernel.shape[2] - 1)[..., : x.shape[1]].mT
 
-    expected = local.norm(convolve(convolve(x_BSH, local.conv1), local.conv2) + x_BSH)
-    torch.testing.assert_close(local(x_BSH, LayerState(), None), expected, rtol=1e-5, atol=1e-6)
+    expected = x_BSH
+    if variant.startswith("two"):
+        expected = local.norm(convolve(convolve(x_BSH, local.conv1), local.conv2) + x_BSH)
+    elif variant != "none":
+        expected = convolve(x_BSH, local.conv) + x_BSH
+    torch.testing.assert_close(local(x_BSH), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_token_sees_the_future(model, tokens):
@@ -50,15 +62,74 @@ def test_no_token_sees_the_future(model, tokens):
 
 
 def test_decoding_token_by_token_equals_one_pass(model, tokens):
-    states = model.new_states()
-    steps = [model(tokens[:, :4], states)] + [model(tokens[:, t : t + 1], states) for t in range(4, 12)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+    cache = model.new_cache(3)
+    steps = [model.go_on(tokens[:, :4], cache)] + [model.go_on(tokens[:, t : t + 1], cache) for t in range(4, 12)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), model(tokens)[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
+    """Rows of 2, 5 and 9 tokens go on with 10, 7 and 3, padded on the right."""
+    lengths, cache = [2, 5, 9], model.new_cache(3)
+    model.go_on(tokens[:, :9], cache, lengths)
+    rest = torch.zeros(3, 10, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        rest[row, : 12 - length] = tokens[row, length:]
+    last = model.go_on(rest, cache, [12 - length for length in lengths])
+    torch.testing.assert_close(last, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
+    cache = model.new_cache(2)
+    model.go_on(tokens[:2, :6], cache)
+    new = cache.after(1)
+    model.go_on(tokens[2:, :3], new)
+    cache.take_in(new)
+    cache.drop(0)  # now rows 2 and 1
+    last = model.go_on(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
+    torch.testing.assert_close(last[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_documents_in_one_row_do_not_see_each_other(model, tokens):
-    documents = Documents.from_ids(torch.tensor([[0] * 5 + [1] * 7]))
-    together = model(tokens[:1], documents=documents)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    together = model(tokens[:1], documents)
     torch.testing.assert_close(together[:, 5:], model(tokens[:1, 5:]), rtol=1e-4, atol=1e-5)
+    changed = tokens[:1].clone()
+    changed[:, :5] = 63 - changed[:, :5]
+    assert torch.equal(model(changed, documents)[:, 5:], together[:, 5:])
+
+
+def test_padding_on_the_left_changes_nothing(model, tokens):
+    padded = torch.cat([torch.full((1, 3), 9), tokens[:1, :9]], dim=1)
+    documents = torch.tensor([[-1] * 3 + [0] * 9])
+    torch.testing.assert_close(model(padded, documents)[:, 3:], model(tokens[:1, :9]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_packing_only_restarts_positions(model, tokens):
+    """Not isolated, the first document is as if alone, and the second sees the first, at positions from 0."""
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    official = model(tokens[:1], documents, isolated=False)
+    torch.testing.assert_close(official[:, :5], model(tokens[:1, :5]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(official[:, 5:], model(tokens[:1])[:, 5:], atol=1e-4)
+    assert not torch.allclose(official[:, 5:], model(tokens[:1], documents)[:, 5:], atol=1e-4)
+
+
+def test_bf16_angles_collapse_positions_as_in_the_official_training():
+    config = dataclasses.replace(CONFIG, rope_precision="bf16")
+    cos, _ = rotary(torch.arange(8192), config, torch.float32)
+    exact, _ = rotary(torch.arange(8192), CONFIG, torch.float32)
+    assert len(torch.unique(cos, dim=0)) <= 897 < len(torch.unique(exact, dim=0))
+    assert torch.equal(cos[256], cos[257])
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [(yuan_2b, 2_088_724_480), (yuan_51b, 51_842_105_344), (yuan_102b, 102_577_954_816)],
+)
+def test_presets_have_the_published_number_of_parameters(preset, expected):
+    with torch.device("meta"):
+        model = Yuan(preset())
+    assert sum(p.numel() for p in model.parameters()) == expected == preset().num_parameters
 
 
 def test_values_read_the_unfiltered_input(model, tokens):
@@ -66,27 +137,12 @@ def test_values_read_the_unfiltered_input(model, tokens):
     attention = model.layers[0].attention
     nn.init.zeros_(attention.query_key.weight)
     x_BSH = torch.randn(1, 6, 32)
-    before = attention(x_BSH, LayerState(), None)
+    rows = plain_rows(CONFIG, 6, x_BSH)
+    before = attention(x_BSH, rows, None)
     nn.init.normal_(attention.filter.conv1.weight)
-    assert torch.equal(before, attention(x_BSH, LayerState(), None))
+    assert torch.equal(before, attention(x_BSH, rows, None))
 
 
 def test_running_past_the_window_is_refused(model):
     with pytest.raises(ValueError, match="the window holds 32 tokens, got 33"):
         model(torch.zeros(1, 33, dtype=torch.long))
-
-
-def test_weighted_loss_is_torchs_mean_over_learned_tokens():
-    logits = torch.randn(2, 5, 11)
-    labels = torch.randint(0, 11, (2, 5))
-    learned = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).float()
-    expected = F.cross_entropy(logits[learned.bool()], labels[learned.bool()])
-    torch.testing.assert_close(weighted_cross_entropy(logits, labels, learned / learned.sum()), expected)
-
-
-def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
-    logits = torch.randn(1, 3, 5, requires_grad=True)
-    loss = weighted_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3))
-    loss.backward()
-    assert loss.item() == 0
-    assert not logits.grad.any()

@@ -16,7 +16,7 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.packing import Sample, pack, window_order
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
-from yuan.model.transformer import Documents, Yuan
+from yuan.model.transformer import Yuan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import cpu_pool
 from yuan.train.engine import learning_rate
@@ -94,8 +94,8 @@ def plain_losses(made):
         chosen = window_order(len(windows), start=8 * step, count=8, seed=5)
         tokens, labels = (torch.from_numpy(a[chosen]).long() for a in (windows.tokens, windows.labels))
         learned = torch.from_numpy(windows.learned[chosen]).float()
-        documents = Documents.from_ids(torch.from_numpy(windows.documents[chosen]))
-        loss = weighted_cross_entropy(model(tokens, documents=documents), labels, learned / learned.sum())
+        documents = torch.from_numpy(windows.documents[chosen])
+        loss = weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)

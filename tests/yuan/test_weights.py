@@ -7,7 +7,6 @@ import torch
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
-from yuan.generate import generate
 from yuan.model import weights
 from yuan.model.transformer import Yuan
 
@@ -41,27 +40,3 @@ def test_damage_is_named(folder, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         weights.load(tmp_path)
-
-
-def test_answers_do_not_depend_on_company(folder):
-    model, tokenizer = weights.load(folder), weights.load_tokenizer(folder)
-    prompts = ["abc", "a", "abd", "加减 12", "jih"]
-    together = generate(model, tokenizer, prompts, max_tokens=12)
-    alone = [generate(model, tokenizer, [prompt], max_tokens=12)[0] for prompt in prompts]
-    assert together == alone
-
-
-def test_cached_decoding_equals_full_passes(folder):
-    model, tokenizer = weights.load(folder), weights.load_tokenizer(folder)
-    ids = [*tokenizer.encode("abcd"), tokenizer.sep]
-    for _ in range(10):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        if ids[-1] == tokenizer.eod:
-            break
-    expected = tokenizer.decode([i for i in ids[5:] if i != tokenizer.eod])
-    assert generate(model, tokenizer, ["abcd"], max_tokens=10)[0].text == expected
-
-
-def test_a_prompt_beyond_the_window_is_refused(folder):
-    with pytest.raises(ValueError, match="shorten the prompt"):
-        generate(weights.load(folder), weights.load_tokenizer(folder), ["a" * 64], max_tokens=1)

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from infra.launch import leave_with_parent
 from infra.logs import configure_logging
 from yuan.data.checkers import Checker
-from yuan.generate import generate
+from yuan.generate.answers import generate
+from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def evaluate(model_dir: Path, cases: list[EvalCase]) -> list[dict[str, object]]:
     model, tokenizer = load(model_dir), load_tokenizer(model_dir)
     longest = max((len(tokenizer.encode(case.expected)) for case in cases), default=0)
     fitting = [case for case in cases if len(tokenizer.encode(case.prompt)) + 1 < model.config.seq_len]
-    answers = generate(model, tokenizer, [case.prompt for case in fitting], max_tokens=longest + EXTRA_TOKENS)
+    answers = generate(model, tokenizer, [case.prompt for case in fitting], Sampling(max_tokens=longest + EXTRA_TOKENS))
     texts = {case.id: answer.text for case, answer in zip(fitting, answers, strict=True)}
     return [
         {"case_id": c.id, "answer": texts.get(c.id, ""), "passed": c.id in texts and c.checker.check(texts[c.id])}

@@ -1,7 +1,18 @@
-"""Token-weighted cross-entropy."""
+"""Token-weighted cross-entropy: block by block over a fused head, and plainly over given logits.
 
+Shape letters: N tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# A block's probabilities in fp32; with the head's gradient this is all the memory the loss takes.
+BLOCK_BYTES_CPU, BLOCK_BYTES_GPU = 66 * 2**20, 512 * 2**20
+TILE_BYTES_CPU, MIN_TILE = 2**21, 64
 
 
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -13,3 +24,132 @@ def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Te
     learned = weights_BS != 0
     losses = F.cross_entropy(logits_BSV[learned].float(), labels_BS[learned], reduction="none")
     return (losses * weights_BS[learned]).sum()
+
+
+def head_loss(
+    x_BSH: Tensor, head_VH: Tensor, labels_BS: Tensor, weights_BS: Tensor, *, block: int | None = None
+) -> Tensor:
+    """`weighted_cross_entropy` of the logits `x @ head.T`, of which never more than one block of rows exists.
+
+    The gradients are made in the same pass, block by block, and accumulated in fp32; backward only scales them. The
+    arithmetic of the plain loss is kept, so value and gradients are equal up to rounding.
+
+    Args:
+        block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 512 MiB on a GPU.
+
+    Raises:
+        ValueError: if the shapes do not fit or block is not positive.
+
+    Source: Yuan 2.0 paper, section 3.4 (block-wise cross-entropy), for which the official code has no counterpart.
+    """
+    if (
+        x_BSH.shape[:-1] != labels_BS.shape
+        or labels_BS.shape != weights_BS.shape
+        or x_BSH.shape[-1] != head_VH.shape[-1]
+    ):
+        shapes = [tuple(t.shape) for t in (x_BSH, head_VH, labels_BS, weights_BS)]
+        raise ValueError(f"hidden (..., H), head (V, H), labels and weights (...) must fit together, got {shapes}")
+    rows = default_block(head_VH) if block is None else block
+    if rows < 1:
+        raise ValueError(f"block must be at least 1 row, got {rows}")
+    learned = weights_BS != 0
+    loss: Tensor = _HeadLoss.apply(x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows)
+    return loss
+
+
+def default_block(head_VH: Tensor) -> int:
+    """Rows of logits that fit the block's memory on the head's device."""
+    limit = BLOCK_BYTES_CPU if head_VH.device.type == "cpu" else BLOCK_BYTES_GPU
+    return max(1, limit // (4 * head_VH.shape[0]))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss, and both gradients with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, head_VH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: int) -> Tensor:
+        wants_x, wants_head = ctx.needs_input_grad[:2]
+        dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if wants_x else None
+        dhead_VH = torch.empty_like(head_VH, dtype=torch.float32) if wants_head else None
+        if dhead_VH is not None and not len(x_NH):
+            dhead_VH.zero_()
+        loss = torch.zeros((), device=x_NH.device)
+        block = _Block(head_VH, min(rows, len(x_NH)))
+        for start in range(0, len(x_NH), rows):
+            part = slice(start, start + rows)
+            loss += block.loss(x_NH[part], labels_N[part], weights_N[part])
+            if wants_x or wants_head:
+                block.gradients(None if dx_NH is None else dx_NH[part], dhead_VH, is_first=start == 0)
+        ctx.gradients = (dx_NH, dhead_VH)
+        ctx.dtypes = (x_NH.dtype, head_VH.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        made, ctx.gradients = ctx.gradients, None  # scaled in place, so that a second backward has nothing to give
+        if made is None:
+            raise RuntimeError("head_loss gives its gradients once; compute the loss again for another backward")
+        dx, dhead = (
+            None if grad is None else grad.mul_(upstream[0]).to(dtype)
+            for grad, dtype in zip(made, ctx.dtypes, strict=True)
+        )
+        return dx, dhead, None, None, None
+
+
+class _Block:
+    """Logits of some rows, tile by tile over the vocabulary, turned in place into probabilities and gradients.
+
+    On a CPU a tile is worked on while it lies in a core's cache; on a GPU the whole block is one tile.
+    """
+
+    def __init__(self, head_VH: Tensor, rows: int) -> None:
+        self.head = head_VH
+        vocab = head_VH.shape[0]
+        on_cpu = head_VH.device.type == "cpu"
+        width = max(MIN_TILE, TILE_BYTES_CPU // (4 * max(rows, 1))) if on_cpu else vocab
+        self.parts = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+        self.buffer = torch.empty(rows * vocab, dtype=torch.float32, device=head_VH.device)
+
+    def loss(self, x_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Weighted loss of the rows; every tile is left as exp(logit - the maximum so far)."""
+        self.x, self.labels, self.weights = x_NH, labels_N, weights_N
+        maximum = torch.full(labels_N.shape, -torch.inf, device=x_NH.device)
+        total = torch.zeros_like(maximum)
+        self.maxima: list[Tensor] = []
+        for part, tile in self._tiles():
+            _multiply(tile, x_NH, self.head[part].T)
+            newest = torch.maximum(maximum, tile.amax(dim=1))
+            total *= (maximum - newest).exp_()
+            total += tile.sub_(newest[:, None]).exp_().sum(dim=1)
+            self.maxima.append(newest)
+            maximum = newest
+        self.log_total = maximum + total.log()
+        right = (x_NH.float() * self.head[labels_N].float()).sum(dim=1)
+        return ((self.log_total - right) * weights_N).sum()
+
+    def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, is_first: bool) -> None:
+        """Write the gradient of the rows; write that of the head for the first block, and add to it for others."""
+        for (part, tile), maximum in zip(self._tiles(), self.maxima, strict=True):
+            tile.mul_(((maximum - self.log_total).exp_() * self.weights)[:, None])
+            rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
+            tile[rows, self.labels[rows] - part.start] -= self.weights[rows]
+            grad = tile.to(self.x.dtype)
+            if dx is not None:
+                _multiply(dx, grad, self.head[part], adds=part.start > 0)
+            if dhead is not None:
+                _multiply(dhead[part], grad.T, self.x, adds=not is_first)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        rows = len(self.x)
+        for part in self.parts:
+            yield part, self.buffer[rows * part.start : rows * part.stop].view(rows, -1)
+
+
+def _multiply(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False) -> None:
+    """Write or add a matrix product to an fp32 target, accumulated in fp32 whatever the factors are."""
+    if left.dtype == torch.float32:
+        target.addmm_(left, right, beta=float(adds))
+        return
+    on_gpu = left.device.type == "cuda"
+    product = torch.mm(left, right, out_dtype=torch.float32) if on_gpu else torch.mm(left, right)
+    target.add_(product) if adds else target.copy_(product)

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
+from yuan.model.shards import Source, write_shards
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 
 
 def save(
@@ -23,33 +23,54 @@ def save(
 ) -> None:
     """Write a model folder; the manifest, with every file's sha256 and `about`, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    files = write_shards(folder, {name: t.nbytes for name, t in weights.items()}, weights.items())
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2))
     tokenizer.save(folder)
-    names = sorted((WEIGHTS, CONFIG, tokenizers.FILE_NAME))
-    manifest = {"schema": 1, "files": {name: sha256(folder / name) for name in names}, **about}
+    write_manifest(folder, [*files, CONFIG, tokenizers.FILE_NAME], about)
+
+
+def write_manifest(folder: Path, files: Iterable[str], about: dict[str, Any]) -> dict[str, Any]:
+    """Write and return the manifest, after which a folder is whole."""
+    manifest = {"schema": 1, "files": {name: sha256(folder / name) for name in sorted(files)}, **about}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    return manifest
 
 
-def load(folder: Path | str) -> Yuan:
+def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Yuan:
     """Load a model folder into a module in evaluation mode, every file checked against the manifest.
+
+    Tensors are taken as stored, or cast to `dtype` one at a time, so memory stays near the model's own size.
 
     Raises:
         ValueError: if a file is missing or damaged, or the tensors do not fit the configuration.
     """
     folder = Path(folder)
     verify(folder)
-    model = Yuan(ModelConfig.from_json(json.loads((folder / CONFIG).read_text())))
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from None
-    return model.eval()
+    config, source = read_config(folder), Source(folder)
+    with torch.device("meta"):
+        model = Yuan(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    source.check(expected)
+    tensors = {name: source.tensor(name).to(device, dtype) for name in expected}
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_().eval()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """A model folder's configuration."""
+    return ModelConfig.from_json(json.loads((folder / CONFIG).read_text()))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Load a model folder's tokenizer."""
-    return tokenizers.load(Path(folder))
+    """Load a model folder's tokenizer.
+
+    Raises:
+        ValueError: if it has none, or one that does not fit the model's vocabulary.
+    """
+    folder = Path(folder)
+    tokenizer = tokenizers.load(folder)
+    tokenizer.check_fits(read_config(folder).vocab_size)
+    return tokenizer
 
 
 def verify(folder: Path) -> dict[str, Any]:

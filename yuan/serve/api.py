@@ -1,55 +1,29 @@
 """The OpenAI API over the model in service. Internal: only the portal holds its token."""
 
+import asyncio
 import hmac
-import queue
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from yuan.generate import Completion
-from yuan.serve.batcher import Batcher, Job, Served
+from yuan.generate.decoder import NonFinite
+from yuan.generate.sampling import Sampling
+from yuan.serve.answers import DONE, ChatShape, Shape, sse
+from yuan.serve.engine import Busy, Expired, Piece, Request, Served, Service
+from yuan.serve.forms import MAX_CHOICES, ChatIn, CompletionIn
 
-MAX_PROMPTS = 128
-MAX_TOKENS = 1024
-ANSWER_TIMEOUT_S = 110.0
-
-
-class CompletionIn(BaseModel):
-    """The fields of OpenAI's text completion that are honoured; others are ignored, as its clients send many."""
-
-    model: str = "yuan"
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    seed: int = 0
-    stream: bool = False
+ANSWER_LIMIT_S = 110.0
+LOOK_EVERY_S = 0.25  # whether the caller is still there
+VERSION_HEADER = "X-Yuan-Version"
 
 
-class Message(BaseModel):
-    role: str
-    content: str
-
-
-class ChatIn(BaseModel):
-    """The fields of OpenAI's chat completion that are honoured."""
-
-    model: str = "yuan"
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    seed: int = 0
-    stream: bool = False
-
-
-def make_api(token: str, current: Callable[[], Served | None]) -> FastAPI:
-    """Build the server's application over a function that gives the model in service."""
-    batcher = Batcher(current)
+def make_api(token: str, service: Service) -> FastAPI:
+    """Build the server's application over a service."""
 
     def check_token(authorization: Annotated[str, Header()] = "") -> None:
         if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
@@ -57,68 +31,157 @@ def make_api(token: str, current: Callable[[], Served | None]) -> FastAPI:
 
     app = FastAPI(title="Yuan model server", dependencies=[Depends(check_token)], openapi_url=None)
 
-    def answer(form: CompletionIn | ChatIn, prompts: list[str]) -> tuple[int, list[Completion]]:
-        if form.stream:
-            raise HTTPException(400, "stream is not offered by this server; leave it out")
-        try:
-            waiting = batcher.submit(Job(prompts, form.max_tokens, form.temperature, form.seed))
-            return waiting.result(ANSWER_TIMEOUT_S)
-        except (queue.Full, TimeoutError):
-            raise HTTPException(503, "the server is busy; try again") from None
-        except LookupError as error:
-            raise HTTPException(503, str(error)) from None
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from None
-
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        served = current()
+    async def models() -> dict[str, Any]:
+        served = service.served
         data = [{"id": "yuan", "object": "model", "owned_by": "cotrain", "version": served.version}] if served else []
         return {"object": "list", "data": data}
 
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(service.metrics.text())
+
     @app.post("/v1/completions")
-    def completions(form: CompletionIn) -> dict[str, Any]:
-        prompts = form.prompt if isinstance(form.prompt, list) else [form.prompt]
-        version, done = answer(form, prompts)
-        choices = [
-            {"index": n, "text": c.text, "finish_reason": c.finish_reason, "logprobs": None} for n, c in enumerate(done)
-        ]
-        return _envelope("cmpl", "text_completion", version, choices, done)
+    async def completions(form: CompletionIn, call: Call) -> Response:
+        if form.echo:
+            raise HTTPException(400, "echo is not offered by this server; leave it out")
+        listener = Listener(service, form.sampling(form.logprobs), form.n)
+        listener.submit(lambda served: form.prompts(served.tokenizer))
+        shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
+        return await answer(listener, shape, form, call)
 
     @app.post("/v1/chat/completions")
-    def chat(form: ChatIn) -> dict[str, Any]:
-        # Turns are joined by the text <n>, as the published chat template does.
-        version, done = answer(form, ["<n>".join(message.content for message in form.messages)])
-        message = {"role": "assistant", "content": done[0].text}
-        choices = [{"index": 0, "message": message, "finish_reason": done[0].finish_reason, "logprobs": None}]
-        return _envelope("chatcmpl", "chat.completion", version, choices, done)
+    async def chat(form: ChatIn, call: Call) -> Response:
+        max_tokens = form.max_completion_tokens or form.max_tokens
+        sampling = form.sampling(form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
+        listener = Listener(service, sampling, form.n)
+        listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
+        shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
+        return await answer(listener, shape, form, call)
 
-    _add_error_handlers(app)
+    _add_error_handlers(app, service)
     return app
 
 
-def _envelope(
-    prefix: str, kind: str, version: int, choices: list[dict[str, Any]], done: list[Completion]
-) -> dict[str, Any]:
-    asked, said = sum(c.num_prompt_tokens for c in done), sum(c.num_tokens for c in done)
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": f"yuan-v{version}",
-        "choices": choices,
-        "usage": {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said},
-    }
+class Listener:
+    """One call's ear at the engine: pieces cross from its thread into this event loop."""
+
+    def __init__(self, service: Service, sampling: Sampling, num_choices: int) -> None:
+        self._service, self._sampling, self._num_choices = service, sampling, num_choices
+        self.metrics = service.metrics
+        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, prompts_of: Any) -> None:
+        """Queue the prompts at the model in service.
+
+        Raises:
+            LookupError, Busy, ValueError: see `Service.submit`.
+        """
+
+        def make(served: Served) -> Request:
+            prompts = prompts_of(served)
+            if len(prompts) * self._num_choices > MAX_CHOICES:
+                raise ValueError(
+                    f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
+                )
+            return Request(served, prompts, self._sampling, self._deliver, ANSWER_LIMIT_S, self._num_choices)
+
+        self.request = self._service.submit(make)
+        self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
+
+    def _deliver(self, piece: Piece | Exception) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces as they come, until every choice has ended; leaving early frees the rows."""
+        missing, is_first = len(self.request.sequences), True
+        try:
+            while missing:
+                piece = await self._pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if is_first:
+                    self.metrics.time_first(time.monotonic() - self.request.began)
+                    is_first = False
+                missing -= piece.finish_reason is not None
+                yield piece
+            self.metrics.time_whole(time.monotonic() - self.request.began)
+        finally:
+            self.request.cancel()
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(HTTPException)
-    def refused(request: Any, error: HTTPException) -> JSONResponse:
-        kind = "unavailable" if error.status_code == 503 else "invalid"
-        return JSONResponse({"error": {"message": str(error.detail), "type": kind}}, error.status_code)
+async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, call: Call) -> Response:
+    """Answer whole or as a stream."""
+    headers = {VERSION_HEADER: str(listener.version)}
+    listener.metrics.count_request(call.url.path, 200)
+    if form.stream:
+        with_usage = form.stream_options is not None and form.stream_options.include_usage
+        events = _events(listener, shape, with_usage=with_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    waiting = asyncio.ensure_future(_drain(listener))
+    try:
+        while not (await asyncio.wait([waiting], timeout=LOOK_EVERY_S))[0]:
+            if await call.is_disconnected():
+                return Response(status_code=499)
+        await waiting
+    finally:
+        waiting.cancel()
+        listener.request.cancel()
+    return JSONResponse(shape.whole(listener.request), headers=headers)
 
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Any, error: RequestValidationError) -> JSONResponse:
+
+async def _drain(listener: Listener) -> None:
+    async for _ in listener.pieces():
+        pass
+
+
+async def _events(listener: Listener, shape: Shape, *, with_usage: bool) -> AsyncIterator[bytes]:
+    started: set[int] = set()
+    try:
+        async for piece in listener.pieces():
+            if piece.text or piece.chosen or piece.finish_reason:
+                yield shape.event(piece, first=piece.index not in started)
+                started.add(piece.index)
+        if with_usage:
+            yield shape.last_event(listener.request)
+        yield DONE
+    except Exception as error:  # the status is long sent, so the error travels as the last event
+        status, kind, message = _describe(error)
+        yield sse({"error": {"message": message, "type": kind, "code": status}})
+
+
+def _describe(error: Exception) -> tuple[int, str, str]:
+    if isinstance(error, Busy | LookupError | Expired):
+        return 503, "unavailable", str(error)
+    if isinstance(error, NonFinite):
+        return 500, "internal", str(error)
+    if isinstance(error, ValueError):
+        return 400, "invalid", str(error)
+    return 500, "internal", "decoding failed; the reason is in the model server's log"
+
+
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    def refuse(call: Call, status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
+        service.metrics.count_request(call.url.path, status)
+        body = {"message": message, "type": kind, **({"param": param} if param else {})}
+        return JSONResponse({"error": body}, status)
+
+    async def known(call: Call, error: Exception) -> JSONResponse:
+        return refuse(call, *_describe(error))
+
+    async def refused(call: Call, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException), "registered for it"
+        return refuse(
+            call, error.status_code, "unavailable" if error.status_code == 503 else "invalid", str(error.detail)
+        )
+
+    async def invalid(call: Call, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse({"error": {"message": first["msg"], "type": "invalid", "param": param}}, 422)
+        return refuse(call, 422, "invalid", first["msg"], ".".join(str(part) for part in first["loc"][1:]))
+
+    for kind in (Busy, LookupError, Expired, ValueError, RuntimeError):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)

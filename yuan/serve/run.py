@@ -19,7 +19,8 @@ from infra.settings import load_settings
 from infra.tracker import Tracker
 from yuan.model.weights import load, load_tokenizer
 from yuan.serve.api import make_api
-from yuan.serve.batcher import Served
+from yuan.serve.engine import Served, Service
+from yuan.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,8 @@ KEEP_VERSIONS = 3
 class Follower:
     """Keeps the model of an alias loaded; a version that cannot be loaded leaves the one before in service."""
 
-    def __init__(self, tracker: Tracker, alias: str, cache: Path) -> None:
-        self._tracker, self._alias, self._cache = tracker, alias, cache
-        self.served: Served | None = None
+    def __init__(self, tracker: Tracker, alias: str, cache: Path, service: Service) -> None:
+        self._tracker, self._alias, self._cache, self._service = tracker, alias, cache, service
 
     def follow(self) -> None:
         """Look for a new version for ever."""
@@ -45,13 +45,14 @@ class Follower:
 
     def _update(self) -> None:
         version = self._tracker.aliases().get(self._alias)
-        if version is None or (self.served and self.served.version == version):
+        served = self._service.served
+        if version is None or (served and served.version == version):
             return
         folder = self._cache / f"v{version}"
         if not (folder / "model" / "manifest.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             self._tracker.download(version, folder)
-        self.served = Served(load(folder / "model"), load_tokenizer(folder / "model"), version)
+        self._service.use(Served(load(folder / "model"), load_tokenizer(folder / "model"), version))
         log.info("v%d is in service", version)
         for old in sorted(self._cache.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEEP_VERSIONS]:
             shutil.rmtree(old)
@@ -63,9 +64,10 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     cache = settings.home / "serve"
     cache.mkdir(parents=True, exist_ok=True)
-    follower = Follower(Tracker(settings), sys.argv[1] if len(sys.argv) > 1 else "champion", cache)
+    service = Service(Metrics())
+    follower = Follower(Tracker(settings), sys.argv[1] if len(sys.argv) > 1 else "champion", cache, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
-    app = make_api(settings.model_server_token.get_secret_value(), lambda: follower.served)
+    app = make_api(settings.model_server_token.get_secret_value(), service)
     address = urlsplit(settings.model_server_url)
     uvicorn.run(app, host=address.hostname or "127.0.0.1", port=address.port or 80, log_config=None, access_log=False)
 

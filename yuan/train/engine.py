@@ -20,6 +20,7 @@ from yuan import tokenizer as tokenizers
 from yuan.config import Recipe
 from yuan.data.packing import Windows, window_order
 from yuan.model import weights
+from yuan.model.shards import Source
 from yuan.train.folder import RunFolder, RunSpec, write_json
 from yuan.train.pipeline import PlannedPipeline, load_weights, own_weights
 
@@ -106,9 +107,9 @@ class Trainer:
         self.windows = folder.windows()
         self.rank = dist.get_rank()
         torch.manual_seed(spec.seed)
-        self.module = PlannedPipeline(spec.model, spec.plan.bounds, spec.seed)
+        self.module = PlannedPipeline(spec.model, spec.plan.bounds, spec.seed, spec.plan.loss_block)
         if spec.parent is not None:
-            load_weights(self.module, load_file(folder.parent / weights.WEIGHTS), spec.model.num_layers)
+            load_weights(self.module, Source(folder.parent), spec.model.num_layers)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             model_parameters=self._parameter_groups(),

@@ -11,11 +11,12 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.loss import weighted_cross_entropy
-from yuan.model.transformer import Documents, Layer, LayerState, initialise
+from yuan.model.loss import head_loss
+from yuan.model.rows import packed_rows
+from yuan.model.shards import Source
+from yuan.model.transformer import Layer, initialise
 
 Travelling = tuple[Tensor, Tensor]
 
@@ -38,9 +39,9 @@ class EmbeddingStage(nn.Module):
         return self.embedding(tokens_BS), document_BS
 
 
-def logits(stage: EmbeddingStage, x_BSH: Tensor) -> Tensor:
-    """The tied embedding as output head."""
-    return F.linear(x_BSH, stage.weight)
+def with_head(stage: EmbeddingStage, x_BSH: Tensor) -> Travelling:
+    """Hand the tied embedding to the loss, which makes logits of a block at a time."""
+    return x_BSH, stage.weight
 
 
 class LayerStage(nn.Module):
@@ -48,12 +49,13 @@ class LayerStage(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.layer = Layer(config)
         initialise(self, config)
 
     def forward(self, batch: Travelling) -> Travelling:
         x_BSH, document_BS = batch
-        return self.layer(x_BSH, LayerState(), Documents.from_ids(document_BS)), document_BS
+        return self.layer(x_BSH, packed_rows(self.config, document_BS, x_BSH)), document_BS
 
 
 class NormStage(nn.Module):
@@ -67,21 +69,22 @@ class NormStage(nn.Module):
         return self.norm(batch[0])
 
 
-def loss_of(outputs_BSV: Tensor, labels: Travelling) -> Tensor:
-    """The loss of one micro-batch; labels are (next tokens, weights)."""
-    return weighted_cross_entropy(outputs_BSV, *labels)
-
-
 class PlannedPipeline(PipelineModule):
     """A pipeline cut where the plan says, not where DeepSpeed would.
 
     Args:
         bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
+        loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
 
     DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
     """
 
-    def __init__(self, config: ModelConfig, bounds: list[int], seed: int) -> None:
+    def __init__(self, config: ModelConfig, bounds: list[int], seed: int, loss_block: int | None = None) -> None:
+
+        def loss_of(outputs: Travelling, labels: Travelling) -> Tensor:
+            """The loss of one micro-batch: outputs are (hidden states, head), labels (next tokens, weights)."""
+            return head_loss(*outputs, *labels, block=loss_block)
+
         last = config.num_layers + 3  # embedding, layers, norm, head
         self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
         super().__init__(
@@ -90,7 +93,7 @@ class PlannedPipeline(PipelineModule):
                 *(LayerSpec(LayerStage, config) for _ in range(config.num_layers)),
                 LayerSpec(NormStage, config),
                 TiedLayerSpec(
-                    "embedding", EmbeddingStage, config, forward_fn=logits, tied_weight_attr="embedding.weight"
+                    "embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr="embedding.weight"
                 ),
             ],
             num_stages=len(bounds) - 1,
@@ -132,16 +135,16 @@ def own_weights(module: nn.Module, num_layers: int) -> Iterator[tuple[str, Tenso
         yield yuan_name(name, num_layers), (parameter if full is None else full).detach().float().cpu()  # type: ignore[misc]
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], num_layers: int) -> None:
-    """Copy a model's weights into this rank's part of the pipeline.
+def load_weights(module: nn.Module, source: Source, num_layers: int) -> None:
+    """Copy a model's weights into this rank's part of the pipeline, reading only those.
 
     Raises:
         ValueError: if a weight is missing or has another shape.
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            source = weights.get(str(yuan_name(name, num_layers)))
-            if source is None or source.shape != parameter.shape:
-                got = None if source is None else tuple(source.shape)
-                raise ValueError(f"the parent has no weight for {name} of shape {tuple(parameter.shape)}, got {got}")
-            parameter.copy_(source)
+            own, shape = str(yuan_name(name, num_layers)), tuple(parameter.shape)
+            if own not in source.names or source.shape(own) != shape:
+                got = source.shape(own) if own in source.names else "none"
+                raise ValueError(f"the parent has no weight {own} of shape {shape}, got {got}")
+            parameter.copy_(source.tensor(own))

@@ -1,0 +1,133 @@
+"""Measuring in pairs: the figures every benchmark prints, and how they are made.
+
+A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median.
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PAIRS = 10
+PAUSE_S = 0.3  # until the threads of the one that measured have stopped spinning
+RESAMPLES = 2000
+
+
+def ratios(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> list[float]:
+    """first/second of interleaved pairs; who begins alternates, so that a drifting machine favours neither."""
+
+    def after_a_pause(measure: Callable[[], float]) -> float:
+        time.sleep(PAUSE_S)
+        return measure()
+
+    found = []
+    for pair in range(pairs):
+        if pair % 2:
+            b, a = after_a_pause(second), after_a_pause(first)
+        else:
+            a, b = after_a_pause(first), after_a_pause(second)
+        found.append(a / b)
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+
+
+def at_least(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
+    """A line for "ours is at least goal times the peer", which holds when the interval's lower end is 0.97 of it."""
+    low, high = interval(values)
+    return line(
+        name, figure, unit, peer, statistics.median(values), (low, high), f"at least {goal}", low >= 0.97 * goal
+    )
+
+
+def at_most(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
+    """A line for "ours is at most goal times the peer", which holds when the interval's upper end is 1.03 of it."""
+    low, high = interval(values)
+    return line(
+        name, figure, unit, peer, statistics.median(values), (low, high), f"at most {goal}", high <= 1.03 * goal
+    )
+
+
+def line(
+    name: str,
+    figure: float | None,
+    unit: str,
+    peer: str | None = None,
+    ratio: float | None = None,
+    spread: tuple[float, float] | None = None,
+    goal: str | None = None,
+    ok: bool | None = None,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "figure": figure,
+        "unit": unit,
+        "peer": peer,
+        "ratio": None if ratio is None else round(ratio, 4),
+        "interval": None if spread is None else [round(value, 4) for value in spread],
+        "goal": goal,
+        "ok": ok,
+    }
+
+
+def show(*lines: dict[str, Any]) -> bool:
+    """Print lines as JSON; whether none of them missed its goal."""
+    for one in lines:
+        print(json.dumps(one), flush=True)
+    return all(one.get("ok") is not False for one in lines)
+
+
+class Peer:
+    """One contestant in a process of its own: it answers each line `measure` with JSON figures.
+
+    A process of its own, so that memory is its own and no contestant warms another's caches.
+    """
+
+    def __init__(self, file: str, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, file, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.last: dict[str, float] = {}
+
+    def measure(self) -> dict[str, float]:
+        assert self._process.stdin is not None, "opened with a pipe"
+        assert self._process.stdout is not None, "opened with a pipe"
+        print("measure", file=self._process.stdin, flush=True)
+        said = self._process.stdout.readline()
+        if not said:
+            raise RuntimeError(f"a contestant ended with status {self._process.wait()}")
+        self.last = json.loads(said)
+        return self.last
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def answer(measure: Callable[[], dict[str, float]]) -> None:
+    """The contestant's side: measure at each line of standard input."""
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def peak_memory_mib(work: Callable[[], object]) -> float:
+    """How far a call drives this process's resident memory above where it was, in MiB."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the high-water mark
+    before = _status_kib("VmRSS")
+    work()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return int(next(row for row in file if row.startswith(name)).split()[1])

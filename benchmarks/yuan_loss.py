@@ -1,0 +1,118 @@
+"""Block-wise loss over a fused head, forward and backward, beside its peers: `python benchmarks/yuan_loss.py`.
+
+V 135,040, 768 tokens, H 256, fp32, one thread. Each contestant is a process; times in interleaved pairs with ours.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from pairs import Peer, answer, at_most, line, peak_memory_mib, ratios, show
+from torch import Tensor
+from torch.nn import functional as F
+
+V, N, H = 135_040, 768, 256
+CHUNK = 64
+PEERS = ("plain", "torch linear_cross_entropy", "cut-cross-entropy torch_compile")
+MAX_RATIO, MAX_MIB = 1.15, 220
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def contestant(name: str) -> Loss:
+    """The loss of hidden states (N, H), head (V, H) and labels (N)."""
+    if name == "ours":
+        from yuan.model.loss import head_loss
+
+        weights = torch.full((N,), 1 / N)
+        return lambda x, head, labels: head_loss(x, head, labels, weights)
+    if name == "plain":
+        return lambda x, head, labels: F.cross_entropy(x @ head.T, labels)
+    if name == "torch linear_cross_entropy":
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy="compact")
+        return lambda x, head, labels: F.linear_cross_entropy(x, head, labels, options=chunks)
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda x, head, labels: linear_cross_entropy(x, head, labels, impl="torch_compile")
+
+
+def run(name: str) -> None:
+    """One contestant: seconds of a step and MiB above where it began, at each request."""
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(N, H, generator=random).requires_grad_()
+    head = (0.05 * torch.randn(V, H, generator=random)).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=random)
+    loss_of = contestant(name)
+
+    def step() -> None:
+        loss_of(x, head, labels).backward()
+
+    def measure() -> dict[str, float]:
+        x.grad = head.grad = None
+        gc.collect()
+        began = time.perf_counter()
+        mib = peak_memory_mib(step)
+        return {"seconds": time.perf_counter() - began, "mib": mib}
+
+    with contextlib.redirect_stdout(sys.stderr):
+        step()
+    answer(measure)
+
+
+def main() -> int:
+    ours = Peer(__file__, "ours")
+    ok, times = True, {}
+    for name in PEERS:
+        if name.startswith("cut") and importlib.util.find_spec("cut_cross_entropy") is None:
+            show({**line(f"loss time against {name}", None, "s", name), "skipped": "needs the extra [bench]"})
+            continue
+        peer = Peer(__file__, name)
+        seconds: dict[str, list[float]] = {"ours": [], name: []}
+        mib: dict[str, list[float]] = {"ours": [], name: []}
+
+        def timed(who: Peer, label: str) -> float:
+            figures = who.measure()
+            seconds[label].append(figures["seconds"])  # noqa: B023
+            mib[label].append(figures["mib"])  # noqa: B023
+            return figures["seconds"]
+
+        found = ratios(lambda: timed(ours, "ours"), lambda: timed(peer, name))  # noqa: B023
+        times[name] = statistics.median(seconds[name])
+        own, theirs = statistics.median(mib["ours"]), statistics.median(mib[name])
+        figure = round(statistics.median(seconds["ours"]), 3)
+        ok &= show(
+            at_most(f"loss time against {name}", found, MAX_RATIO, figure=figure, unit="s", peer=name),
+            line(
+                f"loss memory beside {name}",
+                round(own),
+                "MiB",
+                name,
+                own / theirs,
+                None,
+                f"at most {MAX_MIB} MiB",
+                own <= MAX_MIB,
+            ),
+            line(
+                f"{name} is not both faster and leaner",
+                round(theirs),
+                "MiB",
+                name,
+                ok=not (statistics.median(found) > 1 and theirs < own),
+            ),
+        )
+        peer.close()
+    ours.close()
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1])
+    else:
+        sys.exit(main())

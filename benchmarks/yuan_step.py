@@ -1,0 +1,115 @@
+"""Training step, tokens/s, beside transformers' Llama of equal layers, width and parameters.
+
+`python benchmarks/yuan_step.py`: 6 layers, H 768, 12 heads, V 32,000, one row of 512 tokens, AdamW. Llama's inner
+size is 14H/3, so that both have the same number of weights in a layer. All cores; fp32, and bf16 where the processor
+multiplies it in hardware.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from pairs import Peer, answer, at_least, line, ratios, show
+from torch import Tensor, nn
+
+from infra.devices import has_fast_bf16
+
+LAYERS, H, HEADS, V, S = 6, 768, 12, 32_000, 512
+STEPS = 2  # of one measurement
+
+
+def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from yuan.config import ModelConfig
+    from yuan.model.loss import head_loss
+    from yuan.model.rows import plain_rows
+    from yuan.model.transformer import Yuan
+
+    config = ModelConfig(name="step", num_layers=LAYERS, hidden_size=H, num_heads=HEADS, vocab_size=V, seq_len=S)
+    model = Yuan(config).to(dtype)
+    weights = torch.full((1, S - 1), 1 / (S - 1))
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        x = model.embedding(tokens[:, :-1])
+        rows = plain_rows(config, S - 1, x)
+        for layer in model.layers:
+            x = layer(x, rows)
+        return head_loss(model.norm(x), model.embedding.weight, tokens[:, 1:], weights)
+
+    return model, loss_of
+
+
+def llama(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=14 * H // 3,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=S,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    return model, lambda tokens: model(input_ids=tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:]).loss
+
+
+def run(name: str, precision: str) -> None:
+    """One contestant: tokens/s, at each request."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, loss_of = (ours if name == "ours" else llama)(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+    tokens = torch.randint(0, V, (1, S))
+
+    def step() -> None:
+        loss_of(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def measure() -> dict[str, float]:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        return {"tokens_per_s": STEPS * (S - 1) / (time.perf_counter() - began)}
+
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
+    step()
+    answer(measure)
+
+
+def main() -> int:
+    ok = True
+    precisions = ["fp32", "bf16"] if has_fast_bf16() else ["fp32"]
+    for precision in precisions:
+        own, peer = Peer(__file__, "ours", precision), Peer(__file__, "llama", precision)
+        found = ratios(lambda: own.measure()["tokens_per_s"], lambda: peer.measure()["tokens_per_s"])  # noqa: B023
+        figure = round(own.last["tokens_per_s"])
+        name = f"training step {precision}"
+        ok &= show(at_least(name, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama"))
+        for who in (own, peer):
+            who.close()
+    if "bf16" in precisions:
+        fast, slow = Peer(__file__, "ours", "bf16"), Peer(__file__, "ours", "fp32")
+        found = ratios(lambda: fast.measure()["tokens_per_s"], lambda: slow.measure()["tokens_per_s"])
+        figure = round(fast.last["tokens_per_s"])
+        ok &= show(
+            at_least("training step bf16 over fp32", found, 2.0, figure=figure, unit="tokens/s", peer="ours fp32")
+        )
+        for who in (fast, slow):
+            who.close()
+    else:
+        show({**line("training step bf16", None, "tokens/s"), "skipped": "this processor has no fast bf16"})
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(*sys.argv[1:])
+    else:
+        sys.exit(main())

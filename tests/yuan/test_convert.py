@@ -1,0 +1,253 @@
+"""The published layout, both ways, against the published forward pass written out by its names."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
+from yuan.model import layout, weights
+from yuan.model.convert import config_from_hf, export_hf, import_hf
+from yuan.model.transformer import Yuan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer = tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512)
+    config = ModelConfig(name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    weights.save(path, config, Yuan(config).state_dict(), tokenizer, {"snapshot": "s"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def published(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("hf")
+    export_hf(folder, out, max_shard_bytes=60_000)
+    return out
+
+
+def hf_tensors(folder):
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def hf_forward(t, config, tokens):
+    """Logits by the published names, after the description of the official modelling code (facts of its layout)."""
+    heads, dim = config.num_heads, config.head_dim
+
+    def norm(x, name):
+        return F.rms_norm(x, (x.shape[-1],), t[name], config.norm_eps)
+
+    def conv(x, name):  # Conv2d with kernel (2, 1), padded on both sides of time and cut
+        out = F.conv2d(x.mT[..., None], t[f"{name}.weight"], t[f"{name}.bias"], padding=(1, 0))
+        return out[..., : x.shape[1], 0].mT
+
+    inverse = 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
+    angles = torch.cat([torch.arange(tokens.shape[1])[:, None] * inverse] * 2, dim=-1)
+
+    def turn(x):
+        half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1)
+        return x * angles.cos() + half * angles.sin()
+
+    x = t["model.embed_tokens.weight"][tokens]
+    for n in range(config.num_layers):
+        p = f"model.layers.{n}."
+        h = norm(x, p + "input_layernorm.weight")
+        lf = p + "self_attn.lf_gate."
+        f = norm(conv(conv(h, lf + "conv1"), lf + "conv2") + h, lf + "output_layernorm.weight")
+        qk = torch.cat([f @ t[p + "self_attn.q_proj.weight"].T, f @ t[p + "self_attn.k_proj.weight"].T], dim=-1)
+        q, k = (turn(part.transpose(1, 2)) for part in qk.unflatten(-1, (heads, 2 * dim)).chunk(2, dim=-1))
+        v = (h @ t[p + "self_attn.v_proj.weight"].T).unflatten(-1, (heads, dim)).transpose(1, 2)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + a @ t[p + "self_attn.o_proj.weight"].T
+        h = norm(x, p + "post_attention_layernorm.weight")
+        gate, up = h @ t[p + "mlp.gate_proj.weight"].T, h @ t[p + "mlp.up_proj.weight"].T
+        x = x + (gate * F.silu(up)) @ t[p + "mlp.down_proj.weight"].T
+    return norm(x, "model.norm.weight") @ t["lm_head.weight"].T
+
+
+def test_the_published_names_give_the_same_logits(folder, published):
+    model = weights.load(folder)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9))
+    expected = hf_forward(hf_tensors(published), model.config, tokens)
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_round_trip_is_bit_equal(folder, published, tmp_path):
+    import_hf(published, tmp_path / "ours", max_shard_bytes=50_000)
+    again = weights.load(tmp_path / "ours")
+    model = weights.load(folder)
+    assert again.config == dataclasses.replace(model.config)
+    for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    assert weights.load_tokenizer(tmp_path / "ours").model == weights.load_tokenizer(folder).model
+
+
+def test_shards_keep_their_limit_and_the_manifest_names_every_file(published):
+    shards = sorted(published.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 62_000 + 20_000 for shard in shards)  # a limit of data, and a header
+    manifest = weights.verify(published)
+    assert set(manifest["files"]) == {file.name for file in published.iterdir()} - {"manifest.json"}
+    assert manifest["snapshot"] == "s"
+
+
+@pytest.mark.parametrize(("preset", "keys"), [(yuan_2b, 339), (yuan_51b, 591), (yuan_102b, 1179)])
+def test_presets_have_the_published_keys_and_shapes(preset, keys):
+    config = preset()
+    with torch.device("meta"):
+        model = Yuan(config)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == layout.own_shapes(config)
+    shapes = layout.hf_shapes(config)
+    assert len(shapes) == keys
+    assert shapes["model.layers.0.self_attn.lf_gate.conv1.weight"] == (
+        config.hidden_size // 2,
+        config.hidden_size,
+        2,
+        1,
+    )
+
+
+def test_pickled_shards_are_read_without_running_code(published, folder, tmp_path):
+    tensors = hf_tensors(published)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(tensors)
+    where = {name: f"pytorch_model-0000{1 + (n % 2)}-of-00002.bin" for n, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: tensors[name] for name in names if where[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    import_hf(tmp_path, tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").norm.weight, weights.load(folder).norm.weight)
+    with pytest.raises(ValueError, match="tokenizer"):
+        weights.load_tokenizer(tmp_path / "ours")
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_a_pickle_with_code_is_refused(published, tmp_path):
+    torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.fixture
+def single(published, tmp_path):
+    """A published folder of one file, and a function that writes changed tensors into it."""
+    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+
+    def write(**changes):
+        tensors = hf_tensors(published) | changes
+        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.norm.weight": None}, r"model\.norm\.weight is missing"),
+        ({"model.stray": torch.zeros(1)}, r"model\.stray is unknown"),
+        ({"model.norm.weight": torch.zeros(3)}, r"model\.norm\.weight has shape \(3,\) and should have \(32,\)"),
+        ({"lm_head.weight": torch.zeros(298, 32)}, "ties the two"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(single, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says):
+        import_hf(single(**changes), tmp_path / "ours")
+
+
+def test_without_the_heads_copy_the_embedding_is_taken(single, tmp_path):
+    import_hf(single(**{"lm_head.weight": None}), tmp_path / "ours")
+    weights.load(tmp_path / "ours")
+
+
+def test_a_corrupt_shard_is_named(published, tmp_path):
+    for file in published.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        import_hf(tmp_path, tmp_path / "ours")
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        import_hf(tmp_path, tmp_path / "ours")
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"intermediate_size": 100}, "intermediate_size must be 128"), ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+     ({"hidden_size": None}, "not the configuration of a Yuan"), ({"use_shareqk": True}, "use_shareqk must be False")],
+)  # fmt: skip
+def test_a_configuration_that_is_no_yuan_is_refused(published, tmp_path, change, says):
+    data = json.loads((published / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=says):
+        config_from_hf(tmp_path)
+
+
+def test_a_published_configuration_without_our_fields_has_the_official_angles(published, tmp_path):
+    data = json.loads((published / "config.json").read_text())
+    for ours in ("rope_precision", "local_filter", "name"):
+        del data[ours]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert config_from_hf(tmp_path).rope_precision == "bf16"
+
+
+def test_a_tokenizer_that_does_not_fit_is_named(single, tmp_path):
+    big = tokenizers.train(["".join(chr(0x4E00 + n) for n in range(300))], vocab_size=1000)
+    folder = single()
+    big.save(folder)
+    with pytest.raises(ValueError, match=r"the tokenizer has .* pieces and the model"):
+        import_hf(folder, tmp_path / "ours")
+
+
+def test_a_folder_with_files_is_not_written_over(folder, published):
+    with pytest.raises(ValueError, match="is not empty"):
+        export_hf(folder, published)
+
+
+def test_memory_stays_near_a_shard(tmp_path):
+    """A model of 400 MB is converted both ways within 150 MB above a process that only imports torch."""
+    code = f"""
+import resource, sys, torch
+from pathlib import Path
+from yuan.config import ModelConfig
+from yuan.model import convert, layout
+from yuan.model.shards import write_shards
+from yuan.model.weights import CONFIG, write_manifest
+import json
+out = Path({str(tmp_path)!r})
+config = ModelConfig(name="t", num_layers=20, hidden_size=512, num_heads=8, vocab_size=8192, seq_len=64)
+shapes = layout.own_shapes(config)
+sizes = {{n: 4 * torch.Size(s).numel() for n, s in shapes.items()}}
+(out / "a").mkdir()
+files = write_shards(out / "a", sizes, ((n, torch.zeros(s)) for n, s in shapes.items()), max_bytes=20_000_000)
+(out / "a" / CONFIG).write_text(json.dumps(config.to_json()))
+write_manifest(out / "a", [*files, CONFIG], {{}})
+def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+convert.export_hf(out / "a", out / "b", max_shard_bytes=20_000_000)
+convert.import_hf(out / "b", out / "c", max_shard_bytes=20_000_000)
+print(sum(sizes.values()), 1024 * (peak() - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    total, used = map(int, done.stdout.split())
+    assert total > 380e6
+    assert used < 150e6

@@ -1,0 +1,125 @@
+"""Token-weighted cross-entropy against torch's, plain and block by block."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from yuan.model.loss import head_loss, weighted_cross_entropy
+
+V, H = 203, 16
+
+
+@pytest.fixture
+def batch():
+    """Hidden states (3, 9, H), head (V, H), labels, and weights of which some are zero."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 9, H, generator=random)
+    head = torch.randn(V, H, generator=random)
+    labels = torch.randint(0, V, (3, 9), generator=random)
+    weights = torch.rand(3, 9, generator=random) * (torch.rand(3, 9, generator=random) > 0.4)
+    return x, head, labels, weights
+
+
+def with_gradients(loss_of, x, head):
+    x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
+    loss = loss_of(x, head)
+    (3 * loss).backward()  # an upstream gradient that is not one, as under accumulation
+    return loss.detach(), x.grad, head.grad
+
+
+def test_weighted_loss_is_torchs_mean_over_learned_tokens():
+    logits = torch.randn(2, 5, 11)
+    labels = torch.randint(0, 11, (2, 5))
+    learned = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).float()
+    expected = F.cross_entropy(logits[learned.bool()], labels[learned.bool()])
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, learned / learned.sum()), expected)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 27, None])
+def test_loss_and_gradients_equal_the_plain_computation(batch, block):
+    x, head, labels, weights = batch
+    ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=block), x, head)
+    plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
+    for got, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_large_and_small_logits_stay_finite(batch, scale):
+    x, head, labels, weights = batch
+    ours = with_gradients(lambda x, head: head_loss(x * scale, head, labels, weights, block=4), x, head)
+    plain = with_gradients(lambda x, head: weighted_cross_entropy((x * scale) @ head.T, labels, weights), x, head)
+    for got, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
+    """The truth is fp64 on the same rounded values."""
+    x, head, labels, weights = batch
+    x, head = x.bfloat16(), head.bfloat16()
+    truth = with_gradients(
+        lambda x, head: (
+            F.cross_entropy((x @ head.T).flatten(0, 1), labels.flatten(), reduction="none") * weights.double().flatten()
+        ).sum(),
+        x.double(),
+        head.double(),
+    )
+    ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=5), x, head)
+    plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
+    for got, other, exact in zip(ours, plain, truth, strict=True):
+        assert (got.double() - exact).norm() <= 1.2 * (other.double() - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_no_more_than_a_block_of_logits_exists(batch):
+    """The largest tensor made on the way has a block's size, not that of all rows."""
+    x, head, labels, weights = batch
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.untyped_storage().nbytes() for t in [out] if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        head_loss(x.requires_grad_(), head.requires_grad_(), labels, weights, block=2)
+    assert max(sizes) <= max(4 * 2 * V, 4 * V * H)
+
+
+def test_tokens_without_weight_cost_nothing_and_have_no_gradient(batch):
+    x, head, labels, _ = batch
+    loss, dx, dhead = with_gradients(lambda x, head: head_loss(x, head, labels, torch.zeros(3, 9)), x, head)
+    assert loss == 0
+    assert not dx.any()
+    assert not dhead.any()
+
+
+def test_without_gradients_only_the_loss_is_made(batch):
+    x, head, labels, weights = batch
+    with torch.no_grad():
+        loss = head_loss(x, head, labels, weights, block=4)
+    torch.testing.assert_close(loss, weighted_cross_entropy(x @ head.T, labels, weights))
+
+
+def test_a_second_backward_is_refused(batch):
+    x, head, labels, weights = batch
+    loss = head_loss(x.requires_grad_(), head, labels, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gives its gradients once"):
+        loss.backward()
+
+
+def test_shapes_that_do_not_fit_and_empty_blocks_are_named(batch):
+    x, head, labels, weights = batch
+    with pytest.raises(ValueError, match="must fit together"):
+        head_loss(x, head, labels[:2], weights)
+    with pytest.raises(ValueError, match="block must be at least 1 row, got 0"):
+        head_loss(x, head, labels, weights, block=0)
+
+
+def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = weighted_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()

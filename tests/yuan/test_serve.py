@@ -1,0 +1,218 @@
+"""The model server over real HTTP, asked by the openai client."""
+
+import asyncio
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+
+from infra.launch import free_port
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
+from yuan.generate.answers import generate
+from yuan.generate.sampling import Sampling
+from yuan.model.transformer import Yuan
+from yuan.serve.api import make_api
+from yuan.serve.engine import Served, Service
+from yuan.serve.metrics import Metrics
+
+WINDOW = 2048
+
+
+def make_served(version):
+    tokenizer = tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512)
+    config = ModelConfig(
+        name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=WINDOW
+    )
+    torch.manual_seed(version)
+    model = Yuan(config).eval()
+    for parameter in model.layers.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        model.embedding.weight[tokenizer.eod] = 0  # so that it seldom ends by itself
+    return Served(model, tokenizer, version)
+
+
+@pytest.fixture(scope="module")
+def service():
+    return Service(Metrics())
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(make_api("secret", service), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def served(service):
+    """A model newly put into service."""
+    service.use(make_served(1))
+    return service.served
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=60) as http:
+        yield http
+
+
+def metric(http, name):
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_before_a_promotion_there_is_nothing_in_service(url, http):
+    answer = http.post("/v1/completions", json={"prompt": "a"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+
+
+def test_a_completion_is_what_generate_gives(client, served):
+    prompts = ["abc", "加减"]
+    done = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
+    expected = generate(served.model, served.tokenizer, prompts, Sampling(max_tokens=9))
+    assert [choice.text for choice in done.choices] == [one.text for one in expected]
+    assert done.model == "yuan-v1"
+    assert done.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
+    assert done.usage.completion_tokens == sum(one.num_tokens for one in expected)
+
+
+def test_token_ids_are_taken_as_they_are(client, served):
+    ids = [*served.tokenizer.encode("abc"), served.tokenizer.sep]
+    as_text = client.completions.create(model="yuan", prompt="abc", max_tokens=5)
+    as_ids = client.completions.create(model="yuan", prompt=[ids, ids], max_tokens=5)
+    assert [choice.text for choice in as_ids.choices] == [as_text.choices[0].text] * 2
+
+
+@pytest.mark.parametrize("wishes", [{}, {"temperature": 1.0, "seed": 3, "n": 3, "stop": ["a1", "b"]}])
+def test_a_stream_adds_up_to_the_whole_answer(client, served, wishes):
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": [{"type": "text", "text": "abc"}]},
+    ]
+    asked = {"model": "yuan", "messages": messages, "max_tokens": 20, **wishes}
+    whole = client.chat.completions.create(**asked)
+    texts, reasons, last = {}, {}, None
+    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        last = chunk
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    assert [texts[choice.index] for choice in whole.choices] == [choice.message.content for choice in whole.choices]
+    assert [reasons[choice.index] for choice in whole.choices] == [choice.finish_reason for choice in whole.choices]
+    assert last.usage == whole.usage
+
+
+def test_log_probabilities_come_in_both_shapes(client, served):
+    text = client.completions.create(model="yuan", prompt="abc", max_tokens=4, logprobs=2).choices[0].logprobs
+    chat = client.chat.completions.create(
+        model="yuan", messages=[{"role": "user", "content": "abc"}], max_tokens=4, logprobs=True, top_logprobs=2
+    )
+    entries = chat.choices[0].logprobs.content
+    assert text.token_logprobs == pytest.approx([entry.logprob for entry in entries])
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob == entry.top_logprobs[0].logprob for entry in entries)
+    assert len(text.tokens) == len(text.top_logprobs) == 4
+
+
+def test_the_answering_version_is_in_a_header(http, served):
+    for stream in (False, True):
+        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": stream})
+        assert answer.headers["x-yuan-version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"prompt": "a" * WINDOW}, 400, "shorten the prompt"),
+        ({"prompt": [999_999]}, 400, "token ids must be below"),
+        ({"prompt": "a", "n": 100, "max_tokens": 0}, 422, "greater than or equal to 1"),
+        ({"prompt": ["a", "b"], "n": 100}, 400, "at most 128 choices"),
+        ({"prompt": "a", "presence_penalty": 0.5}, 422, "presence_penalty is not offered"),
+        ({"prompt": []}, 422, ""),
+        ({"prompt": "a", "echo": True}, 400, "echo is not offered"),
+        ({"prompt": "a", "temperature": "warm"}, 422, "number"),
+        ({"prompt": "a", "stop": [""]}, 400, "stop must be"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_its_reason(http, served, body, status, says):
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+
+
+def test_without_the_token_nothing_is_answered(url):
+    for path in ("/v1/models", "/metrics"):
+        assert httpx.get(url + path).status_code == 401
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 401
+
+
+def test_models_are_swapped_without_dropping_a_request(client, service, served):
+    """A long answer of v1 goes on while v2 answers the next request."""
+    stream = client.completions.create(model="yuan", prompt="abc", max_tokens=400, stream=True)
+    first = next(stream)
+    service.use(make_served(2))
+    assert client.completions.create(model="yuan", prompt="abc", max_tokens=2).model == "yuan-v2"
+    rest = list(stream)
+    assert {chunk.model for chunk in [first, *rest]} == {"yuan-v1"}
+    text = "".join(chunk.choices[0].text for chunk in [first, *rest])
+    assert text == generate(served.model, served.tokenizer, ["abc"], Sampling(max_tokens=400))[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
+    body = {"prompt": "abc", "max_tokens": 1900, "stream": stream}
+    before = metric(http, "yuan_tokens_total")
+    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=1.0) as client:
+        try:
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_raw())
+        except httpx.ReadTimeout:
+            pass
+    assert until(lambda: metric(http, "yuan_running") == 0)
+    assert metric(http, "yuan_tokens_total") - before < 1900
+
+
+def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, served):
+    async def crowd():
+        limits = httpx.Limits(max_connections=1000)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            headers = {"Authorization": "Bearer secret"}
+            asked = [
+                client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=headers)
+                for _ in range(1000)
+            ]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(crowd())
+    kinds = {answer.status_code for answer in answers}
+    assert kinds <= {200, 503}
+    assert sum(answer.status_code == 200 for answer in answers) >= 256
+    assert all("try again" in a.json()["error"]["message"] for a in answers if a.status_code == 503)
+    assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200

@@ -1,0 +1,123 @@
+"""How the next token is chosen from logits.
+
+Shape letters: B rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a request asks of decoding.
+
+    Temperature 0 takes the likeliest token. `top_k` 0 and `top_p` 1 keep all tokens. A repetition penalty above 1
+    divides positive logits of tokens seen before, in prompt or answer, and multiplies negative ones (CTRL, section
+    4.1). Text ends before the first stop string and before a stop id or `<eod>`. `logprobs` asks for that many
+    alternatives beside each token's log-probability; None for none. The same seed gives the same answer, whatever else
+    is decoded beside it.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_k", self.top_k >= 0, "at least 0, where 0 keeps all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            ("stop", all(self.stop), "strings that are not empty"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token, its log-probability under the model, and the likeliest alternatives with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def choose(
+    logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], draws: Sequence[float]
+) -> list[Chosen]:
+    """Choose a token for each row; `seen` are the row's tokens so far and `draws` numbers in [0, 1)."""
+    logits_BV = logits_BV.float()
+    weighed = _penalised(logits_BV, samplings, seen)
+    tokens = weighed.argmax(dim=-1)
+    sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if sampled:
+        some = [samplings[row] for row in sampled]
+        tokens[sampled] = _sample(weighed[sampled], some, [draws[row] for row in sampled])
+    return [_with_logprobs(logits_BV[row], token, samplings[row].logprobs) for row, token in enumerate(tokens.tolist())]
+
+
+def _penalised(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:
+    rows = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
+    if not rows:
+        return logits_BV
+    weighed = logits_BV.clone()
+    for row in rows:
+        index = torch.tensor(sorted(set(seen[row])), device=logits_BV.device)
+        old, penalty = weighed[row, index], samplings[row].repetition_penalty
+        weighed[row, index] = torch.where(old > 0, old / penalty, old * penalty)
+    return weighed
+
+
+def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
+    """Draw from the tempered distribution, cut by top_k and then top_p, by inverting its cumulated sum."""
+    heat = torch.tensor([sampling.temperature for sampling in samplings], device=logits_BV.device)
+    logits_BV = logits_BV / heat[:, None]
+    is_cut = any(sampling.top_k or sampling.top_p < 1 for sampling in samplings)
+    order = None
+    if is_cut:
+        logits_BV, order = logits_BV.sort(dim=-1, descending=True, stable=True)
+        logits_BV = logits_BV.masked_fill(_beyond(logits_BV, samplings), -torch.inf)
+    cumulated = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    height = torch.tensor(draws, device=logits_BV.device, dtype=torch.double)[:, None] * cumulated[:, -1:]
+    place = torch.searchsorted(cumulated, height, right=True).clamp_(max=logits_BV.shape[1] - 1)
+    return (place if order is None else order.gather(1, place))[:, 0]
+
+
+def _beyond(sorted_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """What top_k and top_p leave out of logits in falling order; the first always stays."""
+    vocab = sorted_BV.shape[1]
+    ranks = torch.arange(vocab, device=sorted_BV.device)
+    keep = torch.tensor([sampling.top_k or vocab for sampling in samplings], device=sorted_BV.device)
+    beyond = ranks >= keep[:, None]
+    kept = sorted_BV.masked_fill(beyond, -torch.inf).softmax(dim=-1)
+    limit = torch.tensor([sampling.top_p for sampling in samplings], device=sorted_BV.device)
+    beyond |= (kept.cumsum(dim=-1) - kept) >= limit[:, None]  # what comes before already has top_p
+    beyond[:, 0] = False
+    return beyond
+
+
+def _with_logprobs(logits_V: Tensor, token: int, wanted: int | None) -> Chosen:
+    if wanted is None:
+        return Chosen(token)
+    logprobs_V = logits_V.log_softmax(dim=-1)
+    values, tokens = logprobs_V.topk(min(wanted, len(logprobs_V))) if wanted else (logprobs_V[:0], logprobs_V[:0])
+    top = tuple(zip([int(t) for t in tokens.tolist()], values.tolist(), strict=True))
+    return Chosen(token, float(logprobs_V[token]), top)

@@ -1,0 +1,130 @@
+"""What a model remembers of the tokens it has seen, for decoding: keys, values, and the filter's two rows.
+
+Shape letters: R rows of the block, B rows in use, N heads, S new tokens, K capacity, D head dim, H hidden.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from yuan.config import ModelConfig
+
+FIRST_CAPACITY = 64
+
+
+class Block:
+    """The memory itself, one tensor of each kind a layer; rows and length grow by doubling.
+
+    Keys and values are (R, N, K, D). `shares1` (R, 1, H/2) and `shares2` (R, 1, H) are what the last token of a row
+    gives to the output after it in the filter's two convolutions. With these two rows the filter is exact everywhere.
+    """
+
+    def __init__(self, config: ModelConfig, like: Tensor) -> None:
+        self.config, self.like = config, like
+        width, shape = config.hidden_size, (0, config.num_heads, 0, config.head_dim)
+        layers = range(config.num_layers)
+        self.keys = [like.new_zeros(shape) for _ in layers]
+        self.values = [like.new_zeros(shape) for _ in layers]
+        self.shares1 = [like.new_zeros(0, 1, width // 2) for _ in layers]
+        self.shares2 = [like.new_zeros(0, 1, width) for _ in layers]
+
+    def tensors(self) -> Iterator[Tensor]:
+        for group in (self.keys, self.values, self.shares1, self.shares2):
+            yield from group
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room.
+
+        Raises:
+            ValueError: if the window is shorter than `length`.
+        """
+        limit = self.config.seq_len
+        if length > limit:
+            raise ValueError(f"the window holds {limit} tokens, got {length}; shorten the prompt or the answer")
+        has_rows, _, has_length, _ = self.keys[0].shape
+        if rows <= has_rows and length <= has_length:
+            return
+        wants_rows = has_rows if rows <= has_rows else max(2 * has_rows, rows)
+        wants_length = has_length if length <= has_length else min(limit, max(FIRST_CAPACITY, 2 * has_length, length))
+        self.keys = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.keys]
+        self.values = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.values]
+        self.shares1 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares1]
+        self.shares2 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares2]
+
+
+def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    grown = tensor.new_zeros(shape)
+    grown[tuple(slice(size) for size in tensor.shape)] = tensor
+    return grown
+
+
+class Cache:
+    """Neighbouring rows of a block, each with a length of its own."""
+
+    def __init__(self, block: Block, first: int = 0, num_rows: int = 0) -> None:
+        self.block, self.first = block, first
+        self.lengths = [0] * num_rows
+        self._last: Tensor | None = None
+        block.reserve(first + num_rows, 0)
+        for tensor in (*block.shares1, *block.shares2):
+            tensor[first : first + num_rows].zero_()
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + len(self.lengths))
+
+    def begin(self, num_new: int, counts: list[int] | None) -> None:
+        """Make room for num_new tokens a row, of which `counts` are real and the rest padding on the right."""
+        self.block.reserve(self.rows.stop, max(self.lengths) + num_new)
+        is_padded = counts is not None and any(count != num_new for count in counts)
+        self._last = torch.tensor(counts, device=self.block.like.device) - 1 if is_padded else None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values (B, N, S, D), and return all of them to the longest row's end."""
+        num_new = keys.shape[2]
+        end = max(self.lengths) + num_new
+        all_keys, all_values = (t[layer][self.rows, :, :end] for t in (self.block.keys, self.block.values))
+        if len(set(self.lengths)) == 1:
+            all_keys[:, :, -num_new:] = keys
+            all_values[:, :, -num_new:] = values
+        else:
+            row = torch.arange(len(self.lengths), device=keys.device)[:, None]
+            place = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_new, device=keys.device)
+            all_keys[row, :, place] = keys.transpose(1, 2)
+            all_values[row, :, place] = values.transpose(1, 2)
+        return all_keys, all_values
+
+    def shares(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What the last tokens give to a layer's two convolutions."""
+        return self.block.shares1[layer][self.rows], self.block.shares2[layer][self.rows]
+
+    def keep_shares(self, layer: int, new1: Tensor, new2: Tensor) -> None:
+        """Remember, of the shares (B, S, ...) of new tokens, those of each row's last real one."""
+        for kept, new in zip(self.shares(layer), (new1, new2), strict=True):
+            if self._last is None:
+                kept.copy_(new[:, -1:])
+            else:
+                kept.copy_(new[torch.arange(len(new), device=new.device), self._last][:, None])
+
+    def advance(self, counts: list[int]) -> None:
+        """Count the real tokens of a pass as seen."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def after(self, num_rows: int) -> "Cache":
+        """Empty rows behind these in the same block, to be filled and then taken in with `take_in`."""
+        return Cache(self.block, self.rows.stop, num_rows)
+
+    def take_in(self, following: "Cache") -> None:
+        """Make the rows that follow these part of these."""
+        assert following.block is self.block and following.first == self.rows.stop, "only neighbours join"
+        self.lengths += following.lengths
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last row takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            for tensor in self.block.tensors():
+                tensor[self.first + row] = tensor[self.first + last]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()

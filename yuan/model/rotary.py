@@ -1,0 +1,31 @@
+"""Rotary positions.
+
+Shape letters: B batch, N heads, S sequence, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from yuan.config import ModelConfig
+
+
+def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles: positions (...) in, (..., D) out, in `dtype`.
+
+    With rope_precision "bf16" the angles are those of the official training, which rounds frequencies, positions and
+    their products to bf16: of 8,192 positions 897 stay distinct. With "fp32" they are exact.
+
+    Source: megatron/core/models/common/rotary_pos_embedding.py of the official repository, cast by its Float16Module.
+    """
+    exact = torch.float32 if config.rope_precision == "fp32" else torch.bfloat16
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    inverse = (config.rope_base ** (-steps / config.head_dim)).to(exact)
+    angles = positions.to(exact)[..., None] * inverse
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (first half, second half) by its position's angle. Source: RoFormer, eq. 34."""
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return x_BNSD * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,49 @@
+"""What the model server counts, in Prometheus' form."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+FIRST_TOKEN_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+REQUEST_S = (0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class Metrics:
+    """Counters of one server."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "yuan_requests", "requests by route and status", ["route", "status"], registry=self._registry
+        )
+        self._tokens = Counter("yuan_tokens", "tokens decoded", registry=self._registry)
+        self._running = Gauge("yuan_running", "sequences being decoded", registry=self._registry)
+        self._waiting = Gauge("yuan_waiting", "sequences that wait", registry=self._registry)
+        self._version = Gauge("yuan_version", "version in service", registry=self._registry)
+        self._first = Histogram(
+            "yuan_first_token_seconds", "from request to first token", registry=self._registry, buckets=FIRST_TOKEN_S
+        )
+        self._whole = Histogram(
+            "yuan_request_seconds", "from request to last token", registry=self._registry, buckets=REQUEST_S
+        )
+
+    def count_request(self, route: str, status: int) -> None:
+        self._requests.labels(route, str(status)).inc()
+
+    def count_tokens(self, number: int) -> None:
+        self._tokens.inc(number)
+
+    def set_load(self, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def set_version(self, version: int) -> None:
+        self._version.set(version)
+
+    def time_first(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def time_whole(self, seconds: float) -> None:
+        self._whole.observe(seconds)
+
+    def text(self) -> bytes:
+        """The page Prometheus reads."""
+        return generate_latest(self._registry)
