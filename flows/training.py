@@ -18,8 +18,9 @@ from infra.launch import supervised, torchrun_command
 from infra.settings import child_environment
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe, tiny
-from yuan.data.packing import encode_row, pack
+from yuan.data.packing import pack
 from yuan.data.rows import Row, parse_rows
+from yuan.data.samples import encode_row
 from yuan.plan.planner import Plan, make_plan
 from yuan.plan.pool import cpu_pool
 from yuan.train.folder import RunFolder, RunSpec

@@ -7,42 +7,70 @@ from pathlib import Path
 import sentencepiece
 
 EOD, SEP, PAD = "<eod>", "<sep>", "<pad>"
+FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE = "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"
 
 # The published tokenizer's added tokens, in its order (tools/preprocess_data_yuan.py of the official repository).
 SPECIAL_TOKENS = (
-    *(EOD, SEP, PAD, "<mask>", "<predict>", "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"),
+    *(EOD, SEP, PAD, "<mask>", "<predict>", FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE),
     *("<commit_before>", "<commit_msg>", "<commit_after>"),
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
 FILE_NAME = "tokenizer.model"
+VOCAB_MULTIPLE = 128  # to which the published vocabulary is padded
 
 
 class Tokenizer:
-    """A SentencePiece model and the ids of its special tokens.
+    """A SentencePiece model and the ids of its special tokens, by name in `special`.
 
-    Special tokens never come out of text: somebody who writes `<sep>` in a prompt gets
-    its characters, not the separator.
+    Special tokens that are pieces of the model keep their ids; the others follow the last piece, as the official code
+    adds them. They never come out of text: somebody who writes `<sep>` in a prompt gets its characters, not the
+    separator. Nor do they, or rows of the embedding that stand for nothing, go into text.
+
+    Raises:
+        ValueError: if the bytes are no SentencePiece model, or it lacks `<eod>`, `<sep>` or `<pad>`.
     """
 
     def __init__(self, model: bytes) -> None:
         self.model = model
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.eod, self.sep, self.pad = (self._id(token) for token in (EOD, SEP, PAD))
-
-    def _id(self, token: str) -> int:
-        number: int = self._pieces.piece_to_id(token)
-        if number == self._pieces.unk_id():
-            raise ValueError(f"the tokenizer lacks the special token {token}; train it with yuan.tokenizer.train")
-        return number
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"not a SentencePiece model ({str(error).strip()[:100]}); fetch it again") from None
+        self.num_pieces = int(self._pieces.get_piece_size())
+        self.special: dict[str, int] = {}
+        for token in SPECIAL_TOKENS:
+            number = int(self._pieces.piece_to_id(token))
+            is_piece = number != self._pieces.unk_id()
+            if not is_piece and token in (EOD, SEP, PAD):
+                raise ValueError(f"the tokenizer lacks the special token {token}; train it with yuan.tokenizer.train")
+            appended = sum(other >= self.num_pieces for other in self.special.values())
+            self.special[token] = number if is_piece else self.num_pieces + appended
+        self.eod, self.sep, self.pad = (self.special[token] for token in (EOD, SEP, PAD))
+        self._silent = set(self.special.values())
 
     def __len__(self) -> int:
-        return int(self._pieces.get_piece_size())
+        return max(self.num_pieces, 1 + max(self.special.values()))
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of a model's embedding: the tokens, filled up to a multiple of 128."""
+        return -(-len(self) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def encode(self, text: str) -> list[int]:
-        return list(self._pieces.encode(text))
+        """Token ids of a text. Where the model begins texts with a space, so does every part encoded on its own, as
+        the official code's "legacy" rule has it: also the answer after `<sep>`."""
+        ids = list(self._pieces.encode(text))
+        if self._silent.isdisjoint(ids):
+            return ids
+        return [part for number in ids for part in (self._spelled(number) if number in self._silent else [number])]
+
+    def _spelled(self, number: int) -> list[int]:
+        """A special token that a text happened to contain, character by character."""
+        return [int(self._pieces.piece_to_id(letter)) for letter in self._pieces.id_to_piece(number)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._pieces.decode(list(ids)))
+        """The text of token ids; special ones and rows that stand for nothing are left out."""
+        return str(self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._silent]))
 
     def check_fits(self, vocab_size: int) -> None:
         """Compare with a model's vocabulary.

@@ -8,8 +8,9 @@ from pydantic import TypeAdapter
 
 from yuan import tokenizer as tokenizers
 from yuan.data.checkers import Checker
-from yuan.data.packing import Sample, encode_row, pack, window_order
+from yuan.data.packing import pack, window_order
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
+from yuan.data.samples import Sample, encode_row
 from yuan.data.skills import load_skills
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from infra.launch import supervised, torchrun_command
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
-from yuan.data.packing import Sample, pack, window_order
+from yuan.data.packing import pack, window_order
+from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan

@@ -1,4 +1,4 @@
-"""Rows to token sequences, and sequences packed into constant-length windows.
+"""Token sequences packed into constant-length windows.
 
 Everything here is a pure function of its arguments, so any rank that has the snapshot
 and the seed computes the same batches.
@@ -10,18 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.rows import Row
-from yuan.tokenizer import Tokenizer
+from yuan.data.samples import Sample
 
 Ints = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Token ids and, for each, whether predicting it is learned."""
-
-    tokens: tuple[int, ...]
-    learned: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -35,19 +26,6 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
-    """Encode `prompt <sep> answer <eod>` and mark the answer and its end as learned.
-
-    A row without a prompt is a document: no separator, everything learned.
-    Source: Yuan 2.0 paper, section 3.5; the mask is built for each sample before packing.
-    """
-    answer = [*tokenizer.encode(row.answer), tokenizer.eod]
-    if not row.prompt:
-        return Sample(tuple(answer), (True,) * len(answer))
-    prompt = [*tokenizer.encode(row.prompt), tokenizer.sep]
-    return Sample((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
 
 
 def pack(samples: Sequence[Sample], *, seq_len: int, pad: int) -> Windows:

@@ -1,0 +1,129 @@
+"""Samples: what is learned, in every place where the official code goes wrong; conversations; fill in the middle."""
+
+import pytest
+
+from yuan import tokenizer as tokenizers
+from yuan.data.packing import pack
+from yuan.data.rows import Row
+from yuan.data.samples import Turn, encode_conversation, encode_row, fill_in_middle
+
+WORDS = "abcdefghijklmnopqrstuvwxyz <n>\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train([WORDS], vocab_size=512)
+
+
+def learned_texts(windows, tokenizer):
+    """For each window, the runs of labels that are learned, the ends marked with |."""
+    found = []
+    for labels, learned in zip(windows.labels, windows.learned, strict=True):
+        text, before = "", False
+        for label, counts in zip(labels.tolist(), learned.tolist(), strict=True):
+            if counts:
+                text += ("" if before or not text else " + ") + (
+                    "|" if label == tokenizer.eod else tokenizer.decode([label])
+                )
+            before = counts
+        found.append(text)
+    return found
+
+
+def rows(*pairs):
+    return [Row(prompt=prompt, answer=answer) for prompt, answer in pairs]
+
+
+def packed(tokenizer, seq_len, *pairs):
+    samples = [encode_row(row, tokenizer) for row in rows(*pairs)]
+    return learned_texts(pack(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
+
+
+def test_a_window_without_an_end_does_not_learn_its_prompt(tokenizer):
+    """Flaw a: with no <eod> in the window the official mask covers nothing, so the prompt is learned."""
+    texts = packed(tokenizer, 8, ("abc", "defghijklmnop"))
+    assert "".join(texts) == "defghijklmnop|"
+
+
+def test_the_prompt_of_a_second_sample_is_not_learned(tokenizer):
+    """Flaw b: with one <eod> in the window the second sample's prompt is learned."""
+    assert packed(tokenizer, 16, ("abc", "de"), ("fgh", "ij"))[0] == "de| + ij|"
+
+
+def test_a_prompt_cut_by_the_window_is_not_learned(tokenizer):
+    """Flaw c: a trailing segment whose separator lies behind the window's edge is learned in full."""
+    texts = packed(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
+    assert texts == ["cde|op|"]  # the piece that holds only prompt is left out
+
+
+def test_only_answers_of_several_turns_are_learned(tokenizer):
+    """Flaw d: everything behind the first separator is learned, later questions of the user too."""
+    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+    sample = encode_conversation(turns, tokenizer, learn="all")[0]
+    window = pack([sample], seq_len=32, pad=tokenizer.pad)
+    assert learned_texts(window, tokenizer) == ["cd + gh|"]
+
+
+def test_the_choice_of_learned_turns(tokenizer):
+    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+
+    def texts(learn):
+        samples = encode_conversation(turns, tokenizer, learn=learn, system="be")
+        return [learned_texts(pack([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
+
+    assert texts("last") == ["gh|"]
+    assert texts("all") == ["cd + gh|"]
+    assert texts("each") == ["cd|", "gh|"]
+
+
+def test_a_conversation_has_the_published_form(tokenizer):
+    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+    tokens = encode_conversation(turns, tokenizer, learn="last", system="be")[0].tokens
+    sep = tokens.index(tokenizer.sep)
+    assert tokenizer.decode(tokens[:sep]) == "be\nab<n>cd<n>ef"
+    assert tokenizer.decode(tokens[sep + 1 : -1]) == "gh"
+    assert tokens[-1] == tokenizer.eod
+
+
+@pytest.mark.parametrize("roles", [[], ["assistant"], ["user"], ["user", "user"], ["user", "assistant", "user"]])
+def test_turns_that_do_not_alternate_are_named(tokenizer, roles):
+    with pytest.raises(ValueError, match="turns must alternate"):
+        encode_conversation([Turn(role, "a") for role in roles], tokenizer)
+
+
+def parts_of(sample, tokenizer):
+    """Prefix, middle and suffix of a rearranged sample, by its marks, and which form it has."""
+    mark, tokens = tokenizer.special, list(sample.tokens[:-1])
+    prefix, suffix, middle = (tokens.index(mark[name]) for name in ("<FIM_PREFIX>", "<FIM_SUFFIX>", "<FIM_MIDDLE>"))
+    assert prefix == 0
+    if suffix == 1:  # suffix first; prefix and middle follow each other unmarked
+        return "SPM", tokenizer.decode(tokens[middle + 1 :]), tokenizer.decode(tokens[2:middle])
+    whole = tokenizer.decode(tokens[1:suffix]) + tokenizer.decode(tokens[middle + 1 :])
+    return "PSM", whole, tokenizer.decode(tokens[suffix + 1 : middle])
+
+
+def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
+    text = "abcdefghijklmnop"
+    forms = []
+    for number in range(200):
+        sample = fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
+        form, front, back = parts_of(sample, tokenizer)
+        assert front + back == text
+        assert all(sample.learned)
+        assert sample.tokens[-1] == tokenizer.eod
+        forms.append(form)
+    assert 70 <= forms.count("SPM") <= 130
+
+
+def test_filling_in_is_a_function_of_its_seed_and_off_at_rate_zero(tokenizer):
+    text = "abcdefghijklmnop"
+    assert fill_in_middle(text, tokenizer, rate=0.5, seed=3) == fill_in_middle(text, tokenizer, rate=0.5, seed=3)
+    plain = encode_row(Row(prompt="", answer=text), tokenizer)
+    assert fill_in_middle(text, tokenizer, rate=0.0, seed=3) == plain
+    changed = sum(fill_in_middle(text, tokenizer, rate=0.5, seed=n) != plain for n in range(200))
+    assert 70 <= changed <= 130
+
+
+def test_a_rate_that_is_no_share_is_named(tokenizer):
+    with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):
+        fill_in_middle("abc", tokenizer, rate=2)

@@ -1,0 +1,67 @@
+"""Our own tokenizer and the published one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from yuan import tokenizer as tokenizers
+
+DATA = Path(os.environ.get("COTRAIN_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def own():
+    return tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def published():
+    folder = DATA / "tokenizer"
+    if not (folder / tokenizers.FILE_NAME).is_file():
+        pytest.skip(f"the published tokenizer is not in {folder}; name its parent folder in COTRAIN_TEST_DATA")
+    return tokenizers.load(folder)
+
+
+def test_published_ids_and_sizes(published):
+    assert (published.num_pieces, len(published), published.padded_size) == (134_953, 134_958, 135_040)
+    expected = {
+        "<eod>": 77185, "<sep>": 77187, "<pad>": 77188, "<mask>": 134953, "<predict>": 134954, "<FIM_SUFFIX>": 134955,
+        "<FIM_PREFIX>": 134956, "<FIM_MIDDLE>": 134957, "<jupyter_start>": 96630, "<empty_output>": 96634,
+        "<commit_before>": 96635, "<commit_msg>": 96636, "<commit_after>": 96637,
+    }  # fmt: skip
+    assert {token: published.special[token] for token in expected} == expected
+
+
+def test_published_text_has_the_ids_of_the_official_code(published):
+    """A newline is its byte, the text <n> three pieces, and every part begins with a space of its own."""
+    assert published.encode("a\nb") == [263, 13, 29890]
+    assert published.encode("<n>") == [529, 29876, 29958]
+    assert published.encode("你好") == [29871, 38190]
+    assert published.decode([29871, 38190]) == "你好"
+
+
+@pytest.mark.parametrize("which", ["own", "published"])
+@pytest.mark.parametrize("token", tokenizers.SPECIAL_TOKENS)
+def test_no_text_gives_a_special_token_and_none_gives_text(which, token, request):
+    tokenizer = request.getfixturevalue(which)
+    for text in (token, f"a{token}b", f"{token}{token} 加"):
+        ids = tokenizer.encode(text)
+        assert set(ids).isdisjoint(tokenizer.special.values())
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.special[token]]) == "a"
+
+
+def test_rows_of_padding_give_no_text(published):
+    assert published.decode([*published.encode("a"), 135_039, 134_953]) == "a"
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        tokenizers.Tokenizer(b"something else")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.model"):
+        tokenizers.load(tmp_path)
+
+
+def test_training_twice_gives_the_same_bytes(own):
+    assert tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512).model == own.model
