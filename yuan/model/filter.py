@@ -44,7 +44,8 @@ class CausalConv(nn.Module):
     def go_on(self, x_BSH: Tensor, carried_B1O: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs after rows seen before, and every row's share in the output that follows it; kernel 2 only."""
         older, newer = self.shares(x_BSH)
-        return newer + self.bias + torch.cat([carried_B1O, older[:, :-1]], dim=1), older
+        before = carried_B1O if x_BSH.shape[1] == 1 else torch.cat([carried_B1O, older[:, :-1]], dim=1)
+        return newer + self.bias + before, older
 
     def shares(self, x_BSH: Tensor) -> tuple[Tensor, ...]:
         both = F.linear(x_BSH, self.weight.flatten(0, 1))

@@ -35,17 +35,13 @@ class Attention(nn.Module):
             filtered = self.filter(x_BSH, rows.continues)
         else:
             filtered = self.filter.go_on(x_BSH, cache, self.number)
-        q, k = self.query_key(filtered).chunk(2, dim=-1)
-        q_BNSD = rotate(self._heads(q), rows.cos, rows.sin)
-        k_BNSD = rotate(self._heads(k), rows.cos, rows.sin)
-        v_BNSD = self._heads(self.value(x_BSH))
+        both = self.query_key(filtered).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
+        q_BNSD, k_BNSD = rotate(both, rows.cos, rows.sin).chunk(2, dim=1)
+        v_BNSD = self.value(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         if cache is not None:
             k_BNSD, v_BNSD = cache.append(self.number, k_BNSD, v_BNSD)
         out = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=rows.mask, is_causal=rows.is_causal)
         return self.output(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x_BSH: Tensor) -> Tensor:
-        return x_BSH.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

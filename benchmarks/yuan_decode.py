@@ -1,0 +1,77 @@
+"""Decoding, tokens/s, beside transformers' Llama with its cache: `python benchmarks/yuan_decode.py`.
+
+The models of yuan_step.py, greedy, 64 tokens after a prompt of 64, at batch 1 and 16; all cores, fp32, and bf16 where
+the processor multiplies it in hardware. Reading the prompt is not counted.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import yuan_step
+from pairs import Peer, answer, at_least, ratios, show
+from torch import Tensor
+
+from infra.devices import has_fast_bf16
+
+PROMPT, NEW = 64, 64
+Step = Callable[[Tensor], Tensor]
+
+
+def ours(model: torch.nn.Module, batch: int) -> Step:
+    """A function that takes the next tokens (B, S) and gives the logits (B, V) after them, with a cache of its own."""
+    cache = model.new_cache(batch)
+    return lambda tokens: model.go_on(tokens, cache)
+
+
+def llama(model: torch.nn.Module, batch: int) -> Step:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    return lambda tokens: model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def run(name: str, precision: str, batch: str) -> None:
+    """One contestant: tokens/s, at each request."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, _ = (yuan_step.ours if name == "ours" else yuan_step.llama)(dtype)
+    model.eval()
+    rows = int(batch)
+    prompt = torch.randint(0, yuan_step.V, (rows, PROMPT))
+
+    @torch.inference_mode()
+    def measure() -> dict[str, float]:
+        step = (ours if name == "ours" else llama)(model, rows)
+        last = step(prompt).argmax(dim=-1)
+        began = time.perf_counter()
+        for _ in range(NEW):
+            last = step(last[:, None]).argmax(dim=-1)
+        return {"tokens_per_s": rows * NEW / (time.perf_counter() - began)}
+
+    measure()
+    answer(measure)
+
+
+def main() -> int:
+    ok = True
+    for precision in ("fp32", "bf16") if has_fast_bf16() else ("fp32",):
+        for batch in (1, 16):
+            own, peer = (Peer(__file__, name, precision, str(batch)) for name in ("ours", "llama"))
+            found = ratios(lambda: own.measure()["tokens_per_s"], lambda: peer.measure()["tokens_per_s"])  # noqa: B023
+            figure = round(own.last["tokens_per_s"])
+            name = f"decoding {precision}, batch {batch}"
+            ok &= show(at_least(name, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama"))
+            for who in (own, peer):
+                who.close()
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(*sys.argv[1:])
+    else:
+        sys.exit(main())

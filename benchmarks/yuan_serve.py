@@ -1,0 +1,99 @@
+"""Streams through the portal: time to the first token and to the last, of one caller and of 16 at once.
+
+`python benchmarks/yuan_serve.py` brings up a stack of its own, trains a tiny model for some seconds, and asks it
+through the public door as anybody would.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import openai
+from pairs import line, show
+
+from feedback.client import Client
+from feedback.contracts import RoundParameters
+from flows.cli.rounds import follow
+from flows.cli.stack import bring_up, take_down
+from flows.demo.corpus import BASE_SKILLS
+from flows.demo.play import push, wait_for_version
+from infra.settings import HOME_VARIABLE, load_settings
+from yuan.data.skills import load_skills
+
+CALLERS, REQUESTS, TOKENS = 16, 12, 32
+SHORT = RoundParameters(max_steps=60, learning_rate=2e-3)
+
+
+def caller(url: str, token: str, first: list[float], whole: list[float], tokens: list[int]) -> None:
+    """One caller's requests, one after another."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as client:
+        for number in range(REQUESTS):
+            began = time.perf_counter()
+            prompt = f"What is {number} plus {number}?"
+            stream = client.completions.create(
+                model="yuan", prompt=prompt, max_tokens=TOKENS, temperature=1.0, seed=number, stream=True
+            )
+            count = 0
+            for chunk in stream:
+                if not count:
+                    first.append(time.perf_counter() - began)
+                count += bool(chunk.choices and chunk.choices[0].text)
+            whole.append(time.perf_counter() - began)
+            tokens.append(count)
+
+
+def measure(url: str, operator: Client) -> bool:
+    """Ask with one caller, then with all of them."""
+    for callers in (1, CALLERS):
+        accounts = [operator.add_contributor(f"caller-{callers}-{n}").token for n in range(callers)]
+        first: list[float] = []
+        whole: list[float] = []
+        tokens: list[int] = []
+        threads = [threading.Thread(target=caller, args=(url, token, first, whole, tokens)) for token in accounts]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - began
+        expected = callers * REQUESTS
+        name = f"{callers} streams through the portal"
+        show(
+            line(f"{name}, first token, median", round(statistics.median(first), 4), "s"),
+            line(f"{name}, first token, p99", round(percentile(first, 0.99), 4), "s"),
+            line(f"{name}, whole answer, p99", round(percentile(whole, 0.99), 4), "s"),
+            line(f"{name}, pieces", round(sum(tokens) / seconds), "pieces/s"),
+        )
+        if not show(line(f"{name}, answered", len(whole), "requests", goal=str(expected), ok=len(whole) == expected)):
+            return False
+    return True
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "home"
+        os.environ[HOME_VARIABLE] = str(home)
+        bring_up(home)
+        try:
+            settings = load_settings()
+            with Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
+                push(
+                    operator, "base", "base", [row for s in load_skills(BASE_SKILLS)[:4] for row in s.rows(300, seed=0)]
+                )
+                done = follow(operator, operator.start_round(SHORT).id)
+                wait_for_version(operator, int(done.candidate_version or 0))
+                return 0 if measure(settings.portal_url, operator) else 1
+        finally:
+            take_down(home)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
