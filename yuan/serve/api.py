@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, HTTPException
@@ -72,7 +72,7 @@ class Listener:
         self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, prompts_of: Any) -> None:
+    def submit(self, prompts_of: Callable[[Served], list[list[int]]]) -> None:
         """Queue the prompts at the model in service.
 
         Raises:

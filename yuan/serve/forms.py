@@ -10,15 +10,16 @@ from yuan.tokenizer import Tokenizer
 MAX_CHOICES = 128
 MAX_TOKENS = 4096
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-NOT_OFFERED = (
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "tools",
-    "functions",
-    "response_format",
-    "best_of",
-)
+# What is not offered, with the value that asks for nothing.
+NOT_OFFERED: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "response_format": {"type": "text"},
+    "best_of": 1,
+}
 
 
 class StreamOptions(BaseModel):
@@ -47,9 +48,9 @@ class Common(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        asked = [name for name in NOT_OFFERED if isinstance(data, dict) and data.get(name) not in (None, 0, {}, [], 1)]
-        if asked:
-            raise ValueError(f"{asked[0]} is not offered by this server; leave it out")
+        for name, nothing in NOT_OFFERED.items():
+            if isinstance(data, dict) and data.get(name) not in (None, nothing):
+                raise ValueError(f"{name} is not offered by this server; leave it out")
         return data
 
     def sampling(self, logprobs: int | None, **changes: Any) -> Sampling:
