@@ -113,6 +113,16 @@ class Peer:
         self._process.wait()
 
 
+def contest(file: str, own: Sequence[str], other: Sequence[str], figure: str) -> tuple[list[float], float]:
+    """Ratios own/other of a figure, each contestant a process of `file` with its arguments, and our newest figure."""
+    first, second = Peer(file, *own), Peer(file, *other)
+    try:
+        return ratios(lambda: first.measure()[figure], lambda: second.measure()[figure]), first.last[figure]
+    finally:
+        first.close()
+        second.close()
+
+
 def answer(measure: Callable[[], dict[str, float]]) -> None:
     """The contestant's side: measure at each line of standard input."""
     for _ in sys.stdin:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import yuan_step
-from pairs import Peer, answer, at_least, ratios, show
+from pairs import answer, at_least, contest, show
 from torch import Tensor
 
 from infra.devices import has_fast_bf16
@@ -59,14 +59,11 @@ def run(name: str, precision: str, batch: str) -> None:
 def main() -> int:
     ok = True
     for precision in ("fp32", "bf16") if has_fast_bf16() else ("fp32",):
-        for batch in (1, 16):
-            own, peer = (Peer(__file__, name, precision, str(batch)) for name in ("ours", "llama"))
-            found = ratios(lambda: own.measure()["tokens_per_s"], lambda: peer.measure()["tokens_per_s"])  # noqa: B023
-            figure = round(own.last["tokens_per_s"])
+        for batch in ("1", "16"):
+            own, other = ("ours", precision, batch), ("llama", precision, batch)
+            found, speed = contest(__file__, own, other, "tokens_per_s")
             name = f"decoding {precision}, batch {batch}"
-            ok &= show(at_least(name, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama"))
-            for who in (own, peer):
-                who.close()
+            ok &= show(at_least(name, found, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama"))
     return 0 if ok else 1
 
 

@@ -5,12 +5,11 @@ and of one layer of the 2.1B model (H 2,048, 32 heads) at most 1.3 times its sha
 """
 
 import os
-import statistics
 import sys
 import time
 
 import torch
-from pairs import Peer, answer, interval, line, ratios, show
+from pairs import answer, at_most, contest, show
 
 from infra.devices import has_fast_bf16
 from yuan.config import ModelConfig, yuan_2b
@@ -71,41 +70,12 @@ def run(shape: str, variant: str, precision: str) -> None:
 def main() -> int:
     precision = "bf16" if has_fast_bf16() else "fp32"
     ok = True
-    for shape in ("table-1", "2b-layer"):
-        own, basic = Peer(__file__, shape, "two_convs_norm", precision), Peer(__file__, shape, "none", precision)
-        found = ratios(lambda: own.measure()["seconds"], lambda: basic.measure()["seconds"])  # noqa: B023
-        ratio, (low, high) = statistics.median(found), interval(found)
-        figure = round(own.last["seconds"], 3)
-        if shape == "table-1":
-            goal = f"at most {MAX_TABLE_1}"
-            ok &= show(
-                line(
-                    f"filter, {shape}, {precision}",
-                    figure,
-                    "s",
-                    "basic attention",
-                    ratio,
-                    (low, high),
-                    goal,
-                    high <= 1.03 * MAX_TABLE_1,
-                )
-            )
-        else:
-            share = 1 - 1 / ratio
-            goal = f"share at most {MAX_SHARE:.3f}"
-            says = line(
-                f"filter, {shape}, {precision}",
-                figure,
-                "s",
-                "basic attention",
-                ratio,
-                (low, high),
-                goal,
-                1 - 1 / high <= 1.03 * MAX_SHARE,
-            )
-            ok &= show({**says, "share": round(share, 4)})
-        for who in (own, basic):
-            who.close()
+    for shape, most in (("table-1", MAX_TABLE_1), ("2b-layer", 1 / (1 - MAX_SHARE))):
+        own, other = (shape, "two_convs_norm", precision), (shape, "none", precision)
+        found, seconds = contest(__file__, own, other, "seconds")
+        name = f"filter, {shape}, {precision}"
+        says = at_most(name, found, round(most, 3), figure=round(seconds, 3), unit="s", peer="basic attention")
+        ok &= show({**says, "share": round(1 - 1 / says["ratio"], 4)})
     return 0 if ok else 1
 
 

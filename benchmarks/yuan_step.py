@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import Peer, answer, at_least, line, ratios, show
+from pairs import answer, at_least, contest, line, show
 from torch import Tensor, nn
 
 from infra.devices import has_fast_bf16
@@ -87,22 +87,13 @@ def main() -> int:
     ok = True
     precisions = ["fp32", "bf16"] if has_fast_bf16() else ["fp32"]
     for precision in precisions:
-        own, peer = Peer(__file__, "ours", precision), Peer(__file__, "llama", precision)
-        found = ratios(lambda: own.measure()["tokens_per_s"], lambda: peer.measure()["tokens_per_s"])  # noqa: B023
-        figure = round(own.last["tokens_per_s"])
+        found, speed = contest(__file__, ("ours", precision), ("llama", precision), "tokens_per_s")
         name = f"training step {precision}"
-        ok &= show(at_least(name, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama"))
-        for who in (own, peer):
-            who.close()
+        ok &= show(at_least(name, found, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama"))
     if "bf16" in precisions:
-        fast, slow = Peer(__file__, "ours", "bf16"), Peer(__file__, "ours", "fp32")
-        found = ratios(lambda: fast.measure()["tokens_per_s"], lambda: slow.measure()["tokens_per_s"])
-        figure = round(fast.last["tokens_per_s"])
-        ok &= show(
-            at_least("training step bf16 over fp32", found, 2.0, figure=figure, unit="tokens/s", peer="ours fp32")
-        )
-        for who in (fast, slow):
-            who.close()
+        found, speed = contest(__file__, ("ours", "bf16"), ("ours", "fp32"), "tokens_per_s")
+        name = "training step bf16 over fp32"
+        ok &= show(at_least(name, found, 2.0, figure=round(speed), unit="tokens/s", peer="ours fp32"))
     else:
         show({**line("training step bf16", None, "tokens/s"), "skipped": "this processor has no fast bf16"})
     return 0 if ok else 1

@@ -169,9 +169,9 @@ def test_tensors_that_do_not_fit_are_named(single, tmp_path, changes, says):
         import_hf(single(**changes), tmp_path / "ours")
 
 
-def test_without_the_heads_copy_the_embedding_is_taken(single, tmp_path):
+def test_without_the_heads_copy_the_embedding_is_taken(single, folder, tmp_path):
     import_hf(single(**{"lm_head.weight": None}), tmp_path / "ours")
-    weights.load(tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").embedding.weight, weights.load(folder).embedding.weight)
 
 
 def test_a_corrupt_shard_is_named(published, tmp_path):
