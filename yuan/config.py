@@ -98,7 +98,8 @@ class ModelConfig:
 class Recipe:
     """How a run trains: batch, schedule, optimiser.
 
-    The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak.
+    The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak. Packed documents do
+    not see each other; with `isolate_documents` off they do, and only positions restart, as in the official training.
 
     Raises:
         ValueError: if a value is out of range or the batches do not divide.
@@ -116,6 +117,7 @@ class Recipe:
     beta2: float = 0.95
     grad_clip: float = 1.0
     precision: Precision = "fp32"
+    isolate_documents: bool = True
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:

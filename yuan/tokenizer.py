@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 
@@ -17,6 +18,7 @@ SPECIAL_TOKENS = (
 )
 FILE_NAME = "tokenizer.model"
 VOCAB_MULTIPLE = 128  # to which the published vocabulary is padded
+Pieces = Literal["char", "bpe"]
 
 
 class Tokenizer:
@@ -99,14 +101,14 @@ def load(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder} has no {FILE_NAME}; put the model's tokenizer there") from None
 
 
-def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Train a character tokenizer with byte fallback on a corpus.
-
-    Characters, not merged pieces: a small model that must spell, reverse and count letters
-    sees them, and any text still round-trips (docs/decisions/0003-characters.md has the numbers).
+def train(texts: Iterable[str], *, vocab_size: int, pieces: Pieces = "char") -> Tokenizer:
+    """Train a tokenizer with byte fallback on a corpus; any text round-trips.
 
     Args:
         vocab_size: upper bound, special tokens and the 256 bytes included.
+        pieces: "bpe" merges characters into longer pieces, as the published tokenizer; "char" does not, so that a
+            small model that must spell, reverse and count letters sees them (docs/decisions/0003-characters.md has the
+            numbers).
 
     Raises:
         ValueError: if vocab_size leaves no room for characters.
@@ -118,7 +120,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        model_type="char",
+        model_type=pieces,
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,

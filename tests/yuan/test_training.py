@@ -1,5 +1,6 @@
 """The pipeline of two processes against a plain loop in one."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -51,7 +52,7 @@ def made(tmp_path_factory):
     return parent, config, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
 
 
-def lay_out(folder, made):
+def lay_out(folder, made, recipe=RECIPE):
     parent, config, windows = made
     folder.mkdir(parents=True)
     (folder / "parent").symlink_to(parent)
@@ -60,8 +61,8 @@ def lay_out(folder, made):
         kind="finetune",
         model=config,
         snapshot="s",
-        plan=make_plan(config, RECIPE, cpu_pool()),
-        recipe=RECIPE,
+        plan=make_plan(config, recipe, cpu_pool()),
+        recipe=recipe,
         seed=5,
         parent="v1",
     )
@@ -81,27 +82,29 @@ def finished(made, tmp_path_factory):
     return folder
 
 
-def plain_losses(made):
+def plain_losses(made, recipe=RECIPE):
     """The same training as a loop anybody can read: one process, torch alone."""
     parent, config, windows = made
     model = Yuan(config)
     model.load_state_dict(load_file(parent / "model.safetensors"))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": RECIPE.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
     losses = []
-    for step in range(STEPS):
+    for step in range(recipe.max_steps):
         chosen = window_order(len(windows), start=8 * step, count=8, seed=5)
         tokens, labels = (torch.from_numpy(a[chosen]).long() for a in (windows.tokens, windows.labels))
         learned = torch.from_numpy(windows.learned[chosen]).float()
         documents = torch.from_numpy(windows.documents[chosen])
-        loss = weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum())
+        loss = weighted_cross_entropy(
+            model(tokens, documents, isolated=recipe.isolate_documents), labels, learned / learned.sum()
+        )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, RECIPE)
+            group["lr"] = learning_rate(step, recipe)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -110,6 +113,16 @@ def plain_losses(made):
 def test_two_stages_give_the_losses_of_one_process(made, finished):
     losses = [row["train/loss"] for row in finished.metrics()]
     np.testing.assert_allclose(losses, plain_losses(made), rtol=1e-5)
+
+
+def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
+    recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
+    folder = lay_out(tmp_path / "open", made, recipe)
+    with launch(folder) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    losses = [row["train/loss"] for row in folder.metrics()]
+    np.testing.assert_allclose(losses, plain_losses(made, recipe), rtol=1e-5)
+    assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):

@@ -10,7 +10,9 @@ from yuan.config import ModelConfig
 
 
 def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles: positions (...) in, (..., D) out, in `dtype`.
+    """Cosine and signed sine of the rotary angles: positions (...) in, (..., D) out, in `dtype`.
+
+    The sine's first half is negated, as `rotate` needs it.
 
     With rope_precision "bf16" the angles are those of the official training, which rounds frequencies, positions and
     their products to bf16: of 8,192 positions 897 stay distinct. With "fp32" they are exact.
@@ -21,11 +23,10 @@ def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[
     steps = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     inverse = (config.rope_base ** (-steps / config.head_dim)).to(exact)
     angles = positions.to(exact)[..., None] * inverse
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (first half, second half) by its position's angle. Source: RoFormer, eq. 34."""
-    first, second = x_BNSD.chunk(2, dim=-1)
-    return x_BNSD * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x_BNSD * cos, x_BNSD.roll(x_BNSD.shape[-1] // 2, dims=-1), sin)

@@ -107,7 +107,13 @@ class Trainer:
         self.windows = folder.windows()
         self.rank = dist.get_rank()
         torch.manual_seed(spec.seed)
-        self.module = PlannedPipeline(spec.model, spec.plan.bounds, spec.seed, spec.plan.loss_block)
+        self.module = PlannedPipeline(
+            spec.model,
+            spec.plan.bounds,
+            spec.seed,
+            loss_block=spec.plan.loss_block,
+            isolated=self.recipe.isolate_documents,
+        )
         if spec.parent is not None:
             load_weights(self.module, Source(folder.parent), spec.model.num_layers)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

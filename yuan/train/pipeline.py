@@ -47,15 +47,16 @@ def with_head(stage: EmbeddingStage, x_BSH: Tensor) -> Travelling:
 class LayerStage(nn.Module):
     """One transformer layer on a travelling micro-batch."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, isolated: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.isolated = config, isolated
         self.layer = Layer(config)
         initialise(self, config)
 
     def forward(self, batch: Travelling) -> Travelling:
         x_BSH, document_BS = batch
-        return self.layer(x_BSH, packed_rows(self.config, document_BS, x_BSH)), document_BS
+        rows = packed_rows(self.config, document_BS, x_BSH, isolated=self.isolated)
+        return self.layer(x_BSH, rows), document_BS
 
 
 class NormStage(nn.Module):
@@ -75,11 +76,20 @@ class PlannedPipeline(PipelineModule):
     Args:
         bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
         loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
+        isolated: whether packed documents are kept apart; see `packed_rows`.
 
     DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
     """
 
-    def __init__(self, config: ModelConfig, bounds: list[int], seed: int, loss_block: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        bounds: list[int],
+        seed: int,
+        *,
+        loss_block: int | None = None,
+        isolated: bool = True,
+    ) -> None:
 
         def loss_of(outputs: Travelling, labels: Travelling) -> Tensor:
             """The loss of one micro-batch: outputs are (hidden states, head), labels (next tokens, weights)."""
@@ -90,7 +100,7 @@ class PlannedPipeline(PipelineModule):
         super().__init__(
             layers=[
                 TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr="embedding.weight"),
-                *(LayerSpec(LayerStage, config) for _ in range(config.num_layers)),
+                *(LayerSpec(LayerStage, config, isolated) for _ in range(config.num_layers)),
                 LayerSpec(NormStage, config),
                 TiedLayerSpec(
                     "embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr="embedding.weight"

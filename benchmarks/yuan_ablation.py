@@ -1,0 +1,146 @@
+"""What filtering is worth: the ablation of the paper's Table 1, scaled to a small processor.
+
+`python benchmarks/yuan_ablation.py`: seven networks that differ in nothing but `local_filter`, each trained from three
+seeds on the same windows of real text for the same steps; their losses on files none of them saw, beside the paper's.
+The text is the source of Python's standard library, so any machine has it. 14 minutes on two cores.
+"""
+
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+import torch
+from pairs import line, show
+from torch import Tensor, nn
+
+from yuan.config import LocalFilter, ModelConfig
+from yuan.model.loss import head_loss
+from yuan.model.rows import plain_rows
+from yuan.model.transformer import Yuan
+from yuan.tokenizer import Tokenizer, train
+
+SEEDS, STEPS, WARMUP, BATCH, S = (0, 1, 2), 300, 30, 8, 128
+LAYERS, H, HEADS, V = 6, 128, 4, 2_048
+LEARNING_RATE, TEST_WINDOWS, TEST_SHARE = 3e-3, 256, 20
+PAPER = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
+    "none": 1.251,
+    "conv7": 1.2093,
+    "two_convs": 1.2122,
+    "two_convs_norm": 1.2069,
+}
+
+
+def windows() -> tuple[Tensor, Tensor, int]:
+    """Windows (W, S + 1) to learn and to test on, of files set apart by their names, and the vocabulary's size."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
+    texts = {path.relative_to(library).as_posix(): path.read_text(errors="ignore") for path in files}
+    held_out = {name for name in texts if hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0}
+    tokenizer = train(
+        (row for name in sorted(texts.keys() - held_out)[::4] for row in texts[name].splitlines() if row.strip()),
+        vocab_size=V,
+        pieces="bpe",
+    )
+    taught, tested = (
+        _cut([texts[name] for name in sorted(texts) if (name in held_out) is is_test], tokenizer)
+        for is_test in (False, True)
+    )
+    return taught, tested[torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))], len(tokenizer)
+
+
+def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+    tokens = torch.tensor([token for text in texts for token in [*tokenizer.encode(text), tokenizer.eod]])
+    return tokens[: len(tokens) // (S + 1) * (S + 1)].view(-1, S + 1)
+
+
+def run(variant: LocalFilter, seed: int) -> None:
+    """Train one network and print its test loss, in nats a token."""
+    torch.set_num_threads(1)
+    taught, tested, vocab_size = windows()
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        name="ablation",
+        num_layers=LAYERS,
+        hidden_size=H,
+        num_heads=HEADS,
+        vocab_size=vocab_size,
+        seq_len=S,
+        local_filter=variant,
+    )
+    model = Yuan(config)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
+    )
+    order = torch.randperm(len(taught), generator=torch.Generator().manual_seed(seed))  # the same for every variant
+    for step in range(STEPS):
+        rows = taught[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
+        mean_loss(model, rows).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        losses = [float(mean_loss(model, rows)) for rows in tested[:TEST_WINDOWS].split(BATCH)]
+    print(statistics.mean(losses))
+
+
+def mean_loss(model: Yuan, rows: Tensor) -> Tensor:
+    x = model.embedding(rows[:, :-1])
+    angles = plain_rows(model.config, S, x)
+    for layer in model.layers:
+        x = layer(x, angles)
+    labels = rows[:, 1:]
+    return head_loss(model.norm(x), model.embedding.weight, labels, torch.full(labels.shape, 1 / labels.numel()))
+
+
+def main() -> int:
+    @cache
+    def loss(variant: str, seed: int) -> float:
+        command = [sys.executable, __file__, variant, str(seed)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    variants = list(reversed(get_args(LocalFilter)))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda job: loss(job[1], job[0]), product(SEEDS, variants)))
+    ok = True
+    for variant in variants:
+        losses = [loss(variant, seed) for seed in SEEDS]
+        gains = [loss("none", seed) - loss(variant, seed) for seed in SEEDS]
+        is_goal = variant == "two_convs_norm"
+        says = line(
+            f"test loss, {variant}",
+            round(statistics.mean(losses), 4),
+            "nats/token",
+            "basic attention",
+            statistics.mean(losses) / statistics.mean([loss("none", seed) for seed in SEEDS]),
+            goal="below basic attention from every seed" if is_goal else None,
+            ok=min(gains) > 0 if is_goal else None,
+        )
+        seeds = {"seeds": [round(value, 4) for value in losses]}
+        paper = (
+            {"paper": PAPER[variant], "paper_ratio": round(PAPER[variant] / PAPER["none"], 4)}
+            if variant in PAPER
+            else {}
+        )
+        ok &= show({**says, **seeds, **paper})
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1], int(sys.argv[2]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,171 @@
+"""Training the 2.1B model on one GPU: tokens/s, MFU, peak memory with and without the block-wise loss, beside Llama.
+
+`python benchmarks/yuan_gpu.py`: bf16, S 4,096, AdamW fused, layers compiled, one row a micro-batch for each 32 GiB of
+the device's memory. Needs `yuan/`, torch and, for the peer, transformers; nothing of the platform. Without a GPU each
+line says it was skipped; `--small` runs every line on whatever is there, to try the script itself.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from pairs import at_least, interval, line, ratios, show
+from torch import Tensor, nn
+
+from yuan.config import ModelConfig, yuan_2b
+from yuan.model.loss import head_loss, weighted_cross_entropy
+from yuan.model.rows import plain_rows
+from yuan.model.transformer import Yuan
+from yuan.plan.flops import flops_per_token
+
+STEPS, PAIRS = 3, 10  # of one measurement; of ratios
+GIB = 2**30
+PEAK_TFLOPS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "A800": 312.0, "L40S": 362.0}  # dense bf16, data sheets
+MFU_GOAL = 0.5
+Contestant = Callable[[], None]
+
+
+def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
+    """A training step of Yuan, its head fused with the loss or not."""
+    model = Yuan(config).to(tokens.device, torch.bfloat16)
+    layers = [compiled(layer) for layer in model.layers]
+    labels = tokens[:, 1:]
+    weights = torch.full(labels.shape, 1 / labels.numel(), device=tokens.device)
+
+    def loss() -> Tensor:
+        x = model.embedding(tokens[:, :-1])
+        rows = plain_rows(config, x.shape[1], x)
+        for layer in layers:
+            x = layer(x, rows)
+        if blockwise:
+            return head_loss(model.norm(x), model.embedding.weight, labels, weights)
+        return weighted_cross_entropy(model.logits(x), labels, weights)
+
+    return stepping(model, loss)
+
+
+def llama(config: ModelConfig, tokens: Tensor) -> Contestant:
+    """A training step of transformers' Llama with equal layers, width and parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device(tokens.device):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=14 * config.hidden_size // 3,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                max_position_embeddings=config.seq_len,
+                tie_word_embeddings=True,
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        ).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.compile()
+    return stepping(model, lambda: model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]).loss)
+
+
+def compiled(layer: nn.Module) -> nn.Module:
+    layer.compile()
+    return layer
+
+
+def stepping(model: nn.Module, loss: Callable[[], Tensor]) -> Contestant:
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measured(step: Contestant, num_tokens: int, device: torch.device) -> Callable[[], float]:
+    """Tokens/s, at each call."""
+
+    def measure() -> float:
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        wait(device)
+        return STEPS * num_tokens / (time.perf_counter() - began)
+
+    return measure
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(step: Contestant, device: torch.device) -> float | None:
+    """Most memory that tensors took during a step."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return round(torch.cuda.max_memory_allocated(device) / GIB, 2)
+
+
+def compare(config: ModelConfig, tokens: Tensor) -> bool:
+    """Our step with both losses, the first dropped before the second is built; then the second beside Llama."""
+    device, num_tokens = tokens.device, tokens[:, 1:].numel()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
+    figures = {}
+    for loss, blockwise in (("plain loss", False), ("block-wise loss", True)):
+        step = ours(config, tokens, blockwise=blockwise)
+        step()
+        figures[loss] = memory = peak_gib(step, device)
+        speed = [measured(step, num_tokens, device)() for _ in range(PAIRS)]
+        show(
+            line(f"{config.name}, {loss}, peak memory, {name}", memory, "GiB"),
+            line(f"{config.name}, {loss}, {name}", round(statistics.median(speed)), "tokens/s"),
+        )
+        if loss == "plain loss":
+            del step
+    mfu = [rate * flops_per_token(config, config.seq_len) / ((peak or 1) * 1e12) for rate in speed]
+    low, high = interval(mfu)
+    ok = True
+    if peak is None:
+        show({**line(f"{config.name}, MFU", None, "share"), "skipped": f"the peak rate of {name} is not known"})
+    else:
+        figure = round(statistics.median(mfu), 4)
+        goal = f"at least {MFU_GOAL}"
+        ok = show(line(f"{config.name}, MFU, {name}", figure, "share", None, None, (low, high), goal, low >= MFU_GOAL))
+    peer = llama(config, tokens)
+    peer()
+    found = ratios(measured(step, num_tokens, device), measured(peer, num_tokens, device), PAIRS)
+    title, figure = f"{config.name} beside Llama, {name}", round(statistics.median(speed))
+    return show(at_least(title, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")) and ok
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--small", action="store_true")
+    small = arguments.parse_args().small
+    if not torch.cuda.is_available() and not small:
+        show({**line("2.1B on one GPU", None, "tokens/s"), "skipped": "no GPU here"})
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, rows = dataclasses.replace(yuan_2b(), seq_len=4096), 1
+    if small:
+        config = ModelConfig(name="small", num_layers=2, hidden_size=128, num_heads=4, vocab_size=2_048, seq_len=128)
+    elif device.type == "cuda":
+        rows = max(1, torch.cuda.get_device_properties(device).total_memory // (32 * GIB))
+    torch.manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (rows, config.seq_len + 1), device=device)
+    return 0 if compare(config, tokens) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
