@@ -1,9 +1,10 @@
-"""Streams through the portal: time to the first token and to the last, of one caller and of 16 at once.
+"""Streams through the portal: time to the first token and to the last, of one caller and of 16 at once; a thousand.
 
 `python benchmarks/yuan_serve.py` brings up a stack of its own, trains a tiny model for some seconds, and asks it
 through the public door as anybody would.
 """
 
+import asyncio
 import os
 import statistics
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import openai
 from pairs import line, show
 
@@ -24,7 +26,7 @@ from flows.demo.play import push, wait_for_version
 from infra.settings import HOME_VARIABLE, load_settings
 from yuan.data.skills import load_skills
 
-CALLERS, REQUESTS, TOKENS = 16, 12, 32
+CALLERS, REQUESTS, TOKENS, CROWD = 16, 12, 32, 1000
 SHORT = RoundParameters(max_steps=60, learning_rate=2e-3)
 
 
@@ -73,6 +75,32 @@ def measure(url: str, operator: Client) -> bool:
     return True
 
 
+def crowd(url: str, token: str) -> bool:
+    """A thousand callers at once: each has an answer or an error that says what to do, and the next is served."""
+    body = {"model": "yuan", "prompt": "What is 1 plus 1?", "max_tokens": TOKENS}
+    headers = {"Authorization": f"Bearer {token}"}
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(f"{url}/v1/completions", json=body, headers=headers)
+
+    async def ask_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(CROWD)))
+
+    began = time.perf_counter()
+    answers = asyncio.run(ask_all())
+    seconds = time.perf_counter() - began
+    answered = sum(answer.status_code == 200 for answer in answers)
+    refused = sum(answer.status_code in (429, 503) and bool(answer.json()["error"]["message"]) for answer in answers)
+    one = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
+    ok = answered + refused == CROWD and one.status_code == 200
+    says = line(
+        f"{CROWD} at once, answered or refused with a reason", answered + refused, "requests", goal=str(CROWD), ok=ok
+    )
+    return show({**says, "answered": answered, "refused": refused, "seconds": round(seconds, 1)})
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -90,7 +118,9 @@ def main() -> int:
                 )
                 done = follow(operator, operator.start_round(SHORT).id)
                 wait_for_version(operator, int(done.candidate_version or 0))
-                return 0 if measure(settings.portal_url, operator) else 1
+                served = measure(settings.portal_url, operator)
+                token = operator.add_contributor("crowd").token
+                return 0 if crowd(settings.portal_url, token) and served else 1
         finally:
             take_down(home)
 

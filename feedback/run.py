@@ -15,7 +15,7 @@ def main() -> None:
     configure_logging()
     settings = load_settings()
     address = urlsplit(settings.portal_url)
-    app = make_app(settings, open_engine(settings, pool_size=10), open_objects(settings))
+    app = make_app(settings, open_engine(settings, pool_size=16), open_objects(settings))
     uvicorn.run(app, host=address.hostname or "127.0.0.1", port=address.port or 80, log_config=None, access_log=False)
 
 

@@ -14,6 +14,7 @@ This file runs alone, before any package is importable.
 
 import ctypes
 import os
+import resource
 import signal
 import struct
 import sys
@@ -22,6 +23,7 @@ CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SE
 PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_CAP_AMBIENT = 1, 28, 47
 NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL asks, forgets the capability
 CLONE_NEWUSER = 0x10000000
+ENOUGH_FILES = 65_536
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,12 +55,21 @@ def enter_namespace(uid: int) -> None:
             file.write(text)
 
 
+def raise_file_limit() -> None:
+    """A thousand callers are a thousand open files; many systems grant as many only to those who ask."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(ENOUGH_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     last_signal, mode, uid, *command = sys.argv[1:]
     if mode == "namespace":
         enter_namespace(int(uid))
     elif mode in CAPABILITIES:
         become(int(uid), CAPABILITIES[mode])
+    raise_file_limit()
     check(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, last_signal), 0, 0, 0), "parent death signal")
     os.umask(0o077)
     os.execv(command[0], command)

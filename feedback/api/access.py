@@ -1,15 +1,21 @@
 """Who is asking, in which transaction, and how the answer to a repeated request is found."""
 
+import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+import anyio
 from fastapi import Depends, Header, Request
-from sqlalchemy.orm import Session
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.accounts import OPERATOR, claim_key, find_by_token
 from feedback.tables import Contributor, new_id
+
+WAIT_S = 20.0  # for a connection
 
 
 class Unauthorized(Exception):
@@ -20,8 +26,44 @@ class Forbidden(Exception):
     """The account may not do this."""
 
 
-def open_session(request: Request) -> Iterator[Session]:
-    with request.app.state.sessions.begin() as session:
+class Busy(Exception):
+    """More callers than can be served."""
+
+
+class Transactions:
+    """Transactions of requests, never more at a time than connections.
+
+    A request works in several short turns on the server's threads. Without the limit, those that wait for a connection
+    would hold every thread, and those that have one would get none to finish on.
+    """
+
+    def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
+        self._sessions, self._room = sessions, asyncio.Semaphore(connections)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[Session]:
+        """A session, committed at the end and rolled back after an error; its work belongs on a thread.
+
+        Raises:
+            Busy: if there is no room within 20 s.
+        """
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._room.acquire()
+        except TimeoutError:
+            raise Busy("more requests wait than the portal can serve; try again in a few seconds") from None
+        session = self._sessions()
+        try:
+            yield session
+            await run_in_threadpool(session.commit)
+        finally:
+            with anyio.CancelScope(shield=True):  # also for a caller that has hung up
+                await run_in_threadpool(session.close)
+            self._room.release()
+
+
+async def open_session(request: Request) -> AsyncIterator[Session]:
+    async with request.app.state.transactions.begin() as session:
         yield session
 
 
@@ -42,6 +84,13 @@ def current_contributor(session: Db, authorization: Annotated[str | None, Header
     return found
 
 
+async def current_id(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
+    """The account's id, for routes that wait for others and must not hold a transaction meanwhile."""
+    async with request.app.state.transactions.begin() as session:
+        return (await run_in_threadpool(current_contributor, session, authorization)).id
+
+
+CurrentId = Annotated[str, Depends(current_id)]
 Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
 
 

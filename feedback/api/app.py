@@ -4,9 +4,10 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, QueuePool, text
 
 from feedback.api import intake, openai, operate, pages
+from feedback.api.access import Transactions
 from feedback.api.errors import BodyLimit, add_error_handlers
 from infra.database import open_sessions
 from infra.objects import Objects
@@ -25,7 +26,8 @@ def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
         docs_url=None,  # FastAPI's pages run scripts from other people's servers; pages.docs is ours
         redoc_url=None,
     )
-    app.state.sessions = open_sessions(engine)
+    assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
+    app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
     app.state.objects = objects
     app.state.model_server = httpx.AsyncClient(
         base_url=settings.model_server_url,

@@ -11,7 +11,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from feedback.accounts import Conflict, NotFound
-from feedback.api.access import Forbidden, Unauthorized
+from feedback.api.access import Busy, Forbidden, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     Conflict: (409, "conflict"),
     TooLarge: (413, "too_large"),
     Upstream: (503, "unavailable"),
+    Busy: (503, "unavailable"),
 }
 STORE_FAULTS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
 

@@ -8,11 +8,10 @@ from typing import Any
 import anyio
 import httpx
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from feedback import tables
-from feedback.api.access import Current
+from feedback.api.access import CurrentId, Transactions
 from feedback.api.errors import Upstream
 from feedback.tables import new_id
 
@@ -24,22 +23,22 @@ Json = dict[str, Any]
 
 
 @router.get("/models")
-async def models(call: Request, contributor: Current) -> Response:
+async def models(call: Request, contributor_id: CurrentId) -> Response:
     """The models in service."""
     answer = await _ask(call, "GET", "/v1/models")
     return _relay(answer)
 
 
 @router.post("/completions")
-async def completions(body: Json, call: Request, contributor: Current) -> Response:
+async def completions(body: Json, call: Request, contributor_id: CurrentId) -> Response:
     """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
-    return await _answer(call, "/v1/completions", body, contributor.id)
+    return await _answer(call, "/v1/completions", body, contributor_id)
 
 
 @router.post("/chat/completions")
-async def chat(body: Json, call: Request, contributor: Current) -> Response:
+async def chat(body: Json, call: Request, contributor_id: CurrentId) -> Response:
     """Answer a conversation."""
-    return await _answer(call, "/v1/chat/completions", body, contributor.id)
+    return await _answer(call, "/v1/chat/completions", body, contributor_id)
 
 
 async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:
@@ -57,7 +56,7 @@ async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> 
     if not answer.is_success:
         return _relay(answer)
     data = memory.note(answer.json())
-    await run_in_threadpool(memory.keep)
+    await memory.keep()
     return JSONResponse(data, headers=_passed_on(answer))
 
 
@@ -88,7 +87,7 @@ async def _stream(call: Request, path: str, body: Json, memory: "Memory") -> Res
             # Also what a caller saw before hanging up is remembered, since it may be reported.
             with anyio.CancelScope(shield=True):
                 await upstream.aclose()
-                await run_in_threadpool(memory.keep)
+                await memory.keep()
 
     return StreamingResponse(events(), media_type="text/event-stream", headers=_passed_on(upstream))
 
@@ -97,7 +96,7 @@ class Memory:
     """The choices of one answer, as they come, until they are kept as Responses."""
 
     def __init__(self, call: Request, contributor_id: str, body: Json) -> None:
-        self._sessions = call.app.state.sessions
+        self._transactions: Transactions = call.app.state.transactions
         self._contributor_id, self._body = contributor_id, body
         self._ids: dict[int, str] = {}
         self._texts: dict[int, str] = {}
@@ -112,21 +111,22 @@ class Memory:
             self._version = int(data["model"].removeprefix("yuan-v"))
         return data
 
-    def keep(self) -> None:
+    async def keep(self) -> None:
         """Store what was said."""
         prompts = _prompts(self._body)
         repeats = int(self._body.get("n") or 1)
-        with self._sessions.begin() as session:
-            for index, text in self._texts.items():
-                session.add(
-                    tables.Response(
-                        id=self._ids[index],
-                        contributor_id=self._contributor_id,
-                        model_version=self._version,
-                        prompt=prompts[index // repeats],
-                        response=text,
-                    )
-                )
+        said = [
+            tables.Response(
+                id=self._ids[index],
+                contributor_id=self._contributor_id,
+                model_version=self._version,
+                prompt=prompts[index // repeats],
+                response=text,
+            )
+            for index, text in self._texts.items()
+        ]
+        async with self._transactions.begin() as session:
+            session.add_all(said)
 
 
 def _text_of(choice: Json) -> str:

@@ -1,6 +1,7 @@
 """The portal's doors for contributors."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -143,3 +144,9 @@ def test_the_api_page_names_every_route_and_loads_nothing_from_elsewhere(portal)
     assert "<script" not in page
     assert "list of any" not in page
     assert 'id="FeedbackIn"' in page
+
+
+def test_more_callers_than_connections_are_all_answered(portal, account):
+    with ThreadPoolExecutor(150) as callers:
+        asked = callers.map(lambda _: portal.get("/api/v1/feedback", headers=account.headers), range(300))
+        assert {answer.status_code for answer in asked} == {200}
