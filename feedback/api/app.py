@@ -14,7 +14,8 @@ from infra.objects import Objects
 from infra.settings import Settings
 
 MODEL_TIMEOUT_S = 120.0
-MODEL_CONNECTIONS = 512
+# More idle connections would be looked through for each request.
+MODEL_CONNECTIONS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
 
 
 def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
@@ -32,7 +33,7 @@ def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
     app.state.model_server = httpx.AsyncClient(
         base_url=settings.model_server_url,
         timeout=MODEL_TIMEOUT_S,
-        limits=httpx.Limits(max_connections=MODEL_CONNECTIONS),
+        limits=MODEL_CONNECTIONS,
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)

@@ -17,7 +17,6 @@ from feedback.tables import new_id
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-LOOK_EVERY_S = 0.25  # whether the caller is still there
 PASSED_ON = ("x-yuan-version",)
 Json = dict[str, Any]
 
@@ -45,19 +44,26 @@ async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> 
     memory = Memory(call, contributor_id, body)
     if body.get("stream"):
         return await _stream(call, path, body, memory)
-    waiting = asyncio.ensure_future(_ask(call, "POST", path, body))
+    asked, left = asyncio.ensure_future(_ask(call, "POST", path, body)), asyncio.ensure_future(_hung_up(call))
     try:
-        while not (await asyncio.wait([waiting], timeout=LOOK_EVERY_S))[0]:
-            if await call.is_disconnected():
-                return Response(status_code=499)
+        await asyncio.wait([asked, left], return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            return Response(status_code=499)
     finally:
-        waiting.cancel()  # the model server sees the connection close, and frees the rows
-    answer = waiting.result()
+        asked.cancel()  # the model server sees the connection close, and frees the rows
+        left.cancel()
+    answer = asked.result()
     if not answer.is_success:
         return _relay(answer)
     data = memory.note(answer.json())
     await memory.keep()
     return JSONResponse(data, headers=_passed_on(answer))
+
+
+async def _hung_up(call: Request) -> None:
+    """Wait until the caller leaves."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _stream(call: Request, path: str, body: Json, memory: "Memory") -> Response:

@@ -18,7 +18,6 @@ from yuan.serve.engine import Busy, Expired, Piece, Request, Served, Service
 from yuan.serve.forms import MAX_CHOICES, ChatIn, CompletionIn
 
 ANSWER_LIMIT_S = 110.0
-LOOK_EVERY_S = 0.25  # whether the caller is still there
 VERSION_HEADER = "X-Yuan-Version"
 
 
@@ -119,16 +118,23 @@ async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, 
         with_usage = form.stream_options is not None and form.stream_options.include_usage
         events = _events(listener, shape, with_usage=with_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-    waiting = asyncio.ensure_future(_drain(listener))
+    answered, left = asyncio.ensure_future(_drain(listener)), asyncio.ensure_future(_hung_up(call))
     try:
-        while not (await asyncio.wait([waiting], timeout=LOOK_EVERY_S))[0]:
-            if await call.is_disconnected():
-                return Response(status_code=499)
-        await waiting
+        await asyncio.wait([answered, left], return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
+            return Response(status_code=499)
+        answered.result()
     finally:
-        waiting.cancel()
+        answered.cancel()
+        left.cancel()
         listener.request.cancel()
     return JSONResponse(shape.whole(listener.request), headers=headers)
+
+
+async def _hung_up(call: Call) -> None:
+    """Wait until the caller leaves."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _drain(listener: Listener) -> None:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 FOLLOW_EVERY_S = 1.0
 KEEP_VERSIONS = 3
+KEEP_ALIVE_S = 60  # longer than the portal's, so that no request meets a connection that is just being closed
 
 
 class Follower:
@@ -61,7 +62,7 @@ class Follower:
 def main() -> None:
     configure_logging()
     settings = load_settings()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for the calls
     cache = settings.home / "serve"
     cache.mkdir(parents=True, exist_ok=True)
     service = Service(Metrics())
@@ -69,7 +70,14 @@ def main() -> None:
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     app = make_api(settings.model_server_token.get_secret_value(), service)
     address = urlsplit(settings.model_server_url)
-    uvicorn.run(app, host=address.hostname or "127.0.0.1", port=address.port or 80, log_config=None, access_log=False)
+    uvicorn.run(
+        app,
+        host=address.hostname or "127.0.0.1",
+        port=address.port or 80,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
 
 
 if __name__ == "__main__":
