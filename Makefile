@@ -33,6 +33,7 @@ demo: setup
 	$(BIN)/cotrain demo
 
 bench: setup
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,bench]"
 	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
 
 format: setup

@@ -27,9 +27,9 @@ from yuan.model.rows import plain_rows
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer, train
 
-SEEDS, STEPS, WARMUP, BATCH, S = (0, 1, 2), 300, 30, 8, 128
-LAYERS, H, HEADS, V = 6, 128, 4, 2_048
-LEARNING_RATE, TEST_WINDOWS, TEST_SHARE = 3e-3, 256, 20
+SEEDS, STEPS, WARMUP, BATCH, S = (0, 1, 2), 400, 40, 8, 128
+LAYERS, H, HEADS, V = 4, 128, 4, 2_048
+LEARNING_RATE, TEST_WINDOWS, TEST_SHARE = 1e-3, 256, 20
 PAPER = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
     "none": 1.251,
     "conv7": 1.2093,

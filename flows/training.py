@@ -21,8 +21,11 @@ from yuan.config import ModelConfig, Recipe, tiny
 from yuan.data.packing import pack
 from yuan.data.rows import Row, parse_rows
 from yuan.data.samples import encode_row
-from yuan.plan.planner import Plan, make_plan
+from yuan.plan.job import Work
+from yuan.plan.planner import make_plan
 from yuan.plan.pool import cpu_pool
+from yuan.plan.record import Plan
+from yuan.plan.search import Limits
 from yuan.train.folder import RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,9 @@ def lay_out(context: Context, round_id: str) -> Plan:
     model, tokenizer = _model(context, folder, parent, rows)
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
-    plan = make_plan(model, recipe, cpu_pool())
+    pool = cpu_pool()
+    limits = Limits(pipeline_size=pool.num_devices, micro_batch_size=recipe.micro_batch_size)
+    plan = make_plan(Work.of(model, recipe), pool, limits)
     with context.sessions.begin() as session:
         plan = Plan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
     spec = RunSpec(

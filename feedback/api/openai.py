@@ -83,6 +83,8 @@ async def _stream(call: Request, path: str, body: Json, memory: "Memory") -> Res
                     line = "data: " + json.dumps(
                         memory.note(json.loads(line.removeprefix("data: "))), ensure_ascii=False
                     )
+                if line == "data: [DONE]":  # whoever reads this may report the answer at once
+                    await memory.keep()
                 if line:
                     yield line.encode() + b"\n\n"
         except httpx.TransportError as error:
@@ -106,7 +108,7 @@ class Memory:
         self._contributor_id, self._body = contributor_id, body
         self._ids: dict[int, str] = {}
         self._texts: dict[int, str] = {}
-        self._version = 0
+        self._version, self._is_kept = 0, False
 
     def note(self, data: Json) -> Json:
         """Take in an answer or a piece of one, and give each choice its `response_id`."""
@@ -118,7 +120,9 @@ class Memory:
         return data
 
     async def keep(self) -> None:
-        """Store what was said."""
+        """Store what was said, once."""
+        if self._is_kept:
+            return
         prompts = _prompts(self._body)
         repeats = int(self._body.get("n") or 1)
         said = [
@@ -133,6 +137,7 @@ class Memory:
         ]
         async with self._transactions.begin() as session:
             session.add_all(said)
+        self._is_kept = True
 
 
 def _text_of(choice: Json) -> str:

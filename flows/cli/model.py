@@ -22,37 +22,42 @@ def add_to(app: typer.Typer) -> None:
 def plan(
     model: Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")],
     pool: Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")] = None,
-    micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    global_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    objective: Annotated[str, typer.Option(help="time, or memory for the least on the fullest device")] = "time",
+    seq_len: Annotated[int | None, typer.Option(min=1, help="default: the model's")] = None,
+    global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
+    pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
+    data_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    full_logits: Annotated[bool, typer.Option("--full-logits", help="the plain loss, for comparison")] = False,
+    svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Lay a model over a pool: layers, memory and time of each pipeline stage."""
-    from yuan.config import PRESETS, Recipe
-    from yuan.plan.planner import make_plan
+    """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
+    from yuan.config import PRESETS
+    from yuan.plan.job import PUBLISHED_BATCH, Work, default_loss_block
+    from yuan.plan.planner import draw_plan, make_plan
     from yuan.plan.pool import cpu_pool, load_pool
+    from yuan.plan.search import Limits
+    from yuan.plan.table import as_table
 
     with clear_errors():
         if model not in PRESETS:
             raise fail(f"unknown model {model!r}; choose one of {', '.join(PRESETS)}", USAGE)
         config = PRESETS[model]()
-        recipe = Recipe(
-            max_steps=1,
-            learning_rate=1e-4,
-            warmup_steps=0,
-            seq_len=config.seq_len,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
+        work = Work(
+            model=config,
+            seq_len=seq_len or config.seq_len,
+            global_batch_size=global_batch_size or PUBLISHED_BATCH.get(model, 64),
             precision=precision,  # type: ignore[arg-type]
+            loss_block=None if full_logits else default_loss_block(config),
         )
-        made = make_plan(config, recipe, load_pool(pool) if pool else cpu_pool())
-    lines = [
-        f"stage {n}: layers {s.first_layer} to {s.first_layer + s.layers - 1}, {s.memory_bytes / 2**30:.2f} GiB, "
-        f"{s.compute_seconds:.4g} s a micro-batch"
-        for n, s in enumerate(made.stages)
-    ]
-    verdict = "fits" if made.feasible else "does not fit"
-    show(made.to_json(), "\n".join([f"{model} on {made.pool} {verdict}: {made.explanation}", *lines]), as_json)
+        limits = Limits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
+        parsed = load_pool(pool) if pool else cpu_pool()
+        made = make_plan(work, parsed, limits, objective)  # type: ignore[arg-type]
+        if svg is not None:
+            svg.write_text(draw_plan(work, parsed, made))
+    show(made.to_json(), as_table(made), as_json)
     if not made.feasible:
         raise typer.Exit(FAILED)
 
@@ -187,6 +192,8 @@ def _folder_of(version: str) -> Path:
     folder = Path(version)
     if folder.is_dir():
         return folder
+    if len(folder.parts) > 1:
+        raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
     context = _open_context()
     number = resolve(context, version)
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")

@@ -63,7 +63,7 @@ def test_the_portal_loads_no_torch():
 
 
 def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
-    done = cotrain("plan", "--model", "tiny", "--json")
+    done = cotrain("plan", "--model", "tiny", "--pipeline-size", "2", "--json")
     assert done.returncode == 0
     plan = json.loads(done.stdout)
     assert plan["feasible"] is True

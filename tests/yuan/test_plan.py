@@ -1,15 +1,31 @@
 """Configurations, pools and plans."""
 
+import dataclasses
 from itertools import product
 
 import pytest
 
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b, yuan_102b
-from yuan.plan.planner import Plan, make_plan, split_layers
-from yuan.plan.pool import Group, Pool, cpu_pool, load_pool
+from yuan.plan.job import Work, default_loss_block
+from yuan.plan.memory import GIB
+from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.pool import Group, Pool, cpu_pool, load_pool, parse_pool
+from yuan.plan.record import Plan
+from yuan.plan.search import Limits
+from yuan.plan.table import as_table
 from yuan.train.folder import RunSpec
 
 RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)
+SMALL = ModelConfig(name="small", num_layers=6, hidden_size=1024, num_heads=16, vocab_size=32_000, seq_len=1024)
+
+
+def pool_of(**counts):
+    return parse_pool({"name": "test", "group": [{"device_class": c, "count": n} for c, n in counts.items()]})
+
+
+def work_of(model, batch=8, **changes):
+    values = {"seq_len": model.seq_len, "precision": "bf16", "loss_block": default_loss_block(model), **changes}
+    return Work(model=model, global_batch_size=batch, **values)
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -17,44 +33,109 @@ def test_parameter_counts_are_the_published_ones():
     assert counts == [2_088_724_480, 51_842_105_344, 102_577_954_816]
 
 
-@pytest.mark.parametrize("head", [0.0, 0.2, 0.9, 2.5])
-@pytest.mark.parametrize("num_stages", [1, 2, 3])
-def test_no_split_has_a_faster_slowest_stage(num_stages, head):
-    def slowest(split):
-        return max(*split[:-1], split[-1] + head) if len(split) > 1 else split[-1] + head
-
-    splits = [s for s in product(range(1, 8), repeat=num_stages) if sum(s) == 7]
-    found = split_layers(7, num_stages, head_in_layers=head)
-    assert sum(found) == 7
-    assert slowest(found) == min(slowest(list(s)) for s in splits)
-
-
-def test_demo_model_is_split_unevenly():
-    plan = make_plan(tiny(512), RECIPE, cpu_pool())
-    assert len(set(s.layers for s in plan.stages)) == 2
+def test_demo_model_is_split_unevenly_over_two_processes():
+    plan = make_plan(Work.of(tiny(512), RECIPE), cpu_pool(), Limits(pipeline_size=2, micro_batch_size=2))
+    assert plan.bounds == [0, 2, 3]
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_a_model_that_does_not_fit_is_infeasible_and_named():
-    pool = Pool(name="small", groups=(Group(device_class="x", count=2, memory_gib=1, sustained_tflops=1),))
-    plan = make_plan(yuan_2b(), RECIPE, pool)
-    assert not plan.feasible
-    assert "GiB and a device has 1.0" in plan.explanation
+def test_a_plan_has_the_fields_that_were_agreed():
+    plan = make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}))
+    assert set(plan.to_json()) == {
+        *("schema", "model", "pool", "sequence_length", "global_batch_size", "precision", "loss_block", "objective"),
+        *("pipeline_size", "data_size", "micro_batch_size", "grad_accum_steps", "stages", "step_seconds"),
+        *("tokens_per_s", "bubble_fraction", "peak_memory_bytes", "lower_bound", "gap", "feasible", "binding"),
+        "explanation",
+    }
+    assert set(plan.to_json()["stages"][0]) == {
+        *("layers", "first_layer", "device_class", "recompute_layers", "memory_bytes", "memory_terms"),
+        "compute_seconds",
+    }
 
 
-def test_more_stages_than_layers_is_refused():
-    pool = Pool(name="p", groups=(Group(device_class="x", count=99, memory_gib=1, sustained_tflops=1),))
-    with pytest.raises(ValueError, match="use a pool of at most"):
-        make_plan(tiny(), RECIPE, pool)
+@pytest.mark.parametrize("counts", [{"A100-80": 32}, {"A100-80": 16, "H200": 16}, {"A100-40": 16, "H200": 24}])
+def test_a_plan_is_consistent_and_fits(counts):
+    pool = pool_of(**counts)
+    plan = make_plan(work_of(yuan_51b(), 1152), pool, explained=False)
+    room = {group.device_class: group.memory_gib * GIB for group in pool.groups}
+    assert plan.feasible and plan.bounds[-1] == 42
+    assert plan.data_size * plan.micro_batch_size * plan.grad_accum_steps == 1152
+    for stage in plan.stages:
+        assert stage.layers >= 1 and 0 <= stage.recompute_layers <= stage.layers
+        assert sum(stage.memory_terms.values()) == stage.memory_bytes <= room[stage.device_class]
+        used = sum(other.device_class == stage.device_class for other in plan.stages) * plan.data_size
+        assert used <= counts[stage.device_class]
+    assert plan.peak_memory_bytes == max(stage.memory_bytes for stage in plan.stages)
+    assert 0 <= plan.gap < 0.03
+    assert (plan.gap < 1e-9) == ("in simulation" not in plan.explanation)
 
 
-def test_pool_files_are_read_by_name(tmp_path):
-    file = tmp_path / "pools.toml"
-    group = '[[pool.group]]\ndevice_class = "A100-80"\ncount = 8\nmemory_gib = 79.1\nsustained_tflops = 170\n'
-    file.write_text(f'[[pool]]\nname = "a"\n{group}\n[[pool]]\nname = "b"\n{group}')
-    assert load_pool(f"{file}:b").num_devices == 8
-    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
-        load_pool(str(file))
+def test_no_grid_and_no_split_is_faster():
+    slow = Group(device_class="slow", count=2, memory_gib=12, sustained_tflops=20, reserve_gib=1)
+    pool = Pool(
+        name="p", groups=(slow, dataclasses.replace(slow, device_class="fast", memory_gib=9, sustained_tflops=45))
+    )
+    best = make_plan(work_of(SMALL), pool, explained=False)
+    every = [
+        make_plan(work_of(SMALL), pool, Limits(pipeline_size=p, data_size=d, micro_batch_size=b), explained=False)
+        for p, d, b in product(range(1, 5), (1, 2), (1, 2, 4, 8))
+        if p * d <= 4 and 8 % (d * b) == 0
+    ]
+    assert best.feasible
+    assert best.step_seconds == pytest.approx(min(plan.step_seconds for plan in every if plan.feasible))
+
+
+def test_least_memory_is_never_above_that_of_the_fastest():
+    fastest, leanest = (
+        make_plan(work_of(yuan_2b(), 64), pool_of(**{"A100-80": 8}), objective=objective, explained=False)
+        for objective in ("time", "memory")
+    )
+    assert leanest.peak_memory_bytes < fastest.peak_memory_bytes
+    assert leanest.step_seconds > fastest.step_seconds
+
+
+def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():
+    small = Pool(name="p", groups=(Group(device_class="x", count=2, memory_gib=8, sustained_tflops=100),))
+    work = work_of(yuan_2b(), 64, seq_len=2048)
+    plan = make_plan(work, small)
+    assert not plan.feasible and plan.binding == "memory"
+    more = int(plan.explanation.split(" GiB more")[0].split()[-1])
+    devices = int(plan.explanation.split(" more devices")[0].split()[-1])
+    for gib, count, fits in ((more, 2, True), (more - 1, 2, False), (0, 2 + devices, True), (0, 1 + devices, False)):
+        group = dataclasses.replace(small.groups[0], memory_gib=8 + gib, count=count)
+        assert make_plan(work, Pool(name="q", groups=(group,)), explained=False).feasible is fits
+
+
+def test_the_even_split_is_compared_on_the_same_grid():
+    plan = make_plan(work_of(yuan_102b(), 1152), load_pool("benchmarks/pools/a100-96.toml"))
+    assert "An even split would take" in plan.explanation and "book rates" in plan.explanation
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"pipeline_size": 7}, "use at most 6 stages"),
+        ({"pipeline_size": 3, "data_size": 2}, "need 6 devices"),
+        ({"data_size": 3}, "must divide the global batch"),
+        ({"micro_batch_size": 0}, "must be at least 1"),
+    ],
+)
+def test_impossible_sizes_name_the_rule(limits, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4 if "data_size" in limits else 9}), Limits(**limits))
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="time, memory"):
+        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}), objective="price")  # type: ignore[arg-type]
+
+
+def test_table_and_picture_name_every_stage():
+    pool = pool_of(**{"A100-80": 4})
+    plan = make_plan(work_of(SMALL), pool, Limits(pipeline_size=4))
+    table, picture = as_table(plan), draw_plan(work_of(SMALL), pool, plan)
+    assert all(f"{s.first_layer}-{s.first_layer + s.layers - 1} ({s.layers})" in table for s in plan.stages)
+    assert picture.count("micro-batch") >= 2 * 4 * plan.grad_accum_steps and "<script" not in picture
 
 
 @pytest.mark.parametrize(
@@ -77,7 +158,7 @@ def test_wrong_widths_name_the_rule():
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan = make_plan(tiny(512), RECIPE, cpu_pool())
+    plan = make_plan(Work.of(tiny(512), RECIPE), cpu_pool(), Limits(micro_batch_size=2))
     other = ModelConfig(**{**tiny(512).to_json(), "num_layers": 9})
     with pytest.raises(ValueError, match="plan again"):
         RunSpec(kind="pretrain", model=other, snapshot="s", plan=plan, recipe=RECIPE, seed=0, parent=None)

@@ -19,8 +19,10 @@ from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
+from yuan.plan.job import Work
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import cpu_pool
+from yuan.plan.search import Limits
 from yuan.train.engine import learning_rate
 from yuan.train.folder import RunFolder, RunSpec
 
@@ -52,6 +54,13 @@ def made(tmp_path_factory):
     return parent, config, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
 
 
+def two_stages(config, recipe):
+    """The plan for two processes, its first layer recomputed as if memory were short."""
+    limits = Limits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
+    plan = make_plan(Work.of(config, recipe), cpu_pool(), limits)
+    return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
+
+
 def lay_out(folder, made, recipe=RECIPE):
     parent, config, windows = made
     folder.mkdir(parents=True)
@@ -61,7 +70,7 @@ def lay_out(folder, made, recipe=RECIPE):
         kind="finetune",
         model=config,
         snapshot="s",
-        plan=make_plan(config, recipe, cpu_pool()),
+        plan=two_stages(config, recipe),
         recipe=recipe,
         seed=5,
         parent="v1",

@@ -17,8 +17,9 @@ from yuan.model.rotary import rotary
 class Rows:
     """Rotary angles (S, D) or (B, 1, S, D), an attention mask (B, 1, S, K) and the edges of documents (B, S, 1).
 
-    No mask means plain causal attention; `continues` is true where a token continues its predecessor's document, None
-    where the filter knows no documents.
+    The mask is added to the scores, 0 or minus infinity in their dtype, so that attention need not convert it for every
+    layer. No mask means plain causal attention; `continues` is true where a token continues its predecessor's
+    document, None where the filter knows no documents.
     """
 
     cos: Tensor
@@ -49,7 +50,7 @@ def packed_rows(config: ModelConfig, document_BS: Tensor, like: Tensor, *, isola
     if not isolated:
         return Rows(cos, sin)
     mask = (begins[:, :, None] == begins[:, None, :]) & (place[:, :, None] >= place[:, None, :])
-    return Rows(cos, sin, mask[:, None], is_causal=False, continues=continues[..., None])
+    return Rows(cos, sin, _added(mask, like), is_causal=False, continues=continues[..., None])
 
 
 def continued_rows(config: ModelConfig, lengths: list[int], num_new: int, like: Tensor) -> Rows:
@@ -62,4 +63,8 @@ def continued_rows(config: ModelConfig, lengths: list[int], num_new: int, like: 
     place = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_new, device=device)
     cos, sin = rotary(place[:, None], config, like.dtype)
     seen = torch.arange(max(lengths) + num_new, device=device)
-    return Rows(cos, sin, (seen <= place[..., None])[:, None], is_causal=False)
+    return Rows(cos, sin, _added(seen <= place[..., None], like), is_causal=False)
+
+
+def _added(seen_BSK: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(seen_BSK, dtype=like.dtype).masked_fill_(~seen_BSK, -torch.inf)[:, None]

@@ -1,180 +1,167 @@
-"""Lay a model over a pool: how many layers each pipeline stage holds.
+"""Lay a model over a pool: the best grid and layout, scored again by simulation and explained."""
 
-One device class and one replica for now; the plan's JSON is the contract the engine reads.
-"""
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal, get_args
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from yuan.config import ModelConfig, Recipe
+from yuan.plan.explain import explain, why_not
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import stage_terms
+from yuan.plan.picture import draw
 from yuan.plan.pool import Group, Pool
+from yuan.plan.record import Plan, Stage
+from yuan.plan.score import score
+from yuan.plan.search import Candidate, Limits, check_limits, search
+from yuan.plan.simulate import Timeline, simulate
+from yuan.plan.timing import compute_seconds, forward_seconds, transfer_seconds
 
-GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One pipeline stage: layers [first_layer, first_layer + layers) and what they need."""
-
-    layers: int
-    first_layer: int
-    device_class: str
-    recompute_layers: int
-    memory_bytes: int
-    memory_terms: dict[str, int]
-    compute_seconds: float
+Objective = Literal["time", "memory"]
+UNLIMITED_GIB = 900_000.0  # below what a pool file may say at most
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a run is laid over a pool; `to_json` is what the engine and people read."""
+def make_plan(
+    work: Work, pool: Pool, limits: Limits = Limits(), objective: Objective = "time", *, explained: bool = True
+) -> Plan:
+    """The best way to train `work` on `pool`: sizes, layers, recomputed layers and device class of each stage.
 
-    model: str
-    pool: str
-    sequence_length: int
-    global_batch_size: int
-    precision: str
-    objective: str
-    pipeline_size: int
-    data_size: int
-    micro_batch_size: int
-    grad_accum_steps: int
-    stages: list[Stage]
-    step_seconds: float
-    tokens_per_s: float
-    bubble_fraction: float
-    peak_memory_bytes: int
-    feasible: bool
-    binding: str
-    explanation: str
-    loss_block: int | None = None
-    lower_bound: float | None = None
-    gap: float | None = None
-    schema: int = 1
+    Minimised is the step's time, ties broken by peak memory and then lexicographically; with the objective "memory" the
+    fullest device, and then time. One and two device classes are solved exactly; beyond, `gap` says how far the plan
+    may be from the best. The best ten are simulated, and the fastest in that is taken.
 
-    @property
-    def bounds(self) -> list[int]:
-        """Layer numbers at which stages begin, and the end: [0, 3, 5] is three layers and two."""
-        return [stage.first_layer for stage in self.stages] + [self.stages[-1].first_layer + self.stages[-1].layers]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Plan":
-        """Rebuild a plan from its JSON; a field that is missing or unknown is named."""
-        try:
-            return cls(**{**data, "stages": [Stage(**stage) for stage in data["stages"]]})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"not a plan of schema 1: {error}") from None
-
-
-def make_plan(model: ModelConfig, recipe: Recipe, pool: Pool) -> Plan:
-    """Split the model's layers over all devices of the pool so that the slowest stage is fastest.
-
-    Among equal splits the one with more room on early stages wins, since under 1F1B stage s of P keeps the
-    activations of P - s micro-batches alive.
-
-    Raises:
-        ValueError: if the pool has several device classes or more devices than layers.
-    """
-    if len(pool.groups) > 1:
-        raise ValueError(f"pool {pool.name!r} mixes device classes; plan for one class at a time")
-    group = pool.groups[0]
-    if group.count > model.num_layers:
-        raise ValueError(
-            f"every stage needs a layer, got {group.count} devices and {model.num_layers} layers; "
-            f"use a pool of at most {model.num_layers} devices"
-        )
-    layer, head = _layer_flops(model, recipe), 6 * model.vocab_size * model.hidden_size
-    split = split_layers(model.num_layers, group.count, head_in_layers=head / layer)
-    return _describe(model, recipe, pool, split)
-
-
-def split_layers(num_layers: int, num_stages: int, *, head_in_layers: float) -> list[int]:
-    """Split layers over stages so that the largest stage, the head counted on the last, is smallest.
+    Args:
+        limits: pipeline, data or micro-batch size where it must be a given one.
+        explained: whether to also work out what an even split would cost and what a change of the pool would bring.
 
     Returns:
-        Layers per stage; num_stages entries, each at least 1, adding up to num_layers.
+        A plan; if nothing fits, one with `feasible` False that shows the nearest layout and the smallest way out.
 
-    >>> split_layers(5, 2, head_in_layers=0.2)
-    [3, 2]
-    >>> split_layers(24, 4, head_in_layers=3.8)
-    [7, 7, 7, 3]
+    Raises:
+        ValueError: if the objective is unknown or the limits contradict the model, the batch or the pool.
     """
-    best: tuple[float, list[int]] | None = None
-    for last in range(1, num_layers - num_stages + 2):
-        if num_stages == 1 and last != num_layers:
-            continue
-        rest, stages = num_layers - last, num_stages - 1
-        front = [rest // stages + (s < rest % stages) for s in range(stages)] if stages else []
-        largest = max([*front, last + head_in_layers])
-        if best is None or largest < best[0]:
-            best = (largest, [*front, last])
-    if best is None:
-        raise ValueError(f"cannot split {num_layers} layers over {num_stages} stages; use at most {num_layers} stages")
-    return best[1]
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+    check_limits(work, pool, limits)
+    found = search(work, pool, limits, objective)
+    if not found.candidates:
+        return _infeasible(work, pool, limits, objective)
+    first = found.candidates[0]
+    chosen = first if objective == "memory" else min(found.candidates, key=lambda other: simulated_seconds(work, other))
+    plan = describe(work, pool, chosen, objective, lower_bound=found.lower_bound)
+    binding, text = explain(work, pool, limits, chosen, what_if=explained)
+    if chosen is not first:
+        text += (
+            f" The time model's own best has {first.grid.pipeline_size} stages and {first.grid.data_size} replicas: "
+            f"{first.layout.seconds:.4g} s a step by the model, but {simulated_seconds(work, first):.4g} s in "
+            f"simulation against {simulated_seconds(work, chosen):.4g} s."
+        )
+    return replace(plan, binding=binding, explanation=text)
 
 
-def _layer_flops(model: ModelConfig, recipe: Recipe) -> float:
-    """FLOPs of one layer for one token, forward and backward: 6 per weight, and causal attention."""
-    return 6 * model.layer_parameters + 6 * recipe.seq_len * model.hidden_size
-
-
-def _describe(model: ModelConfig, recipe: Recipe, pool: Pool, split: list[int]) -> Plan:
-    accum = recipe.global_batch_size // recipe.micro_batch_size
-    stages = [_stage(model, recipe, pool.groups[0], split, s, accum) for s in range(len(split))]
-    times = [stage.compute_seconds for stage in stages]
-    step = sum(times) + (accum - 1) * max(times)
-    limit = pool.groups[0].memory_gib * GIB
-    peak = max(stages, key=lambda stage: stage.memory_bytes)
-    feasible = peak.memory_bytes <= limit
-    slowest = times.index(max(times))
-    explanation = f"stage {slowest} of {len(split)} sets the pace with {max(times):.4g} s a micro-batch"
-    if not feasible:
-        need = peak.memory_bytes / GIB
-        explanation = f"stage {stages.index(peak)} needs {need:.1f} GiB and a device has {limit / GIB:.1f}"
+def describe(
+    work: Work, pool: Pool, chosen: Candidate, objective: Objective = "time", *, lower_bound: float | None = None
+) -> Plan:
+    """A candidate as a plan, not yet explained."""
+    grid, layout = chosen.grid, chosen.layout
+    stages = [_stage(work, chosen, s) for s in range(grid.pipeline_size)]
+    busy = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
     return Plan(
-        model=model.name,
+        model=work.model.name,
         pool=pool.name,
-        sequence_length=recipe.seq_len,
-        global_batch_size=recipe.global_batch_size,
-        precision=recipe.precision,
-        objective="time",
-        pipeline_size=len(split),
-        data_size=1,
-        micro_batch_size=recipe.micro_batch_size,
-        grad_accum_steps=accum,
+        sequence_length=work.seq_len,
+        global_batch_size=work.global_batch_size,
+        precision=work.precision,
+        loss_block=work.loss_block,
+        objective=objective,
+        pipeline_size=grid.pipeline_size,
+        data_size=grid.data_size,
+        micro_batch_size=grid.micro_batch_size,
+        grad_accum_steps=grid.grad_accum_steps,
         stages=stages,
-        step_seconds=step,
-        tokens_per_s=recipe.global_batch_size * recipe.seq_len / step,
-        bubble_fraction=1 - accum * max(times) / step,
-        peak_memory_bytes=peak.memory_bytes,
-        feasible=feasible,
-        binding="time" if feasible else "memory",
-        explanation=explanation,
+        step_seconds=layout.seconds,
+        tokens_per_s=work.global_batch_size * work.seq_len / layout.seconds,
+        bubble_fraction=1 - busy / (grid.pipeline_size * layout.seconds),
+        peak_memory_bytes=layout.peak_bytes,
+        lower_bound=lower_bound,
+        gap=None if lower_bound is None else layout.seconds / lower_bound - 1,
+        feasible=True,
+        binding="",
+        explanation="",
     )
 
 
-def _stage(model: ModelConfig, recipe: Recipe, group: Group, split: list[int], s: int, accum: int) -> Stage:
-    """Memory and time of one stage; activations are 53 S·B·H bytes a layer (facts of the paper's cost model)."""
-    is_last, is_edge = s == len(split) - 1, s in (0, len(split) - 1)
-    tokens = recipe.seq_len * recipe.micro_batch_size
-    weights = split[s] * model.layer_parameters + is_edge * model.vocab_size * model.hidden_size
-    live = min(len(split) - s, accum)
-    per_parameter = 20 if recipe.precision == "bf16" else 16
-    terms = {
-        "weights_gradients_optimizer": weights * per_parameter,
-        "activations": 53 * tokens * model.hidden_size * split[s] * live,
-        "logits": is_last * 10 * tokens * model.vocab_size,
-    }
-    flops = tokens * (split[s] * _layer_flops(model, recipe) + is_last * 6 * model.vocab_size * model.hidden_size)
+def timeline(work: Work, chosen: Candidate) -> Timeline:
+    """A step of a candidate, event by event."""
+    grid, groups = chosen.grid, chosen.stage_groups
+    places = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
+    forward = [forward_seconds(work, grid, group, s, layers) for s, group, layers, _ in places]
+    whole = [float(compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in places]
+    links = [transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]
+    backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
+    return simulate(forward, backward, links, grid.grad_accum_steps)
+
+
+def candidate_of(work: Work, pool: Pool, plan: Plan) -> Candidate:
+    """A plan's layout with its times and memory on a pool, which may have changed since.
+
+    Raises:
+        ValueError: if the plan lays its stages on a class that the pool does not have.
+    """
+    classes = {group.device_class: c for c, group in enumerate(pool.groups)}
+    missing = sorted({stage.device_class for stage in plan.stages} - classes.keys())
+    if missing:
+        raise ValueError(f"pool {pool.name!r} has no device class {missing}, on which the plan lies; plan again")
+    grid = Grid(
+        pipeline_size=plan.pipeline_size,
+        data_size=plan.data_size,
+        micro_batch_size=plan.micro_batch_size,
+        grad_accum_steps=plan.grad_accum_steps,
+    )
+    return score(
+        work,
+        grid,
+        pool.groups,
+        layers=[stage.layers for stage in plan.stages],
+        classes=[classes[stage.device_class] for stage in plan.stages],
+        redone=[stage.recompute_layers for stage in plan.stages],
+    )
+
+
+def draw_plan(work: Work, pool: Pool, plan: Plan) -> str:
+    """Memory of each stage and a simulated step, as SVG."""
+    return draw(plan, pool, timeline(work, candidate_of(work, pool, plan)))
+
+
+def simulated_seconds(work: Work, candidate: Candidate) -> float:
+    """A step's pipeline by simulation, and what follows it by the time model."""
+    return timeline(work, candidate).seconds + candidate.finish_seconds(work)
+
+
+def _stage(work: Work, chosen: Candidate, s: int) -> Stage:
+    grid, layout, group = chosen.grid, chosen.layout, chosen.stage_groups[s]
+    layers, redone = layout.layers[s], layout.redone[s]
+    terms = {name: int(size) for name, size in stage_terms(work, grid, group, s, layers, redone).items()}
     return Stage(
-        layers=split[s],
-        first_layer=sum(split[:s]),
+        layers=layers,
+        first_layer=sum(layout.layers[:s]),
         device_class=group.device_class,
-        recompute_layers=0,
+        recompute_layers=redone,
         memory_bytes=sum(terms.values()),
         memory_terms=terms,
-        compute_seconds=flops / (group.sustained_tflops * 1e12),
+        compute_seconds=float(compute_seconds(work, grid, group, s, layers, redone)),
     )
+
+
+def _infeasible(work: Work, pool: Pool, limits: Limits, objective: Objective) -> Plan:
+    """The layout that needs the least memory, and what would make it possible."""
+    nearest = search(work, _unlimited(pool), limits, "memory").candidates
+    if not nearest:
+        raise ValueError(why_not(work, pool, limits))
+    plan = describe(work, pool, Candidate(nearest[0].grid, nearest[0].layout, pool.groups), objective)
+    return replace(plan, feasible=False, binding="memory", explanation=why_not(work, pool, limits, nearest[0]))
+
+
+def _unlimited(pool: Pool) -> Pool:
+    def grown(group: Group) -> Group:
+        return replace(group, memory_gib=UNLIMITED_GIB)
+
+    return replace(pool, groups=tuple(grown(group) for group in pool.groups))

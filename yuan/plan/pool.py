@@ -1,40 +1,112 @@
 """Pools of devices, read from TOML."""
 
+import difflib
+import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from yuan.plan.devices import KNOWN, WITHOUT_BF16
+
 CPU_POOL = "cpu-2"
+RESERVE_GIB = 2.0
+ABSURD = 1e6  # GiB, TFLOP/s or GB/s that no device has; such a number is in another unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Rates of one device class as `cotrain calibrate` found them, for one shape of work.
+
+    Forward and backward of a layer and head with loss (forward and backward) in TFLOP/s, embedding and optimizer in
+    GB/s of the bytes they must touch, and what a stage spends on a micro-batch beside computing.
+
+    Raises:
+        ValueError: if a rate is not positive.
+    """
+
+    what: str
+    forward_tflops: float
+    backward_tflops: float
+    head_tflops: float
+    optimizer_gb_s: float
+    overhead_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("forward_tflops", "backward_tflops", "head_tflops", "optimizer_gb_s"):
+            _check_positive(f"the measured {field}", getattr(self, field))
+        _check_not_negative("the measured overhead_us", self.overhead_us)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Devices of one class.
+    """Devices of one class, on nodes of `devices_per_node`.
 
-    `memory_gib` is usable memory of one device, `sustained_tflops` its measured or booked rate.
+    Memory is what one device's programs can use, of which `reserve_gib` is left alone. `sustained_tflops` is for bf16,
+    `fp32_tflops` for fp32; `memory_gb_s` is the device's own memory. Links: GB/s and latency in microseconds, in one
+    direction, of a device inside its node and of a whole node to other nodes.
+
+    Raises:
+        ValueError: if a value is not a positive number, or the sustained rate lies above the peak.
     """
 
     device_class: str
     count: int
     memory_gib: float
     sustained_tflops: float
+    peak_tflops: float | None = None
+    fp32_tflops: float | None = None
+    memory_gb_s: float = 1000.0
+    devices_per_node: int = 8
+    intra_node_gb_s: float = 25.0
+    inter_node_gb_s: float = 25.0
+    intra_node_latency_us: float = 10.0
+    inter_node_latency_us: float = 20.0
+    reserve_gib: float = RESERVE_GIB
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
-        for field in ("count", "memory_gib", "sustained_tflops"):
-            if not getattr(self, field) > 0:
-                raise ValueError(
-                    f"{field} of device class {self.device_class!r} must be positive, got {getattr(self, field)}"
-                )
+        name = f"of device class {self.device_class!r}"
+        for field in ("count", "devices_per_node"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} {name} must be a whole number of at least 1, got {value!r}")
+        for field in (
+            *("memory_gib", "sustained_tflops", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"),
+            *(field for field in ("peak_tflops", "fp32_tflops") if getattr(self, field) is not None),
+        ):
+            _check_positive(f"{field} {name}", getattr(self, field))
+        for field in ("intra_node_latency_us", "inter_node_latency_us", "reserve_gib"):
+            _check_not_negative(f"{field} {name}", getattr(self, field))
+        if self.reserve_gib >= self.memory_gib:
+            raise ValueError(
+                f"reserve_gib {name} must be below memory_gib {self.memory_gib}, got {self.reserve_gib}; lower it"
+            )
+        if self.peak_tflops is not None and self.sustained_tflops > self.peak_tflops:
+            raise ValueError(
+                f"sustained_tflops {name} must not be above peak_tflops {self.peak_tflops}, got "
+                f"{self.sustained_tflops}; a device cannot do more than its peak"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """A named set of device groups that one run may be laid over."""
+    """A named set of device groups that one run may be laid over.
+
+    Raises:
+        ValueError: if there is no group, or two have the same device class.
+    """
 
     name: str
     groups: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise ValueError(f"pool {self.name!r} has no devices; add a [[pool.group]]")
+        classes = [group.device_class for group in self.groups]
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"pool {self.name!r} must name each device class once, got {classes}; add up their counts")
 
     @property
     def num_devices(self) -> int:
@@ -43,10 +115,17 @@ class Pool:
 
 def cpu_pool() -> Pool:
     """Two training processes on this machine, one core each; the embedded stack's own pool."""
-    return Pool(
-        name=CPU_POOL,
-        groups=(Group(device_class="cpu-process", count=2, memory_gib=2.0, sustained_tflops=0.05),),
+    group = Group(
+        device_class="cpu-process",
+        count=2,
+        memory_gib=2.0,
+        sustained_tflops=0.05,
+        memory_gb_s=5.0,
+        intra_node_gb_s=1.0,
+        intra_node_latency_us=200.0,
+        reserve_gib=0.5,
     )
+    return Pool(name=CPU_POOL, groups=(group,))
 
 
 def load_pool(spec: str) -> Pool:
@@ -60,19 +139,88 @@ def load_pool(spec: str) -> Pool:
         data = tomllib.loads(Path(file).read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read the pool file {file}: {error}") from None
-    pools = [_pool(entry) for entry in data.get("pool", [])]
-    chosen = [pool for pool in pools if not name or pool.name == name]
+    _check_keys(data, {"pool"}, f"{file}")
+    entries = data.get("pool", [])
+    names = [str(entry.get("name")) for entry in entries]
+    chosen = [entry for entry in entries if not name or entry.get("name") == name]
     if len(chosen) != 1:
-        raise ValueError(f"{file} has the pools {[p.name for p in pools]}; choose one as {file}:NAME")
-    return chosen[0]
+        raise ValueError(f"{file} has the pools {names}; choose one as {file}:NAME{_near(name, names)}")
+    return parse_pool(chosen[0])
 
 
-def _pool(entry: Mapping[str, Any]) -> Pool:
-    try:
-        groups = tuple(Group(**group) for group in entry["group"])
-        pool = Pool(name=entry["name"], groups=groups)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a [[pool]] needs name and [[pool.group]] with the fields of Group: {error}") from None
-    if not pool.groups:
-        raise ValueError(f"pool {pool.name!r} has no device group")
-    return pool
+def parse_pool(entry: Mapping[str, Any]) -> Pool:
+    """One [[pool]] as a Pool; what a group leaves out comes from the known device of its class.
+
+    Raises:
+        ValueError: if a key is unknown, with the nearest that is known, or a value is missing or wrong.
+    """
+    _check_keys(entry, {"name", "group"}, "a [[pool]]")
+    if "name" not in entry:
+        raise ValueError("a [[pool]] needs a name")
+    return Pool(name=str(entry["name"]), groups=tuple(_group(group) for group in entry.get("group", ())))
+
+
+def dump_pool(pool: Pool) -> str:
+    """A pool as TOML that `load_pool` reads."""
+    lines = ["[[pool]]", f'name = "{pool.name}"']
+    for group in pool.groups:
+        values = {name: value for name, value in asdict(group).items() if value is not None}
+        measured = values.pop("measured", None)
+        lines += ["", "[[pool.group]]", *(_assignment(name, value) for name, value in values.items())]
+        if measured:
+            lines += ["", "[pool.group.measured]", *(_assignment(name, value) for name, value in measured.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _assignment(name: str, value: object) -> str:
+    return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
+
+
+def _group(entry: Mapping[str, Any]) -> Group:
+    _check_keys(entry, {field.name for field in fields(Group)}, "a [[pool.group]]")
+    name = str(entry.get("device_class", ""))
+    if name in WITHOUT_BF16:
+        raise ValueError(f"device class {name} cannot multiply bf16, in which Yuan is trained; use one of {_known()}")
+    book = asdict(KNOWN[name]) if name in KNOWN else {}
+    values = {**book, **entry}
+    missing = {"device_class", "count", "memory_gib", "sustained_tflops"} - values.keys()
+    if missing:
+        near = _near(name, list(KNOWN))
+        raise ValueError(
+            f"a [[pool.group]] of device class {name!r} needs {', '.join(sorted(missing))}; known classes need only a "
+            f"count: {_known()}{near}"
+        )
+    if "measured" in values:
+        _check_keys(values["measured"], {field.name for field in fields(Measured)}, "[pool.group.measured]")
+        try:
+            values["measured"] = Measured(**values["measured"])
+        except TypeError as error:
+            raise ValueError(f"[pool.group.measured] of {name!r} lacks a rate ({error}); calibrate again") from None
+    return Group(**values)
+
+
+def _known() -> str:
+    return ", ".join(KNOWN)
+
+
+def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{where} has the unknown key {key!r}{_near(key, sorted(known))}; known: {sorted(known)}")
+
+
+def _near(word: str, words: list[str]) -> str:
+    found = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {found[0]!r}?" if word and found else ""
+
+
+def _check_positive(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what} must be positive, got {value!r}")
+    if value >= ABSURD:
+        raise ValueError(f"{what} must be below {ABSURD:,.0f}, got {value!r}; check its unit")
+
+
+def _check_not_negative(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{what} must be zero or more, got {value!r}")

@@ -113,6 +113,7 @@ class Trainer:
             spec.seed,
             loss_block=spec.plan.loss_block,
             isolated=self.recipe.isolate_documents,
+            recomputed=spec.plan.recomputed,
         )
         if spec.parent is not None:
             load_weights(self.module, Source(folder.parent), spec.model.num_layers)

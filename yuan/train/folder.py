@@ -10,7 +10,7 @@ import numpy as np
 
 from yuan.config import ModelConfig, Recipe
 from yuan.data.packing import Windows
-from yuan.plan.planner import Plan
+from yuan.plan.record import Plan
 
 KINDS = ("pretrain", "continue", "finetune")
 

@@ -4,17 +4,18 @@ A micro-batch travels between stages as (hidden states, document numbers).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from yuan.config import ModelConfig
 from yuan.model.loss import head_loss
-from yuan.model.rows import packed_rows
+from yuan.model.rows import Rows, packed_rows
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
 
@@ -44,19 +45,39 @@ def with_head(stage: EmbeddingStage, x_BSH: Tensor) -> Travelling:
     return x_BSH, stage.weight
 
 
-class LayerStage(nn.Module):
-    """One transformer layer on a travelling micro-batch."""
+class StageRows:
+    """The rows of the micro-batch that passes through a stage, made once for all its layers."""
 
     def __init__(self, config: ModelConfig, isolated: bool) -> None:
-        super().__init__()
         self.config, self.isolated = config, isolated
+        self._last: tuple[Tensor, torch.dtype, Rows] | None = None
+
+    def __call__(self, document_BS: Tensor, like: Tensor) -> Rows:
+        if self._last is None or self._last[0] is not document_BS or self._last[1] != like.dtype:
+            rows = packed_rows(self.config, document_BS, like, isolated=self.isolated)
+            self._last = (document_BS, like.dtype, rows)
+        return self._last[2]
+
+
+class LayerStage(nn.Module):
+    """One transformer layer on a travelling micro-batch; recomputed, it keeps nothing but its input for backward."""
+
+    def __init__(self, config: ModelConfig, rows: StageRows, recomputed: bool) -> None:
+        super().__init__()
+        self.rows, self.recomputed = rows, recomputed
         self.layer = Layer(config)
         initialise(self, config)
 
     def forward(self, batch: Travelling) -> Travelling:
         x_BSH, document_BS = batch
-        rows = packed_rows(self.config, document_BS, x_BSH, isolated=self.isolated)
-        return self.layer(x_BSH, rows), document_BS
+        if self.recomputed and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self._run, x_BSH, document_BS, use_reentrant=False, preserve_rng_state=False)
+            return out, document_BS
+        return self._run(x_BSH, document_BS), document_BS
+
+    def _run(self, x_BSH: Tensor, document_BS: Tensor) -> Tensor:
+        out: Tensor = self.layer(x_BSH, self.rows(document_BS, x_BSH))
+        return out
 
 
 class NormStage(nn.Module):
@@ -77,6 +98,7 @@ class PlannedPipeline(PipelineModule):
         bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
         loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
         isolated: whether packed documents are kept apart; see `packed_rows`.
+        recomputed: numbers of the layers that are computed again in the backward pass.
 
     DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
     """
@@ -89,18 +111,20 @@ class PlannedPipeline(PipelineModule):
         *,
         loss_block: int | None = None,
         isolated: bool = True,
+        recomputed: Collection[int] = (),
     ) -> None:
 
         def loss_of(outputs: Travelling, labels: Travelling) -> Tensor:
             """The loss of one micro-batch: outputs are (hidden states, head), labels (next tokens, weights)."""
             return head_loss(*outputs, *labels, block=loss_block)
 
+        rows = StageRows(config, isolated)
         last = config.num_layers + 3  # embedding, layers, norm, head
         self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
         super().__init__(
             layers=[
                 TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr="embedding.weight"),
-                *(LayerSpec(LayerStage, config, isolated) for _ in range(config.num_layers)),
+                *(LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)),
                 LayerSpec(NormStage, config),
                 TiedLayerSpec(
                     "embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr="embedding.weight"

@@ -1,0 +1,75 @@
+"""The official 51B and 102B layouts beside ours: `python benchmarks/planner_layouts.py`, seconds.
+
+The same 96 devices, batch, loss and memory for both: a device has what the fullest of the official layout needs, or an
+A100's 79.1 GiB if that is more. Ours once on the official grid, once on any; recomputation as needed.
+"""
+
+import sys
+from dataclasses import replace
+
+from pairs import line, show
+
+from yuan.config import PRESETS
+from yuan.plan.job import PUBLISHED_BATCH, Grid, Work
+from yuan.plan.memory import GIB
+from yuan.plan.paper import OFFICIAL_LAYOUTS
+from yuan.plan.pool import load_pool
+from yuan.plan.score import score
+from yuan.plan.search import Limits, search
+
+DEVICES = 96
+
+
+def main() -> int:
+    ok = True
+    pool = load_pool("benchmarks/pools/a100-96.toml")
+    for name, (layers, redone) in OFFICIAL_LAYOUTS.items():
+        work = Work(
+            model=PRESETS[name](),
+            seq_len=4096,
+            global_batch_size=PUBLISHED_BATCH[name],
+            precision="bf16",
+            isolate_documents=False,
+        )
+        stages = len(layers)
+        data = DEVICES // stages
+        grid = Grid(
+            pipeline_size=stages,
+            data_size=data,
+            micro_batch_size=1,
+            grad_accum_steps=work.global_batch_size // data,
+        )
+        theirs = score(work, grid, pool.groups, layers=layers, classes=[0] * stages, redone=[redone] * stages).layout
+        room = max(theirs.peak_bytes / GIB, pool.groups[0].memory_gib)
+        same = replace(pool, groups=(replace(pool.groups[0], memory_gib=room),))
+        for where, limits in (
+            ("its grid", Limits(pipeline_size=stages, data_size=data, micro_batch_size=1)),
+            ("any grid", Limits()),
+        ):
+            ours = search(work, same, limits).candidates[0]
+            faster = theirs.seconds / ours.layout.seconds
+            says = line(
+                f"{name}, {where}",
+                round(ours.layout.seconds, 2),
+                "s/step",
+                "official layout",
+                faster,
+                goal="at least 1.0",
+                ok=faster >= 1,
+            )
+            ok &= show(
+                {
+                    **says,
+                    "official_seconds": round(theirs.seconds, 2),
+                    "official_peak_gib": round(theirs.peak_bytes / GIB, 1),
+                    "peak_gib": round(ours.layout.peak_bytes / GIB, 1),
+                    "grid": [ours.grid.pipeline_size, ours.grid.data_size, ours.grid.micro_batch_size],
+                    "layers": ours.layout.layers,
+                    "redone": ours.layout.redone,
+                }
+            )
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The paper's tables and Fig. 3, recomputed: `python benchmarks/planner_paper.py`, a second."""
+
+import sys
+
+from pairs import line, show
+
+from yuan.plan.paper import FIG_3_SPLIT, SHORT_N, TABLE_6, fig_3, fig_3_memory, table_5, table_6
+from yuan.plan.solver import solve
+
+TABLE_5 = 45.192  # seconds
+
+
+def error(name: str, ours: float, theirs: float, limit: float | None) -> bool:
+    off = abs(ours / theirs - 1)
+    goal = None if limit is None else f"within {limit:.2%}"
+    return show(
+        line(
+            name,
+            round(ours, 3),
+            "s",
+            "the paper",
+            ours / theirs,
+            goal=goal,
+            ok=None if limit is None else off <= limit,
+        )
+    )
+
+
+def peak(name: str, gigabytes: float, goal: float | None, **more: object) -> bool:
+    ok = None if goal is None else round(gigabytes, 1) == goal
+    says = line(name, round(gigabytes, 2), "GB", goal=None if goal is None else f"{goal} GB", ok=ok)
+    return show({**says, **more})
+
+
+def main() -> int:
+    ok = error("Table 5, Yuan 1.0-245B", sum(table_5()), TABLE_5, 1e-4)
+    for (devices, link), cells in TABLE_6.items():
+        for method, (ours, theirs) in enumerate(zip(table_6(devices, link), cells, strict=True), start=1):
+            ok &= error(f"Table 6, method {method}, {devices} devices, {link} GB/s", ours, theirs, 5e-4)
+    worst = max(
+        (abs(ours / theirs - 1), ours, theirs)
+        for row, cells in TABLE_6.items()
+        for ours, theirs in zip(table_6(*row, parameters=SHORT_N), cells, strict=True)
+    )
+    error("Table 6, worst cell with one N for all rows", worst[1], worst[2], None)
+    ok &= peak("Fig. 3, even split", max(fig_3_memory((3,) * 8, fig_3())), 77.9)
+    ok &= peak("Fig. 3, the paper's split", max(fig_3_memory(FIG_3_SPLIT, fig_3())), 68.0, printed=64)
+    for blockwise, goal in ((False, 64.6), (True, 61.2)):
+        best = solve(fig_3(blockwise=blockwise), "memory")
+        assert best is not None
+        loss = ", block-wise loss" if blockwise else ""
+        ok &= peak(f"Fig. 3, ours{loss}", best.peak_bytes / 1e9, goal, layers=best.layers)
+        redone = solve(fig_3(blockwise=blockwise, recompute=True), "memory")
+        assert redone is not None
+        peak(
+            f"Fig. 3, ours{loss}, recomputing",
+            redone.peak_bytes / 1e9,
+            None,
+            layers=redone.layers,
+            redone=redone.redone,
+        )
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

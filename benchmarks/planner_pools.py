@@ -1,0 +1,166 @@
+"""A hundred random pools of two and three classes: `python benchmarks/planner_pools.py [POOLS]`, minutes.
+
+Beside each plan, on its own grid and its own classes: the even split and the split balanced by parameters, each
+recomputing what must be, where they fit. Optimality: on small pools every layout of every grid is tried; elsewhere
+the gap counts. The simulator's makespan is compared with the time model's.
+"""
+
+import random
+import statistics
+import sys
+from itertools import combinations, pairwise, product
+
+from pairs import line, show
+
+from yuan.config import ModelConfig
+from yuan.plan.costs import NEVER, Costs, costs_of
+from yuan.plan.job import Work, default_loss_block
+from yuan.plan.planner import timeline
+from yuan.plan.pool import Pool, parse_pool
+from yuan.plan.search import Candidate, Limits, grids, search
+from yuan.plan.solver import step_seconds
+
+POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything
+CLASSES = ("A100-40", "A100-80", "H100-80", "H200", "L40S")
+SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers, width
+MOST_GAP, MOST_OFF = 0.01, 0.03
+
+
+def random_case(draw: random.Random, number: int) -> tuple[Work, Pool]:
+    """A model and a pool that suit each other; every third pool is small."""
+    small = number % 3 == 0
+    layers, width = (draw.randint(5, 7), 2048) if small else draw.choice(SHAPES)
+    model = ModelConfig(
+        name="m", num_layers=layers, hidden_size=width, num_heads=width // 128, vocab_size=135_040, seq_len=4096
+    )
+    classes = draw.sample(CLASSES, 2 if small else draw.choice((2, 3)))
+    sizes = [draw.randint(1, SMALL // 2) if small else draw.choice((4, 8, 16, 24, 32)) for _ in classes]
+    groups = [{"device_class": name, "count": size} for name, size in zip(classes, sizes, strict=True)]
+    work = Work(
+        model=model,
+        seq_len=4096,
+        global_batch_size=draw.choice((8, 12)) if small else draw.choice((96, 128, 256, 384)),
+        precision="bf16",
+        loss_block=default_loss_block(model),
+    )
+    return work, parse_pool({"name": f"random-{number}", "group": groups})
+
+
+def of_split(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
+    """The step of a split on given classes; None if it does not fit."""
+    if any(costs.redone[s, c, n - 1] == NEVER for s, (n, c) in enumerate(zip(layers, classes, strict=True))):
+        return None
+    return step_seconds(costs, layers, classes)
+
+
+def balanced(work: Work, stages: int) -> tuple[int, ...]:
+    """Layers of each stage so that the largest number of parameters is smallest, as DeepSpeed's `parameters`."""
+    from deepspeed.runtime.utils import partition_balanced
+
+    model = work.model
+    ends = model.vocab_size * model.hidden_size
+    bounds = partition_balanced([ends, *[model.layer_parameters] * model.num_layers, ends], stages)
+    cuts = [0, *(min(max(int(b) - 1, 0), model.num_layers) for b in bounds[1:-1]), model.num_layers]
+    return tuple(b - a for a, b in pairwise(cuts))
+
+
+def every_layout(work: Work, pool: Pool) -> float:
+    """The least step over all layouts of all grids, one after the other."""
+    best = float("inf")
+    for grid in grids(work, pool, Limits()):
+        costs = costs_of(work, grid, pool.groups)
+        for classes in product(range(costs.num_classes), repeat=costs.num_stages):
+            if any(classes.count(c) > slots for c, slots in enumerate(costs.slots)):
+                continue
+            for cuts in combinations(range(1, costs.num_layers), costs.num_stages - 1):
+                layers = tuple(b - a for a, b in pairwise([0, *cuts, costs.num_layers]))
+                best = min(best, of_split(costs, layers, classes) or float("inf"))
+    return best
+
+
+def off_by_simulation(work: Work, chosen: Candidate) -> float:
+    """How far the simulated pipeline is from the time model's."""
+    model = chosen.layout.seconds - chosen.finish_seconds(work)
+    return timeline(work, chosen).seconds / model - 1
+
+
+def main() -> int:
+    draw = random.Random(0)
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else POOLS
+    even, parameters, gaps, tried, off = [], [], [], [], []
+    neither = number = planned = 0
+    while planned < wanted:
+        number += 1
+        work, pool = random_case(draw, number)
+        found = search(work, pool)
+        if not found.candidates:
+            continue
+        planned += 1
+        chosen = found.candidates[0]
+        layout, stages, total = chosen.layout, chosen.grid.pipeline_size, work.model.num_layers
+        costs = costs_of(work, chosen.grid, pool.groups)
+        flat = of_split(costs, tuple(total // stages + (s < total % stages) for s in range(stages)), layout.classes)
+        split = balanced(work, stages)
+        weighed = of_split(costs, split, layout.classes) if min(split) > 0 else None
+        even += [] if flat is None else [flat / layout.seconds]
+        parameters += [] if weighed is None else [weighed / layout.seconds]
+        neither += flat is None and weighed is None
+        gaps.append(layout.seconds / found.lower_bound - 1)
+        if pool.num_devices <= SMALL:
+            tried.append(layout.seconds / every_layout(work, pool) - 1)
+        off.append(off_by_simulation(work, chosen))
+    ok = True
+    for name, values in (("the even split", even), ("the parameter-balanced split", parameters)):
+        ok &= show(
+            {
+                **line(
+                    f"random pools, step of {name} over ours",
+                    round(statistics.median(values), 3),
+                    "median ratio",
+                    name,
+                    statistics.mean(values),
+                    goal="never below 1",
+                    ok=min(values) > 1 - 1e-9,
+                ),
+                "least": round(min(values), 4),
+                "most": round(max(values), 3),
+                "fits_in": len(values),
+                "pools": planned,
+                "neither_fits": neither,
+            }
+        )
+    ok &= show(
+        line(
+            f"small pools, ours over the best of every layout, {len(tried)} pools",
+            round(max(tried), 12),
+            "worst excess",
+            goal="0",
+            ok=max(tried) < 1e-9,
+        )
+    )
+    proven = sum(gap < 1e-9 for gap in gaps)
+    ok &= show(
+        {
+            **line("random pools, gap", round(max(gaps), 5), "worst", goal="at most 1 %", ok=max(gaps) <= MOST_GAP),
+            "proven_best": proven,
+        }
+    )
+    worst = max(off, key=abs)
+    ok &= show(
+        {
+            **line(
+                "makespan, simulation over time model",
+                round(worst, 4),
+                "worst",
+                goal="within 3 %",
+                ok=abs(worst) <= MOST_OFF,
+            ),
+            "median": round(statistics.median(off), 4),
+            "within": sum(abs(value) <= MOST_OFF for value in off),
+        }
+    )
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

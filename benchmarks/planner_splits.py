@@ -1,0 +1,97 @@
+"""Our split beside DeepSpeed's own functions, computing only: `python benchmarks/planner_splits.py`, seconds.
+
+48 cases: 24, 32, 42 and 84 layers over 4, 8, 16 and 32 stages, no fewer than two layers a stage, by four widths at
+Yuan's vocabulary. DeepSpeed's methods partition what its users hand it, an embedding, the layers and a head, as its
+PipelineModule does. A figure is the slowest stage over the least possible, which a count that shares nothing with the
+solver gives.
+"""
+
+import statistics
+import sys
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
+from pairs import line, show
+
+from yuan.config import ModelConfig, yuan_102b
+from yuan.plan.costs import costs_of
+from yuan.plan.flops import head_forward, layer_forward
+from yuan.plan.job import Grid, Work
+from yuan.plan.pool import parse_pool
+from yuan.plan.solver import solve
+
+LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
+ROOM_GIB = 900_000  # computing only: memory is not to matter
+THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
+
+
+def least_slowest(layers: int, stages: int, head: float) -> float:
+    """The least time of the slowest stage, a layer taking 1: try every load of the last stage."""
+    return min(max(-(-(layers - last) // (stages - 1)), last + head) for last in range(layers - stages + 2))
+
+
+def theirs(method: str, model: ModelConfig, stages: int) -> list[int]:
+    """DeepSpeed's bounds over embedding, layers and head."""
+    ends, layer = model.vocab_size * model.hidden_size, model.layer_parameters
+    weights = {
+        "parameters": [ends, *[layer] * model.num_layers, ends],
+        "type:layer": [0, *[1] * model.num_layers, 0],
+    }
+    if method == "uniform":
+        return [int(bound) for bound in partition_uniform(model.num_layers + 2, stages)]
+    return [int(bound) for bound in partition_balanced(weights[method], stages)]
+
+
+def ours(model: ModelConfig, stages: int) -> list[int]:
+    """The planner's bounds over the same modules, for time alone."""
+    pool = parse_pool(
+        {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": ROOM_GIB}]},
+    )
+    work = Work(model=model, seq_len=S, global_batch_size=ACCUM, precision="bf16", loss_block=512)
+    grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
+    costs = costs_of(work, grid, pool.groups)
+    still = np.zeros_like(costs.link_s)
+    finish = np.zeros_like(costs.finish_fixed_s)
+    found = solve(replace(costs, link_s=still, finish_fixed_s=finish, finish_layer_s=finish))
+    assert found is not None
+    return [0, *(1 + sum(found.layers[:s]) for s in range(1, stages)), model.num_layers + 2]
+
+
+def main() -> int:
+    found: dict[str, list[float]] = {}
+    for layers, stages, width in product(LAYERS, STAGES, WIDTHS):
+        if stages > layers // 2:
+            continue
+        model = replace(yuan_102b(), num_layers=layers, hidden_size=width)
+        head = head_forward(model) / layer_forward(model, S)
+        times = [0.0, *[1.0] * layers, head]
+        best = least_slowest(layers, stages, head)
+        splits = {method: theirs(method, model, stages) for method in THEIRS}
+        for method, bounds in {"ours": ours(model, stages), **splits}.items():
+            found.setdefault(method, []).append(max(sum(times[a:b]) for a, b in pairwise(bounds)) / best)
+    ok = True
+    for method, values in found.items():
+        is_ours = method == "ours"
+        says = line(
+            f"slowest stage over the least possible, {method}",
+            round(statistics.mean(values), 4),
+            "mean of 48 cases",
+            None if is_ours else "DeepSpeed",
+            statistics.mean(found["ours"]) / statistics.mean(values),
+            goal="1.000, worst 1.000" if is_ours else None,
+            ok=max(values) < 1.0005 if is_ours else None,
+        )
+        more = {
+            "worst": round(max(values), 4),
+            "best_in": sum(value < 1.0005 for value in values),
+            "cases": len(values),
+        }
+        recorded = {} if is_ours else {"recorded_with_other_widths": THEIRS[method]}
+        ok &= show({**says, **more, **recorded})
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

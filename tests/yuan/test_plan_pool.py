@@ -1,0 +1,75 @@
+"""Pool files."""
+
+import pytest
+
+from yuan.plan.pool import dump_pool, load_pool, parse_pool
+
+A100 = {"device_class": "A100-80", "count": 8}
+
+
+def test_known_classes_need_only_a_count():
+    group = parse_pool({"name": "p", "group": [A100]}).groups[0]
+    assert (group.memory_gib, group.peak_tflops, group.count) == (79.1, 312, 8)
+
+
+def test_pool_files_are_read_by_name(tmp_path):
+    file = tmp_path / "pools.toml"
+    group = '[[pool.group]]\ndevice_class = "A100-80"\ncount = 8\n'
+    file.write_text(f'[[pool]]\nname = "a"\n{group}\n[[pool]]\nname = "b"\n{group}')
+    assert load_pool(f"{file}:b").num_devices == 8
+    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+        load_pool(str(file))
+    with pytest.raises(ValueError, match="did you mean 'a'"):
+        load_pool(f"{file}:aa")
+
+
+def test_a_written_pool_reads_the_same(tmp_path):
+    measured = {
+        "what": "2b, bf16, S 4096",
+        "forward_tflops": 160.5,
+        "backward_tflops": 170.0,
+        "head_tflops": 150.0,
+        "optimizer_gb_s": 900.0,
+    }
+    pool = parse_pool({"name": "p", "group": [{**A100, "measured": measured}, {"device_class": "H200", "count": 4}]})
+    file = tmp_path / "pool.toml"
+    file.write_text(dump_pool(pool))
+    assert load_pool(str(file)) == pool
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"count": 0}, "count of device class 'A100-80' must be a whole number of at least 1, got 0"),
+        ({"count": 2.5}, "whole number"),
+        ({"inter_node_gb_s": 0}, "inter_node_gb_s of device class 'A100-80' must be positive, got 0"),
+        ({"sustained_tflops": -1}, "must be positive, got -1"),
+        ({"sustained_tflops": 400}, "cannot do more than its peak"),
+        ({"memory_gib": float("nan")}, "must be positive, got nan"),
+        ({"memory_gib": 80e9}, "check its unit"),
+        ({"intra_node_latency_us": -1}, "must be zero or more"),
+        ({"reserve_gib": 100}, "below memory_gib"),
+        ({"memory_gb": 80}, "did you mean 'memory_gib'"),
+        ({"device_class": "A100-8"}, "did you mean 'A100-80'"),
+        ({"device_class": "T4"}, "cannot multiply bf16"),
+        ({"measured": {"what": "x", "forward_tflop": 1}}, "did you mean 'forward_tflops'"),
+        ({"measured": {"what": "x", "forward_tflops": 1}}, "calibrate again"),
+    ],
+)
+def test_wrong_groups_name_the_rule(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_pool({"name": "p", "group": [{**A100, **changes}]})
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"name": "p"}, "has no devices"),
+        ({"group": [A100]}, "needs a name"),
+        ({"name": "p", "groups": [A100]}, "did you mean 'group'"),
+        ({"name": "p", "group": [A100, A100]}, "each device class once"),
+    ],
+)
+def test_wrong_pools_name_the_rule(entry, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_pool(entry)

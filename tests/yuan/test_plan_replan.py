@@ -1,0 +1,63 @@
+"""New plans for changed pools."""
+
+import dataclasses
+
+import pytest
+
+from yuan.config import ModelConfig
+from yuan.plan.job import Work
+from yuan.plan.planner import candidate_of, make_plan
+from yuan.plan.pool import parse_pool
+from yuan.plan.replan import changed, replan, slow_name, slowed
+
+MODEL = ModelConfig(name="m", num_layers=16, hidden_size=2048, num_heads=16, vocab_size=32_000, seq_len=2048)
+WORK = Work(model=MODEL, seq_len=2048, global_batch_size=64, precision="bf16", loss_block=512)
+POOL = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 8}]})
+
+
+@pytest.fixture(scope="module")
+def current():
+    return make_plan(WORK, POOL, explained=False)
+
+
+def test_the_same_pool_keeps_the_plan(current):
+    same = replan(WORK, current, POOL)
+    assert same.plan.bounds == current.bounds and same.moved_layers == () and same.payback_steps is None
+    assert "stays the best" in same.explanation
+
+
+def test_a_plan_is_scored_as_it_was_made(current):
+    scored = candidate_of(WORK, POOL, current).layout
+    assert (scored.seconds, scored.peak_bytes) == (pytest.approx(current.step_seconds), current.peak_memory_bytes)
+
+
+def test_a_lost_device_ends_the_old_plan(current):
+    new = replan(WORK, current, changed(POOL, {"A100-80": -1}))
+    assert new.kept_step_seconds is None and new.plan.feasible
+    assert new.plan.pipeline_size * new.plan.data_size <= 7
+    assert new.plan.step_seconds == make_plan(WORK, changed(POOL, {"A100-80": -1}), explained=False).step_seconds
+
+
+def test_a_slow_device_gets_less_work():
+    pool = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 4}]})
+    limited = dataclasses.replace(WORK, global_batch_size=63)  # no even data size divides it: a pipeline of four
+    before = make_plan(limited, pool, explained=False)
+    slow = slowed(pool, "A100-80", 1, 0.5)
+    new = replan(limited, before, slow)
+    assert before.pipeline_size == 4 and new.kept_step_seconds > new.plan.step_seconds
+    layers = {stage.device_class: stage.layers for stage in new.plan.stages}
+    assert layers.get(slow_name("A100-80"), 0) < layers["A100-80"]
+    assert new.payback_steps is not None and str(new.payback_steps) in new.explanation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"H200": 1}, "it has A100-80"), ({"A100-80": -9}, "has 8 devices of A100-80")]
+)
+def test_impossible_changes_name_the_rule(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        changed(POOL, change)
+
+
+def test_a_slow_device_is_slower():
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        slowed(POOL, "A100-80", 1, 1.5)

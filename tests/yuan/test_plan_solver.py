@@ -1,0 +1,116 @@
+"""The solver beside an enumeration of every layout, and an integer program."""
+
+from itertools import combinations, pairwise, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yuan.plan.bounds import lower_bound
+from yuan.plan.costs import Costs
+from yuan.plan.solver import leanest, solve
+
+EXACT = 1e-9  # relative
+
+
+@st.composite
+def problems(draw, most_classes=3):
+    """Small problems with every coefficient free, within what `Costs` promises."""
+    stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
+    layers = draw(st.integers(stages, 7))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+
+    def whole(low, high):
+        return rng.integers(low, high, (stages, classes))
+
+    layer_bytes = whole(3, 9)
+    link = rng.integers(0, 4, (stages, classes, classes)) / 4
+    link[-1] = 0
+    return Costs(
+        num_layers=layers,
+        accum=draw(st.integers(1, 6)),
+        slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
+        capacity=whole(8, 60),
+        fixed_bytes=whole(0, 9),
+        layer_bytes=layer_bytes,
+        saved_bytes=np.minimum(whole(0, 9), layer_bytes),
+        extra_bytes=whole(0, 4),
+        fixed_s=whole(0, 4) / 2,
+        layer_s=whole(1, 6) / 2 + np.zeros((1, classes)),
+        redo_s=whole(1, 3) / 2,
+        finish_fixed_s=whole(0, 9) / 2,
+        finish_layer_s=whole(0, 9) / 2,
+        link_s=link,
+    )
+
+
+def layouts(costs):
+    """Every layout with as few recomputed layers as fit: seconds, peak, layers, classes, Σ, slowest stage, finish."""
+    for layers, classes in assignments(costs):
+        places = list(zip(range(costs.num_stages), layers, classes, strict=True))
+        redone = [
+            next((r for r in range(n + 1) if costs.bytes(s, c, n, r) <= costs.capacity[s, c]), None)
+            for s, n, c in places
+        ]
+        if None in redone:
+            continue
+        own = [
+            costs.fixed_s[s, c] + n * costs.layer_s[s, c] + r * costs.redo_s[s, c]
+            for (s, n, c), r in zip(places, redone, strict=True)
+        ]
+        links = [0.0, *(costs.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
+        slowest = max(time + before + after for time, before, after in zip(own, links[:-1], links[1:], strict=True))
+        finish = max(costs.finish_fixed_s[s, c] + n * costs.finish_layer_s[s, c] for s, n, c in places)
+        seconds = sum(own) + sum(links) + (costs.accum - 1) * slowest + finish
+        peak = max(costs.bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
+        yield seconds, peak, layers, classes, sum(own) + sum(links), slowest, finish
+
+
+def assignments(costs):
+    """Every way to give each stage layers and a class that has room."""
+    for classes in product(range(costs.num_classes), repeat=costs.num_stages):
+        if all(classes.count(c) <= slots for c, slots in enumerate(costs.slots)):
+            for cuts in combinations(range(1, costs.num_layers), costs.num_stages - 1):
+                yield tuple(b - a for a, b in pairwise([0, *cuts, costs.num_layers])), classes
+
+
+def least_peaks(costs):
+    """The peak of every assignment that fits, whatever is recomputed."""
+    for layers, classes in assignments(costs):
+        places = list(zip(range(costs.num_stages), layers, classes, strict=True))
+        least = [min(costs.bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
+        if all(size <= costs.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
+            yield max(least)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.sampled_from(["time", "memory"]))
+def test_no_layout_is_better(costs, objective):
+    every = list(layouts(costs))
+    found = solve(costs, objective)
+    if not every:
+        assert found is None and lower_bound(costs) == np.inf
+        return
+    assert found is not None
+    if objective == "time":
+        assert found.seconds == pytest.approx(min(every)[0], rel=EXACT)
+        assert found.lower_bound == pytest.approx(found.seconds)
+    else:
+        assert found.peak_bytes == min(least_peaks(costs))
+    assert lower_bound(costs) <= min(every)[0] * (1 + EXACT)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(most_classes=2))
+def test_ties_are_broken_by_memory_then_in_order(costs):
+    every = list(layouts(costs))
+    found = solve(costs)
+    if found is None:
+        assert not every
+        return
+    best = leanest(costs, found)
+    same = next(entry for entry in every if entry[2:4] == (best.layers, best.classes))
+    least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
+    tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
+    assert (best.peak_bytes, best.layers, best.classes) == min(tied)

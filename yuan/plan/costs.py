@@ -1,0 +1,143 @@
+"""A problem of laying layers over stages, in numbers only: what the solver sees.
+
+Every cost is affine in a stage's layers and recomputed layers, with coefficients for each stage and device class.
+Letters: P stages, C device classes, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import GIB, Ints, stage_terms
+from yuan.plan.pool import Group
+from yuan.plan.timing import Floats, compute_seconds, finish_seconds, transfer_seconds
+
+NEVER = -1  # of recomputed layers: the stage does not fit at all
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Costs:
+    """Coefficients (P, C), links, and how many stages each class has room for.
+
+    A stage of l layers, r of them recomputed, takes fixed_bytes + l · layer_bytes - r · saved_bytes, and extra_bytes if
+    r > 0; a micro-batch fixed_s + l · layer_s + r · redo_s; and after the last one finish_fixed_s + l · finish_layer_s.
+    No layer saves more than it needs, so what fits with some layers fits with fewer.
+    link_s (P, C, C) is between a stage of the first class and the next stage of the second; the last row is zero.
+    """
+
+    num_layers: int
+    accum: int
+    slots: tuple[int, ...]
+    capacity: Ints
+    fixed_bytes: Ints
+    layer_bytes: Ints
+    saved_bytes: Ints
+    extra_bytes: Ints
+    fixed_s: Floats
+    layer_s: Floats
+    redo_s: Floats
+    finish_fixed_s: Floats
+    finish_layer_s: Floats
+    link_s: Floats
+
+    @property
+    def num_stages(self) -> int:
+        return int(self.fixed_s.shape[0])
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.fixed_s.shape[1])
+
+    @property
+    def has_places(self) -> bool:
+        """Whether there is a layer for every stage and a device for every stage."""
+        return self.num_stages <= min(self.num_layers, sum(self.slots))
+
+    @cached_property
+    def layers(self) -> Ints:
+        """The numbers of layers a stage may hold: 1 up to what leaves one for every other stage."""
+        return np.arange(1, max(self.num_layers - self.num_stages + 2, 1))
+
+    @cached_property
+    def redone(self) -> Ints:
+        """The fewest layers to recompute so that a stage fits, (P, C, layers); NEVER if it does not."""
+        need = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * self.layers - self.capacity[..., None]
+        need_more, saved = need + self.extra_bytes[..., None], np.maximum(self.saved_bytes, 1)[..., None]
+        redone = np.where(need <= 0, 0, -(-need_more // saved))
+        fits = (redone <= self.layers) & ((redone == 0) | (self.saved_bytes[..., None] > 0))
+        return np.where(fits, redone, NEVER)
+
+    @cached_property
+    def seconds(self) -> Floats:
+        """One micro-batch on a stage, (P, C, layers); infinite where the stage does not fit."""
+        seconds = self.fixed_s[..., None] + self.layer_s[..., None] * self.layers + self.redo_s[..., None] * self.redone
+        return np.where(self.redone == NEVER, np.inf, seconds)
+
+    @cached_property
+    def finish(self) -> Floats:
+        """What follows the last micro-batch, (P, C, layers)."""
+        return self.finish_fixed_s[..., None] + self.finish_layer_s[..., None] * self.layers
+
+    def bytes(self, stage: int, device: int, layers: int, redone: int) -> int:
+        at = (stage, device)
+        kept = int(self.fixed_bytes[at]) + layers * int(self.layer_bytes[at]) - redone * int(self.saved_bytes[at])
+        return kept + (int(self.extra_bytes[at]) if redone else 0)
+
+    def capped(self, most: int) -> "Costs":
+        """The same with no more than `most` bytes on any device."""
+        return replace(self, capacity=np.minimum(self.capacity, most))
+
+    def on_sequence(self, classes: Sequence[int]) -> "Costs":
+        """What is left when each stage's class is decided."""
+        rows, columns = np.arange(self.num_stages), np.asarray(classes)
+        following = np.append(columns[1:], columns[-1])
+        changes: dict[str, Ints | Floats] = {
+            name: getattr(self, name)[rows, columns][:, None]
+            for name in (
+                *("capacity", "fixed_bytes", "layer_bytes", "saved_bytes", "extra_bytes"),
+                *("fixed_s", "layer_s", "redo_s", "finish_fixed_s", "finish_layer_s"),
+            )
+        }
+        link = self.link_s[rows, columns, following][:, None, None]
+        return replace(self, slots=(self.num_stages,), link_s=link, **changes)  # type: ignore[arg-type]
+
+
+def costs_of(work: Work, grid: Grid, groups: Sequence[Group]) -> Costs:
+    """The coefficients of a grid over device classes, read off the memory and time models at their corners."""
+    stages = np.arange(grid.pipeline_size)
+
+    def memory(layers: int, redone: int) -> Ints:
+        tables = [stage_terms(work, grid, group, stages, layers, redone) for group in groups]
+        return np.stack([sum(terms.values(), np.zeros_like(stages)) for terms in tables], axis=-1)
+
+    def time(layers: int, redone: int) -> Floats:
+        return np.stack([compute_seconds(work, grid, group, stages, layers, redone) for group in groups], axis=-1)
+
+    def ending(layers: int) -> Floats:
+        return np.stack([finish_seconds(work, grid, group, stages, layers) for group in groups], axis=-1)
+
+    def link(a: Group, b: Group) -> float:
+        return transfer_seconds(work, grid, a, b)
+
+    links = np.zeros((grid.pipeline_size, len(groups), len(groups)))
+    links[:-1] = [[link(a, b) for b in groups] for a in groups]
+    nothing, one, saved = memory(0, 0), memory(1, 0), memory(2, 1) - memory(2, 2)
+    return Costs(
+        num_layers=work.model.num_layers,
+        accum=grid.grad_accum_steps,
+        slots=tuple(group.count // grid.data_size for group in groups),
+        capacity=np.broadcast_to(np.array([int(g.memory_gib * GIB) for g in groups], np.int64), nothing.shape),
+        fixed_bytes=nothing,
+        layer_bytes=one - nothing,
+        saved_bytes=saved,
+        extra_bytes=memory(1, 1) - one + saved,
+        fixed_s=time(0, 0),
+        layer_s=time(1, 0) - time(0, 0),
+        redo_s=time(1, 1) - time(1, 0),
+        finish_fixed_s=ending(0),
+        finish_layer_s=ending(1) - ending(0),
+        link_s=links,
+    )

@@ -1,0 +1,67 @@
+"""What is to be laid out: a model, its batches, and the grid of pipeline, data and micro-batch size."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from yuan.config import ModelConfig, Precision, Recipe
+
+LOSS_BLOCK_BYTES = 512 * 2**20
+PUBLISHED_BATCH = {"2b": 384, "51b": 1152, "102b": 1152}  # samples a step; examples of the official repository
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A model and the samples of one optimizer step.
+
+    `loss_block` is the number of rows of logits that exist at a time on the last stage; None is the plain loss, which
+    keeps all of them (for comparison: the engine never does). `isolate_documents` costs an attention mask.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    model: ModelConfig
+    seq_len: int
+    global_batch_size: int
+    precision: Precision
+    loss_block: int | None = None
+    isolate_documents: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        for field in ("seq_len", "global_batch_size", "loss_block"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, got {value}")
+
+    @classmethod
+    def of(cls, model: ModelConfig, recipe: Recipe) -> "Work":
+        """What a recipe asks for, with block-wise loss."""
+        return cls(
+            model=model,
+            seq_len=recipe.seq_len,
+            global_batch_size=recipe.global_batch_size,
+            precision=recipe.precision,
+            loss_block=default_loss_block(model),
+            isolate_documents=recipe.isolate_documents,
+        )
+
+    @property
+    def bytes_per_value(self) -> int:
+        return 2 if self.precision == "bf16" else 4
+
+
+def default_loss_block(model: ModelConfig) -> int:
+    """Rows whose logits take 512 MiB in fp32."""
+    return max(1, LOSS_BLOCK_BYTES // (4 * model.vocab_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """P stages by D replicas, B samples in a micro-batch, A micro-batches a step in each replica."""
+
+    pipeline_size: int
+    data_size: int
+    micro_batch_size: int
+    grad_accum_steps: int

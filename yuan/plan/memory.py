@@ -1,0 +1,76 @@
+"""What a pipeline stage keeps in a device's memory, in bytes, term by term.
+
+Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden, V vocabulary.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from yuan.plan.job import Grid, Work
+from yuan.plan.pool import Group
+
+GIB = 2**30
+Ints = npt.NDArray[np.int64]
+
+# Values a layer keeps for its backward pass, in units of S·B·H: inputs and outputs of two norms 6, filter 5, queries,
+# keys and values 6, attention 2, residual 2, SwiGLU 32 (half of each is bytes in bf16). Source: facts of the
+# architecture, counted tensor by tensor; flash attention keeps no S by S matrix.
+KEPT = 53 / 2
+BACKWARD_KEPT = 10  # values of gradients that are alive at once inside a layer's backward pass: 8H of the gates, 2H
+LOGIT_BYTES = 10  # a logit without blocks: bf16, fp32 and its gradient in fp32
+
+
+def stage_terms(
+    work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int, recompute: Ints | int
+) -> dict[str, Ints]:
+    """The terms of a stage's peak under 1F1B with ZeRO-1; each is affine in layers and recomputed layers.
+
+    Weights, gradients and optimizer follow DeepSpeed's law for bf16 with fp32 accumulation: 2 + 2 + 4 + 12/D bytes a
+    parameter, the fp32 gradients not being sharded; in fp32 4 + 4 + 12/D. Stage s of P holds the activations of
+    min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps what it received and a clone).
+
+    Args:
+        stage, layers, recompute: numbers, or arrays that broadcast together.
+
+    Returns:
+        Bytes by name, in the arguments' common shape; their sum is the peak, the device's reserve included.
+
+    Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; Yuan 2.0 paper, section 3.4 and Fig. 3.
+    """
+    model, size = work.model, work.bytes_per_value
+    stage, layers, recompute = np.broadcast_arrays(*(np.asarray(n, np.int64) for n in (stage, layers, recompute)))
+    first, last = stage == 0, stage == grid.pipeline_size - 1
+    parameters, ends = stage_parameters(work, grid, stage, layers), stage_parameters(work, grid, stage, 0)
+    values = work.seq_len * grid.micro_batch_size * model.hidden_size
+    live = np.minimum(grid.pipeline_size - stage, grid.grad_accum_steps)
+    kept = int(size * KEPT * values)
+    logits = work.seq_len * grid.micro_batch_size * model.vocab_size
+    head, zero = model.vocab_size * model.hidden_size, np.zeros_like(stage)
+    if work.loss_block is None:
+        logit_bytes, head_gradient = LOGIT_BYTES * logits, 0
+    else:
+        logit_bytes, head_gradient = 4 * min(work.loss_block * model.vocab_size, logits), 4 * head
+    return {
+        "weights": size * parameters,
+        "gradients": size * parameters,
+        "gradient_buffer": 4 * parameters if work.precision == "bf16" else zero,
+        "optimizer": 12 * (layers * -(-model.layer_parameters // grid.data_size) - (-ends // grid.data_size)),
+        "activations": live * (kept * (layers - recompute) + size * values * recompute),
+        "recompute_workspace": kept * (recompute > 0),
+        "stage_input": np.where(first, 0, 2 * np.maximum(2, live) * size * values),
+        "embedding_output": first * live * size * values,
+        "attention_mask": live * size * work.seq_len**2 * grid.micro_batch_size * work.isolate_documents,
+        "backward_workspace": zero + size * BACKWARD_KEPT * values,
+        "logits": last * logit_bytes,
+        "head_gradient": last * head_gradient,
+        "reserve": zero + int(group.reserve_gib * GIB),
+    }
+
+
+def stage_parameters(work: Work, grid: Grid, stage: Ints, layers: Ints | int) -> Ints:
+    """Parameters of a stage: its layers, and at the ends the tied embedding, of which each end has a copy."""
+    model = work.model
+    last = stage == grid.pipeline_size - 1
+    ends = model.vocab_size * model.hidden_size * ((stage == 0) | last)
+    parameters: Ints = layers * model.layer_parameters + ends + model.hidden_size * last
+    return parameters

@@ -1,0 +1,184 @@
+"""The Yuan 2.0 paper's own cost and memory models, for comparison with ours: equations 1 to 4 and Fig. 3.
+
+Letters: A micro-batches a step, B micro-batch, S sequence, H hidden, L layers, V vocabulary, N parameters; P
+pipeline, T tensor, D data size; F sustained FLOP/s of a device. Method 1 is tensor with pipeline and data
+parallelism, method 2 pipeline with data parallelism and a sharded optimizer.
+
+Misprints, found by evaluating the equations beside the paper's tables:
+
+- the attention term is printed as 1/(6H) and must be S/(6H); Table 5 was made with the misprint, Table 6 without;
+- equations 3 and 4 leave A out of T0 and T1;
+- Table 6 needs 128 and 12 as method 1's coefficients of T3 and T4, where equation 2 prints 64 and 4;
+- Table 6's row of 100 GB/s counts the true parameters, the others 16 L H² + V H.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from yuan.plan.costs import Costs
+
+GIGA, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One cell of the paper's tables; bandwidths in bytes per second, between nodes and inside a node."""
+
+    layers: int
+    hidden: int
+    seq_len: int
+    vocab: int
+    accum: int
+    pipeline: int
+    tensor: int
+    data: int
+    flops: float
+    between_nodes: float
+    inside_node: float
+    micro_batch: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.accum * self.micro_batch * self.seq_len
+
+
+def method_1(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float, as_printed: bool = False) -> list[float]:
+    """T0 computing, T1 bubble, T2 pipeline, T3 tensor, T4 data traffic, in seconds: equations 1 and 2.
+
+    Args:
+        parameters: N.
+        as_printed: with the coefficients of equation 2 and not those behind Table 6.
+    """
+    is_yuan = model == "yuan"
+    tensor_traffic, data_traffic = (48, 4) if not is_yuan else (64, 4) if as_printed else (128, 12)
+    devices = s.pipeline * s.tensor
+    t0 = _computing(s, model) / (devices * s.flops)
+    return [
+        t0,
+        t0 * (s.pipeline - 1) / s.accum,
+        8 * s.tokens * s.hidden / s.between_nodes,
+        tensor_traffic * s.layers * (s.tensor - 1) * s.tokens * s.hidden / (devices * s.inside_node),
+        parameters * data_traffic * (s.data - 1) / s.data / (s.pipeline * s.between_nodes),
+    ]
+
+
+def method_2(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float) -> list[float]:
+    """T0 computing, T1 bubble, T2 pipeline, T3 optimizer, T4 data traffic, in seconds: equations 3 and 4, with A."""
+    t0 = _computing(s, model) / (s.pipeline * s.flops)
+    shared = parameters * (s.data - 1) / s.data / (s.pipeline * s.between_nodes)
+    return [t0, t0 * (s.pipeline - 1) / s.accum, 8 * s.tokens * s.hidden / s.inside_node, 8 * shared, 4 * shared]
+
+
+def _computing(s: Setting, model: Literal["gpt", "yuan"]) -> float:
+    """FLOPs of a step in one replica: forward 2, backward 4, recomputation 2 a weight; convolutions left out."""
+    if model == "gpt":
+        return 96 * s.tokens * s.layers * s.hidden**2 * (1 + 1 / (6 * s.hidden))  # as in Table 5
+    return 128 * s.tokens * s.layers * s.hidden**2 * (1 + s.seq_len / (8 * s.hidden))
+
+
+def table_5() -> list[float]:
+    """T0 to T4 of Yuan 1.0-245B on 2,128 devices; the paper says 36.666, 2.826, 2.643, 2.602, 0.455."""
+    s = Setting(
+        layers=76,
+        hidden=16_384,
+        seq_len=2_048,
+        vocab=53_228,
+        accum=480,
+        pipeline=38,
+        tensor=8,
+        data=7,
+        flops=0.5536 * 312 * TERA,
+        between_nodes=48.75 * GIGA,
+        inside_node=520 * GIGA,
+    )
+    n = 12 * s.layers * s.hidden**2 * (1 + 13 / (12 * s.hidden) + s.vocab / (12 * s.layers * s.hidden))
+    return method_1(s, "gpt", parameters=n)
+
+
+TABLE_6 = {  # (devices, GB/s between devices of a node): seconds a step of method 1 and of method 2, Yuan 2.0-102B
+    (96, 100): (584.28, 239.06),
+    (96, 200): (405.45, 238.40),
+    (96, 400): (316.32, 238.10),
+    (256, 100): (224.10, 101.22),
+    (256, 200): (156.64, 100.92),
+    (256, 400): (123.21, 100.81),
+}
+TRUE_N, SHORT_N = 102_577_954_816, 16 * 84 * 8192**2 + 135_040 * 8192
+
+
+def table_6(devices: int, link: int, *, parameters: float | None = None) -> tuple[float, float]:
+    """One row's two cells, computed.
+
+    Args:
+        parameters: N for every row; default: the row's own.
+    """
+    n = parameters if parameters is not None else TRUE_N if link == 100 else SHORT_N
+    data, accum = (3, 384) if devices == 96 else (8, 144)
+
+    def setting(pipeline: int, tensor: int) -> Setting:
+        return Setting(
+            layers=84,
+            hidden=8_192,
+            seq_len=4_096,
+            vocab=135_040,
+            accum=accum,
+            pipeline=pipeline,
+            tensor=tensor,
+            data=data,
+            flops=0.55 * 312 * TERA,
+            between_nodes=48.75 * GIGA,
+            inside_node=0.85 * link * GIGA,
+        )
+
+    return sum(method_1(setting(4, 8), "yuan", parameters=n)), sum(method_2(setting(32, 1), "yuan", parameters=n))
+
+
+# Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that fit the figure: 20 a parameter (nothing
+# sharded), 34 S·B·H a layer and micro-batch in flight, 10 a logit.
+FIG_3_LAYERS, FIG_3_STAGES, FIG_3_SPLIT = 24, 8, (2, 2, 3, 3, 4, 4, 4, 2)
+_H, _S, _V = 6_144, 4_096, 135_040
+
+
+def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
+    """The memory problem of Fig. 3, for `solve` with the objective "memory" and for `fig_3_memory`.
+
+    Args:
+        blockwise: a tenth of the logits at a time.
+        recompute: a layer may keep its input alone, 2 S·B·H.
+    """
+    p = FIG_3_STAGES
+    live, zero, no_time = np.arange(p, 0, -1)[:, None], np.zeros((p, 1), np.int64), np.zeros((p, 1))
+    kept, weights, embedding = 34 * _S * _H, 20 * 18 * _H**2, 20 * _V * _H
+    fixed = zero.copy()
+    fixed[0] += embedding
+    fixed[-1] += embedding + (1 if blockwise else 10) * _S * _V
+    saved = live * (kept - 2 * _S * _H) if recompute else zero
+    return Costs(
+        num_layers=FIG_3_LAYERS,
+        accum=p,
+        slots=(p,),
+        capacity=zero + 10**15,
+        fixed_bytes=fixed,
+        layer_bytes=weights + live * kept,
+        saved_bytes=saved,
+        extra_bytes=zero + kept * recompute,
+        fixed_s=no_time,
+        layer_s=np.full((p, 1), 4.0),
+        redo_s=np.full((p, 1), 1.0),
+        finish_fixed_s=no_time,
+        finish_layer_s=no_time,
+        link_s=np.zeros((p, 1, 1)),
+    )
+
+
+def fig_3_memory(layers: tuple[int, ...], costs: Costs) -> list[float]:
+    """Decimal GB of each stage, nothing recomputed."""
+    return [costs.bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
+
+
+OFFICIAL_LAYOUTS = {  # layers of each stage, and how many of them are recomputed; the official training scripts
+    "51b": ((2,) * 5 + (3,) * 10 + (2,), 1),
+    "102b": ((2,) * 10 + (3,) * 20 + (2,) * 2, 2),
+}

@@ -1,0 +1,83 @@
+"""A plan: the record that the planner writes and the engine reads."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pipeline stage: layers [first_layer, first_layer + layers), their device class and what they need.
+
+    `memory_terms` are bytes by name and add up to `memory_bytes`, the peak. `compute_seconds` is one micro-batch
+    forward and backward, recomputation included.
+    """
+
+    layers: int
+    first_layer: int
+    device_class: str
+    recompute_layers: int
+    memory_bytes: int
+    memory_terms: dict[str, int]
+    compute_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a run is laid over a pool; `to_json` is what the engine and people read.
+
+    `step_seconds` is the time model's; no layout of the same work on the pool is faster than `lower_bound`, and `gap`
+    is how far the plan may be above it. `bubble_fraction` is the share of the devices' time in which they do not
+    compute. A plan that is not feasible shows the layout that comes nearest to fitting.
+    """
+
+    model: str
+    pool: str
+    sequence_length: int
+    global_batch_size: int
+    precision: str
+    loss_block: int | None
+    objective: str
+    pipeline_size: int
+    data_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    stages: list[Stage]
+    step_seconds: float
+    tokens_per_s: float
+    bubble_fraction: float
+    peak_memory_bytes: int
+    lower_bound: float | None
+    gap: float | None
+    feasible: bool
+    binding: str
+    explanation: str
+    schema: int = SCHEMA
+
+    @property
+    def bounds(self) -> list[int]:
+        """Layer numbers at which stages begin, and the end: [0, 3, 5] is three layers and two."""
+        return [stage.first_layer for stage in self.stages] + [self.stages[-1].first_layer + self.stages[-1].layers]
+
+    @property
+    def recomputed(self) -> set[int]:
+        """Numbers of the layers that are recomputed: the first of each stage, whose activations live longest."""
+        return {stage.first_layer + n for stage in self.stages for n in range(stage.recompute_layers)}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": self.schema, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Plan":
+        """Rebuild a plan from its JSON.
+
+        Raises:
+            ValueError: if the schema is another, or a field is missing or unknown; it is named.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"a plan of schema {data.get('schema')!r} cannot be read; plan again for schema {SCHEMA}")
+        try:
+            return cls(**{**data, "stages": [Stage(**stage) for stage in data["stages"]]})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not a plan of schema {SCHEMA}: {error}") from None

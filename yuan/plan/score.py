@@ -1,0 +1,50 @@
+"""What a given layout takes, whoever made it: straight from the memory and time models, without the solver."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import stage_terms
+from yuan.plan.pool import Group
+from yuan.plan.search import Candidate
+from yuan.plan.solver import Layout
+from yuan.plan.timing import compute_seconds, finish_seconds, transfer_seconds
+
+
+def score(
+    work: Work,
+    grid: Grid,
+    groups: tuple[Group, ...],
+    *,
+    layers: Sequence[int],
+    classes: Sequence[int],
+    redone: Sequence[int],
+) -> Candidate:
+    """A layout with its step's seconds and its peak, whether it fits or not.
+
+    Args:
+        layers, classes, redone: for each stage its layers, the index of its group, and its recomputed layers.
+
+    Raises:
+        ValueError: if the numbers of stages or layers are not those of the grid and the model.
+    """
+    if not len(layers) == len(classes) == len(redone) == grid.pipeline_size or sum(layers) != work.model.num_layers:
+        raise ValueError(
+            f"a layout of {grid.pipeline_size} stages and {work.model.num_layers} layers is needed, got {list(layers)}"
+        )
+    placed = list(zip(range(grid.pipeline_size), [groups[c] for c in classes], layers, redone, strict=True))
+    own = [float(compute_seconds(work, grid, group, s, n, r)) for s, group, n, r in placed]
+    links = [transfer_seconds(work, grid, groups[a], groups[b]) for a, b in pairwise(classes)]
+    busy = [time + before + after for time, before, after in zip(own, [0.0, *links], [*links, 0.0], strict=True)]
+    finish = max(float(finish_seconds(work, grid, group, s, n)) for s, group, n, _ in placed)
+    seconds = sum(own) + sum(links) + (grid.grad_accum_steps - 1) * max(busy) + finish
+    peak = max(sum(int(size) for size in stage_terms(work, grid, group, s, n, r).values()) for s, group, n, r in placed)
+    layout = Layout(
+        layers=tuple(layers),
+        classes=tuple(classes),
+        redone=tuple(redone),
+        seconds=seconds,
+        peak_bytes=peak,
+        lower_bound=0.0,
+    )
+    return Candidate(grid, layout, groups)

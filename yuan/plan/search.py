@@ -1,0 +1,222 @@
+"""The best grid and layout for a model on a pool: every pipeline, data and micro-batch size, the promising first."""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from yuan.plan.bounds import least_peak, lower_bound, may_fit
+from yuan.plan.costs import Costs, costs_of
+from yuan.plan.job import Grid, Work
+from yuan.plan.pool import Group, Pool
+from yuan.plan.solver import Layout, Program, leanest, solve
+from yuan.plan.timing import compute_seconds, finish_seconds
+
+KEPT = 10  # candidates that a simulation may score again
+CLOSE = 1.03  # a plan slower by more than this cannot win by simulation, which agrees with the time model within it
+FIRST = 32  # grids that are bounded before one of them is solved
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A grid with its best layout."""
+
+    grid: Grid
+    layout: Layout
+    groups: tuple[Group, ...]
+
+    @property
+    def stage_groups(self) -> list[Group]:
+        """The group that each stage lies on."""
+        return [self.groups[c] for c in self.layout.classes]
+
+    def finish_seconds(self, work: Work) -> float:
+        """What follows the last backward pass, on the stage where it takes longest."""
+        placed = enumerate(zip(self.stage_groups, self.layout.layers, strict=True))
+        return max(float(finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in placed)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the sizes may be; None leaves them open."""
+
+    pipeline_size: int | None = None
+    data_size: int | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Candidates, best first, and a bound below which no layout on any grid lies."""
+
+    candidates: tuple[Candidate, ...]
+    lower_bound: float
+
+
+def check_limits(work: Work, pool: Pool, limits: Limits) -> None:
+    """Refuse sizes that no layout can have.
+
+    Raises:
+        ValueError: if a size is not positive, there are more stages than layers, more processes than devices, or the
+            batch does not divide.
+    """
+    for field in ("pipeline_size", "data_size", "micro_batch_size"):
+        value = getattr(limits, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{field} must be at least 1, got {value}")
+    pipeline, data, micro = limits.pipeline_size or 1, limits.data_size or 1, limits.micro_batch_size or 1
+    if pipeline > work.model.num_layers:
+        raise ValueError(
+            f"every stage needs a layer, got {pipeline} stages and {work.model.num_layers} layers; "
+            f"use at most {work.model.num_layers} stages"
+        )
+    slots = sum(group.count // data for group in pool.groups)
+    if pipeline > slots:
+        raise ValueError(
+            f"{pipeline} stages of {data} replicas need {pipeline * data} devices, {data} of one class for each stage, "
+            f"and pool {pool.name!r} has {', '.join(f'{g.count} {g.device_class}' for g in pool.groups)}; "
+            f"use at most {slots} stages or fewer replicas"
+        )
+    if work.global_batch_size % (data * micro):
+        raise ValueError(
+            f"replicas times micro-batch must divide the global batch of {work.global_batch_size}, got {data} x "
+            f"{micro}; change one of the three"
+        )
+
+
+def search(
+    work: Work,
+    pool: Pool,
+    limits: Limits = Limits(),
+    objective: str = "time",
+    *,
+    cutoff: float = float("inf"),
+    kept: int = KEPT,
+) -> Found:
+    """Lay a model over a pool in the best way.
+
+    A grid is bounded by its arithmetic, then by `bounds`, and solved only if both lie below what was found.
+
+    Args:
+        cutoff: seconds (bytes for the objective "memory") that a layout must be below.
+        kept: how many candidates are wanted.
+
+    Returns:
+        The best candidate and those that come after it and are close; none if nothing fits.
+    """
+    found = _Search(work, pool.groups, objective, cutoff, kept)
+    bounded = sorted((found.first_bound(grid), n, grid) for n, grid in enumerate(grids(work, pool, limits)))
+    for n, (bound, _, grid) in enumerate(bounded):
+        if bound >= found.cutoff:
+            break
+        found.consider(grid)
+        if n == FIRST:
+            found.solve_next()
+    while found.pending:
+        found.solve_next()
+    return found.result()
+
+
+def fits(work: Work, pool: Pool, limits: Limits = Limits()) -> bool:
+    """Whether any layout fits; a smaller micro-batch never needs more memory, so only the smallest is tried."""
+    smallest = replace(limits, micro_batch_size=limits.micro_batch_size or 1)
+    for grid in sorted(grids(work, pool, smallest), key=lambda grid: -grid.pipeline_size):
+        costs = costs_of(work, grid, pool.groups)
+        if may_fit(costs) and Program(costs).is_feasible():
+            return True
+    return False
+
+
+class _Search:
+    """Grids waiting to be solved, the most promising first, and the best candidates so far."""
+
+    def __init__(self, work: Work, groups: tuple[Group, ...], objective: str, cutoff: float, kept: int) -> None:
+        self.work, self.groups, self.objective, self.below, self.kept = work, groups, objective, cutoff, kept
+        self.pending: list[tuple[float, int, Grid, Costs]] = []
+        self.best: list[tuple[tuple[object, ...], float, Candidate, Costs]] = []
+        self.seen = 0
+
+    @property
+    def cutoff(self) -> float:
+        """What a grid must be able to beat: the last of the kept, or what is close enough to the first."""
+        if not self.best:
+            return self.below
+        values = [self._value(candidate.layout) for _, _, candidate, _ in self.best]
+        return min(self.below, values[0] * CLOSE, values[-1] if len(values) == self.kept else float("inf"))
+
+    def first_bound(self, grid: Grid) -> float:
+        return _bound(self.work, grid, self.groups) if self.objective == "time" else 0.0
+
+    def consider(self, grid: Grid) -> None:
+        costs = costs_of(self.work, grid, self.groups)
+        if self.objective == "time":
+            bound = lower_bound(costs, self.cutoff)
+        else:
+            peak = least_peak(costs, self.cutoff)
+            bound = float("inf") if peak is None else peak
+        if bound < self.cutoff:
+            self.seen += 1
+            heapq.heappush(self.pending, (bound, self.seen, grid, costs))
+
+    def solve_next(self) -> None:
+        """Solve the most promising of the grids that wait; forget all if even that cannot be good enough."""
+        if not self.pending:
+            return
+        bound, _, grid, costs = heapq.heappop(self.pending)
+        if bound >= self.cutoff:
+            self.pending.clear()
+            return
+        layout = solve(costs, self.objective, self.cutoff)
+        if layout is not None:
+            self.best.append((self._order(layout, grid), bound, Candidate(grid, layout, self.groups), costs))
+            self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
+
+    def result(self) -> Found:
+        """The candidates; of the best, the layout with the least peak among equally fast ones."""
+        candidates = [candidate for _, _, candidate, _ in self.best]
+        bound = min((candidate.layout.lower_bound for candidate in candidates), default=float("inf"))
+        if candidates:
+            first = candidates[0]
+            candidates[0] = Candidate(first.grid, leanest(self.best[0][3], first.layout), self.groups)
+        return Found(tuple(candidates), bound)
+
+    def _value(self, layout: Layout) -> float:
+        return layout.seconds if self.objective == "time" else layout.peak_bytes
+
+    def _order(self, layout: Layout, grid: Grid) -> tuple[object, ...]:
+        sizes = (grid.pipeline_size, grid.data_size, grid.micro_batch_size)
+        values = (layout.seconds, layout.peak_bytes)
+        return (*(values if self.objective == "time" else values[::-1]), *sizes)
+
+
+def grids(work: Work, pool: Pool, limits: Limits) -> Iterator[Grid]:
+    """Every grid that devices and batch allow: A · B · D is the batch, and all replicas of a stage are of one class."""
+    sizes = (limits.micro_batch_size,) if limits.micro_batch_size else MICRO_BATCHES
+    most = max(group.count for group in pool.groups)
+    for data in [limits.data_size] if limits.data_size else range(1, most + 1):
+        slots = sum(group.count // data for group in pool.groups)
+        stages = range(1, min(slots, work.model.num_layers) + 1)
+        for micro in sizes:
+            if work.global_batch_size % (data * micro):
+                continue
+            accum = work.global_batch_size // (data * micro)
+            for pipeline in [limits.pipeline_size] if limits.pipeline_size else stages:
+                if pipeline in stages:
+                    yield Grid(pipeline_size=pipeline, data_size=data, micro_batch_size=micro, grad_accum_steps=accum)
+
+
+def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
+    """No layout on the grid takes a shorter step: all stages equally busy on the fastest devices, nothing sent."""
+    layer = {group: float(compute_seconds(work, grid, group, 0, 1, 0)) for group in groups}
+    fastest = sorted(groups, key=layer.__getitem__)
+    left, pace = grid.pipeline_size, 0.0
+    for group in fastest:
+        used = min(left, group.count // grid.data_size)
+        pace += used / layer[group]
+        left -= used
+    quickest = fastest[0]
+    last = grid.pipeline_size - 1
+    head = float(compute_seconds(work, grid, quickest, last, 1, 0)) - layer[quickest] if last else 0.0
+    total = work.model.num_layers * layer[quickest] + head
+    slowest = (work.model.num_layers + head / layer[quickest]) / pace
+    return total + (grid.grad_accum_steps - 1) * max(slowest, layer[quickest])

@@ -1,0 +1,70 @@
+"""A step of 1F1B, event by event: when each stage computes which micro-batch.
+
+The order of work is DeepSpeed's: at tick t a stage whose number has the parity of t runs a forward pass, the others a
+backward pass; before it, neighbours hand over a gradient and an activation, and both wait until that is done.
+
+Letters: P stages, A micro-batches; x the time to send an activation, and as much for its gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from yuan.plan.timing import Floats
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each stage begins and ends each micro-batch's passes, in seconds: four arrays (P, A)."""
+
+    forward_start: Floats
+    forward_end: Floats
+    backward_start: Floats
+    backward_end: Floats
+
+    @property
+    def seconds(self) -> float:
+        """From the first forward pass to the last backward pass."""
+        return float(self.backward_end.max())
+
+    @property
+    def idle_share(self) -> float:
+        """The share of all stages' time in which they compute nothing."""
+        busy = (self.forward_end - self.forward_start).sum() + (self.backward_end - self.backward_start).sum()
+        return float(1 - busy / (self.seconds * len(self.forward_start)))
+
+
+def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequence[float], accum: int) -> Timeline:
+    """Run A micro-batches through P stages.
+
+    Args:
+        forward, backward: seconds of a micro-batch on each stage, recomputation within the backward pass.
+        links: x between each stage and the next, P - 1 of them.
+        accum: A.
+
+    >>> simulate([1, 1], [2, 2], [0], 3).seconds
+    12.0
+
+    Source: DeepSpeed 0.19.8, runtime/pipe/schedule.py, TrainSchedule.
+    """
+    stages = len(forward)
+    seconds = np.array([forward, backward], np.float64)
+    x = np.array(links, np.float64)
+    numbers, clock = np.arange(stages), np.zeros(stages)
+    starts, ends = np.zeros((2, stages, accum)), np.zeros((2, stages, accum))
+    for tick in range(2 * (accum + stages - 1)):
+        kind = (tick + numbers) % 2  # 0 forward, 1 backward
+        batch = np.where(kind == 0, (tick - numbers) // 2, (tick + numbers + 1) // 2 - stages)
+        works = (batch >= 0) & (batch < accum)
+        left = numbers[:-1][
+            kind[:-1] == 1
+        ]  # the pairs that meet: a stage before its backward pass, the next before a forward
+        sent = works[left].astype(np.int64) + works[left + 1]
+        meets = left[sent > 0]
+        clock[meets] = clock[meets + 1] = np.maximum(clock[meets], clock[meets + 1]) + x[meets] * sent[sent > 0]
+        at = numbers[works]
+        starts[kind[at], at, batch[at]] = clock[at]
+        clock[at] += seconds[kind[at], at]
+        ends[kind[at], at, batch[at]] = clock[at]
+    return Timeline(starts[0], ends[0], starts[1], ends[1])

@@ -1,0 +1,129 @@
+"""How long a pipeline stage and a step take, in seconds.
+
+A step of A micro-batches over P stages takes
+
+    Σ (c + x) + (A - 1) · max (c + x + x') + max g
+
+with c a stage's computing for one micro-batch (forward, backward, recomputation), x and x' the transfers over the
+links before and after it (activation there and gradient back; DeepSpeed's sends and receives block), and g what follows
+the last backward pass: the reduction of gradients, the optimizer, the gathering of weights.
+
+Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from yuan.plan.flops import head_forward, layer_forward
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import Ints, stage_parameters
+from yuan.plan.pool import Group
+
+Floats = npt.NDArray[np.float64]
+OPTIMIZER_BYTES = 28  # AdamW reads and writes master weight and two moments, reads the gradient
+MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device class does in a second: FLOPs of a layer forward and backward and of the head, optimizer bytes."""
+
+    forward: float
+    backward: float
+    head: float
+    optimizer: float
+    overhead_s: float
+    is_measured: bool
+
+
+def rates_of(group: Group, work: Work) -> Rates:
+    """Measured rates where there are some, else the book's.
+
+    Raises:
+        ValueError: if fp32 is asked of a class whose fp32 rate is not known.
+    """
+    if group.measured is not None:
+        m = group.measured
+        return Rates(
+            m.forward_tflops * TERA,
+            m.backward_tflops * TERA,
+            m.head_tflops * TERA,
+            m.optimizer_gb_s * GIGA,
+            m.overhead_us * MICRO,
+            True,
+        )
+    rate = group.sustained_tflops
+    if work.precision == "fp32" and group.fp32_tflops is not None:
+        rate = group.fp32_tflops
+    return Rates(rate * TERA, rate * TERA, rate * TERA, group.memory_gb_s * GIGA, 0.0, False)
+
+
+def compute_seconds(
+    work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int, recompute: Ints | int
+) -> Floats:
+    """One micro-batch on a stage: every layer forward and backward, the recomputed ones forward again, the head.
+
+    Args:
+        stage, layers, recompute: numbers, or arrays that broadcast together.
+    """
+    rates, tokens = rates_of(group, work), work.seq_len * grid.micro_batch_size
+    layer = tokens * layer_forward(work.model, work.seq_len)
+    head = 3 * tokens * head_forward(work.model) / rates.head
+    last = np.asarray(stage) == grid.pipeline_size - 1
+    layers, recompute = np.asarray(layers), np.asarray(recompute)
+    per_layer = (layers + recompute) / rates.forward + 2 * layers / rates.backward
+    seconds: Floats = layer * per_layer + head * last + rates.overhead_s
+    return seconds
+
+
+def forward_seconds(work: Work, grid: Grid, group: Group, stage: int, layers: int) -> float:
+    """The first forward pass of `compute_seconds`; the block-wise loss makes the head's gradients in it."""
+    rates, tokens = rates_of(group, work), work.seq_len * grid.micro_batch_size
+    seconds = layers * tokens * layer_forward(work.model, work.seq_len) / rates.forward
+    if stage == grid.pipeline_size - 1:
+        passes = 1 if work.loss_block is None else 3
+        seconds += passes * tokens * head_forward(work.model) / rates.head
+    return seconds + rates.overhead_s / 2
+
+
+def transfer_seconds(work: Work, grid: Grid, sender: Group, receiver: Group) -> float:
+    """One activation over the link between two stages, and its gradient back.
+
+    Inside a node if the whole grid lies in one; else between nodes, whose link the replicas of a node share.
+    """
+    size = work.bytes_per_value * work.seq_len * grid.micro_batch_size * work.model.hidden_size
+    one_node = sender is receiver and grid.pipeline_size * grid.data_size <= sender.devices_per_node
+    if one_node:
+        seconds = sender.intra_node_latency_us * MICRO + size / (sender.intra_node_gb_s * GIGA)
+    else:
+        sharing = min(grid.data_size, sender.devices_per_node, receiver.devices_per_node)
+        bandwidth = min(sender.inter_node_gb_s, receiver.inter_node_gb_s) * GIGA / sharing
+        latency = max(sender.inter_node_latency_us, receiver.inter_node_latency_us) * MICRO
+        seconds = latency + size / bandwidth
+    return 2 * seconds
+
+
+def finish_seconds(work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int) -> Floats:
+    """What a stage does after its last backward pass.
+
+    Rings over D replicas: all-reduce of fp32 gradients, 8 (D-1)/D bytes a parameter, gathering of weights, 2 (D-1)/D in
+    bf16; AdamW on 1/D of the parameters; the tied embedding's gradients between the two ends of the pipeline.
+
+    Source: DeepSpeed 0.19.8, bf16_optimizer.py; Yuan 2.0 paper, eq. 4, terms T3 and T4.
+    """
+    stage, layers = np.broadcast_arrays(np.asarray(stage, np.int64), np.asarray(layers, np.int64))
+    parameters, replicas = stage_parameters(work, grid, stage, layers), grid.data_size
+    bandwidth, latency = group.intra_node_gb_s * GIGA, group.intra_node_latency_us * MICRO
+    if replicas > group.devices_per_node:
+        bandwidth, latency = group.inter_node_gb_s * GIGA, group.inter_node_latency_us * MICRO
+    share = (replicas - 1) / replicas
+    tied = 4 * work.model.vocab_size * work.model.hidden_size / bandwidth + latency if grid.pipeline_size > 1 else 0.0
+    seconds: Floats = (
+        share * parameters * (8 + work.bytes_per_value) / bandwidth
+        + 4 * (replicas - 1) * latency
+        + OPTIMIZER_BYTES * parameters / replicas / rates_of(group, work).optimizer
+        + tied * ((stage == 0) | (stage == grid.pipeline_size - 1))
+    )
+    return seconds
