@@ -48,7 +48,7 @@ def random_case(draw: random.Random, number: int) -> tuple[Work, Pool]:
 
 def of_split(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
     """The step of a split on given classes; None if it does not fit."""
-    if any(costs.redone[s, c, n - 1] == NEVER for s, (n, c) in enumerate(zip(layers, classes, strict=True))):
+    if any(costs.fewest_redone(s, c, n) == NEVER for s, (n, c) in enumerate(zip(layers, classes, strict=True))):
         return None
     return step_seconds(costs, layers, classes)
 
@@ -72,8 +72,8 @@ def every_layout(work: Work, pool: Pool) -> float:
         for classes in product(range(costs.num_classes), repeat=costs.num_stages):
             if any(classes.count(c) > slots for c, slots in enumerate(costs.slots)):
                 continue
-            for cuts in combinations(range(1, costs.num_layers), costs.num_stages - 1):
-                layers = tuple(b - a for a, b in pairwise([0, *cuts, costs.num_layers]))
+            for cuts in combinations(range(1, costs.num_places), costs.num_stages - 1):
+                layers = costs.layers_of([b - a for a, b in pairwise([0, *cuts, costs.num_places])])
                 best = min(best, of_split(costs, layers, classes) or float("inf"))
     return best
 

@@ -1,14 +1,19 @@
 """The solver beside an enumeration of every layout, and an integer program."""
 
-from itertools import combinations, pairwise, product
+import dataclasses
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
+from yuan.config import ModelConfig
 from yuan.plan.bounds import lower_bound
-from yuan.plan.costs import Costs
+from yuan.plan.costs import Costs, costs_of
+from yuan.plan.job import Grid, Work
+from yuan.plan.pool import Group
 from yuan.plan.solver import leanest, solve
 
 EXACT = 1e-9  # relative
@@ -18,7 +23,7 @@ EXACT = 1e-9  # relative
 def problems(draw, most_classes=3):
     """Small problems with every coefficient free, within what `Costs` promises."""
     stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
-    layers = draw(st.integers(stages, 7))
+    layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
 
     def whole(low, high):
@@ -30,6 +35,7 @@ def problems(draw, most_classes=3):
     return Costs(
         num_layers=layers,
         accum=draw(st.integers(1, 6)),
+        bare=tuple(draw(st.booleans()) for _ in range(stages)),
         slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
         capacity=whole(8, 60),
         fixed_bytes=whole(0, 9),
@@ -71,8 +77,9 @@ def assignments(costs):
     """Every way to give each stage layers and a class that has room."""
     for classes in product(range(costs.num_classes), repeat=costs.num_stages):
         if all(classes.count(c) <= slots for c, slots in enumerate(costs.slots)):
-            for cuts in combinations(range(1, costs.num_layers), costs.num_stages - 1):
-                yield tuple(b - a for a, b in pairwise([0, *cuts, costs.num_layers])), classes
+            for layers in product(range(costs.num_layers + 1), repeat=costs.num_stages):
+                if sum(layers) == costs.num_layers and all(map(max, layers, costs.bare)):
+                    yield layers, classes
 
 
 def least_peaks(costs):
@@ -114,3 +121,59 @@ def test_ties_are_broken_by_memory_then_in_order(costs):
     least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
     tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
     assert (best.peak_bytes, best.layers, best.classes) == min(tied)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_middle_sizes_equal_an_integer_program(seed):
+    """Binary variables for stage, class and layers, and two maxima; links are free, or it would be quadratic."""
+    rng = np.random.default_rng(seed)
+    stages, layers = int(rng.integers(5, 9)), int(rng.integers(12, 19))
+    model = ModelConfig(name="m", num_layers=layers, hidden_size=2048, num_heads=16, vocab_size=64_000, seq_len=2048)
+    work = Work(model=model, seq_len=2048, global_batch_size=16, precision="bf16", loss_block=512)
+    memory = float(rng.uniform(10, 16))
+    groups = tuple(
+        Group(
+            device_class=name,
+            count=int(rng.integers(stages // 2 + 1, stages + 1)),
+            memory_gib=memory * more,
+            sustained_tflops=float(rng.uniform(50, 200)),
+        )
+        for name, more in (("a", 1), ("b", 1.6))
+    )
+    grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=16)
+    costs = costs_of(work, grid, groups)
+    costs = dataclasses.replace(costs, link_s=np.zeros_like(costs.link_s))
+    found = solve(costs)
+    best = integer_program(costs)
+    assert (found is None) == (best is None)
+    assert found is None or found.seconds == pytest.approx(best, rel=1e-6)
+
+
+def integer_program(costs):
+    """The least step by scipy's branch and cut; None if there is none."""
+    stages, classes, _ = costs.seconds.shape
+    fits = np.isfinite(costs.seconds)
+    seconds, layers = np.where(fits, costs.seconds, 0), np.broadcast_to(costs.layers, fits.shape)
+    x = fits.size  # then the slowest stage and the longest finish
+    objective = np.concatenate([seconds.ravel(), [costs.accum - 1, 1]])
+    rows = []
+    for stage in range(stages):
+        mine = np.zeros_like(seconds)
+        mine[stage] = 1
+        rows.append((np.append(mine.ravel(), [0, 0]), 1, 1))
+        rows.append((np.append((mine * seconds).ravel(), [-1, 0]), -np.inf, 0))
+        rows.append((np.append((mine * costs.finish).ravel(), [0, -1]), -np.inf, 0))
+    for c in range(classes):
+        mine = np.zeros_like(seconds)
+        mine[:, c] = 1
+        rows.append((np.append(mine.ravel(), [0, 0]), 0, costs.slots[c]))
+    rows.append((np.append(layers.ravel(), [0, 0]), costs.num_layers, costs.num_layers))
+    matrix, low, high = (np.array(part) for part in zip(*rows, strict=True))
+    found = milp(
+        objective,
+        constraints=LinearConstraint(matrix, low, high),
+        bounds=Bounds(np.zeros(x + 2), np.append(fits.ravel().astype(float), [np.inf, np.inf])),
+        integrality=np.append(np.ones(x), [0, 0]),
+        options={"mip_rel_gap": 0},
+    )
+    return float(found.fun) if found.success else None

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def two_stages(config, recipe):
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def lay_out(folder, made, recipe=RECIPE):
+def lay_out(folder, made, recipe=RECIPE, plan=None):
     parent, config, windows = made
     folder.mkdir(parents=True)
     (folder / "parent").symlink_to(parent)
@@ -70,7 +71,7 @@ def lay_out(folder, made, recipe=RECIPE):
         kind="finetune",
         model=config,
         snapshot="s",
-        plan=two_stages(config, recipe),
+        plan=plan or two_stages(config, recipe),
         recipe=recipe,
         seed=5,
         parent="v1",
@@ -132,6 +133,19 @@ def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     losses = [row["train/loss"] for row in folder.metrics()]
     np.testing.assert_allclose(losses, plain_losses(made, recipe), rtol=1e-5)
     assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
+
+
+def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
+    recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
+    plan = two_stages(made[1], recipe)
+    stages = [
+        dataclasses.replace(stage, first_layer=first, layers=end - first, recompute_layers=0)
+        for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
+    ]
+    folder = lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages))
+    with launch(folder) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    np.testing.assert_allclose([row["train/loss"] for row in folder.metrics()], plain_losses(made, recipe), rtol=1e-5)
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):

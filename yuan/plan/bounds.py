@@ -23,7 +23,7 @@ def lower_bound(costs: Costs, cutoff: float = float("inf")) -> float:
     if not costs.has_places:
         return float("inf")
     relaxed = _Relaxed(costs)
-    most = -(-costs.num_layers // costs.num_stages)  # some stage has at least this many
+    most = -(-costs.num_places // costs.num_stages)  # some stage has at least this many places
     finish = float(max(costs.finish[..., 0].min(axis=1).max(), costs.finish[..., most - 1].min()))
     if costs.accum > 1 and not relaxed.fits((cutoff - finish - relaxed.least_sum(np.inf)) / (costs.accum - 1)):
         return float("inf")
@@ -61,14 +61,14 @@ class _Relaxed:
         self.busy = costs.seconds + (before + costs.link_s.min(axis=2))[..., None]
         self.slots = np.array(costs.slots)
         self.links = float(costs.link_s.min(axis=(1, 2)).sum())
-        self.kept = (costs.redone == 0).sum(axis=-1)  # layers that need no recomputation, (P, C)
+        self.kept = (costs.redone == 0).sum(axis=-1)  # places that need no recomputation, (P, C)
 
     def fits(self, pace: float = np.inf) -> bool:
         """Whether stages, each on the class that is best for all, take every layer: the dual of that assignment."""
         most = self._most(pace)
         if not (most.max(axis=1, where=self.slots > 0, initial=0) > 0).all():
             return False
-        return _most_taken(most, self.slots, self.costs.num_layers) >= self.costs.num_layers
+        return _most_taken(most, self.slots, self.costs.num_places) >= self.costs.num_places
 
     def least_pace(self) -> float | None:
         values = np.unique(self.busy[np.isfinite(self.busy)])
@@ -84,10 +84,12 @@ class _Relaxed:
         """Σ, each class taking as many layers as its stages hold under `pace`, those without recomputation first."""
         costs, most = self.costs, self._most(pace)
         usable = self.slots > 0
+        bare = np.array(costs.bare, np.int64)
         offers: list[tuple[float, int]] = []
         for c in np.flatnonzero(usable):
-            room = _largest(most[:, c], self.slots[c])
-            kept = _largest(np.minimum(most[:, c], self.kept[:, c]), self.slots[c])
+            layers = np.maximum(most[:, c] - bare, 0)
+            room = _largest(layers, self.slots[c])
+            kept = _largest(np.minimum(layers, np.maximum(self.kept[:, c] - bare, 0)), self.slots[c])
             layer = float(costs.layer_s[:, c].min())
             offers += [(layer, kept), (layer + float(costs.redo_s[:, c].min()), room - kept)]
         total, left = float(costs.fixed_s[:, usable].min(axis=1).sum()) + self.links, costs.num_layers

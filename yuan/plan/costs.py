@@ -24,12 +24,16 @@ class Costs:
 
     A stage of l layers, r of them recomputed, takes fixed_bytes + l · layer_bytes - r · saved_bytes, and extra_bytes if
     r > 0; a micro-batch fixed_s + l · layer_s + r · redo_s; and after the last one finish_fixed_s + l · finish_layer_s.
-    No layer saves more than it needs, so what fits with some layers fits with fewer.
+    No layer saves more than it needs, so what fits with some layers fits with fewer. A bare stage may have no layer, as
+    the last, which holds norm and head. Places count its layers and one more, so that every stage has at least one
+    place. (The first stage needs a layer: DeepSpeed reduces gradient norms group by group, and an embedding alone has
+    no group of parameters without decay.)
     link_s (P, C, C) is between a stage of the first class and the next stage of the second; the last row is zero.
     """
 
     num_layers: int
     accum: int
+    bare: tuple[bool, ...]
     slots: tuple[int, ...]
     capacity: Ints
     fixed_bytes: Ints
@@ -53,17 +57,26 @@ class Costs:
 
     @property
     def has_places(self) -> bool:
-        """Whether there is a layer for every stage and a device for every stage."""
-        return self.num_stages <= min(self.num_layers, sum(self.slots))
+        """Whether there is a layer for every stage that needs one, and a device for every stage."""
+        return self.num_stages <= min(self.num_places, sum(self.slots))
+
+    @property
+    def num_places(self) -> int:
+        return self.num_layers + sum(self.bare)
+
+    @cached_property
+    def places(self) -> Ints:
+        """The numbers of places a stage may have: 1 up to what leaves one for every other stage."""
+        return np.arange(1, max(self.num_places - self.num_stages + 2, 1))
 
     @cached_property
     def layers(self) -> Ints:
-        """The numbers of layers a stage may hold: 1 up to what leaves one for every other stage."""
-        return np.arange(1, max(self.num_layers - self.num_stages + 2, 1))
+        """The numbers of layers that go with `places`, (P, 1, places)."""
+        return (self.places - np.array(self.bare, np.int64)[:, None])[:, None, :]
 
     @cached_property
     def redone(self) -> Ints:
-        """The fewest layers to recompute so that a stage fits, (P, C, layers); NEVER if it does not."""
+        """The fewest layers to recompute so that a stage fits, (P, C, places); NEVER if it does not."""
         need = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * self.layers - self.capacity[..., None]
         need_more, saved = need + self.extra_bytes[..., None], np.maximum(self.saved_bytes, 1)[..., None]
         redone = np.where(need <= 0, 0, -(-need_more // saved))
@@ -72,14 +85,24 @@ class Costs:
 
     @cached_property
     def seconds(self) -> Floats:
-        """One micro-batch on a stage, (P, C, layers); infinite where the stage does not fit."""
+        """One micro-batch on a stage, (P, C, places); infinite where the stage does not fit."""
         seconds = self.fixed_s[..., None] + self.layer_s[..., None] * self.layers + self.redo_s[..., None] * self.redone
         return np.where(self.redone == NEVER, np.inf, seconds)
 
     @cached_property
     def finish(self) -> Floats:
-        """What follows the last micro-batch, (P, C, layers)."""
+        """What follows the last micro-batch, (P, C, places)."""
         return self.finish_fixed_s[..., None] + self.finish_layer_s[..., None] * self.layers
+
+    def places_of(self, layers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n + is_bare for n, is_bare in zip(layers, self.bare, strict=True))
+
+    def layers_of(self, places: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n - is_bare for n, is_bare in zip(places, self.bare, strict=True))
+
+    def fewest_redone(self, stage: int, device: int, layers: int) -> int:
+        """The fewest layers to recompute so that a stage fits; NEVER if it does not."""
+        return int(self.redone[stage, device, layers - 1 + self.bare[stage]])
 
     def bytes(self, stage: int, device: int, layers: int, redone: int) -> int:
         at = (stage, device)
@@ -128,6 +151,7 @@ def costs_of(work: Work, grid: Grid, groups: Sequence[Group]) -> Costs:
     return Costs(
         num_layers=work.model.num_layers,
         accum=grid.grad_accum_steps,
+        bare=(*(False for _ in stages[:-1]), grid.pipeline_size > 1),
         slots=tuple(group.count // grid.data_size for group in groups),
         capacity=np.broadcast_to(np.array([int(g.memory_gib * GIB) for g in groups], np.int64), nothing.shape),
         fixed_bytes=nothing,

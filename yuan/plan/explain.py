@@ -116,7 +116,7 @@ def _even(chosen: Candidate, costs: Costs) -> str:
     classes = chosen.layout.classes
     if even == chosen.layout.layers:
         return "It is the even split."
-    short = [s for s, (c, n) in enumerate(zip(classes, even, strict=True)) if costs.redone[s, c, n - 1] == NEVER]
+    short = [s for s, (c, n) in enumerate(zip(classes, even, strict=True)) if costs.fewest_redone(s, c, n) == NEVER]
     if short:
         s = short[0]
         need = min(costs.bytes(s, classes[s], even[s], r) for r in range(even[s] + 1)) / GIB

@@ -158,6 +158,7 @@ def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
     return Costs(
         num_layers=FIG_3_LAYERS,
         accum=p,
+        bare=(False,) * p,
         slots=(p,),
         capacity=zero + 10**15,
         fixed_bytes=fixed,

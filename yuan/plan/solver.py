@@ -87,32 +87,32 @@ class Program:
         p, c = costs.num_stages, costs.num_classes
         self.counts = tuple(min(slots, p) + 1 for slots in costs.slots[:-1])
         before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])
-        # (P, previous, own, next, layers): a stage's time for a micro-batch with both links
+        # (P, previous, own, next, places): a stage's time for a micro-batch with both links
         self.busy = costs.seconds[:, None, :, None, :] + before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
 
     @property
     def size(self) -> int:
         """Cells the exact program visits."""
         c = self.costs
-        return int(np.prod(self.counts, dtype=np.int64)) * c.num_stages * c.num_classes**3 * (c.num_layers + 1)
+        return int(np.prod(self.counts, dtype=np.int64)) * c.num_stages * c.num_classes**3 * (c.num_places + 1)
 
     def thresholds(self) -> Floats:
         """Every value the slowest stage's time can have."""
         found: Floats = np.unique(self.busy[np.isfinite(self.busy)])
         return found
 
-    def most_layers(self, slowest: float, finish: float) -> Ints:
-        """The most layers of a stage under both thresholds, (P, previous, own, next)."""
+    def most_places(self, slowest: float, finish: float) -> Ints:
+        """The most places of a stage under both thresholds, (P, previous, own, next)."""
         allowed = (self.busy <= slowest) & np.isfinite(self.busy) & (self.costs.finish[:, None, :, None, :] <= finish)
-        most: Ints = allowed.sum(axis=-1)  # time and memory grow with layers, so what is allowed begins at 1
+        most: Ints = allowed.sum(axis=-1)  # time and memory grow with places, so what is allowed begins at 1
         return most
 
     def is_feasible(self, slowest: float = np.inf, finish: float = np.inf) -> bool:
-        room = self.room(self.most_layers(slowest, finish))[0]
-        return bool(self._begin(room, -np.inf).max() >= self.costs.num_layers)
+        room = self.room(self.most_places(slowest, finish))[0]
+        return bool(self._begin(room, -np.inf).max() >= self.costs.num_places)
 
     def room(self, most: Ints) -> list[Floats]:
-        """For each stage, how many layers it and its followers can take at most, (K..., previous, own)."""
+        """For each stage, how many places it and its followers can take at most, (K..., previous, own)."""
         tables: list[Floats] = []
         for stage in reversed(range(self.costs.num_stages)):
             own = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
@@ -124,40 +124,40 @@ class Program:
         return tables[::-1]
 
     def sums(self, most: Ints) -> list[Floats]:
-        """For each stage, the least time of it and its followers by layers left, (K..., previous, own, L + 1)."""
+        """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1)."""
         costs = self.costs
         tables: list[Floats] = []
-        shape = (*self.counts, costs.num_classes, costs.num_classes, costs.num_layers + 1)
+        shape = (*self.counts, costs.num_classes, costs.num_classes, costs.num_places + 1)
         for stage in reversed(range(costs.num_stages)):
             table = np.full(shape, np.inf)
             sizes = range(1, int(most[stage].max()) + 1)
             if not tables:
-                for layers in sizes:
-                    table[..., layers] = self._price(most, stage, 0, layers)
+                for places in sizes:
+                    table[..., places] = self._price(most, stage, 0, places)
             for n in self._classes() if tables else ():
                 follows = self._after(tables[-1][..., n, :], n, np.inf)
-                for layers in sizes:
-                    price, cell = self._price(most, stage, n, layers), table[..., layers:]
+                for places in sizes:
+                    price, cell = self._price(most, stage, n, places), table[..., places:]
                     np.minimum(cell, price[..., None] + follows[..., None, :, : cell.shape[-1]], out=cell)
             tables.append(self._masked(table, stage, tail=3, bad=np.inf))
         return tables[::-1]
 
-    def _price(self, most: Ints, stage: int, following: int, layers: int) -> Floats:
-        """Time of a stage and the link behind it, (previous, own); infinite where it may not hold so many layers."""
-        seconds = self.costs.seconds[stage, :, layers - 1] + self.costs.link_s[stage, :, following]
-        allowed = most[stage] >= layers
+    def _price(self, most: Ints, stage: int, following: int, places: int) -> Floats:
+        """Time of a stage and the link behind it, (previous, own); infinite where it may not hold so many places."""
+        seconds = self.costs.seconds[stage, :, places - 1] + self.costs.link_s[stage, :, following]
+        allowed = most[stage] >= places
         allowed = allowed.any(axis=-1) if stage == self.costs.num_stages - 1 else allowed[..., following]
         return np.where(allowed, seconds, np.inf)
 
     def walk(self, tables: list[Floats], most: Ints) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Layers and classes of the lexicographically first of the least sums; None if there is none."""
+        """Places and classes of the lexicographically first of the least sums; None if there is none."""
         costs = self.costs
-        start = self._begin(tables[0], np.inf)[:, costs.num_layers]
+        start = self._begin(tables[0], np.inf)[:, costs.num_places]
         if not np.isfinite(start.min()):
             return None
         own = int(np.argmax(start <= start.min() * (1 + TIE)))
         counts = tuple(int(own == n) for n in range(len(self.counts)))
-        previous, left, layers, classes = 0, costs.num_layers, [], [own]
+        previous, left, places, classes = 0, costs.num_places, [], [own]
         for stage in range(costs.num_stages - 1):
             goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE)
             chosen, n = next(
@@ -171,12 +171,12 @@ class Program:
             counts = self._step(counts, n) or counts
             left -= chosen
             previous, own = own, n
-            layers.append(chosen)
+            places.append(chosen)
             classes.append(n)
-        return (*layers, left), tuple(classes)
+        return (*places, left), tuple(classes)
 
     def roomiest(self, rooms: list[Floats], most: Ints) -> tuple[int, ...]:
-        """Classes of a sequence of stages that takes the most layers."""
+        """Classes of a sequence of stages that takes the most places."""
         start = self._begin(rooms[0], -np.inf)
         own = int(start.argmax())
         counts, previous, classes = tuple(int(own == n) for n in range(len(self.counts))), 0, [own]
@@ -277,7 +277,7 @@ class _Search:
                 low = middle + 1
         bound = least_sum + more * float(thresholds[low])
         if not self.is_exact:
-            most = program.most_layers(thresholds[low], finish)
+            most = program.most_places(thresholds[low], finish)
             sequence = program.roomiest(program.room(most), most)
             inner = _Search(costs.on_sequence(sequence))._under(finish, float("inf"))
             if inner is None:
@@ -314,12 +314,12 @@ class _Search:
 
     def _at(self, slowest: float, finish: float) -> tuple[Layout, float] | None:
         """The least sum under both thresholds, as a layout and its time without finishing."""
-        most = self.program.most_layers(slowest, finish)
+        most = self.program.most_places(slowest, finish)
         walked = self.program.walk(self.program.sums(most), most)
         if walked is None:
             return None
-        layout = _layout(self.costs, *walked)
-        return layout, layout.seconds - _finish(self.costs, *walked)
+        layout = _layout(self.costs, self.costs.layers_of(walked[0]), walked[1])
+        return layout, layout.seconds - _finish(self.costs, layout.layers, layout.classes)
 
     def leanest(self, best: Layout) -> Layout:
         """Cap the memory as low as the best time allows; only what some stage can take is tried as a cap."""
@@ -356,12 +356,8 @@ def _with_bound(layout: Layout, bound: float) -> Layout:
     return Layout(**{**vars(layout), "lower_bound": bound})
 
 
-def _redone(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(costs.redone[s, c, n - 1]) for s, (n, c) in enumerate(zip(layers, classes, strict=True)))
-
-
 def _layout(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> Layout:
-    redone = _redone(costs, layers, classes)
+    redone = tuple(int(fewest) for fewest in _of(costs, costs.redone, layers, classes))
     assert NEVER not in redone, "the program places no layers that do not fit"
     seconds = step_seconds(costs, layers, classes)
     peak = max(costs.bytes(s, c, n, r) for s, (n, c, r) in enumerate(zip(layers, classes, redone, strict=True)))
@@ -382,7 +378,13 @@ def busy_seconds(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]
 
 
 def _own(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
-    return [float(costs.seconds[s, c, n - 1]) for s, (n, c) in enumerate(zip(layers, classes, strict=True))]
+    return _of(costs, costs.seconds, layers, classes)
+
+
+def _of(costs: Costs, table: Floats | Ints, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
+    """Each stage's entry of a table by stage, class and places."""
+    places = costs.places_of(layers)
+    return [float(table[s, c, n - 1]) for s, (n, c) in enumerate(zip(places, classes, strict=True))]
 
 
 def _links(costs: Costs, classes: tuple[int, ...]) -> list[float]:
@@ -394,7 +396,7 @@ def _slowest(costs: Costs, layout: Layout) -> float:
 
 
 def _finish(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
-    return max(float(costs.finish[s, c, n - 1]) for s, (n, c) in enumerate(zip(layers, classes, strict=True)))
+    return max(_of(costs, costs.finish, layers, classes))
 
 
 def _least_sum(costs: Costs) -> float:
