@@ -3,6 +3,7 @@
 A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median.
 """
 
+import contextlib
 import json
 import random
 import statistics
@@ -141,3 +142,10 @@ def peak_memory_mib(work: Callable[[], object]) -> float:
 def _status_kib(name: str) -> int:
     with open("/proc/self/status") as file:
         return int(next(row for row in file if row.startswith(name)).split()[1])
+
+
+def deepspeeds_partitions() -> tuple[Callable[..., list[int]], Callable[..., list[int]]]:
+    """DeepSpeed's `partition_balanced` and `partition_uniform`; what it says when imported is kept from the figures."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from deepspeed.runtime.utils import partition_balanced, partition_uniform
+    return partition_balanced, partition_uniform

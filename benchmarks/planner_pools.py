@@ -10,7 +10,7 @@ import statistics
 import sys
 from itertools import combinations, pairwise, product
 
-from pairs import line, show
+from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig
 from yuan.plan.costs import NEVER, Costs, costs_of
@@ -20,6 +20,7 @@ from yuan.plan.pool import Pool, parse_pool
 from yuan.plan.search import Candidate, Limits, grids, search
 from yuan.plan.solver import step_seconds
 
+partition_balanced, _ = deepspeeds_partitions()
 POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything
 CLASSES = ("A100-40", "A100-80", "H100-80", "H200", "L40S")
 SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers, width
@@ -55,8 +56,6 @@ def of_split(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) ->
 
 def balanced(work: Work, stages: int) -> tuple[int, ...]:
     """Layers of each stage so that the largest number of parameters is smallest, as DeepSpeed's `parameters`."""
-    from deepspeed.runtime.utils import partition_balanced
-
     model = work.model
     ends = model.vocab_size * model.hidden_size
     bounds = partition_balanced([ends, *[model.layer_parameters] * model.num_layers, ends], stages)

@@ -12,8 +12,7 @@ from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
-from deepspeed.runtime.utils import partition_balanced, partition_uniform
-from pairs import line, show
+from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig, yuan_102b
 from yuan.plan.costs import costs_of
@@ -22,6 +21,7 @@ from yuan.plan.job import Grid, Work
 from yuan.plan.pool import parse_pool
 from yuan.plan.solver import solve
 
+partition_balanced, partition_uniform = deepspeeds_partitions()
 LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
 ROOM_GIB = 900_000  # computing only: memory is not to matter
 THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}

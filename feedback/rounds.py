@@ -126,6 +126,17 @@ def keep_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str
     return plan.body
 
 
+def picture_key(run_id: str) -> str:
+    """Where the object store keeps the drawing of a run's plan."""
+    return f"plans/{run_id}.svg"
+
+
+def planned_run(session: Session, number: int) -> str | None:
+    """The training run of a round that has a plan; None if there is no such round, or no plan yet."""
+    query = select(TrainingRun.id).join(Plan, Plan.round_id == TrainingRun.round_id).join(Round)
+    return session.scalar(query.where(Round.number == number))
+
+
 def training_run(session: Session, round_id: str) -> TrainingRun:
     """The round's training run, made at the first call."""
     run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == round_id))

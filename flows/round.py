@@ -14,6 +14,8 @@ from flows import intake, judging, training
 from flows.context import Context, open_context
 from flows.steps import show_table, step
 from infra.launch import alone
+from yuan.plan.record import Plan
+from yuan.plan.table import as_table
 
 collect = step(intake.collect, "collect")
 snapshot = step(intake.snapshot, "snapshot")
@@ -69,7 +71,9 @@ def run_steps(context: Context, round_id: str) -> str:
     show_table("collected", [collected])
     snapshot(context, round_id)
     plan = lay_out(context, round_id)
-    show_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in enumerate(plan.stages)])
+    stages = enumerate(plan.stages)
+    show_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in stages])
+    create_markdown_artifact(key="plan-explained", markdown=plan_text(context, round_id, plan))
     train(context, round_id, progress_reporter())
     register(context, round_id)
     evaluate(context, round_id)
@@ -119,6 +123,14 @@ def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for suite in decision.get("suites", [])
     ]
+
+
+def plan_text(context: Context, round_id: str, plan: Plan) -> str:
+    """The plan for people: its table and its drawing, which the portal serves."""
+    with context.sessions() as session:
+        number = rounds.find_round(session, round_id).number
+    picture = f"{context.settings.portal_url}/rounds/{number}/plan.svg"
+    return f"```text\n{as_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
 
 
 def decision_text(decision: dict[str, Any]) -> str:

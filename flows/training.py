@@ -22,7 +22,7 @@ from yuan.data.packing import pack
 from yuan.data.rows import Row, parse_rows
 from yuan.data.samples import encode_row
 from yuan.plan.job import Work
-from yuan.plan.planner import make_plan
+from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.record import Plan
 from yuan.plan.search import Limits
@@ -34,6 +34,7 @@ SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 128, 2, 8
 VOCAB_LIMIT, VOCAB_MULTIPLE = 1024, 64
 MAX_RESTARTS = 5
 REPORT_EVERY_S = 2.0
+PICTURE = "plan.svg"
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -72,6 +73,9 @@ def lay_out(context: Context, round_id: str) -> Plan:
     )
     samples = [encode_row(row, tokenizer) for row in rows]
     random.Random(spec.seed).shuffle(samples)
+    picture = draw_plan(Work.of(model, recipe), pool, plan)
+    (folder.path / PICTURE).write_text(picture)
+    context.objects.put(rounds.picture_key(run_id), picture.encode())
     folder.write(spec, pack(samples, seq_len=recipe.seq_len, pad=tokenizer.pad))
     log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
     return plan
@@ -163,7 +167,7 @@ def _tracked(context: Context, folder: RunFolder, run_id: str, number: int) -> s
     }
     context.tracker.log(mlflow_run, [], parameters)
     (folder.path / "plan.json").write_text(json.dumps(spec.plan.to_json(), indent=2))
-    for name in ("run.json", "plan.json"):
+    for name in ("run.json", "plan.json", PICTURE):
         context.tracker.log_artifact(mlflow_run, folder.path / name)
     return mlflow_run
 

@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from feedback.accounts import NotFound
 from feedback.api.access import Db
 from feedback.promotion import champion
-from feedback.tables import Round
+from feedback.rounds import picture_key, planned_run
+from feedback.tables import Plan, Round
+from infra.objects import Objects
 
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
@@ -24,6 +27,7 @@ class FrontPage:
 
     champion: int | None
     rounds: list[Round]
+    planned: set[str]
 
 
 @router.get("/", response_class=HTMLResponse)
@@ -31,6 +35,17 @@ def index(request: Request, session: Db) -> HTMLResponse:
     """The state of the programme for anybody."""
     page = front_page(session)
     return templates.TemplateResponse(request, "index.html", {"page": page})
+
+
+@router.get("/rounds/{number}/plan.svg")
+def plan_picture(number: int, request: Request, session: Db) -> Response:
+    """How a round's training was laid out: memory of each stage and a step of its pipeline. Open, as the front page."""
+    run_id = planned_run(session, number)
+    objects: Objects = request.app.state.objects
+    if run_id is None or not objects.exists(picture_key(run_id)):
+        raise NotFound(f"round {number} has no plan yet; see the front page for the rounds there are")
+    drawn = objects.get(picture_key(run_id))
+    return Response(drawn, media_type="image/svg+xml", headers={"Content-Security-Policy": "default-src 'none'"})
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -43,4 +58,5 @@ def docs(request: Request) -> HTMLResponse:
 def front_page(session: Session) -> FrontPage:
     """Gather the front page."""
     rounds = session.scalars(select(Round).order_by(Round.number.desc()).limit(SHOWN_ROUNDS)).all()
-    return FrontPage(champion(session), list(rounds))
+    planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_([one.id for one in rounds])))
+    return FrontPage(champion(session), list(rounds), set(planned))

@@ -1,4 +1,4 @@
-"""`cotrain plan | train | evaluate | generate | serve | export | import`: models and what is done with them."""
+"""`cotrain train | evaluate | generate | serve | export | import`: models and what is done with them."""
 
 import json
 import sys
@@ -7,59 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show
+from flows.cli.output import USAGE, Json, clear_errors, fail, show
 
 if TYPE_CHECKING:
     from flows.context import Context
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (plan, train, evaluate, generate, serve, export):
+    for command in (train, evaluate, generate, serve, export):
         app.command()(command)
     app.command(name="import")(import_)
-
-
-def plan(
-    model: Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")],
-    pool: Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")] = None,
-    objective: Annotated[str, typer.Option(help="time, or memory for the least on the fullest device")] = "time",
-    seq_len: Annotated[int | None, typer.Option(min=1, help="default: the model's")] = None,
-    global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
-    pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
-    data_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
-    full_logits: Annotated[bool, typer.Option("--full-logits", help="the plain loss, for comparison")] = False,
-    svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
-    as_json: Json = False,
-) -> None:
-    """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
-    from yuan.config import PRESETS
-    from yuan.plan.job import PUBLISHED_BATCH, Work, default_loss_block
-    from yuan.plan.planner import draw_plan, make_plan
-    from yuan.plan.pool import cpu_pool, load_pool
-    from yuan.plan.search import Limits
-    from yuan.plan.table import as_table
-
-    with clear_errors():
-        if model not in PRESETS:
-            raise fail(f"unknown model {model!r}; choose one of {', '.join(PRESETS)}", USAGE)
-        config = PRESETS[model]()
-        work = Work(
-            model=config,
-            seq_len=seq_len or config.seq_len,
-            global_batch_size=global_batch_size or PUBLISHED_BATCH.get(model, 64),
-            precision=precision,  # type: ignore[arg-type]
-            loss_block=None if full_logits else default_loss_block(config),
-        )
-        limits = Limits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
-        parsed = load_pool(pool) if pool else cpu_pool()
-        made = make_plan(work, parsed, limits, objective)  # type: ignore[arg-type]
-        if svg is not None:
-            svg.write_text(draw_plan(work, parsed, made))
-    show(made.to_json(), as_table(made), as_json)
-    if not made.feasible:
-        raise typer.Exit(FAILED)
 
 
 def train(
@@ -73,8 +30,8 @@ def train(
 
     with clear_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())
-        plan_ = folder.spec().plan
-        command = torchrun_command("yuan.train.run", folder.path, plan_.pipeline_size * plan_.data_size)
+        plan = folder.spec().plan
+        command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
         env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         with supervised(command, folder.path, env, "train.log") as process:
             status = process.wait()

@@ -73,9 +73,32 @@ def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
     assert json.loads(done.stdout)["feasible"] is False
 
 
+def test_a_new_plan_says_what_the_move_costs(tmp_path):
+    pool = str(ROOT / "benchmarks" / "pools" / "a100-96.toml")
+    made = cotrain("plan", "--model", "102b", "--pool", pool, "--json")
+    (tmp_path / "plan.json").write_text(made.stdout)
+    change = ["--current", str(tmp_path / "plan.json"), "--lost", "A100-80:1", "--svg", str(tmp_path / "plan.svg")]
+    done = cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
+    move = json.loads(done.stdout)["move"]
+    assert move["kept_step_seconds"] is None and "cannot go on" in move["explanation"]
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+
+
+def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
+    file = tmp_path / "pool.toml"
+    done = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["measured"]["forward_tflops"] > 0
+    planned = cotrain("plan", "--model", "tiny", "--pool", str(file), "--precision", "fp32", "--json")
+    assert "measured rates" in json.loads(planned.stdout)["explanation"]
+
+
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
+        (["plan", "--model", "tiny", "--lost", "cpu-process"], 1, "a change is written CLASS:N"),
+        (["plan", "--model", "tiny", "--lost", "gpu:1"], 1, "it has cpu-process"),
+        (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version is a number"),

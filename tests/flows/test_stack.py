@@ -54,6 +54,15 @@ def test_a_round_outlives_kills_and_counts_nothing_twice(first, operator):
     assert first.status["bounds"] == [0, 2, 3]
 
 
+def test_the_portal_draws_the_plan_of_a_round(first, stack):
+    url = f"{stack.settings.portal_url}/rounds/{first.number}/plan.svg"
+    drawn = httpx.get(url)
+    assert drawn.headers["content-type"] == "image/svg+xml" and "2 layers" in drawn.text
+    assert f"/rounds/{first.number}/plan.svg" in httpx.get(stack.settings.portal_url).text
+    missing = httpx.get(url.replace(f"/{first.number}/", "/999/"))
+    assert missing.status_code == 404 and "round 999 has no plan" in missing.json()["error"]["message"]
+
+
 def test_the_consumer_pulls_the_champion_in_a_fresh_process(first, stack, tmp_path):
     code = """
 import sys, mlflow

@@ -29,6 +29,7 @@ def test_a_written_pool_reads_the_same(tmp_path):
         "forward_tflops": 160.5,
         "backward_tflops": 170.0,
         "head_tflops": 150.0,
+        "embedding_gb_s": 1200.0,
         "optimizer_gb_s": 900.0,
     }
     pool = parse_pool({"name": "p", "group": [{**A100, "measured": measured}, {"device_class": "H200", "count": 4}]})

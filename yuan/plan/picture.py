@@ -41,8 +41,9 @@ def _memory(plan: Plan, pool: Pool) -> Iterator[str]:
     colours = {name: COLOURS[min(n, len(COLOURS) - 1)] for n, name in enumerate(names)}
     yield f'<text x="{LEFT}" y="14" font-size="13">Memory of a device of each stage, GiB</text>'
     x: float = LEFT
-    for name in names[: len(COLOURS) - 1]:
-        yield f'<rect x="{x}" y="22" width="9" height="9" fill="{colours[name]}"/>'
+    shown = {name: colours[name] for name in names[: len(COLOURS) - 1]}
+    for name, colour in [*shown.items(), *([("others", COLOURS[-1])] if len(names) > len(shown) else [])]:
+        yield f'<rect x="{x}" y="22" width="9" height="9" fill="{colour}"/>'
         yield f'<text x="{x + 12}" y="30" font-size="9">{name.replace("_", " ")}</text>'
         x += 22 + 5 * len(name)
     for n, stage in enumerate(plan.stages):

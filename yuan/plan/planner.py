@@ -11,7 +11,7 @@ from yuan.plan.picture import draw
 from yuan.plan.pool import Group, Pool
 from yuan.plan.record import Plan, Stage
 from yuan.plan.score import score
-from yuan.plan.search import Candidate, Limits, check_limits, search
+from yuan.plan.search import KEPT, Candidate, Limits, check_limits, search
 from yuan.plan.simulate import Timeline, simulate
 from yuan.plan.timing import compute_seconds, forward_seconds, transfer_seconds
 
@@ -20,7 +20,13 @@ UNLIMITED_GIB = 900_000.0  # below what a pool file may say at most
 
 
 def make_plan(
-    work: Work, pool: Pool, limits: Limits = Limits(), objective: Objective = "time", *, explained: bool = True
+    work: Work,
+    pool: Pool,
+    limits: Limits = Limits(),
+    objective: Objective = "time",
+    *,
+    explained: bool = True,
+    kept: int = KEPT,
 ) -> Plan:
     """The best way to train `work` on `pool`: sizes, layers, recomputed layers and device class of each stage.
 
@@ -30,6 +36,7 @@ def make_plan(
 
     Args:
         limits: pipeline, data or micro-batch size where it must be a given one.
+        kept: how many of the best are simulated.
         explained: whether to also work out what an even split would cost and what a change of the pool would bring.
 
     Returns:
@@ -41,7 +48,7 @@ def make_plan(
     if objective not in get_args(Objective):
         raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
     check_limits(work, pool, limits)
-    found = search(work, pool, limits, objective)
+    found = search(work, pool, limits, objective, kept=kept)
     if not found.candidates:
         return _infeasible(work, pool, limits, objective)
     first = found.candidates[0]

@@ -30,11 +30,12 @@ class Measured:
     forward_tflops: float
     backward_tflops: float
     head_tflops: float
+    embedding_gb_s: float
     optimizer_gb_s: float
     overhead_us: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("forward_tflops", "backward_tflops", "head_tflops", "optimizer_gb_s"):
+        for field in ("forward_tflops", "backward_tflops", "head_tflops", "embedding_gb_s", "optimizer_gb_s"):
             _check_positive(f"the measured {field}", getattr(self, field))
         _check_not_negative("the measured overhead_us", self.overhead_us)
 

@@ -14,6 +14,7 @@ from yuan.plan.timing import GIGA
 
 STATE_BYTES = 12  # a parameter's master weight and two moments, which a checkpoint holds; the bf16 copy is made of them
 WORTH = 1e-4  # a share of the step's time below which a gain is none
+SIMULATED = 3  # candidates; fewer than for a first plan, since a pool with a gap waits for it
 RESTART_S = 60.0  # ending the processes, starting them, building groups and engine
 
 
@@ -47,7 +48,7 @@ def replan(work: Work, current: Plan, pool: Pool, limits: Limits = Limits(), *, 
     Raises:
         ValueError: if the limits contradict the model or the pool.
     """
-    plan = make_plan(work, pool, limits, explained=False)
+    plan = make_plan(work, pool, limits, explained=False, kept=SIMULATED)
     kept = _kept_seconds(work, current, pool)
     moved = _moved_layers(current, plan)
     parameters = work.model.layer_parameters

@@ -207,16 +207,19 @@ def grids(work: Work, pool: Pool, limits: Limits) -> Iterator[Grid]:
 
 def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
     """No layout on the grid takes a shorter step: all stages equally busy on the fastest devices, nothing sent."""
-    layer = {group: float(compute_seconds(work, grid, group, 0, 1, 0)) for group in groups}
+
+    def seconds(group: Group, stage: int, layers: int) -> float:
+        return float(compute_seconds(work, grid, group, stage, layers, 0))
+
+    last = grid.pipeline_size - 1
+    layer = {group: seconds(group, last, 1) - seconds(group, last, 0) for group in groups}
     fastest = sorted(groups, key=layer.__getitem__)
     left, pace = grid.pipeline_size, 0.0
     for group in fastest:
         used = min(left, group.count // grid.data_size)
         pace += used / layer[group]
         left -= used
-    quickest = fastest[0]
-    last = grid.pipeline_size - 1
-    head = float(compute_seconds(work, grid, quickest, last, 1, 0)) - layer[quickest] if last else 0.0
-    total = work.model.num_layers * layer[quickest] + head
-    slowest = (work.model.num_layers + head / layer[quickest]) / pace
-    return total + (grid.grad_accum_steps - 1) * max(slowest, layer[quickest])
+    head = min(seconds(group, last, 0) for group in groups)
+    total = work.model.num_layers * layer[fastest[0]] + head
+    slowest = (work.model.num_layers + head / layer[fastest[-1]]) / pace
+    return total + (grid.grad_accum_steps - 1) * slowest

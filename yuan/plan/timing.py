@@ -23,16 +23,18 @@ from yuan.plan.pool import Group
 
 Floats = npt.NDArray[np.float64]
 OPTIMIZER_BYTES = 28  # AdamW reads and writes master weight and two moments, reads the gradient
+EMBEDDING_PASSES = 4  # a gradient for the whole table: written, read, and added to one that is read and written
 MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device class does in a second: FLOPs of a layer forward and backward and of the head, optimizer bytes."""
+    """What a device class does in a second: FLOPs of a layer and of the head, bytes of embedding and optimizer."""
 
     forward: float
     backward: float
     head: float
+    embedding: float
     optimizer: float
     overhead_s: float
     is_measured: bool
@@ -50,6 +52,7 @@ def rates_of(group: Group, work: Work) -> Rates:
             m.forward_tflops * TERA,
             m.backward_tflops * TERA,
             m.head_tflops * TERA,
+            m.embedding_gb_s * GIGA,
             m.optimizer_gb_s * GIGA,
             m.overhead_us * MICRO,
             True,
@@ -57,13 +60,14 @@ def rates_of(group: Group, work: Work) -> Rates:
     rate = group.sustained_tflops
     if work.precision == "fp32" and group.fp32_tflops is not None:
         rate = group.fp32_tflops
-    return Rates(rate * TERA, rate * TERA, rate * TERA, group.memory_gb_s * GIGA, 0.0, False)
+    memory = group.memory_gb_s * GIGA
+    return Rates(rate * TERA, rate * TERA, rate * TERA, memory, memory, 0.0, False)
 
 
 def compute_seconds(
     work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int, recompute: Ints | int
 ) -> Floats:
-    """One micro-batch on a stage: every layer forward and backward, the recomputed ones forward again, the head.
+    """One micro-batch on a stage: every layer forward and backward, the recomputed ones forward again, embedding, head.
 
     Args:
         stage, layers, recompute: numbers, or arrays that broadcast together.
@@ -71,11 +75,18 @@ def compute_seconds(
     rates, tokens = rates_of(group, work), work.seq_len * grid.micro_batch_size
     layer = tokens * layer_forward(work.model, work.seq_len)
     head = 3 * tokens * head_forward(work.model) / rates.head
-    last = np.asarray(stage) == grid.pipeline_size - 1
+    embedding = embedding_bytes(work, tokens) / rates.embedding
+    first, last = np.asarray(stage) == 0, np.asarray(stage) == grid.pipeline_size - 1
     layers, recompute = np.asarray(layers), np.asarray(recompute)
     per_layer = (layers + recompute) / rates.forward + 2 * layers / rates.backward
-    seconds: Floats = layer * per_layer + head * last + rates.overhead_s
+    seconds: Floats = layer * per_layer + head * last + embedding * first + rates.overhead_s
     return seconds
+
+
+def embedding_bytes(work: Work, tokens: int) -> int:
+    """What the embedding moves for a micro-batch: rows out, gradients in, a dense gradient made and added to one."""
+    model = work.model
+    return work.bytes_per_value * model.hidden_size * (3 * tokens + EMBEDDING_PASSES * model.vocab_size)
 
 
 def forward_seconds(work: Work, grid: Grid, group: Group, stage: int, layers: int) -> float:

@@ -30,13 +30,13 @@ STATUS_EVERY_S = 2.0
 KEEP_CHECKPOINTS = 2
 
 
-def start_distributed(spec: RunSpec) -> None:
+def start_distributed(planned: int) -> None:
     """Join the process group that torchrun prepared.
 
     Raises:
         ValueError: if the number of processes is not that of the plan.
     """
-    world, planned = int(os.environ["WORLD_SIZE"]), spec.plan.pipeline_size * spec.plan.data_size
+    world = int(os.environ["WORLD_SIZE"])
     if world != planned:
         raise ValueError(f"the plan needs {planned} processes, got {world}; start with --nproc-per-node {planned}")
     # DeepSpeed would compile a shared-memory op at this point, which needs a compiler; gloo does without.
@@ -65,6 +65,21 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def start_engine(module: PlannedPipeline, recipe: Recipe, data_size: int) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer; matrices decay, biases and norms do not (official optimizer/__init__.py)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=module,
+        model_parameters=[
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2)),
+        config=deepspeed_config(recipe, data_size),
+    )
+    return engine, optimizer
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -117,23 +132,8 @@ class Trainer:
         )
         if spec.parent is not None:
             load_weights(self.module, Source(folder.parent), spec.model.num_layers)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.module,
-            model_parameters=self._parameter_groups(),
-            optimizer=lambda groups: torch.optim.AdamW(
-                groups, lr=self.recipe.learning_rate, betas=(self.recipe.beta1, self.recipe.beta2)
-            ),
-            config=deepspeed_config(self.recipe, spec.plan.data_size),
-        )
+        self.engine, self.optimizer = start_engine(self.module, self.recipe, spec.plan.data_size)
         self.step = self._resume()
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Matrices decay, biases and norms do not (official optimizer/__init__.py)."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.recipe.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
 
     def run(self) -> None:
         """Train to the last step and export; does nothing again that is already done."""

@@ -1,6 +1,6 @@
-"""Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`.
+"""Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`; or of a measurement, see `yuan.train.measure`.
 
-Can be killed at any instant and started again on the same folder; it goes on from the last
+A run can be killed at any instant and started again on the same folder; it goes on from the last
 committed checkpoint with the same order of data.
 """
 
@@ -15,6 +15,8 @@ from infra.launch import alone, leave_with_parent
 from infra.logs import configure_logging
 from yuan.train.engine import Trainer, start_distributed, stop_distributed
 from yuan.train.folder import RunFolder
+from yuan.train.measure import measure
+from yuan.train.request import REQUEST
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +26,14 @@ def main() -> int:
     leave_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = RunFolder(Path(sys.argv[1]).resolve())
+    if (folder.path / REQUEST).exists():
+        measure(folder.path)
+        stop_distributed()
+        return 0
     spec = folder.spec()
     # A rank of an earlier start may be dying still; two of them must not write the same files.
     with alone(folder.path / f".rank-{os.environ['RANK']}.lock"):
-        start_distributed(spec)
+        start_distributed(spec.plan.pipeline_size * spec.plan.data_size)
         Trainer(folder, spec).run()
         stop_distributed()
     return 0

@@ -1,0 +1,126 @@
+"""How long planning takes, and how it grows: `python benchmarks/planner_speed.py [PICTURE.svg]`, two minutes.
+
+Whole plans without their explanation, 102B, S 4,096, batch 1,152 (larger pools: as many samples as devices, in steps of
+1,152). The picture has seconds over devices.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pairs import line, show
+
+from yuan.config import yuan_102b
+from yuan.plan.costs import costs_of
+from yuan.plan.job import Grid, Work, default_loss_block
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import Pool, parse_pool
+from yuan.plan.record import Plan
+from yuan.plan.replan import changed, replan, slowed
+from yuan.plan.solver import solve
+
+GROWTH = {
+    "A100-80": (64, 256, 1_000, 4_000, 10_000),
+    "A100-80 and H200": (64, 256, 1_000, 4_000, 10_000),
+}
+
+
+def pool_of(**counts: int) -> Pool:
+    return parse_pool({"name": "pool", "group": [{"device_class": name, "count": n} for name, n in counts.items()]})
+
+
+def work_of(devices: int = 0) -> Work:
+    model = yuan_102b()
+    return Work(
+        model=model,
+        seq_len=4096,
+        global_batch_size=1152 * max(1, math.ceil(devices / 1152)),
+        precision="bf16",
+        loss_block=default_loss_block(model),
+    )
+
+
+def timed(name: str, goal: float | None, work: Callable[[], Plan]) -> tuple[bool, float]:
+    begun = time.perf_counter()
+    plan = work()
+    seconds = time.perf_counter() - begun
+    says = line(
+        name,
+        round(seconds, 3),
+        "s",
+        goal=None if goal is None else f"{goal} s",
+        ok=None if goal is None else seconds <= goal,
+    )
+    ok = show({**says, "gap": plan.gap, "step_seconds": round(plan.step_seconds, 3)})
+    return ok, seconds
+
+
+def split_84_over_32() -> bool:
+    pool, work = pool_of(**{"A100-80": 96}), work_of()
+    grid = Grid(pipeline_size=32, data_size=3, micro_batch_size=1, grad_accum_steps=384)
+    begun = time.perf_counter()
+    found = solve(costs_of(work, grid, pool.groups))
+    seconds = time.perf_counter() - begun
+    assert found is not None
+    return show(line("84 layers over 32 stages, one grid", round(seconds, 4), "s", goal="0.1 s", ok=seconds <= 0.1))
+
+
+def main() -> int:
+    ok = split_84_over_32()
+    two, three = {"A100-80": 128, "H200": 128}, {"A100-40": 256, "A100-80": 256, "H200": 512}
+    ok &= timed("96 devices", None, lambda: make_plan(work_of(), pool_of(**{"A100-80": 96}), explained=False))[0]
+    ok &= timed("256 devices of two classes", 5, lambda: make_plan(work_of(), pool_of(**two), explained=False))[0]
+    ok &= timed("the same, explained", None, lambda: make_plan(work_of(), pool_of(**two)))[0]
+    ok &= timed("1,024 devices of three", 30, lambda: make_plan(work_of(), pool_of(**three), explained=False))[0]
+    pool = pool_of(**{"A100-80": 96})
+    one = make_plan(work_of(), pool, explained=False)
+    for name, after in (
+        ("a lost device", changed(pool, {"A100-80": -1})),
+        ("eight more", changed(pool, {"A100-80": 8})),
+        ("a slow one", slowed(pool, "A100-80", one.data_size, 0.7)),
+    ):
+        ok &= timed(f"new plan for 96 devices and {name}", 1, lambda after=after: replan(work_of(), one, after).plan)[0]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for classes, sizes in GROWTH.items():
+        for size in sizes:
+            names = classes.split(" and ")
+            grown = pool_of(**{name: size // len(names) for name in names})
+            seconds = timed(
+                f"{size:,} devices, {classes}",
+                None,
+                lambda grown=grown, size=size: make_plan(work_of(size), grown, explained=False),
+            )[1]
+            curves.setdefault(classes, []).append((size, seconds))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(picture(curves))
+    return 0 if ok else 1
+
+
+def picture(curves: dict[str, list[tuple[int, float]]]) -> str:
+    """Both axes logarithmic, 10 to 100,000 devices and 0.01 to 100 s."""
+
+    def at(devices: float, seconds: float) -> str:
+        return f"{60 + 140 * (math.log10(devices) - 1):.1f},{260 - 60 * (math.log10(seconds) + 2):.1f}"
+
+    lines = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 290" font-family="sans-serif" font-size="12">',
+        '<rect width="700" height="290" fill="white"/><text x="60" y="14">Seconds to plan 102B, by devices</text>',
+    ]
+    for power in range(1, 6):
+        x = at(10**power, 1).split(",")[0]
+        lines.append(f'<path d="M{x} 20V260" stroke="#ddd"/><text x="{x}" y="278">{10**power:,}</text>')
+    for power in range(-2, 3):
+        y = at(10, 10.0**power).split(",")[1]
+        lines.append(f'<path d="M60 {y}H620" stroke="#ddd"/><text x="20" y="{y}">{10.0**power:g}</text>')
+    for n, (name, points) in enumerate(curves.items()):
+        colour = ("#4878a8", "#d89048")[n % 2]
+        path = " ".join(at(devices, seconds) for devices, seconds in points)
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(f'<text x="80" y="{40 + 16 * n}" fill="{colour}">{name}</text>')
+    return "\n".join([*lines, "</svg>\n"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""`cotrain plan | calibrate`: how a model lies on a pool, and how fast the devices at hand are."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show, stderr
+
+if TYPE_CHECKING:
+    from yuan.config import ModelConfig
+    from yuan.plan.job import Work
+    from yuan.plan.pool import Group, Pool
+    from yuan.plan.replan import Replan
+    from yuan.plan.search import Limits
+
+Model = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
+PoolFile = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
+SeqLen = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
+Changes = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(plan)
+    app.command()(calibrate)
+
+
+def plan(
+    model: Model,
+    pool: PoolFile = None,
+    objective: Annotated[str, typer.Option(help="time, or memory for the least on the fullest device")] = "time",
+    seq_len: SeqLen = None,
+    global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
+    pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
+    data_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    full_logits: Annotated[bool, typer.Option("--full-logits", help="the plain loss, for comparison")] = False,
+    open_documents: Annotated[
+        bool, typer.Option("--open-documents", help="packed documents see each other: no attention mask")
+    ] = False,
+    current: Annotated[Path | None, typer.Option(help="JSON of the plan in use: also say what a move costs")] = None,
+    lost: Changes = None,
+    added: Changes = None,
+    slow: Annotated[list[str] | None, typer.Option(help="CLASS:N:SHARE, doing a share of the others' work")] = None,
+    svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
+    from yuan.plan.job import PUBLISHED_BATCH, Work, default_loss_block
+    from yuan.plan.planner import draw_plan, make_plan
+    from yuan.plan.search import Limits
+    from yuan.plan.table import as_table
+
+    with clear_errors():
+        config = _model(model)
+        work = Work(
+            model=config,
+            seq_len=seq_len or config.seq_len,
+            global_batch_size=global_batch_size or PUBLISHED_BATCH.get(model, 64),
+            precision=precision,  # type: ignore[arg-type]
+            loss_block=None if full_logits else default_loss_block(config),
+            isolate_documents=not open_documents,
+        )
+        limits = Limits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
+        changed = _changed(_pool(pool), lost or [], added or [], slow or [])
+        if current is None:
+            made, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
+        else:
+            move = _move(work, current, changed, limits)
+            made = move.plan
+        if svg is not None:
+            svg.write_text(draw_plan(work, changed, made))
+    data, text = made.to_json(), as_table(made)
+    if move is not None:
+        data["move"] = {key: value for key, value in asdict(move).items() if key != "plan"}
+        text = f"{text}\n{move.explanation}"
+    show(data, text, as_json)
+    if not made.feasible:
+        raise typer.Exit(FAILED)
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="the pool file to write")],
+    model: Model = "tiny",
+    pool: PoolFile = None,
+    device_class: Annotated[str | None, typer.Option(help="which class of the pool this machine has")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="default: GPUs here, else two")] = None,
+    seq_len: SeqLen = None,
+    micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Measure a layer, the head, links and whole steps on the devices here, and write a pool with these rates."""
+    from yuan.plan.pool import dump_pool
+
+    with clear_errors():
+        parsed = _pool(pool)
+        group = _group(parsed, device_class)
+        config = _model(model)
+        if out.exists():
+            raise ValueError(f"{out} exists already; choose another file")
+        measured = _measure(config, group, processes, seq_len or config.seq_len, micro_batch_size, precision)
+        groups = tuple(measured if other is group else other for other in parsed.groups)
+        out.write_text(dump_pool(replace(parsed, groups=groups)))
+    rates = asdict(measured)["measured"]
+    lines = [f"{name:>15}  {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in rates.items()]
+    text = "\n".join([*lines, f"written: {out}; next: cotrain plan --model {model} --pool {out}"])
+    show({"pool": str(out), "device_class": group.device_class, "measured": rates}, text, as_json)
+
+
+def _model(name: str) -> "ModelConfig":
+    from yuan.config import PRESETS
+
+    if name not in PRESETS:
+        raise fail(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}", USAGE)
+    return PRESETS[name]()
+
+
+def _pool(spec: str | None) -> "Pool":
+    from yuan.plan.pool import cpu_pool, load_pool
+
+    return load_pool(spec) if spec else cpu_pool()
+
+
+def _group(pool: "Pool", name: str | None) -> "Group":
+    found = [group for group in pool.groups if name is None or group.device_class == name]
+    if len(found) != 1:
+        classes = ", ".join(group.device_class for group in pool.groups)
+        raise ValueError(f"pool {pool.name!r} has {classes}; say with --device-class which of them this machine has")
+    return found[0]
+
+
+def _changed(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -> "Pool":
+    from yuan.plan.replan import changed, slowed
+
+    for sign, words in ((-1, lost), (1, added)):
+        for word in words:
+            name, count = _parts(word, 2)
+            pool = changed(pool, {name: sign * int(count)})
+    for word in slow:
+        name, count, share = _parts(word, 3)
+        pool = slowed(pool, name, int(count), float(share))
+    return pool
+
+
+def _parts(word: str, count: int) -> list[str]:
+    parts = word.rsplit(":", count - 1)
+    if len(parts) != count or not parts[1].isdigit():
+        raise ValueError(f"a change is written {'CLASS:N' if count == 2 else 'CLASS:N:SHARE'}, got {word!r}")
+    return parts
+
+
+def _move(work: "Work", current: Path, pool: "Pool", limits: "Limits") -> "Replan":
+    from yuan.plan.record import Plan
+    from yuan.plan.replan import replan
+
+    try:
+        data: dict[str, Any] = json.loads(current.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{current} is not JSON: {error}") from None
+    data.pop("move", None)
+    before: Plan = Plan.from_json(data)
+    asked = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
+    made = (before.model, before.sequence_length, before.global_batch_size, before.precision)
+    if asked != made:
+        raise ValueError(f"{current} is a plan for {made}, and asked is {asked}; ask for the same training")
+    return replan(work, before, pool, limits)
+
+
+def _measure(
+    config: "ModelConfig", group: "Group", processes: int | None, seq_len: int, micro_batch_size: int, precision: str
+) -> "Group":
+    """Run the measurement as a training's ranks would run, and turn its answer into rates."""
+    import os
+    import tempfile
+
+    import torch
+
+    from infra.launch import supervised, torchrun_command
+    from yuan.config import Recipe
+    from yuan.plan.calibrate import Clock, calibrated
+    from yuan.plan.job import Work
+    from yuan.train.request import Answer, Request, Trial
+
+    ranks = processes or torch.cuda.device_count() or 2
+    one_each = replace(config, num_layers=ranks)
+    recipe = Recipe(
+        max_steps=1,
+        warmup_steps=0,
+        learning_rate=1e-4,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    work = Work.of(one_each, recipe)
+    bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
+    trials = tuple(Trial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials).write(folder)
+        stderr.print(f"measuring {config.name} on {ranks} processes, S {seq_len}, micro-batch {micro_batch_size} ...")
+        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        with supervised(torchrun_command("yuan.train.run", folder, ranks), folder, env, "measure.log") as process:
+            status = process.wait()
+        if status:
+            raise RuntimeError(f"measuring ended with status {status}: {(folder / 'measure.log').read_text()[-2000:]}")
+        answer = Answer.read(folder)
+    clock = Clock(
+        forward_s=answer.forward_s,
+        backward_s=answer.backward_s,
+        head_s=answer.head_s,
+        embedding_s=answer.embedding_s,
+        latency_s=answer.latency_s,
+        bandwidth=answer.bandwidth,
+        steps=list(zip(accums, answer.step_s, strict=True)),
+    )
+    what = (
+        f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes on {answer.device}"
+    )
+    return calibrated(group, work, micro_batch_size, ranks, clock, what)

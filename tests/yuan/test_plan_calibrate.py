@@ -1,0 +1,58 @@
+"""Rates found from the clock."""
+
+import dataclasses
+
+import pytest
+
+from yuan.config import ModelConfig
+from yuan.plan.calibrate import Clock, calibrated
+from yuan.plan.flops import head_forward, layer_forward
+from yuan.plan.job import Grid, Work
+from yuan.plan.pool import Group, Measured
+from yuan.plan.score import score
+from yuan.plan.timing import embedding_bytes
+
+MODEL = ModelConfig(name="m", num_layers=2, hidden_size=512, num_heads=8, vocab_size=8_000, seq_len=512)
+WORK = Work(model=MODEL, seq_len=512, global_batch_size=8, precision="bf16", loss_block=512)
+TRUE = Group(
+    device_class="x",
+    count=2,
+    memory_gib=10,
+    sustained_tflops=0.09,
+    intra_node_gb_s=2.0,
+    intra_node_latency_us=150.0,
+    measured=Measured(
+        what="the truth",
+        forward_tflops=0.08,
+        backward_tflops=0.1,
+        head_tflops=0.05,
+        embedding_gb_s=3.0,
+        optimizer_gb_s=4.0,
+        overhead_us=3000.0,
+    ),
+)
+
+
+def step(group, accum):
+    grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=accum)
+    return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], redone=[0, 0]).layout.seconds
+
+
+def test_the_rates_behind_the_clock_are_found():
+    tokens, true = 2 * 512, TRUE.measured
+    forward, head = tokens * layer_forward(MODEL, 512), tokens * head_forward(MODEL)
+    clock = Clock(
+        forward_s=forward / true.forward_tflops / 1e12,
+        backward_s=2 * forward / true.backward_tflops / 1e12,
+        head_s=3 * head / true.head_tflops / 1e12,
+        embedding_s=embedding_bytes(WORK, tokens) / 3e9,
+        latency_s=150e-6,
+        bandwidth=2e9,
+        steps=[(4, step(TRUE, 4)), (12, step(TRUE, 12))],
+    )
+    blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
+    found = calibrated(blank, WORK, 2, 2, clock, "the truth")
+    rates, truth = dataclasses.asdict(found.measured), dataclasses.asdict(true)
+    assert rates.pop("what") == truth.pop("what")
+    assert rates == pytest.approx(truth, rel=0.02)
+    assert step(found, 30) == pytest.approx(step(TRUE, 30), rel=1e-3)

@@ -1,0 +1,94 @@
+"""From what the clock says of the devices at hand to the rates that the time model uses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from yuan.plan.flops import BACKWARD, head_forward, layer_forward
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import stage_parameters
+from yuan.plan.pool import Group, Measured
+from yuan.plan.score import score
+from yuan.plan.timing import GIGA, MICRO, OPTIMIZER_BYTES, TERA, embedding_bytes
+
+FREE = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is being found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Seconds of one micro-batch: a layer forward and backward, the head with its loss, the embedding; and whole steps.
+
+    `steps` are (micro-batches, seconds) of at least two steps of different length, of a pipeline over all the devices
+    with one layer on each. `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None
+    where there is but one.
+    """
+
+    forward_s: float
+    backward_s: float
+    head_s: float
+    embedding_s: float
+    latency_s: float | None
+    bandwidth: float | None
+    steps: Sequence[tuple[int, float]]
+
+
+def calibrated(group: Group, work: Work, micro_batch: int, stages: int, clock: Clock, what: str) -> Group:
+    """The group with measured rates.
+
+    Layers, head and links are taken as measured. From the two steps follow what a stage spends on a micro-batch besides
+    (the slope over what the model says) and what follows the last one (the rest).
+
+    Args:
+        work: a model of as many layers as there are stages.
+        what: a sentence on what was measured.
+    """
+    tokens = micro_batch * work.seq_len
+    forward = tokens * layer_forward(work.model, work.seq_len)
+    measured = Measured(
+        what=what,
+        forward_tflops=forward / clock.forward_s / TERA,
+        backward_tflops=BACKWARD * forward / clock.backward_s / TERA,
+        head_tflops=(1 + BACKWARD) * tokens * head_forward(work.model) / clock.head_s / TERA,
+        embedding_gb_s=embedding_bytes(work, tokens) / clock.embedding_s / GIGA,
+        optimizer_gb_s=FREE,
+    )
+    if clock.latency_s is not None and clock.bandwidth is not None:
+        group = replace(
+            group,
+            intra_node_gb_s=clock.bandwidth / GIGA,
+            intra_node_latency_us=clock.latency_s / MICRO,
+            devices_per_node=max(group.devices_per_node, stages),
+        )
+    group = replace(group, measured=measured, sustained_tflops=_sustained(group, measured))
+    (few, short), *_, (many, long) = sorted(clock.steps)
+    slope = (long - short) / (many - few)
+    modelled = [_step(group, work, micro_batch, stages, accum) for accum in (few, many)]
+    overhead = max(0.0, slope - (modelled[1] - modelled[0]) / (many - few))
+    rest = short - (modelled[0] + (stages + few - 1) * overhead)
+    grid = _grid(micro_batch, stages, few)
+    parameters = int(stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
+    rate = OPTIMIZER_BYTES * parameters / max(rest, 1e-6) / GIGA
+    return replace(group, measured=replace(measured, optimizer_gb_s=min(rate, FREE), overhead_us=overhead / MICRO))
+
+
+def _sustained(group: Group, measured: Measured) -> float:
+    """The mean rate of a layer, which other precisions and shapes go by."""
+    rate = 3 / (1 / measured.forward_tflops + 2 / measured.backward_tflops)
+    return rate if group.peak_tflops is None else min(rate, group.peak_tflops)
+
+
+def _grid(micro_batch: int, stages: int, accum: int) -> Grid:
+    return Grid(pipeline_size=stages, data_size=1, micro_batch_size=micro_batch, grad_accum_steps=accum)
+
+
+def _step(group: Group, work: Work, micro_batch: int, stages: int, accum: int) -> float:
+    one_each = score(
+        work,
+        _grid(micro_batch, stages, accum),
+        (group,),
+        layers=[1] * stages,
+        classes=[0] * stages,
+        redone=[0] * stages,
+    )
+    return one_each.layout.seconds

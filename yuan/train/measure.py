@@ -1,0 +1,195 @@
+"""How fast the devices at hand are: a layer, the head, links, and whole steps of pipelines, by the clock.
+
+`measure.json` in a folder asks, `measured.json` answers: `torchrun -m yuan.train.run FOLDER`. Every rank measures at
+once, so that what they share (memory bandwidth, power) is shared as in training.
+
+Shape letters: B micro-batch, S sequence, H hidden, V vocabulary.
+"""
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor, nn
+
+from yuan.config import Recipe
+from yuan.model.loss import head_loss
+from yuan.model.rows import packed_rows
+from yuan.model.transformer import Layer
+from yuan.train.engine import start_distributed, start_engine
+from yuan.train.folder import write_json
+from yuan.train.pipeline import PlannedPipeline
+from yuan.train.request import ANSWER, Answer, Request, Trial
+
+REPEATS, LEAST_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
+DEPTH = 4  # layers of a measured stack: one alone would find its weights and activations in the caches
+SMALL, LARGE = 2**10, 2**22  # bytes of the two messages that tell a link's latency from its bandwidth
+
+
+def measure(folder: Path) -> None:
+    """Measure what the folder asks for; rank 0 writes the answer."""
+    request = Request.read(folder)
+    if not torch.cuda.is_available():
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+    start_distributed(int(os.environ["WORLD_SIZE"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
+    latency, bandwidth = _link(device) if dist.get_world_size() > 1 else (None, None)
+    layers, heads, embeddings = [], [], []
+    steps: list[list[float]] = [[] for _ in request.trials]
+    for turn in range(request.passes):
+        layers.append(_layer_seconds(request, device))
+        heads.append(_head_seconds(request, device))
+        embeddings.append(_embedding_seconds(request, device))
+        for n in random.Random(turn).sample(range(len(steps)), len(steps)):
+            steps[n] += _step_seconds(request, request.trials[n], device)
+    forward, backward = min(layers, key=sum)
+    if dist.get_rank() == 0:
+        answer = Answer(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            forward_s=forward,
+            backward_s=backward,
+            head_s=min(heads),
+            embedding_s=min(embeddings),
+            latency_s=latency,
+            bandwidth=bandwidth,
+            step_s=tuple(min(found) for found in steps),
+        )
+        write_json(folder / ANSWER, asdict(answer))
+
+
+def _layer_seconds(request: Request, device: torch.device) -> tuple[float, float]:
+    model, recipe, dtype = request.model, request.recipe, _dtype(request.recipe)
+    layers = [Layer(model).to(device, dtype) for _ in range(DEPTH)]
+    shape = (recipe.micro_batch_size, recipe.seq_len)
+    x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    rows = packed_rows(model, _documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
+    grad_BSH = torch.randn_like(x_BSH)
+
+    def run() -> Tensor:
+        out_BSH = x_BSH
+        for layer in layers:
+            out_BSH = layer(out_BSH, rows)
+        return out_BSH
+
+    forward = _seconds(run, device)
+    both = _seconds(lambda: run().backward(grad_BSH), device)
+    return forward / DEPTH, max(both - forward, 0.1 * forward) / DEPTH
+
+
+def _head_seconds(request: Request, device: torch.device) -> float:
+    model, recipe, dtype = request.model, request.recipe, _dtype(request.recipe)
+    shape = (recipe.micro_batch_size, recipe.seq_len)
+    x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    head_VH = torch.randn(model.vocab_size, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
+    labels_BS = torch.randint(model.vocab_size, shape, device=device)
+    weights_BS = torch.full(shape, 1.0 / labels_BS.numel(), device=device)
+
+    def both() -> None:
+        head_loss(x_BSH, head_VH, labels_BS, weights_BS, block=request.loss_block).backward()
+
+    return _seconds(both, device)
+
+
+def _embedding_seconds(request: Request, device: torch.device) -> float:
+    model, recipe = request.model, request.recipe
+    embedding = nn.Embedding(model.vocab_size, model.hidden_size, device=device, dtype=_dtype(recipe))
+    tokens_BS = torch.randint(model.vocab_size, (recipe.micro_batch_size, recipe.seq_len), device=device)
+    grad_BSH = torch.randn_like(embedding(tokens_BS))
+    return _seconds(lambda: embedding(tokens_BS).backward(grad_BSH), device)
+
+
+def _link(device: torch.device) -> tuple[float, float]:
+    """Latency and bandwidth from the first rank to the second, from messages there and back."""
+
+    def there_and_back(size: int) -> float:
+        message = torch.zeros(size, dtype=torch.uint8, device=device)
+
+        def once() -> None:
+            if dist.get_rank() == 0:
+                dist.send(message, 1)
+                dist.recv(message, 1)
+            elif dist.get_rank() == 1:
+                dist.recv(message, 0)
+                dist.send(message, 0)
+
+        return _seconds(once, device, least_s=0.0, repeats=50) / 2
+
+    small, large = there_and_back(SMALL), there_and_back(LARGE)
+    bandwidth = (LARGE - SMALL) / max(large - small, 1e-9)
+    return max(small - SMALL / bandwidth, 1e-9), bandwidth
+
+
+def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[float]:
+    """Seconds of some steps through the training engine itself."""
+    recipe = replace(request.recipe, global_batch_size=trial.accum * request.recipe.micro_batch_size)
+    recomputed = {
+        first + n for first, redone in zip(trial.bounds[:-1], trial.recompute, strict=True) for n in range(redone)
+    }
+    module = PlannedPipeline(
+        replace(request.model, num_layers=trial.bounds[-1]),
+        list(trial.bounds),
+        0,
+        loss_block=request.loss_block,
+        isolated=recipe.isolate_documents,
+        recomputed=recomputed,
+    )
+    engine, _ = start_engine(module, recipe, 1)
+    found = []
+    for step in range(request.steps + 1):
+        engine.reset_activation_shape()
+        dist.barrier()
+        begun = time.perf_counter()
+        engine.train_batch(_batches(request, trial.accum, engine.device))
+        _finish(device)
+        if step:  # the first allocates
+            found.append(time.perf_counter() - begun)
+    return found
+
+
+def _batches(request: Request, accum: int, device: torch.device) -> Iterator[Any]:
+    recipe = request.recipe
+    shape = (recipe.micro_batch_size, recipe.seq_len)
+    for _ in range(accum):
+        tokens_BS = torch.randint(request.model.vocab_size, shape, device=device)
+        weights_BS = torch.full(shape, 1.0 / tokens_BS.numel(), device=device)
+        yield (tokens_BS, _documents(*shape).to(device)), (tokens_BS, weights_BS)
+
+
+def _documents(batch: int, length: int) -> Tensor:
+    """Two documents a row."""
+    return (torch.arange(length) >= length // 2).long().expand(batch, length).contiguous()
+
+
+def _seconds(
+    work: Callable[[], object], device: torch.device, *, least_s: float = LEAST_S, repeats: int = REPEATS
+) -> float:
+    """Median seconds of a call, after one that does not count."""
+    dist.barrier()
+    work()
+    found: list[float] = []
+    end = time.perf_counter() + least_s
+    while len(found) < repeats or time.perf_counter() < end:
+        _finish(device)
+        begun = time.perf_counter()
+        work()
+        _finish(device)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32

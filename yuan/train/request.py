@@ -1,0 +1,69 @@
+"""What a measurement is asked and answers: the files between `yuan.train.measure` and those who want rates."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from yuan.config import ModelConfig, Recipe
+from yuan.train.folder import write_json
+
+REQUEST, ANSWER = "measure.json", "measured.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A pipeline whose step is wanted: its stage bounds, recomputed layers of each stage, micro-batches a step."""
+
+    bounds: tuple[int, ...]
+    recompute: tuple[int, ...]
+    accum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be measured, and with how many steps a trial after the first one.
+
+    Everything is measured in each of several passes, the trials in another order, and the least counts: what else a
+    machine does only adds.
+    """
+
+    model: ModelConfig
+    recipe: Recipe
+    loss_block: int | None
+    trials: tuple[Trial, ...]
+    steps: int = 3
+    passes: int = 1
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / REQUEST, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Request":
+        data = json.loads((folder / REQUEST).read_text())
+        trials = tuple(
+            Trial(bounds=tuple(t["bounds"]), recompute=tuple(t["recompute"]), accum=t["accum"]) for t in data["trials"]
+        )
+        model, recipe = ModelConfig.from_json(data["model"]), Recipe.from_json(data["recipe"])
+        return cls(**{**data, "model": model, "recipe": recipe, "trials": trials})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Seconds: a layer forward and backward; head with loss, and embedding, forward and backward; each trial's step.
+
+    `latency_s` and `bandwidth` (bytes per second) are between the first two ranks; None with one.
+    """
+
+    device: str
+    forward_s: float
+    backward_s: float
+    head_s: float
+    embedding_s: float
+    latency_s: float | None
+    bandwidth: float | None
+    step_s: tuple[float, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Answer":
+        data = json.loads((folder / ANSWER).read_text())
+        return cls(**{**data, "step_s": tuple(data["step_s"])})
