@@ -93,6 +93,8 @@ def test_least_memory_is_never_above_that_of_the_fastest():
     )
     assert leanest.peak_memory_bytes < fastest.peak_memory_bytes
     assert leanest.step_seconds > fastest.step_seconds
+    slowest = max(leanest.stages, key=lambda stage: stage.compute_seconds)
+    assert f"{slowest.recompute_layers} of them recomputed" in leanest.explanation
 
 
 def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from yuan.config import ModelConfig
+from yuan.plan import solver
 from yuan.plan.bounds import lower_bound
 from yuan.plan.costs import Costs, costs_of
 from yuan.plan.job import Grid, Work
@@ -121,6 +122,21 @@ def test_ties_are_broken_by_memory_then_in_order(costs):
     least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
     tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
     assert (best.peak_bytes, best.layers, best.classes) == min(tied)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(most_classes=3))
+def test_beyond_the_exact_size_the_bound_holds(costs):
+    limit, solver.EXACT_STATES = solver.EXACT_STATES, 0
+    try:
+        found = solve(costs)
+    finally:
+        solver.EXACT_STATES = limit
+    every = list(layouts(costs))
+    assert (found is None) == (not every)
+    if found is not None:
+        best = min(every)[0]
+        assert found.lower_bound <= best * (1 + EXACT) and best <= found.seconds * (1 + EXACT)
 
 
 @pytest.mark.parametrize("seed", range(6))

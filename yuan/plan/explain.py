@@ -19,7 +19,8 @@ def explain(work: Work, pool: Pool, limits: Limits, chosen: Candidate, *, what_i
     costs = costs_of(work, chosen.grid, chosen.groups)
     free = solve(_without_limit(costs))
     binds = free is not None and free.seconds < chosen.layout.seconds * (1 - GAIN)
-    sentences = [_pace(chosen, costs)]
+    as_chosen = costs.capped(chosen.layout.peak_bytes)  # which recomputes as the layout does, for any objective
+    sentences = [_pace(chosen, as_chosen)]
     if binds and free is not None:
         sentences.append(f"Memory binds: without its limit this grid would take {free.seconds:.4g} s a step.")
     sentences.append(_even(chosen, costs))

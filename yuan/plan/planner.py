@@ -53,7 +53,8 @@ def make_plan(
         return _infeasible(work, pool, limits, objective)
     first = found.candidates[0]
     chosen = first if objective == "memory" else min(found.candidates, key=lambda other: simulated_seconds(work, other))
-    plan = describe(work, pool, chosen, objective, lower_bound=found.lower_bound)
+    lower_bound = found.lower_bound if objective == "time" else None  # a bound on seconds, which are not minimised then
+    plan = describe(work, pool, chosen, objective, lower_bound=lower_bound)
     binding, text = explain(work, pool, limits, chosen, what_if=explained)
     if chosen is not first:
         text += (

@@ -8,7 +8,7 @@ from yuan.plan.bounds import least_peak, lower_bound, may_fit
 from yuan.plan.costs import Costs, costs_of
 from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group, Pool
-from yuan.plan.solver import Layout, Program, leanest, solve
+from yuan.plan.solver import Layout, Program, is_exact, leanest, solve
 from yuan.plan.timing import compute_seconds, finish_seconds
 
 KEPT = 10  # candidates that a simulation may score again
@@ -135,6 +135,7 @@ class _Search:
         self.pending: list[tuple[float, int, Grid, Costs]] = []
         self.best: list[tuple[tuple[object, ...], float, Candidate, Costs]] = []
         self.seen = 0
+        self.floor = float("inf")  # seconds below which no layout lies on any grid that was solved
 
     @property
     def cutoff(self) -> float:
@@ -167,18 +168,20 @@ class _Search:
             self.pending.clear()
             return
         layout = solve(costs, self.objective, self.cutoff)
+        if layout is None and not is_exact(costs):
+            self.floor = min(self.floor, bound)
         if layout is not None:
+            self.floor = min(self.floor, layout.lower_bound)
             self.best.append((self._order(layout, grid), bound, Candidate(grid, layout, self.groups), costs))
             self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
 
     def result(self) -> Found:
         """The candidates; of the best, the layout with the least peak among equally fast ones."""
         candidates = [candidate for _, _, candidate, _ in self.best]
-        bound = min((candidate.layout.lower_bound for candidate in candidates), default=float("inf"))
         if candidates:
             first = candidates[0]
             candidates[0] = Candidate(first.grid, leanest(self.best[0][3], first.layout), self.groups)
-        return Found(tuple(candidates), bound)
+        return Found(tuple(candidates), self.floor)
 
     def _value(self, layout: Layout) -> float:
         return layout.seconds if self.objective == "time" else layout.peak_bytes

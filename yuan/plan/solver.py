@@ -57,6 +57,11 @@ def solve(costs: Costs, objective: str = "time", cutoff: float = float("inf")) -
     return _Search(costs, cutoff).best()
 
 
+def is_exact(costs: Costs) -> bool:
+    """Whether `solve` finds the best layout, and None only if there is none below the cutoff."""
+    return costs.num_classes <= 2 or Program(costs).size <= EXACT_STATES
+
+
 def leanest(costs: Costs, best: Layout) -> Layout:
     """Of the layouts as fast as the best, the one with the least peak memory, and of those the lexicographically first.
 
@@ -237,7 +242,7 @@ class _Search:
 
     def __init__(self, costs: Costs, cutoff: float = float("inf")) -> None:
         self.costs, self.program, self.cutoff = costs, Program(costs), cutoff
-        self.is_exact = self.program.size <= EXACT_STATES or costs.num_classes <= 2
+        self.is_exact = is_exact(costs)
 
     def best(self) -> Layout | None:
         """Lower the limit on finishing for as long as that can pay."""

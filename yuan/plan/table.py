@@ -27,7 +27,7 @@ def _proof(plan: Plan) -> str:
     if not plan.feasible:
         return "does not fit"
     if plan.gap is None:
-        return "no bound"
+        return "least possible" if plan.objective == "memory" else "no bound"
     return "proven best" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the best"
 
 

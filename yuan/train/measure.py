@@ -6,8 +6,8 @@ once, so that what they share (memory bandwidth, power) is shared as in training
 Shape letters: B micro-batch, S sequence, H hidden, V vocabulary.
 """
 
+import gc
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,25 +43,19 @@ def measure(folder: Path) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     latency, bandwidth = _link(device) if dist.get_world_size() > 1 else (None, None)
-    layers, heads, embeddings = [], [], []
-    steps: list[list[float]] = [[] for _ in request.trials]
-    for turn in range(request.passes):
-        layers.append(_layer_seconds(request, device))
-        heads.append(_head_seconds(request, device))
-        embeddings.append(_embedding_seconds(request, device))
-        for n in random.Random(turn).sample(range(len(steps)), len(steps)):
-            steps[n] += _step_seconds(request, request.trials[n], device)
-    forward, backward = min(layers, key=sum)
+    forward, backward = _layer_seconds(request, device)
+    head, embedding = _head_seconds(request, device), _embedding_seconds(request, device)
+    steps = tuple(min(_step_seconds(request, trial, device)) for trial in request.trials)
     if dist.get_rank() == 0:
         answer = Answer(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             forward_s=forward,
             backward_s=backward,
-            head_s=min(heads),
-            embedding_s=min(embeddings),
+            head_s=head,
+            embedding_s=embedding,
             latency_s=latency,
             bandwidth=bandwidth,
-            step_s=tuple(min(found) for found in steps),
+            step_s=steps,
         )
         write_json(folder / ANSWER, asdict(answer))
 
@@ -152,6 +146,9 @@ def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[
         _finish(device)
         if step:  # the first allocates
             found.append(time.perf_counter() - begun)
+    engine.destroy()
+    del engine, module
+    gc.collect()  # engine, module and hooks refer to each other
     return found
 
 

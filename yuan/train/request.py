@@ -21,10 +21,8 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be measured, and with how many steps a trial after the first one.
-
-    Everything is measured in each of several passes, the trials in another order, and the least counts: what else a
-    machine does only adds.
+    """What is to be measured, and with how many steps a trial after the first one, of which the least counts: what else
+    a machine does only adds.
     """
 
     model: ModelConfig
@@ -32,7 +30,6 @@ class Request:
     loss_block: int | None
     trials: tuple[Trial, ...]
     steps: int = 3
-    passes: int = 1
 
     def write(self, folder: Path) -> None:
         write_json(folder / REQUEST, asdict(self))
