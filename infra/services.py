@@ -213,11 +213,20 @@ def is_running(folder: Path) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The keeper's state file; empty when there is none."""
+    """The keeper's state file; empty when there is none, or when a killed keeper left it behind."""
     try:
-        return dict(json.loads((folder / "stack.json").read_text()))
+        state = dict(json.loads((folder / "stack.json").read_text()))
     except FileNotFoundError:
         return {}
+    return state if _is_alive(state["pid"]) else {}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
+    return after_name.split()[0] != "Z"  # a zombie is dead, whoever has yet to notice
 
 
 def marked(stack_id: str) -> Iterator[int]:

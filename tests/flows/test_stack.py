@@ -165,6 +165,7 @@ def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, ope
     keeper = read_state(stack.home)["pid"]
     os.kill(keeper, signal.SIGKILL)
     stack.until(lambda: not is_running(stack.home))
+    assert read_state(stack.home) == {}  # what the dead keeper wrote is no news
     stack.cotrain("up", check=True)
     assert contributor.all_feedback() == before
     assert operator.round(first.id).state == "promoted"
