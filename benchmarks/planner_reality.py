@@ -38,7 +38,7 @@ MODEL = ModelConfig(
 RECIPE = Recipe(
     max_steps=10, warmup_steps=0, learning_rate=1e-4, seq_len=256, micro_batch_size=1, global_batch_size=ACCUM
 )
-MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, 4
+MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, 3
 
 
 def trials() -> list[Trial]:
