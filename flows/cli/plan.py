@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from yuan.config import ModelConfig
     from yuan.plan.job import Work
     from yuan.plan.pool import Group, Pool
-    from yuan.plan.replan import Replan
-    from yuan.plan.search import Limits
+    from yuan.plan.record import Plan
 
 Model = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
 PoolFile = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
@@ -45,12 +44,16 @@ def plan(
     lost: Changes = None,
     added: Changes = None,
     slow: Annotated[list[str] | None, typer.Option(help="CLASS:N:SHARE, doing a share of the others' work")] = None,
+    lost_steps: Annotated[
+        int, typer.Option(min=0, help="steps since the last checkpoint, done again after a move")
+    ] = 0,
     svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
     from yuan.plan.job import PUBLISHED_BATCH, Work, default_loss_block
     from yuan.plan.planner import draw_plan, make_plan
+    from yuan.plan.replan import replan
     from yuan.plan.search import Limits
     from yuan.plan.table import as_table
 
@@ -69,7 +72,8 @@ def plan(
         if current is None:
             made, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
         else:
-            move = _move(work, current, changed, limits)
+            before = _plan_in_use(work, current)
+            move = replan(work, before, changed, limits, objective, lost_steps=lost_steps)  # type: ignore[arg-type]
             made = move.plan
         if svg is not None:
             svg.write_text(draw_plan(work, changed, made))
@@ -142,7 +146,11 @@ def _changed(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -
             pool = changed(pool, {name: sign * int(count)})
     for word in slow:
         name, count, share = _parts(word, 3)
-        pool = slowed(pool, name, int(count), float(share))
+        try:
+            factor = float(share)
+        except ValueError:
+            raise ValueError(f"the share of {word!r} must be a number between 0 and 1, got {share!r}") from None
+        pool = slowed(pool, name, int(count), factor)
     return pool
 
 
@@ -153,9 +161,8 @@ def _parts(word: str, count: int) -> list[str]:
     return parts
 
 
-def _move(work: "Work", current: Path, pool: "Pool", limits: "Limits") -> "Replan":
+def _plan_in_use(work: "Work", current: Path) -> "Plan":
     from yuan.plan.record import Plan
-    from yuan.plan.replan import replan
 
     try:
         data: dict[str, Any] = json.loads(current.read_text())
@@ -167,7 +174,7 @@ def _move(work: "Work", current: Path, pool: "Pool", limits: "Limits") -> "Repla
     made = (before.model, before.sequence_length, before.global_batch_size, before.precision)
     if asked != made:
         raise ValueError(f"{current} is a plan for {made}, and asked is {asked}; ask for the same training")
-    return replan(work, before, pool, limits)
+    return before
 
 
 def _measure(

@@ -98,6 +98,7 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
     [
         (["plan", "--model", "tiny", "--lost", "cpu-process"], 1, "a change is written CLASS:N"),
         (["plan", "--model", "tiny", "--lost", "gpu:1"], 1, "it has cpu-process"),
+        (["plan", "--model", "tiny", "--slow", "cpu-process:1:half"], 1, "must be a number between 0 and 1"),
         (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),

@@ -31,6 +31,14 @@ def test_a_plan_is_scored_as_it_was_made(current):
     assert (scored.seconds, scored.peak_bytes) == (pytest.approx(current.step_seconds), current.peak_memory_bytes)
 
 
+def test_steps_to_do_again_and_the_objective_count(current):
+    lost = changed(POOL, {"A100-80": -1})
+    now, later = (replan(WORK, current, lost, lost_steps=steps).move_seconds for steps in (0, 7))
+    assert later - now == pytest.approx(7 * current.step_seconds)
+    leanest = replan(WORK, current, lost, objective="memory").plan
+    assert leanest.peak_memory_bytes == make_plan(WORK, lost, objective="memory", explained=False).peak_memory_bytes
+
+
 def test_a_lost_device_ends_the_old_plan(current):
     new = replan(WORK, current, changed(POOL, {"A100-80": -1}))
     assert new.kept_step_seconds is None and new.plan.feasible

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from yuan.plan.costs import NEVER, Costs, costs_of
-from yuan.plan.job import Work
+from yuan.plan.job import Work, default_loss_block
 from yuan.plan.memory import GIB
 from yuan.plan.pool import Pool
 from yuan.plan.search import Candidate, Limits, fits, search
@@ -56,7 +56,7 @@ def why_not(work: Work, pool: Pool, limits: Limits, nearest: Candidate | None = 
 
 
 def _ways_out(work: Work, pool: Pool, limits: Limits) -> Iterator[str]:
-    if work.loss_block is None and fits(replace(work, loss_block=512), pool, limits):
+    if work.loss_block is None and fits(replace(work, loss_block=default_loss_block(work.model)), pool, limits):
         yield "block-wise loss"
     if limits != Limits() and fits(work, pool, Limits()):
         yield "pipeline, data and micro-batch size left open"

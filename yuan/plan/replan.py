@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from yuan.plan.job import Work
 from yuan.plan.memory import GIB
-from yuan.plan.planner import candidate_of, make_plan
+from yuan.plan.planner import Objective, candidate_of, make_plan
 from yuan.plan.pool import Group, Pool
 from yuan.plan.record import Plan
 from yuan.plan.search import Limits
@@ -24,9 +24,8 @@ class Replan:
 
     `kept_step_seconds` is what a step takes on the changed pool with the stages as they are; None if they cannot stay.
     `moved_layers` are those whose stage is new to them; `moved_bytes` their weights and optimizer states.
-    `move_seconds` counts the restart, the transfer into the slowest new stage, and half a checkpoint interval if the
-    pool lost devices. After `payback_steps` the faster step has paid for the move; None if there is nothing to pay
-    back.
+    `move_seconds` counts the restart, the transfer into the slowest new stage and the steps to do again. After
+    `payback_steps` the faster step has paid for the move; None if there is nothing to pay back.
     """
 
     plan: Plan
@@ -38,7 +37,15 @@ class Replan:
     explanation: str
 
 
-def replan(work: Work, current: Plan, pool: Pool, limits: Limits = Limits(), *, lost_steps: int = 0) -> Replan:
+def replan(
+    work: Work,
+    current: Plan,
+    pool: Pool,
+    limits: Limits = Limits(),
+    objective: Objective = "time",
+    *,
+    lost_steps: int = 0,
+) -> Replan:
     """The best plan on the pool as it is now, and what changing over from `current` costs.
 
     Args:
@@ -46,9 +53,9 @@ def replan(work: Work, current: Plan, pool: Pool, limits: Limits = Limits(), *, 
         lost_steps: steps since the last checkpoint, which have to be done again.
 
     Raises:
-        ValueError: if the limits contradict the model or the pool.
+        ValueError: if the objective is unknown or the limits contradict the model or the pool.
     """
-    plan = make_plan(work, pool, limits, explained=False, kept=SIMULATED)
+    plan = make_plan(work, pool, limits, objective, explained=False, kept=SIMULATED)
     kept = _kept_seconds(work, current, pool)
     moved = _moved_layers(current, plan)
     parameters = work.model.layer_parameters
