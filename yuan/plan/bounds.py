@@ -5,6 +5,8 @@ which stage holds which layer. Letters: P stages, C device classes, L layers; τ
 micro-batch.
 """
 
+from bisect import bisect_left
+
 import numpy as np
 
 from yuan.plan.costs import Costs
@@ -41,11 +43,7 @@ def least_peak(costs: Costs, cutoff: float = float("inf")) -> int | None:
     costs = costs if cutoff == float("inf") else costs.capped(int(cutoff))
     if not may_fit(costs):
         return None
-    low, high = 0, int(costs.capacity.max())
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _Relaxed(costs.capped(middle)).fits() else (middle + 1, high)
-    return high
+    return bisect_left(range(int(costs.capacity.max())), True, key=lambda cap: _Relaxed(costs.capped(cap)).fits())
 
 
 def may_fit(costs: Costs) -> bool:
@@ -74,11 +72,7 @@ class _Relaxed:
         values = np.unique(self.busy[np.isfinite(self.busy)])
         if not len(values) or not self.fits():
             return None
-        low, high = 0, len(values) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.fits(values[middle]) else (middle + 1, high)
-        return float(values[low])
+        return float(values[bisect_left(values, True, hi=len(values) - 1, key=self.fits)])
 
     def least_sum(self, pace: float) -> float:
         """Σ, each class taking as many layers as its stages hold under `pace`, those without recomputation first."""

@@ -1,5 +1,6 @@
 """Why a plan is what it is: which stage binds, what an even split would cost, what a change of the pool would bring."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -81,10 +82,7 @@ def _least(is_enough: Callable[[int], bool], low: int, most: int) -> int | None:
         low, high = high + 1, high * 2
         if high > most:
             return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
-    return high
+    return low + bisect_left(range(low, high), True, key=is_enough)
 
 
 def _grown(pool: Pool, gib: float = 0, devices: dict[str, int] | None = None) -> Pool:

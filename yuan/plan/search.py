@@ -8,7 +8,8 @@ from yuan.plan.bounds import least_peak, lower_bound, may_fit
 from yuan.plan.costs import Costs, costs_of
 from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group, Pool
-from yuan.plan.solver import Layout, Program, is_exact, leanest, solve
+from yuan.plan.program import Program
+from yuan.plan.solver import Layout, is_exact, leanest, solve
 from yuan.plan.timing import compute_seconds, finish_seconds
 
 KEPT = 10  # candidates that a simulation may score again
@@ -133,7 +134,7 @@ class _Search:
     def __init__(self, work: Work, groups: tuple[Group, ...], objective: str, cutoff: float, kept: int) -> None:
         self.work, self.groups, self.objective, self.below, self.kept = work, groups, objective, cutoff, kept
         self.pending: list[tuple[float, int, Grid, Costs]] = []
-        self.best: list[tuple[tuple[object, ...], float, Candidate, Costs]] = []
+        self.best: list[tuple[tuple[object, ...], Candidate, Costs]] = []
         self.seen = 0
         self.floor = float("inf")  # seconds below which no layout lies on any grid that was solved
 
@@ -142,7 +143,7 @@ class _Search:
         """What a grid must be able to beat: the last of the kept, or what is close enough to the first."""
         if not self.best:
             return self.below
-        values = [self._value(candidate.layout) for _, _, candidate, _ in self.best]
+        values = [self._value(candidate.layout) for _, candidate, _ in self.best]
         return min(self.below, values[0] * CLOSE, values[-1] if len(values) == self.kept else float("inf"))
 
     def first_bound(self, grid: Grid) -> float:
@@ -172,15 +173,15 @@ class _Search:
             self.floor = min(self.floor, bound)
         if layout is not None:
             self.floor = min(self.floor, layout.lower_bound)
-            self.best.append((self._order(layout, grid), bound, Candidate(grid, layout, self.groups), costs))
+            self.best.append((self._order(layout, grid), Candidate(grid, layout, self.groups), costs))
             self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
 
     def result(self) -> Found:
         """The candidates; of the best, the layout with the least peak among equally fast ones."""
-        candidates = [candidate for _, _, candidate, _ in self.best]
+        candidates = [candidate for _, candidate, _ in self.best]
         if candidates:
             first = candidates[0]
-            candidates[0] = Candidate(first.grid, leanest(self.best[0][3], first.layout), self.groups)
+            candidates[0] = Candidate(first.grid, leanest(self.best[0][2], first.layout), self.groups)
         return Found(tuple(candidates), self.floor)
 
     def _value(self, layout: Layout) -> float:

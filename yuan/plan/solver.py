@@ -6,9 +6,10 @@ is the layers left, how many stages each class has had, and the classes of this 
 sum falls as τ rises, so only thresholds between the least that is feasible and what a lower sum could pay for are
 looked at.
 
-Letters: P stages, C device classes, L layers; K sizes of the counts of stages by class, the last class left out.
+Letters: P stages, C device classes, L layers.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from yuan.plan.costs import NEVER, Costs
 from yuan.plan.memory import Ints
+from yuan.plan.program import TIE, Program, num_states
 from yuan.plan.timing import Floats
 
-TIE = 1e-12  # relative; sums in another order differ by this much
 EXACT_STATES = 40_000_000  # table cells that an exact program may visit
 
 
@@ -32,11 +33,6 @@ class Layout:
     seconds: float
     peak_bytes: int
     lower_bound: float
-
-    @property
-    def rank(self) -> tuple[object, ...]:
-        """Order among layouts of equal time: peak memory, then lexicographic."""
-        return (self.peak_bytes, self.layers, self.classes, self.redone)
 
 
 def solve(costs: Costs, objective: str = "time", cutoff: float = float("inf")) -> Layout | None:
@@ -59,7 +55,7 @@ def solve(costs: Costs, objective: str = "time", cutoff: float = float("inf")) -
 
 def is_exact(costs: Costs) -> bool:
     """Whether `solve` finds the best layout, and None only if there is none below the cutoff."""
-    return costs.num_classes <= 2 or Program(costs).size <= EXACT_STATES
+    return costs.num_classes <= 2 or num_states(costs) <= EXACT_STATES
 
 
 def leanest(costs: Costs, best: Layout) -> Layout:
@@ -74,167 +70,8 @@ def _least_peak(costs: Costs) -> int | None:
     """The least memory on the fullest device, recomputing whatever is needed."""
     if not Program(costs).is_feasible():
         return None
-    low, high = 0, int(costs.capacity.max())
-    while low < high:
-        middle = (low + high) // 2
-        if Program(costs.capped(middle)).is_feasible():
-            high = middle
-        else:
-            low = middle + 1
-    return high
-
-
-class Program:
-    """The dynamic programs over one problem."""
-
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
-        p, c = costs.num_stages, costs.num_classes
-        self.counts = tuple(min(slots, p) + 1 for slots in costs.slots[:-1])
-        before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])
-        # (P, previous, own, next, places): a stage's time for a micro-batch with both links
-        self.busy = costs.seconds[:, None, :, None, :] + before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
-
-    @property
-    def size(self) -> int:
-        """Cells the exact program visits."""
-        c = self.costs
-        return int(np.prod(self.counts, dtype=np.int64)) * c.num_stages * c.num_classes**3 * (c.num_places + 1)
-
-    def thresholds(self) -> Floats:
-        """Every value the slowest stage's time can have."""
-        found: Floats = np.unique(self.busy[np.isfinite(self.busy)])
-        return found
-
-    def most_places(self, slowest: float, finish: float) -> Ints:
-        """The most places of a stage under both thresholds, (P, previous, own, next)."""
-        allowed = (self.busy <= slowest) & np.isfinite(self.busy) & (self.costs.finish[:, None, :, None, :] <= finish)
-        most: Ints = allowed.sum(axis=-1)  # time and memory grow with places, so what is allowed begins at 1
-        return most
-
-    def is_feasible(self, slowest: float = np.inf, finish: float = np.inf) -> bool:
-        room = self.room(self.most_places(slowest, finish))[0]
-        return bool(self._begin(room, -np.inf).max() >= self.costs.num_places)
-
-    def room(self, most: Ints) -> list[Floats]:
-        """For each stage, how many places it and its followers can take at most, (K..., previous, own)."""
-        tables: list[Floats] = []
-        for stage in reversed(range(self.costs.num_stages)):
-            own = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
-            if not tables:
-                tables.append(self._masked(np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2])), stage))
-                continue
-            follows = [own[..., n] + self._after(tables[-1][..., n], n, -np.inf)[..., None, :] for n in self._classes()]
-            tables.append(self._masked(np.max(follows, axis=0), stage))
-        return tables[::-1]
-
-    def sums(self, most: Ints) -> list[Floats]:
-        """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1)."""
-        costs = self.costs
-        tables: list[Floats] = []
-        shape = (*self.counts, costs.num_classes, costs.num_classes, costs.num_places + 1)
-        for stage in reversed(range(costs.num_stages)):
-            table = np.full(shape, np.inf)
-            sizes = range(1, int(most[stage].max()) + 1)
-            if not tables:
-                for places in sizes:
-                    table[..., places] = self._price(most, stage, 0, places)
-            for n in self._classes() if tables else ():
-                follows = self._after(tables[-1][..., n, :], n, np.inf)
-                for places in sizes:
-                    price, cell = self._price(most, stage, n, places), table[..., places:]
-                    np.minimum(cell, price[..., None] + follows[..., None, :, : cell.shape[-1]], out=cell)
-            tables.append(self._masked(table, stage, tail=3, bad=np.inf))
-        return tables[::-1]
-
-    def _price(self, most: Ints, stage: int, following: int, places: int) -> Floats:
-        """Time of a stage and the link behind it, (previous, own); infinite where it may not hold so many places."""
-        seconds = self.costs.seconds[stage, :, places - 1] + self.costs.link_s[stage, :, following]
-        allowed = most[stage] >= places
-        allowed = allowed.any(axis=-1) if stage == self.costs.num_stages - 1 else allowed[..., following]
-        return np.where(allowed, seconds, np.inf)
-
-    def walk(self, tables: list[Floats], most: Ints) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Places and classes of the lexicographically first of the least sums; None if there is none."""
-        costs = self.costs
-        start = self._begin(tables[0], np.inf)[:, costs.num_places]
-        if not np.isfinite(start.min()):
-            return None
-        own = int(np.argmax(start <= start.min() * (1 + TIE)))
-        counts = tuple(int(own == n) for n in range(len(self.counts)))
-        previous, left, places, classes = 0, costs.num_places, [], [own]
-        for stage in range(costs.num_stages - 1):
-            goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE)
-            chosen, n = next(
-                (size, n)
-                for size in range(1, left)
-                for n in self._classes()
-                if (state := self._step(counts, n)) is not None
-                and self._price(most, stage, n, size)[previous, own] + tables[stage + 1][(*state, own, n, left - size)]
-                <= goal
-            )
-            counts = self._step(counts, n) or counts
-            left -= chosen
-            previous, own = own, n
-            places.append(chosen)
-            classes.append(n)
-        return (*places, left), tuple(classes)
-
-    def roomiest(self, rooms: list[Floats], most: Ints) -> tuple[int, ...]:
-        """Classes of a sequence of stages that takes the most places."""
-        start = self._begin(rooms[0], -np.inf)
-        own = int(start.argmax())
-        counts, previous, classes = tuple(int(own == n) for n in range(len(self.counts))), 0, [own]
-        for stage in range(self.costs.num_stages - 1):
-            rest = [
-                most[stage, previous, own, n] + rooms[stage + 1][(*state, own, n)]
-                if (state := self._step(counts, n)) is not None
-                else -np.inf
-                for n in self._classes()
-            ]
-            n = int(np.argmax(rest))
-            counts = self._step(counts, n) or counts
-            previous, own = own, n
-            classes.append(n)
-        return tuple(classes)
-
-    def _classes(self) -> range:
-        return range(self.costs.num_classes)
-
-    def _step(self, counts: tuple[int, ...], following: int) -> tuple[int, ...] | None:
-        """Counts after one more stage of a class; None if the class has no room."""
-        if following == len(counts):
-            return counts
-        if counts[following] + 1 >= self.counts[following]:
-            return None
-        return tuple(count + (n == following) for n, count in enumerate(counts))
-
-    def _begin(self, table: Floats, bad: float) -> Floats:
-        """The first stage's entries by class."""
-        found = []
-        for own in self._classes():
-            at = tuple(int(own == n) for n in range(len(self.counts)))
-            inside = all(index < size for index, size in zip(at, self.counts, strict=True))
-            entry = table[(*at, 0, own)] if inside else np.full(table.shape[len(self.counts) + 2 :], bad)
-            found.append(entry)
-        return np.array(found)
-
-    def _after(self, table: Floats, following: int, bad: float) -> Floats:
-        """The next stage's table as seen by one whose follower is of a class: there, that class has one more stage."""
-        if following == len(self.counts):
-            return table
-        moved = np.full_like(table, bad)
-        ahead, here = [slice(None)] * table.ndim, [slice(None)] * table.ndim
-        ahead[following], here[following] = slice(1, None), slice(None, -1)
-        moved[tuple(here)] = table[tuple(ahead)]
-        return moved
-
-    def _masked(self, table: Floats, stage: int, tail: int = 2, bad: float = -np.inf) -> Floats:
-        """Rule out counts that cannot be: more stages than there are so far, or too many of the last class."""
-        total = np.zeros((), np.int64) if not self.counts else np.sum(np.indices(self.counts), axis=0)
-        last = stage + 1 - total
-        wrong = (last < 0) | (last > self.costs.slots[-1])
-        return np.where(wrong[(...,) + (None,) * tail], bad, table)
+    caps = range(int(costs.capacity.max()))
+    return bisect_left(caps, True, key=lambda cap: Program(costs.capped(cap)).is_feasible())
 
 
 class _Search:
@@ -273,17 +110,12 @@ class _Search:
         if not program.is_feasible(highest, finish):
             return None
         thresholds = program.thresholds()
-        low, high = 0, int(np.searchsorted(thresholds, highest, side="right")) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if program.is_feasible(thresholds[middle], finish):
-                high = middle
-            else:
-                low = middle + 1
+        most = int(np.searchsorted(thresholds, highest, side="right")) - 1
+        low = bisect_left(thresholds, True, hi=most, key=lambda pace: program.is_feasible(pace, finish))
         bound = least_sum + more * float(thresholds[low])
         if not self.is_exact:
-            most = program.most_places(thresholds[low], finish)
-            sequence = program.roomiest(program.room(most), most)
+            places = program.most_places(thresholds[low], finish)
+            sequence = program.roomiest(program.room(places), places)
             inner = _Search(costs.on_sequence(sequence))._under(finish, float("inf"))
             if inner is None:
                 return None
