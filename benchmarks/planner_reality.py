@@ -5,25 +5,22 @@ a stage; then 14 pipelines of 16 layers, split in seven ways, with and without r
 engine.
 """
 
-import os
 import statistics
 import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from pairs import line, show
 from scipy.stats import spearmanr
 
-from infra.launch import supervised, torchrun_command
+from flows.measuring import run_measurement
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.calibrate import Clock, calibrated
+from yuan.plan.calibrate import calibrated
 from yuan.plan.job import Grid, Work
 from yuan.plan.pool import cpu_pool
 from yuan.plan.score import score
 from yuan.train.request import Answer, Request, Trial
 
-LAYERS, ACCUM, STAGES, LIMIT_S = 16, 4, 2, 1500
+LAYERS, ACCUM, STAGES = 16, 4, 2
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
 CALIBRATION = (Trial(bounds=(0, 1, 2), recompute=(0, 0), accum=4), Trial(bounds=(0, 1, 2), recompute=(0, 0), accum=12))
 MODEL = ModelConfig(
@@ -48,23 +45,12 @@ def trials() -> list[Trial]:
     return [trial for pair in zip(plain, redone, strict=True) for trial in pair]
 
 
-def run(request: Request) -> Answer:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        request.write(folder)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with supervised(torchrun_command("yuan.train.run", folder, STAGES), folder, env, "measure.log") as process:
-            if process.wait(LIMIT_S):
-                raise RuntimeError((folder / "measure.log").read_text()[-3000:])
-        return Answer.read(folder)
-
-
 def least(request: Request) -> Answer:
     """The least of several passes, each in processes of its own, every second one with the trials turned round."""
     answers = []
     for number in range(PASSES):
         turn = -1 if number % 2 else 1
-        answer = run(replace(request, trials=request.trials[::turn]))
+        answer = run_measurement(replace(request, trials=request.trials[::turn]), STAGES)
         answers.append(replace(answer, step_s=answer.step_s[::turn]))
     layer = min(answers, key=lambda answer: answer.forward_s + answer.backward_s)
     return replace(
@@ -81,23 +67,9 @@ def main() -> int:
     answer = least(request)
     few, many, *real = answer.step_s
     work = Work(model=MODEL, seq_len=256, global_batch_size=ACCUM, precision="fp32", loss_block=256)
-    two_layers = Work(
-        model=ModelConfig(**{**MODEL.to_json(), "num_layers": STAGES}),
-        seq_len=256,
-        global_batch_size=ACCUM,
-        precision="fp32",
-        loss_block=256,
-    )
-    clock = Clock(
-        forward_s=answer.forward_s,
-        backward_s=answer.backward_s,
-        head_s=answer.head_s,
-        embedding_s=answer.embedding_s,
-        latency_s=answer.latency_s,
-        bandwidth=answer.bandwidth,
-        steps=[(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)],
-    )
-    group = calibrated(cpu_pool().groups[0], two_layers, 1, STAGES, clock, "two processes of one thread")
+    two_layers = replace(work, model=replace(MODEL, num_layers=STAGES))
+    steps = [(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)]
+    group = calibrated(cpu_pool().groups[0], two_layers, 1, answer, steps, "two processes of one thread")
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
     predicted = [
         score(

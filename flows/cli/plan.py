@@ -180,17 +180,14 @@ def _plan_in_use(work: "Work", current: Path) -> "Plan":
 def _measure(
     config: "ModelConfig", group: "Group", processes: int | None, seq_len: int, micro_batch_size: int, precision: str
 ) -> "Group":
-    """Run the measurement as a training's ranks would run, and turn its answer into rates."""
-    import os
-    import tempfile
-
+    """Measure pipelines of one layer on each process, and turn the answer into rates."""
     import torch
 
-    from infra.launch import supervised, torchrun_command
+    from flows.measuring import run_measurement
     from yuan.config import Recipe
-    from yuan.plan.calibrate import Clock, calibrated
+    from yuan.plan.calibrate import calibrated
     from yuan.plan.job import Work
-    from yuan.train.request import Answer, Request, Trial
+    from yuan.train.request import Request, Trial
 
     ranks = processes or torch.cuda.device_count() or 2
     one_each = replace(config, num_layers=ranks)
@@ -206,26 +203,8 @@ def _measure(
     work = Work.of(one_each, recipe)
     bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
     trials = tuple(Trial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials).write(folder)
-        stderr.print(f"measuring {config.name} on {ranks} processes, S {seq_len}, micro-batch {micro_batch_size} ...")
-        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        with supervised(torchrun_command("yuan.train.run", folder, ranks), folder, env, "measure.log") as process:
-            status = process.wait()
-        if status:
-            raise RuntimeError(f"measuring ended with status {status}: {(folder / 'measure.log').read_text()[-2000:]}")
-        answer = Answer.read(folder)
-    clock = Clock(
-        forward_s=answer.forward_s,
-        backward_s=answer.backward_s,
-        head_s=answer.head_s,
-        embedding_s=answer.embedding_s,
-        latency_s=answer.latency_s,
-        bandwidth=answer.bandwidth,
-        steps=list(zip(accums, answer.step_s, strict=True)),
-    )
-    what = (
-        f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes on {answer.device}"
-    )
-    return calibrated(group, work, micro_batch_size, ranks, clock, what)
+    shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
+    stderr.print(f"measuring {shape} ...")
+    answer = run_measurement(Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks)
+    steps = list(zip(accums, answer.step_s, strict=True))
+    return calibrated(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")

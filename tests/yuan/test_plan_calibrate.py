@@ -48,10 +48,10 @@ def test_the_rates_behind_the_clock_are_found():
         embedding_s=embedding_bytes(WORK, tokens) / 3e9,
         latency_s=150e-6,
         bandwidth=2e9,
-        steps=[(4, step(TRUE, 4)), (12, step(TRUE, 12))],
     )
+    steps = [(4, step(TRUE, 4)), (12, step(TRUE, 12))]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
-    found = calibrated(blank, WORK, 2, 2, clock, "the truth")
+    found = calibrated(blank, WORK, 2, clock, steps, "the truth")
     rates, truth = dataclasses.asdict(found.measured), dataclasses.asdict(true)
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)

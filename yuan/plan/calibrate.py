@@ -17,11 +17,9 @@ FREE = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is bein
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds of one micro-batch: a layer forward and backward, the head with its loss, the embedding; and whole steps.
+    """Seconds of one micro-batch: a layer forward and backward, the head with its loss and the embedding with both.
 
-    `steps` are (micro-batches, seconds) of at least two steps of different length, of a pipeline over all the devices
-    with one layer on each. `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None
-    where there is but one.
+    `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None where there is but one.
     """
 
     forward_s: float
@@ -30,20 +28,22 @@ class Clock:
     embedding_s: float
     latency_s: float | None
     bandwidth: float | None
-    steps: Sequence[tuple[int, float]]
 
 
-def calibrated(group: Group, work: Work, micro_batch: int, stages: int, clock: Clock, what: str) -> Group:
+def calibrated(
+    group: Group, work: Work, micro_batch: int, clock: Clock, steps: Sequence[tuple[int, float]], what: str
+) -> Group:
     """The group with measured rates.
 
     Layers, head and links are taken as measured. From the two steps follow what a stage spends on a micro-batch besides
     (the slope over what the model says) and what follows the last one (the rest).
 
     Args:
-        work: a model of as many layers as there are stages.
+        work: a model of as many layers as there are devices.
+        steps: (micro-batches, seconds) of steps of different length, of a pipeline with one layer on each device.
         what: a sentence on what was measured.
     """
-    tokens = micro_batch * work.seq_len
+    stages, tokens = work.model.num_layers, micro_batch * work.seq_len
     forward = tokens * layer_forward(work.model, work.seq_len)
     measured = Measured(
         what=what,
@@ -61,12 +61,12 @@ def calibrated(group: Group, work: Work, micro_batch: int, stages: int, clock: C
             devices_per_node=max(group.devices_per_node, stages),
         )
     group = replace(group, measured=measured, sustained_tflops=_sustained(group, measured))
-    (few, short), *_, (many, long) = sorted(clock.steps)
+    (few, short), *_, (many, long) = sorted(steps)
     slope = (long - short) / (many - few)
-    modelled = [_step(group, work, micro_batch, stages, accum) for accum in (few, many)]
+    modelled = [_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
     overhead = max(0.0, slope - (modelled[1] - modelled[0]) / (many - few))
     rest = short - (modelled[0] + (stages + few - 1) * overhead)
-    grid = _grid(micro_batch, stages, few)
+    grid = _one_each(work, micro_batch, few)
     parameters = int(stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
     rate = OPTIMIZER_BYTES * parameters / max(rest, 1e-6) / GIGA
     return replace(group, measured=replace(measured, optimizer_gb_s=min(rate, FREE), overhead_us=overhead / MICRO))
@@ -78,17 +78,12 @@ def _sustained(group: Group, measured: Measured) -> float:
     return rate if group.peak_tflops is None else min(rate, group.peak_tflops)
 
 
-def _grid(micro_batch: int, stages: int, accum: int) -> Grid:
+def _one_each(work: Work, micro_batch: int, accum: int) -> Grid:
+    stages = work.model.num_layers
     return Grid(pipeline_size=stages, data_size=1, micro_batch_size=micro_batch, grad_accum_steps=accum)
 
 
-def _step(group: Group, work: Work, micro_batch: int, stages: int, accum: int) -> float:
-    one_each = score(
-        work,
-        _grid(micro_batch, stages, accum),
-        (group,),
-        layers=[1] * stages,
-        classes=[0] * stages,
-        redone=[0] * stages,
-    )
-    return one_each.layout.seconds
+def _step_seconds(group: Group, work: Work, micro_batch: int, accum: int) -> float:
+    none, one = [0] * work.model.num_layers, [1] * work.model.num_layers
+    grid = _one_each(work, micro_batch, accum)
+    return score(work, grid, (group,), layers=one, classes=none, redone=none).layout.seconds

@@ -51,16 +51,18 @@ def make_plan(
     found = search(work, pool, limits, objective, kept=kept)
     if not found.candidates:
         return _infeasible(work, pool, limits, objective)
-    first = found.candidates[0]
-    chosen = first if objective == "memory" else min(found.candidates, key=lambda other: simulated_seconds(work, other))
+    first = chosen = found.candidates[0]
+    if objective == "time":
+        simulated = [simulated_seconds(work, candidate) for candidate in found.candidates]
+        chosen = found.candidates[simulated.index(min(simulated))]
     lower_bound = found.lower_bound if objective == "time" else None  # a bound on seconds, which are not minimised then
     plan = describe(work, pool, chosen, objective, lower_bound=lower_bound)
     binding, text = explain(work, pool, limits, chosen, what_if=explained)
     if chosen is not first:
         text += (
             f" The time model's own best has {first.grid.pipeline_size} stages and {first.grid.data_size} replicas: "
-            f"{first.layout.seconds:.4g} s a step by the model, but {simulated_seconds(work, first):.4g} s in "
-            f"simulation against {simulated_seconds(work, chosen):.4g} s."
+            f"{first.layout.seconds:.4g} s a step by the model, but {simulated[0]:.4g} s in simulation against "
+            f"{min(simulated):.4g} s."
         )
     return replace(plan, binding=binding, explanation=text)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from yuan.config import ModelConfig, Recipe
+from yuan.plan.calibrate import Clock
 from yuan.train.folder import write_json
 
 REQUEST, ANSWER = "measure.json", "measured.json"
@@ -45,19 +46,10 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Seconds: a layer forward and backward; head with loss, and embedding, forward and backward; each trial's step.
-
-    `latency_s` and `bandwidth` (bytes per second) are between the first two ranks; None with one.
-    """
+class Answer(Clock):
+    """What the clock said, the link being that of the first two ranks; the device's name, and each trial's step."""
 
     device: str
-    forward_s: float
-    backward_s: float
-    head_s: float
-    embedding_s: float
-    latency_s: float | None
-    bandwidth: float | None
     step_s: tuple[float, ...]
 
     @classmethod

@@ -1,0 +1,28 @@
+"""Run a measurement in the processes that a training would have."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from infra.launch import supervised, torchrun_command
+from yuan.train.request import Answer, Request
+
+LIMIT_S = 1800.0
+
+
+def run_measurement(request: Request, ranks: int) -> Answer:
+    """Measure on so many ranks of this machine, of one thread each unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        RuntimeError: with the end of the log, if the ranks fail.
+        TimeoutExpired: after half an hour.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        request.write(folder)
+        with supervised(torchrun_command("yuan.train.run", folder, ranks), folder, env, "measure.log") as process:
+            status = process.wait(LIMIT_S)
+        if status:
+            raise RuntimeError(f"measuring ended with status {status}: {(folder / 'measure.log').read_text()[-2000:]}")
+        return Answer.read(folder)
