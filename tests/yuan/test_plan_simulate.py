@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 from deepspeed.runtime.pipe import schedule
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from yuan.plan.critical import waits
 from yuan.plan.simulate import simulate
 
 SENDS = {"SendActivation": 1, "SendGrad": -1}
@@ -62,3 +65,32 @@ def test_no_stage_does_two_things_at_once():
         starts = np.concatenate([timeline.forward_start[stage], timeline.backward_start[stage]])
         ends = np.concatenate([timeline.forward_end[stage], timeline.backward_end[stage]])
         assert (np.sort(ends)[:-1] <= np.sort(starts)[1:] + 1e-12).all()
+
+
+def closed_form(forward, backward, links, accum):
+    """The time model's step, less what follows it; `links` are one direction."""
+    both = [2 * x for x in links]
+    own, longer = forward + backward, np.maximum(forward, backward)
+    returns = [sum(both[k + 1 :]) for k in range(len(own))]
+    return sum(own) + sum(both) + max(waits(own, longer, both, returns, accum))
+
+
+@st.composite
+def pipelines(draw, most_spread):
+    """Passes of stages whose times differ by up to `most_spread` of the least, links, and micro-batches."""
+    rng, stages = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 12))
+    own = 1 + rng.uniform(0, most_spread, stages)
+    forward = own * rng.uniform(0.2, 0.4, stages)
+    return forward, own - forward, rng.uniform(0, 0.05, stages - 1), draw(st.integers(1, 40))
+
+
+@settings(max_examples=200, deadline=None)
+@given(pipelines(most_spread=9))
+def test_the_time_model_is_never_above_the_simulation(pipeline):
+    assert closed_form(*pipeline) <= simulate(*pipeline).seconds * (1 + 1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pipelines(most_spread=0.25))
+def test_the_time_model_is_the_simulation_where_stages_are_alike(pipeline):
+    assert closed_form(*pipeline) == pytest.approx(simulate(*pipeline).seconds, rel=2e-3)

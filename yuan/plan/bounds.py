@@ -1,41 +1,45 @@
 """What no layout on a grid can beat, quickly: the solver's problem with its couplings left out.
 
 Left out are the order of classes along the pipeline (each stage gets the cheapest links) and, in the sum of times,
-which stage holds which layer. Letters: P stages, C device classes, L layers; τ the slowest stage's time for a
-micro-batch.
+which stage holds which layer. Letters: P stages, C device classes, L layers; μ what the stage that sets the pace adds
+to the sum of all (`critical`).
 """
 
 from bisect import bisect_left
 
 import numpy as np
+import numpy.typing as npt
 
 from yuan.plan.costs import Costs
+from yuan.plan.critical import filling, steady
 from yuan.plan.memory import Ints
+from yuan.plan.timing import Floats
 
-STEPS = 24  # intervals of τ
-GROWTH = 1.02  # of τ from one interval to the next
+Flags = npt.NDArray[np.bool_]
+STEPS = 24  # intervals of μ
+GROWTH = 1.02  # of μ from one interval to the next
+FINE = 1e-3  # of the least μ: how closely it is looked for
+TIGHTENED = 2  # times that fewer places in early stages are held against what must then lie behind them
 
 
 def lower_bound(costs: Costs, cutoff: float = float("inf")) -> float:
     """Seconds that no layout's step is below; infinite if nothing fits, or nothing that takes less than `cutoff`.
 
-    The step is Σ + (A - 1) · τ + what follows. Σ falls as τ rises, so on an interval of τ the step is at least the Σ
-    of the upper edge and the τ of the lower one.
+    The step is Σ + μ + what follows. Σ falls as μ rises, so on an interval of μ the step is at least the Σ of the upper
+    edge and the μ of the lower one.
     """
     if not costs.has_places:
         return float("inf")
     relaxed = _Relaxed(costs)
     most = -(-costs.num_places // costs.num_stages)  # some stage has at least this many places
     finish = float(max(costs.finish[..., 0].min(axis=1).max(), costs.finish[..., most - 1].min()))
-    if costs.accum > 1 and not relaxed.fits((cutoff - finish - relaxed.least_sum(np.inf)) / (costs.accum - 1)):
+    sum_ = relaxed.least_sum(np.inf)
+    if not relaxed.fits(cutoff - finish - sum_):
         return float("inf")
-    least = relaxed.least_pace()
-    if least is None:
-        return float("inf")
-    edges = [*(least * GROWTH**n for n in range(STEPS)), float("inf")]
+    least = relaxed.least_wait()
+    edges = [*(least * GROWTH**n for n in range(STEPS if least else 1)), float("inf")]
     sums = [relaxed.least_sum(edge) for edge in edges]
-    pace = min(total + (costs.accum - 1) * edge for edge, total in zip(edges[:-1], sums[1:], strict=True))
-    return pace + finish
+    return finish + min(total + edge for edge, total in zip(edges[:-1], sums[1:], strict=True))
 
 
 def least_peak(costs: Costs, cutoff: float = float("inf")) -> int | None:
@@ -55,28 +59,38 @@ class _Relaxed:
     def __init__(self, costs: Costs) -> None:
         before = np.zeros((costs.num_stages, costs.num_classes))
         before[1:] = costs.link_s[:-1].min(axis=1)
+        after = costs.link_s.min(axis=2)
         self.costs = costs
-        self.busy = costs.seconds + (before + costs.link_s.min(axis=2))[..., None]
+        self.finite = np.isfinite(costs.seconds)
+        full = steady(costs.num_stages, costs.accum)[:, None, None]
+        busy = full * np.where(self.finite, costs.seconds + (before + after)[..., None], 0.0)
+        ahead = filling(costs.num_stages, costs.accum)[:, None, None]
+        self.alone = busy + ahead * (costs.longer + (before + after)[..., None] / 2)
+        self.ahead = busy + (after + costs.return_s[:, None])[..., None]
         self.slots = np.array(costs.slots)
         self.links = float(costs.link_s.min(axis=(1, 2)).sum())
         self.kept = (costs.redone == 0).sum(axis=-1)  # places that need no recomputation, (P, C)
 
-    def fits(self, pace: float = np.inf) -> bool:
+    def fits(self, wait: float = np.inf) -> bool:
         """Whether stages, each on the class that is best for all, take every layer: the dual of that assignment."""
-        most = self._most(pace)
+        most = self._most(wait)
         if not (most.max(axis=1, where=self.slots > 0, initial=0) > 0).all():
             return False
         return _most_taken(most, self.slots, self.costs.num_places) >= self.costs.num_places
 
-    def least_pace(self) -> float | None:
-        values = np.unique(self.busy[np.isfinite(self.busy)])
-        if not len(values) or not self.fits():
-            return None
-        return float(values[bisect_left(values, True, hi=len(values) - 1, key=self.fits)])
+    def least_wait(self) -> float:
+        """No layout has a smaller μ, if any fits at all."""
+        low, high = 0.0, float(self.alone.max(where=self.finite, initial=0.0)) / 64
+        while not self.fits(high):
+            low, high = high, 2 * high
+        while high - low > FINE * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.fits(middle) else (middle, high)
+        return low
 
-    def least_sum(self, pace: float) -> float:
-        """Σ, each class taking as many layers as its stages hold under `pace`, those without recomputation first."""
-        costs, most = self.costs, self._most(pace)
+    def least_sum(self, wait: float) -> float:
+        """Σ, each class taking as many layers as its stages hold under `wait`, those without recomputation first."""
+        costs, most = self.costs, self._most(wait)
         usable = self.slots > 0
         bare = np.array(costs.bare, np.int64)
         offers: list[tuple[float, int]] = []
@@ -92,9 +106,28 @@ class _Relaxed:
             left -= min(left, room)
         return total
 
-    def _most(self, pace: float) -> Ints:
-        most: Ints = ((self.busy <= pace) & np.isfinite(self.busy)).sum(axis=-1)
+    def _most(self, wait: float) -> Ints:
+        """The most places of a stage under a limit on μ, (P, C), whatever lies behind it."""
+        return most_places(self.costs, self.finite & (self.alone <= wait), self.ahead, wait)
+
+
+def most_places(costs: Costs, allowed: Flags, ahead: Floats, wait: float) -> Ints:
+    """The most places of each stage so that it does not add more than `wait`, whatever lies behind it, (P, ...).
+
+    Args:
+        allowed: which numbers of places keep every other limit, (P, ..., places).
+        ahead: what a stage adds without the computing of those behind it, in the same shape.
+    """
+    most: Ints = allowed.sum(axis=-1)  # time and memory grow with places, so what is allowed begins at 1
+    if not np.isfinite(wait):
         return most
+    middle, ones = tuple(range(1, allowed.ndim - 1)), (1,) * (allowed.ndim - 1)
+    is_full = (steady(costs.num_stages, costs.accum) > 0).reshape(-1, *ones)
+    for _ in range(TIGHTENED):
+        behind = costs.least_behind(most.max(axis=middle)).reshape(-1, *ones)
+        allowed = allowed & ((ahead + behind <= wait) | ~is_full)
+        most = allowed.sum(axis=-1)
+    return most
 
 
 def _largest(values: Ints, count: int) -> int:

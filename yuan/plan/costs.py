@@ -4,7 +4,7 @@ Every cost is affine in a stage's layers and recomputed layers, with coefficient
 Letters: P stages, C device classes, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import numpy as np
 from yuan.plan.job import Grid, Work
 from yuan.plan.memory import GIB, Ints, stage_terms
 from yuan.plan.pool import Group
-from yuan.plan.timing import Floats, compute_seconds, finish_seconds, transfer_seconds
+from yuan.plan.timing import Floats, compute_seconds, finish_seconds, forward_seconds, transfer_seconds
 
 NEVER = -1  # of recomputed layers: the stage does not fit at all
 
@@ -23,12 +23,14 @@ class Costs:
     """Coefficients (P, C), links, and how many stages each class has room for.
 
     A stage of l layers, r of them recomputed, takes fixed_bytes + l · layer_bytes - r · saved_bytes, and extra_bytes if
-    r > 0; a micro-batch fixed_s + l · layer_s + r · redo_s; and after the last one finish_fixed_s + l · finish_layer_s.
+    r > 0; a micro-batch fixed_s + l · layer_s + r · redo_s, of which the forward pass is forward_fixed_s +
+    l · forward_layer_s; and after the last one finish_fixed_s + l · finish_layer_s.
     No layer saves more than it needs, so what fits with some layers fits with fewer. A bare stage may have no layer, as
     the last, which holds norm and head. Places count its layers and one more, so that every stage has at least one
     place. (The first stage needs a layer: DeepSpeed reduces gradient norms group by group, and an embedding alone has
     no group of parameters without decay.)
     link_s (P, C, C) is between a stage of the first class and the next stage of the second; the last row is zero.
+    return_s (P,) is what the links behind the next stage take together, at the least.
     """
 
     num_layers: int
@@ -43,9 +45,12 @@ class Costs:
     fixed_s: Floats
     layer_s: Floats
     redo_s: Floats
+    forward_fixed_s: Floats
+    forward_layer_s: Floats
     finish_fixed_s: Floats
     finish_layer_s: Floats
     link_s: Floats
+    return_s: Floats
 
     @property
     def num_stages(self) -> int:
@@ -90,6 +95,22 @@ class Costs:
         return np.where(self.redone == NEVER, np.inf, seconds)
 
     @cached_property
+    def longer(self) -> Floats:
+        """The longer of a stage's two passes, (P, C, places); the forward pass where the stage does not fit."""
+        forward = self.forward_fixed_s[..., None] + self.forward_layer_s[..., None] * self.layers
+        passes: Floats = np.maximum(forward, np.where(self.redone == NEVER, 0.0, self.seconds) - forward)
+        return passes
+
+    def least_behind(self, most: Ints) -> Floats:
+        """For each stage, Σ (c + x) of the later ones at the least, if stages hold no more than `most` places, (P,)."""
+        usable = np.array(self.slots) > 0
+        bare = np.array(self.bare, np.int64)
+        fixed = self.fixed_s[:, usable].min(axis=1)
+        layers = self.num_places - np.cumsum(most) - (bare.sum() - np.cumsum(bare))
+        behind: Floats = fixed.sum() - np.cumsum(fixed) + np.maximum(layers, 0) * self.layer_s[:, usable].min()
+        return behind + self.return_s
+
+    @cached_property
     def finish(self) -> Floats:
         """What follows the last micro-batch, (P, C, places)."""
         return self.finish_fixed_s[..., None] + self.finish_layer_s[..., None] * self.layers
@@ -121,7 +142,8 @@ class Costs:
             name: getattr(self, name)[rows, columns][:, None]
             for name in (
                 *("capacity", "fixed_bytes", "layer_bytes", "saved_bytes", "extra_bytes"),
-                *("fixed_s", "layer_s", "redo_s", "finish_fixed_s", "finish_layer_s"),
+                *("fixed_s", "layer_s", "redo_s", "forward_fixed_s", "forward_layer_s"),
+                *("finish_fixed_s", "finish_layer_s"),
             )
         }
         link = self.link_s[rows, columns, following][:, None, None]
@@ -130,24 +152,27 @@ class Costs:
 
 def costs_of(work: Work, grid: Grid, groups: Sequence[Group]) -> Costs:
     """The coefficients of a grid over device classes, read off the memory and time models at their corners."""
-    stages = np.arange(grid.pipeline_size)
+    stages = np.arange(grid.pipeline_size)[:, None]
 
-    def memory(layers: int, redone: int) -> Ints:
-        tables = [stage_terms(work, grid, group, stages, layers, redone) for group in groups]
-        return np.stack([sum(terms.values(), np.zeros_like(stages)) for terms in tables], axis=-1)
+    def memory(layers: Sequence[int], redone: Sequence[int]) -> Ints:
+        tables = [stage_terms(work, grid, group, stages, np.array(layers), np.array(redone)) for group in groups]
+        return np.stack([sum(terms.values()) for terms in tables], axis=1)  # (P, C, corners)
 
-    def time(layers: int, redone: int) -> Floats:
-        return np.stack([compute_seconds(work, grid, group, stages, layers, redone) for group in groups], axis=-1)
+    def time(layers: Sequence[int], redone: Sequence[int]) -> Floats:
+        numbers = np.array(layers), np.array(redone)
+        return np.stack([compute_seconds(work, grid, group, stages, *numbers) for group in groups], axis=1)
 
-    def ending(layers: int) -> Floats:
-        return np.stack([finish_seconds(work, grid, group, stages, layers) for group in groups], axis=-1)
+    def each(seconds: Callable[..., Floats]) -> Floats:
+        return np.stack([seconds(work, grid, group, stages, np.array([0, 1])) for group in groups], axis=1)
 
     def link(a: Group, b: Group) -> float:
         return transfer_seconds(work, grid, a, b)
 
     links = np.zeros((grid.pipeline_size, len(groups), len(groups)))
     links[:-1] = [[link(a, b) for b in groups] for a in groups]
-    nothing, one, saved = memory(0, 0), memory(1, 0), memory(2, 1) - memory(2, 2)
+    nothing, one, one_redone, two, two_redone = np.moveaxis(memory((0, 1, 1, 2, 2), (0, 0, 1, 1, 2)), -1, 0)
+    fixed_s, layer_s, redone_s = np.moveaxis(time((0, 1, 1), (0, 0, 1)), -1, 0)
+    forward, finish = each(forward_seconds), each(finish_seconds)
     return Costs(
         num_layers=work.model.num_layers,
         accum=grid.grad_accum_steps,
@@ -156,12 +181,22 @@ def costs_of(work: Work, grid: Grid, groups: Sequence[Group]) -> Costs:
         capacity=np.broadcast_to(np.array([int(g.memory_gib * GIB) for g in groups], np.int64), nothing.shape),
         fixed_bytes=nothing,
         layer_bytes=one - nothing,
-        saved_bytes=saved,
-        extra_bytes=memory(1, 1) - one + saved,
-        fixed_s=time(0, 0),
-        layer_s=time(1, 0) - time(0, 0),
-        redo_s=time(1, 1) - time(1, 0),
-        finish_fixed_s=ending(0),
-        finish_layer_s=ending(1) - ending(0),
+        saved_bytes=two - two_redone,
+        extra_bytes=one_redone - one + two - two_redone,
+        fixed_s=fixed_s,
+        layer_s=layer_s - fixed_s,
+        redo_s=redone_s - layer_s,
+        forward_fixed_s=forward[..., 0],
+        forward_layer_s=forward[..., 1] - forward[..., 0],
+        finish_fixed_s=finish[..., 0],
+        finish_layer_s=finish[..., 1] - finish[..., 0],
         link_s=links,
+        return_s=returns_of(links),
     )
+
+
+def returns_of(links: Floats) -> Floats:
+    """For each stage, what the links behind the next stage take together if each is the cheapest."""
+    cheapest = links.min(axis=(1, 2))
+    behind: Floats = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0.0)
+    return behind

@@ -9,7 +9,7 @@ from yuan.plan.job import Work, default_loss_block
 from yuan.plan.memory import GIB
 from yuan.plan.pool import Pool
 from yuan.plan.search import Candidate, Limits, fits, search
-from yuan.plan.solver import busy_seconds, solve, step_seconds
+from yuan.plan.solver import added_seconds, busy_seconds, solve, step_seconds
 
 GAIN = 1e-3  # a smaller share of the step's time is not worth a sentence
 MOST_TIMES = 16  # how many times the pool is grown in the search for what would fit
@@ -18,11 +18,10 @@ MOST_TIMES = 16  # how many times the pool is grown in the search for what would
 def explain(work: Work, pool: Pool, limits: Limits, chosen: Candidate, *, what_if: bool = True) -> tuple[str, str]:
     """What binds, "compute" or "memory", and the whole explanation in sentences."""
     costs = costs_of(work, chosen.grid, chosen.groups)
-    free = solve(_without_limit(costs))
-    binds = free is not None and free.seconds < chosen.layout.seconds * (1 - GAIN)
+    free = solve(_without_limit(costs), cutoff=chosen.layout.seconds * (1 - GAIN))
     as_chosen = costs.capped(chosen.layout.peak_bytes)  # which recomputes as the layout does, for any objective
     sentences = [_pace(chosen, as_chosen)]
-    if binds and free is not None:
+    if free is not None:
         sentences.append(f"Memory binds: without its limit this grid would take {free.seconds:.4g} s a step.")
     sentences.append(_even(chosen, costs))
     if what_if:
@@ -30,7 +29,7 @@ def explain(work: Work, pool: Pool, limits: Limits, chosen: Candidate, *, what_i
     measured = [group.measured is not None for group in chosen.stage_groups]
     source = "measured" if all(measured) else "measured and book" if any(measured) else "book"
     sentences.append(f"Times rest on {source} rates.")
-    return "memory" if binds else "compute", " ".join(sentences)
+    return "compute" if free is None else "memory", " ".join(sentences)
 
 
 def why_not(work: Work, pool: Pool, limits: Limits, nearest: Candidate | None = None) -> str:
@@ -97,7 +96,8 @@ def _grown(pool: Pool, gib: float = 0, devices: dict[str, int] | None = None) ->
 def _pace(chosen: Candidate, costs: Costs) -> str:
     layout = chosen.layout
     times = busy_seconds(costs, layout.layers, layout.classes)
-    slowest = max(range(len(times)), key=times.__getitem__)
+    added = added_seconds(costs, layout.layers, layout.classes)
+    slowest = max(range(len(times)), key=lambda s: (added[s], times[s]))
     layers, redone = layout.layers[slowest], layout.redone[slowest]
     what = f"{layers} layer{'s' if layers > 1 else ''}" + (f", {redone} of them recomputed," if redone else "")
     head = " and the head" if slowest == len(times) - 1 else ""

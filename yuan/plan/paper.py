@@ -168,9 +168,12 @@ def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
         fixed_s=no_time,
         layer_s=np.full((p, 1), 4.0),
         redo_s=np.full((p, 1), 1.0),
+        forward_fixed_s=no_time,
+        forward_layer_s=np.full((p, 1), 1.0),
         finish_fixed_s=no_time,
         finish_layer_s=no_time,
         link_s=np.zeros((p, 1, 1)),
+        return_s=np.zeros(p),
     )
 
 

@@ -103,7 +103,7 @@ def timeline(work: Work, chosen: Candidate) -> Timeline:
     """A step of a candidate, event by event."""
     grid, groups = chosen.grid, chosen.stage_groups
     places = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
-    forward = [forward_seconds(work, grid, group, s, layers) for s, group, layers, _ in places]
+    forward = [float(forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in places]
     whole = [float(compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in places]
     links = [transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]
     backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]

@@ -1,25 +1,38 @@
-"""The dynamic programs over stages: under thresholds for time, how many layers fit, and the least sum of times.
+"""The dynamic programs over stages: under limits on time, how many layers fit, and the least sum of times.
 
-Letters: P stages, C device classes, L places; K sizes of the counts of stages by class, the last class left out.
+One limit is on what the stage that sets the pace adds to the sum of all (`critical`), the other on what follows the
+last micro-batch. What a stage adds depends on the stages behind it only through the sum of their times, and rises with
+it; so the least sum is the best that a stage can have behind it, and the programs are exact.
+
+Letters: P stages, C device classes, L places; K sizes of the counts of stages by class, one class left out.
 """
 
 import numpy as np
 
+from yuan.plan.bounds import most_places
 from yuan.plan.costs import Costs
+from yuan.plan.critical import filling, steady
 from yuan.plan.memory import Ints
 from yuan.plan.timing import Floats
 
 TIE = 1e-12  # relative; sums in another order differ by this much
+CELLS = 30_000  # of a table and its numbers of places, looked at together
 
 
 def num_states(costs: Costs) -> int:
     """Cells that the exact program visits."""
-    counts = int(np.prod(_counts(costs), dtype=np.int64))
+    counts = int(np.prod([_sizes(costs, c) for c in _counted(costs)], dtype=np.int64))
     return counts * costs.num_stages * costs.num_classes**3 * (costs.num_places + 1)
 
 
-def _counts(costs: Costs) -> tuple[int, ...]:
-    return tuple(min(slots, costs.num_stages) + 1 for slots in costs.slots[:-1])
+def _counted(costs: Costs) -> tuple[int, ...]:
+    """The classes whose stages are counted: all but the one with the most room, which has the rest."""
+    most = max(range(costs.num_classes), key=costs.slots.__getitem__)
+    return tuple(c for c in range(costs.num_classes) if c != most)
+
+
+def _sizes(costs: Costs, c: int) -> int:
+    return min(costs.slots[c], costs.num_stages) + 1
 
 
 class Program:
@@ -27,25 +40,32 @@ class Program:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        c = costs.num_classes
-        self.counts = _counts(costs)
-        before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])
+        self.axes = {counted: axis for axis, counted in enumerate(_counted(costs))}
+        self.counts = tuple(_sizes(costs, counted) for counted in self.axes)
+        self.counted = np.sum(np.indices(self.counts), axis=0) if self.counts else np.zeros((), np.int64)
+        # the class of the stage before matters only for the link to it: not at all if all links to a class are alike
+        c, is_alike = costs.num_classes, bool((costs.link_s == costs.link_s[:, :1]).all())
+        before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])[:, : 1 if is_alike else c]
+        self.previous = [0 if is_alike else n for n in range(c)]  # where the tables have the class of the stage before
         # (P, previous, own, next, places): a stage's time for a micro-batch with both links
-        self.busy = costs.seconds[:, None, :, None, :] + before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
+        links = before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
+        rhythm = costs.seconds[:, None, :, None, :] + links
+        self.finite = np.isfinite(rhythm)
+        self.full = steady(costs.num_stages, costs.accum)
+        ahead = filling(costs.num_stages, costs.accum)[:, None, None, None, None]
+        busy = self.full[:, None, None, None, None] * np.where(self.finite, rhythm, 0.0)
+        # what a stage adds to the sum of all, without and with those behind it, of which only the links are counted
+        self.alone = busy + ahead * (costs.longer[:, None, :, None, :] + links / 2)
+        self.ahead = busy + costs.link_s[:, None, :, :, None] + costs.return_s[:, None, None, None, None]
 
-    def thresholds(self) -> Floats:
-        """Every value the slowest stage's time can have."""
-        found: Floats = np.unique(self.busy[np.isfinite(self.busy)])
-        return found
+    def most_places(self, wait: float, finish: float) -> Ints:
+        """The most places of a stage under both limits, (P, previous, own, next), whatever lies behind it."""
+        allowed = self.finite & (self.alone <= wait) & (self.costs.finish[:, None, :, None, :] <= finish)
+        return most_places(self.costs, allowed, self.ahead, wait)
 
-    def most_places(self, slowest: float, finish: float) -> Ints:
-        """The most places of a stage under both thresholds, (P, previous, own, next)."""
-        allowed = (self.busy <= slowest) & np.isfinite(self.busy) & (self.costs.finish[:, None, :, None, :] <= finish)
-        most: Ints = allowed.sum(axis=-1)  # time and memory grow with places, so what is allowed begins at 1
-        return most
-
-    def is_feasible(self, slowest: float = np.inf, finish: float = np.inf) -> bool:
-        room = self.room(self.most_places(slowest, finish))[0]
+    def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
+        """False only if nothing keeps both limits; with no limit on the wait, exactly."""
+        room = self.room(self.most_places(wait, finish))[0]
         return bool(self._begin(room, -np.inf).max() >= self.costs.num_places)
 
     def room(self, most: Ints) -> list[Floats]:
@@ -60,55 +80,79 @@ class Program:
             tables.append(self._masked(np.max(follows, axis=0), stage))
         return tables[::-1]
 
-    def sums(self, most: Ints) -> list[Floats]:
-        """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1)."""
-        costs = self.costs
-        tables: list[Floats] = []
-        shape = (*self.counts, costs.num_classes, costs.num_classes, costs.num_places + 1)
+    def sums(self, wait: float, most: Ints) -> list[Floats]:
+        """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1).
+
+        Only numbers of places that the stages before and behind can take off are computed; the rest is infinite.
+        """
+        costs, tables = self.costs, list[Floats]()
+        caps = most.max(axis=(1, 2, 3))
+        before, behind = np.cumsum(caps) - caps, np.cumsum(caps[::-1])[::-1]
+        shape = (*self.counts, *most.shape[1:3], costs.num_places + 1)
         for stage in reversed(range(costs.num_stages)):
+            low = max(costs.num_stages - stage, costs.num_places - int(before[stage]))
+            left = np.arange(low, min(int(behind[stage]), costs.num_places - stage) + 1)
             table = np.full(shape, np.inf)
-            sizes = range(1, int(most[stage].max()) + 1)
             if not tables:
-                for places in sizes:
-                    table[..., places] = self._price(most, stage, 0, places)
-            for n in self._classes() if tables else ():
+                table[..., left] = self._price(most, stage, 0)[..., left - 1]
+            for n in self._classes() if tables and len(left) else ():
                 follows = self._after(tables[-1][..., n, :], n, np.inf)
-                for places in sizes:
-                    price, cell = self._price(most, stage, n, places), table[..., places:]
-                    np.minimum(cell, price[..., None] + follows[..., None, :, : cell.shape[-1]], out=cell)
+                np.minimum(
+                    table[..., left],
+                    self._best_sizes(wait, most, stage, n, follows, left),
+                    out=table[..., left[0] : left[-1] + 1],
+                )
             tables.append(self._masked(table, stage, tail=3, bad=np.inf))
         return tables[::-1]
 
-    def _price(self, most: Ints, stage: int, following: int, places: int) -> Floats:
-        """Time of a stage and the link behind it, (previous, own); infinite where it may not hold so many places."""
-        seconds = self.costs.seconds[stage, :, places - 1] + self.costs.link_s[stage, :, following]
-        allowed = most[stage] >= places
-        allowed = allowed.any(axis=-1) if stage == self.costs.num_stages - 1 else allowed[..., following]
-        return np.where(allowed, seconds, np.inf)
+    def _best_sizes(self, wait: float, most: Ints, stage: int, following: int, follows: Floats, left: Ints) -> Floats:
+        """The least sums with one class behind, by places left, over all numbers of places of this stage."""
+        price, room = self._price(most, stage, following), self._allowance(wait, stage, following)
+        best = np.full((*self.counts, *most.shape[1:3], len(left)), np.inf)
+        at_once = max(1, CELLS // best.size)
+        for first in range(0, int(most[stage, :, :, following].max()), at_once):
+            sizes = np.arange(first, min(first + at_once, int(most[stage, :, :, following].max())))
+            behind = follows[..., None, :, np.maximum(left[:, None] - sizes - 1, 0)]  # nothing left is never feasible
+            sums = np.where(behind <= room[:, :, None, sizes], behind, np.inf) + price[:, :, None, sizes]
+            np.minimum(best, sums.min(axis=-1), out=best)
+        return best
 
-    def walk(self, tables: list[Floats], most: Ints) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def _price(self, most: Ints, stage: int, following: int) -> Floats:
+        """Time of a stage and the link behind it, (previous, own, places); infinite where it may not hold so many."""
+        seconds = self.costs.seconds[stage] + self.costs.link_s[stage, :, following, None]
+        allowed = most[stage].max(axis=-1) if stage == self.costs.num_stages - 1 else most[stage, :, :, following]
+        return np.where(self.costs.places <= allowed[..., None], seconds, np.inf)
+
+    def _allowance(self, wait: float, stage: int, following: int) -> Floats:
+        """What may lie behind a stage, (previous, own, places), so that it does not add more than `wait`."""
+        ahead = self.ahead[stage, :, :, following]
+        return wait - ahead if self.full[stage] else np.full_like(ahead, np.inf)
+
+    def walk(self, tables: list[Floats], wait: float, most: Ints) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Places and classes of the lexicographically first of the least sums; None if there is none."""
         costs = self.costs
         start = self._begin(tables[0], np.inf)[:, costs.num_places]
         if not np.isfinite(start.min()):
             return None
         own = int(np.argmax(start <= start.min() * (1 + TIE)))
-        counts = tuple(int(own == n) for n in range(len(self.counts)))
+        counts = tuple(int(own == n) for n in self.axes)
         previous, left, places, classes = 0, costs.num_places, [], [own]
         for stage in range(costs.num_stages - 1):
             goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE)
-            chosen, n = next(
-                (size, n)
-                for size in range(1, left)
-                for n in self._classes()
-                if (state := self._step(counts, n)) is not None
-                and self._price(most, stage, n, size)[previous, own] + tables[stage + 1][(*state, own, n, left - size)]
-                <= goal
-            )
+            sizes = costs.places[costs.places < left]
+            good = np.zeros((len(sizes), costs.num_classes), bool)
+            for n in self._classes():
+                state = self._step(counts, n)
+                if state is not None:
+                    behind = tables[stage + 1][(*state, self.previous[own], n)][left - sizes]
+                    may = behind <= self._allowance(wait, stage, n)[previous, own, : len(sizes)]
+                    price = self._price(most, stage, n)[previous, own, : len(sizes)]
+                    good[:, n] = may & (price + behind <= goal)
+            at, n = divmod(int(good.argmax()), costs.num_classes)
             counts = self._step(counts, n) or counts
-            left -= chosen
-            previous, own = own, n
-            places.append(chosen)
+            left -= int(sizes[at])
+            previous, own = self.previous[own], n
+            places.append(int(sizes[at]))
             classes.append(n)
         return (*places, left), tuple(classes)
 
@@ -116,17 +160,17 @@ class Program:
         """Classes of a sequence of stages that takes the most places."""
         start = self._begin(rooms[0], -np.inf)
         own = int(start.argmax())
-        counts, previous, classes = tuple(int(own == n) for n in range(len(self.counts))), 0, [own]
+        counts, previous, classes = tuple(int(own == n) for n in self.axes), 0, [own]
         for stage in range(self.costs.num_stages - 1):
             rest = [
-                most[stage, previous, own, n] + rooms[stage + 1][(*state, own, n)]
+                most[stage, previous, own, n] + rooms[stage + 1][(*state, self.previous[own], n)]
                 if (state := self._step(counts, n)) is not None
                 else -np.inf
                 for n in self._classes()
             ]
             n = int(np.argmax(rest))
             counts = self._step(counts, n) or counts
-            previous, own = own, n
+            previous, own = self.previous[own], n
             classes.append(n)
         return tuple(classes)
 
@@ -135,17 +179,18 @@ class Program:
 
     def _step(self, counts: tuple[int, ...], following: int) -> tuple[int, ...] | None:
         """Counts after one more stage of a class; None if the class has no room."""
-        if following == len(counts):
+        axis = self.axes.get(following)
+        if axis is None:
             return counts
-        if counts[following] + 1 >= self.counts[following]:
+        if counts[axis] + 1 >= self.counts[axis]:
             return None
-        return tuple(count + (n == following) for n, count in enumerate(counts))
+        return tuple(count + (n == axis) for n, count in enumerate(counts))
 
     def _begin(self, table: Floats, bad: float) -> Floats:
         """The first stage's entries by class."""
         found = []
         for own in self._classes():
-            at = tuple(int(own == n) for n in range(len(self.counts)))
+            at = tuple(int(own == n) for n in self.axes)
             inside = all(index < size for index, size in zip(at, self.counts, strict=True))
             entry = table[(*at, 0, own)] if inside else np.full(table.shape[len(self.counts) + 2 :], bad)
             found.append(entry)
@@ -153,17 +198,17 @@ class Program:
 
     def _after(self, table: Floats, following: int, bad: float) -> Floats:
         """The next stage's table as seen by one whose follower is of a class: there, that class has one more stage."""
-        if following == len(self.counts):
+        axis = self.axes.get(following)
+        if axis is None:
             return table
         moved = np.full_like(table, bad)
         ahead, here = [slice(None)] * table.ndim, [slice(None)] * table.ndim
-        ahead[following], here[following] = slice(1, None), slice(None, -1)
+        ahead[axis], here[axis] = slice(1, None), slice(None, -1)
         moved[tuple(here)] = table[tuple(ahead)]
         return moved
 
     def _masked(self, table: Floats, stage: int, tail: int = 2, bad: float = -np.inf) -> Floats:
-        """Rule out counts that cannot be: more stages than there are so far, or too many of the last class."""
-        total = np.zeros((), np.int64) if not self.counts else np.sum(np.indices(self.counts), axis=0)
-        last = stage + 1 - total
-        wrong = (last < 0) | (last > self.costs.slots[-1])
+        """Rule out counts that cannot be: more stages than there are so far, or too many of the class not counted."""
+        rest = stage + 1 - self.counted
+        wrong = (rest < 0) | (rest > max(self.costs.slots))
         return np.where(wrong[(...,) + (None,) * tail], bad, table)

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+
+from yuan.plan.costs import returns_of
+from yuan.plan.critical import waits
 from yuan.plan.job import Grid, Work
 from yuan.plan.memory import stage_terms
 from yuan.plan.pool import Group
 from yuan.plan.search import Candidate
 from yuan.plan.solver import Layout
-from yuan.plan.timing import compute_seconds, finish_seconds, transfer_seconds
+from yuan.plan.timing import compute_seconds, finish_seconds, forward_seconds, transfer_seconds
 
 
 def score(
@@ -35,9 +39,12 @@ def score(
     placed = list(zip(range(grid.pipeline_size), [groups[c] for c in classes], layers, redone, strict=True))
     own = [float(compute_seconds(work, grid, group, s, n, r)) for s, group, n, r in placed]
     links = [transfer_seconds(work, grid, groups[a], groups[b]) for a, b in pairwise(classes)]
-    busy = [time + before + after for time, before, after in zip(own, [0.0, *links], [*links, 0.0], strict=True)]
+    forward = [float(forward_seconds(work, grid, group, s, n)) for s, group, n, _ in placed]
+    longer = [max(first, all_ - first) for first, all_ in zip(forward, own, strict=True)]
+    pairs = np.array([[transfer_seconds(work, grid, a, b) for b in groups] for a in groups])
+    returns = returns_of(np.array([pairs] * (grid.pipeline_size - 1) + [np.zeros_like(pairs)])).tolist()
     finish = max(float(finish_seconds(work, grid, group, s, n)) for s, group, n, _ in placed)
-    seconds = sum(own) + sum(links) + (grid.grad_accum_steps - 1) * max(busy) + finish
+    seconds = sum(own) + sum(links) + max(waits(own, longer, links, returns, grid.grad_accum_steps)) + finish
     peak = max(sum(int(size) for size in stage_terms(work, grid, group, s, n, r).values()) for s, group, n, r in placed)
     layout = Layout(
         layers=tuple(layers),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from yuan.plan.bounds import least_peak, lower_bound, may_fit
 from yuan.plan.costs import Costs, costs_of
+from yuan.plan.critical import steady
 from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group, Pool
 from yuan.plan.program import Program
@@ -146,6 +147,11 @@ class _Search:
         values = [self._value(candidate.layout) for _, candidate, _ in self.best]
         return min(self.below, values[0] * CLOSE, values[-1] if len(values) == self.kept else float("inf"))
 
+    @property
+    def fastest(self) -> float:
+        """Seconds of the best so far, for the objective "time"."""
+        return self.best[0][1].layout.seconds if self.best and self.objective == "time" else float("inf")
+
     def first_bound(self, grid: Grid) -> float:
         return _bound(self.work, grid, self.groups) if self.objective == "time" else 0.0
 
@@ -168,7 +174,7 @@ class _Search:
         if bound >= self.cutoff:
             self.pending.clear()
             return
-        layout = solve(costs, self.objective, self.cutoff)
+        layout = solve(costs, self.objective, self.cutoff, self.fastest)
         if layout is None and not is_exact(costs):
             self.floor = min(self.floor, bound)
         if layout is not None:
@@ -210,7 +216,7 @@ def grids(work: Work, pool: Pool, limits: Limits) -> Iterator[Grid]:
 
 
 def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
-    """No layout on the grid takes a shorter step: all stages equally busy on the fastest devices, nothing sent."""
+    """No layout on the grid takes a shorter step: the fastest devices, all of them used to the full, nothing sent."""
 
     def seconds(group: Group, stage: int, layers: int) -> float:
         return float(compute_seconds(work, grid, group, stage, layers, 0))
@@ -218,12 +224,25 @@ def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
     last = grid.pipeline_size - 1
     layer = {group: seconds(group, last, 1) - seconds(group, last, 0) for group in groups}
     fastest = sorted(groups, key=layer.__getitem__)
-    left, pace = grid.pipeline_size, 0.0
-    for group in fastest:
-        used = min(left, group.count // grid.data_size)
-        pace += used / layer[group]
-        left -= used
+    devices = [group for group in fastest for _ in range(group.count // grid.data_size)][: grid.pipeline_size]
     head = min(seconds(group, last, 0) for group in groups)
     total = work.model.num_layers * layer[fastest[0]] + head
-    slowest = (work.model.num_layers + head / layer[fastest[-1]]) / pace
-    return total + (grid.grad_accum_steps - 1) * slowest
+    if grid.grad_accum_steps == 1:
+        return total
+    done = work.model.num_layers + head / layer[fastest[-1]]  # in layers
+    return total + done / layers_by_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
+
+
+def layers_by_wait(rates: list[float], accum: int) -> float:
+    """The most layers that stages of these rates, fastest first, can do for a micro-batch, by second of the wait.
+
+    Of a wait μ (`critical`) a full stage can have c <= (μ - what lies behind it) / f, so that the best is linear in
+    what is left of μ: each stage takes all it can or nothing. The fastest first is the best order: two neighbours in
+    the other order can change places, with their times if the first has less, else without. A stage that is never full
+    has at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
+    """
+    full = [int(f) for f in steady(len(rates), accum) if f > 0]
+    best, never = 0.0, (len(rates) - len(full)) * rates[0] * 2 / (accum - 1)
+    for rate, f in zip(rates, full, strict=False):
+        best = max(best, best + (rate - best) / f)
+    return best + never

@@ -1,10 +1,9 @@
 """The best way to lay layers over stages: exact dynamic programs over layers and device classes.
 
-A layout's step takes Σ (c + x) + (A - 1) · max (c + x + x') + max g (`timing`). The two maxima are handled as
-thresholds: under "no stage above τ, none finishing above γ" the least sum is a shortest path over stages, whose state
-is the layers left, how many stages each class has had, and the classes of this stage and the one before. The least
-sum falls as τ rises, so only thresholds between the least that is feasible and what a lower sum could pay for are
-looked at.
+A layout's step takes Σ (c + x) + max h + max g (`timing`). The two maxima are handled as limits: under "no stage adds
+more than μ, none finishes later than γ" the least sum is a shortest path over stages, whose state is the layers left,
+how many stages each class has had, and the classes of this stage and the one before. The least sum falls as μ rises,
+so a range of μ whose lowest end and whose least sum together exceed what was found is done with.
 
 Letters: P stages, C device classes, L layers.
 """
@@ -16,11 +15,15 @@ from itertools import pairwise
 import numpy as np
 
 from yuan.plan.costs import NEVER, Costs
+from yuan.plan.critical import waits
 from yuan.plan.memory import Ints
 from yuan.plan.program import TIE, Program, num_states
 from yuan.plan.timing import Floats
 
 EXACT_STATES = 40_000_000  # table cells that an exact program may visit
+SLACK = 1e-2  # share of a step's time by which a layout may miss the best of a grid that is not the best
+CLOSE = 1e-3  # of the least μ that leaves room: how closely it is looked for
+FINE = 3e-3  # of the step's time: ranges of μ narrower than this are searched from above, one layout after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,9 @@ class Layout:
     lower_bound: float
 
 
-def solve(costs: Costs, objective: str = "time", cutoff: float = float("inf")) -> Layout | None:
+def solve(
+    costs: Costs, objective: str = "time", cutoff: float = float("inf"), best: float = float("inf")
+) -> Layout | None:
     """The best layout, or None if none fits, or none is below `cutoff`.
 
     With two classes the result is exact; with more it may be above `lower_bound`, which holds in any case. Among
@@ -44,13 +49,14 @@ def solve(costs: Costs, objective: str = "time", cutoff: float = float("inf")) -
     Args:
         objective: "time" for the fastest step; "memory" for the least peak, and among those the fastest.
         cutoff: seconds, or bytes for the objective "memory".
+        best: seconds of a layout on another grid; if none here is faster, one within 0.1 % of the fastest will do.
     """
     if not costs.has_places:
         return None
     if objective == "memory":
         most = _least_peak(costs if cutoff == float("inf") else costs.capped(int(cutoff)))
         return None if most is None else _Search(costs.capped(most)).best()
-    return _Search(costs, cutoff).best()
+    return _Search(costs, cutoff, best).best()
 
 
 def is_exact(costs: Costs) -> bool:
@@ -74,107 +80,160 @@ def _least_peak(costs: Costs) -> int | None:
     return bisect_left(caps, True, key=lambda cap: Program(costs.capped(cap)).is_feasible())
 
 
-class _Search:
-    """The search over both thresholds, for a layout faster than `cutoff`."""
+@dataclass(frozen=True)
+class _Point:
+    """A layout with its two sums: Σ (c + x), and what the stage that sets the pace adds."""
 
-    def __init__(self, costs: Costs, cutoff: float = float("inf")) -> None:
-        self.costs, self.program, self.cutoff = costs, Program(costs), cutoff
+    layout: Layout
+    total: float
+    wait: float
+
+    @property
+    def before_finish(self) -> float:
+        return self.total + self.wait
+
+
+class _Search:
+    """The search over both limits, for a layout faster than `cutoff`, and exactly for one faster than `others`."""
+
+    def __init__(self, costs: Costs, cutoff: float = float("inf"), others: float = float("inf")) -> None:
+        self.costs, self.program, self.cutoff, self.others = costs, Program(costs), cutoff, others
         self.is_exact = is_exact(costs)
+        self.seen: list[tuple[float, float]] = []  # limits on the wait and least sums under them, which hold for good
 
     def best(self) -> Layout | None:
         """Lower the limit on finishing for as long as that can pay."""
+        least_finish = self._least_finish()
+        if least_finish is None:
+            return None
         best: Layout | None = None
-        limit, bound = np.inf, 0.0
-        least_finish = float(self.costs.finish[..., 0].min(axis=1).max())
+        limit, bound = np.inf, np.inf
         while True:
-            found = self._under(limit, self.cutoff - least_finish)
+            found = self._under(limit, min(self.cutoff, np.inf if best is None else best.seconds), least_finish)
             if found is None:
                 break
-            layout, without_finish, bound_here = found
-            if best is None:
-                bound = bound_here + least_finish
-            if best is None or _is_better(layout, best):
-                best = layout
-            if without_finish + least_finish >= best.seconds * (1 - TIE):
+            point, least = found
+            bound = min(bound, least + least_finish)
+            if best is None or _is_better(point.layout, best):
+                best = point.layout
+            if point.before_finish + least_finish >= self._worth(best.seconds, point.before_finish + least_finish):
                 break
-            limit = np.nextafter(_finish(self.costs, layout.layers, layout.classes), 0)
+            limit = np.nextafter(_finish(self.costs, point.layout.layers, point.layout.classes), 0)
         if best is None or best.seconds >= self.cutoff:
             return None
-        return _with_bound(best, best.seconds if self.is_exact else min(bound, best.seconds))
+        return _with_bound(best, min(best.seconds, self.others if self.is_exact else bound))
 
-    def _under(self, finish: float, cutoff: float) -> tuple[Layout, float, float] | None:
-        """The best under a limit on finishing, its time without finishing, and a bound on that."""
-        program, costs = self.program, self.costs
-        least_sum, more = _least_sum(costs), costs.accum - 1
-        highest = (cutoff - least_sum) / more if more else np.inf  # of thresholds that can end below the cutoff
+    def _worth(self, value: float, least: float) -> float:
+        """What must be beaten where a layout was found, and nothing is below `least`."""
+        return value * (1 - (SLACK if least >= self.others else TIE))
+
+    def _least_finish(self) -> float | None:
+        """No layout finishes in less; None if nothing fits."""
+        values = np.unique(self.costs.finish)
+        least = bisect_left(values, True, key=lambda value: self.program.is_feasible(finish=value))
+        return float(values[least]) if least < len(values) else None
+
+    def _under(self, finish: float, cutoff: float, least_finish: float) -> tuple[_Point, float] | None:
+        """The best layout under a limit on finishing, and a bound; the time before finishing counts in both."""
+        if self.is_exact:
+            found = self._least(cutoff - least_finish, finish, least_finish)
+            return None if found is None else (found, found.before_finish)
+        return self._on_roomiest(cutoff - least_finish - _least_sum(self.costs), finish)
+
+    def _least(self, cutoff: float, finish: float, least_finish: float = 0.0) -> _Point | None:
+        """The least Σ + wait that is below the cutoff, by halving the range of waits.
+
+        A range (low, high] comes with a sum that no layout in it is below, that of the layout found at a higher wait.
+        """
+        best, value = None, cutoff
+        first = _least_sum(self.costs)
+        lowest = self._least_wait(cutoff - first, finish)
+        if lowest is None:
+            return None
+        todo = [(lowest[0], cutoff - first, first)]
+        while todo:
+            low, high, total = todo.pop()
+            low, total = self._known(low, high, total)
+            high = min(high * (1 - TIE), self._worth(value, low + total + least_finish) - total)
+            if high <= low:
+                continue
+            is_first = total == first
+            at = high if is_first or high - low <= FINE * value else (low + high) / 2
+            found = self._at(at, finish)
+            self.seen.append((at, np.inf if found is None else found.total))
+            if at < high and (found is None or found.total > total * (1 + TIE)):
+                todo.append((at, high, total))
+            if found is None:
+                continue
+            todo.append((low, min(found.wait, at), found.total))
+            if found.before_finish < value:
+                best, value = found, found.before_finish
+        return best
+
+    def _least_wait(self, highest: float, finish: float) -> tuple[float, float] | None:
+        """No layout waits less than the first; the second, close above, is the least that may be feasible."""
+        program = self.program
         if not program.is_feasible(highest, finish):
             return None
-        thresholds = program.thresholds()
-        most = int(np.searchsorted(thresholds, highest, side="right")) - 1
-        low = bisect_left(thresholds, True, hi=most, key=lambda pace: program.is_feasible(pace, finish))
-        bound = least_sum + more * float(thresholds[low])
-        if not self.is_exact:
-            places = program.most_places(thresholds[low], finish)
-            sequence = program.roomiest(program.room(places), places)
-            inner = _Search(costs.on_sequence(sequence))._under(finish, float("inf"))
-            if inner is None:
-                return None
-            layout = _layout(costs, inner[0].layers, sequence)
-            return layout, inner[1], bound
-        layout, pace = self._best_pace(thresholds[low:], finish, least_sum)
-        return layout, pace, bound
+        low, high = 0.0, min(highest, self.costs.accum * _least_sum(self.costs) / self.costs.num_stages)
+        while not program.is_feasible(high, finish):
+            low, high = high, min(highest, 2 * high)
+        while high - low > CLOSE * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if program.is_feasible(middle, finish) else (middle, high)
+        return low, high
 
-    def _best_pace(self, thresholds: Floats, finish: float, least_sum: float) -> tuple[Layout, float]:
-        """Search thresholds, of which the first is feasible, for the least Σ + (A - 1) · max."""
-        more = self.costs.accum - 1
-        first = self._at(thresholds[0], finish)
-        assert first is not None, "the first threshold is feasible"
-        best_layout, best_pace = first
-        pays = best_pace - least_sum
-        end = len(thresholds) if not more else int(np.searchsorted(thresholds, pays / more * (1 + TIE), side="right"))
-        todo = [(0, max(end, 1) - 1, best_pace - more * _slowest(self.costs, best_layout))]
-        while todo:
-            left, right, left_sum = todo.pop()
-            if right <= left:
-                continue
-            found = self._at(thresholds[right], finish)
-            assert found is not None, "a higher threshold allows more"
-            layout, pace = found
-            if pace < best_pace * (1 - TIE):
-                best_layout, best_pace = layout, pace
-            right_sum = pace - more * _slowest(self.costs, layout)
-            if right_sum + more * thresholds[left + 1] >= best_pace * (1 - TIE) or right_sum >= left_sum * (1 - TIE):
-                continue
-            middle = (left + right) // 2
-            todo += [(left, middle, left_sum), (middle, right - 1, left_sum)]
-        return best_layout, best_pace
+    def _known(self, low: float, high: float, total: float) -> tuple[float, float]:
+        """The range and its sum, narrowed by what was seen under a higher limit on finishing."""
+        for at, least in self.seen:
+            if least == np.inf:
+                low = max(low, at)
+            elif at >= high:
+                total = max(total, least)
+        return low, total
 
-    def _at(self, slowest: float, finish: float) -> tuple[Layout, float] | None:
-        """The least sum under both thresholds, as a layout and its time without finishing."""
-        most = self.program.most_places(slowest, finish)
-        walked = self.program.walk(self.program.sums(most), most)
-        if walked is None:
+    def _on_roomiest(self, highest: float, finish: float) -> tuple[_Point, float] | None:
+        """The classes that leave most room under the least wait that may be kept, and the best layout on them."""
+        lowest = self._least_wait(highest, finish)
+        if lowest is None:
             return None
-        layout = _layout(self.costs, self.costs.layers_of(walked[0]), walked[1])
-        return layout, layout.seconds - _finish(self.costs, layout.layers, layout.classes)
+        low, high = lowest
+        places = self.program.most_places(high, finish)
+        sequence = self.program.roomiest(self.program.room(places), places)
+        found = _Search(self.costs.on_sequence(sequence))._least(np.inf, finish)
+        if found is None:
+            return None
+        return self._point(found.layout.layers, sequence), _least_sum(self.costs) + low
+
+    def _at(self, wait: float, finish: float) -> _Point | None:
+        """The least sum under both limits."""
+        most = self.program.most_places(wait, finish)
+        if most.max(axis=(1, 2, 3)).sum() < self.costs.num_places:
+            return None
+        walked = self.program.walk(self.program.sums(wait, most), wait, most)
+        return None if walked is None else self._point(self.costs.layers_of(walked[0]), walked[1])
+
+    def _point(self, layers: tuple[int, ...], classes: tuple[int, ...]) -> _Point:
+        total = sum(_own(self.costs, layers, classes)) + sum(_links(self.costs, classes))
+        return _Point(_layout(self.costs, layers, classes), total, max(added_seconds(self.costs, layers, classes)))
 
     def leanest(self, best: Layout) -> Layout:
         """Cap the memory as low as the best time allows; only what some stage can take is tried as a cap."""
         if not self.is_exact:
             return best
-        slowest = _slowest(self.costs, best) * (1 + TIE) if self.costs.accum > 1 else np.inf
+        wait = max(added_seconds(self.costs, best.layers, best.classes)) * (1 + TIE)
         finish = _finish(self.costs, best.layers, best.classes) * (1 + TIE)
         caps = [cap for cap in self._peaks() if cap < best.peak_bytes]
         low, high = 0, len(caps)
         while low < high:
             middle = (low + high) // 2
-            other = _Search(self.costs.capped(int(caps[middle])))._at(slowest, finish)
-            if other is not None and other[0].seconds <= best.seconds * (1 + TIE):
-                best, high = _layout(self.costs, other[0].layers, other[0].classes), middle
+            other = _Search(self.costs.capped(int(caps[middle])))._at(wait, finish)
+            if other is not None and other.layout.seconds <= best.seconds * (1 + TIE):
+                best, high = _layout(self.costs, other.layout.layers, other.layout.classes), middle
             else:
                 low = middle + 1
-        last = _Search(self.costs.capped(best.peak_bytes))._at(slowest, finish)
-        return best if last is None else _with_bound(last[0], best.lower_bound)
+        last = _Search(self.costs.capped(best.peak_bytes))._at(wait, finish)
+        return best if last is None else _with_bound(last.layout, best.lower_bound)
 
     def _peaks(self) -> Ints:
         """Every number of bytes that a stage can take without recomputing more than it must."""
@@ -204,7 +263,7 @@ def _layout(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> 
 def step_seconds(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
     """The time model's step of any layout that fits."""
     total = sum(_own(costs, layers, classes)) + sum(_links(costs, classes))
-    return total + (costs.accum - 1) * max(busy_seconds(costs, layers, classes)) + _finish(costs, layers, classes)
+    return total + max(added_seconds(costs, layers, classes)) + _finish(costs, layers, classes)
 
 
 def busy_seconds(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
@@ -212,6 +271,12 @@ def busy_seconds(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]
     links = _links(costs, classes)
     own = _own(costs, layers, classes)
     return [t + a + b for t, a, b in zip(own, [0.0, *links], [*links, 0.0], strict=True)]
+
+
+def added_seconds(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
+    """What each stage adds to Σ (c + x) if it sets the pace."""
+    longer = _of(costs, costs.longer, layers, classes)
+    return waits(_own(costs, layers, classes), longer, _links(costs, classes), costs.return_s.tolist(), costs.accum)
 
 
 def _own(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
@@ -226,10 +291,6 @@ def _of(costs: Costs, table: Floats | Ints, layers: tuple[int, ...], classes: tu
 
 def _links(costs: Costs, classes: tuple[int, ...]) -> list[float]:
     return [float(costs.link_s[s, a, b]) for s, (a, b) in enumerate(pairwise(classes))]
-
-
-def _slowest(costs: Costs, layout: Layout) -> float:
-    return max(busy_seconds(costs, layout.layers, layout.classes))
 
 
 def _finish(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:

@@ -2,11 +2,12 @@
 
 A step of A micro-batches over P stages takes
 
-    Σ (c + x) + (A - 1) · max (c + x + x') + max g
+    Σ (c + x) + max h + max g
 
 with c a stage's computing for one micro-batch (forward, backward, recomputation), x and x' the transfers over the
-links before and after it (activation there and gradient back; DeepSpeed's sends and receives block), and g what follows
-the last backward pass: the reduction of gradients, the optimizer, the gathering of weights.
+links before and after it (activation there and gradient back; DeepSpeed's sends and receives block), h what a stage
+adds if it sets the pace (`critical`; with equal stages (A - 1) · (c + x + x')), and g what follows the last backward
+pass: the reduction of gradients, the optimizer, the gathering of weights.
 
 Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden.
 """
@@ -89,14 +90,14 @@ def embedding_bytes(work: Work, tokens: int) -> int:
     return work.bytes_per_value * model.hidden_size * (3 * tokens + EMBEDDING_PASSES * model.vocab_size)
 
 
-def forward_seconds(work: Work, grid: Grid, group: Group, stage: int, layers: int) -> float:
+def forward_seconds(work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int) -> Floats:
     """The first forward pass of `compute_seconds`; the block-wise loss makes the head's gradients in it."""
     rates, tokens = rates_of(group, work), work.seq_len * grid.micro_batch_size
-    seconds = layers * tokens * layer_forward(work.model, work.seq_len) / rates.forward
-    if stage == grid.pipeline_size - 1:
-        passes = 1 if work.loss_block is None else 3
-        seconds += passes * tokens * head_forward(work.model) / rates.head
-    return seconds + rates.overhead_s / 2
+    last, passes = np.asarray(stage) == grid.pipeline_size - 1, 1 if work.loss_block is None else 3
+    layer = tokens * layer_forward(work.model, work.seq_len) / rates.forward
+    head = passes * tokens * head_forward(work.model) / rates.head
+    seconds: Floats = np.asarray(layers) * layer + head * last + rates.overhead_s / 2
+    return seconds
 
 
 def transfer_seconds(work: Work, grid: Grid, sender: Group, receiver: Group) -> float:
