@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from itertools import pairwise
@@ -20,12 +21,13 @@ from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
-from yuan.plan.job import Work
-from yuan.plan.planner import make_plan
+from yuan.plan.job import Grid, Work
+from yuan.plan.planner import describe, make_plan
 from yuan.plan.pool import cpu_pool
+from yuan.plan.score import score
 from yuan.plan.search import Limits
 from yuan.train.engine import learning_rate
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.folder import RunFolder, RunSpec, write_json
 
 STEPS = 12
 RECIPE = Recipe(
@@ -35,7 +37,7 @@ RECIPE = Recipe(
     micro_batch_size=2,
     global_batch_size=8,
     warmup_steps=3,
-    checkpoint_every=4,
+    checkpoint_every=2,
 )
 
 
@@ -62,6 +64,22 @@ def two_stages(config, recipe):
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
+def plan_of(config, recipe, bounds, data_size=1):
+    """A plan with given bounds and replicas, over as many processes."""
+    stages = len(bounds) - 1
+    pool = cpu_pool()
+    pool = dataclasses.replace(pool, groups=(dataclasses.replace(pool.groups[0], count=stages * data_size),))
+    grid = Grid(
+        pipeline_size=stages,
+        data_size=data_size,
+        micro_batch_size=recipe.micro_batch_size,
+        grad_accum_steps=recipe.global_batch_size // recipe.micro_batch_size // data_size,
+    )
+    work, layers = Work.of(config, recipe), [b - a for a, b in pairwise(bounds)]
+    none = [0] * stages
+    return describe(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
+
+
 def lay_out(folder, made, recipe=RECIPE, plan=None):
     parent, config, windows = made
     folder.mkdir(parents=True)
@@ -81,15 +99,20 @@ def lay_out(folder, made, recipe=RECIPE, plan=None):
 
 
 def launch(folder):
-    return supervised(torchrun_command("yuan.train.run", folder.path, 2), folder.path, dict(os.environ), "train.log")
+    plan = folder.spec().plan
+    command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
+    return supervised(command, folder.path, dict(os.environ), "train.log")
+
+
+def run(folder):
+    with launch(folder) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(made, tmp_path_factory):
-    folder = lay_out(tmp_path_factory.mktemp("runs") / "whole", made)
-    with launch(folder) as process:
-        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
-    return folder
+    return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", made))
 
 
 def plain_losses(made, recipe=RECIPE):
@@ -127,9 +150,7 @@ def test_two_stages_give_the_losses_of_one_process(made, finished):
 
 def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
-    folder = lay_out(tmp_path / "open", made, recipe)
-    with launch(folder) as process:
-        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    folder = run(lay_out(tmp_path / "open", made, recipe))
     losses = [row["train/loss"] for row in folder.metrics()]
     np.testing.assert_allclose(losses, plain_losses(made, recipe), rtol=1e-5)
     assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
@@ -142,9 +163,7 @@ def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
         dataclasses.replace(stage, first_layer=first, layers=end - first, recompute_layers=0)
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
-    folder = lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages))
-    with launch(folder) as process:
-        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    folder = run(lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages)))
     np.testing.assert_allclose([row["train/loss"] for row in folder.metrics()], plain_losses(made, recipe), rtol=1e-5)
 
 
@@ -164,16 +183,37 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
     folder = lay_out(tmp_path / "killed", made)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not list(folder.checkpoints.glob("step-*/COMMITTED")):
+        while not list(folder.checkpoints.glob("step-*/manifest.json")):
             assert time.monotonic() < end and process.poll() is None, (folder.path / "train.log").read_text()[-2000:]
             time.sleep(0.01)
         os.kill(json.loads((folder.path / "status.json").read_text())["pid"], signal.SIGKILL)
         assert process.wait(60) != 0
-    with launch(folder) as process:
-        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    run(folder)
+    assert '"resume"' in (folder.path / "events.jsonl").read_text()
     assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
     whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("bounds", "data_size"),
+    [((0, 3), 2), ((0, 1, 3), 2), ((0, 1, 2, 3, 3), 1)],
+    ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
+)
+def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finished, tmp_path, bounds, data_size):
+    folder = RunFolder(tmp_path / "moved")
+    shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
+    spec = dataclasses.replace(finished.spec(), plan=plan_of(made[1], RECIPE, bounds, data_size))
+    write_json(folder.path / "run.json", spec.to_json())
+    shutil.rmtree(folder.checkpoints / "step-00000010")  # so that four steps are trained with the new plan
+    run(folder)
+    events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [8]
+    losses = [row["train/loss"] for row in folder.metrics()]
+    np.testing.assert_allclose(losses, plain_losses(made), rtol=1e-5)
+    ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):

@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,7 +21,10 @@ from yuan.data.packing import Windows, window_order
 from yuan.model import weights
 from yuan.model.shards import Source
 from yuan.train.folder import RunFolder, RunSpec, write_json
-from yuan.train.pipeline import PlannedPipeline, load_weights, own_weights
+from yuan.train.fragments import pieces, set_updates, take_weights, updates_of, whole_weights
+from yuan.train.pieces import Piece
+from yuan.train.pipeline import TIED, PlannedPipeline, load_weights, own_weights
+from yuan.train.store import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
     }
 
 
-def start_engine(module: PlannedPipeline, recipe: Recipe, data_size: int) -> tuple[Any, Any]:
+def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer; matrices decay, biases and norms do not (official optimizer/__init__.py)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -77,7 +79,7 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, data_size: int) -> tup
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ],
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2)),
-        config=deepspeed_config(recipe, data_size),
+        config=config,
     )
     return engine, optimizer
 
@@ -96,16 +98,17 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def micro_batches(windows: Windows, spec: RunSpec, step: int, device: torch.device) -> Iterator[Any]:
-    """The micro-batches of one step: ((tokens, documents), (labels, weights)).
+def micro_batches(windows: Windows, spec: RunSpec, step: int, replica: int, device: torch.device) -> Iterator[Any]:
+    """The micro-batches of one step on one replica: ((tokens, documents), (labels, weights)).
 
-    The weights add up so that DeepSpeed's mean over micro-batches is the mean over the learned tokens of the step.
+    The weights add up so that DeepSpeed's mean over micro-batches and replicas is the mean over the learned tokens of
+    the whole step, whoever has them.
     """
-    recipe, accum = spec.recipe, spec.plan.grad_accum_steps
-    size = recipe.global_batch_size
+    recipe, plan = spec.recipe, spec.plan
+    size, parts = recipe.global_batch_size, plan.grad_accum_steps * plan.data_size
     chosen = window_order(len(windows), start=step * size, count=size, seed=spec.seed)
-    scale = accum / max(int(windows.learned[chosen].sum()), 1)
-    for part in np.split(chosen, accum):
+    scale = parts / max(int(windows.learned[chosen].sum()), 1)
+    for part in np.split(chosen, parts)[replica :: plan.data_size]:
         tokens, documents, labels = (
             torch.from_numpy(array[part].astype(np.int64)).to(device)
             for array in (windows.tokens, windows.documents, windows.labels)
@@ -132,7 +135,12 @@ class Trainer:
         )
         if spec.parent is not None:
             load_weights(self.module, Source(folder.parent), spec.model.num_layers)
-        self.engine, self.optimizer = start_engine(self.module, self.recipe, spec.plan.data_size)
+        self.engine, self.optimizer = start_engine(
+            self.module, self.recipe, deepspeed_config(self.recipe, spec.plan.data_size)
+        )
+        self.replica, self.stage = self.engine.grid.get_data_parallel_rank(), self.engine.stage_id
+        about = {"model": spec.model.to_json(), "order": spec.order}
+        self.checkpoints = Checkpoints(folder.checkpoints, about, keep=KEEP_CHECKPOINTS, event=self._event)
         self.step = self._resume()
 
     def run(self) -> None:
@@ -155,11 +163,12 @@ class Trainer:
                     self._show("training", loss, tokens_per_s, eta_s)
             if self.step % self.recipe.checkpoint_every == 0 and self.step < self.recipe.max_steps:
                 self._save_checkpoint()
+        self.checkpoints.close()
         self._export()
 
     def _train_step(self) -> float:
         self.engine.reset_activation_shape()
-        batches = micro_batches(self.windows, self.spec, self.step, self.engine.device)
+        batches = micro_batches(self.windows, self.spec, self.step, self.replica, self.engine.device)
         loss: Tensor = self.engine.train_batch(batches)
         return loss.item()
 
@@ -193,27 +202,34 @@ class Trainer:
         )
 
     def _save_checkpoint(self) -> None:
-        """Write one; the marker, written after every rank is done, makes it real."""
-        tag = f"step-{self.step:08d}"
-        self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag, client_state={"step": self.step})
-        dist.barrier()
-        if self.rank == 0:
-            (self.folder.checkpoints / tag / "COMMITTED").touch()
-            for old in _committed(self.folder.checkpoints)[:-KEEP_CHECKPOINTS]:
-                shutil.rmtree(old)
-            self.folder.append("events.jsonl", {"event": "checkpoint", "step": self.step, "time": time.time()})
+        """Copy this rank's pieces; they are written while training goes on."""
+        own = pieces(self.engine, self.spec.model.num_layers)
+        if self.stage > 0:  # the first stage saves the embedding, of which the last has an equal copy
+            own = {key: piece for key, piece in own.items() if not key.endswith(f"/{TIED}")}
+        self.checkpoints.save(self.step, own, {"updates": updates_of(self.engine)})
 
     def _resume(self) -> int:
-        found = _committed(self.folder.checkpoints)
-        if not found:
+        """Take up the newest whole checkpoint, whatever plan wrote it; the step after which it was made."""
+        manifest = self.checkpoints.newest()
+        if manifest is None:
             return 0
-        self.engine.load_checkpoint(str(self.folder.checkpoints), tag=found[-1].name)
-        step = int(found[-1].name.removeprefix("step-"))
+        step, layers = int(manifest["step"]), self.spec.model.num_layers
+        own, whole = pieces(self.engine, layers), whole_weights(self.engine, layers)
+        moments = {key: piece for key, piece in own.items() if key not in whole}
+        self.checkpoints.load(step, moments | {key: Piece(0, len(t), t) for key, t in whole.items()})
+        for key in own.keys() & whole.keys():
+            own[key].values.copy_(whole[key].narrow(0, own[key].start, len(own[key].values)))
+        take_weights(self.engine, layers, whole)
+        set_updates(self.engine, int(manifest["updates"]))
         if self.rank == 0:
             self._forget_metrics(step)
-            self.folder.append("events.jsonl", {"event": "resume", "step": step, "time": time.time()})
+        self._event({"event": "resume", "step": step})
         log.info("resumed %s at step %d", self.folder.path.name, step)
         return step
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.folder.append("events.jsonl", {**event, "time": time.time()})
 
     def _forget_metrics(self, step: int) -> None:
         """Drop metrics of steps that will be trained again."""
@@ -231,12 +247,14 @@ class Trainer:
         """Gather the stages into one model folder; rank 0 moves it into place whole."""
         parts = self.folder.path / ".export-parts"
         parts.mkdir(exist_ok=True)
-        save_file(dict(own_weights(self.module, self.spec.model.num_layers)), parts / f"{self.rank}.safetensors")
+        own = dict(own_weights(self.module, self.spec.model.num_layers))  # replicas put theirs together for this
+        if self.replica == 0:
+            save_file(own, parts / f"{self.stage}.safetensors")
         dist.barrier()
         if self.rank == 0:
             merged: dict[str, Tensor] = {}
-            for rank in range(dist.get_world_size()):
-                merged |= load_file(parts / f"{rank}.safetensors")
+            for stage in range(self.spec.plan.pipeline_size):
+                merged |= load_file(parts / f"{stage}.safetensors")
             self._save_model(merged)
             shutil.rmtree(parts)
             self._show("finished", None, None, 0.0)
@@ -248,8 +266,3 @@ class Trainer:
         weights.save(scratch, self.spec.model, merged, tokenizers.load(self.folder.path), about)
         shutil.rmtree(self.folder.export, ignore_errors=True)
         scratch.rename(self.folder.export)
-
-
-def _committed(checkpoints: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(marker.parent for marker in checkpoints.glob("step-*/COMMITTED"))

@@ -48,6 +48,17 @@ class RunSpec:
         if planned != asked:
             raise ValueError(f"plan and recipe differ in (seq_len, global, micro batch): {planned} and {asked}")
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides which window is trained when; no plan has a part in it."""
+        recipe = self.recipe
+        return {
+            "snapshot": self.snapshot,
+            "seed": self.seed,
+            "global_batch_size": recipe.global_batch_size,
+            "seq_len": recipe.seq_len,
+        }
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": self.schema,

@@ -23,7 +23,7 @@ from yuan.config import Recipe
 from yuan.model.loss import head_loss
 from yuan.model.rows import packed_rows
 from yuan.model.transformer import Layer
-from yuan.train.engine import start_distributed, start_engine
+from yuan.train.engine import deepspeed_config, start_distributed, start_engine
 from yuan.train.folder import write_json
 from yuan.train.pipeline import PlannedPipeline
 from yuan.train.request import ANSWER, Answer, Request, Trial
@@ -136,7 +136,7 @@ def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[
         isolated=recipe.isolate_documents,
         recomputed=recomputed,
     )
-    engine, _ = start_engine(module, recipe, 1)
+    engine, _ = start_engine(module, recipe, deepspeed_config(recipe, 1))
     found = []
     for step in range(request.steps + 1):
         engine.reset_activation_shape()

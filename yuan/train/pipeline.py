@@ -20,6 +20,7 @@ from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
 
 Travelling = tuple[Tensor, Tensor]
+TIED = "embedding.weight"  # of Yuan; on the first and the last stage
 
 
 class EmbeddingStage(nn.Module):
@@ -123,12 +124,10 @@ class PlannedPipeline(PipelineModule):
         self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
         super().__init__(
             layers=[
-                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr="embedding.weight"),
+                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED),
                 *(LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)),
                 LayerSpec(NormStage, config),
-                TiedLayerSpec(
-                    "embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr="embedding.weight"
-                ),
+                TiedLayerSpec("embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr=TIED),
             ],
             num_stages=len(bounds) - 1,
             loss_fn=loss_of,

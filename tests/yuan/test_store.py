@@ -1,0 +1,123 @@
+"""Checkpoints: what is real, what is damaged, and pieces read in other cuts than they were written."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from yuan.train.pieces import Piece
+from yuan.train.store import MANIFEST, Checkpoints
+
+ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
+SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    """A process group of one; many ranks are in test_training."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/met", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def store(tmp_path, events):
+    store = Checkpoints(tmp_path, ABOUT, keep=2, event=events.append)
+    yield store
+    store.close()
+
+
+def values(step):
+    return {key: torch.arange(size) + 100.0 * step + n for n, (key, size) in enumerate(SIZES.items())}
+
+
+def save(store, step):
+    store.save(step, {key: Piece(0, len(t), t) for key, t in values(step).items()}, {"updates": step})
+    store.wait()
+
+
+def test_any_cut_of_a_tensor_can_be_read(store):
+    save(store, 3)
+    cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
+    wanted = {key: Piece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
+    store.load(3, wanted)
+    for key, (start, length) in cuts.items():
+        assert torch.equal(wanted[key].values, values(3)[key][start : start + length])
+
+
+def test_what_is_saved_is_as_it_was_when_asked(store):
+    tensor = torch.ones(10)
+    store.save(1, {"weight/a": Piece(0, 10, tensor)}, {"updates": 1})
+    tensor.zero_()
+    read = {"weight/a": Piece(0, 10, torch.zeros(10))}
+    store.wait()
+    store.load(1, read)
+    assert read["weight/a"].values.sum() == 10
+
+
+def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events):
+    for step in (1, 2, 3):
+        save(store, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert store.newest()["step"] == 3 and store.newest()["updates"] == 3
+    assert events == [{"event": "checkpoint", "step": step} for step in (1, 2, 3)]
+
+
+def test_no_manifest_is_no_checkpoint(store, tmp_path):
+    save(store, 1)
+    save(store, 2)
+    (tmp_path / "step-00000002" / MANIFEST).unlink()
+    assert store.newest()["step"] == 1
+    save(store, 2)
+    assert store.newest()["step"] == 2
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"), [(flip, "another sha256"), (cut, "bytes, not"), (lambda path: path.unlink(), "cannot be read")]
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, damage, what):
+    save(store, 1)
+    save(store, 2)
+    damage(tmp_path / "step-00000002" / "__0_0.distcp")
+    assert store.newest()["step"] == 1
+    assert events[-1]["event"] == "checkpoint damaged" and events[-1]["step"] == 2
+    assert "__0_0.distcp" in events[-1]["what"] and what in events[-1]["what"]
+
+
+@pytest.mark.parametrize("key", ["model", "order"])
+def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
+    save(store, 1)
+    manifest = tmp_path / "step-00000001" / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: "another"}))
+    with pytest.raises(ValueError, match=f"another run: its {key}"):
+        store.newest()
+
+
+def test_a_checkpoint_without_a_tensor_names_it(store):
+    save(store, 1)
+    with pytest.raises(ValueError, match=r"weight/c in None elements, and the model in 4"):
+        store.load(1, {"weight/c": Piece(0, 4, torch.zeros(4))})
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stays(store, tmp_path, events):
+    save(store, 1)
+    (tmp_path / "step-00000002").write_text("a file is where the folder should be")
+    save(store, 2)
+    assert events[-1]["event"] == "checkpoint failed" and events[-1]["step"] == 2
+    assert store.newest()["step"] == 1

@@ -1,0 +1,78 @@
+"""Where ZeRO keeps master weights and moments, each piece under its parameter's own name.
+
+ZeRO-1 lays the parameters of a stage one after the other and gives each replica a slice; a replica has a piece of
+some parameters. Names, and so everything that is saved under them, do not depend on stages or replicas.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yuan.train.pieces import Piece
+from yuan.train.pipeline import yuan_name
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+def pieces(engine: Any, num_layers: int) -> dict[str, Piece]:
+    """Views, fp32, of this rank's part of `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
+
+    The last stage has the embedding too, an equal copy of the first stage's.
+    """
+    found = {}
+    for name, parameter in _named(engine.module, num_layers):
+        mapping = parameter._hp_mapping
+        if mapping is None:  # another replica has all of it
+            continue
+        flat = _base(engine).param_groups[mapping.param_group_index]["params"][0]
+        inside, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        tensors = {WEIGHT: flat.detach(), **_moments(engine, flat)}
+        for kind, tensor in tensors.items():
+            values = tensor.narrow(0, inside.start, inside.numel)
+            found[f"{kind}/{name}"] = Piece(own.start, parameter.numel(), values)
+    return found
+
+
+def whole_weights(engine: Any, num_layers: int) -> dict[str, Tensor]:
+    """Room for this rank's parameters in fp32, flattened, under the names that `pieces` gives their weights."""
+    return {f"{WEIGHT}/{name}": torch.empty(p.numel()) for name, p in _named(engine.module, num_layers)}
+
+
+def take_weights(engine: Any, num_layers: int, whole: dict[str, Tensor]) -> None:
+    """Set the parameters, in whatever precision they are."""
+    with torch.no_grad():
+        for name, parameter in _named(engine.module, num_layers):
+            parameter.copy_(whole[f"{WEIGHT}/{name}"].view_as(parameter))
+
+
+def updates_of(engine: Any) -> int:
+    """How often the optimizer has changed the weights; Adam's bias correction counts by it."""
+    states = _base(engine).state.values()
+    return next((int(state["step"]) for state in states if "step" in state), 0)
+
+
+def set_updates(engine: Any, updates: int) -> None:
+    for group in _base(engine).param_groups:
+        _moments(engine, group["params"][0])
+        _base(engine).state[group["params"][0]]["step"].fill_(float(updates))
+
+
+def _named(module: Any, num_layers: int) -> Iterator[tuple[str, Any]]:
+    for name, parameter in module.named_parameters():
+        yield str(yuan_name(name, num_layers)), parameter
+
+
+def _base(engine: Any) -> Any:
+    """Torch's optimizer inside of DeepSpeed's."""
+    return engine.optimizer.optimizer
+
+
+def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    """The moments of a slice, made if the optimizer, which makes them in its first step, has not made them yet."""
+    state = _base(engine).state[flat]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS})
+    return {kind: state[kind] for kind in MOMENTS}

@@ -1,0 +1,134 @@
+"""Pieces of flat tensors in files of torch.distributed.checkpoint, which finds the overlaps when others are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + len(values)) of a flattened tensor of `size` elements."""
+
+    start: int
+    size: int
+    values: Tensor
+
+
+def write_pieces(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup) -> None:
+    """Write this rank's pieces beside those of the others of the group, who all call this; files are synced.
+
+    Raises:
+        CheckpointException: on all ranks, if one of them cannot write.
+    """
+    save({}, storage_writer=FileSystemWriter(folder), planner=_Writing(pieces), process_group=group)
+
+
+def read_pieces(folder: Path, wanted: Mapping[str, Piece]) -> None:
+    """Fill pieces from whatever was written; reads nothing else.
+
+    Raises:
+        ValueError: if a tensor was not written, or has another size.
+    """
+    reader, planner = FileSystemReader(folder), _Reading(wanted)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    planner.set_up_planner({}, metadata, is_coordinator=True)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+
+
+class _Writing(SavePlanner):
+    """Each piece is a shard of a flat tensor."""
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        self._pieces = pieces
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing: the pieces are all there is."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(key, piece) for key, piece in self._pieces.items()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._pieces[write_item.index.fqn].values
+
+
+class _Reading(LoadPlanner):
+    """Reads what overlaps with the wanted pieces."""
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        self._pieces = pieces
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None, "a checkpoint on disk has metadata"
+        self._metadata = metadata.state_dict_metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for key, piece in self._pieces.items():
+            stored = self._metadata.get(key)
+            size = stored.size.numel() if isinstance(stored, TensorStorageMetadata) else None
+            if size != piece.size or not isinstance(stored, TensorStorageMetadata):
+                raise ValueError(f"the checkpoint has {key} in {size} elements, and the model in {piece.size}")
+            items += create_read_items_for_chunk_list(key, stored, [_chunk(piece)])
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise AssertionError("only tensors are saved")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        values = self._pieces[read_item.dest_index.fqn].values
+        return values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: what `resolve_tensor` gave is a view."""
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([piece.start]), torch.Size([piece.values.numel()]))
+
+
+def _write_item(key: str, piece: Piece) -> WriteItem:
+    data = TensorWriteData(
+        chunk=_chunk(piece),
+        properties=TensorProperties.create_from_tensor(piece.values),
+        size=torch.Size([piece.size]),
+    )
+    return WriteItem(MetadataIndex(key, torch.Size([piece.start])), WriteItemType.SHARD, tensor_data=data)

@@ -1,0 +1,177 @@
+"""Checkpoints of a run: pieces of tensors by name, which any plan can read, made real by a manifest written last.
+
+The files are torch.distributed.checkpoint's. A checkpoint is a folder `step-NNNNNNNN`; it counts only with its
+`manifest.json`, which holds the size and sha256 of every file. Saving copies the pieces and returns; a thread of each
+rank writes, hashes and waits for the others.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from yuan.train.folder import write_json
+from yuan.train.pieces import Piece, read_pieces, write_pieces
+
+log = logging.getLogger(__name__)
+
+MANIFEST, SCHEMA = "manifest.json", 1
+HASHED_AT_ONCE = 2**22  # bytes
+Event = Callable[[dict[str, Any]], None]
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one of its ranks sees them.
+
+    Args:
+        folder: shared by all ranks.
+        about: facts of the run that every checkpoint repeats and must agree with when it is read; JSON.
+        keep: whole checkpoints that stay.
+        event: called on rank 0 with what happened, once a checkpoint is real, damaged or failed.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], *, keep: int, event: Event) -> None:
+        self.folder, self.about, self.keep, self.event = folder, dict(about), keep, event
+        # a group of its own, and of gloo on GPUs too: the threads talk while the step uses the others
+        self.group = dist.new_group(backend="gloo")
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, Piece] = {}  # kept, since memory that is new must be mapped page by page
+
+    def save(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> None:
+        """Copy the pieces and write them behind the step's back; waits for the checkpoint before, if it is not done."""
+        self.wait()
+        if self._copies.keys() != pieces.keys():
+            empty = {key: torch.empty_like(piece.values, device="cpu") for key, piece in pieces.items()}
+            self._copies = {key: Piece(piece.start, piece.size, empty[key]) for key, piece in pieces.items()}
+        for key, piece in pieces.items():
+            self._copies[key].values.copy_(piece.values)
+        self._writing = self._thread.submit(self._write, step, dict(state))
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is real, or has failed; a failure is an event, not an error."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def newest(self) -> dict[str, Any] | None:
+        """The manifest of the newest whole checkpoint; a damaged one is passed over, and an event says so.
+
+        Raises:
+            ValueError: if it is of another run: another model, or another order of data.
+        """
+        for path in reversed(list(self._real())):
+            manifest = json.loads((path / MANIFEST).read_text())
+            bad = self._damaged(path, manifest)
+            if bad is None:
+                self._check(path, manifest)
+                return dict(manifest)
+            log.warning("checkpoint %s is damaged: %s", path, bad)
+            self._tell({"event": "checkpoint damaged", "step": manifest["step"], "what": bad})
+        return None
+
+    def load(self, step: int, wanted: Mapping[str, Piece]) -> None:
+        """Fill the pieces from a checkpoint, whatever plan wrote it.
+
+        Raises:
+            ValueError: if it lacks one, or has it in another size.
+        """
+        read_pieces(self._path(step), wanted)
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _real(self) -> Iterator[Path]:
+        """Checkpoints with a manifest, oldest first."""
+        return (manifest.parent for manifest in sorted(self.folder.glob(f"step-*/{MANIFEST}")))
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        path = self._path(step)
+        try:
+            if self.rank == 0:
+                shutil.rmtree(path, ignore_errors=True)  # half of one, from before a kill
+            dist.barrier(group=self.group)
+            write_pieces(path, self._copies, self.group)
+            own = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
+            files = self._gather({file.name: _digest(file) for file in own})
+            if unread := [name for name, digest in files.items() if "error" in digest]:
+                raise OSError(f"{unread[0]} was written but cannot be read: {files[unread[0]]['error']}")
+            if self.rank == 0:
+                manifest = {"schema": SCHEMA, "step": step, **self.about, **state, "files": files}
+                write_json(path / MANIFEST, manifest)
+                for entry in (path / MANIFEST, path, self.folder):
+                    _sync(entry)
+                for old in list(self._real())[: -self.keep]:
+                    shutil.rmtree(old)
+                self._tell({"event": "checkpoint", "step": step})
+        except (OSError, CheckpointException) as error:  # a full disk: the run goes on, with the one before
+            log.warning("checkpoint of step %d failed: %s", step, error)
+            self._tell({"event": "checkpoint failed", "step": step, "what": str(error)[:500]})
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self.rank == 0:
+            self.event(event)
+
+    def _gather(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What every rank says, put together."""
+        said: list[dict[str, Any]] = [{}] * self.ranks
+        dist.all_gather_object(said, own, group=self.group)
+        return {name: value for part in said for name, value in part.items()}
+
+    def _damaged(self, path: Path, manifest: dict[str, Any]) -> str | None:
+        """What is wrong with its files; the ranks share the reading and agree."""
+        own = sorted(manifest["files"])[self.rank :: self.ranks]
+        wrong = {name: bad for name in own if (bad := _difference(path / name, manifest["files"][name]))}
+        found = self._gather(wrong)
+        return "; ".join(f"{name} {bad}" for name, bad in sorted(found.items())) or None
+
+    def _check(self, path: Path, manifest: dict[str, Any]) -> None:
+        for key, value in self.about.items():
+            if manifest.get(key) != value:
+                raise ValueError(
+                    f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
+                    f"{value!r}; take it out of the folder, or start in a new one"
+                )
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file; what went wrong if it cannot be read, so that the other ranks hear of it."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(HASHED_AT_ONCE):
+                digest.update(block)
+        return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    except OSError as error:
+        return {"error": str(error.strerror)}
+
+
+def _difference(file: Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file, in words; None if nothing is."""
+    found = _digest(file)
+    if "error" in found:
+        return f"cannot be read: {found['error']}"
+    if found["bytes"] != expected["bytes"]:
+        return f"has {found['bytes']} bytes, not {expected['bytes']}"
+    return None if found["sha256"] == expected["sha256"] else "has another sha256"
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a folder's entries last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
