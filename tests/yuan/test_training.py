@@ -21,10 +21,9 @@ from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
-from yuan.plan.job import Grid, Work
-from yuan.plan.planner import describe, make_plan
+from yuan.plan.job import Work
+from yuan.plan.planner import given_plan, make_plan
 from yuan.plan.pool import cpu_pool
-from yuan.plan.score import score
 from yuan.plan.search import Limits
 from yuan.train.engine import learning_rate
 from yuan.train.folder import RunFolder, RunSpec, write_json
@@ -62,22 +61,6 @@ def two_stages(config, recipe):
     limits = Limits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
     plan = make_plan(Work.of(config, recipe), cpu_pool(), limits)
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
-
-
-def plan_of(config, recipe, bounds, data_size=1):
-    """A plan with given bounds and replicas, over as many processes."""
-    stages = len(bounds) - 1
-    pool = cpu_pool()
-    pool = dataclasses.replace(pool, groups=(dataclasses.replace(pool.groups[0], count=stages * data_size),))
-    grid = Grid(
-        pipeline_size=stages,
-        data_size=data_size,
-        micro_batch_size=recipe.micro_batch_size,
-        grad_accum_steps=recipe.global_batch_size // recipe.micro_batch_size // data_size,
-    )
-    work, layers = Work.of(config, recipe), [b - a for a, b in pairwise(bounds)]
-    none = [0] * stages
-    return describe(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
 
 
 def lay_out(folder, made, recipe=RECIPE, plan=None):
@@ -203,7 +186,9 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
 def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finished, tmp_path, bounds, data_size):
     folder = RunFolder(tmp_path / "moved")
     shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
-    spec = dataclasses.replace(finished.spec(), plan=plan_of(made[1], RECIPE, bounds, data_size))
+    work = Work.of(made[1], RECIPE)
+    plan = given_plan(work, cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size)
+    spec = dataclasses.replace(finished.spec(), plan=plan)
     write_json(folder.path / "run.json", spec.to_json())
     shutil.rmtree(folder.checkpoints / "step-00000010")  # so that four steps are trained with the new plan
     run(folder)

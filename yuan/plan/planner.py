@@ -1,5 +1,6 @@
 """Lay a model over a pool: the best grid and layout, scored again by simulation and explained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
@@ -65,6 +66,30 @@ def make_plan(
             f"{min(simulated):.4g} s."
         )
     return replace(plan, binding=binding, explanation=text)
+
+
+def given_plan(
+    work: Work, group: Group, bounds: Sequence[int], *, data_size: int = 1, micro_batch_size: int = 1
+) -> Plan:
+    """A layout that somebody chose, on devices of one class, as a plan: not searched, not explained.
+
+    Args:
+        bounds: layer numbers at which stages begin, and the end.
+
+    Raises:
+        ValueError: if the bounds are not those of the model's layers, or the batch does not divide.
+    """
+    stages, layers = len(bounds) - 1, [end - first for first, end in pairwise(bounds)]
+    pool = Pool(name="given", groups=(replace(group, count=stages * data_size),))
+    check_limits(work, pool, Limits(data_size=data_size, micro_batch_size=micro_batch_size))
+    grid = Grid(
+        pipeline_size=stages,
+        data_size=data_size,
+        micro_batch_size=micro_batch_size,
+        grad_accum_steps=work.global_batch_size // data_size // micro_batch_size,
+    )
+    none = [0] * stages
+    return describe(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
 
 
 def describe(

@@ -1,5 +1,6 @@
 """The training loop of one rank: DeepSpeed pipeline engine, data order, checkpoints, status."""
 
+import functools
 import logging
 import math
 import os
@@ -21,9 +22,8 @@ from yuan.data.packing import Windows, window_order
 from yuan.model import weights
 from yuan.model.shards import Source
 from yuan.train.folder import RunFolder, RunSpec, write_json
-from yuan.train.fragments import pieces, set_updates, take_weights, updates_of, whole_weights
-from yuan.train.pieces import Piece
-from yuan.train.pipeline import TIED, PlannedPipeline, load_weights, own_weights
+from yuan.train.fragments import restore, state_to_save
+from yuan.train.pipeline import PlannedPipeline, load_weights, own_weights
 from yuan.train.store import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.global_batch_size // recipe.micro_batch_size // data_size,
         "gradient_clipping": recipe.grad_clip,
-        "zero_optimization": {"stage": 1},
+        # Gradients are reduced once, after the last micro-batch: there is nothing to gather them in a buffer for.
+        "zero_optimization": {"stage": 1, "contiguous_gradients": False},
         "bf16": {"enabled": bf16},
         # Without this, bf16 gradients of the micro-batches would be added up in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -72,13 +73,18 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
 def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer; matrices decay, biases and norms do not (official optimizer/__init__.py)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def adam(groups: Any) -> torch.optim.Optimizer:
+        """Fused: one pass over memory where the plain one makes a temporary for every operation."""
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
+
     engine, optimizer, _, _ = deepspeed.initialize(
         model=module,
         model_parameters=[
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ],
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2)),
+        optimizer=adam,
         config=config,
     )
     return engine, optimizer
@@ -203,24 +209,17 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Copy this rank's pieces; they are written while training goes on."""
-        own = pieces(self.engine, self.spec.model.num_layers)
-        if self.stage > 0:  # the first stage saves the embedding, of which the last has an equal copy
-            own = {key: piece for key, piece in own.items() if not key.endswith(f"/{TIED}")}
-        self.checkpoints.save(self.step, own, {"updates": updates_of(self.engine)})
+        own, updates = state_to_save(self.engine, self.spec.model.num_layers)
+        self.checkpoints.save(self.step, own, {"updates": updates})
 
     def _resume(self) -> int:
         """Take up the newest whole checkpoint, whatever plan wrote it; the step after which it was made."""
         manifest = self.checkpoints.newest()
         if manifest is None:
             return 0
-        step, layers = int(manifest["step"]), self.spec.model.num_layers
-        own, whole = pieces(self.engine, layers), whole_weights(self.engine, layers)
-        moments = {key: piece for key, piece in own.items() if key not in whole}
-        self.checkpoints.load(step, moments | {key: Piece(0, len(t), t) for key, t in whole.items()})
-        for key in own.keys() & whole.keys():
-            own[key].values.copy_(whole[key].narrow(0, own[key].start, len(own[key].values)))
-        take_weights(self.engine, layers, whole)
-        set_updates(self.engine, int(manifest["updates"]))
+        step = int(manifest["step"])
+        read = functools.partial(self.checkpoints.load, step)
+        restore(self.engine, self.spec.model.num_layers, read, int(manifest["updates"]))
         if self.rank == 0:
             self._forget_metrics(step)
         self._event({"event": "resume", "step": step})

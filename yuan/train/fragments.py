@@ -4,14 +4,14 @@ ZeRO-1 lays the parameters of a stage one after the other and gives each replica
 some parameters. Names, and so everything that is saved under them, do not depend on stages or replicas.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yuan.train.pieces import Piece
-from yuan.train.pipeline import yuan_name
+from yuan.train.pipeline import TIED, yuan_name
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
@@ -35,27 +35,35 @@ def pieces(engine: Any, num_layers: int) -> dict[str, Piece]:
     return found
 
 
-def whole_weights(engine: Any, num_layers: int) -> dict[str, Tensor]:
-    """Room for this rank's parameters in fp32, flattened, under the names that `pieces` gives their weights."""
-    return {f"{WEIGHT}/{name}": torch.empty(p.numel()) for name, p in _named(engine.module, num_layers)}
+def state_to_save(engine: Any, num_layers: int) -> tuple[dict[str, Piece], int]:
+    """The pieces that this rank saves, and how often the optimizer has changed the weights.
+
+    The embedding is the first stage's to save; the last has an equal copy.
+    """
+    own = pieces(engine, num_layers)
+    if engine.stage_id > 0:
+        own = {key: piece for key, piece in own.items() if not key.endswith(f"/{TIED}")}
+    states = _base(engine).state.values()
+    return own, next((int(state["step"]) for state in states if "step" in state), 0)
 
 
-def take_weights(engine: Any, num_layers: int, whole: dict[str, Tensor]) -> None:
-    """Set the parameters, in whatever precision they are."""
+def restore(engine: Any, num_layers: int, read: Callable[[dict[str, Piece]], None], updates: int) -> None:
+    """Set weights and optimizer of this rank from what was saved, by whatever plan.
+
+    Args:
+        read: fills pieces from a checkpoint.
+        updates: how often the optimizer had changed the weights; Adam's bias correction counts by it.
+    """
+    own = pieces(engine, num_layers)
+    whole = {f"{WEIGHT}/{name}": torch.empty(p.numel()) for name, p in _named(engine.module, num_layers)}
+    moments = {key: piece for key, piece in own.items() if key not in whole}
+    read(moments | {key: Piece(0, len(values), values) for key, values in whole.items()})
+    for key in own.keys() & whole.keys():
+        own[key].values.copy_(whole[key].narrow(0, own[key].start, len(own[key].values)))
     with torch.no_grad():
         for name, parameter in _named(engine.module, num_layers):
             parameter.copy_(whole[f"{WEIGHT}/{name}"].view_as(parameter))
-
-
-def updates_of(engine: Any) -> int:
-    """How often the optimizer has changed the weights; Adam's bias correction counts by it."""
-    states = _base(engine).state.values()
-    return next((int(state["step"]) for state in states if "step" in state), 0)
-
-
-def set_updates(engine: Any, updates: int) -> None:
     for group in _base(engine).param_groups:
-        _moments(engine, group["params"][0])
         _base(engine).state[group["params"][0]]["step"].fill_(float(updates))
 
 

@@ -134,6 +134,7 @@ class PlannedPipeline(PipelineModule):
             base_seed=seed,
             seed_layers=True,  # a layer's weights depend on its number, not on the stage it lies in
         )
+        self.seed_layers = False  # or every layer would seed every generator again in every forward pass
 
     def _partition_layers(self, method: str = "explicit") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

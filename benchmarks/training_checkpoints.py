@@ -1,0 +1,198 @@
+"""Checkpoints beside DeepSpeed's own: `python benchmarks/training_checkpoints.py`, six minutes.
+
+A pipeline of two stages, some 60 million parameters with their moments in fp32. How long training stands still for a
+checkpoint beside writing the same with nothing going on; and how long a run needs to go on as one stage with two
+replicas, beside DeepSpeed's conversion to a universal checkpoint and its load. Both must find the same weights.
+"""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed.checkpoint.ds_to_universal
+import torch
+from deepspeed import comm as dist
+from pairs import PAIRS, interval, line, show
+
+from infra.launch import torchrun_command
+from yuan.config import ModelConfig, Recipe
+from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.fragments import pieces, restore, state_to_save
+from yuan.train.pipeline import PlannedPipeline
+from yuan.train.store import Checkpoints
+
+MODEL = ModelConfig(name="m", num_layers=12, hidden_size=512, num_heads=8, vocab_size=8_192, seq_len=64)
+RECIPE = Recipe(
+    max_steps=9,
+    learning_rate=1e-3,
+    seq_len=64,
+    micro_batch_size=1,
+    global_batch_size=2,
+    warmup_steps=1,
+    precision="bf16",
+)
+BOUNDS, REPLICAS, SAVED = (0, 7, 12), 2, 20
+ABOUT = {"model": MODEL.to_json()}
+UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        saved = in_ranks("save", folder)
+        ours = [in_ranks("ours", folder) for _ in range(PAIRS)]
+        theirs = [convert(folder) | in_ranks("theirs", folder) for _ in range(PAIRS)]
+    stalls = [stall / whole for stall, whole in zip(saved["stall_s"], saved["whole_s"], strict=True)]
+    low, high = interval(stalls)
+    deepspeed_s = statistics.median(saved["deepspeed_s"])
+    stall = line(
+        "training stands still for a checkpoint",
+        round(statistics.median(saved["stall_s"]), 4),
+        "s",
+        "the same checkpoint written at once",
+        statistics.median(stalls),
+        (low, high),
+        "at most 0.05",
+        high <= 0.05 * 1.03,
+    )
+    ok = show({**stall, "whole_s": round(statistics.median(saved["whole_s"]), 3)})
+    beside = [stall / whole for stall, whole in zip(saved["stall_s"], saved["deepspeed_s"], strict=True)]
+    show(
+        line(
+            "training stands still, beside DeepSpeed's save, which neither syncs nor hashes",
+            round(deepspeed_s, 3),
+            "s, theirs",
+            "DeepSpeed's save_checkpoint",
+            statistics.median(beside),
+            interval(beside),
+        )
+    )
+    times = [a["convert_s"] + a["load_s"] for a in theirs]
+    ratios = [b / a["load_s"] for a, b in zip(ours, times, strict=True)]
+    low, high = interval(ratios)
+    resumed = line(
+        "going on with another plan",
+        round(statistics.median(a["load_s"] for a in ours), 3),
+        "s",
+        "DeepSpeed's universal checkpoint",
+        statistics.median(ratios),
+        (low, high),
+        "at least 5",
+        low >= 0.97 * 5,
+    )
+    same = all(a["sums"] == b["sums"] for a in ours for b in theirs)
+    parts = {key: round(statistics.median(a[key] for a in theirs), 3) for key in ("convert_s", "load_s")}
+    ok &= show({**resumed, "theirs": parts, "same_weights_and_moments": same})
+    return 0 if ok and same else 1
+
+
+def in_ranks(what: str, folder: Path) -> dict[str, Any]:
+    """This file in two ranks; what rank 0 wrote down."""
+    command = torchrun_command("unused", folder, 2)
+    command = [*command[: command.index("-m", 3)], __file__, what, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return dict(json.loads((folder / f"{what}.json").read_text()))
+
+
+def convert(folder: Path) -> dict[str, float]:
+    """DeepSpeed's conversion, as its documents say to run it."""
+    begun = time.perf_counter()
+    script = deepspeed.checkpoint.ds_to_universal.__file__
+    command = [sys.executable, script, "--input_folder", str(folder / "theirs" / "saved")]
+    subprocess.run([*command, "--output_folder", str(folder / "theirs" / "universal")], capture_output=True, check=True)
+    return {"convert_s": time.perf_counter() - begun}
+
+
+def rank(what: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    start_distributed(2)
+    {"save": save, "ours": ours, "theirs": theirs}[what](folder)
+    stop_distributed()
+
+
+def engine_of(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
+    module = PlannedPipeline(MODEL, list(bounds), 0)
+    module.universal_checkpoint_info = UNIVERSAL
+    return start_engine(module, RECIPE, {**deepspeed_config(RECIPE, replicas), **more})[0]
+
+
+def save(folder: Path) -> None:
+    """A step, so that there are moments; then checkpoints of ours, behind the step's back and at once, and theirs."""
+    engine = engine_of(BOUNDS, 1)
+    tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
+    documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
+    engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
+    store = Checkpoints(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    own, updates = state_to_save(engine, MODEL.num_layers)
+    times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
+    for step in range(SAVED + 1):
+        dist.barrier()
+        begun = time.perf_counter()
+        store.save(step + 1, own, {"updates": updates})
+        stalled = time.perf_counter()
+        store.wait()
+        dist.barrier()
+        done = time.perf_counter()
+        engine.save_checkpoint(str(folder / "theirs"), tag="saved")
+        dist.barrier()
+        if step:  # the first maps the memory that the others copy into
+            times["stall_s"].append(stalled - begun)
+            times["whole_s"].append(done - begun)
+            times["deepspeed_s"].append(time.perf_counter() - done)
+    store.close()
+    answer(folder / "save.json", times)
+
+
+def ours(folder: Path) -> None:
+    engine = engine_of((0, MODEL.num_layers), REPLICAS)
+    store = Checkpoints(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    dist.barrier()
+    begun = time.perf_counter()
+    manifest = store.newest()
+    assert manifest is not None
+    read = functools.partial(store.load, manifest["step"])
+    restore(engine, MODEL.num_layers, read, manifest["updates"])
+    dist.barrier()
+    answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
+    store.close()
+
+
+def theirs(folder: Path) -> None:
+    engine = engine_of((0, MODEL.num_layers), REPLICAS, checkpoint={"load_universal": True})
+    dist.barrier()
+    begun = time.perf_counter()
+    engine.load_checkpoint(str(folder / "theirs"), tag="universal", load_lr_scheduler_states=False)
+    dist.barrier()
+    answer(folder / "theirs.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
+
+
+def sums(engine: Any) -> list[float]:
+    """A checksum of weights and moments, over all replicas."""
+    own = pieces(engine, MODEL.num_layers)
+    kinds = [
+        sum(float(piece.values.double().abs().sum()) for key, piece in own.items() if key.startswith(f"{kind}/"))
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+    ]
+    total = torch.tensor(kinds, dtype=torch.float64)
+    dist.all_reduce(total)
+    return [float(f"{value:.10g}") for value in total]
+
+
+def answer(file: Path, said: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        file.write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        rank(sys.argv[1], Path(sys.argv[2]))
+        sys.exit(0)
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Losses of every grid beside one process: `python benchmarks/training_grids.py`, two minutes.
+
+Twenty steps in fp32 as P2·D1, P1·D2, P2·D2 and P4·D1, the layers split unevenly, each through torchrun and DeepSpeed as
+a run of the platform; beside them a loop of plain torch in one process.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from pairs import line, show
+
+from infra.launch import supervised, torchrun_command
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, Recipe
+from yuan.data.packing import Windows, pack, window_order
+from yuan.data.samples import Sample
+from yuan.model import weights
+from yuan.model.loss import weighted_cross_entropy
+from yuan.model.transformer import Yuan
+from yuan.plan.job import Work
+from yuan.plan.planner import given_plan
+from yuan.plan.pool import cpu_pool
+from yuan.train.engine import learning_rate
+from yuan.train.folder import RunFolder, RunSpec
+
+GRIDS = {"P2·D1": ((0, 4, 6), 1), "P1·D2": ((0, 6), 2), "P2·D2": ((0, 2, 6), 2), "P4·D1": ((0, 2, 3, 5, 6), 1)}
+STEPS, SEED, MOST = 20, 5, 1e-5
+RECIPE = Recipe(
+    max_steps=STEPS, learning_rate=3e-3, seq_len=64, micro_batch_size=2, global_batch_size=16, warmup_steps=3
+)
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        parent, model, windows = make(Path(name) / "parent")
+        plain = plain_losses(parent, model, windows)
+        ok = True
+        for grid, (bounds, replicas) in GRIDS.items():
+            losses = run(Path(name) / grid, parent, model, windows, bounds, replicas)
+            worst = float(np.max(np.abs(np.array(losses) / plain - 1)))
+            says = line(f"losses of {grid}", worst, "worst relative difference", "plain torch, one process")
+            ok &= show({**says, "goal": f"at most {MOST}", "ok": worst <= MOST, "steps": STEPS, "bounds": bounds})
+    return 0 if ok else 1
+
+
+def make(parent: Path) -> tuple[Path, ModelConfig, Windows]:
+    """A model to go on from, and windows of unequal documents."""
+    tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
+    model = ModelConfig(name="m", num_layers=6, hidden_size=64, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    torch.manual_seed(1)
+    weights.save(parent, model, Yuan(model).state_dict(), tokenizer, {})
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
+        for n in rng.integers(4, 60, 400)
+    ]
+    return parent, model, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
+
+
+def run(
+    path: Path, parent: Path, model: ModelConfig, windows: Windows, bounds: tuple[int, ...], replicas: int
+) -> list[float]:
+    work, device = Work.of(model, RECIPE), cpu_pool().groups[0]
+    plan = given_plan(work, device, bounds, data_size=replicas, micro_batch_size=RECIPE.micro_batch_size)
+    path.mkdir()
+    (path / "parent").symlink_to(parent)
+    (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
+    folder = RunFolder(path)
+    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
+    folder.write(spec, windows)
+    command = torchrun_command("yuan.train.run", path, plan.pipeline_size * replicas)
+    with supervised(command, path, dict(os.environ), "train.log") as process:
+        if process.wait(300):
+            raise RuntimeError((path / "train.log").read_text()[-3000:])
+    return [row["train/loss"] for row in folder.metrics()]
+
+
+def plain_losses(parent: Path, config: ModelConfig, windows: Windows) -> list[float]:
+    """The same training as a loop anybody can read."""
+    model = weights.load(parent).float().train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
+    losses, size = [], RECIPE.global_batch_size
+    for step in range(STEPS):
+        chosen = window_order(len(windows), start=size * step, count=size, seed=SEED)
+        tokens, labels, documents = (
+            torch.from_numpy(array[chosen]).long() for array in (windows.tokens, windows.labels, windows.documents)
+        )
+        learned = torch.from_numpy(windows.learned[chosen]).float()
+        loss = weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, RECIPE)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Two stages beside torch's own 1F1B and beside one process: `python benchmarks/training_pipeline.py`, minutes.
+
+The same model, split and micro-batches, fp32, one thread and one core for each of two ranks, in turns in the same
+processes: our engine on DeepSpeed; `torch.distributed.pipelining`, its tied embedding, clipping and optimizer done by
+hand, and no document numbers sent; and on the first rank alone, the other waiting, a loop of plain torch.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from deepspeed import comm as dist
+from pairs import PAIRS, at_least, interval, line, show
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from infra.launch import torchrun_command
+from yuan.config import ModelConfig, Recipe
+from yuan.model.loss import head_loss
+from yuan.plan.flops import head_forward, layer_forward
+from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.pipeline import EmbeddingStage, LayerStage, NormStage, PlannedPipeline, StageRows
+
+MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_size=8_192, seq_len=128)
+BOUNDS, ACCUM, BLOCK = (0, 5, 9), 16, 128
+RECIPE = Recipe(
+    max_steps=9, learning_rate=1e-4, seq_len=128, micro_batch_size=1, global_batch_size=ACCUM, warmup_steps=1
+)
+WARM = 2  # steps that allocate
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        command = torchrun_command("unused", Path(name), 2)
+        command = [*command[: command.index("-m", 3)], __file__, name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        seconds = json.loads((Path(name) / "seconds.json").read_text())
+    ours, torchs, plain = seconds["ours"], seconds["torch"], seconds["plain"]
+    tokens = ACCUM * RECIPE.seq_len
+    ratios = [theirs / own for own, theirs in zip(ours, torchs, strict=True)]
+    figure = round(tokens / statistics.median(ours))
+    peer = "torch.distributed.pipelining 1F1B"
+    ok = show(at_least("throughput of two stages", ratios, 1.0, figure=figure, unit="tokens/s", peer=peer))
+    gained = [alone / own for own, alone in zip(ours, plain, strict=True)]
+    allowed, (low, high) = allowed_by_the_bubble(), interval(gained)
+    says = line(
+        "two stages over one process",
+        round(statistics.median(gained), 3),
+        "times as fast",
+        "plain torch, one thread",
+        statistics.median(gained) / allowed,
+        (low / allowed, high / allowed),
+        "at least 0.95 of what the bubble allows",
+        low / allowed >= 0.97 * 0.95,
+    )
+    ok &= show(
+        {**says, "allowed": round(allowed, 3), "torchs": round(statistics.median(plain) / statistics.median(torchs), 3)}
+    )
+    return 0 if ok else 1
+
+
+def allowed_by_the_bubble() -> float:
+    """How much faster two stages are by the time model, with nothing to send, synchronise or wait for."""
+    layer, head = layer_forward(MODEL, RECIPE.seq_len), head_forward(MODEL)
+    first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
+    return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
+
+
+def rank(folder: Path) -> None:
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+    start_distributed(2)
+    runs = {"ours": ours(), "torch": torchs(), "plain": plain()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(WARM + PAIRS):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            dist.barrier()
+            begun = time.perf_counter()
+            runs[name]()
+            dist.barrier()
+            if turn >= WARM:
+                seconds[name].append(time.perf_counter() - begun)
+    if dist.get_rank() == 0:
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+    stop_distributed()
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, documents and weights of the micro-batches, (A, S) each."""
+    tokens = torch.randint(MODEL.vocab_size, (ACCUM, RECIPE.seq_len), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
+
+
+def ours() -> Callable[[], None]:
+    module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=BLOCK)
+    engine, _ = start_engine(module, RECIPE, deepspeed_config(RECIPE, 1))
+    tokens, documents, weights = batch()
+
+    def step() -> None:
+        rows = [
+            ((tokens[n : n + 1], documents[n : n + 1]), (tokens[n : n + 1], weights[n : n + 1])) for n in range(ACCUM)
+        ]
+        engine.train_batch(iter(rows))
+
+    return step
+
+
+class Part(nn.Module):
+    """Some of the model's modules one after the other: a stage of it, or all."""
+
+    def __init__(self, first: int, end: int, *, has_embedding: bool, has_head: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        rows = StageRows(MODEL, isolated=True)
+        self.tied = EmbeddingStage(MODEL)
+        self.has_embedding = has_embedding
+        self.layers = nn.ModuleList(LayerStage(MODEL, rows, recomputed=False) for _ in range(first, end))
+        self.norm = NormStage(MODEL) if has_head else None
+        self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
+
+    def forward(self, x: Tensor) -> Tensor:
+        travelling = (x, self.documents)
+        if self.has_embedding:
+            travelling = self.tied(travelling)
+        for layer in self.layers:
+            travelling = layer(travelling)
+        return travelling[0] if self.norm is None else self.norm(travelling)
+
+    def loss(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)
+        return head_loss(x_BSH, self.tied.weight, labels_BS, weights_BS, block=BLOCK)
+
+
+def torchs() -> Callable[[], None]:
+    number = dist.get_rank()
+    part = Part(BOUNDS[number], BOUNDS[number + 1], has_embedding=number == 0, has_head=number == 1)
+    stage = PipelineStage(part, number, 2, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, ACCUM, loss_fn=part.loss)  # on the first rank too, or it would not go backward
+    optimizer, (tokens, _, _) = adam(part), batch()
+
+    def step() -> None:
+        if number:
+            schedule.step(target=tokens, losses=[])
+        else:
+            schedule.step(tokens)
+        torch_dist.all_reduce(part.tied.weight.grad)
+        squares = sum((p.grad.square().sum() for p in part.parameters()), torch.zeros(()))
+        squares -= part.tied.weight.grad.square().sum() * number  # its copy is counted on the first stage
+        torch_dist.all_reduce(squares)
+        scale = torch.clamp(RECIPE.grad_clip / (squares.sqrt() + 1e-6), max=1.0)
+        for parameter in part.parameters():
+            parameter.grad.mul_(scale)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def plain() -> Callable[[], None]:
+    if dist.get_rank():
+        return lambda: None
+    model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True)
+    optimizer, (tokens, _, _) = adam(model), batch()
+
+    def step() -> None:
+        for n in range(ACCUM):
+            (model.loss(model(tokens[n : n + 1]), tokens[n : n + 1]) / ACCUM).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def adam(module: nn.Module) -> Any:
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=RECIPE.learning_rate, betas=(RECIPE.beta1, RECIPE.beta2), fused=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        rank(Path(sys.argv[1]))
+        sys.exit(0)
+    sys.exit(main())
