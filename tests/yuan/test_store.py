@@ -74,8 +74,8 @@ def test_no_manifest_is_no_checkpoint(store, tmp_path):
     save(store, 2)
     (tmp_path / "step-00000002" / MANIFEST).unlink()
     assert store.newest()["step"] == 1
-    save(store, 2)
-    assert store.newest()["step"] == 2
+    save(store, 3)
+    assert store.newest()["step"] == 3 and not (tmp_path / "step-00000002").exists()
 
 
 def flip(path):
@@ -103,10 +103,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
 @pytest.mark.parametrize("key", ["model", "order"])
 def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
     save(store, 1)
-    manifest = tmp_path / "step-00000001" / MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: "another"}))
+    other = Checkpoints(tmp_path, {**ABOUT, key: "another"}, keep=2, event=print)
     with pytest.raises(ValueError, match=f"another run: its {key}"):
-        store.newest()
+        other.newest()
+    other.close()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 2}', None])
+def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
+    save(store, 1)
+    save(store, 2)
+    manifest = tmp_path / "step-00000002" / MANIFEST
+    edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
+    manifest.write_text(edited if text is None else text)
+    assert store.newest()["step"] == 1
+    assert events[-1] == {"event": "checkpoint damaged", "step": 2, "what": "manifest.json is not as it was written"}
 
 
 def test_a_checkpoint_without_a_tensor_names_it(store):

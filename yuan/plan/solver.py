@@ -145,21 +145,20 @@ class _Search:
 
         A range (low, high] comes with a sum that no layout in it is below, that of the layout found at a higher wait.
         """
-        best, value = None, cutoff
-        first = _least_sum(self.costs)
-        lowest = self._least_wait(cutoff - first, finish)
+        least = _least_sum(self.costs)
+        lowest = self._least_wait(cutoff - least, finish)
         if lowest is None:
             return None
-        todo = [(lowest[0], cutoff - first, first)]
+        best, value, is_first = None, cutoff, True
+        todo = [(lowest[0], cutoff - least, least)]
         while todo:
             low, high, total = todo.pop()
             low, total = self._known(low, high, total)
             high = min(high * (1 - TIE), self._worth(value, low + total + least_finish) - total)
             if high <= low:
                 continue
-            is_first = total == first
             at = high if is_first or high - low <= FINE * value else (low + high) / 2
-            found = self._at(at, finish)
+            found, is_first = self._at(at, finish), False
             self.seen.append((at, np.inf if found is None else found.total))
             if at < high and (found is None or found.total > total * (1 + TIE)):
                 todo.append((at, high, total))

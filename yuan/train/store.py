@@ -1,8 +1,8 @@
 """Checkpoints of a run: pieces of tensors by name, which any plan can read, made real by a manifest written last.
 
 The files are torch.distributed.checkpoint's. A checkpoint is a folder `step-NNNNNNNN`; it counts only with its
-`manifest.json`, which holds the size and sha256 of every file. Saving copies the pieces and returns; a thread of each
-rank writes, hashes and waits for the others.
+`manifest.json`, which holds the size and sha256 of every file and of itself. Saving copies the pieces and returns; a
+thread of each rank writes, hashes and waits for the others.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from yuan.train.pieces import Piece, read_pieces, write_pieces
 
 log = logging.getLogger(__name__)
 
-MANIFEST, SCHEMA = "manifest.json", 1
+MANIFEST, SEAL, SCHEMA = "manifest.json", "sha256", 1
 HASHED_AT_ONCE = 2**22  # bytes
 Event = Callable[[dict[str, Any]], None]
 
@@ -71,13 +71,13 @@ class Checkpoints:
             ValueError: if it is of another run: another model, or another order of data.
         """
         for path in reversed(list(self._real())):
-            manifest = json.loads((path / MANIFEST).read_text())
-            bad = self._damaged(path, manifest)
-            if bad is None:
+            manifest = _sealed(path / MANIFEST)
+            bad = self._damaged(path, manifest) if manifest else f"{MANIFEST} is not as it was written"
+            if manifest and bad is None:
                 self._check(path, manifest)
-                return dict(manifest)
+                return manifest
             log.warning("checkpoint %s is damaged: %s", path, bad)
-            self._tell({"event": "checkpoint damaged", "step": manifest["step"], "what": bad})
+            self._tell({"event": "checkpoint damaged", "step": _step(path), "what": bad})
         return None
 
     def load(self, step: int, wanted: Mapping[str, Piece]) -> None:
@@ -103,7 +103,7 @@ class Checkpoints:
         path = self._path(step)
         try:
             if self.rank == 0:
-                shutil.rmtree(path, ignore_errors=True)  # half of one, from before a kill
+                self._clear(path)
             dist.barrier(group=self.group)
             write_pieces(path, self._copies, self.group)
             own = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
@@ -112,7 +112,7 @@ class Checkpoints:
                 raise OSError(f"{unread[0]} was written but cannot be read: {files[unread[0]]['error']}")
             if self.rank == 0:
                 manifest = {"schema": SCHEMA, "step": step, **self.about, **state, "files": files}
-                write_json(path / MANIFEST, manifest)
+                write_json(path / MANIFEST, {**manifest, SEAL: _seal(manifest)})
                 for entry in (path / MANIFEST, path, self.folder):
                     _sync(entry)
                 for old in list(self._real())[: -self.keep]:
@@ -121,6 +121,11 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:  # a full disk: the run goes on, with the one before
             log.warning("checkpoint of step %d failed: %s", step, error)
             self._tell({"event": "checkpoint failed", "step": step, "what": str(error)[:500]})
+
+    def _clear(self, path: Path) -> None:
+        """Make room for a checkpoint; halves of others, from before a kill, go too."""
+        for half in {path, *self.folder.glob("step-*")} - set(self._real()) | {path}:
+            shutil.rmtree(half, ignore_errors=True)
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -146,6 +151,25 @@ class Checkpoints:
                     f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
                     f"{value!r}; take it out of the folder, or start in a new one"
                 )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its seal; what was edited or flipped has another."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(file: Path) -> dict[str, Any] | None:
+    """A manifest as it was written; None if it is not."""
+    try:
+        manifest = json.loads(file.read_text())
+        return dict(manifest) if manifest[SEAL] == _seal(manifest) and manifest["schema"] == SCHEMA else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _digest(file: Path) -> dict[str, Any]:
