@@ -1,14 +1,16 @@
-"""Predicted against real steps: `python benchmarks/planner_reality.py`, ten minutes.
+"""Predicted against real steps: `python benchmarks/planner_reality.py [STAGES]`, ten minutes.
 
-Two training processes of one thread on a core each. The rates come from `cotrain calibrate`'s measurement, at one layer
-a stage; then 14 pipelines of 16 layers, split in seven ways, with and without recomputation, run through the training
-engine.
+On GPUs one process for each, two at most, in bf16; else two training processes of one thread on a core each. The rates
+come from `cotrain calibrate`'s measurement, at one layer a stage; then 14 runs of the training engine: pipelines of 16
+layers, split in seven ways, with and without recomputation, or with one stage models of seven depths.
 """
 
 import statistics
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
+import torch
 from pairs import line, show
 from scipy.stats import spearmanr
 
@@ -16,30 +18,43 @@ from flows.measuring import run_measurement
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.calibrate import calibrated
 from yuan.plan.job import Grid, Work
-from yuan.plan.pool import cpu_pool
+from yuan.plan.pool import Group, cpu_pool
 from yuan.plan.score import score
 from yuan.train.request import Answer, Request, Trial
 
-LAYERS, ACCUM, STAGES = 16, 4, 2
+GPUS = torch.cuda.device_count()
+LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GPUS, 2) or 2
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
-CALIBRATION = (Trial(bounds=(0, 1, 2), recompute=(0, 0), accum=4), Trial(bounds=(0, 1, 2), recompute=(0, 0), accum=12))
+DEPTHS = (4, 6, 8, 10, 12, 14, 16)  # layers, where there is but one stage
+CALIBRATION = tuple(
+    Trial(bounds=tuple(range(STAGES + 1)), recompute=(0,) * STAGES, accum=accum) for accum in (ACCUM, 3 * ACCUM)
+)
+HIDDEN, VOCAB, SEQ_LEN, BLOCK = (2048, 135_040, 4096, 512) if GPUS else (256, 8_192, 256, 256)
 MODEL = ModelConfig(
     name="reality",
     num_layers=LAYERS,
-    hidden_size=256,
-    num_heads=4,
-    vocab_size=8_192,
-    seq_len=256,
+    hidden_size=HIDDEN,
+    num_heads=HIDDEN // 64,
+    vocab_size=VOCAB,
+    seq_len=SEQ_LEN,
     rope_precision="fp32",
 )
 RECIPE = Recipe(
-    max_steps=10, warmup_steps=0, learning_rate=1e-4, seq_len=256, micro_batch_size=1, global_batch_size=ACCUM
+    max_steps=10,
+    warmup_steps=0,
+    learning_rate=1e-4,
+    seq_len=SEQ_LEN,
+    micro_batch_size=1,
+    global_batch_size=ACCUM,
+    precision="bf16" if GPUS else "fp32",
 )
 MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, 3
 
 
 def trials() -> list[Trial]:
-    """Seven splits, each without recomputation and with: all of the first stage, half of the second."""
+    """Seven splits, each without recomputation and with: all of the first stage, half of the last."""
+    if STAGES == 1:
+        return [Trial(bounds=(0, n), recompute=(redone,), accum=ACCUM) for n in DEPTHS for redone in (0, n // 2)]
     plain = [Trial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
     redone = [Trial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST]
     return [trial for pair in zip(plain, redone, strict=True) for trial in pair]
@@ -61,27 +76,29 @@ def least(request: Request) -> Answer:
     )
 
 
+def work_of(layers: int) -> Work:
+    return Work.of(replace(MODEL, num_layers=layers), RECIPE)
+
+
+def predict(group: Group, trial: Trial) -> float:
+    grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
+    layers = [end - first for first, end in pairwise(trial.bounds)]
+    work = replace(work_of(trial.bounds[-1]), loss_block=BLOCK)
+    found = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, redone=trial.recompute)
+    return found.layout.seconds
+
+
 def main() -> int:
     asked = trials()
-    request = Request(model=MODEL, recipe=RECIPE, loss_block=256, trials=(*CALIBRATION, *asked), steps=2)
+    request = Request(model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *asked), steps=2)
     answer = least(request)
     few, many, *real = answer.step_s
-    work = Work(model=MODEL, seq_len=256, global_batch_size=ACCUM, precision="fp32", loss_block=256)
-    two_layers = replace(work, model=replace(MODEL, num_layers=STAGES))
+    one_each = replace(work_of(STAGES), loss_block=BLOCK)
     steps = [(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)]
-    group = calibrated(cpu_pool().groups[0], two_layers, 1, answer, steps, "two processes of one thread")
-    grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
-    predicted = [
-        score(
-            work,
-            grid,
-            (group,),
-            layers=[b - a for a, b in zip(trial.bounds[:-1], trial.bounds[1:], strict=True)],
-            classes=[0] * STAGES,
-            redone=trial.recompute,
-        ).layout.seconds
-        for trial in asked
-    ]
+    device = Group(device_class=answer.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
+    blank = device if GPUS else cpu_pool().groups[0]
+    group = calibrated(blank, one_each, 1, answer, steps, f"{STAGES} processes on {answer.device}")
+    predicted = [predict(group, trial) for trial in asked]
     for trial, ours, true in zip(asked, predicted, real, strict=True):
         says = line(
             f"layers {trial.bounds}, recomputed {trial.recompute}", round(ours, 3), "s", "the clock", ours / true
