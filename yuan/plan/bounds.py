@@ -33,8 +33,7 @@ def lower_bound(costs: Costs, cutoff: float = float("inf")) -> float:
     relaxed = _Relaxed(costs)
     most = -(-costs.num_places // costs.num_stages)  # some stage has at least this many places
     finish = float(max(costs.finish[..., 0].min(axis=1).max(), costs.finish[..., most - 1].min()))
-    sum_ = relaxed.least_sum(np.inf)
-    if not relaxed.fits(cutoff - finish - sum_):
+    if not relaxed.fits(cutoff - finish - relaxed.least_sum(np.inf)):
         return float("inf")
     least = relaxed.least_wait()
     edges = [*(least * GROWTH**n for n in range(STEPS if least else 1)), float("inf")]

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
-
-from yuan.plan.costs import returns_of
 from yuan.plan.critical import waits
 from yuan.plan.job import Grid, Work
 from yuan.plan.memory import stage_terms
@@ -41,8 +38,8 @@ def score(
     links = [transfer_seconds(work, grid, groups[a], groups[b]) for a, b in pairwise(classes)]
     forward = [float(forward_seconds(work, grid, group, s, n)) for s, group, n, _ in placed]
     longer = [max(first, all_ - first) for first, all_ in zip(forward, own, strict=True)]
-    pairs = np.array([[transfer_seconds(work, grid, a, b) for b in groups] for a in groups])
-    returns = returns_of(np.array([pairs] * (grid.pipeline_size - 1) + [np.zeros_like(pairs)])).tolist()
+    cheapest = min(transfer_seconds(work, grid, a, b) for a in groups for b in groups)
+    returns = [cheapest * max(grid.pipeline_size - 2 - s, 0) for s, *_ in placed]
     finish = max(float(finish_seconds(work, grid, group, s, n)) for s, group, n, _ in placed)
     seconds = sum(own) + sum(links) + max(waits(own, longer, links, returns, grid.grad_accum_steps)) + finish
     peak = max(sum(int(size) for size in stage_terms(work, grid, group, s, n, r).values()) for s, group, n, r in placed)
