@@ -16,7 +16,7 @@ from pairs import line, show
 from infra.launch import supervised, torchrun_command
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
-from yuan.data.packing import Windows, pack, window_order
+from yuan.data.mixture import kept_positions
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
@@ -36,19 +36,23 @@ RECIPE = Recipe(
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
-        parent, model, windows = make(Path(name) / "parent")
-        plain = plain_losses(parent, model, windows)
+        parent, model, samples = make(Path(name) / "parent")
+        runs = {
+            grid: run(Path(name) / grid, parent, model, samples, bounds, replicas)
+            for grid, (bounds, replicas) in GRIDS.items()
+        }
+        plain = plain_losses(parent, next(iter(runs.values())))
         ok = True
-        for grid, (bounds, replicas) in GRIDS.items():
-            losses = run(Path(name) / grid, parent, model, windows, bounds, replicas)
+        for grid, (bounds, _) in GRIDS.items():
+            losses = [row["train/loss"] for row in runs[grid].metrics()]
             worst = float(np.max(np.abs(np.array(losses) / plain - 1)))
             says = line(f"losses of {grid}", worst, "worst relative difference", "plain torch, one process")
             ok &= show({**says, "goal": f"at most {MOST}", "ok": worst <= MOST, "steps": STEPS, "bounds": bounds})
     return 0 if ok else 1
 
 
-def make(parent: Path) -> tuple[Path, ModelConfig, Windows]:
-    """A model to go on from, and windows of unequal documents."""
+def make(parent: Path) -> tuple[Path, ModelConfig, list[Sample]]:
+    """A model to go on from, and documents of unequal lengths."""
     tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
     model = ModelConfig(name="m", num_layers=6, hidden_size=64, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
     torch.manual_seed(1)
@@ -58,12 +62,12 @@ def make(parent: Path) -> tuple[Path, ModelConfig, Windows]:
         Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
         for n in rng.integers(4, 60, 400)
     ]
-    return parent, model, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
+    return parent, model, samples
 
 
 def run(
-    path: Path, parent: Path, model: ModelConfig, windows: Windows, bounds: tuple[int, ...], replicas: int
-) -> list[float]:
+    path: Path, parent: Path, model: ModelConfig, samples: list[Sample], bounds: tuple[int, ...], replicas: int
+) -> RunFolder:
     work, device = Work.of(model, RECIPE), cpu_pool().groups[0]
     plan = given_plan(work, device, bounds, data_size=replicas, micro_batch_size=RECIPE.micro_batch_size)
     path.mkdir()
@@ -71,15 +75,15 @@ def run(
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
-    folder.write(spec, windows)
+    folder.write(spec, {"documents": samples}, pad=0)
     command = torchrun_command("yuan.train.run", path, plan.pipeline_size * replicas)
     with supervised(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
-    return [row["train/loss"] for row in folder.metrics()]
+    return folder
 
 
-def plain_losses(parent: Path, config: ModelConfig, windows: Windows) -> list[float]:
+def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
     """The same training as a loop anybody can read."""
     model = weights.load(parent).float().train()
     groups = [
@@ -87,13 +91,13 @@ def plain_losses(parent: Path, config: ModelConfig, windows: Windows) -> list[fl
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
-    losses, size = [], RECIPE.global_batch_size
+    losses, size, corpus = [], RECIPE.global_batch_size, folder.corpus(SEED)
     for step in range(STEPS):
-        chosen = window_order(len(windows), start=size * step, count=size, seed=SEED)
+        windows, _ = corpus.read(kept_positions(size * step, size, []))
         tokens, labels, documents = (
-            torch.from_numpy(array[chosen]).long() for array in (windows.tokens, windows.labels, windows.documents)
+            torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
         )
-        learned = torch.from_numpy(windows.learned[chosen]).float()
+        learned = torch.from_numpy(windows.learned).float()
         loss = weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum())
         optimizer.zero_grad()
         loss.backward()

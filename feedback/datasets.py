@@ -157,6 +157,15 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
     return snapshot_id
 
 
+PARTS = ("corrections", "datasets", "base")  # of a snapshot, in the order of its rows
+
+
+def parts_of(session: Session, snapshot_id: str) -> dict[str, int]:
+    """How many rows each part of a snapshot has, in the order in which they follow each other."""
+    counts = session.get_one(Snapshot, snapshot_id).counts
+    return {name: int(counts[name]) for name in PARTS}
+
+
 def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
     closed = set(session.scalars(select(Case.prompt_key).where(Case.role == "held_out")))
     corrections = _corrections(session, turn.cut_off)
@@ -167,7 +176,7 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
         base = random.Random(f"replay {turn.parameters['seed']}").sample(base, replay)
     kept: list[Row] = []
     counts: dict[str, int] = {}
-    for name, part in (("corrections", corrections), ("datasets", contributed), ("base", base)):
+    for name, part in zip(PARTS, (corrections, contributed, base), strict=True):
         open_rows = [row for row in part if row.prompt_key not in closed]
         counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}
         kept += open_rows

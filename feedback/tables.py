@@ -199,6 +199,46 @@ class TrainingRun(Created, Base):
     status: Mapped[Json | None]
 
 
+class DevicePool(Created, Base):
+    """Devices that runs are scheduled on; its row is locked while the queue is served."""
+
+    __tablename__ = "device_pool"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    launcher: Mapped[str] = mapped_column(comment="local | slurm | kubernetes")
+
+
+class Device(Base):
+    __tablename__ = "device"
+    pool: Mapped[str] = mapped_column(ForeignKey("device_pool.name"), primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    device_class: Mapped[str]
+    node: Mapped[str]
+    lost_reason: Mapped[str | None]
+
+
+class Lease(Base):
+    """Devices for one run: waiting until granted, held until released. What it held adds up in the ledger."""
+
+    __tablename__ = "lease"
+    id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
+    pool: Mapped[str] = mapped_column(ForeignKey("device_pool.name"), index=True)
+    wanted: Mapped[dict[str, int]] = mapped_column(JSONB, comment="devices of each class")
+    devices: Mapped[list[Any] | None]
+    run_id: Mapped[str] = mapped_column(index=True)
+    team: Mapped[str]
+    holder: Mapped[str]
+    generation: Mapped[int] = mapped_column(default=1)
+    priority: Mapped[int] = mapped_column(default=0)
+    ttl_s: Mapped[float]
+    asked_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    granted_at: Mapped[datetime | None]
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    fenced_at: Mapped[datetime | None]
+    released_at: Mapped[datetime | None]
+    end_reason: Mapped[str | None]
+    __table_args__ = (Index("open_leases", "pool", postgresql_where=text("released_at is null")),)
+
+
 class Promotion(Created, Base):
     """Append-only: the newest row names the champion."""
 

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from infra.launch import supervised, torchrun_command
 from infra.settings import child_environment
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe, tiny
-from yuan.data.packing import pack
 from yuan.data.rows import Row, parse_rows
-from yuan.data.samples import encode_row
+from yuan.data.samples import Sample, encode_row
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import cpu_pool
@@ -46,6 +45,7 @@ def lay_out(context: Context, round_id: str) -> Plan:
         turn = rounds.find_round(session, round_id)
         run_id = rounds.training_run(session, round_id).id
         snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
+        parts = datasets.parts_of(session, snapshot_id)
     folder = RunFolder(context.runs / run_id)
     if (folder.path / "run.json").exists():
         return folder.spec().plan
@@ -71,14 +71,27 @@ def lay_out(context: Context, round_id: str) -> Plan:
         seed=int(parameters["seed"]),
         parent=None if parent is None else f"v{parent}",
     )
-    samples = [encode_row(row, tokenizer) for row in rows]
-    random.Random(spec.seed).shuffle(samples)
     picture = draw_plan(Work.of(model, recipe), pool, plan)
     (folder.path / PICTURE).write_text(picture)
     context.objects.put(rounds.picture_key(run_id), picture.encode())
-    folder.write(spec, pack(samples, seq_len=recipe.seq_len, pad=tokenizer.pad))
+    folder.write(spec, _sources(rows, parts, tokenizer, spec.seed), pad=tokenizer.pad)
     log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
     return plan
+
+
+def _sources(
+    rows: list[Row], parts: dict[str, int], tokenizer: tokenizers.Tokenizer, seed: int
+) -> dict[str, Iterator[Sample]]:
+    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own."""
+    sources: dict[str, Iterator[Sample]] = {}
+    start = 0
+    for name, count in parts.items():
+        own = rows[start : start + count]
+        start += count
+        random.Random(f"{seed} {name}").shuffle(own)
+        if own:
+            sources[name] = (encode_row(row, tokenizer) for row in own)
+    return sources
 
 
 def _model(

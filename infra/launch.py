@@ -15,13 +15,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from infra.processes import carrying, kill_carrying
 
 log = logging.getLogger(__name__)
 
 FIFO_VARIABLE = "COTRAIN_PARENT_FIFO"
 TERM_GRACE_S = 10.0
+LEAVING_S = 2.0  # a rank leaves at once when the FIFO closes; one that is stopped cannot
 
 
 @contextlib.contextmanager
@@ -50,8 +54,20 @@ def supervised(
     finally:
         os.close(held)  # from here on the ranks leave by themselves
         if process is not None:
+            _see_off(process, fifo)
             end_process(process)
         fifo.unlink(missing_ok=True)
+
+
+def _see_off(process: subprocess.Popen[bytes], fifo: Path) -> None:
+    """Wait for the ranks to leave, and kill those that do not."""
+    end = time.monotonic() + LEAVING_S
+    while set(carrying(FIFO_VARIABLE, str(fifo))) - {process.pid}:
+        if time.monotonic() > end:
+            killed = kill_carrying(FIFO_VARIABLE, str(fifo), spare={process.pid})
+            log.warning("killed %s, which did not leave by themselves", killed)
+            return
+        time.sleep(0.02)
 
 
 def torchrun_command(module: str, folder: Path, num_processes: int) -> list[str]:

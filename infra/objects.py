@@ -1,6 +1,8 @@
 """Bytes in S3: named once, never overwritten."""
 
 import hashlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
@@ -11,8 +13,11 @@ from infra.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 PROBE_KEY, PROBE_BYTES = "probe", b"p" * 8192
+PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes no less than 5 MiB and no more than 10,000 parts
+MAX_PARTS = 10_000
 
 
 class Objects:
@@ -29,6 +34,56 @@ class Objects:
         name = hashlib.sha256(data).hexdigest()
         self.put(f"{prefix}/{name}", data)
         return name
+
+    def put_file(self, key: str, file: Path) -> None:
+        """Store a file, a large one in parts; after an interruption only the parts that are missing are sent.
+
+        Raises:
+            FileNotFoundError: if the file is gone, or goes meanwhile.
+        """
+        size = file.stat().st_size
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        if size <= part_bytes:
+            return self.put(key, file.read_bytes())
+        upload = (
+            self._begun_upload(key) or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
+        )
+        there = self._parts(key, upload)
+        parts: list[CompletedPartTypeDef] = []
+        with file.open("rb") as stream:
+            for number in range(1, -(-size // part_bytes) + 1):
+                data = stream.read(part_bytes)
+                tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # S3's name for a part's content
+                if there.get(number) != tag:
+                    tag = self._client.upload_part(
+                        Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+                    )["ETag"]
+                parts.append({"PartNumber": number, "ETag": tag})
+        self._client.complete_multipart_upload(
+            Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+        )
+
+    def _begun_upload(self, key: str) -> str | None:
+        begun = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", [])
+        return next((upload["UploadId"] for upload in begun if upload["Key"] == key), None)
+
+    def _parts(self, key: str, upload: str) -> dict[int, str]:
+        pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
+        return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
+
+    def get_file(self, key: str, file: Path) -> None:
+        """Fetch an object into a file, which is there whole or not at all."""
+        scratch = file.with_name(f".{file.name}.{os.getpid()}")
+        self._client.download_file(self._bucket, key, str(scratch))
+        scratch.replace(file)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys under a prefix, in order."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+        return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+    def delete(self, key: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=key)
 
     def get(self, key: str) -> bytes:
         return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()

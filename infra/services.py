@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.processes import carrying, kill_carrying
+
 log = logging.getLogger(__name__)
 
 MARK = "COTRAIN_STACK_ID"
@@ -230,26 +232,10 @@ def _is_alive(pid: int) -> bool:
 
 
 def marked(stack_id: str) -> Iterator[int]:
-    """Pids of all processes that carry the stack's id, found in /proc."""
-    needle = f"{MARK}={stack_id}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes()
-            except (OSError, ProcessLookupError):
-                continue
-            if needle in environment.split(b"\0"):
-                yield int(entry.name)
+    """Pids of all processes that carry the stack's id."""
+    return carrying(MARK, stack_id)
 
 
 def sweep(stack_id: str, spare: set[int]) -> list[int]:
     """Kill what a stack left behind, and return the pids."""
-    killed = []
-    for pid in marked(stack_id):
-        if pid not in spare:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            except ProcessLookupError:
-                pass
-    return killed
+    return kill_carrying(MARK, stack_id, spare)

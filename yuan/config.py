@@ -1,6 +1,7 @@
 """What a model and its training are: frozen, checked records with published presets."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -100,6 +101,8 @@ class Recipe:
 
     The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak. Packed documents do
     not see each other; with `isolate_documents` off they do, and only positions restart, as in the official training.
+    `spike_sigmas`, `max_skips` and `max_rollbacks` are the guard's (`yuan.train.guard`); a rank that makes no progress
+    for `step_limit_s` seconds ends itself.
 
     Raises:
         ValueError: if a value is out of range or the batches do not divide.
@@ -119,13 +122,21 @@ class Recipe:
     precision: Precision = "fp32"
     isolate_documents: bool = True
     checkpoint_every: int = 100
+    spike_sigmas: float = 6.0
+    max_skips: int = 2
+    max_rollbacks: int = 2
+    step_limit_s: float = 1800.0
 
     def __post_init__(self) -> None:
         for field in ("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for field in ("learning_rate", "spike_sigmas", "step_limit_s", "grad_clip"):
+            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
+                raise ValueError(f"{field} must be a positive number, got {getattr(self, field)}")
+        for field in ("max_skips", "max_rollbacks"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must be zero or more, got {getattr(self, field)}")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise ValueError(
                 f"warmup_steps must be below max_steps, got {self.warmup_steps} and {self.max_steps}; "

@@ -2,13 +2,12 @@
 
 import random
 
-import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from yuan import tokenizer as tokenizers
 from yuan.data.checkers import Checker
-from yuan.data.packing import pack, window_order
+from yuan.data.packing import pack
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.data.skills import load_skills
@@ -81,13 +80,6 @@ def test_packing_keeps_every_prediction_once():
     inside = windows.documents >= 0
     assert (windows.labels[inside] == windows.tokens[inside] + 1).all()
     assert not windows.learned[~inside].any()
-
-
-def test_data_order_is_a_function_of_position():
-    whole = window_order(7, start=0, count=30, seed=3)
-    parts = np.concatenate([window_order(7, start=start, count=5, seed=3) for start in range(0, 30, 5)])
-    assert (whole == parts).all()
-    assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in range(0, 28, 7))
 
 
 def test_demo_skills_make_rows_their_checkers_take():

@@ -145,7 +145,7 @@ def test_table_and_picture_name_every_stage():
     ("changes", "reason"),
     [
         ({"micro_batch_size": 3}, "micro_batch_size must divide"),
-        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"learning_rate": 0}, "learning_rate must be a positive number"),
         ({"warmup_steps": 10}, "warmup_steps must be below"),
         ({"precision": "fp8"}, "precision must be"),
     ],

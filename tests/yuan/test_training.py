@@ -13,84 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.launch import supervised, torchrun_command
-from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig, Recipe
-from yuan.data.packing import pack, window_order
-from yuan.data.samples import Sample
+from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_losses, run, two_stages
 from yuan.model import weights
-from yuan.model.loss import weighted_cross_entropy
-from yuan.model.transformer import Yuan
 from yuan.plan.job import Work
-from yuan.plan.planner import given_plan, make_plan
+from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
-from yuan.plan.search import Limits
-from yuan.train.engine import learning_rate
-from yuan.train.folder import RunFolder, RunSpec, write_json
-
-STEPS = 12
-RECIPE = Recipe(
-    max_steps=STEPS,
-    learning_rate=3e-3,
-    seq_len=32,
-    micro_batch_size=2,
-    global_batch_size=8,
-    warmup_steps=3,
-    checkpoint_every=2,
-)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A parent model and packed windows of unequal documents."""
-    tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
-    config = ModelConfig(name="test", num_layers=3, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
-    torch.manual_seed(1)
-    parent = tmp_path_factory.mktemp("parent")
-    weights.save(parent, config, Yuan(config).state_dict(), tokenizer, {})
-    rng = np.random.default_rng(0)
-    samples = [
-        Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
-        for n in rng.integers(4, 30, 200)
-    ]
-    return parent, config, pack(samples, seq_len=RECIPE.seq_len, pad=tokenizer.pad)
-
-
-def two_stages(config, recipe):
-    """The plan for two processes, its first layer recomputed as if memory were short."""
-    limits = Limits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
-    plan = make_plan(Work.of(config, recipe), cpu_pool(), limits)
-    return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
-
-
-def lay_out(folder, made, recipe=RECIPE, plan=None):
-    parent, config, windows = made
-    folder.mkdir(parents=True)
-    (folder / "parent").symlink_to(parent)
-    (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
-    spec = RunSpec(
-        kind="finetune",
-        model=config,
-        snapshot="s",
-        plan=plan or two_stages(config, recipe),
-        recipe=recipe,
-        seed=5,
-        parent="v1",
-    )
-    RunFolder(folder).write(spec, windows)
-    return RunFolder(folder)
-
-
-def launch(folder):
-    plan = folder.spec().plan
-    command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
-    return supervised(command, folder.path, dict(os.environ), "train.log")
-
-
-def run(folder):
-    with launch(folder) as process:
-        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
-    return folder
+from yuan.train.folder import RunFolder
+from yuan.train.watch import read_heartbeats
 
 
 @pytest.fixture(scope="module")
@@ -98,44 +27,16 @@ def finished(made, tmp_path_factory):
     return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", made))
 
 
-def plain_losses(made, recipe=RECIPE):
-    """The same training as a loop anybody can read: one process, torch alone."""
-    parent, config, windows = made
-    model = Yuan(config)
-    model.load_state_dict(load_file(parent / "model.safetensors"))
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
-    losses = []
-    for step in range(recipe.max_steps):
-        chosen = window_order(len(windows), start=8 * step, count=8, seed=5)
-        tokens, labels = (torch.from_numpy(a[chosen]).long() for a in (windows.tokens, windows.labels))
-        learned = torch.from_numpy(windows.learned[chosen]).float()
-        documents = torch.from_numpy(windows.documents[chosen])
-        loss = weighted_cross_entropy(
-            model(tokens, documents, isolated=recipe.isolate_documents), labels, learned / learned.sum()
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def test_two_stages_give_the_losses_of_one_process(made, finished):
     losses = [row["train/loss"] for row in finished.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made), rtol=1e-5)
+    np.testing.assert_allclose(losses, plain_losses(made, finished), rtol=1e-5)
 
 
 def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", made, recipe))
     losses = [row["train/loss"] for row in folder.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made, recipe), rtol=1e-5)
+    np.testing.assert_allclose(losses, plain_losses(made, folder, recipe), rtol=1e-5)
     assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
 
 
@@ -147,7 +48,9 @@ def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
     folder = run(lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages)))
-    np.testing.assert_allclose([row["train/loss"] for row in folder.metrics()], plain_losses(made, recipe), rtol=1e-5)
+    np.testing.assert_allclose(
+        [row["train/loss"] for row in folder.metrics()], plain_losses(made, folder, recipe), rtol=1e-5
+    )
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):
@@ -166,10 +69,10 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
     folder = lay_out(tmp_path / "killed", made)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not list(folder.checkpoints.glob("step-*/manifest.json")):
+        while not list(folder.checkpoints.glob("step-0000000[2-9]/manifest.json")):
             assert time.monotonic() < end and process.poll() is None, (folder.path / "train.log").read_text()[-2000:]
             time.sleep(0.01)
-        os.kill(json.loads((folder.path / "status.json").read_text())["pid"], signal.SIGKILL)
+        os.kill(read_heartbeats(folder.path)[0]["pid"], signal.SIGKILL)
         assert process.wait(60) != 0
     run(folder)
     assert '"resume"' in (folder.path / "events.jsonl").read_text()
@@ -189,13 +92,13 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finish
     work = Work.of(made[1], RECIPE)
     plan = given_plan(work, cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size)
     spec = dataclasses.replace(finished.spec(), plan=plan)
-    write_json(folder.path / "run.json", spec.to_json())
-    shutil.rmtree(folder.checkpoints / "step-00000010")  # so that four steps are trained with the new plan
+    folder.write_spec(spec)
+    shutil.rmtree(folder.checkpoints / "step-00000012")  # so that two steps are trained with the new plan
     run(folder)
     events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "resume"] == [8]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [10]
     losses = [row["train/loss"] for row in folder.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made), rtol=1e-5)
+    np.testing.assert_allclose(losses, plain_losses(made, finished), rtol=1e-5)
     ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
@@ -223,3 +126,33 @@ def test_a_torn_line_hides_no_other(tmp_path):
         file.write('{"step": 2, "lo')  # what a full disk leaves
     folder.append("metrics.jsonl", {"step": 3})
     assert folder.metrics() == [{"step": 1}, {"step": 3}]
+
+
+def test_losses_of_the_sources_make_up_the_loss(finished):
+    corpus = finished.corpus(seed=5)
+    for row in finished.metrics():
+        windows, sources = corpus.read(np.arange(row["data/first_position"], row["data/end_position"]))
+        counts = {source.name: windows.learned[sources == n].sum() for n, source in enumerate(corpus.sources)}
+        parts = {name: row[f"train/loss/{name}"] for name, count in counts.items() if count}
+        whole = sum(loss * counts[name] for name, loss in parts.items()) / sum(counts.values())
+        assert whole == pytest.approx(row["train/loss"], rel=1e-5)
+
+
+def test_status_compares_every_stage_with_its_plan(finished):
+    status, plan = finished.metrics()[-1], finished.spec().plan
+    assert 0 < status["train/bubble"] < 1 and status["train/mfu"] is None
+    assert len(plan.stages) == 2
+
+
+def test_an_edited_run_is_refused(made, tmp_path):
+    folder = lay_out(tmp_path / "edited", made)
+    text = (folder.path / "run.json").read_text()
+    (folder.path / "run.json").write_text(text.replace('"learning_rate": 0.003', '"learning_rate": 0.3'))
+    with pytest.raises(ValueError, match="somebody edited it"):
+        folder.spec()
+    (folder.path / "run.json").write_text(text)
+    assert folder.check() == folder.spec()
+    tokens = folder.data / "1" / "tokens.bin"
+    tokens.write_bytes(b"1234" + tokens.read_bytes()[4:])
+    with pytest.raises(ValueError, match=r"data/1/tokens\.bin is not as it was laid out"):
+        folder.check()

@@ -27,7 +27,13 @@ def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Te
 
 
 def head_loss(
-    x_BSH: Tensor, head_VH: Tensor, labels_BS: Tensor, weights_BS: Tensor, *, block: int | None = None
+    x_BSH: Tensor,
+    head_VH: Tensor,
+    labels_BS: Tensor,
+    weights_BS: Tensor,
+    *,
+    block: int | None = None,
+    losses_BS: Tensor | None = None,
 ) -> Tensor:
     """`weighted_cross_entropy` of the logits `x @ head.T`, of which never more than one block of rows exists.
 
@@ -36,6 +42,7 @@ def head_loss(
 
     Args:
         block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 512 MiB on a GPU.
+        losses_BS: where to leave each learned token's own loss, without its weight.
 
     Raises:
         ValueError: if the shapes do not fit or block is not positive.
@@ -53,7 +60,12 @@ def head_loss(
     if rows < 1:
         raise ValueError(f"block must be at least 1 row, got {rows}")
     learned = weights_BS != 0
-    loss: Tensor = _HeadLoss.apply(x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows)
+    losses_N = torch.empty(int(learned.sum()), device=x_BSH.device)
+    loss: Tensor = _HeadLoss.apply(
+        x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows, losses_N
+    )
+    if losses_BS is not None:
+        losses_BS[learned] = losses_N
     return loss
 
 
@@ -67,7 +79,9 @@ class _HeadLoss(torch.autograd.Function):
     """The loss, and both gradients with it."""
 
     @staticmethod
-    def forward(ctx: Any, x_NH: Tensor, head_VH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, x_NH: Tensor, head_VH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: int, losses_N: Tensor
+    ) -> Tensor:
         wants_x, wants_head = ctx.needs_input_grad[:2]
         dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if wants_x else None
         dhead_VH = torch.empty_like(head_VH, dtype=torch.float32) if wants_head else None
@@ -77,7 +91,8 @@ class _HeadLoss(torch.autograd.Function):
         block = _Block(head_VH, min(rows, len(x_NH)))
         for start in range(0, len(x_NH), rows):
             part = slice(start, start + rows)
-            loss += block.loss(x_NH[part], labels_N[part], weights_N[part])
+            losses_N[part] = block.losses(x_NH[part], labels_N[part], weights_N[part])
+            loss += (losses_N[part] * weights_N[part]).sum()
             if wants_x or wants_head:
                 block.gradients(None if dx_NH is None else dx_NH[part], dhead_VH, is_first=start == 0)
         ctx.gradients = (dx_NH, dhead_VH)
@@ -93,7 +108,7 @@ class _HeadLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(upstream[0]).to(dtype)
             for grad, dtype in zip(made, ctx.dtypes, strict=True)
         )
-        return dx, dhead, None, None, None
+        return dx, dhead, None, None, None, None
 
 
 class _Block:
@@ -110,8 +125,8 @@ class _Block:
         self.parts = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
         self.buffer = torch.empty(rows * vocab, dtype=torch.float32, device=head_VH.device)
 
-    def loss(self, x_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
-        """Weighted loss of the rows; every tile is left as exp(logit - the maximum so far)."""
+    def losses(self, x_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Loss of each row, without its weight; every tile is left as exp(logit - the maximum so far)."""
         self.x, self.labels, self.weights = x_NH, labels_N, weights_N
         maximum = torch.full(labels_N.shape, -torch.inf, device=x_NH.device)
         total = torch.zeros_like(maximum)
@@ -125,7 +140,7 @@ class _Block:
             maximum = newest
         self.log_total = maximum + total.log()
         right = (x_NH.float() * self.head[labels_N].float()).sum(dim=1)
-        return ((self.log_total - right) * weights_N).sum()
+        return self.log_total - right
 
     def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, is_first: bool) -> None:
         """Write the gradient of the rows; write that of the head for the first block, and add to it for others."""

@@ -24,6 +24,13 @@ def save(
     """Write a model folder; the manifest, with every file's sha256 and `about`, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     files = write_shards(folder, {name: t.nbytes for name, t in weights.items()}, weights.items())
+    write_config(folder, config, tokenizer, files, about)
+
+
+def write_config(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, files: Iterable[str], about: dict[str, Any]
+) -> None:
+    """Write what a model folder has beside its weights, whose files are given; the manifest comes last."""
     (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2))
     tokenizer.save(folder)
     write_manifest(folder, [*files, CONFIG, tokenizers.FILE_NAME], about)

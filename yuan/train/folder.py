@@ -1,26 +1,28 @@
 """The run folder: what goes in, what comes out, and which files hold it (design: a run is a folder)."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from yuan.config import ModelConfig, Recipe
-from yuan.data.packing import Windows
+from yuan.data.corpus import Corpus, corpus_files, write_corpus
+from yuan.data.samples import Sample
 from yuan.plan.record import Plan
 
 KINDS = ("pretrain", "continue", "finetune")
+SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """run.json, read and checked.
 
-    `snapshot` and `parent` are ids for people and lineage; the bytes lie beside run.json as windows.npz,
-    tokenizer.model and, if there is a parent, the folder parent/.
+    `snapshot` and `parent` are ids for people and lineage; the bytes lie beside run.json in data/, tokenizer.model and,
+    if there is a parent, parent/.
     """
 
     kind: str
@@ -107,24 +109,84 @@ class RunFolder:
     def parent(self) -> Path:
         return self.path / "parent"
 
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
     def spec(self) -> RunSpec:
-        return RunSpec.from_json(json.loads((self.path / "run.json").read_text()))
+        """Read run.json.
 
-    def write(self, spec: RunSpec, windows: Windows) -> None:
-        """Lay out a run's inputs; run.json comes last, so that a folder that has it is whole."""
-        with (self.path / "windows.npz").open("wb") as file:
-            np.savez(
-                file,
-                tokens=windows.tokens,
-                labels=windows.labels,
-                learned=windows.learned,
-                documents=windows.documents,
+        Raises:
+            ValueError: if it is missing, not as it was written, or contradicts itself.
+        """
+        try:
+            text = (self.path / SPEC).read_bytes()
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} has no {SPEC}; lay the run out first") from None
+        if hashlib.sha256(text).hexdigest() != self._seal().get(SPEC, {}).get("sha256"):
+            raise ValueError(
+                f"{self.path / SPEC} is not as it was laid out: somebody edited it; put it back, or lay out a new run "
+                "with the settings that are wanted"
             )
-        write_json(self.path / "run.json", spec.to_json())
+        return RunSpec.from_json(json.loads(text))
 
-    def windows(self) -> Windows:
-        with np.load(self.path / "windows.npz", allow_pickle=False) as arrays:
-            return Windows(arrays["tokens"], arrays["labels"], arrays["learned"], arrays["documents"])
+    def write(
+        self,
+        spec: RunSpec,
+        sources: Mapping[str, Iterable[Sample]],
+        *,
+        pad: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Lay out a run's inputs beside its tokenizer; run.json comes last, so that a folder that has it is whole.
+
+        Args:
+            sources: the samples of each source; see `write_corpus`.
+            pad: the token that fills windows up.
+        """
+        write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
+        files = [*corpus_files(self.data), self.path / TOKENIZER]
+        self._write_seal({str(file.relative_to(self.path)): _digest(file) for file in files})
+        self.write_spec(spec)
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """Replace run.json, for another plan; the seal follows before it, so a kill between the two is noticed."""
+        text = json.dumps(spec.to_json(), indent=2)
+        digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        self._write_seal({**self._seal(), SPEC: digest})
+        write_json(self.path / SPEC, spec.to_json())
+
+    def check(self) -> RunSpec:
+        """Read every input and compare it with what was laid out; for those who are about to take devices.
+
+        Raises:
+            ValueError: naming each file that is missing or another.
+        """
+        spec = self.spec()
+        wrong = []
+        for name, expected in self._seal().items():
+            try:
+                bad = None if _digest(self.path / name) == expected else "is not as it was laid out"
+            except OSError as error:
+                bad = f"cannot be read: {error.strerror}"
+            wrong += [f"{name} {bad}"] if bad else []
+        if spec.parent is not None and not (self.parent / "manifest.json").is_file():
+            wrong.append(f"parent/ has no manifest of {spec.parent}")
+        if wrong:
+            raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
+        return spec
+
+    def corpus(self, seed: int) -> Corpus:
+        return Corpus(self.data, seed)
+
+    def _seal(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / SEAL).read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _write_seal(self, files: Mapping[str, Any]) -> None:
+        write_json(self.path / SEAL, dict(files))
 
     def status(self) -> dict[str, Any]:
         """The newest status.json; empty before the first step."""
@@ -140,6 +202,14 @@ class RunFolder:
         except FileNotFoundError:
             return []
         return [row for line in text.splitlines() if (row := _parse(line)) and row["step"] > after_step]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of events.jsonl; a torn line is left out."""
+        try:
+            text = (self.path / "events.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        return [row for line in text.splitlines() if (row := _parse(line))]
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log; after one that a full disk has torn, on a line of its own."""
@@ -157,6 +227,11 @@ def _parse(line: str) -> dict[str, Any] | None:
         return dict(json.loads(line))
     except ValueError:
         return None
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -4,12 +4,10 @@ A micro-batch travels between stages as (hidden states, document numbers).
 """
 
 import re
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,6 +90,30 @@ class NormStage(nn.Module):
         return self.norm(batch[0])
 
 
+class Tally:
+    """Losses of the learned tokens of each source of data, added up on the last stage.
+
+    Args:
+        num_sources: how many there are; a micro-batch names its rows' by number.
+    """
+
+    def __init__(self, num_sources: int) -> None:
+        self.sums, self.counts = torch.zeros(num_sources), torch.zeros(num_sources)
+
+    def add(self, losses_BS: Tensor, learned_BS: Tensor, sources_B: Tensor) -> None:
+        if self.sums.device != losses_BS.device:
+            self.sums, self.counts = self.sums.to(losses_BS.device), self.counts.to(losses_BS.device)
+        self.sums.index_add_(0, sources_B, (losses_BS * learned_BS).sum(dim=1))
+        self.counts.index_add_(0, sources_B, learned_BS.sum(dim=1, dtype=torch.float32))
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Sums of losses and numbers of tokens since the last call."""
+        taken = self.sums.clone(), self.counts.clone()
+        self.sums.zero_()
+        self.counts.zero_()
+        return taken
+
+
 class PlannedPipeline(PipelineModule):
     """A pipeline cut where the plan says, not where DeepSpeed would.
 
@@ -100,6 +122,7 @@ class PlannedPipeline(PipelineModule):
         loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
         isolated: whether packed documents are kept apart; see `packed_rows`.
         recomputed: numbers of the layers that are computed again in the backward pass.
+        tally: gets the losses by source, if the labels are (next tokens, weights, sources of the rows).
 
     DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
     """
@@ -113,11 +136,18 @@ class PlannedPipeline(PipelineModule):
         loss_block: int | None = None,
         isolated: bool = True,
         recomputed: Collection[int] = (),
+        tally: Tally | None = None,
     ) -> None:
 
-        def loss_of(outputs: Travelling, labels: Travelling) -> Tensor:
-            """The loss of one micro-batch: outputs are (hidden states, head), labels (next tokens, weights)."""
-            return head_loss(*outputs, *labels, block=loss_block)
+        def loss_of(outputs: Travelling, labels: tuple[Tensor, ...]) -> Tensor:
+            """The loss of one micro-batch: outputs are (hidden states, head)."""
+            labels_BS, weights_BS, *sources = labels
+            if tally is None:
+                return head_loss(*outputs, labels_BS, weights_BS, block=loss_block)
+            losses_BS = torch.zeros_like(weights_BS)
+            loss = head_loss(*outputs, labels_BS, weights_BS, block=loss_block, losses_BS=losses_BS)
+            tally.add(losses_BS, weights_BS != 0, sources[0])
+            return loss
 
         rows = StageRows(config, isolated)
         last = config.num_layers + 3  # embedding, layers, norm, head
@@ -160,13 +190,6 @@ def yuan_name(name: str, num_layers: int) -> str | None:
         raise ValueError(f"unknown pipeline parameter {name}")
     number = int(match[1]) - 1
     return match[2] if number == num_layers else f"layers.{number}.{match[2]}"
-
-
-def own_weights(module: nn.Module, num_layers: int) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters in fp32 under Yuan's names; the embedding appears on the first and last stage."""
-    for name, parameter in module.named_parameters():
-        full: Any = safe_get_full_fp32_param(parameter)
-        yield yuan_name(name, num_layers), (parameter if full is None else full).detach().float().cpu()  # type: ignore[misc]
 
 
 def load_weights(module: nn.Module, source: Source, num_layers: int) -> None:

@@ -13,10 +13,13 @@ import torch
 
 from infra.launch import alone, leave_with_parent
 from infra.logs import configure_logging
-from yuan.train.engine import Trainer, start_distributed, stop_distributed
+from yuan.train.engine import start_distributed, stop_distributed
+from yuan.train.exits import Status, leave_note, status_of
 from yuan.train.folder import RunFolder
 from yuan.train.measure import measure
 from yuan.train.request import REQUEST
+from yuan.train.trainer import Trainer
+from yuan.train.watch import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +33,29 @@ def main() -> int:
         measure(folder.path)
         stop_distributed()
         return 0
+    rank = int(os.environ["RANK"])
+    try:
+        train(folder, rank)
+    except Exception as error:
+        status = status_of(error)
+        log.exception("rank %d ends: %s", rank, status.name.lower().replace("_", " "))
+        leave_note(folder.path, rank, status, f"{type(error).__name__}: {error}")
+        # at once: leaving the groups would wait for peers who may wait for this rank
+        logging.shutdown()
+        os._exit(status)
+    leave_note(folder.path, rank, Status.FINISHED, "")
+    return 0
+
+
+def train(folder: RunFolder, rank: int) -> None:
+    """Be one rank of the run in a folder, from start to export."""
     spec = folder.spec()
     # A rank of an earlier start may be dying still; two of them must not write the same files.
-    with alone(folder.path / f".rank-{os.environ['RANK']}.lock"):
+    with alone(folder.path / f".rank-{rank}.lock"):
+        heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)
         start_distributed(spec.plan.pipeline_size * spec.plan.data_size)
-        Trainer(folder, spec).run()
+        Trainer(folder, spec, heartbeat).run()
         stop_distributed()
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Checkpoints:
     Args:
         folder: shared by all ranks.
         about: facts of the run that every checkpoint repeats and must agree with when it is read; JSON.
-        keep: whole checkpoints that stay.
+        keep: whole checkpoints that stay, the newest; the one with the lowest `loss` in its state stays too.
         event: called on rank 0 with what happened, once a checkpoint is real, damaged or failed.
     """
 
@@ -64,14 +64,23 @@ class Checkpoints:
             self._writing.result()
             self._writing = None
 
-    def newest(self) -> dict[str, Any] | None:
+    def newest(self, *, until: int | None = None) -> dict[str, Any] | None:
         """The manifest of the newest whole checkpoint; a damaged one is passed over, and an event says so.
+
+        Args:
+            until: leave out those of later steps.
 
         Raises:
             ValueError: if it is of another run: another model, or another order of data.
         """
-        for path in reversed(list(self._real())):
-            manifest = _sealed(path / MANIFEST)
+        self.wait()
+        # as the first rank sees them: it writes the manifests, after the others are done with their part
+        said = [[path.name for path in real_checkpoints(self.folder)]]
+        dist.broadcast_object_list(said, src=0, group=self.group)
+        for path in (self.folder / name for name in reversed(said[0])):
+            if until is not None and _step(path) > until:
+                continue
+            manifest = sealed(path / MANIFEST)
             bad = self._damaged(path, manifest) if manifest else f"{MANIFEST} is not as it was written"
             if manifest and bad is None:
                 self._check(path, manifest)
@@ -95,9 +104,15 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _real(self) -> Iterator[Path]:
-        """Checkpoints with a manifest, oldest first."""
-        return (manifest.parent for manifest in sorted(self.folder.glob(f"step-*/{MANIFEST}")))
+    def drop_after(self, step: int) -> None:
+        """Forget checkpoints of later steps, which a roll back takes back; all ranks call this."""
+        self.wait()
+        if self.rank == 0:
+            for path in real_checkpoints(self.folder):
+                if _step(path) > step:
+                    (path / MANIFEST).unlink()  # first, so that a kill leaves no half that counts
+                    shutil.rmtree(path)
+        dist.barrier(group=self.group)
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         path = self._path(step)
@@ -115,8 +130,7 @@ class Checkpoints:
                 write_json(path / MANIFEST, {**manifest, SEAL: _seal(manifest)})
                 for entry in (path / MANIFEST, path, self.folder):
                     _sync(entry)
-                for old in list(self._real())[: -self.keep]:
-                    shutil.rmtree(old)
+                self._prune()
                 self._tell({"event": "checkpoint", "step": step})
         except (OSError, CheckpointException) as error:  # a full disk: the run goes on, with the one before
             log.warning("checkpoint of step %d failed: %s", step, error)
@@ -124,8 +138,17 @@ class Checkpoints:
 
     def _clear(self, path: Path) -> None:
         """Make room for a checkpoint; halves of others, from before a kill, go too."""
-        for half in {path, *self.folder.glob("step-*")} - set(self._real()) | {path}:
+        for half in {path, *self.folder.glob("step-*")} - set(real_checkpoints(self.folder)) | {path}:
             shutil.rmtree(half, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Remove what is neither among the newest nor the best."""
+        real = list(real_checkpoints(self.folder))
+        found = [(manifest.get("loss"), path) for path in real if (manifest := sealed(path / MANIFEST))]
+        _, best = min(((float(loss), path) for loss, path in found if loss is not None), default=(0.0, None))
+        for old in set(real[: -self.keep]) - {best}:
+            (old / MANIFEST).unlink()
+            shutil.rmtree(old)
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.rank == 0:
@@ -140,9 +163,7 @@ class Checkpoints:
     def _damaged(self, path: Path, manifest: dict[str, Any]) -> str | None:
         """What is wrong with its files; the ranks share the reading and agree."""
         own = sorted(manifest["files"])[self.rank :: self.ranks]
-        wrong = {name: bad for name in own if (bad := _difference(path / name, manifest["files"][name]))}
-        found = self._gather(wrong)
-        return "; ".join(f"{name} {bad}" for name, bad in sorted(found.items())) or None
+        return _listed(self._gather(_differences(path, manifest, own)))
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         for key, value in self.about.items():
@@ -151,6 +172,24 @@ class Checkpoints:
                     f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
                     f"{value!r}; take it out of the folder, or start in a new one"
                 )
+
+
+def real_checkpoints(folder: Path) -> Iterator[Path]:
+    """Checkpoints with a manifest, oldest first."""
+    return (manifest.parent for manifest in sorted(folder.glob(f"step-*/{MANIFEST}")))
+
+
+def damage_of(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    return _listed(_differences(path, manifest, manifest["files"]))
+
+
+def _differences(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    return {name: bad for name in names if (bad := _difference(path / name, manifest["files"][name]))}
+
+
+def _listed(wrong: Mapping[str, str]) -> str | None:
+    return "; ".join(f"{name} {bad}" for name, bad in sorted(wrong.items())) or None
 
 
 def _step(path: Path) -> int:
@@ -163,7 +202,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sealed(file: Path) -> dict[str, Any] | None:
+def sealed(file: Path) -> dict[str, Any] | None:
     """A manifest as it was written; None if it is not."""
     try:
         manifest = json.loads(file.read_text())

@@ -1,0 +1,259 @@
+"""Who may use which devices: leases, all devices of a plan or none, in one queue that nothing starves in.
+
+A lease is a row. It waits, is granted, and ends when its holder gives it back or is found dead. Whoever waits grants
+for all: the pool's row is locked, and the queue is served in order of priority plus waiting time. A holder that stays
+silent is fenced first (its generation changes, so it can do nothing more with the lease), its processes are ended, and
+only then do its devices go to others.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, Float, Row, Select, case, cast, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from feedback.accounts import NotFound, audit
+from feedback.tables import Device, DevicePool, Lease
+from yuan.plan.pool import Pool
+
+TTL_S = 60.0  # of silence after which a holder is taken for dead
+POINT_S = 600.0  # seconds of waiting that weigh as much as one point of priority
+MAX_PRIORITY = 100
+UNNAMED = "no longer in the pool's file"
+
+
+class NoCapacity(Exception):
+    """The pool could not serve this even if nobody else used it."""
+
+
+class LeaseLost(Exception):
+    """The lease is no longer this holder's; its processes must end."""
+
+
+def register_pool(session: Session, pool: Pool, launcher: str) -> None:
+    """Make a pool's devices what its file says; those it no longer names are lost, those in use stay leased."""
+    values = {"name": pool.name, "launcher": launcher}
+    session.execute(
+        insert(DevicePool).values(values).on_conflict_do_update(index_elements=["name"], set_={"launcher": launcher})
+    )
+    named = [
+        {"pool": pool.name, "id": f"{group.device_class}/{n}", "device_class": group.device_class, "node": node}
+        for group in pool.groups
+        for n in range(group.count)
+        for node in [f"{group.device_class}-node-{n // group.devices_per_node}"]
+    ]
+    session.execute(insert(Device).values(named).on_conflict_do_nothing())
+    own, is_named = Device.pool == pool.name, Device.id.in_([device["id"] for device in named])
+    session.execute(update(Device).where(own, ~is_named, Device.lost_reason.is_(None)).values(lost_reason=UNNAMED))
+    session.execute(update(Device).where(own, is_named, Device.lost_reason == UNNAMED).values(lost_reason=None))
+
+
+def ask(
+    session: Session,
+    pool: str,
+    wanted: Mapping[str, int],
+    *,
+    run_id: str,
+    team: str,
+    holder: str,
+    priority: int = 0,
+    ttl_s: float = TTL_S,
+) -> Lease:
+    """Queue for devices of a pool, so many of each class.
+
+    Args:
+        holder: the process that asks, as `infra.processes.identity` names it; it must beat while it waits, too.
+
+    Raises:
+        NotFound: if there is no such pool.
+        NoCapacity: if the pool has too few devices that work, whoever uses them; what it has is listed.
+        ValueError: if nothing is wanted, or the priority is out of range.
+    """
+    if not wanted or min(wanted.values()) < 1:
+        raise ValueError(f"a lease is of at least one device of each class it names, got {dict(wanted)}")
+    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise ValueError(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {priority}")
+    if session.get(DevicePool, pool) is None:
+        raise NotFound(f"there is no pool {pool!r}")
+    check_capacity(session, pool, wanted)
+    lease = Lease(
+        pool=pool, wanted=dict(wanted), run_id=run_id, team=team, holder=holder, priority=priority, ttl_s=ttl_s
+    )
+    session.add(lease)
+    session.flush()
+    session.refresh(lease)
+    return lease
+
+
+def grant(session: Session, pool: str) -> list[Lease]:
+    """Give free devices to those who wait, in order; returns the leases granted now.
+
+    One that cannot be served yet keeps the classes it wants from all behind it, so no stream of small requests can
+    hold a large one up; requests for other classes pass it by.
+    """
+    session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
+    free = _free(session, pool)
+    kept: set[str] = set()
+    granted = []
+    for lease in session.scalars(waiting(pool).with_for_update()):
+        fits = all(len(_of(free, name)) >= count for name, count in lease.wanted.items())
+        if not fits or kept & lease.wanted.keys():
+            kept |= lease.wanted.keys()
+            continue
+        chosen = [device for name, count in lease.wanted.items() for device in _near(_of(free, name), count)]
+        free = [device for device in free if device not in chosen]
+        lease.devices = sorted(device.id for device in chosen)
+        lease.granted_at = lease.heartbeat_at = session.scalars(select(func.clock_timestamp())).one()
+        granted.append(lease)
+    session.flush()
+    return granted
+
+
+def waiting(pool: str) -> Select[tuple[Lease]]:
+    """Those who wait, whose turn is next first."""
+    query = select(Lease).where(Lease.pool == pool, Lease.granted_at.is_(None), Lease.released_at.is_(None))
+    return query.order_by(score().desc(), Lease.asked_at, Lease.id)
+
+
+def score() -> ColumnElement[float]:
+    """Priority, and a point for every POINT_S seconds of waiting."""
+    waited = func.extract("epoch", func.clock_timestamp() - Lease.asked_at)
+    return cast(Lease.priority, Float) + cast(waited, Float) / POINT_S
+
+
+def beat(session: Session, lease_id: str, generation: int) -> Lease:
+    """Say that the holder lives.
+
+    Raises:
+        LeaseLost: if the lease was fenced or has ended.
+    """
+    query = update(Lease).where(_is_mine(lease_id, generation)).values(heartbeat_at=func.clock_timestamp())
+    lease = session.scalars(query.returning(Lease), execution_options={"populate_existing": True}).first()
+    if lease is None:
+        raise LeaseLost(f"lease {lease_id} of generation {generation} is gone; end what runs under it")
+    return lease
+
+
+def release(session: Session, lease_id: str, generation: int, reason: str) -> None:
+    """Give the devices back, once nothing runs on them; a lease that was lost is left as it is."""
+    values = {"released_at": func.clock_timestamp(), "end_reason": reason}
+    session.execute(update(Lease).where(_is_mine(lease_id, generation)).values(values))
+
+
+def fence(session: Session) -> list[Lease]:
+    """Change the generation of leases whose holders have been silent too long; those fenced before come again.
+
+    Once this is committed, end what runs under each, the holder included, and then `free` it. A server that was down
+    heard nobody, so silence counts from its start.
+    """
+    heard = func.greatest(Lease.heartbeat_at, func.pg_postmaster_start_time())
+    is_silent = func.clock_timestamp() - heard > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
+    query = (
+        update(Lease)
+        .where(Lease.released_at.is_(None), is_silent | Lease.fenced_at.is_not(None))
+        .values(
+            generation=case((Lease.fenced_at.is_(None), Lease.generation + 1), else_=Lease.generation),
+            fenced_at=func.coalesce(Lease.fenced_at, func.clock_timestamp()),
+        )
+    )
+    return list(session.scalars(query.returning(Lease), execution_options={"populate_existing": True}))
+
+
+def free(session: Session, lease: Lease) -> None:
+    """Give back the devices of a fenced lease under which nothing runs any more."""
+    values = {"released_at": func.clock_timestamp(), "end_reason": "its holder died"}
+    query = update(Lease).where(Lease.id == lease.id, Lease.fenced_at.is_not(None), Lease.released_at.is_(None))
+    if session.scalar(query.values(values).returning(Lease.id)) is not None:
+        audit(session, "reaper", "lease reaped", lease.id, run=lease.run_id, devices=lease.devices or [])
+
+
+def lose_device(session: Session, pool: str, device: str, reason: str) -> None:
+    """Take a device that does not work out of use; a lease that has it keeps it until it ends.
+
+    Raises:
+        NotFound: if the pool has no such device.
+    """
+    _set_lost(session, pool, device, reason)
+
+
+def return_device(session: Session, pool: str, device: str) -> None:
+    """Put a mended device back into use.
+
+    Raises:
+        NotFound: if the pool has no such device.
+    """
+    _set_lost(session, pool, device, None)
+
+
+def working(session: Session, pool: str) -> Counter[str]:
+    """How many devices of each class work, used or not."""
+    query = select(Device.device_class).where(Device.pool == pool, Device.lost_reason.is_(None))
+    return Counter(session.scalars(query))
+
+
+def lost_of(session: Session, lease: Lease) -> dict[str, str]:
+    """The devices of a lease that no longer work, and why."""
+    query = select(Device).where(Device.pool == lease.pool, Device.id.in_(lease.devices or []))
+    return {device.id: device.lost_reason for device in session.scalars(query) if device.lost_reason is not None}
+
+
+def ledger(session: Session, by: str = "run_id") -> dict[str, float]:
+    """Device-hours that each run, or each `team`, has held so far."""
+    key = {"run_id": Lease.run_id, "team": Lease.team, "pool": Lease.pool}[by]
+    held = func.coalesce(Lease.released_at, func.clock_timestamp()) - Lease.granted_at
+    hours = func.sum(func.jsonb_array_length(Lease.devices) * cast(func.extract("epoch", held), Float)) / 3600
+    rows: Iterable[Row[Any]] = session.execute(
+        select(key, hours).where(Lease.granted_at.is_not(None)).group_by(key).order_by(key)
+    )
+    return {name: float(amount) for name, amount in rows}
+
+
+def check_capacity(session: Session, pool: str, wanted: Mapping[str, int]) -> None:
+    has = working(session, pool)
+    if any(has[name] < count for name, count in wanted.items()):
+        lost = session.scalars(select(Device).where(Device.pool == pool, Device.lost_reason.is_not(None))).all()
+        said = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
+        raise NoCapacity(
+            f"pool {pool!r} has {dict(has)} devices that work, and {dict(wanted)} are wanted{said}; plan for fewer, "
+            "or return devices to the pool"
+        )
+
+
+def _free(session: Session, pool: str) -> list[Device]:
+    held = select(func.jsonb_array_elements_text(Lease.devices)).where(
+        Lease.pool == pool, Lease.granted_at.is_not(None), Lease.released_at.is_(None)
+    )
+    query = select(Device).where(Device.pool == pool, Device.lost_reason.is_(None), Device.id.not_in(held))
+    return list(session.scalars(query.order_by(Device.id)))
+
+
+def _of(devices: list[Device], device_class: str) -> list[Device]:
+    return [device for device in devices if device.device_class == device_class]
+
+
+def _near(devices: list[Device], count: int) -> list[Device]:
+    """So many devices on few nodes: of one that just has them, else of the freest."""
+    nodes = Counter(device.node for device in devices)
+    whole = [node for node, room in nodes.items() if room >= count]
+    order = sorted(nodes, key=lambda node: nodes[node] if whole else -nodes[node])
+    ranked = [node for node in order if not whole or node in whole]
+    return sorted((d for d in devices if d.node in ranked), key=lambda d: ranked.index(d.node))[:count]
+
+
+def _is_mine(lease_id: str, generation: int) -> ColumnElement[bool]:
+    return (
+        (Lease.id == lease_id)
+        & (Lease.generation == generation)
+        & Lease.released_at.is_(None)
+        & Lease.fenced_at.is_(None)
+    )
+
+
+def _set_lost(session: Session, pool: str, device: str, reason: str | None) -> None:
+    found = session.get(Device, (pool, device))
+    if found is None:
+        raise NotFound(f"pool {pool!r} has no device {device!r}")
+    found.lost_reason = reason
+    audit(session, "pool", "device lost" if reason else "device returned", f"{pool}/{device}", reason=reason)

@@ -1,0 +1,154 @@
+"""Holding a lease: wait for it in the queue, beat for it, and end what the dead have left."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from feedback import leases
+from feedback.tables import Lease
+from infra.processes import carrying, identity, kill_carrying, kill_identified
+
+log = logging.getLogger(__name__)
+
+LEASE_VARIABLE = "COTRAIN_LEASE"  # in the environment of everything that runs under a lease
+POLL_S = 0.5
+
+Sessions = sessionmaker[Session]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A granted lease: its id, its devices, and whether it is still ours."""
+
+    id: str
+    devices: tuple[str, ...]
+    lost: threading.Event
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What processes under the lease carry, so that they can be found when their holder is dead."""
+        return {LEASE_VARIABLE: self.id}
+
+
+@contextlib.contextmanager
+def held(
+    sessions: Sessions,
+    pool: str,
+    wanted: Mapping[str, int],
+    *,
+    run_id: str,
+    team: str,
+    priority: int = 0,
+    ttl_s: float = leases.TTL_S,
+    waiting: Callable[[int], None] = lambda _: None,
+) -> Iterator[Held]:
+    """Wait for devices and hold them while the block runs; nothing may run on them when it ends.
+
+    Args:
+        waiting: called while waiting, with how many are before us; may raise to give up.
+
+    Raises:
+        NoCapacity: if the pool cannot serve this, now or after a device was lost while we waited.
+    """
+    with sessions.begin() as session:
+        asked = leases.ask(
+            session, pool, wanted, run_id=run_id, team=team, holder=identity(), priority=priority, ttl_s=ttl_s
+        )
+    over, lost = threading.Event(), threading.Event()
+    beating = threading.Thread(target=_beat, args=(sessions, asked, over, lost), daemon=True, name="lease")
+    beating.start()
+    reason = "done"
+    try:
+        devices = _granted(sessions, asked, lost, waiting)
+        log.info("lease %s of pool %s: %s", asked.id[:8], pool, ", ".join(devices))
+        yield Held(asked.id, devices, lost)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise
+    finally:
+        over.set()
+        beating.join()
+        _outliving(lambda: _release(sessions, asked, reason), ttl_s)
+
+
+def _granted(
+    sessions: Sessions, asked: Lease, lost: threading.Event, waiting: Callable[[int], None]
+) -> tuple[str, ...]:
+    while True:
+        with contextlib.suppress(OperationalError), sessions.begin() as session:
+            leases.grant(session, asked.pool)
+            mine = session.get_one(Lease, asked.id)
+            if mine.devices is not None:
+                return tuple(mine.devices)
+            leases.check_capacity(session, asked.pool, asked.wanted)
+            before = [lease.id for lease in session.scalars(leases.waiting(asked.pool))].index(asked.id)
+        if lost.is_set():
+            raise leases.LeaseLost(f"lease {asked.id} was taken for dead while it waited")
+        waiting(before)
+        time.sleep(POLL_S)
+
+
+def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threading.Event) -> None:
+    """Beat until the block is over; a server that does not answer is asked again, a lost lease ends it."""
+    while not over.wait(asked.ttl_s / 4):
+        try:
+            with sessions.begin() as session:
+                leases.beat(session, asked.id, asked.generation)
+        except OperationalError as error:
+            log.warning("no beat for lease %s: %s", asked.id[:8], str(error).split("\n")[0][:120])
+        except leases.LeaseLost as error:
+            log.warning("%s", error)
+            lost.set()
+            return
+
+
+def _release(sessions: Sessions, asked: Lease, reason: str) -> None:
+    with sessions.begin() as session:
+        leases.release(session, asked.id, asked.generation, reason)
+
+
+def _outliving(action: Callable[[], None], seconds: float) -> None:
+    """Try for a while; what cannot be given back is reaped once we are silent."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except OperationalError:
+            if time.monotonic() > end:
+                log.warning("a lease could not be given back; the reaper will")
+                return None
+            time.sleep(POLL_S)
+
+
+def reap(sessions: Sessions) -> list[str]:
+    """Take back what dead holders have: fence, end their processes, free; ids of the leases freed."""
+    with sessions.begin() as session:
+        fenced = leases.fence(session)
+    freed = []
+    for lease in fenced:
+        if not _ended(lease):
+            log.warning("lease %s of %s waits for its processes to end", lease.id[:8], lease.holder)
+            continue
+        with sessions.begin() as session:
+            leases.free(session, lease)
+        log.warning("reaped lease %s of run %s: %s", lease.id[:8], lease.run_id, lease.devices or "it was waiting")
+        freed.append(lease.id)
+    return freed
+
+
+def _ended(lease: Lease) -> bool:
+    """End a dead lease's holder and what runs under it; whether nothing is left."""
+    is_gone = kill_identified(lease.holder)  # first, or it could start something more
+    kill_carrying(LEASE_VARIABLE, lease.id)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        if (is_gone or kill_identified(lease.holder)) and not any(carrying(LEASE_VARIABLE, lease.id)):
+            return True
+        time.sleep(0.02)
+    return False

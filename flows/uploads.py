@@ -1,0 +1,96 @@
+"""Checkpoints of a run in the object store: sent while it trains, fetched when the disk that had them is gone."""
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.objects import Objects
+from yuan.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+PREFIX, MANIFEST = "checkpoints", "manifest.json"
+LOOK_EVERY_S = 2.0
+
+
+@contextlib.contextmanager
+def uploading(objects: Objects, run_id: str, folder: RunFolder) -> Iterator[None]:
+    """Send every checkpoint that becomes real while the block runs, the last one before it ends."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(LOOK_EVERY_S):
+            _send_quietly(objects, run_id, folder)
+
+    thread = threading.Thread(target=work, daemon=True, name="uploads")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    _send_quietly(objects, run_id, folder)
+
+
+def send(objects: Objects, run_id: str, folder: RunFolder) -> list[str]:
+    """Make the store's checkpoints those of the folder; the manifest goes last, and is removed first.
+
+    A checkpoint that the run prunes meanwhile is left out. Returns the names of those sent now.
+    """
+    there = _manifests(objects, run_id)
+    here = {path.parent.name: path.parent for path in folder.checkpoints.glob(f"step-*/{MANIFEST}")}
+    sent = []
+    for name in sorted(here.keys() - there):
+        try:
+            for file in sorted(here[name].iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
+                objects.put_file(f"{PREFIX}/{run_id}/{name}/{file.name}", file)
+        except FileNotFoundError:
+            continue
+        sent.append(name)
+    for name in there - here.keys() if here else ():
+        _remove(objects, run_id, name)
+    return sent
+
+
+def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
+    """Bring back the newest checkpoint if the folder has none; its name."""
+    if any(folder.checkpoints.glob(f"step-*/{MANIFEST}")):
+        return None
+    names = sorted(_manifests(objects, run_id))
+    if not names:
+        return None
+    target, prefix = folder.checkpoints / names[-1], f"{PREFIX}/{run_id}/{names[-1]}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    manifest = objects.get(f"{prefix}/{MANIFEST}")
+    for name in json.loads(manifest)["files"]:
+        objects.get_file(f"{prefix}/{Path(name).name}", target / Path(name).name)
+    objects.get_file(f"{prefix}/{MANIFEST}", target / MANIFEST)
+    return names[-1]
+
+
+def _manifests(objects: Objects, run_id: str) -> set[str]:
+    keys = objects.keys(f"{PREFIX}/{run_id}/")
+    return {key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")}
+
+
+def _remove(objects: Objects, run_id: str, name: str) -> None:
+    objects.delete(f"{PREFIX}/{run_id}/{name}/{MANIFEST}")
+    for key in objects.keys(f"{PREFIX}/{run_id}/{name}/"):
+        objects.delete(key)
+
+
+def _send_quietly(objects: Objects, run_id: str, folder: RunFolder) -> None:
+    """Training does not wait for the store; what could not be sent is sent the next time."""
+    try:
+        for name in send(objects, run_id, folder):
+            folder.append("events.jsonl", {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
+            log.info("stored checkpoint %s of run %s", name, run_id)
+    except (BotoCoreError, ClientError, OSError) as error:
+        log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])

@@ -1,0 +1,155 @@
+"""Leases: all devices or none, in an order that starves nobody, taken back from the dead and from nobody else."""
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import func, select, update
+
+from feedback import leases
+from feedback.accounts import NotFound
+from feedback.tables import Lease
+from yuan.plan.pool import Group, Pool
+
+POOL = Pool(
+    name="p",
+    groups=(
+        Group(device_class="A", count=6, memory_gib=8, sustained_tflops=1, devices_per_node=4),
+        Group(device_class="B", count=2, memory_gib=8, sustained_tflops=1),
+    ),
+)
+
+
+@pytest.fixture
+def queue(session):
+    leases.register_pool(session, POOL, "local")
+    return session
+
+
+def ask(session, name="run", priority=0, waited_s=0.0, **wanted):
+    lease = leases.ask(session, "p", wanted, run_id=name, team="t", holder="host:1:1", priority=priority)
+    lease.asked_at -= timedelta(seconds=waited_s)
+    session.flush()
+    return lease
+
+
+def silence(session, lease, seconds):
+    session.execute(
+        update(Lease)
+        .where(Lease.id == lease.id)
+        .values(heartbeat_at=func.now() - timedelta(seconds=seconds), ttl_s=0.0)
+    )
+
+
+def test_a_gang_gets_all_or_nothing(queue):
+    first, second = ask(queue, A=4), ask(queue, A=4)
+    assert leases.grant(queue, "p") == [first]
+    assert len(first.devices) == 4 and second.devices is None
+    leases.release(queue, first.id, first.generation, "done")
+    assert leases.grant(queue, "p") == [second]
+
+
+def test_a_gang_lies_on_one_node_if_one_has_room(queue):
+    lone = ask(queue, A=1)
+    leases.grant(queue, "p")
+    assert lone.devices == ["A/4"]  # of the node with two, so that the other can still serve four
+    four = ask(queue, A=4)
+    leases.grant(queue, "p")
+    assert four.devices == ["A/0", "A/1", "A/2", "A/3"]
+
+
+def test_priority_and_waiting_decide(queue):
+    holder = ask(queue, A=6)
+    leases.grant(queue, "p")
+    low, high = ask(queue, A=6), ask(queue, A=6, priority=2)
+    assert list(queue.scalars(leases.waiting("p"))) == [high, low]
+    patient = ask(queue, A=6, priority=-1, waited_s=4 * leases.POINT_S)
+    assert list(queue.scalars(leases.waiting("p"))) == [patient, high, low]
+    leases.release(queue, holder.id, holder.generation, "done")
+    assert leases.grant(queue, "p") == [patient]
+
+
+def test_small_requests_cannot_starve_a_large_one(queue):
+    small = ask(queue, A=1)
+    leases.grant(queue, "p")
+    large, later, other_class = ask(queue, A=6), ask(queue, A=1), ask(queue, B=2)
+    assert leases.grant(queue, "p") == [other_class]
+    leases.release(queue, small.id, small.generation, "done")
+    assert leases.grant(queue, "p") == [large] and later.devices is None
+
+
+def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
+    leases.lose_device(queue, "p", "A/2", "Xid 79")
+    with pytest.raises(leases.NoCapacity, match=r"'A': 5.*A/2 is lost: Xid 79"):
+        ask(queue, A=6)
+    leases.return_device(queue, "p", "A/2")
+    assert ask(queue, A=6)
+
+
+@pytest.mark.parametrize(
+    ("pool", "wanted", "priority", "error"),
+    [
+        ("q", {"A": 1}, 0, NotFound),
+        ("p", {"C": 1}, 0, leases.NoCapacity),
+        ("p", {}, 0, ValueError),
+        ("p", {"A": 0}, 0, ValueError),
+        ("p", {"A": 1}, 101, ValueError),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused(queue, pool, wanted, priority, error):
+    with pytest.raises(error):
+        leases.ask(queue, pool, wanted, run_id="r", team="t", holder="h:1:1", priority=priority)
+
+
+def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue):
+    dead, alive = ask(queue, A=4), ask(queue, A=2)
+    leases.grant(queue, "p")
+    silence(queue, dead, 1000)
+    assert leases.fence(queue) == [dead]
+    with pytest.raises(leases.LeaseLost, match="end what runs under it"):
+        leases.beat(queue, dead.id, 1)
+    leases.beat(queue, alive.id, 1)
+    waiting = ask(queue, A=1)
+    assert leases.grant(queue, "p") == []  # not before the processes are gone
+    leases.release(queue, dead.id, 1, "too late")
+    assert leases.grant(queue, "p") == []
+    assert leases.fence(queue) == [dead] and dead.generation == 2
+    leases.free(queue, dead)
+    assert leases.grant(queue, "p") == [waiting]
+    assert leases.fence(queue) == []
+
+
+def test_a_server_that_was_down_takes_nobody_for_dead(queue):
+    lease = ask(queue, A=1)
+    leases.grant(queue, "p")
+    queue.execute(update(Lease).values(heartbeat_at=func.now() - timedelta(days=2), ttl_s=86_400.0))
+    up_s = queue.scalar(select(func.extract("epoch", func.now() - func.pg_postmaster_start_time())))
+    assert up_s < 86_400 and leases.fence(queue) == []
+    leases.beat(queue, lease.id, 1)
+
+
+def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
+    lease = ask(queue, B=2)
+    leases.grant(queue, "p")
+    smaller = Pool(
+        name="p", groups=(POOL.groups[0], Group(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
+    )
+    leases.register_pool(queue, smaller, "local")
+    assert leases.lost_of(queue, lease) == {"B/1": "no longer in the pool's file"}
+    leases.register_pool(queue, POOL, "local")
+    assert leases.lost_of(queue, lease) == {}
+    leases.lose_device(queue, "p", "B/0", "hot")
+    leases.register_pool(queue, POOL, "local")
+    assert leases.lost_of(queue, lease) == {"B/0": "hot"}  # only an operator returns it
+
+
+def test_hours_add_up_by_run_and_team(queue):
+    for name, count, hours in (("a", 4, 1.0), ("a", 2, 0.5), ("b", 1, 2.0)):
+        lease = ask(queue, name, A=count)
+        leases.grant(queue, "p")
+        leases.release(queue, lease.id, 1, "done")
+        queue.flush()
+        queue.execute(
+            update(Lease).where(Lease.id == lease.id).values(granted_at=Lease.released_at - timedelta(hours=hours))
+        )
+    assert leases.ledger(queue) == pytest.approx({"a": 5.0, "b": 2.0})
+    assert leases.ledger(queue, by="team") == pytest.approx({"t": 7.0})

@@ -1,0 +1,117 @@
+"""Runs of a small model for the tests of training: laid out, launched, and the same training as a plain loop."""
+
+import dataclasses
+import os
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from infra.launch import supervised, torchrun_command
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, Recipe
+from yuan.data.mixture import kept_positions
+from yuan.data.samples import Sample
+from yuan.model import weights
+from yuan.model.loss import weighted_cross_entropy
+from yuan.model.transformer import Yuan
+from yuan.plan.job import Work
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import cpu_pool
+from yuan.plan.search import Limits
+from yuan.train.engine import learning_rate
+from yuan.train.folder import RunFolder, RunSpec
+
+STEPS = 12
+RECIPE = Recipe(
+    max_steps=STEPS,
+    learning_rate=3e-3,
+    seq_len=32,
+    micro_batch_size=2,
+    global_batch_size=8,
+    warmup_steps=3,
+    checkpoint_every=2,
+)
+WEIGHTS = {"long": 3.0, "short": 1.0}
+
+
+def make(parent):
+    """A parent model and two sources of unequal documents."""
+    tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
+    config = ModelConfig(name="test", num_layers=3, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    torch.manual_seed(1)
+    weights.save(parent, config, Yuan(config).state_dict(), tokenizer, {})
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
+        for n in rng.integers(4, 30, 200)
+    ]
+    return parent, config, {"long": samples[:150], "short": samples[150:]}
+
+
+def two_stages(config, recipe):
+    """The plan for two processes, its first layer recomputed as if memory were short."""
+    limits = Limits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
+    plan = make_plan(Work.of(config, recipe), cpu_pool(), limits)
+    return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
+
+
+def lay_out(folder, made, recipe=RECIPE, plan=None):
+    parent, config, sources = made
+    folder.mkdir(parents=True)
+    (folder / "parent").symlink_to(parent)
+    (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
+    spec = RunSpec(
+        kind="finetune",
+        model=config,
+        snapshot="s",
+        plan=plan or two_stages(config, recipe),
+        recipe=recipe,
+        seed=5,
+        parent="v1",
+    )
+    RunFolder(folder).write(spec, sources, pad=0, weights=WEIGHTS)
+    return RunFolder(folder)
+
+
+def launch(folder, script=None):
+    plan = folder.spec().plan
+    command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
+    if script is not None:
+        command = [*command[: command.index("-m", 3)], str(script), str(folder.path)]
+    return supervised(command, folder.path, dict(os.environ), "train.log")
+
+
+def run(folder, script=None):
+    with launch(folder, script) as process:
+        assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
+    return folder
+
+
+def plain_losses(made, finished, recipe=RECIPE):
+    """The same training as a loop anybody can read: one process, torch alone."""
+    parent, config, _ = made
+    corpus = finished.corpus(seed=5)
+    model = Yuan(config)
+    model.load_state_dict(load_file(parent / "model.safetensors"))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
+    losses = []
+    for step in range(recipe.max_steps):
+        windows, _ = corpus.read(kept_positions(8 * step, 8, []))
+        tokens, labels = (torch.from_numpy(a).long() for a in (windows.tokens, windows.labels))
+        learned = torch.from_numpy(windows.learned).float()
+        documents = torch.from_numpy(windows.documents)
+        loss = weighted_cross_entropy(
+            model(tokens, documents, isolated=recipe.isolate_documents), labels, learned / learned.sum()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,143 @@
+"""The order of data: a function of the position, by weight, every window once an epoch, any span skipped."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yuan.data.corpus import Corpus, write_corpus
+from yuan.data.mixture import Mixture, kept_positions, quotas_of
+from yuan.data.packing import pack
+from yuan.data.samples import Sample
+from yuan.data.shuffle import keyed, shuffled
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**9))
+@settings(max_examples=60, deadline=None)
+def test_a_shuffle_is_a_permutation(size, seed, epoch):
+    out = shuffled(np.arange(size), size, keyed(seed, np.full(size, epoch)))
+    assert sorted(out.tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [3, 7, 100])
+def test_a_shuffle_puts_every_element_everywhere_alike(size):
+    keys = 40 * size
+    out = shuffled(np.zeros(keys, np.int64), size, keyed(1, np.arange(keys)))
+    squares = ((np.bincount(out, minlength=size) - 40) ** 2 / 40).sum()
+    assert squares < size + 5 * np.sqrt(2 * size)  # chi-square with size - 1 degrees, five sigmas
+
+
+def test_elements_of_a_shuffle_do_not_stay_beside_each_other():
+    out = shuffled(np.arange(1000), 1000, keyed(3, np.zeros(1000, np.int64)))
+    assert (np.abs(np.diff(out)) == 1).sum() < 12  # two are expected
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    data=st.data(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
+    weights = data.draw(st.none() | st.lists(st.floats(0.1, 1), min_size=len(sizes), max_size=len(sizes)))
+    mixture = Mixture(tuple(sizes), quotas_of(sizes, weights), seed)
+    sources, windows = mixture.at(np.arange(2 * mixture.block))
+    for number, (size, quota) in enumerate(zip(sizes, mixture.quotas, strict=True)):
+        own = windows[sources == number]
+        assert len(own) == 2 * quota
+        counts = Counter(own.tolist())
+        whole, part = divmod(2 * quota, size)
+        assert set(counts.values()) <= {whole, whole + 1} and sum(c == whole + 1 for c in counts.values()) == part
+
+
+def test_epochs_have_orders_of_their_own():
+    mixture = Mixture((50,), (50,), 0)
+    first, second = (mixture.at(np.arange(start, start + 50))[1] for start in (0, 50))
+    assert sorted(first) == sorted(second) and (first != second).any()
+    other = Mixture((50,), (50,), 1).at(np.arange(50))[1]
+    assert (first != other).any()
+
+
+def test_positions_can_be_asked_for_in_any_parts():
+    mixture = Mixture((7, 1000, 33), quotas_of((7, 1000, 33), (1, 2, 5)), 9)
+    whole = mixture.at(np.arange(10**12, 10**12 + 5000))
+    rng = np.random.default_rng(0)
+    some = rng.permutation(5000)[:100]
+    assert all((part == all_[some]).all() for part, all_ in zip(mixture.at(some + 10**12), whole, strict=True))
+
+
+def test_sources_come_by_weight_in_every_block():
+    mixture = Mixture((10, 10), quotas_of((10, 10), (0.3, 0.7)), 0)
+    sources, _ = mixture.at(np.arange(mixture.block * 5))
+    assert abs((sources == 0).mean() - 0.3) < 1e-3
+    early = (sources[:200] == 0).mean()
+    assert 0.2 < early < 0.4  # mixed from the start, not one after the other
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"), [((1, 0), "positive weight"), ((1,), "positive weight"), ((1, 1e-9), "smallest weight")]
+)
+def test_a_weight_that_means_nothing_is_refused(weights, says):
+    with pytest.raises(ValueError, match=says):
+        quotas_of((10, 10), weights)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=8, unique=True).map(sorted),
+    start=st.integers(0, 40),
+    count=st.integers(0, 40),
+)
+def test_skipped_spans_are_left_out_and_nothing_else(cuts, start, count):
+    spans = list(zip(cuts[::2], cuts[1::2], strict=False))
+    open_ = [p for p in range(200) if not any(first <= p < end for first, end in spans)]
+    assert kept_positions(start, count, spans).tolist() == open_[start : start + count]
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rng = np.random.default_rng(0)
+    return [
+        Sample(tuple(int(t) for t in rng.integers(0, 135_040, n)), tuple(bool(b) for b in rng.integers(0, 2, n)))
+        for n in rng.integers(2, 60, 300)
+    ]
+
+
+def test_token_files_hold_the_windows_that_packing_makes(samples, tmp_path):
+    write_corpus(tmp_path, {"a": iter(samples)}, seq_len=32, pad=7)
+    corpus = Corpus(tmp_path, seed=0)
+    packed = pack(samples, seq_len=32, pad=7)
+    assert corpus.sources[0].windows == len(packed)
+    positions = np.arange(len(packed))
+    windows, _ = corpus.read(positions)
+    order = corpus.mixture.at(positions)[1]
+    for name in ("tokens", "labels", "learned", "documents"):
+        assert (getattr(windows, name) == getattr(packed, name)[order]).all()
+    assert corpus.learned(positions[:9]) == windows.learned[:9].sum()
+
+
+def test_each_window_of_a_mixture_is_of_its_source(samples, tmp_path):
+    parts = {"low": [Sample((1, 2, 3), (True,) * 3)] * 20, "high": [Sample((900, 901), (True,) * 2)] * 90}
+    write_corpus(tmp_path, parts, seq_len=4, pad=0, weights={"low": 1, "high": 1})
+    windows, sources = Corpus(tmp_path, seed=3).read(np.arange(300))
+    assert ((windows.tokens[:, 0] < 800) == (sources == 0)).all()
+    assert 110 < (sources == 0).sum() < 190
+
+
+def test_files_of_two_writings_are_refused(samples, tmp_path):
+    write_corpus(tmp_path, {"a": samples}, seq_len=32, pad=7)
+    with (tmp_path / "0" / "tokens.bin").open("ab") as file:
+        file.write(b"1234")
+    with pytest.raises(ValueError, match="not of one writing"):
+        Corpus(tmp_path, seed=0)
+
+
+def test_a_source_with_nothing_to_learn_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to pack"):
+        write_corpus(tmp_path, {"a": [Sample((1, 2), (False, False))]}, seq_len=4, pad=0)
+
+
+def test_weights_of_other_sources_are_refused(samples, tmp_path):
+    with pytest.raises(ValueError, match="name the same"):
+        write_corpus(tmp_path, {"a": samples}, seq_len=4, pad=0, weights={"b": 1.0})

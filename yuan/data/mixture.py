@@ -1,0 +1,99 @@
+"""Which window comes when: sources mixed by weight, a fresh order each epoch, all of it a function of the position.
+
+A run's data is an endless sequence of windows, and its whole state is one integer, the position. It is cut into blocks
+in each of which every source has its quota of places, in an order of the block's own; a source's places go through its
+windows, epoch after epoch, each in an order of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from yuan.data.shuffle import Numbers, keyed, shuffled
+
+Span = tuple[int, int]  # positions [first, end)
+
+FINEST = 2**20  # places of the largest block; a rarer source would be hard to tell from one that is left out
+PLACES_OF_RAREST = 32  # so that rounding to whole places changes no weight by more than 1.6 %
+MIN_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Windows of each source, its places in a block, and the seed of all orders.
+
+    Raises:
+        ValueError: if there is no source, or one has no window or no place.
+    """
+
+    sizes: tuple[int, ...]
+    quotas: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.sizes) != len(self.quotas) or min(self.sizes + self.quotas) < 1:
+            raise ValueError(
+                f"every source needs a window and a place in a block, got {self.sizes} windows and {self.quotas} "
+                "places; leave empty sources out"
+            )
+
+    @property
+    def block(self) -> int:
+        return sum(self.quotas)
+
+    def at(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """The source and the window in it at each position."""
+        block, place = np.divmod(positions, self.block)
+        place = shuffled(place, self.block, keyed(self.seed, block))
+        ends = np.cumsum(self.quotas)
+        sources = np.searchsorted(ends, place, side="right")
+        windows = np.empty_like(place)
+        for number, (size, quota, end) in enumerate(zip(self.sizes, self.quotas, ends, strict=True)):
+            own = sources == number
+            epoch, index = np.divmod(block[own] * quota + place[own] - (end - quota), size)
+            windows[own] = shuffled(index, size, keyed(self.seed ^ (number + 1) << 32, epoch))
+        return sources.astype(np.int64), windows
+
+
+def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None = None) -> tuple[int, ...]:
+    """Places of each source in a block, by weight; without weights every window has one, so a block is an epoch.
+
+    Raises:
+        ValueError: if a weight is not a positive number, or too small beside the others.
+
+    >>> quotas_of((10, 20)), quotas_of((10, 20), (1, 3))
+    ((10, 20), (256, 768))
+    """
+    if weights is None:
+        return tuple(sizes)
+    if len(weights) != len(sizes) or not all(math.isfinite(w) and w > 0 for w in weights):
+        raise ValueError(f"every source needs a positive weight, got {list(weights)} for {len(sizes)} sources")
+    shares = [weight / sum(weights) for weight in weights]
+    block = max(MIN_BLOCK, 2 ** math.ceil(math.log2(PLACES_OF_RAREST / min(shares))))
+    if block > FINEST:
+        raise ValueError(
+            f"the smallest weight is {min(shares):.2e} of all, and {PLACES_OF_RAREST / FINEST:.2e} is the least; "
+            "raise it or leave the source out"
+        )
+    places = [int(share * block) for share in shares]
+    rest = sorted(range(len(shares)), key=lambda n: places[n] - shares[n] * block)
+    for number in rest[: block - sum(places)]:
+        places[number] += 1
+    return tuple(places)
+
+
+def kept_positions(start: int, count: int, skipped: Sequence[Span]) -> Numbers:
+    """The `count` positions from the start-th on that lie in no skipped span.
+
+    Args:
+        skipped: spans in rising order that do not overlap.
+
+    >>> kept_positions(1, 4, [(2, 4)]).tolist()
+    [1, 4, 5, 6]
+    """
+    positions = np.arange(start, start + count, dtype=np.int64)
+    for first, end in skipped:
+        positions[positions >= first] += end - first
+    return positions

@@ -1,0 +1,95 @@
+"""Why a rank ended: exit statuses by class, and the note that a rank leaves, since torchrun hides statuses."""
+
+import errno
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from yuan.train.folder import write_json
+
+FOLDER = "exits"
+
+
+class Status(IntEnum):
+    """Exit statuses of a rank; from sysexits.h where one fits."""
+
+    FINISHED = 0
+    UNKNOWN = 1
+    BAD_DATA = 65
+    PEER_LOST = 68
+    DEVICE_LOST = 69
+    OUT_OF_MEMORY = 71
+    NUMERICAL = 72
+    HUNG = 73
+    DISK_FULL = 74
+    PARENT_GONE = 75  # of infra.launch: the supervisor closed the run, or died
+
+
+# What CUDA, NCCL and gloo say; a lost device is looked for before a lost peer, which is its effect elsewhere.
+OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+DEVICE_LOST = re.compile(
+    r"uncorrectable ECC|device is lost|fallen off the bus|unspecified launch failure|no CUDA-capable device"
+    r"|CUDA-capable device\(s\) is/are busy or unavailable|invalid device ordinal|hardware error|Xid",
+    re.IGNORECASE,
+)
+PEER_LOST = re.compile(
+    r"connection (closed|reset|refused)|timed out|broken pipe|ncclRemoteError|remote process exited|socket timeout"
+    r"|unhandled system error|monitoredBarrier",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a rank says of its end."""
+
+    rank: int
+    status: int
+    message: str
+    time: float
+
+
+def status_of(error: BaseException) -> Status:
+    """The class of an error that ended a rank.
+
+    >>> status_of(ValueError("the plan lays out 3 layers")), status_of(RuntimeError("CUDA out of memory"))
+    (<Status.BAD_DATA: 65>, <Status.OUT_OF_MEMORY: 71>)
+    """
+    from yuan.train.guard import NumericalTrouble
+
+    text = str(error)
+    if isinstance(error, NumericalTrouble):
+        return Status.NUMERICAL
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return Status.OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Status.DISK_FULL
+    if DEVICE_LOST.search(text):
+        return Status.DEVICE_LOST
+    if PEER_LOST.search(text):
+        return Status.PEER_LOST
+    return Status.BAD_DATA if isinstance(error, ValueError | FileNotFoundError) else Status.UNKNOWN
+
+
+def leave_note(run: Path, rank: int, status: Status, message: str) -> None:
+    """Say why this rank ends; without room on the disk nothing is said."""
+    try:
+        (run / FOLDER).mkdir(exist_ok=True)
+        note = Note(rank=rank, status=int(status), message=message[:2000], time=time.time())
+        write_json(run / FOLDER / f"{rank}.json", asdict(note))
+    except OSError:
+        pass
+
+
+def read_notes(run: Path, since: float) -> list[Note]:
+    """The notes left at or after a time, the earliest first."""
+    found = []
+    for file in (run / FOLDER).glob("*.json"):
+        try:
+            found.append(Note(**json.loads(file.read_text())))
+        except (ValueError, TypeError, OSError):
+            continue
+    return sorted((note for note in found if note.time >= since), key=lambda note: note.time)

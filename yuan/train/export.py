@@ -1,0 +1,95 @@
+"""From a checkpoint to a model folder, without ranks and without a GPU: `python -m yuan.train.export RUN_DIR`."""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yuan import tokenizer as tokenizers
+from yuan.model import weights
+from yuan.model.shards import write_shards
+from yuan.model.transformer import Yuan
+from yuan.train.folder import RunFolder
+from yuan.train.pieces import Piece, read_pieces
+from yuan.train.store import MANIFEST, damage_of, real_checkpoints, sealed
+
+log = logging.getLogger(__name__)
+
+
+def export(folder: RunFolder, checkpoint: Path, target: Path) -> None:
+    """Write the weights of a checkpoint, one tensor at a time, as a model folder that is there whole or not at all.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of another model.
+    """
+    manifest = sealed(checkpoint / MANIFEST)
+    bad = f"{MANIFEST} is not as it was written" if manifest is None else damage_of(checkpoint, manifest)
+    if manifest is None or bad:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {bad}; export another one")
+    spec = folder.spec()
+    if manifest["model"] != spec.model.to_json():
+        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest['model']}, and the run's is {spec.model}")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Yuan(spec.model).state_dict().items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            whole = torch.empty(shape.numel())
+            read_pieces(checkpoint, {f"weight/{name}": Piece(0, len(whole), whole)})
+            yield name, whole.view(shape)
+
+    scratch = target.with_name(f".{target.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
+    about: dict[str, Any] = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
+    weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, {**about, "step": manifest["step"]})
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+
+
+def chosen(folder: RunFolder, which: str) -> Path:
+    """A checkpoint of a run: `last`, `best`, or the number of its step.
+
+    Raises:
+        ValueError: if the run has none of that name; the message lists those it has.
+    """
+    real = list(real_checkpoints(folder.checkpoints))
+    manifests = {path: manifest for path in real if (manifest := sealed(path / MANIFEST)) is not None}
+    steps = {str(manifest["step"]): path for path, manifest in manifests.items()}
+    scored = {path: m["loss"] for path, m in manifests.items() if m.get("loss") is not None}
+    if which == "last" and manifests:
+        return max(manifests, key=lambda path: int(manifests[path]["step"]))
+    if which == "best" and scored:
+        return min(scored, key=lambda path: float(scored[path]))
+    if which in steps:
+        return steps[which]
+    raise ValueError(f"{folder.path} has no checkpoint {which!r}; it has the steps {', '.join(steps) or 'none'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="write a checkpoint's weights as a model folder")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or a step's number")
+    parser.add_argument("--out", type=Path, help="default: RUN/export")
+    given = parser.parse_args()
+    folder = RunFolder(given.run.resolve())
+    target = given.out or folder.export
+    try:
+        path = chosen(folder, given.checkpoint)
+        export(folder, path, target.resolve())
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"exported {path.name} to {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

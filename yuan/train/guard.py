@@ -1,0 +1,170 @@
+"""What is done about a step that looks wrong: the same step again, then ever more.
+
+A step is judged before its update, by its loss and gradient norm beside those of the last good steps. A wrong one is
+computed again at once; if the repeat is clean, it was the machine, and the update is the one that would have been made.
+If it is wrong again, it is the data or the model: its update is left out; after `max_skips` of those the run goes back
+to the last checkpoint before them and their data is left out; the second time the learning rate is halved too; after
+`max_rollbacks` the run stops. A quiet stretch resets the count.
+
+Everything here is a function of numbers that all ranks share, so all ranks decide alike.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from yuan.config import Recipe
+from yuan.data.mixture import Span
+
+Rung = Literal["skip", "roll back", "stop"]
+
+WINDOW = 128  # good steps that a step is compared with; OLMo-core's number
+ENOUGH = 16  # good steps before a finite value is judged at all
+QUIET = 256  # steps without trouble after which earlier ones no longer count
+LOSS_FLOOR, NORM_FLOOR = 2.0, 10.0  # ratios to the median that are never too much, however calm the run was
+CUT = 0.5  # of the learning rate, at each roll back but the first
+SIGMA_PER_MAD = 1.4826  # of a normal distribution
+
+
+class NumericalTrouble(RuntimeError):
+    """The guard has done all it may; a person has to look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """A step that was wrong twice, the positions of its data, and what was done."""
+
+    step: int
+    first: int
+    end: int
+    did: Rung
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the guard has decided in this run; it outlives every roll back and restart.
+
+    `skipped` are spans of positions that no step uses; `cuts` the steps from which the learning rate is halved.
+    """
+
+    skipped: tuple[Span, ...] = ()
+    cuts: tuple[int, ...] = ()
+    troubles: tuple[Trouble, ...] = field(default=())
+
+    def rate_factor(self, step: int) -> float:
+        """What the learning rate of a step is multiplied with."""
+        return CUT ** sum(cut <= step for cut in self.cuts)
+
+    def rung(self, step: int, recipe: Recipe) -> Rung:
+        """What is next for a step that was wrong twice."""
+        recent = self._recent(step)
+        backs = sum(trouble.did == "roll back" for trouble in recent)
+        since = [trouble for trouble in recent if trouble.did == "skip"]
+        if len(since) < recipe.max_skips:
+            return "skip"
+        return "roll back" if backs < recipe.max_rollbacks else "stop"
+
+    def skip(self, step: int, span: Span) -> "Decisions":
+        trouble = Trouble(step=step, first=span[0], end=span[1], did="skip")
+        return replace(self, troubles=(*self.troubles, trouble))
+
+    def before(self, step: int) -> "Decisions":
+        """What is left when the steps from this one on are trained again: their skips are decided anew."""
+        kept = tuple(t for t in self.troubles if t.did != "skip" or t.step < step)
+        return replace(self, troubles=kept)
+
+    def series(self, step: int, span: Span) -> tuple[int, Span]:
+        """The first step of the present trouble, and the span of all its data up to this step's."""
+        skips = [trouble for trouble in self._recent(step) if trouble.did == "skip"]
+        first = min(skips, key=lambda trouble: trouble.step, default=None)
+        return (step, span) if first is None else (first.step, (first.first, span[1]))
+
+    def roll_back(self, step: int, to: int, span: Span) -> "Decisions":
+        """Leave a span out, from the step `to` on; skips that lie in it are spent."""
+        is_first = not any(trouble.did == "roll back" for trouble in self._recent(step))
+        spent = {trouble for trouble in self._recent(step) if trouble.did == "skip"}
+        kept = tuple(trouble for trouble in self.troubles if trouble not in spent)
+        return Decisions(
+            skipped=merged((*self.skipped, span)),
+            cuts=self.cuts if is_first else (*self.cuts, to),
+            troubles=(*kept, Trouble(step=to, first=span[0], end=span[1], did="roll back")),
+        )
+
+    def _recent(self, step: int) -> list[Trouble]:
+        """Troubles of the present stretch: none of them further than QUIET steps from the next."""
+        recent: list[Trouble] = []
+        for trouble in reversed(self.troubles):
+            if step - trouble.step > QUIET:
+                break
+            recent.append(trouble)
+            step = min(step, trouble.step)
+        return recent
+
+    def to_json(self) -> str:
+        troubles = [[t.step, t.first, t.end, t.did] for t in self.troubles]
+        return json.dumps({"skipped": self.skipped, "cuts": self.cuts, "troubles": troubles})
+
+    @classmethod
+    def read(cls, file: Path) -> "Decisions":
+        """Those of a run; none if it has had no trouble."""
+        try:
+            data = json.loads(file.read_text())
+        except FileNotFoundError:
+            return cls()
+        troubles = tuple(Trouble(step=s, first=f, end=e, did=did) for s, f, e, did in data["troubles"])
+        return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), troubles)
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Spans in rising order, those that touch or overlap made one.
+
+    >>> merged([(5, 7), (1, 2), (2, 3)])
+    ((1, 3), (5, 7))
+    """
+    out: list[Span] = []
+    for first, end in sorted(spans):
+        if out and first <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((first, end))
+    return tuple(out)
+
+
+class Judge:
+    """Compares a step with the last good ones, on a logarithmic scale, where losses and norms scatter alike."""
+
+    def __init__(self, sigmas: float) -> None:
+        self._sigmas = sigmas
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+
+    def remember(self, loss: float, norm: float) -> None:
+        """Take up a good step."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+    def wrong(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step, in words; None if nothing is."""
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return f"its {name} is {value}"
+        return self._beyond("loss", loss, self._losses, LOSS_FLOOR) or self._beyond(
+            "gradient norm", norm, self._norms, NORM_FLOOR
+        )
+
+    def _beyond(self, name: str, value: float, good: deque[float], floor: float) -> str | None:
+        logs = [math.log(number) for number in good if number > 0]
+        if len(logs) < ENOUGH:
+            return None
+        middle = statistics.median(logs)
+        sigma = SIGMA_PER_MAD * statistics.median(abs(number - middle) for number in logs)
+        limit = math.exp(middle + max(self._sigmas * sigma, math.log(floor)))
+        if value <= limit:
+            return None
+        usual = f"the median of {len(logs)} good steps being {math.exp(middle):.4g}"
+        return f"its {name} {value:.4g} is above {limit:.4g}, {usual}"

@@ -1,0 +1,79 @@
+"""What a run says of itself while it runs: status.json, metrics.jsonl and events.jsonl, written by rank 0."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from yuan.data.shuffle import Numbers
+from yuan.train.folder import RunFolder, write_json
+from yuan.train.pace import Pacer
+from yuan.train.step import Pass
+
+STATUS_EVERY_S = 2.0
+
+
+class Journal:
+    """The files of one run; on other ranks than the first, nothing is written."""
+
+    def __init__(self, folder: RunFolder, rank: int, sources: list[str], max_steps: int) -> None:
+        self._folder, self._writes = folder, rank == 0
+        self._sources, self._max_steps = sources, max_steps
+        self._shown = -math.inf
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if self._writes:
+            self._folder.append("events.jsonl", {**event, "time": time.time()})
+
+    def step(self, step: int, done: Pass, rate: float, positions: Numbers, pacer: Pacer, bounds: list[int]) -> None:
+        """Record a step whose update was made, and the status every few seconds."""
+        if not self._writes:
+            return
+        pace = pacer.pace()
+        by_source = {
+            f"train/loss/{name}": loss
+            for name, loss in zip(self._sources, done.source_losses, strict=True)
+            if not math.isnan(loss)
+        }
+        record = {
+            "step": step,
+            "train/loss": done.loss,
+            **(by_source if len(self._sources) > 1 else {}),
+            "train/learning_rate": rate,
+            "train/grad_norm": done.norm,
+            "train/tokens_per_s": pace.tokens_per_s,
+            "train/step_seconds": done.seconds,
+            "train/bubble": pace.bubble,
+            "train/mfu": pace.mfu,
+            "train/peak_memory_gib": max(done.memory) / 2**30,
+            "data/first_position": int(positions[0]),
+            "data/end_position": int(positions[-1]) + 1,
+        }
+        self._folder.append("metrics.jsonl", record)
+        if time.monotonic() - self._shown > STATUS_EVERY_S or step == self._max_steps:
+            self._shown = time.monotonic()
+            more = {"grad_norm": done.norm, "eta_s": (self._max_steps - step) * pace.step_seconds, **asdict(pace)}
+            self.show("training", step, done.loss, {**more, "bounds": bounds})
+
+    def show(self, state: str, step: int, loss: float | None, more: Mapping[str, Any]) -> None:
+        """Replace status.json."""
+        if self._writes:
+            head = {"state": state, "step": step, "max_steps": self._max_steps, "loss": loss}
+            write_json(self._folder.path / "status.json", {**head, **more, "pid": os.getpid(), "time": time.time()})
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that will be trained again."""
+        if not self._writes or not (self._folder.path / "metrics.jsonl").exists():
+            return
+        kept = [row for row in self._folder.metrics() if row["step"] <= step]
+        scratch = RunFolder(self._folder.path / ".metrics")
+        shutil.rmtree(scratch.path, ignore_errors=True)
+        scratch.path.mkdir()
+        (scratch.path / "metrics.jsonl").touch()
+        for row in kept:
+            scratch.append("metrics.jsonl", row)
+        (scratch.path / "metrics.jsonl").replace(self._folder.path / "metrics.jsonl")
+        shutil.rmtree(scratch.path)
