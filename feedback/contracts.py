@@ -127,6 +127,11 @@ class RoundParameters(BaseModel):
         default=3000, ge=0, description="rows of the base mixture trained again, against forgetting"
     )
     seed: int = Field(default=0, ge=0, description="seed of data order and new weights")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="auto: bf16 where it is fast; fp32 runs repeat to the bit"
+    )
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
+    priority: int = Field(default=0, ge=-100, le=100, description="in the queue for devices; waiting adds to it")
     policy: Literal["reproduced", "demo"] = Field(
         default="reproduced",
         description="which reports are accepted: those the champion really fails; demo: same, recorded",

@@ -142,8 +142,16 @@ def release(session: Session, lease_id: str, generation: int, reason: str) -> No
     session.execute(update(Lease).where(_is_mine(lease_id, generation)).values(values))
 
 
-def fence(session: Session) -> list[Lease]:
+def open_leases(session: Session) -> list[Lease]:
+    """Those that wait or are held."""
+    return list(session.scalars(select(Lease).where(Lease.released_at.is_(None))))
+
+
+def fence(session: Session, dead: Iterable[str] = ()) -> list[Lease]:
     """Change the generation of leases whose holders have been silent too long; those fenced before come again.
+
+    Args:
+        dead: ids of leases whose holders are known to be dead, however silent they are.
 
     Once this is committed, end what runs under each, the holder included, and then `free` it. A server that was down
     heard nobody, so silence counts from its start.
@@ -152,7 +160,7 @@ def fence(session: Session) -> list[Lease]:
     is_silent = func.clock_timestamp() - heard > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
     query = (
         update(Lease)
-        .where(Lease.released_at.is_(None), is_silent | Lease.fenced_at.is_not(None))
+        .where(Lease.released_at.is_(None), is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(dead))
         .values(
             generation=case((Lease.fenced_at.is_(None), Lease.generation + 1), else_=Lease.generation),
             fenced_at=func.coalesce(Lease.fenced_at, func.clock_timestamp()),
@@ -193,9 +201,9 @@ def working(session: Session, pool: str) -> Counter[str]:
     return Counter(session.scalars(query))
 
 
-def lost_of(session: Session, lease: Lease) -> dict[str, str]:
-    """The devices of a lease that no longer work, and why."""
-    query = select(Device).where(Device.pool == lease.pool, Device.id.in_(lease.devices or []))
+def lost_of(session: Session, pool: str, devices: Iterable[str]) -> dict[str, str]:
+    """Those of some devices that no longer work, and why."""
+    query = select(Device).where(Device.pool == pool, Device.id.in_(devices))
     return {device.id: device.lost_reason for device in session.scalars(query) if device.lost_reason is not None}
 
 

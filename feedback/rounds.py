@@ -126,6 +126,13 @@ def keep_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str
     return plan.body
 
 
+def replace_plan(session: Session, round_id: str, body: dict[str, Any]) -> None:
+    """Store the plan with which a round's run goes on, since its pool has changed."""
+    plan = session.scalars(select(Plan).where(Plan.round_id == round_id)).one()
+    audit(session, "supervisor", "re-planned", round_id, stages=[stage["layers"] for stage in body["stages"]])
+    plan.body = body
+
+
 def picture_key(run_id: str) -> str:
     """Where the object store keeps the drawing of a run's plan."""
     return f"plans/{run_id}.svg"

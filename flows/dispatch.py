@@ -22,6 +22,7 @@ from feedback.tables import new_id
 from flows.attempts import go_on, is_over, newest_run
 from flows.context import Context, open_context
 from flows.deployments import REPRODUCE, register
+from flows.holding import reap
 from flows.judging import tell
 from infra.logs import configure_logging
 from infra.settings import Settings
@@ -68,6 +69,7 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
 def dispatch(context: Context, client: SyncPrefectClient) -> bool:
     """Look once at what is due; true while a round is running or reports wait."""
     tell(context)
+    reap(context.sessions)
     request_due_round(context)
     with context.sessions() as session:
         turn = rounds.running_round(session)

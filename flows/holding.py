@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback import leases
 from feedback.tables import Lease
-from infra.processes import carrying, identity, kill_carrying, kill_identified
+from infra.processes import carrying, identity, is_dead, kill_carrying, kill_identified
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ def _outliving(action: Callable[[], None], seconds: float) -> None:
 def reap(sessions: Sessions) -> list[str]:
     """Take back what dead holders have: fence, end their processes, free; ids of the leases freed."""
     with sessions.begin() as session:
-        fenced = leases.fence(session)
+        dead = [lease.id for lease in leases.open_leases(session) if is_dead(lease.holder)]
+        fenced = leases.fence(session, dead)
     freed = []
     for lease in fenced:
         if not _ended(lease):

@@ -1,17 +1,20 @@
 """The round as a Prefect flow: the table of contents of the loop."""
 
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
 from pydantic import Field
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.tables import new_id
-from flows import intake, judging, training
+from flows import intake, judging, layout, supervise, training
 from flows.context import Context, open_context
+from flows.progress import RunCancelled, progress_reporter
 from flows.steps import show_table, step
 from infra.launch import alone
 from yuan.plan.record import Plan
@@ -19,8 +22,8 @@ from yuan.plan.table import as_table
 
 collect = step(intake.collect, "collect")
 snapshot = step(intake.snapshot, "snapshot")
-lay_out = step(training.lay_out, "plan")
-train = step(training.train, "train")
+lay_out = step(layout.lay_out, "plan")
+train = step(supervise.train, "train")
 register = step(training.register, "register")
 evaluate = step(judging.evaluate, "evaluate")
 decide = step(judging.decide, "decide")
@@ -41,11 +44,24 @@ def cotrain_round(
         int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")
     ] = 3000,
     seed: Annotated[int, Field(ge=0, description="seed of data order and new weights")] = 0,
-) -> str:
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Field(description="auto: bf16 where it is fast; fp32 runs repeat to the bit")
+    ] = "auto",
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 200,
+    priority: Annotated[int, Field(ge=-100, le=100, description="in the queue for devices; waiting adds to it")] = 0,
+) -> str | State[str]:
     """Run a round to its end and return its final state; a round that has ended is left as it is."""
     context = open_context()
     if round_id is None:
-        asked = RoundParameters(max_steps=max_steps, learning_rate=learning_rate, replay_rows=replay_rows, seed=seed)
+        asked = RoundParameters(
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            replay_rows=replay_rows,
+            seed=seed,
+            precision=precision,
+            checkpoint_every=checkpoint_every,
+            priority=priority,
+        )
         # The dispatcher starts every requested round under a key of its own; this run only filed the request.
         return f"requested round {request(context, asked)}"
     with context.sessions() as session:
@@ -56,6 +72,9 @@ def cotrain_round(
             return run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundEnded as ended:
         return str(ended)
+    except RunCancelled as cancelled:
+        fail(context, round_id, str(cancelled), state="cancelled")
+        return Cancelled(message=str(cancelled))
     except (ValueError, RuntimeError) as error:
         fail(context, round_id, str(error))
         raise
@@ -91,24 +110,10 @@ def request(context: Context, parameters: RoundParameters) -> str:
         return rounds.request_round(session, "prefect", parameters, new_id()).id
 
 
-def fail(context: Context, round_id: str, reason: str) -> None:
-    """End the round as failed with the reason on its page."""
+def fail(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
+    """End the round without a version, with the reason on its page."""
     with context.sessions.begin() as session:
-        rounds.finish(session, round_id, "failed", reason[:2000])
-
-
-def progress_reporter() -> training.Progress:
-    """A function that shows a run's status as a progress artifact."""
-    artifact: list[Any] = []
-
-    def show(status: dict[str, Any]) -> None:
-        percent = 100.0 * status["step"] / status["max_steps"]
-        if artifact:
-            update_progress_artifact(artifact[0], percent)
-        else:
-            artifact.append(create_progress_artifact(percent, key="training"))
-
-    return show
+        rounds.finish(session, round_id, state, reason[:2000])
 
 
 def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:

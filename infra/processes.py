@@ -38,17 +38,21 @@ def identity() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
+def is_dead(name: str) -> bool:
+    """Whether the process of an identity is known to be gone; nothing is known of another host's."""
+    host, pid, started = name.rsplit(":", 2)
+    return host == socket.gethostname() and _started(int(pid)) != started
+
+
 def kill_identified(name: str) -> bool:
     """Kill the process of an identity if it lives; whether it is known to be gone, which of another host it is not."""
-    host, pid, started = name.rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
-    if _started(int(pid)) == started:
+    host, pid, _ = name.rsplit(":", 2)
+    if host == socket.gethostname() and not is_dead(name):
         try:
             os.kill(int(pid), signal.SIGKILL)
         except ProcessLookupError:
             return True
-    return _started(int(pid)) != started
+    return is_dead(name)
 
 
 def _started(pid: int) -> str | None:

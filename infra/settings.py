@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     calendar: str = "0 9 6 * *"
     time_zone: str = "Asia/Shanghai"
     round_after_reports: int = Field(default=200, ge=0)
+    pool: str = ""
+    team: str = "programme"
 
 
 def load_settings() -> Settings:

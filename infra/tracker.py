@@ -28,6 +28,8 @@ class Tracker:
         # The client library knows no other way to be given an account.
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = self._auth
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+        # Who asks again is the step; the library would do so for minutes, and what waits for it could not be ended.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self._client = MlflowClient(settings.mlflow_url)
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:

@@ -25,12 +25,21 @@ def start(
     learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.5e-3,
     replay_rows: Annotated[int, typer.Option(min=0, help="base rows trained again")] = 3000,
     seed: Annotated[int, typer.Option(min=0, help="seed of data order and new weights")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 200,
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="in the queue for devices")] = 0,
     wait: Annotated[bool, typer.Option(help="follow the round to its end")] = True,
     as_json: Json = False,
 ) -> None:
     """Start a round and follow it. Ctrl-C stops following, not the round."""
     with clear_errors(), operator() as client:
-        wanted = RoundParameters(max_steps=max_steps, learning_rate=learning_rate, replay_rows=replay_rows, seed=seed)
+        wanted = RoundParameters(
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            replay_rows=replay_rows,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            priority=priority,
+        )
         turn = client.start_round(wanted)
         if wait:
             turn = follow(client, turn.id)

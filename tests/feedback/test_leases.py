@@ -134,12 +134,12 @@ def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
         name="p", groups=(POOL.groups[0], Group(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
     )
     leases.register_pool(queue, smaller, "local")
-    assert leases.lost_of(queue, lease) == {"B/1": "no longer in the pool's file"}
+    assert leases.lost_of(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}
     leases.register_pool(queue, POOL, "local")
-    assert leases.lost_of(queue, lease) == {}
+    assert leases.lost_of(queue, "p", lease.devices) == {}
     leases.lose_device(queue, "p", "B/0", "hot")
     leases.register_pool(queue, POOL, "local")
-    assert leases.lost_of(queue, lease) == {"B/0": "hot"}  # only an operator returns it
+    assert leases.lost_of(queue, "p", lease.devices) == {"B/0": "hot"}  # only an operator returns it
 
 
 def test_hours_add_up_by_run_and_team(queue):

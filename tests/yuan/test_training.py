@@ -19,7 +19,7 @@ from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.train.folder import RunFolder
-from yuan.train.watch import read_heartbeats
+from yuan.train.heartbeats import read_heartbeats
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ A rank that hangs is as dead as one that crashed, and its peers wait for it for 
 it is at; one that has been at the same instruction for too long ends itself, and torchrun ends the others.
 """
 
-import json
 import os
 import resource
 import statistics
@@ -23,8 +22,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from yuan.train.exits import Status, leave_note
 from yuan.train.folder import write_json
+from yuan.train.heartbeats import FOLDER
 
-FOLDER = "heartbeats"
 BEAT_EVERY_S = 1.0
 SLOWEST = 20.0  # times the median step after which a rank hangs, and
 LEAST_LIMIT_S = 20.0  # seconds at least, since a busy machine stalls for some of them
@@ -81,17 +80,6 @@ class Heartbeat:
             except OSError:  # a full disk is for the main thread to meet
                 pass
             time.sleep(BEAT_EVERY_S)
-
-
-def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
-    """What each rank said last."""
-    found = {}
-    for file in sorted((run / FOLDER).glob("[0-9]*.json")):
-        try:
-            found[int(file.stem)] = json.loads(file.read_text())
-        except (ValueError, OSError):
-            continue
-    return found
 
 
 class Stopwatch:

@@ -1,0 +1,288 @@
+"""Training through faults: `python benchmarks/faults.py [--times 3] [--outage 20] [--only NAME]`, twenty minutes.
+
+One embedded stack, and in it a run for each fault, all from the same seed on the same snapshot in fp32. While a run
+trains, its fault strikes `times` times at random moments. Nobody helps. Every run must end with exported weights, its
+recorded positions must be those of the run that was left alone, each once, and so must its last loss, to the bit.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pairs import line, show
+
+from feedback.client import Client
+from feedback.contracts import RoundParameters
+from flows.demo.corpus import BASE_SKILLS
+from flows.home import load_config
+from infra.processes import carrying
+from infra.services import MARK, read_state
+from infra.settings import Settings
+from yuan.data.rows import dump_rows
+from yuan.data.skills import load_skills
+from yuan.train.folder import RunFolder
+from yuan.train.heartbeats import read_heartbeats
+
+STEPS, EVERY = 160, 20
+PARAMETERS = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
+RUN_LIMIT_S = 420
+DISK_MIB = 700
+
+
+@dataclass
+class Trial:
+    """A run under way, and what may be done to it."""
+
+    home: Path
+    folder: RunFolder
+    outage_s: float
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @property
+    def step(self) -> int:
+        rows = self.folder.metrics()
+        return int(rows[-1]["step"]) if rows else 0
+
+    @property
+    def is_over(self) -> bool:
+        return (self.folder.export / "manifest.json").exists()
+
+    def processes(self, words: str) -> list[int]:
+        """Of the stack, those with such a command."""
+        found = []
+        for pid in carrying(MARK, load_config(self.home).stack_id):
+            with contextlib.suppress(OSError):
+                if words in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
+                    found.append(pid)
+        return found
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+        return False
+
+    def rank(self, number: int) -> int | None:
+        """The pid of a random rank that lives."""
+        beats = list(read_heartbeats(self.folder.path).values())
+        alive = [b["pid"] for b in beats if time.time() - b["time"] < 3 and Path(f"/proc/{b['pid']}").exists()]
+        return self.rng.choice(alive) if alive else None
+
+
+Fault = Callable[[Trial], bool]
+
+
+def kill_rank(trial: Trial) -> bool:
+    pid = trial.rank(0)
+    return pid is not None and trial.kill(pid)
+
+
+def stop_rank(trial: Trial) -> bool:
+    pid = trial.rank(0)
+    return pid is not None and trial.kill(pid, signal.SIGSTOP)
+
+
+def kill_by(words: str) -> Fault:
+    def strike(trial: Trial) -> bool:
+        pids = trial.processes(words)
+        return bool(pids) and trial.kill(trial.rng.choice(pids))
+
+    return strike
+
+
+def kill_worker(trial: Trial) -> bool:
+    pid = read_state(trial.home)["services"]["worker"]["pid"]
+    return bool(pid) and trial.kill(pid)
+
+
+def outage(name: str) -> Fault:
+    """The server is killed again as soon as its keeper has started it, until the outage is over."""
+
+    def strike(trial: Trial) -> bool:
+        end = time.monotonic() + trial.outage_s
+        while time.monotonic() < end:
+            with contextlib.suppress(KeyError, FileNotFoundError):
+                pid = read_state(trial.home)["services"][name]["pid"]
+                if pid:
+                    trial.kill(pid)
+            time.sleep(0.1)
+        return True
+
+    return strike
+
+
+def fill_disk(trial: Trial) -> bool:
+    """Take all the room that runs have until a checkpoint has failed for it, or the run has given up."""
+    filler = trial.home / "runs" / "filler"
+    before = len(trial.folder.events())
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**20))
+            file.flush()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not trial.is_over:
+        if any(event["event"] in ("checkpoint failed", "ended") for event in trial.folder.events()[before:]):
+            break
+        if not trial.processes("yuan.train.run"):
+            break
+        time.sleep(0.1)
+    filler.unlink()
+    return True
+
+
+def flip_bit(trial: Trial) -> bool:
+    """Damage the newest checkpoint, and kill a rank so that it is needed."""
+    real = sorted(trial.folder.checkpoints.glob("step-*/manifest.json"))
+    if len(real) < 2:
+        return False
+    victim = max(real[-1].parent.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with contextlib.suppress(FileNotFoundError), victim.open("r+b") as file:
+        file.seek(trial.rng.randrange(victim.stat().st_size))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1 << trial.rng.randrange(8)]))
+    return kill_rank(trial)
+
+
+FAULTS: dict[str, Fault] = {
+    "kill -9 of a rank": kill_rank,
+    "kill -9 of the launcher": kill_by("torch.distributed.run"),
+    "kill -9 of the supervisor": kill_by("flows.engine"),
+    "kill -9 of the worker": kill_worker,
+    "SIGSTOP of a rank": stop_rank,
+    "PostgreSQL down": outage("postgres"),
+    "S3 down": outage("s3"),
+    "MLflow down": outage("mlflow"),
+    "Prefect server down": outage("prefect"),
+    "disk full during a save": fill_disk,
+    "bit flipped in a checkpoint": flip_bit,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--outage", type=float, default=20.0)
+    parser.add_argument("--only", help="part of a fault's name")
+    given = parser.parse_args()
+    ok = True
+    with stack() as (home, client, is_small):
+        reference = run(home, client, None, given)
+        assert reference["ended"], reference
+        ok &= show({**line("left alone", reference["seconds"], "s"), "loss": reference["loss"], "ok": True})
+        for name, fault in FAULTS.items():
+            if given.only and given.only not in name:
+                continue
+            if fault is fill_disk and not is_small:
+                show({"name": name, "skipped": "no file system of its own can be mounted here"})
+                continue
+            found = run(home, client, fault, given)
+            same = {key: found[key] == reference[key] for key in ("positions", "loss")}
+            ok &= show(
+                {
+                    **line(name, found["struck"], "times struck", "the run left alone"),
+                    "goal": "ends by itself, every position once, last loss bit-equal",
+                    "ok": found["ended"] and all(same.values()) and found["struck"] > 0,
+                    **same,
+                    **{key: found[key] for key in ("ended", "seconds", "loss", "events")},
+                }
+            )
+    return 0 if ok else 1
+
+
+@contextlib.contextmanager
+def stack() -> Iterator[tuple[Path, Client, bool]]:
+    """An embedded stack with a small base mixture; runs lie on a small file system of their own if one can be made."""
+    home = Path(tempfile.mkdtemp(prefix="faults-"))
+    runs = home / "runs"
+    runs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(runs)], check=False)
+    (home / "env.local").write_text("COTRAIN_ROUND_AFTER_REPORTS=0\n")
+    env = {**os.environ, "COTRAIN_HOME": str(home)}
+    cotrain = [sys.executable, "-m", "flows.cli.app"]
+    try:
+        subprocess.run([*cotrain, "up"], env=env, check=True, stdout=sys.stderr)
+        settings = Settings(_env_file=home / "env", home=home)
+        with Client(settings.portal_url, settings.operator_token.get_secret_value()) as client:
+            rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+            (home / "rows.jsonl").write_bytes(dump_rows(rows))
+            client.push_dataset(home / "rows.jsonl", name="base", purpose="base")
+            yield home, client, mounted.returncode == 0
+    finally:
+        subprocess.run([*cotrain, "down"], env=env, check=False, stdout=sys.stderr)
+        if mounted.returncode == 0:
+            subprocess.run(["umount", str(runs)], check=False)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def run(home: Path, client: Client, fault: Fault | None, given: argparse.Namespace) -> dict[str, Any]:
+    """One run from its request to its exported weights; the round is then cancelled, so that every run is a first."""
+    for old in (home / "runs").glob("[0-9a-f]*"):
+        shutil.rmtree(old)
+    begun = time.monotonic()
+    turn = outliving(lambda: client.start_round(PARAMETERS))
+    while not (found := list((home / "runs").glob("[0-9a-f]*/status.json"))):
+        if time.monotonic() - begun > RUN_LIMIT_S:
+            raise TimeoutError(f"round {turn.number} does not train")
+        time.sleep(0.05)
+    trial = Trial(home, RunFolder(found[0].parent), given.outage)
+    struck = 0
+    # Moments at which the run has come so far for the first time, so that every strike meets a run under way.
+    moments = sorted(trial.rng.sample(range(EVERY + 2, STEPS - 10), given.times)) if fault else []
+    while not trial.is_over and time.monotonic() - begun < RUN_LIMIT_S:
+        if moments and trial.step >= moments[0] and fault is not None and fault(trial):
+            struck += 1
+            moments.pop(0)
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    rows = trial.folder.metrics()
+    result = {
+        "ended": trial.is_over,
+        "struck": struck,
+        "seconds": round(seconds),
+        "positions": [[row["step"], row["data/first_position"], row["data/end_position"]] for row in rows],
+        "loss": rows[-1]["train/loss"] if rows else None,
+        "events": counted(trial.folder),
+    }
+    if not trial.is_over:
+        sys.stderr.write((trial.folder.path / "train.log").read_text()[-3000:])
+    while (now := outliving(lambda: client.round(turn.id))).state == "running":
+        outliving(lambda: client.cancel_round(turn.id))
+    if now.state != "cancelled":
+        sys.stderr.write(f"round {turn.number}: {now.state}: {now.reason}\n")
+    return result
+
+
+def outliving(call: Callable[[], Any]) -> Any:
+    """The portal may be without its database for a moment."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            return call()
+        except Exception:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def counted(folder: RunFolder) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for event in folder.events():
+        name = f"ended: {event['kind']}" if event["event"] == "ended" else str(event["event"])
+        counts[name] = counts.get(name, 0) + 1
+    return {name: count for name, count in counts.items() if name not in ("checkpoint", "checkpoint stored")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

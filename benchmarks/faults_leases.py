@@ -1,0 +1,183 @@
+"""Two hundred random kills of lease holders: `python benchmarks/faults_leases.py [KILLS]`, about five minutes.
+
+Processes ask for one to eight of eight devices on two nodes, hold them under a time to live of two seconds, and each
+has a child on its devices, as training has. A killer takes holders, children, or both with -9, or stops a holder, at
+random moments; a reaper works as the dispatcher does. Every process on a device locks that device's file, so a device
+that two have at once is seen by the kernel and not by the records that are under test.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pairs import line, show
+from sqlalchemy import func, select
+
+from feedback import leases
+from feedback.tables import Base, Device, Lease
+from flows.holding import LEASE_VARIABLE, Sessions, held, reap
+from flows.home import load_config, write_environment
+from flows.stores import postgres_service
+from infra.database import open_engine, open_sessions
+from infra.postgres import Postgres
+from infra.processes import carrying, kill_carrying
+from infra.services import MARK, sweep
+from infra.settings import Settings
+from yuan.plan.pool import Group, Pool
+
+DEVICES, HOLDERS, TTL_S, POOL = 8, 6, 2.0, "bench"
+TURN = "BENCH_TURN"
+
+# Be on devices until killed; a device that another process is on is written down.
+USE = """
+import fcntl, sys, time
+files = []
+for device in sys.argv[2:]:
+    files.append(open(f"{sys.argv[1]}/{device.replace('/', '-')}", "w"))
+    try:
+        fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        open(f"{sys.argv[1]}/violations", "a").write(device + chr(10))
+time.sleep(3600)
+"""
+
+
+def main() -> int:
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    with tempfile.TemporaryDirectory() as name, database(Path(name)) as settings:
+        figures = trial(Path(name), settings, kills)
+    ok = True
+    for what, figure, goal in (
+        ("devices given to two at once", figures["doubled"], 0),
+        ("devices lost at the end", DEVICES - figures["free"], 0),
+        ("requests left waiting", figures["waiting"], 0),
+    ):
+        ok &= show({**line(what, figure, "of 8 devices"), "goal": f"{goal}", "ok": figure == goal, **figures})
+    return 0 if ok else 1
+
+
+@contextlib.contextmanager
+def database(home: Path) -> Iterator[Settings]:
+    """A PostgreSQL of its own with our tables."""
+    config = load_config(home)
+    write_environment(home, config)
+    settings = Settings(_env_file=home / "env", home=home)
+    postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
+    service = postgres_service(config, settings, postgres)
+    service.before()
+    env = {**service.env, MARK: config.stack_id}
+    process = subprocess.Popen(
+        service.command(), env=env, cwd=service.cwd, stdout=-3, stderr=-3, start_new_session=True
+    )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(Exception):
+                service.check()
+                break
+            time.sleep(0.05)
+        service.after()
+        yield settings
+    finally:
+        sweep(config.stack_id, spare={os.getpid()})
+        process.wait()
+
+
+def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
+    engine = open_engine(settings)
+    sessions = open_sessions(engine)
+    group = Group(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
+    with sessions.begin() as session:
+        Base.metadata.create_all(session.connection(), checkfirst=True)
+        leases.register_pool(session, Pool(name=POOL, groups=(group,)), "local")
+    rng = random.Random(0)
+    holders: list[subprocess.Popen[bytes]] = []
+    struck: set[str] = set()
+    done, begun = 0, time.monotonic()
+    while done < kills:
+        holders = [holder for holder in holders if holder.poll() is None]
+        while len(holders) < HOLDERS:
+            holders.append(start(folder, settings, rng.randint(1, DEVICES)))
+        time.sleep(rng.uniform(0.05, 0.5))
+        done += strike(rng, sessions, struck)
+        reap(sessions)
+    for holder in holders:  # the last ones end by themselves, the stopped ones by the reaper
+        with contextlib.suppress(ProcessLookupError):
+            holder.send_signal(signal.SIGUSR1)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and any(holder.poll() is None for holder in holders):
+        reap(sessions)
+        time.sleep(0.2)
+    seconds = time.monotonic() - begun
+    time.sleep(TTL_S)
+    reap(sessions)
+    with sessions() as session:
+        granted = select(func.count()).where(Lease.granted_at.is_not(None))
+        figures = {
+            "kills": done,
+            "doubled": len((folder / "violations").read_text().splitlines()) if (folder / "violations").exists() else 0,
+            "free": len(leases._free(session, POOL)),
+            "waiting": len(list(session.scalars(leases.waiting(POOL)))),
+            "granted": session.scalar(granted),
+            "reaped": session.scalar(granted.where(Lease.end_reason == "its holder died")),
+            "device_hours": round(sum(leases.ledger(session, by="team").values()), 3),
+            "devices": session.scalar(select(func.count()).select_from(Device)),
+            "seconds": round(seconds),
+        }
+    kill_carrying(TURN, str(folder))
+    engine.dispose()
+    return figures
+
+
+def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
+    """Kill or stop one process that holds devices, with or without its child first; 0 if there was none."""
+    with sessions() as session:
+        held_now = [lease for lease in leases.open_leases(session) if lease.devices and lease.id not in struck]
+    if not held_now:
+        return 0
+    lease = rng.choice(held_now)
+    struck.add(lease.id)
+    kind = rng.choice(("kill", "kill", "child first", "stop"))
+    with contextlib.suppress(ProcessLookupError):
+        for child in list(carrying(LEASE_VARIABLE, lease.id)) if kind == "child first" else ():
+            os.kill(child, signal.SIGKILL)
+        os.kill(int(lease.holder.split(":")[-2]), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+    return 1
+
+
+def start(folder: Path, settings: Settings, count: int) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "COTRAIN_HOME": str(settings.home), TURN: str(folder)}
+    command = [sys.executable, __file__, "hold", str(folder), str(count)]
+    with (folder / "holders.log").open("ab") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def hold(folder: Path, count: int) -> None:
+    """Take devices again and again, each time with a child that locks their files while it uses them."""
+    settings = Settings(_env_file=Path(os.environ["COTRAIN_HOME"]) / "env")
+    sessions = open_sessions(open_engine(settings))
+    stopping: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda *_: stopping.append(1))
+    rng = random.Random(os.getpid())
+    while not stopping:
+        with held(sessions, POOL, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=TTL_S) as lease:
+            command = [sys.executable, "-I", "-S", "-c", USE, str(folder), *lease.devices]
+            child = subprocess.Popen(command, env={**os.environ, **lease.environment})
+            end = time.monotonic() + rng.uniform(0.3, 2.0)
+            while time.monotonic() < end and not lease.lost.is_set() and child.poll() is None:
+                time.sleep(0.02)
+            child.kill()
+            child.wait()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["hold"]:
+        hold(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.exit(main())

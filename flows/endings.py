@@ -1,0 +1,96 @@
+"""Why a run's processes ended: one class and the reason, out of what ranks, heartbeats and launcher say."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from infra.launchers.job import Cause, Ending
+from yuan.train.exits import Note, Status, read_notes
+from yuan.train.folder import RunFolder
+from yuan.train.heartbeats import read_heartbeats
+
+Kind = Literal[
+    "finished",
+    "out of memory",
+    "bad data",
+    "numerical",
+    "lost device",
+    "hung",
+    "disk full",
+    "preempted",
+    "cancelled",
+    "unknown",
+]
+
+LAUNCHERS: dict[Cause, Kind] = {
+    "preempted": "preempted",
+    "node lost": "lost device",
+    "out of memory": "out of memory",
+    "cancelled": "cancelled",
+}
+# What a rank says of itself, the plainest first: a lost device makes its peers hang or lose their peer.
+RANKS: dict[Status, Kind] = {
+    Status.DEVICE_LOST: "lost device",
+    Status.OUT_OF_MEMORY: "out of memory",
+    Status.DISK_FULL: "disk full",
+    Status.NUMERICAL: "numerical",
+    Status.BAD_DATA: "bad data",
+    Status.HUNG: "hung",
+}
+SILENT_S = 4.0  # a rank's heartbeat comes every second
+LOG_CHARACTERS = 800
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The class of an ending, why, and the rank it began with if one is known."""
+
+    kind: Kind
+    reason: str
+    rank: int | None = None
+
+
+def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
+    """Name the ending of a job that was started at `since`, in seconds since the epoch."""
+    if (folder.export / "manifest.json").exists():
+        return Ended(kind="finished", reason="the weights are exported")
+    if ending.cause is not None:
+        return Ended(kind=LAUNCHERS[ending.cause], reason=ending.said or f"the launcher says: {ending.cause}")
+    notes = read_notes(folder.path, since)
+    for status, kind in RANKS.items():
+        note = next((note for note in notes if note.status == status), None)
+        if note is not None:
+            return _told(folder, kind, note, since)
+    errors = [note for note in notes if note.status == Status.UNKNOWN]
+    if errors:
+        return Ended(kind="unknown", reason=f"rank {errors[0].rank}: {errors[0].message}", rank=errors[0].rank)
+    silent = _silent(folder, since, time.time())
+    who = f"rank {silent[0]} was killed or its machine is gone; " if len(silent) == 1 else ""
+    return Ended(kind="unknown", reason=f"{who}status {ending.status}; {log_end(folder)}", rank=_only(silent))
+
+
+def log_end(folder: RunFolder) -> str:
+    """The last lines of what the processes printed."""
+    try:
+        return (folder.path / "train.log").read_text(errors="replace")[-LOG_CHARACTERS:]
+    except FileNotFoundError:
+        return "no log"
+
+
+def _told(folder: RunFolder, kind: Kind, note: Note, since: float) -> Ended:
+    if kind != "hung":
+        return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank)
+    silent = _silent(folder, since, note.time)
+    who = f"; silent: rank {', '.join(map(str, silent))}" if silent else "; every rank gave signs of life"
+    return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}{who}", rank=_only(silent))
+
+
+def _silent(folder: RunFolder, since: float, at: float) -> list[int]:
+    """Ranks that had given no sign of life for a while, and so were stopped or dead."""
+    beats = {rank: beat["time"] for rank, beat in read_heartbeats(folder.path).items() if beat["time"] >= since}
+    newest = max(beats.values(), default=at)
+    return [rank for rank, last in beats.items() if min(newest, at) - last > SILENT_S]
+
+
+def _only(ranks: list[int]) -> int | None:
+    return ranks[0] if len(ranks) == 1 else None

@@ -1,0 +1,135 @@
+"""The run folder of a round, laid out from its snapshot, and the pool it is planned for."""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from feedback import datasets, rounds
+from feedback.contracts import RoundParameters
+from flows.context import Context
+from infra.devices import has_fast_bf16
+from infra.settings import Settings
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, Precision, Recipe, tiny
+from yuan.data.rows import Row, parse_rows
+from yuan.data.samples import Sample, encode_row
+from yuan.plan.job import Work
+from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.pool import CPU_POOL, Pool, cpu_pool, load_pool
+from yuan.plan.record import Plan
+from yuan.plan.search import Limits
+from yuan.train.folder import RunFolder, RunSpec
+
+log = logging.getLogger(__name__)
+
+SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 128, 2, 8
+VOCAB_LIMIT, VOCAB_MULTIPLE = 1024, 64
+PICTURE = "plan.svg"
+
+
+def lay_out(context: Context, round_id: str) -> Plan:
+    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "plan", context.attempt)
+        turn = rounds.find_round(session, round_id)
+        run_id = rounds.training_run(session, round_id).id
+        snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
+        parts = datasets.parts_of(session, snapshot_id)
+    folder = RunFolder(context.runs / run_id)
+    if (folder.path / "run.json").exists():
+        return folder.spec().plan
+    shutil.rmtree(folder.path, ignore_errors=True)
+    folder.path.mkdir(parents=True)
+    rows = [
+        row for row in parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")) if isinstance(row, Row)
+    ]
+    model, tokenizer = _model(context, folder, parent, rows)
+    tokenizer.save(folder.path)
+    recipe = _recipe(parameters)
+    pool = pool_of(context.settings)
+    plan = make_plan(Work.of(model, recipe), pool, limits_on(pool, recipe))
+    with context.sessions.begin() as session:
+        plan = Plan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
+    spec = RunSpec(
+        kind="pretrain" if parent is None else "finetune",
+        model=model,
+        snapshot=snapshot_id,
+        plan=plan,
+        recipe=recipe,
+        seed=int(parameters["seed"]),
+        parent=None if parent is None else f"v{parent}",
+    )
+    picture = draw_plan(Work.of(model, recipe), pool, plan)
+    (folder.path / PICTURE).write_text(picture)
+    context.objects.put(rounds.picture_key(run_id), picture.encode())
+    folder.write(spec, _sources(rows, parts, tokenizer, spec.seed), pad=tokenizer.pad)
+    log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
+    return plan
+
+
+def _sources(
+    rows: list[Row], parts: dict[str, int], tokenizer: tokenizers.Tokenizer, seed: int
+) -> dict[str, Iterator[Sample]]:
+    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own."""
+    sources: dict[str, Iterator[Sample]] = {}
+    start = 0
+    for name, count in parts.items():
+        own = rows[start : start + count]
+        start += count
+        random.Random(f"{seed} {name}").shuffle(own)
+        if own:
+            sources[name] = (encode_row(row, tokenizer) for row in own)
+    return sources
+
+
+def pool_of(settings: Settings) -> Pool:
+    """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
+
+    Raises:
+        ValueError: if the file is wrong; the message says where.
+    """
+    return load_pool(settings.pool) if settings.pool else cpu_pool()
+
+
+def limits_on(pool: Pool, recipe: Recipe) -> Limits:
+    """On this machine's own pool every process is a stage; elsewhere the planner chooses the grid."""
+    stages = pool.num_devices if pool.name == CPU_POOL else None
+    return Limits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)
+
+
+def _model(
+    context: Context, folder: RunFolder, parent: int | None, rows: list[Row]
+) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+    """The parent's shape and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
+    if parent is not None:
+        made = context.tracker.download(parent, folder.path / ".download")
+        made.rename(folder.parent)
+        shutil.rmtree(folder.path / ".download")
+        config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))
+        return config, tokenizers.load(folder.parent)
+    tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=VOCAB_LIMIT)
+    padded = -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return tiny(padded), tokenizer
+
+
+def _precision(asked: Literal["auto", "bf16", "fp32"]) -> Precision:
+    if asked == "auto":
+        return "bf16" if has_fast_bf16() else "fp32"
+    return asked
+
+
+def _recipe(parameters: dict[str, Any]) -> Recipe:
+    asked = RoundParameters.model_validate(parameters)
+    return Recipe(
+        max_steps=asked.max_steps,
+        learning_rate=asked.learning_rate,
+        seq_len=SEQ_LEN,
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        warmup_steps=min(20, asked.max_steps - 1),
+        precision=_precision(asked.precision),
+        checkpoint_every=asked.checkpoint_every,
+    )

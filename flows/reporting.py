@@ -1,0 +1,121 @@
+"""What a run says of itself, carried to the round's record, the tracker and Prefect; none of them can hold it up."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import psycopg
+from mlflow.exceptions import MlflowException
+from prefect.exceptions import PrefectHTTPStatusError
+from sqlalchemy.exc import OperationalError
+
+from feedback import rounds
+from flows.context import Context
+from flows.layout import PICTURE
+from yuan.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+FAULTS = (OperationalError, psycopg.OperationalError, MlflowException, httpx.HTTPError, PrefectHTTPStatusError)
+EVENTS_TOLD = (
+    "skip",
+    "roll back",
+    "stop",
+    "straggler",
+    "straggler caught up",
+    "checkpoint damaged",
+    "re-plan",
+    "ended",
+)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Reporter:
+    """Carries status and metrics outward; what a server that is down did not get, it gets when it is back.
+
+    Raises:
+        RoundEnded: from `report`, when the round has ended or a later attempt works on it.
+    """
+
+    def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: Progress) -> None:
+        self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
+        self._mlflow_run: str | None = None
+        self._sent_step, self._told = -1, 0
+
+    def report(self) -> None:
+        """Bring everybody up to date, as far as they answer."""
+        status = self._folder.status()
+        with _outlived("the round's record"), self._context.sessions.begin() as session:
+            rounds.training_run(session, self._round_id).status = status or None
+            rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
+        self._tell()
+        with _outlived("Prefect"):
+            self._progress(status)
+        with _outlived("the tracker"):
+            self._track()
+
+    def finish(self) -> str:
+        """Send what is left, and return the tracker's run; here a server that is down is an error.
+
+        Raises:
+            MlflowException: if the tracker does not answer.
+        """
+        run = self._track()
+        if (self._folder.path / "events.jsonl").exists():
+            self._context.tracker.log_artifact(run, self._folder.path / "events.jsonl")
+        return run
+
+    def planned(self) -> None:
+        """The plan has changed: show the new one."""
+        with _outlived("the tracker"):
+            self._log_plan(self._track())
+
+    def _tell(self) -> None:
+        events = self._folder.events()
+        for event in events[self._told :]:
+            if event["event"] in EVENTS_TOLD:
+                log.warning(
+                    "%s", ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
+                )
+        self._told = len(events)
+
+    def _track(self) -> str:
+        run = self._mlflow_run or self._tracked()
+        self._mlflow_run = run
+        rows = self._folder.metrics(after_step=self._sent_step)
+        if rows:
+            self._context.tracker.log(run, rows)
+            self._sent_step = rows[-1]["step"]
+        return run
+
+    def _tracked(self) -> str:
+        """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
+        spec, tracker = self._folder.spec(), self._context.tracker
+        with self._context.sessions() as session:
+            run_id = rounds.training_run(session, self._round_id).id
+            number = rounds.find_round(session, self._round_id).number
+        run = tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
+        about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
+        tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **about})
+        self._log_plan(run)
+        with self._context.sessions.begin() as session:
+            rounds.training_run(session, self._round_id).mlflow_run_id = run
+        return run
+
+    def _log_plan(self, run: str) -> None:
+        (self._folder.path / "plan.json").write_text(json.dumps(self._folder.spec().plan.to_json(), indent=2))
+        for name in ("run.json", "plan.json", PICTURE):
+            self._context.tracker.log_artifact(run, self._folder.path / name)
+
+
+@contextlib.contextmanager
+def _outlived(who: str) -> Iterator[None]:
+    try:
+        yield
+    except FAULTS as error:
+        log.warning("%s does not answer, training goes on: %s", who, str(error).split("\n")[0][:150])

@@ -1,0 +1,231 @@
+"""The supervisor of a run: devices, processes, and what is done when they end before the run does."""
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from dataclasses import replace
+
+from sqlalchemy.exc import OperationalError
+
+from feedback import leases, rounds
+from flows.context import Context
+from flows.endings import Ended, classify, log_end
+from flows.holding import Held, held, reap
+from flows.layout import PICTURE, limits_on, pool_of
+from flows.reporting import Progress, Reporter
+from flows.uploads import fetch, uploading
+from infra.devices import has_room
+from infra.launchers.job import Job, Launcher
+from infra.launchers.local import LocalLauncher
+from infra.settings import child_environment
+from yuan.plan.job import Work
+from yuan.plan.planner import draw_plan
+from yuan.plan.pool import Pool
+from yuan.plan.record import Plan
+from yuan.plan.replan import changed, replan
+from yuan.train.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 2.0
+MAX_RESTARTS = 5  # without a new checkpoint between them
+MAX_SHRINKS, SHRINK = 3, 0.85  # of the memory a plan may use, when one that should fit did not
+PREEMPTED_PAUSE_S = 5.0
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the reason is for people."""
+
+
+def train(context: Context, round_id: str, progress: Progress) -> None:
+    """See a round's run through to its exported weights.
+
+    Raises:
+        RoundEnded: if the round was ended meanwhile; the processes are gone.
+        TrainingFailed: if the run cannot go on.
+        OSError: if the disk is full; the dispatcher starts the next attempt when there is room.
+    """
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "train", context.attempt)
+        run_id = rounds.training_run(session, round_id).id
+        priority = int(rounds.find_round(session, round_id).parameters.get("priority", 0))
+    folder = RunFolder(context.runs / run_id)
+    reporter = Reporter(context, round_id, folder, progress)
+    with uploading(context.objects, run_id, folder):
+        _Supervisor(context, round_id, run_id, folder, reporter, LocalLauncher(), priority).run()
+    reporter.report()
+    reporter.finish()
+
+
+class _Supervisor:
+    """One run under supervision: restarted, planned anew, or given up, until it has finished."""
+
+    def __init__(
+        self,
+        context: Context,
+        round_id: str,
+        run_id: str,
+        folder: RunFolder,
+        reporter: Reporter,
+        launcher: Launcher,
+        priority: int = 0,
+    ) -> None:
+        self.context, self.round_id, self.run_id = context, round_id, run_id
+        self.folder, self.reporter, self.launcher, self.priority = folder, reporter, launcher, priority
+        self.pool = pool_of(context.settings)
+        self.restarts = self.shrinks = 0
+        self.reached = -1
+
+    def run(self) -> None:
+        with self.context.sessions.begin() as session:
+            leases.register_pool(session, self.pool, "local")
+        reap(self.context.sessions)  # what the attempt before held, if it was killed
+        brought = fetch(self.context.objects, self.run_id, self.folder)
+        if brought:
+            log.info("brought %s of run %s back from the store", brought, self.run_id)
+        while not (self.folder.export / "manifest.json").exists():
+            ended = self._start()
+            self.folder.append(
+                "events.jsonl", {"event": "ended", "kind": ended.kind, "why": ended.reason[:500], "time": time.time()}
+            )
+            self._respond(ended)
+
+    def _start(self) -> Ended:
+        """Take devices and run the processes once, from the last checkpoint to whatever end."""
+        plan = self._fitting()
+        wanted = Counter(stage.device_class for stage in plan.stages for _ in range(plan.data_size))
+        settings = self.context.settings
+        try:
+            with held(
+                self.context.sessions,
+                self.pool.name,
+                wanted,
+                run_id=self.run_id,
+                team=settings.team,
+                priority=self.priority,
+                waiting=lambda _: self.reporter.report(),
+            ) as lease:
+                return self._watched(plan, lease)
+        except leases.NoCapacity as error:  # a device was lost while we waited
+            return Ended(kind="lost device", reason=str(error))
+        except leases.LeaseLost as error:
+            return Ended(kind="preempted", reason=str(error))
+
+    def _watched(self, plan: Plan, lease: Held) -> Ended:
+        job = Job(
+            name=f"run-{self.run_id[:12]}-{lease.id[:8]}",
+            module="yuan.train.run",
+            folder=self.folder.path,
+            num_processes=plan.pipeline_size * plan.data_size,
+            processes_per_node=plan.pipeline_size * plan.data_size,
+            environment={**child_environment(self.context.settings), **lease.environment, "OMP_NUM_THREADS": "1"},
+        )
+        since = time.time()
+        with self.launcher.run(job) as running:
+            while True:
+                ending = running.wait(REPORT_EVERY_S)
+                if ending is not None:
+                    break
+                self.reporter.report()
+                if lease.lost.is_set():
+                    return Ended(kind="preempted", reason="the lease was taken away")
+                if lost := self._lost(lease):
+                    return Ended(kind="lost device", reason="; ".join(f"{name}: {why}" for name, why in lost.items()))
+        ended = classify(self.folder, ending, since)
+        if ended.kind == "lost device" and ended.rank is not None:
+            self._give_up_device(lease.devices[ended.rank], ended.reason)
+        return ended
+
+    def _lost(self, lease: Held) -> dict[str, str]:
+        """Devices of ours that were taken out of use meanwhile."""
+        try:
+            with self.context.sessions() as session:
+                return leases.lost_of(session, self.pool.name, lease.devices)
+        except OperationalError:
+            return {}
+
+    def _give_up_device(self, device: str, reason: str) -> None:
+        with self.context.sessions.begin() as session:
+            leases.lose_device(session, self.pool.name, device, reason[:300])
+
+    def _respond(self, ended: Ended) -> None:
+        """Decide how to go on; returns to start the processes again.
+
+        Raises:
+            TrainingFailed: if starting again would change nothing.
+        """
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, ended.reason[:300])
+        if ended.kind in ("bad data", "numerical", "cancelled"):
+            raise TrainingFailed(f"{ended.kind}: {ended.reason}")
+        if not has_room(self.folder.path):
+            raise OSError(f"the disk of {self.folder.path} is full; make room, and the run goes on from its checkpoint")
+        if ended.kind == "out of memory":
+            self.shrinks += 1
+            if self.shrinks > MAX_SHRINKS:
+                raise TrainingFailed(f"out of memory with {SHRINK**MAX_SHRINKS:.0%} of it planned for: {ended.reason}")
+            self._plan_anew(f"{ended.reason}; planning with {SHRINK**self.shrinks:.0%} of the memory")
+        elif ended.kind == "preempted":
+            self.reporter.report()  # leaves if the round is another attempt's by now
+            time.sleep(PREEMPTED_PAUSE_S)
+        elif ended.kind != "finished":
+            self._count_restart(ended)
+
+    def _count_restart(self, ended: Ended) -> None:
+        """Restarts that bring the run on are free; those that do not are counted."""
+        reached = max(
+            (int(path.name.removeprefix("step-")) for path in self.folder.checkpoints.glob("step-*")), default=0
+        )
+        self.restarts = self.restarts + 1 if reached <= self.reached else 0
+        self.reached = max(self.reached, reached)
+        if self.restarts > MAX_RESTARTS:
+            raise TrainingFailed(
+                f"started {self.restarts} times without getting beyond step {reached}: {ended.reason}; "
+                f"{log_end(self.folder)}"
+            )
+
+    def _fitting(self) -> Plan:
+        """The run's plan, made anew if its devices are no longer there; everything is checked before devices are taken.
+
+        Raises:
+            ValueError: if the folder was changed, or nothing fits what is left of the pool.
+        """
+        plan = self.folder.check().plan
+        with self.context.sessions() as session:
+            working = leases.working(session, self.pool.name)
+        wanted = Counter(stage.device_class for stage in plan.stages for _ in range(plan.data_size))
+        if wanted <= working:
+            return plan
+        return self._plan_anew(f"the plan wants {dict(wanted)} and {dict(working)} work")
+
+    def _plan_anew(self, why: str) -> Plan:
+        """Plan for the devices that work and the memory that is left, and put the plan into the run folder."""
+        spec = self.folder.spec()
+        pool = self._pool_now()
+        work = Work.of(spec.model, spec.recipe)
+        moved = replan(work, spec.plan, pool, limits_on(pool, spec.recipe))
+        if not moved.plan.feasible:
+            raise TrainingFailed(f"{why}; {moved.plan.explanation}")
+        plan = moved.plan
+        self.folder.write_spec(replace(spec, plan=plan))
+        (self.folder.path / PICTURE).write_text(draw_plan(work, pool, plan))
+        event = {"event": "re-plan", "why": why[:500], "bounds": plan.bounds, "data_size": plan.data_size}
+        self.folder.append("events.jsonl", {**event, "explanation": moved.explanation, "time": time.time()})
+        with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
+            rounds.replace_plan(session, self.round_id, plan.to_json())
+        self.reporter.planned()
+        return plan
+
+    def _pool_now(self) -> Pool:
+        """The pool's devices that work, with as much memory as plans may still use.
+
+        Raises:
+            TrainingFailed: if none works.
+        """
+        with self.context.sessions() as session:
+            working = leases.working(session, self.pool.name)
+        if not working:
+            raise TrainingFailed(f"pool {self.pool.name!r} has lost all its devices; return some to it")
+        left = changed(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})
+        share = SHRINK**self.shrinks
+        return replace(left, groups=tuple(replace(group, memory_gib=group.memory_gib * share) for group in left.groups))

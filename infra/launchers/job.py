@@ -1,0 +1,58 @@
+"""What every launcher takes and gives: a job of equal processes on some nodes, and how it ended."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+Cause = Literal["preempted", "node lost", "out of memory", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Processes that run `module` on a folder which all nodes see, started by torchrun on each node.
+
+    `name` is unlike that of every other job, and a DNS label. Output goes to `log_name` in the folder.
+    """
+
+    name: str
+    module: str
+    folder: Path
+    num_processes: int
+    processes_per_node: int
+    environment: Mapping[str, str]
+    log_name: str = "train.log"
+
+    def __post_init__(self) -> None:
+        if self.num_processes % self.nodes:
+            raise ValueError(
+                f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; plan for a "
+                f"multiple of {self.processes_per_node}, or for fewer than that"
+            )
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.num_processes // self.processes_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a job ended, as far as its launcher can tell: a status that is 0 if all is well, and a cause it knows."""
+
+    status: int
+    cause: Cause | None = None
+    said: str = ""
+
+
+class Running(Protocol):
+    """A job that was started."""
+
+    def wait(self, seconds: float) -> Ending | None:
+        """Wait for its end, at most so long; None if it runs still."""
+
+
+class Launcher(Protocol):
+    """Starts jobs; none of a job's processes outlives the block that `run` opens."""
+
+    def run(self, job: Job) -> AbstractContextManager[Running]: ...

@@ -1,0 +1,45 @@
+"""Jobs on this machine, through torchrun."""
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from infra.launch import supervised, torchrun_command
+from infra.launchers.job import Ending, Job, Running
+
+
+class LocalLauncher:
+    """Processes of this machine; they leave when this process ends, however it does."""
+
+    @contextlib.contextmanager
+    def run(self, job: Job) -> Iterator[Running]:
+        """Start a job.
+
+        Raises:
+            ValueError: if it wants more than one node.
+        """
+        if job.nodes > 1:
+            raise ValueError(f"this machine is one node and {job.name} wants {job.nodes}; choose another launcher")
+        command = torchrun_command(job.module, job.folder, job.num_processes)
+        with supervised(command, job.folder, job.environment, job.log_name) as process:
+            yield _LocalRun(process)
+
+
+class _LocalRun:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process, self._killed = process, out_of_memory_kills()
+
+    def wait(self, seconds: float) -> Ending | None:
+        try:
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        is_out_of_memory = status != 0 and out_of_memory_kills() > self._killed
+        return Ending(status=status, cause="out of memory" if is_out_of_memory else None)
+
+
+def out_of_memory_kills() -> int:
+    """How often the kernel has killed for want of memory since it started."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -1,0 +1,113 @@
+"""The supervisor on real ranks, with real leases and a real store, while the tracker does not answer."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+
+import pytest
+from sqlalchemy import select, update
+
+from feedback import leases, rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import Device, Lease, Round, new_id
+from flows.context import Context
+from flows.reporting import Reporter
+from flows.supervise import TrainingFailed, _Supervisor
+from infra.database import open_sessions
+from infra.launchers.local import LocalLauncher
+from tests.yuan.runs import RECIPE, lay_out, make
+from yuan.plan.pool import CPU_POOL
+from yuan.train.folder import RunFolder
+from yuan.train.heartbeats import read_heartbeats
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("parent"))
+
+
+@pytest.fixture
+def supervisor(stores, engine, objects, portal, made, tmp_path):
+    """A supervisor of a laid-out run whose pool is whole."""
+    context = Context(stores, open_sessions(engine), objects)
+    with context.sessions.begin() as session:
+        session.execute(update(Round).values(state="cancelled"))
+        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+        run = rounds.training_run(session, turn.id)
+        session.execute(update(Device).values(lost_reason=None))
+    recipe = dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20)
+    folder = lay_out(tmp_path / "run", made, recipe)
+    with context.sessions.begin() as session:
+        rounds.keep_plan(session, turn.id, folder.spec().plan.to_json())
+    reporter = Reporter(context, turn.id, folder, lambda status: None)
+    yield _Supervisor(context, turn.id, run.id, folder, reporter, LocalLauncher())
+    with context.sessions.begin() as session:
+        rounds.finish(session, turn.id, "cancelled", "the test is over")
+
+
+def kinds(folder: RunFolder):
+    return [event["kind"] for event in folder.events() if event["event"] == "ended"]
+
+
+def when_under_way(folder, action):
+    """Do something once the run has a checkpoint to go on from."""
+
+    def work():
+        while not list(folder.checkpoints.glob("step-000000[2-9]0/manifest.json")):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
+    folder = supervisor.folder
+    struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1]["pid"], signal.SIGKILL))
+    supervisor.run()
+    struck.join()
+    assert kinds(folder) == ["unknown", "finished"]
+    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    with supervisor.context.sessions() as session:
+        held = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
+        assert len(held) == 2 and all(lease.released_at for lease in held)
+        assert leases.ledger(session)[supervisor.run_id] > 0
+
+
+def test_a_lost_device_is_planned_around(supervisor):
+    folder = supervisor.folder
+
+    def lose():
+        with supervisor.context.sessions.begin() as session:
+            leases.lose_device(session, CPU_POOL, "cpu-process/1", "taken out by the operator")
+
+    struck = when_under_way(folder, lose)
+    supervisor.run()
+    struck.join()
+    assert kinds(folder) == ["lost device", "finished"]
+    assert folder.spec().plan.pipeline_size == 1 and folder.status()["state"] == "finished"
+    assert [event["bounds"] for event in folder.events() if event["event"] == "re-plan"] == [[0, 3]]
+    steps = [row["data/first_position"] for row in folder.metrics()]
+    assert steps == list(range(0, 8 * STEPS, 8))
+
+
+def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
+    with supervisor.context.sessions.begin() as session:
+        leases.register_pool(session, supervisor.pool, "local")
+        session.execute(update(Device).values(lost_reason="burnt"))
+    with pytest.raises(TrainingFailed, match="has lost all its devices"):
+        supervisor.run()
+    assert not (supervisor.folder.path / "train.log").exists()
+
+
+def test_an_edited_folder_is_refused_before_anything_starts(supervisor):
+    file = supervisor.folder.path / "run.json"
+    file.write_text(file.read_text().replace('"seed": 5', '"seed": 6'))
+    with pytest.raises(ValueError, match="somebody edited it"):
+        supervisor.run()
+    assert not (supervisor.folder.path / "train.log").exists()
