@@ -34,8 +34,8 @@ from yuan.data.skills import load_skills
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
-STEPS, EVERY = 160, 20
-PARAMETERS = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
+# Steps of a run, and of one that is long enough for its outages; steps between checkpoints.
+STEPS, LONG, EVERY = 160, 640, 20
 RUN_LIMIT_S = 420
 DISK_MIB = 700
 
@@ -73,7 +73,7 @@ class Trial:
             return True
         return False
 
-    def rank(self, number: int) -> int | None:
+    def rank(self) -> int | None:
         """The pid of a random rank that lives."""
         beats = list(read_heartbeats(self.folder.path).values())
         alive = [b["pid"] for b in beats if time.time() - b["time"] < 3 and Path(f"/proc/{b['pid']}").exists()]
@@ -84,12 +84,12 @@ Fault = Callable[[Trial], bool]
 
 
 def kill_rank(trial: Trial) -> bool:
-    pid = trial.rank(0)
+    pid = trial.rank()
     return pid is not None and trial.kill(pid)
 
 
 def stop_rank(trial: Trial) -> bool:
-    pid = trial.rank(0)
+    pid = trial.rank()
     return pid is not None and trial.kill(pid, signal.SIGSTOP)
 
 
@@ -177,18 +177,21 @@ def main() -> int:
     parser.add_argument("--only", help="part of a fault's name")
     given = parser.parse_args()
     ok = True
+    references: dict[int, dict[str, Any]] = {}
     with stack() as (home, client, is_small):
-        reference = run(home, client, None, given)
-        assert reference["ended"], reference
-        ok &= show({**line("left alone", reference["seconds"], "s"), "loss": reference["loss"], "ok": True})
         for name, fault in FAULTS.items():
             if given.only and given.only not in name:
                 continue
             if fault is fill_disk and not is_small:
                 show({"name": name, "skipped": "no file system of its own can be mounted here"})
                 continue
-            found = run(home, client, fault, given)
-            same = {key: found[key] == reference[key] for key in ("positions", "loss")}
+            steps = LONG if name.endswith("down") else STEPS
+            if steps not in references:
+                references[steps] = run(home, client, None, steps, given)
+                says = line(f"left alone, {steps} steps", references[steps]["seconds"], "s")
+                ok &= show({**says, "loss": references[steps]["loss"], "ok": references[steps]["ended"]})
+            reference, found = references[steps], run(home, client, fault, steps, given)
+            same = {f"same_{key}": found[key] == reference[key] for key in ("positions", "loss")}
             ok &= show(
                 {
                     **line(name, found["struck"], "times struck", "the run left alone"),
@@ -226,20 +229,22 @@ def stack() -> Iterator[tuple[Path, Client, bool]]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def run(home: Path, client: Client, fault: Fault | None, given: argparse.Namespace) -> dict[str, Any]:
+def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argparse.Namespace) -> dict[str, Any]:
     """One run from its request to its exported weights; the round is then cancelled, so that every run is a first."""
-    for old in (home / "runs").glob("[0-9a-f]*"):
-        shutil.rmtree(old)
+    earlier = set((home / "runs").glob("[0-9a-f]*"))
+    for old in earlier:
+        shutil.rmtree(old, ignore_errors=True)
     begun = time.monotonic()
-    turn = outliving(lambda: client.start_round(PARAMETERS))
-    while not (found := list((home / "runs").glob("[0-9a-f]*/status.json"))):
+    asked = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
+    turn = outliving(lambda: client.start_round(asked))
+    while not (found := [f for f in (home / "runs").glob("[0-9a-f]*/status.json") if f.parent not in earlier]):
         if time.monotonic() - begun > RUN_LIMIT_S:
             raise TimeoutError(f"round {turn.number} does not train")
         time.sleep(0.05)
     trial = Trial(home, RunFolder(found[0].parent), given.outage)
     struck = 0
     # Moments at which the run has come so far for the first time, so that every strike meets a run under way.
-    moments = sorted(trial.rng.sample(range(EVERY + 2, STEPS - 10), given.times)) if fault else []
+    moments = sorted(trial.rng.sample(range(EVERY + 2, steps * 3 // 4), given.times)) if fault else []
     while not trial.is_over and time.monotonic() - begun < RUN_LIMIT_S:
         if moments and trial.step >= moments[0] and fault is not None and fault(trial):
             struck += 1

@@ -22,10 +22,11 @@ from sqlalchemy import func, select
 
 from feedback import leases
 from feedback.tables import Base, Device, Lease
-from flows.holding import LEASE_VARIABLE, Sessions, held, reap
+from flows.holding import Sessions, held, job_name, reap
 from flows.home import load_config, write_environment
 from flows.stores import postgres_service
 from infra.database import open_engine, open_sessions
+from infra.launchers.local import JOB_VARIABLE, LocalLauncher
 from infra.postgres import Postgres
 from infra.processes import carrying, kill_carrying
 from infra.services import MARK, sweep
@@ -95,7 +96,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     group = Group(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
     with sessions.begin() as session:
         Base.metadata.create_all(session.connection(), checkfirst=True)
-        leases.register_pool(session, Pool(name=POOL, groups=(group,)), "local")
+        leases.register_pool(session, Pool(name=POOL, groups=(group,)))
     rng = random.Random(0)
     holders: list[subprocess.Popen[bytes]] = []
     struck: set[str] = set()
@@ -106,17 +107,17 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
             holders.append(start(folder, settings, rng.randint(1, DEVICES)))
         time.sleep(rng.uniform(0.05, 0.5))
         done += strike(rng, sessions, struck)
-        reap(sessions)
+        reap(sessions, {POOL: LocalLauncher()})
     for holder in holders:  # the last ones end by themselves, the stopped ones by the reaper
         with contextlib.suppress(ProcessLookupError):
             holder.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 60
     while time.monotonic() < end and any(holder.poll() is None for holder in holders):
-        reap(sessions)
+        reap(sessions, {POOL: LocalLauncher()})
         time.sleep(0.2)
     seconds = time.monotonic() - begun
     time.sleep(TTL_S)
-    reap(sessions)
+    reap(sessions, {POOL: LocalLauncher()})
     with sessions() as session:
         granted = select(func.count()).where(Lease.granted_at.is_not(None))
         figures = {
@@ -145,7 +146,7 @@ def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
     struck.add(lease.id)
     kind = rng.choice(("kill", "kill", "child first", "stop"))
     with contextlib.suppress(ProcessLookupError):
-        for child in list(carrying(LEASE_VARIABLE, lease.id)) if kind == "child first" else ():
+        for child in list(carrying(JOB_VARIABLE, job_name(lease.id))) if kind == "child first" else ():
             os.kill(child, signal.SIGKILL)
         os.kill(int(lease.holder.split(":")[-2]), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
     return 1
@@ -168,7 +169,7 @@ def hold(folder: Path, count: int) -> None:
     while not stopping:
         with held(sessions, POOL, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=TTL_S) as lease:
             command = [sys.executable, "-I", "-S", "-c", USE, str(folder), *lease.devices]
-            child = subprocess.Popen(command, env={**os.environ, **lease.environment})
+            child = subprocess.Popen(command, env={**os.environ, JOB_VARIABLE: job_name(lease.id)})
             end = time.monotonic() + rng.uniform(0.3, 2.0)
             while time.monotonic() < end and not lease.lost.is_set() and child.poll() is None:
                 time.sleep(0.02)

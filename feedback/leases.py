@@ -32,12 +32,10 @@ class LeaseLost(Exception):
     """The lease is no longer this holder's; its processes must end."""
 
 
-def register_pool(session: Session, pool: Pool, launcher: str) -> None:
+def register_pool(session: Session, pool: Pool) -> None:
     """Make a pool's devices what its file says; those it no longer names are lost, those in use stay leased."""
-    values = {"name": pool.name, "launcher": launcher}
-    session.execute(
-        insert(DevicePool).values(values).on_conflict_do_update(index_elements=["name"], set_={"launcher": launcher})
-    )
+    values = insert(DevicePool).values(name=pool.name, launcher=pool.launcher)
+    session.execute(values.on_conflict_do_update(index_elements=["name"], set_={"launcher": pool.launcher}))
     named = [
         {"pool": pool.name, "id": f"{group.device_class}/{n}", "device_class": group.device_class, "node": node}
         for group in pool.groups

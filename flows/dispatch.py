@@ -24,6 +24,7 @@ from flows.context import Context, open_context
 from flows.deployments import REPRODUCE, register
 from flows.holding import reap
 from flows.judging import tell
+from flows.launching import launchers_of
 from infra.logs import configure_logging
 from infra.settings import Settings
 
@@ -69,7 +70,7 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
 def dispatch(context: Context, client: SyncPrefectClient) -> bool:
     """Look once at what is due; true while a round is running or reports wait."""
     tell(context)
-    reap(context.sessions)
+    reap(context.sessions, launchers_of(context.settings))
     request_due_round(context)
     with context.sessions() as session:
         turn = rounds.running_round(session)

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback import leases
 from feedback.tables import Lease
-from infra.processes import carrying, identity, is_dead, kill_carrying, kill_identified
+from infra.launchers.job import Launcher
+from infra.processes import identity, is_dead, kill_identified
 
 log = logging.getLogger(__name__)
 
-LEASE_VARIABLE = "COTRAIN_LEASE"  # in the environment of everything that runs under a lease
 POLL_S = 0.5
 
 Sessions = sessionmaker[Session]
@@ -30,10 +30,10 @@ class Held:
     devices: tuple[str, ...]
     lost: threading.Event
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What processes under the lease carry, so that they can be found when their holder is dead."""
-        return {LEASE_VARIABLE: self.id}
+
+def job_name(lease_id: str) -> str:
+    """The name of the one job that runs under a lease, by which it can be ended when its holder is dead."""
+    return f"cotrain-{lease_id}"
 
 
 @contextlib.contextmanager
@@ -126,14 +126,19 @@ def _outliving(action: Callable[[], None], seconds: float) -> None:
             time.sleep(POLL_S)
 
 
-def reap(sessions: Sessions) -> list[str]:
-    """Take back what dead holders have: fence, end their processes, free; ids of the leases freed."""
+def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
+    """Take back what dead holders have: fence, end their jobs, free; ids of the leases freed.
+
+    Args:
+        launchers: by the name of their pool; the leases of other pools are left to others.
+    """
     with sessions.begin() as session:
         dead = [lease.id for lease in leases.open_leases(session) if is_dead(lease.holder)]
         fenced = leases.fence(session, dead)
     freed = []
     for lease in fenced:
-        if not _ended(lease):
+        launcher = launchers.get(lease.pool)
+        if launcher is None or not _ended(lease, launcher):
             log.warning("lease %s of %s waits for its processes to end", lease.id[:8], lease.holder)
             continue
         with sessions.begin() as session:
@@ -143,13 +148,9 @@ def reap(sessions: Sessions) -> list[str]:
     return freed
 
 
-def _ended(lease: Lease) -> bool:
-    """End a dead lease's holder and what runs under it; whether nothing is left."""
-    is_gone = kill_identified(lease.holder)  # first, or it could start something more
-    kill_carrying(LEASE_VARIABLE, lease.id)
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end:
-        if (is_gone or kill_identified(lease.holder)) and not any(carrying(LEASE_VARIABLE, lease.id)):
-            return True
-        time.sleep(0.02)
-    return False
+def _ended(lease: Lease, launcher: Launcher) -> bool:
+    """End a dead lease's holder and then its job, so that nothing more can start; whether nothing is left."""
+    is_gone = kill_identified(lease.holder)
+    if lease.devices is not None and not launcher.end(job_name(lease.id)):
+        return False
+    return is_gone or kill_identified(lease.holder)

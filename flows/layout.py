@@ -10,15 +10,15 @@ from typing import Any, Literal
 from feedback import datasets, rounds
 from feedback.contracts import RoundParameters
 from flows.context import Context
+from flows.launching import pool_of
 from infra.devices import has_fast_bf16
-from infra.settings import Settings
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import Row, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.pool import CPU_POOL, Pool, cpu_pool, load_pool
+from yuan.plan.pool import CPU_POOL, Pool
 from yuan.plan.record import Plan
 from yuan.plan.search import Limits
 from yuan.train.folder import RunFolder, RunSpec
@@ -83,15 +83,6 @@ def _sources(
         if own:
             sources[name] = (encode_row(row, tokenizer) for row in own)
     return sources
-
-
-def pool_of(settings: Settings) -> Pool:
-    """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
-
-    Raises:
-        ValueError: if the file is wrong; the message says where.
-    """
-    return load_pool(settings.pool) if settings.pool else cpu_pool()
 
 
 def limits_on(pool: Pool, recipe: Recipe) -> Limits:

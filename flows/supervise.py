@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sqlalchemy.exc import OperationalError
@@ -11,13 +12,13 @@ from sqlalchemy.exc import OperationalError
 from feedback import leases, rounds
 from flows.context import Context
 from flows.endings import Ended, classify, log_end
-from flows.holding import Held, held, reap
-from flows.layout import PICTURE, limits_on, pool_of
+from flows.holding import Held, held, job_name, reap
+from flows.launching import launcher_of, pool_of
+from flows.layout import PICTURE, limits_on
 from flows.reporting import Progress, Reporter
 from flows.uploads import fetch, uploading
 from infra.devices import has_room
-from infra.launchers.job import Job, Launcher
-from infra.launchers.local import LocalLauncher
+from infra.launchers.job import Job
 from infra.settings import child_environment
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan
@@ -53,7 +54,7 @@ def train(context: Context, round_id: str, progress: Progress) -> None:
     folder = RunFolder(context.runs / run_id)
     reporter = Reporter(context, round_id, folder, progress)
     with uploading(context.objects, run_id, folder):
-        _Supervisor(context, round_id, run_id, folder, reporter, LocalLauncher(), priority).run()
+        _Supervisor(context, round_id, run_id, folder, reporter, priority).run()
     reporter.report()
     reporter.finish()
 
@@ -68,19 +69,19 @@ class _Supervisor:
         run_id: str,
         folder: RunFolder,
         reporter: Reporter,
-        launcher: Launcher,
         priority: int = 0,
     ) -> None:
         self.context, self.round_id, self.run_id = context, round_id, run_id
-        self.folder, self.reporter, self.launcher, self.priority = folder, reporter, launcher, priority
+        self.folder, self.reporter, self.priority = folder, reporter, priority
         self.pool = pool_of(context.settings)
+        self.launcher = launcher_of(self.pool)
         self.restarts = self.shrinks = 0
         self.reached = -1
 
     def run(self) -> None:
         with self.context.sessions.begin() as session:
-            leases.register_pool(session, self.pool, "local")
-        reap(self.context.sessions)  # what the attempt before held, if it was killed
+            leases.register_pool(session, self.pool)
+        reap(self.context.sessions, {self.pool.name: self.launcher})  # what the attempt before held, if it was killed
         brought = fetch(self.context.objects, self.run_id, self.folder)
         if brought:
             log.info("brought %s of run %s back from the store", brought, self.run_id)
@@ -113,13 +114,17 @@ class _Supervisor:
             return Ended(kind="preempted", reason=str(error))
 
     def _watched(self, plan: Plan, lease: Held) -> Ended:
+        placed = _placed(plan, lease.devices)
+        environment = {**child_environment(self.context.settings), "OMP_NUM_THREADS": "1"}
+        if self.pool.launcher == "local":  # batch systems choose the devices of a node themselves
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in placed)
         job = Job(
-            name=f"run-{self.run_id[:12]}-{lease.id[:8]}",
+            name=job_name(lease.id),
             module="yuan.train.run",
             folder=self.folder.path,
-            num_processes=plan.pipeline_size * plan.data_size,
-            processes_per_node=plan.pipeline_size * plan.data_size,
-            environment={**child_environment(self.context.settings), **lease.environment, "OMP_NUM_THREADS": "1"},
+            num_processes=len(placed),
+            processes_per_node=self._processes_per_node(plan),
+            environment=environment,
         )
         since = time.time()
         with self.launcher.run(job) as running:
@@ -134,8 +139,14 @@ class _Supervisor:
                     return Ended(kind="lost device", reason="; ".join(f"{name}: {why}" for name, why in lost.items()))
         ended = classify(self.folder, ending, since)
         if ended.kind == "lost device" and ended.rank is not None:
-            self._give_up_device(lease.devices[ended.rank], ended.reason)
+            self._give_up_device(placed[ended.rank], ended.reason)
         return ended
+
+    def _processes_per_node(self, plan: Plan) -> int:
+        """As many as the smallest node of the plan's devices has, or all if they fit on one."""
+        classes = {stage.device_class for stage in plan.stages}
+        smallest = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
+        return min(plan.pipeline_size * plan.data_size, smallest)
 
     def _lost(self, lease: Held) -> dict[str, str]:
         """Devices of ours that were taken out of use meanwhile."""
@@ -229,3 +240,14 @@ class _Supervisor:
         left = changed(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})
         share = SHRINK**self.shrinks
         return replace(left, groups=tuple(replace(group, memory_gib=group.memory_gib * share) for group in left.groups))
+
+
+def _placed(plan: Plan, devices: Sequence[str]) -> list[str]:
+    """The device of each rank, of its stage's class; ranks are numbered stage by stage."""
+    left = sorted(devices)
+    placed = []
+    for stage in plan.stages:
+        own = [device for device in left if device.rpartition("/")[0] == stage.device_class][: plan.data_size]
+        left = [device for device in left if device not in own]
+        placed += own
+    return placed

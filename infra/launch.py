@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from infra.alive import FILE_VARIABLE, TEMPORARY_FAILURE, leave_when_silent
 from infra.processes import carrying, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -77,14 +78,18 @@ def torchrun_command(module: str, folder: Path, num_processes: int) -> list[str]
 
 
 def leave_with_parent() -> None:
-    """End this process at once when the process that holds the FIFO ends; no FIFO, no watch."""
+    """End this process when the one that started it ends: at once where it holds a FIFO, in half a minute where it
+    renews a file; with neither, no watch.
+    """
+    if file := os.environ.get(FILE_VARIABLE):
+        leave_when_silent(Path(file))
     name = os.environ.get(FIFO_VARIABLE)
     if not name:
         return
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        os._exit(75)
+        os._exit(TEMPORARY_FAILURE)
     threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="parent-watch").start()
 
 
@@ -92,7 +97,7 @@ def _watch(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     poll.poll()
-    os._exit(75)  # a rank in a collective cannot be asked; EX_TEMPFAIL says: start me again
+    os._exit(TEMPORARY_FAILURE)  # a rank in a collective cannot be asked
 
 
 def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> int:

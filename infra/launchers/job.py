@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+# What a rank needs of its supervisor's environment. Nothing else travels: batch systems keep it on their own disks.
+PASSED = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH")
+PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
+
 Cause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 
@@ -56,3 +60,11 @@ class Launcher(Protocol):
     """Starts jobs; none of a job's processes outlives the block that `run` opens."""
 
     def run(self, job: Job) -> AbstractContextManager[Running]: ...
+
+    def end(self, name: str) -> bool:
+        """End what a dead supervisor left of the job of this name; whether nothing is left."""
+
+
+def passed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of an environment, what may travel to other machines."""
+    return {name: text for name, text in environment.items() if name in PASSED or name.startswith(PASSED_PREFIXES)}

@@ -2,11 +2,16 @@
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from infra.launch import supervised, torchrun_command
 from infra.launchers.job import Ending, Job, Running
+from infra.processes import carrying, kill_carrying
+
+JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes
+LEFT_WITHIN_S = 1.0
 
 
 class LocalLauncher:
@@ -22,8 +27,19 @@ class LocalLauncher:
         if job.nodes > 1:
             raise ValueError(f"this machine is one node and {job.name} wants {job.nodes}; choose another launcher")
         command = torchrun_command(job.module, job.folder, job.num_processes)
-        with supervised(command, job.folder, job.environment, job.log_name) as process:
+        environment = {**job.environment, JOB_VARIABLE: job.name}
+        with supervised(command, job.folder, environment, job.log_name) as process:
             yield _LocalRun(process)
+
+    def end(self, name: str) -> bool:
+        """Kill what carries the job's name; whether nothing is left."""
+        kill_carrying(JOB_VARIABLE, name)
+        end = time.monotonic() + LEFT_WITHIN_S
+        while any(carrying(JOB_VARIABLE, name)):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
 
 
 class _LocalRun:

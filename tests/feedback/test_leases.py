@@ -21,7 +21,7 @@ POOL = Pool(
 
 @pytest.fixture
 def queue(session):
-    leases.register_pool(session, POOL, "local")
+    leases.register_pool(session, POOL)
     return session
 
 
@@ -133,12 +133,12 @@ def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
     smaller = Pool(
         name="p", groups=(POOL.groups[0], Group(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
     )
-    leases.register_pool(queue, smaller, "local")
+    leases.register_pool(queue, smaller)
     assert leases.lost_of(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}
-    leases.register_pool(queue, POOL, "local")
+    leases.register_pool(queue, POOL)
     assert leases.lost_of(queue, "p", lease.devices) == {}
     leases.lose_device(queue, "p", "B/0", "hot")
-    leases.register_pool(queue, POOL, "local")
+    leases.register_pool(queue, POOL)
     assert leases.lost_of(queue, "p", lease.devices) == {"B/0": "hot"}  # only an operator returns it
 
 

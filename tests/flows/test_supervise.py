@@ -16,7 +16,6 @@ from flows.context import Context
 from flows.reporting import Reporter
 from flows.supervise import TrainingFailed, _Supervisor
 from infra.database import open_sessions
-from infra.launchers.local import LocalLauncher
 from tests.yuan.runs import RECIPE, lay_out, make
 from yuan.plan.pool import CPU_POOL
 from yuan.train.folder import RunFolder
@@ -44,7 +43,7 @@ def supervisor(stores, engine, objects, portal, made, tmp_path):
     with context.sessions.begin() as session:
         rounds.keep_plan(session, turn.id, folder.spec().plan.to_json())
     reporter = Reporter(context, turn.id, folder, lambda status: None)
-    yield _Supervisor(context, turn.id, run.id, folder, reporter, LocalLauncher())
+    yield _Supervisor(context, turn.id, run.id, folder, reporter)
     with context.sessions.begin() as session:
         rounds.finish(session, turn.id, "cancelled", "the test is over")
 
@@ -98,7 +97,7 @@ def test_a_lost_device_is_planned_around(supervisor):
 
 def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
     with supervisor.context.sessions.begin() as session:
-        leases.register_pool(session, supervisor.pool, "local")
+        leases.register_pool(session, supervisor.pool)
         session.execute(update(Device).values(lost_reason="burnt"))
     with pytest.raises(TrainingFailed, match="has lost all its devices"):
         supervisor.run()

@@ -6,9 +6,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from yuan.plan.devices import KNOWN, WITHOUT_BF16
+
+Launcher = Literal["local", "slurm", "kubernetes"]
 
 CPU_POOL = "cpu-2"
 RESERVE_GIB = 2.0
@@ -95,17 +97,25 @@ class Group:
 class Pool:
     """A named set of device groups that one run may be laid over.
 
+    `launcher` is how processes are started on it, with what `launch` says to that launcher.
+
     Raises:
-        ValueError: if there is no group, or two have the same device class.
+        ValueError: if there is no group, two have the same device class, or the launcher is unknown.
     """
 
     name: str
     groups: tuple[Group, ...]
+    launcher: Launcher = "local"
+    launch: tuple[tuple[str, str | int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise ValueError(f"pool {self.name!r} has no devices; add a [[pool.group]]")
         classes = [group.device_class for group in self.groups]
+        if self.launcher not in get_args(Launcher):
+            raise ValueError(
+                f"launcher of pool {self.name!r} must be one of {', '.join(get_args(Launcher))}, got {self.launcher!r}"
+            )
         if len(set(classes)) < len(classes):
             raise ValueError(f"pool {self.name!r} must name each device class once, got {classes}; add up their counts")
 
@@ -155,15 +165,22 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
     Raises:
         ValueError: if a key is unknown, with the nearest that is known, or a value is missing or wrong.
     """
-    _check_keys(entry, {"name", "group"}, "a [[pool]]")
+    _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
     if "name" not in entry:
         raise ValueError("a [[pool]] needs a name")
-    return Pool(name=str(entry["name"]), groups=tuple(_group(group) for group in entry.get("group", ())))
+    return Pool(
+        name=str(entry["name"]),
+        groups=tuple(_group(group) for group in entry.get("group", ())),
+        launcher=entry.get("launcher", "local"),
+        launch=tuple(entry.get("launch", {}).items()),
+    )
 
 
 def dump_pool(pool: Pool) -> str:
     """A pool as TOML that `load_pool` reads."""
-    lines = ["[[pool]]", f'name = "{pool.name}"']
+    lines = ["[[pool]]", f'name = "{pool.name}"', f'launcher = "{pool.launcher}"']
+    if pool.launch:
+        lines += ["", "[pool.launch]", *(_assignment(name, value) for name, value in pool.launch)]
     for group in pool.groups:
         values = {name: value for name, value in asdict(group).items() if value is not None}
         measured = values.pop("measured", None)

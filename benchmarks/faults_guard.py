@@ -1,0 +1,119 @@
+"""A NaN and a tenfold loss planted on one rank: `python benchmarks/faults_guard.py`, about two minutes.
+
+Once, for two steps' data, and for so long that the run must go back; each beside the run without it. What was skipped
+by the recorded positions must be what the events say, and the loss of the weights over all data within 1 %.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pairs import line, show
+from training_grids import make
+
+from infra.launch import supervised, torchrun_command
+from yuan.config import ModelConfig, Recipe
+from yuan.data.samples import Sample
+from yuan.model import weights
+from yuan.model.loss import weighted_cross_entropy
+from yuan.plan.job import Work
+from yuan.plan.planner import given_plan
+from yuan.plan.pool import cpu_pool
+from yuan.train.folder import RunFolder, RunSpec
+
+STEPS, MOST, BATCH = 80, 0.01, 16
+RECIPE = Recipe(
+    max_steps=STEPS,
+    learning_rate=1e-3,
+    seq_len=64,
+    micro_batch_size=2,
+    global_batch_size=BATCH,
+    warmup_steps=10,
+    checkpoint_every=10,
+)
+FIRST = 40 * BATCH  # position at which the planted data begins
+PLANTS: dict[str, dict[str, Any]] = {
+    "once": {"first": FIRST, "end": FIRST + BATCH, "times": 1},
+    "two steps": {"first": FIRST, "end": FIRST + 2 * BATCH, "times": None},
+    "five steps": {"first": FIRST, "end": FIRST + 5 * BATCH, "times": None},
+}
+
+
+def main() -> int:
+    ok = True
+    with tempfile.TemporaryDirectory() as name:
+        parent, model, samples = make(Path(name) / "parent")
+        alone = run(Path(name) / "alone", parent, model, samples, None)
+        usual = loss_of(alone)
+        for what in ("nan", "tenfold"):
+            for length, where in PLANTS.items():
+                folder = run(Path(name) / f"{what} {length}", parent, model, samples, {"what": what, **where})
+                off, (missing, told) = loss_of(folder) / usual - 1, skipped(folder)
+                says = line(f"{what}, {length}", round(off, 5), "of the loss without it", "the run without it")
+                is_right = abs(off) <= MOST and missing == told and len(folder.metrics()) >= STEPS - 2
+                is_equal = length != "once" or same_weights(alone, folder)
+                counts = {
+                    kind: sum(e["event"] == kind for e in folder.events()) for kind in ("repeat", "skip", "roll back")
+                }
+                goal = f"within {MOST}, skipped positions those of the events" + (
+                    "; bit-equal" if length == "once" else ""
+                )
+                more = {"skipped": len(missing), "bit_equal": same_weights(alone, folder), **counts}
+                ok &= show({**says, "goal": goal, "ok": is_right and is_equal, **more})
+    return 0 if ok else 1
+
+
+def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], plant: dict[str, Any] | None) -> RunFolder:
+    plan = given_plan(Work.of(model, RECIPE), cpu_pool().groups[0], (0, 4, 6), data_size=1, micro_batch_size=2)
+    path.mkdir()
+    (path / "parent").symlink_to(parent)
+    (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
+    folder = RunFolder(path)
+    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=5, parent="v1")
+    folder.write(spec, {"documents": samples}, pad=0)
+    command = torchrun_command("yuan.train.run", path, plan.pipeline_size)
+    if plant is not None:
+        (path / "plant.json").write_text(json.dumps(plant))
+        script = Path(__file__).with_name("planted.py")
+        command = [*command[: command.index("-m", 3)], str(script), str(path)]
+    with supervised(command, path, dict(os.environ), "train.log") as process:
+        if process.wait(300):
+            raise RuntimeError((path / "train.log").read_text()[-3000:])
+    return folder
+
+
+def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
+    """Positions that no recorded step has, up to the last one; and those that the events say were skipped."""
+    rows = folder.metrics()
+    told: set[int] = set()
+    for event in folder.events():
+        if event["event"] in ("skip", "roll back"):
+            told |= set(range(*event["positions"]))
+    trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - told
+    return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(told)
+
+
+def loss_of(folder: RunFolder) -> float:
+    """The exported weights' mean loss over all learned tokens of the run's data."""
+    model, corpus = weights.load(folder.export), folder.corpus(5)
+    windows, _ = corpus.read(np.arange(corpus.sources[0].windows))
+    tokens, labels, documents = (
+        torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
+    )
+    learned = torch.from_numpy(windows.learned).float()
+    with torch.no_grad():
+        return float(weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum()))
+
+
+def same_weights(one: RunFolder, other: RunFolder) -> bool:
+    states = [weights.load(folder.export).state_dict() for folder in (one, other)]
+    return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The launcher of a pool, by what its file says."""
+
+from typing import Any
+
+from infra.launchers.job import Launcher
+from infra.launchers.local import LocalLauncher
+from infra.launchers.slurm import SlurmLauncher, SlurmOptions
+from infra.settings import Settings
+from yuan.plan.pool import Pool, cpu_pool, load_pool
+
+
+def launchers_of(settings: Settings) -> dict[str, Launcher]:
+    """The launchers of this installation's pools, by the pool's name."""
+    pool = pool_of(settings)
+    return {pool.name: launcher_of(pool)}
+
+
+def pool_of(settings: Settings) -> Pool:
+    """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
+
+    Raises:
+        ValueError: if the file is wrong; the message says where.
+    """
+    return load_pool(settings.pool) if settings.pool else cpu_pool()
+
+
+def launcher_of(pool: Pool) -> Launcher:
+    """What starts processes on a pool.
+
+    Raises:
+        ValueError: if [pool.launch] has a key that its launcher does not know, or lacks one.
+        OSError: if the launcher's library is not installed.
+    """
+    options: dict[str, Any] = dict(pool.launch)
+    try:
+        if pool.launcher == "slurm":
+            return SlurmLauncher(SlurmOptions(**options))
+        if pool.launcher == "kubernetes":
+            return _kubernetes(options)
+    except TypeError as error:
+        raise ValueError(f"[pool.launch] of pool {pool.name!r} for {pool.launcher}: {error}") from None
+    if options:
+        raise ValueError(
+            f"[pool.launch] of pool {pool.name!r}: processes of this machine take no options, got {options}"
+        )
+    return LocalLauncher()
+
+
+def _kubernetes(options: dict[str, Any]) -> Launcher:
+    """With the credentials of the pod that this runs in, or else of the user's kubeconfig."""
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise OSError("the kubernetes client is not installed; install cotrain[kubernetes]") from None
+    from infra.launchers.kubernetes import KubernetesLauncher, KubernetesOptions
+
+    wanted = KubernetesOptions(**options)
+    try:
+        config.load_incluster_config()
+    except config.ConfigException:
+        config.load_kube_config()
+    return KubernetesLauncher(wanted, client.ApiClient())

@@ -1,0 +1,194 @@
+"""Jobs through Slurm: `sbatch` of a script that starts torchrun on every node with `srun`.
+
+Slurm restarts a job itself when it preempted it or lost a node (`--requeue`), and the run goes on from its checkpoint.
+What ends a job for good is told to the supervisor, which decides.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.alive import FILE_VARIABLE, renewed
+from infra.launchers.job import Cause, Ending, Job, Running, passed
+
+log = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 30.0  # a controller that is away makes the tools wait for 18 s
+END_WITHIN_S = 60.0
+FINAL: dict[str, Cause | None] = {
+    "COMPLETED": None,
+    "FAILED": None,
+    "TIMEOUT": "preempted",
+    "DEADLINE": "preempted",
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node lost",
+    "BOOT_FAIL": "node lost",
+    "OUT_OF_MEMORY": "out of memory",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """What a site asks of its jobs; `gres` is of a node, such as `gpu:8`, `time_limit` Slurm's own form."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gres: str | None = None
+    time_limit: str | None = None
+    cpus_per_node: int | None = None
+    memory_per_node: str | None = None
+    rendezvous_port: int = 29_500
+
+
+class SlurmLauncher:
+    """Processes on the nodes of a Slurm cluster that sees the run folders.
+
+    They leave by themselves when this process dies, within half a minute.
+    """
+
+    def __init__(self, options: SlurmOptions = SlurmOptions()) -> None:
+        self._options = options
+
+    @contextlib.contextmanager
+    def run(self, job: Job) -> Iterator[Running]:
+        """Submit a job, and end it with the block.
+
+        Raises:
+            OSError: if Slurm's commands are not there.
+            RuntimeError: if Slurm refuses the job; its words are in the message.
+        """
+        if shutil.which("sbatch") is None:
+            raise OSError(
+                "sbatch is not on the PATH; run on a machine that can submit jobs, or choose another launcher"
+            )
+        alive = job.folder / ".alive"
+        with renewed(alive):
+            script = job.folder / f".{job.name}.sh"
+            script.touch(mode=0o700)
+            script.write_text(rendered(job, self._options, alive))
+            number = _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
+            log.info("submitted %s as job %s", job.name, number)
+            try:
+                yield _SlurmRun(number)
+            finally:
+                if not self.end(job.name):
+                    log.warning("job %s of Slurm has not ended after %.0f s", number, END_WITHIN_S)
+
+    def end(self, name: str) -> bool:
+        """Cancel the job of a name; whether nothing of it is left."""
+        end = time.monotonic() + END_WITHIN_S
+        while time.monotonic() < end:
+            with contextlib.suppress(RuntimeError):
+                if not _said("squeue", "--noheader", f"--name={name}", "--format=%i"):
+                    return True
+                _said("scancel", f"--name={name}")
+            time.sleep(0.5)
+        return False
+
+
+class _SlurmRun:
+    """A submitted job, followed by its number."""
+
+    def __init__(self, number: str) -> None:
+        self._number = number
+
+    def wait(self, seconds: float) -> Ending | None:
+        end = time.monotonic() + seconds
+        while True:
+            ending = self._ending()
+            if ending is not None or time.monotonic() >= end:
+                return ending
+            time.sleep(min(0.5, seconds))
+
+    def _ending(self) -> Ending | None:
+        try:
+            shown = _said("scontrol", "show", "job", "--oneliner", self._number)
+        except RuntimeError as error:
+            if "Invalid job id" in str(error):  # the controller forgets ended jobs after MinJobAge
+                return Ending(status=1, said=f"Slurm no longer knows job {self._number}")
+            log.warning("Slurm does not answer: %s", str(error)[:150])
+            return None
+        return ending_of(shown)
+
+
+def ending_of(shown: str) -> Ending | None:
+    """How a job ended by what `scontrol show job --oneliner` says of it; None if it waits, runs, or is being ended.
+
+    >>> ending_of("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
+    >>> ending_of("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
+    'node lost'
+    """
+    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    state = fields["JobState"]
+    if state not in FINAL:
+        return None
+    code, _, signal = fields.get("ExitCode", "0:0").partition(":")
+    status = int(code) or int(signal or 0) or int(state != "COMPLETED")
+    return Ending(
+        status=status, cause=FINAL[state], said=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}"
+    )
+
+
+def rendered(job: Job, options: SlurmOptions, alive: Path) -> str:
+    """The batch script of a job."""
+    asked = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,
+        "output": job.folder / job.log_name,
+        "chdir": job.folder,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "gres": options.gres,
+        "time": options.time_limit,
+        "cpus-per-task": options.cpus_per_node,
+        "mem": options.memory_per_node,
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    values = {**passed(job.environment), "PATH": os.environ["PATH"], FILE_VARIABLE: str(alive)}
+    exports = [f"export {name}={shlex.quote(text)}" for name, text in sorted(values.items())]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={job.nodes}", "--max-restarts=0"]
+    torchrun += [f"--nproc-per-node={job.num_processes // job.nodes}", "--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID"]
+    torchrun += [f"--rdzv-endpoint=$head:{options.rendezvous_port}", "-m", job.module, shlex.quote(str(job.folder))]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            # a requeued job goes on in the same log
+            "#SBATCH --open-mode=append",
+            "#SBATCH --requeue",
+            *exports,
+            # SLURM_LAUNCH_NODE_IPADDR is where the job was submitted; the rendezvous is on the job's first node
+            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            # exec: the batch shell would die of the first signal and leave its children to nobody
+            f"exec srun --kill-on-bad-exit=1 --export=ALL {' '.join(torchrun)}",
+            "",
+        ]
+    )
+
+
+def _said(*command: str) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        RuntimeError: with its words, if it fails or does not answer.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} does not answer within {ASK_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()[:500]}")
+    return done.stdout.strip()

@@ -1,0 +1,41 @@
+"""Processes that leave when the file that stands for their supervisor is silent or says that it is over."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from infra.alive import TEMPORARY_FAILURE, renewed
+
+RANK = "import sys, pathlib, time; from infra.alive import leave_when_silent; "
+RANK += "leave_when_silent(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
+WRITER = "import sys, pathlib, time; from infra.alive import renewed; import infra.alive as alive; "
+WRITER += "alive.RENEW_EVERY_S = 0.2; cm = renewed(pathlib.Path(sys.argv[1])); cm.__enter__(); time.sleep(60)"
+
+
+@pytest.fixture
+def rank(tmp_path):
+    """A process that watches `tmp_path/alive`, which is there."""
+    (tmp_path / "alive").write_text("0")
+    process = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "alive")])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_leaves_when_its_supervisor_was_killed(rank, tmp_path):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "alive")])
+    time.sleep(3)
+    assert rank.poll() is None
+    writer.kill()
+    writer.wait()
+    assert rank.wait(10) == TEMPORARY_FAILURE
+
+
+def test_a_rank_leaves_at_once_when_the_block_ends(rank, tmp_path):
+    with renewed(tmp_path / "alive"):
+        pass
+    begun = time.monotonic()
+    assert rank.wait(10) == TEMPORARY_FAILURE
+    assert time.monotonic() - begun < 5

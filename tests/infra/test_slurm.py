@@ -1,0 +1,235 @@
+"""The Slurm launcher on a real Slurm of one node, from Debian's packages; skipped where they are not installed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.launchers.job import Job
+from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered
+from infra.processes import carrying
+
+MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+needs_slurm = pytest.mark.skipif(
+    bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} of Debian's slurm-wlm, munge"
+)
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/sock,cred_expire=10
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+PlugStackConfig={folder}/plugstack.conf
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=10
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=8000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
+"""
+# A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
+RANK = """
+import os, pathlib, sys, time
+from infra.launch import leave_with_parent
+leave_with_parent()
+folder = pathlib.Path(sys.argv[1])
+(folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
+print("restart", os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
+while not (folder / "leave").exists():
+    time.sleep(0.05)
+sys.exit(int((folder / "leave").read_text()))
+"""
+
+
+def free_ports(count):
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in held]
+    for server in held:
+        server.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    """A cluster of this machine in a folder; Slurm's commands find it through SLURM_CONF."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:  # munge wants a way to its socket that all can walk
+        yield from cluster(Path(name))
+
+
+def cluster(folder):
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(mode=0o755)
+    folder.chmod(0o755)
+    key = folder / "munge" / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(128))
+    (folder / "plugstack.conf").touch()
+    host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or "root"
+    text = CONFIG.format(folder=folder, host=host, user=user, ports=free_ports(2))
+    (folder / "slurm.conf").write_text(text)
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "seed-file": "seed"}
+    munge = [f"--{name}={folder / 'munge' / file}" for name, file in files.items()]
+    commands = (["munged", "--foreground", *munge], ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host])
+    processes = []
+    for command in commands:
+        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        if command[0] == "munged":
+            until(lambda: (folder / "munge" / "sock").exists())
+    until(lambda: "idle" in said("sinfo", "--noheader", "--format=%T"))
+    yield folder
+    said("scancel", "--me")
+    until(lambda: not said("squeue", "--noheader"))
+    for process in reversed(processes):
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+
+
+def said(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_MARK": tmp_path.name,
+        "AWS_SECRET_ACCESS_KEY": "do not pass on",
+    }
+    return Job(
+        name=f"job-{tmp_path.name.replace('_', '-')[:40]}",
+        module="rank",
+        folder=tmp_path,
+        num_processes=2,
+        processes_per_node=2,
+        environment=environment,
+    )
+
+
+def started(job):
+    until(lambda: all((job.folder / f"rank-{n}").exists() for n in range(2)))
+    return [int((job.folder / f"rank-{n}").read_text()) for n in range(2)]
+
+
+def ended(running):
+    end = time.monotonic() + 90
+    while (found := running.wait(0.2)) is None:
+        assert time.monotonic() < end, "did not end in time"
+    return found
+
+
+@needs_slurm
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_job_runs_to_its_end(slurm, job, status):
+    with SlurmLauncher().run(job) as running:
+        started(job)
+        assert running.wait(0.1) is None
+        (job.folder / "leave").write_text(str(status))
+        ending = ended(running)
+    assert ending.cause is None and (ending.status == 0) == (status == 0)
+    assert (job.folder / "train.log").read_text().count("restart 0") == 2
+
+
+@needs_slurm
+def test_leaving_the_block_ends_every_process(slurm, job):
+    with SlurmLauncher().run(job):
+        pids = started(job)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list(carrying("GLOO_MARK", job.folder.name))
+
+
+@needs_slurm
+def test_a_job_that_somebody_cancels_says_so(slurm, job):
+    with SlurmLauncher().run(job) as running:
+        started(job)
+        said("scancel", f"--name={job.name}")
+        assert ended(running).cause == "cancelled"
+
+
+@needs_slurm
+def test_a_requeued_job_goes_on(slurm, job):
+    with SlurmLauncher().run(job) as running:
+        first = started(job)
+        for rank in range(2):
+            (job.folder / f"rank-{rank}").unlink()
+        said("scontrol", "requeue", said("squeue", "--noheader", f"--name={job.name}", "--format=%i"))
+        assert started(job) != first
+        (job.folder / "leave").write_text("0")
+        assert ended(running).status == 0
+    assert "restart 1" in (job.folder / "train.log").read_text()
+
+
+@needs_slurm
+def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
+    with (
+        pytest.raises(RuntimeError, match="invalid partition specified"),
+        SlurmLauncher(SlurmOptions(partition="none")).run(job),
+    ):
+        pass
+
+
+def test_a_script_carries_no_secret_and_names_the_first_node(job):
+    script = rendered(job, SlurmOptions(gres="gpu:8", account="a b"), job.folder / ".alive")
+    assert "do not pass on" not in script and "--gres=gpu:8" in script
+    assert "export OMP_NUM_THREADS=1" in script and "--rdzv-endpoint=$head:29500" in script
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "cause", "status"),
+    [
+        ("COMPLETED", "0:0", None, 0),
+        ("FAILED", "1:0", None, 1),
+        ("FAILED", "0:9", None, 9),
+        ("TIMEOUT", "0:15", "preempted", 15),
+        ("PREEMPTED", "0:15", "preempted", 15),
+        ("NODE_FAIL", "0:0", "node lost", 1),
+        ("OUT_OF_MEMORY", "0:125", "out of memory", 125),
+        ("CANCELLED", "0:0", "cancelled", 1),
+    ],
+)
+def test_every_final_state_has_its_class(state, code, cause, status):
+    ending = ending_of(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
+    assert (ending.cause, ending.status) == (cause, status)
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING"])
+def test_a_job_under_way_has_no_ending(state):
+    assert ending_of(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None
