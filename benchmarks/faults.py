@@ -35,7 +35,7 @@ from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
 # Steps of a run, and of one that is long enough for its outages; steps between checkpoints.
-STEPS, LONG, EVERY = 160, 640, 20
+STEPS, LONG, EVERY = 160, 420, 20
 RUN_LIMIT_S = 420
 DISK_MIB = 700
 

@@ -199,6 +199,28 @@ def working(session: Session, pool: str) -> Counter[str]:
     return Counter(session.scalars(query))
 
 
+def devices(session: Session, pool: str) -> list[dict[str, Any]]:
+    """Every device of a pool: its class, node, why it is lost, and the run that has it.
+
+    Raises:
+        NotFound: if there is no such pool.
+    """
+    if session.get(DevicePool, pool) is None:
+        raise NotFound(f"there is no pool {pool!r}")
+    holders = {device: lease.run_id for lease in open_leases(session) for device in lease.devices or []}
+    query = select(Device).where(Device.pool == pool).order_by(Device.device_class, Device.id)
+    return [
+        {
+            "id": device.id,
+            "device_class": device.device_class,
+            "node": device.node,
+            "lost_reason": device.lost_reason,
+            "run_id": holders.get(device.id),
+        }
+        for device in session.scalars(query)
+    ]
+
+
 def lost_of(session: Session, pool: str, devices: Iterable[str]) -> dict[str, str]:
     """Those of some devices that no longer work, and why."""
     query = select(Device).where(Device.pool == pool, Device.id.in_(devices))

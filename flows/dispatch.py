@@ -70,7 +70,7 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
 def dispatch(context: Context, client: SyncPrefectClient) -> bool:
     """Look once at what is due; true while a round is running or reports wait."""
     tell(context)
-    reap(context.sessions, launchers_of(context.settings))
+    reap_dead_leases(context)
     request_due_round(context)
     with context.sessions() as session:
         turn = rounds.running_round(session)
@@ -82,6 +82,16 @@ def dispatch(context: Context, client: SyncPrefectClient) -> bool:
     if waiting and not is_collecting and (count >= BATCH_FULL or age_s(oldest) >= BATCH_WAIT_S):
         reproduce(client, count)
     return turn is not None or waiting
+
+
+def reap_dead_leases(context: Context) -> None:
+    """Take back what dead holders have; a pool whose file is wrong is said so, and everything else goes on."""
+    try:
+        launchers = launchers_of(context.settings)
+    except (ValueError, OSError) as error:
+        log.warning("no lease can be taken back: %s", error)
+        return
+    reap(context.sessions, launchers)
 
 
 def request_due_round(context: Context) -> None:

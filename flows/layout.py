@@ -43,6 +43,10 @@ def lay_out(context: Context, round_id: str) -> Plan:
         return folder.spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
+    if not context.objects.exists(f"{datasets.SNAPSHOTS}/{snapshot_id}"):
+        raise ValueError(
+            f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
+        )
     rows = [
         row for row in parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")) if isinstance(row, Row)
     ]

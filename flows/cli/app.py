@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import contribute, demo, model, plan, rounds, stack
+from flows.cli import contribute, demo, model, plan, pool, rounds, stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,6 +14,7 @@ stack.add_to(app)
 contribute.add_to(app)
 rounds.add_to(app)
 plan.add_to(app)
+pool.add_to(app)
 model.add_to(app)
 demo.add_to(app)
 

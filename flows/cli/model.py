@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import USAGE, Json, clear_errors, fail, show
+from flows.cli.output import USAGE, Json, clear_errors, fail, progress, show
 
 if TYPE_CHECKING:
     from flows.context import Context
@@ -22,21 +22,33 @@ def add_to(app: typer.Typer) -> None:
 def train(
     run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: Json = False
 ) -> None:
-    """Train a run folder to its end, from its last checkpoint if it has one."""
+    """Train a run folder to its end, from its last checkpoint if it has one. Ctrl-C ends it; do it again to go on."""
     import os
+    import time
 
-    from infra.launch import supervised, torchrun_command
+    from flows.endings import classify
+    from infra.launchers.job import Job
+    from infra.launchers.local import LocalLauncher
     from yuan.train.folder import RunFolder
 
     with clear_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())
-        plan = folder.spec().plan
-        command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
-        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        with supervised(command, folder.path, env, "train.log") as process:
-            status = process.wait()
-        if status != 0:
-            raise fail(f"training ended with status {status}; see {folder.path / 'train.log'}")
+        plan, since = folder.check().plan, time.time()
+        ranks = plan.pipeline_size * plan.data_size
+        job = Job(
+            name=f"train-{os.getpid()}",
+            module="yuan.train.run",
+            folder=folder.path,
+            num_processes=ranks,
+            processes_per_node=ranks,
+            environment={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )
+        with LocalLauncher().run(job) as running, progress() as advance:
+            while (ending := running.wait(0.5)) is None:
+                advance(folder.status(), since)
+        ended = classify(folder, ending, since)
+        if ended.kind != "finished":
+            raise fail(f"training ended, {ended.kind}: {ended.reason}; the log is {folder.path / 'train.log'}")
         show(folder.status(), f"trained: {folder.export}", as_json)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -24,6 +24,25 @@ def fail(message: str, status: int = FAILED) -> typer.Exit:
     """Print one clear line and make the exit to raise."""
     print(f"cotrain: {message}", file=sys.stderr)
     return typer.Exit(status)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
+    """A progress display on stderr, given a run's status and the time from which one counts."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from flows.described import described
+
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as display:
+        task = display.add_task("starting the ranks", total=None)
+
+        def advance(status: dict[str, Any], since: float) -> None:
+            if status and status["time"] >= since:
+                line = described(status)
+                display.update(task, completed=status["step"], total=status["max_steps"], description=line)
+
+        yield advance
 
 
 @contextmanager

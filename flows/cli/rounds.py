@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from flows.cli.output import FAILED, Json, clear_errors, show, stderr
+from flows.described import described
 
 FOLLOW_EVERY_S = 0.5
 
@@ -82,7 +83,7 @@ def follow(client: Client, round_id: str) -> RoundOut:
             if turn.state != "running":
                 return turn
             s = turn.status if turn.step == "train" else None
-            facts = f"step {s['step']}/{s['max_steps']}, loss {s['loss']:.3f}" if s and s["loss"] is not None else ""
+            facts = described(s) if s else ""
             if s:
                 progress.update(bar, total=s["max_steps"], completed=s["step"])
             progress.update(bar, description=f"round {turn.number}: {turn.step}", facts=facts)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.yuan.runs import STEPS, lay_out, make
+
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "deepspeed", "prefect", "mlflow", "sqlalchemy", "boto3", "fastapi"}
 
@@ -131,3 +133,25 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path):
     done = cotrain("up", home=tmp_path / "home")
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return lay_out(folder / "run", make(folder / "parent"))
+
+
+def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
+    for _ in range(2):
+        done = cotrain("train", str(laid_out.path / "run.json"), "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["state"] == "finished"
+    assert [row["step"] for row in laid_out.metrics()] == list(range(1, STEPS + 1))
+
+
+def test_train_refuses_what_was_edited_in_one_line(laid_out):
+    text = (laid_out.path / "run.json").read_text()
+    (laid_out.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
+    done = cotrain("train", str(laid_out.path))
+    (laid_out.path / "run.json").write_text(text)
+    assert done.returncode == 1 and "somebody edited it" in done.stderr and len(done.stderr.splitlines()) == 1

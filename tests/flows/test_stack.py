@@ -45,6 +45,17 @@ def test_a_second_up_changes_nothing(stack):
     assert {name: s["pid"] for name, s in read_state(stack.home)["services"].items()} == before
 
 
+def test_an_operator_sees_and_changes_the_pool(stack):
+    _, found = stack.cotrain("pool", "show", check=True)
+    assert [device["id"] for device in found["devices"]] == ["cpu-process/0", "cpu-process/1"]
+    stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", check=True)
+    _, found = stack.cotrain("pool", "show", check=True)
+    assert found["devices"][1]["lost_reason"] == "hot"
+    stack.cotrain("pool", "return", "cpu-process/1", check=True)
+    status, said = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
+    assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in said
+
+
 def test_a_round_outlives_kills_and_counts_nothing_twice(first, operator):
     assert first.candidate_version == 1
     suite = first.decision["suites"][0]

@@ -18,6 +18,7 @@ from yuan.model import weights
 from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
+from yuan.train.export import chosen, export
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
@@ -156,3 +157,31 @@ def test_an_edited_run_is_refused(made, tmp_path):
     tokens.write_bytes(b"1234" + tokens.read_bytes()[4:])
     with pytest.raises(ValueError, match=r"data/1/tokens\.bin is not as it was laid out"):
         folder.check()
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, finished, tmp_path):
+    folder = lay_out(tmp_path / "foreign", made)
+    shutil.copytree(finished.checkpoints, folder.checkpoints)
+    assert folder.check() == folder.spec()
+    manifest = next(folder.checkpoints.glob("step-*/manifest.json"))
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(ValueError, match=f"{manifest.parent.name} is of the model"):
+        folder.check()
+    manifest.write_text(text.replace('"seed": 5', '"seed": 6'))
+    with pytest.raises(ValueError, match="of another order of data"):
+        folder.check()
+
+
+def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
+    manifests = {
+        path.parent: json.loads(path.read_text()) for path in finished.checkpoints.glob("step-*/manifest.json")
+    }
+    assert chosen(finished, "last").name == f"step-{STEPS:08d}"
+    best = chosen(finished, "best")
+    assert manifests[best]["loss"] == min(m["loss"] for m in manifests.values() if m["loss"] is not None)
+    export(finished, chosen(finished, "last"), tmp_path / "out")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", finished.export))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    with pytest.raises(ValueError, match="has no checkpoint '7'; it has the steps"):
+        chosen(finished, "7")

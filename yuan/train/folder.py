@@ -170,11 +170,24 @@ class RunFolder:
             except OSError as error:
                 bad = f"cannot be read: {error.strerror}"
             wrong += [f"{name} {bad}"] if bad else []
+        wrong += self._foreign_checkpoints(spec)
         if spec.parent is not None and not (self.parent / "manifest.json").is_file():
             wrong.append(f"parent/ has no manifest of {spec.parent}")
         if wrong:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
         return spec
+
+    def _foreign_checkpoints(self, spec: RunSpec) -> list[str]:
+        """Checkpoints of another model or another order of data; a damaged manifest is for the ranks to pass over."""
+        wrong = []
+        for file in sorted(self.checkpoints.glob("step-*/manifest.json")):
+            manifest = _parse(file.read_text(errors="replace")) or {}
+            order = manifest.get("order", {})
+            if "model" in manifest and manifest["model"] != spec.model.to_json():
+                wrong.append(f"checkpoint {file.parent.name} is of the model {manifest['model']}")
+            elif order and any(order.get(key) != value for key, value in spec.order.items()):
+                wrong.append(f"checkpoint {file.parent.name} is of another order of data, {order}")
+        return wrong
 
     def corpus(self, seed: int) -> Corpus:
         return Corpus(self.data, seed)

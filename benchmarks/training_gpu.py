@@ -1,0 +1,145 @@
+"""The training engine on one GPU at P = 1: `python benchmarks/training_gpu.py`, minutes.
+
+The 2.1B preset in bf16, S 4,096, planned for the device with micro-batches as the planner likes them, through
+DeepSpeed, with ZeRO's fp32 masters, clipping and AdamW: tokens/s, MFU by formula, and the peak of memory beside what
+the plan says. Without a GPU the lines say that they were skipped; `--small` runs a tiny model on whatever is there.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pairs import line, show
+
+from infra.launch import torchrun_command
+from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
+from yuan.plan.devices import KNOWN
+from yuan.plan.flops import flops_per_token
+from yuan.plan.job import Work
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import Group, Pool, cpu_pool
+from yuan.plan.record import Plan
+from yuan.plan.search import Limits
+from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.pipeline import PlannedPipeline
+from yuan.train.watch import peak_memory_bytes
+
+STEPS, WARM, BATCH = 6, 2, 16
+NAMES = ("tokens/s at P = 1", "MFU at P = 1", "peak memory at P = 1")
+
+
+def main() -> int:
+    is_small = "--small" in sys.argv
+    if not torch.cuda.is_available() and not is_small:
+        for name in NAMES:
+            show({"name": name, "skipped": "no GPU here"})
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        command = torchrun_command("unused", Path(name), 1)
+        command = [*command[: command.index("-m", 3)], __file__, name, *(["--small"] if is_small else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        found = json.loads((Path(name) / "found.json").read_text())
+    tokens, peak = found["tokens"] / found["seconds"], found["peak_tflops"]
+    about = {"device": found["device"], "model": found["model"], "plan": found["plan"]}
+    show({**line(NAMES[0], round(tokens), "tokens/s"), **about})
+    if peak is None:
+        show({"name": NAMES[1], "skipped": f"the peak of {found['device']} is not known"})
+    else:
+        show({**line(NAMES[1], round(tokens * found["flops"] / (peak * 1e12), 3), "of the dense bf16 peak"), **about})
+    ratio = found["peak_bytes"] / found["planned_bytes"]
+    show({**line(NAMES[2], round(found["peak_bytes"] / 2**30, 1), "GiB", "the plan", round(ratio, 3)), **about})
+    return 0
+
+
+def device_pool() -> tuple[Pool, str, float | None]:
+    """A pool of this one device, its name, and its peak if it is a known one."""
+    if not torch.cuda.is_available():
+        return cpu_pool(), "CPU", None
+    name = torch.cuda.get_device_name()
+    known = next((known for known in KNOWN if known.split("-")[0] in name), None)
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if known is None:
+        return (
+            Pool(name="gpu", groups=(Group(device_class=name, count=1, memory_gib=gib, sustained_tflops=100),)),
+            name,
+            None,
+        )
+    device = KNOWN[known]
+    group = Group(
+        device_class=known,
+        count=1,
+        memory_gib=gib,
+        sustained_tflops=device.sustained_tflops,
+        peak_tflops=device.peak_tflops,
+        memory_gb_s=device.memory_gb_s,
+    )
+    return Pool(name="gpu", groups=(group,)), name, device.peak_tflops
+
+
+def rank(folder: Path, is_small: bool) -> None:
+    model = tiny() if is_small else yuan_2b()
+    length = 128 if is_small else 4096
+    pool, name, peak = device_pool()
+    torch.set_num_threads(1 if pool.name != "gpu" else torch.get_num_threads())
+    start_distributed(1)
+    plan, recipe = planned(model, length, pool)
+    module = PlannedPipeline(
+        model, plan.bounds, 0, loss_block=plan.loss_block, isolated=recipe.isolate_documents, recomputed=plan.recomputed
+    )
+    engine, _ = start_engine(module, recipe, deepspeed_config(recipe, 1))
+    seconds = []
+    for step in range(WARM + STEPS):
+        engine.reset_activation_shape()
+        begun = time.perf_counter()
+        engine.train_batch(batches(model, recipe, engine.device)).item()
+        if step >= WARM:
+            seconds.append(time.perf_counter() - begun)
+    found = {
+        "device": name,
+        "model": model.name,
+        "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed)},
+        "seconds": statistics.median(seconds),
+        "tokens": BATCH * length,
+        "flops": flops_per_token(model, length),
+        "peak_tflops": peak,
+        "peak_bytes": peak_memory_bytes(engine.device),
+        "planned_bytes": plan.peak_memory_bytes,
+    }
+    (folder / "found.json").write_text(json.dumps(found))
+    stop_distributed()
+
+
+def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[Plan, Recipe]:
+    """The plan for one device, and the recipe with its micro-batches."""
+
+    def recipe(micro: int) -> Recipe:
+        return Recipe(
+            max_steps=9, learning_rate=1e-4, seq_len=length, micro_batch_size=micro, global_batch_size=BATCH,
+            warmup_steps=1, precision="bf16",
+        )  # fmt: skip
+
+    plan = make_plan(Work.of(model, recipe(1)), pool, Limits(pipeline_size=1, data_size=1))
+    return plan, recipe(plan.micro_batch_size)
+
+
+def batches(model: ModelConfig, recipe: Recipe, device: torch.device) -> Any:
+    shape = (recipe.micro_batch_size, recipe.seq_len)
+    for _ in range(recipe.global_batch_size // recipe.micro_batch_size):
+        tokens = torch.randint(model.vocab_size, shape, device=device)
+        documents = (torch.arange(shape[1], device=device) >= shape[1] // 2).long().expand(shape).contiguous()
+        yield (tokens, documents), (tokens, torch.full(shape, 1 / tokens.numel(), device=device))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        rank(Path(sys.argv[1]), "--small" in sys.argv)
+        sys.exit(0)
+    sys.exit(main())

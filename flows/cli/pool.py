@@ -1,0 +1,107 @@
+"""`cotrain pool show | lose | return`: the devices that runs are scheduled on, who has them, and who waits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.output import Json, clear_errors, show
+
+pool = typer.Typer(no_args_is_help=True, help="Devices that runs are scheduled on.")
+
+Name = Annotated[str, typer.Option("--pool", help="the pool's name; default: the installation's")]
+
+
+@pool.command(name="show")
+def show_(name: Name = "", as_json: Json = False) -> None:
+    """Show devices, leases, the queue in its order, and device-hours by run and team."""
+    from feedback import leases
+
+    with clear_errors(), _known():
+        context, name = _open(name)
+        with context.sessions() as session:
+            found: dict[str, Any] = {
+                "pool": name,
+                "devices": leases.devices(session, name),
+                "waiting": [_row(lease) for lease in session.scalars(leases.waiting(name))],
+                "hours": {by: leases.ledger(session, by) for by in ("run_id", "team")},
+            }
+    lines = [f"pool {name}"]
+    for device in found["devices"]:
+        state = f"lost: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
+        lines.append(f"  {device['id']:24} {device['node']:24} {state}")
+    lines += [f"  waiting: {w['run_id']} for {w['wanted']}, priority {w['priority']}" for w in found["waiting"]]
+    lines += [f"  {team}: {hours:.2f} device-hours" for team, hours in found["hours"]["team"].items()]
+    show(found, "\n".join(lines), as_json)
+
+
+@pool.command()
+def lose(
+    device: Annotated[str, typer.Argument(help="as `cotrain pool show` names it")],
+    reason: Annotated[str, typer.Option(help="for those who find it gone")],
+    name: Name = "",
+    as_json: Json = False,
+) -> None:
+    """Take a device out of use; a run that has it is planned anew on what is left."""
+    from feedback import leases
+
+    with clear_errors(), _known():
+        context, name = _open(name)
+        with context.sessions.begin() as session:
+            leases.lose_device(session, name, device, reason)
+    show({"pool": name, "device": device, "lost_reason": reason}, f"{name}/{device} is out of use: {reason}", as_json)
+
+
+@pool.command(name="return")
+def return_(
+    device: Annotated[str, typer.Argument(help="as `cotrain pool show` names it")],
+    name: Name = "",
+    as_json: Json = False,
+) -> None:
+    """Put a mended device back into use; later runs are planned with it."""
+    from feedback import leases
+
+    with clear_errors(), _known():
+        context, name = _open(name)
+        with context.sessions.begin() as session:
+            leases.return_device(session, name, device)
+    show({"pool": name, "device": device, "lost_reason": None}, f"{name}/{device} is in use again", as_json)
+
+
+@contextmanager
+def _known() -> Iterator[None]:
+    """A pool or a device that there is not, or a database that is down, is the caller's to mend."""
+    from sqlalchemy.exc import OperationalError
+
+    from feedback.accounts import NotFound
+
+    try:
+        yield
+    except NotFound as error:
+        raise ValueError(f"{error}; see `cotrain pool show`") from None
+    except OperationalError:
+        raise ValueError("PostgreSQL does not answer; is the stack up? see `cotrain status`") from None
+
+
+def _open(name: str) -> tuple[Any, str]:
+    """The installation and the pool asked for, its devices as the pool's file has them now."""
+    from feedback import leases
+    from flows.context import open_context
+    from flows.launching import pool_of
+
+    context = open_context()
+    own = pool_of(context.settings)
+    if name in ("", own.name):
+        with context.sessions.begin() as session:
+            leases.register_pool(session, own)
+    return context, name or own.name
+
+
+def _row(lease: Any) -> dict[str, Any]:
+    asked = lease.asked_at.isoformat()
+    return {"run_id": lease.run_id, "wanted": lease.wanted, "priority": lease.priority, "asked_at": asked}
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(pool, name="pool")

@@ -1,0 +1,55 @@
+"""The pace of a run beside its plan."""
+
+import dataclasses
+
+import pytest
+
+from yuan.config import tiny
+from yuan.plan.flops import flops_per_token
+from yuan.plan.job import Work
+from yuan.plan.planner import given_plan
+from yuan.plan.pool import cpu_pool
+from yuan.train.pace import WINDOW, Pacer
+
+WORK = Work(model=tiny(), seq_len=128, global_batch_size=8, precision="fp32")
+
+
+@pytest.fixture
+def plan():
+    return given_plan(WORK, cpu_pool().groups[0], (0, 2, 3), data_size=2, micro_batch_size=2)
+
+
+def as_planned(plan, slow=(1, 1, 1, 1)):
+    """Seconds that each rank computes in a step, some of them slower than planned."""
+    ranks = [stage.compute_seconds * plan.grad_accum_steps for stage in plan.stages for _ in range(plan.data_size)]
+    return [seconds * factor for seconds, factor in zip(ranks, slow, strict=True)]
+
+
+def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
+    pacer, told = Pacer(WORK.model, plan), []
+    for step in range(4 * WINDOW):
+        slow = (1, 1, 1.6, 1) if step < 2 * WINDOW else (1, 1, 1, 1)
+        told += [(step, event["event"], event["rank"]) for event in pacer.add(1.0, as_planned(plan, slow), [0] * 4)]
+    assert [(name, rank) for _, name, rank in told] == [("straggler", 2), ("straggler caught up", 2)]
+    assert pacer.pace().stragglers == {}
+
+
+def test_unequal_stages_as_planned_are_no_stragglers(plan):
+    pacer = Pacer(WORK.model, plan)
+    assert not any(pacer.add(1.0, as_planned(plan), [0] * 4) for _ in range(2 * WINDOW))
+
+
+def test_tokens_and_bubble_follow_from_the_times(plan):
+    pacer = Pacer(WORK.model, plan)
+    pacer.add(2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
+    pace = pacer.pace()
+    assert (pace.tokens_per_s, pace.bubble, pace.mfu) == (8 * 128 / 2, 1 - 3 / 8, None)
+    assert [stage["peak_bytes"] for stage in pace.stages] == [4, 6]
+
+
+def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):
+    stages = [dataclasses.replace(stage, device_class="A100-80") for stage in plan.stages]
+    pacer = Pacer(WORK.model, dataclasses.replace(plan, stages=stages))
+    pacer.add(0.5, [0.1] * 4, [0] * 4)
+    expected = flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12)
+    assert pacer.pace().mfu == pytest.approx(expected)
