@@ -92,8 +92,10 @@ def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
     rows = folder.metrics()
     told: set[int] = set()
     for event in folder.events():
-        if event["event"] in ("skip", "roll back"):
+        if event["event"] == "skip":
             told |= set(range(*event["positions"]))
+        if event["event"] == "roll back":
+            told |= {position for span in event["positions"] for position in range(*span)}
     trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - told
     return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(told)
 

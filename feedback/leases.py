@@ -111,7 +111,8 @@ def grant(session: Session, pool: str) -> list[Lease]:
 
 def waiting(pool: str) -> Select[tuple[Lease]]:
     """Those who wait, whose turn is next first."""
-    query = select(Lease).where(Lease.pool == pool, Lease.granted_at.is_(None), Lease.released_at.is_(None))
+    waits = Lease.granted_at.is_(None) & Lease.released_at.is_(None) & Lease.fenced_at.is_(None)
+    query = select(Lease).where(Lease.pool == pool, waits)
     return query.order_by(score().desc(), Lease.asked_at, Lease.id)
 
 
@@ -145,11 +146,12 @@ def open_leases(session: Session) -> list[Lease]:
     return list(session.scalars(select(Lease).where(Lease.released_at.is_(None))))
 
 
-def fence(session: Session, dead: Iterable[str] = ()) -> list[Lease]:
+def fence(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ()) -> list[Lease]:
     """Change the generation of leases whose holders have been silent too long; those fenced before come again.
 
     Args:
-        dead: ids of leases whose holders are known to be dead, however silent they are.
+        dead: ids of leases whose holders are known to be dead, however short their silence.
+        alive: ids of leases whose holders are known to live, however long their silence.
 
     Once this is committed, end what runs under each, the holder included, and then `free` it. A server that was down
     heard nobody, so silence counts from its start.
@@ -158,7 +160,8 @@ def fence(session: Session, dead: Iterable[str] = ()) -> list[Lease]:
     is_silent = func.clock_timestamp() - heard > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
     query = (
         update(Lease)
-        .where(Lease.released_at.is_(None), is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(dead))
+        .where(Lease.released_at.is_(None), Lease.id.not_in(alive))
+        .where(is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(dead))
         .values(
             generation=case((Lease.fenced_at.is_(None), Lease.generation + 1), else_=Lease.generation),
             fenced_at=func.coalesce(Lease.fenced_at, func.clock_timestamp()),

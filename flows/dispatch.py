@@ -87,11 +87,9 @@ def dispatch(context: Context, client: SyncPrefectClient) -> bool:
 def reap_dead_leases(context: Context) -> None:
     """Take back what dead holders have; a pool whose file is wrong is said so, and everything else goes on."""
     try:
-        launchers = launchers_of(context.settings)
+        reap(context.sessions, launchers_of(context.settings))
     except (ValueError, OSError) as error:
         log.warning("no lease can be taken back: %s", error)
-        return
-    reap(context.sessions, launchers)
 
 
 def request_due_round(context: Context) -> None:

@@ -1,7 +1,7 @@
 """Why a run's processes ended: one class and the reason, out of what ranks, heartbeats and launcher say."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra.launchers.job import Cause, Ending
@@ -54,10 +54,13 @@ def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
     """Name the ending of a job that was started at `since`, in seconds since the epoch."""
     if (folder.export / "manifest.json").exists():
         return Ended(kind="finished", reason="the weights are exported")
-    if ending.cause is not None:
-        return Ended(kind=LAUNCHERS[ending.cause], reason=ending.said or f"the launcher says: {ending.cause}")
+    told = Ended(kind="unknown", reason=ending.said or f"the launcher says: {ending.cause}")
+    if ending.cause is not None and ending.cause != "out of memory":
+        return replace(told, kind=LAUNCHERS[ending.cause])
     notes = read_notes(folder.path, since)
     for status, kind in RANKS.items():
+        if status == Status.HUNG and ending.cause == "out of memory":  # others on the machine may have been killed, too
+            return replace(told, kind="out of memory")
         note = next((note for note in notes if note.status == status), None)
         if note is not None:
             return _told(folder, kind, note, since)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
@@ -13,11 +14,14 @@ from sqlalchemy.orm import Session, sessionmaker
 from feedback import leases
 from feedback.tables import Lease
 from infra.launchers.job import Launcher
-from infra.processes import identity, is_dead, kill_identified
+from infra.processes import identity, is_alive, is_dead, kill_identified
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+PATIENCE = 5  # times to live for which a silent holder is left alone while its process lives on this machine
+ELSEWHERE_S = 60.0
+END_WITHIN_S = 5.0  # a fenced lease comes again, so nobody waits long for it
 
 Sessions = sessionmaker[Session]
 
@@ -87,10 +91,12 @@ def _granted(
             if mine.devices is not None:
                 return tuple(mine.devices)
             leases.check_capacity(session, asked.pool, asked.wanted)
-            before = [lease.id for lease in session.scalars(leases.waiting(asked.pool))].index(asked.id)
+            queue = [lease.id for lease in session.scalars(leases.waiting(asked.pool))]
+            if asked.id not in queue:
+                lost.set()
         if lost.is_set():
             raise leases.LeaseLost(f"lease {asked.id} was taken for dead while it waited")
-        waiting(before)
+        waiting(queue.index(asked.id) if queue else 0)
         time.sleep(POLL_S)
 
 
@@ -133,8 +139,11 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
         launchers: by the name of their pool; the leases of other pools are left to others.
     """
     with sessions.begin() as session:
-        dead = [lease.id for lease in leases.open_leases(session) if is_dead(lease.holder)]
-        fenced = leases.fence(session, dead)
+        open_now = leases.open_leases(session)
+        dead = [lease.id for lease in open_now if is_dead(lease.holder)]
+        # One that lives here cannot reach the server, or is stopped; it keeps what it has for a while.
+        alive = [lease.id for lease in open_now if is_alive(lease.holder) and silence_s(lease) < PATIENCE * lease.ttl_s]
+        fenced = leases.fence(session, dead, alive)
     freed = []
     for lease in fenced:
         launcher = launchers.get(lease.pool)
@@ -150,7 +159,16 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
 
 def _ended(lease: Lease, launcher: Launcher) -> bool:
     """End a dead lease's holder and then its job, so that nothing more can start; whether nothing is left."""
-    is_gone = kill_identified(lease.holder)
-    if lease.devices is not None and not launcher.end(job_name(lease.id)):
+    if lease.holder != identity():
+        kill_identified(lease.holder)
+    if lease.devices is not None and not launcher.end(job_name(lease.id), END_WITHIN_S):
         return False
-    return is_gone or kill_identified(lease.holder)
+    if lease.holder == identity() or is_dead(lease.holder):
+        return True
+    # Of another machine, whose processes cannot be seen from here: its beats stopped, its job is ended, and what it
+    # could start yet would leave by itself within this time.
+    return not is_alive(lease.holder) and silence_s(lease) > lease.ttl_s + ELSEWHERE_S
+
+
+def silence_s(lease: Lease) -> float:
+    return (datetime.now(timezone.utc) - lease.heartbeat_at).total_seconds()

@@ -78,6 +78,8 @@ class Reporter:
     def _tell(self) -> None:
         events = self._folder.events()
         for event in events[self._told :]:
+            if event["event"] == "roll back":  # those steps are trained again, and told again
+                self._sent_step = min(self._sent_step, int(event["to"]))
             if event["event"] in EVENTS_TOLD:
                 log.warning(
                     "%s", ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))

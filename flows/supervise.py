@@ -18,7 +18,7 @@ from flows.layout import PICTURE, limits_on
 from flows.reporting import Progress, Reporter
 from flows.uploads import fetch, uploading
 from infra.devices import has_room
-from infra.launchers.job import Job
+from infra.launchers.job import Job, LauncherAway
 from infra.settings import child_environment
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan
@@ -76,7 +76,7 @@ class _Supervisor:
         self.pool = pool_of(context.settings)
         self.launcher = launcher_of(self.pool)
         self.restarts = self.shrinks = 0
-        self.reached = -1
+        self.reached = 0
 
     def run(self) -> None:
         with self.context.sessions.begin() as session:
@@ -112,6 +112,9 @@ class _Supervisor:
             return Ended(kind="lost device", reason=str(error))
         except leases.LeaseLost as error:
             return Ended(kind="preempted", reason=str(error))
+        except LauncherAway as error:
+            time.sleep(PREEMPTED_PAUSE_S)
+            return Ended(kind="unknown", reason=str(error))
 
     def _watched(self, plan: Plan, lease: Held) -> Ended:
         placed = _placed(plan, lease.devices)
@@ -143,10 +146,11 @@ class _Supervisor:
         return ended
 
     def _processes_per_node(self, plan: Plan) -> int:
-        """As many as the smallest node of the plan's devices has, or all if they fit on one."""
+        """As many as fit on the smallest node of the plan's devices, the same on every node."""
         classes = {stage.device_class for stage in plan.stages}
         smallest = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
-        return min(plan.pipeline_size * plan.data_size, smallest)
+        ranks = plan.pipeline_size * plan.data_size
+        return next(count for count in range(min(ranks, smallest), 0, -1) if ranks % count == 0)
 
     def _lost(self, lease: Held) -> dict[str, str]:
         """Devices of ours that were taken out of use meanwhile."""

@@ -1,6 +1,7 @@
 """Checkpoints of a run in the object store: sent while it trains, fetched when the disk that had them is gone."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -46,33 +47,51 @@ def send(objects: Objects, run_id: str, folder: RunFolder) -> list[str]:
     there = _manifests(objects, run_id)
     here = {path.parent.name: path.parent for path in folder.checkpoints.glob(f"step-*/{MANIFEST}")}
     sent = []
-    for name in sorted(here.keys() - there):
+    for name in sorted(here):
         try:
+            manifest = (here[name] / MANIFEST).read_bytes()
+            if name in there and objects.get(f"{PREFIX}/{run_id}/{name}/{MANIFEST}") == manifest:
+                continue
+            if name in there:  # of a trajectory that a roll back has left
+                _remove(objects, run_id, name)
             for file in sorted(here[name].iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
                 objects.put_file(f"{PREFIX}/{run_id}/{name}/{file.name}", file)
+            if (here[name] / MANIFEST).read_bytes() != manifest:  # another one took its place meanwhile
+                _remove(objects, run_id, name)
+                continue
         except FileNotFoundError:
             continue
         sent.append(name)
-    for name in there - here.keys() if here else ():
-        _remove(objects, run_id, name)
+    newest = max(here, default="")
+    for name in there - here.keys():
+        if name < newest:  # the run goes on beyond it and has pruned it
+            _remove(objects, run_id, name)
     return sent
 
 
 def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
-    """Bring back the newest checkpoint if the folder has none; its name."""
+    """Bring back the newest whole checkpoint if the folder has none; its name."""
     if any(folder.checkpoints.glob(f"step-*/{MANIFEST}")):
         return None
-    names = sorted(_manifests(objects, run_id))
-    if not names:
-        return None
-    target, prefix = folder.checkpoints / names[-1], f"{PREFIX}/{run_id}/{names[-1]}"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    manifest = objects.get(f"{prefix}/{MANIFEST}")
-    for name in json.loads(manifest)["files"]:
-        objects.get_file(f"{prefix}/{Path(name).name}", target / Path(name).name)
-    objects.get_file(f"{prefix}/{MANIFEST}", target / MANIFEST)
-    return names[-1]
+    for name in sorted(_manifests(objects, run_id), reverse=True):
+        target, prefix = folder.checkpoints / name, f"{PREFIX}/{run_id}/{name}"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        manifest = objects.get(f"{prefix}/{MANIFEST}")
+        files = {Path(file).name: expected for file, expected in json.loads(manifest)["files"].items()}
+        for file in files:
+            objects.get_file(f"{prefix}/{file}", target / file)
+        if all(_sha256(target / file) == expected["sha256"] for file, expected in files.items()):
+            (target / MANIFEST).write_bytes(manifest)
+            return name
+        log.warning("checkpoint %s of run %s is damaged in the store; trying the one before", name, run_id)
+        shutil.rmtree(target)
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _manifests(objects: Objects, run_id: str) -> set[str]:

@@ -90,6 +90,12 @@ def leave_with_parent() -> None:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         os._exit(TEMPORARY_FAILURE)
+    # A FIFO whose writer died before it was opened here never hangs up; but reading it tells.
+    try:
+        if not os.read(descriptor, 1):
+            os._exit(TEMPORARY_FAILURE)
+    except BlockingIOError:
+        pass
     threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="parent-watch").start()
 
 

@@ -44,6 +44,11 @@ def is_dead(name: str) -> bool:
     return host == socket.gethostname() and _started(int(pid)) != started
 
 
+def is_alive(name: str) -> bool:
+    """Whether the process of an identity is known to live; nothing is known of another host's."""
+    return name.rsplit(":", 2)[0] == socket.gethostname() and not is_dead(name)
+
+
 def kill_identified(name: str) -> bool:
     """Kill the process of an identity if it lives; whether it is known to be gone, which of another host it is not."""
     host, pid, _ = name.rsplit(":", 2)

@@ -31,8 +31,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.num_processes % self.nodes:
             raise ValueError(
-                f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; plan for a "
-                f"multiple of {self.processes_per_node}, or for fewer than that"
+                f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; put as many on "
+                "every node"
             )
 
     @property
@@ -61,8 +61,12 @@ class Launcher(Protocol):
 
     def run(self, job: Job) -> AbstractContextManager[Running]: ...
 
-    def end(self, name: str) -> bool:
-        """End what a dead supervisor left of the job of this name; whether nothing is left."""
+    def end(self, name: str, within_s: float) -> bool:
+        """End what there is of the job of this name; whether nothing is left of it in that time."""
+
+
+class LauncherAway(RuntimeError):
+    """The batch system does not answer; the same may work later."""
 
 
 def passed(environment: Mapping[str, str]) -> dict[str, str]:

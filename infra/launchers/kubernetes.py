@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kubernetes import client
@@ -17,7 +18,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from infra.alive import FILE_VARIABLE, renewed
-from infra.launchers.job import Cause, Ending, Job, Running, passed
+from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ NAME_LABEL, INDEX_LABEL = "jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io
 REPLICATED, CONTAINER, PORT = "node", "trainer", 29_500
 MAX_NAME = 63
 END_WITHIN_S = 120.0
+ASK_S = 15.0
 # Reasons of the condition DisruptionTarget by which a pod is taken away for others; those of a node are its loss.
 NODE_REASONS = {"DeletionByTaintManager", "DeletionByPodGC", "NodeShutdown"}
 FAULTS = (ApiException, HTTPError, OSError)
@@ -68,37 +70,47 @@ class KubernetesLauncher:
 
         Raises:
             ValueError: if its pods' names would be too long.
+            LauncherAway: if the cluster does not answer.
             RuntimeError: if the cluster refuses it; its words are in the message.
         """
         body = manifest(job, self._options)
-        with renewed(job.folder / ".alive"):
+        running = _KubernetesRun(self._objects, self._core, self._options.namespace, job)
+        follower = threading.Thread(target=running.follow, daemon=True, name="pod-log")
+        with renewed(alive_file(job)):
             try:
-                self._objects.create_namespaced_custom_object(
-                    GROUP, VERSION, self._options.namespace, PLURAL, body, field_validation="Strict"
-                )
-            except ApiException as error:
-                raise RuntimeError(f"the cluster refuses {job.name}: {error.status} {str(error.body)[:500]}") from None
-            running = _KubernetesRun(self._objects, self._core, self._options.namespace, job)
-            follower = threading.Thread(target=running.follow, daemon=True, name="pod-log")
-            follower.start()
-            try:
+                self._create(job.name, body)
+                follower.start()
                 yield running
-            finally:
-                if not self.end(job.name):
-                    log.warning("%s has pods still after %.0f s", job.name, END_WITHIN_S)
+            finally:  # one whose creation got no answer may be there too
+                while not self.end(job.name, END_WITHIN_S):
+                    log.warning("%s has pods still; its devices are kept until it has none", job.name)
                 running.over.set()
-                follower.join(5)
+        alive_file(job).unlink(missing_ok=True)
 
-    def end(self, name: str) -> bool:
+    def _create(self, name: str, body: dict[str, Any]) -> None:
+        try:
+            self._objects.create_namespaced_custom_object(
+                GROUP, VERSION, self._options.namespace, PLURAL, body, field_validation="Strict", _request_timeout=ASK_S
+            )
+        except ApiException as error:
+            said = f"{error.status} {str(error.body)[:500]}"
+            if error.status == 429 or error.status >= 500:
+                raise LauncherAway(f"the cluster does not take {name} now: {said}") from None
+            raise RuntimeError(f"the cluster refuses {name}: {said}") from None
+        except (HTTPError, OSError) as error:
+            raise LauncherAway(f"the cluster does not answer: {str(error)[:200]}") from None
+
+    def end(self, name: str, within_s: float) -> bool:
         """Delete the job of a name; whether no pod of it is left."""
-        namespace, end = self._options.namespace, time.monotonic() + END_WITHIN_S
+        namespace, end = self._options.namespace, time.monotonic() + within_s
         while time.monotonic() < end:
             try:
                 with contextlib.suppress(client.exceptions.NotFoundException):
                     self._objects.delete_namespaced_custom_object(
-                        GROUP, VERSION, namespace, PLURAL, name, propagation_policy="Foreground"
+                        GROUP, VERSION, namespace, PLURAL, name, propagation_policy="Foreground", _request_timeout=ASK_S
                     )
-                if not self._core.list_namespaced_pod(namespace, label_selector=f"{NAME_LABEL}={name}").items:
+                selector = f"{NAME_LABEL}={name}"
+                if not self._core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=ASK_S).items:
                     return True
             except FAULTS as error:
                 log.warning("the cluster does not answer: %s", str(error)[:150])
@@ -123,7 +135,9 @@ class _KubernetesRun:
 
     def _ending(self) -> Ending | None:
         try:
-            found = self._objects.get_namespaced_custom_object(GROUP, VERSION, self._namespace, PLURAL, self._job.name)
+            found = self._objects.get_namespaced_custom_object(
+                GROUP, VERSION, self._namespace, PLURAL, self._job.name, _request_timeout=ASK_S
+            )
             pods = self._pods()
         except client.exceptions.NotFoundException:
             return Ending(status=1, cause="cancelled", said=f"somebody deleted {self._job.name}")
@@ -134,7 +148,8 @@ class _KubernetesRun:
 
     def _pods(self) -> list[Any]:
         selector = f"{NAME_LABEL}={self._job.name}"
-        return list(self._core.list_namespaced_pod(self._namespace, label_selector=selector).items)
+        found = self._core.list_namespaced_pod(self._namespace, label_selector=selector, _request_timeout=ASK_S)
+        return list(found.items)
 
     def follow(self) -> None:
         """Copy what the first node prints into the job's log, until the block is over."""
@@ -195,6 +210,11 @@ def ending_of(status: dict[str, Any], pods: list[Any]) -> Ending | None:
     return Ending(status=first.exit_code, cause=cause_of_first, said=f"pod {name}: {first.reason}, {first.exit_code}")
 
 
+def alive_file(job: Job) -> Path:
+    """What the job's processes take for their supervisor's sign of life."""
+    return job.folder / f".alive-{job.name}"
+
+
 def manifest(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     """The JobSet of a job.
 
@@ -231,7 +251,7 @@ def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     per_node = job.num_processes // job.nodes
     values = {
         **passed(job.environment),
-        FILE_VARIABLE: str(job.folder / ".alive"),
+        FILE_VARIABLE: str(alive_file(job)),
         "PET_NNODES": str(job.nodes),
         "PET_NPROC_PER_NODE": str(per_node),
         "PET_MASTER_ADDR": f"{job.name}-{REPLICATED}-0-0.{job.name}",

@@ -11,7 +11,6 @@ from infra.launchers.job import Ending, Job, Running
 from infra.processes import carrying, kill_carrying
 
 JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes
-LEFT_WITHIN_S = 1.0
 
 
 class LocalLauncher:
@@ -31,10 +30,10 @@ class LocalLauncher:
         with supervised(command, job.folder, environment, job.log_name) as process:
             yield _LocalRun(process)
 
-    def end(self, name: str) -> bool:
+    def end(self, name: str, within_s: float) -> bool:
         """Kill what carries the job's name; whether nothing is left."""
         kill_carrying(JOB_VARIABLE, name)
-        end = time.monotonic() + LEFT_WITHIN_S
+        end = time.monotonic() + within_s
         while any(carrying(JOB_VARIABLE, name)):
             if time.monotonic() > end:
                 return False

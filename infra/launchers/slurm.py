@@ -17,17 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.alive import FILE_VARIABLE, renewed
-from infra.launchers.job import Cause, Ending, Job, Running, passed
+from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed
 
 log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S = 30.0  # a controller that is away makes the tools wait for 18 s
 END_WITHIN_S = 60.0
+AWAY = ("unable to contact", "connection refused", "timed out", "zero bytes were transmitted", "connect failure")
+
 FINAL: dict[str, Cause | None] = {
     "COMPLETED": None,
     "FAILED": None,
-    "TIMEOUT": "preempted",
-    "DEADLINE": "preempted",
+    "TIMEOUT": None,  # the site's limit: started again, and given up if no start reaches a checkpoint
+    "DEADLINE": None,
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node lost",
     "BOOT_FAIL": "node lost",
@@ -66,28 +68,31 @@ class SlurmLauncher:
 
         Raises:
             OSError: if Slurm's commands are not there.
+            LauncherAway: if the controller does not answer.
             RuntimeError: if Slurm refuses the job; its words are in the message.
         """
         if shutil.which("sbatch") is None:
             raise OSError(
                 "sbatch is not on the PATH; run on a machine that can submit jobs, or choose another launcher"
             )
-        alive = job.folder / ".alive"
+        alive = job.folder / f".alive-{job.name}"
+        script = job.folder / f".{job.name}.sh"
+        script.touch(mode=0o700)
+        script.write_text(rendered(job, self._options, alive))
         with renewed(alive):
-            script = job.folder / f".{job.name}.sh"
-            script.touch(mode=0o700)
-            script.write_text(rendered(job, self._options, alive))
-            number = _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
-            log.info("submitted %s as job %s", job.name, number)
             try:
+                number = _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
+                log.info("submitted %s as job %s", job.name, number)
                 yield _SlurmRun(number)
-            finally:
-                if not self.end(job.name):
-                    log.warning("job %s of Slurm has not ended after %.0f s", number, END_WITHIN_S)
+            finally:  # one whose submission got no answer may be there too
+                while not self.end(job.name, END_WITHIN_S):
+                    log.warning("%s has not ended yet; its devices are kept until it has", job.name)
+        script.unlink(missing_ok=True)
+        alive.unlink(missing_ok=True)
 
-    def end(self, name: str) -> bool:
+    def end(self, name: str, within_s: float) -> bool:
         """Cancel the job of a name; whether nothing of it is left."""
-        end = time.monotonic() + END_WITHIN_S
+        end = time.monotonic() + within_s
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError):
                 if not _said("squeue", "--noheader", f"--name={name}", "--format=%i"):
@@ -183,12 +188,15 @@ def _said(*command: str) -> str:
     """What a command of Slurm prints.
 
     Raises:
-        RuntimeError: with its words, if it fails or does not answer.
+        LauncherAway: if it does not answer.
+        RuntimeError: with its words, if it fails.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{command[0]} does not answer within {ASK_TIMEOUT_S:.0f} s") from None
+        raise LauncherAway(f"{command[0]} does not answer within {ASK_TIMEOUT_S:.0f} s") from None
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:2])}: {(done.stderr or done.stdout).strip()[:500]}")
+        words = (done.stderr or done.stdout).strip()[:500]
+        kind = LauncherAway if any(sign in words.lower() for sign in AWAY) else RuntimeError
+        raise kind(f"{' '.join(command[:2])}: {words}")
     return done.stdout.strip()

@@ -118,6 +118,20 @@ def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue)
     assert leases.fence(queue) == []
 
 
+def test_the_fenced_do_not_wait_in_the_queue(queue):
+    dead, alive = ask(queue, A=6), ask(queue, A=1)
+    silence(queue, dead, 1000)
+    assert leases.fence(queue) == [dead]
+    assert leases.grant(queue, "p") == [alive]
+
+
+def test_the_silent_who_are_known_to_live_are_left_alone(queue):
+    lease = ask(queue, A=1)
+    silence(queue, lease, 1000)
+    assert leases.fence(queue, alive=[lease.id]) == []
+    assert leases.fence(queue, dead=[lease.id]) == [lease]
+
+
 def test_a_server_that_was_down_takes_nobody_for_dead(queue):
     lease = ask(queue, A=1)
     leases.grant(queue, "p")

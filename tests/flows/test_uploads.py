@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -20,7 +21,8 @@ def checkpoint(folder, step, content=b"weights"):
     path = folder.checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
-    (path / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": {}}}))
+    digest = hashlib.sha256(content).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": {"sha256": digest}}}))
     return path
 
 
@@ -36,6 +38,27 @@ def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     assert fetch(objects, run_id, other) == "step-00000002"
     assert (other.checkpoints / "step-00000002" / "__0_0.distcp").read_bytes() == b"newer"
     assert fetch(objects, run_id, other) is None and fetch(objects, new_id(), RunFolder(tmp_path / "new")) is None
+
+
+def test_a_checkpoint_that_was_made_anew_replaces_the_one_of_its_name(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path / "here")
+    old = checkpoint(folder, 1)
+    send(objects, run_id, folder)
+    shutil.rmtree(old)
+    checkpoint(folder, 1, b"after a roll back")
+    assert send(objects, run_id, folder) == ["step-00000001"]
+    other = RunFolder(tmp_path / "there")
+    fetch(objects, run_id, other)
+    assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"after a roll back"
+
+
+def test_a_damaged_one_in_the_store_is_passed_over(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path / "here")
+    for step in (1, 2):
+        checkpoint(folder, step)
+    send(objects, run_id, folder)
+    objects.put(f"checkpoints/{run_id}/step-00000002/__0_0.distcp", b"damaged")
+    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
 
 
 def test_an_empty_disk_takes_nothing_out_of_the_store(objects, run_id, tmp_path):

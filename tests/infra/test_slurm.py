@@ -60,7 +60,7 @@ from infra.launch import leave_with_parent
 leave_with_parent()
 folder = pathlib.Path(sys.argv[1])
 (folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
-print("restart", os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
+os.write(1, f"restart {os.environ.get('SLURM_RESTART_COUNT', '0')}\\n".encode())  # whole, beside the other rank's
 while not (folder / "leave").exists():
     time.sleep(0.05)
 sys.exit(int((folder / "leave").read_text()))
@@ -218,7 +218,7 @@ def test_a_script_carries_no_secret_and_names_the_first_node(job):
         ("COMPLETED", "0:0", None, 0),
         ("FAILED", "1:0", None, 1),
         ("FAILED", "0:9", None, 9),
-        ("TIMEOUT", "0:15", "preempted", 15),
+        ("TIMEOUT", "0:15", None, 15),
         ("PREEMPTED", "0:15", "preempted", 15),
         ("NODE_FAIL", "0:0", "node lost", 1),
         ("OUT_OF_MEMORY", "0:125", "out of memory", 125),

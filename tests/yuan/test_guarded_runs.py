@@ -64,7 +64,7 @@ def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
 def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "stretch", made, what="nan", first=240, end=264, times=None), PLANTED)
     back = of_kind(folder, "roll back")
-    assert [(event["to"], event["positions"], event["rate_factor"]) for event in back] == [(24, [240, 264], 1.0)]
+    assert [(event["to"], event["positions"], event["rate_factor"]) for event in back] == [(24, [[240, 264]], 1.0)]
     assert trained(folder) == [*range(240), *range(264, 312)]
     assert len(folder.metrics()) == LONG.max_steps
     losses = [f.metrics()[-1]["train/loss"] for f in (untroubled, folder)]

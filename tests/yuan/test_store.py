@@ -69,6 +69,17 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events)
     assert events == [{"event": "checkpoint", "step": step} for step in (1, 2, 3)]
 
 
+def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
+    store.needed = 2
+    for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
+        store.save(step, {key: Piece(0, len(t), t) for key, t in values(step).items()}, {"updates": 1, "loss": loss})
+        store.wait()
+    assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
+    assert store.newest(until=3)["step"] == 2
+    store.drop_after(2)
+    assert store.newest()["step"] == 2
+
+
 def test_no_manifest_is_no_checkpoint(store, tmp_path):
     save(store, 1)
     save(store, 2)

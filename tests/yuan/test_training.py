@@ -173,6 +173,15 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, f
         folder.check()
 
 
+def test_a_kill_between_seal_and_run_json_does_no_harm(made, tmp_path):
+    folder = lay_out(tmp_path / "between", made)
+    before, spec = (folder.path / "run.json").read_bytes(), folder.spec()
+    for seed in (6, 7):
+        folder.write_spec(dataclasses.replace(spec, seed=seed))
+        (folder.path / "run.json").write_bytes(before)  # as if the kill had come first
+        assert folder.check() == spec
+
+
 def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
     manifests = {
         path.parent: json.loads(path.read_text()) for path in finished.checkpoints.glob("step-*/manifest.json")

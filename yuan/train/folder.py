@@ -15,6 +15,7 @@ from yuan.plan.record import Plan
 
 KINDS = ("pretrain", "continue", "finetune")
 SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
+SPEC_BEFORE = "run.json before"  # in the seal: what run.json was until it was replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,8 @@ class RunFolder:
             text = (self.path / SPEC).read_bytes()
         except FileNotFoundError:
             raise ValueError(f"{self.path} has no {SPEC}; lay the run out first") from None
-        if hashlib.sha256(text).hexdigest() != self._seal().get(SPEC, {}).get("sha256"):
+        known = [entry.get("sha256") for name, entry in self._seal().items() if name in (SPEC, SPEC_BEFORE)]
+        if hashlib.sha256(text).hexdigest() not in known:
             raise ValueError(
                 f"{self.path / SPEC} is not as it was laid out: somebody edited it; put it back, or lay out a new run "
                 "with the settings that are wanted"
@@ -150,10 +152,11 @@ class RunFolder:
         self.write_spec(spec)
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Replace run.json, for another plan; the seal follows before it, so a kill between the two is noticed."""
+        """Replace run.json, for another plan; the seal knows both, so a kill between the two writes does no harm."""
         text = json.dumps(spec.to_json(), indent=2)
         digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        self._write_seal({**self._seal(), SPEC: digest})
+        before = {SPEC_BEFORE: _digest(self.path / SPEC)} if (self.path / SPEC).exists() else {}
+        self._write_seal({**self._seal(), **before, SPEC: digest})
         write_json(self.path / SPEC, spec.to_json())
 
     def check(self) -> RunSpec:
@@ -165,6 +168,8 @@ class RunFolder:
         spec = self.spec()
         wrong = []
         for name, expected in self._seal().items():
+            if name in (SPEC, SPEC_BEFORE):  # compared above
+                continue
             try:
                 bad = None if _digest(self.path / name) == expected else "is not as it was laid out"
             except OSError as error:

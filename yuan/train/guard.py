@@ -80,19 +80,17 @@ class Decisions:
         kept = tuple(t for t in self.troubles if t.did != "skip" or t.step < step)
         return replace(self, troubles=kept)
 
-    def series(self, step: int, span: Span) -> tuple[int, Span]:
-        """The first step of the present trouble, and the span of all its data up to this step's."""
-        skips = [trouble for trouble in self._recent(step) if trouble.did == "skip"]
-        first = min(skips, key=lambda trouble: trouble.step, default=None)
-        return (step, span) if first is None else (first.step, (first.first, span[1]))
+    def open_skips(self, step: int) -> list[Trouble]:
+        """The steps that were left out in the present trouble, the first one first."""
+        return sorted((t for t in self._recent(step) if t.did == "skip"), key=lambda trouble: trouble.step)
 
     def roll_back(self, step: int, to: int, span: Span) -> "Decisions":
-        """Leave a span out, from the step `to` on; skips that lie in it are spent."""
+        """Leave the data of the present trouble out, this step's with it, from the step `to` on."""
         is_first = not any(trouble.did == "roll back" for trouble in self._recent(step))
         spent = {trouble for trouble in self._recent(step) if trouble.did == "skip"}
         kept = tuple(trouble for trouble in self.troubles if trouble not in spent)
         return Decisions(
-            skipped=merged((*self.skipped, span)),
+            skipped=merged((*self.skipped, *((t.first, t.end) for t in spent), span)),
             cuts=self.cuts if is_first else (*self.cuts, to),
             troubles=(*kept, Trouble(step=to, first=span[0], end=span[1], did="roll back")),
         )
@@ -112,12 +110,15 @@ class Decisions:
         return json.dumps({"skipped": self.skipped, "cuts": self.cuts, "troubles": troubles})
 
     @classmethod
-    def read(cls, file: Path) -> "Decisions":
-        """Those of a run; none if it has had no trouble."""
+    def read(cls, file: Path, otherwise: str | None = None) -> "Decisions":
+        """Those of a run; without the file those given as `to_json` gave them, or none."""
         try:
-            data = json.loads(file.read_text())
+            text = file.read_text()
         except FileNotFoundError:
-            return cls()
+            if otherwise is None:
+                return cls()
+            text = otherwise
+        data = json.loads(text)
         troubles = tuple(Trouble(step=s, first=f, end=e, did=did) for s, f, e, did in data["troubles"])
         return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), troubles)
 

@@ -47,6 +47,7 @@ class Stepper:
     def __init__(self, engine: Any, tally: Tally, stopwatch: Stopwatch, wrong: Wrong) -> None:
         self._engine, self._tally, self._stopwatch, self._wrong = engine, tally, stopwatch, wrong
         self._shared: list[float] | None = None
+        self._norm = math.inf
         self._verdict: str | None = None
         inner = engine.optimizer.optimizer
         self._update = inner.step
@@ -64,12 +65,12 @@ class Stepper:
             self._judge()
         assert self._shared is not None, "every rank has judged"
         sources, ranks = len(self._tally.sums), dist.get_world_size()
-        loss, rest = self._shared[0], self._shared[1:]
+        loss, rest = self._shared[0], self._shared[2:]
         sums, counts, rest = rest[:sources], rest[sources : 2 * sources], rest[2 * sources :]
         return Pass(
             loss=loss,
             source_losses=[s / n if n else math.nan for s, n in zip(sums, counts, strict=True)],
-            norm=self._norm(),
+            norm=self._norm,
             wrong=self._verdict,
             seconds=time.perf_counter() - began,
             computed=rest[:ranks],
@@ -84,11 +85,8 @@ class Stepper:
 
     def _judge(self) -> None:
         self._shared = self._share()
-        self._verdict = self._wrong(self._shared[0], self._norm())
-
-    def _norm(self) -> float:
-        norm = self._engine.optimizer._global_grad_norm
-        return math.inf if norm is None else float(norm)
+        self._norm = self._shared[1]
+        self._verdict = self._wrong(self._shared[0], self._norm)
 
     def _share(self) -> list[float]:
         """Add up over all ranks, in one message, what each has its own places for."""
@@ -99,7 +97,10 @@ class Stepper:
         loss: Tensor = torch.zeros(())
         if engine.is_last_stage():
             loss = engine.total_loss / engine.gradient_accumulation_steps() / engine.grid.get_data_parallel_world_size()
-        parts = [loss.reshape(1), sums, counts, computed, memory]
+        # of the first rank alone: replicas get it over other groups, whose last bits may differ
+        own = engine.optimizer._global_grad_norm if rank == 0 else 0.0
+        norm = torch.tensor([math.inf if own is None else float(own)])
+        parts = [loss.reshape(1), norm, sums, counts, computed, memory]
         message = torch.cat([part.to(engine.device, torch.float64) for part in parts])
         dist.all_reduce(message)
         return [float(number) for number in message.tolist()]

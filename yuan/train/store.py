@@ -44,6 +44,7 @@ class Checkpoints:
         # a group of its own, and of gloo on GPUs too: the threads talk while the step uses the others
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.needed: int | None = None  # a step to which the run may have to go back: the newest one until it stays
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._copies: dict[str, Piece] = {}  # kept, since memory that is new must be mapped page by page
@@ -75,12 +76,11 @@ class Checkpoints:
         """
         self.wait()
         # as the first rank sees them: it writes the manifests, after the others are done with their part
-        said = [[path.name for path in real_checkpoints(self.folder)]]
+        said = [[(path.name, sealed(path / MANIFEST)) for path in real_checkpoints(self.folder)]]
         dist.broadcast_object_list(said, src=0, group=self.group)
-        for path in (self.folder / name for name in reversed(said[0])):
+        for path, manifest in ((self.folder / name, manifest) for name, manifest in reversed(said[0])):
             if until is not None and _step(path) > until:
                 continue
-            manifest = sealed(path / MANIFEST)
             bad = self._damaged(path, manifest) if manifest else f"{MANIFEST} is not as it was written"
             if manifest and bad is None:
                 self._check(path, manifest)
@@ -146,7 +146,8 @@ class Checkpoints:
         real = list(real_checkpoints(self.folder))
         found = [(manifest.get("loss"), path) for path in real if (manifest := sealed(path / MANIFEST))]
         _, best = min(((float(loss), path) for loss, path in found if loss is not None), default=(0.0, None))
-        for old in set(real[: -self.keep]) - {best}:
+        back = [path for path in real if self.needed is not None and _step(path) <= self.needed][-1:]
+        for old in set(real[: -self.keep]) - {best, *back}:
             (old / MANIFEST).unlink()
             shutil.rmtree(old)
 
@@ -207,7 +208,7 @@ def sealed(file: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text())
         return dict(manifest) if manifest[SEAL] == _seal(manifest) and manifest["schema"] == SCHEMA else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None
 
 

@@ -3,9 +3,9 @@
 import functools
 import logging
 import statistics
-from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 
@@ -17,7 +17,7 @@ from yuan.train.export import export
 from yuan.train.feed import micro_batches
 from yuan.train.folder import RunFolder, RunSpec
 from yuan.train.fragments import pieces, restore, state_to_save
-from yuan.train.guard import WINDOW, Decisions, Judge, NumericalTrouble
+from yuan.train.guard import WINDOW, Decisions, Judge, NumericalTrouble, merged
 from yuan.train.journal import Journal
 from yuan.train.pace import Pacer
 from yuan.train.pipeline import PlannedPipeline, Tally, load_weights
@@ -62,7 +62,7 @@ class Trainer:
         self.journal = Journal(folder, self.rank, names, self.recipe.max_steps)
         about = {"model": spec.model.to_json(), "order": {**spec.order, "sources": self.corpus.order}}
         self.checkpoints = Checkpoints(folder.checkpoints, about, keep=KEEP_CHECKPOINTS, event=self.journal.event)
-        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._losses: list[float] = []  # since the last checkpoint
         self.step = self._resume()
         if self.step == 0:
             self._save_checkpoint()  # for the guard to go back to
@@ -132,8 +132,9 @@ class Trainer:
 
     def _roll_back(self, span: Span, why: str) -> None:
         """Go back to the checkpoint before the trouble began, and leave its data out from then on."""
-        first, span = self.decisions.series(self.step, span)
-        manifest = self.checkpoints.newest(until=first)
+        self.heartbeat.at("reading a checkpoint", is_patient=True)
+        open_skips = self.decisions.open_skips(self.step)
+        manifest = self.checkpoints.newest(until=open_skips[0].step if open_skips else self.step)
         if manifest is None:
             raise NumericalTrouble(
                 f"step {self.step} is wrong, {why}, and no whole checkpoint is older; start a new run"
@@ -142,8 +143,10 @@ class Trainer:
         # first: with the decision and without the drop, a killed run would take up a checkpoint of the old order
         self.checkpoints.drop_after(step)
         self._decide(self.decisions.roll_back(self.step, step, span))
-        samples = self.corpus.names(torch.arange(span[0], min(span[1], span[0] + NAMED)).numpy())
-        event = {"event": "roll back", "step": self.step, "to": step, "why": why, "positions": span, "samples": samples}
+        spans = merged([*((trouble.first, trouble.end) for trouble in open_skips), span])
+        positions = np.concatenate([np.arange(*part, dtype=np.int64) for part in spans])
+        event = {"event": "roll back", "step": self.step, "to": step, "why": why, "positions": spans}
+        event["samples"] = self.corpus.names(positions[:NAMED])
         self.journal.event({**event, "rate_factor": self.decisions.rate_factor(step)})
         self._take_up(manifest)
         self.step = step
@@ -159,16 +162,21 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Copy this rank's pieces; they are written while training goes on."""
-        self.heartbeat.at("copying a checkpoint")
+        self.heartbeat.at("copying a checkpoint", is_patient=True)  # it waits for the one before
         own, updates = state_to_save(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
-        self.checkpoints.save(self.step, own, {"updates": updates, "loss": loss})
+        self._losses.clear()
+        open_skips = self.decisions.open_skips(self.step)
+        self.checkpoints.needed = open_skips[0].step if open_skips else None
+        state = {"updates": updates, "loss": loss, "decisions": self.decisions.to_json()}
+        self.checkpoints.save(self.step, own, state)
         self.heartbeat.at("between steps")
 
     def _resume(self) -> int:
         """Take up the newest whole checkpoint, whatever plan wrote it; the step after which it was made."""
-        self.decisions = Decisions.read(self.folder.path / DECISIONS)
         manifest = self.checkpoints.newest()
+        kept = None if manifest is None else manifest.get("decisions")  # for a disk that was lost with its guard.json
+        self.decisions = Decisions.read(self.folder.path / DECISIONS, kept)
         step = 0 if manifest is None else int(manifest["step"])
         self._decide(self.decisions.before(step))
         if manifest is None:
@@ -183,14 +191,14 @@ class Trainer:
     def _take_up(self, manifest: dict[str, Any]) -> None:
         """Set weights, optimizer and the judge's memory to a checkpoint's."""
         step = int(manifest["step"])
-        self.heartbeat.at("reading a checkpoint")
+        self.heartbeat.at("reading a checkpoint", is_patient=True)
         read = functools.partial(self.checkpoints.load, step)
         restore(self.engine, self.spec.model.num_layers, read, int(manifest["updates"]))
         self.journal.forget_after(step)
-        self.judge, self._losses = Judge(self.recipe.spike_sigmas), deque(maxlen=WINDOW)
+        self.judge = Judge(self.recipe.spike_sigmas)
+        self._losses.clear()
         for loss, norm in self._good_steps():
             self.judge.remember(loss, norm)
-            self._losses.append(loss)
 
     def _good_steps(self) -> list[tuple[float, float]]:
         """Loss and norm of the last good steps, as the first rank finds them recorded."""
@@ -202,7 +210,7 @@ class Trainer:
 
     def _export(self) -> None:
         """The first rank makes a model folder of the last checkpoint."""
-        self.heartbeat.at("exporting")
+        self.heartbeat.at("exporting", is_patient=True)
         manifest = self.checkpoints.newest()
         if manifest is None or int(manifest["step"]) != self.step:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see events.jsonl")

@@ -43,12 +43,14 @@ class Heartbeat:
     def __init__(self, run: Path, rank: int, limit_s: float) -> None:
         self._run, self._rank, self._most_s = run, rank, limit_s
         self._doing, self._since, self._step = "starting", time.monotonic(), 0
+        self._is_patient = True
         self._steps: deque[float] = deque(maxlen=32)
         (run / FOLDER).mkdir(exist_ok=True)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def at(self, doing: str) -> None:
-        """Note progress: another instruction begins."""
+    def at(self, doing: str, *, is_patient: bool = False) -> None:
+        """Note progress: something else begins, which may take the most there is if it is no part of a step."""
+        self._is_patient = is_patient
         self._doing, self._since = doing, time.monotonic()
 
     def stepped(self, step: int, seconds: float) -> None:
@@ -60,7 +62,7 @@ class Heartbeat:
     @property
     def limit_s(self) -> float:
         """Seconds that one instruction may take now."""
-        if len(self._steps) < ENOUGH:
+        if self._is_patient or len(self._steps) < ENOUGH:
             return self._most_s
         return min(self._most_s, max(LEAST_LIMIT_S, SLOWEST * statistics.median(list(self._steps))))
 
