@@ -21,7 +21,7 @@ from yuan.plan.pool import CPU_POOL
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
-STEPS = 150
+STEPS = 400  # so many that a run is still under way when the supervisor looks again
 
 
 @pytest.fixture(scope="module")
