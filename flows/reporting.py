@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ EVENTS_TOLD = (
     "ended",
 )
 
+TRACKER_PAUSE_S = 30.0  # after it did not answer
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -46,6 +49,7 @@ class Reporter:
         self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
         self._mlflow_run: str | None = None
         self._sent_step, self._told = -1, 0
+        self._track_after = 0.0
 
     def report(self) -> None:
         """Bring everybody up to date, as far as they answer."""
@@ -56,8 +60,12 @@ class Reporter:
         self._tell()
         with _outlived("Prefect"):
             self._progress(status)
-        with _outlived("the tracker"):
-            self._track()
+        # It takes its client seconds to give up, in which nobody watches the run.
+        if time.monotonic() > self._track_after:
+            self._track_after = time.monotonic() + TRACKER_PAUSE_S
+            with _outlived("the tracker"):
+                self._track()
+                self._track_after = 0.0
 
     def finish(self) -> str:
         """Send what is left, and return the tracker's run; here a server that is down is an error.

@@ -65,6 +65,7 @@ def when_under_way(folder, action):
     return thread
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
     folder = supervisor.folder
     struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1]["pid"], signal.SIGKILL))

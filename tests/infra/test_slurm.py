@@ -184,6 +184,7 @@ def test_a_job_that_somebody_cancels_says_so(slurm, job):
         assert ended(running).cause == "cancelled"
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_requeued_job_goes_on(slurm, job):
     with SlurmLauncher().run(job) as running:

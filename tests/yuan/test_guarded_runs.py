@@ -61,6 +61,7 @@ def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "stretch", made, what="nan", first=240, end=264, times=None), PLANTED)
     back = of_kind(folder, "roll back")
@@ -71,6 +72,7 @@ def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # other data
 
 
+@pytest.mark.slow
 def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
     recipe = dataclasses.replace(LONG, max_rollbacks=1)
     folder = spoilt(tmp_path / "forever", made, recipe, what="nan", first=160, end=10**9, times=None)

@@ -84,7 +84,7 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("bounds", "data_size"),
-    [((0, 3), 2), ((0, 1, 3), 2), ((0, 1, 2, 3, 3), 1)],
+    [((0, 3), 2), ((0, 1, 3), 2), pytest.param((0, 1, 2, 3, 3), 1, marks=pytest.mark.slow)],
     ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
 )
 def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finished, tmp_path, bounds, data_size):
