@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from feedback import rounds
 from flows.context import Context
 from flows.layout import PICTURE
-from yuan.train.folder import RunFolder
+from yuan.train.folder import EVENTS, METRICS, NewLines, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,9 @@ class Reporter:
     def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: Progress) -> None:
         self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
         self._mlflow_run: str | None = None
-        self._sent_step, self._told = -1, 0
+        self._metrics, self._events = NewLines(folder.path / METRICS), NewLines(folder.path / EVENTS)
+        self._unsent: list[dict[str, Any]] = []
+        self._sent_step = -1
         self._track_after = 0.0
 
     def report(self) -> None:
@@ -74,8 +76,8 @@ class Reporter:
             MlflowException: if the tracker does not answer.
         """
         run = self._track()
-        if (self._folder.path / "events.jsonl").exists():
-            self._context.tracker.log_artifact(run, self._folder.path / "events.jsonl")
+        if (self._folder.path / EVENTS).exists():
+            self._context.tracker.log_artifact(run, self._folder.path / EVENTS)
         return run
 
     def planned(self) -> None:
@@ -84,23 +86,23 @@ class Reporter:
             self._log_plan(self._track())
 
     def _tell(self) -> None:
-        events = self._folder.events()
-        for event in events[self._told :]:
+        for event in self._events.read():
             if event["event"] == "roll back":  # those steps are trained again, and told again
                 self._sent_step = min(self._sent_step, int(event["to"]))
             if event["event"] in EVENTS_TOLD:
                 log.warning(
                     "%s", ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
                 )
-        self._told = len(events)
 
     def _track(self) -> str:
         run = self._mlflow_run or self._tracked()
         self._mlflow_run = run
-        rows = self._folder.metrics(after_step=self._sent_step)
+        self._unsent += self._metrics.read()
+        rows = [row for row in self._unsent if row["step"] > self._sent_step]
         if rows:
             self._context.tracker.log(run, rows)
             self._sent_step = rows[-1]["step"]
+        self._unsent.clear()
         return run
 
     def _tracked(self) -> str:

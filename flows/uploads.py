@@ -1,7 +1,6 @@
 """Checkpoints of a run in the object store: sent while it trains, fetched when the disk that had them is gone."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -12,11 +11,12 @@ from pathlib import Path
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import Objects
-from yuan.train.folder import RunFolder
+from yuan.train.folder import EVENTS, RunFolder
+from yuan.train.manifest import MANIFEST, digest_of
 
 log = logging.getLogger(__name__)
 
-PREFIX, MANIFEST = "checkpoints", "manifest.json"
+PREFIX = "checkpoints"
 LOOK_EVERY_S = 2.0
 
 
@@ -81,17 +81,12 @@ def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
         files = {Path(file).name: expected for file, expected in json.loads(manifest)["files"].items()}
         for file in files:
             objects.get_file(f"{prefix}/{file}", target / file)
-        if all(_sha256(target / file) == expected["sha256"] for file, expected in files.items()):
+        if all(digest_of(target / file) == expected for file, expected in files.items()):
             (target / MANIFEST).write_bytes(manifest)
             return name
         log.warning("checkpoint %s of run %s is damaged in the store; trying the one before", name, run_id)
         shutil.rmtree(target)
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _manifests(objects: Objects, run_id: str) -> set[str]:
@@ -109,7 +104,7 @@ def _send_quietly(objects: Objects, run_id: str, folder: RunFolder) -> None:
     """Training does not wait for the store; what could not be sent is sent the next time."""
     try:
         for name in send(objects, run_id, folder):
-            folder.append("events.jsonl", {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
+            folder.append(EVENTS, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (BotoCoreError, ClientError, OSError) as error:
         log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])

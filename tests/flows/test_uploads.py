@@ -21,8 +21,8 @@ def checkpoint(folder, step, content=b"weights"):
     path = folder.checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": {"sha256": digest}}}))
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": digest}}))
     return path
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from yuan.train.manifest import MANIFEST
 from yuan.train.pieces import Piece
-from yuan.train.store import MANIFEST, Checkpoints
+from yuan.train.store import Checkpoints
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
 SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}

@@ -19,8 +19,9 @@ from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.train.export import chosen, export
-from yuan.train.folder import RunFolder
+from yuan.train.folder import NewLines, RunFolder
 from yuan.train.heartbeats import read_heartbeats
+from yuan.train.manifest import SEAL, seal_of
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +165,14 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, f
     shutil.copytree(finished.checkpoints, folder.checkpoints)
     assert folder.check() == folder.spec()
     manifest = next(folder.checkpoints.glob("step-*/manifest.json"))
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"hidden_size": 32', '"hidden_size": 64'))
-    with pytest.raises(ValueError, match=f"{manifest.parent.name} is of the model"):
-        folder.check()
-    manifest.write_text(text.replace('"seed": 5', '"seed": 6'))
-    with pytest.raises(ValueError, match="of another order of data"):
-        folder.check()
+    written = json.loads(manifest.read_text())
+    for key, says in (("model", "is of the model"), ("order", "is of another order of data")):
+        other = {**written, key: {"name": "another"}}
+        manifest.write_text(json.dumps({**other, SEAL: seal_of(other)}))
+        with pytest.raises(ValueError, match=f"{manifest.parent.name} {says}"):
+            folder.check()
+        manifest.write_text(json.dumps(other))  # damaged, which is for the ranks to pass over
+        assert folder.check() == folder.spec()
 
 
 def test_a_kill_between_seal_and_run_json_does_no_harm(made, tmp_path):
@@ -194,3 +196,17 @@ def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match="has no checkpoint '7'; it has the steps"):
         chosen(finished, "7")
+
+
+def test_new_lines_come_once_and_whole_and_anew_when_the_file_was_replaced(tmp_path):
+    folder, new = RunFolder(tmp_path), NewLines(tmp_path / "metrics.jsonl")
+    assert new.read() == []
+    folder.append("metrics.jsonl", {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    assert new.read() == [{"step": 1}] and new.read() == []
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("}\n")
+    assert new.read() == [{"step": 2}]
+    folder.replace_metrics([{"step": 1}])
+    assert new.read() == [{"step": 1}]

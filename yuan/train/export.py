@@ -16,8 +16,8 @@ from yuan.model import weights
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
 from yuan.train.folder import RunFolder
+from yuan.train.manifest import MANIFEST, damage_of, real_checkpoints, sealed
 from yuan.train.pieces import Piece, read_pieces
-from yuan.train.store import MANIFEST, damage_of, real_checkpoints, sealed
 
 log = logging.getLogger(__name__)
 

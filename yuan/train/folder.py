@@ -12,9 +12,11 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.record import Plan
+from yuan.train.manifest import MANIFEST, digest_of, real_checkpoints, sealed
 
 KINDS = ("pretrain", "continue", "finetune")
 SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 SPEC_BEFORE = "run.json before"  # in the seal: what run.json was until it was replaced
 
 
@@ -148,14 +150,14 @@ class RunFolder:
         """
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
         files = [*corpus_files(self.data), self.path / TOKENIZER]
-        self._write_seal({str(file.relative_to(self.path)): _digest(file) for file in files})
+        self._write_seal({str(file.relative_to(self.path)): digest_of(file) for file in files})
         self.write_spec(spec)
 
     def write_spec(self, spec: RunSpec) -> None:
         """Replace run.json, for another plan; the seal knows both, so a kill between the two writes does no harm."""
         text = json.dumps(spec.to_json(), indent=2)
         digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        before = {SPEC_BEFORE: _digest(self.path / SPEC)} if (self.path / SPEC).exists() else {}
+        before = {SPEC_BEFORE: digest_of(self.path / SPEC)} if (self.path / SPEC).exists() else {}
         self._write_seal({**self._seal(), **before, SPEC: digest})
         write_json(self.path / SPEC, spec.to_json())
 
@@ -171,7 +173,7 @@ class RunFolder:
             if name in (SPEC, SPEC_BEFORE):  # compared above
                 continue
             try:
-                bad = None if _digest(self.path / name) == expected else "is not as it was laid out"
+                bad = None if digest_of(self.path / name) == expected else "is not as it was laid out"
             except OSError as error:
                 bad = f"cannot be read: {error.strerror}"
             wrong += [f"{name} {bad}"] if bad else []
@@ -185,13 +187,14 @@ class RunFolder:
     def _foreign_checkpoints(self, spec: RunSpec) -> list[str]:
         """Checkpoints of another model or another order of data; a damaged manifest is for the ranks to pass over."""
         wrong = []
-        for file in sorted(self.checkpoints.glob("step-*/manifest.json")):
-            manifest = _parse(file.read_text(errors="replace")) or {}
-            order = manifest.get("order", {})
-            if "model" in manifest and manifest["model"] != spec.model.to_json():
-                wrong.append(f"checkpoint {file.parent.name} is of the model {manifest['model']}")
-            elif order and any(order.get(key) != value for key, value in spec.order.items()):
-                wrong.append(f"checkpoint {file.parent.name} is of another order of data, {order}")
+        for path in real_checkpoints(self.checkpoints):
+            manifest = sealed(path / MANIFEST)
+            if manifest is None:
+                continue
+            if manifest["model"] != spec.model.to_json():
+                wrong.append(f"checkpoint {path.name} is of the model {manifest['model']}")
+            elif any(manifest["order"].get(key) != value for key, value in spec.order.items()):
+                wrong.append(f"checkpoint {path.name} is of another order of data, {manifest['order']}")
         return wrong
 
     def corpus(self, seed: int) -> Corpus:
@@ -213,21 +216,19 @@ class RunFolder:
         except FileNotFoundError:
             return {}
 
-    def metrics(self, after_step: int = -1) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl with a step above `after_step`; a torn line is left out."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text()
-        except FileNotFoundError:
-            return []
-        return [row for line in text.splitlines() if (row := _parse(line)) and row["step"] > after_step]
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl; who asks again and again reads `NewLines`."""
+        return NewLines(self.path / METRICS).read()
 
     def events(self) -> list[dict[str, Any]]:
-        """Lines of events.jsonl; a torn line is left out."""
-        try:
-            text = (self.path / "events.jsonl").read_text()
-        except FileNotFoundError:
-            return []
-        return [row for line in text.splitlines() if (row := _parse(line))]
+        """Every whole line of events.jsonl."""
+        return NewLines(self.path / EVENTS).read()
+
+    def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Put these in place of all metrics, in one step."""
+        scratch = self.path / f".{METRICS}"
+        scratch.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        scratch.replace(self.path / METRICS)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log; after one that a full disk has torn, on a line of its own."""
@@ -240,16 +241,33 @@ class RunFolder:
             file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
+class NewLines:
+    """The records of a log that have come since one asked last; from the start again once the file was replaced."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._inode, self._offset = file, 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Of the lines that have ended, those that are records; a torn one is left out."""
+        try:
+            with self._file.open("rb") as stream:
+                found = os.fstat(stream.fileno())
+                if found.st_ino != self._inode or found.st_size < self._offset:
+                    self._inode, self._offset = found.st_ino, 0
+                stream.seek(self._offset)
+                new = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [row for line in whole.decode(errors="replace").splitlines() if (row := _parse(line))]
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(line))
     except ValueError:
         return None
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

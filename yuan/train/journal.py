@@ -2,14 +2,13 @@
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from yuan.data.shuffle import Numbers
-from yuan.train.folder import RunFolder, write_json
+from yuan.train.folder import EVENTS, METRICS, RunFolder, write_json
 from yuan.train.pace import Pacer
 from yuan.train.step import Pass
 
@@ -26,7 +25,7 @@ class Journal:
 
     def event(self, event: Mapping[str, Any]) -> None:
         if self._writes:
-            self._folder.append("events.jsonl", {**event, "time": time.time()})
+            self._folder.append(EVENTS, {**event, "time": time.time()})
 
     def step(self, step: int, done: Pass, rate: float, positions: Numbers, pacer: Pacer, bounds: list[int]) -> None:
         """Record a step whose update was made, and the status every few seconds."""
@@ -52,7 +51,7 @@ class Journal:
             "data/first_position": int(positions[0]),
             "data/end_position": int(positions[-1]) + 1,
         }
-        self._folder.append("metrics.jsonl", record)
+        self._folder.append(METRICS, record)
         if time.monotonic() - self._shown > STATUS_EVERY_S or step == self._max_steps:
             self._shown = time.monotonic()
             more = {"grad_norm": done.norm, "eta_s": (self._max_steps - step) * pace.step_seconds, **asdict(pace)}
@@ -66,14 +65,5 @@ class Journal:
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that will be trained again."""
-        if not self._writes or not (self._folder.path / "metrics.jsonl").exists():
-            return
-        kept = [row for row in self._folder.metrics() if row["step"] <= step]
-        scratch = RunFolder(self._folder.path / ".metrics")
-        shutil.rmtree(scratch.path, ignore_errors=True)
-        scratch.path.mkdir()
-        (scratch.path / "metrics.jsonl").touch()
-        for row in kept:
-            scratch.append("metrics.jsonl", row)
-        (scratch.path / "metrics.jsonl").replace(self._folder.path / "metrics.jsonl")
-        shutil.rmtree(scratch.path)
+        if self._writes:
+            self._folder.replace_metrics([row for row in self._folder.metrics() if row["step"] <= step])

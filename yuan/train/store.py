@@ -5,12 +5,10 @@ The files are torch.distributed.checkpoint's. A checkpoint is a folder `step-NNN
 thread of each rank writes, hashes and waits for the others.
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,22 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from yuan.train.folder import write_json
+from yuan.train.manifest import (
+    MANIFEST,
+    SCHEMA,
+    SEAL,
+    differences,
+    digest_or_error,
+    listed,
+    real_checkpoints,
+    seal_of,
+    sealed,
+    step_of,
+)
 from yuan.train.pieces import Piece, read_pieces, write_pieces
 
 log = logging.getLogger(__name__)
 
-MANIFEST, SEAL, SCHEMA = "manifest.json", "sha256", 1
-HASHED_AT_ONCE = 2**22  # bytes
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -79,14 +87,14 @@ class Checkpoints:
         said = [[(path.name, sealed(path / MANIFEST)) for path in real_checkpoints(self.folder)]]
         dist.broadcast_object_list(said, src=0, group=self.group)
         for path, manifest in ((self.folder / name, manifest) for name, manifest in reversed(said[0])):
-            if until is not None and _step(path) > until:
+            if until is not None and step_of(path) > until:
                 continue
             bad = self._damaged(path, manifest) if manifest else f"{MANIFEST} is not as it was written"
             if manifest and bad is None:
                 self._check(path, manifest)
                 return manifest
             log.warning("checkpoint %s is damaged: %s", path, bad)
-            self._tell({"event": "checkpoint damaged", "step": _step(path), "what": bad})
+            self._tell({"event": "checkpoint damaged", "step": step_of(path), "what": bad})
         return None
 
     def load(self, step: int, wanted: Mapping[str, Piece]) -> None:
@@ -109,7 +117,7 @@ class Checkpoints:
         self.wait()
         if self.rank == 0:
             for path in real_checkpoints(self.folder):
-                if _step(path) > step:
+                if step_of(path) > step:
                     (path / MANIFEST).unlink()  # first, so that a kill leaves no half that counts
                     shutil.rmtree(path)
         dist.barrier(group=self.group)
@@ -122,12 +130,12 @@ class Checkpoints:
             dist.barrier(group=self.group)
             write_pieces(path, self._copies, self.group)
             own = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
-            files = self._gather({file.name: _digest(file) for file in own})
+            files = self._gather({file.name: digest_or_error(file) for file in own})
             if unread := [name for name, digest in files.items() if "error" in digest]:
                 raise OSError(f"{unread[0]} was written but cannot be read: {files[unread[0]]['error']}")
             if self.rank == 0:
                 manifest = {"schema": SCHEMA, "step": step, **self.about, **state, "files": files}
-                write_json(path / MANIFEST, {**manifest, SEAL: _seal(manifest)})
+                write_json(path / MANIFEST, {**manifest, SEAL: seal_of(manifest)})
                 for entry in (path / MANIFEST, path, self.folder):
                     _sync(entry)
                 self._prune()
@@ -146,7 +154,7 @@ class Checkpoints:
         real = list(real_checkpoints(self.folder))
         found = [(manifest.get("loss"), path) for path in real if (manifest := sealed(path / MANIFEST))]
         _, best = min(((float(loss), path) for loss, path in found if loss is not None), default=(0.0, None))
-        back = [path for path in real if self.needed is not None and _step(path) <= self.needed][-1:]
+        back = [path for path in real if self.needed is not None and step_of(path) <= self.needed][-1:]
         for old in set(real[: -self.keep]) - {best, *back}:
             (old / MANIFEST).unlink()
             shutil.rmtree(old)
@@ -164,7 +172,7 @@ class Checkpoints:
     def _damaged(self, path: Path, manifest: dict[str, Any]) -> str | None:
         """What is wrong with its files; the ranks share the reading and agree."""
         own = sorted(manifest["files"])[self.rank :: self.ranks]
-        return _listed(self._gather(_differences(path, manifest, own)))
+        return listed(self._gather(differences(path, manifest, own)))
 
     def _check(self, path: Path, manifest: dict[str, Any]) -> None:
         for key, value in self.about.items():
@@ -173,65 +181,6 @@ class Checkpoints:
                     f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
                     f"{value!r}; take it out of the folder, or start in a new one"
                 )
-
-
-def real_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints with a manifest, oldest first."""
-    return (manifest.parent for manifest in sorted(folder.glob(f"step-*/{MANIFEST}")))
-
-
-def damage_of(path: Path, manifest: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if nothing is."""
-    return _listed(_differences(path, manifest, manifest["files"]))
-
-
-def _differences(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    return {name: bad for name in names if (bad := _difference(path / name, manifest["files"][name]))}
-
-
-def _listed(wrong: Mapping[str, str]) -> str | None:
-    return "; ".join(f"{name} {bad}" for name, bad in sorted(wrong.items())) or None
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without its seal; what was edited or flipped has another."""
-    rest = {key: value for key, value in manifest.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def sealed(file: Path) -> dict[str, Any] | None:
-    """A manifest as it was written; None if it is not."""
-    try:
-        manifest = json.loads(file.read_text())
-        return dict(manifest) if manifest[SEAL] == _seal(manifest) and manifest["schema"] == SCHEMA else None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return None
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file; what went wrong if it cannot be read, so that the other ranks hear of it."""
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(HASHED_AT_ONCE):
-                digest.update(block)
-        return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-    except OSError as error:
-        return {"error": str(error.strerror)}
-
-
-def _difference(file: Path, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file, in words; None if nothing is."""
-    found = _digest(file)
-    if "error" in found:
-        return f"cannot be read: {found['error']}"
-    if found["bytes"] != expected["bytes"]:
-        return f"has {found['bytes']} bytes, not {expected['bytes']}"
-    return None if found["sha256"] == expected["sha256"] else "has another sha256"
 
 
 def _sync(path: Path) -> None:
