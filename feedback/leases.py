@@ -178,22 +178,19 @@ def free(session: Session, lease: Lease) -> None:
         audit(session, "reaper", "lease reaped", lease.id, run=lease.run_id, devices=lease.devices or [])
 
 
-def lose_device(session: Session, pool: str, device: str, reason: str) -> None:
-    """Take a device that does not work out of use; a lease that has it keeps it until it ends.
+def set_lost(session: Session, pool: str, device: str, reason: str | None) -> None:
+    """Take a device that does not work out of use, or, without a reason, put a mended one back.
+
+    A lease that has it keeps it until it ends.
 
     Raises:
         NotFound: if the pool has no such device.
     """
-    _set_lost(session, pool, device, reason)
-
-
-def return_device(session: Session, pool: str, device: str) -> None:
-    """Put a mended device back into use.
-
-    Raises:
-        NotFound: if the pool has no such device.
-    """
-    _set_lost(session, pool, device, None)
+    found = session.get(Device, (pool, device))
+    if found is None:
+        raise NotFound(f"pool {pool!r} has no device {device!r}")
+    found.lost_reason = reason
+    audit(session, "pool", "device lost" if reason else "device returned", f"{pool}/{device}", reason=reason)
 
 
 def working(session: Session, pool: str) -> Counter[str]:
@@ -280,11 +277,3 @@ def _is_mine(lease_id: str, generation: int) -> ColumnElement[bool]:
         & Lease.released_at.is_(None)
         & Lease.fenced_at.is_(None)
     )
-
-
-def _set_lost(session: Session, pool: str, device: str, reason: str | None) -> None:
-    found = session.get(Device, (pool, device))
-    if found is None:
-        raise NotFound(f"pool {pool!r} has no device {device!r}")
-    found.lost_reason = reason
-    audit(session, "pool", "device lost" if reason else "device returned", f"{pool}/{device}", reason=reason)

@@ -78,7 +78,7 @@ def held(
     finally:
         over.set()
         beating.join()
-        _outliving(lambda: _release(sessions, asked, reason), ttl_s)
+        _give_back(sessions, asked, reason)
 
 
 def _granted(
@@ -114,20 +114,16 @@ def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threadi
             return
 
 
-def _release(sessions: Sessions, asked: Lease, reason: str) -> None:
-    with sessions.begin() as session:
-        leases.release(session, asked.id, asked.generation, reason)
-
-
-def _outliving(action: Callable[[], None], seconds: float) -> None:
-    """Try for a while; what cannot be given back is reaped once we are silent."""
-    end = time.monotonic() + seconds
+def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:
+    """Release a lease; what the server does not hear of while it lives is reaped once we are silent."""
+    end = time.monotonic() + asked.ttl_s
     while True:
         try:
-            return action()
+            with sessions.begin() as session:
+                return leases.release(session, asked.id, asked.generation, reason)
         except OperationalError:
             if time.monotonic() > end:
-                log.warning("a lease could not be given back; the reaper will")
+                log.warning("lease %s could not be given back; the reaper will", asked.id[:8])
                 return None
             time.sleep(POLL_S)
 

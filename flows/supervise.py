@@ -95,13 +95,12 @@ class _Supervisor:
     def _start(self) -> Ended:
         """Take devices and run the processes once, from the last checkpoint to whatever end."""
         plan = self._fitting()
-        wanted = Counter(stage.device_class for stage in plan.stages for _ in range(plan.data_size))
         settings = self.context.settings
         try:
             with held(
                 self.context.sessions,
                 self.pool.name,
-                wanted,
+                plan.wanted,
                 run_id=self.run_id,
                 team=settings.team,
                 priority=self.priority,
@@ -149,8 +148,7 @@ class _Supervisor:
         """As many as fit on the smallest node of the plan's devices, the same on every node."""
         classes = {stage.device_class for stage in plan.stages}
         smallest = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
-        ranks = plan.pipeline_size * plan.data_size
-        return next(count for count in range(min(ranks, smallest), 0, -1) if ranks % count == 0)
+        return next(n for n in range(min(plan.num_ranks, smallest), 0, -1) if plan.num_ranks % n == 0)
 
     def _lost(self, lease: Held) -> dict[str, str]:
         """Devices of ours that were taken out of use meanwhile."""
@@ -162,7 +160,7 @@ class _Supervisor:
 
     def _give_up_device(self, device: str, reason: str) -> None:
         with self.context.sessions.begin() as session:
-            leases.lose_device(session, self.pool.name, device, reason[:300])
+            leases.set_lost(session, self.pool.name, device, reason[:300])
 
     def _respond(self, ended: Ended) -> None:
         """Decide how to go on; returns to start the processes again.
@@ -208,10 +206,9 @@ class _Supervisor:
         plan = self.folder.check().plan
         with self.context.sessions() as session:
             working = leases.working(session, self.pool.name)
-        wanted = Counter(stage.device_class for stage in plan.stages for _ in range(plan.data_size))
-        if wanted <= working:
+        if Counter(plan.wanted) <= working:
             return plan
-        return self._plan_anew(f"the plan wants {dict(wanted)} and {dict(working)} work")
+        return self._plan_anew(f"the plan wants {plan.wanted} and {dict(working)} work")
 
     def _plan_anew(self, why: str) -> Plan:
         """Plan for the devices that work and the memory that is left, and put the plan into the run folder."""

@@ -34,13 +34,12 @@ def train(
     with clear_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())
         plan, since = folder.check().plan, time.time()
-        ranks = plan.pipeline_size * plan.data_size
         job = Job(
             name=f"train-{os.getpid()}",
             module="yuan.train.run",
             folder=folder.path,
-            num_processes=ranks,
-            processes_per_node=ranks,
+            num_processes=plan.num_ranks,
+            processes_per_node=plan.num_ranks,
             environment={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         )
         with LocalLauncher().run(job) as running, progress() as advance:

@@ -44,13 +44,7 @@ def lose(
     as_json: Json = False,
 ) -> None:
     """Take a device out of use; a run that has it is planned anew on what is left."""
-    from feedback import leases
-
-    with clear_errors(), _known():
-        context, name = _open(name)
-        with context.sessions.begin() as session:
-            leases.lose_device(session, name, device, reason)
-    show({"pool": name, "device": device, "lost_reason": reason}, f"{name}/{device} is out of use: {reason}", as_json)
+    _change(device, reason, name, as_json)
 
 
 @pool.command(name="return")
@@ -60,13 +54,18 @@ def return_(
     as_json: Json = False,
 ) -> None:
     """Put a mended device back into use; later runs are planned with it."""
+    _change(device, None, name, as_json)
+
+
+def _change(device: str, lost_reason: str | None, name: str, as_json: bool) -> None:
     from feedback import leases
 
     with clear_errors(), _known():
         context, name = _open(name)
         with context.sessions.begin() as session:
-            leases.return_device(session, name, device)
-    show({"pool": name, "device": device, "lost_reason": None}, f"{name}/{device} is in use again", as_json)
+            leases.set_lost(session, name, device, lost_reason)
+    state = f"out of use: {lost_reason}" if lost_reason else "in use again"
+    show({"pool": name, "device": device, "lost_reason": lost_reason}, f"{name}/{device} is {state}", as_json)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What every launcher takes and gives: a job of equal processes on some nodes, and how it ended."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Job:
     def nodes(self) -> int:
         return -(-self.num_processes // self.processes_per_node)
 
+    @property
+    def alive_file(self) -> Path:
+        """What processes on other machines take for their supervisor's sign of life; see `infra.alive`."""
+        return self.folder / f".alive-{self.name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
@@ -67,6 +73,16 @@ class Launcher(Protocol):
 
 class LauncherAway(RuntimeError):
     """The batch system does not answer; the same may work later."""
+
+
+def polled(ask: Callable[[], Ending | None], seconds: float, pause_s: float) -> Ending | None:
+    """Ask until there is an ending, or the time is over; at least once."""
+    end = time.monotonic() + seconds
+    while True:
+        ending = ask()
+        if ending is not None or time.monotonic() >= end:
+            return ending
+        time.sleep(min(pause_s, seconds))
 
 
 def passed(environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kubernetes import client
@@ -18,7 +17,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from infra.alive import FILE_VARIABLE, renewed
-from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed
+from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class KubernetesLauncher:
         body = manifest(job, self._options)
         running = _KubernetesRun(self._objects, self._core, self._options.namespace, job)
         follower = threading.Thread(target=running.follow, daemon=True, name="pod-log")
-        with renewed(alive_file(job)):
+        with renewed(job.alive_file):
             try:
                 self._create(job.name, body)
                 follower.start()
@@ -85,7 +84,7 @@ class KubernetesLauncher:
                 while not self.end(job.name, END_WITHIN_S):
                     log.warning("%s has pods still; its devices are kept until it has none", job.name)
                 running.over.set()
-        alive_file(job).unlink(missing_ok=True)
+        job.alive_file.unlink(missing_ok=True)
 
     def _create(self, name: str, body: dict[str, Any]) -> None:
         try:
@@ -126,12 +125,7 @@ class _KubernetesRun:
         self.over = threading.Event()
 
     def wait(self, seconds: float) -> Ending | None:
-        end = time.monotonic() + seconds
-        while True:
-            ending = self._ending()
-            if ending is not None or time.monotonic() >= end:
-                return ending
-            time.sleep(min(1.0, seconds))
+        return polled(self._ending, seconds, 1.0)
 
     def _ending(self) -> Ending | None:
         try:
@@ -210,11 +204,6 @@ def ending_of(status: dict[str, Any], pods: list[Any]) -> Ending | None:
     return Ending(status=first.exit_code, cause=cause_of_first, said=f"pod {name}: {first.reason}, {first.exit_code}")
 
 
-def alive_file(job: Job) -> Path:
-    """What the job's processes take for their supervisor's sign of life."""
-    return job.folder / f".alive-{job.name}"
-
-
 def manifest(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     """The JobSet of a job.
 
@@ -251,7 +240,7 @@ def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     per_node = job.num_processes // job.nodes
     values = {
         **passed(job.environment),
-        FILE_VARIABLE: str(alive_file(job)),
+        FILE_VARIABLE: str(job.alive_file),
         "PET_NNODES": str(job.nodes),
         "PET_NPROC_PER_NODE": str(per_node),
         "PET_MASTER_ADDR": f"{job.name}-{REPLICATED}-0-0.{job.name}",

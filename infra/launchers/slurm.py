@@ -14,10 +14,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from infra.alive import FILE_VARIABLE, renewed
-from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed
+from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +74,10 @@ class SlurmLauncher:
             raise OSError(
                 "sbatch is not on the PATH; run on a machine that can submit jobs, or choose another launcher"
             )
-        alive = job.folder / f".alive-{job.name}"
         script = job.folder / f".{job.name}.sh"
         script.touch(mode=0o700)
-        script.write_text(rendered(job, self._options, alive))
-        with renewed(alive):
+        script.write_text(rendered(job, self._options))
+        with renewed(job.alive_file):
             try:
                 number = _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
                 log.info("submitted %s as job %s", job.name, number)
@@ -88,7 +86,7 @@ class SlurmLauncher:
                 while not self.end(job.name, END_WITHIN_S):
                     log.warning("%s has not ended yet; its devices are kept until it has", job.name)
         script.unlink(missing_ok=True)
-        alive.unlink(missing_ok=True)
+        job.alive_file.unlink(missing_ok=True)
 
     def end(self, name: str, within_s: float) -> bool:
         """Cancel the job of a name; whether nothing of it is left."""
@@ -109,12 +107,7 @@ class _SlurmRun:
         self._number = number
 
     def wait(self, seconds: float) -> Ending | None:
-        end = time.monotonic() + seconds
-        while True:
-            ending = self._ending()
-            if ending is not None or time.monotonic() >= end:
-                return ending
-            time.sleep(min(0.5, seconds))
+        return polled(self._ending, seconds, 0.5)
 
     def _ending(self) -> Ending | None:
         try:
@@ -145,7 +138,7 @@ def ending_of(shown: str) -> Ending | None:
     )
 
 
-def rendered(job: Job, options: SlurmOptions, alive: Path) -> str:
+def rendered(job: Job, options: SlurmOptions) -> str:
     """The batch script of a job."""
     asked = {
         "job-name": job.name,
@@ -162,7 +155,7 @@ def rendered(job: Job, options: SlurmOptions, alive: Path) -> str:
         "mem": options.memory_per_node,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
-    values = {**passed(job.environment), "PATH": os.environ["PATH"], FILE_VARIABLE: str(alive)}
+    values = {**passed(job.environment), "PATH": os.environ["PATH"], FILE_VARIABLE: str(job.alive_file)}
     exports = [f"export {name}={shlex.quote(text)}" for name, text in sorted(values.items())]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={job.nodes}", "--max-restarts=0"]
     torchrun += [f"--nproc-per-node={job.num_processes // job.nodes}", "--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID"]

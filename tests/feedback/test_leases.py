@@ -78,10 +78,10 @@ def test_small_requests_cannot_starve_a_large_one(queue):
 
 
 def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
-    leases.lose_device(queue, "p", "A/2", "Xid 79")
+    leases.set_lost(queue, "p", "A/2", "Xid 79")
     with pytest.raises(leases.NoCapacity, match=r"'A': 5.*A/2 is lost: Xid 79"):
         ask(queue, A=6)
-    leases.return_device(queue, "p", "A/2")
+    leases.set_lost(queue, "p", "A/2", None)
     assert ask(queue, A=6)
 
 
@@ -151,7 +151,7 @@ def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
     assert leases.lost_of(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}
     leases.register_pool(queue, POOL)
     assert leases.lost_of(queue, "p", lease.devices) == {}
-    leases.lose_device(queue, "p", "B/0", "hot")
+    leases.set_lost(queue, "p", "B/0", "hot")
     leases.register_pool(queue, POOL)
     assert leases.lost_of(queue, "p", lease.devices) == {"B/0": "hot"}  # only an operator returns it
 

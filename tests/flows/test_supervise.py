@@ -84,7 +84,7 @@ def test_a_lost_device_is_planned_around(supervisor):
 
     def lose():
         with supervisor.context.sessions.begin() as session:
-            leases.lose_device(session, CPU_POOL, "cpu-process/1", "taken out by the operator")
+            leases.set_lost(session, CPU_POOL, "cpu-process/1", "taken out by the operator")
 
     struck = when_under_way(folder, lose)
     supervisor.run()

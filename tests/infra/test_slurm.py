@@ -208,7 +208,7 @@ def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
 
 
 def test_a_script_carries_no_secret_and_names_the_first_node(job):
-    script = rendered(job, SlurmOptions(gres="gpu:8", account="a b"), job.folder / ".alive")
+    script = rendered(job, SlurmOptions(gres="gpu:8", account="a b"))
     assert "do not pass on" not in script and "--gres=gpu:8" in script
     assert "export OMP_NUM_THREADS=1" in script and "--rdzv-endpoint=$head:29500" in script
 

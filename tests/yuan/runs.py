@@ -76,7 +76,7 @@ def lay_out(folder, made, recipe=RECIPE, plan=None):
 
 def launch(folder, script=None):
     plan = folder.spec().plan
-    command = torchrun_command("yuan.train.run", folder.path, plan.pipeline_size * plan.data_size)
+    command = torchrun_command("yuan.train.run", folder.path, plan.num_ranks)
     if script is not None:
         command = [*command[: command.index("-m", 3)], str(script), str(folder.path)]
     return supervised(command, folder.path, dict(os.environ), "train.log")

@@ -1,5 +1,6 @@
 """A plan: the record that the planner writes and the engine reads."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ class Plan:
     def bounds(self) -> list[int]:
         """Layer numbers at which stages begin, and the end: [0, 3, 5] is three layers and two."""
         return [stage.first_layer for stage in self.stages] + [self.stages[-1].first_layer + self.stages[-1].layers]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.pipeline_size * self.data_size
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        """How many devices of each class it takes."""
+        return dict(Counter(stage.device_class for stage in self.stages for _ in range(self.data_size)))
 
     @property
     def recomputed(self) -> set[int]:

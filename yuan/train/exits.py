@@ -9,6 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from yuan.train.folder import write_json
+from yuan.train.guard import NumericalTrouble
 
 FOLDER = "exits"
 
@@ -58,8 +59,6 @@ def status_of(error: BaseException) -> Status:
     >>> status_of(ValueError("the plan lays out 3 layers")), status_of(RuntimeError("CUDA out of memory"))
     (<Status.BAD_DATA: 65>, <Status.OUT_OF_MEMORY: 71>)
     """
-    from yuan.train.guard import NumericalTrouble
-
     text = str(error)
     if isinstance(error, NumericalTrouble):
         return Status.NUMERICAL

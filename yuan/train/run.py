@@ -53,7 +53,7 @@ def train(folder: RunFolder, rank: int) -> None:
     # A rank of an earlier start may be dying still; two of them must not write the same files.
     with alone(folder.path / f".rank-{rank}.lock"):
         heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)
-        start_distributed(spec.plan.pipeline_size * spec.plan.data_size)
+        start_distributed(spec.plan.num_ranks)
         Trainer(folder, spec, heartbeat).run()
         stop_distributed()
 
