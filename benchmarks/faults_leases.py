@@ -1,4 +1,4 @@
-"""Two hundred random kills of lease holders: `python benchmarks/faults_leases.py [KILLS]`, about five minutes.
+"""Two hundred random kills of lease holders: `python benchmarks/faults_leases.py [KILLS]`, nine minutes.
 
 Processes ask for one to eight of eight devices on two nodes, hold them under a time to live of two seconds, and each
 has a child on its devices, as training has. A killer takes holders, children, or both with -9, or stops a holder, at

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import MAX_TEXT
@@ -127,6 +127,10 @@ class RoundParameters(BaseModel):
         default=3000, ge=0, description="rows of the base mixture trained again, against forgetting"
     )
     seed: int = Field(default=0, ge=0, description="seed of data order and new weights")
+    weights: dict[Literal["corrections", "datasets", "base"], PositiveFloat] | None = Field(
+        default=None,
+        description="how much of the trained windows is of each part that has rows; empty: every window once an epoch",
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where it is fast; fp32 runs repeat to the bit"
     )

@@ -69,7 +69,11 @@ def lay_out(context: Context, round_id: str) -> Plan:
     picture = draw_plan(Work.of(model, recipe), pool, plan)
     (folder.path / PICTURE).write_text(picture)
     context.objects.put(rounds.picture_key(run_id), picture.encode())
-    folder.write(spec, _sources(rows, parts, tokenizer, spec.seed), pad=tokenizer.pad)
+    weights = RoundParameters.model_validate(parameters).weights
+    sources = _sources(rows, parts, tokenizer, spec.seed)
+    folder.write(
+        spec, sources, pad=tokenizer.pad, weights=weights and {str(name): share for name, share in weights.items()}
+    )
     log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
     return plan
 

@@ -44,6 +44,10 @@ def cotrain_round(
         int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")
     ] = 3000,
     seed: Annotated[int, Field(ge=0, description="seed of data order and new weights")] = 0,
+    weights: Annotated[
+        dict[Literal["corrections", "datasets", "base"], float] | None,
+        Field(description="how much of the trained windows is of each part that has rows; empty: every window alike"),
+    ] = None,
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], Field(description="auto: bf16 where it is fast; fp32 runs repeat to the bit")
     ] = "auto",
@@ -58,6 +62,7 @@ def cotrain_round(
             learning_rate=learning_rate,
             replay_rows=replay_rows,
             seed=seed,
+            weights=weights,
             precision=precision,
             checkpoint_every=checkpoint_every,
             priority=priority,

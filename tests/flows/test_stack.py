@@ -1,5 +1,6 @@
 """The whole embedded stack, driven through its doors, with kills in between."""
 
+import json
 import os
 import signal
 import subprocess
@@ -130,9 +131,13 @@ def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contr
             FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected=row.answer)
         )
     stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].rows(200, seed=2))
-    turn = operator.start_round(SHORT)
+    weights = {"corrections": 1, "datasets": 2, "base": 1}
+    turn = operator.start_round(SHORT.model_copy(update={"weights": weights}))
     done = stack.follow(operator, turn)
     assert done.state in ("promoted", "rejected"), done.reason
+    newest = max((stack.home / "runs").glob("*/data/data.json"), key=lambda file: file.stat().st_mtime)
+    quotas = {source["name"]: source["quota"] for source in json.loads(newest.read_text())["sources"]}
+    assert quotas == {"corrections": 256, "datasets": 512, "base": 256}
     reports = contributor.all_feedback()
     assert [report.state for report in reports] == ["accepted"] * 30
     assert {report.role for report in reports} == {"taught", "held_out"}
