@@ -70,10 +70,8 @@ def lay_out(context: Context, round_id: str) -> Plan:
     (folder.path / PICTURE).write_text(picture)
     context.objects.put(rounds.picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
-    sources = _sources(rows, parts, tokenizer, spec.seed)
-    folder.write(
-        spec, sources, pad=tokenizer.pad, weights=weights and {str(name): share for name, share in weights.items()}
-    )
+    shares = None if weights is None else {str(name): share for name, share in weights.items()}
+    folder.write(spec, _sources(rows, parts, tokenizer, spec.seed), pad=tokenizer.pad, weights=shares)
     log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
     return plan
 
