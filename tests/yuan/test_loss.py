@@ -123,3 +123,18 @@ def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_heads_gradients_of_many_losses_can_share_one_sum(batch, dtype, near):
+    """As under accumulation: two micro-batches, each scaled by a half, beside what autograd adds up."""
+    x, head, labels, weights = batch
+    autograds, ours = (head.to(dtype, copy=True).requires_grad_() for _ in range(2))
+    total = torch.zeros(V, H)
+    for part in (slice(0, 1), slice(1, 3)):
+        rows, same = (x[part].to(dtype, copy=True).requires_grad_() for _ in range(2))
+        (head_loss(rows, autograds, labels[part], weights[part], block=4) / 2).backward()
+        (head_loss(same, ours, labels[part], weights[part], block=4, head_sum=total, upstream=0.5) / 2).backward()
+        assert torch.equal(same.grad, rows.grad)
+    assert ours.grad is None
+    torch.testing.assert_close(total, autograds.grad.float(), rtol=near, atol=near)

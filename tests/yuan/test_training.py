@@ -42,6 +42,13 @@ def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
 
 
+def test_bf16_adds_up_the_same_gradients(made, finished, tmp_path):
+    """Of the tied embedding too, which both ends add to DeepSpeed's fp32 sums by themselves."""
+    folder = run(lay_out(tmp_path / "bf16", made, dataclasses.replace(RECIPE, max_steps=4, precision="bf16")))
+    norms, exact = ([row["train/grad_norm"] for row in f.metrics()][:3] for f in (folder, finished))
+    np.testing.assert_allclose(norms, exact, rtol=0.02)
+
+
 def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
     plan = two_stages(made[1], recipe)

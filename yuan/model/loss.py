@@ -34,6 +34,8 @@ def head_loss(
     *,
     block: int | None = None,
     losses_BS: Tensor | None = None,
+    head_sum: Tensor | None = None,
+    upstream: float = 1.0,
 ) -> Tensor:
     """`weighted_cross_entropy` of the logits `x @ head.T`, of which never more than one block of rows exists.
 
@@ -43,6 +45,9 @@ def head_loss(
     Args:
         block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 512 MiB on a GPU.
         losses_BS: where to leave each learned token's own loss, without its weight.
+        head_sum: fp32 (V, H), to which the head's gradient is added at once, and given to nobody else: for many
+            micro-batches that share one sum.
+        upstream: with head_sum, the factor by which backward will scale this loss.
 
     Raises:
         ValueError: if the shapes do not fit or block is not positive.
@@ -61,8 +66,9 @@ def head_loss(
         raise ValueError(f"block must be at least 1 row, got {rows}")
     learned = weights_BS != 0
     losses_N = torch.empty(int(learned.sum()), device=x_BSH.device)
+    target = None if head_sum is None else (head_sum, upstream)
     loss: Tensor = _HeadLoss.apply(
-        x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows, losses_N
+        x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows, losses_N, target
     )
     if losses_BS is not None:
         losses_BS[learned] = losses_N
@@ -80,12 +86,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NH: Tensor, head_VH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: int, losses_N: Tensor
+        ctx: Any,
+        x_NH: Tensor,
+        head_VH: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        rows: int,
+        losses_N: Tensor,
+        target: tuple[Tensor, float] | None,
     ) -> Tensor:
         wants_x, wants_head = ctx.needs_input_grad[:2]
         dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if wants_x else None
-        dhead_VH = torch.empty_like(head_VH, dtype=torch.float32) if wants_head else None
-        if dhead_VH is not None and not len(x_NH):
+        dhead_VH, scale = target or (torch.empty_like(head_VH, dtype=torch.float32) if wants_head else None, 1.0)
+        if dhead_VH is not None and not target and not len(x_NH):
             dhead_VH.zero_()
         loss = torch.zeros((), device=x_NH.device)
         block = _Block(head_VH, min(rows, len(x_NH)))
@@ -94,8 +107,9 @@ class _HeadLoss(torch.autograd.Function):
             losses_N[part] = block.losses(x_NH[part], labels_N[part], weights_N[part])
             loss += (losses_N[part] * weights_N[part]).sum()
             if wants_x or wants_head:
-                block.gradients(None if dx_NH is None else dx_NH[part], dhead_VH, is_first=start == 0)
-        ctx.gradients = (dx_NH, dhead_VH)
+                adds = target is not None or start > 0
+                block.gradients(None if dx_NH is None else dx_NH[part], dhead_VH, adds=adds, scale=scale)
+        ctx.gradients = (dx_NH, None if target else dhead_VH)
         ctx.dtypes = (x_NH.dtype, head_VH.dtype)
         return loss
 
@@ -108,7 +122,7 @@ class _HeadLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(upstream[0]).to(dtype)
             for grad, dtype in zip(made, ctx.dtypes, strict=True)
         )
-        return dx, dhead, None, None, None, None
+        return dx, dhead, None, None, None, None, None
 
 
 class _Block:
@@ -142,8 +156,8 @@ class _Block:
         right = (x_NH.float() * self.head[labels_N].float()).sum(dim=1)
         return self.log_total - right
 
-    def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, is_first: bool) -> None:
-        """Write the gradient of the rows; write that of the head for the first block, and add to it for others."""
+    def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, adds: bool, scale: float) -> None:
+        """Write the gradient of the rows; write that of the head, or add to what is there, times the scale."""
         for (part, tile), maximum in zip(self._tiles(), self.maxima, strict=True):
             tile.mul_(((maximum - self.log_total).exp_() * self.weights)[:, None])
             rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
@@ -152,7 +166,7 @@ class _Block:
             if dx is not None:
                 _multiply(dx, grad, self.head[part], adds=part.start > 0)
             if dhead is not None:
-                _multiply(dhead[part], grad.T, self.x, adds=not is_first)
+                _multiply(dhead[part], grad.T, self.x, adds=adds, scale=scale)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         rows = len(self.x)
@@ -160,11 +174,11 @@ class _Block:
             yield part, self.buffer[rows * part.start : rows * part.stop].view(rows, -1)
 
 
-def _multiply(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False) -> None:
-    """Write or add a matrix product to an fp32 target, accumulated in fp32 whatever the factors are."""
+def _multiply(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
+    """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 whatever the factors are."""
     if left.dtype == torch.float32:
-        target.addmm_(left, right, beta=float(adds))
+        target.addmm_(left, right, beta=float(adds), alpha=scale)
         return
     on_gpu = left.device.type == "cuda"
     product = torch.mm(left, right, out_dtype=torch.float32) if on_gpu else torch.mm(left, right)
-    target.add_(product) if adds else target.copy_(product)
+    target.add_(product, alpha=scale) if adds else torch.mul(product, scale, out=target)

@@ -24,7 +24,6 @@ from yuan.plan.pool import Group
 
 Floats = npt.NDArray[np.float64]
 OPTIMIZER_BYTES = 28  # AdamW reads and writes master weight and two moments, reads the gradient
-EMBEDDING_PASSES = 4  # a gradient for the whole table: written, read, and added to one that is read and written
 MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
 
 
@@ -85,9 +84,8 @@ def compute_seconds(
 
 
 def embedding_bytes(work: Work, tokens: int) -> int:
-    """What the embedding moves for a micro-batch: rows out, gradients in, a dense gradient made and added to one."""
-    model = work.model
-    return work.bytes_per_value * model.hidden_size * (3 * tokens + EMBEDDING_PASSES * model.vocab_size)
+    """What the embedding moves for a micro-batch: rows read and written, and their gradients read and added in fp32."""
+    return tokens * work.model.hidden_size * (3 * work.bytes_per_value + 2 * 4)
 
 
 def forward_seconds(work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int) -> Floats:

@@ -67,6 +67,10 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
         optimizer=adam,
         config=config,
     )
+    module.add_gradients_up_in(engine)
+    if engine.grid.get_data_parallel_world_size() == 1 and hasattr(optimizer, "buffered_reduce_fallback"):
+        # One replica has nothing to reduce; DeepSpeed would copy every gradient into a buffer and back.
+        optimizer.buffered_reduce_fallback = lambda *arguments, **named: None
     return engine, optimizer
 
 

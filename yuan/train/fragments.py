@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from yuan.train.pieces import Piece
-from yuan.train.pipeline import TIED, yuan_name
+from yuan.train.pipeline import yuan_name
+from yuan.train.tied import TIED
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 

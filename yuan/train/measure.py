@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from yuan.config import Recipe
 from yuan.model.loss import head_loss
@@ -27,6 +27,7 @@ from yuan.train.engine import deepspeed_config, start_distributed, start_engine
 from yuan.train.folder import write_json
 from yuan.train.pipeline import PlannedPipeline
 from yuan.train.request import ANSWER, Answer, Request, Trial
+from yuan.train.tied import EmbeddingStage
 
 REPEATS, LEAST_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
 DEPTH = 4  # layers of a measured stack: one alone would find its weights and activations in the caches
@@ -86,19 +87,22 @@ def _head_seconds(request: Request, device: torch.device) -> float:
     head_VH = torch.randn(model.vocab_size, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     labels_BS = torch.randint(model.vocab_size, shape, device=device)
     weights_BS = torch.full(shape, 1.0 / labels_BS.numel(), device=device)
+    sum_VH = torch.zeros_like(head_VH, dtype=torch.float32)
 
     def both() -> None:
-        head_loss(x_BSH, head_VH, labels_BS, weights_BS, block=request.loss_block).backward()
+        head_loss(x_BSH, head_VH, labels_BS, weights_BS, block=request.loss_block, head_sum=sum_VH).backward()
 
     return _seconds(both, device)
 
 
 def _embedding_seconds(request: Request, device: torch.device) -> float:
     model, recipe = request.model, request.recipe
-    embedding = nn.Embedding(model.vocab_size, model.hidden_size, device=device, dtype=_dtype(recipe))
+    stage = EmbeddingStage(model).to(device, _dtype(recipe))
+    sum_VH = torch.zeros_like(stage.weight, dtype=torch.float32)
+    stage.summed = lambda: sum_VH
     tokens_BS = torch.randint(model.vocab_size, (recipe.micro_batch_size, recipe.seq_len), device=device)
-    grad_BSH = torch.randn_like(embedding(tokens_BS))
-    return _seconds(lambda: embedding(tokens_BS).backward(grad_BSH), device)
+    grad_BSH = torch.randn_like(stage((tokens_BS, tokens_BS))[0])
+    return _seconds(lambda: stage((tokens_BS, tokens_BS))[0].backward(grad_BSH), device)
 
 
 def _link(device: torch.device) -> tuple[float, float]:

@@ -5,6 +5,7 @@ A micro-batch travels between stages as (hidden states, document numbers).
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -16,32 +17,9 @@ from yuan.model.loss import head_loss
 from yuan.model.rows import Rows, packed_rows
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
+from yuan.train.tied import TIED, EmbeddingStage, Summed, gradient_of, with_head
 
 Travelling = tuple[Tensor, Tensor]
-TIED = "embedding.weight"  # of Yuan; on the first and the last stage
-
-
-class EmbeddingStage(nn.Module):
-    """Token embedding at the front; the same weight makes the logits at the end."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        initialise(self, config)
-
-    @property
-    def weight(self) -> Tensor:
-        """The tied weight, under the name by which DeepSpeed looks for it."""
-        return self.embedding.weight
-
-    def forward(self, batch: Travelling) -> Travelling:
-        tokens_BS, document_BS = batch
-        return self.embedding(tokens_BS), document_BS
-
-
-def with_head(stage: EmbeddingStage, x_BSH: Tensor) -> Travelling:
-    """Hand the tied embedding to the loss, which makes logits of a block at a time."""
-    return x_BSH, stage.weight
 
 
 class StageRows:
@@ -142,11 +120,18 @@ class PlannedPipeline(PipelineModule):
         def loss_of(outputs: Travelling, labels: tuple[Tensor, ...]) -> Tensor:
             """The loss of one micro-batch: outputs are (hidden states, head)."""
             labels_BS, weights_BS, *sources = labels
-            if tally is None:
-                return head_loss(*outputs, labels_BS, weights_BS, block=loss_block)
-            losses_BS = torch.zeros_like(weights_BS)
-            loss = head_loss(*outputs, labels_BS, weights_BS, block=loss_block, losses_BS=losses_BS)
-            tally.add(losses_BS, weights_BS != 0, sources[0])
+            losses_BS = None if tally is None else torch.zeros_like(weights_BS)
+            loss = head_loss(
+                *outputs,
+                labels_BS,
+                weights_BS,
+                block=loss_block,
+                losses_BS=losses_BS,
+                head_sum=self._head_sum() if self._head_sum and torch.is_grad_enabled() else None,
+                upstream=self._upstream,
+            )
+            if tally is not None and losses_BS is not None:
+                tally.add(losses_BS, weights_BS != 0, sources[0])
             return loss
 
         rows = StageRows(config, isolated)
@@ -164,12 +149,21 @@ class PlannedPipeline(PipelineModule):
             base_seed=seed,
             seed_layers=True,  # a layer's weights depend on its number, not on the stage it lies in
         )
+        self._head_sum: Summed | None = None
+        self._upstream = 1.0
         self.seed_layers = False  # or every layer would seed every generator again in every forward pass
 
     def _partition_layers(self, method: str = "explicit") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = list(self._bounds)
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def add_gradients_up_in(self, engine: Any) -> None:
+        """Add the tied weight's gradients to the engine's sum of them, instead of making one a micro-batch."""
+        for stage in self.tied_modules.values():
+            stage.summed = gradient_of(engine.optimizer, stage.weight)
+            self._head_sum = stage.summed
+        self._upstream = 1.0 / engine.gradient_accumulation_steps()  # DeepSpeed's scaling of a micro-batch's loss
 
     @property
     def ran_bounds(self) -> list[int]:
