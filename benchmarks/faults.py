@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,8 @@ from yuan.data.skills import load_skills
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
-# Steps of a run, and of one that is long enough for its outages; steps between checkpoints.
-STEPS, LONG, EVERY = 160, 420, 20
-RUN_LIMIT_S = 420
+STEPS, EVERY = 120, 20  # of a run, and between checkpoints
+RUN_LIMIT_S, STRIKE_LIMIT_S = 240, 60  # and for each strike
 DISK_MIB = 700
 
 
@@ -185,12 +185,11 @@ def main() -> int:
             if fault is fill_disk and not is_small:
                 show({"name": name, "skipped": "no file system of its own can be mounted here"})
                 continue
-            steps = LONG if name.endswith("down") else STEPS
-            if steps not in references:
-                references[steps] = run(home, client, None, steps, given)
-                says = line(f"left alone, {steps} steps", references[steps]["seconds"], "s")
-                ok &= show({**says, "loss": references[steps]["loss"], "ok": references[steps]["ended"]})
-            reference, found = references[steps], run(home, client, fault, steps, given)
+            steps = STEPS
+            if name.endswith("down"):
+                steps = long_enough(left_alone(home, client, STEPS, references, given)["step_seconds"], given)
+            reference = left_alone(home, client, steps, references, given)
+            found = run(home, client, fault, steps, given)
             same = {f"same_{key}": found[key] == reference[key] for key in ("positions", "loss")}
             ok &= show(
                 {
@@ -201,7 +200,24 @@ def main() -> int:
                     **{key: found[key] for key in ("ended", "seconds", "loss", "events")},
                 }
             )
+    ok &= all(reference["ended"] for reference in references.values())
     return 0 if ok else 1
+
+
+def left_alone(
+    home: Path, client: Client, steps: int, known: dict[int, dict[str, Any]], given: argparse.Namespace
+) -> dict[str, Any]:
+    """The run without a fault, made once for each number of steps."""
+    if steps not in known:
+        found = known[steps] = run(home, client, None, steps, given)
+        says = line(f"left alone, {steps} steps", found["seconds"], "s")
+        show({**says, "loss": found["loss"], "ok": found["ended"]})
+    return known[steps]
+
+
+def long_enough(step_seconds: float, given: argparse.Namespace) -> int:
+    """Steps of a run in which all outages find room, one after the other."""
+    return int(1.25 * given.times * given.outage / step_seconds) + 2 * EVERY
 
 
 @contextlib.contextmanager
@@ -237,15 +253,16 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
     begun = time.monotonic()
     asked = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
     turn = outliving(lambda: client.start_round(asked))
+    limit_s = RUN_LIMIT_S + given.times * (STRIKE_LIMIT_S + given.outage)
     while not (found := [f for f in (home / "runs").glob("[0-9a-f]*/status.json") if f.parent not in earlier]):
-        if time.monotonic() - begun > RUN_LIMIT_S:
+        if time.monotonic() - begun > limit_s:
             raise TimeoutError(f"round {turn.number} does not train")
         time.sleep(0.05)
     trial = Trial(home, RunFolder(found[0].parent), given.outage)
     struck = 0
     # Moments at which the run has come so far for the first time, so that every strike meets a run under way.
-    moments = sorted(trial.rng.sample(range(EVERY + 2, steps * 3 // 4), given.times)) if fault else []
-    while not trial.is_over and time.monotonic() - begun < RUN_LIMIT_S:
+    moments = moments_of(trial.rng, EVERY + 2, steps * 3 // 4, given.times) if fault else []
+    while not trial.is_over and time.monotonic() - begun < limit_s:
         if moments and trial.step >= moments[0] and fault is not None and fault(trial):
             struck += 1
             moments.pop(0)
@@ -256,6 +273,7 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
         "ended": trial.is_over,
         "struck": struck,
         "seconds": round(seconds),
+        "step_seconds": statistics.median(row["train/step_seconds"] for row in rows) if rows else 1.0,
         "positions": [[row["step"], row["data/first_position"], row["data/end_position"]] for row in rows],
         "loss": rows[-1]["train/loss"] if rows else None,
         "events": counted(trial.folder),
@@ -267,6 +285,12 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
     if now.state != "cancelled":
         sys.stderr.write(f"round {turn.number}: {now.state}: {now.reason}\n")
     return result
+
+
+def moments_of(rng: random.Random, first: int, end: int, times: int) -> list[int]:
+    """A random step in each of so many equal parts of a run, so that there is room for the outages between them."""
+    width = (end - first) / times
+    return [int(first + (n + rng.random()) * width) for n in range(times)]
 
 
 def outliving(call: Callable[[], Any]) -> Any:

@@ -2,7 +2,8 @@
 
 The same model, split and micro-batches, fp32, one thread and one core for each of two ranks, in turns in the same
 processes: our engine on DeepSpeed; `torch.distributed.pipelining`, its tied embedding, clipping and optimizer done by
-hand, and no document numbers sent; and on the first rank alone, the other waiting, a loop of plain torch.
+hand, and no document numbers sent; and on the first rank alone, the other waiting, a loop of plain torch. `--autograd`
+leaves the tied embedding's gradients to autograd in the last two, where they else are added up in place as in ours.
 """
 
 import json
@@ -29,7 +30,7 @@ from yuan.model.loss import head_loss
 from yuan.plan.flops import head_forward, layer_forward
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.pipeline import LayerStage, NormStage, PlannedPipeline, StageRows
-from yuan.train.tied import EmbeddingStage
+from yuan.train.tied import EmbeddingStage, gradient_of
 
 MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_size=8_192, seq_len=128)
 BOUNDS, ACCUM, BLOCK = (0, 5, 9), 16, 128
@@ -37,12 +38,13 @@ RECIPE = Recipe(
     max_steps=9, learning_rate=1e-4, seq_len=128, micro_batch_size=1, global_batch_size=ACCUM, warmup_steps=1
 )
 WARM = 2  # steps that allocate
+AUTOGRAD = "--autograd"
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         command = torchrun_command("unused", Path(name), 2)
-        command = [*command[: command.index("-m", 3)], __file__, name]
+        command = [*command[: command.index("-m", 3)], __file__, name, *sys.argv[1:]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
@@ -119,14 +121,20 @@ def ours() -> Callable[[], None]:
 
 
 class Part(nn.Module):
-    """Some of the model's modules one after the other: a stage of it, or all."""
+    """Some of the model's modules one after the other: a stage of it, or all.
 
-    def __init__(self, first: int, end: int, *, has_embedding: bool, has_head: bool) -> None:
+    Args:
+        upstream: by what a micro-batch's loss is scaled before it goes backward.
+    """
+
+    def __init__(self, first: int, end: int, *, has_embedding: bool, has_head: bool, upstream: float) -> None:
         super().__init__()
         torch.manual_seed(0)
         rows = StageRows(MODEL, isolated=True)
         self.tied = EmbeddingStage(MODEL)
-        self.has_embedding = has_embedding
+        self.has_embedding, self.upstream = has_embedding, upstream
+        if AUTOGRAD not in sys.argv:
+            self.tied.summed = gradient_of(None, self.tied.weight)
         self.layers = nn.ModuleList(LayerStage(MODEL, rows, recomputed=False) for _ in range(first, end))
         self.norm = NormStage(MODEL) if has_head else None
         self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
@@ -141,12 +149,15 @@ class Part(nn.Module):
 
     def loss(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)
-        return head_loss(x_BSH, self.tied.weight, labels_BS, weights_BS, block=BLOCK)
+        head_sum = None if self.tied.summed is None else self.tied.summed()
+        return head_loss(
+            x_BSH, self.tied.weight, labels_BS, weights_BS, block=BLOCK, head_sum=head_sum, upstream=self.upstream
+        )
 
 
 def torchs() -> Callable[[], None]:
     number = dist.get_rank()
-    part = Part(BOUNDS[number], BOUNDS[number + 1], has_embedding=number == 0, has_head=number == 1)
+    part = Part(BOUNDS[number], BOUNDS[number + 1], has_embedding=number == 0, has_head=number == 1, upstream=1.0)
     stage = PipelineStage(part, number, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, ACCUM, loss_fn=part.loss)  # on the first rank too, or it would not go backward
     optimizer, (tokens, _, _) = adam(part), batch()
@@ -172,7 +183,7 @@ def torchs() -> Callable[[], None]:
 def plain() -> Callable[[], None]:
     if dist.get_rank():
         return lambda: None
-    model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True)
+    model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True, upstream=1.0 / ACCUM)
     optimizer, (tokens, _, _) = adam(model), batch()
 
     def step() -> None:
@@ -195,7 +206,7 @@ def adam(module: nn.Module) -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if "RANK" in os.environ:
         rank(Path(sys.argv[1]))
         sys.exit(0)
     sys.exit(main())

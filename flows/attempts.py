@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Crashed
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Cancelled, Crashed
 
 from feedback import rounds
 from feedback.tables import Round
@@ -38,7 +38,8 @@ def start(context: Context, client: SyncPrefectClient, turn: Round, last: FlowRu
     An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
     attempt follows; the key keeps two dispatchers from starting one attempt twice.
     """
-    if last is not None and last.state is not None and last.state.is_cancelled():
+    # Being cancelled is enough: a run whose worker and process are both gone never gets any further.
+    if last is not None and last.state is not None and (last.state.is_cancelled() or last.state.is_cancelling()):
         return end(context, turn.id, "cancelled", "cancelled in Prefect")
     if turn.attempt >= MAX_ATTEMPTS:
         reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
@@ -78,7 +79,7 @@ def newest_run(client: SyncPrefectClient, which: dict[str, Any]) -> FlowRun | No
 
 
 def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether nobody works on this run any more; one whose process is gone is marked as crashed."""
+    """Whether nobody works on this run any more; one whose process is gone is marked as crashed, or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True
@@ -89,7 +90,9 @@ def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
     else:
         dead = not is_process_of(run)
     if dead:
-        client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
+        gone = "its process is gone"
+        final: State = Cancelled(message=gone) if state.is_cancelling() else Crashed(message=gone)
+        client.set_flow_run_state(run.id, final, force=True)
         log.warning("flow run %s has no process any more", run.name)
     return dead
 

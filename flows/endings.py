@@ -38,6 +38,7 @@ RANKS: dict[Status, Kind] = {
     Status.HUNG: "hung",
 }
 SILENT_S = 4.0  # a rank's heartbeat comes every second
+LEAVING_S = 3.0  # for ranks that can, to leave by themselves
 LOG_CHARACTERS = 800
 
 
@@ -70,6 +71,13 @@ def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
     silent = _silent(folder, since, time.time())
     who = f"rank {silent[0]} was killed or its machine is gone; " if len(silent) == 1 else ""
     return Ended(kind="unknown", reason=f"{who}status {ending.status}; {log_end(folder)}", rank=_only(silent))
+
+
+def has_given_up(folder: RunFolder, since: float) -> bool:
+    """Whether a rank left a while ago because there was no progress, so that the others hang and will not leave."""
+    return any(
+        note.status == Status.HUNG and time.time() - note.time > LEAVING_S for note in read_notes(folder.path, since)
+    )
 
 
 def log_end(folder: RunFolder) -> str:

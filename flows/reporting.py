@@ -65,7 +65,7 @@ class Reporter:
         # It takes its client seconds to give up, in which nobody watches the run.
         if time.monotonic() > self._track_after:
             self._track_after = time.monotonic() + TRACKER_PAUSE_S
-            with _outlived("the tracker"):
+            with _outlived("the tracker"), self._context.tracker.impatiently():
                 self._track()
                 self._track_after = 0.0
 
@@ -82,7 +82,7 @@ class Reporter:
 
     def planned(self) -> None:
         """The plan has changed: show the new one."""
-        with _outlived("the tracker"):
+        with _outlived("the tracker"), self._context.tracker.impatiently():
             self._log_plan(self._track())
 
     def _tell(self) -> None:

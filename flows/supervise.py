@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import leases, rounds
 from flows.context import Context
-from flows.endings import Ended, classify, log_end
+from flows.endings import Ended, classify, has_given_up, log_end
 from flows.holding import Held, held, job_name, reap
 from flows.launching import launcher_of, pool_of
 from flows.layout import PICTURE, limits_on
@@ -135,6 +135,10 @@ class _Supervisor:
                 if ending is not None:
                     break
                 self.reporter.report()
+                if self.pool.launcher == "local" and has_given_up(self.folder, since):
+                    # torchrun would wait half a minute for a rank that is stopped and cannot hear that it shall leave
+                    self.launcher.end(job.name, REPORT_EVERY_S)
+                    continue
                 if lease.lost.is_set():
                     return Ended(kind="preempted", reason="the lease was taken away")
                 if lost := self._lost(lease):

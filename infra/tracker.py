@@ -1,8 +1,9 @@
 """MLflow: runs and their metrics, registered versions, aliases, and who may read them."""
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from infra.settings import Settings
 MODEL_NAME = "yuan"
 EXPERIMENT = "yuan"
 CONSUMER = "consumer"
+IMPATIENT_S = 5
 
 
 class Tracker:
@@ -31,6 +33,15 @@ class Tracker:
         # Who asks again is the step; the library would do so for minutes, and what waits for it could not be ended.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self._client = MlflowClient(settings.mlflow_url)
+
+    @contextlib.contextmanager
+    def impatiently(self) -> Iterator[None]:
+        """Give up on a server that hangs after seconds, not minutes; for small requests of one that watches a run."""
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(IMPATIENT_S)
+        try:
+            yield
+        finally:
+            del os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:
         """Find or make the run with this name, and return its id."""

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from yuan.config import Recipe
 from yuan.train.pipeline import PlannedPipeline
@@ -45,6 +46,8 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         # Without this, bf16 gradients of the micro-batches would be added up in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
+        # And without this, the sums would be rounded to bf16 to be added up over the replicas.
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -68,10 +71,20 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
         config=config,
     )
     module.add_gradients_up_in(engine)
-    if engine.grid.get_data_parallel_world_size() == 1 and hasattr(optimizer, "buffered_reduce_fallback"):
-        # One replica has nothing to reduce; DeepSpeed would copy every gradient into a buffer and back.
-        optimizer.buffered_reduce_fallback = lambda *arguments, **named: None
+    if engine.grid.get_data_parallel_world_size() == 1:
+        _reduce_nothing(engine)
     return engine, optimizer
+
+
+def _reduce_nothing(engine: Any) -> None:
+    """One replica has nothing to reduce; DeepSpeed would copy every gradient into a buffer and back.
+
+    The tied embedding's gradients are added up over the stages elsewhere.
+    """
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.buffered_allreduce_fallback = lambda *arguments, **named: None
+    else:
+        engine.optimizer.buffered_reduce_fallback = lambda *arguments, **named: None
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

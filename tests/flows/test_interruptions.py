@@ -1,0 +1,156 @@
+"""What interrupts a run from outside, through the real servers: cancelling, no memory, a lost disk."""
+
+import os
+import resource
+import shutil
+import signal
+
+import httpx
+import pytest
+from sqlalchemy import select
+
+from feedback.contracts import RoundParameters
+from feedback.tables import Lease, TrainingRun
+from flows.demo.corpus import BASE_SKILLS
+from flows.home import load_config
+from infra.database import open_engine, open_sessions
+from infra.processes import carrying
+from infra.services import MARK
+from yuan.data.skills import load_skills
+from yuan.train.folder import RunFolder
+from yuan.train.heartbeats import read_heartbeats
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
+STEPS = 240
+ASKED = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", checkpoint_every=10)
+
+
+@pytest.fixture(scope="module")
+def sessions(stack):
+    engine = open_engine(stack.settings)
+    yield open_sessions(engine)
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def prefect(stack):
+    settings = stack.settings
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    with httpx.Client(base_url=settings.prefect_api_url, auth=(user, password)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rows(stack, operator, tmp_path_factory):
+    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
+
+
+@pytest.fixture
+def run(stack, operator, sessions, rows):
+    """A round in training that has a checkpoint, and the run's folder and id; cancelled afterwards."""
+    turn = operator.start_round(ASKED)
+    run_id = stack.until(lambda: run_of(sessions, turn))
+    folder = RunFolder(stack.home / "runs" / run_id)
+    stack.until(lambda: len(list(folder.checkpoints.glob("step-*/manifest.json"))) > 1)
+    yield turn, folder, run_id
+    if operator.round(turn.id).state == "running":
+        operator.cancel_round(turn.id)
+    stack.until(lambda: not ranks(stack))
+
+
+def run_of(sessions, turn):
+    with sessions() as session:
+        return session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == turn.id))
+
+
+def processes(stack, word):
+    found = []
+    for pid in carrying(MARK, load_config(stack.home).stack_id):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if word in file.read().decode():
+                    found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def ranks(stack):
+    return processes(stack, "yuan.train.run")
+
+
+def open_leases(sessions):
+    with sessions() as session:
+        return session.scalars(select(Lease).where(Lease.released_at.is_(None))).all()
+
+
+def flow_run_of(prefect):
+    body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}, "sort": "START_TIME_DESC", "limit": 1}
+    return prefect.post("/flow_runs/filter", json=body).json()[0]["id"]
+
+
+def cancel(prefect, flow_run):
+    """What the Cancel button sends."""
+    answer = prefect.post(f"/flow_runs/{flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
+    assert answer.json()["status"] == "ACCEPT"
+
+
+def ended(folder):
+    return [event["kind"] for event in folder.events() if event["event"] == "ended"]
+
+
+def finished(stack, folder):
+    stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
+    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
+def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect, sessions, lost):
+    """Whoever is there to hear of it: the worker, the flow that asks by itself, or only the dispatcher."""
+    turn, _, _ = run
+    flow_run = flow_run_of(prefect)
+    if lost:
+        os.kill(stack.pid("worker"), signal.SIGSTOP)  # a killed one is started again
+    if "flow" in lost:
+        cancel(prefect, flow_run)
+        for pid in processes(stack, "flows.engine"):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        cancel(prefect, flow_run)
+    try:
+        now = stack.until(lambda: (r := operator.round(turn.id)).state != "running" and r)
+        assert (now.state, now.reason) == ("cancelled", "cancelled in Prefect")
+        stack.until(lambda: not ranks(stack))
+        stack.until(lambda: not open_leases(sessions) or "flow" in lost)
+    finally:
+        if lost:
+            os.kill(stack.pid("worker"), signal.SIGCONT)
+
+
+def test_a_rank_without_memory_is_planned_for_with_less(run, stack):
+    _, folder, _ = run
+    rank = read_heartbeats(folder.path)[1]["pid"]
+    with open(f"/proc/{rank}/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.prlimit(rank, resource.RLIMIT_AS, (mapped // 2, mapped))
+    finished(stack, folder)
+    assert "out of memory" in ended(folder)
+    assert any(event["event"] == "re-plan" and "85%" in event["why"] for event in folder.events())
+
+
+def test_a_run_whose_disk_is_lost_goes_on_from_the_store(run, stack, sessions):
+    _, folder, _ = run
+    stack.until(lambda: any(event["event"] == "checkpoint stored" for event in folder.events()))
+    step = max(event["step"] for event in folder.events() if event["event"] == "checkpoint stored")
+    for pid in processes(stack, "flows.engine"):
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    stack.until(lambda: not ranks(stack))
+    shutil.rmtree(folder.path, ignore_errors=True)
+    stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
+    first = folder.metrics()[0]["step"]
+    assert first > step  # trained on from there or from one stored since, not from the beginning
+    stack.until(lambda: not open_leases(sessions))
