@@ -79,6 +79,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
         assert leases.ledger(session)[supervisor.run_id] > 0
 
 
+@pytest.mark.slow
 def test_a_lost_device_is_planned_around(supervisor):
     folder = supervisor.folder
 

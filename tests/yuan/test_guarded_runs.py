@@ -83,6 +83,7 @@ def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
     assert len(of_kind(folder, "roll back")) == 1 and len(of_kind(folder, "stop")) == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_run_in_time(made, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=10_000, step_limit_s=4.0)
     folder = lay_out(tmp_path / "stopped", made, recipe)
