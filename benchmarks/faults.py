@@ -27,8 +27,7 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.demo.corpus import BASE_SKILLS
 from flows.home import load_config
-from infra.processes import carrying
-from infra.services import MARK, read_state
+from infra.services import marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
@@ -61,7 +60,7 @@ class Trial:
     def processes(self, words: str) -> list[int]:
         """Of the stack, those with such a command."""
         found = []
-        for pid in carrying(MARK, load_config(self.home).stack_id):
+        for pid in marked(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
                 if words in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
                     found.append(pid)

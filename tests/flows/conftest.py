@@ -1,5 +1,6 @@
 """A whole embedded stack of its own, one per test module."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 
 from feedback.client import Client
-from infra.services import read_state
+from flows.demo.corpus import BASE_SKILLS
+from flows.home import load_config
+from infra.database import open_engine, open_sessions
+from infra.services import marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
+from yuan.data.skills import load_skills
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +50,15 @@ class Stack:
 
     def kill(self, name):
         os.kill(self.pid(name), signal.SIGKILL)
+
+    def processes(self, word):
+        """Of the stack's processes, those whose command has the word."""
+        found = []
+        for pid in marked(load_config(self.home).stack_id):
+            with contextlib.suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
+                    found.append(pid)
+        return found
 
     @staticmethod
     def until(condition, seconds=90.0, pause=0.1):
@@ -89,3 +103,17 @@ def operator(stack):
 def contributor(operator, stack):
     with stack.client(operator.add_contributor("tester").token) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def sessions(stack):
+    engine = open_engine(stack.settings)
+    yield open_sessions(engine)
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def base(operator, stack, tmp_path_factory):
+    """A small base mixture, for a first round."""
+    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")

@@ -11,12 +11,6 @@ from sqlalchemy import select
 
 from feedback.contracts import RoundParameters
 from feedback.tables import Lease, TrainingRun
-from flows.demo.corpus import BASE_SKILLS
-from flows.home import load_config
-from infra.database import open_engine, open_sessions
-from infra.processes import carrying
-from infra.services import MARK
-from yuan.data.skills import load_skills
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
@@ -29,13 +23,6 @@ ASKED = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", c
 
 
 @pytest.fixture(scope="module")
-def sessions(stack):
-    engine = open_engine(stack.settings)
-    yield open_sessions(engine)
-    engine.dispose()
-
-
-@pytest.fixture(scope="module")
 def prefect(stack):
     settings = stack.settings
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
@@ -43,14 +30,8 @@ def prefect(stack):
         yield client
 
 
-@pytest.fixture(scope="module")
-def rows(stack, operator, tmp_path_factory):
-    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
-    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
-
-
 @pytest.fixture
-def started(stack, operator, sessions, rows):
+def started(stack, operator, sessions, base):
     """A round whose ranks are starting, and the run's folder; cancelled afterwards."""
     turn = operator.start_round(ASKED)
     run_id = stack.until(lambda: run_of(sessions, turn))
@@ -90,20 +71,13 @@ def run_of(sessions, turn):
         return session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == turn.id))
 
 
-def processes(stack, word):
-    found = []
-    for pid in carrying(MARK, load_config(stack.home).stack_id):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if word in file.read().decode():
-                    found.append(pid)
-        except OSError:
-            continue
-    return found
-
-
 def ranks(stack):
-    return processes(stack, "yuan.train.run")
+    return stack.processes("yuan.train.run")
+
+
+def kill_flow(stack):
+    for pid in stack.processes("flows.engine"):
+        os.kill(pid, signal.SIGKILL)
 
 
 def open_leases(sessions):
@@ -138,17 +112,14 @@ def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect
     flow_run = flow_run_of(prefect)
     if lost:
         os.kill(stack.pid("worker"), signal.SIGSTOP)  # a killed one is started again
+    cancel(prefect, flow_run)
     if "flow" in lost:
-        cancel(prefect, flow_run)
-        for pid in processes(stack, "flows.engine"):
-            os.kill(pid, signal.SIGKILL)
-    else:
-        cancel(prefect, flow_run)
+        kill_flow(stack)
     try:
         now = stack.until(lambda: (r := operator.round(turn.id)).state != "running" and r)
         assert (now.state, now.reason) == ("cancelled", "cancelled in Prefect")
         stack.until(lambda: not ranks(stack))
-        stack.until(lambda: not open_leases(sessions) or "flow" in lost)
+        stack.until(lambda: not open_leases(sessions))
     finally:
         if lost:
             os.kill(stack.pid("worker"), signal.SIGCONT)
@@ -166,8 +137,7 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store(run, stack, sessions):
     _, folder = run
     stack.until(lambda: any(event["event"] == "checkpoint stored" for event in folder.events()))
     step = max(event["step"] for event in folder.events() if event["event"] == "checkpoint stored")
-    for pid in processes(stack, "flows.engine"):
-        os.kill(pid, signal.SIGKILL)
+    kill_flow(stack)
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: not ranks(stack))
     shutil.rmtree(folder.path, ignore_errors=True)

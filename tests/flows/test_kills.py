@@ -7,7 +7,6 @@ import signal
 import string
 import threading
 import time
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -17,12 +16,8 @@ from sqlalchemy.exc import OperationalError
 from feedback import rounds
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import CaseResult, Feedback, Outbox, Round, TrainingRun
-from flows.demo.corpus import BASE_SKILLS
 from flows.home import load_config
-from infra.database import open_engine, open_sessions
 from infra.postgres import Postgres
-from infra.services import marked
-from yuan.data.skills import load_skills
 
 pytestmark = pytest.mark.slow
 
@@ -41,16 +36,7 @@ PROCESSES = {
 
 
 @pytest.fixture(scope="module")
-def sessions(stack):
-    engine = open_engine(stack.settings)
-    yield open_sessions(engine)
-    engine.dispose()
-
-
-@pytest.fixture(scope="module")
-def champion(stack, operator, tmp_path_factory):
-    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
-    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
+def champion(stack, operator, base):
     done = stack.follow(operator, operator.start_round(FIRST))
     assert done.state == "promoted", done.reason
 
@@ -60,15 +46,9 @@ def pids_of(stack, victim):
     if victim in SERVICES:
         pid = stack.pid(victim)
         return [pid] if pid else []
-    found = []
-    for pid in marked(load_config(stack.home).stack_id):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if PROCESSES[victim] in command and (victim != "rank" or "torch.distributed.run" not in command):
-            found.append(pid)
-    return found
+    found = stack.processes(PROCESSES[victim])
+    launchers = stack.processes(PROCESSES["torchrun"]) if victim == "rank" else []  # which name what they launch
+    return [pid for pid in found if pid not in launchers]
 
 
 def where(stack, sessions, round_id):

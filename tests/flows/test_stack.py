@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from feedback.contracts import FeedbackIn, RoundParameters
-from flows.demo.corpus import BASE_SKILLS, REPORTED_SKILLS
+from flows.demo.corpus import REPORTED_SKILLS
 from flows.home import load_config
 from infra.services import is_running, marked, read_state
 from yuan.data.skills import load_skills
@@ -24,10 +24,8 @@ SHORT = RoundParameters(max_steps=60, learning_rate=2e-3, replay_rows=200)
 
 
 @pytest.fixture(scope="module")
-def first(operator, stack, tmp_path_factory):
+def first(operator, stack, base):
     """The base round, with its trainer, worker, dispatcher and database killed on the way."""
-    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
-    stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
     turn = operator.start_round(SHORT)
     status = stack.until(lambda: operator.round(turn.id).status)
     os.kill(status["pid"], signal.SIGKILL)
