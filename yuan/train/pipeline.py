@@ -17,7 +17,7 @@ from yuan.model.loss import head_loss
 from yuan.model.rows import Rows, packed_rows
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
-from yuan.train.tied import TIED, EmbeddingStage, Summed, gradient_of, with_head
+from yuan.train.tied import TIED, EmbeddingStage, gradient_of, with_head
 
 Travelling = tuple[Tensor, Tensor]
 
@@ -120,17 +120,18 @@ class PlannedPipeline(PipelineModule):
         def loss_of(outputs: Travelling, labels: tuple[Tensor, ...]) -> Tensor:
             """The loss of one micro-batch: outputs are (hidden states, head)."""
             labels_BS, weights_BS, *sources = labels
-            losses_BS = None if tally is None else torch.zeros_like(weights_BS)
+            losses_BS = torch.zeros_like(weights_BS)
+            summed = self.tied_modules["embedding"].summed if torch.is_grad_enabled() else None
             loss = head_loss(
                 *outputs,
                 labels_BS,
                 weights_BS,
                 block=loss_block,
                 losses_BS=losses_BS,
-                head_sum=self._head_sum() if self._head_sum and torch.is_grad_enabled() else None,
+                head_sum=summed() if summed else None,
                 upstream=self._upstream,
             )
-            if tally is not None and losses_BS is not None:
+            if tally is not None:
                 tally.add(losses_BS, weights_BS != 0, sources[0])
             return loss
 
@@ -149,7 +150,6 @@ class PlannedPipeline(PipelineModule):
             base_seed=seed,
             seed_layers=True,  # a layer's weights depend on its number, not on the stage it lies in
         )
-        self._head_sum: Summed | None = None
         self._upstream = 1.0
         self.seed_layers = False  # or every layer would seed every generator again in every forward pass
 
@@ -162,7 +162,6 @@ class PlannedPipeline(PipelineModule):
         """Add the tied weight's gradients to the engine's sum of them, instead of making one a micro-batch."""
         for stage in self.tied_modules.values():
             stage.summed = gradient_of(engine.optimizer, stage.weight)
-            self._head_sum = stage.summed
         self._upstream = 1.0 / engine.gradient_accumulation_steps()  # DeepSpeed's scaling of a micro-batch's loss
 
     @property
