@@ -1,0 +1,22 @@
+"""The tracker's client against a server that takes connections and never answers."""
+
+import os
+import socket
+import time
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from infra.tracker import IMPATIENT_S, Tracker
+
+
+@pytest.mark.slow
+def test_who_watches_a_run_does_not_wait_for_minutes(stores):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        tracker = Tracker(stores.model_copy(update={"mlflow_url": url}))
+        begun = time.monotonic()
+        with pytest.raises(MlflowException, match="read timeout"), tracker.impatiently():
+            tracker.log("0" * 32, [{"step": 1, "train/loss": 1.0}])
+    assert time.monotonic() - begun < 10 * IMPATIENT_S
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
