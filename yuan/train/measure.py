@@ -119,11 +119,25 @@ def _link(device: torch.device) -> tuple[float, float]:
                 dist.recv(message, 0)
                 dist.send(message, 0)
 
-        return _seconds(once, device, least_s=0.0, repeats=50) / 2
+        return _seconds(once, device, least_s=0.0, repeats=50, of=min) / 2
 
-    small, large = there_and_back(SMALL), there_and_back(LARGE)
-    bandwidth = (LARGE - SMALL) / max(large - small, 1e-9)
-    return max(small - SMALL / bandwidth, 1e-9), bandwidth
+    return link_of(there_and_back(SMALL), there_and_back(LARGE))
+
+
+def link_of(small_s: float, large_s: float) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes a second, from how long a small and a large message take.
+
+    On a machine that others use the small one can take as long; the bandwidth is then at least what the large one saw.
+
+    >>> latency, bandwidth = link_of(50e-6, 50e-6 + (LARGE - SMALL) / 1e9)
+    >>> round(latency * 1e6), round(bandwidth / 1e9, 3)
+    (49, 1.0)
+    >>> link_of(3e-3, 2e-3)[1] == LARGE / 2e-3
+    True
+    """
+    is_clear = large_s > 2 * small_s
+    bandwidth = (LARGE - SMALL) / (large_s - small_s) if is_clear else LARGE / large_s
+    return max(small_s - SMALL / bandwidth, 1e-9), bandwidth
 
 
 def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[float]:
@@ -171,9 +185,14 @@ def _documents(batch: int, length: int) -> Tensor:
 
 
 def _seconds(
-    work: Callable[[], object], device: torch.device, *, least_s: float = LEAST_S, repeats: int = REPEATS
+    work: Callable[[], object],
+    device: torch.device,
+    *,
+    least_s: float = LEAST_S,
+    repeats: int = REPEATS,
+    of: Callable[[list[float]], float] = statistics.median,
 ) -> float:
-    """Median seconds of a call, after one that does not count."""
+    """Median, or another figure, of the seconds of calls, after one that does not count."""
     dist.barrier()
     work()
     found: list[float] = []
@@ -184,7 +203,7 @@ def _seconds(
         work()
         _finish(device)
         found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+    return of(found)
 
 
 def _finish(device: torch.device) -> None:
