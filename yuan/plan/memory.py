@@ -26,8 +26,10 @@ def stage_terms(
     """The terms of a stage's peak under 1F1B with ZeRO-1; each is affine in layers and recomputed layers.
 
     Weights, gradients and optimizer follow DeepSpeed's law for bf16 with fp32 accumulation: 2 + 2 + 4 + 12/D bytes a
-    parameter, the fp32 gradients not being sharded; in fp32 4 + 4 + 12/D. Stage s of P holds the activations of
-    min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps what it received and a clone).
+    parameter, the fp32 gradients not being sharded. In fp32, where weights are their own masters, 4 + 4 + 12/D, with
+    copies of the gradients while they are reduced, or 4 + 4 + 8 for one replica, which needs none. Stage s of P
+    holds the activations of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps what it
+    received and a clone).
 
     Args:
         stage, layers, recompute: numbers, or arrays that broadcast together.
@@ -35,7 +37,8 @@ def stage_terms(
     Returns:
         Bytes by name, in the arguments' common shape; their sum is the peak, the device's reserve included.
 
-    Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; Yuan 2.0 paper, section 3.4 and Fig. 3.
+    Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; yuan/train/storage.py; Yuan 2.0 paper, section 3.4
+    and Fig. 3.
     """
     model, size = work.model, work.bytes_per_value
     stage, layers, recompute = np.broadcast_arrays(*(np.asarray(n, np.int64) for n in (stage, layers, recompute)))
@@ -45,6 +48,7 @@ def stage_terms(
     live = np.minimum(grid.pipeline_size - stage, grid.grad_accum_steps)
     kept = int(size * KEPT * values)
     logits = work.seq_len * grid.micro_batch_size * model.vocab_size
+    states = 8 if work.precision == "fp32" and grid.data_size == 1 else 12
     head, zero = model.vocab_size * model.hidden_size, np.zeros_like(stage)
     if work.loss_block is None:
         logit_bytes, head_gradient = LOGIT_BYTES * logits, 0
@@ -54,7 +58,7 @@ def stage_terms(
         "weights": size * parameters,
         "gradients": size * parameters,
         "gradient_buffer": 4 * parameters if work.precision == "bf16" else zero,
-        "optimizer": 12 * (layers * -(-model.layer_parameters // grid.data_size) - (-ends // grid.data_size)),
+        "optimizer": states * (layers * -(-model.layer_parameters // grid.data_size) - (-ends // grid.data_size)),
         "activations": live * (kept * (layers - recompute) + size * values * recompute),
         "recompute_workspace": kept * (recompute > 0),
         "stage_input": np.where(first, 0, 2 * np.maximum(2, live) * size * values),

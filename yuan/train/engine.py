@@ -7,10 +7,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from yuan.config import Recipe
 from yuan.train.pipeline import PlannedPipeline
+from yuan.train.storage import share_storage
 
 
 def start_distributed(planned: int) -> None:
@@ -70,21 +70,9 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
         optimizer=adam,
         config=config,
     )
+    share_storage(engine)
     module.add_gradients_up_in(engine)
-    if engine.grid.get_data_parallel_world_size() == 1:
-        _reduce_nothing(engine)
     return engine, optimizer
-
-
-def _reduce_nothing(engine: Any) -> None:
-    """One replica has nothing to reduce; DeepSpeed would copy every gradient into a buffer and back.
-
-    The tied embedding's gradients are added up over the stages elsewhere.
-    """
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        engine.buffered_allreduce_fallback = lambda *arguments, **named: None
-    else:
-        engine.optimizer.buffered_reduce_fallback = lambda *arguments, **named: None
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

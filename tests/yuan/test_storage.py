@@ -1,0 +1,87 @@
+"""What an engine really keeps for every parameter, counted in its own processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.launch import torchrun_command
+from yuan.config import ModelConfig, Recipe
+from yuan.plan.job import Grid, Work
+from yuan.plan.memory import stage_terms
+from yuan.plan.pool import cpu_pool
+from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.pipeline import PlannedPipeline
+
+MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
+
+
+def recipe(replicas):
+    return Recipe(
+        max_steps=2,
+        learning_rate=1e-3,
+        seq_len=16,
+        micro_batch_size=1,
+        global_batch_size=2 * replicas,
+        precision="fp32",
+        warmup_steps=1,
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_full_precision_keeps_what_the_planner_counts(replicas, tmp_path):
+    command = torchrun_command("unused", tmp_path, replicas)
+    command = [*command[: command.index("-m", 3)], __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+    grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
+    terms = stage_terms(Work.of(MODEL, recipe(replicas)), grid, cpu_pool().groups[0], 0, MODEL.num_layers, 0)
+    kept = json.loads((tmp_path / "0.json").read_text())
+    assert kept["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
+    states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12  # the rest: copies while it updates
+    assert kept["moments"] == pytest.approx(int(states), rel=0.01)
+    if replicas == 1:
+        assert kept["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
+
+
+def count(folder):
+    """Bytes of this rank's storages, those of the gradients as the optimizer is given them."""
+    replicas = int(os.environ["WORLD_SIZE"])
+    start_distributed(replicas)
+    module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
+    engine, optimizer = start_engine(module, recipe(replicas), deepspeed_config(recipe(replicas), replicas))
+    tokens, weights = torch.randint(512, (1, 16)), torch.full((1, 16), 1 / 16)
+    batch = ((tokens, torch.zeros_like(tokens)), (tokens, weights))
+    step, gradients = optimizer.step, []
+
+    def seen(*arguments):
+        gradients.clear()
+        gradients.extend(part for group in optimizer.averaged_gradients.values() for part in group)
+        gradients.extend(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
+        step(*arguments)
+
+    optimizer.step = seen
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    for _ in range(2):
+        engine.train_batch(iter([batch, batch]))
+    assert not any(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    masters = optimizer.single_partition_of_fp32_groups
+    states = optimizer.optimizer.state.values()
+    moments = [state[kind] for state in states for kind in ("exp_avg", "exp_avg_sq")]
+    kept = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
+    said = {name: storage_bytes(tensors) for name, tensors in kept.items()}
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(said))
+    stop_distributed()
+
+
+def storage_bytes(tensors):
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    count(sys.argv[1])

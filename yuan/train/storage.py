@@ -1,0 +1,75 @@
+"""DeepSpeed's ZeRO-1 without the copies that full precision, or a single replica, has no need of.
+
+ZeRO keeps a master of every weight in fp32 beside the weight, and reduces gradients from one place to another. Weights
+that are fp32 are their own masters; and with one replica there is nothing to reduce. It saves four bytes a parameter
+for the masters and, with one replica, four for the gradients' copy, and the time to make them: that goes less into
+copying values than into the pages that the system has to clear for each new tensor.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor
+
+NORM_BLOCK = 2**17  # elements; in fp64 they take 1 MiB, which the allocator has at hand
+
+
+def share_storage(engine: Any) -> None:
+    """Take away the copies of an engine that was just made."""
+    optimizer, is_alone = engine.optimizer, engine.grid.get_data_parallel_world_size() == 1
+    if isinstance(optimizer, BF16_Optimizer):
+        if is_alone:  # its sums, in fp32, lie in one piece already
+            engine.buffered_allreduce_fallback = lambda *arguments, **named: None
+        return
+    _make_weights_their_own_masters(optimizer)
+    if is_alone:
+        _add_gradients_up_where_they_are_read(optimizer)
+    if engine.device.type == "cpu":
+        _measure_norms_in_blocks(optimizer)
+
+
+def _make_weights_their_own_masters(optimizer: Any) -> None:
+    for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group])
+        # DeepSpeed copies the one to the other after an update, which torch leaves out for views of the same values
+        master.data = optimizer.parallel_partitioned_bit16_groups[group][rank].data
+    optimizer._link_all_hp_params()  # what it keeps by parameter were views of the copies
+
+
+def _add_gradients_up_where_they_are_read(optimizer: Any) -> None:
+    """Let every parameter's gradient be a part of the flat one that the inner optimizer takes."""
+    kept = {
+        group: optimizer._build_compact_grad_partition_buffer(group) for group in range(len(optimizer.bit16_groups))
+    }
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for group, gradients in kept.items():
+            gradients.flat_partition.zero_()
+            for parameter, gradient in zip(optimizer.params_in_partition[group], _unpadded(gradients), strict=True):
+                parameter.grad = gradient
+
+    optimizer.zero_grad = zero_grad
+    optimizer.reduce_gradients = lambda **named: optimizer.averaged_gradients.update(kept)
+    zero_grad()
+
+
+def _measure_norms_in_blocks(optimizer: Any) -> None:
+    """DeepSpeed makes a copy of a gradient in fp64 to measure it; make that of a block at a time."""
+    measure = optimizer.get_grad_norm_direct
+
+    def of_blocks(gradients: Iterable[Tensor], parameters: Iterable[Tensor], norm_type: float = 2) -> Tensor:
+        blocks = [
+            (block, parameter)
+            for gradient, parameter in zip(_unpadded(gradients), parameters, strict=False)
+            for block in gradient.detach().reshape(-1).split(NORM_BLOCK)
+        ]
+        norm: Tensor = measure([block for block, _ in blocks], [owner for _, owner in blocks], norm_type)
+        return norm
+
+    optimizer.get_grad_norm_direct = of_blocks
+
+
+def _unpadded(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
