@@ -178,10 +178,17 @@ def free(session: Session, lease: Lease) -> None:
         audit(session, "reaper", "lease reaped", lease.id, run=lease.run_id, devices=lease.devices or [])
 
 
-def set_lost(session: Session, pool: str, device: str, reason: str | None) -> None:
+def set_lost(session: Session, pool: str, device: str, reason: str | None, host: str | None = None) -> list[str]:
     """Take a device that does not work out of use, or, without a reason, put a mended one back.
 
     A lease that has it keeps it until it ends.
+
+    Args:
+        host: the machine of a batch system that the device was in. Which of the machine's devices a job gets nobody
+            can say there, so all of a node goes, and jobs avoid the machine; and all of it comes back together.
+
+    Returns:
+        The devices that this was done to.
 
     Raises:
         NotFound: if the pool has no such device.
@@ -189,8 +196,23 @@ def set_lost(session: Session, pool: str, device: str, reason: str | None) -> No
     found = session.get(Device, (pool, device))
     if found is None:
         raise NotFound(f"pool {pool!r} has no device {device!r}")
-    found.lost_reason = reason
-    audit(session, "pool", "device lost" if reason else "device returned", f"{pool}/{device}", reason=reason)
+    which = Device.id == device
+    if reason and host:
+        which = (Device.node == found.node) & Device.lost_reason.is_(None) | which
+    elif not reason and found.lost_host:
+        which = (Device.node == found.node) & (Device.lost_host == found.lost_host)
+    query = update(Device).where(Device.pool == pool, which).values(lost_reason=reason, lost_host=host)
+    changed = sorted(session.scalars(query.returning(Device.id)))
+    for name in changed:
+        what = "device lost" if reason else "device returned"
+        audit(session, "pool", what, f"{pool}/{name}", reason=reason, host=host)
+    return changed
+
+
+def lost_hosts(session: Session, pool: str) -> list[str]:
+    """Machines of a batch system on which devices were lost and have not been returned."""
+    query = select(Device.lost_host).where(Device.pool == pool, Device.lost_host.is_not(None)).distinct()
+    return sorted(host for host in session.scalars(query) if host is not None)
 
 
 def working(session: Session, pool: str) -> Counter[str]:
@@ -215,6 +237,7 @@ def devices(session: Session, pool: str) -> list[dict[str, Any]]:
             "device_class": device.device_class,
             "node": device.node,
             "lost_reason": device.lost_reason,
+            "lost_host": device.lost_host,
             "run_id": holders.get(device.id),
         }
         for device in session.scalars(query)

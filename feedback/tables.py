@@ -214,6 +214,7 @@ class Device(Base):
     device_class: Mapped[str]
     node: Mapped[str]
     lost_reason: Mapped[str | None]
+    lost_host: Mapped[str | None] = mapped_column(comment="the machine, as a batch system names it")
 
 
 class Lease(Base):

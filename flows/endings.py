@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from infra.launchers.job import Cause, Ending
+from infra.launchers.job import HOST, Cause, Ending
 from yuan.train.exits import Note, Status, read_notes
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
@@ -44,11 +44,12 @@ LOG_CHARACTERS = 800
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The class of an ending, why, and the rank it began with if one is known."""
+    """The class of an ending, why, and the rank it began with and its machine if they are known."""
 
     kind: Kind
     reason: str
     rank: int | None = None
+    host: str | None = None
 
 
 def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
@@ -90,7 +91,8 @@ def log_end(folder: RunFolder) -> str:
 
 def _told(folder: RunFolder, kind: Kind, note: Note, since: float) -> Ended:
     if kind != "hung":
-        return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank)
+        host = note.host if HOST.fullmatch(note.host) else None  # it will be in a batch script
+        return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank, host=host)
     silent = _silent(folder, since, note.time)
     who = f"; silent: rank {', '.join(map(str, silent))}" if silent else "; every rank gave signs of life"
     return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}{who}", rank=_only(silent))

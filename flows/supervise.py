@@ -118,7 +118,7 @@ class _Supervisor:
     def _watched(self, plan: Plan, lease: Held) -> Ended:
         placed = _placed(plan, lease.devices)
         environment = {**child_environment(self.context.settings), "OMP_NUM_THREADS": "1"}
-        if self.pool.launcher == "local":  # batch systems choose the devices of a node themselves
+        if self._is_local:  # batch systems choose the devices of a node themselves
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in placed)
         job = Job(
             name=job_name(lease.id),
@@ -127,6 +127,7 @@ class _Supervisor:
             num_processes=len(placed),
             processes_per_node=self._processes_per_node(plan),
             environment=environment,
+            avoid=() if self._is_local else self._bad_hosts(),
         )
         since = time.time()
         with self.launcher.run(job) as running:
@@ -135,7 +136,7 @@ class _Supervisor:
                 if ending is not None:
                     break
                 self.reporter.report()
-                if self.pool.launcher == "local" and has_given_up(self.folder, since):
+                if self._is_local and has_given_up(self.folder, since):
                     # torchrun would wait half a minute for a rank that is stopped and cannot hear that it shall leave
                     self.launcher.end(job.name, REPORT_EVERY_S)
                     continue
@@ -145,8 +146,16 @@ class _Supervisor:
                     return Ended(kind="lost device", reason="; ".join(f"{name}: {why}" for name, why in lost.items()))
         ended = classify(self.folder, ending, since)
         if ended.kind == "lost device" and ended.rank is not None:
-            self._give_up_device(placed[ended.rank], ended.reason)
+            self._give_up_device(placed[ended.rank], ended)
         return ended
+
+    @property
+    def _is_local(self) -> bool:
+        return self.pool.launcher == "local"
+
+    def _bad_hosts(self) -> tuple[str, ...]:
+        with self.context.sessions() as session:
+            return tuple(leases.lost_hosts(session, self.pool.name))
 
     def _processes_per_node(self, plan: Plan) -> int:
         """As many as fit on the smallest node of the plan's devices, the same on every node."""
@@ -162,9 +171,11 @@ class _Supervisor:
         except OperationalError:
             return {}
 
-    def _give_up_device(self, device: str, reason: str) -> None:
+    def _give_up_device(self, device: str, ended: Ended) -> None:
+        """Here the device; of a batch system a whole node, and the machine it was in, to be avoided."""
+        host = None if self._is_local else ended.host
         with self.context.sessions.begin() as session:
-            leases.set_lost(session, self.pool.name, device, reason[:300])
+            leases.set_lost(session, self.pool.name, device, ended.reason[:300], host)
 
     def _respond(self, ended: Ended) -> None:
         """Decide how to go on; returns to start the processes again.

@@ -29,7 +29,8 @@ def show_(name: Name = "", as_json: Json = False) -> None:
             }
     lines = [f"pool {name}"]
     for device in found["devices"]:
-        state = f"lost: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
+        where = f" on {device['lost_host']}" if device["lost_host"] else ""
+        state = f"lost{where}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
         lines.append(f"  {device['id']:24} {device['node']:24} {state}")
     lines += [f"  waiting: {w['run_id']} for {w['wanted']}, priority {w['priority']}" for w in found["waiting"]]
     lines += [f"  {team}: {hours:.2f} device-hours" for team, hours in found["hours"]["team"].items()]
@@ -63,9 +64,10 @@ def _change(device: str, lost_reason: str | None, name: str, as_json: bool) -> N
     with clear_errors(), _known():
         context, name = _open(name)
         with context.sessions.begin() as session:
-            leases.set_lost(session, name, device, lost_reason)
+            changed = leases.set_lost(session, name, device, lost_reason)
     state = f"out of use: {lost_reason}" if lost_reason else "in use again"
-    show({"pool": name, "device": device, "lost_reason": lost_reason}, f"{name}/{device} is {state}", as_json)
+    found = {"pool": name, "device": device, "devices": changed, "lost_reason": lost_reason}
+    show(found, "\n".join(f"{name}/{one} is {state}" for one in changed), as_json)
 
 
 @contextmanager

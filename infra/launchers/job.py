@@ -1,5 +1,6 @@
 """What every launcher takes and gives: a job of equal processes on some nodes, and how it ended."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from typing import Literal, Protocol
 PASSED = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH")
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
 
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 Cause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 
@@ -18,7 +20,8 @@ Cause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 class Job:
     """Processes that run `module` on a folder which all nodes see, started by torchrun on each node.
 
-    `name` is unlike that of every other job, and a DNS label. Output goes to `log_name` in the folder.
+    `name` is unlike that of every other job, and a DNS label. Output goes to `log_name` in the folder. Nothing is
+    started on the machines of `avoid`.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Job:
     processes_per_node: int
     environment: Mapping[str, str]
     log_name: str = "train.log"
+    avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_processes % self.nodes:
@@ -35,6 +39,8 @@ class Job:
                 f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; put as many on "
                 "every node"
             )
+        if wrong := [host for host in self.avoid if not HOST.fullmatch(host)]:
+            raise ValueError(f"machines to avoid are named as hosts are, got {wrong}")
 
     @property
     def nodes(self) -> int:

@@ -259,6 +259,7 @@ def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         "env": [
             *({"name": name, "value": text} for name, text in sorted(values.items())),
             {"name": "PET_NODE_RANK", "valueFrom": index},
+            {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
         ],
         "ports": [{"name": "rendezvous", "containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": limits},
@@ -268,12 +269,17 @@ def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
             {"name": "shared-memory", "mountPath": "/dev/shm"},
         ],
     }
+    affinity: dict[str, Any] = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
+    if job.avoid:  # by the node's name, which its hostname label need not be
+        away = [{"key": "metadata.name", "operator": "NotIn", "values": [host]} for host in job.avoid]
+        terms = {"nodeSelectorTerms": [{"matchFields": away}]}
+        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": terms}
     optional = {"priorityClassName": options.priority_class, "serviceAccountName": options.service_account}
     return {
         **{name: value for name, value in optional.items() if value is not None},
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 30,
-        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}},
+        "affinity": affinity,
         "tolerations": [{"key": options.device_resource, "operator": "Exists", "effect": "NoSchedule"}],
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}},

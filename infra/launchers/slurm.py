@@ -153,6 +153,7 @@ def rendered(job: Job, options: SlurmOptions) -> str:
         "time": options.time_limit,
         "cpus-per-task": options.cpus_per_node,
         "mem": options.memory_per_node,
+        "exclude": ",".join(job.avoid) or None,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
     values = {**passed(job.environment), "PATH": os.environ["PATH"], FILE_VARIABLE: str(job.alive_file)}

@@ -141,6 +141,14 @@ def test_a_server_that_was_down_takes_nobody_for_dead(queue):
     leases.beat(queue, lease.id, 1)
 
 
+def test_a_node_of_a_batch_system_goes_and_comes_back_as_one(queue):
+    leases.set_lost(queue, "p", "A/3", "hot")
+    assert leases.set_lost(queue, "p", "A/1", "Xid 79", host="gpu-7") == ["A/0", "A/1", "A/2"]
+    assert leases.working(queue, "p")["A"] == 2 and leases.lost_hosts(queue, "p") == ["gpu-7"]
+    assert leases.set_lost(queue, "p", "A/0", None) == ["A/0", "A/1", "A/2"]
+    assert leases.working(queue, "p")["A"] == 5 and leases.lost_hosts(queue, "p") == []
+
+
 def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
     lease = ask(queue, B=2)
     leases.grant(queue, "p")

@@ -28,6 +28,7 @@ def beat(folder, rank, age_s):
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
         (MemoryError(), "out of memory"),
         (ValueError("the plan lays out 3 layers and the model has 4"), "bad data"),
+        (FileNotFoundError("/data/xid 7 out of memory/tokens.bin"), "bad data"),
         (NumericalTrouble("step 9 is wrong"), "numerical"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost device"),
         (OSError(28, "No space left on device"), "disk full"),
@@ -39,6 +40,18 @@ def test_the_error_that_began_it_names_the_ending(folder, error, kind):
     leave_note(folder.path, 0, status_of(error), str(error))
     ended = classify(folder, Ending(status=1), since=0)
     assert (ended.kind, ended.rank) == (kind, 0)
+
+
+def test_a_lost_device_names_its_machine(folder, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
+    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    assert classify(folder, Ending(status=1), since=0).host == "gpu-7"
+
+
+def test_a_machine_whose_name_is_none_is_not_believed(folder, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
+    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    assert classify(folder, Ending(status=1), since=0).host is None
 
 
 def test_a_hanging_run_names_the_rank_that_was_silent(folder):

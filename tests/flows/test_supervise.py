@@ -13,6 +13,7 @@ from feedback import leases, rounds
 from feedback.contracts import RoundParameters
 from feedback.tables import Device, Lease, Round, new_id
 from flows.context import Context
+from flows.endings import Ended
 from flows.reporting import Reporter
 from flows.supervise import TrainingFailed, _Supervisor
 from infra.database import open_sessions
@@ -112,3 +113,16 @@ def test_an_edited_folder_is_refused_before_anything_starts(supervisor):
     with pytest.raises(ValueError, match="somebody edited it"):
         supervisor.run()
     assert not (supervisor.folder.path / "train.log").exists()
+
+
+def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(supervisor):
+    node = dataclasses.replace(supervisor.pool.groups[0], device_class="gpu", count=4, devices_per_node=2)
+    supervisor.pool = dataclasses.replace(supervisor.pool, name="cluster", launcher="slurm", groups=(node,))
+    with supervisor.context.sessions.begin() as session:
+        leases.register_pool(session, supervisor.pool)
+    supervisor._give_up_device("gpu/3", Ended(kind="lost device", reason="rank 3: Xid 79", rank=3, host="gpu-7"))
+    assert supervisor._bad_hosts() == ("gpu-7",)
+    assert supervisor._pool_now().groups[0].count == 2
+    with supervisor.context.sessions.begin() as session:
+        assert leases.set_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
+    assert supervisor._bad_hosts() == ()

@@ -42,6 +42,20 @@ def test_pods_are_one_a_node_and_never_start_again_by_themselves(job):
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "64Gi"}
 
 
+def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
+    body = manifest(Job(**{**job.__dict__, "avoid": ("gpu-7", "gpu-9")}), OPTIONS)
+    assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body
+    spec = client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"]).spec.template.spec
+    (term,) = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution.node_selector_terms
+    # the API takes one value for each; all of a term hold
+    assert [(f.key, f.operator, f.values) for f in term.match_fields] == [
+        ("metadata.name", "NotIn", ["gpu-7"]),
+        ("metadata.name", "NotIn", ["gpu-9"]),
+    ]
+    names = {entry.name: entry.value_from for entry in spec.containers[0].env}
+    assert names["NODE_NAME"].field_ref.field_path == "spec.nodeName"
+
+
 def test_only_what_a_rank_needs_travels(job):
     container = manifest(job, OPTIONS)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
         "containers"

@@ -184,6 +184,16 @@ def test_a_job_that_somebody_cancels_says_so(slurm, job):
         assert ended(running).cause == "cancelled"
 
 
+@needs_slurm
+def test_a_job_keeps_away_from_bad_machines(slurm, job):
+    bad = Job(**{**job.__dict__, "avoid": (socket.gethostname().split(".")[0],)})
+    with (
+        pytest.raises(RuntimeError, match="Requested node configuration is not available"),
+        SlurmLauncher().run(bad),
+    ):
+        pass
+
+
 @pytest.mark.slow
 @needs_slurm
 def test_a_requeued_job_goes_on(slurm, job):

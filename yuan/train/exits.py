@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import re
+import socket
 import time
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -12,6 +14,7 @@ from yuan.train.folder import write_json
 from yuan.train.guard import NumericalTrouble
 
 FOLDER = "exits"
+HOST_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # a batch system's own name for this machine
 
 
 class Status(IntEnum):
@@ -33,7 +36,7 @@ class Status(IntEnum):
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 DEVICE_LOST = re.compile(
     r"uncorrectable ECC|device is lost|fallen off the bus|unspecified launch failure|no CUDA-capable device"
-    r"|CUDA-capable device\(s\) is/are busy or unavailable|invalid device ordinal|hardware error|Xid",
+    r"|CUDA-capable device\(s\) is/are busy or unavailable|invalid device ordinal|hardware error|\bXid\b",
     re.IGNORECASE,
 )
 PEER_LOST = re.compile(
@@ -45,12 +48,13 @@ PEER_LOST = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """What a rank says of its end."""
+    """What a rank says of its end, and on which machine it was."""
 
     rank: int
     status: int
     message: str
     time: float
+    host: str = ""
 
 
 def status_of(error: BaseException) -> Status:
@@ -62,6 +66,8 @@ def status_of(error: BaseException) -> Status:
     text = str(error)
     if isinstance(error, NumericalTrouble):
         return Status.NUMERICAL
+    if isinstance(error, ValueError | FileNotFoundError):  # before the words, which a name of a file may have
+        return Status.BAD_DATA
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return Status.OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -70,14 +76,19 @@ def status_of(error: BaseException) -> Status:
         return Status.DEVICE_LOST
     if PEER_LOST.search(text):
         return Status.PEER_LOST
-    return Status.BAD_DATA if isinstance(error, ValueError | FileNotFoundError) else Status.UNKNOWN
+    return Status.UNKNOWN
+
+
+def host_name() -> str:
+    """This machine, as its batch system names it; else as it names itself."""
+    return next((os.environ[name] for name in HOST_VARIABLES if os.environ.get(name)), socket.gethostname())
 
 
 def leave_note(run: Path, rank: int, status: Status, message: str) -> None:
     """Say why this rank ends; without room on the disk nothing is said."""
     try:
         (run / FOLDER).mkdir(exist_ok=True)
-        note = Note(rank=rank, status=int(status), message=message[:2000], time=time.time())
+        note = Note(rank=rank, status=int(status), message=message[:2000], time=time.time(), host=host_name())
         write_json(run / FOLDER / f"{rank}.json", asdict(note))
     except OSError:
         pass
