@@ -1,11 +1,7 @@
-"""The Slurm launcher on a real Slurm of one node, from Debian's packages; skipped where they are not installed."""
+"""The Slurm launcher on a real Slurm of one node; skipped where Debian's packages are not installed."""
 
 import os
-import shutil
-import signal
 import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,45 +10,8 @@ import pytest
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered
 from infra.processes import carrying
+from tests.infra.cluster import needs_slurm, said, slurm_cluster, until
 
-MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
-needs_slurm = pytest.mark.skipif(
-    bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} of Debian's slurm-wlm, munge"
-)
-
-CONFIG = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/sock,cred_expire=10
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-PlugStackConfig={folder}/plugstack.conf
-MailProg=/bin/true
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
-ReturnToService=2
-KillWait=5
-SlurmdTimeout=10
-SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
-"""
 # A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
 RANK = """
 import os, pathlib, sys, time
@@ -67,61 +26,9 @@ sys.exit(int((folder / "leave").read_text()))
 """
 
 
-def free_ports(count):
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in held]
-    for server in held:
-        server.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def slurm():
-    """A cluster of this machine in a folder; Slurm's commands find it through SLURM_CONF."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name:  # munge wants a way to its socket that all can walk
-        yield from cluster(Path(name))
-
-
-def cluster(folder):
-    for name in ("munge", "state", "spool"):
-        (folder / name).mkdir(mode=0o755)
-    folder.chmod(0o755)
-    key = folder / "munge" / "key"
-    key.touch(mode=0o600)
-    key.write_bytes(os.urandom(128))
-    (folder / "plugstack.conf").touch()
-    host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or "root"
-    text = CONFIG.format(folder=folder, host=host, user=user, ports=free_ports(2))
-    (folder / "slurm.conf").write_text(text)
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "seed-file": "seed"}
-    munge = [f"--{name}={folder / 'munge' / file}" for name, file in files.items()]
-    commands = (["munged", "--foreground", *munge], ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host])
-    processes = []
-    for command in commands:
-        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        if command[0] == "munged":
-            until(lambda: (folder / "munge" / "sock").exists())
-    until(lambda: "idle" in said("sinfo", "--noheader", "--format=%T"))
-    yield folder
-    said("scancel", "--me")
-    until(lambda: not said("squeue", "--noheader"))
-    for process in reversed(processes):
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-    os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
-
-
-def said(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.05)
+    yield from slurm_cluster()
 
 
 @pytest.fixture

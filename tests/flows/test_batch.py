@@ -1,0 +1,71 @@
+"""The supervisor on a real Slurm: a device that is lost there, and the run that goes on when it is returned."""
+
+import dataclasses
+import os
+import socket
+
+import pytest
+
+from feedback import leases, rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import new_id
+from flows.context import Context
+from flows.launching import launcher_of
+from flows.reporting import Reporter
+from flows.supervise import TrainingFailed, _Supervisor
+from infra.database import open_sessions
+from tests.infra.cluster import needs_slurm, slurm_cluster
+from tests.yuan.runs import RECIPE, lay_out, make
+
+# Python runs it at its start: the last rank's device is lost in its 25th pass, as CUDA would say it.
+PLANT = """
+import os
+if os.environ.get("RANK") == "1":
+    from yuan.train.step import Stepper
+    run, calls = Stepper.run, [0]
+    def lost(self, batches):
+        calls[0] += 1
+        if calls[0] == 25:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return run(self, batches)
+    Stepper.run = lost
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    yield from slurm_cluster()
+
+
+@pytest.fixture
+def supervisor(slurm, stores, engine, objects, portal, tmp_path):
+    context = Context(stores, open_sessions(engine), objects)
+    with context.sessions.begin() as session:
+        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+        run = rounds.training_run(session, turn.id)
+    recipe = dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10)
+    folder = lay_out(tmp_path / "run", make(tmp_path / "parent"), recipe)
+    made = _Supervisor(context, turn.id, run.id, folder, Reporter(context, turn.id, folder, lambda status: None))
+    made.pool = dataclasses.replace(made.pool, name="cluster", launcher="slurm")
+    made.launcher = launcher_of(made.pool)
+    yield made
+    with context.sessions.begin() as session:
+        rounds.finish(session, turn.id, "cancelled", "the test is over")
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_a_lost_device_takes_its_node_out_until_it_is_returned(supervisor, monkeypatch, tmp_path):
+    (tmp_path / "plant").mkdir()
+    (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'plant'}:{os.getcwd()}")
+    with pytest.raises(TrainingFailed, match="'cluster' has lost all its devices"):
+        supervisor.run()
+    with supervisor.context.sessions.begin() as session:
+        assert leases.lost_hosts(session, "cluster") == [socket.gethostname().split(".")[0]]
+        assert len(leases.set_lost(session, "cluster", "cpu-process/0", None)) == 2
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    supervisor.run()
+    kinds = [event["kind"] for event in supervisor.folder.events() if event["event"] == "ended"]
+    assert kinds == ["lost device", "finished"]
+    assert [row["data/first_position"] for row in supervisor.folder.metrics()] == list(range(0, 320, 8))
