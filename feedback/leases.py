@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound, audit
 from feedback.tables import Device, DevicePool, Lease
+from infra.launchers.job import HOST
 from yuan.plan.pool import Pool
 
 TTL_S = 60.0  # of silence after which a holder is taken for dead
@@ -42,9 +43,13 @@ def register_pool(session: Session, pool: Pool) -> None:
         for n in range(group.count)
         for node in [f"{group.device_class}-node-{n // group.devices_per_node}"]
     ]
-    session.execute(insert(Device).values(named).on_conflict_do_nothing())
+    new = insert(Device).values(named)
+    session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_={"node": new.excluded.node}))
     own, is_named = Device.pool == pool.name, Device.id.in_([device["id"] for device in named])
     session.execute(update(Device).where(own, ~is_named, Device.lost_reason.is_(None)).values(lost_reason=UNNAMED))
+    session.execute(
+        update(Device).where(own, ~is_named).values(lost_host=None)
+    )  # its machine may be none of the site's
     session.execute(update(Device).where(own, is_named, Device.lost_reason == UNNAMED).values(lost_reason=None))
 
 
@@ -185,23 +190,29 @@ def set_lost(session: Session, pool: str, device: str, reason: str | None, host:
 
     Args:
         host: the machine of a batch system that the device was in. Which of the machine's devices a job gets nobody
-            can say there, so all of a node goes, and jobs avoid the machine; and all of it comes back together.
+            can say there, so all of a node goes, once for a machine, and jobs avoid it; all of it comes back together.
 
     Returns:
-        The devices that this was done to.
+        The devices that this was done to; none, if the machine's loss was known.
 
     Raises:
         NotFound: if the pool has no such device.
+        ValueError: if the host is not named as hosts are.
     """
+    if host and not HOST.fullmatch(host):
+        raise ValueError(f"a machine is named as a host is, by letters, digits, dots and hyphens, got {host!r}")
     found = session.get(Device, (pool, device))
     if found is None:
         raise NotFound(f"pool {pool!r} has no device {device!r}")
     which = Device.id == device
     if reason and host:
+        if host in lost_hosts(session, pool):  # by another run, or one that was queued before
+            return []
         which = (Device.node == found.node) & Device.lost_reason.is_(None) | which
     elif not reason and found.lost_host:
-        which = (Device.node == found.node) & (Device.lost_host == found.lost_host)
-    query = update(Device).where(Device.pool == pool, which).values(lost_reason=reason, lost_host=host)
+        which = Device.lost_host == found.lost_host
+    new = {"lost_reason": reason, "lost_host": func.coalesce(Device.lost_host, host) if reason else None}
+    query = update(Device).where(Device.pool == pool, which).values(new)
     changed = sorted(session.scalars(query.returning(Device.id)))
     for name in changed:
         what = "device lost" if reason else "device returned"
@@ -211,7 +222,8 @@ def set_lost(session: Session, pool: str, device: str, reason: str | None, host:
 
 def lost_hosts(session: Session, pool: str) -> list[str]:
     """Machines of a batch system on which devices were lost and have not been returned."""
-    query = select(Device.lost_host).where(Device.pool == pool, Device.lost_host.is_not(None)).distinct()
+    is_lost = Device.lost_reason.is_not(None) & Device.lost_host.is_not(None)
+    query = select(Device.lost_host).where(Device.pool == pool, is_lost).distinct()
     return sorted(host for host in session.scalars(query) if host is not None)
 
 

@@ -41,11 +41,14 @@ def show_(name: Name = "", as_json: Json = False) -> None:
 def lose(
     device: Annotated[str, typer.Argument(help="as `cotrain pool show` names it")],
     reason: Annotated[str, typer.Option(help="for those who find it gone")],
+    host: Annotated[
+        str, typer.Option(help="its machine, by the batch system's name: a whole node goes, and jobs avoid the machine")
+    ] = "",
     name: Name = "",
     as_json: Json = False,
 ) -> None:
     """Take a device out of use; a run that has it is planned anew on what is left."""
-    _change(device, reason, name, as_json)
+    _change(device, reason, host, name, as_json)
 
 
 @pool.command(name="return")
@@ -55,19 +58,20 @@ def return_(
     as_json: Json = False,
 ) -> None:
     """Put a mended device back into use; later runs are planned with it."""
-    _change(device, None, name, as_json)
+    _change(device, None, "", name, as_json)
 
 
-def _change(device: str, lost_reason: str | None, name: str, as_json: bool) -> None:
+def _change(device: str, lost_reason: str | None, host: str, name: str, as_json: bool) -> None:
     from feedback import leases
 
     with clear_errors(), _known():
         context, name = _open(name)
         with context.sessions.begin() as session:
-            changed = leases.set_lost(session, name, device, lost_reason)
+            changed = leases.set_lost(session, name, device, lost_reason, host or None)
     state = f"out of use: {lost_reason}" if lost_reason else "in use again"
     found = {"pool": name, "device": device, "devices": changed, "lost_reason": lost_reason}
-    show(found, "\n".join(f"{name}/{one} is {state}" for one in changed), as_json)
+    said = "\n".join(f"{name}/{one} is {state}" for one in changed)
+    show(found, said or f"{host} is known to be lost; see cotrain pool show", as_json)
 
 
 @contextmanager

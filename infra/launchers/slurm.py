@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from infra.alive import FILE_VARIABLE, renewed
 from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
@@ -79,7 +80,7 @@ class SlurmLauncher:
         script.write_text(rendered(job, self._options))
         with renewed(job.alive_file):
             try:
-                number = _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
+                number = _submitted(job, script)
                 log.info("submitted %s as job %s", job.name, number)
                 yield _SlurmRun(number)
             finally:  # one whose submission got no answer may be there too
@@ -176,6 +177,21 @@ def rendered(job: Job, options: SlurmOptions) -> str:
             "",
         ]
     )
+
+
+def _submitted(job: Job, script: Path) -> str:
+    """Submit a job's script; its number.
+
+    Raises:
+        RuntimeError: if Slurm refuses it, in its words, and with the machines it was to avoid, which may be the cause.
+    """
+    try:
+        return _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
+    except LauncherAway:
+        raise
+    except RuntimeError as error:
+        hint = f"; it was to avoid {', '.join(job.avoid)}, as devices of theirs are lost" if job.avoid else ""
+        raise RuntimeError(f"{error}{hint}") from None
 
 
 def _said(*command: str) -> str:

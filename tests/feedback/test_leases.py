@@ -1,5 +1,6 @@
 """Leases: all devices or none, in an order that starves nobody, taken back from the dead and from nobody else."""
 
+import dataclasses
 from datetime import timedelta
 
 import pytest
@@ -145,8 +146,22 @@ def test_a_node_of_a_batch_system_goes_and_comes_back_as_one(queue):
     leases.set_lost(queue, "p", "A/3", "hot")
     assert leases.set_lost(queue, "p", "A/1", "Xid 79", host="gpu-7") == ["A/0", "A/1", "A/2"]
     assert leases.working(queue, "p")["A"] == 2 and leases.lost_hosts(queue, "p") == ["gpu-7"]
+    assert leases.set_lost(queue, "p", "A/5", "Xid 79", host="gpu-7") == []  # of a job that was queued before
+    leases.set_lost(queue, "p", "A/1", "burnt")
+    assert leases.lost_hosts(queue, "p") == ["gpu-7"]
     assert leases.set_lost(queue, "p", "A/0", None) == ["A/0", "A/1", "A/2"]
     assert leases.working(queue, "p")["A"] == 5 and leases.lost_hosts(queue, "p") == []
+
+
+def test_a_machine_is_not_avoided_when_its_devices_have_left_the_file(queue):
+    leases.set_lost(queue, "p", "B/1", "Xid 79", host="gpu-9")
+    leases.register_pool(queue, dataclasses.replace(POOL, groups=POOL.groups[:1]))
+    assert leases.lost_hosts(queue, "p") == []
+
+
+def test_a_machine_is_named_as_a_host_is(queue):
+    with pytest.raises(ValueError, match="named as a host is"):
+        leases.set_lost(queue, "p", "A/1", "hot", host="gpu-7,gpu-8")
 
 
 def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):

@@ -38,7 +38,7 @@ def supervisor(stores, engine, objects, portal, made, tmp_path):
         session.execute(update(Round).values(state="cancelled"))
         turn = rounds.request_round(session, "test", RoundParameters(), new_id())
         run = rounds.training_run(session, turn.id)
-        session.execute(update(Device).values(lost_reason=None))
+        session.execute(update(Device).values(lost_reason=None, lost_host=None))
     recipe = dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20)
     folder = lay_out(tmp_path / "run", made, recipe)
     with context.sessions.begin() as session:

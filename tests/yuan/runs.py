@@ -88,8 +88,8 @@ def run(folder, script=None):
     return folder
 
 
-def plain_losses(made, finished, recipe=RECIPE):
-    """The same training as a loop anybody can read: one process, torch alone."""
+def plain_steps(made, finished, recipe=RECIPE):
+    """Loss and norm of each step of the same training as a loop anybody can read: one process, torch alone."""
     parent, config, _ = made
     corpus = finished.corpus(seed=5)
     model = Yuan(config)
@@ -98,7 +98,7 @@ def plain_losses(made, finished, recipe=RECIPE):
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
-    losses = []
+    steps = []
     for step in range(recipe.max_steps):
         windows, _ = corpus.read(kept_positions(8 * step, 8, []))
         tokens, labels = (torch.from_numpy(a).long() for a in (windows.tokens, windows.labels))
@@ -109,9 +109,14 @@ def plain_losses(made, finished, recipe=RECIPE):
         )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        steps.append((loss.item(), norm.item()))
+    return steps
+
+
+def trained_steps(folder):
+    """The same of a run."""
+    return [(row["train/loss"], row["train/grad_norm"]) for row in folder.metrics()]

@@ -1,6 +1,7 @@
 """What an engine really keeps for every parameter, counted in its own processes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from yuan.config import ModelConfig, Recipe
 from yuan.plan.job import Grid, Work
 from yuan.plan.memory import stage_terms
 from yuan.plan.pool import cpu_pool
+from yuan.train import storage
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.pipeline import PlannedPipeline
 
@@ -33,14 +35,16 @@ def recipe(replicas):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_full_precision_keeps_what_the_planner_counts(replicas, tmp_path):
+def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_path):
     command = torchrun_command("unused", tmp_path, replicas)
     command = [*command[: command.index("-m", 3)], __file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
     terms = stage_terms(Work.of(MODEL, recipe(replicas)), grid, cpu_pool().groups[0], 0, MODEL.num_layers, 0)
-    kept = json.loads((tmp_path / "0.json").read_text())
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
+    kept = ranks[0]
+    assert kept["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
     assert kept["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
     states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12  # the rest: copies while it updates
     assert kept["moments"] == pytest.approx(int(states), rel=0.01)
@@ -49,18 +53,20 @@ def test_full_precision_keeps_what_the_planner_counts(replicas, tmp_path):
 
 
 def count(folder):
-    """Bytes of this rank's storages, those of the gradients as the optimizer is given them."""
+    """Bytes of this rank's storages, those of the gradients as the optimizer is given them; their norm, in blocks."""
+    storage.NORM_BLOCK_CPU = 1000
     replicas = int(os.environ["WORLD_SIZE"])
     start_distributed(replicas)
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
     engine, optimizer = start_engine(module, recipe(replicas), deepspeed_config(recipe(replicas), replicas))
     tokens, weights = torch.randint(512, (1, 16)), torch.full((1, 16), 1 / 16)
     batch = ((tokens, torch.zeros_like(tokens)), (tokens, weights))
-    step, gradients = optimizer.step, []
+    step, gradients, squares = optimizer.step, [], []
 
     def seen(*arguments):
         gradients.clear()
         gradients.extend(part for group in optimizer.averaged_gradients.values() for part in group)
+        squares.append(sum(float(part.double().square().sum()) for part in gradients))
         gradients.extend(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
         step(*arguments)
 
@@ -74,6 +80,7 @@ def count(folder):
     moments = [state[kind] for state in states for kind in ("exp_avg", "exp_avg_sq")]
     kept = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
     said = {name: storage_bytes(tensors) for name, tensors in kept.items()}
+    said |= {"squares": squares[-1], "norm": float(optimizer._global_grad_norm)}
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(said))
     stop_distributed()
 

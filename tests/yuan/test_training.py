@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_losses, run, two_stages
+from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_steps, run, trained_steps, two_stages
 from yuan.model import weights
 from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
@@ -29,17 +29,15 @@ def finished(made, tmp_path_factory):
     return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", made))
 
 
-def test_two_stages_give_the_losses_of_one_process(made, finished):
-    losses = [row["train/loss"] for row in finished.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made, finished), rtol=1e-5)
+def test_two_stages_give_the_losses_and_norms_of_one_process(made, finished):
+    np.testing.assert_allclose(trained_steps(finished), plain_steps(made, finished), rtol=1e-5)
 
 
 def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", made, recipe))
-    losses = [row["train/loss"] for row in folder.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made, folder, recipe), rtol=1e-5)
-    assert abs(losses[0] - finished.metrics()[0]["train/loss"]) > 1e-4
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, folder, recipe), rtol=1e-5)
+    assert abs(folder.metrics()[0]["train/loss"] - finished.metrics()[0]["train/loss"]) > 1e-4
 
 
 def test_bf16_adds_up_the_same_gradients(made, finished, tmp_path):
@@ -57,9 +55,7 @@ def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
     folder = run(lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages)))
-    np.testing.assert_allclose(
-        [row["train/loss"] for row in folder.metrics()], plain_losses(made, folder, recipe), rtol=1e-5
-    )
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, folder, recipe), rtol=1e-5)
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):
@@ -106,8 +102,7 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finish
     run(folder)
     events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [10]
-    losses = [row["train/loss"] for row in folder.metrics()]
-    np.testing.assert_allclose(losses, plain_losses(made, finished), rtol=1e-5)
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, finished), rtol=1e-5)
     ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)

@@ -26,8 +26,8 @@ def stage_terms(
     """The terms of a stage's peak under 1F1B with ZeRO-1; each is affine in layers and recomputed layers.
 
     Weights, gradients and optimizer follow DeepSpeed's law for bf16 with fp32 accumulation: 2 + 2 + 4 + 12/D bytes a
-    parameter, the fp32 gradients not being sharded. In fp32, where weights are their own masters, 4 + 4 + 12/D, with
-    copies of the gradients while they are reduced, or 4 + 4 + 8 for one replica, which needs none. Stage s of P
+    parameter, the fp32 gradients not being sharded. In fp32, where weights are their own masters, 4 + 4 + 8/D, and
+    with replicas 4/D for the copy of a replica's share that the optimizer is given. Stage s of P
     holds the activations of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps what it
     received and a clone).
 

@@ -12,6 +12,8 @@ from yuan.config import Recipe
 from yuan.train.pipeline import PlannedPipeline
 from yuan.train.storage import share_storage
 
+REDUCED_AT_ONCE = 50_000_000
+
 
 def start_distributed(planned: int) -> None:
     """Join the process group that torchrun prepared.
@@ -42,7 +44,8 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.global_batch_size // recipe.micro_batch_size // data_size,
         "gradient_clipping": recipe.grad_clip,
         # Gradients are reduced once, after the last micro-batch: there is nothing to gather them in a buffer for.
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False},
+        # Those of fp32 replicas are copied to be reduced, so many at once; the planner counts no room for more.
+        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCED_AT_ONCE},
         "bf16": {"enabled": bf16},
         # Without this, bf16 gradients of the micro-batches would be added up in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -1,9 +1,12 @@
 """DeepSpeed's ZeRO-1 without the copies that full precision, or a single replica, has no need of.
 
 ZeRO keeps a master of every weight in fp32 beside the weight, and reduces gradients from one place to another. Weights
-that are fp32 are their own masters; and with one replica there is nothing to reduce. It saves four bytes a parameter
-for the masters and, with one replica, four for the gradients' copy, and the time to make them: that goes less into
-copying values than into the pages that the system has to clear for each new tensor.
+that are fp32 are their own masters; and with one replica there is nothing to reduce. It saves 4/D bytes a parameter for
+the masters and, with one replica, four for the gradients' copy, and the time to make them: that goes less into copying
+values than into the pages that the system has to clear for each new tensor.
+
+DeepSpeed's own checkpoints would write, with several replicas, all masters for every rank's share of them, since views
+are saved with all that they are views of; ours are written from pieces.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +16,8 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-NORM_BLOCK = 2**17  # elements; in fp64 they take 1 MiB, which the allocator has at hand
+# Elements whose norm is taken at once: in fp64 1 MiB, which a CPU's allocator has at hand, and 128 MiB.
+NORM_BLOCK_CPU, NORM_BLOCK_GPU = 2**17, 2**24
 
 
 def share_storage(engine: Any) -> None:
@@ -26,8 +30,7 @@ def share_storage(engine: Any) -> None:
     _make_weights_their_own_masters(optimizer)
     if is_alone:
         _add_gradients_up_where_they_are_read(optimizer)
-    if engine.device.type == "cpu":
-        _measure_norms_in_blocks(optimizer)
+    _measure_norms_in_blocks(optimizer, NORM_BLOCK_CPU if engine.device.type == "cpu" else NORM_BLOCK_GPU)
 
 
 def _make_weights_their_own_masters(optimizer: Any) -> None:
@@ -43,27 +46,36 @@ def _add_gradients_up_where_they_are_read(optimizer: Any) -> None:
     kept = {
         group: optimizer._build_compact_grad_partition_buffer(group) for group in range(len(optimizer.bit16_groups))
     }
+    own = [
+        (parameter, gradient)
+        for group, gradients in kept.items()
+        for parameter, gradient in zip(optimizer.params_in_partition[group], _unpadded(gradients), strict=True)
+    ]
 
     def zero_grad(set_to_none: bool = True) -> None:
-        for group, gradients in kept.items():
+        for gradients in kept.values():
             gradients.flat_partition.zero_()
-            for parameter, gradient in zip(optimizer.params_in_partition[group], _unpadded(gradients), strict=True):
-                parameter.grad = gradient
+        for parameter, gradient in own:
+            parameter.grad = gradient
 
-    optimizer.zero_grad = zero_grad
-    optimizer.reduce_gradients = lambda **named: optimizer.averaged_gradients.update(kept)
+    def reduce_gradients(**named: Any) -> None:
+        for parameter, gradient in own:
+            assert parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr(), "added up elsewhere"
+        optimizer.averaged_gradients.update(kept)
+
+    optimizer.zero_grad, optimizer.reduce_gradients = zero_grad, reduce_gradients
     zero_grad()
 
 
-def _measure_norms_in_blocks(optimizer: Any) -> None:
+def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
     """DeepSpeed makes a copy of a gradient in fp64 to measure it; make that of a block at a time."""
     measure = optimizer.get_grad_norm_direct
 
     def of_blocks(gradients: Iterable[Tensor], parameters: Iterable[Tensor], norm_type: float = 2) -> Tensor:
         blocks = [
             (block, parameter)
-            for gradient, parameter in zip(_unpadded(gradients), parameters, strict=False)
-            for block in gradient.detach().reshape(-1).split(NORM_BLOCK)
+            for gradient, parameter in zip(_unpadded(gradients), parameters, strict=False)  # padding may come last
+            for block in gradient.detach().reshape(-1).split(size)
         ]
         norm: Tensor = measure([block for block, _ in blocks], [owner for _, owner in blocks], norm_type)
         return norm
