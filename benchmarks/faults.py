@@ -1,4 +1,4 @@
-"""Training through faults: `python benchmarks/faults.py [--times 3] [--outage 20] [--only NAME]`, twenty minutes.
+"""Training through faults: `python benchmarks/faults.py [--times 3] [--outage 20] [--only NAME]`, sixteen minutes.
 
 One embedded stack, and in it a run for each fault, all from the same seed on the same snapshot in fp32. While a run
 trains, its fault strikes `times` times at random moments. Nobody helps. Every run must end with exported weights, its
@@ -34,7 +34,7 @@ from yuan.data.skills import load_skills
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
 
-STEPS, EVERY = 120, 20  # of a run, and between checkpoints
+STEPS, EVERY = 100, 20  # of a run, and between checkpoints
 RUN_LIMIT_S, STRIKE_LIMIT_S = 240, 60  # and for each strike
 DISK_MIB = 700
 
