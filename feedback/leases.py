@@ -47,9 +47,8 @@ def register_pool(session: Session, pool: Pool) -> None:
     session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_={"node": new.excluded.node}))
     own, is_named = Device.pool == pool.name, Device.id.in_([device["id"] for device in named])
     session.execute(update(Device).where(own, ~is_named, Device.lost_reason.is_(None)).values(lost_reason=UNNAMED))
-    session.execute(
-        update(Device).where(own, ~is_named).values(lost_host=None)
-    )  # its machine may be none of the site's
+    # their machine may no longer be one of the site's, and Slurm refuses jobs that avoid what it does not know
+    session.execute(update(Device).where(own, ~is_named).values(lost_host=None))
     session.execute(update(Device).where(own, is_named, Device.lost_reason == UNNAMED).values(lost_reason=None))
 
 

@@ -47,10 +47,13 @@ def test_a_second_up_changes_nothing(stack):
 def test_an_operator_sees_and_changes_the_pool(stack):
     _, found = stack.cotrain("pool", "show", check=True)
     assert [device["id"] for device in found["devices"]] == ["cpu-process/0", "cpu-process/1"]
-    stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", check=True)
+    stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "node-7", check=True)
     _, found = stack.cotrain("pool", "show", check=True)
-    assert found["devices"][1]["lost_reason"] == "hot"
-    stack.cotrain("pool", "return", "cpu-process/1", check=True)
+    assert [(d["lost_reason"], d["lost_host"]) for d in found["devices"]] == [("hot", "node-7")] * 2
+    _, returned = stack.cotrain("pool", "return", "cpu-process/1", check=True)
+    assert returned["devices"] == ["cpu-process/0", "cpu-process/1"]
+    status, said = stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "a,b")
+    assert status == 1 and "named as a host is" in said
     status, said = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
     assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in said
 
