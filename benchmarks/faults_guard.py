@@ -76,11 +76,11 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=5, parent="v1")
     folder.write(spec, {"documents": samples}, pad=0)
-    command = torchrun_command("yuan.train.run", path, plan.pipeline_size)
+    program: list[str | Path] = ["-m", "yuan.train.run"]
     if plant is not None:
         (path / "plant.json").write_text(json.dumps(plant))
-        script = Path(__file__).with_name("planted.py")
-        command = [*command[: command.index("-m", 3)], str(script), str(path)]
+        program = [Path(__file__).with_name("planted.py")]
+    command = torchrun_command(plan.pipeline_size, *program, path)
     with supervised(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])

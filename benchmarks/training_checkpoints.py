@@ -94,8 +94,7 @@ def main() -> int:
 
 def in_ranks(what: str, folder: Path) -> dict[str, Any]:
     """This file in two ranks; what rank 0 wrote down."""
-    command = torchrun_command("unused", folder, 2)
-    command = [*command[: command.index("-m", 3)], __file__, what, str(folder)]
+    command = torchrun_command(2, __file__, what, folder)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])

@@ -41,8 +41,7 @@ def main() -> int:
             show({"name": name, "skipped": "no GPU here"})
         return 0
     with tempfile.TemporaryDirectory() as name:
-        command = torchrun_command("unused", Path(name), 1)
-        command = [*command[: command.index("-m", 3)], __file__, name, *(["--small"] if is_small else [])]
+        command = torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])

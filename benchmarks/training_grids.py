@@ -76,7 +76,7 @@ def run(
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
     folder.write(spec, {"documents": samples}, pad=0)
-    command = torchrun_command("yuan.train.run", path, plan.pipeline_size * replicas)
+    command = torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
     with supervised(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])

@@ -43,8 +43,7 @@ AUTOGRAD = "--autograd"
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
-        command = torchrun_command("unused", Path(name), 2)
-        command = [*command[: command.index("-m", 3)], __file__, name, *sys.argv[1:]]
+        command = torchrun_command(2, __file__, name, *sys.argv[1:])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])

@@ -21,7 +21,7 @@ def run_measurement(request: Request, ranks: int) -> Answer:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         request.write(folder)
-        with supervised(torchrun_command("yuan.train.run", folder, ranks), folder, env, "measure.log") as process:
+        with supervised(torchrun_command(ranks, "-m", "yuan.train.run", folder), folder, env, "measure.log") as process:
             status = process.wait(LIMIT_S)
         if status:
             raise RuntimeError(f"measuring ended with status {status}: {(folder / 'measure.log').read_text()[-2000:]}")

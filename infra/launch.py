@@ -71,10 +71,14 @@ def _see_off(process: subprocess.Popen[bytes], fifo: Path) -> None:
         time.sleep(0.02)
 
 
-def torchrun_command(module: str, folder: Path, num_processes: int) -> list[str]:
-    """The command that runs `module` on `folder` in num_processes ranks of this machine."""
+def torchrun_command(num_processes: int, *program: str | Path) -> list[str]:
+    """The command that runs a program, a script or `-m` and a module, in so many ranks of this machine.
+
+    >>> torchrun_command(2, "-m", "yuan.train.run", Path("runs/7"))[-3:]
+    ['-m', 'yuan.train.run', 'runs/7']
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
-    return [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", module, str(folder)]
+    return [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", *map(str, program)]
 
 
 def leave_with_parent() -> None:

@@ -25,7 +25,7 @@ class LocalLauncher:
         """
         if job.nodes > 1:
             raise ValueError(f"this machine is one node and {job.name} wants {job.nodes}; choose another launcher")
-        command = torchrun_command(job.module, job.folder, job.num_processes)
+        command = torchrun_command(job.num_processes, "-m", job.module, job.folder)
         environment = {**job.environment, JOB_VARIABLE: job.name}
         with supervised(command, job.folder, environment, job.log_name) as process:
             yield _LocalRun(process)

@@ -76,9 +76,8 @@ def lay_out(folder, made, recipe=RECIPE, plan=None):
 
 def launch(folder, script=None):
     plan = folder.spec().plan
-    command = torchrun_command("yuan.train.run", folder.path, plan.num_ranks)
-    if script is not None:
-        command = [*command[: command.index("-m", 3)], str(script), str(folder.path)]
+    program = ["-m", "yuan.train.run"] if script is None else [script]
+    command = torchrun_command(plan.num_ranks, *program, folder.path)
     return supervised(command, folder.path, dict(os.environ), "train.log")
 
 

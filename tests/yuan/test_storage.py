@@ -36,8 +36,7 @@ def recipe(replicas):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_path):
-    command = torchrun_command("unused", tmp_path, replicas)
-    command = [*command[: command.index("-m", 3)], __file__, str(tmp_path)]
+    command = torchrun_command(replicas, __file__, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
