@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from flows.home import load_config
 from infra.database import open_engine, open_sessions
 from infra.services import marked, read_state
 from infra.settings import Settings
+from tests.waiting import until
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
 
@@ -60,16 +60,7 @@ class Stack:
                     found.append(pid)
         return found
 
-    @staticmethod
-    def until(condition, seconds=90.0, pause=0.1):
-        """Wait for a true value and return it."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            found = condition()
-            if found:
-                return found
-            time.sleep(pause)
-        raise AssertionError("did not happen in time")
+    until = staticmethod(until)
 
     @classmethod
     def follow(cls, client, turn):

@@ -8,7 +8,6 @@ import ssl
 import subprocess
 import sys
 import textwrap
-import time
 
 import psycopg
 import pytest
@@ -18,6 +17,7 @@ from flows.stack import services
 from infra.postgres import Postgres
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings
+from tests.waiting import until
 
 KEEPER = """
 import sys, urllib.request
@@ -40,15 +40,6 @@ Keeper([web("web")], folder, "keeper-test").run()
 """
 
 
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @pytest.fixture
 def keeper(tmp_path):
     config = load_config(tmp_path / "ports")
@@ -66,10 +57,10 @@ def state(folder):
 
 def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     folder, process = keeper
-    assert until(lambda: state(folder).get("state") == "ready")
+    until(lambda: state(folder).get("state") == "ready")
     first = state(folder)["pid"]
     os.kill(first, signal.SIGKILL)
-    assert until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
+    until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
     assert state(folder)["restarts"] == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
@@ -78,10 +69,10 @@ def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
 
 def test_services_die_with_a_killed_keeper(keeper):
     folder, process = keeper
-    assert until(lambda: state(folder).get("state") == "ready")
+    until(lambda: state(folder).get("state") == "ready")
     process.kill()
     process.wait()
-    assert until(lambda: not list(marked("keeper-test")))
+    until(lambda: not list(marked("keeper-test")))
 
 
 def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
@@ -92,7 +83,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
         process = subprocess.Popen(
             server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
         )
-        assert until(lambda: answers(server))
+        until(lambda: answers(server))
         with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
             connection.execute("create table if not exists kept (n int)")
             connection.execute("insert into kept values (%s)", [round_])
@@ -134,7 +125,7 @@ def test_a_busy_port_names_its_holder(tmp_path):
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        assert until(lambda: not is_free(port))
+        until(lambda: not is_free(port))
         assert f"pid {process.pid}" in str(port_holder(port, config.stack_id))
     finally:
         process.kill()

@@ -10,7 +10,8 @@ import pytest
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered
 from infra.processes import carrying
-from tests.infra.cluster import needs_slurm, said, slurm_cluster, until
+from tests.infra.cluster import needs_slurm, said, slurm_cluster
+from tests.waiting import until
 
 # A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
 RANK = """

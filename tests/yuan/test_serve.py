@@ -11,6 +11,7 @@ import torch
 import uvicorn
 
 from infra.launch import free_port
+from tests.waiting import until
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.generate.answers import generate
@@ -78,15 +79,6 @@ def http(url):
 def metric(http, name):
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_before_a_promotion_there_is_nothing_in_service(url, http):
@@ -196,7 +188,7 @@ def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
                 next(answer.iter_raw())
         except httpx.ReadTimeout:
             pass
-    assert until(lambda: metric(http, "yuan_running") == 0)
+    until(lambda: metric(http, "yuan_running") == 0)
     assert metric(http, "yuan_tokens_total") - before < 1900
 
 
