@@ -10,14 +10,22 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
+from feedback import rounds
 from feedback.client import Client
+from feedback.contracts import RoundParameters
+from feedback.tables import Device, Round, new_id
+from flows.context import Context
 from flows.demo.corpus import BASE_SKILLS
 from flows.home import load_config
+from flows.reporting import Reporter
+from flows.supervise import _Supervisor
 from infra.database import open_engine, open_sessions
 from infra.services import marked, read_state
 from infra.settings import Settings
 from tests.waiting import until
+from tests.yuan.runs import lay_out
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
 
@@ -108,3 +116,27 @@ def base(operator, stack, tmp_path_factory):
     """A small base mixture, for a first round."""
     rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
     stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
+
+
+@pytest.fixture
+def supervise(stores, engine, objects, portal, tmp_path):
+    """Lays out a run in a round of its own and gives its supervisor, whose pool is whole."""
+    context, turns = Context(stores, open_sessions(engine), objects), []
+
+    def of(made, recipe):
+        with context.sessions.begin() as session:
+            session.execute(update(Round).values(state="cancelled"))
+            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+            run = rounds.training_run(session, turn.id)
+            session.execute(update(Device).values(lost_reason=None, lost_host=None))
+        turns.append(turn.id)
+        folder = lay_out(tmp_path / "run", made, recipe)
+        with context.sessions.begin() as session:
+            rounds.keep_plan(session, turn.id, folder.spec().plan.to_json())
+        reporter = Reporter(context, turn.id, folder, lambda status: None)
+        return _Supervisor(context, turn.id, run.id, folder, reporter)
+
+    yield of
+    with context.sessions.begin() as session:
+        for turn in turns:
+            rounds.finish(session, turn, "cancelled", "the test is over")

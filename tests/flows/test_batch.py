@@ -6,16 +6,11 @@ import socket
 
 import pytest
 
-from feedback import leases, rounds
-from feedback.contracts import RoundParameters
-from feedback.tables import new_id
-from flows.context import Context
+from feedback import leases
 from flows.launching import launcher_of
-from flows.reporting import Reporter
-from flows.supervise import TrainingFailed, _Supervisor
-from infra.database import open_sessions
+from flows.supervise import TrainingFailed
 from tests.infra.cluster import needs_slurm, slurm_cluster
-from tests.yuan.runs import RECIPE, lay_out, make
+from tests.yuan.runs import RECIPE, make
 
 # Python runs it at its start: the last rank's device is lost in its 25th pass, as CUDA would say it.
 PLANT = """
@@ -38,19 +33,11 @@ def slurm():
 
 
 @pytest.fixture
-def supervisor(slurm, stores, engine, objects, portal, tmp_path):
-    context = Context(stores, open_sessions(engine), objects)
-    with context.sessions.begin() as session:
-        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-        run = rounds.training_run(session, turn.id)
-    recipe = dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10)
-    folder = lay_out(tmp_path / "run", make(tmp_path / "parent"), recipe)
-    made = _Supervisor(context, turn.id, run.id, folder, Reporter(context, turn.id, folder, lambda status: None))
-    made.pool = dataclasses.replace(made.pool, name="cluster", launcher="slurm")
-    made.launcher = launcher_of(made.pool)
-    yield made
-    with context.sessions.begin() as session:
-        rounds.finish(session, turn.id, "cancelled", "the test is over")
+def supervisor(slurm, supervise, tmp_path):
+    found = supervise(make(tmp_path / "parent"), dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10))
+    found.pool = dataclasses.replace(found.pool, name="cluster", launcher="slurm")
+    found.launcher = launcher_of(found.pool)
+    return found
 
 
 @pytest.mark.slow

@@ -9,15 +9,11 @@ import time
 import pytest
 from sqlalchemy import select, update
 
-from feedback import leases, rounds
-from feedback.contracts import RoundParameters
-from feedback.tables import Device, Lease, Round, new_id
-from flows.context import Context
+from feedback import leases
+from feedback.tables import Device, Lease
 from flows.endings import Ended
-from flows.reporting import Reporter
-from flows.supervise import TrainingFailed, _Supervisor
-from infra.database import open_sessions
-from tests.yuan.runs import RECIPE, lay_out, make
+from flows.supervise import TrainingFailed
+from tests.yuan.runs import RECIPE, make
 from yuan.plan.pool import CPU_POOL
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
@@ -31,22 +27,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def supervisor(stores, engine, objects, portal, made, tmp_path):
-    """A supervisor of a laid-out run whose pool is whole."""
-    context = Context(stores, open_sessions(engine), objects)
-    with context.sessions.begin() as session:
-        session.execute(update(Round).values(state="cancelled"))
-        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-        run = rounds.training_run(session, turn.id)
-        session.execute(update(Device).values(lost_reason=None, lost_host=None))
-    recipe = dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20)
-    folder = lay_out(tmp_path / "run", made, recipe)
-    with context.sessions.begin() as session:
-        rounds.keep_plan(session, turn.id, folder.spec().plan.to_json())
-    reporter = Reporter(context, turn.id, folder, lambda status: None)
-    yield _Supervisor(context, turn.id, run.id, folder, reporter)
-    with context.sessions.begin() as session:
-        rounds.finish(session, turn.id, "cancelled", "the test is over")
+def supervisor(supervise, made):
+    return supervise(made, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
 
 
 def kinds(folder: RunFolder):
