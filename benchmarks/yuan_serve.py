@@ -23,7 +23,7 @@ from flows.cli.rounds import follow
 from flows.cli.stack import bring_up, take_down
 from flows.demo.corpus import BASE_SKILLS
 from flows.demo.play import push, wait_for_version
-from infra.settings import HOME_VARIABLE, load_settings
+from infra.settings import HOME_VARIABLE, Settings, load_settings
 from yuan.data.skills import load_skills
 
 CALLERS, REQUESTS, TOKENS, CROWD = 16, 12, 32, 1000
@@ -111,7 +111,7 @@ def main() -> int:
         os.environ[HOME_VARIABLE] = str(home)
         bring_up(home)
         try:
-            settings = load_settings()
+            settings = load_settings(Settings)
             with Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
                 push(
                     operator, "base", "base", [row for s in load_skills(BASE_SKILLS)[:4] for row in s.rows(300, seed=0)]

@@ -4,13 +4,14 @@ import hashlib
 import secrets
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import ApiToken, AuditEvent, Contributor, IdempotencyKey
 
 OPERATOR = "operator"
+SETTINGS_TOKEN = "settings"  # the name of the token that an installation's settings hold
 
 
 class NotFound(LookupError):
@@ -48,11 +49,13 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
 
 
 def ensure_operator(session: Session, token: str) -> None:
-    """Make the installation's operator account with the token of its settings; change nothing that is right."""
+    """Make the installation's operator account with the token of its settings, and revoke the tokens before it."""
     session.execute(insert(Contributor).values(name=OPERATOR, role=OPERATOR).on_conflict_do_nothing())
     operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR)).one()
-    row = {"digest": token_digest(token), "contributor_id": operator.id, "name": "settings"}
+    row = {"digest": token_digest(token), "contributor_id": operator.id, "name": SETTINGS_TOKEN}
     session.execute(insert(ApiToken).values(row).on_conflict_do_nothing())
+    former = (ApiToken.name == SETTINGS_TOKEN) & (ApiToken.digest != row["digest"]) & ApiToken.revoked_at.is_(None)
+    session.execute(update(ApiToken).where(former).values(revoked_at=func.now()))
 
 
 def claim_key(session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str) -> str | None:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import httpx
 
-from infra.settings import Settings
+from infra.settings import ModelServerAccess
 
 BATCH = 64
 MAX_TOKENS = 64
 
 
-def ask_again(settings: Settings, prompts: Sequence[str], version: int) -> list[str]:
+def ask_again(settings: ModelServerAccess, prompts: Sequence[str], version: int) -> list[str]:
     """Answers of the version in service to each prompt, without chance.
 
     Raises:

@@ -11,7 +11,7 @@ from prefect.states import Cancelled, Crashed
 
 from feedback import rounds
 from feedback.tables import Round
-from flows.context import Context
+from flows.context import DispatcherContext
 from flows.deployments import ROUND
 from infra.devices import has_room
 
@@ -21,7 +21,7 @@ PENDING_LIMIT_S = 30.0
 MAX_ATTEMPTS = 12
 
 
-def go_on(context: Context, client: SyncPrefectClient, turn: Round) -> None:
+def go_on(context: DispatcherContext, client: SyncPrefectClient, turn: Round) -> None:
     """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
     last = find_run(client, key_of(turn.id, turn.attempt)) if turn.attempt else None
     if last is not None and not is_over(client, last):
@@ -32,7 +32,7 @@ def go_on(context: Context, client: SyncPrefectClient, turn: Round) -> None:
     start(context, client, turn, last)
 
 
-def start(context: Context, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
+def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
     """Start the round's flow once more, or give the round up.
 
     An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
@@ -56,7 +56,7 @@ def start(context: Context, client: SyncPrefectClient, turn: Round, last: FlowRu
     log.info("started round %d, attempt %d, as flow run %s", turn.number, attempt, run.id)
 
 
-def end(context: Context, round_id: str, state: str, reason: str) -> None:
+def end(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
     with context.sessions.begin() as session:
         rounds.finish(session, round_id, state, reason, actor="dispatcher")
     log.warning("round %s is %s: %s", round_id, state, reason)

@@ -1,4 +1,4 @@
-"""What a flow's steps work with, opened once per process."""
+"""What a flow's steps and the dispatcher work with, opened once per process."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,29 +8,43 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from infra.database import open_engine, open_sessions
 from infra.objects import Objects, open_objects
-from infra.settings import Settings, load_settings
+from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, load_settings
 from infra.tracker import Tracker
 
 
 @dataclass(frozen=True)
-class Context:
-    """Settings and open connections; in a round's flow also which attempt at the round this is."""
+class Records:
+    """The platform's database and the tracker."""
 
-    settings: Settings
+    settings: RecordsAccess
     sessions: sessionmaker[Session]
-    objects: Objects
-    attempt: int = 0
 
     @cached_property
     def tracker(self) -> Tracker:
         return Tracker(self.settings)
+
+
+@dataclass(frozen=True)
+class DispatcherContext(Records):
+    """What the dispatcher works with."""
+
+    settings: DispatcherSettings
+
+
+@dataclass(frozen=True)
+class Context(Records):
+    """What a flow's steps work with; in a round's flow also which attempt at the round this is."""
+
+    settings: FlowSettings
+    objects: Objects
+    attempt: int = 0
 
     @property
     def runs(self) -> Path:
         return self.settings.home / "runs"
 
     def lock_of(self, round_id: str) -> Path:
-        """A file that one process at a time holds to work on the round."""
+        """Return a file that one process at a time holds to work on the round."""
         self.runs.mkdir(parents=True, exist_ok=True)
         return self.runs / f".round-{round_id}.lock"
 
@@ -39,7 +53,13 @@ class Context:
         return self.settings.split_salt.get_secret_value()
 
 
-def open_context() -> Context:
-    """Read the settings and connect; for process entries."""
-    settings = load_settings()
+def open_context(kind: type[FlowSettings] = FlowSettings) -> Context:
+    """Read the settings and connect; for process entries. Commands of an operator name `Settings`."""
+    settings = load_settings(kind)
     return Context(settings, open_sessions(open_engine(settings)), open_objects(settings))
+
+
+def open_dispatcher_context() -> DispatcherContext:
+    """Read the dispatcher's settings and connect."""
+    settings = load_settings(DispatcherSettings)
+    return DispatcherContext(settings, open_sessions(open_engine(settings)))

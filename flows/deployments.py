@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from flows.reproduction import cotrain_reproduce
 from flows.round import cotrain_round
-from infra.settings import Settings
+from infra.settings import DispatcherSettings
 
 POOL = "cotrain"
 NAME = "local"
@@ -24,7 +24,7 @@ REPRODUCE = f"{cotrain_reproduce.name}/{NAME}"
 SLUG = "calendar"
 
 
-def register(client: SyncPrefectClient, settings: Settings) -> None:
+def register(client: SyncPrefectClient, settings: DispatcherSettings) -> None:
     """Make pool and deployments what the code says; ids and switches that operators set stay."""
     client.create_work_pool(
         WorkPoolCreate(name=POOL, type="process", base_job_template=ProcessWorker.get_default_base_job_template()),
@@ -36,7 +36,7 @@ def register(client: SyncPrefectClient, settings: Settings) -> None:
 
 def deploy(
     client: SyncPrefectClient,
-    settings: Settings,
+    settings: DispatcherSettings,
     flow: Flow[..., Any],
     entrypoint: str,
     schedules: list[DeploymentScheduleCreate],
@@ -59,7 +59,7 @@ def deploy(
     )
 
 
-def _calendar(client: SyncPrefectClient, settings: Settings) -> DeploymentScheduleCreate:
+def _calendar(client: SyncPrefectClient, settings: DispatcherSettings) -> DeploymentScheduleCreate:
     """The programme's collecting day; a calendar that an operator switched off stays off."""
     cron = CronSchedule(cron=settings.calendar, timezone=settings.time_zone)
     return DeploymentScheduleCreate(schedule=cron, active=_is_active(client), slug=SLUG)

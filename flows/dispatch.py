@@ -20,13 +20,13 @@ from feedback.contracts import RoundParameters
 from feedback.promotion import champion
 from feedback.tables import new_id
 from flows.attempts import go_on, is_over, newest_run
-from flows.context import Context, open_context
+from flows.context import DispatcherContext, open_dispatcher_context
 from flows.deployments import REPRODUCE, register
 from flows.holding import reap
 from flows.judging import tell
 from flows.launching import launchers_of
 from infra.logs import configure_logging
-from infra.settings import Settings
+from infra.settings import DispatcherSettings
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,12 @@ FAULTS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHT
 
 def main() -> None:
     configure_logging()
-    context = open_context()
+    context = open_dispatcher_context()
     with get_client(sync_client=True) as client:
         serve(context, client)
 
 
-def serve(context: Context, client: SyncPrefectClient) -> None:
+def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Work for ever; a fault of another server is logged and outlived."""
     registered = False
     while True:
@@ -67,7 +67,7 @@ def serve(context: Context, client: SyncPrefectClient) -> None:
             time.sleep(1)
 
 
-def dispatch(context: Context, client: SyncPrefectClient) -> bool:
+def dispatch(context: DispatcherContext, client: SyncPrefectClient) -> bool:
     """Look once at what is due; true while a round is running or reports wait."""
     tell(context)
     reap_dead_leases(context)
@@ -84,7 +84,7 @@ def dispatch(context: Context, client: SyncPrefectClient) -> bool:
     return turn is not None or waiting
 
 
-def reap_dead_leases(context: Context) -> None:
+def reap_dead_leases(context: DispatcherContext) -> None:
     """Take back what dead holders have; a pool whose file is wrong is said so, and everything else goes on."""
     try:
         reap(context.sessions, launchers_of(context.settings))
@@ -92,7 +92,7 @@ def reap_dead_leases(context: Context) -> None:
         log.warning("no lease can be taken back: %s", error)
 
 
-def request_due_round(context: Context) -> None:
+def request_due_round(context: DispatcherContext) -> None:
     """File a round when enough reports were accepted since the last one ended; while one runs, none is accepted."""
     enough = context.settings.round_after_reports
     with context.sessions.begin() as session:
@@ -124,9 +124,9 @@ def age_s(moment: datetime | None) -> float:
     return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()
 
 
-def alive(settings: Settings) -> None:
+def alive(settings: DispatcherSettings) -> None:
     """Leave a sign of life for the stack's check."""
-    (settings.home / "dispatcher.json").write_text(json.dumps({"time": time.time()}))
+    (settings.home / "dispatcher" / "alive.json").write_text(json.dumps({"time": time.time()}))
 
 
 if __name__ == "__main__":

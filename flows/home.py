@@ -7,10 +7,11 @@ import secrets
 import socket
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from infra.services import marked
+from infra.settings import Settings, process_files
 
 PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
 WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
@@ -19,34 +20,77 @@ PORT_RANGE = (20_000, 29_999)
 SECRETS = ("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database", "s3_access_key",
            "s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session", "prefect", "model_server", "operator",
            "split_salt", "weed_1", "weed_2", "weed_3", "weed_4")  # fmt: skip
+ROTATED = tuple(name for name in SECRETS if name != "split_salt")
+CONFIG_FILE = "stack-config.json"
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """Ports and secrets of one home folder, chosen at the first start and kept."""
+    """Ports and secrets of one home folder, chosen at the first start and kept.
+
+    `retired` holds the secrets that rotations replaced, oldest first, until every server has taken the new ones.
+    """
 
     stack_id: str
     ports: dict[str, int]
     secrets: dict[str, str]
     durable: bool = True
+    retired: dict[str, list[str]] = field(default_factory=dict)
 
 
 def load_config(home: Path, *, durable: bool = True) -> StackConfig:
     """Read the folder's config, or choose free ports and random secrets for a new one."""
-    file = home / "stack-config.json"
+    file = home / CONFIG_FILE
     if file.exists():
         config = StackConfig(**json.loads(file.read_text()))
-        missing = [name for name in PORTS if name not in config.ports]
-        if missing:  # somebody took a busy port out, to have another chosen
-            config.ports.update(choose_ports(missing, set(config.ports.values())))
-            write_private(file, json.dumps(asdict(config), indent=2))
+        missing = [name for name in PORTS if name not in config.ports]  # taken out by hand, to have another chosen
+        unknown = [name for name in SECRETS if name not in config.secrets]  # of a newer version than the folder
+        config.ports.update(choose_ports(missing, set(config.ports.values())))
+        config.secrets.update(new_secrets(unknown))
+        if missing or unknown:
+            save_config(home, config)
         return config
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    config = StackConfig(
-        uuid.uuid4().hex, choose_ports(), {name: secrets.token_urlsafe(24) for name in SECRETS}, durable
-    )
-    write_private(file, json.dumps(asdict(config), indent=2))
+    config = StackConfig(uuid.uuid4().hex, choose_ports(), new_secrets(SECRETS), durable)
+    save_config(home, config)
     return config
+
+
+def save_config(home: Path, config: StackConfig) -> None:
+    write_private(home / CONFIG_FILE, json.dumps(asdict(config), indent=2))
+
+
+def new_secrets(names: Sequence[str]) -> dict[str, str]:
+    """Return a random secret of 192 bits for each name."""
+    return {name: secrets.token_urlsafe(24) for name in names}
+
+
+def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
+    """Replace secrets, all that can be if none is named, and keep the old ones until the next start has used them.
+
+    Servers take new secrets when they start; those that keep them in a database are then asked with the retired ones,
+    of which there are several if a rotation was interrupted and repeated.
+
+    Raises:
+        ValueError: if a name is unknown, or its secret is one that decides and does not protect.
+    """
+    config = load_config(home)
+    wrong = [name for name in names if name not in ROTATED]
+    if wrong:
+        why = " (it decides which cases are held out and must never change)" if wrong[0] in SECRETS else ""
+        raise ValueError(f"there is no secret {wrong[0]!r} to rotate{why}; choose from {', '.join(ROTATED)}")
+    chosen = list(names or ROTATED)
+    retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in chosen}
+    fresh = replace(config, secrets=config.secrets | new_secrets(chosen), retired=config.retired | retired)
+    save_config(home, fresh)
+    return chosen
+
+
+def forget_retired(home: Path) -> None:
+    """Drop the old secrets once every server runs with the new ones."""
+    config = load_config(home)
+    if config.retired:
+        save_config(home, replace(config, retired={}))
 
 
 def choose_ports(names: Sequence[str] = PORTS, taken: Collection[int] = ()) -> dict[str, int]:
@@ -104,7 +148,7 @@ def write_private(file: Path, text: str) -> None:
 
 
 def write_environment(home: Path, config: StackConfig) -> None:
-    """Write `$COTRAIN_HOME/env`, from which every process of ours reads its settings."""
+    """Write `$COTRAIN_HOME/env` for the operator's commands, and the settings file of each process."""
     ports, secret = config.ports, config.secrets
     values = {
         "STACK_ID": config.stack_id,
@@ -124,3 +168,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
         "SPLIT_SALT": secret["split_salt"],
     }
     write_private(home / "env", "".join(f"COTRAIN_{name}={value}\n" for name, value in values.items()))
+    settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
+    (home / "settings").mkdir(exist_ok=True, mode=0o700)
+    for name, text in process_files(settings).items():
+        write_private(home / name, text)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from feedback import gate, promotion, rounds
-from flows.context import Context
+from flows.context import Context, Records
+from infra.confinement import Confinement, accelerator_files, built_environment
 from infra.launch import supervised
-from infra.settings import child_environment
+from infra.services import MARK
+from infra.settings import CONSUMER, NO_TELEMETRY
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,7 @@ def evaluate_version(context: Context, version: int) -> int:
     folder = context.settings.home / "eval" / f"v{version}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = context.tracker.download(version, folder / "model")
-    results = _answer(context, folder, model, cases)
+    results = _answer(context, folder, version, cases)
     with context.sessions.begin() as session:
         promotion.store_results(session, version, results)
     shutil.rmtree(folder)
@@ -47,8 +48,10 @@ def evaluate_version(context: Context, version: int) -> int:
     return len(results)
 
 
-def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run the evaluation in a process of its own, which has torch and can be killed.
+
+    It fetches the version by itself, with the account that only reads, and reaches nothing but its folder.
 
     Raises:
         RuntimeError: if it fails; the message holds the end of its log.
@@ -56,9 +59,12 @@ def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, A
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / "eval.log"
     asked.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
-    command = [sys.executable, "-m", "yuan.eval.run", str(model), str(asked), str(answered)]
+    confinement = Confinement(write=(folder, *accelerator_files()), signal="SIGKILL")
+    command = confinement.command(
+        sys.executable, "-m", "yuan.eval.run", f"v{version}", str(folder / "model"), str(asked), str(answered)
+    )
     for _ in range(EVAL_ATTEMPTS):
-        with supervised(command, folder, child_environment(context.settings), log_file.name) as process:
+        with supervised(command, folder, _evaluation_environment(context, folder), log_file.name) as process:
             status = process.wait()
         if status == 0:
             break
@@ -66,6 +72,19 @@ def _answer(context: Context, folder: Path, model: Path, cases: list[dict[str, A
     else:
         raise RuntimeError(f"evaluation ended with status {status}: {log_file.read_text()[-800:]}")
     return [json.loads(line) for line in answered.read_text().splitlines()]
+
+
+def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
+    """Build what an evaluation needs: the address of the tracker and the account that only reads."""
+    settings = context.settings
+    return built_environment(
+        folder,
+        **NO_TELEMETRY,
+        **{MARK: settings.stack_id},
+        COTRAIN_MLFLOW_URL=settings.mlflow_url,
+        COTRAIN_MLFLOW_USERNAME=CONSUMER,
+        COTRAIN_MLFLOW_PASSWORD=settings.mlflow_consumer_password.get_secret_value(),
+    )
 
 
 def decide(context: Context, round_id: str) -> dict[str, Any]:
@@ -85,7 +104,7 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
     return decision
 
 
-def tell(context: Context) -> int:
+def tell(context: Records) -> int:
     """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
     with context.sessions.begin() as session:
         delivered = promotion.deliver(session)

@@ -1,21 +1,23 @@
 """The launcher of a pool, by what its file says."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from infra.launchers.job import Launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
-from infra.settings import Settings
+from infra.settings import PoolChoice
 from yuan.plan.pool import Pool, cpu_pool, load_pool
 
 
-def launchers_of(settings: Settings) -> dict[str, Launcher]:
+def launchers_of(settings: PoolChoice) -> dict[str, Launcher]:
     """The launchers of this installation's pools, by the pool's name."""
     pool = pool_of(settings)
     return {pool.name: launcher_of(pool)}
 
 
-def pool_of(settings: Settings) -> Pool:
+def pool_of(settings: PoolChoice) -> Pool:
     """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
 
     Raises:
@@ -43,7 +45,7 @@ def launcher_of(pool: Pool) -> Launcher:
         raise ValueError(
             f"[pool.launch] of pool {pool.name!r}: processes of this machine take no options, got {options}"
         )
-    return LocalLauncher()
+    return LocalLauncher(confined=True)
 
 
 def _kubernetes(options: dict[str, Any]) -> Launcher:
@@ -60,3 +62,14 @@ def _kubernetes(options: dict[str, Any]) -> Launcher:
     except config.ConfigException:
         config.load_kube_config()
     return KubernetesLauncher(wanted, client.ApiClient())
+
+
+def launcher_files(launcher: str) -> tuple[Path, ...]:
+    """Return the files that a batch system's client reads on this machine."""
+    if launcher == "slurm":
+        own = os.environ.get("SLURM_CONF")
+        return (Path("/etc/slurm"), Path("/etc/slurm-llnl"), *([Path(own).parent] if own else []))
+    if launcher == "kubernetes":
+        own = os.environ.get("KUBECONFIG")
+        return (Path("/var/run/secrets/kubernetes.io"), Path(own) if own else Path.home() / ".kube")
+    return ()

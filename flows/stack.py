@@ -4,20 +4,33 @@ import json
 import logging
 import os
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from flows.home import StackConfig, load_config, write_environment, write_private
+from flows.launching import launcher_files, pool_of
 from flows.stores import forget_weed_sockets, postgres_service, weed_service
+from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment
 from infra.logs import configure_logging
-from infra.postgres import Postgres, wrapped
+from infra.postgres import Postgres
 from infra.services import Keeper, Service
-from infra.settings import HOME_VARIABLE, NO_TELEMETRY, Settings, home_folder, load_settings
+from infra.settings import (
+    HOME_VARIABLE,
+    NO_TELEMETRY,
+    DispatcherSettings,
+    FlowSettings,
+    ModelServerSettings,
+    PortalSettings,
+    PrefectAccess,
+    Settings,
+    WorkerSettings,
+    home_folder,
+    load_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +39,13 @@ DISPATCHER_SILENT_S = 30.0
 
 def services(home: Path, config: StackConfig, settings: Settings) -> list[Service]:
     """The embedded stack in starting order."""
-    postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
+    postgres = Postgres(
+        home / "pg",
+        config.ports["postgres"],
+        config.secrets["postgres"],
+        config.durable,
+        tuple(config.retired.get("postgres", ())),
+    )
     return [
         postgres_service(config, settings, postgres),
         weed_service(home, config, settings),
@@ -66,18 +85,24 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
     def check() -> None:
         for path in (f"users/get?username={settings.mlflow_username}", "experiments/get?experiment_id=0"):
             url = f"{settings.mlflow_url}/api/2.0/mlflow/{path}"
-            httpx.get(url, auth=(settings.mlflow_username, password), timeout=3).raise_for_status()
+            answer = httpx.get(url, auth=(settings.mlflow_username, password), timeout=3)
+            if answer.status_code == 401:
+                change_admin_password(settings, config.retired.get("mlflow", []), password)
+            answer.raise_for_status()
 
     def after() -> None:
         from infra.tracker import Tracker
 
-        Tracker(settings).set_up()
+        Tracker(settings).set_up(config.secrets["mlflow_consumer"])
 
     command = ["mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
+    confinement = Confinement(
+        write=(work,), bind=(config.ports["mlflow"],), connect=(config.ports["postgres"], port_of(settings.s3_endpoint))
+    )
     return Service(
         name="mlflow",
-        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", *command],
+        command=lambda: confinement.command(sys.executable, "-m", *command),
         env=_mlflow_environment(work, settings, config, database("mlflow")),
         cwd=work,
         before=before,
@@ -88,12 +113,9 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
 
 
 def _mlflow_environment(work: Path, settings: Settings, config: StackConfig, database_url: str) -> dict[str, str]:
-    """Only what the server needs; passwords travel here, since a command line is public."""
+    """Build what the server needs; passwords travel here, since a command line is public."""
     return {
-        "PATH": f"{sysconfig.get_path('scripts')}:/usr/bin:/bin",
-        "HOME": str(work),
-        "TMPDIR": str(work),
-        "LC_ALL": "C.UTF-8",
+        **built_environment(work, LC_ALL="C.UTF-8"),
         "MLFLOW_AUTH_CONFIG_PATH": str(work / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_USERNAME": settings.mlflow_username,
         "MLFLOW_AUTH_ADMIN_PASSWORD": config.secrets["mlflow"],
@@ -113,10 +135,28 @@ def _mlflow_environment(work: Path, settings: Settings, config: StackConfig, dat
     }
 
 
-def prefect_environment(home: Path, settings: Settings) -> dict[str, str]:
-    """What every process that talks to Prefect needs."""
+def change_admin_password(settings: Settings, retired: list[str], new: str) -> None:
+    """Give MLflow's administrator the password that a rotation has chosen, if a retired one is in force."""
+    url = f"{settings.mlflow_url}/api/2.0/mlflow/users/update-password"
+    for old in retired:
+        body = {"username": settings.mlflow_username, "password": new, "current_password": old}
+        httpx.patch(url, json=body, auth=(settings.mlflow_username, old), timeout=10)
+
+
+def port_of(url: str) -> int:
+    """Return the port of an address.
+
+    >>> port_of("http://127.0.0.1:8333"), port_of("https://store.example")
+    (8333, 443)
+    """
+    parts = urlsplit(url)
+    return parts.port or {"https": 443, "postgresql": 5432}.get(parts.scheme, 80)
+
+
+def prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]:
+    """Build what a process that talks to Prefect needs, with its own folder for what Prefect's client keeps."""
     return {
-        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": settings.prefect_api_url,
         "PREFECT_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
@@ -126,41 +166,38 @@ def prefect_environment(home: Path, settings: Settings) -> dict[str, str]:
     }
 
 
-def own_environment(home: Path, settings: Settings) -> dict[str, str]:
-    """The environment of our own services."""
-    (home / "tmp").mkdir(exist_ok=True, mode=0o700)
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "HOME") if name in os.environ}
-    return {
-        **kept,
-        **prefect_environment(home, settings),
-        HOME_VARIABLE: str(home),
-        "TMPDIR": str(home / "tmp"),
-        "PYTHONUNBUFFERED": "1",
-        **NO_TELEMETRY,
-    }
+def own_environment(home: Path, folder: Path) -> dict[str, str]:
+    """Build the environment of one of our processes, which reads its settings from the home folder."""
+    return built_environment(folder, **NO_TELEMETRY, **{HOME_VARIABLE: str(home)})
 
 
 def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
     url = postgres.url("prefect", "prefect", config.secrets["prefect_database"])
-    env = own_environment(home, settings)
-    env.pop("PREFECT_API_URL")
-    env |= {
+    work, port = home / "prefect", config.ports["prefect"]
+    env = built_environment(work, **NO_TELEMETRY) | {
+        "PREFECT_HOME": str(work),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": url.replace("postgresql:", "postgresql+asyncpg:"),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": str(config.ports["prefect"]),
+        "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_UI_API_URL": "/api",
-        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "prefect" / "ui"),
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(work / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
+
+    def before() -> None:
+        make_private(work)
+        postgres.ensure_database("prefect", config.secrets["prefect_database"])
+
+    confinement = Confinement(write=(work,), bind=(port,), connect=(port, config.ports["postgres"]))
     return Service(
         name="prefect",
-        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", "prefect", "server", "start"],
+        command=lambda: confinement.command(sys.executable, "-m", "prefect", "server", "start"),
         env=env,
-        cwd=home,
-        before=lambda: postgres.ensure_database("prefect", config.secrets["prefect_database"]),
+        cwd=work,
+        before=before,
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
         needs=("postgres",),
     )
@@ -171,41 +208,86 @@ def _ok(url: str, token: str | None = None) -> None:
     httpx.get(url, headers=headers, timeout=3).raise_for_status()
 
 
+def make_private(*folders: Path) -> None:
+    """Make folders that only their owner can enter."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 def _own(
     home: Path,
-    settings: Settings,
     name: str,
     module: str,
+    confinement: Confinement,
     check: Callable[[], None],
     needs: tuple[str, ...],
-    **more: Any,
+    env: dict[str, str] | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Service:
+    """Describe a service of our own code, whose folder has its name."""
+    work = home / name
+
+    def prepare() -> None:
+        make_private(work)
+        before()
+
     return Service(
         name=name,
-        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", module],
-        env=own_environment(home, settings),
-        cwd=home,
+        command=lambda: confinement.command(sys.executable, "-m", module),
+        env={**own_environment(home, work), **(env or {})},
+        cwd=work,
+        before=prepare,
         check=check,
         needs=needs,
-        **more,
     )
 
 
 def _portal(home: Path, settings: Settings) -> Service:
+    stores = (settings.database_url.get_secret_value(), settings.s3_endpoint, settings.model_server_url)
+    confinement = Confinement(
+        read=tuple(home / name for name in PortalSettings.files),
+        write=(home / "portal",),
+        bind=(port_of(settings.portal_url),),
+        connect=tuple(map(port_of, stores)),
+    )
     return _own(
-        home, settings, "portal", "feedback.run", lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3")
+        home, "portal", "feedback.run", confinement, lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3")
     )
 
 
 def _model_server(home: Path, settings: Settings) -> Service:
+    cache = home / "serve"
+    confinement = Confinement(
+        read=tuple(home / name for name in ModelServerSettings.files),
+        write=(home / "model-server", cache, *accelerator_files()),
+        bind=(port_of(settings.model_server_url),),
+        connect=(port_of(settings.mlflow_url),),
+    )
+
     def check() -> None:
         _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
 
-    return _own(home, settings, "model-server", "yuan.serve.run", check, ("mlflow",))
+    return _own(
+        home,
+        "model-server",
+        "yuan.serve.run",
+        confinement,
+        check,
+        ("mlflow",),
+        before=lambda: make_private(cache),
+    )
 
 
 def _dispatcher(home: Path, settings: Settings) -> Service:
-    sign = home / "dispatcher.json"
+    work = home / "dispatcher"
+    sign, pool = work / "alive.json", pool_files(settings)
+    servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
+    confinement = Confinement(
+        read=(*(home / name for name in DispatcherSettings.files), *pool),
+        write=(work,),
+        connect=None if pool else tuple(map(port_of, servers)),
+        scope_signals=False,  # it ends what dead flows have left
+    )
 
     def check() -> None:
         age = time.time() - float(json.loads(sign.read_text())["time"])
@@ -215,10 +297,14 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
     def before() -> None:
         sign.unlink(missing_ok=True)
 
-    return _own(home, settings, "dispatcher", "flows.dispatch", check, ("prefect", "mlflow"), before=before)
+    env = {**prefect_environment(work, settings), **cluster_environment()}
+    return _own(home, "dispatcher", "flows.dispatch", confinement, check, ("prefect", "mlflow"), env=env, before=before)
 
 
 def _worker(home: Path, settings: Settings) -> Service:
+    work, flow_log = home / "worker", home / "logs" / "flows.log"
+    folders = tuple(home / name for name in ("runs", "eval", "work"))
+
     def check() -> None:
         user, _, password = settings.prefect_auth.get_secret_value().partition(":")
         url = f"{settings.prefect_api_url}/work_pools/cotrain/workers/filter"
@@ -226,15 +312,48 @@ def _worker(home: Path, settings: Settings) -> Service:
         if not any(worker["status"] == "ONLINE" for worker in answer.json()):
             raise ConnectionError("no worker is online")
 
+    def before() -> None:
+        make_private(work, *folders, flow_log.parent)
+        flow_log.touch(0o600)
+
+    confinement = Confinement(
+        read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *pool_files(settings)),
+        write=(work, *folders, flow_log, Path(SHARED_MEMORY), *accelerator_files()),
+        connect=None,  # ranks meet on ports that the system chooses
+    )
     command = ["prefect", "worker", "start", "--pool", "cotrain", "--type", "process", "--name", "embedded"]
     return Service(
         name="worker",
-        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", *command, "--install-policy", "never"],
-        env={**own_environment(home, settings), "PREFECT_WORKER_QUERY_SECONDS": "0.5"},
-        cwd=home,
+        command=lambda: confinement.command(sys.executable, "-m", *command, "--install-policy", "never"),
+        env={
+            **own_environment(home, work),
+            **prefect_environment(work, settings),
+            **cluster_environment(),
+            "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        },
+        cwd=work,
+        before=before,
         check=check,
         needs=("prefect",),
     )
+
+
+def pool_files(settings: Settings) -> tuple[Path, ...]:
+    """Return the pool's file and what its launcher reads; none for this machine's own pool."""
+    if not settings.pool:
+        return ()
+    file = Path(settings.pool.rpartition(":")[0] or settings.pool).resolve()
+    try:
+        return (file, *launcher_files(pool_of(settings).launcher))
+    except (ValueError, OSError):  # said by whoever plans with it
+        return (file,)
+
+
+def cluster_environment() -> dict[str, str]:
+    """Return what clients of batch systems are told by the environment."""
+    own = Path.home() / ".kube" / "config"  # services have another home folder
+    usual = {"KUBECONFIG": str(own)} if own.exists() else {}
+    return usual | {name: os.environ[name] for name in ("SLURM_CONF", "KUBECONFIG") if name in os.environ}
 
 
 def main() -> None:
@@ -244,7 +363,7 @@ def main() -> None:
     config = load_config(home)
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     write_environment(home, config)
-    settings = load_settings()
+    settings = load_settings(Settings)
     try:
         Keeper(services(home, config, settings), home, config.stack_id).run()
     finally:

@@ -8,9 +8,10 @@ from pathlib import Path
 from feedback.accounts import ensure_operator
 from flows.home import WEED_PORTS, StackConfig, write_private
 from infra.certificates import ensure_certificate
+from infra.confinement import Confinement, built_environment
 from infra.database import migrate, open_engine, open_sessions
 from infra.objects import open_objects
-from infra.postgres import Postgres, wrapped
+from infra.postgres import Postgres
 from infra.services import Service
 from infra.settings import Settings
 
@@ -58,13 +59,13 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
     flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
     flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
+    confinement = Confinement(write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports)
     return Service(
         name="s3",
-        command=lambda: [*wrapped("SIGTERM", "same", 0, weed), "-logtostderr=true", "mini", f"-dir={data}", *flags],
+        command=lambda: confinement.command(weed, "-logtostderr=true", "mini", f"-dir={data}", *flags),
         env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(work),
-            "TMPDIR": str(work),
+            **built_environment(work),
             "AWS_ACCESS_KEY_ID": config.secrets["s3_access_key"],
             "AWS_SECRET_ACCESS_KEY": config.secrets["s3_secret_key"],
         },

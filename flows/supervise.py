@@ -17,9 +17,11 @@ from flows.launching import launcher_of, pool_of
 from flows.layout import PICTURE, limits_on
 from flows.reporting import Progress, Reporter
 from flows.uploads import fetch, uploading
+from infra.confinement import built_environment
 from infra.devices import has_room
 from infra.launchers.job import Job, LauncherAway
-from infra.settings import child_environment
+from infra.services import MARK
+from infra.settings import HOME_VARIABLE
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
@@ -117,7 +119,12 @@ class _Supervisor:
 
     def _watched(self, plan: Plan, lease: Held) -> Ended:
         placed = _placed(plan, lease.devices)
-        environment = {**child_environment(self.context.settings), "OMP_NUM_THREADS": "1"}
+        settings = self.context.settings
+        environment = built_environment(
+            self.folder.path,
+            OMP_NUM_THREADS="1",
+            **{HOME_VARIABLE: str(settings.home), MARK: settings.stack_id},
+        )
         if self._is_local:  # batch systems choose the devices of a node themselves
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in placed)
         job = Job(

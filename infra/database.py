@@ -7,10 +7,10 @@ from alembic.config import Config
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from infra.settings import Settings
+from infra.settings import DatabaseAccess
 
 
-def open_engine(settings: Settings, *, pool_size: int = 5) -> Engine:
+def open_engine(settings: DatabaseAccess, *, pool_size: int = 5) -> Engine:
     """Connect lazily; a connection the server dropped is replaced before use."""
     url = settings.database_url.get_secret_value().replace("postgresql://", "postgresql+psycopg://", 1)
     return create_engine(url, pool_pre_ping=True, pool_size=pool_size, connect_args={"connect_timeout": 5})

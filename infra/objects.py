@@ -9,7 +9,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.settings import Settings
+from infra.settings import StoreAccess
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -115,7 +115,7 @@ class Objects:
 StoreErrors = (BotoCoreError, ClientError, OSError)
 
 
-def open_objects(settings: Settings, bucket: str | None = None, *, attempts: int = 10) -> Objects:
+def open_objects(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> Objects:
     """Connect to the installation's store."""
     client = boto3.client(
         "s3",

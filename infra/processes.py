@@ -8,16 +8,42 @@ from pathlib import Path
 
 
 def carrying(variable: str, value: str) -> Iterator[int]:
-    """Pids of all processes with this variable in their environment, found in /proc."""
-    needle = f"{variable}={value}".encode()
+    """Find the processes that have `variable=value` in their environment or as an argument, and all their children.
+
+    The environment of a process that is confined apart from this one cannot be read; its arguments can.
+    """
+    mark = f"{variable}={value}".encode()
+    parents: dict[int, int] = {}
+    marked: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes()
-            except (OSError, ProcessLookupError):
-                continue
-            if needle in environment.split(b"\0"):
-                yield int(entry.name)
+            pid = int(entry.name)
+            parents[pid] = _parent_of(entry)
+            if mark in _words(entry / "environ") or mark in _words(entry / "cmdline"):
+                marked.add(pid)
+
+    def has_marked_parent(pid: int) -> bool:
+        while pid in parents and pid not in marked:
+            pid = parents[pid]
+        return pid in marked
+
+    return (pid for pid in sorted(parents) if has_marked_parent(pid))
+
+
+def _parent_of(entry: Path) -> int:
+    """Return the parent's pid; 0 for a process that is gone, or dead and not yet collected."""
+    try:
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[1])
+
+
+def _words(file: Path) -> list[bytes]:
+    try:
+        return file.read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def kill_carrying(variable: str, value: str, spare: Collection[int] = ()) -> list[int]:

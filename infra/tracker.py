@@ -12,21 +12,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from infra.settings import Settings
+from infra.settings import CONSUMER, TrackerAccess
 
 MODEL_NAME = "yuan"
 EXPERIMENT = "yuan"
-CONSUMER = "consumer"
 IMPATIENT_S = 5
 
 
 class Tracker:
     """The tracking server as the platform uses it; every call can be repeated."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TrackerAccess) -> None:
         self._url = settings.mlflow_url
         self._auth = (settings.mlflow_username, settings.mlflow_password.get_secret_value())
-        self._consumer_password = settings.mlflow_consumer_password.get_secret_value()
         # The client library knows no other way to be given an account.
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = self._auth
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -103,8 +101,8 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self._client.download_artifacts(self._run_of(version), "model", str(folder)))
 
-    def set_up(self) -> None:
-        """Make the experiment, the registered model and the read-only consumer account."""
+    def set_up(self, consumer_password: str) -> None:
+        """Make the experiment, the registered model and the read-only consumer account with this password."""
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
         try:
@@ -112,15 +110,18 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        self._account(CONSUMER, self._consumer_password)
+        self._account(CONSUMER, consumer_password)
         self._grant(CONSUMER, "registered_model", MODEL_NAME)
         self._grant(CONSUMER, "experiment", str(experiment_id))
 
     def _account(self, name: str, password: str) -> None:
         made = self._post("2.0/mlflow/users/create", {"username": name, "password": password})
-        if made.status_code == 400 and "ALREADY_EXISTS" in made.text:
+        if not (made.status_code == 400 and "ALREADY_EXISTS" in made.text):
+            made.raise_for_status()
             return
-        made.raise_for_status()
+        url = f"{self._url}/api/2.0/mlflow/users/update-password"  # it may have been rotated since
+        body = {"username": name, "password": password}
+        httpx.patch(url, json=body, auth=self._auth, timeout=30).raise_for_status()
 
     def _grant(self, user: str, kind: str, name: str) -> None:
         body = {"username": user, "resource_type": kind, "resource_id": name, "permission": "READ"}

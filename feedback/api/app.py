@@ -11,14 +11,14 @@ from feedback.api.access import Transactions
 from feedback.api.errors import BodyLimit, add_error_handlers
 from infra.database import open_sessions
 from infra.objects import Objects
-from infra.settings import Settings
+from infra.settings import PortalSettings
 
 MODEL_TIMEOUT_S = 120.0
 # More idle connections would be looked through for each request.
 MODEL_CONNECTIONS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
 
 
-def make_app(settings: Settings, engine: Engine, objects: Objects) -> FastAPI:
+def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> FastAPI:
     """Build the portal on an open engine and store."""
     app = FastAPI(
         title="Yuan co-training portal",

@@ -61,10 +61,10 @@ def fresh_home() -> Path:
 def _play(skills: Path | None, seed: int) -> dict[str, Any]:
     from flows.cli.rounds import follow, operator
     from flows.demo.play import Doors, play
-    from infra.settings import load_settings
+    from infra.settings import Settings, load_settings
 
     with operator() as client:
-        return play(Doors(load_settings().portal_url, client), skills, seed, stderr.print, follow)
+        return play(Doors(load_settings(Settings).portal_url, client), skills, seed, stderr.print, follow)
 
 
 def _show(result: dict[str, Any], home: Path, down: bool) -> None:

@@ -59,8 +59,9 @@ def _open_context() -> "Context":
 
     os.environ.update(NO_TELEMETRY)
     from flows.context import open_context
+    from infra.settings import Settings
 
-    return open_context()
+    return open_context(Settings)
 
 
 def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: Json = False) -> None:
@@ -169,10 +170,10 @@ def _folder_of(version: str) -> Path:
 
 def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "champion") -> None:
     """Run the internal model server in the foreground, at the address of the settings."""
-    from infra.settings import load_settings
+    from infra.settings import ModelServerSettings, load_settings
 
     with clear_errors():
-        load_settings()
+        load_settings(ModelServerSettings)
     sys.argv = ["serve", alias]
     from yuan.serve.run import main
 

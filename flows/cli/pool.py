@@ -94,8 +94,9 @@ def _open(name: str) -> tuple[Any, str]:
     from feedback import leases
     from flows.context import open_context
     from flows.launching import pool_of
+    from infra.settings import Settings
 
-    context = open_context()
+    context = open_context(Settings)
     own = pool_of(context.settings)
     if name in ("", own.name):
         with context.sessions.begin() as session:

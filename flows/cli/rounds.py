@@ -67,9 +67,9 @@ def cancel(
 
 def operator() -> Client:
     """A client with the operator's token of this installation's settings."""
-    from infra.settings import load_settings
+    from infra.settings import Settings, load_settings
 
-    settings = load_settings()
+    settings = load_settings(Settings)
     return Client(settings.portal_url, settings.operator_token.get_secret_value())
 
 

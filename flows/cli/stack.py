@@ -21,7 +21,7 @@ MIN_FREE_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (up, down, status, logs, doctor):
+    for command in (up, down, status, logs, doctor, rotate):
         app.command()(command)
 
 
@@ -42,6 +42,7 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     Raises:
         RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
     """
+    from flows.home import forget_retired
     from infra.services import is_running
 
     began = time.monotonic()
@@ -53,6 +54,7 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     except KeyboardInterrupt:
         take_down(home)
         raise
+    forget_retired(home)
     return round(time.monotonic() - began, 1)
 
 
@@ -189,6 +191,30 @@ def doctor(as_json: Json = False) -> None:
     show({"faults": [{"fault": fault, "mend": mend} for fault, mend in found]}, text, as_json)
     if found:
         raise typer.Exit(1)
+
+
+def rotate(
+    secret: Annotated[
+        list[str] | None, typer.Option(help="rotate this secret only; may be given several times")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
+    from flows.home import retire_secrets
+    from infra.services import is_running
+
+    with clear_errors():
+        home = _home()
+        if not (home / "stack-config.json").exists():
+            raise fail(f"there is no stack in {home}; make one with `cotrain up`")
+        was_up = is_running(home)
+        names = retire_secrets(home, secret or ())
+        if was_up:
+            take_down(home)
+        seconds = bring_up(home) if was_up else None
+        restarted = f"the stack is up again ({seconds:.1f} s)" if was_up else "they count from the next `cotrain up`"
+        text = f"rotated {', '.join(names)}; {restarted}; accounts and tokens are in {home / 'env'}"
+        show({"rotated": names, "seconds": seconds}, text, as_json)
 
 
 def addresses(home: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files
 from infra.launch import supervised, torchrun_command
 from infra.launchers.job import Ending, Job, Running
 from infra.processes import carrying, kill_carrying
@@ -14,7 +15,14 @@ JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes
 
 
 class LocalLauncher:
-    """Processes of this machine; they leave when this process ends, however it does."""
+    """Processes of this machine; they leave when this process ends, however it does.
+
+    Args:
+        confined: whether they may write into the job's folder only, and read nothing but it and the code.
+    """
+
+    def __init__(self, *, confined: bool = False) -> None:
+        self._confined = confined
 
     @contextlib.contextmanager
     def run(self, job: Job) -> Iterator[Running]:
@@ -25,8 +33,12 @@ class LocalLauncher:
         """
         if job.nodes > 1:
             raise ValueError(f"this machine is one node and {job.name} wants {job.nodes}; choose another launcher")
-        command = torchrun_command(job.num_processes, "-m", job.module, job.folder)
+        mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since others may not see the environment
+        command = torchrun_command(job.num_processes, "-m", job.module, job.folder, mark)
         environment = {**job.environment, JOB_VARIABLE: job.name}
+        if self._confined:
+            folders = (job.folder, Path(SHARED_MEMORY), *accelerator_files())
+            command = Confinement(write=folders, signal="SIGKILL").command(*command)
         with supervised(command, job.folder, environment, job.log_name) as process:
             yield _LocalRun(process)
 

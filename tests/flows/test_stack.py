@@ -15,7 +15,9 @@ import pytest
 from feedback.contracts import FeedbackIn, RoundParameters
 from flows.demo.corpus import REPORTED_SKILLS
 from flows.home import load_config
+from infra.confinement import is_enforced
 from infra.services import is_running, marked, read_state
+from tests.flows.confined_services import probe_services
 from yuan.data.skills import load_skills
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,15 @@ def test_a_second_up_changes_nothing(stack):
     _, said = stack.cotrain("up", check=True)
     assert said["seconds"] < 5
     assert {name: s["pid"] for name, s in read_state(stack.home)["services"].items()} == before
+
+
+@pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
+def test_a_probe_in_each_services_place_reaches_nothing_of_the_others(stack):
+    (stack.home / "env.local").touch()
+    for name, found in probe_services(stack.home).items():
+        assert found["reached"] == [], name
+        assert (found["capabilities"], found["no_new_privs"]) == (0, "1"), name
+        assert found["own"], name
 
 
 def test_an_operator_sees_and_changes_the_pool(stack):

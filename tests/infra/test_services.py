@@ -22,7 +22,7 @@ from tests.waiting import until
 KEEPER = """
 import sys, urllib.request
 from pathlib import Path
-from infra.postgres import wrapped
+from infra.confinement import Confinement
 from infra.services import Keeper, Service
 
 folder, port, bind = Path(sys.argv[1]), sys.argv[2], ["--bind", "127.0.0.1"]
@@ -31,7 +31,7 @@ folder, port, bind = Path(sys.argv[1]), sys.argv[2], ["--bind", "127.0.0.1"]
 def web(name, needs=()):
     return Service(
         name=name,
-        command=lambda: [*wrapped("SIGTERM", "same", 0, sys.executable), "-m", "http.server", port, *bind],
+        command=lambda: Confinement(write=(folder,)).command(sys.executable, "-m", "http.server", port, *bind),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
         check=lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close(),
     )

@@ -1,6 +1,7 @@
-"""Entry of an evaluation: `python -m yuan.eval.run MODEL_DIR CASES.jsonl RESULTS.jsonl`.
+"""Entry of an evaluation: `python -m yuan.eval.run VERSION FOLDER CASES.jsonl RESULTS.jsonl`.
 
-Cases are rows with an id; results give each case's answer and whether its checker takes it.
+The version, such as v7, is fetched from the tracker into the folder, with the account in the environment. Cases are
+rows with an id; results give each case's answer and whether its checker takes it.
 """
 
 import json
@@ -14,6 +15,8 @@ from pydantic import BaseModel
 
 from infra.launch import leave_with_parent
 from infra.logs import configure_logging
+from infra.settings import TrackerAccess, load_settings
+from infra.tracker import Tracker
 from yuan.data.checkers import Checker
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
@@ -50,7 +53,8 @@ def main() -> int:
     configure_logging()
     leave_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
-    model_dir, cases_file, results_file = map(Path, sys.argv[1:4])
+    folder, cases_file, results_file = map(Path, sys.argv[2:5])
+    model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
     cases = [EvalCase.model_validate_json(line) for line in cases_file.read_text().splitlines()]
     results = evaluate(model_dir, cases)
     scratch = results_file.with_suffix(".part")

@@ -15,7 +15,7 @@ import uvicorn
 from mlflow.exceptions import MlflowException
 
 from infra.logs import configure_logging
-from infra.settings import load_settings
+from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
 from yuan.model.weights import load, load_tokenizer
 from yuan.serve.api import make_api
@@ -61,7 +61,7 @@ class Follower:
 
 def main() -> None:
     configure_logging()
-    settings = load_settings()
+    settings = load_settings(ModelServerSettings)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for the calls
     cache = settings.home / "serve"
     cache.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,115 @@
+"""What a process may reach: files, ports, signal targets and privileges; `infra/child.py` enforces it before the exec.
+
+A service that is taken over can then read its own folder, the interpreter and the system's libraries, and nothing else:
+no other service's folder, settings or environment, whoever the user is.
+"""
+
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from infra import child
+
+CHILD = Path(child.__file__)
+DISTRIBUTION = "cotrain"
+UserChange = Literal["same", "namespace", "search", "override"]
+
+# Of /etc what the C library, OpenSSL and Python ask for; no account's secret is among them.
+SYSTEM_FILES = (
+    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/proc", "/sys"),
+    *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/os-release"),
+    *("/etc/nsswitch.conf", "/etc/hosts", "/etc/host.conf", "/etc/resolv.conf", "/etc/gai.conf"),
+    *("/etc/protocols", "/etc/services", "/etc/passwd", "/etc/group", "/etc/localtime", "/etc/timezone"),
+    *("/etc/ssl", "/etc/ca-certificates", "/etc/pki", "/etc/mime.types", "/etc/debian_version"),
+)
+DEVICE_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+SHARED_MEMORY = "/dev/shm"  # collectives of several processes on one machine need it
+ACCELERATORS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
+PASSED_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+# What sites set for collectives and accelerators; nothing of the platform's own, and no account, begins so.
+PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX_", "FI_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """What one process and its children may use.
+
+    Attributes:
+        read: files and folders that may be read beside the interpreter, this code and the system.
+        write: files and folders that may be read and changed; programs in them cannot be executed.
+        sockets: folders of others in which Unix sockets may be made, and nothing else.
+        bind, connect: TCP ports that may be listened on and connected to. None leaves the network alone.
+        scope_signals: whether signals reach only processes that are confined together with this one.
+        signal: what the process gets when its parent dies, however that happens.
+        user, uid: how root's privileges are given up; see `infra/child.py`.
+    """
+
+    read: tuple[Path, ...] = ()
+    write: tuple[Path, ...] = ()
+    sockets: tuple[Path, ...] = ()
+    bind: tuple[int, ...] = ()
+    connect: tuple[int, ...] | None = None
+    scope_signals: bool = True
+    signal: str = "SIGTERM"
+    user: UserChange = "same"
+    uid: int = 0
+
+    def command(self, program: str, *arguments: str) -> list[str]:
+        """Return the command that runs a program under this confinement."""
+        read = [*SYSTEM_FILES, *map(str, interpreter_folders()), *map(str, self.read)]
+        specification = {
+            "read": read,
+            "write": [*DEVICE_FILES, *map(str, self.write)],
+            "sockets": [str(folder) for folder in self.sockets],
+            "bind": self.bind,
+            "connect": self.connect,
+            "scope_signals": self.scope_signals,
+            "signal": self.signal,
+            "user": self.user,
+            "uid": self.uid,
+        }
+        return [sys.executable, "-I", str(CHILD), json.dumps(specification), program, *arguments]
+
+
+@cache
+def interpreter_folders() -> tuple[Path, ...]:
+    """Return the folders of the running Python, its packages, and this project's packages."""
+    # By name, since the checkout, which may hold the home folder too, cannot be listed by a confined process.
+    names = (metadata.distribution(DISTRIBUTION).read_text("top_level.txt") or "").split()
+    ours = [CHILD.parents[1] / name for name in names]
+    folders = [Path(sys.prefix), Path(sys.base_prefix), *ours]
+    return tuple(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def accelerator_files() -> tuple[Path, ...]:
+    """Return the device files of this machine's accelerators."""
+    return tuple(sorted(path for pattern in ACCELERATORS for path in Path("/dev").glob(pattern)))
+
+
+def is_enforced() -> bool:
+    """Whether the kernel enforces confinement of files."""
+    return child.landlock_version() > 0
+
+
+def built_environment(folder: Path, **values: str) -> dict[str, str]:
+    """Build the environment of a process whose own folder this is; of the caller's only harmless variables pass."""
+    passed = {
+        name: text for name, text in os.environ.items() if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES)
+    }
+    own: Mapping[str, str] = {
+        "PATH": f"{sysconfig.get_path('scripts')}:{SYSTEM_PATH}",
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",  # the code's folder is read-only here
+        "PYTHONSAFEPATH": "1",  # modules come from installed packages, never from the working directory
+    }
+    return {**passed, **own, **values}

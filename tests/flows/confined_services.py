@@ -1,0 +1,58 @@
+"""A probe that runs in the place of a service, under its confinement and with its environment."""
+
+import json
+import subprocess
+import sys
+
+from flows.home import load_config
+from flows.stack import services
+from infra.services import marked
+from infra.settings import Settings
+
+PROBE = """
+import json, os, sys
+home, own, pids = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+reached = []
+def attempt(path, do):
+    try:
+        do(path)
+    except OSError:
+        return
+    reached.append(path)
+def is_own(path):
+    return any(path == folder or path.startswith(folder + "/") for folder in own)
+for path in json.loads(sys.argv[4]):
+    if not is_own(path):
+        attempt(path, os.listdir if path.endswith("/") else lambda p: open(p, "rb").read(1))
+for pid in pids:
+    for name in ("environ", "mem", "fd/0"):
+        attempt(f"/proc/{pid}/{name}", lambda p: open(p, "rb").read(1))
+attempt("/etc/shadow", lambda p: open(p).read())
+opened = [path for path in own if os.access(path, os.W_OK)]
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+caps = sum(int(status[name], 16) for name in ("CapEff", "CapPrm", "CapAmb"))
+found = {"reached": reached, "own": opened, "capabilities": caps, "no_new_privs": status["NoNewPrivs"].strip()}
+print(json.dumps(found))
+"""
+
+
+def probe_services(home):
+    """Run the probe in the place of each service of a running stack; what each reached, by the service's name."""
+    config = load_config(home)
+    settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
+    paths = [f"{path}/" if path.is_dir() else str(path) for path in (home, *home.iterdir(), *home.glob("*/*"))]
+    pids = list(marked(config.stack_id))
+    found = {}
+    for service in services(home, config, settings):
+        command = service.command()[:4]
+        specification = json.loads(command[3])
+        own = [
+            path.rstrip("/") for path in (*specification["write"], *specification["read"]) if path.startswith(str(home))
+        ]
+        probe = [sys.executable, "-c", PROBE, str(home), *map(json.dumps, (own, pids, paths))]
+        done = subprocess.run(
+            [*command, *probe], env=dict(service.env), cwd=service.cwd, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found[service.name] = json.loads(done.stdout)
+    return found

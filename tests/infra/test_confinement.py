@@ -1,0 +1,123 @@
+"""What a confined process can reach, as root and as an ordinary user."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra import child
+from infra.confinement import CHILD, Confinement, built_environment, is_enforced
+
+SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of this one
+ORDINARY = 61_777
+PROBE = """
+import json, os, socket, subprocess, sys
+def attempt(name, do):
+    try:
+        do()
+    except OSError as error:
+        found[name] = type(error).__name__
+    else:
+        found[name] = "allowed"
+own, other, victim, port = sys.argv[1:]
+found = {}
+attempt("read own", lambda: open(f"{own}/file").read())
+attempt("write own", lambda: open(f"{own}/new", "w").write("x"))
+attempt("rename own", lambda: os.rename(f"{own}/new", f"{own}/sub/new"))
+attempt("read other", lambda: open(f"{other}/file").read())
+attempt("list other", lambda: os.listdir(other))
+attempt("write other", lambda: open(f"{other}/new", "w").write("x"))
+attempt("link other", lambda: os.link(f"{other}/file", f"{own}/link"))
+attempt("read shadow", lambda: open("/etc/shadow").read())
+attempt("environment", lambda: open(f"/proc/{victim}/environ").read())
+attempt("memory", lambda: open(f"/proc/{victim}/mem", "rb").read(1))
+attempt("root link", lambda: os.listdir(f"/proc/{victim}/root"))
+attempt("signal", lambda: os.kill(int(victim), 0))
+attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(port)), timeout=2).close())
+attempt("listen", lambda: socket.create_server(("127.0.0.1", 0)).close())
+attempt("execute own", lambda: subprocess.run([f"{own}/program"], check=True))
+lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+found["capabilities"] = int(lines["CapEff"], 16) | int(lines["CapPrm"], 16)
+found["no new privileges"] = int(lines["NoNewPrivs"])
+print(json.dumps(found))
+"""
+needs_landlock = pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
+
+
+@pytest.fixture(params=["this user", "an ordinary user"])
+def probe(request, tmp_path_factory):
+    """Return a function that runs the probe under a confinement; it prints what it could do."""
+    is_ordinary = request.param == "an ordinary user"
+    if is_ordinary and (os.geteuid() != 0 or not Path(SYSTEM_PYTHON).exists()):
+        pytest.skip("only root can become another user, and that one needs the system's Python")
+    python = SYSTEM_PYTHON if is_ordinary else sys.executable
+    folder = Path(tmp_path_factory.mktemp("probe"))
+    shared = folder
+    if is_ordinary:  # below /tmp, where its parents can be entered
+        shared = Path("/tmp") / f"cotrain-probe-{os.getpid()}"
+    own, other = shared / "own", shared / "other"
+    (own / "sub").mkdir(parents=True)
+    other.mkdir()
+    for place in (own, other):
+        (place / "file").write_text("secret")
+    shutil.copy("/bin/true", own / "program")
+    (shared / "probe.py").write_text(PROBE)
+    (shared / "child.py").write_text(CHILD.read_text())
+    identity = {"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if is_ordinary else {}
+    if is_ordinary:
+        for path in (shared, *shared.rglob("*")):
+            os.chown(path, ORDINARY, ORDINARY)
+    victim = subprocess.Popen(["/bin/sleep", "60"], env={"SECRET": "s"}, **identity)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run(confinement):
+        command = confinement.command(python, str(shared / "probe.py"), *map(str, (own, other, victim.pid)),
+                                      str(listener.getsockname()[1]))  # fmt: skip
+        command[0], command[2] = python, str(shared / "child.py")
+        specification = json.loads(command[3])
+        specification["read"].append(str(shared / "probe.py"))
+        command[3] = json.dumps(specification)
+        done = subprocess.run(
+            command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, cwd="/", **identity
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    yield run, own, listener.getsockname()[1]
+    victim.kill()
+    victim.wait()
+    listener.close()
+    shutil.rmtree(shared)
+
+
+@needs_landlock
+def test_a_confined_process_reaches_its_own_folder_and_nothing_else(probe):
+    run, own, _ = probe
+    found = run(Confinement(write=(own,), connect=()))
+    allowed = {name for name, result in found.items() if result == "allowed"}
+    assert allowed == {"read own", "write own", "rename own"}, found
+    assert found["capabilities"] == 0
+    assert found["no new privileges"] == 1
+
+
+@needs_landlock
+@pytest.mark.skipif(child.landlock_version() < 6, reason="this kernel confines no ports or signals")
+def test_ports_and_signals_are_open_where_they_are_granted(probe):
+    run, own, port = probe
+    found = run(Confinement(write=(own,), connect=(port,), bind=(0,), scope_signals=False))
+    assert {found["connect"], found["signal"], found["listen"]} == {"allowed"}
+    assert found["environment"] == "PermissionError"
+
+
+def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cotrain:secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    built = built_environment(tmp_path, COTRAIN_HOME="x")
+    assert "secret" not in " ".join(built.values())
+    assert (built["NCCL_SOCKET_IFNAME"], built["HOME"], built["COTRAIN_HOME"]) == ("eth0", str(tmp_path), "x")
