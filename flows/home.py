@@ -17,9 +17,12 @@ PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
 WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
 PORTS = (*PUBLIC_PORTS, "postgres", "model_server", *WEED_PORTS, *(f"{name}_grpc" for name in WEED_PORTS))
 PORT_RANGE = (20_000, 29_999)
-SECRETS = ("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database", "s3_access_key",
-           "s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session", "prefect", "model_server", "operator",
-           "split_salt", "weed_1", "weed_2", "weed_3", "weed_4")  # fmt: skip
+SECRETS = (
+    *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
+    *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
+    *("mlflow_s3_access_key", "mlflow_s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session"),
+    *("prefect", "model_server", "operator", "split_salt", "weed_1", "weed_2", "weed_3", "weed_4"),
+)
 ROTATED = tuple(name for name in SECRETS if name != "split_salt")
 CONFIG_FILE = "stack-config.json"
 

@@ -1,9 +1,13 @@
 """The embedded stack's two stores: PostgreSQL and S3."""
 
+import json
 import signal
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
 
 from feedback.accounts import ensure_operator
 from flows.home import WEED_PORTS, StackConfig, write_private
@@ -13,8 +17,9 @@ from infra.database import migrate, open_engine, open_sessions
 from infra.objects import open_objects
 from infra.postgres import Postgres
 from infra.services import Service
-from infra.settings import Settings
+from infra.settings import Settings, StoreAccess
 
+MLFLOW_BUCKET = "mlflow"
 MIGRATIONS = Path(__file__).resolve().parent.parent / "feedback" / "migrations"
 
 
@@ -49,6 +54,7 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
         forget_weed_sockets(config)
         ensure_certificate(work / "tls.pem", "weed")
         write_private(work / "security.toml", weed_security(config, work / "tls.pem"))
+        write_private(work / "identities.json", json.dumps(weed_identities(config, settings)))
         # A volume index torn by a kill would hide its whole volume.
         subprocess.run(
             [weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True
@@ -58,7 +64,7 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
     flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
     flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={work}/identities.json"]
     ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
     confinement = Confinement(write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports)
     return Service(
@@ -66,12 +72,10 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
         command=lambda: confinement.command(weed, "-logtostderr=true", "mini", f"-dir={data}", *flags),
         env={
             **built_environment(work),
-            "AWS_ACCESS_KEY_ID": config.secrets["s3_access_key"],
-            "AWS_SECRET_ACCESS_KEY": config.secrets["s3_secret_key"],
         },
         cwd=work,
         before=before,
-        check=lambda: _check_stores(settings),
+        check=lambda: _check_stores(config, settings),
     )
 
 
@@ -96,6 +100,29 @@ def weed_security(config: StackConfig, certificate: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check_stores(settings: Settings) -> None:
-    for bucket in (settings.s3_bucket, "mlflow"):
-        open_objects(settings, bucket, attempts=1).check()
+def weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
+    """Return the store's accounts: the keeper's, which makes buckets, and one for each bucket that reaches no other."""
+
+    def identity(name: str, key: str, actions: list[str]) -> dict[str, Any]:
+        pair = {"accessKey": config.secrets[f"{key}_access_key"], "secretKey": config.secrets[f"{key}_secret_key"]}
+        return {"name": name, "credentials": [pair], "actions": actions}
+
+    def user(name: str, key: str, bucket: str) -> dict[str, Any]:
+        return identity(name, key, [f"{action}:{bucket}" for action in ("Read", "Write", "List", "Tagging")])
+
+    keeper = identity("keeper", "s3_admin", ["Admin", "Read", "Write", "List", "Tagging"])
+    return {
+        "identities": [keeper, user("cotrain", "s3", settings.s3_bucket), user("mlflow", "mlflow_s3", MLFLOW_BUCKET)]
+    }
+
+
+def _check_stores(config: StackConfig, settings: Settings) -> None:
+    keeper = StoreAccess(
+        s3_endpoint=settings.s3_endpoint,
+        s3_access_key=config.secrets["s3_admin_access_key"],
+        s3_secret_key=SecretStr(config.secrets["s3_admin_secret_key"]),
+    )
+    for bucket in (settings.s3_bucket, MLFLOW_BUCKET):
+        store = open_objects(keeper, bucket, attempts=1)
+        store.ensure_bucket()
+        store.check()

@@ -106,7 +106,6 @@ class Objects:
 
     def check(self) -> None:
         """Raise unless an object can be written and read back; a bucket answers seconds before its volumes."""
-        self.ensure_bucket()
         self.put(PROBE_KEY, PROBE_BYTES)
         if self.get(PROBE_KEY) != PROBE_BYTES:
             raise OSError("the store returned other bytes than it was given")

@@ -11,12 +11,14 @@ import textwrap
 
 import psycopg
 import pytest
+from botocore.exceptions import ClientError
 
 from flows.home import WEED_PORTS, is_free, load_config, port_holder, write_environment
 from flows.stack import services
+from infra.objects import open_objects
 from infra.postgres import Postgres
 from infra.services import marked, read_state, sweep
-from infra.settings import Settings
+from infra.settings import Settings, StoreAccess
 from tests.waiting import until
 
 KEEPER = """
@@ -150,6 +152,18 @@ def test_all_services_listen_on_loopback_only(tmp_path):
     assert names == ["postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker"]
     urls = (settings.portal_url, settings.mlflow_url, settings.prefect_api_url, settings.model_server_url)
     assert all(url.startswith("http://127.0.0.1:") for url in urls)
+
+
+@pytest.mark.parametrize(("account", "own", "other"), [("s3", "cotrain", "mlflow"), ("mlflow_s3", "mlflow", "cotrain")])
+def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, own, other):
+    secret = load_config(stores.home).secrets
+    keys = {"s3_access_key": secret[f"{account}_access_key"], "s3_secret_key": secret[f"{account}_secret_key"]}
+    access = StoreAccess(s3_endpoint=stores.s3_endpoint, **keys)
+    open_objects(access, own).check()
+    foreign = open_objects(access, other, attempts=1)
+    for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.keys(""), foreign.ensure_bucket):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            attempt()
 
 
 @pytest.mark.parametrize(
