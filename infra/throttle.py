@@ -1,0 +1,111 @@
+"""Limit password guessing: failed sign-ins per account and peer address, within a sliding window."""
+
+import hashlib
+import hmac
+import ipaddress
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+MAX_ACCOUNT_FAILURES = 20  # of one account from one address
+MAX_ADDRESS_FAILURES = 100  # from one address, whatever the account
+WINDOW_S = 300.0
+MAX_ENTRIES = 20_000
+
+
+class Throttle:
+    """Count failed sign-ins in memory and refuse more than a limit in any window.
+
+    An attempt counts as failed from `admit` until `succeed` takes it back, so that parallel guesses cannot pass between
+    check and count. A success takes back only its own attempt: somebody who signs in from the same address must not
+    give a guesser new attempts. Refused attempts do not count, so a lock-out ends by itself.
+
+    The address must be the connection's peer, never a forwarded header (uvicorn: `--no-proxy-headers`). Of an IPv6
+    address the /64 counts, since one machine owns all of it. At most `max_entries` counters are kept; the least
+    recently used goes first.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_account_failures: int = MAX_ACCOUNT_FAILURES,
+        max_address_failures: int = MAX_ADDRESS_FAILURES,
+        window_s: float = WINDOW_S,
+        max_entries: int = MAX_ENTRIES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = (max_account_failures, max_address_failures)
+        self._window_s, self._max_entries, self._clock = window_s, max_entries, clock
+        self._failures: OrderedDict[bytes, deque[float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def admit(self, account: str, address: str) -> int:
+        """Count an attempt and return 0, or return the seconds to wait (for Retry-After) if there were too many.
+
+        Ask before the password is checked, and refuse the attempt unchecked if the result is not 0: an answer that
+        depends on the password would let the guessing go on.
+        """
+        now = self._clock()
+        with self._lock:
+            wait_s = 0.0
+            counters = [self._counter(key, now) for key in _keys(account, address)]
+            for failures, limit in zip(counters, self._limits, strict=True):
+                if len(failures) >= limit:
+                    wait_s = max(wait_s, failures[-limit] + self._window_s - now)
+            if wait_s > 0:
+                return math.ceil(wait_s)
+            for failures in counters:
+                failures.append(now)
+        return 0
+
+    def succeed(self, account: str, address: str) -> None:
+        """Take back the attempt that was admitted last, since its password was right."""
+        with self._lock:
+            for key in _keys(account, address):
+                if self._failures.get(key):
+                    self._failures[key].pop()
+
+    def _counter(self, key: bytes, now: float) -> deque[float]:
+        """Return a counter without the failures that left the window."""
+        failures = self._failures.setdefault(key, deque())
+        while failures and failures[0] <= now - self._window_s:
+            failures.popleft()
+        self._failures.move_to_end(key)
+        while len(self._failures) > self._max_entries:
+            self._failures.popitem(last=False)
+        return failures
+
+
+def _keys(account: str, address: str) -> tuple[bytes, bytes]:
+    """Return the counters' keys, of a fixed size whatever a caller sends as a name."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        network = address
+    else:
+        if ip.version == 6:
+            network = str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
+        else:
+            network = str(ip)
+    pair = f"{network}\n{account}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(b"account " + pair).digest(), hashlib.sha256(b"address " + network.encode()).digest()
+
+
+def credential_digest(account: str, password: str) -> str:
+    """Return the sha256 by which a process recognises a machine's generated secret without holding it."""
+    return hashlib.sha256(f"{account}:{password}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_machine_secret(account: str, password: str, digests: Iterable[str]) -> bool:
+    """Tell, in constant time, whether a sign-in is one of the platform's own, which the throttle must let pass.
+
+    Only for generated secrets of 128 bits or more: nobody can guess these, and without the exception anybody could
+    lock the platform out of its own services. For passwords that people choose this would be an oracle.
+
+    >>> is_machine_secret("cotrain", "a", [credential_digest("cotrain", "a")])
+    True
+    """
+    digest = credential_digest(account, password)
+    return any([hmac.compare_digest(digest, known) for known in digests])
