@@ -98,9 +98,9 @@ def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def is_process_of(run: FlowRun) -> bool:
-    """Whether the process that Prefect noted for a run exists and is that run's."""
+    """Whether the process that Prefect noted for a run exists and is that run's, as its command line tells."""
     try:
-        environment = Path(f"/proc/{int(run.infrastructure_pid or 0)}/environ").read_bytes()
+        command = Path(f"/proc/{int(run.infrastructure_pid or 0)}/cmdline").read_bytes()
     except (OSError, ValueError):
         return False
-    return f"PREFECT__FLOW_RUN_ID={run.id}".encode() in environment.split(b"\0")
+    return command.split(b"\0")[-3:-1] == [b"flows.engine", str(run.id).encode()]

@@ -1,13 +1,12 @@
 """The round as a Prefect flow: the table of contents of the loop."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled
-from pydantic import Field
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
@@ -15,6 +14,7 @@ from feedback.tables import new_id
 from flows import intake, judging, layout, supervise, training
 from flows.context import Context, open_context
 from flows.progress import RunCancelled, progress_reporter
+from flows.registry import RoundForm
 from flows.steps import show_table, step
 from infra.launch import alone
 from yuan.plan.record import Plan
@@ -33,42 +33,15 @@ tell = step(judging.tell, "tell")
 @flow(
     name="cotrain-round",
     description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.",
+    validate_parameters=False,  # flows.engine has, before Prefect sees them
 )
-def cotrain_round(
-    round_id: Annotated[
-        str | None, Field(description="leave empty to request a new round; the dispatcher fills it in")
-    ] = None,
-    max_steps: Annotated[int, Field(ge=1, le=1_000_000, description="optimizer steps")] = 600,
-    learning_rate: Annotated[float, Field(gt=0, lt=1, description="peak learning rate")] = 1.5e-3,
-    replay_rows: Annotated[
-        int, Field(ge=0, description="rows of the base mixture trained again, against forgetting")
-    ] = 3000,
-    seed: Annotated[int, Field(ge=0, description="seed of data order and new weights")] = 0,
-    weights: Annotated[
-        dict[Literal["corrections", "datasets", "base"], float] | None,
-        Field(description="how much of the trained windows is of each part that has rows; empty: every window alike"),
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Field(description="auto: bf16 where it is fast; fp32 runs repeat to the bit")
-    ] = "auto",
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps between checkpoints")] = 200,
-    priority: Annotated[int, Field(ge=-100, le=100, description="in the queue for devices; waiting adds to it")] = 0,
-) -> str | State[str]:
+def cotrain_round(form: RoundForm) -> str | State[str]:
     """Run a round to its end and return its final state; a round that has ended is left as it is."""
     context = open_context()
+    round_id = form.round_id
     if round_id is None:
-        asked = RoundParameters(
-            max_steps=max_steps,
-            learning_rate=learning_rate,
-            replay_rows=replay_rows,
-            seed=seed,
-            weights=weights,
-            precision=precision,
-            checkpoint_every=checkpoint_every,
-            priority=priority,
-        )
         # The dispatcher starts every requested round under a key of its own; this run only filed the request.
-        return f"requested round {request(context, asked)}"
+        return f"requested round {request(context, form.round_parameters())}"
     with context.sessions() as session:
         attempt = rounds.find_round(session, round_id).attempt
     try:

@@ -185,6 +185,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         "PREFECT_SERVER_UI_API_URL": "/api",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(work / "ui"),
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "COTRAIN_PORTAL_URL": settings.portal_url,
     }
 
     def before() -> None:
@@ -194,7 +195,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
     confinement = Confinement(write=(work,), bind=(port,), connect=(port, config.ports["postgres"]))
     return Service(
         name="prefect",
-        command=lambda: confinement.command(sys.executable, "-m", "prefect", "server", "start"),
+        command=lambda: confinement.command(sys.executable, "-m", "flows.prefect_gate"),
         env=env,
         cwd=work,
         before=before,
@@ -321,10 +322,9 @@ def _worker(home: Path, settings: Settings) -> Service:
         write=(work, *folders, flow_log, Path(SHARED_MEMORY), *accelerator_files()),
         connect=None,  # ranks meet on ports that the system chooses
     )
-    command = ["prefect", "worker", "start", "--pool", "cotrain", "--type", "process", "--name", "embedded"]
     return Service(
         name="worker",
-        command=lambda: confinement.command(sys.executable, "-m", *command, "--install-policy", "never"),
+        command=lambda: confinement.command(sys.executable, "-m", "flows.worker"),
         env={
             **own_environment(home, work),
             **prefect_environment(work, settings),

@@ -1,0 +1,223 @@
+"""Prefect's server behind a gate: `python -m flows.prefect_gate` instead of `prefect server start`.
+
+Requests reach the server only by the allow-lists of `flows.prefect_rules`, so that routes which an upgrade adds stay
+closed; password guessing is limited; and browsers are told to load nothing from other hosts, which Prefect's newer
+pages do (an analytics host) although analytics are off.
+"""
+
+import base64
+import binascii
+import hmac
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import uvicorn
+
+from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
+from infra.throttle import Throttle
+
+log = logging.getLogger("flows.prefect_gate")  # this module is __main__ where it matters
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
+CLOSED = "this route of Prefect's server is closed; flows/prefect_rules.py lists the open ones"
+POLICY_VIOLATION = 1008
+MAX_BODY_BYTES = 8 * 1024 * 1024
+
+
+class Gate:
+    """An ASGI application that forwards what is on the lists, once its caller has the password where one is needed.
+
+    `secret` is `user:password`, generated; who sends it always passes, so nobody can lock the platform out.
+    """
+
+    def __init__(self, app: App, secret: str, pictures: str = "") -> None:
+        self._app, self._secret = app, secret.encode()
+        self._throttle = Throttle()
+        self._headers = page_headers(pictures)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        path, method = scope["path"], scope.get("method", WEBSOCKET)
+        if scope["type"] == "websocket":
+            if not SOCKETS.allow(method, path):
+                return await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            return await self._app(scope, self._check_first_message(receive, _address(scope)), send)
+        send = self._with_headers(send)
+        if not (is_page(method, path) or PUBLIC.allow(method, path)):
+            if not OPERATOR.allow(method, path):
+                log.info("refused %s %s", method, path)
+                return await _refuse(send, 403, CLOSED)
+            if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
+                return await _refuse(send, *refusal)
+            body = await _read_body(receive)
+            if (fault := find_fault(body)) is not None:
+                return await _refuse(send, 422, fault)
+            receive = _replay(body, receive)
+        await self._app(scope, receive, send)
+
+    def _check(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
+        """Return None if the credentials are right, else the status and message of the refusal."""
+        if credentials is None:
+            return 401, "sign in with one Basic authorization header"
+        if hmac.compare_digest(credentials, self._secret):
+            return None
+        account = credentials.partition(b":")[0].decode(errors="replace")
+        if wait_s := self._throttle.admit(account, address):
+            return 429, f"too many wrong passwords; try again in {wait_s} s"
+        return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
+
+    def _check_first_message(self, receive: Receive, address: str) -> Receive:
+        """Count guesses in a websocket's first message, which has the password and which the server itself checks."""
+        is_first = True
+
+        async def checked() -> Message:
+            nonlocal is_first
+            message = await receive()
+            if message["type"] == "websocket.receive" and is_first:
+                is_first = False
+                refusal = self._check(_token(message), address)
+                if refusal is not None and refusal[0] == 429:
+                    return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
+            return message
+
+        return checked
+
+    def _with_headers(self, send: Send) -> Send:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *self._headers]}
+            await send(message)
+
+        return with_headers
+
+
+def page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers by which a browser refuses other hosts; `pictures` is one that may show pictures."""
+    policy = (
+        "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
+        f"img-src 'self' data: blob: {pictures}; worker-src 'self' blob:; connect-src 'self'; "
+        "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+    return [
+        (b"content-security-policy", policy.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
+
+
+def find_fault(body: bytes) -> str | None:
+    """Return why a JSON body must not reach the server, None if it may.
+
+    A number beyond 64 bits is stored (1e308 as a one with 308 zeros), and then every page of runs that has it fails:
+    one run stops everybody who looks for runs, the dispatcher too.
+
+    >>> find_fault(b'{"seed": 9223372036854775807}'), find_fault(b"") or find_fault(b"not JSON")
+    (None, None)
+    >>> find_fault(b'{"weights": {"base": 1e308}}')
+    'numbers must be between -2**63 and 2**63, got 1e308; send a smaller one'
+    """
+    if len(body) > MAX_BODY_BYTES:
+        return f"a request may have {MAX_BODY_BYTES} bytes; send less"
+    try:
+        json.loads(body, parse_int=_parse_number, parse_float=_parse_number, parse_constant=_parse_number)
+    except NumberRefused as error:
+        return f"numbers must be between -2**63 and 2**63, got {error}; send a smaller one"
+    except (ValueError, RecursionError):
+        pass  # the server itself says what is wrong with it
+    return None
+
+
+class NumberRefused(Exception):
+    """A number that Prefect's server could store and not return."""
+
+
+def _parse_number(digits: str) -> Decimal:
+    try:
+        number = Decimal(digits)
+    except InvalidOperation:
+        raise NumberRefused(digits[:40]) from None
+    if not (number.is_finite() and -(2**63) <= number < 2**63):
+        raise NumberRefused(digits[:40])
+    return number
+
+
+async def _read_body(receive: Receive) -> bytes:
+    """Read a request's body, of which no more is kept than shows that it is too long."""
+    body = b""
+    while True:
+        message = await receive()
+        body += bytes(message.get("body", b""))[: MAX_BODY_BYTES + 1 - len(body)]
+        if not message.get("more_body", False):
+            return body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    is_sent = False
+
+    async def replay() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            return await receive()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _address(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else ""
+
+
+def _credentials(scope: Scope) -> bytes | None:
+    """`user:password` of the one Basic header that a request may have."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1 or not values[0].lower().startswith(b"basic "):
+        return None
+    try:
+        return base64.b64decode(values[0][6:], validate=True)
+    except binascii.Error:
+        return None
+
+
+def _token(message: Message) -> bytes | None:
+    try:
+        return str(json.loads(message.get("text") or "")["token"]).encode(errors="replace")
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    """Answer in the form that Prefect's client and pages show."""
+    body = json.dumps({"exception_message": message}).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+def main() -> None:
+    """Run the server with its migrations and background services, which its lifespan starts."""
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    api = get_current_settings().server.api
+    if api.auth_string is None:
+        raise ValueError("Prefect's server needs a password; set PREFECT_SERVER_API_AUTH_STRING to user:password")
+    gate = Gate(create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, ""))
+    log.setLevel(logging.INFO)
+    # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
+    uvicorn.run(gate, host=str(api.host), port=api.port, proxy_headers=False, access_log=False, log_level="info")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Allow-list of Prefect's server: the routes that the platform and its operators' pages use; every other one is closed.
+
+Routes are written as the server writes its own, so that a test can hold both lists against each other.
+"""
+
+import re
+from collections.abc import Iterable
+
+from starlette.routing import compile_path
+
+WEBSOCKET = "WEBSOCKET"
+
+
+class Rules:
+    """A set of routes, each a method and a path form as in Starlette."""
+
+    def __init__(self, text: str) -> None:
+        self.routes = [(method, path) for method, path in (line.split() for line in text.strip().splitlines())]
+        self._patterns = [(method, compile_path(path)[0]) for method, path in self.routes]
+
+    def allow(self, method: str, path: str) -> bool:
+        """Tell whether a request is on the list; HEAD counts as GET.
+
+        >>> PUBLIC.allow("GET", "/api/ready"), PUBLIC.allow("GET", "/api/ready/"), PUBLIC.allow("POST", "/api/ready")
+        (True, False, False)
+        """
+        method = "GET" if method == "HEAD" else method
+        return any(method == known and pattern.match(path) for known, pattern in self._patterns)
+
+
+def is_page(method: str, path: str) -> bool:
+    """Tell whether a request is for a page or a file of one: both versions of Prefect's pages are single-page programs.
+
+    >>> is_page("GET", "/runs/flow-run/7"), is_page("GET", "/api/flows/"), is_page("GET", "/docs")
+    (True, False, False)
+    """
+    return method in ("GET", "HEAD") and PAGES.fullmatch(path) is not None
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+# The first segment of every address of the older pages, with which their program starts when it is opened there.
+PAGE_NAMES = (
+    "dashboard",
+    "runs",
+    "flow-runs",
+    "flows",
+    "flow",
+    "deployments",
+    "artifacts",
+    "work-pools",
+    "events",
+    "settings",
+)
+PAGE_FILES = ("index.html", "robots.txt", "favicon.ico", "favicon-dark.ico")
+PAGES = re.compile(
+    rf"/(?:(?:{_one_of(PAGE_FILES)}|[\w-]+\.svg)?|(?:assets|ico|v2|{_one_of(PAGE_NAMES)})(?:/[\w,:~@+-][\w.,:~@+-]*)*/?)"
+)
+
+# Without signing in, besides the pages' own files: probes, and what the pages need to show the sign-in form.
+PUBLIC = Rules("""
+GET /api/health
+GET /api/ready
+GET /ui-settings
+""")
+
+# With Prefect's password. Closed to it: making blocks, variables, automations and concurrency limits and setting the
+# default storage of results, which nothing here uses; all deletions; runs without a deployment; input of paused runs.
+# The pages read settings (secrets are masked), automations and blocks to draw other things.
+OPERATOR = Rules("""
+GET /api/version
+GET /api/admin/version
+GET /api/admin/settings
+GET /api/csrf-token
+POST /api/flows/
+GET /api/flows/{id:uuid}
+GET /api/flows/name/{name}
+POST /api/flows/filter
+POST /api/flows/count
+POST /api/flows/paginate
+POST /api/deployments/
+GET /api/deployments/{id:uuid}
+GET /api/deployments/name/{flow_name}/{deployment_name}
+POST /api/deployments/filter
+POST /api/deployments/count
+POST /api/deployments/paginate
+POST /api/deployments/get_scheduled_flow_runs
+POST /api/deployments/{id:uuid}/create_flow_run
+POST /api/deployments/{id:uuid}/pause_deployment
+POST /api/deployments/{id:uuid}/resume_deployment
+GET /api/deployments/{id:uuid}/schedules
+PATCH /api/deployments/{id:uuid}/schedules/{schedule_id:uuid}
+GET /api/flow_runs/{id:uuid}
+PATCH /api/flow_runs/{id:uuid}
+PATCH /api/flow_runs/{id:uuid}/labels
+POST /api/flow_runs/{id:uuid}/set_state
+GET /api/flow_runs/{id:uuid}/graph-v2
+GET /api/flow_runs/{id:uuid}/logs/download
+POST /api/flow_runs/filter
+POST /api/flow_runs/count
+POST /api/flow_runs/paginate
+POST /api/flow_runs/history
+POST /api/flow_runs/lateness
+GET /api/flow_run_states/
+GET /api/task_run_states/
+GET /api/task_runs/{id:uuid}
+POST /api/task_runs/filter
+POST /api/task_runs/count
+POST /api/task_runs/paginate
+POST /api/task_runs/history
+POST /api/logs/
+POST /api/logs/filter
+POST /api/artifacts/
+PATCH /api/artifacts/{id:uuid}
+GET /api/artifacts/{id:uuid}
+GET /api/artifacts/{key}/latest
+POST /api/artifacts/filter
+POST /api/artifacts/count
+POST /api/artifacts/latest/filter
+POST /api/artifacts/latest/count
+POST /api/work_pools/
+PATCH /api/work_pools/{name}
+GET /api/work_pools/{name}
+POST /api/work_pools/filter
+POST /api/work_pools/count
+POST /api/work_pools/{name}/concurrency_status
+POST /api/work_pools/{name}/get_scheduled_flow_runs
+GET /api/work_pools/{work_pool_name}/queues/{name}
+POST /api/work_pools/{work_pool_name}/queues/filter
+POST /api/work_pools/{work_pool_name}/workers/heartbeat
+POST /api/work_pools/{work_pool_name}/workers/filter
+POST /api/work_queues/filter
+GET /api/work_queues/{id:uuid}
+GET /api/work_queues/{id:uuid}/status
+GET /api/collections/views/{view}
+POST /api/automations/filter
+GET /api/automations/related-to/{resource_id:str}
+POST /api/block_documents/filter
+POST /api/saved_searches/filter
+POST /api/events
+POST /api/events/filter
+GET /api/events/filter/next
+POST /api/events/count-by/{countable}
+POST /api/ui/flows/count-deployments
+POST /api/ui/flows/next-runs
+POST /api/ui/flow_runs/history
+POST /api/ui/flow_runs/count-task-runs
+POST /api/ui/schemas/validate
+POST /api/ui/task_runs/dashboard/counts
+POST /api/ui/task_runs/count
+GET /api/ui/task_runs/{id:uuid}
+""")
+
+# The server asks for the password by their first message.
+SOCKETS = Rules("""
+WEBSOCKET /api/events/in
+WEBSOCKET /api/events/out
+WEBSOCKET /api/logs/out
+WEBSOCKET /api/work_pools/{work_pool_name}/workers/connect
+""")

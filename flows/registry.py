@@ -1,0 +1,97 @@
+"""The flows that a worker may run, and what a run of each may be asked for.
+
+A flow run names its flow; code, module and parameters' types come from here, never from Prefect's server, where
+everybody who has its password can write.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from prefect import Flow
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from feedback.contracts import RoundParameters
+
+SHOWN_ERRORS = 5
+
+
+class RoundForm(RoundParameters):
+    """Parameters of a run of `cotrain-round`: those of a new round, or the id of the round that it continues."""
+
+    round_id: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{32}$",
+        description="leave empty to request a new round; the dispatcher fills it in",
+    )
+
+    def round_parameters(self) -> RoundParameters:
+        return RoundParameters(**self.model_dump(exclude={"round_id"}))
+
+
+class ReproduceForm(BaseModel):
+    """Parameters of a run of `cotrain-reproduce`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: Annotated[int, Field(strict=True)] = Field(
+        default=500, ge=1, le=10_000, description="reports to reproduce at most"
+    )
+
+
+@dataclass(frozen=True)
+class RegisteredFlow:
+    """Where a flow's function is, which takes one `form`, and the form's type."""
+
+    module: str
+    function: str
+    form: type[BaseModel]
+
+    def load(self) -> Flow[..., Any]:
+        flow: Flow[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return flow
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema by which Prefect refuses wrong parameters, and from which its pages make the Run form."""
+        schema = self.form.model_json_schema(ref_template="#/definitions/{model}")
+        for position, field in enumerate(schema["properties"].values()):
+            field["position"] = position
+        return {**schema, "title": "Parameters"}
+
+
+REGISTERED: Mapping[str, RegisteredFlow] = {
+    "cotrain-round": RegisteredFlow("flows.round", "cotrain_round", RoundForm),
+    "cotrain-reproduce": RegisteredFlow("flows.reproduction", "cotrain_reproduce", ReproduceForm),
+}
+
+
+def find_flow(name: str) -> RegisteredFlow:
+    """Look up a flow by its name.
+
+    Raises:
+        ValueError: if the code registers no flow of that name.
+    """
+    if name not in REGISTERED:
+        raise ValueError(
+            f"only the flows {', '.join(REGISTERED)} are run here, got {name[:100]!r}; "
+            "start one of their deployments, or register the flow in flows/registry.py"
+        )
+    return REGISTERED[name]
+
+
+def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
+    """Check a run's parameters.
+
+    Raises:
+        ValueError: in one line, naming every wrong or unknown parameter.
+    """
+    try:
+        return find_flow(name).form.model_validate(parameters)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in error.errors()]
+        more = f"; and {len(wrong) - SHOWN_ERRORS} more" if len(wrong) > SHOWN_ERRORS else ""
+        raise ValueError(
+            f"parameters of {name} are not valid: {'; '.join(wrong[:SHOWN_ERRORS])}{more}; "
+            "see the Run form of its deployment"
+        ) from None

@@ -1,0 +1,55 @@
+"""Which flows a worker runs, and with which parameters."""
+
+import jsonschema
+import pytest
+
+from feedback.contracts import RoundParameters
+from flows.registry import REGISTERED, RoundForm, parse_form
+
+
+def test_a_flow_that_the_code_does_not_register_is_refused_with_the_rule():
+    with pytest.raises(ValueError, match="only the flows cotrain-round, cotrain-reproduce are run here, got 'mine'"):
+        parse_form("mine", {})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"nonsense": 1}, "nonsense: Extra inputs are not permitted"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"weights": {"base": -1}}, "weights.base"),
+        ({"round_id": "latest"}, "round_id"),
+        ({"seed": {"$ref": {"block_document_id": "x"}}}, "seed"),
+        ({f"unknown-{n}": n for n in range(100)}, "and 95 more"),
+    ],
+)
+def test_wrong_parameters_are_refused_in_one_line_that_names_them(parameters, named):
+    with pytest.raises(ValueError, match="parameters of cotrain-round are not valid") as refusal:
+        parse_form("cotrain-round", parameters)
+    assert named in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize("limit", [0, 10_001, True, "5", 1.5])
+def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
+    with pytest.raises(ValueError, match="limit"):
+        parse_form("cotrain-reproduce", {"limit": limit})
+
+
+def test_the_run_form_asks_for_what_the_portal_asks_for():
+    fields = REGISTERED["cotrain-round"].schema()["properties"]
+    asked = RoundParameters.model_json_schema()["properties"]
+    assert {name: fields[name] | asked[name] for name in asked} == {name: fields[name] for name in asked}
+    assert set(fields) - set(asked) == {"round_id"}
+
+
+def test_the_schemas_allow_the_defaults_and_nothing_unknown():
+    for registered in REGISTERED.values():
+        validator = jsonschema.Draft202012Validator(registered.schema())
+        assert validator.is_valid(registered.form().model_dump())
+        assert not validator.is_valid({"unknown": 1})
+
+
+def test_a_request_keeps_every_parameter_of_its_form():
+    form = RoundForm(max_steps=7, seed=3, weights={"base": 2.0}, priority=-5)
+    assert form.round_parameters() == RoundParameters(max_steps=7, seed=3, weights={"base": 2.0}, priority=-5)
