@@ -10,6 +10,8 @@ from infra.launchers.slurm import SlurmLauncher, SlurmOptions
 from infra.settings import PoolChoice
 from yuan.plan.pool import Pool, cpu_pool, load_pool
 
+CLUSTER_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
+
 
 def launchers_of(settings: PoolChoice) -> dict[str, Launcher]:
     """The launchers of this installation's pools, by the pool's name."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from flows.home import StackConfig, load_config, write_environment, write_private
-from flows.launching import launcher_files, pool_of
+from flows.launching import CLUSTER_VARIABLES, launcher_files, pool_of
 from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment
 from infra.logs import configure_logging
@@ -353,7 +353,7 @@ def cluster_environment() -> dict[str, str]:
     """Return what clients of batch systems are told by the environment."""
     own = Path.home() / ".kube" / "config"  # services have another home folder
     usual = {"KUBECONFIG": str(own)} if own.exists() else {}
-    return usual | {name: os.environ[name] for name in ("SLURM_CONF", "KUBECONFIG") if name in os.environ}
+    return usual | {name: os.environ[name] for name in CLUSTER_VARIABLES if name in os.environ}
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ from prefect.runner._process_manager import ProcessHandle
 from prefect.utilities.processutils import run_process
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from flows.launching import CLUSTER_VARIABLES
+from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
 from infra.services import MARK
 from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
 
@@ -26,7 +28,7 @@ NAME = "embedded"
 COMMAND = (sys.executable, "-I", "-m", "flows.engine")
 # All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
 INHERITED = (
-    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", HOME_VARIABLE, MARK, *NO_TELEMETRY),
+    *("PATH", "HOME", "TMPDIR", *PASSED_VARIABLES, *CLUSTER_VARIABLES, HOME_VARIABLE, MARK, *NO_TELEMETRY),
     *("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_RETRY_EXTRA_CODES"),
     *("PREFECT_CLIENT_MAX_RETRIES", "PREFECT_LOGGING_EXTRA_LOGGERS", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"),
 )
@@ -122,7 +124,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
 
 def inherited_environment() -> dict[str, str]:
     """The environment of a flow's process."""
-    return {name: os.environ[name] for name in INHERITED if name in os.environ}
+    return {name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(PASSED_PREFIXES)}
 
 
 def working_folder() -> Path:
