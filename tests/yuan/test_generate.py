@@ -117,7 +117,8 @@ def test_log_probabilities_are_those_of_the_model():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_tokens", 0), ("temperature", -1), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0),
+    [("max_tokens", 0), ("temperature", -1), ("top_k", -1), ("top_k", 2**31), ("top_p", 0), ("top_p", 1.1),
+     ("repetition_penalty", 0),
      ("stop", ("",)), ("logprobs", 21), ("temperature", float("nan"))],
 )  # fmt: skip
 def test_a_wrong_wish_is_named(field, value):
@@ -151,6 +152,11 @@ def test_half_a_character_is_not_shown(tokenizer):
     text = "a龘b"  # not among the pieces, so it comes as three bytes
     assert len(tokenizer.encode(text)) == 5
     assert spoken(tokenizer, text)[1] == ["a", "a", "a", "a龘", "a龘b"]
+
+
+def test_a_zero_byte_is_shown_as_the_replacement_character(tokenizer):
+    sequence, shown = spoken(tokenizer, "a\0b")
+    assert shown[-1] == sequence.show() == "a\ufffdb"
 
 
 def test_stop_ids_end_like_the_end_of_document(tokenizer):

@@ -1,42 +1,17 @@
 """The model server over real HTTP, asked by the openai client."""
 
 import asyncio
-import threading
-import time
 
 import httpx
 import openai
 import pytest
-import torch
-import uvicorn
 
-from infra.launch import free_port
 from tests.waiting import until
-from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig
+from tests.yuan.serving import TOKEN, WINDOW, make_served, metric, running
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
-from yuan.model.transformer import Yuan
-from yuan.serve.api import make_api
-from yuan.serve.engine import Served, Service
 from yuan.serve.metrics import Metrics
-
-WINDOW = 2048
-
-
-def make_served(version):
-    tokenizer = tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512)
-    config = ModelConfig(
-        name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=WINDOW
-    )
-    torch.manual_seed(version)
-    model = Yuan(config).eval()
-    for parameter in model.layers.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.5)
-    with torch.no_grad():
-        model.embedding.weight[tokenizer.eod] = 0  # so that it seldom ends by itself
-    return Served(model, tokenizer, version)
+from yuan.serve.service import Service
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +21,8 @@ def service():
 
 @pytest.fixture(scope="module")
 def url(service):
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_api("secret", service), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with running(service) as url:
+        yield url
 
 
 @pytest.fixture
@@ -66,19 +34,14 @@ def served(service):
 
 @pytest.fixture
 def client(url):
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
 def http(url):
-    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=60) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
         yield http
-
-
-def metric(http, name):
-    lines = http.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 def test_before_a_promotion_there_is_nothing_in_service(url, http):
@@ -182,7 +145,7 @@ def test_models_are_swapped_without_dropping_a_request(client, service, served):
 def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
     body = {"prompt": "abc", "max_tokens": 1900, "stream": stream}
     before = metric(http, "yuan_tokens_total")
-    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=1.0) as client:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=1.0) as client:
         try:
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 next(answer.iter_raw())
@@ -196,7 +159,7 @@ def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, 
     async def crowd():
         limits = httpx.Limits(max_connections=1000)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            headers = {"Authorization": "Bearer secret"}
+            headers = {"Authorization": f"Bearer {TOKEN}"}
             asked = [
                 client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=headers)
                 for _ in range(1000)

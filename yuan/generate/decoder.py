@@ -25,27 +25,42 @@ class Decoder:
 
     @torch.inference_mode()
     def add(self, sequences: list[Sequence]) -> list[tuple[Sequence, Exception]]:
-        """Read the prompts of new sequences and choose the first token of each.
+        """Read what new sequences have, prompt and tokens, and choose the next token of each.
 
         Returns:
             Sequences that failed, with the reason; they are not running.
+
+        Raises:
+            Exception: whatever a pass raises; then none of these is running, and the others are as before.
         """
-        failed: list[tuple[Sequence, Exception]] = []
-        for group in _groups(sequences):
-            counts = [len(sequence.prompt) for sequence in group]
-            tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
-            for row, sequence in enumerate(group):
-                tokens_BS[row, : counts[row]] = torch.tensor(sequence.prompt)
-            new = self._cache.after(len(group))
-            logits_BV = self.model.go_on(tokens_BS.to(self._device), new, counts)
-            self._cache.take_in(new)
-            self.running += group
-            failed += self._choose(group, logits_BV)
+        before, failed = len(self.running), []
+        try:
+            for group in _groups(sequences):
+                failed += self._read(group)
+        except Exception:
+            del self.running[before:]
+            self._cache.keep_first(before)
+            raise
         return failed
+
+    def _read(self, group: list[Sequence]) -> list[tuple[Sequence, Exception]]:
+        counts = [len(sequence.seen) for sequence in group]
+        tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
+        for row, sequence in enumerate(group):
+            tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
+        new = self._cache.after(len(group))
+        logits_BV = self.model.go_on(tokens_BS.to(self._device), new, counts)
+        self._cache.take_in(new)
+        self.running += group
+        return self._choose(group, logits_BV)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, Exception]]:
-        """Choose one more token of every running sequence; those that end leave. Returns those that failed."""
+        """Choose one more token of every running sequence; those that end leave. Returns those that failed.
+
+        Raises:
+            Exception: whatever the pass raises; then this decoder is of no use, and its sequences belong in another.
+        """
         if not self.running:
             return []
         last = torch.tensor([[sequence.tokens[-1]] for sequence in self.running], device=self._device)
@@ -69,24 +84,26 @@ class Decoder:
         )
         failed: list[tuple[Sequence, Exception]] = []
         for sequence, chosen, is_finite in zip(group, choices, finite, strict=True):
-            if is_finite:
+            try:
+                if not is_finite:
+                    raise NonFinite("the model gave logits that are not finite; this version is broken")
                 sequence.take(chosen)
-            else:
-                failed.append(
-                    (sequence, NonFinite("the model gave logits that are not finite; this version is broken"))
-                )
-            if sequence.finish_reason is not None or not is_finite:
+            except Exception as error:  # of this sequence alone
+                failed.append((sequence, error))
                 self.remove(sequence)
+            else:
+                if sequence.finish_reason is not None:
+                    self.remove(sequence)
         return failed
 
 
 def _groups(sequences: list[Sequence]) -> list[list[Sequence]]:
     """Sequences of like length together, so that little padding is read."""
     groups: list[list[Sequence]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
-        length = len(sequence.prompt)
+    for sequence in sorted(sequences, key=lambda s: len(s.seen)):
+        length = len(sequence.seen)
         fits = groups and (len(groups[-1]) + 1) * length <= PREFILL_TOKENS
-        if fits and length <= 2 * len(groups[-1][0].prompt):
+        if fits and length <= 2 * len(groups[-1][0].seen):
             groups[-1].append(sequence)
         else:
             groups.append([sequence])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MAX_LOGPROBS = 20
+MAX_TOP_K = 2**31 - 1  # more does not fit a tensor's integers, and no vocabulary is larger
+MIN_HEAT = 1e-30  # a lower temperature is 0 in fp32, and the likeliest token's logit over it not a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,9 @@ class Sampling:
         rules = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top_k", self.top_k >= 0, "at least 0, where 0 keeps all tokens"),
+            ("top_k", 0 <= self.top_k <= MAX_TOP_K, f"between 0 and {MAX_TOP_K}, where 0 keeps all tokens"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
         )
@@ -88,8 +90,8 @@ def _penalised(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
     """Draw from the tempered distribution, cut by top_k and then top_p, by inverting its cumulated sum."""
-    heat = torch.tensor([sampling.temperature for sampling in samplings], device=logits_BV.device)
-    logits_BV = logits_BV / heat[:, None]
+    heat = torch.tensor([max(sampling.temperature, MIN_HEAT) for sampling in samplings], device=logits_BV.device)
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / heat[:, None]
     is_cut = any(sampling.top_k or sampling.top_p < 1 for sampling in samplings)
     order = None
     if is_cut:

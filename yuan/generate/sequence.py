@@ -13,7 +13,8 @@ class Sequence:
     """Prompt tokens, what was chosen after them, and the text that may be shown.
 
     `finish_reason` is None while it runs, then "stop" or "length". What `show` gives holds back half a character and
-    what may become a stop string, so it only ever grows.
+    what may become a stop string, so it only ever grows. A U+0000 of the model's, which no database takes as text, is
+    shown as U+FFFD.
     """
 
     def __init__(self, prompt: Tokens[int], sampling: Sampling, tokenizer: Tokenizer, window: int) -> None:
@@ -28,12 +29,15 @@ class Sequence:
         self.text = ""
         self.finish_reason: str | None = None
         self._random = random.Random(sampling.seed)
+        self._draw: float | None = None
         self._ended_by_token = False
         self._ends = {tokenizer.eod, *sampling.stop_ids}
 
     def draw(self) -> float:
-        """A number in [0, 1) for the next choice, of this sequence alone."""
-        return self._random.random()
+        """Return a number in [0, 1) for the next token, of this sequence alone; the same one until a token is taken."""
+        if self._draw is None:
+            self._draw = self._random.random()
+        return self._draw
 
     @property
     def seen(self) -> list[int]:
@@ -47,12 +51,13 @@ class Sequence:
     def take(self, chosen: Chosen) -> None:
         """Go on by one token."""
         assert self.finish_reason is None, "an ended sequence takes nothing"
+        self._draw = None
         if chosen.token in self._ends:
             self._ended_by_token = True
             return self._end("stop")
         self.tokens.append(chosen.token)
         self.chosen.append(chosen)
-        if self.sampling.stop and self._has_stopped(self._tokenizer.decode(self.tokens)):
+        if self.sampling.stop and self._has_stopped(self._decode()):
             return
         if len(self.tokens) == self.room:
             self._end("length")
@@ -64,13 +69,16 @@ class Sequence:
         return bool(places)
 
     def _end(self, reason: str) -> None:
-        self.text, self.finish_reason = self._tokenizer.decode(self.tokens), reason
+        self.text, self.finish_reason = self._decode(), reason
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self.tokens).replace("\0", UNFINISHED)
 
     def show(self) -> str:
         """Text that can be shown now and will not change; all of it once the sequence has ended."""
         if self.finish_reason is not None:
             return self.text
-        text = self._tokenizer.decode(self.tokens).rstrip(UNFINISHED)
+        text = self._decode().rstrip(UNFINISHED)
         for word in self.sampling.stop:
             for length in range(min(len(word) - 1, len(text)), 0, -1):
                 if text.endswith(word[:length]):

@@ -16,6 +16,9 @@ FIRST_CAPACITY = 64
 class Block:
     """The memory itself, one tensor of each kind a layer; rows and length grow by doubling.
 
+    Its tensors come from `_zeros` alone and are ordinary ones without gradients, so that every change of the cache
+    works inside and outside of inference mode: a tensor made in that mode could not be changed outside of it.
+
     Keys and values are (R, N, K, D). `shares1` (R, 1, H/2) and `shares2` (R, 1, H) are what the last token of a row
     gives to the output after it in the filter's two convolutions. With these two rows the filter is exact everywhere.
     """
@@ -24,10 +27,10 @@ class Block:
         self.config, self.like = config, like
         width, shape = config.hidden_size, (0, config.num_heads, 0, config.head_dim)
         layers = range(config.num_layers)
-        self.keys = [like.new_zeros(shape) for _ in layers]
-        self.values = [like.new_zeros(shape) for _ in layers]
-        self.shares1 = [like.new_zeros(0, 1, width // 2) for _ in layers]
-        self.shares2 = [like.new_zeros(0, 1, width) for _ in layers]
+        self.keys = [_zeros(like, shape) for _ in layers]
+        self.values = [_zeros(like, shape) for _ in layers]
+        self.shares1 = [_zeros(like, (0, 1, width // 2)) for _ in layers]
+        self.shares2 = [_zeros(like, (0, 1, width)) for _ in layers]
 
     def tensors(self) -> Iterator[Tensor]:
         for group in (self.keys, self.values, self.shares1, self.shares2):
@@ -47,14 +50,21 @@ class Block:
             return
         wants_rows = has_rows if rows <= has_rows else max(2 * has_rows, rows)
         wants_length = has_length if length <= has_length else min(limit, max(FIRST_CAPACITY, 2 * has_length, length))
-        self.keys = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.keys]
-        self.values = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.values]
-        self.shares1 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares1]
-        self.shares2 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares2]
+        keys = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.keys]
+        values = [_grown(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.values]
+        shares1 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares1]
+        shares2 = [_grown(t, (wants_rows, *t.shape[1:])) for t in self.shares2]
+        # Only once all are there: without memory for the last of them, the block stays as it is.
+        self.keys, self.values, self.shares1, self.shares2 = keys, values, shares1, shares2
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return like.new_zeros(shape)
 
 
 def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    grown = tensor.new_zeros(shape)
+    grown = _zeros(tensor, shape)
     grown[tuple(slice(size) for size in tensor.shape)] = tensor
     return grown
 
@@ -119,6 +129,10 @@ class Cache:
         """Make the rows that follow these part of these."""
         assert following.block is self.block and following.first == self.rows.stop, "only neighbours join"
         self.lengths += following.lengths
+
+    def keep_first(self, num_rows: int) -> None:
+        """Forget all rows behind the first ones."""
+        del self.lengths[num_rows:]
 
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its place."""

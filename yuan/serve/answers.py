@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 from typing import Any
 
 from yuan.generate.sampling import Chosen
-from yuan.serve.engine import Piece, Request
+from yuan.serve.request import Piece, Request
 from yuan.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -101,8 +101,8 @@ def usage(request: Request) -> Json:
 
 
 def sse(data: Json) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    """One server-sent event, in ASCII: many clients take U+2028 and its like for the end of a line."""
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -4,20 +4,24 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Callable
+from itertools import takewhile
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from yuan.generate.decoder import NonFinite
 from yuan.generate.sampling import Sampling
 from yuan.serve.answers import DONE, ChatShape, Shape, sse
-from yuan.serve.engine import Busy, Expired, Piece, Request, Served, Service
 from yuan.serve.forms import MAX_CHOICES, ChatIn, CompletionIn
+from yuan.serve.request import Broken, Busy, Expired, Failed, Piece, Request, Served
+from yuan.serve.service import Service
 
 ANSWER_LIMIT_S = 110.0
+ENGINE_GRACE_S = 5.0  # after which a caller is told that the engine is silent, while a portal still waits
 VERSION_HEADER = "X-Yuan-Version"
 
 
@@ -28,19 +32,27 @@ def make_api(token: str, service: Service) -> FastAPI:
         if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, "the model server is internal; use the portal")
 
-    app = FastAPI(title="Yuan model server", dependencies=[Depends(check_token)], openapi_url=None)
+    app = FastAPI(title="Yuan model server", openapi_url=None)
+    guarded = APIRouter(dependencies=[Depends(check_token)])
 
-    @app.get("/v1/models")
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether answers can be expected, to anybody; before the first promotion that is so for want of a question."""
+        fault = service.fault()
+        reason = fault or ("ok" if service.served else "no model is in service yet")
+        return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
+
+    @guarded.get("/v1/models")
     async def models() -> dict[str, Any]:
         served = service.served
         data = [{"id": "yuan", "object": "model", "owned_by": "cotrain", "version": served.version}] if served else []
         return {"object": "list", "data": data}
 
-    @app.get("/metrics")
+    @guarded.get("/metrics")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text())
 
-    @app.post("/v1/completions")
+    @guarded.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
         if form.echo:
             raise HTTPException(400, "echo is not offered by this server; leave it out")
@@ -49,7 +61,7 @@ def make_api(token: str, service: Service) -> FastAPI:
         shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await answer(listener, shape, form, call)
 
-    @app.post("/v1/chat/completions")
+    @guarded.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = form.sampling(form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
@@ -58,6 +70,7 @@ def make_api(token: str, service: Service) -> FastAPI:
         shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await answer(listener, shape, form, call)
 
+    app.include_router(guarded)
     _add_error_handlers(app, service)
     return app
 
@@ -75,7 +88,7 @@ class Listener:
         """Queue the prompts at the model in service.
 
         Raises:
-            LookupError, Busy, ValueError: see `Service.submit`.
+            LookupError, Busy, Broken, ValueError: see `Service.submit`.
         """
 
         def make(served: Served) -> Request:
@@ -87,27 +100,45 @@ class Listener:
             return Request(served, prompts, self._sampling, self._deliver, ANSWER_LIMIT_S, self._num_choices)
 
         self.request = self._service.submit(make)
+        silent = Broken("the engine is silent; try again in a minute")
+        self._timer = self._loop.call_later(ANSWER_LIMIT_S + ENGINE_GRACE_S, self._pieces.put_nowait, silent)
         self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
 
     def _deliver(self, piece: Piece | Exception) -> None:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
+    def close(self) -> None:
+        """Free the rows; nobody listens any more."""
+        self._timer.cancel()
+        self.request.cancel()
+
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Pieces as they come, until every choice has ended; leaving early frees the rows."""
+        """Pieces as they come, until every choice has ended."""
         missing, is_first = len(self.request.sequences), True
+        while missing:
+            piece = await self._pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if is_first:
+                self.metrics.time_first(time.monotonic() - self.request.began)
+                is_first = False
+            missing -= piece.finish_reason is not None
+            yield piece
+        self.metrics.time_whole(time.monotonic() - self.request.began)
+
+
+class EventStream(StreamingResponse):
+    """Events of an answer; the rows are free however this ends, also when the caller left before the first event."""
+
+    def __init__(self, listener: Listener, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._listener = listener
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            while missing:
-                piece = await self._pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                if is_first:
-                    self.metrics.time_first(time.monotonic() - self.request.began)
-                    is_first = False
-                missing -= piece.finish_reason is not None
-                yield piece
-            self.metrics.time_whole(time.monotonic() - self.request.began)
+            await super().__call__(scope, receive, send)
         finally:
-            self.request.cancel()
+            self._listener.close()
 
 
 async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, call: Call) -> Response:
@@ -116,8 +147,7 @@ async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, 
     listener.metrics.count_request(call.url.path, 200)
     if form.stream:
         with_usage = form.stream_options is not None and form.stream_options.include_usage
-        events = _events(listener, shape, with_usage=with_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return EventStream(listener, _events(listener, shape, with_usage=with_usage), headers)
     answered, left = asyncio.ensure_future(_drain(listener)), asyncio.ensure_future(_hung_up(call))
     try:
         await asyncio.wait([answered, left], return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +157,7 @@ async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, 
     finally:
         answered.cancel()
         left.cancel()
-        listener.request.cancel()
+        listener.close()
     return JSONResponse(shape.whole(listener.request), headers=headers)
 
 
@@ -158,13 +188,18 @@ async def _events(listener: Listener, shape: Shape, *, with_usage: bool) -> Asyn
 
 
 def _describe(error: Exception) -> tuple[int, str, str]:
-    if isinstance(error, Busy | LookupError | Expired):
+    if isinstance(error, Busy | Broken | LookupError | Expired):
         return 503, "unavailable", str(error)
-    if isinstance(error, NonFinite):
+    if isinstance(error, NonFinite | Failed):
         return 500, "internal", str(error)
     if isinstance(error, ValueError):
         return 400, "invalid", str(error)
-    return 500, "internal", "decoding failed; the reason is in the model server's log"
+    return 500, "internal", "this is the server's fault; the reason is in the model server's log"
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a part of an error's place is a field or an index; the others name what a union was tried as."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
@@ -185,9 +220,10 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def invalid(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
-        return refuse(call, 422, "invalid", first["msg"], ".".join(str(part) for part in first["loc"][1:]))
+        names = takewhile(_is_field, first["loc"][1:])
+        return refuse(call, 422, "invalid", first["msg"], ".".join(str(name) for name in names))
 
-    for kind in (Busy, LookupError, Expired, ValueError, RuntimeError):
+    for kind in (Busy, Broken, LookupError, Expired, Failed, ValueError, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)

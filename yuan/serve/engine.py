@@ -4,107 +4,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
 
-from yuan.generate.decoder import Decoder
-from yuan.generate.sampling import Chosen, Sampling
+from yuan.generate.decoder import Decoder, NonFinite
+from yuan.generate.sampling import Sampling
 from yuan.generate.sequence import Sequence
-from yuan.model.transformer import Yuan
 from yuan.serve.metrics import Metrics
-from yuan.tokenizer import Tokenizer
+from yuan.serve.request import Broken, Busy, Expired, Failed, Request, Served
 
 log = logging.getLogger(__name__)
 
-
-class Busy(RuntimeError):
-    """Too many requests wait already."""
-
-
-class Expired(TimeoutError):
-    """A request took longer than its limit."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model in service and its version."""
-
-    model: Yuan
-    tokenizer: Tokenizer
-    version: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one choice of a request gained: text that stays, tokens, and why it ended if it did."""
-
-    index: int
-    text: str
-    chosen: Many[Chosen]
-    finish_reason: str | None
-
-
-class Request:
-    """Prompts of one caller, each answered `num_choices` times with a seed of its own.
-
-    `deliver` is called from the engine's thread with pieces, or once with an error.
-
-    Raises:
-        ValueError: if a prompt is empty, has unknown tokens or leaves no room in the window.
-    """
-
-    def __init__(
-        self,
-        served: Served,
-        prompts: Many[Many[int]],
-        sampling: Sampling,
-        deliver: Callable[[Piece | Exception], None],
-        limit_s: float,
-        num_choices: int = 1,
-    ) -> None:
-        config = served.model.config
-        unknown = [token for prompt in prompts for token in prompt if token >= config.vocab_size]
-        if unknown:
-            raise ValueError(f"token ids must be below {config.vocab_size}, got {unknown[0]}")
-        wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
-        self.prompts = prompts
-        self.sequences = [
-            Sequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
-        ]
-        self.served, self.deliver = served, deliver
-        self.began = time.monotonic()
-        self.deadline = self.began + limit_s
-        self.is_over = False
-        self._shown = [0] * len(self.sequences)
-        self._taken = [0] * len(self.sequences)
-        self._ended = [False] * len(self.sequences)
-
-    def cancel(self) -> None:
-        """The caller has gone; its rows are free at the next token."""
-        self.is_over = True
-
-    def fail(self, error: Exception) -> None:
-        """Tell the caller why there is no answer; nothing follows."""
-        if not self.is_over:
-            self.is_over = True
-            self.deliver(error)
-
-    def tell(self) -> None:
-        """Deliver what is new since the last time."""
-        for index, sequence in enumerate(self.sequences):
-            if self._ended[index]:
-                continue
-            text, ended = sequence.show(), sequence.finish_reason is not None
-            chosen = sequence.chosen[self._taken[index] :]
-            if ended or len(text) > self._shown[index] or chosen:
-                self.deliver(Piece(index, text[self._shown[index] :], chosen, sequence.finish_reason))
-            self._shown[index], self._taken[index], self._ended[index] = len(text), len(sequence.chosen), ended
-        self.is_over = self.is_over or all(self._ended)
+STALLED_S = 300.0  # longer than any request may take, so that a slow machine is not taken for a hanging one
 
 
 class Engine:
-    """One model in service, in a thread of its own, until it is told to finish what it has."""
+    """One model in service, in a thread of its own, until it is told to finish what it has.
+
+    An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
+    the rows join it request by request. An error in delivering costs its caller. Each is counted.
+    """
 
     def __init__(self, served: Served, metrics: Metrics, *, max_rows: int = 32, max_waiting: int = 256) -> None:
         self.served, self._metrics = served, metrics
@@ -113,21 +30,47 @@ class Engine:
         self._requests: list[Request] = []
         self._waiting: deque[tuple[Request, Sequence]] = deque()
         self._wake = threading.Condition()
-        self._is_draining = False
-        self._thread = threading.Thread(target=self._work, daemon=True, name=f"engine-v{served.version}")
+        self._is_draining = self._has_ended = self._is_recovering = False
+        self._fault: str | None = None
+        self._progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-v{served.version}")
         self._thread.start()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it was told to finish what it has, and is done."""
+        return not self._thread.is_alive() and not self._has_ended
+
+    def fault(self) -> str | None:
+        """Say in words why this engine cannot be expected to answer; None when it can.
+
+        It can when it computed a token lately, or is idle and its thread alive.
+        """
+        silent_s = time.monotonic() - self._progress
+        if self.has_left:
+            return None
+        if self._fault is None and self._requests and silent_s > STALLED_S:
+            return f"requests wait, and no token was computed for {silent_s:.0f} s"
+        return self._fault
 
     def submit(self, request: Request) -> bool:
         """Queue a request; false if this engine takes none any more, since another version is in service.
 
         Raises:
+            Broken: if the engine's thread has ended.
             Busy: if too many wait.
         """
         with self._wake:
             if self._is_draining:
                 return False
+            if self._has_ended:
+                raise Broken("the engine has stopped and is about to be started again; try again in a minute")
+            if len(self._waiting) + len(request.sequences) > self._max_waiting:
+                self._drop_gone()
             if len(self._waiting) + len(request.sequences) > self._max_waiting:
                 raise Busy(f"{len(self._waiting)} prompts wait already, at most {self._max_waiting}; try again later")
+            if not self._requests:
+                self._progress = time.monotonic()
             self._requests.append(request)
             self._waiting += [(request, sequence) for sequence in request.sequences]
             self._wake.notify()
@@ -139,6 +82,17 @@ class Engine:
             self._is_draining = True
             self._wake.notify()
 
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # nothing is known to lead here; if it happens, nobody may wait for an answer
+            log.critical("the engine of v%d has ended", self.served.version, exc_info=True)
+            self._metrics.count_error("thread")
+            with self._wake:
+                self._has_ended, self._fault = True, f"the engine's thread has ended ({type(error).__name__})"
+            for request in self._requests:
+                self._fail(request, Broken("the engine has stopped; try again in a minute"))
+
     def _work(self) -> None:
         while True:
             with self._wake:
@@ -147,87 +101,116 @@ class Engine:
                 if not self._requests:
                     log.info("v%d has left service", self.served.version)
                     return
-                joining = self._join()
-            try:
-                self._decode(joining)
-            except Exception as error:  # belongs to the callers, who wait for it; the next request starts afresh
-                log.exception("decoding failed")
-                self._start_afresh(error)
+            self._pass()
+
+    def _pass(self) -> None:
+        """One token for every running sequence, or the first one of those that join, and all that follows from it."""
+        joining: list[Sequence] = []
+        try:
+            joining = [] if self._is_recovering else self._join()
+            self._metrics.count_tokens(len(joining or self._decoder.running))
+            for sequence, error in self._decoder.add(joining) if joining else self._decoder.step():
+                self._fail_alone(sequence, error)
+            self._is_recovering, self._fault = False, None
+        except Exception as error:
+            self._recover(joining, error)
+        try:
             self._deliver()
+            self._progress = time.monotonic()
+        except Exception as error:
+            self._recover([], error)
 
     def _join(self) -> list[Sequence]:
-        """Waiting sequences for which there are rows; those of callers that have gone leave the queue."""
-        joining: list[Sequence] = []
-        room = self._max_rows - len(self._decoder.running)
-        while self._waiting and len(joining) < room:
-            request, sequence = self._waiting.popleft()
-            if not request.is_over:
-                joining.append(sequence)
-        return joining
+        """Take waiting sequences for which there are rows; those of callers that have gone leave the queue."""
+        with self._wake:
+            self._drop_gone()
+            room = self._max_rows - len(self._decoder.running)
+            return [self._waiting.popleft()[1] for _ in range(min(room, len(self._waiting)))]
 
-    def _decode(self, joining: list[Sequence]) -> None:
-        """One token for every running sequence, or the first one of those that join."""
-        self._metrics.count_tokens(len(joining or self._decoder.running))
-        failed = self._decoder.add(joining) if joining else self._decoder.step()
-        for sequence, error in failed:
-            next(request for request in self._requests if sequence in request.sequences).fail(error)
+    def _drop_gone(self) -> None:
+        if any(request.is_over for request, _ in self._waiting):
+            self._waiting = deque(pair for pair in self._waiting if not pair[0].is_over)
+
+    def _owner(self, sequence: Sequence) -> Request | None:
+        return next((request for request in self._requests if sequence in request.sequences), None)
+
+    def _fail_alone(self, sequence: Sequence, error: Exception) -> None:
+        """Fail the request of a sequence that could not take its token, while its neighbours could."""
+        if not isinstance(error, NonFinite):
+            log.error("a token could not be taken", exc_info=error)
+            self._metrics.count_error("decode")
+            error = Failed()
+        if (owner := self._owner(sequence)) is not None:
+            self._fail(owner, error)
+
+    def _recover(self, joining: list[Sequence], error: Exception) -> None:
+        """Build the decoder anew after an error, and let the rows of each request join it on their own.
+
+        Those that cannot fail. So do all if the next pass, which none joins, raises as well: then nobody is to blame.
+        """
+        log.error("decoding failed", exc_info=error)
+        self._metrics.count_error("decode")
+        sequences = [s for s in (*self._decoder.running, *joining) if s.finish_reason is None]
+        self._decoder = Decoder(self.served.model)
+        for request in list(self._requests):
+            own = [sequence for sequence in sequences if sequence in request.sequences]
+            if own and self._is_recovering:
+                self._fail(request, Failed())
+            elif own and not request.is_over:
+                self._rejoin(request, own)
+        self._is_recovering = bool(self._decoder.running)
+        self._check()
+
+    def _rejoin(self, request: Request, sequences: list[Sequence]) -> None:
+        try:
+            for sequence, error in self._decoder.add(sequences):
+                self._fail_alone(sequence, error)
+        except Exception as error:
+            log.warning("a request cannot be decoded (%s)", type(error).__name__)
+            self._fail(request, Failed())
+
+    def _check(self) -> None:
+        """Decode one token, to know whether this process still can; where it cannot, a restart may help."""
+        tokenizer, window = self.served.tokenizer, self.served.model.config.seq_len
+        try:
+            Decoder(self.served.model).add([Sequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)])
+            self._fault = None
+        except Exception as error:
+            log.exception("a single token cannot be decoded either")
+            self._fault = f"the model cannot be decoded ({type(error).__name__})"
 
     def _deliver(self) -> None:
         now = time.monotonic()
         for request in list(self._requests):
             if not request.is_over and now > request.deadline:
-                request.fail(
-                    Expired(f"no answer within {request.deadline - request.began:.0f} s; ask for fewer tokens")
-                )
+                limit_s = request.deadline - request.began
+                self._fail(request, Expired(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
             if not request.is_over:
-                request.tell()
+                self._tell(request)
             if request.is_over:
                 self._forget(request)
         self._metrics.set_load(len(self._decoder.running), len(self._waiting))
 
+    def _tell(self, request: Request) -> None:
+        try:
+            request.tell()
+        except Exception as error:  # such as a caller whose event loop has closed
+            log.error("an answer cannot be delivered", exc_info=error)
+            self._metrics.count_error("deliver")
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        try:
+            request.fail(error)
+        except Exception:
+            log.warning("a caller cannot be told that its request failed", exc_info=True)
+            self._metrics.count_error("deliver")
+
     def _forget(self, request: Request) -> None:
+        """Free all that a request holds: its rows, its places in the queue, and its own."""
         with self._wake:
             self._requests.remove(request)
+            self._drop_gone()
         for sequence in request.sequences:
             if sequence in self._decoder.running:
                 self._decoder.remove(sequence)
-
-    def _start_afresh(self, error: Exception) -> None:
-        self._decoder = Decoder(self.served.model)
-        for request in self._requests:
-            request.fail(error)
-
-
-class Service:
-    """The engine in service; models are swapped without dropping a request."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self._engine: Engine | None = None
-
-    @property
-    def served(self) -> Served | None:
-        return self._engine.served if self._engine else None
-
-    def use(self, served: Served) -> None:
-        """Put a model into service; the one before finishes what it has."""
-        old, self._engine = self._engine, Engine(served, self.metrics)
-        self.metrics.set_version(served.version)
-        if old is not None:
-            old.drain()
-
-    def submit(self, make: Callable[[Served], Request]) -> Request:
-        """Make a request for the model in service and queue it there.
-
-        Raises:
-            LookupError: if no model is in service.
-            Busy: if too many wait.
-            ValueError: if a prompt does not fit.
-        """
-        while True:
-            engine = self._engine
-            if engine is None:
-                raise LookupError("no model is in service yet; promote a version")
-            request = make(engine.served)
-            if engine.submit(request):
-                return request

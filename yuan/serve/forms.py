@@ -2,14 +2,50 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from yuan.generate.sampling import MAX_LOGPROBS, Sampling
+from yuan.generate.sampling import MAX_LOGPROBS, MAX_TOP_K, Sampling
 from yuan.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 MAX_TOKENS = 4096
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token of every choice
+
+
+def check_text(text: str) -> str:
+    """Return the text.
+
+    Raises:
+        ValueError: if it has U+0000, which no database takes, or half a surrogate pair, which is no character.
+    """
+    if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
+        raise ValueError("text may have neither U+0000 nor a lone surrogate (U+D800 to U+DFFF); leave it out")
+    return text
+
+
+def check_prompt(prompt: str | list[Any]) -> str | list[Any]:
+    """Return a prompt or a list of them, the text among them checked."""
+    for one in [prompt] if isinstance(prompt, str) else prompt:
+        if isinstance(one, str):
+            check_text(one)
+    return prompt
+
+
+def check_stop(stop: str | list[str] | None) -> str | list[str] | None:
+    """Return the stop strings.
+
+    Raises:
+        ValueError: if there are too many, or one is too long or no text.
+    """
+    many = [stop] if isinstance(stop, str) else stop or []
+    if len(many) > MAX_STOPS or any(len(one) > MAX_STOP_LENGTH for one in many):
+        raise ValueError(f"at most {MAX_STOPS} stop strings of {MAX_STOP_LENGTH} characters are taken; send fewer")
+    for one in many:
+        check_text(one)
+    return stop
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 # What is not offered, with the value that asks for nothing.
 NOT_OFFERED: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -36,13 +72,13 @@ class Common(BaseModel):
     max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=2, description="0, the default here, takes the likeliest token")
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, description="not OpenAI's; 0 keeps all tokens")
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10, description="not OpenAI's")
-    stop: str | list[str] | None = None
+    top_k: int = Field(default=0, ge=0, le=MAX_TOP_K, description="not OpenAI's; 0 keeps all tokens")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10, description="not OpenAI's")
+    stop: Annotated[str | list[str] | None, AfterValidator(check_stop)] = None
     stop_token_ids: list[int] = Field(default=[], max_length=16, description="not OpenAI's")
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES, strict=True)
     seed: int = 0
-    stream: bool = False
+    stream: bool = Field(default=False, strict=True)
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="before")
@@ -73,7 +109,10 @@ class Common(BaseModel):
 class CompletionIn(Common):
     """OpenAI's text completion; prompts are text, or token ids that are taken as they are."""
 
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: Annotated[
+        str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)],
+        AfterValidator(check_prompt),
+    ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
@@ -93,13 +132,23 @@ class Part(BaseModel):
     text: str
 
 
+def text_of(content: str | list[Part]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def check_content(content: str | list[Part]) -> str | list[Part]:
+    """Return a message's content, its text checked."""
+    check_text(text_of(content))
+    return content
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[str | list[Part], AfterValidator(check_content)]
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return text_of(self.content)
 
 
 class ChatIn(Common):

@@ -14,6 +14,11 @@ class Metrics:
         self._requests = Counter(
             "yuan_requests", "requests by route and status", ["route", "status"], registry=self._registry
         )
+        self._errors = Counter(
+            "yuan_engine_errors", "errors in decoding and delivering, by place", ["place"], registry=self._registry
+        )
+        for place in ("decode", "deliver", "thread"):
+            self._errors.labels(place)
         self._tokens = Counter("yuan_tokens", "tokens decoded", registry=self._registry)
         self._running = Gauge("yuan_running", "sequences being decoded", registry=self._registry)
         self._waiting = Gauge("yuan_waiting", "sequences that wait", registry=self._registry)
@@ -27,6 +32,9 @@ class Metrics:
 
     def count_request(self, route: str, status: int) -> None:
         self._requests.labels(route, str(status)).inc()
+
+    def count_error(self, place: str) -> None:
+        self._errors.labels(place).inc()
 
     def count_tokens(self, number: int) -> None:
         self._tokens.inc(number)

@@ -19,8 +19,9 @@ from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
 from yuan.model.weights import load, load_tokenizer
 from yuan.serve.api import make_api
-from yuan.serve.engine import Served, Service
 from yuan.serve.metrics import Metrics
+from yuan.serve.request import Served
+from yuan.serve.service import Service
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,62 @@
+"""A small model behind a model server; `python -m tests.yuan.serving PORT` runs one in a process of its own."""
+
+import contextlib
+import sys
+import threading
+import time
+
+import torch
+import uvicorn
+
+from infra.launch import free_port
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
+from yuan.model.transformer import Yuan
+from yuan.serve.api import make_api
+from yuan.serve.metrics import Metrics
+from yuan.serve.request import Served
+from yuan.serve.service import Service
+
+WINDOW, TOKEN = 2048, "secret"
+
+
+def make_served(version, window=WINDOW):
+    tokenizer = tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512)
+    config = ModelConfig(
+        name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=window
+    )
+    torch.manual_seed(version)
+    model = Yuan(config).eval()
+    for parameter in model.layers.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        model.embedding.weight[tokenizer.eod] = 0  # so that it seldom ends by itself
+    return Served(model, tokenizer, version)
+
+
+@contextlib.contextmanager
+def running(service):
+    """The server in this process, on a port of its own; its address."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(make_api(TOKEN, service), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def metric(http, name):
+    """The sum of a metric over its labels."""
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    service = Service(Metrics())
+    service.use(make_served(1))
+    torch.set_num_threads(1)
+    uvicorn.run(make_api(TOKEN, service), port=int(sys.argv[1]), log_level="error")

@@ -1,0 +1,211 @@
+"""The model server when callers leave, passes raise and text is none: nobody else is harmed, and it says how it is."""
+
+import json
+
+import httpx
+import pytest
+import torch
+
+from tests.waiting import until
+from tests.yuan.serving import TOKEN, make_served, metric, running
+from yuan.generate.answers import generate
+from yuan.generate.decoder import Decoder
+from yuan.generate.sampling import Sampling
+from yuan.generate.sequence import Sequence
+from yuan.serve.engine import Engine
+from yuan.serve.metrics import Metrics
+from yuan.serve.request import Busy, Failed, Piece, Request
+from yuan.serve.service import Service
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def service():
+    service = Service(Metrics())
+    service.use(make_served(1))
+    return service
+
+
+@pytest.fixture
+def http(service):
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with running(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def shared():
+    service = Service(Metrics())
+    service.use(make_served(1))
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with running(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+        yield http
+
+
+def expected(service, prompt, number=5):
+    served = service.served
+    return generate(served.model, served.tokenizer, [prompt], Sampling(max_tokens=number))[0].text
+
+
+def text_of(http, prompt, number=5):
+    answer = http.post(PATH, json={"prompt": prompt, "max_tokens": number})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
+    """A request at an engine without a server; pieces and errors come into the list."""
+    came = []
+    tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
+    sampling = Sampling(max_tokens=number, **wishes)
+    request = Request(engine.served, [tokens], sampling, deliver or came.append, limit_s)
+    engine.submit(request)
+    return request, came
+
+
+def is_done(came):
+    return bool(came) and (isinstance(came[-1], Exception) or came[-1].finish_reason is not None)
+
+
+def said(came):
+    return "".join(piece.text for piece in came if isinstance(piece, Piece))
+
+
+def test_a_client_that_leaves_a_stream_of_several_choices_leaves_the_engine_alive(service, http):
+    body = {"prompt": "abc", "n": 2, "max_tokens": 200, "temperature": 2, "stream": True}
+    with http.stream("POST", PATH, json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines), next(lines)
+    until(lambda: metric(http, "yuan_running") == 0)
+    assert text_of(http, "abc") == expected(service, "abc")
+    assert metric(http, "yuan_engine_errors_total") == 0
+
+
+def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
+    served = make_served(1)
+    decoder = Decoder(served.model)
+    wish = Sampling(max_tokens=9)
+    sequences = [Sequence([5, 6, number], wish, served.tokenizer, 64) for number in (7, 8, 9)]
+    decoder.add(sequences)
+    for sequence in sequences[:2]:
+        decoder.remove(sequence)
+        with torch.inference_mode():
+            decoder.step()
+    alone = Decoder(served.model)
+    alone.add([other := Sequence([5, 6, 9], wish, served.tokenizer, 64)])
+    alone.step(), alone.step()
+    assert sequences[2].tokens == other.tokens
+
+
+@pytest.mark.parametrize("where", ["add", "step"])
+def test_an_error_that_one_request_brings_about_fails_that_request_alone(service, monkeypatch, where):
+    """The decoder raises whenever a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
+    engine, real = service._engine, Decoder._choose
+    tokens_before = 0 if where == "add" else 2
+
+    def choose(self, group, logits):
+        if any(len(s.prompt) == 7 and len(s.tokens) >= tokens_before for s in group):
+            raise MemoryError("of this row")
+        return real(self, group, logits)
+
+    monkeypatch.setattr(Decoder, "_choose", choose)
+    asked = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
+    until(lambda: all(map(is_done, asked)))
+    monkeypatch.undo()
+    assert [type(came[-1]) for came in asked] == [Piece, Failed, Piece]
+    hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
+    alone = generate(engine.served.model, engine.served.tokenizer, ["abc", "de"], hot)
+    assert [said(asked[0]), said(asked[2])] == [one.text for one in alone]
+    assert service.fault() is None and 'place="decode"} 1.0' in service.metrics.text().decode()
+
+
+def test_an_error_of_every_pass_fails_who_runs_and_makes_the_server_unhealthy_until_it_passes(
+    service, http, monkeypatch
+):
+    def broken(self, group, logits):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Decoder, "_choose", broken)
+    answer = http.post(PATH, json={"prompt": "abc"})
+    assert answer.status_code == 500 and "decoding failed" in answer.json()["error"]["message"]
+    health = until(lambda: (h := http.get("/health")).status_code == 503 and h)
+    assert "cannot be decoded" in health.json()["reason"]
+    monkeypatch.undo()
+    assert text_of(http, "abc") == expected(service, "abc")
+    assert http.get("/health").json() == {"ok": True, "reason": "ok"}
+
+
+def test_a_caller_that_cannot_be_told_harms_nobody(service):
+    def closed(piece):
+        raise RuntimeError("Event loop is closed")
+
+    engine = service._engine
+    queue(engine, "abc", 50, deliver=closed)
+    _, came = queue(engine, "abc")
+    until(lambda: is_done(came))
+    until(lambda: not engine._requests and not engine._decoder.running)
+    assert said(came) == expected(service, "abc")
+
+
+def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
+    engine = Engine(service.served, Metrics(), max_rows=1, max_waiting=4)
+    _, long = queue(engine, "abc", 1500)
+    until(lambda: long)
+    gone = [queue(engine, "abc")[0] for _ in range(4)]
+    with pytest.raises(Busy):
+        queue(engine, "abc")
+    for request in gone:
+        request.cancel()
+    late = [queue(engine, "abc", limit_s=0.0)[1] for _ in range(4)]  # there is room although the one row is busy
+    until(lambda: all(late))
+    assert [type(came[-1]).__name__ for came in late] == ["Expired"] * 4
+    assert not is_done(long) and not engine._waiting
+    engine._requests[0].cancel()
+
+
+def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeypatch):
+    service = Service(Metrics())
+    with running(service) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/health").json() == {"ok": True, "reason": "no model is in service yet"}
+        service.use(make_served(1))
+
+        def broken(self, joining, error=None):
+            raise SystemExit
+
+        monkeypatch.setattr(Engine, "_pass", broken)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        for _ in range(2):  # who is there when it ends, and who comes afterwards
+            answer = http.post(PATH, json={"prompt": "a"}, headers=headers)
+            assert answer.status_code == 503 and "try again" in answer.json()["error"]["message"]
+        health = http.get("/health")
+        assert health.status_code == 503 and "thread has ended" in health.json()["reason"]
+        assert set(health.json()) == {"ok", "reason"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (PATH, {"prompt": "a\0"}, "prompt"),
+        (PATH, {"prompt": ["a", "\ud83d"]}, "prompt"),
+        (PATH, {"prompt": "a", "stop": ["\0"]}, "stop"),
+        (PATH, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
+        (PATH, {"prompt": "a", "top_k": 2**70}, "top_k"),
+        (PATH, {"prompt": "a", "temperature": float("nan")}, "temperature"),
+        (PATH, {"prompt": "a", "n": float("inf")}, "n"),
+        (PATH, {"prompt": "a", "n": "2"}, "n"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\0"}]}, "messages.0.content"),
+        ("/v1/chat/completions", {"messages": None}, "messages"),
+    ],
+)
+def test_what_is_no_text_or_no_number_is_refused_with_its_field(shared, path, body, param):
+    answer = shared.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+
+
+def test_a_temperature_near_zero_takes_the_likeliest_token(shared):
+    cold, greedy = (
+        shared.post(PATH, json={"prompt": "abc", "max_tokens": 8, "temperature": heat}).json()["choices"][0]["text"]
+        for heat in (1e-300, 0)
+    )
+    assert cold == greedy

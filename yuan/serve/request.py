@@ -1,0 +1,107 @@
+"""A caller's prompts on their way through the engine, and what comes back."""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+
+from yuan.generate.sampling import Chosen, Sampling
+from yuan.generate.sequence import Sequence
+from yuan.model.transformer import Yuan
+from yuan.tokenizer import Tokenizer
+
+
+class Busy(RuntimeError):
+    """Too many requests wait already."""
+
+
+class Expired(TimeoutError):
+    """A request took longer than its limit."""
+
+
+class Failed(RuntimeError):
+    """A pass over a request's rows raised."""
+
+    def __init__(self) -> None:
+        super().__init__("decoding failed; the reason is in the model server's log")
+
+
+class Broken(RuntimeError):
+    """The engine has ended after an error that it could not outlive; the process is about to be restarted."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model in service and its version."""
+
+    model: Yuan
+    tokenizer: Tokenizer
+    version: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one choice of a request gained: text that stays, tokens, and why it ended if it did."""
+
+    index: int
+    text: str
+    chosen: Many[Chosen]
+    finish_reason: str | None
+
+
+class Request:
+    """Prompts of one caller, each answered `num_choices` times with a seed of its own.
+
+    `deliver` is called from the engine's thread with pieces, or once with an error.
+
+    Raises:
+        ValueError: if a prompt is empty, has unknown tokens or leaves no room in the window.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        prompts: Many[Many[int]],
+        sampling: Sampling,
+        deliver: Callable[[Piece | Exception], None],
+        limit_s: float,
+        num_choices: int = 1,
+    ) -> None:
+        config = served.model.config
+        unknown = [token for prompt in prompts for token in prompt if token >= config.vocab_size]
+        if unknown:
+            raise ValueError(f"token ids must be below {config.vocab_size}, got {unknown[0]}")
+        wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
+        self.prompts = prompts
+        self.sequences = [
+            Sequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
+        ]
+        self.served, self.deliver = served, deliver
+        self.began = time.monotonic()
+        self.deadline = self.began + limit_s
+        self.is_over = False
+        self._shown = [0] * len(self.sequences)
+        self._taken = [0] * len(self.sequences)
+        self._ended = [False] * len(self.sequences)
+
+    def cancel(self) -> None:
+        """The caller has gone; its rows are free at the next token."""
+        self.is_over = True
+
+    def fail(self, error: Exception) -> None:
+        """Tell the caller why there is no answer; nothing follows."""
+        if not self.is_over:
+            self.is_over = True
+            self.deliver(error)
+
+    def tell(self) -> None:
+        """Deliver what is new since the last time."""
+        for index, sequence in enumerate(self.sequences):
+            if self._ended[index]:
+                continue
+            text, ended = sequence.show(), sequence.finish_reason is not None
+            chosen = sequence.chosen[self._taken[index] :]
+            if ended or len(text) > self._shown[index] or chosen:
+                self.deliver(Piece(index, text[self._shown[index] :], chosen, sequence.finish_reason))
+            self._shown[index], self._taken[index], self._ended[index] = len(text), len(sequence.chosen), ended
+        self.is_over = self.is_over or all(self._ended)
