@@ -15,6 +15,7 @@ from flows.home import StackConfig, load_config, write_environment, write_privat
 from flows.launching import CLUSTER_VARIABLES, launcher_files, pool_of
 from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment
+from infra.health import Liveness, check_answer, check_health
 from infra.logs import configure_logging
 from infra.postgres import Postgres
 from infra.services import Keeper, Service
@@ -34,7 +35,7 @@ from infra.settings import (
 
 log = logging.getLogger(__name__)
 
-DISPATCHER_SILENT_S = 30.0
+DISPATCHER_SILENT_S, DISPATCHER_HANGS_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
 
 
 def services(home: Path, config: StackConfig, settings: Settings) -> list[Service]:
@@ -108,6 +109,7 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
         before=before,
         check=check,
         after=after,
+        liveness=Liveness(lambda: check_answer(f"{settings.mlflow_url}/health")),
         needs=("postgres", "s3"),
     )
 
@@ -200,6 +202,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         cwd=work,
         before=before,
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
+        liveness=Liveness(lambda: check_answer(f"{settings.prefect_api_url}/health")),
         needs=("postgres",),
     )
 
@@ -224,6 +227,7 @@ def _own(
     needs: tuple[str, ...],
     env: dict[str, str] | None = None,
     before: Callable[[], None] = lambda: None,
+    liveness: Liveness | None = None,
 ) -> Service:
     """Describe a service of our own code, whose folder has its name."""
     work = home / name
@@ -240,6 +244,7 @@ def _own(
         before=prepare,
         check=check,
         needs=needs,
+        liveness=liveness,
     )
 
 
@@ -251,9 +256,12 @@ def _portal(home: Path, settings: Settings) -> Service:
         bind=(port_of(settings.portal_url),),
         connect=tuple(map(port_of, stores)),
     )
-    return _own(
-        home, "portal", "feedback.run", confinement, lambda: _ok(f"{settings.portal_url}/health"), ("postgres", "s3")
-    )
+
+    def check() -> None:
+        _ok(f"{settings.portal_url}/health")
+
+    liveness = Liveness(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
+    return _own(home, "portal", "feedback.run", confinement, check, ("postgres", "s3"), liveness=liveness)
 
 
 def _model_server(home: Path, settings: Settings) -> Service:
@@ -268,6 +276,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
     def check() -> None:
         _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
 
+    liveness = Liveness(lambda: check_health(f"{settings.model_server_url}/health"))
     return _own(
         home,
         "model-server",
@@ -276,6 +285,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
         check,
         ("mlflow",),
         before=lambda: make_private(cache),
+        liveness=liveness,
     )
 
 
@@ -295,11 +305,25 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
         if age > DISPATCHER_SILENT_S:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
+    def check_life() -> None:
+        age = time.time() - sign.stat().st_mtime
+        if age > DISPATCHER_HANGS_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
+
     def before() -> None:
         sign.unlink(missing_ok=True)
 
-    env = {**prefect_environment(work, settings), **cluster_environment()}
-    return _own(home, "dispatcher", "flows.dispatch", confinement, check, ("prefect", "mlflow"), env=env, before=before)
+    return _own(
+        home,
+        "dispatcher",
+        "flows.dispatch",
+        confinement,
+        check,
+        ("prefect", "mlflow"),
+        env={**prefect_environment(work, settings), **cluster_environment()},
+        before=before,
+        liveness=Liveness(check_life),
+    )
 
 
 def _worker(home: Path, settings: Settings) -> Service:

@@ -14,6 +14,7 @@ from flows.home import WEED_PORTS, StackConfig, write_private
 from infra.certificates import ensure_certificate
 from infra.confinement import Confinement, built_environment
 from infra.database import migrate, open_engine, open_sessions
+from infra.health import Liveness, check_answer
 from infra.objects import open_objects
 from infra.postgres import Postgres
 from infra.services import Service
@@ -76,6 +77,7 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
         cwd=work,
         before=before,
         check=lambda: _check_stores(config, settings),
+        liveness=Liveness(lambda: check_answer(settings.s3_endpoint)),
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infra.health import Failures, Liveness, first_line
 from infra.processes import carrying, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def nothing() -> None:
 class Service:
     """One server process and what it takes to call it ready.
 
-    `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does.
+    `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does. From
+    then on `liveness` decides whether a process that runs is alive; without it, one that runs is.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Service:
     check: Callable[[], None]
     before: Callable[[], None] = nothing
     after: Callable[[], None] = nothing
+    liveness: Liveness | None = None
     needs: tuple[str, ...] = ()
     stop_signal: signal.Signals = signal.SIGTERM
     start_timeout_s: float = 90.0
@@ -57,6 +60,7 @@ class State:
     pid: int | None = None
     seconds: float | None = None
     restarts: int = 0
+    restart_reason: str | None = None
     error: str | None = None
 
 
@@ -110,11 +114,13 @@ class Keeper:
         while not self._stopping.is_set():
             try:
                 self._start(service)
+                reason = self._watch(service)
             except Exception as error:  # whatever a service's own steps raise is its state, not the keeper's end
                 log.exception("starting %s failed", service.name)
-                self._note(service, state="failed", error=str(error).strip().split("\n")[0][:300])
-                self._stop(service)
-            self._wait(service)
+                reason = first_line(error)
+                self._note(service, state="failed", error=reason)
+            if not self._stopping.is_set():
+                self._end(service, reason)
             self._stopping.wait(RESTART_PAUSE_S)
 
     def _start(self, service: Service) -> None:
@@ -152,21 +158,37 @@ class Keeper:
             try:
                 return service.check()
             except Exception as error:  # any refusal means not ready
-                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                reason = f"{type(error).__name__}: {first_line(error)}"
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
             time.sleep(0.1)
 
-    def _wait(self, service: Service) -> None:
-        process = self._processes.get(service.name)
-        if process is None:
-            return
-        process.wait()
-        if not self._stopping.is_set():
-            signal_group(process.pid, signal.SIGKILL)
-            state = self.states[service.name]
-            self._note(service, state="restarting", pid=None, restarts=state.restarts + 1)
-            log.warning("%s ended with status %s; starting it again", service.name, process.returncode)
+    def _watch(self, service: Service) -> str:
+        """Wait until the process has ended, or is to be ended since it is not alive, and return the reason."""
+        process, liveness = self._processes.get(service.name), service.liveness
+        if process is None or liveness is None:
+            return f"it ended with status {process.wait() if process else None}"
+        failures = Failures(liveness)
+        while True:
+            try:
+                status = process.wait(None if self._stopping.is_set() else liveness.every_s)
+                return f"it ended with status {status}"
+            except subprocess.TimeoutExpired:
+                reason = None if self._stopping.is_set() else failures.check()
+            if reason is not None:
+                return reason
+
+    def _end(self, service: Service, reason: str) -> None:
+        """Leave nothing of a service's process before the next start."""
+        self._stop(service)
+        self._note(
+            service,
+            state="restarting",
+            pid=None,
+            restarts=self.states[service.name].restarts + 1,
+            restart_reason=reason,
+        )
+        log.warning("starting %s again: %s", service.name, reason)
 
     def _stop(self, service: Service) -> None:
         process = self._processes.get(service.name)
@@ -190,8 +212,11 @@ class Keeper:
     def _write(self) -> None:
         scratch = self.folder / ".stack.json"
         states = {name: vars(state) for name, state in self.states.items()}
-        scratch.write_text(json.dumps({"pid": os.getpid(), "services": states}, indent=2))
-        scratch.replace(self.folder / "stack.json")
+        try:
+            scratch.write_text(json.dumps({"pid": os.getpid(), "services": states}, indent=2))
+            scratch.replace(self.folder / "stack.json")
+        except OSError as error:  # a full disk must not end this thread, with which its service would die
+            log.warning("the state file cannot be written: %s", error)
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:

@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError
 
 from flows.home import WEED_PORTS, is_free, load_config, port_holder, write_environment
 from flows.stack import services
+from infra.health import Failures, Liveness
 from infra.objects import open_objects
 from infra.postgres import Postgres
 from infra.services import marked, read_state, sweep
@@ -25,6 +26,7 @@ KEEPER = """
 import sys, urllib.request
 from pathlib import Path
 from infra.confinement import Confinement
+from infra.health import Liveness
 from infra.services import Keeper, Service
 
 folder, port, bind = Path(sys.argv[1]), sys.argv[2], ["--bind", "127.0.0.1"]
@@ -36,7 +38,12 @@ def web(name, needs=()):
         command=lambda: Confinement(write=(folder,)).command(sys.executable, "-m", "http.server", port, *bind),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
         check=lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close(),
+        liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3),
     )
+
+def alive():
+    if (folder / "ill").exists():
+        raise TimeoutError("it says nothing")
 
 Keeper([web("web")], folder, "keeper-test").run()
 """
@@ -67,6 +74,32 @@ def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert not list(marked("keeper-test"))
+
+
+def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(keeper):
+    folder, _ = keeper
+    until(lambda: state(folder).get("state") == "ready")
+    first = state(folder)["pid"]
+    (folder / "ill").touch()
+    until(lambda: state(folder).get("restarts") == 1)
+    (folder / "ill").unlink()
+    until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
+    reason = state(folder)["restart_reason"]
+    assert "not alive" in reason and "TimeoutError: it says nothing" in reason
+
+
+def test_checks_count_only_in_a_row_and_over_the_time():
+    answers = iter(["good", "bad", "bad", "good", "bad", "bad", "bad", "bad"])
+
+    def check():
+        if next(answers) == "bad":
+            raise ConnectionError("refused\nsecond line")
+
+    failures = Failures(Liveness(check, failures=3, seconds=0.0))
+    found = [failures.check() for _ in range(7)]
+    assert found[:6] == [None] * 6 and found[6].endswith("ConnectionError: refused")
+    slow = Failures(Liveness(check, failures=1, seconds=30.0))
+    assert slow.check() is None
 
 
 def test_services_die_with_a_killed_keeper(keeper):
