@@ -114,5 +114,5 @@ def _objections(before: dict[str, Rate], after: dict[str, Rate], broken: list[st
     if old.total and new.value < old.value:
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
     if broken:
-        reasons.append(f"{len(broken)} reports that pass in the champion fail again, first case {broken[0]}")
+        reasons.append(f"{len(broken)} reports that pass in the champion fail again")
     return reasons

@@ -162,10 +162,56 @@ def add_version(session: Session, round_id: str, version: int, manifest: dict[st
     session.get_one(Round, round_id).candidate_version = version
 
 
+def version_of(session: Session, run_id: str) -> ModelVersion | None:
+    """The version that a training run became; None if it has not been registered."""
+    return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
+
+
+def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | None, run_id: str) -> ModelVersion:
+    """The version that a model folder is a copy of: the one wanted, that of the run, or the one with this manifest.
+
+    Raises:
+        ValueError: if no version was recorded so, or several were.
+    """
+    if wanted is not None:
+        named = session.get(ModelVersion, wanted)
+        if named is None:
+            raise ValueError(f"v{wanted} was never registered here; the front page lists the versions there are")
+        return named
+    own = version_of(session, run_id)
+    if own is not None:
+        return own
+    same = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest)).all()
+    if len(same) != 1:
+        names = ", ".join(f"v{one.version}" for one in same) or "no version"
+        raise ValueError(f"{names} has this folder's manifest; say which version it is with --version")
+    return same[0]
+
+
 def untested(session: Session, version: int) -> Sequence[Case]:
     """Cases the version has not taken yet."""
     taken = select(CaseResult.case_id).where(CaseResult.version == version)
     return session.scalars(select(Case).where(Case.id.not_in(taken)).order_by(Case.id)).all()
+
+
+DOING = {
+    "collect": "collecting",
+    "snapshot": "freezing its mixture",
+    "plan": "planning",
+    "train": "training",
+    "evaluate": "evaluating",
+    "decide": "deciding",
+}
+
+
+def headline(turn: Round) -> str | None:
+    """What anybody may know of how a round ended, in a sentence; `reason` is for operators."""
+    if turn.state == "failed":
+        return f"failed while {DOING.get(turn.step, turn.step)}; operators see why"
+    if turn.state == "rejected":
+        broken = len((turn.decision or {}).get("regressions", ()))
+        return "did not pass the gate" + (f": {broken} reports that passed before fail again" if broken else "")
+    return {"promoted": f"v{turn.candidate_version} is the champion", "cancelled": "cancelled"}.get(turn.state)
 
 
 def describe(session: Session, turn: Round) -> RoundOut:

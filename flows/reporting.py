@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from feedback import rounds
 from flows.context import Context
 from flows.layout import PICTURE
+from infra.error_text import told
 from yuan.train.folder import EVENTS, METRICS, NewLines, RunFolder
 
 log = logging.getLogger(__name__)
@@ -130,4 +131,4 @@ def _outlived(who: str) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        log.warning("%s does not answer, training goes on: %s", who, str(error).split("\n")[0][:150])
+        log.warning("%s does not answer, training goes on: %s", who, told(error))

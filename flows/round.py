@@ -15,7 +15,7 @@ from flows import intake, judging, layout, supervise, training
 from flows.context import Context, open_context
 from flows.progress import RunCancelled, progress_reporter
 from flows.registry import RoundForm
-from flows.steps import show_table, step
+from flows.steps import Hopeless, show_table, step, without_text
 from infra.launch import alone
 from yuan.plan.record import Plan
 from yuan.plan.table import as_table
@@ -46,14 +46,14 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
         attempt = rounds.find_round(session, round_id).attempt
     try:
         # An earlier attempt may be leaving still; two of them must not write the same files.
-        with alone(context.lock_of(round_id)):
+        with without_text("the round"), alone(context.lock_of(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundEnded as ended:
         return str(ended)
     except RunCancelled as cancelled:
         fail(context, round_id, str(cancelled), state="cancelled")
         return Cancelled(message=str(cancelled))
-    except (ValueError, RuntimeError) as error:
+    except Hopeless as error:
         fail(context, round_id, str(error))
         raise
 

@@ -1,6 +1,13 @@
-"""How a plain function becomes a step of a flow."""
+"""How a plain function becomes a step of a flow.
 
-from collections.abc import Callable
+What a flow raises, Prefect stores and shows to everybody who has its password, with the traceback; so steps raise
+errors of this module, which say what went wrong without the text that was worked on.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -12,14 +19,53 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from sqlalchemy.exc import OperationalError
 
+from feedback.rounds import RoundEnded
+from flows.progress import RunCancelled
+from infra.error_text import frames, told
+
+log = logging.getLogger(__name__)
+
 IO_ERRORS = (httpx.HTTPError, BotoCoreError, ClientError, MlflowException, OperationalError, ConnectionError)
+
+
+class StepFailed(Exception):
+    """A step could not be done; another attempt at the round may."""
+
+
+class ServerAway(StepFailed):
+    """A network or a restarting server kept a step from being done; it is worth another try at once."""
+
+
+class Hopeless(StepFailed):
+    """A step cannot be done, however often it is tried."""
+
+
+@contextlib.contextmanager
+def without_text(name: str) -> Iterator[None]:
+    """Let nothing out of the block but errors that Prefect may show; where it happened is logged.
+
+    Raises:
+        RoundEnded, RunCancelled: as they are.
+        StepFailed: for anything else.
+    """
+    try:
+        yield
+    except (StepFailed, RoundEnded, RunCancelled):
+        raise
+    except IO_ERRORS as error:
+        log.warning("%s: a server does not answer: %s", name, told(error))
+        raise ServerAway(told(error)) from None
+    except Exception as error:
+        log.error("%s failed: %s", name, frames(error))
+        kind = Hopeless if isinstance(error, (ValueError, RuntimeError)) else StepFailed
+        raise kind(told(error)) from None
 
 
 def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
     """Only what a network or a restarting server did is worth another try."""
     try:
         state.result()
-    except IO_ERRORS:
+    except ServerAway:
         return True
     except Exception:  # any other error is ours and comes back the same
         return False
@@ -27,11 +73,17 @@ def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
 
 
 def step(function: Callable[..., Any], name: str) -> Any:
-    """Make a task of a step: never cached, repeated on I/O errors only."""
+    """Make a task of a step: never cached, repeated on I/O errors only, its errors without anybody's text."""
+
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with without_text(name):
+            return function(*args, **kwargs)
+
     made = task(
         name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io
     )
-    return made(function)
+    return made(quiet)
 
 
 def show_table(key: str, rows: list[dict[str, Any]]) -> None:

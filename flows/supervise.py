@@ -19,6 +19,7 @@ from flows.reporting import Progress, Reporter
 from flows.uploads import fetch, uploading
 from infra.confinement import built_environment
 from infra.devices import has_room
+from infra.error_text import Plain
 from infra.launchers.job import Job, LauncherAway
 from infra.services import MARK
 from infra.settings import HOME_VARIABLE
@@ -37,7 +38,7 @@ MAX_SHRINKS, SHRINK = 3, 0.85  # of the memory a plan may use, when one that sho
 PREEMPTED_PAUSE_S = 5.0
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(Plain, RuntimeError):
     """The run cannot go on; the reason is for people."""
 
 

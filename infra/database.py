@@ -11,9 +11,11 @@ from infra.settings import DatabaseAccess
 
 
 def open_engine(settings: DatabaseAccess, *, pool_size: int = 5) -> Engine:
-    """Connect lazily; a connection the server dropped is replaced before use."""
+    """Connect lazily; a connection the server dropped is replaced before use. Errors do not show parameters."""
     url = settings.database_url.get_secret_value().replace("postgresql://", "postgresql+psycopg://", 1)
-    return create_engine(url, pool_pre_ping=True, pool_size=pool_size, connect_args={"connect_timeout": 5})
+    return create_engine(
+        url, pool_pre_ping=True, pool_size=pool_size, hide_parameters=True, connect_args={"connect_timeout": 5}
+    )
 
 
 def open_sessions(engine: Engine) -> sessionmaker[Session]:

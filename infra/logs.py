@@ -1,10 +1,24 @@
 """One logging format for every process entry."""
 
 import logging
+from typing import Any
+
+from infra.error_text import frames
+
+QUIET = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
+
+
+class Formatter(logging.Formatter):
+    """Tracebacks without the text that an error was about; logs are read by more people than reports are."""
+
+    def formatException(self, ei: Any) -> str:
+        return frames(ei[1])
 
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send log lines to stderr; call once, in a process entry."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True)
-    for name in ("httpx", "httpx2", "botocore", "urllib3", "alembic"):
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -87,6 +87,7 @@ class Postgres:
             f"port={self.port}",
             "max_connections=200",
             "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
+            "log_error_verbosity=terse",  # details and contexts of errors quote what people sent
             *([] if self.durable else NOT_DURABLE),
         ]
         flags = [part for option in options for part in ("-c", option)]

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from feedback.accounts import Conflict, NotFound
 from feedback.api.access import Busy, Forbidden, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
+from infra.error_text import told
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_answer(error.status_code, "http", str(error.detail))
 
     def store(request: Request, error: Exception) -> JSONResponse:
-        log.warning("a store does not answer: %s", str(error).split("\n")[0][:200])
+        log.warning("a store does not answer: %s", told(error))
         return error_answer(503, "unavailable", "a store does not answer now; repeat the request in a few seconds")
 
     def unknown(request: Request, error: Exception) -> JSONResponse:

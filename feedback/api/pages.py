@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from feedback.accounts import NotFound
 from feedback.api.access import Db
 from feedback.promotion import champion
-from feedback.rounds import picture_key, planned_run
+from feedback.rounds import headline, picture_key, planned_run
 from feedback.tables import Plan, Round
 from infra.objects import Objects
 
@@ -23,11 +23,13 @@ SHOWN_ROUNDS = 50
 
 @dataclass(frozen=True)
 class FrontPage:
-    """What the template index.html is given."""
+    """What the template index.html is given: rounds, what anybody may know of their ends, and which have a plan."""
 
     champion: int | None
     rounds: list[Round]
+    headlines: dict[str, str | None]
     planned: set[str]
+    private: str = "datasets/"  # rates by capability of contributors' rows, whose names are theirs
 
 
 @router.get("/", response_class=HTMLResponse)
@@ -59,4 +61,4 @@ def front_page(session: Session) -> FrontPage:
     """Gather the front page."""
     rounds = session.scalars(select(Round).order_by(Round.number.desc()).limit(SHOWN_ROUNDS)).all()
     planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_([one.id for one in rounds])))
-    return FrontPage(champion(session), list(rounds), set(planned))
+    return FrontPage(champion(session), list(rounds), {one.id: headline(one) for one in rounds}, set(planned))

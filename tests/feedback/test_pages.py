@@ -1,0 +1,49 @@
+"""The open pages: what anybody may know, and nothing of what people sent."""
+
+import pytest
+
+from feedback import rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import Round, new_id
+from infra.database import open_sessions
+
+MARK = "a-held-out-prompt"
+
+
+@pytest.fixture
+def ended(engine):
+    """Ends a round in the portal's database; every round is cancelled afterwards."""
+    sessions = open_sessions(engine)
+
+    def of(state, step="train", decision=None):
+        with sessions.begin() as session:
+            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+            turn.step, turn.decision, turn.candidate_version = step, decision, 7
+            rounds.finish(session, turn.id, state, f"DataError: {MARK}\nTraceback: select {MARK}")
+            return turn
+
+    yield of
+    with sessions.begin() as session:
+        session.query(Round).filter(Round.state == "running").update({"state": "cancelled"})
+
+
+def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(portal, operator, ended):
+    turn = ended("failed")
+    page = portal.get("/").text
+    assert MARK not in page and "Traceback" not in page
+    assert "failed while training; operators see why" in page
+    assert MARK in portal.get(f"/api/v1/rounds/{turn.id}", headers=operator).json()["reason"]
+
+
+def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal, ended):
+    rate = {"before": None, "after": {"rate": 0.5, "total": 4, "interval": [0, 1]}}
+    suites = [{"suite": name, **rate} for name in ("base", "base/reverse", "datasets", f"datasets/{MARK}")]
+    ended("rejected", "decide", {"reasons": [MARK], "regressions": [MARK], "suites": suites})
+    page = portal.get("/").text
+    assert MARK not in page and "base/reverse" in page
+    assert "did not pass the gate: 1 reports that passed before fail again" in page
+
+
+@pytest.mark.parametrize("step", [step for step in rounds.STEPS if step != "done"])
+def test_every_step_has_words_for_failing_in_it(step):
+    assert rounds.headline(Round(state="failed", step=step)).startswith(f"failed while {rounds.DOING[step]};")

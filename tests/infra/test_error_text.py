@@ -1,0 +1,81 @@
+"""What is said of errors where others read."""
+
+import io
+import json
+import logging
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from feedback.contracts import FeedbackIn
+from infra.error_text import Plain, frames, told
+from infra.logs import Formatter
+
+MARK = "the secret prompt"
+
+
+def caught(work):
+    try:
+        work()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def query(engine, sql):
+    def work():
+        with engine.connect() as connection:
+            connection.execute(text(sql), {"mark": MARK})
+
+    return work
+
+
+@pytest.mark.parametrize("sql", ["select cast(:mark as integer)", "select cast(:mark as jsonb)", "select 1/0, :mark"])
+def test_an_error_of_the_database_is_its_state(engine, sql):
+    error = caught(query(engine, sql))
+    assert isinstance(error, DBAPIError)
+    assert "SQLSTATE" in told(error) and MARK not in told(error) and MARK not in frames(error)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: FeedbackIn.model_validate({"kind": MARK, "prompt": MARK, MARK: 1}),
+        lambda: int(MARK),
+        lambda: {}[MARK],
+        lambda: json.loads(f'{{"{MARK}": }}'),
+        lambda: (MARK + "'s \ud83d").encode(),
+    ],
+)
+def test_an_error_about_a_text_does_not_quote_it(work):
+    error = caught(work)
+    assert type(error).__name__ in told(error) and MARK not in told(error)
+
+
+def test_a_logged_traceback_has_places_and_kinds_but_no_text():
+    def work():
+        try:
+            int(MARK)
+        except ValueError as error:
+            raise KeyError(MARK) from error
+
+    out = io.StringIO()
+    log, handler = logging.getLogger("test-error-text"), logging.StreamHandler(out)
+    handler.setFormatter(Formatter())
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        work()
+    except KeyError:
+        log.exception("it failed")
+    log.removeHandler(handler)
+    assert MARK not in out.getvalue()
+    assert "ValueError" in out.getvalue() and "KeyError" in out.getvalue() and "in work" in out.getvalue()
+
+
+def test_errors_that_are_all_ours_are_said_whole():
+    class Refused(Plain, ValueError):
+        pass
+
+    assert told(Refused("the mixture is 'empty'\nadd rows")) == "the mixture is 'empty'\nadd rows"
