@@ -6,6 +6,7 @@ It waits on PostgreSQL's NOTIFY with a poll, so nothing outside flows has to kno
 import json
 import logging
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 import httpx
@@ -13,18 +14,20 @@ import psycopg
 from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from sqlalchemy.exc import OperationalError
 
-from feedback import reports, rounds
+from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import champion
 from feedback.tables import new_id
 from flows.attempts import go_on, is_over, newest_run
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.deployments import REPRODUCE, register
+from flows.duties import Duties, standings_file
 from flows.holding import reap
-from flows.judging import tell
 from flows.launching import launchers_of
+from infra.error_text import told
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
 
@@ -34,62 +37,120 @@ IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
 # Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
 BATCH_WAIT_S, BATCH_FULL = 10.0, 500
 RETRY_PAUSE_S = 60.0
+RECONNECT_PAUSE_S = 1.0
 FAULTS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
+PREFECT_TIMEOUT_S = 10.0  # of a server that hangs; the duty's own pause is when it is asked again
 
 
 def main() -> None:
     configure_logging()
     context = open_dispatcher_context()
-    with get_client(sync_client=True) as client:
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(httpx_settings={"timeout": PREFECT_TIMEOUT_S}, sync_client=True) as client,
+    ):
         serve(context, client)
 
 
 def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
-    """Work for ever; a fault of another server is logged and outlived."""
-    registered = False
+    """Do the duties for ever, woken by PostgreSQL; a connection to it that is lost is made again."""
+    duties = Duties(duties_of(context, client), standings_file(context.settings.home), FAULTS)
+    lost: str | None = None
     while True:
         try:
-            if not registered:
-                register(client, context.settings)
-                registered = True
-            with psycopg.connect(context.settings.database_url.get_secret_value(), autocommit=True) as listener:
+            with psycopg.connect(
+                context.settings.database_url.get_secret_value(), autocommit=True, connect_timeout=5
+            ) as listener:
                 listener.execute(f"listen {rounds.CHANNEL}")
+                lost = None
+                duties.wake()
                 while True:
-                    busy = dispatch(context, client)
+                    duties.turn()
                     alive(context.settings)
+                    busy = duties.is_any_failing or is_busy(context)
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
+        except (psycopg.OperationalError, OperationalError) as error:
+            if lost != (lost := told(error)):
+                log.warning("PostgreSQL does not answer, trying again: %s", lost)
+            alive(context.settings)
+            time.sleep(RECONNECT_PAUSE_S)
+
+
+def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
+    """What the dispatcher does, by name; first what needs PostgreSQL alone, then the registry, then Prefect."""
+    registered = Registered(context, client)
+    return {
+        "deliver notices": lambda: deliver_notices(context),
+        "request a due round": lambda: request_due_round(context),
+        "take back leases of the dead": lambda: reap(context.sessions, launchers_of(context.settings)),
+        "make aliases follow": lambda: follow_champion(context),
+        "register deployments": registered.ensure,
+        "keep the round going": lambda: registered.using(keep_round_going),
+        "start reproduction": lambda: registered.using(start_reproduction),
+    }
+
+
+class Registered:
+    """The deployments, registered once, and again when somebody deleted them."""
+
+    def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
+        self._context, self._client, self._is_done = context, client, False
+
+    def ensure(self) -> None:
+        if not self._is_done:
+            register(self._client, self._context.settings)
+            self._is_done = True
+
+    def using(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
+        try:
+            work(self._context, self._client)
         except ObjectNotFound:
-            log.warning("the deployments are gone, registering them again")
-            registered = False
-        except FAULTS as error:
-            log.warning("a server does not answer, trying again: %s", str(error).split("\n")[0][:200])
-            time.sleep(1)
+            self._is_done = False
+            raise
 
 
-def dispatch(context: DispatcherContext, client: SyncPrefectClient) -> bool:
-    """Look once at what is due; true while a round is running or reports wait."""
-    tell(context)
-    reap_dead_leases(context)
-    request_due_round(context)
+def is_busy(context: DispatcherContext) -> bool:
+    """Whether a round is running or reports wait, so that it is worth looking more often."""
+    with context.sessions() as session:
+        turn = rounds.running_round(session)
+        count, _ = reports.pending(session, with_review=turn is None)
+        return turn is not None or (count > 0 and champion(session) is not None)
+
+
+def deliver_notices(context: DispatcherContext) -> None:
+    """Bring notices to their reporters."""
+    with context.sessions.begin() as session:
+        delivered = promotion.deliver(session)
+    if delivered:
+        log.info("delivered %d notices", delivered)
+
+
+def follow_champion(context: DispatcherContext) -> None:
+    """Bring the registry's aliases to the champion."""
+    with context.tracker.impatiently(), context.sessions.begin() as session:
+        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
+    if changed:
+        log.info("set aliases %s", changed)
+
+
+def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """See that somebody works on the running round."""
+    with context.sessions() as session:
+        turn = rounds.running_round(session)
+    if turn is not None:
+        go_on(context, client, turn)
+
+
+def start_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """Start the flow that takes reports up when enough of them wait, or one long enough."""
     with context.sessions() as session:
         turn = rounds.running_round(session)
         count, oldest = reports.pending(session, with_review=turn is None)
-        waiting = count > 0 and champion(session) is not None
-    if turn is not None:
-        go_on(context, client, turn)
-    is_collecting = turn is not None and turn.step == "collect"
-    if waiting and not is_collecting and (count >= BATCH_FULL or age_s(oldest) >= BATCH_WAIT_S):
+        if champion(session) is None or (turn is not None and turn.step == "collect"):
+            return
+    if count >= BATCH_FULL or (count and age_s(oldest) >= BATCH_WAIT_S):
         reproduce(client, count)
-    return turn is not None or waiting
-
-
-def reap_dead_leases(context: DispatcherContext) -> None:
-    """Take back what dead holders have; a pool whose file is wrong is said so, and everything else goes on."""
-    try:
-        reap(context.sessions, launchers_of(context.settings))
-    except (ValueError, OSError) as error:
-        log.warning("no lease can be taken back: %s", error)
 
 
 def request_due_round(context: DispatcherContext) -> None:

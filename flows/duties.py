@@ -1,0 +1,105 @@
+"""Duties: what a process does over and over, each of which fails alone."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.error_text import frames, told
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+
+
+@dataclass
+class Standing:
+    """How a duty fares: its last success, and since when and why it fails; times in seconds since 1970."""
+
+    succeeded_at: float | None = None
+    failing_since: float | None = None
+    failures: int = 0
+    error: str | None = None
+
+    @property
+    def pause_s(self) -> float:
+        """How long a failing duty rests: twice as long after each failure."""
+        return min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self.failures - 1, 10)) if self.failures else 0.0
+
+
+class Duties:
+    """A table of duties, and a file that says how each fares, for `status` and `doctor`.
+
+    Args:
+        work: what is done, by the name of the duty, in this order.
+        file: written after every turn and read at the start, so that a restart forgets no success.
+        expected: errors of servers that do not answer, which are logged without their traceback.
+    """
+
+    def __init__(
+        self,
+        work: Mapping[str, Callable[[], object]],
+        file: Path,
+        expected: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self._work, self._file, self._expected = work, file, expected
+        known = read_standings(file)
+        self.standings = {name: known.get(name, Standing()) for name in work}
+        self._rest_until = dict.fromkeys(work, 0.0)
+
+    def turn(self) -> None:
+        """Do each duty that is not resting after a failure; none of them keeps the others from their turn."""
+        for name, work in self._work.items():
+            if time.monotonic() < self._rest_until[name]:
+                continue
+            try:
+                work()
+            except Exception as error:  # whatever it is, the other duties go on and doctor shows it
+                self._failed(name, error)
+            else:
+                self._succeeded(name)
+        self._write()
+
+    def wake(self) -> None:
+        """Let no duty rest any longer; for when a server is back that all of them need."""
+        self._rest_until = dict.fromkeys(self._work, 0.0)
+
+    @property
+    def is_any_failing(self) -> bool:
+        return any(standing.failures for standing in self.standings.values())
+
+    def _succeeded(self, name: str) -> None:
+        if self.standings[name].failures:
+            log.info("%s again, after %d failures", name, self.standings[name].failures)
+        self.standings[name] = Standing(succeeded_at=time.time())
+
+    def _failed(self, name: str, error: Exception) -> None:
+        standing, said = self.standings[name], told(error)
+        if said != standing.error:  # once for each change, not at every try
+            log.error("cannot %s: %s", name, said if isinstance(error, self._expected) else frames(error))
+        standing.error, standing.failures = said, standing.failures + 1
+        standing.failing_since = standing.failing_since or time.time()
+        self._rest_until[name] = time.monotonic() + standing.pause_s
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        scratch = self._file.with_suffix(".new")
+        scratch.write_text(json.dumps({name: asdict(standing) for name, standing in self.standings.items()}))
+        scratch.replace(self._file)
+
+
+def standings_file(home: Path) -> Path:
+    """Where the dispatcher says how its duties fare."""
+    return home / "dispatcher" / "duties.json"
+
+
+def read_standings(file: Path) -> dict[str, Standing]:
+    """What a process last wrote of its duties; nothing if it never did."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+        return {name: Standing(**facts) for name, facts in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
