@@ -1,8 +1,10 @@
-"""What is left of a run when it has trained: its registration as a version."""
+"""What is left of a run when it has trained: its registration as a version, now or again."""
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from feedback import rounds
 from flows.context import Context
@@ -15,11 +17,64 @@ def register(context: Context, round_id: str) -> int:
     with context.sessions() as session:
         run = rounds.training_run(session, round_id)
         run_id, mlflow_run = run.id, str(run.mlflow_run_id)
+        known = rounds.version_of(session, run_id)
     export: Path = context.runs / run_id / "export"
     manifest = json.loads((export / "manifest.json").read_text())
-    version = context.tracker.register(mlflow_run, export, {"cotrain.round": round_id, "cotrain.run": run_id})
+    tags = {"cotrain.round": round_id, "cotrain.run": run_id}
+    version = context.tracker.register(mlflow_run, export, tags, known.version if known else None)
     context.tracker.end_run(mlflow_run)
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)
     log.info("registered v%d from run %s", version, run_id)
     return version
+
+
+def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
+    """Bring a version that was deleted from the registry back, from a copy of its model folder.
+
+    Args:
+        folder: `runs/RUN/export`, or any other copy, such as the model server's.
+        wanted: which version it is; None: the one whose run or whose manifest it is.
+
+    Returns:
+        The version, and whether it had to be registered; one that is there is left alone.
+
+    Raises:
+        ValueError: if the folder is not whole, or not the version's; the message says what differs.
+    """
+    from yuan.model.weights import verify
+
+    manifest = verify(folder)
+    with context.sessions() as session:
+        known = rounds.recorded_version(session, manifest, wanted, folder.resolve().parent.name)
+        mlflow_run = str(rounds.training_run(session, known.round_id).mlflow_run_id)
+    differing = differences(manifest, known.manifest)
+    if differing:
+        raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
+    if context.tracker.has(known.version):
+        return known.version, False
+    tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
+    context.tracker.register(mlflow_run, folder, tags, known.version)
+    log.info("registered v%d again from %s", known.version, folder)
+    return known.version, True
+
+
+def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """What differs between two manifests, in words; empty if nothing does.
+
+    >>> differences({"files": {"a": "1", "b": "2"}, "step": 5}, {"files": {"a": "1", "b": "3"}, "step": 6})
+    'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
+    """
+    files, others = (dict(part) for part in (found["files"], recorded["files"]))
+    said = [
+        f"{name} has the sha256 {files.get(name, 'of no file')}, recorded is {others.get(name, 'no such file')}"
+        for name in sorted(files | others)
+        if files.get(name) != others.get(name)
+    ]
+    rest = sorted((found.keys() | recorded.keys()) - {"files"})
+    said += [
+        f"{key} is {found.get(key)}, recorded is {recorded.get(key)}"
+        for key in rest
+        if found.get(key) != recorded.get(key)
+    ]
+    return "; ".join(said)

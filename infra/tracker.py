@@ -1,4 +1,9 @@
-"""MLflow: runs and their metrics, registered versions, aliases, and who may read them."""
+"""MLflow: runs and their metrics, registered versions, aliases, and who may read them.
+
+A version keeps the number it was first registered under. MLflow never gives the number of a deleted version again, so a
+version that is registered anew gets another number there, and a tag that says which version it is. Everything here
+takes and gives the platform's numbers; what MLflow's aliases point at is for it to know.
+"""
 
 import contextlib
 import os
@@ -12,11 +17,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from infra.error_text import Plain
 from infra.settings import CONSUMER, TrackerAccess
 
 MODEL_NAME = "yuan"
 EXPERIMENT = "yuan"
 IMPATIENT_S = 5
+VERSION_TAG = "cotrain.version"  # of what was registered anew: the version it is
+
+
+class VersionLost(Plain, ValueError):
+    """Somebody deleted a version from the registry."""
 
 
 class Tracker:
@@ -31,6 +42,7 @@ class Tracker:
         # Who asks again is the step; the library would do so for minutes, and what waits for it could not be ended.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self._client = MlflowClient(settings.mlflow_url)
+        self._versions: dict[int, int] = {}  # by MLflow's number; neither ever changes
 
     @contextlib.contextmanager
     def impatiently(self) -> Iterator[None]:
@@ -72,34 +84,80 @@ class Tracker:
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._client.set_terminated(run_id, status)
 
-    def register(self, run_id: str, folder: Path, tags: Mapping[str, str]) -> int:
-        """Upload a model folder to a run and register it; the same run gives the same version again."""
+    def register(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
+        """Upload a model folder to a run and register it; the same run gives the same version again.
+
+        Args:
+            version: the number that a lost version had, which it keeps.
+
+        Returns:
+            The version: the one given, or the number that MLflow gives a new one.
+        """
         found = self._client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{run_id}'")
         if found:
-            return int(found[0].version)
+            return self._version_of(int(found[0].version))
+        if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+            self._client.restore_run(run_id)
         self._client.log_artifacts(run_id, str(folder), "model")
-        made = self._client.create_model_version(MODEL_NAME, f"runs:/{run_id}/model", run_id, tags=dict(tags))
-        return int(made.version)
+        kept = {} if version is None else {VERSION_TAG: str(version)}
+        made = self._client.create_model_version(MODEL_NAME, f"runs:/{run_id}/model", run_id, tags={**tags, **kept})
+        return int(made.version) if version is None else version
 
-    def _run_of(self, version: int) -> str:
-        return str(self._client.get_model_version(MODEL_NAME, str(version)).run_id)
+    def has(self, version: int) -> bool:
+        """Whether a version is in the registry."""
+        return self._number_of(version) is not None
+
+    def _number_of(self, version: int) -> int | None:
+        """MLflow's number of a version; None if it is not in the registry."""
+        tagged = self._client.search_model_versions(f"name = '{MODEL_NAME}' and tags.`{VERSION_TAG}` = '{version}'")
+        if tagged:
+            return max(int(one.version) for one in tagged)
+        try:
+            own = self._client.get_model_version(MODEL_NAME, str(version))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return version if own.tags.get(VERSION_TAG, str(version)) == str(version) else None
+
+    def _version_of(self, number: int) -> int:
+        """The version that MLflow has under a number."""
+        if number not in self._versions:
+            tags = self._client.get_model_version(MODEL_NAME, str(number)).tags
+            self._versions[number] = int(tags.get(VERSION_TAG, number))
+        return self._versions[number]
+
+    def _known_number(self, version: int) -> int:
+        number = self._number_of(version)
+        if number is None:
+            raise VersionLost(f"v{version} is gone from the registry; `cotrain doctor` says how to register it again")
+        return number
 
     def aliases(self) -> dict[str, int]:
         """Alias to version, as MLflow has it now."""
         found = self._client.get_registered_model(MODEL_NAME).aliases
-        return {alias: int(version) for alias, version in found.items()}
+        return {alias: self._version_of(int(number)) for alias, number in found.items()}
 
     def set_alias(self, alias: str, version: int | None) -> None:
-        """Point an alias at a version, or remove it."""
+        """Point an alias at a version, or remove it.
+
+        Raises:
+            VersionLost: if the version is gone from the registry.
+        """
         if version is None:
             self._client.delete_registered_model_alias(MODEL_NAME, alias)
         else:
-            self._client.set_registered_model_alias(MODEL_NAME, alias, str(version))
+            self._client.set_registered_model_alias(MODEL_NAME, alias, str(self._known_number(version)))
 
     def download(self, version: int, folder: Path) -> Path:
-        """Fetch a version's model folder."""
+        """Fetch a version's model folder.
+
+        Raises:
+            VersionLost: if the version is gone from the registry.
+        """
+        run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(self._client.download_artifacts(self._run_of(version), "model", str(folder)))
+        return Path(self._client.download_artifacts(run, "model", str(folder)))
 
     def set_up(self, consumer_password: str) -> None:
         """Make the experiment, the registered model and the read-only consumer account with this password."""

@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import contribute, demo, model, plan, pool, rounds, stack
+from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +16,7 @@ rounds.add_to(app)
 plan.add_to(app)
 pool.add_to(app)
 model.add_to(app)
+register.add_to(app)
 demo.add_to(app)
 
 

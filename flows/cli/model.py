@@ -51,7 +51,7 @@ def train(
         show(folder.status(), f"trained: {folder.export}", as_json)
 
 
-def _open_context() -> "Context":
+def open_installation() -> "Context":
     """Connect to the installation; the tracker's client is told to keep to itself before it is imported."""
     import os
 
@@ -69,7 +69,7 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
     from feedback.gate import rates
 
     with clear_errors():
-        context = _open_context()
+        context = open_installation()
         from flows.judging import evaluate_version
 
         number = resolve(context, version)
@@ -163,7 +163,7 @@ def _folder_of(version: str) -> Path:
         return folder
     if len(folder.parts) > 1:
         raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
-    context = _open_context()
+    context = open_installation()
     number = resolve(context, version)
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
 
