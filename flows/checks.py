@@ -1,4 +1,4 @@
-"""What can be wrong with a machine or a stack, and the mend for each."""
+"""What can be wrong with a machine or a stack, and the mend for each; what its servers do is tried in flows.probes."""
 
 import os
 import shutil

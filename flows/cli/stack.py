@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -14,10 +14,12 @@ from rich.table import Table
 
 from flows.cli.output import Json, clear_errors, fail, show, stderr
 
+if TYPE_CHECKING:
+    from flows.probing import Finding
+
 UP_TIMEOUT_S = 120.0
 MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
 DOWN_TIMEOUT_S = 60.0
-MIN_FREE_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 
 
 def add_to(app: typer.Typer) -> None:
@@ -155,13 +157,14 @@ def status(as_json: Json = False) -> None:
     home = _home()
     running = is_running(home)
     states = read_state(home).get("services", {}) if running else {}
+    urls = addresses(home) if running else {}
+    faults = [finding for finding in _examined(home) if finding.fault] if running else []
     if as_json:
-        show(
-            {"home": str(home), "up": running, "services": states, "urls": addresses(home) if running else {}}, "", True
-        )
+        wrong = [finding.to_json() for finding in faults]
+        show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": wrong}, "", True)
     elif running:
         stderr.print(_table(states))
-        print("\n".join(f"{name:13} {url}" for name, url in addresses(home).items()))
+        print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *(_line(one) for one in faults)]))
     else:
         print(f"the stack in {home} is not up; start it with `cotrain up`")
     if not running or any(state["state"] != "ready" for state in states.values()):
@@ -182,14 +185,20 @@ def logs(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Name what is wrong with this machine or the stack, each with its mend."""
+    """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
     from flows.checks import machine_faults, stack_faults
+    from flows.probing import Finding
 
     home = _home()
-    found = machine_faults(home) + stack_faults(home)
-    text = "\n".join(f"- {fault}\n  mend: {mend}" for fault, mend in found) or "nothing is wrong"
-    show({"faults": [{"fault": fault, "mend": mend} for fault, mend in found]}, text, as_json)
-    if found:
+    found = [
+        Finding("machine and services", None, fault, mend) for fault, mend in machine_faults(home) + stack_faults(home)
+    ]
+    found += _examined(home)
+    faults = [finding for finding in found if finding.fault]
+    text = "\n".join([*map(_line, found), *([] if faults else ["nothing is wrong"])])
+    wrong = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
+    show({"faults": wrong, "findings": [finding.to_json() for finding in found]}, text, as_json)
+    if faults:
         raise typer.Exit(1)
 
 
@@ -215,6 +224,26 @@ def rotate(
         restarted = f"the stack is up again ({seconds:.1f} s)" if was_up else "they count from the next `cotrain up`"
         text = f"rotated {', '.join(names)}; {restarted}; accounts and tokens are in {home / 'env'}"
         show({"rotated": names, "seconds": seconds}, text, as_json)
+
+
+def _examined(home: Path) -> list["Finding"]:
+    """What the probes find of a running stack; nothing if there is none."""
+    from infra.services import is_running
+
+    if not is_running(home):
+        return []
+    from flows.cli.model import open_installation
+    from flows.probes import examine
+
+    return examine(open_installation())
+
+
+def _line(finding: "Finding") -> str:
+    when = f"{finding.succeeded_at.astimezone():%F %T}" if finding.succeeded_at else "never"
+    if finding.fault:
+        return f"- {finding.fault}\n  last time it was right: {when}\n  mend: {finding.mend}"
+    seen = "it has not happened yet" if finding.state == "never yet" else f"right at {when}"
+    return f"  {finding.what}: {seen}"
 
 
 def addresses(home: Path) -> dict[str, str]:

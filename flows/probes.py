@@ -1,0 +1,246 @@
+"""What users would notice, really tried: each probe asks one server, side by side, within a time limit.
+
+Prefect is asked over HTTP, since its library takes longer to import than all probes to answer.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from feedback.health import Facts
+from flows.duties import Standing, read_standings, standings_file
+from flows.probing import Finding, Probe, now, together
+from infra.objects import open_objects
+from infra.settings import Settings
+
+if TYPE_CHECKING:
+    from flows.context import Context
+
+LIMIT_S = 8.0
+# What is right again by itself within this time is no fault.
+SETTLED_S, LATE_S, REPORTS_LATE_S = 30.0, 60.0, 600.0
+POOL = "cotrain"
+NEVER = "has not happened yet"
+DUTY_MENDS = {
+    "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
+    "register deployments": "see `cotrain logs prefect`",
+    "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` gives the round up",
+    "start reproduction": "see `cotrain logs prefect`",
+    "take back leases of the dead": "see that the file which COTRAIN_POOL names can be read",
+}
+
+
+def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
+    """Run every probe; a server that hangs costs its own finding, never the others.
+
+    Without PostgreSQL, what has to be compared with the records is left out.
+    """
+    from feedback.health import gather
+
+    gathered: list[Facts] = []
+
+    def read() -> list[Finding]:
+        with context.sessions() as session:
+            gathered.append(gather(session))
+        return [Finding("the records", now())]
+
+    found = together([Probe("postgres", "the records", read)], limit_s / 2)
+    settings = context.settings
+    probes = [
+        Probe("portal", "the portal", lambda: portal(settings)),
+        Probe("s3", "an object put and read", lambda: objects(settings)),
+        Probe("prefect", "a flow run that starts", lambda: flow_runs(settings)),
+    ]
+    if gathered:
+        facts = gathered[0]
+        probes += [
+            Probe("model-server", "an answer from the model", lambda: model(settings, facts)),
+            Probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
+            Probe("prefect", "the running round", lambda: running_round(settings, facts)),
+        ]
+        found += [reports(facts), notices(facts)]
+    return found + together(probes, limit_s) + duties(settings.home)
+
+
+def portal(settings: Settings) -> list[Finding]:
+    """The portal and its database answer."""
+    httpx.get(f"{settings.portal_url}/health", timeout=LIMIT_S).raise_for_status()
+    return [Finding("the portal", now())]
+
+
+def objects(settings: Settings) -> list[Finding]:
+    """An object can be put and read back."""
+    open_objects(settings, attempts=1).check()
+    return [Finding("an object put and read", now())]
+
+
+def model(settings: Settings, facts: Facts) -> list[Finding]:
+    """The champion answers with one token."""
+    what, mend = "an answer from the model", "see `cotrain logs model-server`"
+    if facts.champion is None:
+        return [Finding(what)]
+    headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
+    body = {"model": "yuan", "prompt": "1", "max_tokens": 1, "temperature": 0}
+    answer = httpx.post(f"{settings.model_server_url}/v1/completions", json=body, headers=headers, timeout=LIMIT_S)
+    if not answer.is_success:
+        fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
+        return [Finding(what, facts.last_answer, fault, mend)]
+    served = answer.json()["model"]
+    if served != f"yuan-v{facts.champion}" and age_s(facts.promoted_at) > SETTLED_S:
+        fault = f"{served} answers, and the champion is v{facts.champion}"
+        return [Finding(what, facts.last_answer, fault, f"see that the alias follows; else {mend}")]
+    return [Finding(what, now())]
+
+
+def registry(context: "Context", facts: Facts) -> list[Finding]:
+    """The registry has the champion and the version before it, and its alias points where it should."""
+    what, found = "an alias that follows", []
+    with context.tracker.impatiently():
+        aliases = context.tracker.aliases()
+        lost = [version for version in facts.lineage if not context.tracker.has(version)]
+    for version in lost:
+        name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
+        mend = how_to_register(context.settings.home, version, facts.lineage[version])
+        found.append(Finding(f"v{version} in the registry", fault=f"{name} is gone from the registry", mend=mend))
+    last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
+    is_due = age_s(facts.promoted_at) > SETTLED_S or last is None
+    if facts.champion is None:
+        return [Finding(what)]
+    if aliases.get("champion") != facts.champion and is_due:
+        at = f"v{aliases['champion']}" if "champion" in aliases else "no version"
+        fault = f"the alias champion points at {at}, and the champion is v{facts.champion}"
+        mend = "register the version again" if facts.champion in lost else "see `cotrain logs dispatcher`"
+        return [*found, Finding(what, last, fault, mend)]
+    return [*found, Finding(what, last or now())]
+
+
+def how_to_register(home: Path, version: int, run_id: str) -> str:
+    """The command that brings a lost version back, from what copies there are."""
+    run = home / "runs" / run_id
+    copies = [run / "export" / "manifest.json", *sorted(home.glob(f"*/v{version}/model/manifest.json"))]
+    for manifest in copies:
+        if manifest.exists():
+            return f"register it again: cotrain register {manifest.parent} --version {version}"
+    if any((run / "checkpoints").glob("step-*/manifest.json")):
+        return (
+            f"write its weights again, `python -m yuan.train.export {run}`, and register them: "
+            f"cotrain register {run / 'export'}"
+        )
+    return (
+        f"no copy of it is left below {home}; take one of a consumer or a backup: "
+        f"cotrain register DIR --version {version}"
+    )
+
+
+def flow_runs(settings: Settings) -> list[Finding]:
+    """Prefect has its database, a worker and deployments that are not paused, and starts what is due."""
+    what, found = "a flow run that starts", []
+    with prefect(settings) as http:
+        if http.get("/ready").status_code != 200:
+            return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
+        last = newest(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
+        started = datetime.fromisoformat(last["start_time"]) if last else None
+        deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
+        if not deployments:
+            mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
+            return [Finding(what, started, "Prefect knows no deployment of ours", mend)]
+        for one in deployments:
+            if one["paused"]:
+                mend = "switch it on at its page in Prefect"
+                found.append(Finding(what, started, f"the deployment {one['name']} is paused in Prefect", mend))
+        if http.get(f"/work_pools/{POOL}").raise_for_status().json()["is_paused"]:
+            mend = "switch it on at its page in Prefect"
+            found.append(Finding(what, started, f"the work pool {POOL} is paused in Prefect", mend))
+        workers = http.post(f"/work_pools/{POOL}/workers/filter", json={}).raise_for_status().json()
+        if not any(worker["status"] == "ONLINE" for worker in workers):
+            mend = "see `cotrain logs worker`"
+            found.append(Finding(what, started, "no worker is online, so that no flow run starts", mend))
+        due = (now() - timedelta(seconds=LATE_S)).isoformat()
+        which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
+        if late := newest(http, which, "EXPECTED_START_TIME_DESC"):
+            since = f"{datetime.fromisoformat(late['expected_start_time']):%F %T}"
+            found.append(
+                Finding(what, started, f"flow run {late['name']} waits since {since}", "see `cotrain logs worker`")
+            )
+    return found or [Finding(what, started)]
+
+
+def running_round(settings: Settings, facts: Facts) -> list[Finding]:
+    """The running round has a flow that runs."""
+    what, turn = "the running round", facts.running
+    if turn is None:
+        return []
+    mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
+    with prefect(settings) as http:
+        run = newest(http, {"name": {"any_": [f"round-{turn.number}-attempt-{turn.attempt}"]}}, "START_TIME_DESC")
+    state = run["state"] if run else None
+    if state and state["type"] == "RUNNING":
+        return [Finding(what, now())]
+    since = datetime.fromisoformat(state["timestamp"]) if state else turn.created_at
+    if age_s(since) < LATE_S:
+        return [Finding(what, since)]
+    said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
+    return [Finding(what, fault=f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}", mend=mend)]
+
+
+def reports(facts: Facts) -> Finding:
+    """Reports do not wait for longer than a batch takes."""
+    what, oldest = "a report that is reproduced", facts.oldest_report
+    if facts.champion is None or oldest is None or age_s(oldest) < REPORTS_LATE_S:
+        return Finding(what, facts.last_reproduction)
+    fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
+    return Finding(
+        what, facts.last_reproduction, fault, "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
+    )
+
+
+def notices(facts: Facts) -> Finding:
+    """Notices do not wait."""
+    oldest = facts.oldest_notice
+    fault = f"notices wait to be delivered since {oldest:%F %T}" if oldest and age_s(oldest) > LATE_S else None
+    return Finding("a notice delivered", facts.last_notice, fault, "see `cotrain logs dispatcher`" if fault else "")
+
+
+def duties(home: Path) -> list[Finding]:
+    """The dispatcher's duties that fail."""
+    return [
+        Finding(
+            f"the dispatcher's duty: {name}",
+            moment(standing),
+            f"the dispatcher cannot {name}, since {at(standing.failing_since):%F %T}, {standing.failures} times: "
+            f"{standing.error}",
+            DUTY_MENDS.get(name, "see `cotrain logs dispatcher`"),
+        )
+        for name, standing in read_standings(standings_file(home)).items()
+        if standing.failing_since is not None
+    ]
+
+
+def moment(standing: Standing) -> datetime | None:
+    """When a duty last succeeded."""
+    return None if standing.succeeded_at is None else at(standing.succeeded_at)
+
+
+def prefect(settings: Settings) -> httpx.Client:
+    """A client of Prefect's API."""
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=LIMIT_S)
+
+
+def newest(http: httpx.Client, which: Mapping[str, Any], sort: str) -> dict[str, Any] | None:
+    """The first flow run that a filter finds."""
+    body = {"flow_runs": which, "sort": sort, "limit": 1}
+    found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
+    return found[0] if found else None
+
+
+def at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def age_s(moment: datetime | None) -> float:
+    """Seconds since a moment; none for what never was."""
+    return 0.0 if moment is None else (now() - moment).total_seconds()

@@ -1,0 +1,34 @@
+"""What the records tell of the platform's health, on a rolled-back session."""
+
+from datetime import datetime, timedelta, timezone
+
+from feedback import health, reports
+from feedback.accounts import add_contributor, audit
+from feedback.contracts import FeedbackIn
+from feedback.tables import new_id
+
+
+def test_what_has_never_happened_is_none(session):
+    facts = health.gather(session)
+    last = (facts.last_answer, facts.last_reproduction, facts.last_notice, facts.last_upload)
+    assert (facts.champion, facts.running, facts.oldest_report, *last) == (None,) * 7
+
+
+def test_a_review_counts_as_reproduction_when_it_decided_something(session):
+    audit(session, "policy", "reviewed", "v1", accepted=0, rejected=0, disputed=0)
+    session.flush()
+    assert health.gather(session).last_reproduction is None
+    audit(session, "policy", "reviewed", "v1", accepted=0, rejected=2, disputed=0)
+    session.flush()
+    assert health.gather(session).last_reproduction is not None
+
+
+def test_reports_that_wait_are_counted_with_the_oldest(session):
+    reporter, _ = add_contributor(session, new_id())
+    form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
+    for _ in range(2):
+        reports.add_feedback(session, reporter, form, new_id())
+    session.flush()
+    facts = health.gather(session)
+    assert facts.num_reports_waiting == 2
+    assert datetime.now(timezone.utc) - facts.oldest_report < timedelta(minutes=5)

@@ -1,0 +1,227 @@
+"""What doctor finds on a real stack when something is wrong, and the ways out that it names."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy import select, text
+
+from feedback.contracts import FeedbackIn, RoundParameters
+from feedback.tables import ModelVersion, Round
+from flows.probes import how_to_register
+from flows.probing import Finding, Probe, together
+from infra.tracker import Tracker
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
+SHORT = RoundParameters(max_steps=20, learning_rate=2e-3, replay_rows=50)
+MARK = "zq-marker-prompt-71"
+REFUSING = [  # as a fault of ours would: at a report's case, and at a step of the round; both quote the prompt
+    f"""alter table "case" add constraint no_marker check (prompt not like '%{MARK}%')""",
+    f"""create function refuse() returns trigger as $$ begin
+        raise exception 'refused' using detail = '{MARK}', errcode = '23514'; end $$ language plpgsql""",
+    "create trigger refuse before insert on snapshot for each row execute function refuse()",
+]
+ALLOWING = [
+    "drop trigger refuse on snapshot",
+    "drop function refuse",
+    """alter table "case" drop constraint no_marker""",
+]
+
+
+@pytest.fixture(scope="module")
+def first(stack, operator, base):
+    """The first round, promoted and answering."""
+    turn = operator.start_round(SHORT)
+    done = stack.follow(operator, turn)
+    assert done.state == "promoted", done.reason
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    return done
+
+
+@pytest.fixture(scope="module")
+def prefect(stack):
+    settings = stack.settings
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    with httpx.Client(base_url=settings.prefect_api_url, auth=(user, password)) as client:
+        yield client
+
+
+@pytest.fixture
+def refusing(sessions):
+    """While the test runs, the database refuses the marked report and every snapshot, quoting the report's text."""
+
+    def execute(statements):
+        with sessions.begin() as session:
+            for statement in statements:
+                session.execute(text(statement))
+
+    execute(REFUSING)
+    yield
+    execute(ALLOWING)
+
+
+def mlflow_of(stack):
+    return Tracker(stack.settings)._client
+
+
+def faults_of(stack, command="doctor"):
+    """Faults and their mends as one text."""
+    return json.dumps(stack.cotrain(command)[1]["faults"])
+
+
+def states_of(stack):
+    return {finding["what"]: finding["state"] for finding in stack.cotrain("doctor")[1]["findings"]}
+
+
+@pytest.mark.slow
+def test_doctor_tries_what_users_would_notice(first, stack):
+    states = states_of(stack)
+    tried = ("an answer from the model", "a flow run that starts", "an alias that follows", "an object put and read")
+    assert {states[what] for what in tried} == {"ok"}
+    assert (states["a report that is reproduced"], states["a notice delivered"]) == ("never yet", "never yet")
+    assert stack.cotrain("status")[1]["faults"] == []
+
+
+@pytest.mark.slow
+def test_no_log_state_or_page_holds_a_prompt_whose_processing_fails(
+    first, stack, operator, contributor, prefect, sessions, refusing
+):
+    contributor.submit(FeedbackIn(kind="correction", prompt=MARK, response="?", model_version=1, expected=f"{MARK}!"))
+    turn = operator.start_round(SHORT)
+
+    def attempt():
+        with sessions() as session:
+            return session.scalar(select(Round.attempt).where(Round.id == turn.id)) > 1
+
+    stack.until(attempt)
+    operator.cancel_round(turn.id)
+    logs = {file.name: file.read_text(errors="replace") for file in (stack.home / "logs").iterdir()}
+    shown = {path: pages_of(prefect, path) for path in ("/logs/filter", "/flow_runs/filter", "/task_runs/filter")}
+    shown |= {"front page": httpx.get(stack.settings.portal_url).text}
+    assert [name for name, said in (logs | shown).items() if MARK in said] == []
+    assert "SQLSTATE 23514" in logs["flows.log"]
+    assert "SQLSTATE 23514" in shown["/task_runs/filter"] and "SQLSTATE 23514" in shown["/flow_runs/filter"]
+
+
+def pages_of(prefect, path):
+    """Everything that Prefect shows of a kind, as text."""
+    found, offset = [], 0
+    while page := prefect.post(path, json={"limit": 200, "offset": offset}).raise_for_status().json():
+        found += page
+        offset += len(page)
+    return json.dumps(found)
+
+
+@pytest.mark.slow
+def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, operator, sessions, tmp_path):
+    mlflow = mlflow_of(stack)
+    mlflow.delete_model_version("yuan", "1")
+    found = stack.until(lambda: (f := faults_of(stack)) and "cannot make aliases follow" in f and f, pause=1)
+    with sessions() as session:
+        run_id = session.get_one(ModelVersion, 1).run_id
+    export = stack.home / "runs" / run_id / "export"
+    assert "v1, the champion, is gone from the registry" in found
+    assert f"cotrain register {export} --version 1" in found
+    assert "v1, the champion, is gone" in faults_of(stack, "status")
+    turn = operator.start_round(SHORT)  # everything else goes on
+    stack.until(lambda: operator.round(turn.id).timeline)
+    operator.cancel_round(turn.id)
+
+    other = shutil.copytree(export, tmp_path / "export")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "step": 21}))
+    status, said = stack.cotrain("register", str(other), "--version", "v1")
+    assert status == 1 and "step is 21, recorded is 20" in said
+    (other / "model.safetensors").write_bytes(b"")
+    status, said = stack.cotrain("register", str(other), "--version", "v1")
+    assert status == 1 and "model.safetensors is damaged" in said
+
+    assert stack.cotrain("register", str(export), check=True)[1] == {"version": 1, "registered": True}
+    assert stack.cotrain("register", str(export), check=True)[1] == {"version": 1, "registered": False}
+    stack.until(lambda: Tracker(stack.settings).aliases().get("champion") == 1)
+    assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow never gives a number again
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+
+
+@pytest.mark.slow
+def test_a_later_round_trains_from_a_version_that_was_registered_again(first, stack, operator):
+    done = stack.follow(operator, operator.start_round(SHORT))
+    assert done.state in ("promoted", "rejected"), done.reason
+    assert done.parent_version == 1 and done.candidate_version > 1
+    newest = max(int(one.version) for one in mlflow_of(stack).search_model_versions("name = 'yuan'"))
+    assert done.candidate_version == newest
+
+
+@pytest.mark.slow
+def test_a_lost_export_is_written_again_as_it_was(first, stack, sessions):
+    with sessions() as session:
+        known = session.get_one(ModelVersion, 1)
+    run = stack.home / "runs" / known.run_id
+    shutil.rmtree(run / "export")
+    for copy in stack.home.glob("*/v1"):
+        shutil.rmtree(copy)
+    assert f"python -m yuan.train.export {run}" in how_to_register(stack.home, 1, known.run_id)
+    subprocess.run([sys.executable, "-m", "yuan.train.export", str(run)], check=True, cwd=ROOT)
+    assert json.loads((run / "export" / "manifest.json").read_text()) == known.manifest
+
+
+@pytest.mark.slow
+def test_what_is_paused_in_prefect_is_named(first, stack, prefect):
+    deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
+    prefect.post(f"/deployments/{deployment}/pause_deployment").raise_for_status()
+    prefect.patch("/work_pools/cotrain", json={"is_paused": True}).raise_for_status()
+    found = faults_of(stack)
+    prefect.post(f"/deployments/{deployment}/resume_deployment").raise_for_status()
+    prefect.patch("/work_pools/cotrain", json={"is_paused": False}).raise_for_status()
+    assert "is paused in Prefect" in found and "the work pool cotrain is paused" in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("service", ["mlflow", "prefect", "model-server"])
+def test_a_server_that_hangs_is_named_and_hangs_nothing_else(first, stack, service):
+    group = os.getpgid(stack.pid(service))
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        status, said = stack.cotrain("doctor")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGCONT)
+    assert status == 1 and any(service in fault["fault"] for fault in said["faults"])
+    assert {finding["what"]: finding["state"] for finding in said["findings"]}["an object put and read"] == "ok"
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+
+
+def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
+    def refuse():
+        raise ConnectionError("refused 'a prompt'")
+
+    over = threading.Event()
+    asked = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
+    found = together([Probe(f"server that {name}", name, ask) for name, ask in asked.items()], 0.2)
+    over.set()
+    assert [finding.state for finding in found] == ["fault", "fault", "never yet"]
+    assert "server that hangs has not answered" in found[0].fault
+    assert "server that refuses does not answer: ConnectionError" in found[1].fault and "prompt" not in found[1].fault
+
+
+def test_the_way_back_follows_from_the_copies_there_are(tmp_path):
+    def put(name):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("{}")
+
+    assert "no copy of it is left" in how_to_register(tmp_path, 7, "r")
+    put("runs/r/checkpoints/step-00000020")
+    assert f"python -m yuan.train.export {tmp_path}/runs/r" in how_to_register(tmp_path, 7, "r")
+    put("serve/v7/model")
+    assert f"cotrain register {tmp_path}/serve/v7/model --version 7" in how_to_register(tmp_path, 7, "r")
+    put("runs/r/export")
+    assert f"cotrain register {tmp_path}/runs/r/export --version 7" in how_to_register(tmp_path, 7, "r")
