@@ -130,7 +130,7 @@ class Case(Created, Base):
 
 
 class ModelVersion(Created, Base):
-    """A registered version; the number is MLflow's."""
+    """A registered version; the number is the one that MLflow gave it first."""
 
     __tablename__ = "model_version"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

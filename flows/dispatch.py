@@ -54,7 +54,8 @@ def main() -> None:
 
 def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Do the duties for ever, woken by PostgreSQL; a connection to it that is lost is made again."""
-    duties = Duties(duties_of(context, client), standings_file(context.settings.home), FAULTS)
+    file = standings_file(context.settings.home)
+    duties = Duties(duties_of(context, client), file, FAULTS, lambda: alive(context.settings))
     lost: str | None = None
     while True:
         try:
@@ -66,7 +67,6 @@ def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
                 duties.wake()
                 while True:
                     duties.turn()
-                    alive(context.settings)
                     busy = duties.is_any_failing or is_busy(context)
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
@@ -127,11 +127,22 @@ def deliver_notices(context: DispatcherContext) -> None:
 
 
 def follow_champion(context: DispatcherContext) -> None:
-    """Bring the registry's aliases to the champion."""
+    """Bring the registry's aliases to the champion; raises what the registry refused when the others are set."""
+    refused: list[Exception] = []
+
+    def put(alias: str, version: int | None) -> None:
+        try:
+            context.tracker.set_alias(alias, version)
+        except Exception as error:
+            refused.append(error)
+            raise
+
     with context.tracker.impatiently(), context.sessions.begin() as session:
-        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
+        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), put)
     if changed:
         log.info("set aliases %s", changed)
+    if refused:
+        raise refused[0]
 
 
 def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> None:
@@ -187,7 +198,10 @@ def age_s(moment: datetime | None) -> float:
 
 def alive(settings: DispatcherSettings) -> None:
     """Leave a sign of life for the stack's check."""
-    (settings.home / "dispatcher" / "alive.json").write_text(json.dumps({"time": time.time()}))
+    file = settings.home / "dispatcher" / "alive.json"
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps({"time": time.time()}))
+    scratch.replace(file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from infra.error_text import frames, told
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Duties:
         work: what is done, by the name of the duty, in this order.
         file: written after every turn and read at the start, so that a restart forgets no success.
         expected: errors of servers that do not answer, which are logged without their traceback.
+        beat: called before each duty, since one may take as long as a server that hangs is waited for.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Duties:
         work: Mapping[str, Callable[[], object]],
         file: Path,
         expected: tuple[type[Exception], ...] = (),
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
-        self._work, self._file, self._expected = work, file, expected
+        self._work, self._file, self._expected, self._beat = work, file, expected, beat
         known = read_standings(file)
         self.standings = {name: known.get(name, Standing()) for name in work}
         self._rest_until = dict.fromkeys(work, 0.0)
@@ -53,6 +55,7 @@ class Duties:
     def turn(self) -> None:
         """Do each duty that is not resting after a failure; none of them keeps the others from their turn."""
         for name, work in self._work.items():
+            self._beat()
             if time.monotonic() < self._rest_until[name]:
                 continue
             try:

@@ -54,7 +54,7 @@ def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, 
     It fetches the version by itself, with the account that only reads, and reaches nothing but its folder.
 
     Raises:
-        RuntimeError: if it fails; the message holds the end of its log.
+        RuntimeError: if it fails; the message names its log, which may hold text of the cases.
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / "eval.log"
@@ -70,7 +70,7 @@ def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, 
             break
         log.warning("an evaluation ended with status %d", status)
     else:
-        raise RuntimeError(f"evaluation ended with status {status}: {log_file.read_text()[-800:]}")
+        raise RuntimeError(f"evaluation ended with status {status}; its log is {log_file}")
     return [json.loads(line) for line in answered.read_text().splitlines()]
 
 

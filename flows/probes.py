@@ -14,7 +14,7 @@ from feedback.health import Facts
 from flows.duties import Standing, read_standings, standings_file
 from flows.probing import Finding, Probe, now, together
 from infra.objects import open_objects
-from infra.settings import Settings
+from infra.settings import FlowSettings
 
 if TYPE_CHECKING:
     from flows.context import Context
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LIMIT_S = 8.0
 # What is right again by itself within this time is no fault.
 SETTLED_S, LATE_S, REPORTS_LATE_S = 30.0, 60.0, 600.0
-POOL = "cotrain"
+POOL, REPRODUCE = "cotrain", "cotrain-reproduce"
 NEVER = "has not happened yet"
 DUTY_MENDS = {
     "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
@@ -60,24 +60,25 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
             Probe("model-server", "an answer from the model", lambda: model(settings, facts)),
             Probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
             Probe("prefect", "the running round", lambda: running_round(settings, facts)),
+            Probe("prefect", "the last taking up of reports", lambda: last_reproduction(settings, facts)),
         ]
         found += [reports(facts), notices(facts)]
     return found + together(probes, limit_s) + duties(settings.home)
 
 
-def portal(settings: Settings) -> list[Finding]:
+def portal(settings: FlowSettings) -> list[Finding]:
     """The portal and its database answer."""
     httpx.get(f"{settings.portal_url}/health", timeout=LIMIT_S).raise_for_status()
     return [Finding("the portal", now())]
 
 
-def objects(settings: Settings) -> list[Finding]:
+def objects(settings: FlowSettings) -> list[Finding]:
     """An object can be put and read back."""
     open_objects(settings, attempts=1).check()
     return [Finding("an object put and read", now())]
 
 
-def model(settings: Settings, facts: Facts) -> list[Finding]:
+def model(settings: FlowSettings, facts: Facts) -> list[Finding]:
     """The champion answers with one token."""
     what, mend = "an answer from the model", "see `cotrain logs model-server`"
     if facts.champion is None:
@@ -135,7 +136,7 @@ def how_to_register(home: Path, version: int, run_id: str) -> str:
     )
 
 
-def flow_runs(settings: Settings) -> list[Finding]:
+def flow_runs(settings: FlowSettings) -> list[Finding]:
     """Prefect has its database, a worker and deployments that are not paused, and starts what is due."""
     what, found = "a flow run that starts", []
     with prefect(settings) as http:
@@ -168,7 +169,7 @@ def flow_runs(settings: Settings) -> list[Finding]:
     return found or [Finding(what, started)]
 
 
-def running_round(settings: Settings, facts: Facts) -> list[Finding]:
+def running_round(settings: FlowSettings, facts: Facts) -> list[Finding]:
     """The running round has a flow that runs."""
     what, turn = "the running round", facts.running
     if turn is None:
@@ -184,6 +185,22 @@ def running_round(settings: Settings, facts: Facts) -> list[Finding]:
         return [Finding(what, since)]
     said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
     return [Finding(what, fault=f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}", mend=mend)]
+
+
+def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
+    """The last run of the flow that takes reports up did not fail while reports wait."""
+    if not facts.num_reports_waiting:
+        return []
+    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    with prefect(settings) as http:
+        run = newest(http, ended, "END_TIME_DESC", flow=REPRODUCE)
+    if run is None or run["state"]["type"] == "COMPLETED":
+        return []
+    fault = (
+        f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE} failed: {run['state']['message']}"
+    )
+    mend = "the dispatcher tries again within a minute or two; see `cotrain logs flows`"
+    return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend)]
 
 
 def reports(facts: Facts) -> Finding:
@@ -224,15 +241,17 @@ def moment(standing: Standing) -> datetime | None:
     return None if standing.succeeded_at is None else at(standing.succeeded_at)
 
 
-def prefect(settings: Settings) -> httpx.Client:
+def prefect(settings: FlowSettings) -> httpx.Client:
     """A client of Prefect's API."""
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
     return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=LIMIT_S)
 
 
-def newest(http: httpx.Client, which: Mapping[str, Any], sort: str) -> dict[str, Any] | None:
-    """The first flow run that a filter finds."""
+def newest(http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None) -> dict[str, Any] | None:
+    """The first flow run that a filter finds, of any flow or of one."""
     body = {"flow_runs": which, "sort": sort, "limit": 1}
+    if flow is not None:
+        body["flows"] = {"name": {"any_": [flow]}}
     found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
     return found[0] if found else None
 

@@ -52,17 +52,22 @@ def without_text(name: str) -> Iterator[None]:
         yield
     except (StepFailed, RoundEnded, RunCancelled):
         raise
-    except IO_ERRORS as error:
-        log.warning("%s: a server does not answer: %s", name, told(error))
-        raise ServerAway(told(error)) from None
     except Exception as error:
+        if is_passing(error):
+            log.warning("%s: a server does not answer: %s", name, told(error))
+            raise ServerAway(told(error)) from None
         log.error("%s failed: %s", name, frames(error))
         kind = Hopeless if isinstance(error, (ValueError, RuntimeError)) else StepFailed
         raise kind(told(error)) from None
 
 
-def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
+def is_passing(error: Exception) -> bool:
     """Only what a network or a restarting server did is worth another try."""
+    return isinstance(error, IO_ERRORS)
+
+
+def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
+    """Whether a step's task failed for want of a server."""
     try:
         state.result()
     except ServerAway:

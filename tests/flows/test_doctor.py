@@ -186,6 +186,16 @@ def test_what_is_paused_in_prefect_is_named(first, stack, prefect):
 
 
 @pytest.mark.slow
+def test_a_taking_up_of_reports_that_failed_is_named_while_reports_wait(first, stack, contributor, prefect):
+    deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
+    failed = {"state": {"type": "FAILED", "message": "it was refused"}}
+    prefect.post(f"/deployments/{deployment}/create_flow_run", json=failed).raise_for_status()
+    contributor.submit(FeedbackIn(kind="correction", prompt="p q r", response="?", model_version=1, expected="r q p"))
+    assert "the last run of cotrain-reproduce failed: it was refused" in faults_of(stack)
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1, seconds=200)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("service", ["mlflow", "prefect", "model-server"])
 def test_a_server_that_hangs_is_named_and_hangs_nothing_else(first, stack, service):
     group = os.getpgid(stack.pid(service))
