@@ -1,5 +1,7 @@
 """The portal's application: routes, limits and the resources they share."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -18,6 +20,12 @@ MODEL_TIMEOUT_S = 120.0
 MODEL_CONNECTIONS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
 
 
+@asynccontextmanager
+async def _close_model_server(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await app.state.model_server.aclose()
+
+
 def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> FastAPI:
     """Build the portal on an open engine and store."""
     app = FastAPI(
@@ -26,6 +34,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         description="Report, contribute, follow what became of it.",
         docs_url=None,  # FastAPI's pages run scripts from other people's servers; pages.docs is ours
         redoc_url=None,
+        lifespan=_close_model_server,
     )
     assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())

@@ -1,23 +1,32 @@
 """`/v1`: the OpenAI API of the champion; every answer is remembered as a Response."""
 
 import asyncio
+import contextlib
 import json
+import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import httpx
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from feedback import tables
-from feedback.api.access import CurrentId, Transactions
-from feedback.api.errors import Upstream
+from feedback.api.access import Busy, CurrentId, Transactions
+from feedback.api.errors import STORE_FAULTS, Upstream
 from feedback.tables import new_id
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
+log = logging.getLogger(__name__)
+
 PASSED_ON = ("x-yuan-version",)
+DATA, DONE = b"data: ", b"data: [DONE]"
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+STORE_ERRORS = (*STORE_FAULTS, Busy)
 Json = dict[str, Any]
 
 
@@ -25,7 +34,7 @@ Json = dict[str, Any]
 async def models(call: Request, contributor_id: CurrentId) -> Response:
     """The models in service."""
     answer = await _ask(call, "GET", "/v1/models")
-    return _relay(answer)
+    return _relay(answer, await _read(answer))
 
 
 @router.post("/completions")
@@ -42,22 +51,29 @@ async def chat(body: Json, call: Request, contributor_id: CurrentId) -> Response
 
 async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:
     memory = Memory(call, contributor_id, body)
-    if body.get("stream"):
-        return await _stream(call, path, body, memory)
-    asked, left = asyncio.ensure_future(_ask(call, "POST", path, body)), asyncio.ensure_future(_hung_up(call))
+    # The bytes as they came: what they mean, and whether it can be answered, is for the model server to say.
+    upstream = await _ask_while_listening(call, path, await call.body())
+    if upstream is None:
+        return Response(status_code=499)
+    if upstream.headers.get("content-type", "").startswith("text/event-stream"):
+        return RememberedStream(upstream, memory)
+    data = await _read(upstream)
+    if upstream.is_success:
+        memory.note(data)
+        await memory.keep()
+    return _relay(upstream, data)
+
+
+async def _ask_while_listening(call: Request, path: str, body: bytes) -> httpx.Response | None:
+    """Send a request on, and return the answer's beginning; None when the caller leaves before it."""
+    asked = asyncio.ensure_future(_ask(call, "POST", path, body))
+    left = asyncio.ensure_future(_hung_up(call))
     try:
         await asyncio.wait([asked, left], return_when=asyncio.FIRST_COMPLETED)
-        if not asked.done():
-            return Response(status_code=499)
+        return asked.result() if asked.done() else None
     finally:
         asked.cancel()  # the model server sees the connection close, and frees the rows
         left.cancel()
-    answer = asked.result()
-    if not answer.is_success:
-        return _relay(answer)
-    data = memory.note(answer.json())
-    await memory.keep()
-    return JSONResponse(data, headers=_passed_on(answer))
 
 
 async def _hung_up(call: Request) -> None:
@@ -66,38 +82,56 @@ async def _hung_up(call: Request) -> None:
         pass
 
 
-async def _stream(call: Request, path: str, body: Json, memory: "Memory") -> Response:
-    http: httpx.AsyncClient = call.app.state.model_server
-    try:
-        upstream = await http.send(http.build_request("POST", path, json=body), stream=True)
-    except httpx.TransportError as error:
-        raise _unreachable(error) from None
-    if not upstream.is_success:
-        await upstream.aread()
-        return _relay(upstream)
+class RememberedStream(StreamingResponse):
+    """A stream passed on event by event, and kept as Responses before its end is.
 
-    async def events() -> AsyncIterator[bytes]:
+    What a caller saw before hanging up is kept too, since it may be reported; and however this ends, also before the
+    first event, the model server's connection is given back.
+    """
+
+    def __init__(self, upstream: httpx.Response, memory: "Memory") -> None:
+        super().__init__(self._events(), media_type="text/event-stream", headers=_passed_on(upstream))
+        self._upstream, self._memory = upstream, memory
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for line in upstream.aiter_lines():
-                if line.startswith("data: {"):
-                    line = "data: " + json.dumps(
-                        memory.note(json.loads(line.removeprefix("data: "))), ensure_ascii=False
-                    )
-                if line == "data: [DONE]":  # whoever reads this may report the answer at once
-                    await memory.keep()
-                if line:
-                    yield line.encode() + b"\n\n"
-        except httpx.TransportError as error:
-            yield (
-                b"data: " + json.dumps({"error": {"message": str(_unreachable(error)), "type": "unavailable"}}).encode()
-            )
+            await super().__call__(scope, receive, send)
         finally:
-            # Also what a caller saw before hanging up is remembered, since it may be reported.
             with anyio.CancelScope(shield=True):
-                await upstream.aclose()
-                await memory.keep()
+                await self._upstream.aclose()
+                with contextlib.suppress(*STORE_ERRORS):  # _events has logged it, or nobody is there to be told
+                    await self._memory.keep()
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers=_passed_on(upstream))
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for line in _lines(self._upstream):
+                if line == DONE:  # whoever reads this may report the answer at once
+                    await self._memory.keep()
+                if line.startswith(DATA) and line != DONE:
+                    line = DATA + json.dumps(self._memory.note(_json(line.removeprefix(DATA)))).encode()
+                if line:
+                    yield line + b"\n\n"
+        except httpx.RequestError as error:
+            yield _error_event(_unreachable(error))
+        except Upstream as error:
+            yield _error_event(error)
+        except STORE_ERRORS as error:
+            log.warning("a streamed answer cannot be kept: %s", type(error).__name__)
+            yield _error_event(Upstream("the answer could not be stored, so it cannot be reported; ask again"))
+
+
+async def _lines(upstream: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines of a stream of events, which end with a newline and nothing else."""
+    rest = b""
+    async for data in upstream.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
+
+
+def _error_event(error: Upstream) -> bytes:
+    return DATA + json.dumps({"error": {"message": str(error), "type": "unavailable"}}).encode() + b"\n\n"
 
 
 class Memory:
@@ -106,47 +140,67 @@ class Memory:
     def __init__(self, call: Request, contributor_id: str, body: Json) -> None:
         self._transactions: Transactions = call.app.state.transactions
         self._contributor_id, self._body = contributor_id, body
+        self._is_chat = call.url.path.endswith("/chat/completions")
         self._ids: dict[int, str] = {}
         self._texts: dict[int, str] = {}
+        self._prompts: dict[int, str] = {}
         self._version, self._is_kept = 0, False
 
     def note(self, data: Json) -> Json:
-        """Take in an answer or a piece of one, and give each choice its `response_id`."""
-        for choice in data.get("choices", ()):
-            index = choice["index"]
-            choice["response_id"] = self._ids.setdefault(index, new_id())
-            self._texts[index] = self._texts.get(index, "") + _text_of(choice)
-            self._version = int(data["model"].removeprefix("yuan-v"))
+        """Take in an answer or a piece of one, and give each choice its `response_id`.
+
+        Text that cannot be stored is replaced in what is returned too, so that a report quotes what is stored.
+
+        Raises:
+            Upstream: if it is not shaped as an answer is.
+        """
+        try:
+            prompts, repeats = prompts_of(self._body, is_chat=self._is_chat), self._body.get("n", 1)
+            for choice in data.get("choices", ()):
+                index = int(choice["index"])
+                holder, key = _place_of_text(choice)
+                holder[key] = storable(holder.get(key) or "")
+                choice["response_id"] = self._ids.setdefault(index, new_id())
+                self._texts[index] = self._texts.get(index, "") + holder[key]
+                self._prompts[index] = storable(prompts[index // repeats])
+                self._version = int(data["model"].removeprefix("yuan-v"))
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+            raise Upstream("the model server gave no usable answer; tell the operator") from None
         return data
 
     async def keep(self) -> None:
         """Store what was said, once."""
-        if self._is_kept:
+        if self._is_kept or not self._texts:
             return
-        prompts = _prompts(self._body)
-        repeats = int(self._body.get("n") or 1)
         said = [
             tables.Response(
                 id=self._ids[index],
                 contributor_id=self._contributor_id,
                 model_version=self._version,
-                prompt=prompts[index // repeats],
+                prompt=self._prompts[index],
                 response=text,
             )
             for index, text in self._texts.items()
         ]
-        async with self._transactions.begin() as session:
-            session.add_all(said)
-        self._is_kept = True
+        with anyio.CancelScope(shield=True):  # or a caller who leaves now leaves it open whether this was stored
+            async with self._transactions.begin() as session:
+                session.add_all(said)
+            self._is_kept = True
 
 
-def _text_of(choice: Json) -> str:
+def _place_of_text(choice: Json) -> tuple[Json, str]:
     said = choice.get("message") or choice.get("delta")
-    return str((said["content"] if said else choice["text"]) or "")
+    return (said, "content") if said is not None else (choice, "text")
 
 
-def _prompts(body: Json) -> list[str]:
-    if "messages" in body:
+def storable(text: str) -> str:
+    """Replace what no database takes, U+0000 and lone surrogates, by U+FFFD."""
+    return UNSTORABLE.sub("\ufffd", text)
+
+
+def prompts_of(body: Json, *, is_chat: bool) -> list[str]:
+    """The prompts of a request that the model server has answered; token ids as JSON."""
+    if is_chat:
         content = body["messages"][-1]["content"]
         return [content if isinstance(content, str) else "".join(part["text"] for part in content)]
     prompt = body["prompt"]
@@ -154,20 +208,53 @@ def _prompts(body: Json) -> list[str]:
     return [one if isinstance(one, str) else json.dumps(one) for one in many]
 
 
-async def _ask(call: Request, method: str, path: str, body: Json | None = None) -> httpx.Response:
+async def _ask(call: Request, method: str, path: str, body: bytes | None = None) -> httpx.Response:
     http: httpx.AsyncClient = call.app.state.model_server
+    headers = {"Content-Type": "application/json"}
     try:
-        return await http.request(method, path, json=body)
-    except httpx.TransportError as error:
+        return await http.send(http.build_request(method, path, content=body, headers=headers), stream=True)
+    except httpx.RequestError as error:
         raise _unreachable(error) from None
+
+
+async def _read(upstream: httpx.Response) -> Json:
+    try:
+        return _json(await upstream.aread())
+    except httpx.RequestError as error:
+        raise _unreachable(error) from None
+    finally:
+        await upstream.aclose()
+
+
+def _json(data: bytes) -> Json:
+    """Read an object of the model server's.
+
+    Raises:
+        Upstream: if it is none.
+    """
+    try:
+        found = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Upstream("the model server gave no usable answer; tell the operator")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _unreachable(error: Exception) -> Upstream:
     return Upstream(f"the model server does not answer ({type(error).__name__}); try again in a few seconds")
 
 
-def _relay(answer: httpx.Response) -> JSONResponse:
-    return JSONResponse(answer.json(), status_code=answer.status_code, headers=_passed_on(answer))
+def _relay(answer: httpx.Response, data: Json) -> Response:
+    """The model server's answer, in ASCII as the events are; what is not the caller's fault is said as 503."""
+    if answer.status_code in (401, 403):
+        raise Upstream("the model server does not know this portal; tell the operator")
+    status = 503 if answer.status_code >= 500 else answer.status_code
+    return Response(json.dumps(data), status, _passed_on(answer), "application/json")
 
 
 def _passed_on(answer: httpx.Response) -> dict[str, str]:

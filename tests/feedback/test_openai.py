@@ -1,0 +1,213 @@
+"""`/v1` of the portal: any body, any character, a model server that talks nonsense, and callers who leave."""
+
+import contextlib
+import json
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+from pydantic import SecretStr
+from sqlalchemy import select
+from starlette.responses import PlainTextResponse, StreamingResponse
+
+from feedback import tables
+from feedback.api.app import make_app
+from feedback.api.openai import storable
+from infra.database import open_sessions
+from infra.launch import free_port
+from tests.waiting import until
+from tests.yuan.serving import TOKEN, make_served, metric, running
+from yuan.serve.metrics import Metrics
+from yuan.serve.service import Service
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@contextlib.contextmanager
+def serving(app):
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@contextlib.contextmanager
+def door(stores, engine, objects, model_url):
+    """The portal before a model server of one's own."""
+    changes = {"model_server_url": model_url, "model_server_token": SecretStr(TOKEN)}
+    app = make_app(stores.model_copy(update=changes), engine, objects)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def model():
+    service = Service(Metrics())
+    service.use(make_served(1))
+    with running(service) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def portal_http(stores, engine, objects, model):
+    with door(stores, engine, objects, model) as http:
+        yield http
+
+
+def kept(engine, account):
+    with open_sessions(engine)() as session:
+        found = session.scalars(select(tables.Response).where(tables.Response.contributor_id == account.id))
+        return {row.id: (row.prompt, row.response) for row in found}
+
+
+BODIES = [
+    ("not json", 422),
+    ("[1]", 422),
+    ('{"prompt": NaN}', 422),
+    ('{"prompt": "a", "temperature": Infinity}', 422),
+    ('{"prompt": "a", "n": "2"}', 422),
+    ('{"prompt": "a", "n": true}', 422),
+    ('{"prompt": "a", "n": 1.5}', 422),
+    ('{"prompt": "a", "seed": 1e400}', 422),
+    ('{"prompt": "a", "stream": "yes"}', 422),
+    ('{"prompt": "a\\u0000"}', 422),
+    ('{"prompt": "\\ud83d"}', 422),
+    ('{"prompt": []}', 422),
+    ('{"prompt": [[]]}', 422),
+    ('{"prompt": [true, 1]}', 422),
+    ('{"prompt": "a", "messages": null, "max_tokens": 1}', 200),
+    ('{"prompt": [5, 6], "max_tokens": 1}', 200),
+    ('{"prompt": "a", "max_tokens": 1, "seed": ' + "9" * 1000 + "}", 200),
+    ('{"prompt": ' + "[" * 5000 + "]" * 5000 + "}", 400),
+    ('{"prompt": "a", "n": ' + "9" * 5000 + "}", 400),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), BODIES)
+def test_no_body_of_a_completion_is_the_portals_fault(portal_http, account, body, status):
+    headers = {**account.headers, "Content-Type": "application/json"}
+    answer = portal_http.post(COMPLETIONS, content=body, headers=headers)
+    assert answer.status_code == status, answer.text
+    assert answer.is_success or answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, [], [None], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": "user", "content": "\0"}],
+     [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "text", {"role": "user"}],
+)  # fmt: skip
+def test_no_messages_are_the_portals_fault(portal_http, account, messages):
+    headers = {**account.headers, "Content-Type": "application/json"}
+    answer = portal_http.post(CHAT, content=json.dumps({"messages": messages}), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"].split(".")[0]) == (422, "messages")
+
+
+def test_a_body_without_a_content_type_is_refused_or_answered(portal_http, account):
+    answer = portal_http.post(COMPLETIONS, content='{"prompt": "a", "max_tokens": 1}', headers=account.headers)
+    assert answer.status_code in (200, 422)
+
+
+def test_several_prompts_and_choices_are_kept_each_with_its_prompt(portal_http, engine, account):
+    asked = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "temperature": 1.0}
+    choices = portal_http.post(COMPLETIONS, json=asked, headers=account.headers).json()["choices"]
+    expected = {c["response_id"]: ("ab" if c["index"] < 2 else "cd", c["text"]) for c in choices}
+    assert len(expected) == 4 and kept(engine, account) == expected
+
+
+def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_http, model, engine, account):
+    body = {"prompt": "abc", "n": 2, "max_tokens": 1500, "temperature": 2, "stream": True}
+    with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as answer:
+        lines = answer.iter_lines()
+        first = json.loads(next(lines).removeprefix("data: "))
+    found = until(lambda: kept(engine, account))
+    assert first["choices"][0]["response_id"] in found and len(found) <= 2
+    with httpx.Client(base_url=model, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
+        until(lambda: metric(http, "yuan_running") == 0)
+
+
+ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
+
+
+class Talker:
+    """A model server that says what a test has it say."""
+
+    whole, status, kind, events = b"", 200, "application/json", ()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            wants_events = b'"stream": true' in (await receive()).get("body", b"")
+            if wants_events and self.events:
+                answer = StreamingResponse(iter(self.events), media_type="text/event-stream")
+            else:
+                answer = PlainTextResponse(self.whole, self.status, media_type=self.kind)
+            await answer(scope, receive, send)
+
+
+@pytest.fixture(scope="module")
+def talk(stores, engine, objects):
+    """The portal before a talker, asked for a whole answer or a stream."""
+    talker = Talker()
+    with serving(talker) as url, door(stores, engine, objects, url) as http:
+
+        def ask(account, *, stream, **says):
+            vars(talker).clear()
+            vars(talker).update(says)
+            body = json.dumps({"prompt": "a", "stream": stream})
+            return http.post(COMPLETIONS, content=body, headers={**account.headers, "Content-Type": "application/json"})
+
+        yield ask
+
+
+def event(text, **more):
+    data = {"model": "yuan-v3", "choices": [{"index": 0, "text": text, "finish_reason": None, **more}]}
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n\n"
+
+
+def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(talk, engine, account):
+    last = event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
+    stream = b"".join([event(ODD), event("\0"), last, b"data: [DONE]\n\n"])
+    pieces = [stream[start : start + 7] for start in range(0, len(stream), 7)]
+    answer = talk(account, stream=True, events=pieces)
+    lines = answer.content.split(b"\n\n")
+    said = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in lines[:3]]
+    assert [choice["text"] for choice in said] == [ODD, "\ufffd", "\ufffd"]
+    assert lines[3:] == [b"data: [DONE]", b""]
+    assert kept(engine, account) == {said[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
+    assert answer.text.splitlines() == answer.text.split("\n")[:-1]  # nor does a client cut elsewhere
+
+
+@pytest.mark.parametrize(
+    ("whole", "status", "kind"),
+    [
+        (b"<html>", 200, "text/html"),
+        (b"[]", 200, "application/json"),
+        (b'{"choices": [{}]}', 200, "application/json"),
+        (b'{"choices": [{"index": 7, "text": "a"}], "model": "yuan-v1"}', 200, "application/json"),
+        (b'{"choices": [{"index": 0, "text": NaN}], "model": "yuan-v1"}', 200, "application/json"),
+        (b"Internal Server Error", 500, "text/plain"),
+        (b'{"error": {"message": "decoding failed", "type": "internal"}}', 500, "application/json"),
+        (b'{"error": {"message": "use the portal", "type": "invalid"}}', 401, "application/json"),
+    ],
+)
+def test_a_model_server_that_gives_no_answer_is_a_503(talk, account, whole, status, kind):
+    answers = [talk(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
+    assert {answer.status_code for answer in answers} == {503}
+    assert all(answer.json()["error"]["message"] for answer in answers)
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_event(talk, engine, account):
+    events = [event("a"), b"data: {no json\n\n"]
+    lines = talk(account, stream=True, events=events).content.split(b"\n\n")
+    assert "no usable answer" in json.loads(lines[1].removeprefix(b"data: "))["error"]["message"]
+    assert [text for _, text in kept(engine, account).values()] == ["a"]
+
+
+def test_what_no_database_takes_is_replaced_and_nothing_else():
+    assert storable("a\0\ud83d\U0001f600\u2028") == "a\ufffd\ufffd\U0001f600\u2028"
