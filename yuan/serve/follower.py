@@ -1,0 +1,140 @@
+"""Follow an alias of the registry, and go on with what is here when the registry is away or has lost a version."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from yuan.model.weights import load, load_tokenizer, verify
+from yuan.serve.request import Served
+from yuan.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+FOLLOW_EVERY_S = 1.0
+RETRY_S, MAX_RETRY_S = 5.0, 60.0  # a version that cannot be fetched or loaded; a big one is not fetched every second
+KEEP_VERSIONS = 3
+LAST = "last.json"
+
+
+class Versions:
+    """Model folders that were fetched, checked before each use, and the memory of which was served last."""
+
+    def __init__(self, folder: Path, download: Callable[[int, Path], object]) -> None:
+        self._folder, self._download = folder, download
+        folder.mkdir(parents=True, exist_ok=True)
+        for cut_short in folder.glob(".v*"):
+            shutil.rmtree(cut_short, ignore_errors=True)
+
+    def load(self, version: int) -> Served:
+        """Load a version, fetched first if it is not here whole.
+
+        Raises:
+            Exception: whatever the registry or a folder that is no model raises.
+        """
+        folder = self._folder / f"v{version}"
+        if not self._is_whole(folder):
+            self._fetch(version, folder)
+        model = folder / "model"
+        return Served(load(model), load_tokenizer(model), version)
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            verify(folder / "model")
+        except ValueError as error:
+            if folder.exists():
+                log.warning("a folder of the cache is fetched again: %s", error)
+            return False
+        return True
+
+    def _fetch(self, version: int, folder: Path) -> None:
+        scratch = self._folder / f".v{version}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        self._download(version, scratch)
+        verify(scratch / "model")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+
+    def last(self) -> int | None:
+        """The version that was served last; None if none was, or that is not known."""
+        try:
+            return int(json.loads((self._folder / LAST).read_text())["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remember(self, version: int) -> None:
+        """Note the version that is served, and delete all but the newest used."""
+        scratch = self._folder / f".{LAST}"
+        scratch.write_text(json.dumps({"version": version}))
+        scratch.replace(self._folder / LAST)
+        os.utime(self._folder / f"v{version}")
+        folders = sorted(self._folder.glob("v*"), key=lambda path: path.stat().st_mtime)
+        for old in folders[:-KEEP_VERSIONS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+class Follower:
+    """Keeps the model of an alias in service; what cannot be had leaves the one before there."""
+
+    def __init__(self, aliases: Callable[[], dict[str, int]], alias: str, versions: Versions, service: Service) -> None:
+        self._aliases, self._alias, self._versions, self._service = aliases, alias, versions, service
+        self._said: str | None = None
+        self._retry_at, self._pause_s, self._unusable = 0.0, RETRY_S, 0
+
+    def follow(self) -> None:
+        """Begin with the version served last, and look for another for ever."""
+        self.resume()
+        while True:
+            self.look()
+            time.sleep(FOLLOW_EVERY_S)
+
+    def resume(self) -> None:
+        """Serve the version served last from its folder, whether or not the registry answers or still has it."""
+        version = self._versions.last()
+        if version is not None:
+            self._use(version, "the version served last")
+
+    def look(self) -> None:
+        """Look once at the alias, and put its version into service; what is in the way is logged once."""
+        try:
+            version = self._aliases().get(self._alias)
+        except Exception as error:  # of many libraries; none of them may end this thread
+            return self._say("the registry cannot be asked", error)
+        served = self._service.served
+        if version is None:
+            return self._say(f"the registry has no alias {self._alias}")
+        if served is None or served.version != version:
+            return self._use(version, f"alias {self._alias}")
+        self._say(None)
+
+    def _use(self, version: int, why: str) -> None:
+        if version == self._unusable and time.monotonic() < self._retry_at:
+            return
+        try:
+            self._service.use(self._versions.load(version))
+        except Exception as error:
+            self._pause_s = min(2 * self._pause_s, MAX_RETRY_S) if version == self._unusable else RETRY_S
+            self._unusable, self._retry_at = version, time.monotonic() + self._pause_s
+            return self._say(f"v{version}, {why}, cannot be served", error)
+        log.info("v%d is in service: %s", version, why)
+        self._unusable, self._said = 0, None
+        try:
+            self._versions.remember(version)
+        except OSError as error:
+            log.warning("v%d would not be served after a restart without the registry: %s", version, error)
+
+    def _say(self, problem: str | None, error: Exception | None = None) -> None:
+        """Log a problem when it comes up, and that it is over; not again while it stays, with whatever addresses."""
+        said = problem and f"{problem} ({type(error).__name__})"
+        if said == self._said:
+            return
+        self._said = said
+        served = self._service.served
+        now = f"v{served.version} stays in service" if served else "nothing is in service"
+        if problem is None:
+            log.info("alias %s can be followed again; %s", self._alias, now)
+        else:
+            log.warning("%s; %s%s", problem, now, f": {str(error)[:200]}" if error else "")
