@@ -84,6 +84,14 @@ class Client:
         """Read one of your datasets with its timeline."""
         return self._read(DatasetOut, f"/api/v1/datasets/{dataset_id}")
 
+    def withdraw_feedback(self, feedback_id: str, reason: str) -> FeedbackOut:
+        """Take a report back: one of your own, or any as an operator."""
+        return self._write(FeedbackOut, f"/api/v1/feedback/{feedback_id}/withdraw", None, json={"reason": reason})
+
+    def withdraw_dataset(self, dataset_id: str, reason: str) -> DatasetOut:
+        """Take a dataset back: one of your own, or any as an operator."""
+        return self._write(DatasetOut, f"/api/v1/datasets/{dataset_id}/withdraw", None, json={"reason": reason})
+
     def complete(self, prompts: list[str], *, max_tokens: int = 48) -> dict[str, Any]:
         """Ask the champion several questions; the answer is OpenAI's text completion."""
         body = {"model": "yuan", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}

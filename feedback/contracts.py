@@ -85,6 +85,14 @@ class NoticeOut(BaseModel):
     delivered_at: datetime | None
 
 
+class WithdrawalIn(BaseModel):
+    """Why a report or a dataset is taken back."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reason: Text = Field(max_length=500, description="shown on its timeline")
+
+
 class DatasetOut(BaseModel):
     """An uploaded dataset and what became of it."""
 
@@ -154,6 +162,7 @@ class RoundOut(BaseModel):
     candidate_version: int | None
     snapshot_id: str | None
     decision: dict[str, Any] | None
+    failed_items: dict[str, int] = Field(description="items that could not be processed, by step; the others went on")
     status: dict[str, Any] | None
     created_at: datetime
     finished_at: datetime | None

@@ -4,14 +4,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
+from botocore.exceptions import ClientError
 from sqlalchemy import ARRAY, String, any_, insert, literal, select
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound
 from feedback.contracts import DatasetOut, Event
+from feedback.items import each, faults_of, note_fault
 from feedback.reports import REPORTS, add_cases, salted_fraction
 from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
+from feedback.withdrawal import suite_of, withdrawal_of
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 
 UPLOADS, SNAPSHOTS = "uploads", "snapshots"
@@ -63,11 +67,13 @@ def list_datasets(session: Session, contributor: Contributor) -> Sequence[Datase
     return session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all()
 
 
-def describe(row: Dataset) -> DatasetOut:
+def describe(session: Session, row: Dataset) -> DatasetOut:
     """Compose a dataset's public record with its timeline."""
     events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
     if row.state == "accepted":
         events.append(Event(at=row.created_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
+    events += [Event(at=at, text=text) for at, text in faults_of(session, row.id)]
+    events += withdrawal_of(session, row)
     if row.state == "rejected":
         events.append(Event(at=row.created_at, text=f"rejected: {row.reason}"))
     return DatasetOut(
@@ -99,7 +105,6 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
     keys = [(row.key, row.prompt_key) for row in rows]
     known = _known(session, [key for key, _ in keys])
     held_out = _held_out(dataset, rows, [key for key, _ in keys], salt, share)
-    suite = dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
     entries, cases = [], []
     for number, (row, (key, prompt_key)) in enumerate(zip(rows, keys, strict=True)):
         is_duplicate = key in known
@@ -109,10 +114,20 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
         if role == "held_out":
             cases.append(row)
-    add_cases(session, suite, cases, "held_out")
+    add_cases(session, suite_of(dataset), cases, "held_out")
     for start in range(0, len(entries), INSERT_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_ROWS])
-    dataset.state = "accepted"
+    dataset.state, dataset.reason = "accepted", None
+
+
+def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
+    """Record why a dataset could not be accepted: rejected for what it is, and tried again after a fault of ours."""
+    dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
+    if dataset.state != "checked":
+        return
+    dataset.reason = note_fault(session, dataset_id, "accept", error)
+    if isinstance(error, ValueError | DBAPIError | ClientError):
+        dataset.state = "rejected"
 
 
 def _held_out(dataset: Dataset, rows: list[Row], keys: list[str], salt: str, share: float) -> set[str]:
@@ -125,13 +140,15 @@ def _held_out(dataset: Dataset, rows: list[Row], keys: list[str], salt: str, sha
 
 
 def _known(session: Session, keys: list[str]) -> set[str]:
-    query = select(DatasetRow.key).where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
+    query = select(DatasetRow.key).join(Dataset).where(Dataset.state == "accepted")
+    query = query.where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
     return set(session.scalars(query))
 
 
 def _rows_of(data: bytes) -> Iterator[Row]:
     for row in parse_rows(data):
-        assert isinstance(row, Row), "a checked dataset has only rows"
+        if isinstance(row, BadRow):
+            raise ValueError(f"row {row.row} cannot be read: {row.reason}")
         yield row
 
 
@@ -139,7 +156,8 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
     """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
 
     With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
-    fire-wall. The same records always give the same bytes and so the same id.
+    fire-wall. The same records always give the same bytes and so the same id. A dataset that cannot be read and a
+    correction that is no row any more are left out, with the reason on their owners' timelines; `counts` has how many.
 
     Raises:
         ValueError: if nothing is left to train on.
@@ -166,16 +184,22 @@ def parts_of(session: Session, snapshot_id: str) -> dict[str, int]:
     return {name: int(counts[name]) for name in PARTS}
 
 
+def failed_in(session: Session, snapshot_id: str) -> int:
+    """How many datasets and corrections could not be read for a snapshot."""
+    return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
+
+
 def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
-    closed = set(session.scalars(select(Case.prompt_key).where(Case.role == "held_out")))
-    corrections = _corrections(session, turn.cut_off)
-    contributed = list(_taught(session, ("mixture",), fetch))
-    base = list(_taught(session, ("base",), fetch))
+    held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
+    closed = set(session.scalars(held_out))
+    corrections, bad_corrections = _corrections(session, turn.cut_off)
+    contributed, bad_contributed = _taught(session, ("mixture",), fetch)
+    base, bad_base = _taught(session, ("base",), fetch)
     if turn.parent_version is not None:
         replay = min(int(turn.parameters["replay_rows"]), len(base))
         base = random.Random(f"replay {turn.parameters['seed']}").sample(base, replay)
     kept: list[Row] = []
-    counts: dict[str, int] = {}
+    counts = {"failed": bad_corrections + bad_contributed + bad_base}
     for name, part in zip(PARTS, (corrections, contributed, base), strict=True):
         open_rows = [row for row in part if row.prompt_key not in closed]
         counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}
@@ -183,24 +207,37 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
     return kept, counts
 
 
-def _corrections(session: Session, cut_off: datetime) -> list[Row]:
-    """The right answers of taught cases, one row a case."""
+def _corrections(session: Session, cut_off: datetime) -> tuple[list[Row], int]:
+    """The right answers of taught cases, one row a case, and how many could not be made one."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
     query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
-    return [
-        Row.model_validate({"prompt": case.prompt, "answer": case.expected, "checker": case.checker, "source": REPORTS})
-        for case in session.scalars(query)
-    ]
+    rows: list[Row] = []
+
+    def correct(case: Case) -> None:
+        text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS}
+        rows.append(Row.model_validate({**text, "checker": case.checker}))
+
+    def blame(case: Case, error: Exception) -> None:
+        for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
+            note_fault(session, owner, "snapshot", error)
+
+    failed = each(session, session.scalars(query).all(), correct, blame)
+    return rows, failed
 
 
-def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> Iterator[Row]:
+def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Row], int]:
+    """The taught rows of accepted datasets, and how many of these could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
-    for dataset in session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all():
-        numbers = set(
-            session.scalars(
-                select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
-            )
-        )
-        for number, row in enumerate(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"))):
-            if number in numbers:
-                yield row
+    rows: list[Row] = []
+
+    def read(dataset: Dataset) -> None:
+        taught = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
+        numbers = set(session.scalars(taught))
+        found = enumerate(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}")))
+        rows.extend([row for number, row in found if number in numbers])
+
+    def blame(dataset: Dataset, error: Exception) -> None:
+        note_fault(session, dataset.id, "snapshot", error)
+
+    failed = each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
+    return rows, failed

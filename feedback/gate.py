@@ -1,6 +1,7 @@
 """The gate: what a candidate must show before it may replace the champion.
 
-Only held-out cases count in rates; a taught case only guards against failing what the champion passed.
+Only held-out cases count in rates; a taught case only guards against failing what the champion passed. A case from
+which all who stood for it have withdrawn does neither.
 """
 
 import math
@@ -57,7 +58,7 @@ def rates(session: Session, version: int) -> dict[str, Rate]:
     query = (
         select(Case.suite, Case.capability, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Case.id)
-        .where(CaseResult.version == version, Case.role == "held_out")
+        .where(CaseResult.version == version, Case.role == "held_out", Case.withdrawn_at.is_(None))
     )
     passed: dict[str, int] = defaultdict(int)
     total: dict[str, int] = defaultdict(int)
@@ -72,7 +73,8 @@ def regressions(session: Session, champion: int, candidate: int) -> list[str]:
     """Report cases that the champion passes and the candidate fails."""
     was = select(CaseResult.case_id).where(CaseResult.version == champion, CaseResult.passed)
     now = select(CaseResult.case_id).where(CaseResult.version == candidate, ~CaseResult.passed)
-    query = select(Case.id).where(Case.suite == REPORTS, Case.id.in_(was), Case.id.in_(now))
+    query = select(Case.id).where(Case.suite == REPORTS, Case.withdrawn_at.is_(None))
+    query = query.where(Case.id.in_(was), Case.id.in_(now))
     return list(session.scalars(query.order_by(Case.id)))
 
 

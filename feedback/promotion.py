@@ -1,16 +1,21 @@
 """Promotion: champion, verdicts and notices in one transaction; notices and aliases follow it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
+from feedback.items import each, note_fault, place_of, storable, together
 from feedback.tables import CaseResult, Feedback, Outbox, Promotion, Round
 
+log = logging.getLogger(__name__)
+
+MAX_ANSWER = 100_000
 TEXTS = {
     "fixed": "your report: failing in v{before}, fixed in v{after}",
     "still_failing": "your report: failing in v{before}, still failing in v{after}",
@@ -25,16 +30,31 @@ def champion(session: Session) -> int | None:
 
 
 def store_results(session: Session, version: int, results: Sequence[dict[str, Any]]) -> None:
-    """Keep what a version answered; a case it has already taken keeps its first result."""
-    if results:
-        rows = [{"version": version, **result} for result in results]
-        session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
+    """Keep what a version answered; a case it has already taken keeps its first result.
+
+    An answer that cannot be stored is a failed case with the reason.
+    """
+    rows = [
+        {"reason": None, **result, "version": version, "answer": storable(result["answer"], MAX_ANSWER)}
+        for result in results
+    ]
+
+    def store(part: Sequence[dict[str, Any]]) -> None:
+        session.execute(insert(CaseResult).on_conflict_do_nothing(), list(part))
+
+    def blame(row: dict[str, Any], error: Exception) -> None:
+        reason = note_fault(session, row["case_id"], "evaluate", error)
+        store([{**row, "passed": False, "answer": "", "reason": reason}])
+
+    if rows:
+        together(session, rows, store, blame)
 
 
-def promote(session: Session, turn: Round, decision: dict[str, Any]) -> None:
+def promote(session: Session, turn: Round, decision: dict[str, Any]) -> int:
     """Make the round's candidate the champion, with a verdict and a notice for every accepted report.
 
-    All of it is in the caller's transaction, so it happens once or not at all.
+    All of it is in the caller's transaction, so it happens once or not at all. Returns how many reports could not be
+    told; the reason is on their timelines.
     """
     version = decision["candidate"]
     assert isinstance(version, int), "a decision names its candidate"
@@ -48,12 +68,13 @@ def promote(session: Session, turn: Round, decision: dict[str, Any]) -> None:
         )
     )
     session.execute(update(Round).where(Round.id == turn.id).values(decision=decision))
-    _tell(session, turn.parent_version, version)
+    untold = _tell(session, turn.parent_version, version)
     audit(session, "round", "promoted", turn.id, version=version, previous=turn.parent_version)
+    return untold
 
 
-def _tell(session: Session, before: int | None, after: int) -> None:
-    """Write one notice for each accepted report whose standing this version settles or changes."""
+def _tell(session: Session, before: int | None, after: int) -> int:
+    """Write one notice for each accepted report whose standing this version settles or changes; how many failed."""
     query = (
         select(Feedback, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Feedback.case_id)
@@ -63,11 +84,13 @@ def _tell(session: Session, before: int | None, after: int) -> None:
     passed_before = set(
         session.scalars(select(CaseResult.case_id).where(CaseResult.version == before, CaseResult.passed))
     )
-    for report, passed in session.execute(query).all():
+
+    def tell(found: Row[tuple[Feedback, bool]]) -> None:
+        report, passed = found
         was = report.case_id in passed_before
         verdict = {(0, 1): "fixed", (0, 0): "still_failing", (1, 0): "regressed", (1, 1): "passing"}[(was, passed)]
         if verdict == "passing" and _was_told(session, report.id):
-            continue
+            return
         values = {
             "contributor_id": report.contributor_id,
             "feedback_id": report.id,
@@ -76,6 +99,11 @@ def _tell(session: Session, before: int | None, after: int) -> None:
             "text": TEXTS[verdict].format(before=before, after=after),
         }
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
+
+    def blame(found: Row[tuple[Feedback, bool]], error: Exception) -> None:
+        note_fault(session, found[0].id, "tell", error)
+
+    return each(session, session.execute(query).all(), tell, blame)
 
 
 def _was_told(session: Session, feedback_id: str) -> bool:
@@ -102,15 +130,26 @@ def reconcile_aliases(
 ) -> dict[str, int | None]:
     """Make the registry's aliases those of the newest promotion and round; an alias moved by hand is put back.
 
+    One that the registry refuses, such as one of a version that was deleted there, keeps no other from its place; it is
+    tried again at the next call.
+
     Returns:
         The aliases that were changed.
     """
     wanted = _wanted_aliases(session)
     changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
-    for alias, version in changed.items():
-        audit(session, "reconciler", "alias set", alias, version=version, found=actual.get(alias))
-        set_alias(alias, version)
-    return changed
+    refused: list[str] = []
+
+    def put(alias: str) -> None:
+        audit(session, "reconciler", "alias set", alias, version=changed[alias], found=actual.get(alias))
+        set_alias(alias, changed[alias])
+
+    def blame(alias: str, error: Exception) -> None:
+        log.warning("the registry does not let %s be v%s: %s", alias, changed[alias], place_of(error))
+        refused.append(alias)
+
+    each(session, changed, put, blame)
+    return {alias: version for alias, version in changed.items() if alias not in refused}
 
 
 def _wanted_aliases(session: Session) -> dict[str, int | None]:

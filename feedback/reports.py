@@ -1,17 +1,22 @@
 """Reports: taking them in, screening, acceptance, and what became of them."""
 
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 
-from sqlalchemy import func, select
+from pydantic import ValidationError
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, joinedload
 
 from feedback.accounts import NotFound
 from feedback.contracts import Event, FeedbackIn, FeedbackOut
+from feedback.items import each, faults_of, note_fault, storable
+from feedback.promotion import champion
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Outbox, new_id
-from yuan.data.rows import Row
+from feedback.withdrawal import withdrawal_of
+from yuan.data.checkers import Checker
+from yuan.data.rows import MAX_TEXT, Row
 
 REPORTS = "reports"
 
@@ -47,29 +52,55 @@ def list_feedback(session: Session, contributor: Contributor) -> Sequence[Feedba
     return session.scalars(query.order_by(Feedback.created_at, Feedback.id)).all()
 
 
-def screen(session: Session, cut_off: datetime) -> int:
+def screen(session: Session, cut_off: datetime) -> tuple[int, int]:
     """Screen what arrived before the cut-off; reports that cannot become a case wait for a reviewer.
 
     Returns:
-        How many reports are screened now.
+        How many reports are screened now, and how many of them could not be processed.
     """
     rows = session.scalars(
         select(Feedback).where(Feedback.state == "received", Feedback.created_at <= cut_off).with_for_update()
     ).all()
-    for row in rows:
+
+    def screen_one(row: Feedback) -> None:
+        FeedbackIn.model_validate(row.body)  # today's rules may be tighter than those it came in under
         row.state = "in_review"
         row.screening = "checkable" if row.kind == "correction" else "needs a reviewer"
-    return len(rows)
+
+    return len(rows), each(session, rows, screen_one, lambda row, error: _set_aside(session, row, "screen", error))
+
+
+def _set_aside(session: Session, row: Feedback, step: str, error: Exception, version: int | None = None) -> None:
+    """Record why a report could not be processed.
+
+    One that is malformed is rejected. Any other stays in review with the reason: it was this version, or this release,
+    that could not process it, so the next champion is asked about it again.
+    """
+    row.reason = note_fault(session, row.id, step, error)
+    row.state = "rejected" if isinstance(error, ValidationError) else "in_review"
+    row.screening = row.screening or "needs a reviewer"
+    row.reproduction = None
+    row.reproduced_version = row.reproduced_version if version is None else version
 
 
 def pending(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
-    """How many reports wait to be screened or reproduced, or to be reviewed if asked, and since when."""
-    unasked = (Feedback.screening == "checkable") & Feedback.reproduction.is_(None)
-    answered = Feedback.reproduction.is_not(None)
-    in_review = (Feedback.state == "in_review") & (unasked | answered if with_review else unasked)
-    query = select(func.count(), func.min(Feedback.created_at)).where((Feedback.state == "received") | in_review)
-    count, oldest = session.execute(query).one()
+    """How many reports wait to be screened or reproduced, or to be reviewed if asked, and since when.
+
+    A report that the champion could not be asked about waits for the next one, and is not counted.
+    """
+    checkable = (Feedback.state == "in_review") & (Feedback.screening == "checkable")
+    waits = (Feedback.state == "received") | (checkable & _unasked(champion(session)))
+    if with_review:
+        waits |= (Feedback.state == "in_review") & Feedback.reproduction.is_not(None)
+    count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(waits)).one()
     return count, oldest
+
+
+def _unasked(version: int | None) -> ColumnElement[bool]:
+    """Reports about which this version was not asked; with no version, none ever was."""
+    if version is None:
+        return Feedback.reproduced_version.is_(None)
+    return Feedback.reproduced_version.is_distinct_from(version)
 
 
 def accepted_since(session: Session, moment: datetime | None) -> int:
@@ -84,19 +115,44 @@ def unreproduced(session: Session, cut_off: datetime, version: int, limit: int |
         Feedback.state == "in_review",
         Feedback.screening == "checkable",
         Feedback.created_at <= cut_off,
-        Feedback.reproduced_version.is_distinct_from(version),
+        _unasked(version),
     )
     return session.scalars(query.order_by(Feedback.created_at, Feedback.id).limit(limit)).all()
 
 
-def note_reproduction(session: Session, feedback_id: str, version: int, answer: str) -> None:
-    """Record what the version answers to a report's prompt, judged by the report's checker; once decided, it stays."""
-    row = session.get_one(Feedback, feedback_id, with_for_update=True)
-    if row.state != "in_review":
-        return
-    right = FeedbackIn.model_validate(row.body).rule.check(answer)
-    row.reproduced_version, row.reproduced_response = version, answer
-    row.reproduction = f"already fixed in v{version}" if right else "reproduced"
+Answered = tuple[str, str | ValueError]  # a report's id, and the answer or why there is none
+Check = Callable[[Checker, str], bool]
+
+
+def note_reproductions(session: Session, version: int, answered: Iterable[Answered], check: Check) -> int:
+    """Record what the version answers to reports' prompts, judged by their checkers; what is decided stays.
+
+    Args:
+        check: whether a checker takes an answer; what it raises is that one report's fault.
+
+    Returns:
+        How many reports could not be processed.
+    """
+
+    def note(one: Answered) -> None:
+        row, answer = _locked(session, one[0]), one[1]
+        if row.state != "in_review":
+            return
+        if isinstance(answer, ValueError):
+            raise answer
+        right = check(FeedbackIn.model_validate(row.body).rule, answer)
+        row.reproduced_version, row.reproduced_response = version, storable(answer, MAX_TEXT)
+        row.reproduction = f"already fixed in v{version}" if right else "reproduced"
+        row.reason = None
+
+    def blame(one: Answered, error: Exception) -> None:
+        _set_aside(session, _locked(session, one[0]), "reproduce", error, version)
+
+    return each(session, answered, note, blame)
+
+
+def _locked(session: Session, feedback_id: str) -> Feedback:
+    return session.get_one(Feedback, feedback_id, with_for_update=True)
 
 
 def review(session: Session, cut_off: datetime, salt: str, share: float) -> dict[str, int]:
@@ -108,26 +164,42 @@ def review(session: Session, cut_off: datetime, salt: str, share: float) -> dict
         Feedback.state == "in_review", Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
     )
     counts = {"accepted": 0, "rejected": 0, "disputed": 0}
-    for row in session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all():
-        report = FeedbackIn.model_validate(row.body)
-        sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
-        rival = session.scalar(
-            select(Case).where(Case.suite == REPORTS, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
-        )
-        if row.reproduction != "reproduced":
-            row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
-        elif rival is not None:
-            row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
-        else:
-            row.state, row.accepted_at = "accepted", datetime.now(timezone.utc)
-            add_cases(session, REPORTS, [sample], role_of(sample.key, salt, share))
-            row.case_id = session.scalars(select(Case.id).where(Case.suite == REPORTS, Case.key == sample.key)).one()
+
+    def review_one(row: Feedback) -> None:
+        _decide(session, row, salt, share)
+        session.flush()  # what the database refuses is not counted
         counts[row.state] += 1
-    return counts
+
+    rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
+    failed = each(session, rows, review_one, lambda row, error: _set_aside(session, row, "review", error))
+    return {**counts, "failed": failed}
+
+
+def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
+    report = FeedbackIn.model_validate(row.body)
+    sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
+    rival = session.scalar(
+        select(Case.id)
+        .where(Case.suite == REPORTS, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
+        .where(Case.withdrawn_at.is_(None))
+        .limit(1)
+    )
+    if row.reproduction != "reproduced":
+        row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
+    elif rival is not None:
+        row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
+    else:
+        add_cases(session, REPORTS, [sample], role_of(sample.key, salt, share))
+        case = session.scalars(select(Case).where(Case.suite == REPORTS, Case.key == sample.key)).one()
+        row.state, row.accepted_at, row.case_id = "accepted", datetime.now(timezone.utc), case.id
+        row.reason = None
 
 
 def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> None:
-    """Make the cases of checkable rows in a suite; keys the suite has already keep their case and role."""
+    """Make the cases of checkable rows in a suite; keys the suite has already keep their case and role.
+
+    A case from which all had withdrawn counts again.
+    """
     values = [
         {
             "id": new_id(),
@@ -144,7 +216,8 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> N
         if row.checker is not None
     ]
     if values:
-        session.execute(insert(Case).on_conflict_do_nothing(index_elements=["suite", "key"]), values)
+        made = insert(Case).on_conflict_do_update(index_elements=["suite", "key"], set_={"withdrawn_at": None})
+        session.execute(made, values)
 
 
 def role_of(key: str, salt: str, share: float) -> str:
@@ -183,11 +256,13 @@ def describe(session: Session, row: Feedback) -> FeedbackOut:
     if row.accepted_at and row.case:
         role = {"taught": "taught: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
         events.append(Event(at=row.accepted_at, text=f"accepted as a case, {role}"))
+    events += [Event(at=at, text=text) for at, text in faults_of(session, row.id)]
     if row.state in ("rejected", "disputed"):
         events.append(Event(at=row.created_at, text=f"{row.state}: {row.reason}"))
     facts = verdicts(_results(session, row)) if row.case_id else []
     notices = session.scalars(select(Outbox).where(Outbox.feedback_id == row.id).order_by(Outbox.version)).all()
     events += [Event(at=n.delivered_at, text=n.text) for n in notices if n.delivered_at]
+    events += withdrawal_of(session, row)
     newest = notices[-1] if notices else None
     return FeedbackOut(
         id=row.id,

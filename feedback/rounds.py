@@ -1,6 +1,6 @@
 """Rounds: one at a time, each a row that remembers how far it is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -117,6 +117,12 @@ def finish(session: Session, round_id: str, state: str, reason: str, actor: str 
         audit(session, actor, f"round {state}", round_id, reason=reason)
 
 
+def count_failed(session: Session, round_id: str, counts: Mapping[str, int]) -> None:
+    """Keep how many items failed alone in steps of a round; a step that runs again counts anew."""
+    turn = session.get_one(Round, round_id, with_for_update=True)
+    turn.failed_items = {**turn.failed_items, **counts}
+
+
 def keep_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str, Any]:
     """Store the round's plan, or return the one it has."""
     plan = session.scalar(select(Plan).where(Plan.round_id == round_id))
@@ -191,7 +197,8 @@ def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | N
 def untested(session: Session, version: int) -> Sequence[Case]:
     """Cases the version has not taken yet."""
     taken = select(CaseResult.case_id).where(CaseResult.version == version)
-    return session.scalars(select(Case).where(Case.id.not_in(taken)).order_by(Case.id)).all()
+    query = select(Case).where(Case.withdrawn_at.is_(None), Case.id.not_in(taken))
+    return session.scalars(query.order_by(Case.id)).all()
 
 
 DOING = {
@@ -227,6 +234,7 @@ def describe(session: Session, turn: Round) -> RoundOut:
         candidate_version=turn.candidate_version,
         snapshot_id=turn.snapshot_id,
         decision=turn.decision,
+        failed_items=turn.failed_items,
         status=run.status if run else None,
         created_at=turn.created_at,
         finished_at=turn.finished_at,

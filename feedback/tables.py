@@ -93,7 +93,7 @@ class Dataset(Created, Base):
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
     name: Mapped[str]
     purpose: Mapped[str] = mapped_column(comment="mixture | base | suite")
-    state: Mapped[str] = mapped_column(comment="uploading | checked | accepted | rejected")
+    state: Mapped[str] = mapped_column(comment="uploading | checked | accepted | rejected | withdrawn")
     reason: Mapped[str | None]
     sha256: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -114,7 +114,7 @@ class DatasetRow(Base):
 
 
 class Case(Created, Base):
-    """A checked question that every later model takes. Its role is fixed once."""
+    """A checked question that every later model takes, until all who stand for it withdraw. Its role is fixed once."""
 
     __tablename__ = "case"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -126,6 +126,7 @@ class Case(Created, Base):
     checker: Mapped[Json]
     role: Mapped[str] = mapped_column(comment="taught | held_out")
     capability: Mapped[str | None]
+    withdrawn_at: Mapped[datetime | None] = mapped_column(comment="nobody stands for it any more")
     __table_args__ = (UniqueConstraint("suite", "key"),)
 
 
@@ -147,6 +148,7 @@ class CaseResult(Created, Base):
     version: Mapped[int] = mapped_column(ForeignKey("model_version.version"), primary_key=True, index=True)
     passed: Mapped[bool]
     answer: Mapped[str]
+    reason: Mapped[str | None] = mapped_column(comment="why it could not be judged; it failed")
 
 
 class Snapshot(Created, Base):
@@ -175,6 +177,7 @@ class Round(Created, Base):
     snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshot.id"))
     candidate_version: Mapped[int | None]
     decision: Mapped[Json | None]
+    failed_items: Mapped[Json] = mapped_column(server_default="{}", comment="items that failed alone, by step")
     finished_at: Mapped[datetime | None]
     __table_args__ = (
         Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),

@@ -9,6 +9,8 @@ from feedback.accounts import audit
 from feedback.promotion import champion
 from feedback.reproduce import ask_again
 from flows.context import Context
+from infra.faults import is_of_one_item
+from yuan.data.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +26,34 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
             return {}
         turn = rounds.find_round(session, round_id)
         cut_off, parent, policy = turn.cut_off, turn.parent_version, turn.parameters["policy"]
-    screened = _screen(context, cut_off)
-    if parent is not None:
-        _reproduce(context, cut_off, parent, limit=None)
+    screened, unscreened = _screen(context, cut_off)
+    unasked = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
     counts = _review(context, cut_off, policy, round_id)
+    accepted, refused = _accept_datasets(context, cut_off)
+    failed = {"screen": unscreened, "reproduce": unasked, "review": counts.pop("failed"), "accept": refused}
+    with context.sessions.begin() as session:
+        rounds.count_failed(session, round_id, failed)
+    counts |= {"screened": screened, "datasets": accepted, "failed": sum(failed.values())}
+    log.info("collected: %s", counts)
+    return counts
+
+
+def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
+    """Accept what passed the check, each in a transaction of its own; how many were, and how many could not be."""
     with context.sessions() as session:
         waiting = datasets.checked(session, cut_off)
+    failed = 0
     for dataset_id in waiting:
-        with context.sessions.begin() as session:
-            datasets.accept(session, dataset_id, context.objects.get, context.salt, context.settings.held_out_share)
-    log.info("screened %d reports and accepted %d datasets: %s", screened, len(waiting), counts)
-    return {"screened": screened, "datasets": len(waiting), **counts}
+        try:
+            with context.sessions.begin() as session:
+                datasets.accept(session, dataset_id, context.objects.get, context.salt, context.settings.held_out_share)
+        except Exception as error:
+            if not is_of_one_item(error):
+                raise
+            failed += 1
+            with context.sessions.begin() as session:
+                datasets.set_aside(session, dataset_id, error)
+    return len(waiting) - failed, failed
 
 
 def take_up(context: Context, limit: int) -> dict[str, int]:
@@ -47,29 +66,34 @@ def take_up(context: Context, limit: int) -> dict[str, int]:
         version = champion(session)
     if version is None:
         return {}
-    screened = _screen(context, now)
-    reproduced = _reproduce(context, now, version, limit)
+    screened, unscreened = _screen(context, now)
+    asked, unasked = _reproduce(context, now, version, limit)
     with context.sessions() as session:
         is_running = rounds.running_round(session) is not None
     counts = {} if is_running else _review(context, now, POLICY, f"v{version}")
-    return {"screened": screened, "asked_again": reproduced, **counts}
+    failed = unscreened + unasked + counts.pop("failed", 0)
+    return {"screened": screened, "asked_again": asked, **counts, "failed": failed}
 
 
-def _screen(context: Context, cut_off: datetime) -> int:
+def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
     with context.sessions.begin() as session:
         return reports.screen(session, cut_off)
 
 
-def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | None) -> int:
+def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | None) -> tuple[int, int]:
+    """Ask the version about reports, each batch kept before the next is asked; how many, and how many could not be."""
     with context.sessions() as session:
         found = reports.unreproduced(session, cut_off, version, limit)
-        todo = [(row.id, str(row.body["prompt"])) for row in found]
-    answers = ask_again(context.settings, [prompt for _, prompt in todo], version)
-    with context.sessions.begin() as session:
-        for (feedback_id, _), answer in zip(todo, answers, strict=True):
-            reports.note_reproduction(session, feedback_id, version, answer)
-    log.info("asked v%d again about %d reports", version, len(todo))
-    return len(todo)
+        ids, prompts = [row.id for row in found], [str(row.body.get("prompt", "")) for row in found]
+    done = failed = 0
+    with Judge() as judge:
+        for answers in ask_again(context.settings, prompts, version):
+            batch = list(zip(ids[done:], answers, strict=False))
+            with context.sessions.begin() as session:
+                failed += reports.note_reproductions(session, version, batch, judge.check)
+            done += len(answers)
+    log.info("asked v%d again about %d reports, %d could not be processed", version, done, failed)
+    return done, failed
 
 
 def _review(context: Context, cut_off: datetime, policy: str, subject: str) -> dict[str, int]:
@@ -88,5 +112,6 @@ def snapshot(context: Context, round_id: str) -> str:
             return context.objects.put_named_by_content(datasets.SNAPSHOTS, data)
 
         snapshot_id = datasets.freeze(session, round_id, context.objects.get, store)
+        rounds.count_failed(session, round_id, {"snapshot": datasets.failed_in(session, snapshot_id)})
     log.info("froze snapshot %s", snapshot_id[:12])
     return snapshot_id

@@ -19,24 +19,27 @@ log = logging.getLogger(__name__)
 EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
 
 
-def evaluate(context: Context, round_id: str) -> dict[int, int]:
-    """Let candidate and champion take the cases they have not taken, and return how many each took."""
+def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
+    """Let candidate and champion take the cases they have not taken: how many each took and could not be judged on."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "evaluate", context.attempt)
         turn = rounds.find_round(session, round_id)
         versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
-    return {version: evaluate_version(context, version) for version in versions}
+    taken = [{"version": version, **evaluate_version(context, version)} for version in versions]
+    with context.sessions.begin() as session:
+        rounds.count_failed(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
+    return taken
 
 
-def evaluate_version(context: Context, version: int) -> int:
-    """Let a version take every case it has not taken yet."""
+def evaluate_version(context: Context, version: int) -> dict[str, int]:
+    """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement."""
     with context.sessions() as session:
         cases = [
             {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
             for case in rounds.untested(session, version)
         ]
     if not cases:
-        return 0
+        return {"cases": 0, "failed": 0}
     folder = context.settings.home / "eval" / f"v{version}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -44,8 +47,9 @@ def evaluate_version(context: Context, version: int) -> int:
     with context.sessions.begin() as session:
         promotion.store_results(session, version, results)
     shutil.rmtree(folder)
-    log.info("v%d took %d cases", version, len(results))
-    return len(results)
+    failed = sum(result["reason"] is not None for result in results)
+    log.info("v%d took %d cases, of which %d could not be judged", version, len(results), failed)
+    return {"cases": len(results), "failed": failed}
 
 
 def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,7 +62,7 @@ def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, 
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / "eval.log"
-    asked.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
+    asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
     confinement = Confinement(write=(folder, *accelerator_files()), signal="SIGKILL")
     command = confinement.command(
         sys.executable, "-m", "yuan.eval.run", f"v{version}", str(folder / "model"), str(asked), str(answered)
@@ -71,7 +75,7 @@ def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, 
         log.warning("an evaluation ended with status %d", status)
     else:
         raise RuntimeError(f"evaluation ended with status {status}; its log is {log_file}")
-    return [json.loads(line) for line in answered.read_text().splitlines()]
+    return [json.loads(line) for line in answered.read_bytes().split(b"\n") if line]
 
 
 def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
@@ -94,7 +98,8 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
         turn = rounds.find_round(session, round_id)
         decision = gate.decide(session, turn)
         if decision["promote"]:
-            promotion.promote(session, turn, decision)
+            untold = promotion.promote(session, turn, decision)
+            rounds.count_failed(session, round_id, {"tell": untold})
             rounds.finish(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
         else:
             turn.decision = decision
@@ -108,6 +113,7 @@ def tell(context: Records) -> int:
     """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
     with context.sessions.begin() as session:
         delivered = promotion.deliver(session)
+    with context.sessions.begin() as session:  # the registry may not answer; what is delivered stays so
         changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
     if delivered or changed:
         log.info("delivered %d notices, set aliases %s", delivered, changed)

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from feedback import datasets, rounds
@@ -12,9 +12,10 @@ from feedback.contracts import RoundParameters
 from flows.context import Context
 from flows.launching import pool_of
 from infra.devices import has_fast_bf16
+from infra.faults import is_of_one_item
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
-from yuan.data.rows import Row, parse_rows
+from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan, make_plan
@@ -47,10 +48,8 @@ def lay_out(context: Context, round_id: str) -> Plan:
         raise ValueError(
             f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
         )
-    rows = [
-        row for row in parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")) if isinstance(row, Row)
-    ]
-    model, tokenizer = _model(context, folder, parent, rows)
+    parsed = list(parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")))
+    model, tokenizer = _model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
     pool = pool_of(context.settings)
@@ -71,24 +70,46 @@ def lay_out(context: Context, round_id: str) -> Plan:
     context.objects.put(rounds.picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
     shares = None if weights is None else {str(name): share for name, share in weights.items()}
-    folder.write(spec, _sources(rows, parts, tokenizer, spec.seed), pad=tokenizer.pad, weights=shares)
-    log.info("laid out run %s: %d rows, stages %s", run_id, len(rows), plan.bounds)
+    failed: list[str] = []
+    folder.write(spec, _sources(parsed, parts, tokenizer, spec.seed, failed), pad=tokenizer.pad, weights=shares)
+    with context.sessions.begin() as session:
+        rounds.count_failed(session, round_id, {"plan": len(failed)})
+    log.info("laid out run %s: %d rows, left out %s, stages %s", run_id, len(parsed), failed[:20], plan.bounds)
     return plan
 
 
 def _sources(
-    rows: list[Row], parts: dict[str, int], tokenizer: tokenizers.Tokenizer, seed: int
+    parsed: Sequence[Row | BadRow], parts: dict[str, int], tokenizer: tokenizers.Tokenizer, seed: int, failed: list[str]
 ) -> dict[str, Iterator[Sample]]:
-    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own."""
+    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own.
+
+    Args:
+        failed: is given a name for each row that cannot be encoded and is left out.
+    """
     sources: dict[str, Iterator[Sample]] = {}
     start = 0
     for name, count in parts.items():
-        own = rows[start : start + count]
+        own = list(parsed[start : start + count])
         start += count
         random.Random(f"{seed} {name}").shuffle(own)
         if own:
-            sources[name] = (encode_row(row, tokenizer) for row in own)
+            sources[name] = _encoded(own, tokenizer, failed)
     return sources
+
+
+def _encoded(rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, failed: list[str]) -> Iterator[Sample]:
+    for row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise ValueError(row.reason)
+            sample = encode_row(row, tokenizer)
+        except Exception as error:
+            if not is_of_one_item(error):
+                raise
+            name = f"line {row.row}" if isinstance(row, BadRow) else row.key[:12]
+            failed.append(f"{name}: {type(error).__name__}")  # no more of it: it may quote the row
+        else:
+            yield sample
 
 
 def limits_on(pool: Pool, recipe: Recipe) -> Limits:

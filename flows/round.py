@@ -73,7 +73,7 @@ def run_steps(context: Context, round_id: str) -> str:
     create_markdown_artifact(key="plan-explained", markdown=plan_text(context, round_id, plan))
     train(context, round_id, progress_reporter())
     register(context, round_id)
-    evaluate(context, round_id)
+    show_table("evaluated", evaluate(context, round_id))
     decision = decide(context, round_id)
     show_table("gate", gate_rows(decision))
     create_markdown_artifact(key="decision", markdown=decision_text(decision))

@@ -10,22 +10,18 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
-from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 from prefect import task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from sqlalchemy.exc import OperationalError
 
 from feedback.rounds import RoundEnded
 from flows.progress import RunCancelled
 from infra.error_text import frames, told
+from infra.faults import is_passing
 
 log = logging.getLogger(__name__)
-
-IO_ERRORS = (httpx.HTTPError, BotoCoreError, ClientError, MlflowException, OperationalError, ConnectionError)
 
 
 class StepFailed(Exception):
@@ -53,7 +49,7 @@ def without_text(name: str) -> Iterator[None]:
     except (StepFailed, RoundEnded, RunCancelled):
         raise
     except Exception as error:
-        if is_passing(error):
+        if is_worth_a_retry(error):
             log.warning("%s: a server does not answer: %s", name, told(error))
             raise ServerAway(told(error)) from None
         log.error("%s failed: %s", name, frames(error))
@@ -61,9 +57,11 @@ def without_text(name: str) -> Iterator[None]:
         raise kind(told(error)) from None
 
 
-def is_passing(error: Exception) -> bool:
-    """Only what a network or a restarting server did is worth another try."""
-    return isinstance(error, IO_ERRORS)
+def is_worth_a_retry(error: Exception) -> bool:
+    """Whether a network or a restarting server failed; what a server refuses, it refuses again."""
+    if isinstance(error, MlflowException):  # its client says 500 for a server that it does not reach
+        return bool(error.get_http_status_code() >= 500)
+    return is_passing(error)
 
 
 def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:

@@ -86,16 +86,16 @@ def _keep_dataset(
     if row.bad_rows or not row.num_rows:
         message = f"dataset {row.id}: {row.reason}; none was taken, correct them and push again"
         return error_answer(422, "malformed", message, rows=row.bad_rows)
-    return datasets.describe(row)
+    return datasets.describe(session, row)
 
 
 @router.get("/datasets")
 def list_datasets(contributor: Current, session: Db) -> list[DatasetOut]:
     """Your datasets, oldest first."""
-    return [datasets.describe(row) for row in datasets.list_datasets(session, contributor)]
+    return [datasets.describe(session, row) for row in datasets.list_datasets(session, contributor)]
 
 
 @router.get("/datasets/{dataset_id}")
 def get_dataset(dataset_id: str, contributor: Current, session: Db) -> DatasetOut:
     """One of your datasets with its timeline and, if it was refused, its bad rows."""
-    return datasets.describe(datasets.get_dataset(session, contributor, dataset_id))
+    return datasets.describe(session, datasets.get_dataset(session, contributor, dataset_id))

@@ -1,11 +1,21 @@
-"""Routes of operators: accounts and rounds."""
+"""Routes of operators: accounts, rounds, and what is withdrawn."""
 
 from fastapi import APIRouter
 
-from feedback import rounds
+from feedback import datasets, reports, rounds
 from feedback.accounts import add_contributor, audit
-from feedback.api.access import Db, Operator, Repeatable
-from feedback.contracts import ContributorIn, ContributorOut, ErrorOut, RoundOut, RoundParameters
+from feedback.api.access import Current, Db, Operator, Repeatable
+from feedback.contracts import (
+    ContributorIn,
+    ContributorOut,
+    DatasetOut,
+    ErrorOut,
+    FeedbackOut,
+    RoundOut,
+    RoundParameters,
+    WithdrawalIn,
+)
+from feedback.withdrawal import withdraw_dataset, withdraw_report
 
 router = APIRouter(
     prefix="/api/v1",
@@ -43,3 +53,15 @@ def cancel_round(round_id: str, operator: Operator, session: Db) -> RoundOut:
     rounds.finish(session, turn.id, "cancelled", "cancelled by an operator", actor=operator.id)
     rounds.notify(session)
     return rounds.describe(session, turn)
+
+
+@router.post("/feedback/{feedback_id}/withdraw")
+def withdraw_feedback(feedback_id: str, form: WithdrawalIn, who: Current, session: Db) -> FeedbackOut:
+    """Withdraw a report of yours, or any as an operator: it leaves training, tests and notices, and stays on record."""
+    return reports.describe(session, withdraw_report(session, who, feedback_id, form.reason))
+
+
+@router.post("/datasets/{dataset_id}/withdraw")
+def withdraw_rows(dataset_id: str, form: WithdrawalIn, who: Current, session: Db) -> DatasetOut:
+    """Withdraw a dataset of yours, or any as an operator: its rows leave training and tests, and it stays on record."""
+    return datasets.describe(session, withdraw_dataset(session, who, dataset_id, form.reason))

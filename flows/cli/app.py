@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack
+from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack, withdraw
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,6 +12,7 @@ app = typer.Typer(
 )
 stack.add_to(app)
 contribute.add_to(app)
+withdraw.add_to(app)
 rounds.add_to(app)
 plan.add_to(app)
 pool.add_to(app)

@@ -93,6 +93,8 @@ def follow(client: Client, round_id: str) -> RoundOut:
 def _report(turn: RoundOut, as_json: bool) -> None:
     text = f"round {turn.number} ({turn.id}) is {turn.state}"
     text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
+    failed = sum(turn.failed_items.values())
+    text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
     show(turn.model_dump(mode="json"), text, as_json)
     if turn.state in ("failed", "cancelled", "rejected"):
         raise typer.Exit(FAILED)

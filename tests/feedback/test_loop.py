@@ -31,9 +31,13 @@ def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
 
 def accept_all(session, later, *, share=0.5, right=False):
     reports.screen(session, later)
-    for row in reports.unreproduced(session, later, 1):
-        reports.note_reproduction(session, row.id, 1, row.body["expected"] if right else "wrong")
+    found = reports.unreproduced(session, later, 1)
+    reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in found])
     return reports.review(session, later, SALT, share)
+
+
+def reproduce(session, answered, version=1):
+    return reports.note_reproductions(session, version, answered, lambda checker, answer: checker.check(answer))
 
 
 def start_round(session):
@@ -174,7 +178,7 @@ def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, 
     assert reports.pending(session, with_review=False) == (1, first.created_at)
     reports.screen(session, later)
     assert reports.pending(session, with_review=False)[0] == 1
-    reports.note_reproduction(session, first.id, 1, "wrong")
+    reproduce(session, [(first.id, "wrong")])
     assert reports.pending(session, with_review=False)[0] == 0
     assert reports.pending(session, with_review=True)[0] == 1
     reports.review(session, later, SALT, 0.5)
@@ -186,7 +190,7 @@ def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, 
 def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later)
-    reports.note_reproduction(session, row.id, 2, "cba")
+    reproduce(session, [(row.id, "cba")], version=2)
     assert (row.state, row.reproduced_version) == ("accepted", 1)
 
 

@@ -1,7 +1,8 @@
 """Entry of an evaluation: `python -m yuan.eval.run VERSION FOLDER CASES.jsonl RESULTS.jsonl`.
 
 The version, such as v7, is fetched from the tracker into the folder, with the account in the environment. Cases are
-rows with an id; results give each case's answer and whether its checker takes it.
+rows with an id; results give each case's answer and whether its checker takes it. A case that cannot be asked, answered
+or judged has failed, with the reason; the others go on.
 """
 
 import json
@@ -11,20 +12,24 @@ import sys
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from infra.launch import leave_with_parent
 from infra.logs import configure_logging
 from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker
-from yuan.generate.answers import generate
+from yuan.data.judge import CheckFailed, Judge
+from yuan.data.rows import describe
+from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
+from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 EXTRA_TOKENS = 8
+Result = dict[str, object]
 
 
 class EvalCase(BaseModel):
@@ -36,17 +41,47 @@ class EvalCase(BaseModel):
     checker: Checker
 
 
-def evaluate(model_dir: Path, cases: list[EvalCase]) -> list[dict[str, object]]:
-    """Answer every case without chance and judge the answers; a prompt beyond the window fails."""
+def evaluate(model_dir: Path, cases: list[EvalCase], judge: Judge) -> list[Result]:
+    """Answer every case without chance and judge the answers."""
     model, tokenizer = load(model_dir), load_tokenizer(model_dir)
-    longest = max((len(tokenizer.encode(case.expected)) for case in cases), default=0)
-    fitting = [case for case in cases if len(tokenizer.encode(case.prompt)) + 1 < model.config.seq_len]
-    answers = generate(model, tokenizer, [case.prompt for case in fitting], Sampling(max_tokens=longest + EXTRA_TOKENS))
-    texts = {case.id: answer.text for case, answer in zip(fitting, answers, strict=True)}
-    return [
-        {"case_id": c.id, "answer": texts.get(c.id, ""), "passed": c.id in texts and c.checker.check(texts[c.id])}
-        for c in cases
-    ]
+    longest = max((_length(case.expected, tokenizer) for case in cases), default=0)
+    sampling = Sampling(max_tokens=longest + EXTRA_TOKENS)
+    answers = answer_each(model, tokenizer, [case.prompt for case in cases], sampling)
+    return [judged(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
+
+
+def _length(text: str, tokenizer: Tokenizer) -> int:
+    try:
+        return len(tokenizer.encode(text))
+    except ValueError:
+        return 0
+
+
+def judged(case: EvalCase, answer: Completion | Exception, judge: Judge) -> Result:
+    """The result of one case."""
+    if isinstance(answer, Exception):
+        return failed(case.id, str(answer))
+    try:
+        passed = judge.check(case.checker, answer.text)
+    except CheckFailed as error:
+        return failed(case.id, str(error), answer.text)
+    return {"case_id": case.id, "answer": answer.text, "passed": passed, "reason": None}
+
+
+def failed(case_id: str, reason: str, answer: str = "") -> Result:
+    return {"case_id": case_id, "answer": answer, "passed": False, "reason": reason[:500]}
+
+
+def read_cases(file: Path) -> tuple[list[EvalCase], list[Result]]:
+    """The cases of a file, and the results of those that are none."""
+    cases, bad = [], []
+    for line in file.read_bytes().split(b"\n"):
+        if line:
+            try:
+                cases.append(EvalCase.model_validate_json(line))
+            except ValidationError as error:
+                bad.append(failed(str(json.loads(line)["id"]), describe(error)))
+    return cases, bad
 
 
 def main() -> int:
@@ -55,12 +90,15 @@ def main() -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     folder, cases_file, results_file = map(Path, sys.argv[2:5])
     model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
-    cases = [EvalCase.model_validate_json(line) for line in cases_file.read_text().splitlines()]
-    results = evaluate(model_dir, cases)
+    cases, results = read_cases(cases_file)
+    with Judge() as judge:
+        results += evaluate(model_dir, cases, judge)
     scratch = results_file.with_suffix(".part")
-    scratch.write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    scratch.write_bytes(b"".join(json.dumps(result).encode() + b"\n" for result in results))
     scratch.replace(results_file)
-    log.info("evaluated %d cases, %d passed", len(results), sum(bool(result["passed"]) for result in results))
+    passed = sum(bool(result["passed"]) for result in results)
+    unjudged = sum(result["reason"] is not None for result in results)
+    log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), passed, unjudged)
     return 0
 
 

@@ -25,15 +25,27 @@ class Completion:
 def generate(model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling: Sampling) -> list[Completion]:
     """Answer each prompt until it ends, max_tokens or the end of the window.
 
-    Up to 128 run together, and another joins as soon as one has ended; an answer does not depend on its company.
-
     Raises:
         ValueError: if a prompt leaves no room in the window, or the model gives logits that are not finite.
     """
-    window = model.config.seq_len
-    sequences = [
-        Sequence([*tokenizer.encode(prompt), tokenizer.sep], sampling, tokenizer, window) for prompt in prompts
-    ]
+    completions = []
+    for done in answer_each(model, tokenizer, prompts, sampling):
+        if isinstance(done, Exception):
+            raise done
+        completions.append(done)
+    return completions
+
+
+def answer_each(
+    model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling: Sampling
+) -> list[Completion | Exception]:
+    """Answer each prompt as `generate` does; one that cannot be answered has the reason in its place.
+
+    Up to 128 run together, and another joins as soon as one has ended; an answer does not depend on its company.
+    """
+    made = [_begin(model, tokenizer, prompt, sampling) for prompt in prompts]
+    sequences = [one for one in made if isinstance(one, Sequence)]
+    reasons: dict[Sequence, Exception] = {}
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt), reverse=True)
     decoder = Decoder(model)
     while waiting or decoder.running:
@@ -43,6 +55,17 @@ def generate(model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling:
             failed = decoder.add(joining)
         else:
             failed = decoder.step()
-        if failed:
-            raise failed[0][1]
-    return [Completion(s.text, str(s.finish_reason), len(s.prompt), s.num_tokens) for s in sequences]
+        reasons.update(failed)
+    return [
+        one
+        if isinstance(one, Exception)
+        else reasons.get(one) or Completion(one.text, str(one.finish_reason), len(one.prompt), one.num_tokens)
+        for one in made
+    ]
+
+
+def _begin(model: Yuan, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Sequence | ValueError:
+    try:
+        return Sequence([*tokenizer.encode(prompt), tokenizer.sep], sampling, tokenizer, model.config.seq_len)
+    except ValueError as error:
+        return error

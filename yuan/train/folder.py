@@ -260,10 +260,10 @@ class NewLines:
             return []
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [row for line in whole.decode(errors="replace").splitlines() if (row := _parse(line))]
+        return [row for line in whole.split(b"\n") if (row := _parse(line))]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         return dict(json.loads(line))
     except ValueError:

@@ -1,0 +1,112 @@
+"""One item fails alone: it has its own savepoint, its fault is recorded where its owner looks, the others go on."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from botocore.exceptions import ClientError
+from pydantic import ValidationError
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from feedback.accounts import audit
+from feedback.tables import AuditEvent
+from infra.faults import is_of_one_item
+from yuan.data.rows import describe
+
+log = logging.getLogger(__name__)
+
+FAULT = "could not be processed"
+MAX_REASON = 500
+Item = TypeVar("Item")
+
+
+def each(
+    session: Session, items: Iterable[Item], work: Callable[[Item], object], blame: Callable[[Item, Exception], object]
+) -> int:
+    """Work on every item in a savepoint of its own; where one fails, undo that much and blame it.
+
+    Returns:
+        How many failed.
+
+    Raises:
+        Exception: what is no item's fault, such as a database that does not answer; see `infra.faults`.
+    """
+    failed = 0
+    for item in items:
+        try:
+            with session.begin_nested():
+                work(item)
+        except Exception as error:
+            if not is_of_one_item(error):
+                raise
+            blame(item, error)
+            failed += 1
+    return failed
+
+
+def together(
+    session: Session,
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], object],
+    blame: Callable[[Item, Exception], object],
+) -> int:
+    """Work on all items in one statement, and where it fails, halve them until those that fail are alone.
+
+    Returns:
+        How many failed.
+    """
+    if len(items) <= 1:
+        return each(session, items, lambda item: work([item]), blame)
+    try:
+        with session.begin_nested():
+            work(items)
+    except Exception as error:
+        if not is_of_one_item(error):
+            raise
+        half = len(items) // 2
+        return sum(together(session, part, work, blame) for part in (items[:half], items[half:]))
+    return 0
+
+
+def note_fault(session: Session, subject: str, step: str, error: Exception) -> str:
+    """Record why an item could not be processed in a step, for its timeline; return the reason."""
+    reason = reason_of(error)
+    audit(session, "platform", FAULT, subject, step=step, reason=reason)
+    log.warning("%s: %s %s (%s)", step, subject, FAULT, place_of(error))  # no reason: it may quote the item
+    return reason
+
+
+def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:
+    """When and why an item could not be processed, oldest first."""
+    query = select(AuditEvent).where(AuditEvent.subject == subject, AuditEvent.action == FAULT)
+    events = session.scalars(query.order_by(AuditEvent.id))
+    return [(event.created_at, f"{FAULT} ({event.detail['step']}): {event.detail['reason']}") for event in events]
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line that can be stored and shown to the item's owner."""
+    if isinstance(error, ValidationError):
+        return storable(describe(error))
+    if isinstance(error, DBAPIError):
+        return storable(f"the database refuses it: {str(error.orig).splitlines()[0]}")
+    if isinstance(error, ClientError):
+        return "its bytes are gone from the object store"
+    return storable(str(error) or type(error).__name__)
+
+
+def storable(text: str, limit: int = MAX_REASON) -> str:
+    """A text with what PostgreSQL does not store, U+0000 and lone surrogates, replaced, and cut at the limit."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()[:limit]
+
+
+def place_of(error: Exception) -> str:
+    """An error's type and the line that raised it, without its message."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}{where}"

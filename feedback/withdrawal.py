@@ -1,0 +1,124 @@
+"""Withdrawing reports and datasets: they leave mixture, gate and notices, and stay on record."""
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+from sqlalchemy import ColumnElement, case, delete, exists, select, update
+from sqlalchemy.orm import Session, aliased
+
+from feedback.accounts import OPERATOR, NotFound, audit
+from feedback.contracts import Event
+from feedback.tables import AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
+
+WITHDRAWN = "withdrawn"
+
+
+def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason: str) -> Feedback:
+    """Withdraw a report of one's own, or any as an operator; one that is withdrawn stays as it is.
+
+    From then on it has no verdict and no notice. Its case leaves tests and gate, and its correction the mixture, unless
+    another accepted report shares them. A round whose mixture is frozen goes on without it.
+
+    Raises:
+        NotFound: if there is no such report, or it is somebody else's.
+    """
+    row = session.get(Feedback, feedback_id, with_for_update=True)
+    _check_may(who, row, "report", feedback_id)
+    assert row is not None, "checked"
+    if row.state == WITHDRAWN:
+        return row
+    row.state, row.reason = WITHDRAWN, reason
+    session.flush()
+    others = exists().where(Feedback.case_id == Case.id, Feedback.state == "accepted")
+    _leave(session, (Case.id == row.case_id) & ~others)
+    session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
+    _record(session, who, row, reason)
+    return row
+
+
+def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason: str) -> Dataset:
+    """Withdraw a dataset of one's own, or any as an operator; one that is withdrawn stays as it is.
+
+    Its rows leave the next mixture and its cases tests and gate. Where another accepted dataset has the same row, which
+    was left out as a duplicate, that one takes the row's place.
+
+    Raises:
+        NotFound: if there is no such dataset, or it is somebody else's.
+    """
+    row = session.get(Dataset, dataset_id, with_for_update=True)
+    _check_may(who, row, "dataset", dataset_id)
+    assert row is not None, "checked"
+    if row.state == WITHDRAWN:
+        return row
+    row.state, row.reason = WITHDRAWN, reason
+    session.flush()
+    _let_inherit(session, row)
+    held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == "held_out")
+    others = (
+        exists()
+        .where(DatasetRow.key == Case.key, DatasetRow.role == "held_out", DatasetRow.dataset_id == Dataset.id)
+        .where(Dataset.state == "accepted", _same_suite(row))
+    )
+    _leave(session, (Case.suite == suite_of(row)) & Case.key.in_(held_out) & ~others)
+    _record(session, who, row, reason)
+    return row
+
+
+def suite_of(dataset: Dataset) -> str:
+    """The suite in which a dataset's held-out rows test."""
+    return dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
+
+
+def withdrawal_of(session: Session, row: Feedback | Dataset) -> Sequence[Event]:
+    """The line of a withdrawal on its record's timeline, if there was one."""
+    if row.state != WITHDRAWN:
+        return []
+    query = select(AuditEvent).where(AuditEvent.subject == row.id, AuditEvent.action == WITHDRAWN)
+    event = session.scalars(query.order_by(AuditEvent.id).limit(1)).one()
+    by = "you" if event.actor == row.contributor_id else "an operator"
+    return [Event(at=event.created_at, text=f"withdrawn by {by}: {row.reason}")]
+
+
+def _check_may(who: Contributor, row: Feedback | Dataset | None, what: str, record_id: str) -> None:
+    if row is None or (who.role != OPERATOR and row.contributor_id != who.id):
+        raise NotFound(f"there is no {what} {record_id}" if who.role == OPERATOR else f"you have no {what} {record_id}")
+
+
+def _leave(session: Session, which: ColumnElement[bool]) -> None:
+    """Let cases leave tests and gate."""
+    leaving = update(Case).where(which, Case.withdrawn_at.is_(None)).values(withdrawn_at=datetime.now(timezone.utc))
+    session.execute(leaving, execution_options={"synchronize_session": False})
+
+
+def _same_suite(row: Dataset) -> ColumnElement[bool]:
+    same = Dataset.purpose == row.purpose
+    return same & (Dataset.name == row.name) if row.purpose == "suite" else same
+
+
+def _let_inherit(session: Session, row: Dataset) -> None:
+    """Give each row's role to the earliest duplicate in an accepted dataset; a test of another suite becomes taught."""
+    own = aliased(DatasetRow)
+    heirs = (
+        select(
+            DatasetRow.dataset_id,
+            DatasetRow.number,
+            case((_same_suite(row), own.role), else_="taught").label("role"),
+        )
+        .join(Dataset, Dataset.id == DatasetRow.dataset_id)
+        .join(own, (own.key == DatasetRow.key) & (own.dataset_id == row.id) & (own.role != "duplicate"))
+        .where(Dataset.state == "accepted", DatasetRow.role == "duplicate")
+        .distinct(DatasetRow.key)
+        .order_by(DatasetRow.key, Dataset.created_at, Dataset.id, DatasetRow.number)
+        .subquery()
+    )
+    inheriting = (
+        update(DatasetRow)
+        .where(DatasetRow.dataset_id == heirs.c.dataset_id, DatasetRow.number == heirs.c.number)
+        .values(role=heirs.c.role)
+    )
+    session.execute(inheriting, execution_options={"synchronize_session": False})
+
+
+def _record(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
+    audit(session, who.id, WITHDRAWN, row.id, reason=reason)
+    session.flush()

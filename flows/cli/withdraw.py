@@ -1,0 +1,56 @@
+"""`cotrain withdraw report | dataset`: what is taken back, by an operator or by who sent it."""
+
+from typing import Annotated
+
+import typer
+
+from feedback.client import Client
+from flows.cli.contribute import LOCAL_PORTAL, Url
+from flows.cli.output import Json, clear_errors, show
+from flows.cli.rounds import operator
+
+Reason = Annotated[str, typer.Option(help="why; it is shown to who sent it")]
+Token = Annotated[
+    str,
+    typer.Option(
+        envvar="COTRAIN_TOKEN", help="your API token; default: this installation's operator", show_default=False
+    ),
+]
+
+withdraw = typer.Typer(no_args_is_help=True, help="Take a report or a dataset out of training, tests and notices.")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(withdraw, name="withdraw")
+
+
+@withdraw.command()
+def report(
+    report_id: Annotated[str, typer.Argument(metavar="ID", help="id of a report")],
+    reason: Reason,
+    url: Url = LOCAL_PORTAL,
+    token: Token = "",
+    as_json: Json = False,
+) -> None:
+    """Withdraw a report, also from a running round. Doing it twice changes nothing."""
+    with clear_errors(), _client(url, token) as client:
+        gone = client.withdraw_feedback(report_id, reason)
+        show(gone.model_dump(mode="json"), f"report {gone.id} is {gone.state}: {gone.reason}", as_json)
+
+
+@withdraw.command()
+def dataset(
+    dataset_id: Annotated[str, typer.Argument(metavar="ID", help="id of a dataset")],
+    reason: Reason,
+    url: Url = LOCAL_PORTAL,
+    token: Token = "",
+    as_json: Json = False,
+) -> None:
+    """Withdraw a dataset, also from a running round. Doing it twice changes nothing."""
+    with clear_errors(), _client(url, token) as client:
+        gone = client.withdraw_dataset(dataset_id, reason)
+        show(gone.model_dump(mode="json"), f"dataset {gone.id} is {gone.state}: {gone.reason}", as_json)
+
+
+def _client(url: str, token: str) -> Client:
+    return Client(url, token) if token else operator()

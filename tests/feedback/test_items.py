@@ -1,0 +1,181 @@
+"""One item fails alone, in every step of the loop: the others go on, and its owner is told why."""
+
+import random
+
+import pytest
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
+
+from feedback import datasets, promotion, reports, rounds
+from feedback.items import each, faults_of
+from feedback.reproduce import Refused
+from feedback.tables import Case, CaseResult, Outbox
+from tests.feedback.test_loop import (
+    SALT,
+    accept_all,
+    checked_rows,
+    later,  # noqa: F401 a fixture
+    promote,
+    reporter,  # noqa: F401 a fixture
+    start_round,
+    submit,
+    upload,
+)
+
+HOW_MANY = 9
+
+
+@pytest.fixture
+def many(session, reporter):  # noqa: F811
+    """Reports, and one of them."""
+    rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(HOW_MANY)]
+    return rows, random.Random(0).choice(rows)
+
+
+def refuse(session, table, column, value):
+    """Let the database refuse one row of a table, by a trigger that is rolled back with the test."""
+    session.flush()
+    body = (
+        f"begin if new.{column} = '{value}' then raise 'a planted fault' using errcode = '22000'; end if; return new;"
+    )
+    session.execute(text(f"create function planted() returns trigger language plpgsql as $$ {body} end $$"))
+    when = f"before insert or update on {table} for each row"
+    session.execute(text(f"create trigger planted {when} execute procedure planted()"))
+
+
+def only_it_failed(session, rows, one, reason):
+    found = {row.id: faults_of(session, row.id) for row in rows}
+    assert [feedback_id for feedback_id, faults in found.items() if faults] == [one.id]
+    assert reason in found[one.id][0][1]
+    assert any(reason in event.text for event in reports.describe(session, one).timeline)
+
+
+def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):  # noqa: F811
+    rows, one = many
+    one.body = {**one.body, "checker": {"type": "gone"}}
+    assert reports.screen(session, later) == (HOW_MANY, 1)
+    assert [row.state for row in rows if row is not one] == ["in_review"] * (HOW_MANY - 1)
+    assert one.state == "rejected" and "checker" in one.reason
+    only_it_failed(session, rows, one, "checker")
+
+
+@pytest.mark.parametrize("fault", ["refused", "raises", "database"])
+def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, many, later, fault):  # noqa: F811
+    rows, one = many
+    reports.screen(session, later)
+
+    def check(checker, answer):
+        if answer == "raises":
+            raise ZeroDivisionError("a planted fault")
+        if answer == "database":
+            session.execute(text("select 1 / 0"))
+        return checker.check(answer)
+
+    answers = {row.id: "wrong" for row in rows}
+    answers[one.id] = Refused("a planted fault") if fault == "refused" else fault
+    assert reports.note_reproductions(session, 1, answers.items(), check) == 1
+    only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
+    assert reports.review(session, later, SALT, 0.5) == {"accepted": 8, "rejected": 0, "disputed": 0, "failed": 0}
+    assert (one.state, one.reproduction) == ("in_review", None) and one.reason
+    promote(session, 1, passed=[])
+    assert reports.unreproduced(session, later, 1) == [] and reports.pending(session, with_review=True)[0] == 0
+    promote(session, 2, passed=[], parent=1)
+    assert reports.unreproduced(session, later, 2) == [one] and reports.pending(session, with_review=False)[0] == 1
+    reports.note_reproductions(session, 2, [(one.id, "wrong")], check)
+    assert reports.review(session, later, SALT, 0.5)["accepted"] == 1 and one.reason is None
+
+
+def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):  # noqa: F811
+    rows, one = many
+    refuse(session, "feedback", "case_id is not null and new.id", one.id)
+    counts = accept_all(session, later)
+    assert (counts["accepted"], counts["failed"]) == (HOW_MANY - 1, 1)
+    assert one.state == "in_review"
+    only_it_failed(session, rows, one, "a planted fault")
+
+
+def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixture(
+    session,
+    objects,
+    reporter,  # noqa: F811
+    many,
+    later,  # noqa: F811
+):
+    rows, one = many
+    accept_all(session, later, share=0.0)
+    session.execute(update(Case).where(Case.id == one.case_id).values(checker={"type": "gone"}))
+    upload(session, objects, reporter, checked_rows("here", 10))
+    gone = upload(session, objects, reporter, checked_rows("gone", 10))
+    objects.delete(f"{datasets.UPLOADS}/{gone.sha256}")
+    session.expire_all()
+    snapshot_id = datasets.freeze(
+        session, start_round(session).id, objects.get, lambda data: objects.put_named_by_content("snapshots", data)
+    )
+    assert datasets.failed_in(session, snapshot_id) == 2
+    assert datasets.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": 9, "base": 0}
+    only_it_failed(session, rows, one, "checker")
+    assert "its bytes are gone" in datasets.describe(session, gone).timeline[-1].text
+
+
+def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):  # noqa: F811
+    rows, one = many
+    accept_all(session, later)
+    refuse(session, "case_result", "passed and new.case_id", one.case_id)
+    promote(session, 1, passed=[row.case_id for row in rows])
+    found = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
+    assert found == [(one.case_id, "the database refuses it: a planted fault")]
+    assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
+
+
+def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):  # noqa: F811
+    rows, one = many
+    reports.screen(session, later)
+    answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
+    assert reports.note_reproductions(session, 1, answers.items(), lambda checker, answer: False) == 0
+    session.flush()
+    assert one.reproduced_response == "a\ufffdb?"
+
+
+def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, later):  # noqa: F811
+    rows, one = many
+    accept_all(session, later)
+    refuse(session, "outbox", "feedback_id", one.id)
+    assert promote(session, 1, passed=[])["promote"]
+    assert promotion.deliver(session) == HOW_MANY - 1
+    assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
+    assert faults_of(session, one.id)[0][1] == (
+        "could not be processed (tell): the database refuses it: a planted fault"
+    )
+
+
+def test_an_alias_that_the_registry_refuses_leaves_the_others_right(session, many, later):  # noqa: F811
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=[], parent=1)
+    aliases = {}
+
+    def set_alias(alias, version):
+        if alias == "champion":
+            raise RuntimeError("v2 was deleted")
+        aliases[alias] = version
+
+    changed = promotion.reconcile_aliases(session, {}, set_alias)
+    assert changed == aliases == {"previous": 1, "candidate": 2}
+
+
+def test_a_fault_of_the_database_itself_is_nobodys(session, many):
+    rows, _ = many
+
+    def work(row):
+        raise OperationalError("select 1", {}, Exception("the connection is lost"))
+
+    with pytest.raises(OperationalError):
+        each(session, rows, work, lambda row, error: pytest.fail("blamed"))
+
+
+def test_counts_of_failed_items_are_kept_with_the_round(session):
+    turn = start_round(session)
+    rounds.count_failed(session, turn.id, {"screen": 1, "reproduce": 5})
+    rounds.count_failed(session, turn.id, {"reproduce": 2})
+    session.flush()
+    assert rounds.describe(session, turn).failed_items == {"screen": 1, "reproduce": 2}

@@ -1,0 +1,139 @@
+"""Reports and datasets that are taken back: out of mixture, tests, gate and notices, and on record."""
+
+import pytest
+from sqlalchemy import select
+
+from feedback import datasets, gate, promotion, reports, rounds
+from feedback.accounts import NotFound, add_contributor
+from feedback.contracts import FeedbackIn
+from feedback.tables import AuditEvent, DatasetRow, Outbox, new_id
+from feedback.withdrawal import withdraw_dataset, withdraw_report
+from tests.feedback.test_loop import (
+    accept_all,
+    add_candidate,
+    answer,
+    checked_rows,
+    freeze,
+    later,  # noqa: F401 a fixture
+    promote,
+    reporter,  # noqa: F401 a fixture
+    start_round,
+    submit,
+    upload,
+)
+
+
+def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, reporter, later):  # noqa: F811
+    stays, goes = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
+    accept_all(session, later, share=0.0)
+    withdraw_report(session, reporter, goes.id, "it was mistaken")
+    assert b"xyz" not in freeze(session, objects)[1]
+    assert [case.id for case in rounds.untested(session, 1)] == [stays.case_id]
+    promote(session, 1, passed=[])
+    assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
+    told = reports.describe(session, goes)
+    assert (told.state, told.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
+
+
+def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):  # noqa: F811
+    row = submit(session, reporter)
+    accept_all(session, later, share=1.0)
+    promote(session, 1, passed=[row.case_id])
+    turn = start_round(session)
+    turn.parent_version = 1
+    add_candidate(session, turn, 2)
+    answer(session, 2, passed=[])
+    assert gate.decide(session, turn)["regressions"] == [row.case_id]
+    withdraw_report(session, reporter, row.id, "mistaken")
+    decision = gate.decide(session, turn)
+    assert decision["promote"] and decision["suites"] == []
+
+
+def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):  # noqa: F811
+    first, second = submit(session, reporter), submit(session, reporter)
+    accept_all(session, later)
+    assert first.case_id == second.case_id
+    withdraw_report(session, reporter, first.id, "mine alone")
+    assert len(rounds.untested(session, 1)) == 1
+    withdraw_report(session, reporter, second.id, "mine too")
+    assert rounds.untested(session, 1) == []
+    third = submit(session, reporter)
+    accept_all(session, later)
+    assert third.case_id == first.case_id and len(rounds.untested(session, 1)) == 1
+
+
+def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):  # noqa: F811
+    wrong = submit(session, reporter, expected="abc")
+    accept_all(session, later)
+    withdraw_report(session, reporter, wrong.id, "mistaken")
+    right = submit(session, reporter)
+    accept_all(session, later)
+    assert right.state == "accepted"
+
+
+def test_withdrawing_before_review_ends_a_report(session, reporter, later):  # noqa: F811
+    row = submit(session, reporter)
+    withdraw_report(session, reporter, row.id, "too early")
+    assert accept_all(session, later)["accepted"] == 0 and row.state == "withdrawn"
+
+
+def test_a_notice_on_its_way_is_held_back(session, reporter, later):  # noqa: F811
+    row = submit(session, reporter)
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    withdraw_report(session, reporter, row.id, "mistaken")
+    assert promotion.deliver(session) == 0
+
+
+def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):  # noqa: F811
+    upload(session, objects, reporter, checked_rows("stays", 20))
+    goes = upload(session, objects, reporter, checked_rows("goes", 20))
+    assert len(rounds.untested(session, 1)) == 4
+    withdraw_dataset(session, reporter, goes.id, "not mine to give")
+    assert b"goes" not in freeze(session, objects)[1]
+    assert {case.prompt[:5] for case in rounds.untested(session, 1)} == {"stays"}
+    assert datasets.describe(session, goes).timeline[-1].text == "withdrawn by you: not mine to give"
+
+
+@pytest.mark.parametrize(("purpose", "roles"), [("mixture", {"taught": 18, "held_out": 2}), ("base", {"taught": 20})])
+def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, reporter, purpose, roles):  # noqa: F811
+    first = upload(session, objects, reporter, checked_rows("same", 20))
+    again = upload(session, objects, reporter, checked_rows("same", 20), purpose=purpose)
+    assert again.num_duplicates == 20
+    withdraw_dataset(session, reporter, first.id, "mine alone")
+    found = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
+    assert {role: found.count(role) for role in found} == roles
+    assert len(rounds.untested(session, 1)) == roles.get("held_out", 0)
+
+
+def test_withdrawing_twice_changes_nothing(session, reporter, later):  # noqa: F811
+    row = submit(session, reporter)
+    withdraw_report(session, reporter, row.id, "once")
+    withdraw_report(session, reporter, row.id, "twice")
+    assert row.reason == "once"
+    assert len(session.scalars(select(AuditEvent).where(AuditEvent.action == "withdrawn")).all()) == 1
+
+
+def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):  # noqa: F811
+    row, made = submit(session, reporter), upload(session, objects, reporter, checked_rows("x", 10))
+    stranger = add_contributor(session, new_id())[0]
+    for withdraw, record in ((withdraw_report, row), (withdraw_dataset, made)):
+        with pytest.raises(NotFound, match=f"you have no .* {record.id}"):
+            withdraw(session, stranger, record.id, "envy")
+        stranger.role = "operator"
+        withdraw(session, stranger, record.id, "poison")
+        stranger.role = "contributor"
+    assert reports.describe(session, row).timeline[-1].text == "withdrawn by an operator: poison"
+
+
+def test_routes_of_withdrawal(portal, account, operator):
+    body = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="a")
+    sent = portal.post("/api/v1/feedback", json=body.model_dump(exclude_none=True), headers=account.headers).json()
+    url = f"/api/v1/feedback/{sent['id']}/withdraw"
+    assert portal.post(url, json={"reason": ""}, headers=account.headers).status_code == 422
+    gone = portal.post(url, json={"reason": "poison"}, headers=operator)
+    assert (gone.status_code, gone.json()["state"]) == (200, "withdrawn")
+    assert portal.get(f"/api/v1/feedback/{sent['id']}", headers=account.headers).json()["reason"] == "poison"
+    for kind in ("feedback", "datasets"):
+        missing = portal.post(f"/api/v1/{kind}/none/withdraw", json={"reason": "r"}, headers=operator)
+        assert missing.status_code == 404 and "there is no" in missing.json()["error"]["message"]

@@ -1,0 +1,69 @@
+"""One item fails alone, through a round's own steps and the real model server's application."""
+
+import threading
+import time
+
+import pytest
+import torch
+import uvicorn
+
+from feedback.reproduce import Refused, ask_again
+from infra.launch import free_port
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
+from yuan.model.transformer import Yuan
+from yuan.serve.api import make_api
+from yuan.serve.engine import Served, Service
+from yuan.serve.metrics import Metrics
+
+VERSION, WINDOW = 3, 64
+
+
+@pytest.fixture(scope="module")
+def model_server(stores):
+    """Settings whose model server is real and serves a tiny model; prompts with a j break it."""
+    tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
+    config = ModelConfig(
+        name="test", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=WINDOW
+    )
+    model, j = Yuan(config).eval(), tokenizer.encode("j")[0]
+    model.embedding.register_forward_hook(
+        lambda module, tokens, made: torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, made)
+    )
+    with torch.no_grad():
+        model.embedding.weight[j] = 0
+    service = Service(Metrics())
+    service.use(Served(model, tokenizer, VERSION))
+    port = free_port()
+    token = stores.model_server_token.get_secret_value()
+    server = uvicorn.Server(uvicorn.Config(make_api(token, service), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield stores.model_copy(update={"model_server_url": f"http://127.0.0.1:{port}"})
+    server.should_exit = True
+    thread.join()
+
+
+def ask(settings, prompts, version=VERSION):
+    return [answer for batch in ask_again(settings, prompts, version) for answer in batch]
+
+
+def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_answered(model_server):
+    prompts = [f"{n} + {n}" for n in range(80)]
+    expected = ask(model_server, prompts)
+    prompts[7:7], prompts[70:70] = ["a" * 300], ["b" * 300, "j"]
+    found = ask(model_server, prompts)
+    refused = {n: str(answer) for n, answer in enumerate(found) if isinstance(answer, Refused)}
+    assert list(refused) == [7, 70, 71] and [a for a in found if isinstance(a, str)] == expected
+    assert refused[7] == f"the prompt has 301 tokens and the window {WINDOW}; shorten the prompt"
+    assert "not finite" in refused[71]
+
+
+def test_another_version_or_a_wrong_token_is_no_fault_of_a_prompt(model_server):
+    with pytest.raises(ConnectionError, match="v4 was to be asked"):
+        ask(model_server, ["a"], version=4)
+    wrong = model_server.model_copy(update={"model_server_token": type(model_server.model_server_token)("wrong")})
+    with pytest.raises(Exception, match="401"):
+        ask(wrong, ["a"])

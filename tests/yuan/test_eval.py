@@ -1,0 +1,64 @@
+"""Evaluation: each case is judged, or has failed with a reason."""
+
+import json
+
+import pytest
+import torch
+
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
+from yuan.data.judge import Judge
+from yuan.eval.run import evaluate, read_cases
+from yuan.generate.answers import answer_each
+from yuan.generate.decoder import NonFinite
+from yuan.generate.sampling import Sampling
+from yuan.model.transformer import Yuan
+from yuan.model.weights import load, load_tokenizer, save
+
+EXACT = {"type": "exact", "value": "a"}
+GOOD = [
+    {"id": "separator", "prompt": "a\u2028b\u0085c\x1e", "expected": "a", "checker": EXACT},
+    {"id": "plain", "prompt": "a b", "expected": "a", "checker": {"type": "contains", "values": ["no such answer"]}},
+]
+BAD = {
+    "long": ({"id": "long", "prompt": "a" * 99, "expected": "a", "checker": EXACT}, "the window 64"),
+    "unknown": ({"id": "unknown", "prompt": "a", "expected": "a", "checker": {"type": "gone"}}, "checker"),
+    "no text": ({"id": "no text", "prompt": "a", "expected": None, "checker": EXACT}, "expected"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "model"
+    tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
+    config = ModelConfig(name="test", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    torch.manual_seed(0)
+    save(folder, config, Yuan(config).state_dict(), tokenizer, {})
+    return folder
+
+
+def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(folder, tmp_path):
+    lines = [*GOOD, *(case for case, _ in BAD.values())]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    cases, results = read_cases(tmp_path / "cases.jsonl")
+    with Judge() as judge:
+        found = {result["case_id"]: result for result in [*results, *evaluate(folder, cases, judge)]}
+    assert set(found) == {"separator", "plain", *BAD}
+    assert [found[case["id"]]["reason"] for case in GOOD] == [None, None]
+    for name, (_, reason) in BAD.items():
+        assert not found[name]["passed"] and reason in found[name]["reason"]
+
+
+def test_one_sequence_that_is_not_finite_fails_alone(folder):
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    j = tokenizer.encode("j")[0]
+
+    def plant(module, tokens, made):
+        return torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, made)
+
+    prompts, sampling = ["a", "abj", "b" * 99, "ab"], Sampling(max_tokens=4, stop_ids=(j,))
+    alone = answer_each(model, tokenizer, prompts, sampling)
+    model.embedding.register_forward_hook(plant)
+    found = answer_each(model, tokenizer, prompts, sampling)
+    assert isinstance(found[1], NonFinite) and "the window 64" in str(found[2])
+    assert [found[0], found[3]] == [alone[0], alone[3]]

@@ -1,0 +1,51 @@
+"""Judging answers: a checker that raises, hangs or dies costs its own verdict."""
+
+import os
+import signal
+
+import pytest
+
+from yuan.data.checkers import Exact
+from yuan.data.judge import CheckFailed, Judge
+
+RULE = Exact(value="a\u2028b")
+
+
+class Broken(Exact):
+    """A rule that its own process does not know."""
+
+    value: int
+
+
+@pytest.fixture
+def judge():
+    with Judge(limit_s=1) as judge:
+        yield judge
+
+
+def test_verdicts_are_those_of_the_checker(judge):
+    assert judge.check(RULE, " a\u2028b\n") and not judge.check(RULE, "a\nb")
+    assert judge.check(Exact(value="x" * 2000), "x" * 2000)
+
+
+def test_a_checker_that_raises_is_named_and_the_next_one_judged(judge):
+    with pytest.raises(CheckFailed, match="the checker raised ValidationError"):
+        judge.check(Broken.model_construct(value=7), "7")
+    assert judge.check(RULE, RULE.value)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGSTOP, "within 1 s"), (signal.SIGKILL, "ended the process")])
+def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
+    judge.check(RULE, "")
+    os.kill(judge._process.pid, number)
+    with pytest.raises(CheckFailed, match=reason):
+        judge.check(RULE, "x" * 200_000)
+    assert judge.check(RULE, RULE.value)
+
+
+def test_its_process_ends_with_the_block():
+    with Judge() as judge:
+        judge.check(RULE, "")
+        pid = judge._process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

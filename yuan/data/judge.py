@@ -1,0 +1,129 @@
+"""Checking answers in a process that can be killed: `with Judge() as judge: judge.check(checker, answer)`.
+
+A checker's rule comes from outside. However well it is bounded, one that raises, runs for ever or takes all memory
+costs its own verdict, not its caller.
+"""
+
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+import time
+from types import TracebackType
+
+from pydantic import TypeAdapter
+
+from yuan.data.checkers import Checker
+
+LIMIT_S = 5.0  # for one check
+START_S = 60.0  # for the process to start, on a busy machine too
+MEMORY_BYTES = 1 << 30
+_RULES: TypeAdapter[Checker] = TypeAdapter(Checker)
+
+
+class CheckFailed(ValueError):
+    """A checker gave no verdict; the message says why."""
+
+
+class Judge:
+    """Checks answers, one at a time, in a process that starts with the first and again after one that was killed."""
+
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self._limit_s = limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Judge":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def check(self, checker: Checker, answer: str) -> bool:
+        """Whether the checker takes the answer.
+
+        Raises:
+            CheckFailed: if the checker raises, exceeds 1 GiB, or has no verdict within the limit.
+        """
+        process = self._process or self._start()
+        end = time.monotonic() + self._limit_s
+        try:
+            _send(process, {"checker": checker.model_dump(mode="json"), "answer": answer}, end)
+            said = _receive(process, end)
+        except TimeoutError:
+            self._end()
+            raise CheckFailed(f"the checker gave no verdict within {self._limit_s:g} s") from None
+        except (BrokenPipeError, EOFError):
+            self._end()
+            raise CheckFailed("the checker ended the process that ran it") from None
+        if "passed" not in said:
+            raise CheckFailed(f"the checker raised {said['raised']}")
+        return bool(said["passed"])
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", "-m", "yuan.data.judge"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert self._process.stdin is not None, "opened with a pipe"
+        os.set_blocking(self._process.stdin.fileno(), False)
+        try:
+            _receive(self._process, time.monotonic() + START_S)
+        except (TimeoutError, EOFError):
+            self._end()
+            raise RuntimeError("the process that checks answers does not start; its error is in this log") from None
+        return self._process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None, "opened with a pipe"
+                pipe.close()
+
+
+def _send(process: subprocess.Popen[bytes], message: dict[str, object], end: float) -> None:
+    assert process.stdin is not None, "opened with a pipe"
+    line = memoryview(json.dumps(message).encode() + b"\n")
+    while line:
+        if not select.select([], [process.stdin], [], max(0.0, end - time.monotonic()))[1]:
+            raise TimeoutError
+        line = line[process.stdin.write(line) or 0 :]
+
+
+def _receive(process: subprocess.Popen[bytes], end: float) -> dict[str, object]:
+    assert process.stdout is not None, "opened with a pipe"
+    line = b""
+    while not line.endswith(b"\n"):
+        if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise TimeoutError
+        new = os.read(process.stdout.fileno(), 4096)
+        if not new:
+            raise EOFError
+        line += new
+    return dict(json.loads(line))
+
+
+def main() -> None:
+    """Judge what comes line by line on standard input, until it ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    say({"ready": True})
+    for line in sys.stdin.buffer:
+        message = json.loads(line)
+        try:
+            checker = _RULES.validate_python(message["checker"])
+            say({"passed": checker.check(message["answer"])})
+        except Exception as error:  # of the rule, which is somebody else's
+            say({"raised": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+def say(message: dict[str, object]) -> None:
+    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
