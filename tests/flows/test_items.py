@@ -6,8 +6,15 @@ import time
 import pytest
 import torch
 import uvicorn
+from sqlalchemy import update
 
+from feedback import datasets, rounds
+from feedback.contracts import RoundParameters
 from feedback.reproduce import Refused, ask_again
+from feedback.tables import Round, new_id
+from flows import intake
+from flows.context import Context
+from infra.database import open_sessions
 from infra.launch import free_port
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
@@ -67,3 +74,25 @@ def test_another_version_or_a_wrong_token_is_no_fault_of_a_prompt(model_server):
     wrong = model_server.model_copy(update={"model_server_token": type(model_server.model_server_token)("wrong")})
     with pytest.raises(Exception, match="401"):
         ask(wrong, ["a"])
+
+
+def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, objects, portal, account):
+    context = Context(stores, open_sessions(engine), objects)
+    ids = []
+    for name in ("good", "gone", "fine"):
+        content = b'{"prompt": "' + new_id().encode() + b'", "answer": "b"}'
+        made = portal.post(f"/api/v1/datasets?name={name}", content=content, headers=account.headers).json()
+        ids.append(made["id"])
+        if name == "gone":
+            objects.delete(f"{datasets.UPLOADS}/{made['sha256']}")
+    with context.sessions.begin() as session:
+        session.execute(update(Round).values(state="cancelled"))
+        turn = rounds.request_round(session, "test", RoundParameters(), new_id()).id
+    counts = intake.collect(context, turn)
+    with context.sessions.begin() as session:
+        kept = rounds.find_round(session, turn).failed_items
+        rounds.finish(session, turn, "cancelled", "the test is over")
+    found = [portal.get(f"/api/v1/datasets/{one}", headers=account.headers).json() for one in ids]
+    assert [dataset["state"] for dataset in found] == ["accepted", "rejected", "accepted"]
+    assert "its bytes are gone from the object store" in found[1]["reason"]
+    assert kept["accept"] == 1 <= counts["failed"]

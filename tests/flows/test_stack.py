@@ -188,6 +188,17 @@ def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first,
     assert operator.cancel_round(turn.id).state == "cancelled"
 
 
+def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contributor, operator, tmp_path):
+    report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
+    sent = contributor.submit(report)
+    made = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].rows(10, seed=4))
+    for what, record in (("report", sent.id), ("dataset", made.id)):
+        _, gone = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
+        assert (gone["state"], gone["reason"]) == ("withdrawn", "poison")
+        status, said = stack.cotrain("withdraw", what, "none", "--reason", "poison")
+        assert status == 1 and f"there is no {what} none" in said
+
+
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):
     before = contributor.all_feedback()
     keeper = read_state(stack.home)["pid"]

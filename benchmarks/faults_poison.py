@@ -1,0 +1,288 @@
+"""Hostile items among honest ones: `python benchmarks/faults_poison.py [--honest 3000] [--hostile 300]`, ten minutes.
+
+Six contributors send reports and datasets through the public API, some of them made to break a step of the loop; then
+two rounds run. Every honest report must be reproduced, decided, and told once of each version that is promoted; each
+hostile item must be refused with 4xx or have a state with its reason; no round may fail for any of them; and the open
+front page must show none of their text. The model trains for a few steps only: it is the loop that is tried.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pairs import line, show
+
+from feedback.client import Client
+from feedback.contracts import FeedbackOut, RoundOut, RoundParameters
+from flows.demo.corpus import BASE_SKILLS
+from infra.settings import Settings
+from yuan.data.rows import dump_rows
+from yuan.data.skills import load_skills
+
+MARK = "p0is0n"  # in every hostile text
+CONTRIBUTORS = 6
+ROUND = RoundParameters(max_steps=20, learning_rate=1e-3, replay_rows=200)
+ROUND_LIMIT_S, SETTLE_LIMIT_S = 600, 600
+REPORTS, DATASETS = "/api/v1/feedback", "/api/v1/datasets?name=rows"
+Body = dict[str, Any]
+
+
+@dataclass
+class Item:
+    """One thing sent, and what came back: the record's id, or the refusal."""
+
+    kind: str
+    path: str
+    content: bytes
+    status: int = 0
+    record_id: str = ""
+
+
+@dataclass
+class Sender:
+    """A contributor with its token and what it sends."""
+
+    token: str
+    items: list[Item] = field(default_factory=list)
+
+
+def report(number: int, prompt: str, expected: str, **more: Any) -> Body:
+    return {
+        "kind": "correction",
+        "prompt": prompt,
+        "response": f"no answer {number}",
+        "model_version": 1,
+        "expected": expected,
+        **more,
+    }
+
+
+def honest(number: int, rng: random.Random) -> Item:
+    word = "".join(rng.choices("abcdefgh", k=6)) + str(number)
+    return Item("honest", REPORTS, json.dumps(report(number, f"Reverse: {word}", word[::-1])).encode())
+
+
+def numeric(value: object, tolerance: object) -> Callable[[int, Body], object]:
+    checker = {"type": "numeric", "value": value, "tolerance": tolerance}
+    return lambda n, _: report(n, f"{MARK} count to {n}", "7", checker=checker)
+
+
+def rows(*made: Body) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for row in made)
+
+
+def checkable(prompt: str, answer: str) -> Body:
+    return {"prompt": prompt, "answer": answer, "checker": {"type": "exact", "value": answer}}
+
+
+# What is sent to break something: by its number and an honest report that was sent before it.
+HOSTILE: dict[str, Callable[[int, Body], object]] = {
+    "prompt beyond the window": lambda n, _: report(n, f"{MARK} {n} " + "x" * 300, "y"),
+    "prompt as long as allowed": lambda n, _: report(n, f"{MARK} {n} ".ljust(20_000, "x"), "y"),
+    "body too large": lambda n, _: report(n, f"{MARK} {n} " + "x" * 90_000, "y"),
+    "line separators": lambda n, _: report(n, f"{MARK}\u2028{n}\u0085a\x1e\x0b", "a\u2028b\u0085c"),
+    "U+0000": lambda n, _: report(n, f"{MARK} \0 {n}", "a\0b"),
+    "half a character": lambda n, _: json.dumps(report(n, f"{MARK} {n} \ud83d", "a")),
+    "white space alone": lambda n, _: report(n, " \u3000\n" * (n % 5 + 1), MARK),
+    "right to left and control": lambda n, _: report(n, f"\u202e{MARK}\u2066\x07\x1b[2J\ufeff {n}", "\u202ea"),
+    "combining marks and emoji": lambda n, _: report(n, f"{MARK} {n} a" + "\u0301" * 200, "\U0001f469\u200d" * 40),
+    "markup and statements": lambda n, _: report(
+        n, f"<script>alert('{MARK}')</script>'; drop table \"case\"; {n}", "a"
+    ),
+    "special tokens": lambda n, _: report(n, f"{MARK} <eod><sep><pad> {n}", "<eod><sep>"),
+    "number beyond all": numeric("1e9999999", 0),
+    "number near the limit": numeric("7", "1e999999"),
+    "number of many digits": lambda n, _: report(n, f"{MARK} digits {n}", "9" * 4000, checker=None),
+    "duplicate": lambda n, earlier: {**earlier, "response": MARK},
+    "contradiction": lambda n, earlier: {**earlier, "response": MARK, "expected": f"{MARK} {n}"},
+    "a version there is not": lambda n, _: {**report(n, f"{MARK} when {n}", "a"), "model_version": 10**40},
+    "an answer there is not": lambda n, _: report(n, f"{MARK} which {n}", "a", response_id=f"{MARK}{n}"),
+    "not JSON": lambda n, _: f'{{"kind": NaN, "prompt": "{MARK}", {n}',
+    "deep": lambda n, _: f'{{"prompt": {"[" * 5_000}"{MARK}"{"]" * 5_000}}}',
+    "unknown field": lambda n, _: report(n, f"{MARK} {n}", "a", admin=True),
+    "rows with separators": lambda n, _: rows(*(checkable(f"{MARK}\u2028{n} {i}\u0085", "a\u2028") for i in range(10))),
+    "rows with U+0000": lambda n, _: rows(*(checkable(f"{MARK}\0{n} {i}", "a\0") for i in range(10))),
+    "rows of white space": lambda n, _: rows(*(checkable(" ", f"{MARK} {n} {i}") for i in range(10))),
+    "rows beyond the window": lambda n, _: rows(*(checkable(f"{MARK} {n} {i} " + "x" * 300, "y") for i in range(10))),
+}
+
+
+def hostile(number: int, earlier: Body) -> Item:
+    kind = list(HOSTILE)[number % len(HOSTILE)]
+    made = HOSTILE[kind](number, earlier)
+    content = made if isinstance(made, bytes) else (made if isinstance(made, str) else json.dumps(made)).encode()
+    return Item(kind, DATASETS if kind.startswith("rows") else REPORTS, content)
+
+
+def shuffled(senders: list[Sender], num_honest: int, num_hostile: int) -> None:
+    """Deal items to the contributors; what refers to an honest report is sent after it, by the same contributor."""
+    rng = random.Random(0)
+    for number in range(num_honest):
+        senders[number % len(senders)].items.append(honest(number, rng))
+    for number in range(num_hostile):
+        items = senders[number % len(senders)].items
+        place = rng.randrange(1, len(items) + 1)
+        earlier = next(item for item in reversed(items[:place]) if item.kind == "honest")
+        items.insert(place, hostile(number, json.loads(earlier.content)))
+
+
+def send(url: str, sender: Sender) -> None:
+    headers = {"Authorization": f"Bearer {sender.token}", "Content-Type": "application/json"}
+    for item in sender.items:
+        for _ in range(3):  # a 500 closes the connection, on which the next request fails
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.post(url + item.path, content=item.content, headers=headers, timeout=60)
+                item.status = answer.status_code
+                item.record_id = answer.json()["id"] if answer.status_code == 201 else ""
+                break
+
+
+@contextlib.contextmanager
+def stack() -> Iterator[Settings]:
+    home = Path(tempfile.mkdtemp(prefix="poison-"))
+    (home / "env.local").write_text("COTRAIN_ROUND_AFTER_REPORTS=0\n")
+    env = {**os.environ, "COTRAIN_HOME": str(home)}
+    cotrain = [sys.executable, "-m", "flows.cli.app"]
+    try:
+        subprocess.run([*cotrain, "up"], env=env, check=True, stdout=sys.stderr)
+        yield Settings(_env_file=home / "env", home=home)
+    finally:
+        subprocess.run([*cotrain, "down"], env=env, check=False, stdout=sys.stderr)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def run_round(operator: Client) -> RoundOut:
+    begun, turn = time.monotonic(), operator.start_round(ROUND)
+    while (now := operator.round(turn.id)).state == "running":
+        if time.monotonic() - begun > ROUND_LIMIT_S:
+            raise TimeoutError(f"round {turn.number} is at {now.step} after {ROUND_LIMIT_S} s")
+        time.sleep(1)
+    print(f"round {turn.number} {now.state}: {now.reason}; failed {now.failed_items}", file=sys.stderr)
+    return now
+
+
+def records(client: Client, senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
+    """State and reason of every record, as its owner sees it."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for sender in senders:
+        with Client(url, sender.token, timeout_s=300) as own:
+            reports: list[FeedbackOut] = own.all_feedback()
+            for one in reports:
+                found[one.id] = (one.state, one.reason)
+            for item in sender.items:
+                if item.path == DATASETS and item.record_id:
+                    dataset = own.dataset(item.record_id)
+                    found[dataset.id] = (dataset.state, dataset.reason)
+    return found
+
+
+def is_explained(item: Item, found: dict[str, tuple[str, str | None]]) -> bool:
+    if not item.record_id:
+        return 400 <= item.status < 500
+    state, reason = found[item.record_id]
+    return state == "accepted" or reason is not None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--honest", type=int, default=3000)
+    parser.add_argument("--hostile", type=int, default=300)
+    given = parser.parse_args()
+    begun = time.monotonic()
+    with stack() as settings, Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
+        base = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+        (settings.home / "rows.jsonl").write_bytes(dump_rows(base))
+        operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose="base")
+        first = run_round(operator)
+        senders = [Sender(operator.add_contributor(f"sender-{n}").token) for n in range(CONTRIBUTORS)]
+        shuffled(senders, given.honest, given.hostile)
+        with ThreadPoolExecutor(CONTRIBUTORS) as pool:
+            list(pool.map(lambda sender: send(settings.portal_url, sender), senders))
+        print(f"sent after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+        turns = [run_round(operator) for _ in range(2)]
+        promoted = [turn.candidate_version for turn in turns if turn.state == "promoted"]
+        found = records(operator, senders, settings.portal_url)
+        told = notices(senders, settings.portal_url, len(promoted))
+        page = httpx.get(settings.portal_url).text
+    return judge(given, [first, *turns], senders, found, told, promoted, page, time.monotonic() - begun)
+
+
+def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
+    """How often each report was told of each version, once delivery has come to rest."""
+    end, told = time.monotonic() + 60, Counter[tuple[str, int]]()
+    while True:
+        before, told = told, Counter()
+        for sender in senders:
+            with Client(url, sender.token, timeout_s=300) as own:
+                told.update((notice.feedback_id, notice.version) for notice in own.notices())
+        if time.monotonic() > end or (told == before and (told or not num_promoted)):
+            return told
+        time.sleep(3)
+
+
+def judge(
+    given: argparse.Namespace,
+    turns: list[RoundOut],
+    senders: list[Sender],
+    found: dict[str, tuple[str, str | None]],
+    told: Counter[tuple[str, int]],
+    promoted: list[int | None],
+    page: str,
+    seconds: float,
+) -> int:
+    items = [item for sender in senders for item in sender.items]
+    good = [item.record_id for item in items if item.kind == "honest"]
+    bad = [item for item in items if item.kind != "honest"]
+    decided = sum(found.get(one, ("", None))[0] in ("accepted", "rejected", "disputed") for one in good)
+    accepted = [one for one in good if found.get(one, ("", None))[0] == "accepted"]
+    once = sum(all(told[one, version or 0] == 1 for version in promoted) for one in accepted)
+    unexplained = [item for item in bad if not is_explained(item, found)]
+    for kind, count in Counter((item.kind, item.status) for item in unexplained).items():
+        print(f"without a reason: {kind}: {count}", file=sys.stderr)
+    for outcome, count in sorted(
+        Counter((item.kind, item.status, found.get(item.record_id, ("",))[0]) for item in bad).items()
+    ):
+        print(f"{outcome}: {count}", file=sys.stderr)
+    errors = sum(item.status >= 500 or item.status == 0 for item in items)
+    ended = sum(turn.state in ("promoted", "rejected") for turn in turns)
+    is_fine = show(
+        line("poison/honest_decided", decided, f"of {given.honest} reports", goal="all", ok=decided == given.honest),
+        line("poison/honest_accepted", len(accepted), "reports"),
+        line(
+            "poison/told_once",
+            once,
+            f"of {len(accepted)} reports, for each of {len(promoted)} promoted versions",
+            goal="all, and a version is promoted",
+            ok=bool(promoted) and once == len(accepted) and max(told.values(), default=0) == 1,
+        ),
+        line(
+            "poison/hostile_with_reason",
+            len(bad) - len(unexplained),
+            f"of {len(bad)} items",
+            goal="all",
+            ok=not unexplained,
+        ),
+        line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
+        line("poison/rounds_ended", ended, f"of {len(turns)} rounds", goal="all", ok=ended == len(turns)),
+        line("poison/shown", page.count(MARK), "hostile texts on the front page", goal="0", ok=MARK not in page),
+        line("poison/seconds", round(seconds), "s"),
+    )
+    return 0 if is_fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
