@@ -36,7 +36,7 @@ from yuan.data.skills import load_skills
 MARK = "p0is0n"  # in every hostile text
 CONTRIBUTORS = 6
 ROUND = RoundParameters(max_steps=20, learning_rate=1e-3, replay_rows=200)
-ROUND_LIMIT_S, SETTLE_LIMIT_S = 600, 600
+ROUND_LIMIT_S = 600
 REPORTS, DATASETS = "/api/v1/feedback", "/api/v1/datasets?name=rows"
 Body = dict[str, Any]
 
@@ -50,6 +50,18 @@ class Item:
     content: bytes
     status: int = 0
     record_id: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What has become of everything: rounds, versions promoted after the reports, state and reason of each record, how
+    often each report was told of each version, and the front page."""
+
+    turns: list[RoundOut]
+    promoted: list[int]
+    records: dict[str, tuple[str, str | None]]
+    told: Counter[tuple[str, int]]
+    page: str
 
 
 @dataclass
@@ -175,7 +187,7 @@ def run_round(operator: Client) -> RoundOut:
     return now
 
 
-def records(client: Client, senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
+def records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
     """State and reason of every record, as its owner sees it."""
     found: dict[str, tuple[str, str | None]] = {}
     for sender in senders:
@@ -214,11 +226,16 @@ def main() -> int:
             list(pool.map(lambda sender: send(settings.portal_url, sender), senders))
         print(f"sent after {time.monotonic() - begun:.0f} s", file=sys.stderr)
         turns = [run_round(operator) for _ in range(2)]
-        promoted = [turn.candidate_version for turn in turns if turn.state == "promoted"]
-        found = records(operator, senders, settings.portal_url)
-        told = notices(senders, settings.portal_url, len(promoted))
-        page = httpx.get(settings.portal_url).text
-    return judge(given, [first, *turns], senders, found, told, promoted, page, time.monotonic() - begun)
+        promoted = [turn.candidate_version or 0 for turn in turns if turn.state == "promoted"]
+        seen = Seen(
+            turns=[first, *turns],
+            promoted=promoted,
+            records=records(senders, settings.portal_url),
+            told=notices(senders, settings.portal_url, len(promoted)),
+            page=httpx.get(settings.portal_url).text,
+        )
+    lines = [*honest_lines(senders, seen), *hostile_lines(senders, seen)]
+    return 0 if show(*lines, line("poison/seconds", round(time.monotonic() - begun), "s")) else 1
 
 
 def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
@@ -234,54 +251,37 @@ def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple
         time.sleep(3)
 
 
-def judge(
-    given: argparse.Namespace,
-    turns: list[RoundOut],
-    senders: list[Sender],
-    found: dict[str, tuple[str, str | None]],
-    told: Counter[tuple[str, int]],
-    promoted: list[int | None],
-    page: str,
-    seconds: float,
-) -> int:
+def honest_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
+    good = [item.record_id for sender in senders for item in sender.items if item.kind == "honest"]
+    states = Counter(seen.records.get(one, ("lost", None))[0] for one in good)
+    decided = states["accepted"] + states["rejected"] + states["disputed"]
+    accepted = [one for one in good if seen.records.get(one, ("lost", None))[0] == "accepted"]
+    once = sum(all(seen.told[one, version] == 1 for version in seen.promoted) for one in accepted)
+    is_once = bool(seen.promoted) and once == len(accepted) and max(seen.told.values(), default=0) == 1
+    of = f"of {len(accepted)} accepted reports, for each of {len(seen.promoted)} versions"
+    return [
+        line("poison/honest_decided", decided, f"of {len(good)} reports", goal="all", ok=decided == len(good)),
+        line("poison/honest_told_once", once, of, goal="all", ok=is_once),
+    ]
+
+
+def hostile_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
     items = [item for sender in senders for item in sender.items]
-    good = [item.record_id for item in items if item.kind == "honest"]
     bad = [item for item in items if item.kind != "honest"]
-    decided = sum(found.get(one, ("", None))[0] in ("accepted", "rejected", "disputed") for one in good)
-    accepted = [one for one in good if found.get(one, ("", None))[0] == "accepted"]
-    once = sum(all(told[one, version or 0] == 1 for version in promoted) for one in accepted)
-    unexplained = [item for item in bad if not is_explained(item, found)]
-    for kind, count in Counter((item.kind, item.status) for item in unexplained).items():
-        print(f"without a reason: {kind}: {count}", file=sys.stderr)
-    for outcome, count in sorted(
-        Counter((item.kind, item.status, found.get(item.record_id, ("",))[0]) for item in bad).items()
-    ):
-        print(f"{outcome}: {count}", file=sys.stderr)
+    explained = sum(is_explained(item, seen.records) for item in bad)
+    outcomes = Counter((item.kind, item.status, *seen.records.get(item.record_id, ("", ""))) for item in bad)
+    for (kind, status, state, reason), count in sorted(outcomes.items(), key=str):
+        print(f"{count} x {kind}: {status} {state} {reason or ''}"[:200], file=sys.stderr)
     errors = sum(item.status >= 500 or item.status == 0 for item in items)
-    ended = sum(turn.state in ("promoted", "rejected") for turn in turns)
-    is_fine = show(
-        line("poison/honest_decided", decided, f"of {given.honest} reports", goal="all", ok=decided == given.honest),
-        line("poison/honest_accepted", len(accepted), "reports"),
-        line(
-            "poison/told_once",
-            once,
-            f"of {len(accepted)} reports, for each of {len(promoted)} promoted versions",
-            goal="all, and a version is promoted",
-            ok=bool(promoted) and once == len(accepted) and max(told.values(), default=0) == 1,
-        ),
-        line(
-            "poison/hostile_with_reason",
-            len(bad) - len(unexplained),
-            f"of {len(bad)} items",
-            goal="all",
-            ok=not unexplained,
-        ),
+    ended = sum(turn.state in ("promoted", "rejected") for turn in seen.turns)
+    shown = seen.page.count(MARK)
+    of_rounds = f"of {len(seen.turns)} rounds"
+    return [
+        line("poison/hostile_explained", explained, f"of {len(bad)} items", goal="all", ok=explained == len(bad)),
         line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
-        line("poison/rounds_ended", ended, f"of {len(turns)} rounds", goal="all", ok=ended == len(turns)),
-        line("poison/shown", page.count(MARK), "hostile texts on the front page", goal="0", ok=MARK not in page),
-        line("poison/seconds", round(seconds), "s"),
-    )
-    return 0 if is_fine else 1
+        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(seen.turns)),
+        line("poison/shown", shown, "hostile texts on the front page", goal="0", ok=shown == 0),
+    ]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from feedback.contracts import DatasetOut, Event
 from feedback.items import each, faults_of, note_fault
 from feedback.reports import REPORTS, add_cases, salted_fraction
 from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
-from feedback.withdrawal import suite_of, withdrawal_of
+from feedback.withdrawal import order_datasets, suite_of, withdrawal_of
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 
 UPLOADS, SNAPSHOTS = "uploads", "snapshots"
@@ -98,6 +98,7 @@ def checked(session: Session, cut_off: datetime) -> list[str]:
 
 def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float) -> None:
     """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row."""
+    order_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from sqlalchemy import ColumnElement, case, delete, exists, select, update
+from sqlalchemy import ColumnElement, case, delete, exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR, NotFound, audit
@@ -11,6 +11,7 @@ from feedback.contracts import Event
 from feedback.tables import AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
+DATASETS_LOCK = 7_310_211  # any number that no other lock here has
 
 
 def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason: str) -> Feedback:
@@ -30,7 +31,7 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
     row.state, row.reason = WITHDRAWN, reason
     session.flush()
     others = exists().where(Feedback.case_id == Case.id, Feedback.state == "accepted")
-    _leave(session, (Case.id == row.case_id) & ~others)
+    _leave(session, Case.id == row.case_id, unless=others)
     session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
     _record(session, who, row, reason)
     return row
@@ -45,6 +46,7 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     Raises:
         NotFound: if there is no such dataset, or it is somebody else's.
     """
+    order_datasets(session)
     row = session.get(Dataset, dataset_id, with_for_update=True)
     _check_may(who, row, "dataset", dataset_id)
     assert row is not None, "checked"
@@ -59,9 +61,14 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
         .where(DatasetRow.key == Case.key, DatasetRow.role == "held_out", DatasetRow.dataset_id == Dataset.id)
         .where(Dataset.state == "accepted", _same_suite(row))
     )
-    _leave(session, (Case.suite == suite_of(row)) & Case.key.in_(held_out) & ~others)
+    _leave(session, (Case.suite == suite_of(row)) & Case.key.in_(held_out), unless=others)
     _record(session, who, row, reason)
     return row
+
+
+def order_datasets(session: Session) -> None:
+    """Let no other transaction accept or withdraw a dataset until this one ends: both say whose duplicate a row is."""
+    session.execute(select(func.pg_advisory_xact_lock(DATASETS_LOCK)))
 
 
 def suite_of(dataset: Dataset) -> str:
@@ -84,9 +91,11 @@ def _check_may(who: Contributor, row: Feedback | Dataset | None, what: str, reco
         raise NotFound(f"there is no {what} {record_id}" if who.role == OPERATOR else f"you have no {what} {record_id}")
 
 
-def _leave(session: Session, which: ColumnElement[bool]) -> None:
-    """Let cases leave tests and gate."""
-    leaving = update(Case).where(which, Case.withdrawn_at.is_(None)).values(withdrawn_at=datetime.now(timezone.utc))
+def _leave(session: Session, which: ColumnElement[bool], *, unless: ColumnElement[bool]) -> None:
+    """Let cases leave tests and gate, but for those that somebody else stands for."""
+    session.execute(select(Case.id).where(which).with_for_update())  # and see who has come to stand for them
+    leaving = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
+    leaving = leaving.values(withdrawn_at=datetime.now(timezone.utc))
     session.execute(leaving, execution_options={"synchronize_session": False})
 
 

@@ -10,13 +10,11 @@ from feedback import datasets, promotion, reports, rounds
 from feedback.items import each, faults_of
 from feedback.reproduce import Refused
 from feedback.tables import Case, CaseResult, Outbox
-from tests.feedback.test_loop import (
+from tests.feedback.loop import (
     SALT,
     accept_all,
     checked_rows,
-    later,  # noqa: F401 a fixture
     promote,
-    reporter,  # noqa: F401 a fixture
     start_round,
     submit,
     upload,
@@ -26,7 +24,7 @@ HOW_MANY = 9
 
 
 @pytest.fixture
-def many(session, reporter):  # noqa: F811
+def many(session, reporter):
     """Reports, and one of them."""
     rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(HOW_MANY)]
     return rows, random.Random(0).choice(rows)
@@ -50,7 +48,7 @@ def only_it_failed(session, rows, one, reason):
     assert any(reason in event.text for event in reports.describe(session, one).timeline)
 
 
-def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):  # noqa: F811
+def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):
     rows, one = many
     one.body = {**one.body, "checker": {"type": "gone"}}
     assert reports.screen(session, later) == (HOW_MANY, 1)
@@ -60,7 +58,7 @@ def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session
 
 
 @pytest.mark.parametrize("fault", ["refused", "raises", "database"])
-def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, many, later, fault):  # noqa: F811
+def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, many, later, fault):
     rows, one = many
     reports.screen(session, later)
 
@@ -85,7 +83,7 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     assert reports.review(session, later, SALT, 0.5)["accepted"] == 1 and one.reason is None
 
 
-def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):  # noqa: F811
+def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):
     rows, one = many
     refuse(session, "feedback", "case_id is not null and new.id", one.id)
     counts = accept_all(session, later)
@@ -97,9 +95,9 @@ def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, ma
 def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixture(
     session,
     objects,
-    reporter,  # noqa: F811
+    reporter,
     many,
-    later,  # noqa: F811
+    later,
 ):
     rows, one = many
     accept_all(session, later, share=0.0)
@@ -117,7 +115,7 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
     assert "its bytes are gone" in datasets.describe(session, gone).timeline[-1].text
 
 
-def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):  # noqa: F811
+def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
     rows, one = many
     accept_all(session, later)
     refuse(session, "case_result", "passed and new.case_id", one.case_id)
@@ -127,7 +125,7 @@ def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later): 
     assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
 
 
-def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):  # noqa: F811
+def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):
     rows, one = many
     reports.screen(session, later)
     answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
@@ -136,7 +134,7 @@ def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, 
     assert one.reproduced_response == "a\ufffdb?"
 
 
-def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, later):  # noqa: F811
+def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, later):
     rows, one = many
     accept_all(session, later)
     refuse(session, "outbox", "feedback_id", one.id)
@@ -148,7 +146,7 @@ def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, l
     )
 
 
-def test_an_alias_that_the_registry_refuses_leaves_the_others_right(session, many, later):  # noqa: F811
+def test_an_alias_that_the_registry_refuses_leaves_the_others_right(session, many, later):
     accept_all(session, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[], parent=1)

@@ -1,71 +1,25 @@
 """From accepted report to notice, on a rolled-back session."""
 
-from datetime import datetime, timedelta, timezone
-
 import pytest
 from sqlalchemy import select
 
-from feedback import datasets, gate, promotion, reports, rounds
-from feedback.accounts import Conflict, add_contributor
-from feedback.contracts import FeedbackIn, RoundParameters
+from feedback import promotion, reports, rounds
+from feedback.accounts import Conflict
+from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
-from yuan.data.rows import Row, dump_rows
-
-SALT = "salt"
-
-
-@pytest.fixture
-def later():
-    return datetime.now(timezone.utc) + timedelta(minutes=1)
-
-
-@pytest.fixture
-def reporter(session):
-    return add_contributor(session, new_id())[0]
-
-
-def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
-    form = FeedbackIn(kind="correction", prompt=prompt, response="?", model_version=1, expected=expected)
-    return reports.add_feedback(session, reporter, form, new_id())
-
-
-def accept_all(session, later, *, share=0.5, right=False):
-    reports.screen(session, later)
-    found = reports.unreproduced(session, later, 1)
-    reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in found])
-    return reports.review(session, later, SALT, share)
-
-
-def reproduce(session, answered, version=1):
-    return reports.note_reproductions(session, version, answered, lambda checker, answer: checker.check(answer))
-
-
-def start_round(session):
-    return rounds.request_round(session, "test", RoundParameters(), new_id())
-
-
-def add_candidate(session, turn, version):
-    rounds.add_version(session, turn.id, version, {})
-    session.flush()
-
-
-def answer(session, version, passed):
-    cases = session.scalars(select(Case)).all()
-    rows = [{"case_id": case.id, "answer": "", "passed": case.id in passed} for case in cases]
-    promotion.store_results(session, version, rows)
-
-
-def promote(session, version, passed, *, parent=None):
-    turn = start_round(session)
-    turn.parent_version = parent
-    add_candidate(session, turn, version)
-    answer(session, version, passed)
-    decision = gate.decide(session, turn)
-    if decision["promote"]:
-        promotion.promote(session, turn, decision)
-    rounds.finish(session, turn.id, "promoted" if decision["promote"] else "rejected", "test")
-    session.flush()
-    return decision
+from tests.feedback.loop import (
+    SALT,
+    accept_all,
+    add_candidate,
+    checked_rows,
+    freeze,
+    promote,
+    reproduce,
+    start_round,
+    submit,
+    upload,
+)
+from yuan.data.rows import Row
 
 
 def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
@@ -192,38 +146,6 @@ def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
     accept_all(session, later)
     reproduce(session, [(row.id, "cba")], version=2)
     assert (row.state, row.reproduced_version) == ("accepted", 1)
-
-
-def upload(session, objects, reporter, rows, purpose="mixture"):
-    data = dump_rows(rows)
-    sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
-    made = datasets.add_dataset(
-        session, reporter, dataset_id=new_id(), name=purpose, purpose=purpose, data=data, sha256=sha256
-    )
-    datasets.accept(session, made.id, objects.get, SALT, 0.1)
-    session.flush()
-    return made
-
-
-def checked_rows(prefix, count):
-    return [
-        Row.model_validate({"prompt": f"{prefix}{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
-        for n in range(count)
-    ]
-
-
-def freeze(session, objects):
-    turn = start_round(session)
-    stored = {}
-
-    def store(data):
-        stored["data"] = data
-        return objects.put_named_by_content(datasets.SNAPSHOTS, data)
-
-    snapshot_id = datasets.freeze(session, turn.id, objects.get, store)
-    rounds.finish(session, turn.id, "failed", "test")
-    session.flush()
-    return snapshot_id, stored["data"]
 
 
 def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, reporter):

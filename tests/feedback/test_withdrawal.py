@@ -8,22 +8,20 @@ from feedback.accounts import NotFound, add_contributor
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, DatasetRow, Outbox, new_id
 from feedback.withdrawal import withdraw_dataset, withdraw_report
-from tests.feedback.test_loop import (
+from tests.feedback.loop import (
     accept_all,
     add_candidate,
     answer,
     checked_rows,
     freeze,
-    later,  # noqa: F401 a fixture
     promote,
-    reporter,  # noqa: F401 a fixture
     start_round,
     submit,
     upload,
 )
 
 
-def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, reporter, later):  # noqa: F811
+def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, reporter, later):
     stays, goes = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=0.0)
     withdraw_report(session, reporter, goes.id, "it was mistaken")
@@ -35,7 +33,7 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
     assert (told.state, told.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
 
 
-def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):  # noqa: F811
+def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later, share=1.0)
     promote(session, 1, passed=[row.case_id])
@@ -49,7 +47,7 @@ def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter,
     assert decision["promote"] and decision["suites"] == []
 
 
-def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):  # noqa: F811
+def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):
     first, second = submit(session, reporter), submit(session, reporter)
     accept_all(session, later)
     assert first.case_id == second.case_id
@@ -62,7 +60,7 @@ def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter,
     assert third.case_id == first.case_id and len(rounds.untested(session, 1)) == 1
 
 
-def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):  # noqa: F811
+def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):
     wrong = submit(session, reporter, expected="abc")
     accept_all(session, later)
     withdraw_report(session, reporter, wrong.id, "mistaken")
@@ -71,13 +69,13 @@ def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):  # noqa: 
     assert right.state == "accepted"
 
 
-def test_withdrawing_before_review_ends_a_report(session, reporter, later):  # noqa: F811
+def test_withdrawing_before_review_ends_a_report(session, reporter, later):
     row = submit(session, reporter)
     withdraw_report(session, reporter, row.id, "too early")
     assert accept_all(session, later)["accepted"] == 0 and row.state == "withdrawn"
 
 
-def test_a_notice_on_its_way_is_held_back(session, reporter, later):  # noqa: F811
+def test_a_notice_on_its_way_is_held_back(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
@@ -85,7 +83,7 @@ def test_a_notice_on_its_way_is_held_back(session, reporter, later):  # noqa: F8
     assert promotion.deliver(session) == 0
 
 
-def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):  # noqa: F811
+def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):
     upload(session, objects, reporter, checked_rows("stays", 20))
     goes = upload(session, objects, reporter, checked_rows("goes", 20))
     assert len(rounds.untested(session, 1)) == 4
@@ -96,7 +94,7 @@ def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter
 
 
 @pytest.mark.parametrize(("purpose", "roles"), [("mixture", {"taught": 18, "held_out": 2}), ("base", {"taught": 20})])
-def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, reporter, purpose, roles):  # noqa: F811
+def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, reporter, purpose, roles):
     first = upload(session, objects, reporter, checked_rows("same", 20))
     again = upload(session, objects, reporter, checked_rows("same", 20), purpose=purpose)
     assert again.num_duplicates == 20
@@ -106,7 +104,7 @@ def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, report
     assert len(rounds.untested(session, 1)) == roles.get("held_out", 0)
 
 
-def test_withdrawing_twice_changes_nothing(session, reporter, later):  # noqa: F811
+def test_withdrawing_twice_changes_nothing(session, reporter, later):
     row = submit(session, reporter)
     withdraw_report(session, reporter, row.id, "once")
     withdraw_report(session, reporter, row.id, "twice")
@@ -114,7 +112,7 @@ def test_withdrawing_twice_changes_nothing(session, reporter, later):  # noqa: F
     assert len(session.scalars(select(AuditEvent).where(AuditEvent.action == "withdrawn")).all()) == 1
 
 
-def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):  # noqa: F811
+def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):
     row, made = submit(session, reporter), upload(session, objects, reporter, checked_rows("x", 10))
     stranger = add_contributor(session, new_id())[0]
     for withdraw, record in ((withdraw_report, row), (withdraw_dataset, made)):
