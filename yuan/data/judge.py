@@ -65,7 +65,13 @@ class Judge:
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "yuan.data.judge"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._process = subprocess.Popen(
+            command,
+            env={"LC_ALL": "C.UTF-8"},  # none of the caller's accounts
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
         assert self._process.stdin is not None, "opened with a pipe"
         os.set_blocking(self._process.stdin.fileno(), False)
         try:
