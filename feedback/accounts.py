@@ -15,7 +15,19 @@ SETTINGS_TOKEN = "settings"  # the name of the token that an installation's sett
 
 
 class NotFound(LookupError):
-    """There is no such record, or it is somebody else's."""
+    """There is no such record, or it is somebody else's; `param` is the field that names it, if one does."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Refused(ValueError):
+    """A value that contradicts what is recorded, or a rule of ours; `param` is its field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Conflict(ValueError):
@@ -38,11 +50,10 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
     Raises:
         Conflict: if the name is taken.
     """
-    if session.scalar(select(Contributor).where(Contributor.name == name)):
+    fresh = insert(Contributor).values(name=name).on_conflict_do_nothing().returning(Contributor)
+    contributor = session.scalar(fresh)
+    if contributor is None:
         raise Conflict(f"a contributor named {name!r} exists; choose another name")
-    contributor = Contributor(name=name)
-    session.add(contributor)
-    session.flush()
     token = f"ct_{secrets.token_urlsafe(32)}"
     session.add(ApiToken(digest=token_digest(token), contributor_id=contributor.id, name="first"))
     return contributor, token

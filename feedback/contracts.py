@@ -3,12 +3,25 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from yuan.data.checkers import Checker, Exact
-from yuan.data.rows import MAX_TEXT
+from yuan.data.checkers import MAX_VALUE, Checker, Exact
+from yuan.data.text import MAX_TEXT, TextRule, fold_forms, rule_error
 
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Text = Annotated[str, TextRule(MAX_TEXT)]
+# Strict: `true` and "3" are no numbers. The largest number of a column of integers is 2**31 - 1.
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+# The finest share that yuan.data.mixture lays out: 32 places of a block of 2**20.
+LEAST_SHARE = 32 / 2**20
+Weight = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
+# What each kind of report needs, beside what all have.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "correction": ("expected",),
+    "preference": ("chosen", "rejected"),
+    "problem": (),
+    "rating": ("rating",),
+}
 Purpose = Literal["mixture", "base", "suite"]
 
 
@@ -24,34 +37,66 @@ class Example(BaseModel):
 class FeedbackIn(BaseModel):
     """A report about one answer of one version."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"kind": "correction", "prompt": "2 + 2 = ?", "response": "5", "model_version": 1, "expected": "4"},
+                {"kind": "rating", "prompt": "2 + 2 = ?", "response": "4", "model_version": 1, "rating": 5},
+            ],
+            "anyOf": [
+                {
+                    "properties": {"kind": {"const": kind}, **{name: {"not": {"type": "null"}} for name in names}},
+                    "required": list(names),
+                }
+                for kind, names in NEEDED.items()
+            ],
+        },
+    )
 
     kind: Literal["correction", "preference", "problem", "rating"]
     prompt: Text = Field(description="what the model was asked")
-    response: str = Field(max_length=MAX_TEXT, description="what it answered")
-    response_id: str | None = Field(default=None, description="id of the answer from /v1, if it came from there")
-    model_version: int = Field(ge=1, description="version that answered")
+    response: Annotated[str, TextRule(MAX_TEXT, allow="blank")] = Field(description="what it answered")
+    response_id: Annotated[str, TextRule(100)] | None = Field(
+        default=None, description="id of the answer from /v1, if it came from there"
+    )
+    model_version: Count = Field(description="version that answered")
     expected: Text | None = Field(default=None, description="correction: the right answer")
     checker: Checker | None = Field(default=None, description="how an answer is judged; default: equal to expected")
     chosen: Text | None = Field(default=None, description="preference: the better answer")
     rejected: Text | None = Field(default=None, description="preference: the worse answer")
-    rating: int | None = Field(default=None, ge=1, le=5, description="rating: 1 to 5")
+    rating: Annotated[int, Field(strict=True, ge=1, le=5)] | None = Field(default=None, description="rating: 1 to 5")
     examples: list[Example] | None = Field(default=None, max_length=50, description="problem: more prompts")
 
     @model_validator(mode="after")
     def _has_what_its_kind_needs(self) -> "FeedbackIn":
-        needed = {"correction": ("expected",), "preference": ("chosen", "rejected"), "rating": ("rating",)}
-        missing = [name for name in needed.get(self.kind, ()) if getattr(self, name) is None]
+        missing = [name for name in NEEDED[self.kind] if getattr(self, name) is None]
         if missing:
-            raise ValueError(f"a {self.kind} needs {' and '.join(missing)}")
-        if self.expected is not None and not self.rule.check(self.expected):
-            raise ValueError("the checker refuses the expected answer itself; correct one of the two")
+            raise rule_error(missing[0], f"a {self.kind} needs {' and '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _says_something_is_wrong(self) -> "FeedbackIn":
+        if self.chosen is not None and self.rejected is not None and _same(self.chosen, self.rejected):
+            raise rule_error("rejected", "must differ from the chosen answer")
+        if self.expected is None:
+            return self
+        if self.checker is None and len(self.expected) > MAX_VALUE:
+            raise rule_error("checker", f"an expected answer beyond {MAX_VALUE} characters needs a checker")
+        if not self.rule.check(self.expected):
+            raise rule_error("expected", "the checker refuses the expected answer itself; correct one of the two")
+        if self.kind == "correction" and self.rule.check(self.response):
+            raise rule_error("response", "the checker takes this response as right; there is nothing to correct")
         return self
 
     @property
     def rule(self) -> Checker:
         """The checker in force."""
-        return self.checker or Exact(value=(self.expected or "x")[:2000])
+        return self.checker or Exact(value=(self.expected or "x")[:MAX_VALUE])
+
+
+def _same(one: str, other: str) -> bool:
+    return fold_forms(one).strip() == fold_forms(other).strip()
 
 
 class Event(BaseModel):
@@ -90,7 +135,7 @@ class WithdrawalIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    reason: Text = Field(max_length=500, description="shown on its timeline")
+    reason: Annotated[str, TextRule(500)] = Field(description="shown on its timeline")
 
 
 class DatasetOut(BaseModel):
@@ -113,7 +158,7 @@ class ContributorIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=80, pattern=r"^[\w.@-]+$")
+    name: str = Field(min_length=1, max_length=80, pattern=r"^[\w.@-]+$", strict=True)
 
 
 class ContributorOut(BaseModel):
@@ -129,25 +174,38 @@ class RoundParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_steps: int = Field(default=600, ge=1, le=1_000_000, description="optimizer steps")
-    learning_rate: float = Field(default=1.5e-3, gt=0, lt=1, description="peak learning rate")
-    replay_rows: int = Field(
-        default=3000, ge=0, description="rows of the base mixture trained again, against forgetting"
+    max_steps: StepCount = Field(default=600, description="optimizer steps")
+    learning_rate: Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)] = Field(
+        default=1.5e-3, description="peak learning rate"
     )
-    seed: int = Field(default=0, ge=0, description="seed of data order and new weights")
-    weights: dict[Literal["corrections", "datasets", "base"], PositiveFloat] | None = Field(
+    replay_rows: Annotated[int, Field(strict=True, ge=0, le=100_000_000)] = Field(
+        default=3000, description="rows of the base mixture trained again, against forgetting"
+    )
+    seed: Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)] = Field(
+        default=0, description="seed of data order and new weights"
+    )
+    weights: dict[Literal["corrections", "datasets", "base"], Weight] | None = Field(
         default=None,
+        min_length=1,
         description="how much of the trained windows is of each part that has rows; empty: every window once an epoch",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where it is fast; fp32 runs repeat to the bit"
     )
-    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints")
-    priority: int = Field(default=0, ge=-100, le=100, description="in the queue for devices; waiting adds to it")
+    checkpoint_every: StepCount = Field(default=200, description="steps between checkpoints")
+    priority: int = Field(
+        default=0, strict=True, ge=-100, le=100, description="in the queue for devices; waiting adds to it"
+    )
     policy: Literal["reproduced", "demo"] = Field(
         default="reproduced",
         description="which reports are accepted: those the champion really fails; demo: same, recorded",
     )
+
+    @model_validator(mode="after")
+    def _every_part_is_seen(self) -> "RoundParameters":
+        if self.weights and min(self.weights.values()) < LEAST_SHARE * sum(self.weights.values()):
+            raise rule_error("weights", f"the smallest must be at least {LEAST_SHARE:.2e} of their sum, or left out")
+        return self
 
 
 class RoundOut(BaseModel):

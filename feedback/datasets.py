@@ -1,6 +1,8 @@
 """Datasets: checking uploads, accepting their rows, freezing the mixture of a round."""
 
+import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
@@ -10,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from feedback.accounts import NotFound
+from feedback.accounts import NotFound, Refused
 from feedback.contracts import DatasetOut, Event
 from feedback.items import each, faults_of, note_fault
 from feedback.reports import REPORTS, add_cases, salted_fraction
@@ -23,13 +25,24 @@ MAX_LISTED_BAD_ROWS = 1000
 MAX_HELD_OUT_ROWS = 1000
 INSERT_ROWS = 5000
 
+RESERVED_SUITES = ("reports", "base", "datasets")
+SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+log = logging.getLogger(__name__)
+
 Fetch = Callable[[str], bytes]
 
 
 def add_dataset(
     session: Session, contributor: Contributor, *, dataset_id: str, name: str, purpose: str, data: bytes, sha256: str
 ) -> Dataset:
-    """Check an uploaded file row by row and record it; with a bad row in it, it is rejected whole."""
+    """Check an uploaded file row by row and record it; with a bad row in it, it is rejected whole.
+
+    Raises:
+        Refused: if it is a suite and its name is none that a suite may have.
+    """
+    if purpose == "suite":
+        check_suite_name(name)
     rows = list(parse_rows(data))
     bad = [row for row in rows if isinstance(row, BadRow)]
     dataset = Dataset(
@@ -48,6 +61,18 @@ def add_dataset(
     session.flush()
     session.refresh(dataset)
     return dataset
+
+
+def check_suite_name(name: str) -> None:
+    """Keep suites apart from the gate's own and from paths.
+
+    Raises:
+        Refused: if the name is reserved or has other characters.
+    """
+    if name.lower() in RESERVED_SUITES:
+        raise Refused(f"the suites {', '.join(RESERVED_SUITES)} are made by the platform; choose another name", "name")
+    if not SUITE_NAME.fullmatch(name):
+        raise Refused("the name of a suite is of letters a to z, digits, dot, dash and underscore", "name")
 
 
 def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> Dataset:
@@ -97,17 +122,21 @@ def checked(session: Session, cut_off: datetime) -> list[str]:
 
 
 def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float) -> None:
-    """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row."""
+    """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row.
+
+    A row that was taken in under older rules and breaks today's gets no entry.
+    """
     order_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
-    rows = list(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}")))
+    numbered = list(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"), dataset.id))
+    rows = [row for _, row in numbered]
     keys = [(row.key, row.prompt_key) for row in rows]
     known = _known(session, [key for key, _ in keys])
     held_out = _held_out(dataset, rows, [key for key, _ in keys], salt, share)
     entries, cases = [], []
-    for number, (row, (key, prompt_key)) in enumerate(zip(rows, keys, strict=True)):
+    for (number, row), (key, prompt_key) in zip(numbered, keys, strict=True):
         is_duplicate = key in known
         known.add(key)
         role = "duplicate" if is_duplicate else "held_out" if key in held_out else "taught"
@@ -146,19 +175,22 @@ def _known(session: Session, keys: list[str]) -> set[str]:
     return set(session.scalars(query))
 
 
-def _rows_of(data: bytes) -> Iterator[Row]:
-    for row in parse_rows(data):
-        if isinstance(row, BadRow):
-            raise ValueError(f"row {row.row} cannot be read: {row.reason}")
-        yield row
+def _rows_of(data: bytes, dataset_id: str) -> Iterator[tuple[int, Row]]:
+    """The rows of a stored file with their numbers from 0, without those that only older rules took."""
+    for number, row in enumerate(parse_rows(data)):
+        if isinstance(row, Row):
+            yield number, row
+        else:
+            log.warning("left out row %d of dataset %s: %s", row.row, dataset_id, row.reason)
 
 
 def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
     """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
 
     With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
-    fire-wall. The same records always give the same bytes and so the same id. A dataset that cannot be read and a
-    correction that is no row any more are left out, with the reason on their owners' timelines; `counts` has how many.
+    fire-wall. Documents have no prompt and always stay. The same records always give the same bytes and so the same id.
+    A dataset that cannot be read and a correction that is no row any more are left out, with the reason on their
+    owners' timelines; `counts` has how many.
 
     Raises:
         ValueError: if nothing is left to train on.
@@ -202,7 +234,7 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
     kept: list[Row] = []
     counts = {"failed": bad_corrections + bad_contributed + bad_base}
     for name, part in zip(PARTS, (corrections, contributed, base), strict=True):
-        open_rows = [row for row in part if row.prompt_key not in closed]
+        open_rows = [row for row in part if not row.prompt or row.prompt_key not in closed]
         counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}
         kept += open_rows
     return kept, counts
@@ -234,7 +266,7 @@ def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[
     def read(dataset: Dataset) -> None:
         taught = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
         numbers = set(session.scalars(taught))
-        found = enumerate(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}")))
+        found = _rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"), dataset.id)
         rows.extend([row for number, row in found if number in numbers])
 
     def blame(dataset: Dataset, error: Exception) -> None:

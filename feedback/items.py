@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from feedback.accounts import audit
 from feedback.tables import AuditEvent
 from infra.faults import is_of_one_item
-from yuan.data.rows import describe
+from yuan.data.text import describe_errors, make_storable
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:
 def reason_of(error: Exception) -> str:
     """An error in one line that can be stored and shown to the item's owner."""
     if isinstance(error, ValidationError):
-        return storable(describe(error))
+        return describe_errors(error)[:MAX_REASON]
     if isinstance(error, DBAPIError):
         return storable(f"the database refuses it: {str(error.orig).splitlines()[0]}")
     if isinstance(error, ClientError):
@@ -99,8 +99,8 @@ def reason_of(error: Exception) -> str:
 
 
 def storable(text: str, limit: int = MAX_REASON) -> str:
-    """A text with what PostgreSQL does not store, U+0000 and lone surrogates, replaced, and cut at the limit."""
-    return text.replace("\0", "\ufffd").encode(errors="replace").decode()[:limit]
+    """A text with what PostgreSQL does not store replaced, and cut at the limit."""
+    return make_storable(text)[:limit]
 
 
 def place_of(error: Exception) -> str:

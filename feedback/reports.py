@@ -16,7 +16,8 @@ from feedback.promotion import champion
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Outbox, new_id
 from feedback.withdrawal import withdrawal_of
 from yuan.data.checkers import Checker
-from yuan.data.rows import MAX_TEXT, Row
+from yuan.data.rows import Row
+from yuan.data.text import MAX_TEXT
 
 REPORTS = "reports"
 

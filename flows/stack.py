@@ -270,7 +270,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
         read=tuple(home / name for name in ModelServerSettings.files),
         write=(home / "model-server", cache, *accelerator_files()),
         bind=(port_of(settings.model_server_url),),
-        connect=(port_of(settings.mlflow_url),),
+        connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),  # large files come from presigned addresses
     )
 
     def check() -> None:

@@ -7,18 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import settings
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from feedback import rounds
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
-from feedback.tables import new_id
+from feedback.tables import Round, new_id
 from flows.home import load_config, write_environment
 from flows.stack import services
 from infra.database import open_engine, open_sessions
 from infra.objects import open_objects
 from infra.services import MARK, sweep
 from infra.settings import Settings
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("untimed")
 
 
 def start(service, stack_id):
@@ -84,7 +89,18 @@ def objects(stores):
 
 
 @pytest.fixture(scope="session")
-def portal(stores, engine, objects):
+def first_version(engine):
+    """The version that reports are about: number 1, registered by a round that has ended."""
+    with open_sessions(engine).begin() as session:
+        turn = Round(number=1, requested_by="test", parameters={}, state="promoted")
+        session.add(turn)
+        session.flush()
+        rounds.add_version(session, turn.id, 1, {})
+    return 1
+
+
+@pytest.fixture(scope="session")
+def portal(stores, engine, objects, first_version):
     with TestClient(make_app(stores, engine, objects)) as client:
         yield client
 

@@ -2,20 +2,28 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 import anyio
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, HTTPException, Path, Request, Response, Security
 from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
-from feedback.accounts import OPERATOR, claim_key, find_by_token
+from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token
 from feedback.tables import Contributor, new_id
+from yuan.data.text import BadJson, parse_json, printable
 
 WAIT_S = 20.0  # for a connection
+ID_PATTERN = "^[0-9a-f]{32}$"
+
+RecordId = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
+RoundId = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
 
 
 class Unauthorized(Exception):
@@ -28,6 +36,36 @@ class Forbidden(Exception):
 
 class Busy(Exception):
     """More callers than can be served."""
+
+
+class BadBody(HTTPException):
+    """A body that is no JSON, or has a value no field may hold; FastAPI lets only this kind pass while it reads one."""
+
+    def __init__(self, error: BadJson) -> None:
+        super().__init__(422, str(error))
+        self.param = error.place or None
+
+
+class StrictRequest(Request):
+    """A request whose JSON is read by `yuan.data.text.parse_json`."""
+
+    async def json(self) -> Any:
+        try:
+            return parse_json(await self.body())
+        except BadJson as error:
+            raise BadBody(error) from None
+
+
+class StrictRoute(APIRoute):
+    """A route of `StrictRequest`s."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return strict
 
 
 class Transactions:
@@ -71,27 +109,48 @@ async def open_session(request: Request) -> AsyncIterator[Session]:
 Db = Annotated[Session, Depends(open_session, scope="function")]
 
 
-def current_contributor(session: Db, authorization: Annotated[str | None, Header()] = None) -> Contributor:
+Bearer = Annotated[
+    HTTPAuthorizationCredentials | None,
+    Security(HTTPBearer(auto_error=False, scheme_name="token", description="your API token")),
+]
+
+
+def current_contributor(session: Db, bearer: Bearer = None) -> Contributor:
     """The account of the bearer token.
 
     Raises:
         Unauthorized: if there is no token or it is not known.
     """
-    scheme, _, token = (authorization or "").partition(" ")
-    found = find_by_token(session, token) if scheme.lower() == "bearer" else None
+    found = find_by_token(session, bearer.credentials) if bearer is not None else None
     if found is None:
         raise Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
     return found
 
 
-async def current_id(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
+async def current_id(request: Request, bearer: Bearer = None) -> str:
     """The account's id, for routes that wait for others and must not hold a transaction meanwhile."""
     async with request.app.state.transactions.begin() as session:
-        return (await run_in_threadpool(current_contributor, session, authorization)).id
+        return (await run_in_threadpool(current_contributor, session, bearer)).id
 
 
 CurrentId = Annotated[str, Depends(current_id)]
 Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
+
+
+def known_query(request: Request, contributor: Current) -> None:
+    """Refuse query parameters that the route does not have, since a misspelt one would go unnoticed.
+
+    Raises:
+        Refused: naming the first one, or if the query is not in UTF-8.
+    """
+    try:
+        unquote_to_bytes(request.url.query).decode()
+    except UnicodeDecodeError:
+        raise Refused("must be percent-encoded UTF-8", "query") from None
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise Refused("there is no such query parameter; leave it out", printable(name))
 
 
 def current_operator(contributor: Current) -> Contributor:
@@ -122,7 +181,17 @@ class Repeat:
         return (fresh, False) if first is None else (first, True)
 
 
-async def repeat(request: Request, idempotency_key: Annotated[str | None, Header(max_length=200)] = None) -> Repeat:
+Key = Annotated[
+    str | None,
+    Header(
+        max_length=200,
+        pattern="^[!-~]+$",
+        description="repeat a request safely with the same key; of visible ASCII characters",
+    ),
+]
+
+
+async def repeat(request: Request, idempotency_key: Key = None) -> Repeat:
     """Read the key, and digest what was asked; without a key every request is its own."""
     body = await request.body()
     parts = (request.method, request.url.path, request.url.query)

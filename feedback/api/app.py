@@ -10,7 +10,7 @@ from sqlalchemy import Engine, QueuePool, text
 
 from feedback.api import intake, openai, operate, pages
 from feedback.api.access import Transactions
-from feedback.api.errors import BodyLimit, add_error_handlers
+from feedback.api.errors import EVERYWHERE, AnswerFaults, BodyLimit, add_error_handlers, documented
 from infra.database import open_sessions
 from infra.objects import Objects
 from infra.settings import PortalSettings
@@ -35,6 +35,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         docs_url=None,  # FastAPI's pages run scripts from other people's servers; pages.docs is ours
         redoc_url=None,
         lifespan=_close_model_server,
+        redirect_slashes=False,  # a record without an id is no record, not the list
     )
     assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
@@ -46,11 +47,14 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for part in (intake, operate, openai, pages):
-        app.include_router(part.router)
+    for part in (intake, operate):
+        app.include_router(part.router, responses=documented(*EVERYWHERE))
+    app.include_router(openai.router, responses=documented(400, *EVERYWHERE))
+    app.include_router(pages.router)
     app.add_middleware(
         BodyLimit, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
     )
+    app.add_middleware(AnswerFaults)  # added last, so around all others
 
     @app.get("/health", include_in_schema=False)
     def health() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """One handler from exception to status, and one JSON shape."""
 
 import logging
+import traceback
+from http import HTTPStatus
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -9,11 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
-from feedback.accounts import Conflict, NotFound
+from feedback.accounts import Conflict, NotFound, Refused
 from feedback.api.access import Busy, Forbidden, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import told
+from yuan.data.text import error_place, printable
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +35,34 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     Forbidden: (403, "forbidden"),
     NotFound: (404, "not_found"),
     Conflict: (409, "conflict"),
+    Refused: (422, "invalid"),
     TooLarge: (413, "too_large"),
     Upstream: (503, "unavailable"),
     Busy: (503, "unavailable"),
 }
+EVERYWHERE = (401, 413, 422, 503)  # what any route of the API may answer
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+MESSAGE_LENGTH = 1000
 STORE_FAULTS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
 
 
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for its OpenAPI description."""
+    return {status: {"model": ErrorOut, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
 def error_answer(
-    status: int, kind: str, message: str, param: str | None = None, rows: list[dict[str, Any]] | None = None
+    status: int,
+    kind: str,
+    message: str,
+    param: str | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Put an error into its shape."""
-    body = ErrorOut(error=ErrorBody(message=message, type=kind, param=param, rows=rows))
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    """Put an error into its shape; what it repeats of the request is made printable."""
+    shown = printable(message, MESSAGE_LENGTH)
+    body = ErrorOut(error=ErrorBody(message=shown, type=kind, param=param and printable(param), rows=rows))
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
     return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 
@@ -52,30 +71,64 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def known(request: Request, error: Exception) -> JSONResponse:
         status, kind = next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
-        return error_answer(status, kind, str(error))
+        return error_answer(status, kind, str(error), getattr(error, "param", None))
 
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "header")]
-        return error_answer(422, "invalid", first["msg"], param=".".join(place) or None)
+        place = error_place({**first, "loc": first["loc"][1:]})  # the first part says where: body, query, path, header
+        return error_answer(422, "invalid", first["msg"], param=place or None)
 
     def http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_answer(error.status_code, "http", str(error.detail))
+        headers = dict(error.headers or {}) | ({"Allow": allowed(request)} if error.status_code == 405 else {})
+        kind = "invalid" if error.status_code == 422 else "http"
+        return error_answer(error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers)
 
     def store(request: Request, error: Exception) -> JSONResponse:
         log.warning("a store does not answer: %s", told(error))
         return error_answer(503, "unavailable", "a store does not answer now; repeat the request in a few seconds")
 
-    def unknown(request: Request, error: Exception) -> JSONResponse:
-        return error_answer(500, "internal", "this is our fault and is in the portal's log; nothing was changed")
-
     for kind in STATUS:
         app.add_exception_handler(kind, known)
     for fault in STORE_FAULTS:
         app.add_exception_handler(fault, store)
-    app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+
+
+def allowed(request: Request) -> str:
+    """The methods of a path, which its routes share."""
+    routes = request.app.router.routes
+    scopes = [(method, {**request.scope, "method": method}) for method in METHODS]
+    return ", ".join(method for method, scope in scopes if any(r.matches(scope)[0] == Match.FULL for r in routes))
+
+
+class AnswerFaults:
+    """Answer any exception that nothing else handles with 500, and keep the caller's connection.
+
+    An exception that reaches the server closes the connection, and the caller's next request fails too. The log gets
+    the exception's type and place, not its message, which may hold a contributor's text.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        has_started = False
+
+        async def watched(event: Any) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(event)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http" or has_started:
+                raise  # half an answer must not look like a whole one
+            place = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s %s raised %s\n%s", scope["method"], printable(scope["path"]), type(error).__name__, place)
+            message = "this is our fault and is in the portal's log; nothing was changed"
+            await error_answer(500, "internal", message)(scope, receive, send)
 
 
 class BodyLimit:
@@ -91,7 +144,7 @@ class BodyLimit:
         limit = self._limits.get(scope["path"], self._default)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         message = f"the body may have {limit} bytes; send less"
-        if declared.isdigit() and int(declared) > limit:
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             await error_answer(413, "too_large", message)(scope, receive, send)
             return
         seen, exceeded = 0, False

@@ -1,32 +1,38 @@
 """Routes of contributors: reports, datasets, notices."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy import select
 
-from feedback import datasets, reports
+from feedback import datasets, provenance, reports
 from feedback.accounts import OPERATOR, audit
-from feedback.api.access import Current, Db, Forbidden, Repeatable
-from feedback.api.errors import error_answer
-from feedback.contracts import DatasetOut, ErrorOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
+from feedback.api.access import Current, Db, Forbidden, RecordId, Repeatable, StrictRoute, known_query
+from feedback.api.errors import documented, error_answer
+from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
 from feedback.rounds import notify
 from feedback.tables import Outbox
+from yuan.data.rows import Row
+from yuan.data.text import TextRule
 
-router = APIRouter(
-    prefix="/api/v1",
-    tags=["intake"],
-    responses={status: {"model": ErrorOut} for status in (401, 403, 404, 409, 413, 422)},
-)
+router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(known_query)])
 
 
-@router.post("/feedback", status_code=201)
+def rows_schema() -> dict[str, Any]:
+    """A file of rows: an array whose items are lines."""
+    row = Row.model_json_schema(ref_template="#/components/schemas/{model}")
+    del row["$defs"]  # the checkers, which FeedbackIn has too
+    return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object a line"}
+
+
+@router.post("/feedback", status_code=201, responses=documented(404, 409))
 def submit(form: FeedbackIn, contributor: Current, session: Db, repeat: Repeatable) -> FeedbackOut:
     """Report an answer. Every accepted report becomes a test for all later versions."""
     feedback_id, seen = repeat.claim(session, contributor)
     if not seen:
+        provenance.check_provenance(session, contributor, form)
         reports.add_feedback(session, contributor, form, feedback_id)
         notify(session)
     return reports.describe(session, reports.get_feedback(session, contributor, feedback_id))
@@ -38,8 +44,8 @@ def list_feedback(contributor: Current, session: Db) -> list[FeedbackOut]:
     return [reports.describe(session, row) for row in reports.list_feedback(session, contributor)]
 
 
-@router.get("/feedback/{feedback_id}")
-def get_feedback(feedback_id: str, contributor: Current, session: Db) -> FeedbackOut:
+@router.get("/feedback/{feedback_id}", responses=documented(404))
+def get_feedback(feedback_id: RecordId, contributor: Current, session: Db) -> FeedbackOut:
     """One of your reports with its timeline."""
     return reports.describe(session, reports.get_feedback(session, contributor, feedback_id))
 
@@ -55,11 +61,12 @@ def notices(contributor: Current, session: Db) -> list[NoticeOut]:
     "/datasets",
     status_code=201,
     response_model=DatasetOut,
-    openapi_extra={"requestBody": {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
+    responses=documented(403, 409),
+    openapi_extra={"requestBody": {"required": True, "content": {"application/x-ndjson": {"schema": rows_schema()}}}},
 )
 async def push_dataset(
     request: Request,
-    name: Annotated[str, Query(min_length=1, max_length=100)],
+    name: Annotated[str, TextRule(100), Query(description="what you call it; a suite's: letters, digits, . _ -")],
     contributor: Current,
     session: Db,
     repeat: Repeatable,
@@ -95,7 +102,7 @@ def list_datasets(contributor: Current, session: Db) -> list[DatasetOut]:
     return [datasets.describe(session, row) for row in datasets.list_datasets(session, contributor)]
 
 
-@router.get("/datasets/{dataset_id}")
-def get_dataset(dataset_id: str, contributor: Current, session: Db) -> DatasetOut:
+@router.get("/datasets/{dataset_id}", responses=documented(404))
+def get_dataset(dataset_id: RecordId, contributor: Current, session: Db) -> DatasetOut:
     """One of your datasets with its timeline and, if it was refused, its bad rows."""
     return datasets.describe(session, datasets.get_dataset(session, contributor, dataset_id))

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import fastapi
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from fastapi.templating import Jinja2Templates
@@ -19,6 +21,7 @@ from infra.objects import Objects
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
 SHOWN_ROUNDS = 50
+RoundNumber = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def index(request: Request, session: Db) -> HTMLResponse:
 
 
 @router.get("/rounds/{number}/plan.svg")
-def plan_picture(number: int, request: Request, session: Db) -> Response:
+def plan_picture(number: RoundNumber, request: Request, session: Db) -> Response:
     """How a round's training was laid out: memory of each stage and a step of its pipeline. Open, as the front page."""
     run_id = planned_run(session, number)
     objects: Objects = request.app.state.objects

@@ -17,8 +17,8 @@ from flows.demo.corpus import REPORTED_SKILLS, base_rows, fresh_rows
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 
-BASE_ROUND = {"max_steps": 950, "learning_rate": 2e-3}
-DEMO_ROUND = {"max_steps": 1150, "learning_rate": 1.5e-3, "replay_rows": 9000}
+BASE_ROUND: dict[str, Any] = {"max_steps": 950, "learning_rate": 2e-3}
+DEMO_ROUND: dict[str, Any] = {"max_steps": 1150, "learning_rate": 1.5e-3, "replay_rows": 9000}
 FRESH, FRESH_PER_SKILL = "fresh", 200
 SERVICE_TIMEOUT_S = 60.0
 NOTICE_TIMEOUT_S = 30.0

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from feedback.tables import new_id
+
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "abc", "model_version": 1, "expected": "cba"}
 
 
@@ -61,9 +63,9 @@ def test_somebody_elses_record_is_not_found(portal, account, stranger):
         ({"model_version": 0}, "model_version"),
         ({"checker": {"type": "numeric", "value": "x"}}, "checker.numeric.value"),
         ({"extra": 1}, "extra"),
-        ({"expected": None}, None),
+        ({"expected": None}, "expected"),
         ({"kind": "rating", "rating": 6}, "rating"),
-        ({"checker": {"type": "exact", "value": "other"}}, None),
+        ({"checker": {"type": "exact", "value": "other"}}, "expected"),
     ],
 )
 def test_a_wrong_shape_is_refused_with_its_field(portal, account, changes, param):
@@ -120,7 +122,7 @@ def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator
     assert answer.status_code == 403
     assert portal.post("/api/v1/rounds", json={}, headers=account.headers).status_code == 403
     assert portal.post("/api/v1/rounds", json={"max_steps": 0}, headers=operator).status_code == 422
-    assert portal.get("/api/v1/rounds/nope", headers=operator).status_code == 404
+    assert portal.get(f"/api/v1/rounds/{new_id()}", headers=operator).status_code == 404
 
 
 def test_the_model_server_being_away_is_a_clear_503(portal, account):

@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import select
 
-from feedback import promotion, reports, rounds
+from feedback import datasets, promotion, reports, rounds
 from feedback.accounts import Conflict
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
@@ -19,7 +19,7 @@ from tests.feedback.loop import (
     submit,
     upload,
 )
-from yuan.data.rows import Row
+from yuan.data.rows import Row, parse_rows
 
 
 def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
@@ -159,6 +159,26 @@ def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, 
     assert not any(f'"{row.prompt}"' in trained for row in shared)
     counts = session.get_one(Snapshot, snapshot_id).counts
     assert (counts["datasets"], counts["datasets_closed_out"]) == (45, 20)  # a tenth of 50 is held out
+
+
+def test_documents_are_never_removed_because_of_a_prompt(session, objects, reporter):
+    blank = Row.model_construct(prompt=" ", answer="a", checker=checked_rows("", 1)[0].checker)
+    reports.add_cases(session, "older", [blank], "held_out")  # older rules took it
+    upload(session, objects, reporter, [Row(answer=f"document {n}") for n in range(5)])
+    snapshot_id, _ = freeze(session, objects)
+    counts = session.get_one(Snapshot, snapshot_id).counts
+    assert (counts["datasets"], counts["datasets_closed_out"]) == (5, 0)
+
+
+def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, reporter):
+    made = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
+    data = b'{"prompt": "p0", "answer": "a"}\n{"prompt": " ", "answer": "b"}\n{"prompt": "p2", "answer": "a"}\n'
+    made.sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
+    again.sha256, again.state = made.sha256, "checked"
+    datasets.accept(session, made.id, objects.get, SALT, 0.1)
+    _, snapshot = freeze(session, objects)
+    assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 
 
 def test_duplicates_are_taken_once(session, objects, reporter):

@@ -182,7 +182,7 @@ def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first,
     last = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
         for row in load_skills(REPORTED_SKILLS)[0].rows(40, seed=3):
-            client.submit(FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected="?"))
+            client.submit(FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected="!"))
         stack.until(lambda: {report.state for report in client.all_feedback()} == {"accepted"})
     turn = stack.until(lambda: (r := operator.round()).number > last and r)
     assert operator.cancel_round(turn.id).state == "cancelled"

@@ -1,18 +1,42 @@
 """Checkers: rules that say whether an answer is right, shared by portal, evaluation and gate."""
 
 import re
-import unicodedata
+from abc import ABC, abstractmethod
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-Value = Annotated[str, Field(min_length=1, max_length=2_000)]
+from yuan.data.text import MAX_TEXT, TextRule, fold_forms, rule_error
+
+MAX_VALUE = 2_000  # characters
+Value = Annotated[str, TextRule(MAX_VALUE)]
+
+# Before and after the point; arithmetic with so many digits can neither overflow nor take long.
+MAX_DIGITS = 50
+Number = Annotated[
+    Decimal,
+    Field(max_digits=2 * MAX_DIGITS, decimal_places=MAX_DIGITS, allow_inf_nan=False),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9]{1,50}(\.[0-9]{1,50})?$"}]}
+    ),
+]
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 
 
-class _Rule(BaseModel):
+class _Rule(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def check(self, answer: str) -> bool:
+        """Judge an answer, whatever it holds: never raise, and take time linear in its length.
+
+        An answer beyond 20,000 characters is wrong.
+        """
+        return len(answer) <= MAX_TEXT and self._accepts(_fold(answer))
+
+    @abstractmethod
+    def _accepts(self, folded: str) -> bool: ...
 
 
 class Exact(_Rule):
@@ -21,20 +45,29 @@ class Exact(_Rule):
     type: Literal["exact"] = "exact"
     value: Value
 
-    def check(self, answer: str) -> bool:
-        return _fold(answer) == _fold(self.value)
+    def _accepts(self, folded: str) -> bool:
+        return folded == _fold(self.value)
 
 
 class Numeric(_Rule):
-    """The last number of the answer equals the value within the tolerance."""
+    """The last number of the answer equals the value within the tolerance.
+
+    The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or size never passes.
+    """
 
     type: Literal["numeric"] = "numeric"
-    value: Decimal
-    tolerance: Annotated[Decimal, Field(ge=0)] = Decimal(0)
+    value: Number
+    tolerance: Annotated[Number, Field(ge=0)] = Decimal(0)
 
-    def check(self, answer: str) -> bool:
-        numbers = _NUMBER.findall(_fold(answer))
-        if not numbers:
+    @model_validator(mode="after")
+    def _tolerates_no_other_size(self) -> "Numeric":
+        if 2 * self.tolerance > max(Decimal(1), abs(self.value)):
+            raise rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1")
+        return self
+
+    def _accepts(self, folded: str) -> bool:
+        numbers = _NUMBER.findall(folded)
+        if not numbers or len(numbers[-1]) > 4 * MAX_DIGITS:
             return False
         try:
             return abs(Decimal(numbers[-1].replace(",", "")) - self.value) <= self.tolerance
@@ -48,9 +81,8 @@ class Choice(_Rule):
     type: Literal["choice"] = "choice"
     value: Annotated[str, Field(pattern="^[A-Z]$")]
 
-    def check(self, answer: str) -> bool:
-        letters = re.findall(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", _fold(answer))
-        return set(letters) == {self.value}
+    def _accepts(self, folded: str) -> bool:
+        return set(_LETTER.findall(folded)) == {self.value}
 
 
 class Contains(_Rule):
@@ -59,12 +91,12 @@ class Contains(_Rule):
     type: Literal["contains"] = "contains"
     values: Annotated[list[Value], Field(min_length=1, max_length=20)]
 
-    def check(self, answer: str) -> bool:
-        return all(_fold(value) in _fold(answer) for value in self.values)
+    def _accepts(self, folded: str) -> bool:
+        return all(_fold(value) in folded for value in self.values)
 
 
 Checker = Annotated[Exact | Numeric | Choice | Contains, Field(discriminator="type")]
 
 
 def _fold(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip()
+    return fold_forms(text).strip()

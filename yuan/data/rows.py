@@ -2,28 +2,30 @@
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from yuan.data.checkers import Checker
-
-MAX_TEXT = 20_000
+from yuan.data.text import MAX_TEXT, TextRule, describe_errors, fold_forms
 
 
 class Row(BaseModel):
-    """One sample. With an empty prompt the answer is a plain document, learned whole."""
+    """One sample. Without a prompt the answer is a plain document, learned whole."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str = Field(max_length=MAX_TEXT, description="what the model is asked; empty for a plain document")
-    answer: str = Field(min_length=1, max_length=MAX_TEXT, description="what it should answer")
+    prompt: Annotated[str, TextRule(MAX_TEXT, allow="empty")] = Field(
+        default="", description="what the model is asked; empty for a plain document"
+    )
+    answer: Annotated[str, TextRule(MAX_TEXT)] = Field(description="what it should answer")
     checker: Checker | None = Field(default=None, description="how another answer to the prompt is judged")
-    capability: str | None = Field(default=None, max_length=100, description="what the row teaches, e.g. reverse")
-    language: str | None = Field(default=None, max_length=20, description="language tag, e.g. zh or en")
-    source: str | None = Field(default=None, max_length=200, description="where the row comes from")
+    capability: Annotated[str, TextRule(100)] | None = Field(
+        default=None, description="what the row teaches, e.g. reverse"
+    )
+    language: Annotated[str, TextRule(20)] | None = Field(default=None, description="language tag, e.g. zh or en")
+    source: Annotated[str, TextRule(200)] | None = Field(default=None, description="where the row comes from")
 
     @property
     def key(self) -> str:
@@ -48,7 +50,7 @@ def normalise(text: str) -> str:
     >>> normalise("  What is\\tＡ + 1? ")
     'what is a + 1?'
     """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(fold_forms(text).casefold().split())
 
 
 def digest(*parts: str) -> str:
@@ -64,12 +66,7 @@ def parse_rows(data: bytes) -> Iterator[Row | BadRow]:
         try:
             yield Row.model_validate_json(line)
         except ValidationError as error:
-            yield BadRow(row=number, reason=describe(error))
-
-
-def describe(error: ValidationError) -> str:
-    """Put a pydantic error into one line: field, rule."""
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors()[:3])
+            yield BadRow(row=number, reason=describe_errors(error))
 
 
 def dump_rows(rows: list[Row]) -> bytes:

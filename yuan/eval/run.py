@@ -20,7 +20,7 @@ from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker
 from yuan.data.judge import CheckFailed, Judge
-from yuan.data.rows import describe
+from yuan.data.text import describe_errors
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
@@ -80,7 +80,7 @@ def read_cases(file: Path) -> tuple[list[EvalCase], list[Result]]:
             try:
                 cases.append(EvalCase.model_validate_json(line))
             except ValidationError as error:
-                bad.append(failed(str(json.loads(line)["id"]), describe(error)))
+                bad.append(failed(str(json.loads(line)["id"]), describe_errors(error)))
     return cases, bad
 
 

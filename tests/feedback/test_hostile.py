@@ -1,0 +1,195 @@
+"""What may not come in through the portal: characters, numbers, names and reports about nothing."""
+
+import http.client
+import json
+
+import pytest
+
+from feedback.api.app import make_app
+from feedback.tables import Response, new_id
+from infra.database import open_sessions
+from tests.serving import served
+
+REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "?", "model_version": 1, "expected": "cba"}
+JSON = {"Content-Type": "application/json"}
+
+
+def refused(answer, status, param):
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"].get("param") == param
+    assert "\0" not in answer.text
+
+
+@pytest.mark.parametrize("field", ["prompt", "response", "expected", "response_id"])
+@pytest.mark.parametrize("text", [r"a\u0000b", r"\ud83d"])
+def test_text_that_cannot_be_stored_is_refused_with_its_field(portal, account, field, text):
+    body = json.dumps({**REPORT, field: "HERE"}).replace("HERE", text)
+    refused(portal.post("/api/v1/feedback", content=body, headers=account.headers | JSON), 422, field)
+
+
+@pytest.mark.parametrize("field", ["prompt", "expected", "response_id"])
+def test_white_space_alone_is_no_text(portal, account, field):
+    refused(portal.post("/api/v1/feedback", json={**REPORT, field: " \u3000\n"}, headers=account.headers), 422, field)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"rating": NaN}', "rating"),
+        (b'{"examples": [{"prompt": -Infinity}]}', "examples.0.prompt"),
+        (b'{"extra": {"deep": [1e999]}}', "extra.deep.0"),
+        (b'{"\\u0000": 1}', r"\x00"),
+        (b'{"a": "\xff"}', None),
+        (b"[" * 50_000, None),
+        (b'{"model_version": ' + b"1" * 5000 + b"}", None),
+        (b'{"model_version": ' + b"1" * 4000 + b"}", "model_version"),
+        (b"{", None),
+        (b"null", None),
+    ],
+)
+def test_json_that_no_field_may_hold_is_refused(portal, account, body, param):
+    valid = json.dumps(REPORT).encode()
+    merged = valid[:-1] + b", " + body[1:] if body.startswith(b'{"') else body
+    refused(portal.post("/api/v1/feedback", content=merged, headers=account.headers | JSON), 422, param)
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/feedback/%00", "/api/v1/datasets/%00", "/api/v1/datasets/%F0%9F", "/api/v1/rounds/x"]
+)
+def test_an_id_of_another_form_is_refused(portal, operator, path):
+    assert portal.get(path, headers=operator).status_code == 422
+
+
+@pytest.mark.parametrize("number", ["99999999999", "-1", "0", "9" * 5000, "1e3", "%00", "x"])
+def test_a_round_number_outside_its_column_is_refused(portal, number):
+    refused(portal.get(f"/rounds/{number}/plan.svg"), 422, "number")
+
+
+@pytest.mark.parametrize("name", ["%00", "a%00b", "%20", "", "x" * 101])
+def test_a_dataset_needs_a_name_that_can_be_stored(portal, account, name):
+    answer = portal.post(f"/api/v1/datasets?name={name}", content=b'{"answer": "b"}', headers=account.headers)
+    refused(answer, 422, "name")
+
+
+@pytest.mark.parametrize("name", ["reports", "Base", "datasets", "a/b", "../x", ".hidden", "加"])
+def test_a_suite_takes_no_name_of_the_gates(portal, operator, name):
+    query = {"name": name, "purpose": "suite"}
+    refused(portal.post("/api/v1/datasets", params=query, content=b'{"answer": "b"}', headers=operator), 422, "name")
+
+
+def test_the_reason_of_a_bad_row_can_be_stored_whatever_the_row_holds(portal, account):
+    rows = [
+        rb'{"answer": "a", "\u0000key": 1}',
+        rb'{"answer": "a", "checker": {"type": "\u0000"}}',
+        rb'{"answer": "\ud83d"}',
+        b'{"answer": "\xff"}',
+        b'{"answer": "' + b"\\u0000" * 5000 + b'"}',
+        b'{"prompt": " ", "answer": "a"}',
+        b'{"answer": "a", "' + b"k" * 50_000 + b'": 1}',
+        b"[" * 5000,
+        b'{"answer": "a", "checker": {"type": "numeric", "value": ' + b"9" * 5000 + b"}}",
+    ]
+    answer = portal.post("/api/v1/datasets?name=bad", content=b"\n".join(rows), headers=account.headers)
+    assert answer.status_code == 422
+    assert [row["row"] for row in answer.json()["error"]["rows"]] == list(range(1, 10))
+    assert all(row["reason"].isprintable() and len(row["reason"]) < 500 for row in answer.json()["error"]["rows"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"seed": 2**70}, "seed"),
+        ({"replay_rows": 10**22}, "replay_rows"),
+        ({"max_steps": True}, "max_steps"),
+        ({"max_steps": "5"}, "max_steps"),
+        ({"learning_rate": True}, "learning_rate"),
+        ({"checkpoint_every": 10**7}, "checkpoint_every"),
+        ({"weights": {"base": 1e308}}, "weights.base"),
+        ({"weights": {"base": -1}}, "weights.base"),
+        ({"weights": {"base": 1e-9}}, "weights.base"),
+        ({"weights": {"base": 1e-6, "datasets": 1}}, "weights"),
+        ({"weights": {}}, "weights"),
+    ],
+)
+def test_a_round_that_could_not_run_is_refused_at_once(portal, operator, changes, param):
+    refused(portal.post("/api/v1/rounds", json=changes, headers=operator), 422, param)
+
+
+def test_a_misspelt_query_parameter_is_refused(portal, account):
+    refused(portal.get("/api/v1/feedback?stat=received", headers=account.headers), 422, "stat")
+
+
+def test_a_query_of_other_bytes_than_utf8_is_refused(portal, account):
+    answer = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
+    refused(answer, 422, "query")
+
+
+def test_a_path_without_its_record_is_not_the_list(portal, account):
+    assert portal.get("/api/v1/feedback/", headers=account.headers).status_code == 404
+
+
+def test_a_method_that_is_not_there_names_those_that_are(portal, account):
+    answer = portal.delete("/api/v1/feedback", headers=account.headers)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+
+
+@pytest.fixture
+def response(engine, account, first_version):
+    """A recorded answer of the test's contributor."""
+    kept = {"id": new_id(), "prompt": "Reverse: abc", "response": "?", "model_version": first_version}
+    with open_sessions(engine).begin() as session:
+        session.add(Response(contributor_id=account.id, **kept))
+    return kept["id"]
+
+
+def test_a_report_about_a_recorded_response_repeats_it(portal, account, response):
+    report = {**REPORT, "response_id": response}
+    assert portal.post("/api/v1/feedback", json=report, headers=account.headers).status_code == 201
+    for field in ("prompt", "response"):
+        changed = {**report, field: "something else"}
+        refused(portal.post("/api/v1/feedback", json=changed, headers=account.headers), 422, field)
+
+
+def test_a_report_about_nobodys_or_somebody_elses_response_is_not_found(portal, account, operator, response):
+    unknown = {**REPORT, "response_id": new_id()}
+    refused(portal.post("/api/v1/feedback", json=unknown, headers=account.headers), 404, "response_id")
+    foreign = {**REPORT, "response_id": response}
+    refused(portal.post("/api/v1/feedback", json=foreign, headers=operator), 404, "response_id")
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param"),
+    [
+        ({"model_version": 999_999}, 404, "model_version"),
+        ({"model_version": 10**40}, 422, "model_version"),
+        ({"model_version": True}, 422, "model_version"),
+        ({"response": " cba"}, 422, "response"),
+        ({"kind": "preference", "chosen": "a", "rejected": "ａ "}, 422, "rejected"),
+        ({"checker": {"type": "numeric", "value": "1e9999999"}}, 422, "checker.numeric.value"),
+        ({"checker": {"type": "numeric", "value": 5, "tolerance": 5}}, 422, "checker.numeric.tolerance"),
+    ],
+)
+def test_a_report_about_nothing_is_refused(portal, account, changes, status, param):
+    refused(portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers), status, param)
+
+
+def test_a_connection_outlives_an_unexpected_fault_and_no_text_is_logged(stores, engine, objects, operator, caplog):
+    app = make_app(stores, engine, objects)
+
+    @app.get("/fault")
+    def fault():
+        raise KeyError(f"{1}st contributor's text")
+
+    with served(app) as (host, port):
+        connection = http.client.HTTPConnection(host, port, timeout=30)
+        connection.auto_open = 0  # a closed connection is an error, never opened again
+        connection.connect()
+        for _ in range(2):
+            connection.request("GET", "/fault")
+            answer = connection.getresponse()
+            assert (answer.status, json.load(answer)["error"]["type"]) == (500, "internal")
+        connection.request("GET", "/api/v1/feedback", headers=operator)
+        assert connection.getresponse().status == 200
+        connection.close()
+    assert "KeyError" in caplog.text
+    assert "1st contributor's" not in caplog.text

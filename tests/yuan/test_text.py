@@ -1,0 +1,133 @@
+"""Text, JSON and answers from outside: what is refused, shown, replaced, and judged without fail."""
+
+import json
+import unicodedata
+from decimal import Decimal
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from yuan.data.checkers import Checker
+from yuan.data.rows import BadRow, Row, parse_rows
+from yuan.data.text import BadJson, fold_forms, make_storable, parse_json, printable
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and U+0000 too
+CHECKERS = TypeAdapter(Checker)
+RULES = [
+    CHECKERS.validate_python(fields)
+    for fields in (
+        {"type": "exact", "value": "abc"},
+        {"type": "numeric", "value": "-1.5", "tolerance": "0.75"},
+        {"type": "numeric", "value": "9" * 50},
+        {"type": "choice", "value": "B"},
+        {"type": "contains", "values": ["a", "\u0301"]},
+    )
+]
+HOSTILE = [
+    "9" * 20_000,
+    "1," * 10_000,
+    "1." * 10_000,
+    "-" * 20_000,
+    "a" + "\u0315\u0300" * 9_000,
+    "\ufdfa" * 20_000,
+    "A " * 10_000,
+    "٣" * 20_000,
+    "1\u0663.5",
+    "\ud83d\0",
+]
+
+
+@given(ANY_TEXT)
+def test_stored_text_goes_through_utf8_and_has_no_nul(text):
+    stored = make_storable(text)
+    assert "\0" not in stored and stored.encode().decode() == stored
+    assert len(stored) == len(text)
+
+
+@given(ANY_TEXT)
+def test_shown_text_is_one_short_printable_line(text):
+    assert printable(text).isprintable() and len(printable(text * 50)) <= 200
+
+
+@given(ANY_TEXT)
+@example("\x1f")
+def test_a_row_is_taken_exactly_if_its_text_can_be_stored_and_says_something(text):
+    is_fit = make_storable(text) == text and bool(text.strip())
+    try:
+        assert Row(prompt=text, answer="a").prompt == text
+        is_taken = True
+    except ValidationError:
+        is_taken = False
+    assert is_taken == (is_fit or text == "")
+
+
+@given(st.binary())
+def test_any_bytes_are_rows_or_bad_rows_that_can_be_stored(data):
+    for row in parse_rows(data):
+        if isinstance(row, BadRow):
+            assert row.reason.isprintable()
+        else:
+            assert make_storable(row.answer) == row.answer
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    )
+)
+def test_json_is_taken_exactly_if_it_is_json_by_the_standard(value):
+    text = json.dumps(value)
+    has_constant = any(word in json.dumps(value, ensure_ascii=False) for word in ("NaN", "Infinity"))
+    try:
+        assert parse_json(text) == value
+    except BadJson:
+        assert has_constant or "\\u0000" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"a": [1, NaN]}', "a.1"),
+        ('{"a": {"b": 1e999}}', "a.b"),
+        ('{"a": "\\ud83d"}', "a"),
+        ('{"a\\u0000": 1}', r"a\x00"),
+        ("[" * 100_000, ""),
+        ("1" * 5_000, ""),
+        (b'{"a": "\xff"}', ""),
+    ],
+)
+def test_json_with_a_value_no_field_may_hold_is_refused_with_its_place(text, place):
+    with pytest.raises(BadJson) as refusal:
+        parse_json(text)
+    assert refusal.value.place == place
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=60)
+@given(answer=ANY_TEXT | st.from_regex(r"[-+]?[0-9,.eE]+") | st.sampled_from(HOSTILE))
+def test_checking_never_raises(rule, answer):
+    assert rule.check(answer) in (True, False)
+    assert rule.check(answer * 40) in (True, False)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+def test_no_tolerance_takes_zero_or_the_opposite_of_a_number(value):
+    fields = {"type": "numeric", "value": value, "tolerance": max(Decimal(1), abs(value)) / 2}
+    rule = CHECKERS.validate_python(fields)
+    assert rule.check(str(value))
+    assert abs(value) <= 1 or not (rule.check("0") or rule.check(str(-value)))
+    with pytest.raises(ValidationError, match="at most half of the value"):
+        CHECKERS.validate_python({**fields, "tolerance": fields["tolerance"] + Decimal("0.001")})
+
+
+@pytest.mark.parametrize("value", ["1e9999999", "NaN", "Infinity", True, "9" * 51, "1e-51"])
+def test_a_number_without_bounds_is_no_value(value):
+    with pytest.raises(ValidationError):
+        CHECKERS.validate_python({"type": "numeric", "value": value})
+
+
+@given(st.text(max_size=50))
+def test_folding_is_nfkc_for_every_text_of_a_script(text):
+    assert fold_forms(text) == unicodedata.normalize("NFKC", text)

@@ -1,0 +1,181 @@
+"""Text and JSON from outside: one validated type, and how unfit characters are shown or replaced.
+
+PostgreSQL stores no U+0000, UTF-8 has no lone surrogates (JSON can write one, as `"\\ud83d"`), and white space alone
+asks and answers nothing.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+MAX_TEXT = 20_000
+MAX_COMBINING = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
+SHOWN_LENGTH = 200
+SHOWN_ERRORS = 3
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_PATTERNS = {  # the same rules for readers of the JSON schema
+    "text": r"^[^\u0000]*[^\s\u0000][^\u0000]*$",
+    "empty": r"^([^\u0000]*[^\s\u0000][^\u0000]*)?$",
+    "blank": r"^[^\u0000]*$",
+}
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """Annotate a `str` with it: at most `max_length` characters, each one storable.
+
+    `allow` says what else than real text may stand there: nothing else ("text"), no character at all ("empty"), or
+    white space too ("blank").
+    """
+
+    max_length: int
+    allow: Literal["text", "empty", "blank"] = "text"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(max_length=self.max_length, strict=True)
+        return core_schema.no_info_before_validator_function(self._check, text)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        least = {"minLength": 1} if self.allow == "text" else {}
+        return {**handler(schema), **least, "pattern": _PATTERNS[self.allow]}
+
+    def _check(self, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if fault := find_unstorable(value):
+            raise PydanticCustomError("text", "must not contain {fault}; leave it out", {"fault": fault})
+        if self.allow == "text" and not value.strip():
+            raise PydanticCustomError("text", "must not be empty or only white space")
+        if self.allow == "empty" and value and not value.strip():
+            raise PydanticCustomError("text", "must not be only white space; leave it empty or write text")
+        return value
+
+
+def find_unstorable(text: str) -> str | None:
+    """Name the first character that cannot be stored.
+
+    >>> find_unstorable("a\\0b"), find_unstorable("加")
+    ('the character U+0000', None)
+    """
+    if "\0" not in text:
+        try:
+            text.encode()  # ten times as fast as the pattern
+        except UnicodeEncodeError as error:
+            return f"half a character, the lone surrogate U+{ord(text[error.start]):04X}"
+        return None
+    return "the character U+0000"
+
+
+def make_storable(text: str) -> str:
+    """Replace characters that cannot be stored by U+FFFD, in text that a model generated.
+
+    >>> make_storable("a\\0b\\ud83d")
+    'a\ufffdb\ufffd'
+    """
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def printable(text: str, limit: int = SHOWN_LENGTH) -> str:
+    """Show text from outside within a message: one line, of limited length, unprintable characters escaped.
+
+    >>> printable("加\\0\\n\\ud83d")
+    '加\\\\x00\\\\n\\\\ud83d'
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Put a validation error into one printable line: field and rule, for the first three."""
+    found = error.errors(include_url=False, include_input=False)[:SHOWN_ERRORS]
+    return "; ".join(f"{printable(error_place(one)) or 'line'}: {printable(one['msg'])}" for one in found)
+
+
+def error_place(error: Any) -> str:
+    """The dotted path of the field that an entry of `ValidationError.errors()` is about, empty for the whole."""
+    named = error.get("ctx", {}).get("param")
+    return ".".join(str(part) for part in (*error["loc"], *([named] if named else ())))
+
+
+def rule_error(param: str, message: str) -> PydanticCustomError:
+    """The error of a rule that spans fields, blamed on one of them."""
+    return PydanticCustomError("rule", "{message}", {"message": message, "param": param})
+
+
+class BadJson(ValueError):
+    """A document that is no JSON, or has a value no field may hold; `place` is the value's dotted path."""
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.place = printable(place)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON from outside by RFC 8259, without Python's extensions.
+
+    Returns:
+        A value in which every number is finite and every string and key can be stored.
+
+    Raises:
+        BadJson: if it is no JSON in UTF-8, nested too deeply, or has another value.
+    """
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode())
+    except UnicodeDecodeError as error:
+        raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not") from None
+    except RecursionError:
+        raise BadJson("must not be nested so deeply") from None
+    except json.JSONDecodeError as error:
+        raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}") from None
+    except ValueError:  # Python reads integers of 4,300 digits at most
+        raise BadJson("must not have numbers of so many digits") from None
+    _check_values(value)
+    return value
+
+
+def _check_values(document: Any) -> None:
+    left: list[tuple[str, Any]] = [("", document)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if fault := find_unstorable(key):
+                    raise BadJson(f"a name must not contain {fault}", _inside(place, key))
+                left.append((_inside(place, key), item))
+        elif isinstance(value, list):
+            left += [(_inside(place, str(number)), item) for number, item in enumerate(value)]
+        elif isinstance(value, str):
+            if fault := find_unstorable(value):
+                raise BadJson(f"must not contain {fault}; leave it out", place)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BadJson("must be a finite number", place)
+
+
+def _inside(place: str, key: str) -> str:
+    return f"{place}.{key}"[-2 * SHOWN_LENGTH :] if place else key[: 2 * SHOWN_LENGTH]
+
+
+def fold_forms(text: str) -> str:
+    """Fold Unicode compatibility forms (NFKC) in linear time.
+
+    Python sorts the marks of a letter by insertion, which takes seconds for a letter with 20,000; those beyond 30,
+    which no script has, are left out.
+
+    >>> fold_forms("Ａ１")
+    'A1'
+    """
+    if text.isascii():
+        return text
+    kept, marks = [], 0
+    for char in text:
+        marks = marks + 1 if unicodedata.combining(char) else 0
+        if marks <= MAX_COMBINING:
+            kept.append(char)
+    return unicodedata.normalize("NFKC", "".join(kept))
