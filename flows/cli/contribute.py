@@ -1,6 +1,6 @@
 """`cotrain submit` and `cotrain dataset push`: what contributors send. Needs no running stack of one's own."""
 
-import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,11 +8,14 @@ import typer
 
 from feedback.client import Client
 from feedback.contracts import FeedbackIn
-from flows.cli.output import USAGE, Json, clear_errors, fail, show
+from flows.cli.output import USAGE, Json, clear_errors, fail, form_of, json_option, show, text_option
 
 Url = Annotated[str, typer.Option(envvar="COTRAIN_PORTAL_URL", help="address of the portal")]
 Token = Annotated[str, typer.Option(envvar="COTRAIN_TOKEN", help="your API token", show_default=False)]
-Key = Annotated[str | None, typer.Option("--idempotency-key", help="repeat a request safely with the same key")]
+Key = Annotated[
+    str | None,
+    typer.Option("--idempotency-key", help="repeat a request safely with the same key", callback=text_option),
+]
 LOCAL_PORTAL = "http://127.0.0.1:8800"
 
 dataset = typer.Typer(no_args_is_help=True, help="Datasets you contribute.")
@@ -51,12 +54,11 @@ def submit(
         "rating": rating,
         "response_id": response_id,
     }
-    with clear_errors():
-        if checker is not None:
-            fields["checker"] = json.loads(checker)
-        report = FeedbackIn.model_validate(fields)
-        with Client(url, token) as client:
-            sent = client.submit(report, idempotency_key=idempotency_key)
+    if checker is not None:
+        fields["checker"] = json_option("--checker", checker)
+    report = form_of(FeedbackIn, fields)
+    with clear_errors(), Client(url, token) as client:
+        sent = client.submit(report, idempotency_key=idempotency_key)
         text = f"report {sent.id} is {sent.state}; follow it at {url}/api/v1/feedback/{sent.id}"
         show(sent.model_dump(mode="json"), text, as_json)
 
@@ -66,7 +68,9 @@ def push(
     file: Annotated[
         Path, typer.Argument(help="JSONL, one row a line: prompt, answer, checker?, ...", exists=True, dir_okay=False)
     ],
-    name: Annotated[str | None, typer.Option(help="name of the dataset; default: the file's")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the dataset; default: the file's", callback=text_option)
+    ] = None,
     purpose: Annotated[str, typer.Option(help="mixture; operators also base and suite")] = "mixture",
     url: Url = LOCAL_PORTAL,
     token: Token = "",
@@ -83,6 +87,6 @@ def push(
 def version_number(text: str) -> int:
     """Read 7 or v7."""
     digits = text.removeprefix("v")
-    if not digits.isdigit():
+    if not re.fullmatch("[0-9]{1,10}", digits):
         raise fail(f"a version is a number such as 7 or v7, got {text!r}", USAGE)
     return int(digits)

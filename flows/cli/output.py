@@ -4,13 +4,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
+from yuan.data.text import BadJson, describe_errors, find_unstorable, parse_json, printable
+
 FAILED, USAGE = 1, 2
+LINE_LENGTH = 1000
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
+
+Form = TypeVar("Form", bound=BaseModel)
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -21,9 +27,33 @@ def show(data: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 def fail(message: str, status: int = FAILED) -> typer.Exit:
-    """Print one clear line and make the exit to raise."""
-    print(f"cotrain: {message}", file=sys.stderr)
+    """Print a clear line, or few, and make the exit to raise; what it repeats from outside is made printable."""
+    lines = (printable(line, LINE_LENGTH) for line in message.split("\n"))
+    print("cotrain: " + "\n".join(lines), file=sys.stderr)
     return typer.Exit(status)
+
+
+def form_of(model: type[Form], fields: dict[str, Any]) -> Form:
+    """Make a request's form of a command's options; what its contract refuses gives one line and status 2."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise fail(describe_errors(error), USAGE) from None
+
+
+def json_option(name: str, text: str) -> Any:
+    """Parse an option that is JSON; what cannot be sent gives one line and status 2."""
+    try:
+        return parse_json(text)
+    except BadJson as error:
+        raise fail(f"{name} {error.place}: {error}", USAGE) from None
+
+
+def text_option(value: str | None) -> str | None:
+    """Refuse an option or argument that is empty or cannot be sent: exit status 2."""
+    if value is not None and (not value.strip() or find_unstorable(value)):
+        raise typer.BadParameter(f"must be text in UTF-8, got {printable(value)!r}")
+    return value
 
 
 @contextmanager
@@ -58,10 +88,12 @@ def clear_errors() -> Iterator[None]:
         raise
     except PortalError as error:
         for row in error.body.rows or []:
-            print(f"  row {row['row']}: {row['reason']}", file=sys.stderr)
+            print(f"  row {row['row']}: {printable(row['reason'], LINE_LENGTH)}", file=sys.stderr)
         where = f" ({error.body.param})" if error.body.param else ""
         raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
     except httpx.TransportError as error:
         raise fail(f"the portal does not answer ({error}); is the stack up? see `cotrain status`") from None
+    except ValidationError as error:
+        raise fail(describe_errors(error)) from None
     except (ValueError, OSError, RuntimeError) as error:
         raise fail(str(error)) from None

@@ -1,5 +1,6 @@
 """`cotrain round start | status | cancel`: what operators do with rounds."""
 
+import re
 import time
 from typing import Annotated
 
@@ -8,10 +9,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
-from flows.cli.output import FAILED, Json, clear_errors, show, stderr
+from flows.cli.output import FAILED, Json, clear_errors, form_of, show, stderr
 from flows.described import described
+from yuan.data.text import printable
 
 FOLLOW_EVERY_S = 0.5
+
+
+def round_name(value: str) -> str:
+    """Refuse what can be no round's id, since it becomes part of an address: exit status 2."""
+    if not re.fullmatch("[0-9a-f]{32}|latest", value):
+        raise typer.BadParameter(f"must be an id of 32 hexadecimal digits or latest, got {printable(value)!r}")
+    return value
+
+
+RoundId = Annotated[str, typer.Argument(help="id of a round, or latest", callback=round_name)]
 
 round_ = typer.Typer(no_args_is_help=True, help="Rounds: one turn of the loop each.")
 
@@ -22,25 +34,26 @@ def add_to(app: typer.Typer) -> None:
 
 @round_.command()
 def start(
-    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 600,
-    learning_rate: Annotated[float, typer.Option(help="peak learning rate")] = 1.5e-3,
-    replay_rows: Annotated[int, typer.Option(min=0, help="base rows trained again")] = 3000,
-    seed: Annotated[int, typer.Option(min=0, help="seed of data order and new weights")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 200,
-    priority: Annotated[int, typer.Option(min=-100, max=100, help="in the queue for devices")] = 0,
+    max_steps: Annotated[int, typer.Option(help="optimizer steps, 1 to 1,000,000")] = 600,
+    learning_rate: Annotated[float, typer.Option(help="peak learning rate, above 0 and below 1")] = 1.5e-3,
+    replay_rows: Annotated[int, typer.Option(help="base rows trained again, 0 to 100,000,000")] = 3000,
+    seed: Annotated[int, typer.Option(help="seed of data order and new weights, 0 to 2**63 - 1")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints, 1 to 1,000,000")] = 200,
+    priority: Annotated[int, typer.Option(help="in the queue for devices, -100 to 100")] = 0,
     wait: Annotated[bool, typer.Option(help="follow the round to its end")] = True,
     as_json: Json = False,
 ) -> None:
     """Start a round and follow it. Ctrl-C stops following, not the round."""
+    fields = {
+        "max_steps": max_steps,
+        "learning_rate": learning_rate,
+        "replay_rows": replay_rows,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        "priority": priority,
+    }
+    wanted = form_of(RoundParameters, fields)
     with clear_errors(), operator() as client:
-        wanted = RoundParameters(
-            max_steps=max_steps,
-            learning_rate=learning_rate,
-            replay_rows=replay_rows,
-            seed=seed,
-            checkpoint_every=checkpoint_every,
-            priority=priority,
-        )
         turn = client.start_round(wanted)
         if wait:
             turn = follow(client, turn.id)
@@ -49,7 +62,8 @@ def start(
 
 @round_.command()
 def status(
-    round_id: Annotated[str, typer.Argument(help="id of a round, or latest")] = "latest", as_json: Json = False
+    round_id: RoundId = "latest",
+    as_json: Json = False,
 ) -> None:
     """Show a round."""
     with clear_errors(), operator() as client:
@@ -58,7 +72,8 @@ def status(
 
 @round_.command()
 def cancel(
-    round_id: Annotated[str, typer.Argument(help="id of a round, or latest")] = "latest", as_json: Json = False
+    round_id: RoundId = "latest",
+    as_json: Json = False,
 ) -> None:
     """Cancel a running round and its training."""
     with clear_errors(), operator() as client:

@@ -1,0 +1,35 @@
+"""Options that the portal would refuse are refused by the command line, in one line and with status 2."""
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+
+REPORT = ["submit", "--response", "r", "--token", "t", "--model-version", "1", "--prompt"]
+START = ["round", "start"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([*REPORT, " ", "--expected", "x"], "prompt: must not be empty or only white space"),
+        ([*REPORT, "a\udcff", "--expected", "x"], "prompt: must not contain half a character"),
+        ([*REPORT, "p"], "expected: a correction needs expected"),
+        ([*REPORT, "p", "--expected", "r"], "response: the checker takes this response as right"),
+        ([*REPORT, "p", "--expected", "x", "--checker", '{"value": NaN}'], "--checker value: must be a finite number"),
+        ([*START, "--seed", str(2**70)], "seed: Input should be less than or equal to 9223372036854775807"),
+        ([*START, "--replay-rows", "9" * 22], "replay_rows: Input should be less than or equal to 100000000"),
+        ([*START, "--learning-rate", "inf"], "learning_rate: Input should be a finite number"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line_with_its_field(argv, line):
+    done = CliRunner().invoke(app, argv)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"cotrain: {line}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("round_id", ["../health", "x?y", "a\udcff"])
+def test_what_is_no_rounds_id_is_never_asked_for(round_id):
+    done = CliRunner().invoke(app, ["round", "status", round_id])
+    assert done.exit_code == 2
+    assert "must be an id of 32 hexadecimal digits or latest" in " ".join(done.stderr.replace("│", "").split())
