@@ -1,0 +1,40 @@
+"""The OpenAPI description against the real portal: schemathesis makes requests of it and checks every answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from feedback.api.app import make_app
+from tests.serving import served
+
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+SEED, EXAMPLES = 15, 500
+
+
+@pytest.fixture(scope="module")
+def address(stores, engine, objects, first_version):
+    with served(make_app(stores, engine, objects)) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+def explore(address, headers, scratch, examples, *options):
+    """Run schemathesis over all operations, with every check, and return its report."""
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG, "run", f"{address}/openapi.json"]
+    command += ["--max-examples", examples, "--seed", SEED, "--header", f"Authorization: {headers['Authorization']}"]
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(CONFIG.with_name("exploring.py"))}
+    done = subprocess.run(
+        [*map(str, command), *options], cwd=scratch, env=environment, capture_output=True, text=True, check=False
+    )
+    report = "\n".join(line[:300] for line in (done.stdout + done.stderr).splitlines())
+    assert done.returncode == 0, report
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("role", ["contributor", "operator"])
+def test_every_answer_is_as_described(address, account, operator, tmp_path, role):
+    print(explore(address, operator if role == "operator" else account.headers, tmp_path, EXAMPLES))
