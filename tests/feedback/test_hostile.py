@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -122,6 +123,13 @@ def test_a_misspelt_query_parameter_is_refused(portal, account):
 def test_a_query_of_other_bytes_than_utf8_is_refused(portal, account):
     answer = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
     refused(answer, 422, "query")
+
+
+def test_one_name_asked_for_many_times_at_once_makes_one_account(portal, operator):
+    form = {"name": f"twin-{new_id()}"}
+    with ThreadPoolExecutor(8) as callers:
+        made = callers.map(lambda _: portal.post("/api/v1/contributors", json=form, headers=operator), range(8))
+        assert sorted(answer.status_code for answer in made) == [201] + [409] * 7
 
 
 def test_a_path_without_its_record_is_not_the_list(portal, account):
