@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from feedback.api.app import make_app
+from feedback.contracts import LEAST_SHARE
 from feedback.tables import Response, new_id
 from infra.database import open_sessions
 from tests.serving import served
+from yuan.data.mixture import quotas_of
 
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "?", "model_version": 1, "expected": "cba"}
 JSON = {"Content-Type": "application/json"}
@@ -114,6 +116,13 @@ def test_the_reason_of_a_bad_row_can_be_stored_whatever_the_row_holds(portal, ac
 )
 def test_a_round_that_could_not_run_is_refused_at_once(portal, operator, changes, param):
     refused(portal.post("/api/v1/rounds", json=changes, headers=operator), 422, param)
+
+
+def test_the_least_weight_is_the_one_that_a_mixture_can_lay_out():
+    least = [LEAST_SHARE, 1 - LEAST_SHARE]
+    assert min(quotas_of((1, 1), least)) > 0
+    with pytest.raises(ValueError, match="the smallest weight"):
+        quotas_of((1, 1), [LEAST_SHARE / 1.01, 1 - LEAST_SHARE / 1.01])
 
 
 def test_a_misspelt_query_parameter_is_refused(portal, account):
