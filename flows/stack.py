@@ -270,7 +270,8 @@ def _model_server(home: Path, settings: Settings) -> Service:
         read=tuple(home / name for name in ModelServerSettings.files),
         write=(home / "model-server", cache, *accelerator_files()),
         bind=(port_of(settings.model_server_url),),
-        connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),  # large files come from presigned addresses
+        # MLflow's client fetches large files from the store itself, by presigned addresses.
+        connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),
     )
 
     def check() -> None:
