@@ -6,19 +6,21 @@ import time
 import pytest
 import torch
 import uvicorn
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
-from feedback import datasets, rounds
+from feedback import datasets, promotion, rounds
 from feedback.contracts import RoundParameters
 from feedback.reproduce import Refused, ask_again
-from feedback.tables import Round, new_id
-from flows import intake
+from feedback.tables import Promotion, Round, new_id
+from flows import intake, judging, layout
 from flows.context import Context
 from infra.database import open_sessions
 from infra.launch import free_port
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
+from yuan.data.rows import BadRow, Row
 from yuan.model.transformer import Yuan
+from yuan.model.weights import save
 from yuan.serve.api import make_api
 from yuan.serve.engine import Served, Service
 from yuan.serve.metrics import Metrics
@@ -96,3 +98,55 @@ def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, obj
     assert [dataset["state"] for dataset in found] == ["accepted", "rejected", "accepted"]
     assert "its bytes are gone from the object store" in found[1]["reason"]
     assert kept["accept"] == 1 <= counts["failed"]
+
+
+@pytest.fixture
+def context(model_server, engine, objects):
+    """A context whose champion is the version that the model server serves; nobody's afterwards."""
+    context = Context(model_server, open_sessions(engine), objects)
+    with context.sessions.begin() as session:
+        session.execute(update(Round).values(state="cancelled"))
+        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+        rounds.add_version(session, turn.id, VERSION, {})
+        session.flush()
+        promotion.promote(session, turn, {"candidate": VERSION})
+        rounds.finish(session, turn.id, "promoted", "for the test")
+    yield context
+    with context.sessions.begin() as session:
+        session.execute(delete(Promotion))
+
+
+def test_reports_are_taken_up_whatever_is_among_them(context, portal, account):
+    prompts = {"fits": "a + b", "long": "a" * 300, "broken": "j", "separators": "a\u2028b\u0085", "last": "c"}
+    ids = {}
+    for name, prompt in prompts.items():
+        body = {"kind": "correction", "prompt": prompt, "response": "?", "model_version": 1, "expected": new_id()}
+        ids[name] = portal.post("/api/v1/feedback", json=body, headers=account.headers).json()["id"]
+    assert intake.take_up(context, 10_000)["failed"] >= 2
+    found = {name: portal.get(f"/api/v1/feedback/{one}", headers=account.headers).json() for name, one in ids.items()}
+    assert {name for name, report in found.items() if report["state"] == "accepted"} == {"fits", "separators", "last"}
+    assert "301 tokens" in found["long"]["reason"] and "not finite" in found["broken"]["reason"]
+    assert all(found[name]["state"] == "in_review" for name in ("long", "broken"))
+    assert intake.take_up(context, 10_000)["asked_again"] == 0
+
+
+@pytest.mark.slow
+def test_an_evaluation_process_judges_around_bad_cases(context, tmp_path):
+    folder = tmp_path / "model"
+    tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
+    config = ModelConfig(name="t", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
+    save(folder, config, Yuan(config).state_dict(), tokenizer, {})
+    exact = {"type": "exact", "value": "a"}
+    prompts = {"1": "a\u2028b", "2": "a" * 300, "3": "b"}
+    cases = [{"id": i, "prompt": prompt, "expected": "a", "checker": exact} for i, prompt in prompts.items()]
+    results = {result["case_id"]: result for result in judging._answer(context, tmp_path, folder, cases)}
+    assert {name: result["reason"] is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
+
+
+def test_rows_that_cannot_be_encoded_are_left_out_and_named():
+    tokenizer = tokenizers.train(["abc"], vocab_size=512)
+    parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c")]
+    failed = []
+    sources = layout._sources(parsed, {"corrections": 2, "datasets": 0, "base": 1}, tokenizer, 0, failed)
+    assert {name: len(list(samples)) for name, samples in sources.items()} == {"corrections": 1, "base": 1}
+    assert failed == ["line 2: ValueError"]
