@@ -31,7 +31,7 @@ def _message(error: BaseException) -> str:
     """The part of an error's message that is not from outside; by its attributes, so that nothing heavy is imported."""
     cause = getattr(error, "orig", error)  # SQLAlchemy's errors carry the driver's
     sqlstate = getattr(cause, "sqlstate", None)
-    if sqlstate:
+    if sqlstate and type(cause).__module__.startswith("psycopg"):  # MLflow's errors have one too, of its own
         return f"{type(cause).__name__}, SQLSTATE {sqlstate}"
     if hasattr(error, "error_count"):  # pydantic's: an unknown key is somebody's text as well
         wrong = error.errors()[:5]  # type: ignore[attr-defined]

@@ -5,6 +5,8 @@ import json
 import logging
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -72,6 +74,11 @@ def test_a_logged_traceback_has_places_and_kinds_but_no_text():
     log.removeHandler(handler)
     assert MARK not in out.getvalue()
     assert "ValueError" in out.getvalue() and "KeyError" in out.getvalue() and "in work" in out.getvalue()
+
+
+def test_an_error_of_the_registry_says_what_it_refused():
+    error = MlflowException("Model Version (name=yuan, version=1) not found", RESOURCE_DOES_NOT_EXIST)
+    assert told(error) == "MlflowException: Model Version (name=yuan, version=1) not found"
 
 
 def test_errors_that_are_all_ours_are_said_whole():
