@@ -19,12 +19,11 @@ class Rules:
         self._patterns = [(method, compile_path(path)[0]) for method, path in self.routes]
 
     def allow(self, method: str, path: str) -> bool:
-        """Tell whether a request is on the list; HEAD counts as GET.
+        """Tell whether a request is on the list.
 
         >>> PUBLIC.allow("GET", "/api/ready"), PUBLIC.allow("GET", "/api/ready/"), PUBLIC.allow("POST", "/api/ready")
         (True, False, False)
         """
-        method = "GET" if method == "HEAD" else method
         return any(method == known and pattern.match(path) for known, pattern in self._patterns)
 
 

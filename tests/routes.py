@@ -46,7 +46,6 @@ def _flatten(routes):
             yield route
 
 
-def summarise(server, open_to):
-    """One row of the table: how many of the walked routes answer to each caller."""
-    cells = [f"{caller}: {len(routes)}" for caller, routes in open_to.items()]
-    return f"| {server} | {' | '.join(cells)} |"
+def summarise(server, num_walked, open_to):
+    """One row of the table: how many of the walked methods and paths answer to each caller."""
+    return f"| {server} | {num_walked} | {', '.join(f'{caller} {len(found)}' for caller, found in open_to.items())} |"

@@ -1,0 +1,212 @@
+"""Prefect's password is no shell: what somebody who has it can write runs nothing but the registered flows."""
+
+import itertools
+import pickle
+
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from feedback.tables import Round
+from flows.registry import REGISTERED
+from tests.waiting import until
+
+pytestmark = pytest.mark.slow
+
+FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+REPRODUCE, ROUND = "cotrain-reproduce", "cotrain-round"
+numbers = itertools.count()
+
+
+class Marker:
+    """A file that an attack would make, had it succeeded; as a command, as Python and as a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+        self.shell = f"touch {path}"
+        self.python = f"from pathlib import Path\nPath({str(path)!r}).touch()\n"
+
+    def __reduce__(self):
+        return exec, (self.python,)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """What must not appear."""
+    made = Marker(tmp_path / "marker")
+    yield made
+    assert not made.path.exists()
+
+
+@pytest.fixture(scope="module")
+def prefect(stack):
+    """Prefect's API with its password, once pool, deployments and worker are there."""
+    auth = tuple(stack.settings.prefect_auth.get_secret_value().split(":", 1))
+    with httpx.Client(base_url=stack.settings.prefect_api_url, auth=auth, timeout=30) as client:
+        until(lambda: all(client.get(f"/deployments/name/{name}/local").is_success for name in REGISTERED))
+        yield client
+
+
+def deploy(prefect, flow, **more):
+    """Make a deployment with an own name, of a flow by its name; its id."""
+    flow_id = prefect.post("/flows/", json={"name": flow}).json()["id"]
+    body = {"flow_id": flow_id, "name": f"own-{next(numbers)}", "work_pool_name": "cotrain", **more}
+    answer = prefect.post("/deployments/", json=body)
+    assert answer.is_success, answer.text
+    return answer.json()["id"]
+
+
+def run(prefect, deployment_id, **body):
+    """Start a run and wait for its end; its final state."""
+    answer = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json=body)
+    assert answer.is_success, answer.text
+    return wait(prefect, answer.json()["id"])
+
+
+def wait(prefect, run_id):
+    state = until(lambda: (s := prefect.get(f"/flow_runs/{run_id}").json()["state"])["type"] in FINAL and s, pause=0.3)
+    return state["type"], state["message"] or ""
+
+
+def reproduce(prefect, **body):
+    return run(prefect, prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"], **body)
+
+
+def open_pool(prefect, marker):
+    """Put the template back that Prefect's own worker would follow, with a command in it."""
+    variables = {name: {"default": value} for name, value in job_variables(marker).items()}
+    template = {
+        "job_configuration": {"command": marker.shell, "env": "{{ env }}", "working_dir": "{{ working_dir }}"},
+        "variables": {"type": "object", "properties": variables},
+    }
+    assert prefect.patch("/work_pools/cotrain", json={"base_job_template": template}).is_success
+
+
+def job_variables(marker):
+    """Command, environment and working folder, each of which would run something in a process that took it."""
+    folder = marker.path.parent
+    for name in ("sitecustomize.py", "usercustomize.py", "flows.py", "prefect.py", "json.py"):
+        (folder / name).write_text(marker.python)
+    env = {"PYTHONPATH": str(folder), "PREFECT__FLOW_ENTRYPOINT": f"{folder}/flows.py:flow", "PYTHONSTARTUP": "x"}
+    return {"command": marker.shell, "env": env, "working_dir": str(folder)}
+
+
+def test_the_pool_offers_no_variables(prefect):
+    template = prefect.get("/work_pools/cotrain").json()["base_job_template"]
+    deployment = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()
+    for variables in ({"command": "true"}, {"env": {"A": "b"}}, {"working_dir": "/"}):
+        answer = prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables})
+        assert answer.status_code == 422
+    assert template["variables"]["properties"] == {} and deployment["job_variables"] == {}
+
+
+def test_a_changed_template_of_the_pool_changes_nothing(prefect, marker):
+    open_pool(prefect, marker)
+    assert reproduce(prefect)[0] == "COMPLETED"
+
+
+def test_job_variables_of_a_run_change_nothing(prefect, marker):
+    open_pool(prefect, marker)
+    assert reproduce(prefect, job_variables=job_variables(marker))[0] == "COMPLETED"
+
+
+def test_job_variables_of_a_deployment_change_nothing(prefect, marker):
+    open_pool(prefect, marker)
+    assert run(prefect, deploy(prefect, REPRODUCE, job_variables=job_variables(marker)))[0] == "COMPLETED"
+
+
+def test_pull_steps_are_not_taken(prefect, marker):
+    step = {"prefect.deployments.steps.run_shell_script": {"script": marker.shell}}
+    assert run(prefect, deploy(prefect, REPRODUCE, pull_steps=[step]))[0] == "COMPLETED"
+
+
+@pytest.mark.parametrize("entrypoint", ["{file}:flow", "evil.flow", "os.system"])
+def test_a_foreign_entry_point_is_not_loaded(prefect, marker, entrypoint):
+    file = marker.path.with_name("evil.py")
+    file.write_text(f"{marker.python}from prefect import flow\n@flow\ndef flow():\n    pass\n")
+    mine = deploy(prefect, REPRODUCE, entrypoint=entrypoint.format(file=file), path=str(file.parent))
+    assert run(prefect, mine)[0] == "COMPLETED"
+
+
+def test_a_flow_of_another_name_is_failed_with_the_rule(prefect, marker):
+    file = marker.path.with_name("evil.py")
+    file.write_text(f"{marker.python}from prefect import flow\n@flow\ndef mine():\n    pass\n")
+    state, message = run(prefect, deploy(prefect, "mine", entrypoint=f"{file}:mine"))
+    assert state == "FAILED" and "only the flows cotrain-round, cotrain-reproduce are run here" in message
+
+
+def test_a_state_with_a_pickled_result_is_not_unpickled(prefect, stack, marker):
+    (stack.home / "prefect" / "storage").mkdir(parents=True, exist_ok=True)
+    record = {"metadata": {"serializer": {"type": "pickle"}, "storage_key": "planted"}, "result": ""}
+    (stack.home / "prefect" / "storage" / "planted").write_bytes(pickle.dumps(marker))
+    data = {"type": "reference", "storage_key": "planted", "serializer": {"type": "pickle"}, **record["metadata"]}
+    state = {"type": "SCHEDULED", "data": data}
+    assert reproduce(prefect, state=state)[0] == "COMPLETED"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"__prefect_kind": "jinja", "template": "{{ cycler.__init__.__globals__.os.popen('SHELL').read() }}"},
+        {"__prefect_kind": "jinja", "template": "{{ ctx.__class__.__mro__ }}"},
+        {"__prefect_kind": "workspace_variable", "variable_name": "mine"},
+        {"__prefect_kind": "json", "value": '{"__prefect_kind": "jinja", "template": "{{ 1 }}"}'},
+        {"$ref": {"block_document_id": "00000000-0000-4000-8000-000000000000"}},
+        {"$ref": "prefect.server.schemas"},
+    ],
+)
+def test_parameters_that_prefect_would_fill_in_run_nothing(prefect, marker, value):
+    value = {
+        name: text.replace("SHELL", marker.shell) if isinstance(text, str) else text for name, text in value.items()
+    }
+    mine = deploy(prefect, REPRODUCE, enforce_parameter_schema=False, parameter_openapi_schema={})
+    answer = prefect.post(f"/deployments/{mine}/create_flow_run", json={"parameters": {"limit": value}})
+    assert answer.is_client_error or wait(prefect, answer.json()["id"])[0] == "FAILED"
+
+
+def test_what_prefect_could_run_by_itself_cannot_be_made(prefect):
+    action = {"type": "run-deployment", "source": "selected", "job_variables": {"command": "true"}}
+    bodies = {
+        ("POST", "/automations/"): {"name": "mine", "trigger": {}, "actions": [action]},
+        ("POST", "/block_types/"): {"name": "mine", "slug": "mine"},
+        ("POST", "/block_documents/"): {"data": {}, "name": "mine"},
+        ("POST", "/variables/"): {"name": "mine", "value": "x"},
+        ("PUT", "/admin/storage"): {"default_result_storage_block_id": "00000000-0000-4000-8000-000000000000"},
+        ("POST", "/flow_runs/"): {"flow_id": "00000000-0000-4000-8000-000000000000"},
+        ("POST", "/templates/validate"): "{{ 1 }}",
+    }
+    answers = {route: prefect.request(*route, json=body).status_code for route, body in bodies.items()}
+    assert set(answers.values()) == {403}, answers
+
+
+BAD = [
+    {"nonsense": 1},
+    {"max_steps": 0},
+    {"max_steps": True},
+    {"max_steps": "many"},
+    {"learning_rate": 0},
+    {"seed": -1},
+    {"seed": 2**70},
+    {"replay_rows": -1},
+    {"weights": {"base": 1e308}},
+    {"weights": {"base": -1}},
+    {"weights": {"others": 1}},
+    {"precision": "fp8"},
+    {"round_id": "latest"},
+]
+
+
+@pytest.mark.parametrize("parameters", BAD, ids=str)
+def test_wrong_parameters_are_refused_by_the_form(prefect, parameters):
+    deployment = prefect.get(f"/deployments/name/{ROUND}/local").json()["id"]
+    answer = prefect.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+    assert answer.is_client_error
+
+
+@pytest.mark.parametrize("parameters", [{"nonsense": 1}, {"max_steps": 0}, {"precision": "fp8"}], ids=str)
+def test_wrong_parameters_that_prefect_lets_through_fail_in_one_line_and_file_no_round(prefect, sessions, parameters):
+    mine = deploy(prefect, ROUND, enforce_parameter_schema=False, parameter_openapi_schema={})
+    state, message = run(prefect, mine, parameters=parameters)
+    assert state == "FAILED" and "parameters of cotrain-round are not valid" in message and "\n" not in message
+    with sessions() as session:
+        assert session.scalar(select(func.count()).select_from(Round)) == 0

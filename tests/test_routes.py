@@ -1,0 +1,99 @@
+"""Every route of the portal and of the model server, hidden ones too, as each kind of caller."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from feedback.accounts import add_contributor
+from feedback.tables import new_id
+from infra.database import open_sessions
+from tests.routes import METHODS, Route, list_routes, summarise
+from yuan.serve.api import make_api
+from yuan.serve.engine import Service
+from yuan.serve.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+
+# Who may use which route of the portal. `account` is any token; of `owner` too, but a record is found by its owner
+# alone; everybody else and every other method is refused.
+PORTAL = {
+    "open": {"GET /", "GET /docs", "GET /health", "GET /openapi.json", "GET /rounds/{number}/plan.svg"},
+    "account": {
+        "POST /api/v1/feedback",
+        "GET /api/v1/feedback",
+        "GET /api/v1/notices",
+        "POST /api/v1/datasets",
+        "GET /api/v1/datasets",
+        "GET /v1/models",
+        "POST /v1/completions",
+        "POST /v1/chat/completions",
+    },
+    "owner": {"GET /api/v1/feedback/{feedback_id}", "GET /api/v1/datasets/{dataset_id}"},
+    "operator": {
+        "POST /api/v1/contributors",
+        "POST /api/v1/rounds",
+        "GET /api/v1/rounds/{round_id}",
+        "POST /api/v1/rounds/{round_id}/cancel",
+    },
+}
+# HEAD of a route that Starlette itself makes comes with its GET.
+HEADS = {"HEAD /openapi.json"}
+MODEL_SERVER = {"GET /v1/models", "GET /metrics", "POST /v1/completions", "POST /v1/chat/completions"}
+
+
+@pytest.fixture
+def other(engine):
+    """Another contributor."""
+    with open_sessions(engine).begin() as session:
+        _, token = add_contributor(session, f"test-{new_id()}")
+        return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture
+def records(portal, account):
+    """A report and a dataset of the account, as values for paths."""
+    report = {"kind": "rating", "prompt": "1+1=", "response": "2", "model_version": 1, "rating": 5}
+    feedback = portal.post("/api/v1/feedback", json=report, headers=account.headers).json()["id"]
+    rows = b'{"prompt": "1+1=", "answer": "2"}\n'
+    dataset = portal.post("/api/v1/datasets?name=rows", content=rows, headers=account.headers).json()["id"]
+    return {"feedback_id": feedback, "dataset_id": dataset}
+
+
+def walk(client, app, callers, **values):
+    """The routes that answer to each caller: neither unknown or unauthorised, nor of a method that is not there."""
+    open_to = defaultdict(set)
+    forms = {Route(route.path, method) for route in list_routes(app) for method in METHODS}
+    for caller, headers in callers.items():
+        open_to[caller] = set()
+        for route in forms:
+            answer = client.request(route.method, route.example(**values), headers=headers)
+            refused = answer.status_code in (401, 403, 405)
+            foreign = answer.status_code == 404 and any(name in route.path for name in values)
+            if not refused and not foreign:
+                open_to[caller].add(f"{route.method} {route.path}")
+    return len(forms), open_to
+
+
+def test_the_portal_answers_each_caller_as_its_table_says(portal, account, other, operator, records):
+    callers = {"nobody": {}, "owner": account.headers, "another": other, "operator": operator}
+    num_walked, open_to = walk(portal, portal.app, callers, **records)
+    everybody, accounts = PORTAL["open"] | HEADS, PORTAL["open"] | HEADS | PORTAL["account"]
+    assert open_to["nobody"] == everybody
+    assert open_to["owner"] == accounts | PORTAL["owner"]
+    assert open_to["another"] == accounts
+    assert open_to["operator"] - PORTAL["owner"] == accounts | PORTAL["operator"]
+    assert summarise("portal", num_walked, open_to) in (ROOT / "docs" / "operators.md").read_text()
+
+
+def test_the_model_server_answers_its_token_alone():
+    app = make_api("secret", Service(Metrics()))
+    with TestClient(app) as client:
+        wrong = {"Authorization": "Bearer wrong"}
+        callers = {"nobody": {}, "wrong token": wrong, "token": {"Authorization": "Bearer secret"}}
+        num_walked, open_to = walk(client, app, callers)
+        unknown = [client.get(path).status_code for path in ("/docs", "/openapi.json", "/redoc", "/health", "/new")]
+    assert open_to == {"nobody": set(), "wrong token": set(), "token": MODEL_SERVER}
+    assert set(unknown) <= {401, 404}
+    assert summarise("model server", num_walked, open_to) in (ROOT / "docs" / "operators.md").read_text()
