@@ -59,4 +59,4 @@ if __name__ == "__main__":
     service = Service(Metrics())
     service.use(make_served(1))
     torch.set_num_threads(1)
-    uvicorn.run(make_api(TOKEN, service), port=int(sys.argv[1]), log_level="error")
+    uvicorn.run(make_api(TOKEN, service), port=int(sys.argv[1]), log_level="error", timeout_keep_alive=60)

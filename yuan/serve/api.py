@@ -101,6 +101,7 @@ class Listener:
 
         self.request = self._service.submit(make)
         silent = Broken("the engine is silent; try again in a minute")
+        self.metrics.count_calls(+1)
         self._timer = self._loop.call_later(ANSWER_LIMIT_S + ENGINE_GRACE_S, self._pieces.put_nowait, silent)
         self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
 
@@ -108,7 +109,8 @@ class Listener:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def close(self) -> None:
-        """Free the rows; nobody listens any more."""
+        """Free the rows; nobody listens any more. Called once."""
+        self.metrics.count_calls(-1)
         self._timer.cancel()
         self.request.cancel()
 

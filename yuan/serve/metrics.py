@@ -22,6 +22,7 @@ class Metrics:
         self._tokens = Counter("yuan_tokens", "tokens decoded", registry=self._registry)
         self._running = Gauge("yuan_running", "sequences being decoded", registry=self._registry)
         self._waiting = Gauge("yuan_waiting", "sequences that wait", registry=self._registry)
+        self._calls = Gauge("yuan_calls", "calls whose answer has not ended", registry=self._registry)
         self._version = Gauge("yuan_version", "version in service", registry=self._registry)
         self._first = Histogram(
             "yuan_first_token_seconds", "from request to first token", registry=self._registry, buckets=FIRST_TOKEN_S
@@ -42,6 +43,9 @@ class Metrics:
     def set_load(self, running: int, waiting: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
+
+    def count_calls(self, more: int) -> None:
+        self._calls.inc(more)
 
     def set_version(self, version: int) -> None:
         self._version.set(version)

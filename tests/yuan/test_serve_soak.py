@@ -1,0 +1,168 @@
+"""Two thousand callers who ask, stream, wait too little and leave: afterwards nothing is lost and answers are right."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from infra.launch import free_port
+from tests.waiting import until
+from tests.yuan.serving import TOKEN, make_served, metric
+from yuan.generate.answers import generate
+from yuan.generate.sampling import Sampling
+
+CALLERS, AT_ONCE, WARM_UP = 2000, 64, 300
+GROWTH_MIB = 48.0  # what the allocators may keep of a peak after the warm-up
+PATH = "/v1/completions"
+LETTERS = "abcdefghij 0123456789 加减"
+INVALID = ({"prompt": "a\0"}, {"prompt": "a", "n": 0}, {"prompt": [10**6]}, {"top_k": 2**70, "prompt": "a"}, {})
+
+
+@pytest.fixture
+def server():
+    """A model server in a process of its own: its pid and address."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "tests.yuan.serving", str(port)], cwd=Path(__file__).parents[2])
+    url = f"http://127.0.0.1:{port}"
+    until(lambda: process.poll() is not None or answers(url))
+    yield process.pid, url
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+def answers(url):
+    try:
+        return httpx.get(f"{url}/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+def rss_mib(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def wish(chance):
+    """A request of a caller's: a prompt and what may be asked of its answer."""
+    body = {
+        "prompt": "".join(chance.choices(LETTERS, k=chance.randint(1, 40))),
+        "max_tokens": chance.choice([1, 5, 20, 60]),
+        "n": chance.choice([1, 1, 1, 2, 4]),
+        "temperature": chance.choice([0, 0, 0.7, 2]),
+        "seed": chance.randrange(1000),
+    }
+    if chance.random() < 0.3:
+        body["stop"] = chance.choices(LETTERS.split()[0], k=2)
+    if chance.random() < 0.2:
+        body["logprobs"] = chance.randint(0, 5)
+    if chance.random() < 0.1:
+        body["repetition_penalty"] = 1.3
+    return body
+
+
+async def call(client, chance, counts, checked):
+    """One caller: refused, patient, impatient, or gone in the middle of a stream."""
+    kind = chance.choices(["whole", "stream", "impatient", "leaves", "invalid"], [40, 20, 15, 20, 5])[0]
+    body = wish(chance)
+    try:
+        if kind == "invalid":
+            answer = await client.post(PATH, json=chance.choice(INVALID))
+            assert answer.status_code in (400, 422), answer.text
+        elif kind in ("whole", "impatient"):
+            limit_s = 60 if kind == "whole" else chance.uniform(0.001, 0.5)
+            answer = await client.post(PATH, json=body, timeout=limit_s)
+            assert answer.status_code in (200, 503), answer.text
+            if answer.status_code == 200:
+                checked.append((body, [choice["text"] for choice in answer.json()["choices"]]))
+        else:
+            body |= {"max_tokens": 500} if kind == "leaves" else {}
+            await read_some(client, body, chance.randint(0, 20) if kind == "leaves" else None)
+        counts[kind] += 1
+    except httpx.TimeoutException:
+        counts["impatient, left"] += 1
+
+
+async def read_some(client, body, number):
+    """Read a stream's events, all of them or a number."""
+    async with client.stream("POST", PATH, json={**body, "stream": True}) as answer:
+        assert answer.status_code in (200, 503)
+        lines = [line async for line in upto(answer.aiter_lines(), number) if line]
+        assert number is not None or answer.status_code == 503 or lines[-1] == "data: [DONE]"
+
+
+async def upto(lines, number):
+    async for line in lines:
+        if number is not None and (number := number - 1) < 0:
+            return
+        yield line
+
+
+def crowd(url, number, seed):
+    """Let so many call, 64 at a time; how many did what, and answers to be checked."""
+    counts, checked, chance = Counter(), [], random.Random(seed)
+
+    async def everybody():
+        room = asyncio.Semaphore(AT_ONCE)
+        limits = httpx.Limits(max_connections=None)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=120) as client:
+
+            async def one(its):
+                async with room:
+                    await call(client, its, counts, checked)
+
+            await asyncio.gather(*(one(random.Random(chance.random())) for _ in range(number)))
+
+    asyncio.run(everybody())
+    return counts, checked
+
+
+def expected(served, body):
+    """What `generate` gives to the same prompt alone, for each choice."""
+    names = ("max_tokens", "temperature", "repetition_penalty")
+    wishes = {name: body[name] for name in names if name in body}
+    return [
+        generate(
+            served.model,
+            served.tokenizer,
+            [body["prompt"]],
+            Sampling(**wishes, stop=tuple(body.get("stop", ())), seed=body["seed"] + n),
+        )[0].text
+        for n in range(body["n"])
+    ]
+
+
+@pytest.mark.slow
+def test_two_thousand_callers_leave_nothing_behind_and_get_right_answers(server):
+    pid, url = server
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+
+        def is_idle():
+            return metric(http, "yuan_running") == metric(http, "yuan_waiting") == metric(http, "yuan_calls") == 0
+
+        crowd(url, WARM_UP, seed=1)
+        until(is_idle)
+        before, began = rss_mib(pid), time.monotonic()
+        counts, checked = crowd(url, CALLERS, seed=2)
+        seconds = time.monotonic() - began
+        until(is_idle)
+        after = rss_mib(pid)
+        print(f"{CALLERS} callers in {seconds:.0f} s {dict(counts)}; RSS {before:.0f} MiB before, {after:.0f} after")
+        assert sum(counts.values()) == CALLERS and min(counts.values()) > 20
+        assert metric(http, "yuan_engine_errors_total") == 0
+        assert http.get("/health").status_code == 200
+        assert after - before < GROWTH_MIB
+        served = make_served(1)
+        sample = random.Random(3).sample(checked, 100)
+        assert [texts for _, texts in sample] == [expected(served, body) for body, _ in sample]
+        body = {"prompt": "abc", "max_tokens": 20, "n": 1, "seed": 0}
+        choices = http.post(PATH, json=body).json()["choices"]
+        assert [choice["text"] for choice in choices] == expected(served, body)
