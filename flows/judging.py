@@ -11,8 +11,9 @@ from feedback import gate, promotion, rounds
 from flows.context import Context, Records
 from infra.confinement import Confinement, accelerator_files, built_environment
 from infra.launch import supervised
+from infra.mlflow_rules import CONSUMER
 from infra.services import MARK
-from infra.settings import CONSUMER, NO_TELEMETRY
+from infra.settings import NO_TELEMETRY
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment
 from infra.health import Liveness, check_answer, check_health
 from infra.logs import configure_logging
+from infra.mlflow_gate import DIGESTS_VARIABLE
+from infra.mlflow_rules import CONSUMER
 from infra.postgres import Postgres
 from infra.services import Keeper, Service
 from infra.settings import (
@@ -32,6 +34,7 @@ from infra.settings import (
     home_folder,
     load_settings,
 )
+from infra.throttle import credential_digest
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ def _mlflow(home: Path, config: StackConfig, settings: Settings, postgres: Postg
 
         Tracker(settings).set_up(config.secrets["mlflow_consumer"])
 
-    command = ["mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--workers", "1"]
+    command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
     confinement = Confinement(
         write=(work,), bind=(config.ports["mlflow"],), connect=(config.ports["postgres"], port_of(settings.s3_endpoint))
@@ -130,6 +133,12 @@ def _mlflow_environment(work: Path, settings: Settings, config: StackConfig, dat
         "AWS_EC2_METADATA_DISABLED": "true",
         **NO_TELEMETRY,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ENABLE_AI_GATEWAY": "false",
+        "FORWARDED_ALLOW_IPS": "",  # uvicorn would believe X-Forwarded-For from loopback
+        DIGESTS_VARIABLE: " ".join(
+            credential_digest(name, config.secrets[secret])
+            for name, secret in ((settings.mlflow_username, "mlflow"), (CONSUMER, "mlflow_consumer"))
+        ),
         # Without workspaces every account may make experiments and models of its own.
         "MLFLOW_ENABLE_WORKSPACES": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",

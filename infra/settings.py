@@ -12,9 +12,10 @@ from typing import ClassVar, TypeVar
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra.mlflow_rules import CONSUMER
+
 HOME_VARIABLE = "COTRAIN_HOME"
 PREFIX = "COTRAIN_"
-CONSUMER = "consumer"  # the read-only account of MLflow
 # MLflow would also write into the user's home folder, at its import.
 NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 

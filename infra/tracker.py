@@ -18,10 +18,13 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from infra.error_text import Plain
-from infra.settings import CONSUMER, TrackerAccess
+from infra.mlflow_rules import CONSUMER
+from infra.settings import TrackerAccess
 
 MODEL_NAME = "yuan"
 EXPERIMENT = "yuan"
+WORKSPACE = "default"  # MLflow's own, which always exists
+READERS = "readers"
 IMPATIENT_S = 5
 VERSION_TAG = "cotrain.version"  # of what was registered anew: the version it is
 
@@ -99,8 +102,10 @@ class Tracker:
         if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
             self._client.restore_run(run_id)
         self._client.log_artifacts(run_id, str(folder), "model")
+        # By the run's own address, not `runs:/`: the server cannot show artifacts of a version that has the latter.
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
         kept = {} if version is None else {VERSION_TAG: str(version)}
-        made = self._client.create_model_version(MODEL_NAME, f"runs:/{run_id}/model", run_id, tags={**tags, **kept})
+        made = self._client.create_model_version(MODEL_NAME, source, run_id, tags={**tags, **kept})
         return int(made.version) if version is None else version
 
     def has(self, version: int) -> bool:
@@ -152,17 +157,12 @@ class Tracker:
     def download(self, version: int, folder: Path) -> Path:
         """Fetch a version's model folder.
 
-        Raises:
-            VersionLost: if the version is gone from the registry.
-        """
-        run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(self._client.download_artifacts(run, "model", str(folder)))
-
     def set_up(self, consumer_password: str) -> None:
-        """Make the experiment, the registered model and the read-only consumer account with this password."""
+        """Make the experiment, the registered model, and the read-only consumer account with password and role."""
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+        # Else the pages take an experiment for one of traces, and open it with charts of nothing.
+        self._client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         try:
             self._client.create_registered_model(MODEL_NAME)
         except MlflowException as error:
@@ -171,21 +171,28 @@ class Tracker:
         self._account(CONSUMER, consumer_password)
         self._grant(CONSUMER, "registered_model", MODEL_NAME)
         self._grant(CONSUMER, "experiment", str(experiment_id))
+        self._assign_role(CONSUMER)
 
     def _account(self, name: str, password: str) -> None:
-        made = self._post("2.0/mlflow/users/create", {"username": name, "password": password})
-        if not (made.status_code == 400 and "ALREADY_EXISTS" in made.text):
-            made.raise_for_status()
-            return
-        url = f"{self._url}/api/2.0/mlflow/users/update-password"  # it may have been rotated since
+        self._ensure("2.0/mlflow/users/create", {"username": name, "password": password})
+        url = f"{self._url}/api/2.0/mlflow/users/update-password"  # it may have been rotated since it was made
         body = {"username": name, "password": password}
         httpx.patch(url, json=body, auth=self._auth, timeout=30).raise_for_status()
 
     def _grant(self, user: str, kind: str, name: str) -> None:
         body = {"username": user, "resource_type": kind, "resource_id": name, "permission": "READ"}
-        done = self._post("3.0/mlflow/users/permissions/grant", body)
-        if not (done.status_code == 400 and "ALREADY_EXISTS" in done.text):
-            done.raise_for_status()
+        self._ensure("3.0/mlflow/users/permissions/grant", body)
 
-    def _post(self, path: str, body: dict[str, str]) -> httpx.Response:
-        return httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
+    def _assign_role(self, user: str) -> None:
+        """Give an account a role without permissions, since MLflow lists only workspaces in which it has a role."""
+        self._ensure("3.0/mlflow/roles/create", {"workspace": WORKSPACE, "name": READERS})
+        url = f"{self._url}/api/3.0/mlflow/roles/list"
+        found = httpx.get(url, params={"workspace": WORKSPACE}, auth=self._auth, timeout=30).raise_for_status()
+        role_id = next(role["id"] for role in found.json()["roles"] if role["name"] == READERS)
+        self._ensure("3.0/mlflow/roles/assign", {"username": user, "role_id": role_id})
+
+    def _ensure(self, path: str, body: dict[str, Any]) -> None:
+        """Make something in MLflow that may be there already."""
+        made = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
+        if not (made.status_code == 400 and "ALREADY_EXISTS" in made.text):
+            made.raise_for_status()

@@ -8,7 +8,8 @@ from botocore.exceptions import ClientError
 
 from feedback.client import Client, PortalError
 from flows.home import ROTATED, load_config
-from infra.settings import CONSUMER, Settings
+from infra.mlflow_rules import CONSUMER
+from infra.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -118,6 +118,19 @@ def test_the_consumer_may_not_move_the_champion(first, stack):
         assert made.status_code == 403
 
 
+def test_mlflows_assistant_is_closed_to_everybody(stack):
+    settings = stack.settings
+    base = f"{settings.mlflow_url}/ajax-api/3.0/mlflow/assistant"
+    for name, password in (
+        ("consumer", settings.mlflow_consumer_password),
+        (settings.mlflow_username, settings.mlflow_password),
+    ):
+        auth = (name, password.get_secret_value())
+        assert httpx.put(f"{base}/config", json={"providers": {}}, auth=auth).status_code == 403
+        assert httpx.post(f"{base}/message", json={"message": "id"}, auth=auth).status_code == 403
+    assert httpx.get(f"{base}/config").status_code == 401
+
+
 def test_openais_client_is_answered_through_the_portal(first, stack, operator):
     token = operator.add_contributor("openai-user").token
     with openai.OpenAI(base_url=f"{stack.settings.portal_url}/v1", api_key=token) as client:

@@ -1,0 +1,120 @@
+"""Allow-lists of the MLflow server: the routes that each kind of caller may reach; every other route is closed."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One method on one form of path; in the path, `*` is one segment and `**` one or more."""
+
+    method: str
+    path: str
+
+    def matches(self, method: str, path: str) -> bool:
+        return method == self.method and _compile_form(self.path).fullmatch(path) is not None
+
+
+@functools.cache
+def _compile_form(form: str) -> re.Pattern[str]:
+    return re.compile(re.escape(form).replace(r"\*\*", "[^/]+(?:/[^/]+)*").replace(r"\*", "[^/]+"))
+
+
+def allows(rules: Iterable[Rule], method: str, path: str) -> bool:
+    """Tell whether a request is on a list; HEAD counts as GET.
+
+    >>> allows(PUBLIC_RULES, "HEAD", "/health"), allows(PUBLIC_RULES, "GET", "/health/")
+    (True, False)
+    """
+    method = "GET" if method == "HEAD" else method
+    return any(rule.matches(method, path) for rule in rules)
+
+
+def parse_rules(text: str) -> tuple[Rule, ...]:
+    """Read rules, one a line; `{a,b}` stands for each of its members, `{,ajax-}api` so for both of MLflow's prefixes.
+
+    >>> parse_rules("GET /{a,b}/*")
+    (Rule(method='GET', path='/a/*'), Rule(method='GET', path='/b/*'))
+    """
+    rules = []
+    for line in text.strip().splitlines():
+        method, form = line.split()
+        parts = [part.split(",") for part in re.split(r"[{}]", form)]
+        rules += [Rule(method, "".join(choice)) for choice in itertools.product(*parts)]
+    return tuple(rules)
+
+
+CONSUMER = "consumer"  # the read-only account that consumers of the model share
+
+# Without signing in: what probes and the sign-in page need.
+PUBLIC_RULES = parse_rules("""
+GET /{health,version}
+GET /static-files/**
+GET /{,ajax-}api/3.0/mlflow/server-info
+""")
+
+# Every account: read experiments, runs, versions, aliases and artifacts, by the client library and in the pages.
+# MLflow itself still decides which of them the account may read.
+CONSUMER_RULES = parse_rules("""
+GET /
+GET /{,ajax-}api/2.0/mlflow/experiments/{get,get-by-name,search}
+POST /{,ajax-}api/2.0/mlflow/experiments/search
+POST /ajax-api/2.0/mlflow/experiments/search-datasets
+GET /{,ajax-}api/2.0/mlflow/runs/get
+POST /{,ajax-}api/2.0/mlflow/runs/search
+GET /{,ajax-}api/2.0/mlflow/metrics/{get-history,get-history-bulk-interval}
+GET /ajax-api/2.0/mlflow/metrics/get-history-bulk
+GET /{,ajax-}api/2.0/mlflow/registered-models/{get,search,alias,get-latest-versions}
+POST /{,ajax-}api/2.0/mlflow/registered-models/get-latest-versions
+GET /{,ajax-}api/2.0/mlflow/model-versions/{get,search,get-download-uri}
+GET /{,ajax-}api/2.0/mlflow/logged-models/*
+GET /{,ajax-}api/2.0/mlflow/logged-models/*/artifacts/directories
+GET /ajax-api/2.0/mlflow/logged-models/*/artifacts/files
+POST /{,ajax-}api/2.0/mlflow/logged-models/search
+GET /{,ajax-}api/2.0/mlflow/artifacts/list
+POST /{,ajax-}api/2.0/mlflow/artifacts/presigned-download-url
+GET /{,ajax-}api/2.0/mlflow-artifacts/artifacts
+GET /{,ajax-}api/2.0/mlflow-artifacts/{artifacts,presigned}/**
+GET /{get-artifact,model-versions/get-artifact}
+POST /graphql
+GET /{,ajax-}api/3.0/mlflow/workspaces
+GET /{,ajax-}api/3.0/mlflow/workspaces/*
+GET /{,ajax-}api/2.0/mlflow/users/current
+GET /{,ajax-}api/3.0/mlflow/users/current/permissions
+""")
+
+# The platform's tracker and an operator's browser. Nobody may rename or delete a registered model, make another
+# administrator or workspace, or reach what runs code or calls other hosts: assistant, gateway, jobs, scorers, webhooks.
+ADMINISTRATOR_RULES = CONSUMER_RULES + parse_rules("""
+POST /{,ajax-}api/2.0/mlflow/experiments/{create,update,delete,restore,set-experiment-tag,delete-experiment-tag}
+POST /{,ajax-}api/2.0/mlflow/runs/{create,update,delete,restore,set-tag,delete-tag}
+POST /{,ajax-}api/2.0/mlflow/runs/{log-batch,log-metric,log-parameter,log-inputs,log-model,outputs}
+POST /{,ajax-}api/2.0/mlflow/logged-models
+DELETE /{,ajax-}api/2.0/mlflow/logged-models/*
+PATCH /{,ajax-}api/2.0/mlflow/logged-models/*
+POST /{,ajax-}api/2.0/mlflow/logged-models/*/params
+PATCH /{,ajax-}api/2.0/mlflow/logged-models/*/tags
+DELETE /{,ajax-}api/2.0/mlflow/logged-models/*/tags/*
+POST /{,ajax-}api/2.0/mlflow/registered-models/{create,set-tag,alias}
+PATCH /{,ajax-}api/2.0/mlflow/registered-models/update
+DELETE /{,ajax-}api/2.0/mlflow/registered-models/{delete-tag,alias}
+POST /{,ajax-}api/2.0/mlflow/model-versions/{create,set-tag}
+PATCH /{,ajax-}api/2.0/mlflow/model-versions/update
+DELETE /{,ajax-}api/2.0/mlflow/model-versions/{delete,delete-tag}
+PUT /{,ajax-}api/2.0/mlflow-artifacts/artifacts/**
+DELETE /{,ajax-}api/2.0/mlflow-artifacts/artifacts/**
+POST /{,ajax-}api/2.0/mlflow-artifacts/mpu/{create,complete,abort}/**
+GET /{,ajax-}api/2.0/mlflow/users/{get,list}
+POST /{,ajax-}api/2.0/mlflow/users/create
+PATCH /{,ajax-}api/2.0/mlflow/users/update-password
+DELETE /{,ajax-}api/2.0/mlflow/users/delete
+GET /{,ajax-}api/3.0/mlflow/users/{permissions/get,permissions/list,roles/list}
+POST /{,ajax-}api/3.0/mlflow/users/permissions/{grant,revoke}
+GET /{,ajax-}api/3.0/mlflow/roles/{get,list,permissions/list,users/list}
+POST /{,ajax-}api/3.0/mlflow/roles/{create,assign,permissions/add}
+PATCH /{,ajax-}api/3.0/mlflow/roles/{update,permissions/update}
+DELETE /{,ajax-}api/3.0/mlflow/roles/{delete,unassign,permissions/remove}
+""")

@@ -1,0 +1,116 @@
+"""The real MLflow server for the tests of its gate, with an experiment that consumers may read and one they may not."""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+
+from flows.home import load_config
+from flows.stack import services
+from infra.mlflow_gate import CLOSED
+from infra.mlflow_rules import CONSUMER
+from infra.tracker import Tracker
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+SECRET = "the private experiment's text"
+ROUTES = """
+import json
+from fastapi.routing import iter_route_contexts
+import mlflow.server.auth as auth
+contexts = iter_route_contexts(auth.create_app().routes)  # of included routers too, which app.routes holds back
+native = [(method, route.path) for route in contexts for method in getattr(route, "methods", None) or ()]
+flask = [(method, str(rule)) for rule in auth.app.url_map.iter_rules() for method in rule.methods]
+assert native and flask
+print(json.dumps(sorted({(m, p) for m, p in native + flask if m not in ("HEAD", "OPTIONS")})))
+"""
+
+
+def mlflow_service(settings):
+    """Return the stack's own service of MLflow, for the stores of the tests."""
+    config = load_config(settings.home)
+    return next(service for service in services(settings.home, config, settings) if service.name == "mlflow")
+
+
+def list_routes(service):
+    """Ask the installed version itself for all its routes, as (method, path) with placeholders."""
+    env = {**service.env, "_MLFLOW_SGI_NAME": "uvicorn"}
+    done = subprocess.run([sys.executable, "-c", ROUTES], env=env, cwd=service.cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [tuple(route) for route in json.loads(done.stdout.splitlines()[-1])]
+
+
+def fill_placeholders(path):
+    """Return a path that the route matches: `{name:path}` and `<path:name>` take two segments."""
+    return re.sub(r"\{[^}]*\}|<[^>]*>", "x", re.sub(r"\{[^}]*:path\}|<path:[^>]*>", "x/y", path))
+
+
+def callers(settings):
+    """Return nobody, the consumer and the administrator, with what each signs in with."""
+    return {
+        "nobody": None,
+        "consumer": (CONSUMER, settings.mlflow_consumer_password.get_secret_value()),
+        "administrator": (settings.mlflow_username, settings.mlflow_password.get_secret_value()),
+    }
+
+
+def is_refused_by_gate(answer):
+    if answer.request.method == "HEAD":
+        return answer.status_code in (401, 403)
+    return answer.status_code in (401, 403) and (CLOSED in answer.text or "sign in with one Basic" in answer.text)
+
+
+def walk(settings, routes):
+    """Send every method to every path as every caller; return {(caller, method, path): refused by the gate}."""
+    paths = sorted({path for _, path in routes})
+    with httpx.Client(base_url=settings.mlflow_url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+
+        def ask(asked):
+            caller, method, path = asked
+            answer = client.request(method, fill_placeholders(path), auth=callers(settings)[caller])
+            return asked, is_refused_by_gate(answer)
+
+        asked = [(caller, method, path) for caller in callers(settings) for path in paths for method in METHODS]
+        return dict(pool.map(ask, asked))
+
+
+def render_walk(refused, routes):
+    """Return the walk's summary as a table for the documentation."""
+    lines = ["| MLflow, as | routes | open | refused |", "| --- | --- | --- | --- |"]
+    for caller in ("nobody", "consumer", "administrator"):
+        closed = sum(refused[caller, method, path] for method, path in routes)
+        lines.append(f"| {caller} | {len(routes)} | {len(routes) - closed} | {closed} |")
+    return "\n".join(lines)
+
+
+def fill_mlflow(settings, folder):
+    """Make a version whose run consumers may read, and a private run with an artifact, a metric and a logged model."""
+    tracker = Tracker(settings)
+    client = tracker._client
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"public": true}')
+    (folder / "secret.txt").write_text(SECRET)
+    run = tracker.start_run("round-1", {})
+    tracker.log(run, [{"step": 1, "train/loss": 2.0}])
+    version = tracker.register(run, folder / "model", {})
+    tracker.set_alias("champion", version)
+    private = client.create_experiment("private")
+    private_run = client.create_run(private).info.run_id
+    client.log_artifact(private_run, str(folder / "secret.txt"))
+    client.log_metric(private_run, "secret_metric", 1.0)
+    model = client.create_logged_model(private)
+    client.log_model_artifact(model.model_id, str(folder / "secret.txt"))
+    info, private_info = client.get_run(run).info, client.get_run(private_run).info
+    return SimpleNamespace(
+        run=run,
+        version=version,
+        experiment=info.experiment_id,
+        artifacts=info.artifact_uri.removeprefix("mlflow-artifacts:/"),
+        private=private,
+        private_run=private_run,
+        private_artifacts=private_info.artifact_uri.removeprefix("mlflow-artifacts:/"),
+        model=model.model_id,
+    )

@@ -1,0 +1,325 @@
+"""What nobody, a consumer and the administrator reach of the real MLflow server."""
+
+import base64
+import http.client
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from infra.mlflow_gate import read_credentials
+from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, allows
+from infra.throttle import MAX_ACCOUNT_FAILURES
+from infra.tracker import Tracker
+from tests.infra.mlflow import (
+    METHODS,
+    SECRET,
+    callers,
+    fill_placeholders,
+    list_routes,
+    mlflow_service,
+    render_walk,
+    walk,
+)
+
+pytestmark = (
+    pytest.mark.slow
+)  # the server takes 6 s to start; the quick tests attack the one of tests/flows/test_stack.py
+READ_ALL = """
+import sys, mlflow
+client = mlflow.MlflowClient()
+[version] = client.search_model_versions("name = 'yuan'")
+run = client.get_run(version.run_id)
+[point] = client.get_metric_history(run.info.run_id, "train/loss")
+folder = mlflow.artifacts.download_artifacts("models:/yuan@champion", dst_path=sys.argv[1])
+print(point.value, open(folder + "/config.json").read())
+"""
+NEVER_OPEN = re.compile(
+    "assistant|gateway|job|webhook|mcp-server|trace|demo|scorer|promptlab|telemetry|prompt|genai|issues|review"
+    "|label-schema|/datasets|update-admin|signup|create-ui|rename|upload-artifact|transition-stage"
+)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def clients(stores, mlflow):
+    """A client of each caller."""
+    made = {
+        name: httpx.Client(base_url=stores.mlflow_url, auth=auth, timeout=60) for name, auth in callers(stores).items()
+    }
+    yield made
+    for client in made.values():
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def routes(stores, mlflow):
+    return list_routes(mlflow_service(stores))
+
+
+@pytest.fixture(scope="module")
+def refused(stores, routes):
+    return walk(stores, routes)
+
+
+def test_every_route_is_closed_to_each_caller_unless_it_is_on_their_list(refused):
+    lists = {
+        "nobody": PUBLIC_RULES,
+        "consumer": PUBLIC_RULES + CONSUMER_RULES,
+        "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
+    }
+    reached = {asked for asked, is_refused in refused.items() if not is_refused}
+    listed = {asked for asked in refused if allows(lists[asked[0]], asked[1], fill_placeholders(asked[2]))}
+    assert reached - listed == set()
+    assert {
+        asked for asked in listed - reached if asked[1] != "HEAD"
+    } == set()  # a HEAD may be refused by MLflow itself
+
+
+def test_what_runs_code_or_calls_other_hosts_is_open_to_nobody(refused):
+    opened = {(method, path) for (_, method, path), is_refused in refused.items() if not is_refused}
+    assert [route for route in opened if NEVER_OPEN.search(route[1].replace("search-datasets", ""))] == []
+    assert not {method for _, method, _ in (a for a, closed in refused.items() if not closed and a[0] == "nobody")} - {
+        "GET",
+        "HEAD",
+    }
+
+
+def test_no_rule_is_dead(routes):
+    assert any("assistant" in path for _, path in routes)  # the table has the routes of both of MLflow's layers
+    for rule in PUBLIC_RULES + ADMINISTRATOR_RULES:
+        assert any(rule.matches(method, fill_placeholders(path)) for method, path in routes), rule
+
+
+def test_the_documentation_shows_the_walk(refused, routes):
+    table = render_walk(refused, routes)
+    assert any(table in page.read_text() for page in DOCS.glob("*.md")), table
+
+
+@pytest.mark.parametrize("caller", ["nobody", "consumer", "administrator"])
+def test_the_assistant_cannot_be_configured_or_asked(clients, caller):
+    base = "/ajax-api/3.0/mlflow/assistant"
+    provider = {"providers": {"openai": {"base_url": "http://127.0.0.1:9", "permissions": {"full_access": True}}}}
+    status = 401 if caller == "nobody" else 403
+    assert clients[caller].put(f"{base}/config", json=provider).status_code == status
+    assert clients[caller].post(f"{base}/message", json={"message": "run id"}).status_code == status
+    assert clients[caller].get("/ajax-api/9.0/mlflow/added-by-an-upgrade").status_code == status
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//api/2.0/mlflow/experiments/search",
+        "/api/2.0/mlflow/experiments/search/",
+        "/api/2.0/mlflow/x/../experiments/search",
+        "/api/2.0/mlflow/experiments%2fsearch",
+        "/api/2.0/mlflow/experiments/%2e%2e/experiments/search",
+        "/api/2.0/mlflow/experiments/search%00",
+        "/api/2.0/mlflow/experiments/search%0a",
+        "/api/2.0/mlflow/experiments/search;x",
+        "/static-files/../ajax-api/3.0/mlflow/assistant/config",
+        "/static-files/..%2fajax-api/3.0/mlflow/assistant/config",
+        "/health/%2e%2e/ajax-api/3.0/mlflow/assistant/config",
+    ],
+)
+def test_a_path_with_two_readings_is_refused(stores, mlflow, path):
+    address = urlsplit(stores.mlflow_url)
+    name, password = callers(stores)["administrator"]
+    token = base64.b64encode(f"{name}:{password}".encode()).decode()
+    connection = http.client.HTTPConnection(address.hostname, address.port)  # sends the path as it is
+    connection.request("GET", path, headers={"Authorization": f"Basic {token}"})
+    assert connection.getresponse().status == 403
+    connection.close()
+
+
+def test_only_one_well_formed_basic_header_signs_in(clients, stores):
+    name, password = callers(stores)["consumer"]
+    basic = "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+    admin = "Basic " + base64.b64encode(":".join(callers(stores)["administrator"]).encode()).decode()
+    url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
+    assert ask(url, headers={"Authorization": basic}).status_code == 200
+    for headers in (
+        [("Authorization", basic), ("Authorization", admin)],
+        [("Authorization", f"Bearer {password}")],
+        [("Authorization", f"{basic}, {admin}")],
+        [("X-MLflow-Authorization", basic)],
+        [("Cookie", "session=x")],
+        [],
+    ):
+        answer = ask(url, headers=headers)
+        assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
+
+
+def test_a_second_administrator_of_mlflow_has_a_consumers_list(clients):
+    made = {"username": "second", "password": "second-password-1"}
+    assert clients["administrator"].post("/api/2.0/mlflow/users/create", json=made).status_code == 200
+    body = {"username": "second", "is_admin": True}
+    assert clients["administrator"].patch("/api/2.0/mlflow/users/update-admin", json=body).status_code == 403
+    auth = ("second", "second-password-1")
+    assert clients["nobody"].get("/api/2.0/mlflow/users/list", auth=auth).status_code == 403
+
+
+def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
+    private, own = mlflow.private_artifacts, mlflow.artifacts
+    bare = f"{mlflow.private}/{mlflow.private_run}/artifacts"
+    proxied = "/api/2.0/mlflow-artifacts"
+    private_model = f"/ajax-api/2.0/mlflow/logged-models/{mlflow.model}/artifacts"
+    both = {"run_id": mlflow.run, "run_uuid": mlflow.private_run}
+    asked = [
+        ("/get-artifact", {"run_uuid": mlflow.private_run, "path": "secret.txt"}),
+        ("/get-artifact", {**both, "path": "secret.txt"}),
+        ("/get-artifact", {"run_uuid": mlflow.run, "path": f"../../../{private}/secret.txt"}),
+        ("/get-artifact", {"run_uuid": mlflow.run, "path": f"%2e%2e/%2e%2e/%2e%2e/{private}/secret.txt"}),
+        ("/model-versions/get-artifact", {"name": "yuan", "version": "1", "path": f"../../../../{private}/secret.txt"}),
+        ("/api/2.0/mlflow/artifacts/list", {"run_id": mlflow.private_run}),
+        ("/api/2.0/mlflow/artifacts/list", {"run_id": mlflow.run, "path": f"../../../{private}"}),
+        (f"{proxied}/artifacts/{private}/secret.txt", {}),
+        (f"{proxied}/artifacts/{bare}/secret.txt", {}),
+        (f"{proxied}/artifacts/{own}/%252e%252e/%252e%252e/%252e%252e/{private}/secret.txt", {}),
+        (f"{proxied}/artifacts", {"path": private}),
+        (f"{proxied}/artifacts", {"path": f"{own}/../../../{private}"}),
+        (f"{proxied}/artifacts", {"path": bare}),
+        (f"{proxied}/artifacts", {"path": private.split("/artifacts")[0]}),
+        (f"{proxied}/artifacts", {"path": "workspaces/default"}),
+        (f"{proxied}/artifacts", {}),
+        (f"{proxied}/presigned/{private}/secret.txt", {}),
+        (f"{proxied}/presigned/%32/{mlflow.private_run}/artifacts/secret.txt", {}),
+        (f"{private_model}/directories", {}),
+        (f"{private_model}/files", {"artifact_file_path": "secret.txt"}),
+        (f"/api/2.0/mlflow/logged-models/{mlflow.model}", {}),
+    ]
+    for path, query in asked:
+        answer = clients["consumer"].get(path, params=query)
+        assert answer.status_code >= 400 and SECRET not in answer.text, (path, query, answer.text)
+    body = {"run_id": mlflow.private_run, "path": "secret.txt"}
+    url = "/api/2.0/mlflow/artifacts/presigned-download-url"
+    assert clients["consumer"].post(url, json=body).status_code == 403
+    # The same routes answer whoever may read the run.
+    assert clients["administrator"].get(*asked[0][:1], params=asked[0][1]).text == SECRET
+    assert clients["consumer"].get(f"{proxied}/artifacts/{own}/model/config.json").json() == {"public": True}
+    assert (
+        clients["consumer"].get("/get-artifact", params={"run_id": mlflow.run, "path": "model/config.json"}).is_success
+    )
+
+
+def test_a_presigned_download_is_for_one_object(clients, mlflow):
+    own = f"{mlflow.artifacts}/model/config.json"
+    url = clients["consumer"].get(f"/api/2.0/mlflow-artifacts/presigned/{own}").json()["url"]
+    assert httpx.get(url).json() == {"public": True}
+    other = url.replace(own, f"{mlflow.private_artifacts}/secret.txt")
+    assert other != url and httpx.get(other).status_code == 403
+    assert httpx.put(url, content=b"other").status_code == 403
+
+
+def test_graphql_shows_a_consumer_nothing_of_another_experiment(clients, mlflow):
+    def ask(field, asked, shown):
+        return f"query {{ {field}(input: {{{asked}}}) {{ {shown} }} }}"
+
+    run, runs = "run { info { runId } data { metrics { key } } experiment { name } }", "runs { info { runId } }"
+    both = f'experimentIds: ["{mlflow.experiment}", "{mlflow.private}"]'
+    private_metric = f'runIds: ["{mlflow.private_run}"], metricKey: "secret_metric"'
+    queries = [
+        ask("mlflowGetRun", f'runId: "{mlflow.private_run}"', run),
+        ask("mlflowGetRun", f'runUuid: "{mlflow.private_run}"', run),
+        ask("mlflowGetExperiment", f'experimentId: "{mlflow.private}"', "experiment { name }"),
+        ask("mlflowSearchRuns", f'experimentIds: ["{mlflow.private}"]', runs),
+        ask("mlflowSearchRuns", both, runs),
+        ask("mlflowSearchRuns", "", runs),
+        ask("mlflowListArtifacts", f'runId: "{mlflow.private_run}"', "files { path }"),
+        ask("mlflowGetMetricHistoryBulkInterval", private_metric, "metrics { value }"),
+        ask("mlflowSearchDatasets", f'experimentIds: ["{mlflow.private}"]', "datasetSummaries { name }"),
+        "mutation { __typename }",
+    ]
+    for query in queries:
+        answer = clients["consumer"].post("/graphql", json={"query": query})
+        shown = answer.text.replace(query, "")
+        assert all(word not in shown for word in (mlflow.private_run, "private", "secret", '"value"')), shown
+    readable = clients["consumer"].post("/graphql", json={"query": ask("mlflowGetRun", f'runId: "{mlflow.run}"', run)})
+    assert mlflow.run in readable.text
+    assert "secret_metric" in clients["administrator"].post("/graphql", json={"query": queries[0]}).text
+
+
+@pytest.mark.parametrize("multipart", [False, True])
+def test_the_client_library_reads_everything_as_a_consumer(stores, mlflow, tmp_path, multipart):
+    name, password = callers(stores)["consumer"]
+    env = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
+        "MLFLOW_TRACKING_URI": stores.mlflow_url,
+        "MLFLOW_TRACKING_USERNAME": name,
+        "MLFLOW_TRACKING_PASSWORD": password,
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": str(multipart).lower(),
+        "MLFLOW_MULTIPART_DOWNLOAD_MINIMUM_FILE_SIZE": "1",
+    }
+    command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["2.0", '{"public":', "true}"], done.stderr[-2000:]
+
+
+def test_searches_show_a_consumer_only_what_they_may_read(clients, mlflow):
+    ask = clients["consumer"]
+    found = ask.get("/api/2.0/mlflow/experiments/search", params={"max_results": 100}).json()["experiments"]
+    assert [experiment["name"] for experiment in found] == ["yuan"]
+    body = {"experiment_ids": [mlflow.experiment, mlflow.private]}
+    assert mlflow.private_run not in ask.post("/api/2.0/mlflow/runs/search", json=body).text
+    for name, parameter in (("get-history-bulk", "run_id"), ("get-history-bulk-interval", "run_ids")):
+        for run_ids in ([mlflow.private_run], [mlflow.run, mlflow.private_run]):
+            query = {parameter: run_ids, "metric_key": "secret_metric"}
+            assert ask.get(f"/ajax-api/2.0/mlflow/metrics/{name}", params=query).status_code == 403
+    assert ask.get("/api/2.0/mlflow/runs/get", params={"run_id": mlflow.private_run}).status_code == 403
+    assert mlflow.model not in ask.post("/api/2.0/mlflow/logged-models/search", json=body).text
+
+
+def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, stores):
+    made = {"username": "ann", "password": "anns-own-password"}
+    clients["administrator"].post("/api/2.0/mlflow/users/create", json=made)
+    url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
+    assert ask(url, auth=("ann", "anns-own-password")).status_code == 200
+    for name in ("ann", "consumer"):
+        guesses = [
+            ask(url, auth=(name, f"guess-{n}"), headers={"X-Forwarded-For": f"10.0.0.{n}"})
+            for n in range(MAX_ACCOUNT_FAILURES + 2)
+        ]
+        assert [guess.status_code for guess in guesses] == [401] * MAX_ACCOUNT_FAILURES + [429] * 2
+        assert 0 < int(guesses[-1].headers["retry-after"]) <= 300
+    assert ask(url, auth=("ann", "anns-own-password")).status_code == 429
+    assert clients["consumer"].get(url).status_code == clients["administrator"].get(url).status_code == 200
+
+
+def test_the_tracker_sets_up_twice_and_its_versions_show_their_files(clients, stores, mlflow):
+    Tracker(stores).set_up()
+    listed = clients["consumer"].get("/ajax-api/3.0/mlflow/workspaces").json()
+    assert [workspace["name"] for workspace in listed["workspaces"]] == ["default"]
+    query = {"name": "yuan", "version": mlflow.version, "path": "config.json"}
+    assert clients["consumer"].get("/model-versions/get-artifact", params=query).json() == {"public": True}
+
+
+def test_the_page_chooses_the_workspace_and_loads_nothing_from_elsewhere(clients):
+    page = clients["consumer"].get(
+        "/", headers={"Range": "bytes=0-9", "If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}
+    )
+    assert page.status_code == 200 and "workspace=default" in page.text.split("</script>")[0]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert re.findall(r'(?:src|href)="(?:https?:)?//', page.text) == []
+
+
+def test_other_methods_and_websockets_are_closed(clients, stores):
+    for method in ("TRACE", "CONNECT_", "PROPFIND", *set(METHODS[2:])):
+        assert clients["administrator"].request(method, "/api/2.0/mlflow/runs/get").status_code == 403
+    upgrade = {
+        "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    answer = clients["administrator"].get("/api/2.0/mlflow/assistant/ws", headers=upgrade)
+    assert answer.status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    "value", [b"Basic", b"Basic !", b"Basic " + base64.b64encode(b"a\nb:c"), b"basic  YTpi", b"YTpi"]
+)
+def test_malformed_credentials_are_none(value):
+    assert read_credentials([(b"authorization", value)]) is None
