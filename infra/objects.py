@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 PROBE_KEY, PROBE_BYTES = "probe", b"p" * 8192
 PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes no less than 5 MiB and no more than 10,000 parts
 MAX_PARTS = 10_000
+MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
+MAX_PRESIGNED_S = 3600
 
 
 class Objects:
@@ -88,6 +90,41 @@ class Objects:
     def get(self, key: str) -> bytes:
         return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
+    def presign_upload(self, key: str, num_bytes: int, content_type: str, valid_s: int) -> str:
+        """Return an address at which anybody may store this one object by PUT, without an account.
+
+        The signature covers the method, the key, the headers Content-Length and Content-Type, and the time. A request
+        with another of these is refused (403), also one without a length (chunked) or with headers for copying or
+        metadata. The address works again until it expires, so name the key by an id of this upload and check the
+        content's hash afterwards.
+
+        Args:
+            num_bytes: exact size of the object, at most 5 GiB.
+            valid_s: seconds in which the upload must begin, at most an hour.
+
+        Raises:
+            ValueError: if size or time is outside these bounds.
+        """
+        if not 0 <= num_bytes <= MAX_PRESIGNED_BYTES:
+            raise ValueError(f"num_bytes must be from 0 to {MAX_PRESIGNED_BYTES}, got {num_bytes}; send it in parts")
+        return self._presign("put_object", key, valid_s, ContentLength=num_bytes, ContentType=content_type)
+
+    def presign_download(self, key: str, valid_s: int) -> str:
+        """Return an address at which anybody may read this one object by GET, for at most an hour.
+
+        Raises:
+            ValueError: if `valid_s` is not from 1 to 3600.
+        """
+        return self._presign("get_object", key, valid_s)
+
+    def _presign(self, operation: str, key: str, valid_s: int, **signed: int | str) -> str:
+        if not 1 <= valid_s <= MAX_PRESIGNED_S:
+            raise ValueError(
+                f"valid_s must be from 1 to {MAX_PRESIGNED_S}, got {valid_s}; presign again when it is needed"
+            )
+        asked = {"Bucket": self._bucket, "Key": key, **signed}
+        return self._client.generate_presigned_url(operation, Params=asked, ExpiresIn=valid_s)
+
     def exists(self, key: str) -> bool:
         try:
             self._client.head_object(Bucket=self._bucket, Key=key)
@@ -123,6 +160,7 @@ def open_objects(settings: StoreAccess, bucket: str | None = None, *, attempts: 
         aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
         region_name="us-east-1",
         config=Config(
+            signature_version="s3v4",  # the older one, boto3's default for presigned addresses, covers no size
             s3={"addressing_style": "path"},
             retries={"mode": "standard", "max_attempts": attempts},
             connect_timeout=2,

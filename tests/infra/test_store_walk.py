@@ -1,0 +1,233 @@
+"""What callers without certificate or signature reach of the running store, and what presigned addresses allow."""
+
+import os
+import socket
+import ssl
+import stat
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from feedback.tables import new_id
+from flows.home import WEED_PORTS, load_config
+from infra.services import marked
+from tests.waiting import until
+
+PATHS = [
+    *("/", "/ui/index.html", "/metrics", "/debug/pprof/", "/debug/vars", "/admin", "/stats/counter", "/buckets/"),
+    *(
+        "/dir/assign",
+        "/dir/lookup?volumeId=1",
+        "/dir/status",
+        "/vol/status",
+        "/vol/grow?count=1",
+        "/vol/vacuum",
+        "/submit",
+    ),
+    *("/cluster/status", "/col/delete?collection=x", "/1,01637037d6", "/?pretty=y", "/?Action=ListUsers"),
+    *(
+        "/cotrain",
+        "/cotrain/",
+        "/cotrain/probe",
+        "/cotrain?acl",
+        "/cotrain?policy",
+        "/cotrain?uploads",
+        "/cotrain/probe?acl",
+    ),
+    *("/mlflow", "/cotrain/..%2fmlflow/probe", "/cotrain/probe?versionId=null", "/cotrain/probe?torrent"),
+]
+PROBES = ("/healthz", "/readyz", "/status")  # S3 answers these with an empty body
+ACTIONS = ("ListUsers", "CreateUser", "CreateAccessKey", "PutUserPolicy", "AssumeRole", "AssumeRoleWithWebIdentity",
+           "AssumeRoleWithLDAPIdentity", "GetCallerIdentity", "GetSessionToken", "GetFederationToken")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weed(stores):
+    """The store's configuration and process."""
+    config = load_config(stores.home)
+    pids = [pid for pid in marked(config.stack_id) if Path(f"/proc/{pid}/exe").resolve().name.startswith("weed")]
+    assert len(pids) == 1
+    return config, pids[0]
+
+
+@pytest.fixture(scope="module")
+def s3(stores):
+    with httpx.Client(base_url=stores.s3_endpoint, timeout=10) as client:
+        yield client
+
+
+def sockets_of(pid):
+    links = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    return {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
+
+
+def listening_ports(pid):
+    """Return (address, port) of every TCP socket on which a process listens, of both families."""
+    rows = [
+        row.split() for family in ("tcp", "tcp6") for row in Path(f"/proc/net/{family}").read_text().splitlines()[1:]
+    ]
+    own = sockets_of(pid)
+    return sorted(
+        {(row[1].split(":")[0], int(row[1].split(":")[1], 16)) for row in rows if row[3] == "0A" and row[9] in own}
+    )
+
+
+def shakes_hands(port, version):
+    """Tell whether a caller without a certificate of the store is spoken to over TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as raw, context.wrap_socket(raw) as wrapped:
+            wrapped.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+            return wrapped.recv(1) != b""  # with TLS 1.3 the refusal comes only here
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def plain_answer(port):
+    """Return what a caller without TLS is told."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        try:
+            raw.sendall(b"GET /dir/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return raw.recv(4096)
+        except ConnectionError:
+            return b""
+
+
+def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
+    config, pid = weed
+    known = {config.ports[name] for name in WEED_PORTS} | {config.ports[f"{name}_grpc"] for name in WEED_PORTS}
+    found = listening_ports(pid)
+    assert {address for address, _ in found} == {"0100007F"}
+    assert {port for _, port in found} == known
+
+
+def test_every_port_but_s3_refuses_whoever_has_no_certificate(weed):
+    config, pid = weed
+    for _, port in listening_ports(pid):
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            assert not shakes_hands(port, version), port
+        if port != config.ports["s3"]:
+            answer = plain_answer(port)
+            assert answer.startswith(b"HTTP/1.0 400") or b"HTTP/1" not in answer, (port, answer)
+
+
+def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
+    _, pid = weed
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    own = sockets_of(pid)
+    paths = [Path(row[7]) for row in rows if len(row) > 7 and row[6] in own and row[7].startswith("/")]
+    assert len(paths) >= len(WEED_PORTS)
+    for path in paths:
+        closed = [stat.S_IMODE(place.stat().st_mode) & 0o077 == 0 for place in (path, path.parent)]
+        assert any(closed), path
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST", "DELETE"])
+def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
+    before = objects.keys("")
+    for path in PATHS:
+        answer = s3.request(method, path, content=b"x" if method in ("PUT", "POST") else None)
+        assert answer.status_code in (400, 403, 404, 405, 501), (path, answer.status_code, answer.text)
+        assert "<Contents>" not in answer.text and "pppp" not in answer.text
+    for path in PROBES:
+        assert s3.get(path).content == b""
+    assert objects.keys("") == before
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_nobody_makes_themselves_an_identity(s3, action):
+    asked = {"Action": action, "UserName": "me", "RoleArn": "arn:aws:iam::1:role/x", "RoleSessionName": "me"}
+    for version in ("2010-05-08", "2011-06-15"):
+        answer = s3.post(
+            "/", data={**asked, "WebIdentityToken": "x", "LDAPUsername": "x", "LDAPPassword": "x", "Version": version}
+        )
+        assert answer.status_code >= 400 and "<AccessKeyId>" not in answer.text, answer.text
+
+
+@pytest.fixture
+def upload(objects):
+    """A presigned upload of five bytes of text, and what it is for."""
+    key = f"uploads/{new_id()}"
+    yield key, objects.presign_upload(key, 5, "text/plain", 60)
+    objects.delete(key)
+
+
+def test_a_presigned_upload_stores_its_object_and_a_download_reads_it(objects, upload):
+    key, url = upload
+    assert httpx.put(url, content=b"12345", headers={"Content-Type": "text/plain"}).status_code == 200
+    answer = httpx.get(objects.presign_download(key, 60))
+    assert answer.content == b"12345" and answer.headers["content-type"] == "text/plain"
+
+
+@pytest.mark.parametrize(
+    ("change", "request_"),
+    [
+        ("another key", {"url": lambda url: url.replace("uploads/", "uploads/x")}),
+        ("a longer body", {"content": b"123456"}),
+        ("a shorter body", {"content": b"1234"}),
+        ("another type", {"headers": {"Content-Type": "text/html"}}),
+        ("no type", {"headers": {}}),
+        ("a body in chunks", {"content": [b"12", b"345"]}),
+        ("another method", {"method": "POST"}),
+        ("reading", {"method": "GET", "content": None}),
+        ("deleting", {"method": "DELETE", "content": None}),
+        ("a longer time", {"url": lambda url: url.replace("X-Amz-Expires=60", "X-Amz-Expires=600")}),
+        ("a part of another upload", {"url": lambda url: url + "&partNumber=1&uploadId=x"}),
+        ("access rights", {"url": lambda url: url + "&acl"}),
+        ("a copy", {"headers": {"Content-Type": "text/plain", "x-amz-copy-source": "/cotrain/probe"}}),
+        ("metadata", {"headers": {"Content-Type": "text/plain", "x-amz-meta-a": "b"}}),
+    ],
+)  # fmt: skip
+def test_a_presigned_upload_is_for_nothing_but(objects, upload, change, request_):
+    key, url = upload
+    asked = {"method": "PUT", "content": b"12345", "headers": {"Content-Type": "text/plain"}, **request_}
+    content = iter(asked.pop("content")) if isinstance(asked["content"], list) else asked.pop("content")
+    answer = httpx.request(url=asked.pop("url", lambda same: same)(url), content=content, **asked)
+    assert answer.status_code in (403, 405), (change, answer.text)
+    assert not objects.exists(key)
+
+
+def test_a_chunked_body_that_also_states_the_signed_length_is_refused(objects, upload):
+    key, url = upload
+    parts = urlsplit(url)
+    head = f"PUT {parts.path}?{parts.query} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: text/plain\r\n"
+    head += "Content-Length: 5\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as raw:
+        raw.sendall(head.encode() + b"9\r\n123456789\r\n0\r\n\r\n")
+        assert raw.recv(64).split()[1] in (b"400", b"403")
+    assert not objects.exists(key)
+
+
+def test_a_presigned_download_is_for_nothing_but_its_object(objects, upload):
+    key, _ = upload
+    objects.put(key, b"12345")
+    url = objects.presign_download(key, 60)
+    for answer in (
+        httpx.get(url.replace(key, "probe")),
+        httpx.get(f"{url}&acl"),
+        httpx.get(f"{url}&response-content-type=text%2Fhtml"),
+        httpx.put(url, content=b"other"),
+        httpx.delete(url),
+    ):
+        assert answer.status_code == 403
+    assert objects.get(key) == b"12345"
+
+
+def test_a_presigned_address_expires(objects, upload):
+    key, _ = upload
+    download, upload_again = objects.presign_download(key, 1), objects.presign_upload(key, 5, "text/plain", 1)
+    objects.put(key, b"12345")
+    assert until(lambda: httpx.get(download).status_code == 403, seconds=30)
+    assert httpx.put(upload_again, content=b"54321", headers={"Content-Type": "text/plain"}).status_code == 403
+    assert objects.get(key) == b"12345"
+
+
+@pytest.mark.parametrize(("num_bytes", "valid_s"), [(-1, 60), (5 * 2**30 + 1, 60), (5, 0), (5, 3601)])
+def test_a_presigned_address_has_bounds(objects, num_bytes, valid_s):
+    with pytest.raises(ValueError, match="must be from"):
+        objects.presign_upload("uploads/x", num_bytes, "text/plain", valid_s)
