@@ -174,10 +174,12 @@ class Tracker:
         self._assign_role(CONSUMER)
 
     def _account(self, name: str, password: str) -> None:
-        self._ensure("2.0/mlflow/users/create", {"username": name, "password": password})
-        url = f"{self._url}/api/2.0/mlflow/users/update-password"  # it may have been rotated since it was made
+        """Make an account, or give the one that is there the password of the settings, which may have changed."""
         body = {"username": name, "password": password}
-        httpx.patch(url, json=body, auth=self._auth, timeout=30).raise_for_status()
+        self._ensure("2.0/mlflow/users/create", body)
+        users = f"{self._url}/api/2.0/mlflow/users"
+        if httpx.get(f"{users}/current", auth=(name, password), timeout=30).status_code == 401:
+            httpx.patch(f"{users}/update-password", json=body, auth=self._auth, timeout=30).raise_for_status()
 
     def _grant(self, user: str, kind: str, name: str) -> None:
         body = {"username": user, "resource_type": kind, "resource_id": name, "permission": "READ"}

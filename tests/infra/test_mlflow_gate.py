@@ -298,6 +298,14 @@ def test_the_tracker_sets_up_twice_and_its_versions_show_their_files(clients, st
     assert clients["consumer"].get("/model-versions/get-artifact", params=query).json() == {"public": True}
 
 
+def test_set_up_gives_the_consumer_the_password_of_the_settings(clients, stores):
+    body = {"username": "consumer", "password": "somebody-changed-it"}
+    assert clients["administrator"].patch("/api/2.0/mlflow/users/update-password", json=body).status_code == 200
+    assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 401
+    Tracker(stores).set_up()
+    assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 200
+
+
 def test_the_page_chooses_the_workspace_and_loads_nothing_from_elsewhere(clients):
     page = clients["consumer"].get(
         "/", headers={"Range": "bytes=0-9", "If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}

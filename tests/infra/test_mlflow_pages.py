@@ -27,6 +27,7 @@ def visit(stores, mlflow, browser):
     """Open an address as the consumer, in a browser that has never been here; other hosts' addresses are kept."""
     name, password = callers(stores)["consumer"]
     context = browser.new_context(http_credentials={"username": name, "password": password})
+    context.set_default_timeout(120_000)
     page, foreign = context.new_page(), []
 
     def keep_foreign(route):
