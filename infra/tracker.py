@@ -157,6 +157,13 @@ class Tracker:
     def download(self, version: int, folder: Path) -> Path:
         """Fetch a version's model folder.
 
+        Raises:
+            VersionLost: if the version is gone from the registry.
+        """
+        run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(self._client.download_artifacts(run, "model", str(folder)))
+
     def set_up(self, consumer_password: str) -> None:
         """Make the experiment, the registered model, and the read-only consumer account with password and role."""
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
