@@ -89,7 +89,7 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
     try:
         return find_flow(name).form.model_validate(parameters)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in error.errors()]
+        wrong = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
         more = f"; and {len(wrong) - SHOWN_ERRORS} more" if len(wrong) > SHOWN_ERRORS else ""
         raise ValueError(
             f"parameters of {name} are not valid: {'; '.join(wrong[:SHOWN_ERRORS])}{more}; "
