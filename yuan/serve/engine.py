@@ -122,10 +122,14 @@ class Engine:
 
     def _join(self) -> list[Sequence]:
         """Take waiting sequences for which there are rows; those of callers that have gone leave the queue."""
+        joining: list[Sequence] = []
+        room = self._max_rows - len(self._decoder.running)
         with self._wake:
-            self._drop_gone()
-            room = self._max_rows - len(self._decoder.running)
-            return [self._waiting.popleft()[1] for _ in range(min(room, len(self._waiting)))]
+            while self._waiting and len(joining) < room:
+                request, sequence = self._waiting.popleft()
+                if not request.is_over:
+                    joining.append(sequence)
+        return joining
 
     def _drop_gone(self) -> None:
         if any(request.is_over for request, _ in self._waiting):
@@ -180,7 +184,7 @@ class Engine:
             self._fault = f"the model cannot be decoded ({type(error).__name__})"
 
     def _deliver(self) -> None:
-        now = time.monotonic()
+        now, is_any_over = time.monotonic(), False
         for request in list(self._requests):
             if not request.is_over and now > request.deadline:
                 limit_s = request.deadline - request.began
@@ -189,6 +193,10 @@ class Engine:
                 self._tell(request)
             if request.is_over:
                 self._forget(request)
+                is_any_over = True
+        if is_any_over:
+            with self._wake:
+                self._drop_gone()
         self._metrics.set_load(len(self._decoder.running), len(self._waiting))
 
     def _tell(self, request: Request) -> None:
@@ -207,10 +215,9 @@ class Engine:
             self._metrics.count_error("deliver")
 
     def _forget(self, request: Request) -> None:
-        """Free all that a request holds: its rows, its places in the queue, and its own."""
+        """Free the rows of a request that is over."""
         with self._wake:
             self._requests.remove(request)
-            self._drop_gone()
         for sequence in request.sequences:
             if sequence in self._decoder.running:
                 self._decoder.remove(sequence)
