@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from infra.launch import free_port
 from tests.waiting import until
@@ -125,7 +126,8 @@ def crowd(url, number, seed):
 
 
 def expected(served, body):
-    """What `generate` gives to the same prompt alone, for each choice."""
+    """What `generate` gives to the same prompt alone, for each choice; on one thread, as a crowd shares the cores."""
+    torch.set_num_threads(1)
     names = ("max_tokens", "temperature", "repetition_penalty")
     wishes = {name: body[name] for name in names if name in body}
     return [
