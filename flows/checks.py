@@ -5,11 +5,16 @@ import shutil
 from pathlib import Path
 
 from flows.home import load_config, port_holder
+from infra.confinement import is_enforced
 from infra.devices import memory_gib
 from infra.services import is_running, read_state
 
 Fault = tuple[str, str]
 
+UNCONFINED = (
+    "this kernel has no Landlock, so every service can read the others' folders and secrets",
+    "use a kernel of 5.13 or later with landlock in its `lsm=` list; docs/security.md says what is not promised",
+)
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 
 
@@ -44,11 +49,12 @@ def busy_ports(home: Path) -> list[Fault]:
 
 
 def stack_faults(home: Path) -> list[Fault]:
-    """Services that are not ready."""
+    """Services that are not ready, and a kernel that does not confine them."""
     if not is_running(home):
         return [("the stack is not up", "run `cotrain up`")] if (home / "stack-config.json").exists() else []
-    return [
+    found = [
         (f"{name} is {state['state']}: {state['error'] or 'no reason yet'}", f"see `cotrain logs {name}`")
         for name, state in read_state(home).get("services", {}).items()
         if state["state"] != "ready"
     ]
+    return found if is_enforced() else [*found, UNCONFINED]

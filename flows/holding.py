@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback import leases
 from feedback.tables import Lease
+from infra.error_text import told
 from infra.launchers.job import Launcher
 from infra.processes import identity, is_alive, is_dead, kill_identified
 
@@ -106,12 +107,12 @@ def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threadi
         try:
             with sessions.begin() as session:
                 leases.beat(session, asked.id, asked.generation)
-        except OperationalError as error:
-            log.warning("no beat for lease %s: %s", asked.id[:8], str(error).split("\n")[0][:120])
         except leases.LeaseLost as error:
             log.warning("%s", error)
             lost.set()
             return
+        except Exception as error:  # whatever it is, this thread must not end while its lease is held
+            log.warning("no beat for lease %s: %s", asked.id[:8], told(error))
 
 
 def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:

@@ -44,7 +44,7 @@ def evaluate_version(context: Context, version: int) -> dict[str, int]:
     folder = context.settings.home / "eval" / f"v{version}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    results = _answer(context, folder, version, cases)
+    results = _answer(context, folder, f"v{version}", cases)
     with context.sessions.begin() as session:
         promotion.store_results(session, version, results)
     shutil.rmtree(folder)
@@ -53,10 +53,11 @@ def evaluate_version(context: Context, version: int) -> dict[str, int]:
     return {"cases": len(results), "failed": failed}
 
 
-def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run the evaluation in a process of its own, which has torch and can be killed.
 
-    It fetches the version by itself, with the account that only reads, and reaches nothing but its folder.
+    It fetches a version, such as v7, by itself with the account that only reads, or takes a model folder; it reaches
+    nothing but that and its own folder.
 
     Raises:
         RuntimeError: if it fails; the message names its log, which may hold text of the cases.
@@ -64,9 +65,9 @@ def _answer(context: Context, folder: Path, version: int, cases: list[dict[str, 
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / "eval.log"
     asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
-    confinement = Confinement(write=(folder, *accelerator_files()), signal="SIGKILL")
+    confinement = Confinement(read=(Path(model),), write=(folder, *accelerator_files()), signal="SIGKILL")
     command = confinement.command(
-        sys.executable, "-m", "yuan.eval.run", f"v{version}", str(folder / "model"), str(asked), str(answered)
+        sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(asked), str(answered)
     )
     for _ in range(EVAL_ATTEMPTS):
         with supervised(command, folder, _evaluation_environment(context, folder), log_file.name) as process:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from feedback import tables
 from feedback.api.access import Busy, CurrentId, Transactions
 from feedback.api.errors import STORE_FAULTS, Upstream
 from feedback.tables import new_id
+from yuan.data.text import make_storable
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 PASSED_ON = ("x-yuan-version",)
 DATA, DONE = b"data: ", b"data: [DONE]"
-UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 STORE_ERRORS = (*STORE_FAULTS, Busy)
 Json = dict[str, Any]
 
@@ -159,10 +158,10 @@ class Memory:
             for choice in data.get("choices", ()):
                 index = int(choice["index"])
                 holder, key = _place_of_text(choice)
-                holder[key] = storable(holder.get(key) or "")
+                holder[key] = make_storable(holder.get(key) or "")
                 choice["response_id"] = self._ids.setdefault(index, new_id())
                 self._texts[index] = self._texts.get(index, "") + holder[key]
-                self._prompts[index] = storable(prompts[index // repeats])
+                self._prompts[index] = make_storable(prompts[index // repeats])
                 self._version = int(data["model"].removeprefix("yuan-v"))
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             raise Upstream("the model server gave no usable answer; tell the operator") from None
@@ -191,11 +190,6 @@ class Memory:
 def _place_of_text(choice: Json) -> tuple[Json, str]:
     said = choice.get("message") or choice.get("delta")
     return (said, "content") if said is not None else (choice, "text")
-
-
-def storable(text: str) -> str:
-    """Replace what no database takes, U+0000 and lone surrogates, by U+FFFD."""
-    return UNSTORABLE.sub("\ufffd", text)
 
 
 def prompts_of(body: Json, *, is_chat: bool) -> list[str]:

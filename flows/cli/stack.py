@@ -112,7 +112,7 @@ def _table(states: dict[str, Any]) -> Table:
     for heading in ("service", "state", "pid", "seconds", "restarts", ""):
         table.add_column(heading)
     for name, s in states.items():
-        cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"])
+        cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
         table.add_row(name, *("" if cell is None else str(cell) for cell in cells))
     return table
 

@@ -1,8 +1,8 @@
-"""Entry of an evaluation: `python -m yuan.eval.run VERSION FOLDER CASES.jsonl RESULTS.jsonl`.
+"""Entry of an evaluation: `python -m yuan.eval.run MODEL FOLDER CASES.jsonl RESULTS.jsonl`.
 
-The version, such as v7, is fetched from the tracker into the folder, with the account in the environment. Cases are
-rows with an id; results give each case's answer and whether its checker takes it. A case that cannot be asked, answered
-or judged has failed, with the reason; the others go on.
+MODEL is a model folder, or a version such as v7, which is fetched from the tracker into FOLDER with the account in the
+environment. Cases are rows with an id; results give each case's answer and whether its checker takes it. A case that
+cannot be asked, answered or judged has failed, with the reason; the others go on.
 """
 
 import json
@@ -89,7 +89,9 @@ def main() -> int:
     leave_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
     folder, cases_file, results_file = map(Path, sys.argv[2:5])
-    model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
+    model_dir = Path(sys.argv[1])
+    if not model_dir.is_dir():
+        model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
     cases, results = read_cases(cases_file)
     with Judge() as judge:
         results += evaluate(model_dir, cases, judge)

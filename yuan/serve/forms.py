@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from yuan.data.text import find_unstorable
 from yuan.generate.sampling import MAX_LOGPROBS, MAX_TOP_K, Sampling
 from yuan.tokenizer import Tokenizer
 
@@ -16,10 +17,10 @@ def check_text(text: str) -> str:
     """Return the text.
 
     Raises:
-        ValueError: if it has U+0000, which no database takes, or half a surrogate pair, which is no character.
+        ValueError: if it has a character that cannot be stored.
     """
-    if "\0" in text or (not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)):
-        raise ValueError("text may have neither U+0000 nor a lone surrogate (U+D800 to U+DFFF); leave it out")
+    if fault := find_unstorable(text):
+        raise ValueError(f"text must not contain {fault}; leave it out")
     return text
 
 
