@@ -14,11 +14,11 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 
 from feedback import tables
 from feedback.api.app import make_app
-from feedback.api.openai import storable
 from infra.database import open_sessions
 from infra.launch import free_port
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric, running
+from yuan.data.text import make_storable
 from yuan.serve.metrics import Metrics
 from yuan.serve.service import Service
 
@@ -210,4 +210,4 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(talk, engine, account
 
 
 def test_what_no_database_takes_is_replaced_and_nothing_else():
-    assert storable("a\0\ud83d\U0001f600\u2028") == "a\ufffd\ufffd\U0001f600\u2028"
+    assert make_storable("a\0\ud83d\U0001f600\u2028") == "a\ufffd\ufffd\U0001f600\u2028"
