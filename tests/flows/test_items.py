@@ -22,8 +22,9 @@ from yuan.data.rows import BadRow, Row
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 from yuan.serve.api import make_api
-from yuan.serve.engine import Served, Service
 from yuan.serve.metrics import Metrics
+from yuan.serve.request import Served
+from yuan.serve.service import Service
 
 VERSION, WINDOW = 3, 64
 
@@ -139,7 +140,7 @@ def test_an_evaluation_process_judges_around_bad_cases(context, tmp_path):
     exact = {"type": "exact", "value": "a"}
     prompts = {"1": "a\u2028b", "2": "a" * 300, "3": "b"}
     cases = [{"id": i, "prompt": prompt, "expected": "a", "checker": exact} for i, prompt in prompts.items()]
-    results = {result["case_id"]: result for result in judging._answer(context, tmp_path, folder, cases)}
+    results = {result["case_id"]: result for result in judging._answer(context, tmp_path, str(folder), cases)}
     assert {name: result["reason"] is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
 
 

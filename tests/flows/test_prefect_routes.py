@@ -87,7 +87,7 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
     assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC)
     assert answering["operator"] == listed(PUBLIC, OPERATOR)
     row = summarise("Prefect", len(http_routes), answering)
-    assert row in (ROOT / "docs" / "operators.md").read_text(), row
+    assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
 
 def test_routes_that_nobody_knows_are_closed(server):
