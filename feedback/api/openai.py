@@ -110,10 +110,10 @@ class RememberedStream(StreamingResponse):
                     line = DATA + json.dumps(self._memory.note(_json(line.removeprefix(DATA)))).encode()
                 if line:
                     yield line + b"\n\n"
-        except httpx.RequestError as error:
-            yield _error_event(_unreachable(error))
-        except Upstream as error:
-            yield _error_event(error)
+        except (httpx.RequestError, Upstream) as error:
+            with contextlib.suppress(*STORE_ERRORS):  # what came before the error may be reported too
+                await self._memory.keep()
+            yield _error_event(error if isinstance(error, Upstream) else _unreachable(error))
         except STORE_ERRORS as error:
             log.warning("a streamed answer cannot be kept: %s", type(error).__name__)
             yield _error_event(Upstream("the answer could not be stored, so it cannot be reported; ask again"))

@@ -133,5 +133,5 @@ def test_routes_of_withdrawal(portal, account, operator):
     assert (gone.status_code, gone.json()["state"]) == (200, "withdrawn")
     assert portal.get(f"/api/v1/feedback/{sent['id']}", headers=account.headers).json()["reason"] == "poison"
     for kind in ("feedback", "datasets"):
-        missing = portal.post(f"/api/v1/{kind}/none/withdraw", json={"reason": "r"}, headers=operator)
+        missing = portal.post(f"/api/v1/{kind}/{new_id()}/withdraw", json={"reason": "r"}, headers=operator)
         assert missing.status_code == 404 and "there is no" in missing.json()["error"]["message"]

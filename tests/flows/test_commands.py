@@ -105,7 +105,7 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version is a number"),
-        (["submit", "--prompt", "p", "--response", "r", "--model-version", "1"], 1, "a correction needs expected"),
+        (["submit", "--prompt", "p", "--response", "r", "--model-version", "1"], 2, "a correction needs expected"),
         (["round", "status"], 1, "run `cotrain up`"),
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
         (["status"], 1, "is not up"),

@@ -208,8 +208,8 @@ def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contribu
     for what, record in (("report", sent.id), ("dataset", made.id)):
         _, gone = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
         assert (gone["state"], gone["reason"]) == ("withdrawn", "poison")
-        status, said = stack.cotrain("withdraw", what, "none", "--reason", "poison")
-        assert status == 1 and f"there is no {what} none" in said
+        status, said = stack.cotrain("withdraw", what, "0" * 32, "--reason", "poison")
+        assert status == 1 and f"there is no {what} 0000" in said
 
 
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):
