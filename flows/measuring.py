@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from infra.confinement import built_environment
 from infra.launch import supervised, torchrun_command
 from yuan.train.request import Answer, Request
 
@@ -17,9 +18,9 @@ def run_measurement(request: Request, ranks: int) -> Answer:
         RuntimeError: with the end of the log, if the ranks fail.
         TimeoutExpired: after half an hour.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        env = built_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         request.write(folder)
         with supervised(torchrun_command(ranks, "-m", "yuan.train.run", folder), folder, env, "measure.log") as process:
             status = process.wait(LIMIT_S)

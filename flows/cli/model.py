@@ -27,6 +27,7 @@ def train(
     import time
 
     from flows.endings import classify
+    from infra.confinement import built_environment
     from infra.launchers.job import Job
     from infra.launchers.local import LocalLauncher
     from yuan.train.folder import RunFolder
@@ -40,7 +41,7 @@ def train(
             folder=folder.path,
             num_processes=plan.num_ranks,
             processes_per_node=plan.num_ranks,
-            environment={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            environment=built_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
         )
         with LocalLauncher().run(job) as running, progress() as advance:
             while (ending := running.wait(0.5)) is None:
