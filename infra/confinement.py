@@ -14,6 +14,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from infra import child
 
@@ -113,3 +114,13 @@ def built_environment(folder: Path, **values: str) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",  # modules come from installed packages, never from the working directory
     }
     return {**passed, **own, **values}
+
+
+def port_of(url: str) -> int:
+    """Return the port of an address.
+
+    >>> port_of("http://127.0.0.1:8333"), port_of("https://store.example")
+    (8333, 443)
+    """
+    parts = urlsplit(url)
+    return parts.port or {"https": 443, "postgresql": 5432}.get(parts.scheme, 80)

@@ -10,13 +10,14 @@ from tests.waiting import until
 
 @contextmanager
 def served(app):
-    """The application behind a real server; gives its host and port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+    """The application behind a real server; gives its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         until(lambda: server.started)
-        yield server.servers[0].sockets[0].getsockname()
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
     finally:
         server.should_exit = True
         thread.join()

@@ -197,8 +197,8 @@ def test_a_connection_outlives_an_unexpected_fault_and_no_text_is_logged(stores,
     def fault():
         raise KeyError(f"{1}st contributor's text")
 
-    with served(app) as (host, port):
-        connection = http.client.HTTPConnection(host, port, timeout=30)
+    with served(app) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
         connection.auto_open = 0  # a closed connection is an error, never opened again
         connection.connect()
         for _ in range(2):

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import threading
-import time
 
 import httpx
 import pytest
-import uvicorn
 from pydantic import SecretStr
 from sqlalchemy import select
 from starlette.responses import PlainTextResponse, StreamingResponse
@@ -15,7 +12,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from feedback import tables
 from feedback.api.app import make_app
 from infra.database import open_sessions
-from infra.launch import free_port
+from tests.serving import served
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric, running
 from yuan.data.text import make_storable
@@ -26,24 +23,11 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @contextlib.contextmanager
-def serving(app):
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
-
-
-@contextlib.contextmanager
 def door(stores, engine, objects, model_url):
     """The portal before a model server of one's own."""
     changes = {"model_server_url": model_url, "model_server_token": SecretStr(TOKEN)}
     app = make_app(stores.model_copy(update=changes), engine, objects)
-    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+    with served(app) as url, httpx.Client(base_url=url, timeout=30) as http:
         yield http
 
 
@@ -154,7 +138,7 @@ class Talker:
 def talk(stores, engine, objects):
     """The portal before a talker, asked for a whole answer or a stream."""
     talker = Talker()
-    with serving(talker) as url, door(stores, engine, objects, url) as http:
+    with served(talker) as url, door(stores, engine, objects, url) as http:
 
         def ask(account, *, stream, **says):
             vars(talker).clear()

@@ -16,8 +16,8 @@ SEED, EXAMPLES = 15, 500
 
 @pytest.fixture(scope="module")
 def address(stores, engine, objects, first_version):
-    with served(make_app(stores, engine, objects)) as (host, port):
-        yield f"http://{host}:{port}"
+    with served(make_app(stores, engine, objects)) as url:
+        yield url
 
 
 def explore(address, headers, scratch, examples, *options):

@@ -1,11 +1,7 @@
 """One item fails alone, through a round's own steps and the real model server's application."""
 
-import threading
-import time
-
 import pytest
 import torch
-import uvicorn
 from sqlalchemy import delete, update
 
 from feedback import datasets, promotion, rounds
@@ -15,7 +11,7 @@ from feedback.tables import Promotion, Round, new_id
 from flows import intake, judging, layout
 from flows.context import Context
 from infra.database import open_sessions
-from infra.launch import free_port
+from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.rows import BadRow, Row
@@ -44,16 +40,9 @@ def model_server(stores):
         model.embedding.weight[j] = 0
     service = Service(Metrics())
     service.use(Served(model, tokenizer, VERSION))
-    port = free_port()
     token = stores.model_server_token.get_secret_value()
-    server = uvicorn.Server(uvicorn.Config(make_api(token, service), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield stores.model_copy(update={"model_server_url": f"http://127.0.0.1:{port}"})
-    server.should_exit = True
-    thread.join()
+    with served(make_api(token, service)) as url:
+        yield stores.model_copy(update={"model_server_url": url})
 
 
 def ask(settings, prompts, version=VERSION):

@@ -1,14 +1,11 @@
 """A small model behind a model server; `python -m tests.yuan.serving PORT` runs one in a process of its own."""
 
-import contextlib
 import sys
-import threading
-import time
 
 import torch
 import uvicorn
 
-from infra.launch import free_port
+from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
@@ -35,18 +32,9 @@ def make_served(version, window=WINDOW):
     return Served(model, tokenizer, version)
 
 
-@contextlib.contextmanager
 def running(service):
-    """The server in this process, on a port of its own; its address."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(make_api(TOKEN, service), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    """The server in this process, on a port of its own; gives its address."""
+    return served(make_api(TOKEN, service))
 
 
 def metric(http, name):
