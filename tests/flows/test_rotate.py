@@ -7,6 +7,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from feedback.client import Client, PortalError
+from feedback.tables import new_id
 from flows.home import ROTATED, load_config
 from infra.mlflow_rules import CONSUMER
 from infra.settings import Settings
@@ -31,6 +32,10 @@ def accounts(home):
     def get(url, **request):
         return lambda: httpx.get(url, timeout=10, **request).raise_for_status()
 
+    def operate():
+        with Client(settings.portal_url, settings.operator_token.get_secret_value()) as client:
+            client.add_contributor(new_id())
+
     mlflow = f"{settings.mlflow_url}/api/2.0/mlflow/registered-models/get?name=yuan"
     token = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     return {
@@ -44,9 +49,7 @@ def accounts(home):
         "prefect": get(f"{settings.prefect_api_url}/deployments/name/cotrain-round/local",
                        auth=("cotrain", secret["prefect"])),
         "model server": get(f"{settings.model_server_url}/v1/models", headers=token),
-        "operator": lambda: Client(settings.portal_url, settings.operator_token.get_secret_value()).add_contributor(
-            f"made-{secret['operator'][:6]}"
-        ),
+        "operator": operate,
     }  # fmt: skip
 
 
