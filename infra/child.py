@@ -108,6 +108,8 @@ def restrict(spec: dict[str, Any]) -> None:
         allow_path(ruleset, path, READ & known)
     for path in spec["write"]:
         allow_path(ruleset, path, WRITE & known)
+    for path in spec["list"]:
+        allow_path(ruleset, path, READ_DIR)
     for path in spec["sockets"]:
         allow_path(ruleset, path, MAKE_SOCKET)
     if net:

@@ -69,6 +69,7 @@ class Confinement:
         specification = {
             "read": read,
             "write": [*DEVICE_FILES, *map(str, self.write)],
+            "list": ["/dev"],  # a confined process may confine others, and looks for the accelerators to grant them
             "sockets": [str(folder) for folder in self.sockets],
             "bind": self.bind,
             "connect": self.connect,

@@ -121,3 +121,10 @@ def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_pat
     built = built_environment(tmp_path, COTRAIN_HOME="x")
     assert "secret" not in " ".join(built.values())
     assert (built["NCCL_SOCKET_IFNAME"], built["HOME"], built["COTRAIN_HOME"]) == ("eth0", str(tmp_path), "x")
+
+
+@needs_landlock
+def test_a_confined_process_finds_the_accelerators_that_it_grants_to_others():
+    code = "from infra import confinement as c; c.ACCELERATORS = ('null',); print(*c.accelerator_files())"
+    done = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == "/dev/null", done.stderr
