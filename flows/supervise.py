@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -125,6 +126,7 @@ class _Supervisor:
             self.folder.path,
             OMP_NUM_THREADS="1",
             **{HOME_VARIABLE: str(settings.home), MARK: settings.stack_id},
+            **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # where nodes find the code
         )
         if self._is_local:  # batch systems choose the devices of a node themselves
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in placed)

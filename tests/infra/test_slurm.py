@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.launching import launcher_files
+from infra.confinement import Confinement
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered
 from infra.processes import carrying
@@ -123,6 +125,17 @@ def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
         SlurmLauncher(SlurmOptions(partition="none")).run(job),
     ):
         pass
+
+
+@needs_slurm
+def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
+    """As the worker does, which reads Slurm's configuration and its own folder."""
+    confinement = Confinement(read=launcher_files("slurm"), write=(tmp_path,))
+    job_id = said(*confinement.command("/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 30"))
+    assert job_id.isdigit()
+    assert said(*confinement.command("/usr/bin/squeue", "--noheader", "--format=%i")) == job_id
+    said(*confinement.command("/usr/bin/scancel", job_id))
+    until(lambda: not said(*confinement.command("/usr/bin/squeue", "--noheader")))
 
 
 def test_a_script_carries_no_secret_and_names_the_first_node(job):
