@@ -43,9 +43,12 @@ class Client:
     Raises:
         PortalError: from every method, when the portal refuses.
         httpx.TransportError: when it cannot be reached.
+        ValueError: at its making, when there is no token.
     """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        if not token.strip():
+            raise ValueError("there is no token; set COTRAIN_TOKEN or give --token")
         self._http = httpx.Client(base_url=url, timeout=timeout_s, headers={"Authorization": f"Bearer {token}"})
 
     def __enter__(self) -> "Client":

@@ -75,9 +75,14 @@ def together(
 def note_fault(session: Session, subject: str, step: str, error: Exception) -> str:
     """Record why an item could not be processed in a step, for its timeline; return the reason."""
     reason = reason_of(error)
-    audit(session, "platform", FAULT, subject, step=step, reason=reason)
+    note_reason(session, subject, step, reason)
     log.warning("%s: %s %s (%s)", step, subject, FAULT, place_of(error))  # no reason: it may quote the item
     return reason
+
+
+def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
+    """Record for an item's timeline why it, or a part of it, could not be processed in a step."""
+    audit(session, "platform", FAULT, subject, step=step, reason=storable(reason))
 
 
 def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:

@@ -1,7 +1,8 @@
 """Promotion: champion, verdicts and notices in one transaction; notices and aliases follow it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -10,8 +11,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
-from feedback.items import each, note_fault, place_of, storable, together
-from feedback.tables import CaseResult, Feedback, Outbox, Promotion, Round
+from feedback.items import each, note_fault, note_reason, place_of, storable, together
+from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +43,28 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
     def store(part: Sequence[dict[str, Any]]) -> None:
         session.execute(insert(CaseResult).on_conflict_do_nothing(), list(part))
 
+    unjudged = {row["case_id"]: str(row["reason"]) for row in rows if row["reason"] is not None}
+
     def blame(row: dict[str, Any], error: Exception) -> None:
-        reason = note_fault(session, row["case_id"], "evaluate", error)
+        reason = unjudged[row["case_id"]] = note_fault(session, row["case_id"], "evaluate", error)
         store([{**row, "passed": False, "answer": "", "reason": reason}])
 
     if rows:
         together(session, rows, store, blame)
+    _tell_owners(session, version, unjudged)
+
+
+def _tell_owners(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
+    """Put on the timelines of reports and datasets which of their cases could not be judged, one line each."""
+    query = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
+    rows = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
+    rows = rows.where(Case.id.in_(unjudged), DatasetRow.role == "held_out")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for owner, case_id in (*session.execute(query), *session.execute(rows)):
+        reasons[owner].append(unjudged[str(case_id)])
+    for owner, found in reasons.items():
+        more = f"{len(found)} cases, of which the first: " if len(found) > 1 else ""
+        note_reason(session, owner, f"evaluate v{version}", f"{more}{found[0]}")
 
 
 def promote(session: Session, turn: Round, decision: dict[str, Any]) -> int:

@@ -1,5 +1,7 @@
 """Attempts at a round: each is one flow run, started by the dispatcher, and followed by the next when it is lost."""
 
+import hashlib
+import hmac
 import logging
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ MAX_ATTEMPTS = 12
 
 def go_on(context: DispatcherContext, client: SyncPrefectClient, turn: Round) -> None:
     """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
-    last = find_run(client, key_of(turn.id, turn.attempt)) if turn.attempt else None
+    last = find_run(client, key_of(context, turn.id, turn.attempt)) if turn.attempt else None
     if last is not None and not is_over(client, last):
         return
     if not has_room(context.settings.home):
@@ -51,7 +53,7 @@ def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, la
         deployment.id,
         parameters={"round_id": turn.id},
         name=f"round-{turn.number}-attempt-{attempt}",
-        idempotency_key=key_of(turn.id, attempt),
+        idempotency_key=key_of(context, turn.id, attempt),
     )
     log.info("started round %d, attempt %d, as flow run %s", turn.number, attempt, run.id)
 
@@ -62,8 +64,10 @@ def end(context: DispatcherContext, round_id: str, state: str, reason: str) -> N
     log.warning("round %s is %s: %s", round_id, state, reason)
 
 
-def key_of(round_id: str, attempt: int) -> str:
-    return f"round:{round_id}:attempt:{attempt}"
+def key_of(context: DispatcherContext, round_id: str, attempt: int) -> str:
+    """Return the key of an attempt's flow run, which nobody else who can start runs may take first."""
+    secret = context.settings.database_url.get_secret_value().encode()
+    return "round:" + hmac.new(secret, f"{round_id}:{attempt}".encode(), hashlib.sha256).hexdigest()
 
 
 def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:

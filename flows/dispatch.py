@@ -33,6 +33,7 @@ from infra.settings import DispatcherSettings
 
 log = logging.getLogger(__name__)
 
+REGISTER_EVERY_S = 300.0
 IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
 # Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
 BATCH_WAIT_S, BATCH_FULL = 10.0, 500
@@ -92,21 +93,21 @@ def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str
 
 
 class Registered:
-    """The deployments, registered once, and again when somebody deleted them."""
+    """The deployments, registered at the start, every five minutes, and at once when somebody deleted them."""
 
     def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
-        self._context, self._client, self._is_done = context, client, False
+        self._context, self._client, self._due = context, client, 0.0
 
     def ensure(self) -> None:
-        if not self._is_done:
+        if time.monotonic() >= self._due:  # whoever has Prefect's password can change them
             register(self._client, self._context.settings)
-            self._is_done = True
+            self._due = time.monotonic() + REGISTER_EVERY_S
 
     def using(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
         try:
             work(self._context, self._client)
         except ObjectNotFound:
-            self._is_done = False
+            self._due = 0.0
             raise
 
 

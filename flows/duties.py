@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.error_text import frames, told
+from infra.files import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def standings_file(home: Path) -> Path:
 def read_standings(file: Path) -> dict[str, Standing]:
     """What a process last wrote of its duties; nothing if it never did."""
     try:
-        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+        found: dict[str, dict[str, Any]] = json.loads(read_regular(file))
         return {name: Standing(**facts) for name, facts in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

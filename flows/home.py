@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from infra.files import write_private
 from infra.services import marked
 from infra.settings import Settings, process_files
 
@@ -23,7 +24,8 @@ SECRETS = (
     *("mlflow_s3_access_key", "mlflow_s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session"),
     *("prefect", "model_server", "operator", "split_salt", "weed_1", "weed_2", "weed_3", "weed_4"),
 )
-ROTATED = tuple(name for name in SECRETS if name != "split_salt")
+WEED_CERTIFICATE = "weed-settings/tls.pem"
+ROTATED = (*(name for name in SECRETS if name != "split_salt"), "weed_certificate")
 CONFIG_FILE = "stack-config.json"
 
 
@@ -83,9 +85,12 @@ def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
         why = " (it decides which cases are held out and must never change)" if wrong[0] in SECRETS else ""
         raise ValueError(f"there is no secret {wrong[0]!r} to rotate{why}; choose from {', '.join(ROTATED)}")
     chosen = list(names or ROTATED)
-    retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in chosen}
-    fresh = replace(config, secrets=config.secrets | new_secrets(chosen), retired=config.retired | retired)
+    kept = [name for name in chosen if name in config.secrets]
+    retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in kept}
+    fresh = replace(config, secrets=config.secrets | new_secrets(kept), retired=config.retired | retired)
     save_config(home, fresh)
+    if "weed_certificate" in chosen:  # a file of its own, which the next start makes anew
+        (home / WEED_CERTIFICATE).unlink(missing_ok=True)
     return chosen
 
 
@@ -139,15 +144,6 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner can read, in one step."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as out:
-        out.write(text)
-    scratch.replace(file)
 
 
 def write_environment(home: Path, config: StackConfig) -> None:

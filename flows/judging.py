@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
         rounds.begin_step(session, round_id, "evaluate", context.attempt)
         turn = rounds.find_round(session, round_id)
         versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
-    taken = [{"version": version, **evaluate_version(context, version)} for version in versions]
+    place = context.settings.home / "eval"
+    place.mkdir(exist_ok=True)
+    taken = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
     with context.sessions.begin() as session:
         rounds.count_failed(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
     return taken
 
 
-def evaluate_version(context: Context, version: int) -> dict[str, int]:
-    """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement."""
+def evaluate_version(context: Context, version: int, place: Path | None = None) -> dict[str, int]:
+    """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement.
+
+    Args:
+        place: where a scratch folder is made; None: the system's folder for these, where no service writes.
+    """
     with context.sessions() as session:
         cases = [
             {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
@@ -41,9 +48,9 @@ def evaluate_version(context: Context, version: int) -> dict[str, int]:
         ]
     if not cases:
         return {"cases": 0, "failed": 0}
-    folder = context.settings.home / "eval" / f"v{version}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for left in place.glob(f"v{version}-*") if place else ():
+        shutil.rmtree(left)  # of an evaluation that failed, kept for its log
+    folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
     results = _answer(context, folder, f"v{version}", cases)
     with context.sessions.begin() as session:
         promotion.store_results(session, version, results)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import httpx
 
-from flows.home import StackConfig, write_private
+from flows.home import StackConfig
 from infra.confinement import Confinement, built_environment, port_of
+from infra.files import write_private
 from infra.health import Liveness, check_answer
 from infra.mlflow_gate import DIGESTS_VARIABLE
 from infra.mlflow_rules import CONSUMER
@@ -18,7 +19,7 @@ from infra.throttle import credential_digest
 
 def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
     """Describe the server behind its gate, on databases and a bucket of its own."""
-    work = home / "mlflow"
+    work, configuration = home / "mlflow", home / "settings" / "mlflow.ini"
     password = config.secrets["mlflow"]
 
     def database(name: str) -> str:
@@ -29,7 +30,8 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     def before() -> None:
         for name in ("mlflow", "mlflow_auth"):
             postgres.ensure_database(name, config.secrets[f"{name}_database"])
-        work.mkdir(exist_ok=True, mode=0o700)
+        for folder in (work, configuration.parent):
+            folder.mkdir(exist_ok=True, mode=0o700)
         lines = [
             "[mlflow]",
             "default_permission = NO_PERMISSIONS",
@@ -39,7 +41,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
             "grant_default_workspace_access = false",
             "auth_cache_ttl_seconds = 60",
         ]
-        write_private(work / "auth.ini", "\n".join(lines) + "\n")
+        write_private(configuration, "\n".join(lines) + "\n")
 
     def check() -> None:
         for path in (f"users/get?username={settings.mlflow_username}", "experiments/get?experiment_id=0"):
@@ -56,13 +58,12 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
 
     command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
-    confinement = Confinement(
-        write=(work,), bind=(config.ports["mlflow"],), connect=(config.ports["postgres"], port_of(settings.s3_endpoint))
-    )
+    ports = (config.ports["postgres"], port_of(settings.s3_endpoint))
+    confinement = Confinement(read=(configuration,), write=(work,), bind=(config.ports["mlflow"],), connect=ports)
     return Service(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),
-        env=_mlflow_environment(work, settings, config, database("mlflow")),
+        env=_mlflow_environment(work, configuration, settings, config, database("mlflow")),
         cwd=work,
         before=before,
         check=check,
@@ -72,11 +73,13 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     )
 
 
-def _mlflow_environment(work: Path, settings: Settings, config: StackConfig, database_url: str) -> dict[str, str]:
+def _mlflow_environment(
+    work: Path, configuration: Path, settings: Settings, config: StackConfig, database_url: str
+) -> dict[str, str]:
     """Build what the server needs; passwords travel here, since a command line is public."""
     return {
         **built_environment(work, LC_ALL="C.UTF-8"),
-        "MLFLOW_AUTH_CONFIG_PATH": str(work / "auth.ini"),
+        "MLFLOW_AUTH_CONFIG_PATH": str(configuration),
         "MLFLOW_AUTH_ADMIN_USERNAME": settings.mlflow_username,
         "MLFLOW_AUTH_ADMIN_PASSWORD": config.secrets["mlflow"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": config.secrets["mlflow_session"],

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
+from flows.registry import REGISTERED
 from infra.throttle import Throttle
 
 log = logging.getLogger("flows.prefect_gate")  # this module is __main__ where it matters
@@ -31,6 +32,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 CLOSED = "this route of Prefect's server is closed; flows/prefect_rules.py lists the open ones"
 POLICY_VIOLATION = 1008
+SCHEMA_FIELDS = {"/api/deployments/": "parameter_openapi_schema", "/api/ui/schemas/validate": "schema"}
 MAX_BODY_BYTES = 8 * 1024 * 1024
 
 
@@ -61,7 +63,7 @@ class Gate:
             if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
                 return await _refuse(send, *refusal)
             body = await _read_body(receive)
-            if (fault := find_fault(body)) is not None:
+            if (fault := find_fault(body) or find_foreign_schema(path, body)) is not None:
                 return await _refuse(send, 422, fault)
             receive = _replay(body, receive)
         await self._app(scope, receive, send)
@@ -136,6 +138,24 @@ def find_fault(body: bytes) -> str | None:
     except (ValueError, RecursionError):
         pass  # the server itself says what is wrong with it
     return None
+
+
+def find_foreign_schema(path: str, body: bytes) -> str | None:
+    """Return why a JSON schema in a body must not reach the server, None if it may.
+
+    The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
+    such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
+    """
+    field = SCHEMA_FIELDS.get(path)
+    if field is None:
+        return None
+    try:
+        schema = json.loads(body).get(field)
+    except (ValueError, AttributeError, RecursionError):
+        return None  # the server itself says what is wrong with it
+    if schema is None or schema == {} or schema in [registered.schema() for registered in REGISTERED.values()]:
+        return None
+    return f"{field} must be the schema of a flow that flows/registry.py registers"
 
 
 class NumberRefused(Exception):

@@ -113,7 +113,9 @@ def registry(context: "Context", facts: Facts) -> list[Finding]:
     if aliases.get("champion") != facts.champion and is_due:
         at = f"v{aliases['champion']}" if "champion" in aliases else "no version"
         fault = f"the alias champion points at {at}, and the champion is v{facts.champion}"
-        mend = "register the version again" if facts.champion in lost else "see `cotrain logs dispatcher`"
+        mend = (
+            "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
+        )
         return [*found, Finding(what, last, fault, mend)]
     return [*found, Finding(what, last or now())]
 

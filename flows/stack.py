@@ -15,6 +15,7 @@ from flows.launching import CLUSTER_VARIABLES, launcher_files, pool_of
 from flows.mlflow_service import mlflow_service
 from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
+from infra.files import read_regular
 from infra.health import Liveness, check_answer, check_health
 from infra.logs import configure_logging
 from infra.postgres import Postgres
@@ -35,6 +36,7 @@ from infra.settings import (
 
 log = logging.getLogger(__name__)
 
+WORKER_SILENT_S = 120.0
 DISPATCHER_SILENT_S, DISPATCHER_HANGS_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
 
 
@@ -206,7 +208,7 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
     )
 
     def check() -> None:
-        age = time.time() - float(json.loads(sign.read_text())["time"])
+        age = time.time() - float(json.loads(read_regular(sign))["time"])
         if age > DISPATCHER_SILENT_S:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
@@ -234,6 +236,12 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
 def _worker(home: Path, settings: Settings) -> Service:
     work, flow_log = home / "worker", home / "logs" / "flows.log"
     folders = tuple(home / name for name in ("runs", "eval", "work"))
+    sign = work / "alive"
+
+    def check_life() -> None:
+        age = time.time() - sign.stat().st_mtime
+        if age > WORKER_SILENT_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def check() -> None:
         user, _, password = settings.prefect_auth.get_secret_value().partition(":")
@@ -245,6 +253,7 @@ def _worker(home: Path, settings: Settings) -> Service:
     def before() -> None:
         make_private(work, *folders, flow_log.parent)
         flow_log.touch(0o600)
+        sign.unlink(missing_ok=True)
 
     confinement = Confinement(
         read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *pool_files(settings)),
@@ -263,6 +272,7 @@ def _worker(home: Path, settings: Settings) -> Service:
         cwd=work,
         before=before,
         check=check,
+        liveness=Liveness(check_life),
         needs=("prefect",),
     )
 

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import SecretStr
 
 from feedback.accounts import ensure_operator
-from flows.home import WEED_PORTS, StackConfig, write_private
+from flows.home import WEED_PORTS, StackConfig
 from infra.certificates import ensure_certificate
 from infra.confinement import Confinement, built_environment
 from infra.database import migrate, open_engine, open_sessions
+from infra.files import write_private
 from infra.health import Liveness, check_answer
 from infra.objects import open_objects
 from infra.postgres import Postgres
@@ -40,6 +41,7 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
         cwd=Path("/"),
         before=postgres.initialise,
         check=postgres.check,
+        liveness=Liveness(postgres.check),
         after=after,
         stop_signal=signal.SIGINT,
     )
@@ -47,34 +49,35 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
 
 def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service:
     weed = str(Path(sysconfig.get_path("scripts")) / "weed")
-    data, work = home / "s3", home / "weed"
+    data, work, configuration = home / "s3", home / "weed", home / "weed-settings"
+
+    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
+    confinement = Confinement(
+        read=(configuration,), write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports
+    )
+    environment = built_environment(work)
 
     def before() -> None:
-        for folder in (data, work):
+        for folder in (data, work, configuration):
             folder.mkdir(exist_ok=True, mode=0o700)
         forget_weed_sockets(config)
-        ensure_certificate(work / "tls.pem", "weed")
-        write_private(work / "security.toml", weed_security(config, work / "tls.pem"))
-        write_private(work / "identities.json", json.dumps(weed_identities(config, settings)))
-        # A volume index torn by a kill would hide its whole volume.
-        subprocess.run(
-            [weed, "-logtostderr=true", "fix", "-ignoreError", str(data)], cwd=work, capture_output=True, check=True
-        )
+        ensure_certificate(configuration / "tls.pem", "weed")
+        write_private(configuration / "security.toml", weed_security(config, configuration / "tls.pem"))
+        write_private(configuration / "identities.json", json.dumps(weed_identities(config, settings)))
+        # A volume index torn by a kill would hide its whole volume. Confined as the server is, whose files it reads.
+        command = confinement.command(weed, "-logtostderr=true", "fix", "-ignoreError", str(data))
+        subprocess.run(command, env=environment, cwd=configuration, capture_output=True, check=True)
 
     flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
     flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
     flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={work}/identities.json"]
-    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
-    confinement = Confinement(write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports)
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={configuration}/identities.json"]
     return Service(
         name="s3",
         command=lambda: confinement.command(weed, "-logtostderr=true", "mini", f"-dir={data}", *flags),
-        env={
-            **built_environment(work),
-        },
-        cwd=work,
+        env=environment,
+        cwd=configuration,  # where it looks for security.toml
         before=before,
         check=lambda: _check_stores(config, settings),
         liveness=Liveness(lambda: check_answer(settings.s3_endpoint)),

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from feedback import rounds
 from flows.context import Context
+from infra.files import copy_regular
+from yuan.data.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +57,31 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     if context.tracker.has(known.version):
         return known.version, False
     tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
-    context.tracker.register(mlflow_run, folder, tags, known.version)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_recorded(folder, Path(scratch), known.manifest)
+        context.tracker.register(mlflow_run, Path(scratch), tags, known.version)
     log.info("registered v%d again from %s", known.version, folder)
     return known.version, True
+
+
+def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
+    """Copy what a recorded manifest names out of a folder that services write, and nothing else.
+
+    Whoever reads the registry reads what is copied, so no link is followed and every byte is compared.
+
+    Raises:
+        ValueError: if a file is not the recorded one.
+    """
+    for name, expected in recorded["files"].items():
+        if Path(name).name != name:
+            raise ValueError(f"a manifest names files of one folder, got {printable(name)}")
+        try:
+            found = copy_regular(folder / name, target / name)
+        except OSError as error:
+            raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
+        if found != expected:
+            raise ValueError(f"{name} of {folder} has the sha256 {found}, recorded is {expected}; give another copy")
+    (target / "manifest.json").write_text(json.dumps(recorded))
 
 
 def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ so that Prefect's password is a shell. This one fixes all three in code; of a fl
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
 
 POOL = "cotrain"
 NAME = "embedded"
+BEAT_EVERY_S = 5.0
 COMMAND = (sys.executable, "-I", "-m", "flows.engine")
 # All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
 INHERITED = (
@@ -133,8 +135,24 @@ def working_folder() -> Path:
     return folder
 
 
+async def work() -> None:
+    """Work for ever, and leave a sign of life while the event loop turns."""
+    beating = asyncio.create_task(beat(home_folder() / "worker" / "alive"))
+    try:
+        await Worker(POOL, name=NAME, create_pool_if_not_found=False).start()
+    finally:
+        beating.cancel()
+
+
+async def beat(file: Path) -> None:
+    while True:
+        with contextlib.suppress(OSError):  # a full disk stops no flow run
+            file.touch()
+        await asyncio.sleep(BEAT_EVERY_S)
+
+
 def main() -> None:
-    asyncio.run(Worker(POOL, name=NAME, create_pool_if_not_found=False).start())
+    asyncio.run(work())
 
 
 if __name__ == "__main__":

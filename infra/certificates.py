@@ -2,13 +2,14 @@
 
 import datetime
 import ipaddress
-import os
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from infra.files import write_private
 
 YEARS = 20  # as long as a home folder may live; delete the file and start again to have another
 
@@ -41,8 +42,4 @@ def ensure_certificate(file: Path, name: str) -> None:
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    scratch = file.with_suffix(".part")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as out:
-        out.write(certificate.public_bytes(serialization.Encoding.PEM) + private)
-    scratch.replace(file)
+    write_private(file, (certificate.public_bytes(serialization.Encoding.PEM) + private).decode())

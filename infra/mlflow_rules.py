@@ -51,7 +51,7 @@ CONSUMER = "consumer"  # the read-only account that consumers of the model share
 
 # Without signing in: what probes and the sign-in page need.
 PUBLIC_RULES = parse_rules("""
-GET /{health,version}
+GET /health
 GET /static-files/**
 GET /{,ajax-}api/3.0/mlflow/server-info
 """)

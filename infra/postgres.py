@@ -19,6 +19,7 @@ import psycopg
 from psycopg import sql
 
 from infra.confinement import CHILD, Confinement, UserChange
+from infra.files import read_regular
 
 NOBODY = 65534  # initdb wants a user that has a name
 SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
@@ -125,8 +126,8 @@ class Postgres:
         """Remove the pid file of a server that was killed; PostgreSQL itself takes a zombie for alive."""
         pid_file = self.data / "postmaster.pid"
         try:
-            pid = int(pid_file.read_text().split()[0])
-        except (FileNotFoundError, ValueError, IndexError):
+            pid = int(read_regular(pid_file).split()[0])
+        except (OSError, ValueError, IndexError):
             return
         try:
             comm, state = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)

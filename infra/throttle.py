@@ -85,7 +85,10 @@ def _keys(account: str, address: str) -> tuple[bytes, bytes]:
     except ValueError:
         network = address
     else:
-        if ip.version == 6:
+        mapped = getattr(ip, "ipv4_mapped", None) or ip
+        if mapped.is_loopback:
+            network = "loopback"  # all 16 million addresses are one machine's
+        elif ip.version == 6:
             network = str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
         else:
             network = str(ip)

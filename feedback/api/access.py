@@ -2,8 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
@@ -19,6 +20,7 @@ from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token
 from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, parse_json, printable
 
+MAX_UPLOADS = 2  # of one account at a time
 WAIT_S = 20.0  # for a connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 
@@ -32,6 +34,10 @@ class Unauthorized(Exception):
 
 class Forbidden(Exception):
     """The account may not do this."""
+
+
+class TooMany(Exception):
+    """More at once than one account may have."""
 
 
 class Busy(Exception):
@@ -100,6 +106,28 @@ class Transactions:
             self._room.release()
 
 
+class Uploads:
+    """Files that are arriving or being checked, so many of each account at a time."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def begin(self, contributor_id: str) -> Iterator[None]:
+        """Count one more while the block runs.
+
+        Raises:
+            TooMany: if the account has as many as it may.
+        """
+        if self._running[contributor_id] >= MAX_UPLOADS:
+            raise TooMany(f"{MAX_UPLOADS} uploads of yours are under way; send the next when one has ended")
+        self._running[contributor_id] += 1
+        try:
+            yield
+        finally:
+            self._running[contributor_id] -= 1
+
+
 async def open_session(request: Request) -> AsyncIterator[Session]:
     async with request.app.state.transactions.begin() as session:
         yield session
@@ -138,6 +166,16 @@ Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
 
 
 def known_query(request: Request, contributor: Current) -> None:
+    """Refuse query parameters that the route does not have; see `check_query`."""
+    check_query(request)
+
+
+def known_query_apart(request: Request, contributor_id: CurrentId) -> None:
+    """Refuse query parameters like `known_query`, for routes that must not hold a transaction."""
+    check_query(request)
+
+
+def check_query(request: Request) -> None:
     """Refuse query parameters that the route does not have, since a misspelt one would go unnoticed.
 
     Raises:

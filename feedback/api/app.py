@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine, QueuePool, text
 
 from feedback.api import intake, openai, operate, pages
-from feedback.api.access import Transactions
+from feedback.api.access import Transactions, Uploads
 from feedback.api.errors import EVERYWHERE, AnswerFaults, BodyLimit, add_error_handlers, documented
 from infra.database import open_sessions
 from infra.objects import Objects
@@ -39,6 +39,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     )
     assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
+    app.state.uploads = Uploads()
     app.state.objects = objects
     app.state.model_server = httpx.AsyncClient(
         base_url=settings.model_server_url,
@@ -47,8 +48,8 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for part in (intake, operate):
-        app.include_router(part.router, responses=documented(*EVERYWHERE))
+    for router in (intake.router, intake.uploads, operate.router):
+        app.include_router(router, responses=documented(*EVERYWHERE))
     app.include_router(openai.router, responses=documented(400, *EVERYWHERE))
     app.include_router(pages.router)
     app.add_middleware(

@@ -1,5 +1,6 @@
 """One handler from exception to status, and one JSON shape."""
 
+import asyncio
 import logging
 import traceback
 from http import HTTPStatus
@@ -11,10 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from feedback.accounts import Conflict, NotFound, Refused
-from feedback.api.access import Busy, Forbidden, Unauthorized
+from feedback.api.access import Busy, Forbidden, TooMany, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import told
 from yuan.data.text import error_place, printable
@@ -22,8 +24,8 @@ from yuan.data.text import error_place, printable
 log = logging.getLogger(__name__)
 
 
-class TooLarge(Exception):
-    """A body above its limit."""
+class BodyRefused(Exception):
+    """A body is above its limit, or stopped arriving."""
 
 
 class Upstream(Exception):
@@ -36,13 +38,14 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     NotFound: (404, "not_found"),
     Conflict: (409, "conflict"),
     Refused: (422, "invalid"),
-    TooLarge: (413, "too_large"),
+    TooMany: (429, "too_many"),
     Upstream: (503, "unavailable"),
     Busy: (503, "unavailable"),
 }
-EVERYWHERE = (401, 413, 422, 503)  # what any route of the API may answer
+EVERYWHERE = (401, 408, 413, 422, 503)  # what any route of the API may answer
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 MESSAGE_LENGTH = 1000
+BODY_PAUSE_S = 30.0
 STORE_FAULTS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
 
 
@@ -122,6 +125,8 @@ class AnswerFaults:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            log.info("%s %s: the caller left before the request was whole", scope["method"], printable(scope["path"]))
         except Exception as error:
             if scope["type"] != "http" or has_started:
                 raise  # half an answer must not look like a whole one
@@ -132,7 +137,7 @@ class AnswerFaults:
 
 
 class BodyLimit:
-    """Refuse bodies above the limit of their path while they arrive, before anything is parsed or stored."""
+    """Refuse bodies above the limit of their path, or that stop arriving, before anything is parsed or stored."""
 
     def __init__(self, app: Any, limits: dict[str, int], default: int) -> None:
         self._app, self._limits, self._default = app, limits, default
@@ -147,24 +152,31 @@ class BodyLimit:
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             await error_answer(413, "too_large", message)(scope, receive, send)
             return
-        seen, exceeded = 0, False
+        seen, is_whole = 0, False
+        fault: tuple[int, str, str] | None = None
 
         async def counted() -> Any:
-            nonlocal seen, exceeded
-            event = await receive()
+            nonlocal seen, is_whole, fault
+            try:
+                async with asyncio.timeout(None if is_whole else BODY_PAUSE_S):
+                    event = await receive()
+            except TimeoutError:
+                fault = (408, "too_slow", f"no more of the body came for {BODY_PAUSE_S:.0f} s; send it again")
+                raise BodyRefused from None
+            is_whole = not event.get("more_body", False)
             seen += len(event.get("body", b""))
             if seen > limit:
-                exceeded = True
-                raise TooLarge(message)
+                fault = (413, "too_large", message)
+                raise BodyRefused
             return event
 
         async def watched(event: Any) -> None:
-            if not exceeded:  # FastAPI turns any fault while reading a body into an answer of its own
+            if fault is None:  # FastAPI turns any fault while reading a body into an answer of its own
                 await send(event)
 
         try:
             await self._app(scope, counted, watched)
-        except TooLarge:
-            exceeded = True
-        if exceeded:
-            await error_answer(413, "too_large", message)(scope, receive, send)
+        except BodyRefused:
+            assert fault is not None, "set with it"
+        if fault is not None:
+            await error_answer(*fault, headers={"Connection": "close"})(scope, receive, send)

@@ -6,18 +6,35 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from feedback import datasets, provenance, reports
 from feedback.accounts import OPERATOR, audit
-from feedback.api.access import Current, Db, Forbidden, RecordId, Repeatable, StrictRoute, known_query
+from feedback.api.access import (
+    Current,
+    CurrentId,
+    Db,
+    Forbidden,
+    Key,
+    RecordId,
+    Repeat,
+    Repeatable,
+    StrictRoute,
+    known_query,
+    known_query_apart,
+    repeat,
+)
 from feedback.api.errors import documented, error_answer
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
 from feedback.rounds import notify
-from feedback.tables import Outbox
+from feedback.tables import Contributor, Outbox
 from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
 router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(known_query)])
+uploads = APIRouter(
+    prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(known_query_apart)]
+)
 
 
 def rows_schema() -> dict[str, Any]:
@@ -57,31 +74,37 @@ def notices(contributor: Current, session: Db) -> list[NoticeOut]:
     return [NoticeOut.model_validate(row, from_attributes=True) for row in session.scalars(query.order_by(Outbox.id))]
 
 
-@router.post(
+@uploads.post(
     "/datasets",
     status_code=201,
     response_model=DatasetOut,
-    responses=documented(403, 409),
+    responses=documented(403, 409, 429),
     openapi_extra={"requestBody": {"required": True, "content": {"application/x-ndjson": {"schema": rows_schema()}}}},
 )
 async def push_dataset(
     request: Request,
     name: Annotated[str, TextRule(100), Query(description="what you call it; a suite's: letters, digits, . _ -")],
-    contributor: Current,
-    session: Db,
-    repeat: Repeatable,
+    contributor_id: CurrentId,
     purpose: Purpose = "mixture",
+    idempotency_key: Key = None,
 ) -> DatasetOut | JSONResponse:
     """Upload a JSONL file of rows. One malformed row refuses the file; the answer lists every such row."""
-    if purpose != "mixture" and contributor.role != OPERATOR:
-        raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
-    data = await request.body()
-    return await run_in_threadpool(_keep_dataset, request, contributor, session, repeat, name, purpose, data)
+    # The file arrives before a transaction begins: others must not wait for a caller who is slow, or never ends.
+    with request.app.state.uploads.begin(contributor_id):
+        repeated = await repeat(request, idempotency_key)
+        data = await request.body()
+        async with request.app.state.transactions.begin() as session:
+            return await run_in_threadpool(
+                _keep_dataset, request, contributor_id, session, repeated, name, purpose, data
+            )
 
 
 def _keep_dataset(
-    request: Request, contributor: Current, session: Db, repeat: Repeatable, name: str, purpose: str, data: bytes
+    request: Request, contributor_id: str, session: Session, repeat: Repeat, name: str, purpose: str, data: bytes
 ) -> DatasetOut | JSONResponse:
+    contributor = session.get_one(Contributor, contributor_id)
+    if purpose != "mixture" and contributor.role != OPERATOR:
+        raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
     dataset_id, seen = repeat.claim(session, contributor)
     if not seen:
         sha256 = request.app.state.objects.put_named_by_content(datasets.UPLOADS, data)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PASSED_ON = ("x-yuan-version",)
 DATA, DONE = b"data: ", b"data: [DONE]"
+CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among them
 STORE_ERRORS = (*STORE_FAULTS, Busy)
 Json = dict[str, Any]
 
@@ -51,7 +52,7 @@ async def chat(body: Json, call: Request, contributor_id: CurrentId) -> Response
 async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:
     memory = Memory(call, contributor_id, body)
     # The bytes as they came: what they mean, and whether it can be answered, is for the model server to say.
-    upstream = await _ask_while_listening(call, path, await call.body())
+    upstream = await _ask_while_listening(call, path, await call.body(), contributor_id)
     if upstream is None:
         return Response(status_code=499)
     if upstream.headers.get("content-type", "").startswith("text/event-stream"):
@@ -63,9 +64,9 @@ async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> 
     return _relay(upstream, data)
 
 
-async def _ask_while_listening(call: Request, path: str, body: bytes) -> httpx.Response | None:
+async def _ask_while_listening(call: Request, path: str, body: bytes, contributor_id: str) -> httpx.Response | None:
     """Send a request on, and return the answer's beginning; None when the caller leaves before it."""
-    asked = asyncio.ensure_future(_ask(call, "POST", path, body))
+    asked = asyncio.ensure_future(_ask(call, "POST", path, body, contributor_id))
     left = asyncio.ensure_future(_hung_up(call))
     try:
         await asyncio.wait([asked, left], return_when=asyncio.FIRST_COMPLETED)
@@ -202,9 +203,9 @@ def prompts_of(body: Json, *, is_chat: bool) -> list[str]:
     return [one if isinstance(one, str) else json.dumps(one) for one in many]
 
 
-async def _ask(call: Request, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+async def _ask(call: Request, method: str, path: str, body: bytes | None = None, caller: str = "") -> httpx.Response:
     http: httpx.AsyncClient = call.app.state.model_server
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **({CALLER_HEADER: caller} if caller else {})}
     try:
         return await http.send(http.build_request(method, path, content=body, headers=headers), stream=True)
     except httpx.RequestError as error:

@@ -1,5 +1,6 @@
 """`cotrain submit` and `cotrain dataset push`: what contributors send. Needs no running stack of one's own."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,14 @@ from feedback.client import Client
 from feedback.contracts import FeedbackIn
 from flows.cli.output import USAGE, Json, clear_errors, fail, form_of, json_option, show, text_option
 
-Url = Annotated[str, typer.Option(envvar="COTRAIN_PORTAL_URL", help="address of the portal")]
+Url = Annotated[
+    str,
+    typer.Option(
+        envvar="COTRAIN_PORTAL_URL",
+        help="address of the portal; default: this installation's, else port 8800 here",
+        show_default=False,
+    ),
+]
 Token = Annotated[str, typer.Option(envvar="COTRAIN_TOKEN", help="your API token", show_default=False)]
 Key = Annotated[
     str | None,
@@ -37,7 +45,7 @@ def submit(
     rejected: Annotated[str | None, typer.Option(help="the worse answer, for a preference")] = None,
     rating: Annotated[int | None, typer.Option(help="1 to 5, for a rating")] = None,
     response_id: Annotated[str | None, typer.Option(help="id of the answer from /v1")] = None,
-    url: Url = LOCAL_PORTAL,
+    url: Url = "",
     token: Token = "",
     idempotency_key: Key = None,
     as_json: Json = False,
@@ -57,7 +65,7 @@ def submit(
     if checker is not None:
         fields["checker"] = json_option("--checker", checker)
     report = form_of(FeedbackIn, fields)
-    with clear_errors(), Client(url, token) as client:
+    with clear_errors(), Client(url := url or own_portal(), token) as client:
         sent = client.submit(report, idempotency_key=idempotency_key)
         text = f"report {sent.id} is {sent.state}; follow it at {url}/api/v1/feedback/{sent.id}"
         show(sent.model_dump(mode="json"), text, as_json)
@@ -72,13 +80,13 @@ def push(
         str | None, typer.Option(help="name of the dataset; default: the file's", callback=text_option)
     ] = None,
     purpose: Annotated[str, typer.Option(help="mixture; operators also base and suite")] = "mixture",
-    url: Url = LOCAL_PORTAL,
+    url: Url = "",
     token: Token = "",
     idempotency_key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Upload a dataset. One malformed row refuses the file, with every such row's number and reason."""
-    with clear_errors(), Client(url, token) as client:
+    with clear_errors(), Client(url := url or own_portal(), token) as client:
         made = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
         text = f"dataset {made.id} is {made.state} with {made.num_rows} rows; a round will take it up"
         show(made.model_dump(mode="json"), text, as_json)
@@ -90,3 +98,13 @@ def version_number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,10}", digits):
         raise fail(f"a version is a number such as 7 or v7, got {text!r}", USAGE)
     return int(digits)
+
+
+def own_portal() -> str:
+    """Return the address of the portal of this home folder, read without the platform's packages."""
+    file = Path(os.environ.get("COTRAIN_HOME", ".cotrain")) / "env"
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return LOCAL_PORTAL
+    return next((line.partition("=")[2] for line in lines if line.startswith("COTRAIN_PORTAL_URL=")), LOCAL_PORTAL)

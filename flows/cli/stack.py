@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flows.probing import Finding
 
 UP_TIMEOUT_S = 120.0
+LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
 MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
 DOWN_TIMEOUT_S = 60.0
 
@@ -181,7 +182,11 @@ def logs(
     if not file.is_file() or file.parent != folder:
         names = sorted(path.stem for path in folder.glob("*.log"))
         raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
-    print("\n".join(file.read_text(errors="replace").splitlines()[-lines:]))
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - lines * LOG_LINE_BYTES))
+        text = stream.read(lines * LOG_LINE_BYTES).decode(errors="replace")
+    for line in text.split("\n")[-lines - 1 :]:  # what a service wrote must not steer the terminal
+        print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
 
 
 def doctor(as_json: Json = False) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from feedback.client import Client
-from flows.cli.contribute import LOCAL_PORTAL, Url
+from flows.cli.contribute import Url, own_portal
 from flows.cli.output import Json, clear_errors, show
 from flows.cli.rounds import operator
 
@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 def report(
     report_id: Annotated[str, typer.Argument(metavar="ID", help="id of a report")],
     reason: Reason,
-    url: Url = LOCAL_PORTAL,
+    url: Url = "",
     token: Token = "",
     as_json: Json = False,
 ) -> None:
@@ -42,7 +42,7 @@ def report(
 def dataset(
     dataset_id: Annotated[str, typer.Argument(metavar="ID", help="id of a dataset")],
     reason: Reason,
-    url: Url = LOCAL_PORTAL,
+    url: Url = "",
     token: Token = "",
     as_json: Json = False,
 ) -> None:
@@ -53,4 +53,4 @@ def dataset(
 
 
 def _client(url: str, token: str) -> Client:
-    return Client(url, token) if token else operator()
+    return Client(url or own_portal(), token) if token else operator()

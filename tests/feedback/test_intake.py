@@ -1,11 +1,16 @@
 """The portal's doors for contributors."""
 
+import contextlib
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
+from feedback.api.app import make_app
 from feedback.tables import new_id
+from tests.serving import served
 
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "abc", "model_version": 1, "expected": "cba"}
 
@@ -152,3 +157,33 @@ def test_more_callers_than_connections_are_all_answered(portal, account):
     with ThreadPoolExecutor(150) as callers:
         asked = callers.map(lambda _: portal.get("/api/v1/feedback", headers=account.headers), range(300))
         assert {answer.status_code for answer in asked} == {200}
+
+
+@contextlib.contextmanager
+def unfinished_upload(url, headers):
+    """A connection on which an upload has begun and does not go on."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /api/v1/datasets?name=d HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"{")
+        yield connection
+
+
+def test_uploads_that_never_end_hold_up_nobody_else(stores, engine, objects, account, stranger):
+    with served(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as held:
+        for _ in range(40):  # more than the portal has connections to its database
+            held.enter_context(unfinished_upload(url, account.headers))
+        assert httpx.get(f"{url}/api/v1/feedback", headers=stranger, timeout=15).status_code == 200
+        one_more = held.enter_context(unfinished_upload(url, account.headers))
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += one_more.recv(4096) or pytest.fail(f"closed after {answer!r}")
+    assert b" 429 " in answer and b"2 uploads of yours" in answer
+
+
+def test_a_file_of_too_many_lines_or_bad_rows_is_refused_without_reading_the_rest(portal, account):
+    many = portal.post("/api/v1/datasets?name=many", content=b"1\n" * 500_001, headers=account.headers)
+    assert many.status_code == 422 and "at most 500,000 are taken; split it" in many.json()["error"]["message"]
+    bad = portal.post("/api/v1/datasets?name=bad", content=b"1\n" * 5_000, headers=account.headers)
+    assert len(bad.json()["error"]["rows"]) == 1_000
+    assert "the rest was not read" in bad.json()["error"]["message"]

@@ -13,6 +13,7 @@ from feedback.tables import Case, CaseResult, Outbox
 from tests.feedback.loop import (
     SALT,
     accept_all,
+    add_candidate,
     checked_rows,
     promote,
     start_round,
@@ -122,7 +123,25 @@ def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
     promote(session, 1, passed=[row.case_id for row in rows])
     found = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
     assert found == [(one.case_id, "the database refuses it: a planted fault")]
+    only_it_failed(session, rows, one, "a planted fault")
     assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
+
+
+def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(session, objects, many, reporter, later):
+    rows, one = many
+    accept_all(session, later)
+    dataset = upload(session, objects, reporter, checked_rows("d", 20))
+    turn = start_round(session)
+    add_candidate(session, turn, 1)
+    held_out = session.scalars(select(Case).where(Case.suite == "datasets")).all()
+    unjudged = {case.id for case in held_out} | {one.case_id}
+    cases = session.scalars(select(Case.id)).all()
+    reasons = {case: "the prompt has 301 tokens" if case in unjudged else None for case in cases}
+    results = [{"case_id": case, "answer": "", "passed": False, "reason": reasons[case]} for case in cases]
+    promotion.store_results(session, 1, results)
+    only_it_failed(session, rows, one, "the prompt has 301 tokens")
+    told = [event.text for event in datasets.describe(session, dataset).timeline]
+    assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in told), told
 
 
 def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):

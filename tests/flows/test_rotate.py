@@ -8,7 +8,7 @@ from botocore.exceptions import ClientError
 
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
-from flows.home import ROTATED, load_config
+from flows.home import ROTATED, WEED_CERTIFICATE, load_config
 from infra.mlflow_rules import CONSUMER
 from infra.settings import Settings
 
@@ -63,8 +63,9 @@ def is_accepted(ask):
 
 def test_all_secrets_of_a_running_stack_are_rotated(stack):
     before = accounts(stack.home)
-    old = load_config(stack.home).secrets
+    old, certificate = load_config(stack.home).secrets, (stack.home / WEED_CERTIFICATE).read_bytes()
     _, said = stack.cotrain("rotate", check=True)
+    assert (stack.home / WEED_CERTIFICATE).read_bytes() != certificate
     assert set(said["rotated"]) == set(ROTATED)
     assert all(is_accepted(ask) for ask in accounts(stack.home).values())
     assert {name for name, ask in before.items() if is_accepted(ask)} == set()

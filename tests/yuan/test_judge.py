@@ -2,11 +2,12 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from yuan.data.checkers import Exact
-from yuan.data.judge import CheckFailed, Judge
+from yuan.data.judge import MEMORY_BYTES, CheckFailed, Judge
 
 RULE = Exact(value="a\u2028b")
 
@@ -41,6 +42,13 @@ def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
     with pytest.raises(CheckFailed, match=reason):
         judge.check(RULE, "x" * 200_000)
     assert judge.check(RULE, RULE.value)
+
+
+def test_a_checker_that_takes_all_memory_is_ended(judge):
+    judge.check(RULE, "")
+    limits = Path(f"/proc/{judge._process.pid}/limits").read_text()
+    allowed = next(line for line in limits.splitlines() if line.startswith("Max address space"))
+    assert allowed.split()[3] == str(MEMORY_BYTES)
 
 
 def test_its_process_ends_with_the_block():

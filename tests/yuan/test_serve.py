@@ -155,6 +155,23 @@ def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
     assert metric(http, "yuan_tokens_total") - before < 1900
 
 
+def test_a_caller_who_asks_for_much_leaves_room_for_others(url, http, served):
+    hog = {"prompt": "abc", "n": 100, "max_tokens": 1900, "temperature": 2, "stream": True}
+    headers = {"Authorization": f"Bearer {TOKEN}", "X-Yuan-Caller": "hog"}
+    with (
+        httpx.Client(base_url=url, headers=headers, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=hog) as answer,
+    ):
+        chunks = answer.iter_raw()
+        next(chunks)
+        more = client.post("/v1/completions", json={**hog, "stream": False})
+        assert (more.status_code, "of yours wait" in more.text) == (503, True)
+        other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
+        assert other.status_code == 200
+        assert metric(http, "yuan_running") == 24 and metric(http, "yuan_waiting") > 0
+    until(lambda: metric(http, "yuan_running") == 0 and metric(http, "yuan_waiting") == 0)
+
+
 def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, served):
     async def crowd():
         limits = httpx.Limits(max_connections=1000)

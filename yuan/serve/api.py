@@ -22,7 +22,7 @@ from yuan.serve.service import Service
 
 ANSWER_LIMIT_S = 110.0
 ENGINE_GRACE_S = 5.0  # after which a caller is told that the engine is silent, while a portal still waits
-VERSION_HEADER = "X-Yuan-Version"
+VERSION_HEADER, CALLER_HEADER = "X-Yuan-Version", "X-Yuan-Caller"
 
 
 def make_api(token: str, service: Service) -> FastAPI:
@@ -56,7 +56,7 @@ def make_api(token: str, service: Service) -> FastAPI:
     async def completions(form: CompletionIn, call: Call) -> Response:
         if form.echo:
             raise HTTPException(400, "echo is not offered by this server; leave it out")
-        listener = Listener(service, form.sampling(form.logprobs), form.n)
+        listener = Listener(service, form.sampling(form.logprobs), form.n, caller_of(call))
         listener.submit(lambda served: form.prompts(served.tokenizer))
         shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await answer(listener, shape, form, call)
@@ -65,7 +65,7 @@ def make_api(token: str, service: Service) -> FastAPI:
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = form.sampling(form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
-        listener = Listener(service, sampling, form.n)
+        listener = Listener(service, sampling, form.n, caller_of(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
         shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await answer(listener, shape, form, call)
@@ -75,11 +75,16 @@ def make_api(token: str, service: Service) -> FastAPI:
     return app
 
 
+def caller_of(call: Call) -> str:
+    """Return for whom the portal asks; empty for the platform itself."""
+    return call.headers.get(CALLER_HEADER, "")
+
+
 class Listener:
     """One call's ear at the engine: pieces cross from its thread into this event loop."""
 
-    def __init__(self, service: Service, sampling: Sampling, num_choices: int) -> None:
-        self._service, self._sampling, self._num_choices = service, sampling, num_choices
+    def __init__(self, service: Service, sampling: Sampling, num_choices: int, caller: str) -> None:
+        self._service, self._sampling, self._num_choices, self._caller = service, sampling, num_choices, caller
         self.metrics = service.metrics
         self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -97,7 +102,9 @@ class Listener:
                 raise ValueError(
                     f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
                 )
-            return Request(served, prompts, self._sampling, self._deliver, ANSWER_LIMIT_S, self._num_choices)
+            return Request(
+                served, prompts, self._sampling, self._deliver, ANSWER_LIMIT_S, self._num_choices, self._caller
+            )
 
         self.request = self._service.submit(make)
         silent = Broken("the engine is silent; try again in a minute")

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
 from yuan.generate.decoder import Decoder, NonFinite
 from yuan.generate.sampling import Sampling
@@ -21,11 +21,15 @@ class Engine:
 
     An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
     the rows join it request by request. An error in delivering costs its caller. Each is counted.
+
+    A caller that is named has at most three quarters of the rows and half of the queue, so that one who asks for much
+    leaves room for others.
     """
 
     def __init__(self, served: Served, metrics: Metrics, *, max_rows: int = 32, max_waiting: int = 256) -> None:
         self.served, self._metrics = served, metrics
         self._max_rows, self._max_waiting = max_rows, max_waiting
+        self._max_own_rows, self._max_own_waiting = max(1, max_rows * 3 // 4), max_waiting // 2  # of one caller
         self._decoder = Decoder(served.model)
         self._requests: list[Request] = []
         self._waiting: deque[tuple[Request, Sequence]] = deque()
@@ -69,6 +73,9 @@ class Engine:
                 self._drop_gone()
             if len(self._waiting) + len(request.sequences) > self._max_waiting:
                 raise Busy(f"{len(self._waiting)} prompts wait already, at most {self._max_waiting}; try again later")
+            own = sum(waiting.caller == request.caller for waiting, _ in self._waiting) if request.caller else 0
+            if own and own + len(request.sequences) > self._max_own_waiting:
+                raise Busy(f"{own} prompts of yours wait already, at most {self._max_own_waiting}; try again later")
             if not self._requests:
                 self._progress = time.monotonic()
             self._requests.append(request)
@@ -124,12 +131,29 @@ class Engine:
         """Take waiting sequences for which there are rows; those of callers that have gone leave the queue."""
         joining: list[Sequence] = []
         room = self._max_rows - len(self._decoder.running)
+        if not self._waiting or room <= 0:
+            return joining
+        rows = self._rows_by_caller()
         with self._wake:
+            passed: list[tuple[Request, Sequence]] = []
             while self._waiting and len(joining) < room:
                 request, sequence = self._waiting.popleft()
-                if not request.is_over:
-                    joining.append(sequence)
+                if request.is_over:
+                    continue
+                if request.caller and rows[request.caller] >= self._max_own_rows:
+                    passed.append((request, sequence))
+                    continue
+                rows[request.caller] += 1
+                joining.append(sequence)
+            self._waiting.extendleft(reversed(passed))
         return joining
+
+    def _rows_by_caller(self) -> Counter[str]:
+        running = {id(sequence) for sequence in self._decoder.running}
+        rows: Counter[str] = Counter()
+        for request in self._requests:
+            rows[request.caller] += sum(id(sequence) in running for sequence in request.sequences)
+        return rows
 
     def _drop_gone(self) -> None:
         if any(request.is_over for request, _ in self._waiting):

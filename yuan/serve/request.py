@@ -66,13 +66,14 @@ class Request:
         deliver: Callable[[Piece | Exception], None],
         limit_s: float,
         num_choices: int = 1,
+        caller: str = "",
     ) -> None:
         config = served.model.config
         unknown = [token for prompt in prompts for token in prompt if token >= config.vocab_size]
         if unknown:
             raise ValueError(f"token ids must be below {config.vocab_size}, got {unknown[0]}")
         wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
-        self.prompts = prompts
+        self.prompts, self.caller = prompts, caller
         self.sequences = [
             Sequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
         ]
