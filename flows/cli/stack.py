@@ -185,7 +185,7 @@ def logs(
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - lines * LOG_LINE_BYTES))
         text = stream.read(lines * LOG_LINE_BYTES).decode(errors="replace")
-    for line in text.split("\n")[-lines - 1 :]:  # what a service wrote must not steer the terminal
+    for line in text.removesuffix("\n").split("\n")[-lines:]:  # what a service wrote must not steer the terminal
         print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
 
 

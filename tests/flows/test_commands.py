@@ -155,3 +155,10 @@ def test_train_refuses_what_was_edited_in_one_line(laid_out):
     done = cotrain("train", str(laid_out.path))
     (laid_out.path / "run.json").write_text(text)
     assert done.returncode == 1 and "somebody edited it" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_logs_print_the_last_lines_and_steer_no_terminal(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "flows.log").write_text("first\n" * 5000 + "\x1b]52;c;aGk=\x07 加\n")
+    done = cotrain("logs", "flows", "-n", "2", home=tmp_path)
+    assert done.stdout == "first\n\\x1b]52;c;aGk=\\x07 加\n"

@@ -13,6 +13,7 @@ from websockets.sync.client import connect
 
 from flows.home import load_config
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, is_page
+from flows.registry import REGISTERED
 from flows.stack import services
 from tests.conftest import start
 from tests.routes import METHODS, Route, summarise
@@ -129,3 +130,17 @@ def test_page_files_and_pages_are_open_and_carry_the_policy(server):
         answer = httpx.get(base + page, follow_redirects=True, headers={"accept": "text/html"})
         assert answer.status_code == 200 and "connect-src 'self'" in answer.headers["content-security-policy"]
         assert page == "/ui-settings" or is_page("GET", page)
+
+
+def test_only_schemas_of_registered_flows_reach_the_server(server):
+    """One with a pattern that takes for ever would stop everybody."""
+    base, secret = server
+    slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
+    with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:
+        asked = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
+        flow = client.post("/api/flows/", json={"name": "mine"}).json()["id"]
+        body = {"name": "mine", "flow_id": flow, "parameter_openapi_schema": slow}
+        made = client.post("/api/deployments/", json=body)
+        known = {"schema": REGISTERED["cotrain-round"].schema(), "values": {}}
+        own = client.post("/api/ui/schemas/validate", json=known)
+    assert (asked.status_code, made.status_code, own.status_code) == (422, 422, 200)

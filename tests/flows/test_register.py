@@ -1,0 +1,47 @@
+"""Bringing a version back from a folder that a service could have written."""
+
+import hashlib
+
+import pytest
+
+from flows.training import copy_recorded
+
+
+@pytest.fixture
+def folders(tmp_path):
+    export, target = tmp_path / "export", tmp_path / "target"
+    export.mkdir()
+    target.mkdir()
+    (export / "config.json").write_bytes(b"{}")
+    return export, target, {"files": {"config.json": hashlib.sha256(b"{}").hexdigest()}, "step": 5}
+
+
+def test_only_recorded_files_are_published(folders, tmp_path):
+    export, target, recorded = folders
+    (tmp_path / "env").write_text("secret")
+    (export / "notes.txt").symlink_to(tmp_path / "env")
+    copy_recorded(export, target, recorded)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
+
+
+def test_a_link_in_a_recorded_files_place_is_refused(folders, tmp_path):
+    export, target, recorded = folders
+    (tmp_path / "env").write_bytes(b"{}")
+    (export / "config.json").unlink()
+    (export / "config.json").symlink_to(tmp_path / "env")
+    with pytest.raises(ValueError, match=r"config.json of .* cannot be copied"):
+        copy_recorded(export, target, recorded)
+
+
+@pytest.mark.parametrize("name", ["../env", "a/b", "/etc/passwd", ".."])
+def test_names_outside_of_the_folder_are_refused(folders, name):
+    export, target, recorded = folders
+    with pytest.raises(ValueError, match=r"files of one folder|cannot be copied"):
+        copy_recorded(export, target, {**recorded, "files": {name: "0"}})
+
+
+def test_other_bytes_than_recorded_are_refused(folders):
+    export, target, recorded = folders
+    (export / "config.json").write_bytes(b"[]")
+    with pytest.raises(ValueError, match="recorded is"):
+        copy_recorded(export, target, recorded)
