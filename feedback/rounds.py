@@ -182,7 +182,7 @@ def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | N
     if wanted is not None:
         named = session.get(ModelVersion, wanted)
         if named is None:
-            raise ValueError(f"v{wanted} was never registered here; the front page lists the versions there are")
+            raise ValueError(f"v{wanted} was never registered here; `cotrain round status` names the newest")
         return named
     own = version_of(session, run_id)
     if own is not None:

@@ -52,7 +52,7 @@ def json_option(name: str, text: str) -> Any:
 def text_option(value: str | None) -> str | None:
     """Refuse an option or argument that is empty or cannot be sent: exit status 2."""
     if value is not None and (not value.strip() or find_unstorable(value)):
-        raise typer.BadParameter(f"must be text in UTF-8, got {printable(value)!r}")
+        raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {printable(value)!r}")
     return value
 
 

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from feedback.api.app import make_app
 from tests.serving import served
+from tests.yuan.serving import TOKEN, make_served, running
+from yuan.serve.metrics import Metrics
+from yuan.serve.service import Service
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 SEED, EXAMPLES = 15, 500
@@ -16,8 +20,13 @@ SEED, EXAMPLES = 15, 500
 
 @pytest.fixture(scope="module")
 def address(stores, engine, objects, first_version):
-    with served(make_app(stores, engine, objects)) as url:
-        yield url
+    """The portal before a real model server."""
+    service = Service(Metrics())
+    service.use(make_served(1))
+    with running(service) as model:
+        changes = {"model_server_url": model, "model_server_token": SecretStr(TOKEN)}
+        with served(make_app(stores.model_copy(update=changes), engine, objects)) as url:
+            yield url
 
 
 def explore(address, headers, scratch, examples, *options):

@@ -10,6 +10,7 @@ from feedback.reproduce import Refused, ask_again
 from feedback.tables import Promotion, Round, new_id
 from flows import intake, judging, layout
 from flows.context import Context
+from flows.home import load_config
 from infra.database import open_sessions
 from tests.serving import served
 from yuan import tokenizer as tokenizers
@@ -140,3 +141,10 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_named():
     sources = layout._sources(parsed, {"corrections": 2, "datasets": 0, "base": 1}, tokenizer, 0, failed)
     assert {name: len(list(samples)) for name, samples in sources.items()} == {"corrections": 1, "base": 1}
     assert failed == ["line 2: ValueError"]
+
+
+def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
+    secrets = load_config(context.settings.home).secrets
+    given = judging._evaluation_environment(context, tmp_path)
+    assert {name for name, secret in secrets.items() if secret in given.values()} == {"mlflow_consumer"}
+    assert given["COTRAIN_MLFLOW_USERNAME"] == "consumer"
