@@ -17,7 +17,7 @@ from infra.settings import Settings, process_files
 PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
 WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
 PORTS = (*PUBLIC_PORTS, "postgres", "model_server", *WEED_PORTS, *(f"{name}_grpc" for name in WEED_PORTS))
-PORT_RANGE = (20_000, 29_999)
+PORT_RANGE = (20_000, 28_999)  # below 29,500, where torchrun meets by default
 SECRETS = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
