@@ -139,7 +139,7 @@ async def work() -> None:
     """Work for ever, and leave a sign of life while the event loop turns."""
     beating = asyncio.create_task(beat(home_folder() / "worker" / "alive"))
     try:
-        await Worker(POOL, name=NAME, create_pool_if_not_found=False).start()
+        await Worker(POOL, name=NAME, create_pool_if_not_found=True).start()
     finally:
         beating.cancel()
 
