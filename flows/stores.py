@@ -41,7 +41,7 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
         cwd=Path("/"),
         before=postgres.initialise,
         check=postgres.check,
-        liveness=Liveness(postgres.check),
+        liveness=Liveness(postgres.ping),
         after=after,
         stop_signal=signal.SIGINT,
     )

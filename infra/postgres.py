@@ -101,13 +101,17 @@ class Postgres:
         return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
 
     def check(self) -> None:
-        """Raise unless the server answers a query with our password, which it is given if it has a retired one."""
+        """Raise unless the server answers with our password, which it is given first if it has a retired one."""
         for old in self.retired:
             with (
                 contextlib.suppress(psycopg.OperationalError),
                 psycopg.connect(self.url("postgres", password=old), autocommit=True) as connection,
             ):
                 _set_password(connection, "postgres", self.password)
+        self.ping()
+
+    def ping(self) -> None:
+        """Raise unless the server answers a query."""
         with psycopg.connect(self.url("postgres"), connect_timeout=2) as connection:
             connection.execute("select 1")
 
