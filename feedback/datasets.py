@@ -1,9 +1,10 @@
 """Datasets: checking uploads, accepting their rows, freezing the mixture of a round."""
 
-import logging
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from botocore.exceptions import ClientError
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound, Refused
 from feedback.contracts import DatasetOut, Event
-from feedback.items import each, faults_of, note_fault
+from feedback.items import each, faults_of, note_fault, note_rows
 from feedback.reports import REPORTS, add_cases, salted_fraction
 from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
 from feedback.withdrawal import order_datasets, suite_of, withdrawal_of
@@ -29,33 +30,47 @@ INSERT_ROWS = 5000
 RESERVED_SUITES = ("reports", "base", "datasets")
 SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-log = logging.getLogger(__name__)
-
 Fetch = Callable[[str], bytes]
 
 
+@dataclass(frozen=True)
+class CheckedFile:
+    """What the check of an uploaded file found; `reason` says why it is refused, None if it is not."""
+
+    num_bytes: int
+    num_rows: int
+    bad_rows: list[BadRow]
+    reason: str | None
+
+
 def add_dataset(
-    session: Session, contributor: Contributor, *, dataset_id: str, name: str, purpose: str, data: bytes, sha256: str
+    session: Session,
+    contributor: Contributor,
+    *,
+    dataset_id: str,
+    name: str,
+    purpose: str,
+    file: CheckedFile,
+    sha256: str,
 ) -> Dataset:
-    """Check an uploaded file row by row and record it; with a bad row in it, it is rejected whole.
+    """Record an uploaded file whose rows were checked; with a bad row in it, it is rejected whole.
 
     Raises:
         Refused: if it is a suite and its name is none that a suite may have.
     """
     if purpose == "suite":
         check_suite_name(name)
-    num_rows, bad, reason = check_rows(data)
     dataset = Dataset(
         id=dataset_id,
         contributor_id=contributor.id,
         name=name,
         purpose=purpose,
-        state="rejected" if reason else "checked",
-        reason=reason,
+        state="rejected" if file.reason else "checked",
+        reason=file.reason,
         sha256=sha256,
-        num_bytes=len(data),
-        num_rows=num_rows,
-        bad_rows=[row.model_dump() for row in bad],
+        num_bytes=file.num_bytes,
+        num_rows=file.num_rows,
+        bad_rows=[row.model_dump() for row in file.bad_rows],
     )
     session.add(dataset)
     session.flush()
@@ -63,26 +78,26 @@ def add_dataset(
     return dataset
 
 
-def check_rows(data: bytes) -> tuple[int, list[BadRow], str | None]:
-    """Check a file's rows, in memory and time that a hostile one cannot multiply.
+def check_file(data: bytes) -> CheckedFile:
+    """Check a file row by row, in memory and time that a hostile one cannot multiply.
 
-    Returns:
-        How many rows were read; those of them that are bad, at most 1,000, after which no more is read; and why the
-        file is refused, None if it is not.
+    No more is read after 1,000 bad rows.
     """
     num_lines = data.count(b"\n")
     if num_lines > MAX_LINES:
-        return 0, [], f"the file has {num_lines:,} lines, at most {MAX_LINES:,} are taken; split it"
-    num_rows, bad = 0, []
+        reason = f"the file has {num_lines:,} lines, at most {MAX_LINES:,} are taken; split it"
+        return CheckedFile(len(data), 0, [], reason)
+    num_rows, bad = 0, list[BadRow]()
     for row in parse_rows(data):
         num_rows += 1
         if isinstance(row, BadRow):
             bad.append(row)
         if len(bad) == MAX_LISTED_BAD_ROWS:
-            return num_rows, bad, f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
+            reason = f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
+            return CheckedFile(len(data), num_rows, bad, reason)
     if bad:
-        return num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed"
-    return num_rows, bad, None if num_rows else "the file has no rows"
+        return CheckedFile(len(data), num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
+    return CheckedFile(len(data), num_rows, bad, None if num_rows else "the file has no rows")
 
 
 def check_suite_name(name: str) -> None:
@@ -146,13 +161,14 @@ def checked(session: Session, cut_off: datetime) -> list[str]:
 def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float) -> None:
     """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row.
 
-    A row that was taken in under older rules and breaks today's gets no entry.
+    A row that was taken in under older rules and breaks today's gets no entry, and is named on the owner's timeline.
     """
     order_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
-    numbered = list(_rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"), dataset.id))
+    numbered, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
+    note_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
     rows = [row for _, row in numbered]
     keys = [(row.key, row.prompt_key) for row in rows]
     known = _known(session, [key for key, _ in keys])
@@ -197,13 +213,15 @@ def _known(session: Session, keys: list[str]) -> set[str]:
     return set(session.scalars(query))
 
 
-def _rows_of(data: bytes, dataset_id: str) -> Iterator[tuple[int, Row]]:
-    """The rows of a stored file with their numbers from 0, without those that only older rules took."""
+def _read(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
+    """Read a stored file: its rows, and those that only older rules took, both with their numbers from 0."""
+    rows, bad = [], {}
     for number, row in enumerate(parse_rows(data)):
         if isinstance(row, Row):
-            yield number, row
+            rows.append((number, row))
         else:
-            log.warning("left out row %d of dataset %s, which breaks today's rules", row.row, dataset_id)
+            bad[number] = row
+    return rows, bad
 
 
 def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
@@ -281,18 +299,38 @@ def _corrections(session: Session, cut_off: datetime) -> tuple[list[Row], int]:
 
 
 def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Row], int]:
-    """The taught rows of accepted datasets, and how many of these could not be read."""
+    """The taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
     rows: list[Row] = []
+    num_bad = 0
 
     def read(dataset: Dataset) -> None:
+        nonlocal num_bad
         taught = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
         numbers = set(session.scalars(taught))
-        found = _rows_of(fetch(f"{UPLOADS}/{dataset.sha256}"), dataset.id)
+        found, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
+        faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
+        note_rows(session, dataset.id, "snapshot", faults)
         rows.extend([row for number, row in found if number in numbers])
+        num_bad += len(faults)
 
     def blame(dataset: Dataset, error: Exception) -> None:
         note_fault(session, dataset.id, "snapshot", error)
 
     failed = each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
-    return rows, failed
+    return rows, failed + num_bad
+
+
+def note_left_out(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+    """Record on their owners' timelines which rows of a mixture, by their keys, a later step left out and why."""
+    wanted = any_(literal(list(reasons), ARRAY(String)))
+    faults: defaultdict[str, list[str]] = defaultdict(list)
+    rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
+    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "taught", DatasetRow.key == wanted)
+    for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
+        faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
+    corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == wanted)
+    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS, Case.role == "taught")):
+        faults[feedback_id].append(f"its correction: {reasons[key]}")
+    for subject, named in faults.items():
+        note_rows(session, subject, step, named)

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 FAULT = "could not be processed"
 MAX_REASON = 500
+MAX_NAMED_ROWS = 20
 Item = TypeVar("Item")
 
 
@@ -82,7 +83,17 @@ def note_fault(session: Session, subject: str, step: str, error: Exception) -> s
 
 def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
     """Record for an item's timeline why it, or a part of it, could not be processed in a step."""
-    audit(session, "platform", FAULT, subject, step=step, reason=storable(reason))
+    audit(session, "platform", FAULT, subject, step=step, reason=storable(reason, MAX_REASON + 100))
+
+
+def note_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
+    """Record once, for its timeline, which of an item's rows a step left out and why; the first 20 are named."""
+    if not faults:
+        return
+    more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
+    reason = storable(f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}", MAX_REASON) + more
+    if all(reason not in text for _, text in faults_of(session, subject)):  # the next round meets the same
+        note_reason(session, subject, step, reason)
 
 
 def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:

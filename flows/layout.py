@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from feedback import datasets, rounds
 from feedback.contracts import RoundParameters
+from feedback.items import reason_of
 from flows.context import Context
 from flows.launching import pool_of
 from infra.devices import has_fast_bf16
@@ -70,21 +71,29 @@ def lay_out(context: Context, round_id: str) -> Plan:
     context.objects.put(rounds.picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
     shares = None if weights is None else {str(name): share for name, share in weights.items()}
-    failed: list[str] = []
-    folder.write(spec, _sources(parsed, parts, tokenizer, spec.seed, failed), pad=tokenizer.pad, weights=shares)
+    left_out: dict[str, str] = {}
+    sources = _sources(parsed, parts, tokenizer, spec.seed, left_out)
+    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
     with context.sessions.begin() as session:
-        rounds.count_failed(session, round_id, {"plan": len(failed)})
-    log.info("laid out run %s: %d rows, left out %s, stages %s", run_id, len(parsed), failed[:20], plan.bounds)
+        rounds.count_failed(session, round_id, {"plan": len(left_out)})
+        datasets.note_left_out(session, "plan", left_out)
+    folder.write_spec(spec)
+    log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
     return plan
 
 
 def _sources(
-    parsed: Sequence[Row | BadRow], parts: dict[str, int], tokenizer: tokenizers.Tokenizer, seed: int, failed: list[str]
+    parsed: Sequence[Row | BadRow],
+    parts: dict[str, int],
+    tokenizer: tokenizers.Tokenizer,
+    seed: int,
+    left_out: dict[str, str],
 ) -> dict[str, Iterator[Sample]]:
     """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own.
 
     Args:
-        failed: is given a name for each row that cannot be encoded and is left out.
+        left_out: is given the key and the reason of each row that cannot be encoded; a line of the snapshot that is no
+            row any more has its number for a key.
     """
     sources: dict[str, Iterator[Sample]] = {}
     start = 0
@@ -93,21 +102,23 @@ def _sources(
         start += count
         random.Random(f"{seed} {name}").shuffle(own)
         if own:
-            sources[name] = _encoded(own, tokenizer, failed)
+            sources[name] = _encoded(own, tokenizer, left_out)
     return sources
 
 
-def _encoded(rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, failed: list[str]) -> Iterator[Sample]:
+def _encoded(
+    rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, left_out: dict[str, str]
+) -> Iterator[Sample]:
     for row in rows:
+        if isinstance(row, BadRow):
+            left_out[f"line {row.row}"] = row.reason
+            continue
         try:
-            if isinstance(row, BadRow):
-                raise ValueError(row.reason)
             sample = encode_row(row, tokenizer)
         except Exception as error:
             if not is_of_one_item(error):
                 raise
-            name = f"line {row.row}" if isinstance(row, BadRow) else row.key[:12]
-            failed.append(f"{name}: {type(error).__name__}")  # no more of it: it may quote the row
+            left_out[row.key] = f"it cannot be encoded: {reason_of(error)}"
         else:
             yield sample
 

@@ -102,11 +102,13 @@ def registry(context: "Context", facts: Facts) -> list[Finding]:
     with context.tracker.impatiently():
         aliases = context.tracker.aliases()
         lost = [version for version in facts.lineage if not context.tracker.has(version)]
+    last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
         mend = how_to_register(context.settings.home, version, facts.lineage[version])
-        found.append(Finding(f"v{version} in the registry", fault=f"{name} is gone from the registry", mend=mend))
-    last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
+        # While the alias followed, the champion was there; of the version before only its promotion is known.
+        seen = last if version == facts.champion else facts.promoted_at
+        found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
     is_due = age_s(facts.promoted_at) > SETTLED_S or last is None
     if facts.champion is None:
         return [Finding(what)]

@@ -21,6 +21,7 @@ from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, parse_json, printable
 
 MAX_UPLOADS = 2  # of one account at a time
+MAX_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
 WAIT_S = 20.0  # for a connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 
@@ -107,10 +108,11 @@ class Transactions:
 
 
 class Uploads:
-    """Files that are arriving or being checked, so many of each account at a time."""
+    """Files that are arriving or being checked, so many of each account at a time; `checks` limits the checking."""
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
+        self.checks = anyio.CapacityLimiter(MAX_CHECKS)
 
     @contextmanager
     def begin(self, contributor_id: str) -> Iterator[None]:
@@ -155,13 +157,22 @@ def current_contributor(session: Db, bearer: Bearer = None) -> Contributor:
     return found
 
 
-async def current_id(request: Request, bearer: Bearer = None) -> str:
-    """The account's id, for routes that wait for others and must not hold a transaction meanwhile."""
+@dataclass(frozen=True)
+class Account:
+    """Who asks, outside of a transaction."""
+
+    id: str
+    role: str
+
+
+async def current_account(request: Request, bearer: Bearer = None) -> Account:
+    """The account of the bearer token, for routes that wait for others and must not hold a transaction meanwhile."""
     async with request.app.state.transactions.begin() as session:
-        return (await run_in_threadpool(current_contributor, session, bearer)).id
+        found = await run_in_threadpool(current_contributor, session, bearer)
+        return Account(found.id, found.role)
 
 
-CurrentId = Annotated[str, Depends(current_id)]
+CurrentAccount = Annotated[Account, Depends(current_account)]
 Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
 
 
@@ -170,7 +181,7 @@ def known_query(request: Request, contributor: Current) -> None:
     check_query(request)
 
 
-def known_query_apart(request: Request, contributor_id: CurrentId) -> None:
+def known_query_apart(request: Request, account: CurrentAccount) -> None:
     """Refuse query parameters like `known_query`, for routes that must not hold a transaction."""
     check_query(request)
 
@@ -231,10 +242,14 @@ Key = Annotated[
 
 async def repeat(request: Request, idempotency_key: Key = None) -> Repeat:
     """Read the key, and digest what was asked; without a key every request is its own."""
-    body = await request.body()
-    parts = (request.method, request.url.path, request.url.query)
-    digest = hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()
-    return Repeat(idempotency_key or new_id(), digest)
+    return repeat_of(request, idempotency_key, await request.body())
+
+
+def repeat_of(request: Request, idempotency_key: str | None, body: bytes) -> Repeat:
+    """Digest a request whose body has been read; on a thread where the body may be large."""
+    digest = hashlib.sha256("\n".join((request.method, request.url.path, request.url.query, "")).encode())
+    digest.update(body)
+    return Repeat(idempotency_key or new_id(), digest.hexdigest())
 
 
 Repeatable = Annotated[Repeat, Depends(repeat)]

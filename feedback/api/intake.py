@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -11,8 +12,9 @@ from sqlalchemy.orm import Session
 from feedback import datasets, provenance, reports
 from feedback.accounts import OPERATOR, audit
 from feedback.api.access import (
+    Account,
     Current,
-    CurrentId,
+    CurrentAccount,
     Db,
     Forbidden,
     Key,
@@ -22,7 +24,7 @@ from feedback.api.access import (
     StrictRoute,
     known_query,
     known_query_apart,
-    repeat,
+    repeat_of,
 )
 from feedback.api.errors import documented, error_answer
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
@@ -84,32 +86,35 @@ def notices(contributor: Current, session: Db) -> list[NoticeOut]:
 async def push_dataset(
     request: Request,
     name: Annotated[str, TextRule(100), Query(description="what you call it; a suite's: letters, digits, . _ -")],
-    contributor_id: CurrentId,
+    account: CurrentAccount,
     purpose: Purpose = "mixture",
     idempotency_key: Key = None,
 ) -> DatasetOut | JSONResponse:
     """Upload a JSONL file of rows. One malformed row refuses the file; the answer lists every such row."""
-    # The file arrives before a transaction begins: others must not wait for a caller who is slow, or never ends.
-    with request.app.state.uploads.begin(contributor_id):
-        repeated = await repeat(request, idempotency_key)
+    # The file arrives and is checked before a transaction begins: others must not wait for a caller who is slow, never
+    # ends, or sends much to check.
+    if purpose != "mixture" and account.role != OPERATOR:
+        raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
+    if purpose == "suite":
+        datasets.check_suite_name(name)
+    state = request.app.state
+    with state.uploads.begin(account.id):
         data = await request.body()
-        async with request.app.state.transactions.begin() as session:
-            return await run_in_threadpool(
-                _keep_dataset, request, contributor_id, session, repeated, name, purpose, data
-            )
+        repeated = await run_in_threadpool(repeat_of, request, idempotency_key, data)
+        file = await to_thread.run_sync(datasets.check_file, data, limiter=state.uploads.checks)
+        sha256 = await run_in_threadpool(state.objects.put_named_by_content, datasets.UPLOADS, data)
+        async with state.transactions.begin() as session:
+            return await run_in_threadpool(_keep_dataset, session, account, repeated, name, purpose, file, sha256)
 
 
 def _keep_dataset(
-    request: Request, contributor_id: str, session: Session, repeat: Repeat, name: str, purpose: str, data: bytes
+    session: Session, account: Account, repeat: Repeat, name: str, purpose: str, file: datasets.CheckedFile, sha256: str
 ) -> DatasetOut | JSONResponse:
-    contributor = session.get_one(Contributor, contributor_id)
-    if purpose != "mixture" and contributor.role != OPERATOR:
-        raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
+    contributor = session.get_one(Contributor, account.id)
     dataset_id, seen = repeat.claim(session, contributor)
     if not seen:
-        sha256 = request.app.state.objects.put_named_by_content(datasets.UPLOADS, data)
         datasets.add_dataset(
-            session, contributor, dataset_id=dataset_id, name=name, purpose=purpose, data=data, sha256=sha256
+            session, contributor, dataset_id=dataset_id, name=name, purpose=purpose, file=file, sha256=sha256
         )
         audit(session, contributor.id, "dataset pushed", dataset_id)
     row = datasets.get_dataset(session, contributor, dataset_id)

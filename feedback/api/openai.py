@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from feedback import tables
-from feedback.api.access import Busy, CurrentId, Transactions
+from feedback.api.access import Busy, CurrentAccount, Transactions
 from feedback.api.errors import STORE_FAULTS, Upstream
 from feedback.tables import new_id
 from yuan.data.text import make_storable
@@ -31,22 +31,22 @@ Json = dict[str, Any]
 
 
 @router.get("/models")
-async def models(call: Request, contributor_id: CurrentId) -> Response:
+async def models(call: Request, account: CurrentAccount) -> Response:
     """The models in service."""
     answer = await _ask(call, "GET", "/v1/models")
     return _relay(answer, await _read(answer))
 
 
 @router.post("/completions")
-async def completions(body: Json, call: Request, contributor_id: CurrentId) -> Response:
+async def completions(body: Json, call: Request, account: CurrentAccount) -> Response:
     """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
-    return await _answer(call, "/v1/completions", body, contributor_id)
+    return await _answer(call, "/v1/completions", body, account.id)
 
 
 @router.post("/chat/completions")
-async def chat(body: Json, call: Request, contributor_id: CurrentId) -> Response:
+async def chat(body: Json, call: Request, account: CurrentAccount) -> Response:
     """Answer a conversation."""
-    return await _answer(call, "/v1/chat/completions", body, contributor_id)
+    return await _answer(call, "/v1/chat/completions", body, account.id)
 
 
 async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:

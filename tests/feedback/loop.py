@@ -58,7 +58,13 @@ def upload(session, objects, reporter, rows, purpose="mixture"):
     data = dump_rows(rows)
     sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
     made = datasets.add_dataset(
-        session, reporter, dataset_id=new_id(), name=purpose, purpose=purpose, data=data, sha256=sha256
+        session,
+        reporter,
+        dataset_id=new_id(),
+        name=purpose,
+        purpose=purpose,
+        file=datasets.check_file(data),
+        sha256=sha256,
     )
     datasets.accept(session, made.id, objects.get, SALT, 0.1)
     session.flush()

@@ -9,12 +9,13 @@ from sqlalchemy.exc import OperationalError
 from feedback import datasets, promotion, reports, rounds
 from feedback.items import each, faults_of
 from feedback.reproduce import Refused
-from feedback.tables import Case, CaseResult, Outbox
+from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
     SALT,
     accept_all,
     add_candidate,
     checked_rows,
+    freeze,
     promote,
     start_round,
     submit,
@@ -196,3 +197,39 @@ def test_counts_of_failed_items_are_kept_with_the_round(session):
     rounds.count_failed(session, turn.id, {"reproduce": 2})
     session.flush()
     assert rounds.describe(session, turn).failed_items == {"screen": 1, "reproduce": 2}
+
+
+def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, objects, reporter, many, later):
+    rows, one = many
+    accept_all(session, later, share=0.0)
+    made = upload(session, objects, reporter, checked_rows("left", 30))
+    keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "taught"))
+    reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
+    for _ in range(2):  # a step that runs again says it once
+        datasets.note_left_out(session, "plan", reasons | {"0" * 64: "nobody's"})
+    only_it_failed(session, rows, one, "its correction: a planted fault")
+    (found,) = [text for _, text in faults_of(session, made.id)]
+    assert "(plan): rows left out, 27: row " in found and found.endswith("; and 7 more")
+
+
+def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):
+    good = b'{"prompt": "older %d", "answer": "b"}\n'
+    data = b"".join(good % n for n in range(4))
+    sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    made = datasets.add_dataset(
+        session,
+        reporter,
+        dataset_id=new_id(),
+        name="older",
+        purpose="mixture",
+        file=datasets.check_file(data),
+        sha256=sha256,
+    )
+    objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" "))
+    datasets.accept(session, made.id, objects.get, SALT, 0.0)
+    objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
+    snapshot_id, stored = freeze(session, objects)
+    assert (stored.count(b"\n"), datasets.failed_in(session, snapshot_id)) == (2, 1)
+    texts = [text for _, text in faults_of(session, made.id)]
+    assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
+    assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]

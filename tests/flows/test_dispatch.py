@@ -1,9 +1,11 @@
 """The dispatcher's duties, each of which fails alone."""
 
 import logging
+import re
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from pydantic import SecretStr
 from sqlalchemy import select
 
 from feedback import rounds
@@ -11,6 +13,7 @@ from feedback.accounts import add_contributor
 from feedback.contracts import FeedbackIn
 from feedback.reports import add_feedback
 from feedback.tables import Outbox, new_id
+from flows.attempts import key_of
 from flows.context import Context
 from flows.dispatch import duties_of
 from flows.duties import MAX_PAUSE_S, Duties, Standing, read_standings
@@ -71,3 +74,12 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
         assert rounds.running_round(session) is None
     failing = {name for name, standing in duties.standings.items() if standing.failures}
     assert failing == {"make aliases follow", "register deployments"}
+
+
+def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):
+    """Who takes it first, with Prefect's password alone, keeps the attempt from being started."""
+    other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
+    ours, theirs = (Context(settings, None, None) for settings in (stores, other))
+    keys = {key_of(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}
+    assert len(keys) == 4 and key_of(ours, "0" * 32, 1) in keys
+    assert all(re.fullmatch("round:[0-9a-f]{64}", key) and "0" * 32 not in key for key in keys)

@@ -134,13 +134,29 @@ def test_an_evaluation_process_judges_around_bad_cases(context, tmp_path):
     assert {name: result["reason"] is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
 
 
+class Breaks:
+    """A tokenizer that cannot encode one text."""
+
+    def __init__(self, tokenizer, text):
+        self._tokenizer, self._text = tokenizer, text
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text):
+        if text == self._text:
+            raise ValueError("a planted fault")
+        return self._tokenizer.encode(text)
+
+
 def test_rows_that_cannot_be_encoded_are_left_out_and_named():
-    tokenizer = tokenizers.train(["abc"], vocab_size=512)
-    parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c")]
-    failed = []
-    sources = layout._sources(parsed, {"corrections": 2, "datasets": 0, "base": 1}, tokenizer, 0, failed)
+    tokenizer = Breaks(tokenizers.train(["abc"], vocab_size=512), "d")
+    broken = Row(prompt="a", answer="d")
+    parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
+    left_out = {}
+    sources = layout._sources(parsed, {"corrections": 2, "datasets": 0, "base": 2}, tokenizer, 0, left_out)
     assert {name: len(list(samples)) for name, samples in sources.items()} == {"corrections": 1, "base": 1}
-    assert failed == ["line 2: ValueError"]
+    assert left_out == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
 def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):

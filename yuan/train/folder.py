@@ -148,10 +148,21 @@ class RunFolder:
             sources: the samples of each source; see `write_corpus`.
             pad: the token that fills windows up.
         """
+        self.write_inputs(spec, sources, pad=pad, weights=weights)
+        self.write_spec(spec)
+
+    def write_inputs(
+        self,
+        spec: RunSpec,
+        sources: Mapping[str, Iterable[Sample]],
+        *,
+        pad: int,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Lay out a run's inputs like `write`, and leave it to the caller to make the folder whole by `write_spec`."""
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
         files = [*corpus_files(self.data), self.path / TOKENIZER]
         self._write_seal({str(file.relative_to(self.path)): digest_of(file) for file in files})
-        self.write_spec(spec)
 
     def write_spec(self, spec: RunSpec) -> None:
         """Replace run.json, for another plan; the seal knows both, so a kill between the two writes does no harm."""
