@@ -1,0 +1,44 @@
+"""A service that hangs, which no death tells of: the keeper restarts it, and it alone."""
+
+import os
+import signal
+
+import pytest
+
+from infra.services import read_state
+
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
+# The dispatcher is given five minutes, since a duty may wait for servers; it hangs while the others have their turn.
+SLOWEST, GROUPS = "dispatcher", (("postgres",), ("s3", "prefect"), ("mlflow", "portal"), ("model-server", "worker"))
+
+
+def restarts(stack):
+    return {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()}
+
+
+def restarted(stack, name, before):
+    state = read_state(stack.home)["services"][name]
+    return state if state["restarts"] > before[name] and state["state"] == "ready" else None
+
+
+def hang(stack, name):
+    os.killpg(stack.pid(name), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_services_that_hang_are_restarted_and_nobody_else_is(stack):
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    start = restarts(stack)
+    hang(stack, SLOWEST)
+    for group in GROUPS:
+        before = {**restarts(stack), SLOWEST: 0}
+        for name in group:
+            hang(stack, name)
+        for name in group:
+            state = stack.until(lambda name=name, before=before: restarted(stack, name, before), seconds=400, pause=0.5)
+            assert "it is not alive" in state["restart_reason"], name
+        expected = {name: count + (name in group) for name, count in before.items()}
+        assert {**restarts(stack), SLOWEST: 0} == expected
+    state = stack.until(lambda: restarted(stack, SLOWEST, start), seconds=600, pause=1)
+    assert "no sign of life" in state["restart_reason"]
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=200, pause=1)
