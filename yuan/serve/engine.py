@@ -3,13 +3,14 @@
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 
 from yuan.generate.decoder import Decoder, NonFinite
 from yuan.generate.sampling import Sampling
 from yuan.generate.sequence import Sequence
 from yuan.serve.metrics import Metrics
-from yuan.serve.request import Broken, Busy, Expired, Failed, Request, Served
+from yuan.serve.request import Broken, Expired, Failed, Request, Served
+from yuan.serve.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +23,14 @@ class Engine:
     An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
     the rows join it request by request. An error in delivering costs its caller. Each is counted.
 
-    A caller that is named has at most three quarters of the rows and half of the queue, so that one who asks for much
-    leaves room for others.
+    Rows are shared among callers, so that those who ask for much leave room for others; see `Waiting`.
     """
 
     def __init__(self, served: Served, metrics: Metrics, *, max_rows: int = 32, max_waiting: int = 256) -> None:
         self.served, self._metrics = served, metrics
-        self._max_rows, self._max_waiting = max_rows, max_waiting
-        self._max_own_rows, self._max_own_waiting = max(1, max_rows * 3 // 4), max_waiting // 2  # of one caller
+        self._max_rows, self._waiting = max_rows, Waiting(max_rows, max_waiting)
         self._decoder = Decoder(served.model)
         self._requests: list[Request] = []
-        self._waiting: deque[tuple[Request, Sequence]] = deque()
         self._wake = threading.Condition()
         self._is_draining = self._has_ended = self._is_recovering = False
         self._fault: str | None = None
@@ -62,24 +60,17 @@ class Engine:
 
         Raises:
             Broken: if the engine's thread has ended.
-            Busy: if too many wait.
+            Busy: if too many of its caller wait.
         """
         with self._wake:
             if self._is_draining:
                 return False
             if self._has_ended:
                 raise Broken("the engine has stopped and is about to be started again; try again in a minute")
-            if len(self._waiting) + len(request.sequences) > self._max_waiting:
-                self._drop_gone()
-            if len(self._waiting) + len(request.sequences) > self._max_waiting:
-                raise Busy(f"{len(self._waiting)} prompts wait already, at most {self._max_waiting}; try again later")
-            own = sum(waiting.caller == request.caller for waiting, _ in self._waiting) if request.caller else 0
-            if own and own + len(request.sequences) > self._max_own_waiting:
-                raise Busy(f"{own} prompts of yours wait already, at most {self._max_own_waiting}; try again later")
+            self._waiting.add(request)
             if not self._requests:
                 self._progress = time.monotonic()
             self._requests.append(request)
-            self._waiting += [(request, sequence) for sequence in request.sequences]
             self._wake.notify()
         return True
 
@@ -128,25 +119,13 @@ class Engine:
             self._recover([], error)
 
     def _join(self) -> list[Sequence]:
-        """Take waiting sequences for which there are rows; those of callers that have gone leave the queue."""
-        joining: list[Sequence] = []
+        """Take waiting sequences for which there are rows."""
         room = self._max_rows - len(self._decoder.running)
         if not self._waiting or room <= 0:
-            return joining
+            return []
         rows = self._rows_by_caller()
         with self._wake:
-            passed: list[tuple[Request, Sequence]] = []
-            while self._waiting and len(joining) < room:
-                request, sequence = self._waiting.popleft()
-                if request.is_over:
-                    continue
-                if request.caller and rows[request.caller] >= self._max_own_rows:
-                    passed.append((request, sequence))
-                    continue
-                rows[request.caller] += 1
-                joining.append(sequence)
-            self._waiting.extendleft(reversed(passed))
-        return joining
+            return self._waiting.take(room, rows)
 
     def _rows_by_caller(self) -> Counter[str]:
         running = {id(sequence) for sequence in self._decoder.running}
@@ -154,10 +133,6 @@ class Engine:
         for request in self._requests:
             rows[request.caller] += sum(id(sequence) in running for sequence in request.sequences)
         return rows
-
-    def _drop_gone(self) -> None:
-        if any(request.is_over for request, _ in self._waiting):
-            self._waiting = deque(pair for pair in self._waiting if not pair[0].is_over)
 
     def _owner(self, sequence: Sequence) -> Request | None:
         return next((request for request in self._requests if sequence in request.sequences), None)
@@ -220,7 +195,7 @@ class Engine:
                 is_any_over = True
         if is_any_over:
             with self._wake:
-                self._drop_gone()
+                self._waiting.drop_gone()
         self._metrics.set_load(len(self._decoder.running), len(self._waiting))
 
     def _tell(self, request: Request) -> None:

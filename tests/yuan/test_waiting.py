@@ -1,0 +1,57 @@
+"""Who gets the engine's rows, and who may wait for them."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from yuan.serve.request import Busy
+from yuan.serve.waiting import Waiting
+
+
+def rows_of(*requests):
+    """Requests as (caller, sequences), in the order in which they came; who gets rows, as callers."""
+    waiting, owner = Waiting(max_rows=32, max_waiting=256), {}
+    for caller, count in requests:
+        request = SimpleNamespace(caller=caller, sequences=[object() for _ in range(count)], is_over=False)
+        owner |= {id(sequence): caller for sequence in request.sequences}
+        waiting.add(request)
+    return waiting, owner
+
+
+def taken_by(waiting, owner, free, rows):
+    return Counter(owner[id(sequence)] for sequence in waiting.take(free, rows))
+
+
+def test_rows_are_shared_evenly_and_a_quarter_is_kept_for_newcomers():
+    waiting, owner = rows_of(("a", 100), ("b", 100), ("c", 2))
+    assert taken_by(waiting, owner, 32, rows := Counter()) == {"a": 11, "b": 11, "c": 2}
+    assert taken_by(waiting, owner, 8, rows) == {}
+    late = SimpleNamespace(caller="late", sequences=[object(), object()], is_over=False)
+    waiting.add(late)
+    owner |= dict.fromkeys(map(id, late.sequences), "late")
+    assert taken_by(waiting, owner, 8, rows) == {"late": 1}
+    assert taken_by(waiting, owner, 10, rows) == {"late": 1, "a": 1}
+
+
+def test_one_caller_has_three_quarters_of_the_rows_and_the_platform_all():
+    assert taken_by(*rows_of(("a", 100)), 32, Counter()) == {"a": 24}
+    assert taken_by(*rows_of(("", 100)), 32, Counter()) == {"": 32}
+
+
+def test_the_queue_has_a_place_for_whoever_has_none_and_less_for_each_the_more_wait():
+    waiting, _ = rows_of(("a", 128), ("b", 85), ("c", 64))
+    with pytest.raises(Busy, match="85 prompts of yours wait already, at most 64"):
+        waiting.add(SimpleNamespace(caller="b", sequences=[object()], is_over=False))
+    waiting.add(SimpleNamespace(caller="late", sequences=[object()] * 100, is_over=False))
+    assert len(waiting) == 377
+
+
+def test_those_whose_request_is_over_leave_the_queue():
+    waiting, owner = rows_of(("a", 3), ("b", 1))
+    gone = SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=False)
+    waiting.add(gone)
+    gone.is_over = True
+    waiting.add(SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=True))
+    assert len(waiting) == 54
+    assert taken_by(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)
