@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 CHECK_LIMIT_S = 10.0
+BUSY_SHARE = 0.3  # of one processor; a server that waits for something uses almost none
 
 
 @dataclass(frozen=True)
@@ -16,30 +17,45 @@ class Liveness:
 
     `check` raises when the service itself cannot answer. It has time limits of its own, and asks nothing that needs
     another service: while PostgreSQL is down, nobody else is restarted for it. A check counts only with `failures` in a
-    row over `seconds` at least, so that a slow machine, a pause or a long request restarts nothing.
+    row over `seconds` at least, so that a slow machine, a pause or a long request restarts nothing. One that computes
+    all the while is loaded rather than hung, unless it says itself that it is unwell, and is given `busy_seconds`: a
+    restart would only take its callers' work away.
     """
 
     check: Callable[[], None]
     every_s: float = 5.0
     failures: int = 6
     seconds: float = 30.0
+    busy_seconds: float = 300.0
+
+
+class Unwell(RuntimeError):
+    """A service answers, and says that it cannot do its work."""
 
 
 class Failures:
-    """Liveness checks of one process that failed in a row."""
+    """Liveness checks of one process that failed in a row.
 
-    def __init__(self, liveness: Liveness) -> None:
-        self._liveness, self._number, self._since = liveness, 0, 0.0
+    Args:
+        cpu_s: processor time that the service has used so far, in seconds.
+    """
+
+    def __init__(self, liveness: Liveness, cpu_s: Callable[[], float]) -> None:
+        self._liveness, self._cpu_s = liveness, cpu_s
+        self._number, self._since, self._cpu_since = 0, 0.0, 0.0
 
     def check(self) -> str | None:
         """Check once, and return the reason for a restart when enough checks have failed."""
         try:
             self._liveness.check()
         except Exception as error:  # any refusal counts
-            self._since = self._since if self._number else time.monotonic()
+            if not self._number:
+                self._since, self._cpu_since = time.monotonic(), self._cpu_s()
             self._number += 1
             seconds = time.monotonic() - self._since
-            if self._number >= self._liveness.failures and seconds >= self._liveness.seconds:
+            is_busy = not isinstance(error, Unwell) and self._cpu_s() - self._cpu_since > BUSY_SHARE * seconds
+            limit_s = self._liveness.busy_seconds if is_busy else self._liveness.seconds
+            if self._number >= self._liveness.failures and seconds >= limit_s:
                 last = f"{type(error).__name__}: {first_line(error)}"
                 return f"it is not alive: {self._number} checks failed in {seconds:.0f} s, the last with {last}"
         else:
@@ -60,12 +76,12 @@ def check_health(url: str) -> None:
     """Raise unless the server says that it is well, with the reason it gives.
 
     Raises:
-        RuntimeError: if it says that it is not.
+        Unwell: if it says that it is not.
         httpx.HTTPError: if it does not answer.
     """
     answer = _client().get(url)
     if not answer.is_success:
-        raise RuntimeError(f"{answer.status_code} {answer.text[:200]}")
+        raise Unwell(f"{answer.status_code} {answer.text[:200]}")
 
 
 @functools.cache

@@ -39,6 +39,23 @@ def _parent_of(entry: Path) -> int:
     return 0 if fields[0] in "ZX" else int(fields[1])
 
 
+def cpu_seconds(session: int) -> float:
+    """Add up the processor time, in seconds, of all processes of a session, which has its first process's pid.
+
+    What a process used that has ended and was collected counts with its parent.
+    """
+    ticks = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))  # utime, stime, and those of collected children
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _words(file: Path) -> list[bytes]:
     try:
         return file.read_bytes().split(b"\0")

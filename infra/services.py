@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.health import Failures, Liveness, first_line
-from infra.processes import carrying, kill_carrying
+from infra.processes import carrying, cpu_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Keeper:
         process, liveness = self._processes.get(service.name), service.liveness
         if process is None or liveness is None:
             return f"it ended with status {process.wait() if process else None}"
-        failures = Failures(liveness)
+        failures = Failures(liveness, lambda: cpu_seconds(process.pid))
         while True:
             try:
                 status = process.wait(None if self._stopping.is_set() else liveness.every_s)

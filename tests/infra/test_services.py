@@ -15,9 +15,10 @@ from botocore.exceptions import ClientError
 
 from flows.home import WEED_PORTS, is_free, load_config, port_holder, write_environment
 from flows.stack import services
-from infra.health import Failures, Liveness
+from infra.health import Failures, Liveness, Unwell
 from infra.objects import open_objects
 from infra.postgres import Postgres
+from infra.processes import cpu_seconds
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings, StoreAccess
 from tests.waiting import until
@@ -88,6 +89,10 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
     assert "not alive" in reason and "TimeoutError: it says nothing" in reason
 
 
+def idle():
+    return 0.0
+
+
 def test_checks_count_only_in_a_row_and_over_the_time():
     answers = iter(["good", "bad", "bad", "good", "bad", "bad", "bad", "bad"])
 
@@ -95,11 +100,29 @@ def test_checks_count_only_in_a_row_and_over_the_time():
         if next(answers) == "bad":
             raise ConnectionError("refused\nsecond line")
 
-    failures = Failures(Liveness(check, failures=3, seconds=0.0))
+    failures = Failures(Liveness(check, failures=3, seconds=0.0), idle)
     found = [failures.check() for _ in range(7)]
     assert found[:6] == [None] * 6 and found[6].endswith("ConnectionError: refused")
-    slow = Failures(Liveness(check, failures=1, seconds=30.0))
+    slow = Failures(Liveness(check, failures=1, seconds=30.0), idle)
     assert slow.check() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "busy_seconds", "is_restarted"),
+    [(TimeoutError(), 60.0, False), (TimeoutError(), 0.0, True), (Unwell("503 no token came"), 60.0, True)],
+)
+def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_restarted):
+    def check():
+        raise error
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as process:
+        liveness = Liveness(check, failures=2, seconds=0.0, busy_seconds=busy_seconds)
+        failures = Failures(liveness, lambda: cpu_seconds(process.pid))
+        assert failures.check() is None
+        began = cpu_seconds(process.pid)
+        until(lambda: cpu_seconds(process.pid) > began + 0.2)
+        assert (failures.check() is not None) == is_restarted
+        process.kill()
 
 
 def test_services_die_with_a_killed_keeper(keeper):
