@@ -82,13 +82,15 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
     """Compare candidate and champion, and say whether the candidate may be promoted and why.
 
     The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
-    points on the base; and fail no report case that the champion passes.
+    points on the base; fail no report case that the champion passes; and there must be held-out cases to judge by.
     """
     assert turn.candidate_version is not None, "evaluation comes first"
     after = rates(session, turn.candidate_version)
     before = rates(session, turn.parent_version) if turn.parent_version else {}
     broken = regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
     reasons = _objections(before, after, broken)
+    if turn.parent_version and not after:
+        reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start a round")
     return {
         "promote": not reasons,
         "reasons": reasons,

@@ -201,7 +201,7 @@ def test_an_empty_mixture_is_refused(session, objects):
 
 def test_aliases_follow_the_champion_and_hand_moves_are_put_back(session, reporter, later):
     submit(session, reporter)
-    accept_all(session, later)
+    accept_all(session, later, share=1.0)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[], parent=1)
     aliases = {"champion": 1}

@@ -34,7 +34,7 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
 
 
 def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):
-    row = submit(session, reporter)
+    row, other = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=1.0)
     promote(session, 1, passed=[row.case_id])
     turn = start_round(session)
@@ -44,7 +44,9 @@ def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter,
     assert gate.decide(session, turn)["regressions"] == [row.case_id]
     withdraw_report(session, reporter, row.id, "mistaken")
     decision = gate.decide(session, turn)
-    assert decision["promote"] and decision["suites"] == []
+    assert decision["promote"] and [suite["after"]["total"] for suite in decision["suites"]] == [1]
+    withdraw_report(session, reporter, other.id, "mistaken too")
+    assert "no held-out case is left to judge it by" in gate.decide(session, turn)["reasons"][0]
 
 
 def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):
