@@ -90,7 +90,7 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
     broken = regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
     reasons = _objections(before, after, broken)
     if turn.parent_version and not after:
-        reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start a round")
+        reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start anew")
     return {
         "promote": not reasons,
         "reasons": reasons,

@@ -1,5 +1,13 @@
 """New secrets for a running stack, and the old ones refused."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import boto3
 import httpx
 import psycopg
@@ -10,8 +18,10 @@ from feedback.client import Client, PortalError
 from feedback.tables import new_id
 from flows.home import ROTATED, WEED_CERTIFICATE, load_config
 from infra.mlflow_rules import CONSUMER
+from infra.services import read_state
 from infra.settings import Settings
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -83,6 +93,26 @@ def test_one_secret_is_rotated_while_the_stack_is_down_and_counts_when_it_is_up(
     now = load_config(stack.home).secrets
     assert {name for name in old if old[name] != now[name]} == {"postgres", "mlflow"}
     assert all(is_accepted(ask) for ask in accounts(stack.home).values())
+
+
+@pytest.mark.parametrize("seconds", [1.2, 3.0, 8.0])
+def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, seconds):
+    """Killed with the keeper that it starts, as by a power cut: while it writes, stops the stack or starts it."""
+    stack.cotrain("up", check=True)
+    before = accounts(stack.home)
+    assert all(is_accepted(ask) for ask in before.values())
+    command = [sys.executable, "-m", "flows.cli.app", "rotate"]
+    with subprocess.Popen(command, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, cwd=ROOT) as process:
+        time.sleep(seconds)
+        process.kill()
+    if (found := read_state(stack.home)) and found.get("pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found["pid"], signal.SIGKILL)
+    stack.cotrain("rotate", check=True)
+    stack.cotrain("up", check=True)
+    assert all(is_accepted(ask) for ask in accounts(stack.home).values())
+    assert {name for name, ask in before.items() if is_accepted(ask)} == set()
+    assert load_config(stack.home).retired == {}
 
 
 def test_the_salt_that_splits_cases_cannot_be_rotated(stack):

@@ -1,0 +1,34 @@
+"""A volume index that a kill has torn is rebuilt at the next start, by a program that is confined like the server."""
+
+import os
+
+from flows.home import load_config, write_environment
+from flows.stack import services
+from infra.objects import open_objects
+from infra.services import sweep
+from infra.settings import Settings
+from tests.conftest import start
+
+
+def test_a_torn_index_hides_no_object(tmp_path):
+    config = load_config(tmp_path, durable=False)
+    write_environment(tmp_path, config)
+    settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
+    store = next(service for service in services(tmp_path, config, settings) if service.name == "s3")
+    process = start(store, config.stack_id)
+    try:
+        objects = open_objects(settings)
+        kept = {f"kept/{n}": os.urandom(1000 + n) for n in range(20)}
+        for key, data in kept.items():
+            objects.put(key, data)
+        sweep(config.stack_id, spare={os.getpid()})
+        process.wait()
+        indices = [file for file in (tmp_path / "s3").rglob("*.idx") if file.stat().st_size]
+        assert indices
+        for file in indices:
+            os.truncate(file, file.stat().st_size // 2 + 3)  # entries have 16 bytes, so the last one is half there
+        process = start(store, config.stack_id)
+        assert {key: open_objects(settings).get(key) for key in kept} == kept
+    finally:
+        sweep(config.stack_id, spare={os.getpid()})
+        process.wait()
