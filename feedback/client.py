@@ -24,6 +24,7 @@ from feedback.contracts import (
 Model = TypeVar("Model", bound=BaseModel)
 RETRY_STATUS = (502, 503, 504)
 ATTEMPTS = 6
+PAGE = 200  # the most that the portal gives at once
 
 
 class PortalError(Exception):
@@ -70,11 +71,11 @@ class Client:
 
     def all_feedback(self) -> list[FeedbackOut]:
         """Read all your reports, oldest first."""
-        return [FeedbackOut.model_validate(item) for item in self._request("GET", "/api/v1/feedback").json()]
+        return self._read_pages(FeedbackOut, "/api/v1/feedback")
 
     def notices(self) -> list[NoticeOut]:
         """Read what you were told about your reports, oldest first."""
-        return [NoticeOut.model_validate(item) for item in self._request("GET", "/api/v1/notices").json()]
+        return self._read_pages(NoticeOut, "/api/v1/notices")
 
     def push_dataset(
         self, file: Path, *, name: str | None = None, purpose: str = "mixture", idempotency_key: str | None = None
@@ -118,6 +119,17 @@ class Client:
 
     def _read(self, model: type[Model], path: str) -> Model:
         return model.model_validate(self._request("GET", path).json())
+
+    def _read_pages(self, model: type[Model], path: str) -> list[Model]:
+        items: list[Model] = []
+        params = httpx.QueryParams(limit=PAGE)
+        while True:
+            answer = self._request("GET", path, params=params)
+            items += [model.model_validate(item) for item in answer.json()]
+            if "next" not in answer.links:
+                return items
+            # Of the link only the query: the token goes to no other address, whatever an answer says.
+            params = httpx.URL(answer.links["next"]["url"]).params
 
     def _write(self, model: type[Model], path: str, key: str | None, **request: Any) -> Model:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}

@@ -123,6 +123,7 @@ class FeedbackOut(BaseModel):
 class NoticeOut(BaseModel):
     """What a contributor was told about a report."""
 
+    number: int = Field(description="grows with time; `after` takes it")
     feedback_id: str
     version: int
     verdict: str
@@ -149,7 +150,7 @@ class DatasetOut(BaseModel):
     sha256: str
     num_rows: int
     num_duplicates: int
-    bad_rows: list[dict[str, Any]]
+    bad_rows: list[dict[str, Any]] = Field(description="those that refused the file; in a list, the first 20")
     timeline: list[Event]
 
 

@@ -6,19 +6,22 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from botocore.exceptions import ClientError
-from sqlalchemy import ARRAY, String, any_, insert, literal, select
+from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select
+from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound, Refused
 from feedback.contracts import DatasetOut, Event
-from feedback.items import each, faults_of, note_fault, note_rows
+from feedback.items import MAX_NAMED_ROWS, each, faults_by_subject, note_fault, note_rows
+from feedback.paging import read_page
 from feedback.reports import REPORTS, add_cases, salted_fraction
 from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
-from feedback.withdrawal import order_datasets, suite_of, withdrawal_of
+from feedback.withdrawal import order_datasets, suite_of, withdrawals_of
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 
 UPLOADS, SNAPSHOTS = "uploads", "snapshots"
@@ -124,32 +127,51 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
     return row
 
 
-def list_datasets(session: Session, contributor: Contributor) -> Sequence[Dataset]:
-    query = select(Dataset).where(Dataset.contributor_id == contributor.id)
-    return session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all()
+def list_datasets(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Dataset]:
+    """A page of the contributor's datasets, oldest first and without their bad rows; see `read_page`."""
+    query = select(Dataset).options(defer(Dataset.bad_rows, raiseload=True))
+    return read_page(session, query, Dataset, contributor, limit, after)
 
 
 def describe(session: Session, row: Dataset) -> DatasetOut:
     """Compose a dataset's public record with its timeline."""
-    events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
-    if row.state == "accepted":
-        events.append(Event(at=row.created_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
-    events += [Event(at=at, text=text) for at, text in faults_of(session, row.id)]
-    events += withdrawal_of(session, row)
-    if row.state == "rejected":
-        events.append(Event(at=row.created_at, text=f"rejected: {row.reason}"))
-    return DatasetOut(
-        id=row.id,
-        name=row.name,
-        purpose=row.purpose,
-        state=row.state,
-        reason=row.reason,
-        sha256=row.sha256,
-        num_rows=row.num_rows,
-        num_duplicates=row.num_duplicates,
-        bad_rows=row.bad_rows,
-        timeline=events,
-    )
+    return _compose(session, [row], {row.id: row.bad_rows})[0]
+
+
+def describe_all(session: Session, rows: Sequence[Dataset]) -> list[DatasetOut]:
+    """Compose the public records of datasets, in as many queries as for one, with the first 20 bad rows of each."""
+    first = cast(f"$[0 to {MAX_NAMED_ROWS - 1}]", JSONPATH)
+    named = select(Dataset.id, func.jsonb_path_query_array(Dataset.bad_rows, first, type_=JSONB))
+    bad_rows = session.execute(named.where(Dataset.id.in_([row.id for row in rows])))
+    return _compose(session, rows, {dataset_id: bad for dataset_id, bad in bad_rows})
+
+
+def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]) -> list[DatasetOut]:
+    faults, withdrawals = faults_by_subject(session, [row.id for row in rows]), withdrawals_of(session, rows)
+    described = []
+    for row in rows:
+        events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
+        if row.state == "accepted":
+            events.append(Event(at=row.created_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
+        events += [Event(at=at, text=text) for at, text in faults[row.id]]
+        events += [withdrawals[row.id]] if row.id in withdrawals else []
+        if row.state == "rejected":
+            events.append(Event(at=row.created_at, text=f"rejected: {row.reason}"))
+        described.append(
+            DatasetOut(
+                id=row.id,
+                name=row.name,
+                purpose=row.purpose,
+                state=row.state,
+                reason=row.reason,
+                sha256=row.sha256,
+                num_rows=row.num_rows,
+                num_duplicates=row.num_duplicates,
+                bad_rows=bad_rows[row.id],
+                timeline=events,
+            )
+        )
+    return described
 
 
 def checked(session: Session, cut_off: datetime) -> list[str]:

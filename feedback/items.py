@@ -1,6 +1,7 @@
 """One item fails alone: it has its own savepoint, its fault is recorded where its owner looks, the others go on."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -98,9 +99,17 @@ def note_rows(session: Session, subject: str, step: str, faults: Sequence[str]) 
 
 def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:
     """When and why an item could not be processed, oldest first."""
-    query = select(AuditEvent).where(AuditEvent.subject == subject, AuditEvent.action == FAULT)
-    events = session.scalars(query.order_by(AuditEvent.id))
-    return [(event.created_at, f"{FAULT} ({event.detail['step']}): {event.detail['reason']}") for event in events]
+    return faults_by_subject(session, [subject])[subject]
+
+
+def faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
+    """When and why each of these items could not be processed, oldest first."""
+    faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)
+    query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == FAULT)
+    for event in session.scalars(query.order_by(AuditEvent.id)):
+        reason = f"{FAULT} ({event.detail['step']}): {event.detail['reason']}"
+        faults[event.subject].append((event.created_at, reason))
+    return faults
 
 
 def reason_of(error: Exception) -> str:

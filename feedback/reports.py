@@ -1,7 +1,8 @@
 """Reports: taking them in, screening, acceptance, and what became of them."""
 
 import hmac
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime, timezone
 
 from pydantic import ValidationError
@@ -11,10 +12,11 @@ from sqlalchemy.orm import Session, joinedload
 
 from feedback.accounts import NotFound
 from feedback.contracts import Event, FeedbackIn, FeedbackOut
-from feedback.items import each, faults_of, note_fault, storable
+from feedback.items import each, faults_by_subject, note_fault, storable
+from feedback.paging import read_page
 from feedback.promotion import champion
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Outbox, new_id
-from feedback.withdrawal import withdrawal_of
+from feedback.withdrawal import withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT
@@ -48,9 +50,10 @@ def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -
     return row
 
 
-def list_feedback(session: Session, contributor: Contributor) -> Sequence[Feedback]:
-    query = select(Feedback).where(Feedback.contributor_id == contributor.id).options(joinedload(Feedback.case))
-    return session.scalars(query.order_by(Feedback.created_at, Feedback.id)).all()
+def list_feedback(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Feedback]:
+    """A page of the contributor's reports, oldest first; see `read_page`."""
+    query = select(Feedback).options(joinedload(Feedback.case))
+    return read_page(session, query, Feedback, contributor, limit, after)
 
 
 def screen(session: Session, cut_off: datetime) -> tuple[int, int]:
@@ -250,6 +253,31 @@ def verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
 
 def describe(session: Session, row: Feedback) -> FeedbackOut:
     """Compose a report's public record with its timeline."""
+    return describe_all(session, [row])[0]
+
+
+def describe_all(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut]:
+    """Compose the public records of reports, in as many queries as for one."""
+    ids = [row.id for row in rows]
+    faults, withdrawals = faults_by_subject(session, ids), withdrawals_of(session, rows)
+    notices: defaultdict[str, list[Outbox]] = defaultdict(list)
+    for notice in session.scalars(select(Outbox).where(Outbox.feedback_id.in_(ids)).order_by(Outbox.version)):
+        notices[notice.feedback_id].append(notice)
+    results = _results(session, {row.case_id for row in rows if row.case_id})
+    described = []
+    for row in rows:
+        later = [Event(at=at, text=text) for at, text in faults[row.id]]
+        if row.state in ("rejected", "disputed"):
+            later.append(Event(at=row.created_at, text=f"{row.state}: {row.reason}"))
+        later += [Event(at=n.delivered_at, text=n.text) for n in notices[row.id] if n.delivered_at]
+        later += [withdrawals[row.id]] if row.id in withdrawals else []
+        facts = verdicts(results[row.case_id]) if row.case_id else []
+        described.append(_compose(row, _beginning(row) + later, notices[row.id], facts))
+    return described
+
+
+def _beginning(row: Feedback) -> list[Event]:
+    """What the report itself says of its way: received, reproduced, accepted."""
     events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
     if row.reproduction:
         at = row.accepted_at or row.created_at
@@ -257,13 +285,12 @@ def describe(session: Session, row: Feedback) -> FeedbackOut:
     if row.accepted_at and row.case:
         role = {"taught": "taught: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
         events.append(Event(at=row.accepted_at, text=f"accepted as a case, {role}"))
-    events += [Event(at=at, text=text) for at, text in faults_of(session, row.id)]
-    if row.state in ("rejected", "disputed"):
-        events.append(Event(at=row.created_at, text=f"{row.state}: {row.reason}"))
-    facts = verdicts(_results(session, row)) if row.case_id else []
-    notices = session.scalars(select(Outbox).where(Outbox.feedback_id == row.id).order_by(Outbox.version)).all()
-    events += [Event(at=n.delivered_at, text=n.text) for n in notices if n.delivered_at]
-    events += withdrawal_of(session, row)
+    return events
+
+
+def _compose(
+    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], facts: Sequence[tuple[int, str]]
+) -> FeedbackOut:
     newest = notices[-1] if notices else None
     return FeedbackOut(
         id=row.id,
@@ -274,10 +301,14 @@ def describe(session: Session, row: Feedback) -> FeedbackOut:
         verdict=newest.verdict if newest else None,
         verdict_version=newest.version if newest else None,
         summary=", ".join(f"{word} in v{version}" for version, word in facts if word != "passing") or row.state,
-        timeline=events,
+        timeline=timeline,
     )
 
 
-def _results(session: Session, row: Feedback) -> list[tuple[int, bool]]:
-    query = select(CaseResult.version, CaseResult.passed).where(CaseResult.case_id == row.case_id)
-    return [(version, passed) for version, passed in session.execute(query.order_by(CaseResult.version))]
+def _results(session: Session, case_ids: Collection[str]) -> defaultdict[str, list[tuple[int, bool]]]:
+    """What each version, in order, did to these cases."""
+    results: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
+    query = select(CaseResult.case_id, CaseResult.version, CaseResult.passed).where(CaseResult.case_id.in_(case_ids))
+    for case_id, version, passed in session.execute(query.order_by(CaseResult.version)):
+        results[case_id].append((version, passed))
+    return results

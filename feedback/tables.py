@@ -71,7 +71,7 @@ class Feedback(Created, Base):
 
     __tablename__ = "feedback"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
-    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     kind: Mapped[str]
     body: Mapped[Json]
     state: Mapped[str] = mapped_column(default="received", index=True)
@@ -83,6 +83,7 @@ class Feedback(Created, Base):
     accepted_at: Mapped[datetime | None]
     case_id: Mapped[str | None] = mapped_column(ForeignKey("case.id"), index=True)
     case: Mapped["Case | None"] = relationship()
+    __table_args__ = (Index("feedback_in_order", "contributor_id", "created_at", "id"),)
 
 
 class Dataset(Created, Base):
@@ -90,7 +91,7 @@ class Dataset(Created, Base):
 
     __tablename__ = "dataset"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
-    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     name: Mapped[str]
     purpose: Mapped[str] = mapped_column(comment="mixture | base | suite")
     state: Mapped[str] = mapped_column(comment="uploading | checked | accepted | rejected | withdrawn")
@@ -100,6 +101,7 @@ class Dataset(Created, Base):
     num_rows: Mapped[int] = mapped_column(default=0)
     num_duplicates: Mapped[int] = mapped_column(default=0)
     bad_rows: Mapped[list[Any]] = mapped_column(default=list)
+    __table_args__ = (Index("datasets_in_order", "contributor_id", "created_at", "id"),)
 
 
 class DatasetRow(Base):
@@ -260,13 +262,13 @@ class Outbox(Created, Base):
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(primary_key=True)
-    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), index=True)
+    contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     feedback_id: Mapped[str] = mapped_column(ForeignKey("feedback.id"))
     version: Mapped[int]
     verdict: Mapped[str] = mapped_column(comment="fixed | still_failing | regressed")
     text: Mapped[str]
     delivered_at: Mapped[datetime | None]
-    __table_args__ = (UniqueConstraint("feedback_id", "version"),)
+    __table_args__ = (UniqueConstraint("feedback_id", "version"), Index("notices_in_order", "contributor_id", "id"))
 
 
 class AuditEvent(Created, Base):

@@ -76,14 +76,18 @@ def suite_of(dataset: Dataset) -> str:
     return dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
 
 
-def withdrawal_of(session: Session, row: Feedback | Dataset) -> Sequence[Event]:
-    """The line of a withdrawal on its record's timeline, if there was one."""
-    if row.state != WITHDRAWN:
-        return []
-    query = select(AuditEvent).where(AuditEvent.subject == row.id, AuditEvent.action == WITHDRAWN)
-    event = session.scalars(query.order_by(AuditEvent.id).limit(1)).one()
-    by = "you" if event.actor == row.contributor_id else "an operator"
-    return [Event(at=event.created_at, text=f"withdrawn by {by}: {row.reason}")]
+def withdrawals_of(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
+    """The lines of withdrawals on the timelines of those records that were withdrawn."""
+    withdrawn = {row.id: row for row in rows if row.state == WITHDRAWN}
+    if not withdrawn:
+        return {}
+    query = select(AuditEvent).where(AuditEvent.subject.in_(withdrawn), AuditEvent.action == WITHDRAWN)
+    lines: dict[str, Event] = {}
+    for event in session.scalars(query.order_by(AuditEvent.id)):
+        row = withdrawn[event.subject]
+        by = "you" if event.actor == row.contributor_id else "an operator"
+        lines.setdefault(row.id, Event(at=event.created_at, text=f"withdrawn by {by}: {row.reason}"))
+    return lines
 
 
 def _check_may(who: Contributor, row: Feedback | Dataset | None, what: str, record_id: str) -> None:

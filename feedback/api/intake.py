@@ -1,17 +1,18 @@
 """Routes of contributors: reports, datasets, notices."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from feedback import datasets, provenance, reports
+from feedback import datasets, paging, provenance, reports
 from feedback.accounts import OPERATOR, audit
 from feedback.api.access import (
+    ID_PATTERN,
     Account,
     Current,
     CurrentAccount,
@@ -28,8 +29,9 @@ from feedback.api.access import (
 )
 from feedback.api.errors import documented, error_answer
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
+from feedback.paging import DEFAULT_PAGE, MAX_PAGE
 from feedback.rounds import notify
-from feedback.tables import Contributor, Outbox
+from feedback.tables import Contributor
 from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
@@ -37,6 +39,27 @@ router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute, d
 uploads = APIRouter(
     prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(known_query_apart)]
 )
+
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="how many at most")]
+AfterId = Annotated[
+    str | None,
+    Query(pattern=ID_PATTERN, description="id of the last item that you have seen; the page begins after it"),
+]
+AfterNumber = Annotated[
+    int | None,
+    Query(ge=1, le=2**31 - 1, description="number of the last item that you have seen; the page begins after it"),
+]
+NEXT_LINK = {
+    "description": 'where the list goes on, `<...>; rel="next"`; without it this is the last page',
+    "schema": {"type": "string"},
+}
+PAGED: dict[int | str, dict[str, Any]] = {200: {"headers": {"Link": NEXT_LINK}}}
+
+
+def link_next(response: Response, path: str, limit: int, names: Sequence[str | int]) -> None:
+    """Say where the list goes on, if one item more than the page takes was found."""
+    if len(names) > limit:
+        response.headers["Link"] = f'<{path}?limit={limit}&after={names[limit - 1]}>; rel="next"'
 
 
 def rows_schema() -> dict[str, Any]:
@@ -57,10 +80,14 @@ def submit(form: FeedbackIn, contributor: Current, session: Db, repeat: Repeatab
     return reports.describe(session, reports.get_feedback(session, contributor, feedback_id))
 
 
-@router.get("/feedback")
-def list_feedback(contributor: Current, session: Db) -> list[FeedbackOut]:
-    """Your reports, oldest first."""
-    return [reports.describe(session, row) for row in reports.list_feedback(session, contributor)]
+@router.get("/feedback", responses=PAGED)
+def list_feedback(
+    contributor: Current, session: Db, response: Response, limit: Limit = DEFAULT_PAGE, after: AfterId = None
+) -> list[FeedbackOut]:
+    """Your reports, oldest first, a page at a time."""
+    rows = reports.list_feedback(session, contributor, limit + 1, after)
+    link_next(response, "/api/v1/feedback", limit, [row.id for row in rows])
+    return reports.describe_all(session, rows[:limit])
 
 
 @router.get("/feedback/{feedback_id}", responses=documented(404))
@@ -69,11 +96,24 @@ def get_feedback(feedback_id: RecordId, contributor: Current, session: Db) -> Fe
     return reports.describe(session, reports.get_feedback(session, contributor, feedback_id))
 
 
-@router.get("/notices")
-def notices(contributor: Current, session: Db) -> list[NoticeOut]:
-    """What you were told about your reports, oldest first."""
-    query = select(Outbox).where(Outbox.contributor_id == contributor.id, Outbox.delivered_at.is_not(None))
-    return [NoticeOut.model_validate(row, from_attributes=True) for row in session.scalars(query.order_by(Outbox.id))]
+@router.get("/notices", responses=PAGED)
+def notices(
+    contributor: Current, session: Db, response: Response, limit: Limit = DEFAULT_PAGE, after: AfterNumber = None
+) -> list[NoticeOut]:
+    """What you were told about your reports, oldest first, a page at a time."""
+    rows = paging.read_notices(session, contributor, limit + 1, after)
+    link_next(response, "/api/v1/notices", limit, [row.id for row in rows])
+    return [
+        NoticeOut(
+            number=row.id,
+            feedback_id=row.feedback_id,
+            version=row.version,
+            verdict=row.verdict,
+            text=row.text,
+            delivered_at=row.delivered_at,
+        )
+        for row in rows[:limit]
+    ]
 
 
 @uploads.post(
@@ -124,10 +164,14 @@ def _keep_dataset(
     return datasets.describe(session, row)
 
 
-@router.get("/datasets")
-def list_datasets(contributor: Current, session: Db) -> list[DatasetOut]:
-    """Your datasets, oldest first."""
-    return [datasets.describe(session, row) for row in datasets.list_datasets(session, contributor)]
+@router.get("/datasets", responses=PAGED)
+def list_datasets(
+    contributor: Current, session: Db, response: Response, limit: Limit = DEFAULT_PAGE, after: AfterId = None
+) -> list[DatasetOut]:
+    """Your datasets, oldest first, a page at a time, each with the first 20 of its bad rows."""
+    rows = datasets.list_datasets(session, contributor, limit + 1, after)
+    link_next(response, "/api/v1/datasets", limit, [row.id for row in rows])
+    return datasets.describe_all(session, rows[:limit])
 
 
 @router.get("/datasets/{dataset_id}", responses=documented(404))

@@ -1,0 +1,134 @@
+"""Lists in pages: whole, in order, at a cost that does not grow with what was sent before."""
+
+from contextlib import contextmanager
+from datetime import datetime, timezone
+
+import pytest
+from sqlalchemy import event
+
+from feedback import client
+from feedback.accounts import audit
+from feedback.api.app import make_app
+from feedback.client import Client
+from feedback.items import note_reason
+from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
+from feedback.withdrawal import WITHDRAWN
+from infra.database import open_sessions
+from tests.feedback.test_hostile import refused
+from tests.serving import served
+
+LISTS = ("feedback", "datasets", "notices")
+
+
+def add_records(engine, account, count):
+    """Give the account reports with all that a timeline shows, a notice of each, and datasets."""
+    with open_sessions(engine).begin() as session:
+        for n in range(count):
+            case = Case(
+                suite="reports", key=new_id(), prompt_key="p", prompt="p", expected="e", checker={}, role="taught"
+            )
+            report = Feedback(contributor_id=account.id, kind="rating", body={"model_version": 1}, state="accepted")
+            report.case, report.accepted_at = case, datetime.now(timezone.utc)
+            facts = {"name": str(n), "purpose": "mixture", "state": "withdrawn", "sha256": "0", "num_bytes": 1}
+            dataset = Dataset(contributor_id=account.id, **facts, bad_rows=[{"row": n, "reason": "r"}] * 30)
+            session.add_all([report, dataset])
+            session.flush()
+            notice = {"contributor_id": account.id, "feedback_id": report.id, "version": 1, "verdict": "fixed"}
+            session.add(Outbox(**notice, text=str(n), delivered_at=datetime.now(timezone.utc)))
+            session.add(CaseResult(case_id=case.id, version=1, passed=True, answer=""))
+            for record in (report, dataset):
+                note_reason(session, record.id, "screen", "a reason")
+                audit(session, account.id, WITHDRAWN, record.id)
+
+
+@contextmanager
+def counted_statements(engine):
+    statements = []
+
+    def note(connection, cursor, statement, *rest):
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+def read_pages(portal, name, headers, limit):
+    pages, url = [], f"/api/v1/{name}?limit={limit}"
+    while url:
+        answer = portal.get(url, headers=headers)
+        assert answer.status_code == 200, answer.text
+        pages.append(answer.json())
+        url = answer.links.get("next", {}).get("url")
+    return pages
+
+
+def name_of(item):
+    return item.get("id") or item["number"]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engine, account, first_version, name):
+    counts = []
+    for more in (1, 4, 25):
+        add_records(engine, account, more)
+        with counted_statements(engine) as statements:
+            answer = portal.get(f"/api/v1/{name}", headers=account.headers)
+        assert answer.status_code == 200
+        counts.append(len(statements))
+    assert len(answer.json()) == 30
+    assert counts[0] == counts[1] == counts[2] <= 10
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_pages_put_together_are_the_list_in_its_order(portal, engine, account, first_version, name):
+    add_records(engine, account, 7)
+    add_records(engine, account, 3)  # of another moment
+    (whole,) = read_pages(portal, name, account.headers, 200)
+    assert len({name_of(item) for item in whole}) == 10
+    for limit in (1, 3, 5, 10):
+        pages = read_pages(portal, name, account.headers, limit)
+        assert [item for page in pages for item in page] == whole
+        assert len(pages) == -(-10 // limit)
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("limit", ["0", "201", "-1", "x", "1.5", ""])
+def test_a_page_has_a_size_from_1_to_200(portal, account, name, limit):
+    refused(portal.get(f"/api/v1/{name}?limit={limit}", headers=account.headers), 422, "limit")
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_somebody_elses_cursor_is_refused_as_one_that_does_not_exist(portal, engine, account, operator, name):
+    add_records(engine, account, 1)
+    foreign = name_of(portal.get(f"/api/v1/{name}", headers=account.headers).json()[0])
+    answers = []
+    for cursor in (foreign, 2**31 - 1 if name == "notices" else new_id()):
+        answers.append(portal.get(f"/api/v1/{name}?after={cursor}", headers=operator))
+        refused(answers[-1], 422, "after")
+    assert answers[0].content == answers[1].content
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "%00", "9" * 40, "'"])
+def test_a_malformed_cursor_is_refused(portal, account, name, cursor):
+    refused(portal.get(f"/api/v1/{name}?after={cursor}", headers=account.headers), 422, "after")
+
+
+def test_the_client_reads_every_page(stores, objects, portal, engine, account, monkeypatch):
+    add_records(engine, account, 5)
+    monkeypatch.setattr(client, "PAGE", 2)
+    with served(make_app(stores, engine, objects)) as url, Client(url, account.token) as own:
+        assert [one.text for one in own.notices()] == list("01234")
+        reports = [one.id for one in own.all_feedback()]
+    assert reports == [one["id"] for one in portal.get("/api/v1/feedback", headers=account.headers).json()]
+
+
+def test_a_list_names_the_first_bad_rows_of_a_file_and_the_file_itself_all(portal, account):
+    portal.post("/api/v1/datasets?name=bad", content=b"1\n" * 300, headers=account.headers)
+    (listed,) = portal.get("/api/v1/datasets", headers=account.headers).json()
+    whole = portal.get(f"/api/v1/datasets/{listed['id']}", headers=account.headers).json()
+    assert [row["row"] for row in listed["bad_rows"]] == list(range(1, 21))
+    assert [row["row"] for row in whole["bad_rows"]] == list(range(1, 301))
