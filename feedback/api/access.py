@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
@@ -14,9 +14,10 @@ from fastapi import Depends, Header, HTTPException, Path, Request, Response, Sec
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
 
-from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token
+from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token, token_digest
 from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, parse_json, printable
 
@@ -75,36 +76,66 @@ class StrictRoute(APIRoute):
         return strict
 
 
+class Turns:
+    """Turns of one caller, so many at a time; `num_users` are those that have one or wait for one."""
+
+    def __init__(self, turns: int) -> None:
+        self.room, self.num_users = asyncio.Semaphore(turns), 0
+
+
 class Transactions:
-    """Transactions of requests, never more at a time than connections.
+    """Transactions of requests, never more at a time than connections, and of one account never more than a quarter.
 
     A request works in several short turns on the server's threads. Without the limit, those that wait for a connection
-    would hold every thread, and those that have one would get none to finish on.
+    would hold every thread, and those that have one would get none to finish on. Without the quarter, one account's
+    slow requests would be waited for by everybody.
     """
 
     def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
         self._sessions, self._room = sessions, asyncio.Semaphore(connections)
+        self._share = max(1, connections // 4)
+        self._callers: dict[str, Turns] = {}
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[Session]:
+    async def begin(self, request: Request) -> AsyncIterator[Session]:
         """A session, committed at the end and rolled back after an error; its work belongs on a thread.
 
         Raises:
             Busy: if there is no room within 20 s.
         """
+        async with self._turn(caller_of(request)):
+            session = self._sessions()
+            try:
+                yield session
+                await run_in_threadpool(session.commit)
+            finally:
+                with anyio.CancelScope(shield=True):  # also for a caller that has hung up
+                    await run_in_threadpool(session.close)
+
+    @asynccontextmanager
+    async def _turn(self, caller: str) -> AsyncIterator[None]:
+        """Wait for a turn of the caller's own first, so that few of one caller stand in everybody's queue."""
+        turns = self._callers.setdefault(caller, Turns(self._share))
+        turns.num_users += 1
         try:
-            async with asyncio.timeout(WAIT_S):
-                await self._room.acquire()
-        except TimeoutError:
-            raise Busy("more requests wait than the portal can serve; try again in a few seconds") from None
-        session = self._sessions()
-        try:
-            yield session
-            await run_in_threadpool(session.commit)
+            async with AsyncExitStack() as held:
+                try:
+                    async with asyncio.timeout(WAIT_S):
+                        await held.enter_async_context(turns.room)
+                        await held.enter_async_context(self._room)
+                except TimeoutError:
+                    raise Busy("more requests wait than the portal can serve; try again in a few seconds") from None
+                yield
         finally:
-            with anyio.CancelScope(shield=True):  # also for a caller that has hung up
-                await run_in_threadpool(session.close)
-            self._room.release()
+            turns.num_users -= 1
+            if not turns.num_users:
+                del self._callers[caller]
+
+
+def caller_of(request: Request) -> str:
+    """The digest of the bearer token, by which callers are told apart before an account is known; else nothing."""
+    scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+    return token_digest(token) if scheme.lower() == "bearer" and token else ""
 
 
 class Uploads:
@@ -131,7 +162,7 @@ class Uploads:
 
 
 async def open_session(request: Request) -> AsyncIterator[Session]:
-    async with request.app.state.transactions.begin() as session:
+    async with request.app.state.transactions.begin(request) as session:
         yield session
 
 
@@ -167,7 +198,7 @@ class Account:
 
 async def current_account(request: Request, bearer: Bearer = None) -> Account:
     """The account of the bearer token, for routes that wait for others and must not hold a transaction meanwhile."""
-    async with request.app.state.transactions.begin() as session:
+    async with request.app.state.transactions.begin(request) as session:
         found = await run_in_threadpool(current_contributor, session, bearer)
         return Account(found.id, found.role)
 

@@ -143,7 +143,7 @@ async def push_dataset(
         repeated = await run_in_threadpool(repeat_of, request, idempotency_key, data)
         file = await to_thread.run_sync(datasets.check_file, data, limiter=state.uploads.checks)
         sha256 = await run_in_threadpool(state.objects.put_named_by_content, datasets.UPLOADS, data)
-        async with state.transactions.begin() as session:
+        async with state.transactions.begin(request) as session:
             return await run_in_threadpool(_keep_dataset, session, account, repeated, name, purpose, file, sha256)
 
 

@@ -138,6 +138,7 @@ class Memory:
     """The choices of one answer, as they come, until they are kept as Responses."""
 
     def __init__(self, call: Request, contributor_id: str, body: Json) -> None:
+        self._call = call
         self._transactions: Transactions = call.app.state.transactions
         self._contributor_id, self._body = contributor_id, body
         self._is_chat = call.url.path.endswith("/chat/completions")
@@ -183,7 +184,7 @@ class Memory:
             for index, text in self._texts.items()
         ]
         with anyio.CancelScope(shield=True):  # or a caller who leaves now leaves it open whether this was stored
-            async with self._transactions.begin() as session:
+            async with self._transactions.begin(self._call) as session:
                 session.add_all(said)
             self._is_kept = True
 

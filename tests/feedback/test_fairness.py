@@ -1,0 +1,71 @@
+"""One account's requests do not hold up those of others."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from feedback.accounts import add_contributor
+from feedback.api.app import make_app
+from feedback.tables import new_id
+from infra.database import open_engine, open_sessions
+from tests.serving import served
+from tests.waiting import until
+
+CONNECTIONS, FLOOD = 16, 40
+
+
+@pytest.fixture
+def url(stores, objects):
+    """A portal with as many connections as in the stack."""
+    engine = open_engine(stores, pool_size=CONNECTIONS)
+    with served(make_app(stores, engine, objects)) as url:
+        yield url
+    engine.dispose()
+
+
+@pytest.fixture
+def other(engine):
+    with open_sessions(engine).begin() as session:
+        return {"Authorization": f"Bearer {add_contributor(session, f'other-{new_id()}')[1]}"}
+
+
+@contextmanager
+def closed_table(engine, table):
+    """Let every query of a table wait until the block ends."""
+    with engine.begin() as connection:
+        connection.execute(text(f"lock table {table} in access exclusive mode"))
+        yield
+
+
+def waiting_for(engine, table):
+    query = "select count(*) from pg_locks where not granted and relation = to_regclass(:table)"
+    with engine.connect() as connection:
+        return connection.execute(text(query), {"table": table}).scalar()
+
+
+def test_others_are_served_while_one_account_floods_the_portal_with_slow_requests(engine, url, account, other):
+    def ask(name, headers):
+        return httpx.get(f"{url}/api/v1/{name}", headers=headers, timeout=60).status_code
+
+    with ThreadPoolExecutor(FLOOD) as callers:
+        with closed_table(engine, "outbox"):
+            flood = [callers.submit(ask, "notices", account.headers) for _ in range(FLOOD)]
+            until(lambda: waiting_for(engine, "outbox") >= CONNECTIONS // 4)
+            assert all(ask("datasets", other) == 200 for _ in range(20))
+            assert httpx.get(url, timeout=60).status_code == 200
+            assert not any(one.done() for one in flood)
+            assert waiting_for(engine, "outbox") == CONNECTIONS // 4
+        assert {one.result() for one in flood} == {200}
+
+
+def test_callers_without_a_token_share_one_part_of_the_connections(engine, url, account):
+    with ThreadPoolExecutor(FLOOD) as callers:
+        with closed_table(engine, "promotion"):  # the front page names the champion
+            flood = [callers.submit(httpx.get, url, timeout=60) for _ in range(FLOOD)]
+            until(lambda: waiting_for(engine, "promotion") >= CONNECTIONS // 4)
+            assert httpx.get(f"{url}/api/v1/feedback", headers=account.headers, timeout=60).status_code == 200
+            assert not any(one.done() for one in flood)
+        assert {one.result().status_code for one in flood} == {200}
