@@ -1,12 +1,13 @@
 """Datasets: checking uploads, accepting their rows, freezing the mixture of a round."""
 
+import os
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 from botocore.exceptions import ClientError
 from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select
@@ -29,6 +30,7 @@ MAX_LISTED_BAD_ROWS = 1000
 MAX_LINES = 500_000
 MAX_HELD_OUT_ROWS = 1000
 INSERT_ROWS = 5000
+READ_BYTES = 2**20
 
 RESERVED_SUITES = ("reports", "base", "datasets")
 SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -56,7 +58,7 @@ def add_dataset(
     file: CheckedFile,
     sha256: str,
 ) -> Dataset:
-    """Record an uploaded file whose rows were checked; with a bad row in it, it is rejected whole.
+    """Record an uploaded file whose rows were checked, and whose bytes are stored unless one of them is bad.
 
     Raises:
         Refused: if it is a suite and its name is none that a suite may have.
@@ -72,6 +74,7 @@ def add_dataset(
         reason=file.reason,
         sha256=sha256,
         num_bytes=file.num_bytes,
+        num_stored_bytes=0 if file.reason else file.num_bytes,
         num_rows=file.num_rows,
         bad_rows=[row.model_dump() for row in file.bad_rows],
     )
@@ -81,26 +84,41 @@ def add_dataset(
     return dataset
 
 
-def check_file(data: bytes) -> CheckedFile:
+def check_file(file: BinaryIO) -> CheckedFile:
     """Check a file row by row, in memory and time that a hostile one cannot multiply.
 
     No more is read after 1,000 bad rows.
     """
-    num_lines = data.count(b"\n")
+    num_bytes, num_lines = file.seek(0, os.SEEK_END), _count_lines(file)
     if num_lines > MAX_LINES:
         reason = f"the file has {num_lines:,} lines, at most {MAX_LINES:,} are taken; split it"
-        return CheckedFile(len(data), 0, [], reason)
+        return CheckedFile(num_bytes, 0, [], reason)
     num_rows, bad = 0, list[BadRow]()
-    for row in parse_rows(data):
+    file.seek(0)
+    for row in parse_rows(file):
         num_rows += 1
         if isinstance(row, BadRow):
             bad.append(row)
         if len(bad) == MAX_LISTED_BAD_ROWS:
             reason = f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
-            return CheckedFile(len(data), num_rows, bad, reason)
+            return CheckedFile(num_bytes, num_rows, bad, reason)
     if bad:
-        return CheckedFile(len(data), num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
-    return CheckedFile(len(data), num_rows, bad, None if num_rows else "the file has no rows")
+        return CheckedFile(num_bytes, num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
+    return CheckedFile(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
+
+
+def _count_lines(file: BinaryIO) -> int:
+    file.seek(0)
+    return sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_BYTES), b""))
+
+
+def stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:
+    """How many bytes of an account's files are stored, each content counted once, but for one sha256."""
+    files = select(Dataset.sha256, Dataset.num_stored_bytes).where(
+        Dataset.contributor_id == contributor_id, Dataset.num_stored_bytes > 0, Dataset.sha256 != besides
+    )
+    contents = files.distinct().subquery()
+    return int(session.scalars(select(func.coalesce(func.sum(contents.c.num_stored_bytes), 0))).one())
 
 
 def check_suite_name(name: str) -> None:

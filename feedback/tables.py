@@ -87,7 +87,7 @@ class Feedback(Created, Base):
 
 
 class Dataset(Created, Base):
-    """An uploaded file of rows; the bytes lie in the store under `uploads/sha256`."""
+    """An uploaded file of rows; the bytes, unless refused, lie in the store under `uploads/sha256`."""
 
     __tablename__ = "dataset"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -98,6 +98,7 @@ class Dataset(Created, Base):
     reason: Mapped[str | None]
     sha256: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
+    num_stored_bytes: Mapped[int] = mapped_column(BigInteger, comment="none of a file that was refused when it came")
     num_rows: Mapped[int] = mapped_column(default=0)
     num_duplicates: Mapped[int] = mapped_column(default=0)
     bad_rows: Mapped[list[Any]] = mapped_column(default=list)

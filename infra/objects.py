@@ -3,7 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import boto3
 from botocore.config import Config
@@ -30,6 +30,11 @@ class Objects:
 
     def put(self, key: str, data: bytes) -> None:
         self._client.put_object(Bucket=self._bucket, Key=key, Body=data)
+
+    def put_stream(self, key: str, stream: BinaryIO) -> None:
+        """Store all that an open file holds, read piece by piece."""
+        stream.seek(0)
+        self._client.put_object(Bucket=self._bucket, Key=key, Body=stream)
 
     def put_named_by_content(self, prefix: str, data: bytes) -> str:
         """Store bytes under `prefix/sha256` and return the sha256."""

@@ -90,6 +90,7 @@ class PortalSettings(DatabaseAccess, StoreAccess, ModelServerAccess):
     portal_url: str
     max_report_bytes: int = Field(default=64 * 1024, ge=1024)
     max_upload_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
+    max_account_bytes: int = Field(default=20 * 1024**3, ge=1024)
 
 
 class ModelServerSettings(TrackerAccess, ModelServerAccess):

@@ -42,6 +42,10 @@ class TooMany(Exception):
     """More at once than one account may have."""
 
 
+class TooLarge(Exception):
+    """More bytes than one account may have stored."""
+
+
 class Busy(Exception):
     """More callers than can be served."""
 
@@ -273,14 +277,14 @@ Key = Annotated[
 
 async def repeat(request: Request, idempotency_key: Key = None) -> Repeat:
     """Read the key, and digest what was asked; without a key every request is its own."""
-    return repeat_of(request, idempotency_key, await request.body())
-
-
-def repeat_of(request: Request, idempotency_key: str | None, body: bytes) -> Repeat:
-    """Digest a request whose body has been read; on a thread where the body may be large."""
-    digest = hashlib.sha256("\n".join((request.method, request.url.path, request.url.query, "")).encode())
-    digest.update(body)
+    digest = begin_digest(request)
+    digest.update(await request.body())
     return Repeat(idempotency_key or new_id(), digest.hexdigest())
+
+
+def begin_digest(request: Request) -> "hashlib._Hash":
+    """Begin the digest of a request, which goes on with its body."""
+    return hashlib.sha256("\n".join((request.method, request.url.path, request.url.query, "")).encode())
 
 
 Repeatable = Annotated[Repeat, Depends(repeat)]

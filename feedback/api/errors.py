@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from feedback.accounts import Conflict, NotFound, Refused
-from feedback.api.access import Busy, Forbidden, TooMany, Unauthorized
+from feedback.api.access import Busy, Forbidden, TooLarge, TooMany, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import told
 from yuan.data.text import error_place, printable
@@ -38,6 +38,7 @@ STATUS: dict[type[Exception], tuple[int, str]] = {
     NotFound: (404, "not_found"),
     Conflict: (409, "conflict"),
     Refused: (422, "invalid"),
+    TooLarge: (413, "too_large"),
     TooMany: (429, "too_many"),
     Upstream: (503, "unavailable"),
     Busy: (503, "unavailable"),

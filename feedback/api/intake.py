@@ -23,15 +23,16 @@ from feedback.api.access import (
     Repeat,
     Repeatable,
     StrictRoute,
+    TooLarge,
     known_query,
     known_query_apart,
-    repeat_of,
 )
+from feedback.api.arrival import ArrivedBody, open_scratch, receive_body
 from feedback.api.errors import documented, error_answer
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
 from feedback.paging import DEFAULT_PAGE, MAX_PAGE
 from feedback.rounds import notify
-from feedback.tables import Contributor
+from feedback.tables import Contributor, new_id
 from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
@@ -138,13 +139,28 @@ async def push_dataset(
     if purpose == "suite":
         datasets.check_suite_name(name)
     state = request.app.state
-    with state.uploads.begin(account.id):
-        data = await request.body()
-        repeated = await run_in_threadpool(repeat_of, request, idempotency_key, data)
-        file = await to_thread.run_sync(datasets.check_file, data, limiter=state.uploads.checks)
-        sha256 = await run_in_threadpool(state.objects.put_named_by_content, datasets.UPLOADS, data)
+    with state.uploads.begin(account.id), open_scratch(state.scratch) as file:
+        body = await receive_body(request, file)
+        repeated = Repeat(idempotency_key or new_id(), body.request_digest)
+        checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
+        if checked.reason is None:
+            if account.role != OPERATOR:
+                async with state.transactions.begin(request) as session:
+                    await run_in_threadpool(_check_room, session, account, body, state.max_account_bytes)
+            await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS}/{body.sha256}", file)
         async with state.transactions.begin(request) as session:
-            return await run_in_threadpool(_keep_dataset, session, account, repeated, name, purpose, file, sha256)
+            sha256 = body.sha256
+            return await run_in_threadpool(_keep_dataset, session, account, repeated, name, purpose, checked, sha256)
+
+
+def _check_room(session: Session, account: Account, body: ArrivedBody, limit: int) -> None:
+    """Refuse a file for which the account has no room; what arrives beside it is not counted yet."""
+    stored = datasets.stored_bytes(session, account.id, besides=body.sha256)
+    if stored + body.num_bytes > limit:
+        raise TooLarge(
+            f"your stored files have {stored:,} bytes and this one {body.num_bytes:,}, an account may have {limit:,}; "
+            "send fewer rows, or ask the operator for more room"
+        )
 
 
 def _keep_dataset(

@@ -1,5 +1,7 @@
 """From accepted report to notice, step by step, on a rolled-back session."""
 
+import io
+
 from sqlalchemy import select
 
 from feedback import datasets, gate, promotion, reports, rounds
@@ -63,7 +65,7 @@ def upload(session, objects, reporter, rows, purpose="mixture"):
         dataset_id=new_id(),
         name=purpose,
         purpose=purpose,
-        file=datasets.check_file(data),
+        file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
     datasets.accept(session, made.id, objects.get, SALT, 0.1)

@@ -1,5 +1,6 @@
 """One item fails alone, in every step of the loop: the others go on, and its owner is told why."""
 
+import io
 import random
 
 import pytest
@@ -222,7 +223,7 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
         dataset_id=new_id(),
         name="older",
         purpose="mixture",
-        file=datasets.check_file(data),
+        file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
     objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" "))

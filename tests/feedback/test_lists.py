@@ -29,7 +29,10 @@ def add_records(engine, account, count):
             )
             report = Feedback(contributor_id=account.id, kind="rating", body={"model_version": 1}, state="accepted")
             report.case, report.accepted_at = case, datetime.now(timezone.utc)
-            facts = {"name": str(n), "purpose": "mixture", "state": "withdrawn", "sha256": "0", "num_bytes": 1}
+            facts = {"name": str(n), "purpose": "mixture", "state": "withdrawn", "sha256": "0"} | {
+                "num_bytes": 1,
+                "num_stored_bytes": 1,
+            }
             dataset = Dataset(contributor_id=account.id, **facts, bad_rows=[{"row": n, "reason": "r"}] * 30)
             session.add_all([report, dataset])
             session.flush()

@@ -4,12 +4,15 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from yuan.data.checkers import Checker
 from yuan.data.text import MAX_TEXT, TextRule, describe_errors, fold_forms
+
+# All fields of a row have some 81,000 characters at most, and JSON writes one with 12 bytes at most, as two `\uXXXX`.
+MAX_LINE_BYTES = 2**20
 
 
 class Row(BaseModel):
@@ -59,15 +62,30 @@ def digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
-def parse_rows(data: bytes) -> Iterator[Row | BadRow]:
-    """Read JSONL, one row or one named fault for each non-empty line, without a copy of the whole."""
-    for number, line in enumerate(io.BytesIO(data), start=1):  # cut at \n alone
-        if not line.strip():
-            continue
-        try:
-            yield Row.model_validate_json(line)
-        except ValidationError as error:
-            yield BadRow(row=number, reason=describe_errors(error))
+def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
+    """Read JSONL, one row or one named fault for each non-empty line, holding one line at a time.
+
+    Args:
+        data: the bytes, or a file, which is read from where it stands.
+    """
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    for number, line in enumerate(_read_lines(stream), start=1):
+        if line is None:
+            yield BadRow(row=number, reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need")
+        elif line.strip():
+            try:
+                yield Row.model_validate_json(line)
+            except ValidationError as error:
+                yield BadRow(row=number, reason=describe_errors(error))
+
+
+def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """The lines, cut at \\n alone; None for one that is too long, which is read past in pieces."""
+    while piece := stream.readline(MAX_LINE_BYTES + 1):
+        line: bytes | None = piece
+        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+            line, piece = None, stream.readline(MAX_LINE_BYTES + 1)
+        yield line
 
 
 def dump_rows(rows: list[Row]) -> bytes:

@@ -1,0 +1,118 @@
+"""Uploaded files: streamed to disk, stored only when they are taken, and no more of an account than its quota."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import select
+
+from feedback.api.app import make_app
+from feedback.tables import Dataset, IdempotencyKey
+from flows.home import load_config
+from flows.stack import services
+from infra.database import open_sessions
+from infra.services import MARK
+from tests.conftest import start
+from tests.feedback.test_intake import unfinished_upload
+from tests.serving import served
+
+MIB = 2**20
+
+
+def rows_of(num_bytes, mark=""):
+    """A file of rows, about so large, that no other mark has."""
+    line = json.dumps({"prompt": mark, "answer": "x" * 15_000}).encode() + b"\n"
+    return line * (num_bytes // len(line) + 1)
+
+
+def push(client, data, headers, name="rows", **more):
+    return client.post(f"/api/v1/datasets?name={name}", content=data, headers={**headers, **more})
+
+
+@pytest.fixture
+def process(stores):
+    """The portal as the stack runs it, confined; its process."""
+    config = load_config(stores.home, durable=False)
+    (service,) = (one for one in services(stores.home, config, stores) if one.name == "portal")
+    process = start(service, config.stack_id)
+    yield process
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def peak_mib(process):
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+
+def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, account, operator):
+    assert MARK in Path(f"/proc/{process.pid}/environ").read_text()  # not some parent of it
+    before = peak_mib(process)
+    files = [rows_of(50 * MIB, str(n)) for n in range(4)]
+    with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
+        sent = senders.map(lambda data, who: push(client, data, who), files, [account.headers, operator] * 2)
+        assert [answer.status_code for answer in sent] == [201] * 4
+    assert peak_mib(process) - before < 70
+
+
+def test_a_file_that_is_arriving_has_no_name(stores, engine, objects, account):
+    folder = stores.home / "portal"
+    kept = set(os.listdir(folder))
+    with served(make_app(stores, engine, objects)) as url, unfinished_upload(url, account.headers):
+        assert httpx.get(f"{url}/health", timeout=30).is_success
+        assert set(os.listdir(folder)) == kept
+
+
+def test_a_refused_file_is_recorded_and_not_stored(portal, account, objects, engine):
+    for data in (b'{"answer": "a"}\noops ' + os.urandom(8).hex().encode(), b"\n" * 3, b"1\n" * 500_001):
+        assert push(portal, data, account.headers).status_code == 422
+        kept = portal.get("/api/v1/datasets", headers=account.headers).json()[-1]
+        assert (kept["state"], kept["sha256"]) == ("rejected", hashlib.sha256(data).hexdigest())
+        assert not objects.exists(f"uploads/{kept['sha256']}")
+
+
+def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, account, engine):
+    data, key = rows_of(1), {"Idempotency-Key": "k"}
+    first = push(portal, data, account.headers, **key)
+    assert push(portal, data, account.headers, **key).json() == first.json()
+    for name, body in (("rows", data + b"\n"), ("other", data)):
+        assert push(portal, body, account.headers, name, **key).status_code == 409
+    with open_sessions(engine).begin() as session:
+        kept = session.get_one(IdempotencyKey, (account.id, "k"))
+    assert kept.request_digest == hashlib.sha256(b"POST\n/api/v1/datasets\nname=rows\n" + data).hexdigest()
+
+
+@pytest.fixture
+def narrow(stores, engine, objects, first_version):
+    """A portal where an account may have 100,000 bytes stored."""
+    changes = {"max_account_bytes": 100_000}
+    with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
+        yield client
+
+
+def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator, engine):
+    one, two, three = (rows_of(40_000, f"{account.id} {n}") for n in range(3))
+    assert [push(narrow, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
+    answer = push(narrow, three, account.headers)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
+    told = answer.json()["error"]["message"]
+    assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in told
+    assert "ask the operator" in told
+    assert push(narrow, three, operator).status_code == 201
+    with open_sessions(engine).begin() as session:
+        assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
+
+
+def test_refused_files_do_not_count_and_withdrawn_ones_do(narrow, account):
+    large, bad = rows_of(60_000, account.id), rows_of(60_000, account.id) + b"oops"
+    assert push(narrow, bad, account.headers).status_code == 422
+    made = push(narrow, large, account.headers).json()
+    narrow.post(f"/api/v1/datasets/{made['id']}/withdraw", json={"reason": "mine"}, headers=account.headers)
+    assert push(narrow, rows_of(60_000, "other"), account.headers).status_code == 413
+    assert push(narrow, large, account.headers).status_code == 201

@@ -1,0 +1,45 @@
+"""Rows read from files: one line at a time, and no line longer than a row can be."""
+
+import json
+import tracemalloc
+
+from yuan.data.checkers import MAX_VALUE
+from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
+from yuan.data.text import MAX_TEXT
+
+GOOD = b'{"answer": "b"}'
+
+
+def test_a_file_gives_the_rows_of_its_bytes(tmp_path):
+    data = b"\n".join([GOOD, b"", b"oops", GOOD + b"\r", b" " * 9, GOOD])
+    (tmp_path / "rows").write_bytes(data)
+    with (tmp_path / "rows").open("rb") as file:
+        assert list(parse_rows(file)) == list(parse_rows(data))
+
+
+def test_a_line_longer_than_a_row_can_be_is_one_bad_row_and_not_held_in_memory(tmp_path):
+    with (tmp_path / "rows").open("w+b") as file:
+        file.writelines([GOOD + b"\n", *[b" " * 2**20] * 40, b"\n", GOOD + b"\n", b"[" * (MAX_LINE_BYTES + 1)])
+        file.seek(0)
+        tracemalloc.start()
+        found = list(parse_rows(file))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert [type(row) for row in found] == [Row, BadRow, Row, BadRow]
+    assert [row.row for row in found if isinstance(row, BadRow)] == [2, 4]
+    assert peak < 4 * MAX_LINE_BYTES
+
+
+def test_a_line_of_the_longest_length_is_still_read():
+    spaces = b" " * (MAX_LINE_BYTES - len(GOOD))
+    assert list(parse_rows(GOOD + spaces + b"\n" + GOOD + spaces)) == [Row(answer="b")] * 2
+
+
+def test_the_longest_row_fits_on_a_line():
+    widest = "\U0001f600"
+    row = {"prompt": widest * MAX_TEXT, "answer": widest * MAX_TEXT}
+    row |= {"capability": widest * 100, "language": widest * 20, "source": widest * 200}
+    row["checker"] = {"type": "contains", "values": [widest * (MAX_VALUE - 1) + chr(97 + n) for n in range(20)]}
+    line = json.dumps(row).encode()  # two escapes of six bytes for each of these characters
+    assert len(line) > 0.9 * MAX_LINE_BYTES
+    assert isinstance(next(parse_rows(line)), Row)
