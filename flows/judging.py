@@ -11,6 +11,7 @@ from typing import Any
 from feedback import gate, promotion, rounds
 from flows.context import Context, Records
 from infra.confinement import Confinement, accelerator_files, built_environment
+from infra.files import read_regular
 from infra.launch import supervised
 from infra.mlflow_rules import CONSUMER
 from infra.services import MARK
@@ -19,6 +20,7 @@ from infra.settings import NO_TELEMETRY
 log = logging.getLogger(__name__)
 
 EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
+MAX_RESULT_BYTES = 1 << 20  # of a case, on average: an answer has at most as many tokens as the expected one, and some
 
 
 def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
@@ -67,7 +69,8 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
     nothing but that and its own folder.
 
     Raises:
-        RuntimeError: if it fails; the message names its log, which may hold text of the cases.
+        RuntimeError: if it fails, or leaves no file of results; the message names its log, which may hold text of the
+            cases.
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / "eval.log"
@@ -84,7 +87,11 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
         log.warning("an evaluation ended with status %d", status)
     else:
         raise RuntimeError(f"evaluation ended with status {status}; its log is {log_file}")
-    return [json.loads(line) for line in answered.read_bytes().split(b"\n") if line]
+    try:
+        text = read_regular(answered, MAX_RESULT_BYTES * len(cases))
+    except OSError as error:
+        raise RuntimeError(f"the results of an evaluation cannot be read: {error}; its log is {log_file}") from None
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from infra.confinement import built_environment
+from infra.files import read_end
 from infra.launch import supervised, torchrun_command
 from yuan.train.request import Answer, Request
 
@@ -25,5 +26,5 @@ def run_measurement(request: Request, ranks: int) -> Answer:
         with supervised(torchrun_command(ranks, "-m", "yuan.train.run", folder), folder, env, "measure.log") as process:
             status = process.wait(LIMIT_S)
         if status:
-            raise RuntimeError(f"measuring ended with status {status}: {(folder / 'measure.log').read_text()[-2000:]}")
+            raise RuntimeError(f"measuring ended with status {status}: {read_end(folder / 'measure.log', 2000)}")
         return Answer.read(folder)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from infra.files import replace_file
+
 FILE_VARIABLE = "COTRAIN_PARENT_FILE"
 RENEW_EVERY_S = 2.0
 SILENT_S = 30.0  # a shared file system may serve an old content for some seconds
@@ -27,7 +29,7 @@ def renewed(file: Path) -> Iterator[None]:
         count = 0
         while True:
             with contextlib.suppress(OSError):  # a full disk must not end the run; silence for long will
-                _replace(file, str(count))
+                replace_file(file, str(count))
             count += 1
             if over.wait(RENEW_EVERY_S):
                 return
@@ -40,7 +42,7 @@ def renewed(file: Path) -> Iterator[None]:
         over.set()
         thread.join()
         with contextlib.suppress(OSError):
-            _replace(file, OVER)
+            replace_file(file, OVER)
 
 
 def leave_when_silent(file: Path, silent_s: float = SILENT_S) -> None:
@@ -59,9 +61,3 @@ def _watch(file: Path, silent_s: float) -> None:
                 seen, since = content, time.monotonic()
         time.sleep(0.5)
     os._exit(TEMPORARY_FAILURE)  # the main thread may be in a collective and cannot be asked
-
-
-def _replace(file: Path, text: str) -> None:
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.replace(file)

@@ -4,8 +4,10 @@ A service that was taken over can leave there symbolic links to other people's f
 without end. So nothing here follows a link, waits, or reads more than a limit.
 """
 
+import contextlib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -40,6 +42,44 @@ def read_regular(file: Path, limit: int = MAX_BYTES) -> str:
     return data.decode(errors="replace")
 
 
+def read_end(file: Path, limit: int) -> str:
+    """Read the last bytes of a regular file, such as a log, as text.
+
+    Raises:
+        OSError: if it is not one, or cannot be read.
+    """
+    with os.fdopen(open_regular(file), "rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
+        return stream.read(limit).decode(errors="replace")
+
+
+def open_log(file: Path) -> int:
+    """Open a log for appending and return its descriptor; whatever lies there that is no regular file is removed.
+
+    A second name of a file elsewhere (a hard link) is removed as well: what is appended belongs to this folder alone.
+
+    Raises:
+        OSError: if it cannot be opened or made.
+    """
+    append = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):  # a link, a FIFO, a folder, or nothing
+        descriptor = os.open(file, append)
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            return descriptor
+        os.close(descriptor)
+    remove(file)
+    return os.open(file, append | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def remove(path: Path) -> None:
+    """Remove whatever a name stands for: a file, a link itself, or a folder with all that is in it; or nothing."""
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # POSIX gives the latter for a folder
+        shutil.rmtree(path)
+
+
 def copy_regular(source: Path, target: Path) -> str:
     """Copy a regular file to a new one and return the sha256 of what was copied.
 
@@ -52,6 +92,15 @@ def copy_regular(source: Path, target: Path) -> str:
             digest.update(chunk)
             out.write(chunk)
     return digest.hexdigest()
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Replace a file in one step, with the usual permissions; no link is followed."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    remove(scratch)
+    with scratch.open("x") as out:  # O_EXCL: what somebody puts there meanwhile is an error
+        out.write(text)
+    scratch.replace(file)
 
 
 def write_private(file: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from infra.alive import FILE_VARIABLE, TEMPORARY_FAILURE, leave_when_silent
+from infra.files import open_log, remove
 from infra.processes import carrying, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -35,15 +36,15 @@ def supervised(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command whose processes call `leave_with_parent`; leaving the block ends every one of them.
 
-    Output goes to `log_name` in the folder.
+    Output goes to `log_name` in the folder. An earlier command may have left links there, which are not followed.
     """
     fifo = folder / ".parent"
-    fifo.unlink(missing_ok=True)
+    remove(fifo)
     os.mkfifo(fifo, 0o600)
-    held = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)
+    held = os.open(fifo, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     process = None
     try:
-        with (folder / log_name).open("ab") as output:
+        with os.fdopen(open_log(folder / log_name), "ab") as output:
             process = subprocess.Popen(
                 command,
                 env={**env, FIFO_VARIABLE: str(fifo)},
@@ -57,7 +58,7 @@ def supervised(
         if process is not None:
             _see_off(process, fifo)
             end_process(process)
-        fifo.unlink(missing_ok=True)
+        remove(fifo)
 
 
 def _see_off(process: subprocess.Popen[bytes], fifo: Path) -> None:

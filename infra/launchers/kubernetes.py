@@ -6,6 +6,7 @@ supervisor must be the only one who starts a run again. The run folders lie on a
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from infra.alive import FILE_VARIABLE, renewed
+from infra.files import open_log, remove
 from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class KubernetesLauncher:
                 while not self.end(job.name, END_WITHIN_S):
                     log.warning("%s has pods still; its devices are kept until it has none", job.name)
                 running.over.set()
-        job.alive_file.unlink(missing_ok=True)
+        remove(job.alive_file)
 
     def _create(self, name: str, body: dict[str, Any]) -> None:
         try:
@@ -162,7 +164,7 @@ class _KubernetesRun:
                     _preload_content=False,
                     _request_timeout=(3, 60),
                 )
-                with (self._job.folder / self._job.log_name).open("ab") as out:
+                with os.fdopen(open_log(self._job.folder / self._job.log_name), "ab") as out:
                     for line in lines:
                         out.write(line)
                         since = time.monotonic()

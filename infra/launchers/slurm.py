@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.alive import FILE_VARIABLE, renewed
+from infra.files import remove, replace_file
 from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ class SlurmLauncher:
                 "sbatch is not on the PATH; run on a machine that can submit jobs, or choose another launcher"
             )
         script = job.folder / f".{job.name}.sh"
-        script.touch(mode=0o700)
-        script.write_text(rendered(job, self._options))
+        replace_file(script, rendered(job, self._options))
         with renewed(job.alive_file):
             try:
                 number = _submitted(job, script)
@@ -86,8 +86,8 @@ class SlurmLauncher:
             finally:  # one whose submission got no answer may be there too
                 while not self.end(job.name, END_WITHIN_S):
                     log.warning("%s has not ended yet; its devices are kept until it has", job.name)
-        script.unlink(missing_ok=True)
-        job.alive_file.unlink(missing_ok=True)
+        remove(script)
+        remove(job.alive_file)
 
     def end(self, name: str, within_s: float) -> bool:
         """Cancel the job of a name; whether nothing of it is left."""

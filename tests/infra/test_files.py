@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import sys
 
 import pytest
 
-from infra.files import copy_regular, read_regular, write_private
+from infra.files import copy_regular, open_log, read_end, read_regular, replace_file, write_private
+from infra.launch import supervised
 
 
 def test_links_fifos_and_files_without_end_are_refused(tmp_path):
@@ -35,3 +37,52 @@ def test_a_link_at_the_place_of_a_private_file_is_replaced_and_not_followed(tmp_
     write_private(tmp_path / "file", "text")
     assert ((tmp_path / "victim").read_text(), (tmp_path / "file").read_text()) == ("mine", "text")
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+PLANTS = {
+    "link": lambda place, victim: place.symlink_to(victim),
+    "hard link": lambda place, victim: os.link(victim, place),
+    "link to nothing": lambda place, victim: place.symlink_to(victim.with_name("new")),
+    "fifo": lambda place, victim: os.mkfifo(place),
+    "folder": lambda place, victim: (place / "deep").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.timeout(20)
+def test_a_log_is_written_in_its_folder_whatever_lies_in_its_place(tmp_path, plant):
+    (tmp_path / "run").mkdir()
+    victim, place = tmp_path / ".bashrc", tmp_path / "run" / "eval.log"
+    victim.write_text("mine\n")
+    PLANTS[plant](place, victim)
+    PLANTS[plant](tmp_path / "run" / ".parent", victim)
+    with supervised([sys.executable, "-c", "print('evil')"], place.parent, {}, place.name) as process:
+        assert process.wait() == 0
+    assert victim.read_text() == "mine\n" and not (tmp_path / "new").exists()
+    assert read_regular(place) == "evil\n"
+
+
+def test_a_log_that_is_a_file_is_appended_to(tmp_path):
+    for text in (b"one ", b"two"):
+        with os.fdopen(open_log(tmp_path / "log"), "ab") as log:
+            log.write(text)
+    assert read_end(tmp_path / "log", 100) == "one two" and read_end(tmp_path / "log", 3) == "two"
+
+
+@pytest.mark.timeout(20)
+def test_of_a_file_without_end_its_last_bytes_are_read_and_of_a_link_none(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    assert read_end(tmp_path / "sparse", 4) == "\0" * 4
+    (tmp_path / "link").symlink_to(tmp_path / "sparse")
+    with pytest.raises(OSError, match="link"):
+        read_end(tmp_path / "link", 4)
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_replaced_file_leaves_what_lay_in_its_scratch_files_place(tmp_path, plant):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    PLANTS[plant](tmp_path / f".file.{os.getpid()}", victim)
+    replace_file(tmp_path / "file", "text")
+    assert (victim.read_text(), (tmp_path / "file").read_text()) == ("mine", "text")
