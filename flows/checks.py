@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from flows.home import load_config, port_holder
-from infra.confinement import is_enforced
+from infra.confinement import is_enforced, refuses_calls
 from infra.devices import memory_gib
 from infra.services import is_running, read_state
 
@@ -14,6 +14,11 @@ Fault = tuple[str, str]
 UNCONFINED = (
     "this kernel has no Landlock, so every service can read the others' folders and secrets",
     "use a kernel of 5.13 or later with landlock in its `lsm=` list; docs/security.md says what is not promised",
+)
+UNFILTERED = (
+    "this kernel or processor has no filter of system calls, so a service that is taken over can end the keeper and "
+    "reach every port of this machine",
+    "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md says what is not promised",
 )
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 
@@ -57,4 +62,5 @@ def stack_faults(home: Path) -> list[Fault]:
         for name, state in read_state(home).get("services", {}).items()
         if state["state"] != "ready"
     ]
-    return found if is_enforced() else [*found, UNCONFINED]
+    found += [] if is_enforced() else [UNCONFINED]
+    return found if refuses_calls() else [*found, UNFILTERED]

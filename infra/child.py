@@ -1,7 +1,8 @@
 """Run a program confined: `python -I child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
 In this order: change the user (`user`), drop every capability, set no_new_privs, restrict files, ports and signals with
-Landlock, ask the kernel for `signal` when the parent dies, and replace this process by the program.
+Landlock, ask the kernel for `signal` when the parent dies, refuse system calls that Landlock does not restrict with
+seccomp, and replace this process by the program.
 
 `user` says how root's privileges are given up, which PostgreSQL demands:
 
@@ -19,6 +20,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -44,6 +46,33 @@ READ = EXECUTE | READ_FILE | READ_DIR
 WRITE = WRITE_FILE | READ_FILE | READ_DIR | CHANGES | REFER | TRUNCATE | IOCTL_DEV  # and no EXECUTE
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
+
+# seccomp: the audit architecture and the numbers of the system calls, x86_64 before aarch64.
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+SYSTEM_CALLS = {
+    "prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+    "socket": (41, 198), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "open_by_handle_at": (304, 265),
+    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "bpf": (321, 280), "seccomp": (317, 277),
+    "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+}  # fmt: skip
+CLOSED = (
+    *("add_key", "request_key", "keyctl", "ptrace", "process_vm_readv", "process_vm_writev", "open_by_handle_at"),
+    *("kexec_load", "kexec_file_load", "bpf", "perf_event_open", "userfaultfd"),
+)
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
+LOAD, AND, EQUAL, NOT_LESS, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # BPF instructions on a 32-bit word
+SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # an errno of 0 is a call that returns 0 and does nothing
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
+X32_CALLS = 0x40000000  # x86_64 calls by numbers of their own, from here on
+ANY_BIT, SOCKET_TYPE, MSG_FASTOPEN = 0xFFFFFFFF, 0xF, 0x20000000
+PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
+
+Instruction = tuple[int, int, int, int]  # code, instructions to skip if true, and if false, operand
+Test = tuple[int, int, tuple[int, ...]]  # argument's index, the bits that count, their allowed values
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -136,6 +165,95 @@ def allow_path(ruleset: int, path: str, rights: int) -> None:
     os.close(descriptor)
 
 
+def has_seccomp() -> bool:
+    """Whether the kernel takes filters of system calls and this file knows the architecture's numbers."""
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES or sys.byteorder != "little" or sys.maxsize < 1 << 32:
+        return False
+    action = struct.pack("=I", SECCOMP_ERRNO)
+    return int(libc.syscall(call_number("seccomp"), SECCOMP_GET_ACTION_AVAIL, 0, action)) == 0
+
+
+def call_number(name: str) -> int:
+    """Return the number of a system call on this machine's architecture."""
+    return SYSTEM_CALLS[name][list(ARCHITECTURES).index(os.uname().machine)]
+
+
+def refuse_calls() -> None:
+    """Set the filter of system calls for this process and all that it will start."""
+    if not has_seccomp():
+        return
+    instructions = filter_program()
+    program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(instructions), ctypes.addressof(code))
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
+
+
+def filter_program() -> list[Instruction]:
+    """Write the BPF program that decides on each system call.
+
+    Landlock has no rule for these: limits and priorities of other processes of the same user, of which
+    RLIMIT_CPU ends one; TCP connections by other ways than connect and bind on a TCP socket (MPTCP, SMC, SCTP,
+    MSG_FASTOPEN); io_uring, which makes calls that no filter sees; and calls that no service needs and that reach
+    other processes or large parts of the kernel.
+    """
+    machine = os.uname().machine
+    refused, missing, done = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS, SECCOMP_ERRNO
+    program: list[Instruction] = [
+        (LOAD, 0, 0, ARCHITECTURE_OFFSET),
+        (EQUAL, 1, 0, ARCHITECTURES[machine]),  # the numbers of 32-bit programs mean other calls
+        (RETURN, 0, 0, refused),
+        (LOAD, 0, 0, NUMBER_OFFSET),
+    ]
+    if machine == "x86_64":
+        program += [(NOT_LESS, 0, 1, X32_CALLS), (RETURN, 0, 0, refused)]
+    itself = (0, ANY_BIT, (0,))
+    for name in ("prlimit64", "sched_setscheduler", "sched_setparam", "sched_setattr"):
+        program += on_call(name, allow_if(itself, otherwise=refused))
+    # The C library names a new thread by its id here. An error would end programs that bind their threads to cores
+    # (OMP_PROC_BIND), so the threads stay unbound instead.
+    program += on_call("sched_setaffinity", allow_if(itself, otherwise=done))
+    for name, process in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
+        program += on_call(name, allow_if((0, ANY_BIT, (process,)), (1, ANY_BIT, (0,)), otherwise=refused))
+    program += on_call("socket", allow_sockets(refused))
+    for name, index in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
+        program += on_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
+    for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
+        program += on_call(name, [(RETURN, 0, 0, missing)])
+    for name in CLOSED:
+        program += on_call(name, [(RETURN, 0, 0, refused)])
+    return [*program, (RETURN, 0, 0, SECCOMP_ALLOW)]
+
+
+def on_call(name: str, instructions: list[Instruction]) -> list[Instruction]:
+    """Run instructions, which end in a return, for one system call; expects the call's number to be loaded."""
+    return [(EQUAL, 0, len(instructions), call_number(name)), *instructions]
+
+
+def allow_if(*tests: Test, otherwise: int) -> list[Instruction]:
+    """Allow the call if every test holds. Of an argument its low 32 bits are tested: these calls read no more."""
+    instructions: list[Instruction] = []
+    for index, bits, values in tests:
+        instructions += [(LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * index), (AND, 0, 0, bits)]
+        instructions += [(EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+        instructions.append((RETURN, 0, 0, otherwise))
+    return [*instructions, (RETURN, 0, 0, SECCOMP_ALLOW)]
+
+
+def allow_sockets(otherwise: int) -> list[Instruction]:
+    """Allow Unix and netlink sockets, and of the internet's TCP and UDP."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    types, protocols = (socket.SOCK_STREAM, socket.SOCK_DGRAM), (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+    return [
+        (LOAD, 0, 0, ARGUMENTS_OFFSET),
+        (EQUAL, 1, 0, socket.AF_UNIX),
+        (EQUAL, 0, 1, socket.AF_NETLINK),
+        (RETURN, 0, 0, SECCOMP_ALLOW),
+        *allow_if((0, ANY_BIT, families), (1, SOCKET_TYPE, types), (2, ANY_BIT, protocols), otherwise=otherwise),
+    ]
+
+
 def raise_file_limit() -> None:
     """Raise the limit of open files: a thousand callers need a thousand, and many systems grant fewer by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -157,6 +275,7 @@ def main() -> None:
     restrict(spec)
     # After the change of user, which clears it.
     check(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
+    refuse_calls()
     os.umask(0o077)
     os.execv(command[0], command)
 

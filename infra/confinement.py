@@ -1,4 +1,4 @@
-"""What a process may reach: files, ports, signal targets and privileges; `infra/child.py` enforces it before the exec.
+"""What a process may reach: files, ports, processes, privileges; `infra/child.py` enforces it before the exec.
 
 A service that is taken over can then read its own folder, the interpreter and the system's libraries, and nothing else:
 no other service's folder, settings or environment, whoever the user is.
@@ -99,6 +99,11 @@ def accelerator_files() -> tuple[Path, ...]:
 def is_enforced() -> bool:
     """Whether the kernel enforces confinement of files."""
     return child.landlock_version() > 0
+
+
+def refuses_calls() -> bool:
+    """Whether the kernel refuses the system calls that Landlock does not restrict."""
+    return child.has_seccomp()
 
 
 def built_environment(folder: Path, **values: str) -> dict[str, str]:

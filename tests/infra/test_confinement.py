@@ -16,7 +16,8 @@ from infra.confinement import CHILD, Confinement, built_environment, is_enforced
 SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of this one
 ORDINARY = 61_777
 PROBE = """
-import json, os, socket, subprocess, sys
+import ctypes, json, os, resource, socket, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
 def attempt(name, do):
     try:
         do()
@@ -40,12 +41,42 @@ attempt("root link", lambda: os.listdir(f"/proc/{victim}/root"))
 attempt("signal", lambda: os.kill(int(victim), 0))
 attempt("connect", lambda: socket.create_connection(("127.0.0.1", int(port)), timeout=2).close())
 attempt("listen", lambda: socket.create_server(("127.0.0.1", 0)).close())
+def call(*arguments):
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+def open_fast(send):
+    with socket.socket() as client:
+        send(client)
+address, cores = ("127.0.0.1", int(port)), os.sched_getaffinity(0)
+attempt("limit other", lambda: resource.prlimit(int(victim), resource.RLIMIT_CPU))
+attempt("limit own", lambda: resource.prlimit(0, resource.RLIMIT_CPU))
+attempt("priority of other", lambda: os.setpriority(os.PRIO_PROCESS, int(victim), 19))
+attempt("priority of user", lambda: os.setpriority(os.PRIO_USER, 0, 19))
+attempt("priority of own", lambda: os.setpriority(os.PRIO_PROCESS, 0, 1))
+attempt("scheduler of other", lambda: os.sched_setscheduler(int(victim), os.SCHED_IDLE, os.sched_param(0)))
+attempt("affinity of own", lambda: os.sched_setaffinity(0, cores))
+attempt("affinity of other", lambda: os.sched_setaffinity(int(victim), {min(cores)}))
+found["affinity of other changed"] = os.sched_getaffinity(int(victim)) == {min(cores)} != cores
+attempt("multipath TCP", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).close())
+attempt("SCTP", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132).close())
+attempt("SMC", lambda: socket.socket(43, socket.SOCK_STREAM, 0).close())
+attempt("connect by sendto", lambda: open_fast(lambda client: client.sendto(b"x", socket.MSG_FASTOPEN, address)))
+attempt("connect by sendmsg", lambda: open_fast(lambda c: c.sendmsg([b"x"], [], socket.MSG_FASTOPEN, address)))
+attempt("io_uring", lambda: call(425, 1, ctypes.create_string_buffer(120)))
+if os.uname().machine == "x86_64":
+    attempt("keys", lambda: call(250, 0, -3, 0))
+    attempt("x32", lambda: call(0x40000000 + 39))
+attempt("udp", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
+attempt("unix", lambda: [end.close() for end in socket.socketpair()])
 attempt("execute own", lambda: subprocess.run([f"{own}/program"], check=True))
 lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
 found["capabilities"] = int(lines["CapEff"], 16) | int(lines["CapPrm"], 16)
 found["no new privileges"] = int(lines["NoNewPrivs"])
 print(json.dumps(found))
 """
+OWN_FILES = {"read own", "write own", "rename own"}
+OWN_CALLS = {"affinity of other", "limit own", "priority of own", "affinity of own", "udp", "unix"}
+needs_seccomp = pytest.mark.skipif(not child.has_seccomp(), reason="this kernel or architecture has no filter of calls")
 needs_landlock = pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
 
 
@@ -96,13 +127,36 @@ def probe(request, tmp_path_factory):
 
 
 @needs_landlock
+@needs_seccomp
 def test_a_confined_process_reaches_its_own_folder_and_nothing_else(probe):
     run, own, _ = probe
     found = run(Confinement(write=(own,), connect=()))
     allowed = {name for name, result in found.items() if result == "allowed"}
-    assert allowed == {"read own", "write own", "rename own"}, found
+    assert allowed - OWN_CALLS <= OWN_FILES, found
+    assert allowed >= OWN_FILES, found
     assert found["capabilities"] == 0
     assert found["no new privileges"] == 1
+
+
+@needs_seccomp
+def test_a_confined_process_changes_no_other_and_opens_tcp_by_the_checked_calls_only(probe):
+    run, own, _ = probe
+    found = run(Confinement(write=(own,), connect=None, scope_signals=False))
+    refused = {"limit other", "priority of other", "priority of user", "scheduler of other", "multipath TCP", "SCTP"}
+    refused |= {"SMC", "connect by sendto", "connect by sendmsg", "keys", "x32"} & found.keys()
+    assert {found[name] for name in refused} == {"PermissionError"}, found
+    assert found["io_uring"] == "OSError"
+    assert found["affinity of other changed"] is False
+    assert {found[name] for name in OWN_CALLS} == {"allowed"}, found
+
+
+@needs_seccomp
+def test_threads_that_are_bound_to_cores_start(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
+    code = "import torch; torch.set_num_threads(2); print((torch.ones(600, 600) @ torch.ones(600, 600)).exp().shape)"
+    command = Confinement(write=(tmp_path,)).command(sys.executable, "-c", code)
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_landlock
