@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
-from flows.home import load_config, port_holder
+from flows.home import CONFIG_FILE, has_data, load_config, port_holder
 from infra.confinement import is_enforced, refuses_calls
 from infra.devices import memory_gib
-from infra.services import is_running, read_state
+from infra.keeper_lock import find_holder, is_running
+from infra.services import read_state
 
 Fault = tuple[str, str]
 
@@ -21,6 +23,8 @@ UNFILTERED = (
     "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md says what is not promised",
 )
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
+SIGNS = {"dispatcher": "dispatcher/alive.json", "worker": "worker/alive"}
+SILENT_S = 30.0
 
 
 def machine_faults(home: Path) -> list[Fault]:
@@ -42,10 +46,10 @@ def machine_faults(home: Path) -> list[Fault]:
 
 def busy_ports(home: Path) -> list[Fault]:
     """Ports that this folder remembered and another program holds."""
-    if not (home / "stack-config.json").exists():
+    if not (home / CONFIG_FILE).exists() or config_faults(home):
         return []
     config = load_config(home)
-    mend = f"end that program, or delete the line in {home / 'stack-config.json'} to choose another port"
+    mend = f"end that program, or delete the line in {home / CONFIG_FILE} to choose another port"
     return [
         (f"port {port} of {name} is busy{holder}", mend)
         for name, port in config.ports.items()
@@ -54,13 +58,59 @@ def busy_ports(home: Path) -> list[Fault]:
 
 
 def stack_faults(home: Path) -> list[Fault]:
-    """Services that are not ready, and a kernel that does not confine them."""
+    """A lost config, a keeper or services that give no sign of life, and a kernel that does not confine them."""
+    found = config_faults(home)
     if not is_running(home):
-        return [("the stack is not up", "run `cotrain up`")] if (home / "stack-config.json").exists() else []
-    found = [
+        is_expected = not found and (home / CONFIG_FILE).exists()
+        return [*found, ("the stack is not up", "run `cotrain up`")] if is_expected else found
+    found += keeper_faults(home)
+    found += [
         (f"{name} is {state['state']}: {state['error'] or 'no reason yet'}", f"see `cotrain logs {name}`")
         for name, state in read_state(home).get("services", {}).items()
         if state["state"] != "ready"
     ]
+    found += silent_services(home)
     found += [] if is_enforced() else [UNCONFINED]
     return found if refuses_calls() else [*found, UNFILTERED]
+
+
+def config_faults(home: Path) -> list[Fault]:
+    """A config that is lost or cannot be read, or is not that of the stack which runs."""
+    file = home / CONFIG_FILE
+    keeper = find_holder(home)
+    if not file.exists() and keeper is None and not has_data(home):
+        return []
+    try:
+        config = load_config(home)
+    except (OSError, ValueError) as error:
+        return [(str(error), "restore it; until then only `cotrain down` works")]
+    if keeper is not None and keeper.stack_id not in (None, config.stack_id):
+        mend = f"restore the file with the stack_id {keeper.stack_id}, or run `cotrain down`"
+        return [(f"{file} is not the config of the stack that runs", mend)]
+    return []
+
+
+def keeper_faults(home: Path) -> list[Fault]:
+    """A keeper that hangs: its services may run, and nobody restarts one that does not."""
+    keeper = find_holder(home)
+    if keeper is None or not keeper.is_silent:
+        return []
+    fault = (
+        f"the keeper (pid {keeper.pid}) has given no sign of life for {keeper.silent_s:.0f} s; it restarts nothing now"
+    )
+    return [(fault, "run `cotrain down`, which ends it, then `cotrain up`; see `cotrain logs keeper`")]
+
+
+def silent_services(home: Path) -> list[Fault]:
+    """Services without a port that are ready and have given no sign of life lately."""
+    found: list[Fault] = []
+    services = read_state(home).get("services", {})
+    for name, sign in SIGNS.items():
+        try:
+            silent_s = time.time() - (home / sign).lstat().st_mtime
+        except OSError:  # it has yet to give one; without it the keeper does not call the dispatcher ready
+            continue
+        if services.get(name, {}).get("state") == "ready" and silent_s > SILENT_S:
+            mend = f"the keeper restarts it if this goes on; see `cotrain logs {name}`"
+            found.append((f"the {name} has given no sign of life for {silent_s:.0f} s", mend))
+    return found

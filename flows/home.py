@@ -26,7 +26,7 @@ SECRETS = (
 )
 WEED_CERTIFICATE = "weed-settings/tls.pem"
 ROTATED = (*(name for name in SECRETS if name != "split_salt"), "weed_certificate")
-CONFIG_FILE = "stack-config.json"
+CONFIG_FILE, CONFIG_COPY = "stack-config.json", "stack-config.copy.json"
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,61 @@ class StackConfig:
     retired: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load_config(home: Path, *, durable: bool = True) -> StackConfig:
-    """Read the folder's config, or choose free ports and random secrets for a new one."""
-    file = home / CONFIG_FILE
-    if file.exists():
-        config = StackConfig(**json.loads(file.read_text()))
-        missing = [name for name in PORTS if name not in config.ports]  # taken out by hand, to have another chosen
-        unknown = [name for name in SECRETS if name not in config.secrets]  # of a newer version than the folder
-        config.ports.update(choose_ports(missing, set(config.ports.values())))
-        config.secrets.update(new_secrets(unknown))
-        if missing or unknown:
-            save_config(home, config)
-        return config
+def make_config(home: Path, *, durable: bool = True) -> StackConfig:
+    """Read the folder's config, or choose free ports and random secrets for a new one in a folder without data.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    if (home / CONFIG_FILE).exists() or has_data(home):
+        return load_config(home)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     config = StackConfig(uuid.uuid4().hex, choose_ports(), new_secrets(SECRETS), durable)
     save_config(home, config)
     return config
 
 
+def has_data(home: Path) -> bool:
+    """Whether a stack has been started in this folder, whose data needs the config that it had."""
+    return any((home / name).exists() for name in (CONFIG_COPY, "pg", "env"))
+
+
+def load_config(home: Path) -> StackConfig:
+    """Read the folder's config; ports and secrets that it lacks are chosen and kept.
+
+    Raises:
+        ValueError: if it is gone or cannot be read. It is never made anew here: with it go the passwords of the data
+            beside it and the salt that decides which cases are held out.
+    """
+    file = home / CONFIG_FILE
+    try:
+        config = StackConfig(**json.loads(file.read_text()))
+        missing = [name for name in PORTS if name not in config.ports]  # taken out by hand, to have another chosen
+        unknown = [name for name in SECRETS if name not in config.secrets]  # of a newer version than the folder
+    except FileNotFoundError:
+        if not has_data(home):
+            raise ValueError(f"there is no stack in {home}; make one with `cotrain up`") from None
+        raise ValueError(_lost(file, "is gone")) from None
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(_lost(file, "is damaged")) from None
+    if missing or unknown:
+        config.ports.update(choose_ports(missing, set(config.ports.values())))
+        config.secrets.update(new_secrets(unknown))
+        save_config(home, config)
+    return config
+
+
+def _lost(file: Path, how: str) -> str:
+    copy = file.with_name(CONFIG_COPY)
+    way_out = f"put its copy back: cp {copy} {file}" if copy.exists() else "restore it from a backup"
+    return f"{file}, which holds the stack's passwords, ports and salt, {how}; {way_out}"
+
+
 def save_config(home: Path, config: StackConfig) -> None:
-    write_private(home / CONFIG_FILE, json.dumps(asdict(config), indent=2))
+    """Write the config, and then its copy, so that one of the two is whole whatever happens."""
+    text = json.dumps(asdict(config), indent=2)
+    write_private(home / CONFIG_FILE, text)
+    write_private(home / CONFIG_COPY, text)
 
 
 def new_secrets(names: Sequence[str]) -> dict[str, str]:

@@ -108,4 +108,6 @@ def write_private(file: Path, text: str) -> None:
     descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600, O_EXCL, O_NOFOLLOW
     with os.fdopen(descriptor, "w") as out:
         out.write(text)
+        out.flush()
+        os.fsync(out.fileno())  # or a power cut may leave the new name without its content
     os.replace(scratch, file)

@@ -4,7 +4,6 @@ The keeper is one process; every service is its child, dies with it, and carries
 in its environment, so that even the grandchildren of a killed stack are found.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.health import Failures, Liveness, first_line
+from infra.keeper_lock import hold
 from infra.processes import carrying, cpu_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MARK = "COTRAIN_STACK_ID"
 STOP_GRACE_S = 12.0
 RESTART_PAUSE_S = 0.5
+SIGN_EVERY_S = 1.0
 
 
 def nothing() -> None:
@@ -83,23 +84,21 @@ class Keeper:
         Raises:
             BlockingIOError: if another keeper holds the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "stack.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with hold(self.folder, self.stack_id) as give_sign:
             sweep(self.stack_id, spare={os.getpid()})
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self._stopping.set())
-            self._keep()
+            self._keep(give_sign)
 
-    def _keep(self) -> None:
+    def _keep(self, give_sign: Callable[[], None]) -> None:
         self.states = {service.name: State() for service in self.services}
         self._ready = {service.name: threading.Event() for service in self.services}
         self._write()
         threads = [threading.Thread(target=self._tend, args=(s,), name=s.name, daemon=True) for s in self.services]
         for thread in threads:
             thread.start()
-        while not self._stopping.wait(1.0):
-            pass
+        while not self._stopping.wait(SIGN_EVERY_S):
+            give_sign()
         for service in reversed(self.services):
             self._stop(service)
         sweep(self.stack_id, spare={os.getpid()})
@@ -227,25 +226,14 @@ def signal_group(pid: int, number: signal.Signals) -> None:
         pass
 
 
-def is_running(folder: Path) -> bool:
-    """Whether a keeper holds this folder."""
-    try:
-        with (folder / "stack.lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def read_state(folder: Path) -> dict[str, Any]:
-    """The keeper's state file; empty when there is none, or when a killed keeper left it behind."""
+    """Read the keeper's state file; empty when there is none, it cannot be read, or a killed keeper left it behind."""
     try:
-        state = dict(json.loads((folder / "stack.json").read_text()))
-    except FileNotFoundError:
+        state = json.loads((folder / "stack.json").read_text())
+        is_of_living = _is_alive(int(state["pid"])) and isinstance(state["services"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return state if _is_alive(state["pid"]) else {}
+    return dict(state) if is_of_living else {}
 
 
 def _is_alive(pid: int) -> bool:

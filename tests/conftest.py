@@ -15,7 +15,7 @@ from feedback import rounds
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import Round, new_id
-from flows.home import load_config, write_environment
+from flows.home import make_config, write_environment
 from flows.stack import services
 from infra.database import open_engine, open_sessions
 from infra.objects import open_objects
@@ -55,7 +55,7 @@ def start(service, stack_id):
 def stores(tmp_path_factory):
     """Settings of a home whose PostgreSQL and S3 run."""
     home = tmp_path_factory.mktemp("home")
-    config = load_config(home, durable=False)
+    config = make_config(home, durable=False)
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
     processes = [start(service, config.stack_id) for service in services(home, config, settings)[:2]]

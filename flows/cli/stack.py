@@ -1,5 +1,6 @@
 """`cotrain up | down | status | logs | doctor`: the embedded stack."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -45,11 +46,14 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     Raises:
         RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
     """
+    from flows.checks import keeper_faults
     from flows.home import forget_retired
-    from infra.services import is_running
+    from infra.keeper_lock import is_running
 
     began = time.monotonic()
-    if not is_running(home):
+    if is_running(home):
+        _refuse(keeper_faults(home))
+    else:
         _check_machine(home)
         _start_keeper(home, durable=durable)
     try:
@@ -64,17 +68,19 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
 def _check_machine(home: Path) -> None:
     from flows.checks import machine_faults
 
-    found = machine_faults(home)
-    if found:
-        raise RuntimeError("; ".join(f"{fault}: {mend}" for fault, mend in found))
+    _refuse(machine_faults(home))
+
+
+def _refuse(faults: list[tuple[str, str]]) -> None:
+    if faults:
+        raise RuntimeError("; ".join(f"{fault}: {mend}" for fault, mend in faults))
 
 
 def _start_keeper(home: Path, *, durable: bool) -> None:
-    from flows.home import load_config
+    from flows.home import make_config
     from infra.settings import HOME_VARIABLE, NO_TELEMETRY
 
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    load_config(home, durable=durable)
+    make_config(home, durable=durable)
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     with (home / "logs" / "keeper.log").open("ab") as output:
         subprocess.Popen(
@@ -88,7 +94,8 @@ def _start_keeper(home: Path, *, durable: bool) -> None:
 
 
 def _wait_until_ready(home: Path) -> None:
-    from infra.services import is_running, read_state
+    from infra.keeper_lock import is_running
+    from infra.services import read_state
 
     end = time.monotonic() + UP_TIMEOUT_S
     seen = False
@@ -132,49 +139,61 @@ def down(as_json: Json = False) -> None:
 
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
-    from flows.home import load_config
-    from infra.services import is_running, marked, read_state, sweep
+    from flows.home import CONFIG_FILE, load_config
+    from infra.keeper_lock import find_holder
+    from infra.services import marked, sweep
 
-    if not (home / "stack-config.json").exists():
+    keeper = find_holder(home)
+    if keeper is None and not (home / CONFIG_FILE).exists():
         return False
-    stack_id = load_config(home).stack_id
-    keeper = read_state(home).get("pid")
-    was_up = is_running(home)
-    if was_up and keeper:
-        os.kill(keeper, signal.SIGTERM)
+    if keeper is not None and keeper.pid is not None:
         end = time.monotonic() + DOWN_TIMEOUT_S
-        while is_running(home) and time.monotonic() < end:
-            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(keeper.pid, signal.SIGTERM)
+            while find_holder(home) is not None and not keeper.is_silent and time.monotonic() < end:
+                time.sleep(0.05)
+            if find_holder(home) is not None:  # it hangs, and its services die with it
+                os.kill(keeper.pid, signal.SIGKILL)
+    # The keeper tells whose processes these are, also where its config cannot be read any more.
+    stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
     left = sweep(stack_id, spare={os.getpid()})
-    while any(pid != os.getpid() for pid in marked(stack_id)):
+    while any(pid != os.getpid() for pid in marked(stack_id)) or find_holder(home) is not None:
         time.sleep(0.05)
-    return was_up or bool(left)
+    return keeper is not None or bool(left)
 
 
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
-    from infra.services import is_running, read_state
+    from flows.checks import config_faults, keeper_faults
+    from flows.probing import Finding
+    from infra.keeper_lock import is_running
+    from infra.services import read_state
 
-    home = _home()
-    running = is_running(home)
-    states = read_state(home).get("services", {}) if running else {}
-    urls = addresses(home) if running else {}
-    faults = [finding for finding in _examined(home) if finding.fault] if running else []
-    if as_json:
-        wrong = [finding.to_json() for finding in faults]
-        show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": wrong}, "", True)
-    elif running:
-        stderr.print(_table(states))
-        print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *(_line(one) for one in faults)]))
-    else:
-        print(f"the stack in {home} is not up; start it with `cotrain up`")
-    if not running or any(state["state"] != "ready" for state in states.values()):
+    with clear_errors():
+        home = _home()
+        running = is_running(home)
+        states = read_state(home).get("services", {}) if running else {}
+        wrong = [Finding("the keeper", fault=fault, mend=mend) for fault, mend in keeper_faults(home)]
+        lost = config_faults(home)
+        wrong += [Finding("the stack's config", fault=fault, mend=mend) for fault, mend in lost]
+        urls = addresses(home) if running and not lost else {}
+        wrong += [finding for finding in _examined(home) if finding.fault]
+        if as_json:
+            faults = [finding.to_json() for finding in wrong]
+            show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": faults}, "", True)
+        elif running:
+            stderr.print(_table(states))
+            print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_line, wrong)]))
+        else:
+            print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *map(_line, wrong)]))
+    are_ready = bool(states) and all(state["state"] == "ready" for state in states.values())
+    if not are_ready or any(finding.what.startswith("the keeper") for finding in wrong):
         raise typer.Exit(1)
 
 
 def logs(
     service: Annotated[str, typer.Argument(help="service, or `flows` or `keeper`")] = "keeper",
-    lines: Annotated[int, typer.Option("-n", help="how many lines", min=1)] = 50,
+    lines: Annotated[int, typer.Option("-n", help="how many lines", min=1, max=1_000_000)] = 50,
 ) -> None:
     """Print the end of a service's log."""
     folder = _home() / "logs"
@@ -194,11 +213,11 @@ def doctor(as_json: Json = False) -> None:
     from flows.checks import machine_faults, stack_faults
     from flows.probing import Finding
 
-    home = _home()
-    found = [
-        Finding("machine and services", None, fault, mend) for fault, mend in machine_faults(home) + stack_faults(home)
-    ]
-    found += _examined(home)
+    with clear_errors():
+        home = _home()
+        faulty = machine_faults(home) + stack_faults(home)
+        found = [Finding("machine and services", None, fault, mend) for fault, mend in faulty]
+        found += _examined(home)
     faults = [finding for finding in found if finding.fault]
     text = "\n".join([*map(_line, found), *([] if faults else ["nothing is wrong"])])
     wrong = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
@@ -215,7 +234,7 @@ def rotate(
 ) -> None:
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
     from flows.home import retire_secrets
-    from infra.services import is_running
+    from infra.keeper_lock import is_running
 
     with clear_errors():
         home = _home()
@@ -233,9 +252,10 @@ def rotate(
 
 def _examined(home: Path) -> list["Finding"]:
     """What the probes find of a running stack; nothing if there is none."""
-    from infra.services import is_running
+    from flows.checks import config_faults
+    from infra.keeper_lock import is_running
 
-    if not is_running(home):
+    if not is_running(home) or config_faults(home):
         return []
     from flows.cli.model import open_installation
     from flows.probes import examine

@@ -39,7 +39,7 @@ def push(client, data, headers, name="rows", **more):
 @pytest.fixture
 def process(stores):
     """The portal as the stack runs it, confined; its process."""
-    config = load_config(stores.home, durable=False)
+    config = load_config(stores.home)
     (service,) = (one for one in services(stores.home, config, stores) if one.name == "portal")
     process = start(service, config.stack_id)
     yield process

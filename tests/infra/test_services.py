@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from flows.home import WEED_PORTS, is_free, load_config, port_holder, write_environment
+from flows.home import WEED_PORTS, is_free, load_config, make_config, port_holder, write_environment
 from flows.stack import services
 from infra.health import Failures, Liveness, Unwell
 from infra.objects import open_objects
@@ -52,7 +52,7 @@ Keeper([web("web")], folder, "keeper-test").run()
 
 @pytest.fixture
 def keeper(tmp_path):
-    config = load_config(tmp_path / "ports")
+    config = make_config(tmp_path / "ports")
     command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(tmp_path), str(config.ports["portal"])]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     yield tmp_path, process
@@ -134,7 +134,7 @@ def test_services_die_with_a_killed_keeper(keeper):
 
 
 def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
-    config = load_config(tmp_path)
+    config = make_config(tmp_path)
     server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
     for round_ in range(2):
         server.initialise()
@@ -178,7 +178,7 @@ def test_objects_come_back_and_missing_ones_are_missing(objects):
 
 
 def test_a_busy_port_names_its_holder(tmp_path):
-    config = load_config(tmp_path)
+    config = make_config(tmp_path)
     port = config.ports["postgres"]
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -191,17 +191,17 @@ def test_a_busy_port_names_its_holder(tmp_path):
 
 
 def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
-    config = load_config(tmp_path)
+    config = make_config(tmp_path)
     data = json.loads((tmp_path / "stack-config.json").read_text())
     del data["ports"]["mlflow"]
     (tmp_path / "stack-config.json").write_text(json.dumps(data))
-    again = load_config(tmp_path)
+    again = make_config(tmp_path)
     assert again.ports["postgres"] == config.ports["postgres"]
     assert "mlflow" in again.ports
 
 
 def test_all_services_listen_on_loopback_only(tmp_path):
-    config = load_config(tmp_path)
+    config = make_config(tmp_path)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
     names = [service.name for service in services(tmp_path, config, settings)]

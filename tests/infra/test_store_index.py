@@ -2,7 +2,7 @@
 
 import os
 
-from flows.home import load_config, write_environment
+from flows.home import make_config, write_environment
 from flows.stack import services
 from infra.objects import open_objects
 from infra.services import sweep
@@ -11,7 +11,7 @@ from tests.conftest import start
 
 
 def test_a_torn_index_hides_no_object(tmp_path):
-    config = load_config(tmp_path, durable=False)
+    config = make_config(tmp_path, durable=False)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
     store = next(service for service in services(tmp_path, config, settings) if service.name == "s3")

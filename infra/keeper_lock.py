@@ -1,0 +1,71 @@
+"""The lock by which one keeper holds a folder, with who it is and its sign of life."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from infra.files import read_regular
+
+LOCK_FILE = "stack.lock"
+KEEPER_SILENT_S = 15.0  # it renews its sign of life every second
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The keeper that holds a folder: its process, the id of its stack, and for how long it has given no sign of life.
+
+    `pid` and `stack_id` are None if the file does not tell them.
+    """
+
+    pid: int | None
+    stack_id: str | None
+    silent_s: float
+
+    @property
+    def is_silent(self) -> bool:
+        return self.silent_s > KEEPER_SILENT_S
+
+
+@contextlib.contextmanager
+def hold(folder: Path, stack_id: str) -> Iterator[Callable[[], None]]:
+    """Hold the folder's lock while the block runs, which is given a function that renews the sign of life.
+
+    Raises:
+        BlockingIOError: if another keeper holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # on a full disk the stack runs all the same
+            lock.truncate(0)
+            lock.write(json.dumps({"pid": os.getpid(), "stack_id": stack_id}))
+            lock.flush()
+        yield lambda: os.utime(lock.fileno())
+
+
+def find_holder(folder: Path) -> Holder | None:
+    """Return the keeper that holds a folder; None if there is none."""
+    file = folder / LOCK_FILE
+    try:
+        with file.open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        silent_s = max(0.0, time.time() - file.stat().st_mtime)
+    try:
+        told = json.loads(read_regular(file))
+        return Holder(int(told["pid"]), str(told["stack_id"]), silent_s)
+    except (OSError, ValueError, KeyError, TypeError):
+        return Holder(None, None, silent_s)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a keeper holds this folder, be it silent or not."""
+    return find_holder(folder) is not None

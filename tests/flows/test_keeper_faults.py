@@ -1,0 +1,83 @@
+"""A keeper that hangs, a config that is lost: commands say so, change nothing by themselves, and name the way out."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
+from infra.keeper_lock import KEEPER_SILENT_S, find_holder
+from infra.services import marked, read_state
+
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
+
+
+def test_a_config_is_made_in_an_empty_folder_only_and_never_by_reading(tmp_path):
+    with pytest.raises(ValueError, match="make one with `cotrain up`"):
+        load_config(tmp_path)
+    made = make_config(tmp_path)
+    assert make_config(tmp_path) == load_config(tmp_path) == made
+    (tmp_path / CONFIG_FILE).unlink()
+    with pytest.raises(ValueError, match=f"is gone; put its copy back: cp .*{CONFIG_COPY}"):
+        make_config(tmp_path)
+    shutil.copy(tmp_path / CONFIG_COPY, tmp_path / CONFIG_FILE)
+    assert load_config(tmp_path) == made
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"ports": []}', "\0"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    make_config(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE}, which holds .* is damaged; put its copy back"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": "x"}', '{"pid": 1, "services": []}'])
+def test_a_damaged_state_file_is_no_state(tmp_path, text):
+    (tmp_path / "stack.json").write_text(text)
+    assert read_state(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
+    keeper = find_holder(stack.home)
+    os.kill(keeper.pid, signal.SIGSTOP)
+    stack.until(lambda: find_holder(stack.home).is_silent, seconds=KEEPER_SILENT_S + 60)
+    for command in ("doctor", "status"):
+        status, told = stack.cotrain(command)
+        assert status == 1 and "has given no sign of life" in json.dumps(told)
+    status, told = stack.cotrain("up")
+    assert status == 1 and "run `cotrain down`, which ends it" in told
+    assert stack.cotrain("down", check=True)[1]["stopped"]
+    assert find_holder(stack.home) is None and not list(marked(keeper.stack_id))
+    stack.cotrain("up", check=True)
+
+
+@pytest.mark.slow
+def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(stack):
+    file, before = stack.home / CONFIG_FILE, load_config(stack.home)
+    file.unlink()
+    for command in ("doctor", "status"):
+        assert f"{CONFIG_FILE}, which holds" in json.dumps(stack.cotrain(command)[1])
+    assert not file.exists()
+    stack.cotrain("down", check=True)
+    assert not list(marked(before.stack_id))
+    environment = (stack.home / "env").read_bytes()
+    status, told = stack.cotrain("up")
+    assert status == 1 and "put its copy back" in told
+    assert not file.exists() and (stack.home / "env").read_bytes() == environment
+    shutil.copy(stack.home / CONFIG_COPY, file)
+    stack.cotrain("up", check=True)
+    assert load_config(stack.home) == before
+
+
+@pytest.mark.slow
+def test_a_service_without_a_port_that_hangs_is_named_within_a_minute(stack):
+    for name in ("dispatcher", "worker"):
+        os.killpg(stack.pid(name), signal.SIGSTOP)
+    told = [f"the {name} has given no sign of life" for name in ("dispatcher", "worker")]
+    stack.until(lambda: (found := json.dumps(stack.cotrain("doctor")[1])) and all(one in found for one in told), 60)
+    for name in ("dispatcher", "worker"):
+        os.killpg(stack.pid(name), signal.SIGCONT)
