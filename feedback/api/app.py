@@ -41,6 +41,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
     app.state.uploads = Uploads()
     app.state.objects = objects
+    app.state.docs_page = None  # rendered when it is first asked for
     app.state.max_account_bytes = settings.max_account_bytes
     app.state.scratch = settings.home / "portal"
     app.state.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The portal's open pages: rounds and versions, nothing of any submission, and the API for people."""
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from infra.objects import Objects
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
 SHOWN_ROUNDS = 50
+ADDRESS = "http://address-of-the-portal.invalid/"  # in the page that is kept
 RoundNumber = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
@@ -55,9 +57,12 @@ def plan_picture(number: RoundNumber, request: Request, session: Db) -> Response
 
 @router.get("/docs", response_class=HTMLResponse)
 def docs(request: Request) -> HTMLResponse:
-    """The API for people, made of its OpenAPI description."""
-    facts = {"api": request.app.openapi(), "url": request.base_url}
-    return templates.TemplateResponse(request, "docs.html", facts)
+    """The API for people, made of its OpenAPI description: once, but for the address at which it is read."""
+    state = request.app.state
+    if state.docs_page is None:
+        facts = {"api": request.app.openapi(), "url": ADDRESS}
+        state.docs_page = templates.get_template("docs.html").render(facts)
+    return HTMLResponse(state.docs_page.replace(ADDRESS, html.escape(str(request.base_url))))
 
 
 def front_page(session: Session) -> FrontPage:

@@ -1,5 +1,7 @@
 """The open pages: what anybody may know, and nothing of what people sent."""
 
+import time
+
 import pytest
 
 from feedback import rounds
@@ -47,3 +49,25 @@ def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal,
 @pytest.mark.parametrize("step", [step for step in rounds.STEPS if step != "done"])
 def test_every_step_has_words_for_failing_in_it(step):
     assert rounds.headline(Round(state="failed", step=step)).startswith(f"failed while {rounds.DOING[step]};")
+
+
+def cpu_seconds(portal, path):
+    """The least that 20 requests for a path take of this process, of a few tries."""
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        for _ in range(20):
+            assert portal.get(path).status_code == 200
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def test_the_api_page_costs_no_more_to_give_again_than_any_answer(portal):
+    assert cpu_seconds(portal, "/docs") < 2.5 * cpu_seconds(portal, "/health")
+
+
+def test_the_api_page_names_the_address_at_which_it_is_read_and_no_other(portal):
+    for host in ("one.example", "two.example:8800"):
+        page = portal.get("/docs", headers={"Host": host}).text
+        assert f"http://{host}/api/v1/feedback" in page and "invalid/" not in page
+    assert "<b>" not in portal.get("/docs", headers={"Host": "<b>"}).text
