@@ -41,6 +41,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
     app.state.uploads = Uploads()
     app.state.objects = objects
+    app.state.round_ends = {}  # of the front page, by the rounds' ids
     app.state.docs_page = None  # rendered when it is first asked for
     app.state.max_account_bytes = settings.max_account_bytes
     app.state.scratch = settings.home / "portal"

@@ -3,14 +3,14 @@
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import fastapi
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from fastapi.templating import Jinja2Templates
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
 from feedback.api.access import Db
@@ -22,8 +22,17 @@ from infra.objects import Objects
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
 SHOWN_ROUNDS = 50
+PRIVATE = "datasets/"
 ADDRESS = "http://address-of-the-portal.invalid/"  # in the page that is kept
 RoundNumber = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """What anybody may know of how a round ended."""
+
+    headline: str | None
+    suites: list[dict[str, Any]]  # rates, without those by capability of contributors' rows, whose names are theirs
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,14 @@ class FrontPage:
 
     champion: int | None
     rounds: list[Round]
-    headlines: dict[str, str | None]
+    ends: dict[str, RoundEnd]
     planned: set[str]
-    private: str = "datasets/"  # rates by capability of contributors' rows, whose names are theirs
 
 
 @router.get("/", response_class=HTMLResponse)
 def index(request: Request, session: Db) -> HTMLResponse:
     """The state of the programme for anybody."""
-    page = front_page(session)
+    page = front_page(session, request.app.state.round_ends)
     return templates.TemplateResponse(request, "index.html", {"page": page})
 
 
@@ -65,8 +73,24 @@ def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(state.docs_page.replace(ADDRESS, html.escape(str(request.base_url))))
 
 
-def front_page(session: Session) -> FrontPage:
-    """Gather the front page."""
-    rounds = session.scalars(select(Round).order_by(Round.number.desc()).limit(SHOWN_ROUNDS)).all()
+def front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
+    """Gather the front page.
+
+    Args:
+        ends: those that are known; the others are read, once, since decisions grow with what contributors send.
+    """
+    newest = select(Round).options(defer(Round.decision)).order_by(Round.number.desc()).limit(SHOWN_ROUNDS)
+    rounds = session.scalars(newest).all()
+    for one in rounds:
+        if one.state != "running" and one.id not in ends:
+            ends[one.id] = read_end(session, one)
     planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_([one.id for one in rounds])))
-    return FrontPage(champion(session), list(rounds), {one.id: headline(one) for one in rounds}, set(planned))
+    return FrontPage(champion(session), list(rounds), ends, set(planned))
+
+
+def read_end(session: Session, turn: Round) -> RoundEnd:
+    """Read the public part of a decision that will not change any more."""
+    suites = (turn.decision or {}).get("suites", ())
+    end = RoundEnd(headline(turn), [one for one in suites if not one["suite"].startswith(PRIVATE)])
+    session.expire(turn, ["decision"])  # at most one of them in memory
+    return end

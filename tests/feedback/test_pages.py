@@ -71,3 +71,17 @@ def test_the_api_page_names_the_address_at_which_it_is_read_and_no_other(portal)
         page = portal.get("/docs", headers={"Host": host}).text
         assert f"http://{host}/api/v1/feedback" in page and "invalid/" not in page
     assert "<b>" not in portal.get("/docs", headers={"Host": "<b>"}).text
+
+
+def test_the_front_page_costs_the_same_whatever_the_decisions_hold(portal, ended):
+    rate = {"before": None, "after": {"rate": 0.5, "total": 4, "interval": [0, 1]}}
+
+    def decide(num_suites):
+        suites = [{"suite": f"datasets/{n}", **rate} for n in range(num_suites)]
+        for _ in range(5):
+            ended("rejected", "decide", {"reasons": [], "regressions": [], "suites": suites})
+
+    decide(1)
+    small = cpu_seconds(portal, "/")
+    decide(10_000)
+    assert cpu_seconds(portal, "/") < 3 * small
