@@ -8,6 +8,7 @@ from infra.launchers.job import HOST, Cause, Ending
 from yuan.train.exits import Note, Status, read_notes
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
+from yuan.train.run_files import NotRegular, read_file_end
 
 Kind = Literal[
     "finished",
@@ -40,6 +41,7 @@ RANKS: dict[Status, Kind] = {
 SILENT_S = 4.0  # a rank's heartbeat comes every second
 LEAVING_S = 3.0  # for ranks that can, to leave by themselves
 LOG_CHARACTERS = 800
+LOG_BYTES = 4 * LOG_CHARACTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Ended:
 
 def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
     """Name the ending of a job that was started at `since`, in seconds since the epoch."""
-    if (folder.export / "manifest.json").exists():
+    if folder.is_exported:
         return Ended(kind="finished", reason="the weights are exported")
     told = Ended(kind="unknown", reason=ending.said or f"the launcher says: {ending.cause}")
     if ending.cause is not None and ending.cause != "out of memory":
@@ -84,9 +86,11 @@ def has_given_up(folder: RunFolder, since: float) -> bool:
 def log_end(folder: RunFolder) -> str:
     """The last lines of what the processes printed."""
     try:
-        return (folder.path / "train.log").read_text(errors="replace")[-LOG_CHARACTERS:]
+        return read_file_end(folder.path, "train.log", LOG_BYTES).decode(errors="replace")[-LOG_CHARACTERS:]
     except FileNotFoundError:
         return "no log"
+    except NotRegular as error:
+        return f"the log {error.strerror}"
 
 
 def _told(folder: RunFolder, kind: Kind, note: Note, since: float) -> Ended:

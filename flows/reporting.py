@@ -19,6 +19,7 @@ from flows.context import Context
 from flows.layout import PICTURE
 from infra.error_text import told
 from yuan.train.folder import EVENTS, METRICS, NewLines, RunFolder
+from yuan.train.run_files import NotRegular, read_file, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ EVENTS_TOLD = (
 )
 
 TRACKER_PAUSE_S = 30.0  # after it did not answer
+PUBLISHED_BYTES = 64 * 2**20
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -76,9 +78,9 @@ class Reporter:
         Raises:
             MlflowException: if the tracker does not answer.
         """
+        self._unsent += self._metrics.read_all()
         run = self._track()
-        if (self._folder.path / EVENTS).exists():
-            self._context.tracker.log_artifact(run, self._folder.path / EVENTS)
+        self._publish(run, EVENTS)
         return run
 
     def planned(self) -> None:
@@ -121,9 +123,19 @@ class Reporter:
         return run
 
     def _log_plan(self, run: str) -> None:
-        (self._folder.path / "plan.json").write_text(json.dumps(self._folder.spec().plan.to_json(), indent=2))
+        plan = json.dumps(self._folder.spec().plan.to_json(), indent=2)
+        replace_file(self._folder.path, "plan.json", plan.encode())
         for name in ("run.json", "plan.json", PICTURE):
-            self._context.tracker.log_artifact(run, self._folder.path / name)
+            self._publish(run, name)
+
+    def _publish(self, run: str, name: str) -> None:
+        """Copy a text of the run folder, in which ranks write, to the tracker, where consumers read it."""
+        try:
+            text = read_file(self._folder.path, name, PUBLISHED_BYTES).decode(errors="replace")
+        except (FileNotFoundError, NotRegular) as error:
+            log.warning("%s of the run is not published: %s", name, error.strerror)
+            return
+        self._context.tracker.log_text(run, name, text)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ from yuan.plan.pool import Pool
 from yuan.plan.record import Plan
 from yuan.plan.replan import changed, replan
 from yuan.train.folder import RunFolder
+from yuan.train.manifest import real_checkpoints, step_of
+from yuan.train.run_files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class _Supervisor:
         brought = fetch(self.context.objects, self.run_id, self.folder)
         if brought:
             log.info("brought %s of run %s back from the store", brought, self.run_id)
-        while not (self.folder.export / "manifest.json").exists():
+        while not self.folder.is_exported:
             ended = self._start()
             self.folder.append(
                 "events.jsonl", {"event": "ended", "kind": ended.kind, "why": ended.reason[:500], "time": time.time()}
@@ -211,9 +213,7 @@ class _Supervisor:
 
     def _count_restart(self, ended: Ended) -> None:
         """Restarts that bring the run on are free; those that do not are counted."""
-        reached = max(
-            (int(path.name.removeprefix("step-")) for path in self.folder.checkpoints.glob("step-*")), default=0
-        )
+        reached = max(map(step_of, real_checkpoints(self.folder.checkpoints)), default=0)
         self.restarts = self.restarts + 1 if reached <= self.reached else 0
         self.reached = max(self.reached, reached)
         if self.restarts > MAX_RESTARTS:
@@ -245,7 +245,7 @@ class _Supervisor:
             raise TrainingFailed(f"{why}; {moved.plan.explanation}")
         plan = moved.plan
         self.folder.write_spec(replace(spec, plan=plan))
-        (self.folder.path / PICTURE).write_text(draw_plan(work, pool, plan))
+        replace_file(self.folder.path, PICTURE, draw_plan(work, pool, plan).encode())
         event = {"event": "re-plan", "why": why[:500], "bounds": plan.bounds, "data_size": plan.data_size}
         self.folder.append("events.jsonl", {**event, "explanation": moved.explanation, "time": time.time()})
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:

@@ -81,8 +81,9 @@ class Tracker:
         for start in range(1000, len(points), 1000):
             self._client.log_batch(run_id, metrics=points[start : start + 1000])
 
-    def log_artifact(self, run_id: str, file: Path, folder: str | None = None) -> None:
-        self._client.log_artifact(run_id, str(file), folder)
+    def log_text(self, run_id: str, name: str, text: str) -> None:
+        """Store a text as an artifact of a run, under a name that may have folders."""
+        self._client.log_text(run_id, text, name)
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._client.set_terminated(run_id, status)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from yuan.train.folder import write_json
 from yuan.train.guard import NumericalTrouble
+from yuan.train.run_files import names_in, read_file
 
 FOLDER = "exits"
 HOST_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # a batch system's own name for this machine
@@ -97,9 +98,11 @@ def leave_note(run: Path, rank: int, status: Status, message: str) -> None:
 def read_notes(run: Path, since: float) -> list[Note]:
     """The notes left at or after a time, the earliest first."""
     found = []
-    for file in (run / FOLDER).glob("*.json"):
+    for name in names_in(run, FOLDER):
+        if not name.endswith(".json"):
+            continue
         try:
-            found.append(Note(**json.loads(file.read_text())))
+            found.append(Note(**json.loads(read_file(run, f"{FOLDER}/{name}"))))
         except (ValueError, TypeError, OSError):
             continue
     return sorted((note for note in found if note.time >= since), key=lambda note: note.time)

@@ -12,11 +12,13 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.record import Plan
-from yuan.train.manifest import MANIFEST, digest_of, real_checkpoints, sealed
+from yuan.train.manifest import MANIFEST, difference, digest_of, real_checkpoints, sealed
+from yuan.train.run_files import NotRegular, is_file, open_file, open_to_append, read_file, replace_file
 
 KINDS = ("pretrain", "continue", "finetune")
 SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+NEW_BYTES, MAX_READS = 16 * 2**20, 256  # of a log: read at once, and how often for the whole of it
 SPEC_BEFORE = "run.json before"  # in the seal: what run.json was until it was replaced
 
 
@@ -123,9 +125,11 @@ class RunFolder:
             ValueError: if it is missing, not as it was written, or contradicts itself.
         """
         try:
-            text = (self.path / SPEC).read_bytes()
+            text = read_file(self.path, SPEC)
         except FileNotFoundError:
             raise ValueError(f"{self.path} has no {SPEC}; lay the run out first") from None
+        except NotRegular as error:
+            raise ValueError(f"{self.path / SPEC} {error.strerror}; lay out a new run") from None
         known = [entry.get("sha256") for name, entry in self._seal().items() if name in (SPEC, SPEC_BEFORE)]
         if hashlib.sha256(text).hexdigest() not in known:
             raise ValueError(
@@ -183,13 +187,11 @@ class RunFolder:
         for name, expected in self._seal().items():
             if name in (SPEC, SPEC_BEFORE):  # compared above
                 continue
-            try:
-                bad = None if digest_of(self.path / name) == expected else "is not as it was laid out"
-            except OSError as error:
-                bad = f"cannot be read: {error.strerror}"
-            wrong += [f"{name} {bad}"] if bad else []
+            bad = difference(self.path, name, expected)
+            if bad:
+                wrong.append(f"{name} {bad if bad.startswith('cannot') else 'is not as it was laid out'}")
         wrong += self._foreign_checkpoints(spec)
-        if spec.parent is not None and not (self.parent / "manifest.json").is_file():
+        if spec.parent is not None and not is_file(self.path, "parent/manifest.json"):
             wrong.append(f"parent/ has no manifest of {spec.parent}")
         if wrong:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
@@ -213,38 +215,41 @@ class RunFolder:
 
     def _seal(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.path / SEAL).read_text()))
-        except (FileNotFoundError, ValueError):
+            return dict(json.loads(read_file(self.path, SEAL)))
+        except (FileNotFoundError, NotRegular, ValueError):
             return {}
 
     def _write_seal(self, files: Mapping[str, Any]) -> None:
         write_json(self.path / SEAL, dict(files))
 
     def status(self) -> dict[str, Any]:
-        """The newest status.json; empty before the first step."""
+        """The newest status.json; empty before the first step, and if it is no file of ours."""
         try:
-            return dict(json.loads((self.path / "status.json").read_text()))
-        except FileNotFoundError:
+            return dict(json.loads(read_file(self.path, "status.json")))
+        except (FileNotFoundError, NotRegular, ValueError):
             return {}
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the weights are exported."""
+        return is_file(self.path, "export/manifest.json")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; who asks again and again reads `NewLines`."""
-        return NewLines(self.path / METRICS).read()
+        return NewLines(self.path / METRICS).read_all()
 
     def events(self) -> list[dict[str, Any]]:
         """Every whole line of events.jsonl."""
-        return NewLines(self.path / EVENTS).read()
+        return NewLines(self.path / EVENTS).read_all()
 
     def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Put these in place of all metrics, in one step."""
-        scratch = self.path / f".{METRICS}"
-        scratch.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        scratch.replace(self.path / METRICS)
+        replace_file(self.path, METRICS, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log; after one that a full disk has torn, on a line of its own."""
-        with (self.path / name).open("ab+") as file:
-            if file.tell():
+        with os.fdopen(open_to_append(self.path, name), "ab+") as file:
+            if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
             else:
@@ -257,32 +262,47 @@ class NewLines:
 
     def __init__(self, file: Path) -> None:
         self._file, self._inode, self._offset = file, 0, 0
+        self.has_more = False  # whether the last reading ended before the file did
 
     def read(self) -> list[dict[str, Any]]:
-        """Of the lines that have ended, those that are records; a torn one is left out."""
+        """Of the lines that have ended, those that are records; a torn one is left out.
+
+        At most `NEW_BYTES` are read at once, and the following ones the next time.
+        """
         try:
-            with self._file.open("rb") as stream:
+            with os.fdopen(open_file(self._file.parent, self._file.name), "rb") as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset:
                     self._inode, self._offset = found.st_ino, 0
                 stream.seek(self._offset)
-                new = stream.read()
-        except FileNotFoundError:
+                new = stream.read(NEW_BYTES)
+        except (FileNotFoundError, NotRegular):
+            self.has_more = False
             return []
+        self.has_more = len(new) == NEW_BYTES
         whole = new[: new.rfind(b"\n") + 1]
+        if self.has_more and not whole:  # no line of ours is as long
+            whole = new
         self._offset += len(whole)
         return [row for line in whole.split(b"\n") if (row := _parse(line))]
+
+    def read_all(self) -> list[dict[str, Any]]:
+        """Read to the end; of a log of more than 4 GiB, which no run writes, the rest is left out."""
+        found = self.read()
+        for _ in range(MAX_READS - 1):
+            if not self.has_more:
+                break
+            found += self.read()
+        return found
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         return dict(json.loads(line))
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Replace a JSON file in one step, so that a reader never sees half of it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(data, indent=2))
-    scratch.replace(path)
+    replace_file(path.parent, path.name, json.dumps(data, indent=2).encode())

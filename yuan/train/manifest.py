@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from yuan.train.run_files import is_file, names_in, open_file, read_file
+
 MANIFEST, SEAL, SCHEMA = "manifest.json", "sha256", 1
+CHECKPOINT = re.compile(r"step-[0-9]+")
 
 
 def digest_of(file: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    with os.fdopen(open_file(file.parent, file.name), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def digest_or_error(file: Path) -> dict[str, Any]:
@@ -32,15 +38,16 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
 def sealed(file: Path) -> dict[str, Any] | None:
     """A manifest as it was written; None if it is not."""
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(read_file(file.parent, file.name))
         return dict(manifest) if manifest[SEAL] == seal_of(manifest) and manifest["schema"] == SCHEMA else None
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None
 
 
 def real_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints with a manifest, oldest first."""
-    return (manifest.parent for manifest in sorted(folder.glob(f"step-*/{MANIFEST}")))
+    """Checkpoints with a manifest, oldest first; links are none."""
+    names = [name for name in names_in(folder.parent, folder.name) if CHECKPOINT.fullmatch(name)]
+    return (folder / name for name in names if is_file(folder.parent, f"{folder.name}/{name}/{MANIFEST}"))
 
 
 def step_of(path: Path) -> int:
@@ -54,7 +61,7 @@ def damage_of(path: Path, manifest: Mapping[str, Any]) -> str | None:
 
 def differences(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """What is wrong with some of a checkpoint's files, by name."""
-    return {name: bad for name in names if (bad := _difference(path / name, manifest["files"][name]))}
+    return {name: bad for name in names if (bad := difference(path, name, manifest["files"][name]))}
 
 
 def listed(wrong: Mapping[str, str]) -> str | None:
@@ -62,10 +69,14 @@ def listed(wrong: Mapping[str, str]) -> str | None:
     return "; ".join(f"{name} {bad}" for name, bad in sorted(wrong.items())) or None
 
 
-def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
-    found = digest_or_error(file)
-    if "error" in found:
-        return f"cannot be read: {found['error']}"
-    if found["bytes"] != expected["bytes"]:
-        return f"has {found['bytes']} bytes, not {expected['bytes']}"
-    return None if found["sha256"] == expected["sha256"] else "has another sha256"
+def difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file below a trusted folder, in words; one of another size is not read."""
+    try:
+        with os.fdopen(open_file(folder, name), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != expected["bytes"]:
+                return f"has {size} bytes, not {expected['bytes']}"
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest == expected["sha256"] else "has another sha256"

@@ -1,0 +1,123 @@
+"""A run folder in which a rank that was taken over has written, and what its supervisor makes of it."""
+
+import json
+import os
+
+import pytest
+
+from flows.endings import classify, log_end
+from infra.launchers.job import Ending
+from yuan.train.exits import read_notes
+from yuan.train.folder import NEW_BYTES, NewLines, RunFolder, write_json
+from yuan.train.heartbeats import read_heartbeats
+from yuan.train.manifest import difference, real_checkpoints
+from yuan.train.run_files import NotRegular, is_file, names_in, open_file, read_file
+
+SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"
+PLANTS = {
+    "link": lambda place, victim: place.symlink_to(victim),
+    "fifo": lambda place, victim: os.mkfifo(place),
+    "sparse": lambda place, victim: os.truncate(os.open(place, os.O_WRONLY | os.O_CREAT), 1 << 40),
+    "folder": lambda place, victim: place.mkdir(),
+}
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    file = tmp_path / "settings" / "flow.env"
+    file.parent.mkdir()
+    file.write_text(SECRET)
+    yield file
+    assert file.read_text() == SECRET and os.listdir(file.parent) == ["flow.env"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_nothing_foreign_gets_into_the_reason_of_an_ending(folder, victim, plant):
+    PLANTS[plant](folder.path / "train.log", victim)
+    reason = classify(folder, Ending(status=1), since=0).reason
+    assert "secret" not in reason and "status 1" in reason and len(log_end(folder)) <= 800
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_status_heartbeats_and_notes_that_are_no_small_files_are_none(folder, victim, plant):
+    victim_json = victim.parent.parent / "other.json"
+    victim_json.write_text(json.dumps({"time": 1, "rank": 0, "status": 1, "message": "secret"}))
+    for name in ("status.json", "heartbeats/0.json", "exits/0.json"):
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        PLANTS[plant](folder.path / name, victim_json)
+    assert (folder.status(), read_heartbeats(folder.path), read_notes(folder.path, 0)) == ({}, {}, [])
+
+
+def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
+    for name in ("heartbeats", "exits", "checkpoints", "export", "parent", "data"):
+        (folder.path / name).symlink_to(victim.parent)
+    (victim.parent.parent / "elsewhere" / "step-00000001").mkdir(parents=True)
+    (victim.parent.parent / "elsewhere" / "step-00000001" / "manifest.json").write_text("{}")
+    assert not is_file(folder.path, "data/flow.env") and names_in(folder.path, "exits") == []
+    with pytest.raises(NotRegular, match="lies in no folder of its own"):
+        read_file(folder.path, "data/flow.env")
+    (folder.path / "checkpoints").unlink()
+    (folder.path / "checkpoints").symlink_to(victim.parent.parent / "elsewhere")
+    assert list(real_checkpoints(folder.checkpoints)) == [] and not folder.is_exported
+    with pytest.raises(NotRegular):
+        open_file(folder.path, "heartbeats/0.json", os.O_CREAT | os.O_WRONLY)
+
+
+@pytest.mark.parametrize("name", ["../settings/flow.env", "/etc/passwd", "a/../../settings/flow.env", "..", ""])
+def test_names_that_lead_out_of_the_folder_are_refused(folder, victim, name):
+    with pytest.raises(OSError, match=r"lies|no regular|No such"):
+        read_file(folder.path, name)
+
+
+@pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
+def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
+    for name in ("events.jsonl", "run.json", f".run.json.{os.getpid()}"):
+        PLANTS[plant](folder.path / name, victim)
+    folder.append("events.jsonl", {"event": "ended"})
+    write_json(folder.path / "run.json", {"schema": 1})
+    assert folder.events() == [{"event": "ended"}] and json.loads((folder.path / "run.json").read_text()) == {
+        "schema": 1
+    }
+    assert not (folder.path / "run.json").is_symlink()
+
+
+def test_a_second_name_of_a_file_elsewhere_is_not_appended_to(folder, victim):
+    os.link(victim, folder.path / "events.jsonl")
+    folder.append("events.jsonl", {"event": "ended"})
+    assert folder.events() == [{"event": "ended"}]
+
+
+@pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
+def test_logs_that_are_no_files_have_no_lines(folder, victim, plant):
+    PLANTS[plant](folder.path / "metrics.jsonl", victim)
+    assert folder.metrics() == []
+
+
+def test_a_log_without_end_is_read_in_parts_and_its_lines_are_found_again(folder):
+    with (folder.path / "metrics.jsonl").open("wb") as file:
+        file.truncate(NEW_BYTES * 3)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"step": 1}\n')
+        file.truncate(1 << 40)
+    new = NewLines(folder.path / "metrics.jsonl")
+    assert [new.read() for _ in range(5)] == [[], [], [], [{"step": 1}], []] and new.has_more
+
+
+def test_a_file_of_another_size_is_not_hashed(folder):
+    with (folder.path / "tokens.bin").open("wb") as file:
+        file.truncate(1 << 40)
+    assert difference(folder.path, "tokens.bin", {"bytes": 5, "sha256": "0"}) == f"has {1 << 40} bytes, not 5"
+
+
+def test_a_run_json_that_is_a_link_is_said_to_be_one(folder, victim):
+    (folder.path / "run.json").symlink_to(victim)
+    with pytest.raises(ValueError, match=r"run.json is no regular file; lay out a new run"):
+        folder.spec()

@@ -1,0 +1,158 @@
+"""Files of a run folder, opened by processes that trust the folder and not what its ranks have put into it.
+
+A rank that was taken over can leave links to the files of others there, FIFOs that never answer, and files without end.
+So no link is followed, in the last part of a name or in one before it; nothing waits; and what is read has a limit.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MAX_BYTES = 16 * 2**20  # of a small file: a status, a note, a manifest
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class NotRegular(OSError):
+    """A link, a FIFO or a folder lies where a file belongs, or a file that is too large."""
+
+    def __init__(self, path: Path, why: str = "is no regular file") -> None:
+        super().__init__(errno.EINVAL, why, str(path))
+
+
+@contextmanager
+def open_folder(root: Path, name: str = ".") -> Iterator[int]:
+    """Open a folder below a trusted one, for use as `dir_fd`.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        NotRegular: if it, or a folder on the way, is a link or no folder.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in Path(name).parts:
+            if part in ("..", "/"):
+                raise NotRegular(root / name, "lies outside of its folder")
+            try:
+                inner = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise NotRegular(root / name, "lies in no folder of its own") from None
+                raise
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file below a trusted folder and return its descriptor.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        NotRegular: if it is anything else, or a folder on the way is a link.
+    """
+    with open_folder(root, str(Path(name).parent)) as folder:
+        try:
+            descriptor = os.open(
+                Path(name).name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder
+            )
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # the last: a FIFO that nobody reads
+                raise NotRegular(root / name) from None
+            raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegular(root / name)
+    return descriptor
+
+
+def is_file(root: Path, name: str) -> bool:
+    """Whether a name below a trusted folder is a regular file that can be opened."""
+    try:
+        os.close(open_file(root, name))
+    except OSError:
+        return False
+    return True
+
+
+def read_file(root: Path, name: str, limit: int = MAX_BYTES) -> bytes:
+    """Read a small file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        NotRegular: if it is no regular file, or larger than the limit.
+    """
+    with os.fdopen(open_file(root, name), "rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise NotRegular(root / name, f"has more than {limit} bytes")
+    return data
+
+
+def read_file_end(root: Path, name: str, limit: int) -> bytes:
+    """Read the last bytes of a file of any size.
+
+    Raises:
+        OSError: if it is no regular file, or not there.
+    """
+    with os.fdopen(open_file(root, name), "rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
+        return stream.read(limit)
+
+
+def open_to_append(root: Path, name: str) -> int:
+    """Open a file for appending and reading; what is no regular file of one name in its place is removed."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        descriptor = open_file(root, name, flags)
+        if os.fstat(descriptor).st_nlink == 1:
+            return descriptor
+        os.close(descriptor)
+    except NotRegular:
+        pass
+    remove_entry(root, name)
+    return open_file(root, name, flags | os.O_EXCL)
+
+
+def replace_file(root: Path, name: str, data: bytes) -> None:
+    """Put a file in place in one step, so that a reader never sees half of it; no link is followed."""
+    scratch = f".{Path(name).name}.{os.getpid()}"
+    inner = str(Path(name).parent / scratch)
+    remove_entry(root, inner)
+    with os.fdopen(open_file(root, inner, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as out:
+        out.write(data)
+    with open_folder(root, str(Path(name).parent)) as folder:
+        try:
+            os.replace(scratch, Path(name).name, src_dir_fd=folder, dst_dir_fd=folder)
+        except IsADirectoryError:
+            shutil.rmtree(Path(name).name, dir_fd=folder)
+            os.replace(scratch, Path(name).name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def remove_entry(root: Path, name: str) -> None:
+    """Remove a file, a link itself, or a folder with all that is in it; or nothing, if there is nothing.
+
+    Raises:
+        NotRegular: if a folder on the way is a link.
+    """
+    with open_folder(root, str(Path(name).parent)) as folder:
+        try:
+            os.unlink(Path(name).name, dir_fd=folder)
+        except FileNotFoundError:
+            return
+        except (IsADirectoryError, PermissionError):
+            shutil.rmtree(Path(name).name, dir_fd=folder)
+
+
+def names_in(root: Path, name: str) -> list[str]:
+    """Names in a folder below a trusted one, in order; none if it is missing, a link, no folder, or closed."""
+    try:
+        with open_folder(root, name) as folder:
+            return sorted(os.listdir(folder))
+    except OSError:
+        return []
