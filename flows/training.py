@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any
 
 from feedback import rounds
 from flows.context import Context
-from infra.files import copy_regular
+from infra.files import copy_open
 from yuan.data.text import printable
+from yuan.train.run_files import open_file, read_file
 
 log = logging.getLogger(__name__)
 
@@ -21,10 +24,11 @@ def register(context: Context, round_id: str) -> int:
         run = rounds.training_run(session, round_id)
         run_id, mlflow_run = run.id, str(run.mlflow_run_id)
         known = rounds.version_of(session, run_id)
-    export: Path = context.runs / run_id / "export"
-    manifest = json.loads((export / "manifest.json").read_text())
     tags = {"cotrain.round": round_id, "cotrain.run": run_id}
-    version = context.tracker.register(mlflow_run, export, tags, known.version if known else None)
+    # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
+    with tempfile.TemporaryDirectory(dir=context.runs, prefix=".register-") as scratch:
+        manifest = copy_export(context.runs / run_id, Path(scratch))
+        version = context.tracker.register(mlflow_run, Path(scratch), tags, known.version if known else None)
     context.tracker.end_run(mlflow_run)
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)
@@ -47,6 +51,11 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     """
     from yuan.model.weights import verify
 
+    folder = folder.resolve()  # the operator's own links are followed, and none in what they lead to
+    try:
+        read_file(folder, "manifest.json")
+    except OSError as error:
+        raise ValueError(f"{folder} is not a model folder: manifest.json {error.strerror}") from None
     manifest = verify(folder)
     with context.sessions() as session:
         known = rounds.recorded_version(session, manifest, wanted, folder.resolve().parent.name)
@@ -64,19 +73,38 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     return known.version, True
 
 
+def copy_export(run: Path, target: Path) -> dict[str, Any]:
+    """Copy what the manifest of a run's exported weights names, and return the manifest.
+
+    Raises:
+        ValueError: if the weights are not what the manifest says, or no regular files of the run's own folder.
+    """
+    try:
+        manifest = dict(json.loads(read_file(run, "export/manifest.json")))
+        copy_recorded(run / "export", target, manifest)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the weights of {run} cannot be registered: {error}") from None
+    return manifest
+
+
 def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
     """Copy what a recorded manifest names out of a folder that services write, and nothing else.
 
-    Whoever reads the registry reads what is copied, so no link is followed and every byte is compared.
+    Whoever reads the registry reads what is copied, so no link is followed, not even one in the folder's place, and
+    every byte is compared.
 
     Raises:
         ValueError: if a file is not the recorded one.
     """
     for name, expected in recorded["files"].items():
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise ValueError(f"a manifest names files of one folder, got {printable(name)}")
         try:
-            found = copy_regular(folder / name, target / name)
+            source = open_file(folder.parent, f"{folder.name}/{name}")
+            if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse
+                os.close(source)
+                raise OSError(f"it has {size} bytes, and the disk has less room")
+            found = copy_open(source, target / name)
         except OSError as error:
             raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
         if found != expected:

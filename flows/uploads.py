@@ -3,31 +3,37 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import Objects
+from yuan.data.text import printable
 from yuan.train.folder import EVENTS, RunFolder
-from yuan.train.manifest import MANIFEST, digest_of
+from yuan.train.manifest import CHECKPOINT, MANIFEST, difference, real_checkpoints
+from yuan.train.run_files import NotRegular, open_file, open_folder, read_file, remove_entry
 
 log = logging.getLogger(__name__)
 
 PREFIX = "checkpoints"
 LOOK_EVERY_S = 2.0
+MANIFEST_BYTES = 64 * 2**20
+Refused = tuple[str, bytes]  # a checkpoint's name and its manifest
 
 
 @contextlib.contextmanager
 def uploading(objects: Objects, run_id: str, folder: RunFolder) -> Iterator[None]:
     """Send every checkpoint that becomes real while the block runs, the last one before it ends."""
-    over = threading.Event()
+    over, refused = threading.Event(), set[Refused]()
 
     def work() -> None:
         while not over.wait(LOOK_EVERY_S):
-            _send_quietly(objects, run_id, folder)
+            _send_quietly(objects, run_id, folder, refused)
 
     thread = threading.Thread(target=work, daemon=True, name="uploads")
     thread.start()
@@ -36,62 +42,123 @@ def uploading(objects: Objects, run_id: str, folder: RunFolder) -> Iterator[None
     finally:
         over.set()
         thread.join()
-    _send_quietly(objects, run_id, folder)
+    _send_quietly(objects, run_id, folder, refused)
 
 
-def send(objects: Objects, run_id: str, folder: RunFolder) -> list[str]:
+def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused] | None = None) -> list[str]:
     """Make the store's checkpoints those of the folder; the manifest goes last, and is removed first.
 
-    A checkpoint that the run prunes meanwhile is left out. Returns the names of those sent now.
+    Sent are the files that a manifest names, as it describes them, and nothing else that ranks have put there. A
+    checkpoint that the run prunes meanwhile is left out. Returns the names of those sent now.
+
+    Args:
+        refused: takes up those whose files are not as described, which are not tried again.
     """
+    refused = set() if refused is None else refused
     there = _manifests(objects, run_id)
-    here = {path.parent.name: path.parent for path in folder.checkpoints.glob(f"step-*/{MANIFEST}")}
+    here = [path.name for path in real_checkpoints(folder.checkpoints)]
     sent = []
-    for name in sorted(here):
+    for name in here:
+        manifest = b""
         try:
-            manifest = (here[name] / MANIFEST).read_bytes()
+            manifest = read_file(folder.path, f"checkpoints/{name}/{MANIFEST}", MANIFEST_BYTES)
+            if (name, manifest) in refused:
+                continue
             if name in there and objects.get(f"{PREFIX}/{run_id}/{name}/{MANIFEST}") == manifest:
                 continue
             if name in there:  # of a trajectory that a roll back has left
                 _remove(objects, run_id, name)
-            for file in sorted(here[name].iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
-                objects.put_file(f"{PREFIX}/{run_id}/{name}/{file.name}", file)
-            if (here[name] / MANIFEST).read_bytes() != manifest:  # another one took its place meanwhile
-                _remove(objects, run_id, name)
+            for file, expected in files_of(manifest).items():
+                with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
+                    objects.put_file(
+                        f"{PREFIX}/{run_id}/{name}/{file}", stream, int(expected["bytes"]), str(expected["sha256"])
+                    )
+            if read_file(folder.path, f"checkpoints/{name}/{MANIFEST}", MANIFEST_BYTES) != manifest:
+                _remove(objects, run_id, name)  # another one took its place meanwhile
                 continue
+            objects.put(f"{PREFIX}/{run_id}/{name}/{MANIFEST}", manifest)
         except FileNotFoundError:
+            continue
+        except (NotRegular, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
+            log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, printable(str(error))[:300])
+            _remove(objects, run_id, name)
+            refused.add((name, manifest))
             continue
         sent.append(name)
     newest = max(here, default="")
-    for name in there - here.keys():
+    for name in there - set(here):
         if name < newest:  # the run goes on beyond it and has pruned it
             _remove(objects, run_id, name)
     return sent
 
 
 def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
-    """Bring back the newest whole checkpoint if the folder has none; its name."""
-    if any(folder.checkpoints.glob(f"step-*/{MANIFEST}")):
+    """Bring back the newest whole checkpoint if the folder has none; its name.
+
+    It is put together beside the run's folder, where no rank can write, and moved into it.
+    """
+    if any(real_checkpoints(folder.checkpoints)):
         return None
     for name in sorted(_manifests(objects, run_id), reverse=True):
-        target, prefix = folder.checkpoints / name, f"{PREFIX}/{run_id}/{name}"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        manifest = objects.get(f"{prefix}/{MANIFEST}")
-        files = {Path(file).name: expected for file, expected in json.loads(manifest)["files"].items()}
+        scratch = folder.path.parent / f".fetch-{folder.path.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            if _download(objects, f"{PREFIX}/{run_id}/{name}", scratch):
+                _move_in(scratch, folder, name)
+                return name
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        log.warning("checkpoint %s of run %s is damaged in the store; trying the one before", name, run_id)
+    return None
+
+
+def _download(objects: Objects, prefix: str, target: Path) -> bool:
+    """Fetch a checkpoint; whether it is whole."""
+    manifest = objects.get(f"{prefix}/{MANIFEST}")
+    try:
+        files = files_of(manifest)
         for file in files:
             objects.get_file(f"{prefix}/{file}", target / file)
-        if all(digest_of(target / file) == expected for file, expected in files.items()):
-            (target / MANIFEST).write_bytes(manifest)
-            return name
-        log.warning("checkpoint %s of run %s is damaged in the store; trying the one before", name, run_id)
-        shutil.rmtree(target)
-    return None
+        is_whole = all(difference(target, file, expected) is None for file, expected in files.items())
+    except ValueError:
+        return False
+    (target / MANIFEST).write_bytes(manifest)
+    return is_whole
+
+
+def _move_in(scratch: Path, folder: RunFolder, name: str) -> None:
+    """Put a checkpoint in its place; what lies there, or in the place of the folder of all, is removed."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        remove_entry(folder.path, f"checkpoints/{name}")
+    except (FileNotFoundError, NotRegular):  # there is no such folder, or a link in its place
+        remove_entry(folder.path, "checkpoints")
+        folder.checkpoints.mkdir()
+    with open_folder(folder.path, "checkpoints") as checkpoints:
+        os.rename(scratch, name, dst_dir_fd=checkpoints)
+
+
+def files_of(manifest: bytes) -> dict[str, Any]:
+    """Return the files that a checkpoint's manifest names, with their size and sha256.
+
+    Raises:
+        ValueError: if it is no manifest, or names files of other folders.
+    """
+    try:
+        files = {str(name): dict(about) for name, about in json.loads(manifest)["files"].items()}
+        is_ours = all(int(about["bytes"]) >= 0 and str(about["sha256"]) for about in files.values())
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a manifest of a checkpoint: {error!r}") from None
+    if not is_ours or any(Path(name).name != name or name in ("..", MANIFEST) for name in files):
+        raise ValueError("a manifest names files of its own folder, with their size and sha256")
+    return files
 
 
 def _manifests(objects: Objects, run_id: str) -> set[str]:
     keys = objects.keys(f"{PREFIX}/{run_id}/")
-    return {key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")}
+    names = {key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")}
+    return {name for name in names if CHECKPOINT.fullmatch(name)}
 
 
 def _remove(objects: Objects, run_id: str, name: str) -> None:
@@ -100,10 +167,10 @@ def _remove(objects: Objects, run_id: str, name: str) -> None:
         objects.delete(key)
 
 
-def _send_quietly(objects: Objects, run_id: str, folder: RunFolder) -> None:
+def _send_quietly(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]) -> None:
     """Training does not wait for the store; what could not be sent is sent the next time."""
     try:
-        for name in send(objects, run_id, folder):
+        for name in send(objects, run_id, folder, refused):
             folder.append(EVENTS, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (BotoCoreError, ClientError, OSError) as error:

@@ -80,14 +80,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def copy_regular(source: Path, target: Path) -> str:
-    """Copy a regular file to a new one and return the sha256 of what was copied.
+def copy_open(source: int, target: Path) -> str:
+    """Copy an open file, which is closed, to a new one, and return the sha256 of what was copied.
 
     Raises:
-        OSError: if the source is not a regular file, or the target exists.
+        OSError: if the target exists.
     """
     digest = hashlib.sha256()
-    with os.fdopen(open_regular(source), "rb") as stream, target.open("xb") as out:
+    with os.fdopen(source, "rb") as stream, target.open("xb") as out:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
             out.write(chunk)

@@ -42,30 +42,41 @@ class Objects:
         self.put(f"{prefix}/{name}", data)
         return name
 
-    def put_file(self, key: str, file: Path) -> None:
-        """Store a file, a large one in parts; after an interruption only the parts that are missing are sent.
+    def put_file(self, key: str, stream: BinaryIO, size: int, sha256: str) -> None:
+        """Store an open file, a large one in parts; after an interruption only the parts that are missing are sent.
+
+        The object is there only if the bytes that were sent are the expected ones, whatever happens to the file.
 
         Raises:
-            FileNotFoundError: if the file is gone, or goes meanwhile.
+            ValueError: if size or sha256 are others; the object is as it was.
         """
-        size = file.stat().st_size
+        if os.fstat(stream.fileno()).st_size != size:
+            raise ValueError(f"{key} has {os.fstat(stream.fileno()).st_size} bytes, expected are {size}")
         part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
         if size <= part_bytes:
-            return self.put(key, file.read_bytes())
+            data = stream.read(size)
+            _compare(key, hashlib.sha256(data).hexdigest(), sha256)
+            return self.put(key, data)
         upload = (
             self._begun_upload(key) or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
         )
         there = self._parts(key, upload)
         parts: list[CompletedPartTypeDef] = []
-        with file.open("rb") as stream:
-            for number in range(1, -(-size // part_bytes) + 1):
-                data = stream.read(part_bytes)
-                tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # S3's name for a part's content
-                if there.get(number) != tag:
-                    tag = self._client.upload_part(
-                        Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
-                    )["ETag"]
-                parts.append({"PartNumber": number, "ETag": tag})
+        digest = hashlib.sha256()
+        for number in range(1, -(-size // part_bytes) + 1):
+            data = stream.read(min(part_bytes, size - stream.tell()))
+            digest.update(data)
+            tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # S3's name for a part's content
+            if there.get(number) != tag:
+                tag = self._client.upload_part(
+                    Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+                )["ETag"]
+            parts.append({"PartNumber": number, "ETag": tag})
+        try:
+            _compare(key, digest.hexdigest(), sha256)
+        except ValueError:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+            raise
         self._client.complete_multipart_upload(
             Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
         )
@@ -151,6 +162,11 @@ class Objects:
         self.put(PROBE_KEY, PROBE_BYTES)
         if self.get(PROBE_KEY) != PROBE_BYTES:
             raise OSError("the store returned other bytes than it was given")
+
+
+def _compare(key: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{key} has the sha256 {found}, expected is {expected}")
 
 
 StoreErrors = (BotoCoreError, ClientError, OSError)

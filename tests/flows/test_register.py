@@ -1,10 +1,12 @@
 """Bringing a version back from a folder that a service could have written."""
 
 import hashlib
+import json
+import os
 
 import pytest
 
-from flows.training import copy_recorded
+from flows.training import copy_export, copy_recorded
 
 
 @pytest.fixture
@@ -45,3 +47,34 @@ def test_other_bytes_than_recorded_are_refused(folders):
     (export / "config.json").write_bytes(b"[]")
     with pytest.raises(ValueError, match="recorded is"):
         copy_recorded(export, target, recorded)
+
+
+def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):
+    export, target, manifest = folders
+    (tmp_path / "env").write_text("secret")
+    (export / "notes.txt").symlink_to(tmp_path / "env")
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    assert copy_export(tmp_path, target) == manifest
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("attack", ["file", "fifo", "sparse", "folder", "manifest", "manifest fifo", "no manifest"])
+def test_weights_that_are_links_or_fifos_are_not_registered(folders, tmp_path, attack):
+    export, target, manifest = folders
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    place = export / ("manifest.json" if "manifest" in attack else "config.json")
+    place.rename(tmp_path / "elsewhere")
+    if attack in ("file", "manifest"):
+        place.symlink_to(tmp_path / "elsewhere")
+    elif attack == "folder":
+        (tmp_path / "elsewhere").rename(place)
+        export.rename(tmp_path / "elsewhere")
+        export.symlink_to(tmp_path / "elsewhere")
+    elif attack == "sparse":
+        with place.open("wb") as file:
+            file.truncate(1 << 42)
+    elif attack != "no manifest":
+        os.mkfifo(place)
+    with pytest.raises(ValueError, match="cannot be"):
+        copy_export(tmp_path, target)

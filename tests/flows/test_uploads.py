@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from feedback.tables import new_id
 from flows.uploads import fetch, send, uploading
 from infra.objects import PART_BYTES
 from yuan.train.folder import RunFolder
+from yuan.train.manifest import MANIFEST
 
 
 @pytest.fixture
@@ -87,8 +89,99 @@ def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path
     client.meta.events.register(
         "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
     )
-    objects.put_file(key, file)
+    with file.open("rb") as stream:
+        objects.put_file(key, stream, len(content), hashlib.sha256(content).hexdigest())
     assert sent == [2, 3]
     objects.get_file(key, tmp_path / "back")
     digests = [hashlib.sha256(path.read_bytes()).digest() for path in (file, tmp_path / "back")]
     assert digests[0] == digests[1]
+
+
+def plant_link(file, victim):
+    file.symlink_to(victim)
+
+
+def plant_fifo(file, victim):
+    os.mkfifo(file)
+
+
+def plant_sparse(file, victim):
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)
+
+
+def plant_folder(file, victim):
+    file.mkdir()
+
+
+@pytest.mark.parametrize("plant", [plant_link, plant_fifo, plant_sparse, plant_folder])
+@pytest.mark.parametrize("place", ["__0_0.distcp", "manifest.json", "extra", ""])
+@pytest.mark.timeout(60)
+def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_path, place, plant):
+    victim = tmp_path / "secret"
+    victim.write_bytes(b"secret")
+    folder = RunFolder(tmp_path / "here")
+    checkpoint(folder, 1)
+    path = checkpoint(folder, 2, b"secret")  # whose digest is right even in another's place
+    if place:
+        (path / place).unlink(missing_ok=True)
+    else:
+        path.rename(tmp_path / "elsewhere")
+        victim, path = tmp_path / "elsewhere", path.parent
+    plant(path / (place or "step-00000002"), victim)
+    expected = ["step-00000001", "step-00000002"] if place == "extra" else ["step-00000001"]
+    assert send(objects, run_id, folder) == expected
+    keys = objects.keys(f"checkpoints/{run_id}/")
+    assert keys == [f"checkpoints/{run_id}/{name}/{file}" for name in expected for file in ("__0_0.distcp", MANIFEST)]
+
+
+def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects, run_id, tmp_path, caplog):
+    folder, refused = RunFolder(tmp_path), set()
+    path = checkpoint(folder, 1)
+    (path / "__0_0.distcp").write_bytes(b"WEIGHTS")
+    for _ in range(2):
+        assert send(objects, run_id, folder, refused) == []
+    assert [record.message.count("is not stored") for record in caplog.records] == [1]
+    shutil.rmtree(path)
+    checkpoint(folder, 1, b"anew")
+    assert send(objects, run_id, folder, refused) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("size", [100, 2 * PART_BYTES + 1])
+def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp_path, size):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
+        with file.open("rb") as stream, pytest.raises(ValueError, match="expected"):
+            objects.put_file(f"{run_id}/file", stream, num_bytes, digest)
+    assert objects.keys(f"{run_id}/") == [] and objects._begun_upload(f"{run_id}/file") is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
+def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run_id, tmp_path, name):
+    folder = RunFolder(tmp_path / "here")
+    path = checkpoint(folder, 1)
+    manifest = json.dumps({"files": {name: {"bytes": 7, "sha256": "0"}}})
+    (path / MANIFEST).write_text(manifest)
+    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    objects.put(f"checkpoints/{run_id}/step-00000001/{MANIFEST}", manifest.encode())
+    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) is None
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])
+def test_what_is_fetched_goes_into_the_run_and_not_where_a_link_leads(objects, run_id, tmp_path, place):
+    folder, other = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
+    checkpoint(folder, 1)
+    send(objects, run_id, folder)
+    elsewhere = tmp_path / "other run"
+    (elsewhere / "step-00000001").mkdir(parents=True)
+    (elsewhere / "step-00000001" / "file").write_text("mine")
+    (other.path / place).parent.mkdir(parents=True)
+    (other.path / place).symlink_to(elsewhere)
+    assert fetch(objects, run_id, other) == "step-00000001"
+    assert [str(path.relative_to(elsewhere)) for path in sorted(elsewhere.rglob("*"))] == [
+        "step-00000001",
+        "step-00000001/file",
+    ]
+    assert not other.checkpoints.is_symlink() and not (other.checkpoints / "step-00000001").is_symlink()
+    assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"weights"
