@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from infra.files import write_private
+from infra.listeners import listener_uids, user_name
+from infra.postgres import NO_CLEARTEXT
 from infra.services import marked
 from infra.settings import Settings, process_files
 
@@ -163,7 +165,7 @@ def port_holder(port: int, stack_id: str) -> str | None:
             if int(process.name) in set(marked(stack_id)):
                 return None
             return f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
-    return ""
+    return "".join(f", held by {user_name(uid)}" for uid in sorted(listener_uids(f"tcp://127.0.0.1:{port}")))
 
 
 def _listening_inodes(port: int) -> set[str]:
@@ -186,7 +188,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
     ports, secret = config.ports, config.secrets
     values = {
         "STACK_ID": config.stack_id,
-        "DATABASE_URL": f"postgresql://cotrain:{secret['database']}@127.0.0.1:{ports['postgres']}/cotrain",
+        "DATABASE_URL": f"postgresql://cotrain:{secret['database']}@127.0.0.1:{ports['postgres']}/cotrain?{NO_CLEARTEXT}",
         "S3_ENDPOINT": f"http://127.0.0.1:{ports['s3']}",
         "S3_ACCESS_KEY": secret["s3_access_key"],
         "S3_SECRET_KEY": secret["s3_secret_key"],

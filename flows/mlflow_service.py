@@ -69,6 +69,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
         check=check,
         after=after,
         liveness=Liveness(lambda: check_answer(f"{settings.mlflow_url}/health")),
+        addresses=(settings.mlflow_url,),
         needs=("postgres", "s3"),
     )
 

@@ -17,6 +17,7 @@ from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
 from infra.files import read_regular
 from infra.health import Liveness, check_answer, check_health
+from infra.listeners import require_own_listener
 from infra.logs import configure_logging
 from infra.postgres import Postgres
 from infra.services import Keeper, Service
@@ -80,7 +81,8 @@ def own_environment(home: Path, folder: Path) -> dict[str, str]:
 
 
 def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
-    url = postgres.url("prefect", "prefect", config.secrets["prefect_database"])
+    # asyncpg knows no require_auth, and no other way to refuse to show a password.
+    url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
     work, port = home / "prefect", config.ports["prefect"]
     env = built_environment(work, **NO_TELEMETRY) | {
         "PREFECT_HOME": str(work),
@@ -109,6 +111,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         before=before,
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
         liveness=Liveness(lambda: check_answer(f"{settings.prefect_api_url}/health")),
+        addresses=(settings.prefect_api_url,),
         needs=("postgres",),
     )
 
@@ -134,6 +137,7 @@ def _own(
     env: dict[str, str] | None = None,
     before: Callable[[], None] = lambda: None,
     liveness: Liveness | None = None,
+    addresses: tuple[str, ...] = (),
 ) -> Service:
     """Describe a service of our own code, whose folder has its name."""
     work = home / name
@@ -151,6 +155,7 @@ def _own(
         check=check,
         needs=needs,
         liveness=liveness,
+        addresses=addresses,
     )
 
 
@@ -193,6 +198,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
         ("mlflow",),
         before=lambda: make_private(cache),
         liveness=liveness,
+        addresses=(settings.model_server_url,),
     )
 
 
@@ -244,6 +250,7 @@ def _worker(home: Path, settings: Settings) -> Service:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def check() -> None:
+        require_own_listener(settings.prefect_api_url, (os.geteuid(),))  # who gets the password
         user, _, password = settings.prefect_auth.get_secret_value().partition(":")
         url = f"{settings.prefect_api_url}/work_pools/cotrain/workers/filter"
         answer = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()

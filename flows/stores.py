@@ -42,6 +42,8 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
         before=postgres.initialise,
         check=postgres.check,
         liveness=Liveness(postgres.ping),
+        addresses=(postgres.address,),
+        uids=(postgres.uid,),
         after=after,
         stop_signal=signal.SIGINT,
     )
@@ -81,6 +83,7 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
         before=before,
         check=lambda: _check_stores(config, settings),
         liveness=Liveness(lambda: check_answer(settings.s3_endpoint)),
+        addresses=(settings.s3_endpoint,),
     )
 
 

@@ -24,6 +24,8 @@ from infra.files import read_regular
 NOBODY = 65534  # initdb wants a user that has a name
 SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
 CLEAN_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+# Whoever holds the port while the server is down may ask for the password as it is; SCRAM never shows it.
+NO_CLEARTEXT = "require_auth=scram-sha-256"
 NOT_DURABLE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
@@ -97,8 +99,18 @@ class Postgres:
         )
         return [*confinement.command(str(binaries() / "postgres")), "-D", str(self.data), *flags]
 
+    @property
+    def address(self) -> str:
+        return f"postgresql://127.0.0.1:{self.port}"
+
+    @property
+    def uid(self) -> int:
+        """The user whom other processes see as the server's."""
+        return SERVER_UID if user_change() in ("search", "override") else os.geteuid()
+
     def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:
-        return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}"
+        """Return a connection string for clients of libpq, which then show a password to nobody."""
+        return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}?{NO_CLEARTEXT}"
 
     def check(self) -> None:
         """Raise unless the server answers with our password, which it is given first if it has a retired one."""

@@ -12,12 +12,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from infra.health import Failures, Liveness, first_line
 from infra.keeper_lock import hold
+from infra.listeners import refuse_foreign_listener, require_own_listener
 from infra.processes import carrying, cpu_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ class Service:
 
     `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does. From
     then on `liveness` decides whether a process that runs is alive; without it, one that runs is.
+
+    `addresses` are the URLs where it listens. Another local user can take its port while it is down, and would get the
+    password that a check sends; so `check`, `after` and `liveness` run only while the listener there belongs to `uids`,
+    by default to this user.
     """
 
     name: str
@@ -49,8 +54,20 @@ class Service:
     after: Callable[[], None] = nothing
     liveness: Liveness | None = None
     needs: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    uids: tuple[int, ...] = field(default_factory=lambda: (os.geteuid(),))
     stop_signal: signal.Signals = signal.SIGTERM
     start_timeout_s: float = 90.0
+
+    def guard(self, check: Callable[[], None]) -> None:
+        """Run a check of this service, unless somebody else would receive what it sends.
+
+        Raises:
+            OSError: if nobody listens on an address, or somebody else does; and whatever the check raises.
+        """
+        for url in self.addresses:
+            require_own_listener(url, self.uids)
+        check()
 
 
 @dataclass
@@ -125,6 +142,8 @@ class Keeper:
     def _start(self, service: Service) -> None:
         began = time.monotonic()
         self._note(service, state="starting", error=None)
+        for url in service.addresses:
+            refuse_foreign_listener(url, service.uids)  # the server would end with "address in use", naming nobody
         service.before()
         with self._lock:
             if self._stopping.is_set():
@@ -142,7 +161,7 @@ class Keeper:
             self._processes[service.name] = process
         self._note(service, pid=process.pid)
         self._await(service, process, began + service.start_timeout_s)
-        service.after()
+        service.guard(service.after)
         self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), error=None)
         self._ready[service.name].set()
 
@@ -155,7 +174,7 @@ class Keeper:
                     f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log"
                 )
             try:
-                return service.check()
+                return service.guard(service.check)
             except Exception as error:  # any refusal means not ready
                 reason = f"{type(error).__name__}: {first_line(error)}"
             if time.monotonic() > deadline:
@@ -167,7 +186,8 @@ class Keeper:
         process, liveness = self._processes.get(service.name), service.liveness
         if process is None or liveness is None:
             return f"it ended with status {process.wait() if process else None}"
-        failures = Failures(liveness, lambda: cpu_seconds(process.pid))
+        guarded = replace(liveness, check=lambda: service.guard(liveness.check))
+        failures = Failures(guarded, lambda: cpu_seconds(process.pid))
         while True:
             try:
                 status = process.wait(None if self._stopping.is_set() else liveness.every_s)

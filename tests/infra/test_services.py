@@ -1,13 +1,16 @@
 """The keeper, with real processes, and the stores under kills."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -21,6 +24,7 @@ from infra.postgres import Postgres
 from infra.processes import cpu_seconds
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings, StoreAccess
+from tests.infra.listening import ORDINARY, listening, port_of
 from tests.waiting import until
 
 KEEPER = """
@@ -30,16 +34,18 @@ from infra.confinement import Confinement
 from infra.health import Liveness
 from infra.services import Keeper, Service
 
-folder, port, bind = Path(sys.argv[1]), sys.argv[2], ["--bind", "127.0.0.1"]
+folder, port = Path(sys.argv[1]), sys.argv[2]
+program = sys.argv[3:] or ["-m", "http.server", port, "--bind", "127.0.0.1"]
 (folder / "logs").mkdir(exist_ok=True)
 
 def web(name, needs=()):
     return Service(
         name=name,
-        command=lambda: Confinement(write=(folder,)).command(sys.executable, "-m", "http.server", port, *bind),
+        command=lambda: Confinement(write=(folder,)).command(sys.executable, *program),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
         check=lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close(),
         liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3),
+        addresses=(f"http://127.0.0.1:{port}",), start_timeout_s=3.0,
     )
 
 def alive():
@@ -87,6 +93,48 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
     until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
     reason = state(folder)["restart_reason"]
     assert "not alive" in reason and "TimeoutError: it says nothing" in reason
+
+
+@pytest.mark.parametrize("moment", ["before the start", "after the start"])
+def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, moment):
+    port = make_config(tmp_path / "ports").ports["portal"]
+    mute = ["-c", "import time; time.sleep(60)"]
+    command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(tmp_path), str(port), *mute]
+    with contextlib.ExitStack() as cleanup:
+        if moment == "before the start":
+            foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
+        process = cleanup.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        cleanup.callback(sweep, "keeper-test", set())
+        cleanup.callback(process.kill)
+        if moment == "after the start":
+            until(lambda: state(tmp_path).get("pid"))
+            foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
+        until(lambda: f"port {port} is held by user {ORDINARY}" in (state(tmp_path).get("error") or ""))
+        foreign.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            foreign.accept()
+
+
+def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(tmp_path):
+    with listening() as impostor, ThreadPoolExecutor() as threads:
+        server = Postgres(tmp_path / "pg", port_of(impostor), "secret-of-the-superuser")
+        received = threads.submit(ask_for_the_password, impostor)
+        with pytest.raises(psycopg.OperationalError) as refusal:
+            server.ping()
+        assert received.result(20) == b""
+        assert "authentication method requirement" in str(refusal.value)
+
+
+def ask_for_the_password(impostor):
+    """Answer a client of PostgreSQL with AuthenticationCleartextPassword, and return what it sends then."""
+    client, _ = impostor.accept()
+    with client:
+        client.settimeout(10)
+        if client.recv(1000)[4:8] == struct.pack("!I", 80877103):  # it asks for encryption first
+            client.sendall(b"N")
+            client.recv(1000)
+        client.sendall(b"R" + struct.pack("!II", 8, 3))
+        return client.recv(1000)
 
 
 def idle():

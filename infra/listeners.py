@@ -1,0 +1,92 @@
+"""Who listens on a TCP address of this machine, so that no secret is sent to a port that somebody else holds."""
+
+import contextlib
+import ipaddress
+import pwd
+import socket
+import struct
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LISTEN = "0A"  # the state in /proc/net/tcp
+
+
+def require_own_listener(url: str, uids: Collection[int]) -> None:
+    """Raise unless one of these users listens on the address of a URL, which names its port.
+
+    Raises:
+        ConnectionRefusedError: if nobody listens there.
+        PermissionError: if somebody else does.
+    """
+    if not (holders := listener_uids(url)):
+        raise ConnectionRefusedError(f"nothing listens on {_place(url)} yet")
+    refuse_foreign_listener(url, uids, holders)
+
+
+def refuse_foreign_listener(url: str, uids: Collection[int], holders: Collection[int] | None = None) -> None:
+    """Raise if somebody other than these users listens on the address of a URL.
+
+    Raises:
+        PermissionError: with the user's number and name.
+    """
+    foreign = set(listener_uids(url) if holders is None else holders) - set(uids)
+    if foreign:
+        names = " and ".join(map(user_name, sorted(foreign)))
+        raise PermissionError(
+            f"port {urlsplit(url).port} is held by {names}, and not by this stack; end that program, "
+            "or delete the port's line in stack-config.json to have another chosen"
+        )
+
+
+def listener_uids(url: str) -> set[int]:
+    """Return the users whose sockets get the connections to the address of a URL; empty if nobody listens.
+
+    A socket bound to the very address gets them before one that is bound to all addresses.
+    """
+    parts = urlsplit(url)
+    found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    wanted = {ipaddress.ip_address(str(place[0])) for *_, place in found}
+    listeners = [(address, uid) for address, port, uid in _listeners() if port == parts.port]
+    exact = {uid for address, uid in listeners if address in wanted}
+    return exact or {uid for address, uid in listeners if address.is_unspecified}
+
+
+def user_name(uid: int) -> str:
+    """Return words for a user: the number, and the name where it has one."""
+    with contextlib.suppress(KeyError):
+        return f"user {uid} ({pwd.getpwuid(uid).pw_name})"
+    return f"user {uid}"
+
+
+def _place(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _listeners() -> Iterator[tuple[Address, int, int]]:
+    """Yield address, port and user of every listening TCP socket."""
+    for name in ("tcp", "tcp6"):
+        table = Path("/proc/net") / name
+        if not table.exists():  # a kernel without IPv6
+            continue
+        for line in table.read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN:
+                address, port = fields[1].split(":")
+                yield _address(address), int(port, 16), int(fields[7])
+
+
+def _address(text: str) -> Address:
+    """Read an address as the kernel writes it, in words of the machine's byte order; IPv4 inside IPv6 becomes IPv4.
+
+    >>> import sys
+    >>> _address("0100007F") if sys.byteorder == "little" else ipaddress.ip_address("127.0.0.1")
+    IPv4Address('127.0.0.1')
+    """
+    packed = b"".join(struct.pack("=I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8))
+    if len(packed) == 4:
+        return ipaddress.IPv4Address(packed)
+    address = ipaddress.IPv6Address(packed)
+    return address.ipv4_mapped or address
