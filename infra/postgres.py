@@ -8,9 +8,9 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import stat
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 
 from infra.confinement import CHILD, Confinement, UserChange
-from infra.files import read_regular
+from infra.files import read_regular, write_private
 
 NOBODY = 65534  # initdb wants a user that has a name
 SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
@@ -49,11 +49,9 @@ class Postgres:
             self._forget_dead_server()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        run = self.folder / "run"
-        run.mkdir(parents=True, mode=0o700)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         password_file = self.folder / "password"
-        password_file.touch(0o600)
-        password_file.write_text(self.password)
+        write_private(password_file, self.password)
         change = user_change()
         if change in ("search", "override"):
             _give(self.folder, NOBODY)
@@ -75,17 +73,10 @@ class Postgres:
         """Return the server's command line; end it with SIGINT, which does not wait for clients."""
         change = user_change()
         uid = NOBODY if change == "namespace" else SERVER_UID
-        socket_folder = self.folder / "run"
-        if len(str(socket_folder)) > 80:  # a socket's path holds 107 bytes
-            socket_folder = Path(tempfile.gettempdir()) / f"cotrain-{self.port}"
-            socket_folder.mkdir(mode=0o700, exist_ok=True)
         if os.geteuid() == 0:  # an earlier start may have given up root in another way
-            owner = os.geteuid() if change == "namespace" else uid
-            for folder in {self.folder, socket_folder}:
-                _give(folder, owner)
+            _give(self.folder, os.geteuid() if change == "namespace" else uid)
         options = [
-            f"unix_socket_directories={socket_folder}",
-            "unix_socket_permissions=0700",
+            "unix_socket_directories=",  # nobody uses one, and its folder could be replaced by a link
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "max_connections=200",
@@ -95,7 +86,7 @@ class Postgres:
         ]
         flags = [part for option in options for part in ("-c", option)]
         confinement = Confinement(
-            write=(self.folder, socket_folder), bind=(self.port,), connect=(), signal="SIGINT", user=change, uid=uid
+            write=(self.folder,), bind=(self.port,), connect=(), signal="SIGINT", user=change, uid=uid
         )
         return [*confinement.command(str(binaries() / "postgres")), "-D", str(self.data), *flags]
 
@@ -150,9 +141,11 @@ class Postgres:
         except FileNotFoundError:
             comm, state = "", " X"
         if comm != "postgres" or state.split()[0] in "ZX":
-            pid_file.unlink()
-            for lock in (self.folder / "run").glob(".s.PGSQL.*.lock"):
-                lock.unlink()
+            data = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.unlink(pid_file.name, dir_fd=data)
+            finally:
+                os.close(data)
 
 
 def _set_password(connection: psycopg.Connection, role: str, password: str) -> None:
@@ -190,7 +183,17 @@ def user_change() -> UserChange:
 
 
 def _give(folder: Path, uid: int) -> None:
-    """Make uid the owner of everything in a folder, unless it is."""
-    if folder.stat().st_uid != uid:
-        for path in (*folder.rglob("*"), folder):
-            os.chown(path, uid, uid, follow_symlinks=False)
+    """Make uid the owner of everything in a folder, unless it is.
+
+    The server writes there and may have been taken over: links are changed themselves and not what they point to, and a
+    file with a second name, which may be somebody else's file, is left alone.
+    """
+    if folder.stat().st_uid == uid:
+        return
+    # From the inside out, so that an interrupted walk is repeated. The folder itself may be a link of the operator's.
+    for _, folders, files, descriptor in os.fwalk(folder.resolve(), topdown=False, follow_symlinks=False):
+        for name in (*folders, *files):
+            entry = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISDIR(entry.st_mode) or entry.st_nlink == 1:
+                os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+    os.chown(folder.resolve(), uid, uid)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -135,6 +136,28 @@ def ask_for_the_password(impostor):
             client.recv(1000)
         client.sendall(b"R" + struct.pack("!II", 8, 3))
         return client.recv(1000)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
+    """Neither to the server's user nor to the folders that it may write."""
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "file").write_text("secret")
+    server = Postgres(tmp_path / "pg", 5432, "password")
+    server.data.mkdir(parents=True)
+    (server.folder / "run").symlink_to(others)
+    (server.data / "folder").symlink_to(others)
+    (server.data / "name").hardlink_to(others / "file")
+    (server.data / "kept").touch()
+    for path in (others, others / "file", server.folder, server.data, server.data / "kept"):
+        os.chown(path, ORDINARY, ORDINARY)
+    specification = json.loads(server.command()[3])
+    owners = {path.name: path.stat().st_uid for path in (others, others / "file", server.data / "kept")}
+    assert owners.pop("kept") != ORDINARY
+    assert owners == {"others": ORDINARY, "file": ORDINARY}
+    written = [Path(path) for path in specification["write"] if path.startswith(str(tmp_path))]
+    assert [path.resolve() for path in written] == [server.folder]
 
 
 def idle():
