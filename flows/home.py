@@ -1,10 +1,12 @@
 """What one home folder keeps of the embedded stack: its id, ports, secrets and the settings file made of them."""
 
 import json
+import logging
 import os
 import random
 import secrets
 import socket
+import stat
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,10 +18,13 @@ from infra.postgres import NO_CLEARTEXT
 from infra.services import marked
 from infra.settings import Settings, process_files
 
+log = logging.getLogger(__name__)
+
 PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
 WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
 PORTS = (*PUBLIC_PORTS, "postgres", "model_server", *WEED_PORTS, *(f"{name}_grpc" for name in WEED_PORTS))
 PORT_RANGE = (20_000, 28_999)  # below 29,500, where torchrun meets by default
+PORT_TRIES = 10_000
 SECRETS = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
@@ -139,14 +144,51 @@ def forget_retired(home: Path) -> None:
 
 
 def choose_ports(names: Sequence[str] = PORTS, taken: Collection[int] = ()) -> dict[str, int]:
-    """Free ports of the loopback interface: the usual ones for what people open, others outside the ephemeral range."""
+    """Free ports of the loopback interface: the usual ones for what people open, others outside the ephemeral range.
+
+    Raises:
+        RuntimeError: if none is found.
+    """
     chosen: dict[str, int] = {}
     for name in names:
-        port = PUBLIC_PORTS.get(name)
-        while port is None or port in taken or port in chosen.values() or not is_free(port):
-            port = random.SystemRandom().randint(*PORT_RANGE)
-        chosen[name] = port
+        usual = [PUBLIC_PORTS[name]] if name in PUBLIC_PORTS else []
+        tries = (random.SystemRandom().randint(*PORT_RANGE) for _ in range(PORT_TRIES))
+        for port in (*usual, *tries):
+            if port not in taken and port not in chosen.values() and is_free(port) and not is_blocked(name, port):
+                chosen[name] = port
+                break
+        else:
+            rule = f"ports {PORT_RANGE[0]} to {PORT_RANGE[1]}, and for the store their files {weed_socket(name, 0)}"
+            raise RuntimeError(f"no free port for {name} in {PORT_TRIES} tries; see who holds {rule}")
     return chosen
+
+
+def weed_socket(name: str, port: int) -> Path:
+    """Return where the store puts the socket of one of its gRPC ports, whatever it is told."""
+    return Path(f"/tmp/seaweedfs-{name.removesuffix('_grpc')}-grpc-{port}.sock")
+
+
+def is_blocked(name: str, port: int) -> bool:
+    """Whether a port cannot be used since a file that we may not remove lies where its socket has to be."""
+    if not name.endswith("_grpc"):
+        return False
+    try:
+        entry = weed_socket(name, port).lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(entry.st_mode) or os.geteuid() not in (0, entry.st_uid)
+
+
+def leave_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
+    """Choose other ports for those that are blocked; nobody but the store itself knows these ports."""
+    blocked = [name for name, port in config.ports.items() if is_blocked(name, port)]
+    if not blocked:
+        return config
+    for name in blocked:
+        log.warning("%s is not ours to remove; another port is chosen", weed_socket(name, config.ports[name]))
+    fresh = replace(config, ports=config.ports | choose_ports(blocked, set(config.ports.values())))
+    save_config(home, fresh)
+    return fresh
 
 
 def port_holder(port: int, stack_id: str) -> str | None:

@@ -1,5 +1,6 @@
 """The embedded stack: its services, and the keeper's entry."""
 
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from flows.home import StackConfig, load_config, write_environment
+from flows.home import StackConfig, leave_blocked_ports, load_config, write_environment
 from flows.launching import CLUSTER_VARIABLES, launcher_files, pool_of
 from flows.mlflow_service import mlflow_service
 from flows.stores import forget_weed_sockets, postgres_service, weed_service
@@ -306,14 +307,15 @@ def main() -> None:
     """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
     configure_logging()
     home = home_folder()
-    config = load_config(home)
+    config = leave_blocked_ports(home, load_config(home))
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     write_environment(home, config)
     settings = load_settings(Settings)
     try:
         Keeper(services(home, config, settings), home, config.stack_id).run()
     finally:
-        forget_weed_sockets(config)
+        with contextlib.suppress(PermissionError):
+            forget_weed_sockets(config)
 
 
 if __name__ == "__main__":

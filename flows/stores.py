@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import SecretStr
 
 from feedback.accounts import ensure_operator
-from flows.home import WEED_PORTS, StackConfig
+from flows.home import WEED_PORTS, StackConfig, is_blocked, weed_socket
 from infra.certificates import ensure_certificate
 from infra.confinement import Confinement, built_environment
 from infra.database import migrate, open_engine, open_sessions
 from infra.files import write_private
 from infra.health import Liveness, check_answer
+from infra.listeners import user_name
 from infra.objects import open_objects
 from infra.postgres import Postgres
 from infra.services import Service
@@ -88,9 +89,21 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
 
 
 def forget_weed_sockets(config: StackConfig) -> None:
-    """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there."""
-    for name in WEED_PORTS:
-        Path(f"/tmp/seaweedfs-{name}-grpc-{config.ports[f'{name}_grpc']}.sock").unlink(missing_ok=True)
+    """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there.
+
+    Raises:
+        PermissionError: if another user has put a file there since the keeper chose the ports.
+    """
+    for name in (f"{part}_grpc" for part in WEED_PORTS):
+        port = config.ports[name]
+        if is_blocked(name, port):
+            entry = weed_socket(name, port)
+            owner = user_name(entry.lstat().st_uid)
+            raise PermissionError(
+                f"{entry}, where the store needs its socket, belongs to {owner}; remove it, or run `cotrain down` and "
+                "`cotrain up`, which chooses another port"
+            )
+        weed_socket(name, port).unlink(missing_ok=True)
 
 
 def weed_security(config: StackConfig, certificate: Path) -> str:

@@ -9,6 +9,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,18 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from flows.home import WEED_PORTS, is_free, load_config, make_config, port_holder, write_environment
+from flows.home import (
+    WEED_PORTS,
+    is_free,
+    leave_blocked_ports,
+    load_config,
+    make_config,
+    port_holder,
+    weed_socket,
+    write_environment,
+)
 from flows.stack import services
+from flows.stores import forget_weed_sockets
 from infra.health import Failures, Liveness, Unwell
 from infra.objects import open_objects
 from infra.postgres import Postgres
@@ -269,6 +280,48 @@ def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
     again = make_config(tmp_path)
     assert again.ports["postgres"] == config.ports["postgres"]
     assert "mlflow" in again.ports
+
+
+@contextlib.contextmanager
+def acting_as(uid):
+    """Act as another user, which only root can."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_its_socket():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        home = Path(folder)
+        os.chown(home, ORDINARY, ORDINARY)
+        with acting_as(ORDINARY):
+            config = make_config(home)
+        blocked = weed_socket("s3_grpc", config.ports["s3_grpc"])
+        blocked.touch()
+        try:
+            with acting_as(ORDINARY):
+                with pytest.raises(PermissionError, match=rf"{blocked}, .* belongs to user 0 .*; remove it, or run"):
+                    forget_weed_sockets(config)
+                fresh = leave_blocked_ports(home, config)
+                forget_weed_sockets(fresh)
+                assert load_config(home) == fresh
+        finally:
+            blocked.unlink()
+    assert {name for name, port in config.ports.items() if fresh.ports[name] != port} == {"s3_grpc"}
+
+
+def test_a_folder_in_the_way_of_the_stores_socket_stops_not_even_root(tmp_path):
+    config = make_config(tmp_path)
+    blocked = weed_socket("filer_grpc", config.ports["filer_grpc"])
+    blocked.mkdir()
+    try:
+        assert leave_blocked_ports(tmp_path, config).ports["filer_grpc"] != config.ports["filer_grpc"]
+    finally:
+        blocked.rmdir()
 
 
 def test_all_services_listen_on_loopback_only(tmp_path):
