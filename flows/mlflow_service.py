@@ -9,6 +9,7 @@ from flows.home import StackConfig
 from infra.confinement import Confinement, built_environment, port_of
 from infra.files import write_private
 from infra.health import Liveness, check_answer
+from infra.http_server import command_options
 from infra.mlflow_gate import DIGESTS_VARIABLE
 from infra.mlflow_rules import CONSUMER
 from infra.postgres import Postgres
@@ -58,6 +59,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
 
     command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
+    command += ["--uvicorn-opts", command_options()]
     ports = (config.ports["postgres"], port_of(settings.s3_endpoint))
     confinement = Confinement(read=(configuration,), write=(work,), bind=(config.ports["mlflow"],), connect=ports)
     return Service(

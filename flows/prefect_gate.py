@@ -19,6 +19,7 @@ import uvicorn
 
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
+from infra.http_server import server_options
 from infra.throttle import Throttle
 
 log = logging.getLogger("flows.prefect_gate")  # this module is __main__ where it matters
@@ -236,7 +237,15 @@ def main() -> None:
     gate = Gate(create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, ""))
     log.setLevel(logging.INFO)
     # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
-    uvicorn.run(gate, host=str(api.host), port=api.port, proxy_headers=False, access_log=False, log_level="info")
+    uvicorn.run(
+        gate,
+        host=str(api.host),
+        port=api.port,
+        proxy_headers=False,
+        access_log=False,
+        log_level="info",
+        **server_options(),
+    )
 
 
 if __name__ == "__main__":

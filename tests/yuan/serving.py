@@ -5,6 +5,7 @@ import sys
 import torch
 import uvicorn
 
+from infra.http_server import server_options
 from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
@@ -47,4 +48,10 @@ if __name__ == "__main__":
     service = Service(Metrics())
     service.use(make_served(1))
     torch.set_num_threads(1)
-    uvicorn.run(make_api(TOKEN, service), port=int(sys.argv[1]), log_level="error", timeout_keep_alive=60)
+    uvicorn.run(
+        make_api(TOKEN, service),
+        port=int(sys.argv[1]),
+        log_level="error",
+        timeout_keep_alive=60,
+        **server_options(),
+    )

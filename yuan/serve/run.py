@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
+from infra.http_server import server_options
 from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
@@ -36,6 +37,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        **server_options(),
     )
 
 

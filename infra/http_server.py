@@ -1,0 +1,224 @@
+"""Limit what a connection may hold of an HTTP server; every server of the stack runs uvicorn with these options.
+
+The subclass is of uvicorn's h11 protocol, which uvicorn chooses itself where httptools is not installed.
+"""
+
+import asyncio
+import logging
+import resource
+import time
+from collections import OrderedDict
+from typing import Any, TypedDict
+from weakref import WeakKeyDictionary
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 4000
+MAX_HEAD_BYTES = 16 * 1024  # h11's default
+MAX_WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
+WARNING_PAUSE_S = 60.0
+
+
+class ServerOptions(TypedDict):
+    """Keyword arguments of `uvicorn.run` and `uvicorn.Config`."""
+
+    http: type[asyncio.Protocol]
+    ws_max_size: int
+    backlog: int
+
+
+def server_options() -> ServerOptions:
+    """Return the options for a server in this process."""
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "http": HttpProtocol,
+        "ws_max_size": MAX_WEBSOCKET_MESSAGE_BYTES,
+        "backlog": choose_backlog(open_files),
+    }
+
+
+def command_options() -> str:
+    """Return the options for uvicorn's command line, in a process that `infra.child` starts with all files it may."""
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    protocol = f"{HttpProtocol.__module__}:{HttpProtocol.__qualname__}"
+    return f"--http {protocol} --ws-max-size {MAX_WEBSOCKET_MESSAGE_BYTES} --backlog {choose_backlog(open_files)}"
+
+
+def choose_connection_limit(open_files: int) -> int:
+    """Return how many connections a server may hold: at most half of its files, since its answers need some too.
+
+    >>> choose_connection_limit(300), choose_connection_limit(65_536), choose_connection_limit(resource.RLIM_INFINITY)
+    (150, 4000, 4000)
+    """
+    return MAX_CONNECTIONS if open_files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, open_files // 2)
+
+
+def choose_backlog(open_files: int) -> int:
+    """Return how many connections may wait to be accepted.
+
+    asyncio accepts all of them at once, before it reads from any. So they are at most a quarter of the limit: a
+    caller accepted among them is not closed for those behind it before its request is read. And three turns of the
+    loop pass before a connection beyond the limit is closed, so four times the backlog takes at most half of the files
+    that the limit leaves.
+
+    >>> choose_backlog(300), choose_backlog(20_000), choose_backlog(resource.RLIM_INFINITY)
+    (18, 1000, 1000)
+    """
+    limit = choose_connection_limit(open_files)
+    if open_files == resource.RLIM_INFINITY:
+        return limit // 4
+    return max(1, min(limit // 4, (open_files - limit) // 8))
+
+
+class StrictConnection(h11.Connection):
+    """Refuse a request with both Content-Length and Transfer-Encoding, as RFC 9112, section 6.1 allows.
+
+    A proxy that believes the other of the two would take the body's rest for the next request.
+    """
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"content-length" in names and b"transfer-encoding" in names:
+                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in one request")
+        return event
+
+
+class HttpProtocol(H11Protocol):
+    """Serve one connection, which is closed when its request's head takes too long, or for another when all are taken.
+
+    A head may take `head_limit_s` from the connection's beginning, or from its first byte on a connection that was
+    kept alive. While as many connections are open as the process may hold, each new one takes the place of another that
+    keeps the server waiting (see `Crowd`), so short requests are answered however many idle connections arrive.
+    """
+
+    head_limit_s = 15.0
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self._crowd = find_crowd(server_state)
+        self._group: Group | None = None
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_head_timer()
+        self._choose_group()
+        if len(self.connections) > self._crowd.limit:
+            self._crowd.close_one()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_head_timer()
+        self._enter(None)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # A body that goes on after its answer delays the next head, and no application counts it any more.
+        is_answered_early = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        if self.conn.their_state is h11.IDLE or is_answered_early:
+            self._start_head_timer()
+        else:
+            self._stop_head_timer()
+        self._choose_group()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._choose_group()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._choose_group()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._choose_group()
+
+    def abort(self) -> None:
+        """Close the connection at once, whatever it waits for."""
+        self.connections.discard(self)
+        self._enter(None)
+        self.transport.abort()
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_limit_s, self.abort)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _choose_group(self) -> None:
+        """Note what the server waits for."""
+        is_closing, state = self.transport.is_closing(), self.conn.their_state
+        is_idle = is_closing or state is h11.IDLE
+        if self.flow.write_paused or (is_idle and self.transport.get_write_buffer_size()):
+            self._enter(self._crowd.unread)
+        elif is_closing:
+            self._enter(None)
+        elif state is h11.IDLE:
+            self._enter(self._crowd.without_head)
+        elif state is h11.SEND_BODY:
+            self._enter(self._crowd.without_body)
+        else:
+            self._enter(None)
+
+    def _enter(self, group: "Group | None") -> None:
+        if group is self._group:
+            return
+        if self._group is not None:
+            self._group.pop(self, None)
+        if group is not None:
+            group[self] = None
+        self._group = group
+
+
+Group = OrderedDict[HttpProtocol, None]
+
+
+class Crowd:
+    """The connections of one server that keep it waiting, in three groups; those that wait longest come first.
+
+    The groups wait for a request's head, for the rest of its body, and for the caller to read the answer. One is closed
+    from the largest group, so that a flood of one kind does not close the others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.without_head, self.without_body, self.unread = Group(), Group(), Group()
+        self._warned_at = -WARNING_PAUSE_S
+
+    def close_one(self) -> None:
+        """Close the connection that waits longest in the largest group."""
+        largest = max(self.without_head, self.without_body, self.unread, key=len)
+        if largest:
+            next(iter(largest)).abort()
+        if time.monotonic() - self._warned_at >= WARNING_PAUSE_S:  # a line for each would fill the disk
+            self._warned_at = time.monotonic()
+            log.warning("all %d connections are taken; closing those that wait longest", self.limit)
+
+
+_crowds: WeakKeyDictionary[ServerState, Crowd] = WeakKeyDictionary()
+
+
+def find_crowd(server_state: ServerState) -> Crowd:
+    """Return the waiting connections of a server; uvicorn makes its protocols know one another by this state alone."""
+    crowd = _crowds.get(server_state)
+    if crowd is None:
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        crowd = _crowds[server_state] = Crowd(choose_connection_limit(open_files))
+    return crowd
