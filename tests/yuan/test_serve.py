@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 
 import httpx
 import openai
@@ -11,6 +12,7 @@ from tests.waiting import until
 from tests.yuan.serving import TOKEN, WINDOW, make_served, metric, running
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
+from yuan.serve.admission import MAX_BODY_BYTES
 from yuan.serve.metrics import Metrics
 from yuan.serve.service import Service
 
@@ -128,6 +130,29 @@ def test_without_the_token_nothing_is_answered(url):
     for path in ("/v1/models", "/metrics"):
         assert httpx.get(url + path).status_code == 401
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 401
+
+
+@pytest.mark.parametrize(("token", "status"), [("wrong", 401), (TOKEN, 413)])
+def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
+    """The answer comes while the caller still has all of its body to send."""
+    address, head = httpx.URL(url), f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n"
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        connection.sendall(f"{head}Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+        answer = connection.recv(10_000).decode()
+    assert answer.startswith(f"HTTP/1.1 {status}")
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_call_may_be_as_large_as_the_limit_and_no_larger(http, served, is_chunked):
+    def ask(size):
+        body = b'{"prompt": "abc", "max_tokens": 1}'.ljust(size)
+        content = iter([body]) if is_chunked else body
+        return http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+
+    assert ask(MAX_BODY_BYTES).status_code == 200
+    refused = ask(MAX_BODY_BYTES + 1)
+    assert refused.status_code == 413 and "send less" in refused.json()["error"]["message"]
+    assert ask(100).status_code == 200  # on the same connection
 
 
 def test_models_are_swapped_without_dropping_a_request(client, service, served):

@@ -1,13 +1,12 @@
 """The OpenAI API over the model in service. Internal: only the portal holds its token."""
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Callable
 from itertools import takewhile
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException
+from fastapi import FastAPI, HTTPException
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from yuan.generate.decoder import NonFinite
 from yuan.generate.sampling import Sampling
+from yuan.serve.admission import Admission
 from yuan.serve.answers import DONE, ChatShape, Shape, sse
 from yuan.serve.forms import MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.request import Broken, Busy, Expired, Failed, Piece, Request, Served
@@ -27,13 +27,8 @@ VERSION_HEADER, CALLER_HEADER = "X-Yuan-Version", "X-Yuan-Caller"
 
 def make_api(token: str, service: Service) -> FastAPI:
     """Build the server's application over a service."""
-
-    def check_token(authorization: Annotated[str, Header()] = "") -> None:
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "the model server is internal; use the portal")
-
     app = FastAPI(title="Yuan model server", openapi_url=None)
-    guarded = APIRouter(dependencies=[Depends(check_token)])
+    app.add_middleware(Admission, token=token, metrics=service.metrics)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -42,17 +37,17 @@ def make_api(token: str, service: Service) -> FastAPI:
         reason = fault or ("ok" if service.served else "no model is in service yet")
         return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
 
-    @guarded.get("/v1/models")
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         served = service.served
         data = [{"id": "yuan", "object": "model", "owned_by": "cotrain", "version": served.version}] if served else []
         return {"object": "list", "data": data}
 
-    @guarded.get("/metrics")
+    @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text())
 
-    @guarded.post("/v1/completions")
+    @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
         if form.echo:
             raise HTTPException(400, "echo is not offered by this server; leave it out")
@@ -61,7 +56,7 @@ def make_api(token: str, service: Service) -> FastAPI:
         shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await answer(listener, shape, form, call)
 
-    @guarded.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = form.sampling(form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
@@ -70,7 +65,6 @@ def make_api(token: str, service: Service) -> FastAPI:
         shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await answer(listener, shape, form, call)
 
-    app.include_router(guarded)
     _add_error_handlers(app, service)
     return app
 
