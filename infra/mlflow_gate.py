@@ -1,33 +1,43 @@
 """The gate in front of MLflow: closed routes, limited password guessing, a page that finds its workspace.
 
 MLflow trusts every caller from loopback, and there any account could make it run commands (its assistant). So requests
-reach it only by the allow-lists of `infra.mlflow_rules`. `mlflow server --app-name cotrain` loads `create_app`.
+reach it only by the allow-lists of `infra.mlflow_rules`. It also reads bodies of any length into memory, and has one
+loop and a few threads for everybody: so they reach it whole, within the bounds of `infra.mlflow_requests`, and a few at
+a time. `mlflow server --app-name cotrain` loads `create_app`.
 """
 
+import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
+import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, Rule, allows
+from infra.lanes import Lane, LaneFull
+from infra.mlflow_requests import Refused, check_form, check_graphql, check_parameters, read_form
+from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, UPLOAD_RULES, Rule, allows
+from infra.request_body import PAUSE_S, BodyRefused, ClientLeft, Headers, Message, Receive, has_body, read_body, replay
 from infra.throttle import Throttle, is_machine_secret
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 
 ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's own: the account that it makes at its first start
 DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which the throttle lets pass
 CHALLENGE = (b"www-authenticate", b'Basic realm="mlflow"')
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 CLOSED = "this route is not open to this account; see docs/security.md"
+BUSY = "MLflow has as many requests as it can work on; try again"
+RETRY_AFTER = (b"retry-after", b"5")
+MAX_BODY_BYTES, MAX_ADMINISTRATOR_BODY_BYTES = 2**20, 16 * 2**20
+MAX_INSIDE, MAX_WAITING, MAX_WAIT_S = 8, 64, 30.0  # MLflow has 40 threads
+SEND_S = 60.0  # for a client to take a part of an answer, which waits in memory
 
 # MLflow's pages read the workspace from the address's fragment, which no server sees, and show nothing without it.
 # The stored values are their own switches, set where the visitor has not chosen: open no assistant, send no usage data,
@@ -78,48 +88,134 @@ class Gate:
     accounts that MLflow calls administrators besides have a consumer's.
     """
 
-    def __init__(self, app: App, administrator: str, machine_digests: Iterable[str]) -> None:
+    def __init__(self, app: App, administrator: str, machine_digests: Iterable[str], pause_s: float = PAUSE_S) -> None:
         self._app, self._administrator = app, administrator
         self._machine_digests = tuple(machine_digests)
+        self._pause_s = pause_s
         self._throttle = Throttle()
+        # The platform itself waits in none of these.
+        self._visitors = Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S)
+        self._accounts = Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S)
+        self._readings = Lane(MAX_WAITING, 0, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
+        try:
+            await self._admit(scope, receive, send)
+        except ClientLeft:
+            return
+        except Refusal as refusal:
+            await refusal.send(send, is_unread=has_body(scope["headers"]))
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if not is_plain_path(scope):
-            return await _refuse(send, 403, CLOSED)
+            raise Refusal(403, CLOSED)
         if allows(PUBLIC_RULES, method, path):
-            return await self._app(_with_headers(scope, None), receive, send)
+            return await self._show(scope, receive, send)
         caller = read_credentials(scope["headers"])
         if caller is None:
-            return await _refuse(send, 401, "sign in with one Basic authorization header", CHALLENGE)
+            raise Refusal(401, "sign in with one Basic authorization header", CHALLENGE)
         if not allows(self._rules(caller), method, path):
-            return await _refuse(send, 403, CLOSED)
+            raise Refusal(403, CLOSED)
         await self._sign_in(caller, scope, receive, send)
 
     def _rules(self, caller: "Credentials") -> tuple[Rule, ...]:
         return ADMINISTRATOR_RULES if caller.name == self._administrator else CONSUMER_RULES
+
+    async def _show(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request that needs no account; probes of its health wait for nobody."""
+        if has_body(scope["headers"]):
+            raise Refusal(413, "this route takes no body")
+        lane = None if scope["path"] == "/health" else self._visitors
+        await self._forward(lane, _with_headers(scope, None), receive, send)
 
     async def _sign_in(self, caller: "Credentials", scope: Scope, receive: Receive, send: Send) -> None:
         """Forward a request with its caller's credentials, unless too many of them were wrong lately."""
         forwarded = _with_headers(scope, caller)
         answer = PageSend(send) if scope["path"] == "/" and scope["method"] == "GET" else send
         if is_machine_secret(caller.name, caller.password, self._machine_digests):
-            return await self._app(forwarded, receive, answer)
+            if caller.name == self._administrator:
+                if not allows(UPLOAD_RULES, scope["method"], scope["path"]):
+                    receive = await self._check(scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True)
+                return await self._app(forwarded, receive, answer)
+            return await self._forward(self._accounts, forwarded, await self._read(scope, receive), answer)
         address = scope["client"][0]  # the connection's, since uvicorn is told to believe no forwarded header
         if wait_s := self._throttle.admit(caller.name, address):
             message = f"too many wrong passwords; try again in {wait_s} s"
-            return await _refuse(send, 429, message, (b"retry-after", str(wait_s).encode()))
+            raise Refusal(429, message, (b"retry-after", str(wait_s).encode()))
 
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] != 401:
                 self._throttle.succeed(caller.name, address)
             await answer(message)
 
-        await self._app(forwarded, receive, watch)
+        try:
+            await self._forward(self._accounts, forwarded, await self._read(scope, receive), watch)
+        except (Refusal, ClientLeft):
+            self._throttle.succeed(caller.name, address)  # the password was not looked at, so nothing was guessed
+            raise
+
+    async def _read(self, scope: Scope, receive: Receive) -> Receive:
+        """Read and check what an account other than the platform's asks."""
+        try:
+            check_parameters(scope["query_string"])
+        except Refused as error:
+            raise Refusal(400, str(error)) from None
+        if not has_body(scope["headers"]):
+            return await self._check(scope, receive, 0)
+        with _busy():
+            async with self._readings.enter():
+                return await self._check(scope, receive, MAX_BODY_BYTES)
+
+    async def _check(self, scope: Scope, receive: Receive, max_bytes: int, is_trusted: bool = False) -> Receive:
+        """Read a body, and return what gives it to MLflow once it is a JSON object within its bounds."""
+        try:
+            body = await read_body(receive, scope["headers"], max_bytes, self._pause_s)
+            form = read_form(body)
+            if not is_trusted:
+                check_form(form)
+            if scope["path"] == "/graphql":
+                check_graphql(form)
+        except Refused as error:
+            raise Refusal(400, str(error)) from None
+        except BodyRefused as error:
+            raise Refusal(error.status, str(error)) from None
+        return replay(body, receive)
+
+    async def _forward(self, lane: Lane | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let MLflow answer, in its turn; a client that does not take its answer loses it, and its place."""
+        is_stalled = False
+
+        async def send_soon(message: Message) -> None:
+            nonlocal is_stalled
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except TimeoutError:
+                is_stalled = True
+                raise
+
+        try:
+            if lane is None:
+                return await self._app(scope, receive, send_soon)
+            with _busy():
+                async with lane.enter():
+                    await self._app(scope, receive, send_soon)
+        except Exception:
+            if not is_stalled:
+                raise
+
+
+@contextlib.contextmanager
+def _busy() -> Iterator[None]:
+    try:
+        yield
+    except LaneFull:
+        raise Refusal(429, BUSY, RETRY_AFTER) from None
 
 
 @dataclass(frozen=True)
@@ -203,10 +299,28 @@ class PageSend:
 _REPLACED = (b"content-length", b"etag", b"last-modified", b"cache-control", b"content-security-policy")
 
 
-async def _refuse(send: Send, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
-    """Answer in MLflow's own form, which its client library shows."""
-    code = {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 429: "REQUEST_LIMIT_EXCEEDED"}[status]
-    body = f'{{"error_code": "{code}", "message": "{message}"}}'.encode()
-    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+class Refusal(Exception):
+    """An answer of the gate's own, in MLflow's form, which its client library shows."""
+
+    def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+    async def send(self, send: Send, is_unread: bool) -> None:
+        """Answer, and close the connection if a body may still be coming, which nobody reads."""
+        body = json.dumps({"error_code": _CODES[self.status], "message": str(self)}).encode()
+        head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self.headers]
+        if is_unread:
+            head.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": self.status, "headers": head})
+        await send({"type": "http.response.body", "body": body})
+
+
+_CODES = {
+    400: "INVALID_PARAMETER_VALUE",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    408: "BAD_REQUEST",
+    413: "BAD_REQUEST",
+    429: "REQUEST_LIMIT_EXCEEDED",
+}

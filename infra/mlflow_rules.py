@@ -86,6 +86,9 @@ GET /{,ajax-}api/2.0/mlflow/users/current
 GET /{,ajax-}api/3.0/mlflow/users/current/permissions
 """)
 
+# Whose bodies are files of any size, which pass as they come.
+UPLOAD_RULES = parse_rules("PUT /{,ajax-}api/2.0/mlflow-artifacts/artifacts/**")
+
 # The platform's tracker and an operator's browser. Nobody may rename or delete a registered model, make another
 # administrator or workspace, or reach what runs code or calls other hosts: assistant, gateway, jobs, scorers, webhooks.
 ADMINISTRATOR_RULES = CONSUMER_RULES + parse_rules("""

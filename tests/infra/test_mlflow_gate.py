@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from infra.mlflow_gate import read_credentials
+from infra.mlflow_requests import MAX_CONDITIONS, MAX_ORDER_BY
 from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, allows
 from infra.throttle import MAX_ACCOUNT_FAILURES
 from infra.tracker import Tracker
@@ -272,6 +274,45 @@ def test_searches_show_a_consumer_only_what_they_may_read(clients, mlflow):
             assert ask.get(f"/ajax-api/2.0/mlflow/metrics/{name}", params=query).status_code == 403
     assert ask.get("/api/2.0/mlflow/runs/get", params={"run_id": mlflow.private_run}).status_code == 403
     assert mlflow.model not in ask.post("/api/2.0/mlflow/logged-models/search", json=body).text
+
+
+def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(clients, mlflow):
+    search, ask = "/api/2.0/mlflow/runs/search", clients["consumer"]
+    orders = [f"params.`p{n}` ASC" for n in range(2000)]
+    conditions = " AND ".join(f"params.`p{n}` = 'x'" for n in range(MAX_CONDITIONS))
+    body = {"experiment_ids": [mlflow.experiment]}
+    aliases = "{" + " ".join(f"a{n}: __typename" for n in range(3000)) + "}"
+    started = time.monotonic()
+    for refused in ({"order_by": orders}, {"max_results": 50_000}, {"filter": conditions + " AND params.a = 'x'"}):
+        assert ask.post(search, json={**body, **refused}).status_code == 400
+    for refused in ({"query": aliases}, {"query": None}, {"query": "{"}, {}):
+        answer = ask.post("/graphql", json=refused)
+        assert answer.status_code == 400 and answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
+    assert time.monotonic() - started < 2
+    most = {**body, "order_by": orders[:MAX_ORDER_BY], "filter": conditions}
+    assert ask.post(search, json=most).status_code == 200
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("content", [b"[" * 2000, b'"x"', b"[]", b"null"])
+def test_what_is_no_json_object_is_the_callers_fault(clients, content):
+    for caller in ("consumer", "administrator"):
+        for path in ("/api/2.0/mlflow/runs/search", "/graphql"):
+            assert clients[caller].post(path, content=content).status_code == 400
+
+
+@pytest.mark.parametrize("password", ["", "wrong"])
+def test_a_body_without_end_reaches_no_memory(clients, stores, password):
+    name, right = callers(stores)["consumer"]
+    address = urlsplit(stores.mlflow_url)
+    token = base64.b64encode(f"{name}:{password or right}".encode()).decode()
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+    connection.putrequest("POST", "/api/2.0/mlflow/runs/search")
+    connection.putheader("Authorization", f"Basic {token}")
+    connection.putheader("Content-Length", str(512 * 2**20))
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, stores):

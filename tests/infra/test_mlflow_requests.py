@@ -1,0 +1,235 @@
+"""What the gate in front of MLflow takes of a request, on a small server that says what reached it."""
+
+import asyncio
+import base64
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import uvicorn
+
+from infra.lanes import Lane, LaneFull
+from infra.mlflow_gate import MAX_BODY_BYTES, MAX_INSIDE, MAX_WAITING, Gate
+from infra.mlflow_requests import MAX_ORDER_BY, MAX_RESULTS, Refused, check_graphql
+from infra.throttle import credential_digest
+
+ADMINISTRATOR, CONSUMER = ("root", "r" * 40), ("consumer", "c" * 40)
+SEARCH, LOG = "/api/2.0/mlflow/runs/search", "/api/2.0/mlflow/runs/log-batch"
+UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
+
+
+class Behind:
+    """What the gate forwards to: it keeps paths and the size of bodies, and answers consumers when it may."""
+
+    def __init__(self):
+        self.reached, self.inside, self.most = [], 0, 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    async def __call__(self, scope, receive, send):
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        self.reached.append((scope["path"], size))
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        while scope["path"] == SEARCH and not self.may_answer.is_set():
+            await asyncio.sleep(0.01)
+        self.inside -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+def behind():
+    return Behind()
+
+
+@pytest.fixture
+def port(behind):
+    digests = [credential_digest(*ADMINISTRATOR), credential_digest(*CONSUMER)]
+    gate = Gate(behind, ADMINISTRATOR[0], digests, pause_s=1)
+    server = uvicorn.Server(uvicorn.Config(gate, port=0, lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    behind.may_answer.set()
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def post(port):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        yield lambda body, path=SEARCH, auth=CONSUMER: client.post(path, content=body, auth=auth)
+
+
+def send_raw(port, path, length, sent, auth=CONSUMER, method="POST"):
+    """Announce a body, send part of it, and return the socket."""
+    token = base64.b64encode(":".join(auth).encode()).decode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Basic {token}\r\nContent-Length: {length}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode() + sent)
+    return connection
+
+
+def status_of(connection):
+    return int(connection.recv(4096).split()[1])
+
+
+@pytest.mark.parametrize("auth", [CONSUMER, ("consumer", "wrong"), ("root", "wrong"), ("unknown", "x")], ids=str)
+def test_a_long_body_is_refused_before_it_is_read(port, behind, auth):
+    with send_raw(port, SEARCH, 512 * 2**20, b"", auth) as connection:
+        assert status_of(connection) == 413
+    assert behind.reached == []
+
+
+def test_a_body_without_a_length_is_read_to_its_bound(port, behind):
+    chunks = (b"x" * 65536 for _ in range(MAX_BODY_BYTES // 65536 + 1))
+    try:
+        answer = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
+        assert answer.status_code == 413
+    except httpx.TransportError:
+        pass  # the connection was closed while the client still sent
+    assert behind.reached == []
+
+
+def test_a_body_that_stalls_is_refused_and_one_that_breaks_off_is_dropped(port, behind):
+    with send_raw(port, SEARCH, 100, b"{") as connection:
+        assert status_of(connection) == 408
+    send_raw(port, SEARCH, 100, b"{").close()
+    time.sleep(0.2)
+    assert behind.reached == []
+
+
+def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
+    stalled = [send_raw(port, SEARCH, 100, b"{") for _ in range(MAX_WAITING)]
+    try:
+        assert httpx.get(f"http://127.0.0.1:{port}/", auth=CONSUMER).status_code == 200
+        assert post("{}", auth=ADMINISTRATOR).status_code == 200
+        refused = post("{}")
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+    finally:
+        for connection in stalled:
+            connection.close()
+
+
+def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, behind, port):
+    behind.may_answer.clear()
+    with ThreadPoolExecutor(MAX_INSIDE + MAX_WAITING + 8) as pool:
+        url = f"http://127.0.0.1:{port}{SEARCH}"
+        asked = [
+            pool.submit(httpx.post, url, content="{}", auth=CONSUMER, timeout=30)
+            for _ in range(MAX_INSIDE + MAX_WAITING + 8)
+        ]
+        while not any(one.done() for one in asked):
+            time.sleep(0.05)
+        assert behind.most == MAX_INSIDE
+        assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
+        behind.may_answer.set()
+        statuses = [one.result().status_code for one in asked]
+    assert statuses.count(429) == 8 and statuses.count(200) == MAX_INSIDE + MAX_WAITING
+
+
+def test_the_administrators_files_pass_as_they_come_and_its_json_is_bounded(post, port, behind):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=ADMINISTRATOR) as client:
+        assert client.put(UPLOAD, content=b"x" * 20 * 2**20).status_code == 200
+    assert post(b'{"a": "' + b"x" * 2 * MAX_BODY_BYTES + b'"}', LOG, ADMINISTRATOR).status_code == 200
+    with send_raw(port, LOG, 17 * 2**20, b"", ADMINISTRATOR) as connection:
+        assert status_of(connection) == 413
+    with send_raw(port, UPLOAD, 2**30, b"", ("root", "wrong"), "PUT") as connection:
+        assert status_of(connection) == 413
+    assert behind.reached[0] == (UPLOAD, 20 * 2**20)
+
+
+@pytest.mark.parametrize("path", ["/health", "/static-files/x.js", "/api/3.0/mlflow/server-info"])
+def test_what_needs_no_account_takes_no_body(port, behind, path):
+    with send_raw(port, path, 100, b"{", method="GET") as connection:
+        assert status_of(connection) == 413
+    assert httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
+
+
+@pytest.mark.parametrize("body", ["[" * 2000, '"x"', "[]", "null", "{", "1" * 5000, b"\xff"])
+def test_a_body_that_is_no_object_is_refused_in_mlflows_form(post, behind, body):
+    for path, auth in ((SEARCH, CONSUMER), (LOG, ADMINISTRATOR), ("/graphql", CONSUMER)):
+        answer = post(body, path, auth)
+        assert answer.status_code == 400 and answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
+    assert behind.reached == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"order_by": ["start_time"] * (MAX_ORDER_BY + 1)},
+        {"orderBy": ["start_time"] * (MAX_ORDER_BY + 1)},
+        {"experiment_ids": ["1"] * 1001},
+        {"filter": "x" * 10_001},
+        {"filter": " AND ".join(["params.a = 'b'"] * 31)},
+        {"max_results": MAX_RESULTS + 1},
+        {"maxResults": "1e6"},
+        {"max_results": 10**400},
+        {"a": {str(n): n for n in range(1001)}},
+        {"a": json.loads("[" * 30 + "]" * 30)},
+    ],
+    ids=lambda form: str(form)[:40],
+)
+def test_a_search_beyond_a_bound_is_refused(post, behind, form):
+    assert post(json.dumps(form)).status_code == 400 and behind.reached == []
+
+
+def test_parameters_of_an_address_have_the_same_bounds(port, behind):
+    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/search"
+    for query in ({"order_by": ["name"] * 11}, {"max_results": 10**6}, {"filter": "x" * 10_001}, {"a": ["b"] * 1001}):
+        assert httpx.get(url, params=query, auth=CONSUMER).status_code == 400
+    assert httpx.get(url, params={"order_by": ["name"] * 10, "max_results": 100}, auth=CONSUMER).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        None,
+        7,
+        "",
+        "{",
+        "x" * 5000,
+        "{" + " ".join(f"a{n}: b" for n in range(20)) + "}",
+        "{" + "a " * 300 + "}",
+        "{a" * 600,
+        "{a" * 90 + "}" * 90,
+        "{mlflowSearchRuns(input: {orderBy: [%s]}) {runs {info {runId}}}}" % ('"a",' * 11),
+        "query($x: [String]) {mlflowSearchRuns(input: {orderBy: $x}) {runs {info {runId}}}}",
+        "{mlflowSearchRuns(input: {maxResults: 49999}) {runs {info {runId}}}}",
+    ],
+    ids=lambda query: str(query)[:40],
+)
+def test_graphql_beyond_its_bounds_is_refused(query):
+    with pytest.raises(Refused):
+        check_graphql({"query": query})
+
+
+@pytest.mark.parametrize("more", [{"variables": []}, {"operationName": 1}])
+def test_graphql_takes_what_mlflow_reads(more):
+    query = {"query": "query A($data: B!) {mlflowGetRun(input: $data) {run {info {runId}}}}"}
+    check_graphql({**query, "variables": {"data": {"runId": "1"}}, "operationName": "A"})
+    with pytest.raises(Refused):
+        check_graphql({**query, **more})
+
+
+def test_whoever_waits_too_long_for_a_lane_is_told_so():
+    async def fill():
+        lane = Lane(1, 1, 0.05)
+        async with lane.enter():
+            with pytest.raises(LaneFull):
+                async with lane.enter():
+                    pass
+        async with lane.enter():
+            return True
+
+    assert asyncio.run(fill())
