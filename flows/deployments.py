@@ -5,11 +5,11 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
+from flows.deployment_rules import NAME
 from flows.registry import REGISTERED
 from flows.worker import POOL, TEMPLATE
 from infra.settings import DispatcherSettings
 
-NAME = "local"
 ROUND = f"cotrain-round/{NAME}"
 REPRODUCE = f"cotrain-reproduce/{NAME}"
 SLUG = "calendar"

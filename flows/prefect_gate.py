@@ -5,6 +5,7 @@ closed; password guessing is limited; and browsers are told to load nothing from
 pages do (an analytics host) although analytics are off.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -13,10 +14,12 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any
 
 import uvicorn
 
+from flows.deployment_rules import find_foreign_deployment
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
 from infra.http_server import server_options
@@ -35,6 +38,7 @@ CLOSED = "this route of Prefect's server is closed; flows/prefect_rules.py lists
 POLICY_VIOLATION = 1008
 SCHEMA_FIELDS = {"/api/deployments/": "parameter_openapi_schema", "/api/ui/schemas/validate": "schema"}
 MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_S = 4096, 10.0  # of a websocket: it is the password in a little JSON
 
 
 class Gate:
@@ -43,8 +47,8 @@ class Gate:
     `secret` is `user:password`, generated; who sends it always passes, so nobody can lock the platform out.
     """
 
-    def __init__(self, app: App, secret: str, pictures: str = "") -> None:
-        self._app, self._secret = app, secret.encode()
+    def __init__(self, app: App, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_S) -> None:
+        self._app, self._secret, self._first_message_s = app, secret.encode(), first_message_s
         self._throttle = Throttle()
         self._headers = page_headers(pictures)
 
@@ -55,7 +59,8 @@ class Gate:
         if scope["type"] == "websocket":
             if not SOCKETS.allow(method, path):
                 return await send({"type": "websocket.close", "code": POLICY_VIOLATION})
-            return await self._app(scope, self._check_first_message(receive, _address(scope)), send)
+            first = FirstMessage(receive, send, partial(self._is_refused, _address(scope)), self._first_message_s)
+            return await self._app(scope, first.receive, first.send)
         send = self._with_headers(send)
         if not (is_page(method, path) or PUBLIC.allow(method, path)):
             if not OPERATOR.allow(method, path):
@@ -64,7 +69,9 @@ class Gate:
             if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
                 return await _refuse(send, *refusal)
             body = await _read_body(receive)
-            if (fault := find_fault(body) or find_foreign_schema(path, body)) is not None:
+            if body is None:
+                return
+            if (fault := find_fault(body) or find_foreign(path, body)) is not None:
                 return await _refuse(send, 422, fault)
             receive = _replay(body, receive)
         await self._app(scope, receive, send)
@@ -80,21 +87,18 @@ class Gate:
             return 429, f"too many wrong passwords; try again in {wait_s} s"
         return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
 
-    def _check_first_message(self, receive: Receive, address: str) -> Receive:
-        """Count guesses in a websocket's first message, which has the password and which the server itself checks."""
-        is_first = True
-
-        async def checked() -> Message:
-            nonlocal is_first
-            message = await receive()
-            if message["type"] == "websocket.receive" and is_first:
-                is_first = False
-                refusal = self._check(_token(message), address)
-                if refusal is not None and refusal[0] == 429:
-                    return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
-            return message
-
-        return checked
+    def _is_refused(self, address: str, message: Message) -> bool:
+        """Tell whether a websocket's first message must not reach the server, which itself checks its password."""
+        text = message.get("text")
+        if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
+            return True
+        try:
+            form = json.loads(text)
+        except (ValueError, RecursionError):
+            return True
+        token = form.get("token") if isinstance(form, dict) else None
+        refusal = self._check(None if token is None else str(token).encode(errors="replace"), address)
+        return refusal is not None and refusal[0] == 429
 
     def _with_headers(self, send: Send) -> Send:
         async def with_headers(message: Message) -> None:
@@ -103,6 +107,40 @@ class Gate:
             await send(message)
 
         return with_headers
+
+
+class FirstMessage:
+    """The two ends of a websocket, which is closed unless its first message comes in time and is not refused.
+
+    The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password.
+    """
+
+    def __init__(self, receive: Receive, send: Send, is_refused: Callable[[Message], bool], limit_s: float) -> None:
+        self._receive, self._send, self._is_refused, self._limit_s = receive, send, is_refused, limit_s
+        self._is_accepted = self._is_known = self._is_closed = False
+
+    async def receive(self) -> Message:
+        if self._is_known or not self._is_accepted:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._limit_s):
+                message = await self._receive()
+        except TimeoutError:
+            return await self._close()
+        self._is_known = True
+        if message["type"] == "websocket.receive" and self._is_refused(message):
+            return await self._close()
+        return message
+
+    async def send(self, message: Message) -> None:
+        self._is_accepted = self._is_accepted or message["type"] == "websocket.accept"
+        if not self._is_closed:
+            await self._send(message)
+
+    async def _close(self) -> Message:
+        await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        self._is_closed = True
+        return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
 
 
 def page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
@@ -141,19 +179,25 @@ def find_fault(body: bytes) -> str | None:
     return None
 
 
-def find_foreign_schema(path: str, body: bytes) -> str | None:
+def find_foreign(path: str, body: bytes) -> str | None:
+    """Return why a flow, a deployment, a schedule or a JSON schema must not reach the server, None if it may."""
+    try:
+        form = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # the server itself says what is wrong with it
+    return find_foreign_deployment(path, form) or find_foreign_schema(path, form)
+
+
+def find_foreign_schema(path: str, form: Any) -> str | None:
     """Return why a JSON schema in a body must not reach the server, None if it may.
 
     The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
     such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
     """
     field = SCHEMA_FIELDS.get(path)
-    if field is None:
+    if field is None or not isinstance(form, dict):
         return None
-    try:
-        schema = json.loads(body).get(field)
-    except (ValueError, AttributeError, RecursionError):
-        return None  # the server itself says what is wrong with it
+    schema = form.get(field)
     if schema is None or schema == {} or schema in [registered.schema() for registered in REGISTERED.values()]:
         return None
     return f"{field} must be the schema of a flow that flows/registry.py registers"
@@ -173,11 +217,13 @@ def _parse_number(digits: str) -> Decimal:
     return number
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """Read a request's body, of which no more is kept than shows that it is too long."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """Read a request's body, of which no more is kept than shows that it is too long; None if the client left."""
     body = b""
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         body += bytes(message.get("body", b""))[: MAX_BODY_BYTES + 1 - len(body)]
         if not message.get("more_body", False):
             return body
@@ -208,13 +254,6 @@ def _credentials(scope: Scope) -> bytes | None:
     try:
         return base64.b64decode(values[0][6:], validate=True)
     except binascii.Error:
-        return None
-
-
-def _token(message: Message) -> bytes | None:
-    try:
-        return str(json.loads(message.get("text") or "")["token"]).encode(errors="replace")
-    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import httpx
@@ -117,6 +118,23 @@ def greets(base, path, token):
         return False
 
 
+def test_a_first_message_of_megabytes_or_none_closes_a_websocket_and_the_server_answers(server):
+    base, _ = server
+    started = time.monotonic()
+    with connect(base.replace("http:", "ws:") + "/api/events/in", subprotocols=["prefect"]) as socket:
+        socket.send(json.dumps({"token": [[n] for n in range(1_500_000)]}))
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=20)
+    assert closed.value.rcvd.code == 1008 and httpx.get(f"{base}/api/health").status_code == 200
+    assert time.monotonic() - started < 5
+    with (
+        connect(base.replace("http:", "ws:") + "/api/events/in", subprotocols=["prefect"]) as socket,
+        pytest.raises(ConnectionClosed) as closed,
+    ):
+        socket.recv(timeout=20)
+    assert closed.value.rcvd.code == 1008
+
+
 def test_the_pages_read_no_secret_from_the_settings(server, stores):
     base, secret = server
     text = httpx.get(f"{base}/api/admin/settings", auth=tuple(secret.split(":", 1))).text
@@ -138,8 +156,8 @@ def test_only_schemas_of_registered_flows_reach_the_server(server):
     slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:
         asked = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
-        flow = client.post("/api/flows/", json={"name": "mine"}).json()["id"]
-        body = {"name": "mine", "flow_id": flow, "parameter_openapi_schema": slow}
+        flow = client.post("/api/flows/", json={"name": "cotrain-round"}).json()["id"]
+        body = {"name": "local", "flow_id": flow, "parameter_openapi_schema": slow}
         made = client.post("/api/deployments/", json=body)
         known = {"schema": REGISTERED["cotrain-round"].schema(), "values": {}}
         own = client.post("/api/ui/schemas/validate", json=known)
