@@ -16,8 +16,12 @@ SLUG = "calendar"
 
 
 def register(client: SyncPrefectClient, settings: DispatcherSettings) -> None:
-    """Make pool and deployments what the code says; ids and switches that operators set stay."""
-    client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=TEMPLATE), overwrite=True)
+    """Make pool and deployments what the code says; ids and switches that operators set stay.
+
+    A concurrency limit of the pool is taken back, since one of 0 would stop every flow run; the worker has a limit.
+    """
+    pool = WorkPoolCreate(name=POOL, type="process", base_job_template=TEMPLATE, concurrency_limit=None)
+    client.create_work_pool(pool, overwrite=True)
     deploy(client, "cotrain-round", [_calendar(client, settings)])
     deploy(client, "cotrain-reproduce", [])
 

@@ -156,9 +156,16 @@ def flow_runs(settings: FlowSettings) -> list[Finding]:
             if one["paused"]:
                 mend = "switch it on at its page in Prefect"
                 found.append(Finding(what, started, f"the deployment {one['name']} is paused in Prefect", mend))
-        if http.get(f"/work_pools/{POOL}").raise_for_status().json()["is_paused"]:
+        pool = http.get(f"/work_pools/{POOL}").raise_for_status().json()
+        if pool["is_paused"]:
             mend = "switch it on at its page in Prefect"
             found.append(Finding(what, started, f"the work pool {POOL} is paused in Prefect", mend))
+        if (limit := pool["concurrency_limit"]) is not None:
+            fault = (
+                f"the work pool {POOL} has a concurrency limit of {limit} in Prefect, beyond which no flow run starts"
+            )
+            mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
+            found.append(Finding(what, started, fault, mend))
         workers = http.post(f"/work_pools/{POOL}/workers/filter", json={}).raise_for_status().json()
         if not any(worker["status"] == "ONLINE" for worker in workers):
             mend = "see `cotrain logs worker`"

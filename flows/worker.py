@@ -27,6 +27,8 @@ from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
 POOL = "cotrain"
 NAME = "embedded"
 BEAT_EVERY_S = 5.0
+# At a time: a round, a reproduction and a few more. Each is a process, and 200 at once stop the machine.
+MAX_FLOW_RUNS = 6
 COMMAND = (sys.executable, "-I", "-m", "flows.engine")
 # All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
 INHERITED = (
@@ -139,7 +141,7 @@ async def work() -> None:
     """Work for ever, and leave a sign of life while the event loop turns."""
     beating = asyncio.create_task(beat(home_folder() / "worker" / "alive"))
     try:
-        await Worker(POOL, name=NAME, create_pool_if_not_found=True).start()
+        await Worker(POOL, name=NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
     finally:
         beating.cancel()
 

@@ -1,5 +1,7 @@
 """Prefect's password is no shell: what somebody who has it can write runs nothing but the registered flows."""
 
+import time
+
 import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
@@ -8,7 +10,9 @@ from sqlalchemy import func, select
 from feedback.tables import Round
 from flows.deployments import register
 from flows.home import load_config
+from flows.probes import flow_runs
 from flows.stack import services
+from flows.worker import MAX_FLOW_RUNS
 from tests.conftest import start
 from tests.waiting import until
 
@@ -157,6 +161,30 @@ def test_other_flows_deployments_and_schedules_are_refused(prefect):
     ]
     assert [answer.status_code for answer in refused] == [422] * 5
     assert prefect.get(f"/deployments/name/{ROUND}/local").json()["schedules"] == registered["schedules"]
+
+
+def test_the_worker_takes_a_few_flow_runs_at_a_time(prefect):
+    mine = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"]
+    runs = [
+        prefect.post(f"/deployments/{mine}/create_flow_run", json={}).json()["id"] for _ in range(MAX_FLOW_RUNS + 1)
+    ]
+    which, counts = {"flow_runs": {"id": {"any_": runs}}}, []
+
+    def states():
+        return [run["state"]["type"] for run in prefect.post("/flow_runs/filter", json=which).json()]
+
+    while not set(now := states()) <= set(FINAL):
+        counts.append(sum(state in ("PENDING", "RUNNING") for state in now))
+        time.sleep(0.3)
+    assert 1 < max(counts) <= MAX_FLOW_RUNS
+
+
+def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefect, stores):
+    assert prefect.patch("/work_pools/cotrain", json={"concurrency_limit": 0}).is_success
+    assert any("concurrency limit of 0" in (found.fault or "") for found in flow_runs(stores))
+    register_again(stores)
+    assert prefect.get("/work_pools/cotrain").json()["concurrency_limit"] is None
+    assert not any("concurrency limit" in (found.fault or "") for found in flow_runs(stores))
 
 
 @pytest.mark.parametrize(
