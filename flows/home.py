@@ -7,6 +7,7 @@ import random
 import secrets
 import socket
 import stat
+import time
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ SECRETS = (
 )
 WEED_CERTIFICATE = "weed-settings/tls.pem"
 ROTATED = (*(name for name in SECRETS if name != "split_salt"), "weed_certificate")
+DYING_S = 3.0
 CONFIG_FILE, CONFIG_COPY = "stack-config.json", "stack-config.copy.json"
 
 
@@ -192,9 +194,23 @@ def leave_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
 
 
 def port_holder(port: int, stack_id: str) -> str | None:
-    """None if a port is free or held by a leftover of this stack; else words for who holds it."""
-    if is_free(port):
-        return None
+    """None if a port is free or held by a leftover of this stack; else words for who holds it.
+
+    A server that is just dying listens no more and holds its port for some moments: it is waited for.
+    """
+    end = time.monotonic() + DYING_S
+    while not is_free(port):
+        if (holder := _process_with(port, stack_id)) is not None:
+            return holder or None
+        users = listener_uids(f"tcp://127.0.0.1:{port}")
+        if users or time.monotonic() > end:
+            return "".join(f", held by {user_name(uid)}" for uid in sorted(users))
+        time.sleep(0.05)
+    return None
+
+
+def _process_with(port: int, stack_id: str) -> str | None:
+    """Words for the process that listens on a port, empty if it is this stack's own; None if none can be seen."""
     inodes = _listening_inodes(port)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -204,10 +220,9 @@ def port_holder(port: int, stack_id: str) -> str | None:
         except OSError:
             continue
         if held & inodes:
-            if int(process.name) in set(marked(stack_id)):
-                return None
-            return f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
-    return "".join(f", held by {user_name(uid)}" for uid in sorted(listener_uids(f"tcp://127.0.0.1:{port}")))
+            is_own = int(process.name) in set(marked(stack_id))
+            return "" if is_own else f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
+    return None
 
 
 def _listening_inodes(port: int) -> set[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.home import load_config, write_environment
+from flows.home import make_config, write_environment
 from infra.settings import DispatcherSettings, FlowSettings, ModelServerSettings, PortalSettings, WorkerSettings
 
 # Secrets of stack-config.json that a process may know.
@@ -19,14 +19,14 @@ ALLOWED = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_environment(home, load_config(home))
+    write_environment(home, make_config(home))
     return home
 
 
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_a_process_is_given_the_secrets_it_uses_and_no_others(home, kind):
     text = (home / kind.files[0]).read_text()
-    found = {name for name, secret in load_config(home).secrets.items() if secret in text}
+    found = {name for name, secret in make_config(home).secrets.items() if secret in text}
     assert found == ALLOWED[kind]
     assert (home / kind.files[0]).stat().st_mode & 0o777 == 0o600
 
@@ -35,10 +35,10 @@ def test_the_model_servers_account_only_reads(home, monkeypatch):
     monkeypatch.setenv("COTRAIN_HOME", str(home))
     settings = ModelServerSettings(_env_file=home / ModelServerSettings.files[0])
     assert settings.mlflow_username == "consumer"
-    assert settings.mlflow_password.get_secret_value() == load_config(home).secrets["mlflow_consumer"]
+    assert settings.mlflow_password.get_secret_value() == make_config(home).secrets["mlflow_consumer"]
 
 
 def test_values_with_quotes_and_spaces_come_back(home, monkeypatch):
     (home / "env.local").write_text("COTRAIN_TEAM=\"a 'quoted' \\\\ team # 1\"\n")
-    write_environment(home, load_config(home))
+    write_environment(home, make_config(home))
     assert FlowSettings(_env_file=home / FlowSettings.files[0]).team == "a 'quoted' \\ team # 1"

@@ -191,7 +191,8 @@ class RunFolder:
             if bad:
                 wrong.append(f"{name} {bad if bad.startswith('cannot') else 'is not as it was laid out'}")
         wrong += self._foreign_checkpoints(spec)
-        if spec.parent is not None and not is_file(self.path, "parent/manifest.json"):
+        # May be a link that the operator made to a model folder; nothing of it is read here.
+        if spec.parent is not None and not (self.parent / "manifest.json").is_file():
             wrong.append(f"parent/ has no manifest of {spec.parent}")
         if wrong:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
