@@ -44,12 +44,14 @@ class Client:
     Raises:
         PortalError: from every method, when the portal refuses.
         httpx.TransportError: when it cannot be reached.
-        ValueError: at its making, when there is no token.
+        ValueError: at its making, when there is no token, or none that can be sent.
     """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
         if not token.strip():
             raise ValueError("there is no token; set COTRAIN_TOKEN or give --token")
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("a token is of visible ASCII characters; see that COTRAIN_TOKEN or --token has no others")
         self._http = httpx.Client(base_url=url, timeout=timeout_s, headers={"Authorization": f"Bearer {token}"})
 
     def __enter__(self) -> "Client":

@@ -19,6 +19,7 @@ class Facts:
     champion: int | None
     promoted_at: datetime | None
     lineage: dict[int, str]  # run by version, of the champion and the one before
+    files: dict[int, list[str]]  # of their model folders, by version
     running: Round | None
     num_reports_waiting: int
     oldest_report: datetime | None
@@ -33,7 +34,7 @@ def gather(session: Session) -> Facts:
     """Read the facts, each from the newest row of its kind."""
     newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
     versions = [version for version in (newest.version, newest.previous) if version] if newest else []
-    lineage = select(ModelVersion.version, ModelVersion.run_id).where(ModelVersion.version.in_(versions))
+    lineage = session.scalars(select(ModelVersion).where(ModelVersion.version.in_(versions))).all()
     running = rounds.running_round(session)
     count, oldest = reports.pending(session, with_review=running is None)
     waiting = select(func.min(Outbox.created_at)).where(Outbox.delivered_at.is_(None))
@@ -48,7 +49,8 @@ def gather(session: Session) -> Facts:
     return Facts(
         champion=newest.version if newest else None,
         promoted_at=newest.created_at if newest else None,
-        lineage={version: run for version, run in session.execute(lineage)},
+        lineage={one.version: one.run_id for one in lineage},
+        files={one.version: ["manifest.json", *one.manifest.get("files", ())] for one in lineage},
         running=running,
         num_reports_waiting=count,
         oldest_report=oldest,

@@ -14,6 +14,7 @@ from feedback.promotion import champion
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 
 CHANNEL = "cotrain"
+REGISTRATIONS_LOCK = 7_310_212  # any number that no other lock here has
 STEP_BEGUN = "step begun"
 STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
 
@@ -171,6 +172,11 @@ def add_version(session: Session, round_id: str, version: int, manifest: dict[st
 def version_of(session: Session, run_id: str) -> ModelVersion | None:
     """The version that a training run became; None if it has not been registered."""
     return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
+
+
+def order_registrations(session: Session) -> None:
+    """Let no other transaction register a lost version until this one ends, or there would be several of it."""
+    session.execute(select(func.pg_advisory_xact_lock(REGISTRATIONS_LOCK)))
 
 
 def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | None, run_id: str) -> ModelVersion:

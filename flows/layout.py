@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from feedback import datasets, rounds
@@ -13,6 +13,7 @@ from feedback.items import reason_of
 from flows.context import Context
 from flows.launching import pool_of
 from infra.devices import has_fast_bf16
+from infra.error_text import Plain
 from infra.faults import is_of_one_item
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
@@ -70,9 +71,9 @@ def lay_out(context: Context, round_id: str) -> Plan:
     (folder.path / PICTURE).write_text(picture)
     context.objects.put(rounds.picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
-    shares = None if weights is None else {str(name): share for name, share in weights.items()}
     left_out: dict[str, str] = {}
     sources = _sources(parsed, parts, tokenizer, spec.seed, left_out)
+    shares = None if weights is None else _shares({str(name): share for name, share in weights.items()}, sources)
     folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
     with context.sessions.begin() as session:
         rounds.count_failed(session, round_id, {"plan": len(left_out)})
@@ -80,6 +81,22 @@ def lay_out(context: Context, round_id: str) -> Plan:
     folder.write_spec(spec)
     log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
     return plan
+
+
+class WeightMissing(Plain, ValueError):
+    """A round's weights leave out a part that has rows."""
+
+
+def _shares(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+    """Return the weights of the parts that have rows; those of others count for nothing.
+
+    Raises:
+        WeightMissing: if such a part has none.
+    """
+    missing = sorted(set(sources) - set(weights))
+    if missing:
+        raise WeightMissing(f"the round's weights leave out {', '.join(missing)}, which have rows; give each a weight")
+    return {name: weights[name] for name in sources}
 
 
 def _sources(

@@ -102,6 +102,7 @@ def registry(context: "Context", facts: Facts) -> list[Finding]:
     with context.tracker.impatiently():
         aliases = context.tracker.aliases()
         lost = [version for version in facts.lineage if not context.tracker.has(version)]
+        missing = {one: context.tracker.missing(one, facts.files[one]) for one in facts.lineage if one not in lost}
     last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
@@ -109,6 +110,11 @@ def registry(context: "Context", facts: Facts) -> list[Finding]:
         # While the alias followed, the champion was there; of the version before only its promotion is known.
         seen = last if version == facts.champion else facts.promoted_at
         found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
+    for version, names in missing.items():
+        if names:
+            fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
+            mend = how_to_register(context.settings.home, version, facts.lineage[version])
+            found.append(Finding(f"the files of v{version}", facts.promoted_at, fault, mend))
     is_due = age_s(facts.promoted_at) > SETTLED_S or last is None
     if facts.champion is None:
         return [Finding(what)]

@@ -37,38 +37,42 @@ def register(context: Context, round_id: str) -> int:
 
 
 def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
-    """Bring a version that was deleted from the registry back, from a copy of its model folder.
+    """Bring back a version that was deleted from the registry, or its files, from a copy of its model folder.
 
     Args:
         folder: `runs/RUN/export`, or any other copy, such as the model server's.
         wanted: which version it is; None: the one whose run or whose manifest it is.
 
     Returns:
-        The version, and whether it had to be registered; one that is there is left alone.
+        The version, and whether it, or its files, had to be brought back; one that is whole is left alone.
 
     Raises:
         ValueError: if the folder is not whole, or not the version's; the message says what differs.
     """
-    from yuan.model.weights import verify
+    from yuan.model.weights import parse_manifest
 
     folder = folder.resolve()  # the operator's own links are followed, and none in what they lead to
     try:
-        read_file(folder, "manifest.json")
-    except OSError as error:
-        raise ValueError(f"{folder} is not a model folder: manifest.json {error.strerror}") from None
-    manifest = verify(folder)
-    with context.sessions() as session:
-        known = rounds.recorded_version(session, manifest, wanted, folder.resolve().parent.name)
+        manifest = parse_manifest(read_file(folder, "manifest.json"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a model folder: manifest.json: {error}") from None
+    with context.sessions.begin() as session:
+        rounds.order_registrations(session)
+        known = rounds.recorded_version(session, manifest, wanted, folder.parent.name)
         mlflow_run = str(rounds.training_run(session, known.round_id).mlflow_run_id)
-    differing = differences(manifest, known.manifest)
-    if differing:
-        raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
-    if context.tracker.has(known.version):
-        return known.version, False
-    tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
-    with tempfile.TemporaryDirectory() as scratch:
-        copy_recorded(folder, Path(scratch), known.manifest)
-        context.tracker.register(mlflow_run, Path(scratch), tags, known.version)
+        differing = differences(manifest, known.manifest)
+        if differing:
+            raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
+        is_there = context.tracker.has(known.version)
+        if is_there and not context.tracker.missing(known.version, [*known.manifest["files"], "manifest.json"]):
+            return known.version, False
+        tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
+        with tempfile.TemporaryDirectory() as scratch:
+            copy_recorded(folder, Path(scratch), known.manifest)
+            if is_there:
+                context.tracker.upload(known.version, Path(scratch))
+            else:
+                context.tracker.register(mlflow_run, Path(scratch), tags, known.version)
     log.info("registered v%d again from %s", known.version, folder)
     return known.version, True
 

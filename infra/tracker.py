@@ -30,7 +30,7 @@ VERSION_TAG = "cotrain.version"  # of what was registered anew: the version it i
 
 
 class VersionLost(Plain, ValueError):
-    """Somebody deleted a version from the registry."""
+    """Somebody deleted a version from the registry, or its files from the registry's store."""
 
 
 class Tracker:
@@ -110,8 +110,23 @@ class Tracker:
         return int(made.version) if version is None else version
 
     def has(self, version: int) -> bool:
-        """Whether a version is in the registry."""
+        """Whether a version is in the registry; its files may be gone all the same, see `missing`."""
         return self._number_of(version) is not None
+
+    def missing(self, version: int, names: Iterable[str]) -> list[str]:
+        """Return which of a version's files, by their names, are not in the registry's store, or empty there.
+
+        Raises:
+            VersionLost: if the version is gone from the registry.
+        """
+        run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
+        stored = {Path(one.path).name for one in self._client.list_artifacts(run, "model") if one.file_size}
+        return sorted(set(names) - stored)
+
+    def upload(self, version: int, folder: Path) -> None:
+        """Store a version's files anew; those that are there are replaced."""
+        run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
+        self._client.log_artifacts(run, str(folder), "model")
 
     def _number_of(self, version: int) -> int | None:
         """MLflow's number of a version; None if it is not in the registry."""
@@ -159,8 +174,10 @@ class Tracker:
         """Fetch a version's model folder.
 
         Raises:
-            VersionLost: if the version is gone from the registry.
+            VersionLost: if the version or its files are gone from the registry.
         """
+        if self.missing(version, ("manifest.json",)):
+            raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
         run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self._client.download_artifacts(run, "model", str(folder)))

@@ -86,6 +86,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a dataset. One malformed row refuses the file, with every such row's number and reason."""
+    if not file.is_file():
+        raise fail(f"a dataset is a regular file, and {file} is none; write it to one first", USAGE)
     with clear_errors(), Client(url := url or own_portal(), token) as client:
         made = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
         text = f"dataset {made.id} is {made.state} with {made.num_rows} rows; a round will take it up"

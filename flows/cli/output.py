@@ -91,9 +91,17 @@ def clear_errors() -> Iterator[None]:
             print(f"  row {row['row']}: {printable(row['reason'], LINE_LENGTH)}", file=sys.stderr)
         where = f" ({error.body.param})" if error.body.param else ""
         raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise fail(f"the portal's address must begin with http:// or https:// ({error}); see --url") from None
+    except httpx.LocalProtocolError as error:
+        raise fail(f"this cannot be sent ({error}); see that token and address have no line breaks") from None
     except httpx.TransportError as error:
         raise fail(f"the portal does not answer ({error}); is the stack up? see `cotrain status`") from None
     except ValidationError as error:
         raise fail(describe_errors(error)) from None
     except (ValueError, OSError, RuntimeError) as error:
         raise fail(str(error)) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):  # by its name, since the library takes long to import
+            raise
+        raise fail(f"MLflow refuses: {str(error).splitlines()[0]}; see `cotrain doctor`") from None

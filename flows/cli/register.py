@@ -20,7 +20,7 @@ def register(
     version: Annotated[str, typer.Option(help="7 or v7; default: the version whose run or manifest it is")] = "",
     as_json: Json = False,
 ) -> None:
-    """Register a version again that somebody deleted from the registry; it keeps its number here.
+    """Register a version again that somebody deleted from the registry, or its files; it keeps its number here.
 
     MLflow gives it another number of its own, with the tag `cotrain.version`; its aliases follow within seconds.
     """

@@ -77,7 +77,7 @@ def cancel(
 ) -> None:
     """Cancel a running round and its training."""
     with clear_errors(), operator() as client:
-        _report(client.cancel_round(client.round(round_id).id), as_json)
+        _report(client.cancel_round(client.round(round_id).id), as_json, wanted="cancelled")
 
 
 def operator() -> Client:
@@ -105,11 +105,12 @@ def follow(client: Client, round_id: str) -> RoundOut:
             time.sleep(FOLLOW_EVERY_S)
 
 
-def _report(turn: RoundOut, as_json: bool) -> None:
+def _report(turn: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
+    """Show a round; the exit status is 1 if it ended in another way than the one wanted."""
     text = f"round {turn.number} ({turn.id}) is {turn.state}"
     text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
     failed = sum(turn.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
     show(turn.model_dump(mode="json"), text, as_json)
-    if turn.state in ("failed", "cancelled", "rejected"):
+    if turn.state in ("failed", "cancelled", "rejected") and turn.state != wanted:
         raise typer.Exit(FAILED)

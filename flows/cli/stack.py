@@ -284,4 +284,7 @@ def _home() -> Path:
         from infra.settings import home_folder
     except ModuleNotFoundError:
         raise fail("the embedded stack needs the extra [platform]: pip install 'cotrain[platform]'") from None
-    return home_folder()
+    home = home_folder()
+    if home.exists() and not home.is_dir():
+        raise fail(f"COTRAIN_HOME must be a folder, and {home} is a file; name another")
+    return home

@@ -1,5 +1,6 @@
 """`cotrain withdraw report | dataset`: what is taken back, by an operator or by who sent it."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -8,7 +9,18 @@ from feedback.client import Client
 from flows.cli.contribute import Url, own_portal
 from flows.cli.output import Json, clear_errors, show
 from flows.cli.rounds import operator
+from yuan.data.text import printable
 
+
+def record_id(text: str) -> str:
+    """Refuse what cannot be the id of a record: exit status 2."""
+    if not re.fullmatch("[0-9a-f]{32}", text):
+        raise typer.BadParameter(f"an id has 32 hexadecimal digits, got {printable(text, 60)!r}")
+    return text
+
+
+ReportId = Annotated[str, typer.Argument(metavar="ID", help="id of a report", callback=record_id)]
+DatasetId = Annotated[str, typer.Argument(metavar="ID", help="id of a dataset", callback=record_id)]
 Reason = Annotated[str, typer.Option(help="why; it is shown to who sent it")]
 Token = Annotated[
     str,
@@ -26,7 +38,7 @@ def add_to(app: typer.Typer) -> None:
 
 @withdraw.command()
 def report(
-    report_id: Annotated[str, typer.Argument(metavar="ID", help="id of a report")],
+    report_id: ReportId,
     reason: Reason,
     url: Url = "",
     token: Token = "",
@@ -40,7 +52,7 @@ def report(
 
 @withdraw.command()
 def dataset(
-    dataset_id: Annotated[str, typer.Argument(metavar="ID", help="id of a dataset")],
+    dataset_id: DatasetId,
     reason: Reason,
     url: Url = "",
     token: Token = "",

@@ -110,6 +110,10 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
         (["status"], 1, "is not up"),
         (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
+        (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
+        (["dataset", "push", "/dev/zero", "--token", "t"], 2, "is a regular file, and /dev/zero is none"),
+        (["withdraw", "report", "a\x1b\n", "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
+        (["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
     ],
 )
 def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
@@ -117,6 +121,28 @@ def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
     assert done.returncode == status
     assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "message"),
+    [
+        ("127.0.0.1:9", "t", "must begin with http://"),
+        ("http://127.0.0.1:9", "t\nx", "a token is of visible ASCII characters"),
+    ],
+)
+def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, url, token, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    done = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "status", "up", "down"])
+def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
+    (tmp_path / "file").touch()
+    done = cotrain(command, home=tmp_path / "file")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "is a file" in done.stdout + done.stderr
 
 
 def test_no_portal_is_one_clear_line(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,11 @@ from sqlalchemy import select, text
 
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import ModelVersion, Round
+from flows.home import load_config
 from flows.probes import how_to_register
 from flows.probing import Finding, Probe, together
+from infra.objects import open_objects
+from infra.settings import StoreAccess
 from infra.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -141,15 +145,38 @@ def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, opera
     (other / "manifest.json").write_text(json.dumps({**manifest, "step": 21}))
     status, said = stack.cotrain("register", str(other), "--version", "v1")
     assert status == 1 and "step is 21, recorded is 20" in said
+    (other / "manifest.json").write_text(json.dumps(manifest))
     (other / "model.safetensors").write_bytes(b"")
     status, said = stack.cotrain("register", str(other), "--version", "v1")
-    assert status == 1 and "model.safetensors is damaged" in said
+    assert status == 1 and "model.safetensors of" in said and "give another copy" in said
 
-    assert stack.cotrain("register", str(export), check=True)[1] == {"version": 1, "registered": True}
-    assert stack.cotrain("register", str(export), check=True)[1] == {"version": 1, "registered": False}
+    with ThreadPoolExecutor() as operators:  # all at once, and one of them registers it
+        said = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
+    assert sorted(one["registered"] for one in said) == [False, False, True]
+    assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
     stack.until(lambda: Tracker(stack.settings).aliases().get("champion") == 1)
     assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow never gives a number again
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+
+
+@pytest.mark.slow
+def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack, sessions, tmp_path):
+    secrets = load_config(stack.home).secrets
+    keys = {"s3_access_key": secrets["mlflow_s3_access_key"], "s3_secret_key": secrets["mlflow_s3_secret_key"]}
+    store = open_objects(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
+    for key in store.keys(""):
+        if "/artifacts/model/" in key:
+            store.delete(key)
+    with sessions() as session:
+        export = stack.home / "runs" / session.get_one(ModelVersion, 1).run_id / "export"
+    found = faults_of(stack)
+    assert "v1 is in the registry and its files are not in the store" in found
+    assert f"cotrain register {export} --version 1" in found
+    status, said = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
+    assert status == 1 and "the files of v1 are gone" in said and "Traceback" not in said
+    assert stack.cotrain("register", str(export), "--version", "1", check=True)[1]["registered"]
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.cotrain("export", "1", "--out", str(tmp_path / "out"), check=True)
 
 
 @pytest.mark.slow

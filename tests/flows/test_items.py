@@ -159,6 +159,12 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_named():
     assert left_out == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
+def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_be_missing():
+    assert layout._shares({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
+    with pytest.raises(layout.WeightMissing, match="leave out corrections, which have rows"):
+        layout._shares({"base": 1.0}, ["base", "corrections"])
+
+
 def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
     given = judging._evaluation_environment(context, tmp_path)

@@ -87,7 +87,7 @@ def verify(folder: Path) -> dict[str, Any]:
         ValueError: if the manifest or a file is missing, or a checksum differs.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_manifest((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a model folder: {error}") from None
     for name, expected in manifest["files"].items():
@@ -97,6 +97,26 @@ def verify(folder: Path) -> dict[str, Any]:
         if sha256(path) != expected:
             raise ValueError(f"{path} is damaged, its sha256 differs from the manifest; fetch the model again")
     return manifest
+
+
+def parse_manifest(text: str | bytes) -> dict[str, Any]:
+    """Read a model folder's manifest.
+
+    Raises:
+        ValueError: if it is none: an object whose `files` are sha256 sums by the names of files of one folder.
+
+    >>> parse_manifest('{"files": {"config.json": 5}}')
+    Traceback (most recent call last):
+    ValueError: it has no `files` with a sha256 for each name; fetch the model again
+    """
+    manifest = json.loads(text)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    is_whole = isinstance(files, dict) and all(
+        isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
+    )
+    if not files or not is_whole:
+        raise ValueError("it has no `files` with a sha256 for each name; fetch the model again")
+    return dict(manifest)
 
 
 def sha256(path: Path) -> str:
