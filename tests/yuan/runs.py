@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def two_stages(config, recipe):
 def lay_out(folder, made, recipe=RECIPE, plan=None):
     parent, config, sources = made
     folder.mkdir(parents=True)
-    (folder / "parent").symlink_to(parent)
+    shutil.copytree(parent, folder / "parent")  # confined ranks read their own folder alone
     (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     spec = RunSpec(
         kind="finetune",
