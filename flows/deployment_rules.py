@@ -19,6 +19,11 @@ MAX_CRON_CHARACTERS = 100
 ONE_SCHEDULE = re.compile(r"/api/deployments/[^/]+/schedules/[^/]+")
 
 
+def is_bounded(path: str) -> bool:
+    """Tell whether these rules say anything of a path."""
+    return path in ("/api/flows/", "/api/deployments/") or ONE_SCHEDULE.fullmatch(path) is not None
+
+
 def find_foreign_deployment(path: str, form: Any) -> str | None:
     """Return why a body must not reach the server, None if it may.
 
@@ -27,7 +32,7 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
     >>> find_foreign_deployment("/api/deployments/", {"name": "local", "schedules": [{"schedule": {"interval": 1}}]})
     'a schedule must be an interval of at least 60 s or a cron of five fields that comes due; send one of these'
     """
-    if path != "/api/flows/" and path != "/api/deployments/" and not ONE_SCHEDULE.fullmatch(path):
+    if not is_bounded(path):
         return None
     if not isinstance(form, dict):
         return "the body must be a JSON object; send one"

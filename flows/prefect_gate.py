@@ -19,17 +19,16 @@ from typing import Any
 
 import uvicorn
 
-from flows.deployment_rules import find_foreign_deployment
+from flows.deployment_rules import find_foreign_deployment, is_bounded
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
 from infra.http_server import server_options
+from infra.request_body import BodyRefused, ClientLeft, Message, Receive, read_body, replay
 from infra.throttle import Throttle
 
 log = logging.getLogger("flows.prefect_gate")  # this module is __main__ where it matters
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -68,12 +67,15 @@ class Gate:
                 return await _refuse(send, 403, CLOSED)
             if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
                 return await _refuse(send, *refusal)
-            body = await _read_body(receive)
-            if body is None:
+            try:
+                body = await read_body(receive, scope["headers"], MAX_BODY_BYTES)
+            except ClientLeft:
                 return
+            except BodyRefused as refused:
+                return await _refuse(send, refused.status, str(refused))
             if (fault := find_fault(body) or find_foreign(path, body)) is not None:
                 return await _refuse(send, 422, fault)
-            receive = _replay(body, receive)
+            receive = replay(body, receive)
         await self._app(scope, receive, send)
 
     def _check(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
@@ -168,8 +170,6 @@ def find_fault(body: bytes) -> str | None:
     >>> find_fault(b'{"weights": {"base": 1e308}}')
     'numbers must be between -2**63 and 2**63, got 1e308; send a smaller one'
     """
-    if len(body) > MAX_BODY_BYTES:
-        return f"a request may have {MAX_BODY_BYTES} bytes; send less"
     try:
         json.loads(body, parse_int=_parse_number, parse_float=_parse_number, parse_constant=_parse_number)
     except NumberRefused as error:
@@ -181,6 +181,8 @@ def find_fault(body: bytes) -> str | None:
 
 def find_foreign(path: str, body: bytes) -> str | None:
     """Return why a flow, a deployment, a schedule or a JSON schema must not reach the server, None if it may."""
+    if path not in SCHEMA_FIELDS and not is_bounded(path):
+        return None
     try:
         form = json.loads(body)
     except (ValueError, RecursionError):
@@ -215,31 +217,6 @@ def _parse_number(digits: str) -> Decimal:
     if not (number.is_finite() and -(2**63) <= number < 2**63):
         raise NumberRefused(digits[:40])
     return number
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """Read a request's body, of which no more is kept than shows that it is too long; None if the client left."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += bytes(message.get("body", b""))[: MAX_BODY_BYTES + 1 - len(body)]
-        if not message.get("more_body", False):
-            return body
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    is_sent = False
-
-    async def replay() -> Message:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def _address(scope: Scope) -> str:

@@ -55,7 +55,8 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int, pause_s:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise BodyRefused(408, f"the body must come without pauses of {pause_s:.0f} s; send it again") from None
+        rule = f"within {BODY_S:.0f} s and without pauses of {pause_s:.0f} s"
+        raise BodyRefused(408, f"the body must come {rule}; send it again") from None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
