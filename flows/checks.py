@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
 from flows.home import CONFIG_FILE, has_data, load_config, port_holder
 from infra.confinement import is_enforced, refuses_calls
 from infra.devices import memory_gib
@@ -23,7 +24,7 @@ UNFILTERED = (
     "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md says what is not promised",
 )
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
-SIGNS = {"dispatcher": "dispatcher/alive.json", "worker": "worker/alive"}
+SIGNS = {"dispatcher": DISPATCHER_SIGN, "worker": WORKER_SIGN}
 SILENT_S = 30.0
 
 

@@ -24,7 +24,7 @@ from feedback.tables import new_id
 from flows.attempts import go_on, is_over, newest_run
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.deployments import REPRODUCE, register
-from flows.duties import Duties, standings_file
+from flows.duties import DISPATCHER_SIGN, Duties, standings_file
 from flows.holding import reap
 from flows.launching import launchers_of
 from infra.error_text import told
@@ -199,7 +199,7 @@ def age_s(moment: datetime | None) -> float:
 
 def alive(settings: DispatcherSettings) -> None:
     """Leave a sign of life for the stack's check."""
-    file = settings.home / "dispatcher" / "alive.json"
+    file = settings.home / DISPATCHER_SIGN
     scratch = file.with_suffix(".part")
     scratch.write_text(json.dumps({"time": time.time()}))
     scratch.replace(file)

@@ -13,6 +13,8 @@ from infra.files import read_regular
 
 log = logging.getLogger(__name__)
 
+# Of services without a port, below the home folder: renewed every few seconds at most.
+DISPATCHER_SIGN, WORKER_SIGN = Path("dispatcher/alive.json"), Path("worker/alive")
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 
 

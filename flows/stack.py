@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
 from flows.home import StackConfig, leave_blocked_ports, load_config, write_environment
 from flows.launching import CLUSTER_VARIABLES, launcher_files, pool_of
 from flows.mlflow_service import mlflow_service
@@ -205,7 +206,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
 
 def _dispatcher(home: Path, settings: Settings) -> Service:
     work = home / "dispatcher"
-    sign, pool = work / "alive.json", pool_files(settings)
+    sign, pool = home / DISPATCHER_SIGN, pool_files(settings)
     servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
     confinement = Confinement(
         read=(*(home / name for name in DispatcherSettings.files), *pool),
@@ -243,7 +244,7 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
 def _worker(home: Path, settings: Settings) -> Service:
     work, flow_log = home / "worker", home / "logs" / "flows.log"
     folders = tuple(home / name for name in ("runs", "eval", "work"))
-    sign = work / "alive"
+    sign = home / WORKER_SIGN
 
     def check_life() -> None:
         age = time.time() - sign.stat().st_mtime

@@ -19,6 +19,7 @@ from prefect.runner._process_manager import ProcessHandle
 from prefect.utilities.processutils import run_process
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from flows.duties import WORKER_SIGN
 from flows.launching import CLUSTER_VARIABLES
 from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
 from infra.services import MARK
@@ -139,7 +140,7 @@ def working_folder() -> Path:
 
 async def work() -> None:
     """Work for ever, and leave a sign of life while the event loop turns."""
-    beating = asyncio.create_task(beat(home_folder() / "worker" / "alive"))
+    beating = asyncio.create_task(beat(home_folder() / WORKER_SIGN))
     try:
         await Worker(POOL, name=NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
     finally:
