@@ -1,11 +1,11 @@
 """What is left of a run when it has trained: its registration as a version, now or again."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ def register(context: Context, round_id: str) -> int:
         known = rounds.version_of(session, run_id)
     tags = {"cotrain.round": round_id, "cotrain.run": run_id}
     # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
-    with tempfile.TemporaryDirectory(dir=context.runs, prefix=".register-") as scratch:
-        manifest = copy_export(context.runs / run_id, Path(scratch))
-        version = context.tracker.register(mlflow_run, Path(scratch), tags, known.version if known else None)
+    with scratch_folder(context.runs / f".register-{run_id}") as scratch:
+        manifest = copy_export(context.runs / run_id, scratch)
+        version = context.tracker.register(mlflow_run, scratch, tags, known.version if known else None)
     context.tracker.end_run(mlflow_run)
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)
@@ -67,14 +67,28 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
         if is_there and not context.tracker.missing(known.version, [*known.manifest["files"], "manifest.json"]):
             return known.version, False
         tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
-        with tempfile.TemporaryDirectory() as scratch:
-            copy_recorded(folder, Path(scratch), known.manifest)
+        with scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
+            copy_recorded(folder, scratch, known.manifest)
             if is_there:
-                context.tracker.upload(known.version, Path(scratch))
+                context.tracker.upload(known.version, scratch)
             else:
-                context.tracker.register(mlflow_run, Path(scratch), tags, known.version)
+                context.tracker.register(mlflow_run, scratch, tags, known.version)
     log.info("registered v%d again from %s", known.version, folder)
     return known.version, True
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for a copy of weights, on the disk of the home folder and gone afterwards.
+
+    Its name is fixed, so that the next attempt removes what one that was killed has left.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_export(run: Path, target: Path) -> dict[str, Any]:
