@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from infra.files import read_regular
 
 LOCK_FILE = "stack.lock"
 KEEPER_SILENT_S = 15.0  # it renews its sign of life every second
+LOOKING_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,24 @@ def hold(folder: Path, stack_id: str) -> Iterator[Callable[[], None]]:
         BlockingIOError: if another keeper holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (folder / LOCK_FILE).open("ab", buffering=0) as lock:
+        _take(lock)
         with contextlib.suppress(OSError):  # on a full disk the stack runs all the same
             lock.truncate(0)
-            lock.write(json.dumps({"pid": os.getpid(), "stack_id": stack_id}))
-            lock.flush()
+            lock.write(json.dumps({"pid": os.getpid(), "stack_id": stack_id}).encode())
         yield lambda: os.utime(lock.fileno())
+
+
+def _take(lock: IO[bytes]) -> None:
+    """Lock the file for this process alone; one who looks whether it is locked has it for a moment."""
+    end = time.monotonic() + LOOKING_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def find_holder(folder: Path) -> Holder | None:

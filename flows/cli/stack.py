@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UP_TIMEOUT_S = 120.0
 LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
 MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
-DOWN_TIMEOUT_S = 60.0
+DOWN_TIMEOUT_S, SILENT_GRACE_S = 60.0, 15.0  # of a keeper that gives signs of life, and of one that does not
 
 
 def add_to(app: typer.Typer) -> None:
@@ -140,24 +140,29 @@ def down(as_json: Json = False) -> None:
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
     from flows.home import CONFIG_FILE, load_config
-    from infra.keeper_lock import find_holder
-    from infra.services import marked, sweep
+    from infra.keeper_lock import LOCK_FILE, find_holder
+    from infra.services import marked, read_state, sweep
 
     keeper = find_holder(home)
     if keeper is None and not (home / CONFIG_FILE).exists():
         return False
-    if keeper is not None and keeper.pid is not None:
-        end = time.monotonic() + DOWN_TIMEOUT_S
+    if keeper is not None:
+        # The state file tells the pid too, of a keeper whose lock does not, as those of older versions.
+        pid = keeper.pid or read_state(home).get("pid")
+        if pid is None:
+            raise RuntimeError(f"{home} is held by a keeper whose pid no file tells; end the one that `fuser` names: "
+                               f"fuser -k {home / LOCK_FILE}")  # fmt: skip
+        end = time.monotonic() + (SILENT_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(keeper.pid, signal.SIGTERM)
-            while find_holder(home) is not None and not keeper.is_silent and time.monotonic() < end:
+            os.kill(pid, signal.SIGTERM)
+            while find_holder(home) is not None and time.monotonic() < end:
                 time.sleep(0.05)
             if find_holder(home) is not None:  # it hangs, and its services die with it
-                os.kill(keeper.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
     # The keeper tells whose processes these are, also where its config cannot be read any more.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
     left = sweep(stack_id, spare={os.getpid()})
-    while any(pid != os.getpid() for pid in marked(stack_id)) or find_holder(home) is not None:
+    while any(pid != os.getpid() for pid in marked(stack_id)):
         time.sleep(0.05)
     return keeper is not None or bool(left)
 

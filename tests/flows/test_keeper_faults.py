@@ -1,14 +1,16 @@
 """A keeper that hangs, a config that is lost: commands say so, change nothing by themselves, and name the way out."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 
 from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
-from infra.keeper_lock import KEEPER_SILENT_S, find_holder
+from infra.keeper_lock import KEEPER_SILENT_S, LOCK_FILE, find_holder, hold
 from infra.services import marked, read_state
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
@@ -38,6 +40,28 @@ def test_a_damaged_config_is_named(tmp_path, text):
 def test_a_damaged_state_file_is_no_state(tmp_path, text):
     (tmp_path / "stack.json").write_text(text)
     assert read_state(tmp_path) == {}
+
+
+def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
+    make_config(tmp_path)
+    (tmp_path / LOCK_FILE).touch()
+    with (tmp_path / LOCK_FILE).open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with hold(tmp_path, "an id"):
+            assert (find_holder(tmp_path).pid, find_holder(tmp_path).stack_id) == (os.getpid(), "an id")
+            with pytest.raises(BlockingIOError), hold(tmp_path, "another"):
+                pass
+    assert find_holder(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_keeper_whose_lock_tells_nothing_is_stopped_by_its_state_file(stack):
+    """As that of an older version, or one that started on a full disk."""
+    (stack.home / LOCK_FILE).write_bytes(b"")
+    stack.cotrain("down", check=True)
+    assert find_holder(stack.home) is None and not list(marked(load_config(stack.home).stack_id))
+    stack.cotrain("up", check=True)
 
 
 @pytest.mark.slow
@@ -78,6 +102,6 @@ def test_a_service_without_a_port_that_hangs_is_named_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
     told = [f"the {name} has given no sign of life" for name in ("dispatcher", "worker")]
-    stack.until(lambda: (found := json.dumps(stack.cotrain("doctor")[1])) and all(one in found for one in told), 60)
+    assert stack.until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in told), 60)
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGCONT)
