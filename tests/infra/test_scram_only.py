@@ -1,0 +1,90 @@
+"""What Prefect's server tells a program that holds PostgreSQL's port."""
+
+import asyncio
+import struct
+
+import asyncpg
+import pytest
+
+from infra.scram_only import LONGEST_MESSAGE, ScramOnly, require_scram
+
+PASSWORD = "secret-of-the-database"
+CLEARTEXT, MD5, KERBEROS, SIGNED_IN = 3, 5, 7, 0
+
+
+@pytest.fixture(autouse=True)
+def scram_only(monkeypatch):
+    monkeypatch.setattr(asyncpg.protocol, "Protocol", asyncpg.protocol.Protocol)
+    require_scram()
+    assert asyncpg.protocol.Protocol is ScramOnly
+
+
+def message(kind, content):
+    return struct.pack("!ci", kind, len(content) + 4) + content
+
+
+def request(code, more=b""):
+    return message(b"R", struct.pack("!i", code) + more)
+
+
+SCRAM = request(10, b"SCRAM-SHA-256\0\0")
+NOTICE = message(b"N", b"SNOTICE\0\0")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4096])
+@pytest.mark.parametrize(
+    ("sent", "refusal"),
+    [
+        (request(CLEARTEXT), "got request 3"),
+        (request(MD5, b"salt"), "got request 5"),
+        (request(KERBEROS), "got request 7"),
+        (request(SIGNED_IN), "got request 0"),
+        (NOTICE + request(CLEARTEXT), "got request 3"),
+        (SCRAM + request(CLEARTEXT), "got request 3"),
+        (SCRAM + request(SIGNED_IN), "got request 0"),
+        (message(b"R", b""), "got request 0"),
+        (struct.pack("!ci", b"R", 3), "a message of 3 bytes"),
+        (struct.pack("!ci", b"N", LONGEST_MESSAGE + 1), "bytes while signing in"),
+    ],
+)
+def test_a_server_that_asks_for_anything_but_scram_gets_no_password(sent, refusal, size):
+    received = bytearray()
+
+    async def answer(reader, writer):
+        (length,) = struct.unpack("!i", await reader.readexactly(4))
+        assert b"prefect" in await reader.readexactly(length - 4)
+        for start in range(0, len(sent), size):
+            writer.write(sent[start : start + size])
+            await writer.drain()
+            await asyncio.sleep(0)
+        received.extend(await reader.read())
+        writer.close()
+
+    async def connect():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            with pytest.raises((ConnectionError, asyncpg.PostgresError)) as refused:
+                await asyncpg.connect(
+                    host="127.0.0.1", port=port, user="prefect", password=PASSWORD, database="x", ssl=False
+                )
+            return "".join(f"{one}" for one in (refused.value, refused.value.__cause__))
+
+    text = asyncio.run(asyncio.wait_for(connect(), 60))
+    assert refusal in text
+    assert PASSWORD.encode() not in received
+    assert not received or (SCRAM in sent and b"SCRAM-SHA-256" in received)
+
+
+def test_postgresql_itself_is_used_as_before(stores):
+    url = stores.database_url.get_secret_value().partition("?")[0]
+
+    async def ask(url):
+        connection = await asyncpg.connect(url)
+        try:
+            return await connection.fetchval("select sum(n) from generate_series(1, $1::int) n", 100_000)
+        finally:
+            await connection.close()
+
+    assert asyncio.run(ask(url)) == 5_000_050_000
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        asyncio.run(ask(url.replace("cotrain:", "cotrain:not")))
