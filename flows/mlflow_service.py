@@ -61,7 +61,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
     command += ["--uvicorn-opts", command_options()]
     ports = (config.ports["postgres"], port_of(settings.s3_endpoint))
-    confinement = Confinement(read=(configuration,), write=(work,), bind=(config.ports["mlflow"],), connect=ports)
+    confinement = Confinement(read=(configuration,), write=(work,), connect=ports)
     return Service(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),
@@ -71,7 +71,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
         check=check,
         after=after,
         liveness=Liveness(lambda: check_answer(f"{settings.mlflow_url}/health")),
-        addresses=(settings.mlflow_url,),
+        listen=settings.mlflow_url,
         needs=("postgres", "s3"),
     )
 

@@ -22,8 +22,9 @@ import uvicorn
 from flows.deployment_rules import find_foreign_deployment, is_bounded
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
-from infra.http_server import server_options
+from infra.http_server import choose_place, server_options
 from infra.request_body import BodyRefused, ClientLeft, Message, Receive, read_body, replay
+from infra.scram_only import require_scram
 from infra.throttle import Throttle
 
 log = logging.getLogger("flows.prefect_gate")  # this module is __main__ where it matters
@@ -247,6 +248,7 @@ def main() -> None:
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
+    require_scram()
     api = get_current_settings().server.api
     if api.auth_string is None:
         raise ValueError("Prefect's server needs a password; set PREFECT_SERVER_API_AUTH_STRING to user:password")
@@ -255,11 +257,10 @@ def main() -> None:
     # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
     uvicorn.run(
         gate,
-        host=str(api.host),
-        port=api.port,
         proxy_headers=False,
         access_log=False,
         log_level="info",
+        **choose_place(f"http://{api.host}:{api.port}"),
         **server_options(),
     )
 

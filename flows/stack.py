@@ -19,7 +19,6 @@ from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
 from infra.files import read_regular
 from infra.health import Liveness, check_answer, check_health
-from infra.listeners import require_own_listener
 from infra.logs import configure_logging
 from infra.postgres import Postgres
 from infra.services import Keeper, Service
@@ -83,7 +82,7 @@ def own_environment(home: Path, folder: Path) -> dict[str, str]:
 
 
 def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
-    # asyncpg knows no require_auth, and no other way to refuse to show a password.
+    # asyncpg knows no require_auth; infra/scram_only.py takes its place.
     url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
     work, port = home / "prefect", config.ports["prefect"]
     env = built_environment(work, **NO_TELEMETRY) | {
@@ -104,7 +103,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         make_private(work)
         postgres.ensure_database("prefect", config.secrets["prefect_database"])
 
-    confinement = Confinement(write=(work,), bind=(port,), connect=(port, config.ports["postgres"]))
+    confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]))
     return Service(
         name="prefect",
         command=lambda: confinement.command(sys.executable, "-m", "flows.prefect_gate"),
@@ -113,7 +112,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         before=before,
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
         liveness=Liveness(lambda: check_answer(f"{settings.prefect_api_url}/health")),
-        addresses=(settings.prefect_api_url,),
+        listen=settings.prefect_api_url,
         needs=("postgres",),
     )
 
@@ -139,7 +138,7 @@ def _own(
     env: dict[str, str] | None = None,
     before: Callable[[], None] = lambda: None,
     liveness: Liveness | None = None,
-    addresses: tuple[str, ...] = (),
+    listen: str | None = None,
 ) -> Service:
     """Describe a service of our own code, whose folder has its name."""
     work = home / name
@@ -157,7 +156,7 @@ def _own(
         check=check,
         needs=needs,
         liveness=liveness,
-        addresses=addresses,
+        listen=listen,
     )
 
 
@@ -166,7 +165,6 @@ def _portal(home: Path, settings: Settings) -> Service:
     confinement = Confinement(
         read=tuple(home / name for name in PortalSettings.files),
         write=(home / "portal",),
-        bind=(port_of(settings.portal_url),),
         connect=tuple(map(port_of, stores)),
     )
 
@@ -174,7 +172,10 @@ def _portal(home: Path, settings: Settings) -> Service:
         _ok(f"{settings.portal_url}/health")
 
     liveness = Liveness(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
-    return _own(home, "portal", "feedback.run", confinement, check, ("postgres", "s3"), liveness=liveness)
+    needs = ("postgres", "s3")
+    return _own(
+        home, "portal", "feedback.run", confinement, check, needs, liveness=liveness, listen=settings.portal_url
+    )
 
 
 def _model_server(home: Path, settings: Settings) -> Service:
@@ -182,7 +183,6 @@ def _model_server(home: Path, settings: Settings) -> Service:
     confinement = Confinement(
         read=tuple(home / name for name in ModelServerSettings.files),
         write=(home / "model-server", cache, *accelerator_files()),
-        bind=(port_of(settings.model_server_url),),
         # MLflow's client fetches large files from the store itself, by presigned addresses.
         connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),
     )
@@ -200,7 +200,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
         ("mlflow",),
         before=lambda: make_private(cache),
         liveness=liveness,
-        addresses=(settings.model_server_url,),
+        listen=settings.model_server_url,
     )
 
 
@@ -252,7 +252,6 @@ def _worker(home: Path, settings: Settings) -> Service:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def check() -> None:
-        require_own_listener(settings.prefect_api_url, (os.geteuid(),))  # who gets the password
         user, _, password = settings.prefect_auth.get_secret_value().partition(":")
         url = f"{settings.prefect_api_url}/work_pools/cotrain/workers/filter"
         answer = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()

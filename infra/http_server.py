@@ -6,9 +6,11 @@ The subclass is of uvicorn's h11 protocol, which uvicorn chooses itself where ht
 import asyncio
 import logging
 import resource
+import socket
 import time
 from collections import OrderedDict
 from typing import Any, TypedDict
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import h11
@@ -22,6 +24,7 @@ MAX_CONNECTIONS = 4000
 MAX_HEAD_BYTES = 16 * 1024  # h11's default
 MAX_WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
 WARNING_PAUSE_S = 60.0
+STANDARD_INPUT = 0
 
 
 class ServerOptions(TypedDict):
@@ -42,11 +45,46 @@ def server_options() -> ServerOptions:
     }
 
 
+class Place(TypedDict, total=False):
+    """Keyword arguments of `uvicorn.run`: where it listens."""
+
+    fd: int
+    host: str
+    port: int
+
+
+def choose_place(url: str) -> Place:
+    """Return where a server listens: on the socket that is its standard input, if one is, else on a URL's address.
+
+    The keeper of the stack listens for its servers, so that nobody else can while one starts again; see `Service`.
+    """
+    if inherits_listener(STANDARD_INPUT):
+        return {"fd": STANDARD_INPUT}
+    parts = urlsplit(url)
+    return {"host": parts.hostname or "127.0.0.1", "port": parts.port or 80}
+
+
+def inherits_listener(descriptor: int) -> bool:
+    """Tell whether a descriptor is a socket that listens."""
+    try:
+        inherited = socket.socket(fileno=descriptor)
+    except OSError:  # closed, or something else
+        return False
+    try:
+        return bool(inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        inherited.detach()
+
+
 def command_options() -> str:
-    """Return the options for uvicorn's command line, in a process that `infra.child` starts with all files it may."""
+    """Return the options for uvicorn's command line, where its standard input is the socket that listens.
+
+    They are for a process that `infra.child` starts, with all files it may open.
+    """
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     protocol = f"{HttpProtocol.__module__}:{HttpProtocol.__qualname__}"
-    return f"--http {protocol} --ws-max-size {MAX_WEBSOCKET_MESSAGE_BYTES} --backlog {choose_backlog(open_files)}"
+    sizes = f"--ws-max-size {MAX_WEBSOCKET_MESSAGE_BYTES} --backlog {choose_backlog(open_files)}"
+    return f"--fd {STANDARD_INPUT} --http {protocol} {sizes}"
 
 
 def choose_connection_limit(open_files: int) -> int:

@@ -1,6 +1,7 @@
 """Who listens on a TCP address of this machine, so that no secret is sent to a port that somebody else holds."""
 
 import contextlib
+import errno
 import ipaddress
 import pwd
 import socket
@@ -12,6 +13,33 @@ from urllib.parse import urlsplit
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 LISTEN = "0A"  # the state in /proc/net/tcp
+
+
+def open_listener(url: str) -> socket.socket:
+    """Listen on the address of a URL, for a server that will inherit the socket.
+
+    What connects waits until a server accepts it. Servers send small parts at once, as asyncio's own sockets do.
+
+    Raises:
+        PermissionError: if somebody else listens there.
+        OSError: if a program of this user does, or the address cannot be used.
+    """
+    parts = urlsplit(url)
+    family, kind, protocol, _, place = socket.getaddrinfo(
+        parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        listener.bind(place)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            refuse_foreign_listener(url, ())
+        raise OSError(error.errno, f"cannot listen on {_place(url)}: {error.strerror}") from error
+    return listener
 
 
 def require_own_listener(url: str, uids: Collection[int]) -> None:

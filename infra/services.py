@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 from infra.health import Failures, Liveness, first_line
 from infra.keeper_lock import hold
-from infra.listeners import refuse_foreign_listener, require_own_listener
+from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
 from infra.processes import carrying, cpu_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ class Service:
     `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does. From
     then on `liveness` decides whether a process that runs is alive; without it, one that runs is.
 
-    `addresses` are the URLs where it listens. Another local user can take its port while it is down, and would get the
-    password that a check sends; so `check`, `after` and `liveness` run only while the listener there belongs to `uids`,
+    Another local user can take a server's port while it is down, and would get the passwords that its callers send. So
+    a server that can use a socket which it inherits has `listen`, the URL where the keeper listens from the server's
+    first start to its own end; the server finds the socket as its standard input. Those that cannot have `addresses`,
+    where they listen themselves: `check`, `after` and `liveness` run only while the listener there belongs to `uids`,
     by default to this user.
     """
 
@@ -54,6 +57,7 @@ class Service:
     after: Callable[[], None] = nothing
     liveness: Liveness | None = None
     needs: tuple[str, ...] = ()
+    listen: str | None = None
     addresses: tuple[str, ...] = ()
     uids: tuple[int, ...] = field(default_factory=lambda: (os.geteuid(),))
     stop_signal: signal.Signals = signal.SIGTERM
@@ -91,6 +95,7 @@ class Keeper:
     stack_id: str
     states: dict[str, State] = field(default_factory=dict)
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _listeners: dict[str, socket.socket] = field(default_factory=dict)
     _ready: dict[str, threading.Event] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -144,16 +149,19 @@ class Keeper:
         self._note(service, state="starting", error=None)
         for url in service.addresses:
             refuse_foreign_listener(url, service.uids)  # the server would end with "address in use", naming nobody
+        if service.listen and service.name not in self._listeners:
+            self._listeners[service.name] = open_listener(service.listen)
         service.before()
         with self._lock:
             if self._stopping.is_set():
                 return
+            listener = self._listeners.get(service.name)
             with (self.folder / "logs" / f"{service.name}.log").open("ab") as output:
                 process = subprocess.Popen(
                     service.command(),
                     env={**service.env, MARK: self.stack_id},
                     cwd=service.cwd,
-                    stdin=subprocess.DEVNULL,
+                    stdin=listener.fileno() if listener else subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,

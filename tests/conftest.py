@@ -18,6 +18,7 @@ from feedback.tables import Round, new_id
 from flows.home import make_config, write_environment
 from flows.stack import services
 from infra.database import open_engine, open_sessions
+from infra.listeners import open_listener
 from infra.objects import open_objects
 from infra.services import MARK, sweep
 from infra.settings import Settings
@@ -30,15 +31,16 @@ def start(service, stack_id):
     """Start one service of the embedded stack and wait until it answers."""
     service.before()
     (service.cwd / "log").parent.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        service.command(),
-        env={**service.env, MARK: stack_id},
-        cwd=service.cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with open_listener(service.listen) if service.listen else open(os.devnull) as given:
+        process = subprocess.Popen(
+            service.command(),
+            env={**service.env, MARK: stack_id},
+            cwd=service.cwd,
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     end = time.monotonic() + 60
     while True:
         try:

@@ -1,15 +1,21 @@
 """A keeper that hangs, a config that is lost: commands say so, change nothing by themselves, and name the way out."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
+from infra.confinement import port_of
 from infra.keeper_lock import KEEPER_SILENT_S, LOCK_FILE, find_holder, hold
 from infra.services import marked, read_state
 
@@ -53,6 +59,46 @@ def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
             with pytest.raises(BlockingIOError), hold(tmp_path, "another"):
                 pass
     assert find_holder(tmp_path) is None
+
+
+@pytest.mark.slow
+def test_nobody_can_take_a_port_and_no_caller_is_refused_while_servers_start_again(stack):
+    settings = stack.settings
+    urls = {
+        "prefect": f"{settings.prefect_api_url}/health",
+        "mlflow": f"{settings.mlflow_url}/health",
+        "portal": f"{settings.portal_url}/health",
+        "model-server": f"{settings.model_server_url}/health",
+    }
+    before = {name: stack.pid(name) for name in urls}
+    taken, is_over = [], threading.Event()
+
+    def try_to_take():
+        while not is_over.is_set():
+            for name, url in urls.items():
+                with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port_of(url))):
+                    taken.append(name)
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor() as threads:
+        squatter = threads.submit(try_to_take)
+        try:
+            for name in urls:
+                stack.kill(name)
+            answers = {name: threads.submit(httpx.get, url, timeout=120) for name, url in urls.items()}
+            statuses = {name: answer.result().status_code for name, answer in answers.items()}
+        finally:
+            is_over.set()
+        squatter.result()
+    assert not taken
+    assert statuses == dict.fromkeys(urls, 200)
+
+    def all_new():
+        found = read_state(stack.home)["services"]
+        return found if all(found[n]["state"] == "ready" and found[n]["pid"] != before[n] for n in urls) else None
+
+    services = stack.until(all_new, seconds=120)
+    assert {name: services[name]["restarts"] for name in urls} == dict.fromkeys(urls, 1)
 
 
 @pytest.mark.slow

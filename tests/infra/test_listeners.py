@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from infra.listeners import listener_uids, require_own_listener
+from infra.http_server import choose_place, inherits_listener
+from infra.listeners import listener_uids, open_listener, require_own_listener
 from tests.infra.listening import ORDINARY, listening, port_of
 
 OWN = (os.geteuid(),)
@@ -35,3 +36,34 @@ def test_a_listener_on_all_addresses_counts_where_none_is_bound_to_the_very_one(
 def test_a_listener_on_another_address_does_not_count():
     with listening() as server, listening("127.0.0.2", port_of(server), uid=ORDINARY):
         assert listener_uids(f"http://127.0.0.1:{port_of(server)}") == set(OWN)
+
+
+def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
+    with listening() as server:
+        url = f"http://127.0.0.1:{port_of(server)}/path"
+        with pytest.raises(PermissionError, match=rf"port {port_of(server)} is held by user {os.geteuid()} "):
+            open_listener(url)
+    with open_listener(url) as listener, socket.create_connection(("127.0.0.1", port_of(listener))) as client:
+        client.sendall(b"early")
+        with pytest.raises(OSError, match="in use"), socket.create_server(("0.0.0.0", port_of(listener))):
+            pass
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(5) == b"early"
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with open_listener(url):  # though a connection of the port's earlier server lingers
+        pass
+
+
+def test_an_address_that_is_not_of_this_machine_is_named():
+    with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:4200: "):
+        open_listener("http://192.0.2.1:4200")
+
+
+def test_a_server_without_an_inherited_listener_uses_its_url():
+    assert choose_place("http://127.0.0.1:8800/path") == {"host": "127.0.0.1", "port": 8800}
+    with listening() as server, socket.socket() as idle, open(os.devnull) as file:
+        assert inherits_listener(server.fileno())
+        assert not inherits_listener(idle.fileno()) and not inherits_listener(file.fileno())
+        assert server.getsockname() and idle.fileno() > 0, "they stay open"
+    assert not inherits_listener(10_000)

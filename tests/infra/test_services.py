@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,8 +47,9 @@ from infra.confinement import Confinement
 from infra.health import Liveness
 from infra.services import Keeper, Service
 
-folder, port = Path(sys.argv[1]), sys.argv[2]
-program = sys.argv[3:] or ["-m", "http.server", port, "--bind", "127.0.0.1"]
+folder, listener, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+program = sys.argv[4:] or ["-m", "http.server", port, "--bind", "127.0.0.1"]
+url = f"http://127.0.0.1:{port}"
 (folder / "logs").mkdir(exist_ok=True)
 
 def web(name, needs=()):
@@ -55,9 +57,10 @@ def web(name, needs=()):
         name=name,
         command=lambda: Confinement(write=(folder,)).command(sys.executable, *program),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
-        check=lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1).close(),
-        liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3),
-        addresses=(f"http://127.0.0.1:{port}",), start_timeout_s=3.0,
+        check=lambda: urllib.request.urlopen(url, timeout=1).close(),
+        liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3), start_timeout_s=3.0,
+        listen=url if listener == "keeper" else None,
+        addresses=() if listener == "keeper" else (url,),
     )
 
 def alive():
@@ -66,17 +69,33 @@ def alive():
 
 Keeper([web("web")], folder, "keeper-test").run()
 """
+SLOW_TO_START = """
+import http.server, socket, socketserver, time
+time.sleep(1)
+server = socketserver.TCPServer(None, http.server.SimpleHTTPRequestHandler, bind_and_activate=False)
+server.socket.close()
+server.socket = socket.socket(fileno=0)
+server.serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def keeping(folder, port, *program, listener="server"):
+    """Run a keeper of one web server, or another program, for whom it listens or who listens itself."""
+    command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(folder), listener, str(port), *program]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        sweep("keeper-test", spare=set())
 
 
 @pytest.fixture
 def keeper(tmp_path):
-    config = make_config(tmp_path / "ports")
-    command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(tmp_path), str(config.ports["portal"])]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    yield tmp_path, process
-    process.kill()
-    process.wait()
-    sweep("keeper-test", spare=set())
+    with keeping(tmp_path, make_config(tmp_path / "ports").ports["portal"]) as process:
+        yield tmp_path, process
 
 
 def state(folder):
@@ -110,14 +129,10 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
 @pytest.mark.parametrize("moment", ["before the start", "after the start"])
 def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, moment):
     port = make_config(tmp_path / "ports").ports["portal"]
-    mute = ["-c", "import time; time.sleep(60)"]
-    command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(tmp_path), str(port), *mute]
     with contextlib.ExitStack() as cleanup:
         if moment == "before the start":
             foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
-        process = cleanup.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
-        cleanup.callback(sweep, "keeper-test", set())
-        cleanup.callback(process.kill)
+        cleanup.enter_context(keeping(tmp_path, port, "-c", "import time; time.sleep(60)"))
         if moment == "after the start":
             until(lambda: state(tmp_path).get("pid"))
             foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
@@ -125,6 +140,35 @@ def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, momen
         foreign.settimeout(0.1)
         with pytest.raises(TimeoutError):
             foreign.accept()
+
+
+def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_no_caller_is_refused(tmp_path):
+    port = make_config(tmp_path / "ports").ports["portal"]
+    with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
+        until(lambda: state(tmp_path).get("state") == "ready")
+        first = state(tmp_path)["pid"]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{first}").exists())
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server((host, port))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
+            assert answer.status == 200
+        assert state(tmp_path)["restarts"] == 1 and state(tmp_path)["pid"] != first
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert is_free(port)
+
+
+def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
+    port = make_config(tmp_path / "ports").ports["portal"]
+    with contextlib.ExitStack() as other:
+        other.enter_context(listening(port=port))
+        with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):
+            holder = f"port {port} is held by user {os.geteuid()}"
+            until(lambda: holder in (state(tmp_path).get("error") or ""))
+            other.close()
+            until(lambda: state(tmp_path).get("state") == "ready")
 
 
 def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(tmp_path):

@@ -3,12 +3,11 @@
 import os
 import sys
 import threading
-from urllib.parse import urlsplit
 
 import torch
 import uvicorn
 
-from infra.http_server import server_options
+from infra.http_server import choose_place, server_options
 from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
@@ -29,14 +28,12 @@ def main() -> None:
     follower = Follower(tracker.aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     app = make_api(settings.model_server_token.get_secret_value(), service)
-    address = urlsplit(settings.model_server_url)
     uvicorn.run(
         app,
-        host=address.hostname or "127.0.0.1",
-        port=address.port or 80,
         log_config=None,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        **choose_place(settings.model_server_url),
         **server_options(),
     )
 
