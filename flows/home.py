@@ -29,7 +29,7 @@ PORT_TRIES = 10_000
 SECRETS = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
-    *("mlflow_s3_access_key", "mlflow_s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_session"),
+    *("mlflow_s3_access_key", "mlflow_s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_reader", "mlflow_session"),
     *("prefect", "model_server", "operator", "split_salt", "weed_1", "weed_2", "weed_3", "weed_4"),
 )
 WEED_CERTIFICATE = "weed-settings/tls.pem"
@@ -252,6 +252,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
         "MLFLOW_URL": f"http://127.0.0.1:{ports['mlflow']}",
         "MLFLOW_PASSWORD": secret["mlflow"],
         "MLFLOW_CONSUMER_PASSWORD": secret["mlflow_consumer"],
+        "MLFLOW_READER_PASSWORD": secret["mlflow_reader"],
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
         "PREFECT_AUTH": f"cotrain:{secret['prefect']}",
         "PORTAL_URL": f"http://127.0.0.1:{ports['portal']}",

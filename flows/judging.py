@@ -13,7 +13,7 @@ from flows.context import Context, Records
 from infra.confinement import Confinement, accelerator_files, built_environment
 from infra.files import read_regular
 from infra.launch import supervised
-from infra.mlflow_rules import CONSUMER
+from infra.mlflow_rules import READER
 from infra.services import MARK
 from infra.settings import NO_TELEMETRY
 
@@ -102,8 +102,8 @@ def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
         **NO_TELEMETRY,
         **{MARK: settings.stack_id},
         COTRAIN_MLFLOW_URL=settings.mlflow_url,
-        COTRAIN_MLFLOW_USERNAME=CONSUMER,
-        COTRAIN_MLFLOW_PASSWORD=settings.mlflow_consumer_password.get_secret_value(),
+        COTRAIN_MLFLOW_USERNAME=READER,
+        COTRAIN_MLFLOW_PASSWORD=settings.mlflow_reader_password.get_secret_value(),
     )
 
 

@@ -11,11 +11,13 @@ from infra.files import write_private
 from infra.health import Liveness, check_answer
 from infra.http_server import command_options
 from infra.mlflow_gate import DIGESTS_VARIABLE
-from infra.mlflow_rules import CONSUMER
+from infra.mlflow_rules import CONSUMER, READER
 from infra.postgres import Postgres
 from infra.services import Service
 from infra.settings import NO_TELEMETRY, Settings
 from infra.throttle import credential_digest
+
+READING_ACCOUNTS = {CONSUMER: "mlflow_consumer", READER: "mlflow_reader"}  # with the names of their secrets
 
 
 def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
@@ -55,7 +57,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     def after() -> None:
         from infra.tracker import Tracker
 
-        Tracker(settings).set_up(config.secrets["mlflow_consumer"])
+        Tracker(settings).set_up({name: config.secrets[secret] for name, secret in READING_ACCOUNTS.items()})
 
     command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
@@ -98,7 +100,7 @@ def _mlflow_environment(
         "FORWARDED_ALLOW_IPS": "",  # uvicorn would believe X-Forwarded-For from loopback
         DIGESTS_VARIABLE: " ".join(
             credential_digest(name, config.secrets[secret])
-            for name, secret in ((settings.mlflow_username, "mlflow"), (CONSUMER, "mlflow_consumer"))
+            for name, secret in {settings.mlflow_username: "mlflow", **READING_ACCOUNTS}.items()
         ),
         # Without workspaces every account may make experiments and models of its own.
         "MLFLOW_ENABLE_WORKSPACES": "true",

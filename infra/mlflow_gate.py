@@ -20,7 +20,15 @@ from typing import Any
 
 from infra.lanes import Lane, LaneFull
 from infra.mlflow_requests import Refused, check_form, check_graphql, check_parameters, read_form
-from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, UPLOAD_RULES, Rule, allows
+from infra.mlflow_rules import (
+    ADMINISTRATOR_RULES,
+    CONSUMER_RULES,
+    PUBLIC_RULES,
+    READER,
+    UPLOAD_RULES,
+    Rule,
+    allows,
+)
 from infra.request_body import PAUSE_S, BodyRefused, ClientLeft, Headers, Message, Receive, has_body, read_body, replay
 from infra.throttle import Throttle, is_machine_secret
 
@@ -80,6 +88,14 @@ def create_app() -> App:
     return Gate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """Where requests of the same accounts wait for one another: while a body is read, and for their answers."""
+
+    bodies: Lane = field(default_factory=lambda: Lane(MAX_WAITING, 0, 0))
+    answers: Lane = field(default_factory=lambda: Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S))
+
+
 class Gate:
     """An ASGI application that forwards a request only if it is on its caller's list.
 
@@ -93,10 +109,9 @@ class Gate:
         self._machine_digests = tuple(machine_digests)
         self._pause_s = pause_s
         self._throttle = Throttle()
-        # The platform itself waits in none of these.
+        # The administrator, which is the platform, waits in none of these; its reader waits for no other account.
         self._visitors = Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S)
-        self._accounts = Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S)
-        self._readings = Lane(MAX_WAITING, 0, 0)
+        self._accounts, self._reader = Lanes(), Lanes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -142,7 +157,8 @@ class Gate:
                 if not allows(UPLOAD_RULES, scope["method"], scope["path"]):
                     receive = await self._check(scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True)
                 return await self._app(forwarded, receive, answer)
-            return await self._forward(self._accounts, forwarded, await self._read(scope, receive), answer)
+            lanes = self._reader if caller.name == READER else self._accounts
+            return await self._forward(lanes.answers, forwarded, await self._read(lanes, scope, receive), answer)
         address = scope["client"][0]  # the connection's, since uvicorn is told to believe no forwarded header
         if wait_s := self._throttle.admit(caller.name, address):
             message = f"too many wrong passwords; try again in {wait_s} s"
@@ -154,13 +170,14 @@ class Gate:
             await answer(message)
 
         try:
-            await self._forward(self._accounts, forwarded, await self._read(scope, receive), watch)
+            receive = await self._read(self._accounts, scope, receive)
+            await self._forward(self._accounts.answers, forwarded, receive, watch)
         except (Refusal, ClientLeft):
             self._throttle.succeed(caller.name, address)  # the password was not looked at, so nothing was guessed
             raise
 
-    async def _read(self, scope: Scope, receive: Receive) -> Receive:
-        """Read and check what an account other than the platform's asks."""
+    async def _read(self, lanes: "Lanes", scope: Scope, receive: Receive) -> Receive:
+        """Read and check what an account other than the administrator asks."""
         try:
             check_parameters(scope["query_string"])
         except Refused as error:
@@ -168,7 +185,7 @@ class Gate:
         if not has_body(scope["headers"]):
             return await self._check(scope, receive, 0)
         with _busy():
-            async with self._readings.enter():
+            async with lanes.bodies.enter():
                 return await self._check(scope, receive, MAX_BODY_BYTES)
 
     async def _check(self, scope: Scope, receive: Receive, max_bytes: int, is_trusted: bool = False) -> Receive:

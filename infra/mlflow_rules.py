@@ -48,6 +48,7 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
 
 
 CONSUMER = "consumer"  # the read-only account that consumers of the model share
+READER = "cotrain-reader"  # the platform's own, which reads the same: for the model server and evaluations
 
 # Without signing in: what probes and the sign-in page need.
 PUBLIC_RULES = parse_rules("""

@@ -12,7 +12,7 @@ from typing import ClassVar, TypeVar
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from infra.mlflow_rules import CONSUMER
+from infra.mlflow_rules import READER
 
 HOME_VARIABLE = "COTRAIN_HOME"
 PREFIX = "COTRAIN_"
@@ -124,7 +124,7 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
     portal_url: str
     split_salt: SecretStr
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
-    mlflow_consumer_password: SecretStr
+    mlflow_reader_password: SecretStr
 
 
 class Settings(PortalSettings, DispatcherSettings, FlowSettings):
@@ -133,6 +133,7 @@ class Settings(PortalSettings, DispatcherSettings, FlowSettings):
     files: ClassVar[tuple[str, ...]] = ("env", "env.local")
 
     operator_token: SecretStr
+    mlflow_consumer_password: SecretStr
 
 
 Chosen = TypeVar("Chosen", bound=ProcessSettings)
@@ -156,9 +157,7 @@ def load_settings(kind: type[Chosen]) -> Chosen:
 
 def process_files(settings: Settings) -> dict[str, str]:
     """Return the settings file of each process, by its path in the home folder; a process gets the fields it uses."""
-    reader = settings.model_copy(
-        update={"mlflow_username": CONSUMER, "mlflow_password": settings.mlflow_consumer_password}
-    )
+    reader = settings.model_copy(update={"mlflow_username": READER, "mlflow_password": settings.mlflow_reader_password})
     return {
         PortalSettings.files[0]: _as_file(PortalSettings, settings),
         ModelServerSettings.files[0]: _as_file(ModelServerSettings, reader),

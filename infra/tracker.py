@@ -18,7 +18,6 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from infra.error_text import Plain
-from infra.mlflow_rules import CONSUMER
 from infra.settings import TrackerAccess
 
 MODEL_NAME = "yuan"
@@ -182,8 +181,12 @@ class Tracker:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self._client.download_artifacts(run, "model", str(folder)))
 
-    def set_up(self, consumer_password: str) -> None:
-        """Make the experiment, the registered model, and the read-only consumer account with password and role."""
+    def set_up(self, readers: Mapping[str, str]) -> None:
+        """Make the experiment, the registered model, and the accounts that read both, with role.
+
+        Args:
+            readers: their passwords by their names.
+        """
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
         # Else the pages take an experiment for one of traces, and open it with charts of nothing.
@@ -193,10 +196,11 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        self._account(CONSUMER, consumer_password)
-        self._grant(CONSUMER, "registered_model", MODEL_NAME)
-        self._grant(CONSUMER, "experiment", str(experiment_id))
-        self._assign_role(CONSUMER)
+        for name, password in readers.items():
+            self._account(name, password)
+            self._grant(name, "registered_model", MODEL_NAME)
+            self._grant(name, "experiment", str(experiment_id))
+            self._assign_role(name)
 
     def _account(self, name: str, password: str) -> None:
         """Make an account, or give the one that is there the password of the settings, which may have changed."""

@@ -168,5 +168,5 @@ def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_
 def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
     given = judging._evaluation_environment(context, tmp_path)
-    assert {name for name, secret in secrets.items() if secret in given.values()} == {"mlflow_consumer"}
-    assert given["COTRAIN_MLFLOW_USERNAME"] == "consumer"
+    assert {name for name, secret in secrets.items() if secret in given.values()} == {"mlflow_reader"}
+    assert given["COTRAIN_MLFLOW_USERNAME"] == "cotrain-reader"

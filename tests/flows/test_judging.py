@@ -21,7 +21,7 @@ ATTACKS = {
 @pytest.fixture
 def context():
     settings = SimpleNamespace(
-        stack_id="s", mlflow_url="http://127.0.0.1:9", mlflow_consumer_password=SecretStr("password")
+        stack_id="s", mlflow_url="http://127.0.0.1:9", mlflow_reader_password=SecretStr("password")
     )
     return SimpleNamespace(settings=settings)
 

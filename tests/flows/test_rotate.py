@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
 from flows.home import ROTATED, WEED_CERTIFICATE, load_config
-from infra.mlflow_rules import CONSUMER
+from infra.mlflow_rules import CONSUMER, READER
 from infra.services import read_state
 from infra.settings import Settings
 
@@ -56,6 +56,7 @@ def accounts(home):
         "store": store,
         "mlflow": get(mlflow, auth=(settings.mlflow_username, secret["mlflow"])),
         "consumer": get(mlflow, auth=(CONSUMER, secret["mlflow_consumer"])),
+        "reader": get(mlflow, auth=(READER, secret["mlflow_reader"])),
         "prefect": get(f"{settings.prefect_api_url}/deployments/name/cotrain-round/local",
                        auth=("cotrain", secret["prefect"])),
         "model server": get(f"{settings.model_server_url}/v1/models", headers=token),

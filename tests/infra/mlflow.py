@@ -12,7 +12,7 @@ import httpx
 from flows.home import load_config
 from flows.stack import services
 from infra.mlflow_gate import CLOSED
-from infra.mlflow_rules import CONSUMER
+from infra.mlflow_rules import CONSUMER, READER
 from infra.tracker import Tracker
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -49,10 +49,11 @@ def fill_placeholders(path):
 
 
 def callers(settings):
-    """Return nobody, the consumer and the administrator, with what each signs in with."""
+    """Return nobody, the consumer, the platform's reader and the administrator, with what each signs in with."""
     return {
         "nobody": None,
         "consumer": (CONSUMER, settings.mlflow_consumer_password.get_secret_value()),
+        "reader": (READER, settings.mlflow_reader_password.get_secret_value()),
         "administrator": (settings.mlflow_username, settings.mlflow_password.get_secret_value()),
     }
 
@@ -80,7 +81,7 @@ def walk(settings, routes):
 def render_walk(refused, routes):
     """Return the walk's summary as a table for the documentation."""
     lines = ["| MLflow, as | routes | open | refused |", "| --- | --- | --- | --- |"]
-    for caller in ("nobody", "consumer", "administrator"):
+    for caller in ("nobody", "consumer", "reader", "administrator"):
         closed = sum(refused[caller, method, path] for method, path in routes)
         lines.append(f"| {caller} | {len(routes)} | {len(routes) - closed} | {closed} |")
     return "\n".join(lines)

@@ -73,6 +73,7 @@ def test_every_route_is_closed_to_each_caller_unless_it_is_on_their_list(refused
     lists = {
         "nobody": PUBLIC_RULES,
         "consumer": PUBLIC_RULES + CONSUMER_RULES,
+        "reader": PUBLIC_RULES + CONSUMER_RULES,
         "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
     }
     reached = {asked for asked, is_refused in refused.items() if not is_refused}
@@ -332,7 +333,7 @@ def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, sto
 
 
 def test_the_tracker_sets_up_twice_and_its_versions_show_their_files(clients, stores, mlflow):
-    Tracker(stores).set_up(stores.mlflow_consumer_password.get_secret_value())
+    Tracker(stores).set_up(dict(callers(stores)[caller] for caller in ("consumer", "reader")))
     listed = clients["consumer"].get("/ajax-api/3.0/mlflow/workspaces").json()
     assert [workspace["name"] for workspace in listed["workspaces"]] == ["default"]
     query = {"name": "yuan", "version": mlflow.version, "path": "config.json"}
@@ -343,7 +344,7 @@ def test_set_up_gives_the_consumer_the_password_of_the_settings(clients, stores)
     body = {"username": "consumer", "password": "somebody-changed-it"}
     assert clients["administrator"].patch("/api/2.0/mlflow/users/update-password", json=body).status_code == 200
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 401
-    Tracker(stores).set_up(stores.mlflow_consumer_password.get_secret_value())
+    Tracker(stores).set_up(dict(callers(stores)[caller] for caller in ("consumer", "reader")))
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 200
 
 

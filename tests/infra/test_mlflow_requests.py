@@ -12,12 +12,13 @@ import httpx
 import pytest
 import uvicorn
 
+from infra import mlflow_rules
 from infra.lanes import Lane, LaneFull
 from infra.mlflow_gate import MAX_BODY_BYTES, MAX_INSIDE, MAX_WAITING, Gate
 from infra.mlflow_requests import MAX_ORDER_BY, MAX_RESULTS, Refused, check_graphql
 from infra.throttle import credential_digest
 
-ADMINISTRATOR, CONSUMER = ("root", "r" * 40), ("consumer", "c" * 40)
+ADMINISTRATOR, CONSUMER, READER = ("root", "r" * 40), ("consumer", "c" * 40), (mlflow_rules.READER, "p" * 40)
 SEARCH, LOG = "/api/2.0/mlflow/runs/search", "/api/2.0/mlflow/runs/log-batch"
 UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
 
@@ -52,7 +53,7 @@ def behind():
 
 @pytest.fixture
 def port(behind):
-    digests = [credential_digest(*ADMINISTRATOR), credential_digest(*CONSUMER)]
+    digests = [credential_digest(*account) for account in (ADMINISTRATOR, CONSUMER, READER)]
     gate = Gate(behind, ADMINISTRATOR[0], digests, pause_s=1)
     server = uvicorn.Server(uvicorn.Config(gate, port=0, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -114,6 +115,7 @@ def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
     try:
         assert httpx.get(f"http://127.0.0.1:{port}/", auth=CONSUMER).status_code == 200
         assert post("{}", auth=ADMINISTRATOR).status_code == 200
+        assert post("{}", auth=READER).status_code == 200
         refused = post("{}")
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
     finally:
@@ -123,7 +125,7 @@ def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
 
 def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, behind, port):
     behind.may_answer.clear()
-    with ThreadPoolExecutor(MAX_INSIDE + MAX_WAITING + 8) as pool:
+    with ThreadPoolExecutor(MAX_INSIDE + MAX_WAITING + 9) as pool:
         url = f"http://127.0.0.1:{port}{SEARCH}"
         asked = [
             pool.submit(httpx.post, url, content="{}", auth=CONSUMER, timeout=30)
@@ -132,9 +134,13 @@ def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, 
         while not any(one.done() for one in asked):
             time.sleep(0.05)
         assert behind.most == MAX_INSIDE
+        reading = pool.submit(httpx.post, url, content="{}", auth=READER, timeout=30)
+        while behind.most == MAX_INSIDE:
+            time.sleep(0.05)
         assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
         behind.may_answer.set()
         statuses = [one.result().status_code for one in asked]
+        assert reading.result().status_code == 200
     assert statuses.count(429) == 8 and statuses.count(200) == MAX_INSIDE + MAX_WAITING
 
 

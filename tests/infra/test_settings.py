@@ -8,10 +8,10 @@ from infra.settings import DispatcherSettings, FlowSettings, ModelServerSettings
 # Secrets of stack-config.json that a process may know.
 ALLOWED = {
     PortalSettings: {"database", "s3_access_key", "s3_secret_key", "model_server"},
-    ModelServerSettings: {"mlflow_consumer", "model_server"},
+    ModelServerSettings: {"mlflow_reader", "model_server"},
     DispatcherSettings: {"database", "mlflow", "prefect"},
     WorkerSettings: {"prefect"},
-    FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "mlflow_consumer", "prefect", "model_server",
+    FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "mlflow_reader", "prefect", "model_server",
                    "split_salt"},
 }  # fmt: skip
 
@@ -34,8 +34,8 @@ def test_a_process_is_given_the_secrets_it_uses_and_no_others(home, kind):
 def test_the_model_servers_account_only_reads(home, monkeypatch):
     monkeypatch.setenv("COTRAIN_HOME", str(home))
     settings = ModelServerSettings(_env_file=home / ModelServerSettings.files[0])
-    assert settings.mlflow_username == "consumer"
-    assert settings.mlflow_password.get_secret_value() == make_config(home).secrets["mlflow_consumer"]
+    assert settings.mlflow_username == "cotrain-reader"
+    assert settings.mlflow_password.get_secret_value() == make_config(home).secrets["mlflow_reader"]
 
 
 def test_values_with_quotes_and_spaces_come_back(home, monkeypatch):
