@@ -79,7 +79,7 @@ def session(engine):
     """A session on empty tables whose work is rolled back."""
     with engine.connect() as connection:
         transaction = connection.begin()
-        connection.execute(text('truncate contributor, "case", round, snapshot, device_pool cascade'))
+        connection.execute(text('truncate contributor, "case", round, snapshot, device_pool, audit_event cascade'))
         with Session(connection, join_transaction_mode="create_savepoint", expire_on_commit=False) as session:
             yield session
         transaction.rollback()
