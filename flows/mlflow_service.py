@@ -63,7 +63,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
     command += ["--uvicorn-opts", command_options()]
     ports = (config.ports["postgres"], port_of(settings.s3_endpoint))
-    confinement = Confinement(read=(configuration,), write=(work,), connect=ports)
+    confinement = Confinement(read=(configuration,), write=(work,), connect=ports, is_server=True)
     return Service(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),

@@ -103,7 +103,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         make_private(work)
         postgres.ensure_database("prefect", config.secrets["prefect_database"])
 
-    confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]))
+    confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]), is_server=True)
     return Service(
         name="prefect",
         command=lambda: confinement.command(sys.executable, "-m", "flows.prefect_gate"),
@@ -166,6 +166,7 @@ def _portal(home: Path, settings: Settings) -> Service:
         read=tuple(home / name for name in PortalSettings.files),
         write=(home / "portal",),
         connect=tuple(map(port_of, stores)),
+        is_server=True,
     )
 
     def check() -> None:
@@ -185,6 +186,7 @@ def _model_server(home: Path, settings: Settings) -> Service:
         write=(home / "model-server", cache, *accelerator_files()),
         # MLflow's client fetches large files from the store itself, by presigned addresses.
         connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),
+        is_server=True,
     )
 
     def check() -> None:

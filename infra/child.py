@@ -58,6 +58,7 @@ SYSTEM_CALLS = {
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "open_by_handle_at": (304, 265),
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "bpf": (321, 280), "seccomp": (317, 277),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "socketpair": (53, 199), "setsid": (112, 157), "setpgid": (109, 154),
 }  # fmt: skip
 CLOSED = (
     *("add_key", "request_key", "keyctl", "ptrace", "process_vm_readv", "process_vm_writev", "open_by_handle_at"),
@@ -179,24 +180,27 @@ def call_number(name: str) -> int:
     return SYSTEM_CALLS[name][list(ARCHITECTURES).index(os.uname().machine)]
 
 
-def refuse_calls() -> None:
+def refuse_calls(is_server: bool) -> None:
     """Set the filter of system calls for this process and all that it will start."""
     if not has_seccomp():
         return
-    instructions = filter_program()
+    instructions = filter_program(is_server)
     program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(instructions), ctypes.addressof(code))
     check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
-def filter_program() -> list[Instruction]:
+def filter_program(is_server: bool) -> list[Instruction]:
     """Write the BPF program that decides on each system call.
 
     Landlock has no rule for these: limits and priorities of other processes of the same user, of which
     RLIMIT_CPU ends one; TCP connections by other ways than connect and bind on a TCP socket (MPTCP, SMC, SCTP,
     MSG_FASTOPEN); io_uring, which makes calls that no filter sees; and calls that no service needs and that reach
     other processes or large parts of the kernel.
+
+    A server inherits the socket that it listens on, which its successor will use. So it may not make Unix sockets that
+    reach others, by which it could hand the socket to them, nor leave its process group, with which it is ended.
     """
     machine = os.uname().machine
     refused, missing, done = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS, SECCOMP_ERRNO
@@ -216,7 +220,12 @@ def filter_program() -> list[Instruction]:
     program += on_call("sched_setaffinity", allow_if(itself, otherwise=done))
     for name, process in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
         program += on_call(name, allow_if((0, ANY_BIT, (process,)), (1, ANY_BIT, (0,)), otherwise=refused))
-    program += on_call("socket", allow_sockets(refused))
+    program += on_call("socket", allow_sockets(refused, with_unix=not is_server))
+    if is_server:
+        # A pair of another type can be connected anew, to a path.
+        program += on_call("socketpair", allow_if((1, SOCKET_TYPE, (socket.SOCK_STREAM,)), otherwise=refused))
+        for name in ("setsid", "setpgid"):
+            program += on_call(name, [(RETURN, 0, 0, refused)])
     for name, index in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
         program += on_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
     for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
@@ -241,13 +250,13 @@ def allow_if(*tests: Test, otherwise: int) -> list[Instruction]:
     return [*instructions, (RETURN, 0, 0, SECCOMP_ALLOW)]
 
 
-def allow_sockets(otherwise: int) -> list[Instruction]:
-    """Allow Unix and netlink sockets, and of the internet's TCP and UDP."""
+def allow_sockets(otherwise: int, with_unix: bool) -> list[Instruction]:
+    """Allow netlink sockets, perhaps Unix sockets, and of the internet's TCP and UDP."""
     families = (socket.AF_INET, socket.AF_INET6)
     types, protocols = (socket.SOCK_STREAM, socket.SOCK_DGRAM), (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
     return [
         (LOAD, 0, 0, ARGUMENTS_OFFSET),
-        (EQUAL, 1, 0, socket.AF_UNIX),
+        *([(EQUAL, 1, 0, socket.AF_UNIX)] if with_unix else []),
         (EQUAL, 0, 1, socket.AF_NETLINK),
         (RETURN, 0, 0, SECCOMP_ALLOW),
         *allow_if((0, ANY_BIT, families), (1, SOCKET_TYPE, types), (2, ANY_BIT, protocols), otherwise=otherwise),
@@ -275,7 +284,7 @@ def main() -> None:
     restrict(spec)
     # After the change of user, which clears it.
     check(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
-    refuse_calls()
+    refuse_calls(spec["is_server"])
     os.umask(0o077)
     os.execv(command[0], command)
 

@@ -48,6 +48,8 @@ class Confinement:
         write: files and folders that may be read and changed; programs in them cannot be executed.
         sockets: folders of others in which Unix sockets may be made, and nothing else.
         bind, connect: TCP ports that may be listened on and connected to. None leaves the network alone.
+        is_server: whether it answers callers on a socket that it inherits. It can then neither hand it to others,
+            and so makes no Unix sockets, nor leave its process group.
         scope_signals: whether signals reach only processes that are confined together with this one.
         signal: what the process gets when its parent dies, however that happens.
         user, uid: how root's privileges are given up; see `infra/child.py`.
@@ -58,6 +60,7 @@ class Confinement:
     sockets: tuple[Path, ...] = ()
     bind: tuple[int, ...] = ()
     connect: tuple[int, ...] | None = None
+    is_server: bool = False
     scope_signals: bool = True
     signal: str = "SIGTERM"
     user: UserChange = "same"
@@ -73,6 +76,7 @@ class Confinement:
             "sockets": [str(folder) for folder in self.sockets],
             "bind": self.bind,
             "connect": self.connect,
+            "is_server": self.is_server,
             "scope_signals": self.scope_signals,
             "signal": self.signal,
             "user": self.user,

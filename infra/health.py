@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 CHECK_LIMIT_S = 10.0
-BUSY_SHARE = 0.3  # of one processor; a server that waits for something uses almost none
+BUSY_SHARE = 0.3  # of one processor, had or waited for; a server that waits for something uses almost none
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Failures:
     """Liveness checks of one process that failed in a row.
 
     Args:
-        cpu_s: processor time that the service has used so far, in seconds.
+        computing_s: processor time that the service has used so far or waited for, in seconds.
     """
 
-    def __init__(self, liveness: Liveness, cpu_s: Callable[[], float]) -> None:
-        self._liveness, self._cpu_s = liveness, cpu_s
-        self._number, self._since, self._cpu_since = 0, 0.0, 0.0
+    def __init__(self, liveness: Liveness, computing_s: Callable[[], float]) -> None:
+        self._liveness, self._computing_s = liveness, computing_s
+        self._number, self._since, self._computing_since = 0, 0.0, 0.0
 
     def check(self) -> str | None:
         """Check once, and return the reason for a restart when enough checks have failed."""
@@ -50,10 +50,11 @@ class Failures:
             self._liveness.check()
         except Exception as error:  # any refusal counts
             if not self._number:
-                self._since, self._cpu_since = time.monotonic(), self._cpu_s()
+                self._since, self._computing_since = time.monotonic(), self._computing_s()
             self._number += 1
             seconds = time.monotonic() - self._since
-            is_busy = not isinstance(error, Unwell) and self._cpu_s() - self._cpu_since > BUSY_SHARE * seconds
+            computed_s = self._computing_s() - self._computing_since
+            is_busy = not isinstance(error, Unwell) and computed_s > BUSY_SHARE * seconds
             limit_s = self._liveness.busy_seconds if is_busy else self._liveness.seconds
             if self._number >= self._liveness.failures and seconds >= limit_s:
                 last = f"{type(error).__name__}: {first_line(error)}"

@@ -18,6 +18,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from infra.listeners import is_listening
+
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4000
@@ -71,7 +73,7 @@ def inherits_listener(descriptor: int) -> bool:
     except OSError:  # closed, or something else
         return False
     try:
-        return bool(inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return is_listening(inherited)
     finally:
         inherited.detach()
 

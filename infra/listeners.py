@@ -42,6 +42,11 @@ def open_listener(url: str) -> socket.socket:
     return listener
 
 
+def is_listening(opened: socket.socket) -> bool:
+    """Tell whether a socket listens."""
+    return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def require_own_listener(url: str, uids: Collection[int]) -> None:
     """Raise unless one of these users listens on the address of a URL, which names its port.
 

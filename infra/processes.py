@@ -39,12 +39,13 @@ def _parent_of(entry: Path) -> int:
     return 0 if fields[0] in "ZX" else int(fields[1])
 
 
-def cpu_seconds(session: int) -> float:
-    """Add up the processor time, in seconds, of all processes of a session, which has its first process's pid.
+def computing_seconds(session: int) -> float:
+    """Add up, in seconds, the processor time that all processes of a session used and that they waited for.
 
-    What a process used that has ended and was collected counts with its parent.
+    A session has its first process's pid. What a process used that has ended and was collected counts with its parent;
+    what it waited for does not. On a machine with more work than processors the wait is the larger part.
     """
-    ticks = 0
+    ticks, waited_ns = 0, 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -53,7 +54,16 @@ def cpu_seconds(session: int) -> float:
                 continue
             if int(fields[3]) == session:
                 ticks += sum(map(int, fields[11:15]))  # utime, stime, and those of collected children
-    return ticks / os.sysconf("SC_CLK_TCK")
+                waited_ns += sum(map(_waited_ns, entry.glob("task/*/schedstat")))
+    return ticks / os.sysconf("SC_CLK_TCK") + waited_ns / 1e9
+
+
+def _waited_ns(file: Path) -> int:
+    """Return how long a thread was ready and had no processor; 0 if it has ended or the kernel does not count."""
+    try:
+        return int(file.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _words(file: Path) -> list[bytes]:

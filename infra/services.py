@@ -19,8 +19,8 @@ from typing import Any
 
 from infra.health import Failures, Liveness, first_line
 from infra.keeper_lock import hold
-from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
-from infra.processes import carrying, cpu_seconds, kill_carrying
+from infra.listeners import is_listening, open_listener, refuse_foreign_listener, require_own_listener
+from infra.processes import carrying, computing_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +149,11 @@ class Keeper:
         self._note(service, state="starting", error=None)
         for url in service.addresses:
             refuse_foreign_listener(url, service.uids)  # the server would end with "address in use", naming nobody
-        if service.listen and service.name not in self._listeners:
-            self._listeners[service.name] = open_listener(service.listen)
+        listener = self._listen(service)
         service.before()
         with self._lock:
             if self._stopping.is_set():
                 return
-            listener = self._listeners.get(service.name)
             with (self.folder / "logs" / f"{service.name}.log").open("ab") as output:
                 process = subprocess.Popen(
                     service.command(),
@@ -172,6 +170,16 @@ class Keeper:
         service.guard(service.after)
         self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), error=None)
         self._ready[service.name].set()
+
+    def _listen(self, service: Service) -> socket.socket | None:
+        """Return the socket on which a server will listen; a new one if the server before has shut it."""
+        listener = self._listeners.get(service.name)
+        if listener is not None and not is_listening(listener):
+            listener.close()
+            listener = None
+        if listener is None and service.listen:
+            listener = self._listeners[service.name] = open_listener(service.listen)
+        return listener
 
     def _await(self, service: Service, process: subprocess.Popen[bytes], deadline: float) -> None:
         """Poll the check until it passes; the process ending or the deadline is an error with the last reason."""
@@ -195,7 +203,7 @@ class Keeper:
         if process is None or liveness is None:
             return f"it ended with status {process.wait() if process else None}"
         guarded = replace(liveness, check=lambda: service.guard(liveness.check))
-        failures = Failures(guarded, lambda: cpu_seconds(process.pid))
+        failures = Failures(guarded, lambda: computing_seconds(process.pid))
         while True:
             try:
                 status = process.wait(None if self._stopping.is_set() else liveness.every_s)

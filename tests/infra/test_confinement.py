@@ -68,6 +68,20 @@ if os.uname().machine == "x86_64":
     attempt("x32", lambda: call(0x40000000 + 39))
 attempt("udp", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close())
 attempt("unix", lambda: [end.close() for end in socket.socketpair()])
+attempt("unix datagrams", lambda: [end.close() for end in socket.socketpair(type=socket.SOCK_DGRAM)])
+attempt("unix to others", lambda: socket.socket(socket.AF_UNIX).close())
+def leave(call):
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise PermissionError("in the child")
+attempt("session", lambda: leave(os.setsid))
+attempt("group", lambda: leave(lambda: os.setpgid(0, 0)))
 attempt("execute own", lambda: subprocess.run([f"{own}/program"], check=True))
 lines = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
 found["capabilities"] = int(lines["CapEff"], 16) | int(lines["CapPrm"], 16)
@@ -76,6 +90,7 @@ print(json.dumps(found))
 """
 OWN_FILES = {"read own", "write own", "rename own"}
 OWN_CALLS = {"affinity of other", "limit own", "priority of own", "affinity of own", "udp", "unix"}
+NOT_A_SERVERS = {"unix datagrams", "unix to others", "session", "group"}
 needs_seccomp = pytest.mark.skipif(not child.has_seccomp(), reason="this kernel or architecture has no filter of calls")
 needs_landlock = pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
 
@@ -132,10 +147,18 @@ def test_a_confined_process_reaches_its_own_folder_and_nothing_else(probe):
     run, own, _ = probe
     found = run(Confinement(write=(own,), connect=()))
     allowed = {name for name, result in found.items() if result == "allowed"}
-    assert allowed - OWN_CALLS <= OWN_FILES, found
+    assert allowed - OWN_CALLS - NOT_A_SERVERS <= OWN_FILES, found
     assert allowed >= OWN_FILES, found
     assert found["capabilities"] == 0
     assert found["no new privileges"] == 1
+
+
+@needs_seccomp
+def test_a_server_hands_its_socket_to_nobody_and_stays_in_its_group(probe):
+    run, own, _ = probe
+    found = run(Confinement(write=(own,), connect=(), is_server=True))
+    assert {found[name] for name in NOT_A_SERVERS} == {"PermissionError"}, found
+    assert {found[name] for name in OWN_CALLS} == {"allowed"}, found
 
 
 @needs_seccomp
@@ -147,7 +170,7 @@ def test_a_confined_process_changes_no_other_and_opens_tcp_by_the_checked_calls_
     assert {found[name] for name in refused} == {"PermissionError"}, found
     assert found["io_uring"] == "OSError"
     assert found["affinity of other changed"] is False
-    assert {found[name] for name in OWN_CALLS} == {"allowed"}, found
+    assert {found[name] for name in OWN_CALLS | NOT_A_SERVERS} == {"allowed"}, found
 
 
 @needs_seccomp

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +32,11 @@ from flows.home import (
 )
 from flows.stack import services
 from flows.stores import forget_weed_sockets
+from infra.confinement import refuses_calls
 from infra.health import Failures, Liveness, Unwell
 from infra.objects import open_objects
 from infra.postgres import Postgres
-from infra.processes import cpu_seconds
+from infra.processes import computing_seconds
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings, StoreAccess
 from tests.infra.listening import ORDINARY, listening, port_of
@@ -55,7 +57,7 @@ url = f"http://127.0.0.1:{port}"
 def web(name, needs=()):
     return Service(
         name=name,
-        command=lambda: Confinement(write=(folder,)).command(sys.executable, *program),
+        command=lambda: Confinement(write=(folder,), is_server=listener == "keeper").command(sys.executable, *program),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
         check=lambda: urllib.request.urlopen(url, timeout=1).close(),
         liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3), start_timeout_s=3.0,
@@ -73,6 +75,36 @@ SLOW_TO_START = """
 import http.server, socket, socketserver, time
 time.sleep(1)
 server = socketserver.TCPServer(None, http.server.SimpleHTTPRequestHandler, bind_and_activate=False)
+server.socket.close()
+server.socket = socket.socket(fileno=0)
+server.serve_forever()
+"""
+
+
+ROBBER = """
+import http.server, os, signal, socket, socketserver
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(os.getpid()).encode())
+        self.wfile.flush()
+        if self.path == "/shut":
+            server.socket.shutdown(socket.SHUT_RDWR)
+            os._exit(1)
+        if self.path == "/rob":
+            rob()
+def rob():
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for leave in (os.setsid, os.setpgrp):
+            try:
+                leave()
+            except OSError:
+                pass
+        return  # and goes on to serve
+    os._exit(1)
+server = socketserver.TCPServer(None, Handler, bind_and_activate=False)
 server.socket.close()
 server.socket = socket.socket(fileno=0)
 server.serve_forever()
@@ -160,6 +192,22 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_no_caller_is_re
     assert is_free(port)
 
 
+@pytest.mark.skipif(not refuses_calls(), reason="this kernel or architecture has no filter of calls")
+@pytest.mark.parametrize("way", ["shut", "rob"])
+def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
+    """It shuts the socket, or leaves a process that would accept callers."""
+    port = make_config(tmp_path / "ports").ports["portal"]
+    url = f"http://127.0.0.1:{port}"
+    with keeping(tmp_path, port, "-c", ROBBER, listener="keeper"):
+        until(lambda: state(tmp_path).get("state") == "ready")
+        first = state(tmp_path)["pid"]
+        urllib.request.urlopen(f"{url}/{way}", timeout=10).close()
+        until(lambda: state(tmp_path).get("state") == "ready" and state(tmp_path)["pid"] != first)
+        for _ in range(20):
+            with urllib.request.urlopen(f"{url}/pid", timeout=10) as answer:
+                assert int(answer.read()) == state(tmp_path)["pid"]
+
+
 def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
     port = make_config(tmp_path / "ports").ports["portal"]
     with contextlib.ExitStack() as other:
@@ -243,12 +291,33 @@ def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_r
 
     with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as process:
         liveness = Liveness(check, failures=2, seconds=0.0, busy_seconds=busy_seconds)
-        failures = Failures(liveness, lambda: cpu_seconds(process.pid))
-        assert failures.check() is None
-        began = cpu_seconds(process.pid)
-        until(lambda: cpu_seconds(process.pid) > began + 0.2)
-        assert (failures.check() is not None) == is_restarted
-        process.kill()
+        failures = Failures(liveness, lambda: computing_seconds(process.pid))
+        try:
+            assert failures.check() is None
+            began = computing_seconds(process.pid)
+            until(lambda: computing_seconds(process.pid) > began + 0.2)
+            assert (failures.check() is not None) == is_restarted
+        finally:
+            process.kill()
+
+
+def test_waiting_for_a_processor_counts_as_computing():
+    """As on a machine with many more busy processes than processors."""
+    core = min(os.sched_getaffinity(0))
+    program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
+    with contextlib.ExitStack() as cleanup:
+        for _ in range(6):
+            one = cleanup.enter_context(
+                subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.PIPE)
+            )
+            cleanup.callback(one.kill)
+            one.stdout.readline()
+        began, computed = time.monotonic(), computing_seconds(one.pid)
+        time.sleep(3)
+        share = (computing_seconds(one.pid) - computed) / (time.monotonic() - began)
+        used = Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()
+    assert share > 0.8
+    assert sum(map(int, used[11:13])) / os.sysconf("SC_CLK_TCK") < 2, "it had a sixth of the processor"
 
 
 def test_services_die_with_a_killed_keeper(keeper):
