@@ -231,8 +231,12 @@ def _listening_inodes(port: int) -> set[str]:
 
 
 def is_free(port: int) -> bool:
+    """Tell whether a server of this user can listen on a port, on which connections of an earlier one may linger."""
+    if listener_uids(f"tcp://127.0.0.1:{port}"):
+        return False
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            probe.setsockopt(socket.SOL_SOCKET, option, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

@@ -15,25 +15,34 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 LISTEN = "0A"  # the state in /proc/net/tcp
 
 
-def open_listener(url: str) -> socket.socket:
+def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.socket:
     """Listen on the address of a URL, for a server that will inherit the socket.
 
     What connects waits until a server accepts it. Servers send small parts at once, as asyncio's own sockets do.
 
+    Args:
+        replaces: an opened listener of the same address, to be closed after this. No other user can take the port in
+            between: SO_REUSEPORT lets several sockets of the same user listen.
+
     Raises:
-        PermissionError: if somebody else listens there.
-        OSError: if a program of this user does, or the address cannot be used.
+        PermissionError: if somebody listens there already, with the user's number and name.
+        OSError: if the address cannot be used.
     """
+    if replaces is None:
+        refuse_foreign_listener(url, ())
     parts = urlsplit(url)
     family, kind, protocol, _, place = socket.getaddrinfo(
         parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.socket(family, kind, protocol)
     try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
         listener.bind(place)
         listener.listen()
+        # With it another user could listen there, should the server that inherits the socket stop to.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -19,12 +19,13 @@ from typing import Any
 
 from infra.health import Failures, Liveness, first_line
 from infra.keeper_lock import hold
-from infra.listeners import is_listening, open_listener, refuse_foreign_listener, require_own_listener
+from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
+from infra.orphans import Orphans
 from infra.processes import carrying, computing_seconds, kill_carrying
 
 log = logging.getLogger(__name__)
 
-MARK = "COTRAIN_STACK_ID"
+MARK = "COTRAIN_KEPT_FOR"  # never in a file that people source, since what carries it is killed
 STOP_GRACE_S = 12.0
 RESTART_PAUSE_S = 0.5
 SIGN_EVERY_S = 1.0
@@ -43,7 +44,8 @@ class Service:
 
     Another local user can take a server's port while it is down, and would get the passwords that its callers send. So
     a server that can use a socket which it inherits has `listen`, the URL where the keeper listens from the server's
-    first start to its own end; the server finds the socket as its standard input. Those that cannot have `addresses`,
+    first start to its own end; the server finds the socket as its standard input, and its successor another one, with
+    none of the options that a server which was taken over may have set. Those that cannot have `addresses`,
     where they listen themselves: `check`, `after` and `liveness` run only while the listener there belongs to `uids`,
     by default to this user.
     """
@@ -107,12 +109,13 @@ class Keeper:
             BlockingIOError: if another keeper holds the folder.
         """
         with hold(self.folder, self.stack_id) as give_sign:
+            orphans = Orphans()
             sweep(self.stack_id, spare={os.getpid()})
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self._stopping.set())
-            self._keep(give_sign)
+            self._keep(give_sign, orphans)
 
-    def _keep(self, give_sign: Callable[[], None]) -> None:
+    def _keep(self, give_sign: Callable[[], None], orphans: Orphans) -> None:
         self.states = {service.name: State() for service in self.services}
         self._ready = {service.name: threading.Event() for service in self.services}
         self._write()
@@ -121,9 +124,12 @@ class Keeper:
             thread.start()
         while not self._stopping.wait(SIGN_EVERY_S):
             give_sign()
+            orphans.collect({process.pid for process in self._processes.copy().values()})
         for service in reversed(self.services):
             self._stop(service)
         sweep(self.stack_id, spare={os.getpid()})
+        if left := orphans.kill_all():
+            log.warning("killed %s, which no service had ended", left)
         (self.folder / "stack.json").unlink(missing_ok=True)
 
     def _tend(self, service: Service) -> None:
@@ -172,14 +178,23 @@ class Keeper:
         self._ready[service.name].set()
 
     def _listen(self, service: Service) -> socket.socket | None:
-        """Return the socket on which a server will listen; a new one if the server before has shut it."""
-        listener = self._listeners.get(service.name)
-        if listener is not None and not is_listening(listener):
-            listener.close()
-            listener = None
-        if listener is None and service.listen:
-            listener = self._listeners[service.name] = open_listener(service.listen)
-        return listener
+        """Return the socket on which a server will listen."""
+        if service.listen and service.name not in self._listeners:
+            self._listeners[service.name] = open_listener(service.listen)
+        return self._listeners.get(service.name)
+
+    def _listen_anew(self, service: Service) -> None:
+        """Replace a server's socket, without a moment in which another user could take the port.
+
+        Callers that wait for the old one to accept them lose their connection, as those whom the dead server answered.
+        """
+        old = self._listeners.pop(service.name, None)
+        if old is not None and service.listen:
+            try:
+                self._listeners[service.name] = open_listener(service.listen, replaces=old)
+            except OSError as error:  # the next start tries again, and says so
+                log.warning("%s: %s", service.name, error)
+            old.close()
 
     def _await(self, service: Service, process: subprocess.Popen[bytes], deadline: float) -> None:
         """Poll the check until it passes; the process ending or the deadline is an error with the last reason."""
@@ -216,6 +231,7 @@ class Keeper:
     def _end(self, service: Service, reason: str) -> None:
         """Leave nothing of a service's process before the next start."""
         self._stop(service)
+        self._listen_anew(service)
         self._note(
             service,
             state="restarting",

@@ -10,16 +10,23 @@ ORDINARY = 61_777
 
 
 @contextlib.contextmanager
-def listening(host="127.0.0.1", port=0, uid=None, family=socket.AF_INET):
-    """Give a listening socket of this user, or of another one, which only root can make."""
+def as_user(uid):
+    """Be another user, which only root can, while the block runs."""
     own = os.geteuid()
-    if uid is not None and own != 0:
-        pytest.skip("only root can listen as another user")
-    os.seteuid(own if uid is None else uid)
+    if own not in (0, uid):
+        pytest.skip("only root can become another user")
+    os.seteuid(uid)
     try:
-        server = socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+        yield
     finally:
         os.seteuid(own)
+
+
+@contextlib.contextmanager
+def listening(host="127.0.0.1", port=0, uid=None, family=socket.AF_INET):
+    """Give a listening socket of this user, or of another one, which only root can make."""
+    with as_user(os.geteuid() if uid is None else uid):
+        server = socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     with server:
         yield server
 

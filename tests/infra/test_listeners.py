@@ -1,13 +1,14 @@
 """Whose listener gets what is sent to a port."""
 
+import contextlib
 import os
 import socket
 
 import pytest
 
 from infra.http_server import choose_place, inherits_listener
-from infra.listeners import listener_uids, open_listener, require_own_listener
-from tests.infra.listening import ORDINARY, listening, port_of
+from infra.listeners import is_listening, listener_uids, open_listener, require_own_listener
+from tests.infra.listening import ORDINARY, as_user, listening, port_of
 
 OWN = (os.geteuid(),)
 
@@ -53,6 +54,33 @@ def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     with open_listener(url):  # though a connection of the port's earlier server lingers
         pass
+
+
+def test_nobody_else_listens_while_this_user_replaces_a_listener_or_has_shut_it():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = port_of(free)
+    url = f"http://127.0.0.1:{port}"
+    with open_listener(url) as old:
+        with open_listener(url, replaces=old) as new:
+            old.close()
+            assert is_listening(new) and not is_taken(port)
+            new.shutdown(socket.SHUT_RDWR)
+            assert not is_listening(new) and not is_taken(port)
+        assert is_taken(port), "it is free now"
+
+
+def is_taken(port):
+    """Tell whether another user can listen on a port, by any of the ways that share one."""
+    for options in ([], [socket.SO_REUSEADDR], [socket.SO_REUSEPORT], [socket.SO_REUSEADDR, socket.SO_REUSEPORT]):
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with as_user(ORDINARY), socket.socket() as other:
+                for option in options:
+                    other.setsockopt(socket.SOL_SOCKET, option, 1)
+                with contextlib.suppress(OSError):
+                    other.bind((host, port))
+                    other.listen()
+                    return True
+    return False
 
 
 def test_an_address_that_is_not_of_this_machine_is_named():

@@ -111,6 +111,22 @@ server.serve_forever()
 """
 
 
+HIDING = """
+import http.server, os, sys
+PROGRAM = "import os, sys, time; os.write(1, b'%d ' % os.getpid()); time.sleep(float(sys.argv[1]))"
+for seconds in ("0", "300"):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.dup2(os.open("FILE", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.execve(sys.executable, [sys.executable, "-c", PROGRAM, seconds], {})
+    os.wait()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", PORT), http.server.SimpleHTTPRequestHandler)
+server.serve_forever()
+"""
+
+
 @contextlib.contextmanager
 def keeping(folder, port, *program, listener="server"):
     """Run a keeper of one web server, or another program, for whom it listens or who listens itself."""
@@ -126,7 +142,7 @@ def keeping(folder, port, *program, listener="server"):
 
 @pytest.fixture
 def keeper(tmp_path):
-    with keeping(tmp_path, make_config(tmp_path / "ports").ports["portal"]) as process:
+    with keeping(tmp_path, make_config(tmp_path / "ports").ports["model_server"]) as process:
         yield tmp_path, process
 
 
@@ -160,7 +176,7 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
 
 @pytest.mark.parametrize("moment", ["before the start", "after the start"])
 def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, moment):
-    port = make_config(tmp_path / "ports").ports["portal"]
+    port = make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as cleanup:
         if moment == "before the start":
             foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
@@ -175,7 +191,7 @@ def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, momen
 
 
 def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_no_caller_is_refused(tmp_path):
-    port = make_config(tmp_path / "ports").ports["portal"]
+    port = make_config(tmp_path / "ports").ports["model_server"]
     with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
         until(lambda: state(tmp_path).get("state") == "ready")
         first = state(tmp_path)["pid"]
@@ -196,7 +212,7 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_no_caller_is_re
 @pytest.mark.parametrize("way", ["shut", "rob"])
 def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
     """It shuts the socket, or leaves a process that would accept callers."""
-    port = make_config(tmp_path / "ports").ports["portal"]
+    port = make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
     with keeping(tmp_path, port, "-c", ROBBER, listener="keeper"):
         until(lambda: state(tmp_path).get("state") == "ready")
@@ -208,8 +224,28 @@ def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path,
                 assert int(answer.read()) == state(tmp_path)["pid"]
 
 
+def existing(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
+    """It leaves its session and its parent, and carries nothing of the stack."""
+    port, hidden = make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
+    hiding = HIDING.replace("FILE", str(hidden)).replace("PORT", str(port))
+    with keeping(tmp_path, port, "-c", hiding) as process:
+        until(lambda: state(tmp_path).get("state") == "ready")
+        found = until(
+            lambda: hidden.exists() and len(pids := [int(pid) for pid in hidden.read_text().split()]) == 2 and pids
+        )
+        assert not set(found) & set(marked("keeper-test"))
+        until(lambda: len(existing(found)) == 1)  # the one that ended is buried
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert existing(found) == []
+
+
 def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
-    port = make_config(tmp_path / "ports").ports["portal"]
+    port = make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as other:
         other.enter_context(listening(port=port))
         with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):

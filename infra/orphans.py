@@ -1,0 +1,73 @@
+"""Processes whose parents have ended come to the keeper, so that none of a stack outlives it.
+
+A service that was taken over can start a process that leaves its session and carries no mark of the stack. It cannot
+leave the tree of processes below the nearest ancestor that adopts orphans (prctl(2), PR_SET_CHILD_SUBREAPER).
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+KILL_WITHIN_S = 5.0
+
+
+class Orphans:
+    """The orphans of one process, which adopts them from now on."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._dead: set[int] = set()
+
+    def collect(self, own: Collection[int]) -> None:
+        """Bury orphans that have died; call it now and then.
+
+        A child that this process itself started belongs to who waits for it. Such a one is collected at once, so only
+        what is dead at two calls is an orphan.
+
+        Args:
+            own: children that may stay dead for longer, since they are waited for later.
+        """
+        dead = {pid for pid, parent, state in _processes() if parent == os.getpid() and state in "ZX"} - set(own)
+        for pid in dead & self._dead:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        self._dead = dead
+
+    def kill_all(self) -> list[int]:
+        """Kill all processes below this one, orphans or not, and return their pids; for a process that is ending."""
+        killed: list[int] = []
+        end = time.monotonic() + KILL_WITHIN_S
+        while (left := below(os.getpid())) and time.monotonic() < end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+            killed += [pid for pid in left if pid not in killed]
+            time.sleep(0.02)
+        return killed
+
+
+def below(ancestor: int) -> list[int]:
+    """Return the children of a process, their children, and so on."""
+    children: dict[int, list[int]] = {}
+    for pid, parent, _ in _processes():
+        children.setdefault(parent, []).append(pid)
+    found = children.get(ancestor, [])
+    for pid in found:  # which grows
+        found += children.get(pid, [])
+    return found
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Yield pid, parent's pid and state of every process of this machine."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                yield int(entry.name), int(parent), state
