@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from sqlalchemy.exc import OperationalError
 
 from feedback.health import Facts
 from flows.duties import Standing, read_standings, standings_file
 from flows.probing import Finding, Probe, now, together
+from infra.confinement import port_of
+from infra.listeners import describe_callers
 from infra.objects import open_objects
 from infra.settings import FlowSettings
 
@@ -40,15 +43,24 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
     """
     from feedback.health import gather
 
+    settings = context.settings
     gathered: list[Facts] = []
 
     def read() -> list[Finding]:
-        with context.sessions() as session:
-            gathered.append(gather(session))
+        try:
+            with context.sessions() as session:
+                gathered.append(gather(session))
+        except OperationalError as error:
+            if "too many clients" not in str(error.orig):
+                raise
+            callers = describe_callers(port_of(settings.database_url.get_secret_value()))
+            fault = f"PostgreSQL's connections are all taken: {callers}"
+            return [
+                Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
+            ]
         return [Finding("the records", now())]
 
     found = together([Probe("postgres", "the records", read)], limit_s / 2)
-    settings = context.settings
     probes = [
         Probe("portal", "the portal", lambda: portal(settings)),
         Probe("s3", "an object put and read", lambda: objects(settings)),

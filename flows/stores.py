@@ -42,7 +42,7 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
         cwd=Path("/"),
         before=postgres.initialise,
         check=postgres.check,
-        liveness=Liveness(postgres.ping),
+        liveness=Liveness(postgres.check_answer),
         addresses=(postgres.address,),
         uids=(postgres.uid,),
         after=after,

@@ -59,10 +59,17 @@ SYSTEM_CALLS = {
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "bpf": (321, 280), "seccomp": (317, 277),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "socketpair": (53, 199), "setsid": (112, 157), "setpgid": (109, 154),
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semctl": (66, 191),
+    "semop": (65, 193), "semtimedop": (220, 192), "msgget": (68, 186), "msgctl": (71, 187), "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
 }  # fmt: skip
 CLOSED = (
     *("add_key", "request_key", "keyctl", "ptrace", "process_vm_readv", "process_vm_writev", "open_by_handle_at"),
     *("kexec_load", "kexec_file_load", "bpf", "perf_event_open", "userfaultfd"),
+)
+SYSTEM_V = (
+    *("shmget", "shmat", "shmctl", "semget", "semctl", "semop", "semtimedop"),
+    *("msgget", "msgctl", "msgsnd", "msgrcv"),
 )
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
 LOAD, AND, EQUAL, NOT_LESS, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # BPF instructions on a 32-bit word
@@ -180,24 +187,25 @@ def call_number(name: str) -> int:
     return SYSTEM_CALLS[name][list(ARCHITECTURES).index(os.uname().machine)]
 
 
-def refuse_calls(is_server: bool) -> None:
+def refuse_calls(is_server: bool, system_v: bool) -> None:
     """Set the filter of system calls for this process and all that it will start."""
     if not has_seccomp():
         return
-    instructions = filter_program(is_server)
+    instructions = filter_program(is_server, system_v)
     program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(instructions), ctypes.addressof(code))
     check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
-def filter_program(is_server: bool) -> list[Instruction]:
+def filter_program(is_server: bool, system_v: bool) -> list[Instruction]:
     """Write the BPF program that decides on each system call.
 
     Landlock has no rule for these: limits and priorities of other processes of the same user, of which
     RLIMIT_CPU ends one; TCP connections by other ways than connect and bind on a TCP socket (MPTCP, SMC, SCTP,
-    MSG_FASTOPEN); io_uring, which makes calls that no filter sees; and calls that no service needs and that reach
-    other processes or large parts of the kernel.
+    MSG_FASTOPEN); io_uring, which makes calls that no filter sees; System V memory, semaphores and queues, which all
+    processes of a user share, for all but PostgreSQL; and calls that no service needs and that reach other processes or
+    large parts of the kernel.
 
     A server inherits the socket that it listens on, which its successor will use. So it may not make Unix sockets that
     reach others, by which it could hand the socket to them, nor leave its process group, with which it is ended.
@@ -230,7 +238,7 @@ def filter_program(is_server: bool) -> list[Instruction]:
         program += on_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
     for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
         program += on_call(name, [(RETURN, 0, 0, missing)])
-    for name in CLOSED:
+    for name in CLOSED if system_v else (*CLOSED, *SYSTEM_V):
         program += on_call(name, [(RETURN, 0, 0, refused)])
     return [*program, (RETURN, 0, 0, SECCOMP_ALLOW)]
 
@@ -284,7 +292,7 @@ def main() -> None:
     restrict(spec)
     # After the change of user, which clears it.
     check(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
-    refuse_calls(spec["is_server"])
+    refuse_calls(spec["is_server"], spec["system_v"])
     os.umask(0o077)
     os.execv(command[0], command)
 

@@ -50,6 +50,7 @@ class Confinement:
         bind, connect: TCP ports that may be listened on and connected to. None leaves the network alone.
         is_server: whether it answers callers on a socket that it inherits. It can then neither hand it to others,
             and so makes no Unix sockets, nor leave its process group.
+        system_v: whether it may use System V shared memory, which PostgreSQL needs to know that it runs once.
         scope_signals: whether signals reach only processes that are confined together with this one.
         signal: what the process gets when its parent dies, however that happens.
         user, uid: how root's privileges are given up; see `infra/child.py`.
@@ -61,6 +62,7 @@ class Confinement:
     bind: tuple[int, ...] = ()
     connect: tuple[int, ...] | None = None
     is_server: bool = False
+    system_v: bool = False
     scope_signals: bool = True
     signal: str = "SIGTERM"
     user: UserChange = "same"
@@ -77,6 +79,7 @@ class Confinement:
             "bind": self.bind,
             "connect": self.connect,
             "is_server": self.is_server,
+            "system_v": self.system_v,
             "scope_signals": self.scope_signals,
             "signal": self.signal,
             "user": self.user,

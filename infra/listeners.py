@@ -6,13 +6,14 @@ import ipaddress
 import pwd
 import socket
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-LISTEN = "0A"  # the state in /proc/net/tcp
+LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
 
 def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.socket:
@@ -96,6 +97,12 @@ def listener_uids(url: str) -> set[int]:
     return exact or {uid for address, uid in listeners if address.is_unspecified}
 
 
+def describe_callers(port: int) -> str:
+    """Return words for the users of this machine who hold connections to a port, those with most first."""
+    held = Counter(uid for uid, called in _callers() if called == port)
+    return ", ".join(f"{count} by {user_name(uid)}" for uid, count in held.most_common()) or "none from this machine"
+
+
 def user_name(uid: int) -> str:
     """Return words for a user: the number, and the name where it has one."""
     with contextlib.suppress(KeyError):
@@ -109,15 +116,27 @@ def _place(url: str) -> str:
 
 def _listeners() -> Iterator[tuple[Address, int, int]]:
     """Yield address, port and user of every listening TCP socket."""
+    for fields in _sockets(LISTEN):
+        address, port = fields[1].split(":")
+        yield _address(address), int(port, 16), int(fields[7])
+
+
+def _callers() -> Iterator[tuple[int, int]]:
+    """Yield user and port of the other end of every TCP connection."""
+    for fields in _sockets(ESTABLISHED):
+        yield int(fields[7]), int(fields[2].rpartition(":")[2], 16)
+
+
+def _sockets(state: str) -> Iterator[list[str]]:
+    """Yield the fields of this machine's TCP sockets in a state, as proc_net_tcp describes them."""
     for name in ("tcp", "tcp6"):
         table = Path("/proc/net") / name
         if not table.exists():  # a kernel without IPv6
             continue
         for line in table.read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == LISTEN:
-                address, port = fields[1].split(":")
-                yield _address(address), int(port, 16), int(fields[7])
+            if fields[3] == state:
+                yield fields
 
 
 def _address(text: str) -> Address:

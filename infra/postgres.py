@@ -8,7 +8,9 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import socket
 import stat
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
 CLEAN_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 # Whoever holds the port while the server is down may ask for the password as it is; SCRAM never shows it.
 NO_CLEARTEXT = "require_auth=scram-sha-256"
+SIGN_IN_S, ANSWER_S = 10, 10.0
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # which the server answers before it gives the caller a connection
 NOT_DURABLE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
@@ -55,7 +59,9 @@ class Postgres:
         change = user_change()
         if change in ("search", "override"):
             _give(self.folder, NOBODY)
-        confinement = Confinement(write=(self.folder,), connect=(), signal="SIGKILL", user=change, uid=NOBODY)
+        confinement = Confinement(
+            write=(self.folder,), connect=(), system_v=True, signal="SIGKILL", user=change, uid=NOBODY
+        )
         command = [
             *confinement.command(str(binaries() / "initdb")),
             *("-D", str(self.data), "-U", "postgres", "--pwfile", str(password_file), "-E", "UTF8"),
@@ -80,13 +86,14 @@ class Postgres:
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "max_connections=200",
+            f"authentication_timeout={SIGN_IN_S}s",  # who does not sign in takes a connection all the same
             "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
             "log_error_verbosity=terse",  # details and contexts of errors quote what people sent
             *([] if self.durable else NOT_DURABLE),
         ]
         flags = [part for option in options for part in ("-c", option)]
         confinement = Confinement(
-            write=(self.folder,), bind=(self.port,), connect=(), signal="SIGINT", user=change, uid=uid
+            write=(self.folder,), bind=(self.port,), connect=(), system_v=True, signal="SIGINT", user=change, uid=uid
         )
         return [*confinement.command(str(binaries() / "postgres")), "-D", str(self.data), *flags]
 
@@ -112,6 +119,13 @@ class Postgres:
             ):
                 _set_password(connection, "postgres", self.password)
         self.ping()
+
+    def check_answer(self) -> None:
+        """Raise unless the server answers at all, be all its connections taken."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_S) as connection:
+            connection.sendall(SSL_REQUEST)
+            if connection.recv(1) not in (b"N", b"S"):
+                raise ConnectionError("PostgreSQL closed the connection without an answer")
 
     def ping(self) -> None:
         """Raise unless the server answers a query."""

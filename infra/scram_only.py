@@ -11,7 +11,7 @@ from asyncpg import protocol
 # PostgreSQL's protocol, version 3: a message is its type, its length without the type, and its content. Those of
 # signing in begin with a number.
 AUTHENTICATION, HEAD = b"R", struct.Struct("!ci")
-SIGNED_IN, SCRAM, SCRAM_CONTINUE, SCRAM_FINAL = 0, 10, 11, 12
+ORDER = [10, 11, 12, 0]  # SASL (SCRAM is the only way that asyncpg knows), SASLContinue, SASLFinal, Ok
 LONGEST_MESSAGE = 64 * 1024
 
 
@@ -26,7 +26,8 @@ class ScramOnly(protocol.Protocol):  # type: ignore[misc]  # asyncpg is not type
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kept = b""  # the beginning of a message
-        self._is_proved = self._is_signed_in = False
+        self._asked: list[int] = []  # what the server asked for so far
+        self._is_signed_in = False
 
     def data_received(self, data: bytes) -> None:
         """Take what the server sent.
@@ -57,12 +58,11 @@ class ScramOnly(protocol.Protocol):  # type: ignore[misc]  # asyncpg is not type
         return data, b""
 
     def _check(self, content: bytes) -> None:
-        request = int.from_bytes(content[:4], "big")
-        if request == SCRAM_FINAL:
-            self._is_proved = True  # the server has the password's verifier, or asyncpg ends the connection
-        elif request == SIGNED_IN and self._is_proved:
-            self._is_signed_in = True
-        elif request not in (SCRAM, SCRAM_CONTINUE):
+        # Whether the server knows the password is decided by asyncpg, once all of this came in its order.
+        self._asked.append(int.from_bytes(content[:4], "big"))
+        if self._asked != ORDER[: len(self._asked)]:
             raise ConnectionError(
-                f"PostgreSQL must ask for SCRAM (10), got request {request}; another program may hold its port"
+                f"PostgreSQL must ask for SCRAM (10, 11, 12 and 0), got {self._asked}; "
+                "another program may hold its port"
             )
+        self._is_signed_in = self._asked == ORDER

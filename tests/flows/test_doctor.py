@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from flows.home import load_config
 from flows.probes import how_to_register
 from flows.probing import Finding, Probe, together
 from infra.objects import open_objects
+from infra.services import read_state
 from infra.settings import StoreAccess
 from infra.tracker import Tracker
 
@@ -93,6 +96,21 @@ def test_doctor_tries_what_users_would_notice(first, stack):
     assert {states[what] for what in tried} == {"ok"}
     assert (states["a report that is reproduced"], states["a notice delivered"]) == ("never yet", "never yet")
     assert stack.cotrain("status")[1]["faults"] == []
+
+
+@pytest.mark.slow
+def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothing(first, stack):
+    port = load_config(stack.home).ports["postgres"]
+    named = b"user\0stranger\0\0"
+    stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
+    before = {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()}
+    with contextlib.ExitStack() as held:
+        for _ in range(260):
+            held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
+        assert "PostgreSQL's connections are all taken: " in faults_of(stack)
+        assert httpx.get(stack.settings.portal_url).status_code == 200
+    stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
+    assert {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()} == before
 
 
 @pytest.mark.slow

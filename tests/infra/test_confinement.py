@@ -80,6 +80,7 @@ def leave(call):
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise PermissionError("in the child")
+attempt("system v", lambda: call({"x86_64": 29, "aarch64": 194}[os.uname().machine], 0x636f7472, 4096, 0o1600))
 attempt("session", lambda: leave(os.setsid))
 attempt("group", lambda: leave(lambda: os.setpgid(0, 0)))
 attempt("execute own", lambda: subprocess.run([f"{own}/program"], check=True))
@@ -166,7 +167,7 @@ def test_a_confined_process_changes_no_other_and_opens_tcp_by_the_checked_calls_
     run, own, _ = probe
     found = run(Confinement(write=(own,), connect=None, scope_signals=False))
     refused = {"limit other", "priority of other", "priority of user", "scheduler of other", "multipath TCP", "SCTP"}
-    refused |= {"SMC", "connect by sendto", "connect by sendmsg", "keys", "x32"} & found.keys()
+    refused |= {"system v", "SMC", "connect by sendto", "connect by sendmsg", "keys", "x32"} & found.keys()
     assert {found[name] for name in refused} == {"PermissionError"}, found
     assert found["io_uring"] == "OSError"
     assert found["affinity of other changed"] is False

@@ -1,12 +1,21 @@
 """What Prefect's server tells a program that holds PostgreSQL's port."""
 
 import asyncio
+import contextlib
 import struct
+import subprocess
 
 import asyncpg
 import pytest
 
+from flows.home import make_config, write_environment
+from flows.stack import make_private, services
+from infra.listeners import open_listener
+from infra.postgres import SSL_REQUEST
 from infra.scram_only import LONGEST_MESSAGE, ScramOnly, require_scram
+from infra.settings import Settings
+from tests.infra.listening import listening
+from tests.waiting import until
 
 PASSWORD = "secret-of-the-database"
 CLEARTEXT, MD5, KERBEROS, SIGNED_IN = 3, 5, 7, 0
@@ -35,14 +44,17 @@ NOTICE = message(b"N", b"SNOTICE\0\0")
 @pytest.mark.parametrize(
     ("sent", "refusal"),
     [
-        (request(CLEARTEXT), "got request 3"),
-        (request(MD5, b"salt"), "got request 5"),
-        (request(KERBEROS), "got request 7"),
-        (request(SIGNED_IN), "got request 0"),
-        (NOTICE + request(CLEARTEXT), "got request 3"),
-        (SCRAM + request(CLEARTEXT), "got request 3"),
-        (SCRAM + request(SIGNED_IN), "got request 0"),
-        (message(b"R", b""), "got request 0"),
+        (request(CLEARTEXT), "got [3]"),
+        (request(MD5, b"salt"), "got [5]"),
+        (request(KERBEROS), "got [7]"),
+        (request(SIGNED_IN), "got [0]"),
+        (NOTICE + request(CLEARTEXT), "got [3]"),
+        (SCRAM + request(CLEARTEXT), "got [10, 3]"),
+        (SCRAM + request(SIGNED_IN), "got [10, 0]"),
+        (request(12, b"v=x") + request(SIGNED_IN), "got [12]"),
+        (SCRAM + request(12, b"v=x") + request(SIGNED_IN), "got [10, 12]"),
+        (SCRAM + SCRAM, "got [10, 10]"),
+        (message(b"R", b""), "got [0]"),
         (struct.pack("!ci", b"R", 3), "a message of 3 bytes"),
         (struct.pack("!ci", b"N", LONGEST_MESSAGE + 1), "bytes while signing in"),
     ],
@@ -88,3 +100,32 @@ def test_postgresql_itself_is_used_as_before(stores):
     assert asyncio.run(ask(url)) == 5_000_050_000
     with pytest.raises(asyncpg.InvalidPasswordError):
         asyncio.run(ask(url.replace("cotrain:", "cotrain:not")))
+
+
+def test_prefects_server_shows_its_password_to_no_program_on_postgresqls_port(tmp_path):
+    config = make_config(tmp_path)
+    write_environment(tmp_path, config)
+    settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
+    prefect = next(one for one in services(tmp_path, config, settings) if one.name == "prefect")
+    make_private(prefect.cwd)
+    received, log = bytearray(), tmp_path / "log"
+    with listening(port=config.ports["postgres"]) as impostor, contextlib.ExitStack() as cleanup:
+        impostor.settimeout(120)
+        given = cleanup.enter_context(open_listener(prefect.listen))
+        output = cleanup.enter_context(log.open("wb"))
+        process = cleanup.enter_context(
+            subprocess.Popen(
+                prefect.command(), env=prefect.env, cwd=prefect.cwd, stdin=given, stdout=output, stderr=output
+            )
+        )
+        cleanup.callback(process.kill)
+        client = cleanup.enter_context(impostor.accept()[0])
+        client.settimeout(60)
+        assert client.recv(1000) == SSL_REQUEST
+        client.sendall(b"N")
+        assert b"prefect" in client.recv(1000)
+        client.sendall(request(CLEARTEXT))
+        with contextlib.suppress(ConnectionResetError):
+            received += client.recv(1000)
+        until(lambda: "must ask for SCRAM" in log.read_text())
+    assert received == b""

@@ -34,14 +34,16 @@ from flows.stack import services
 from flows.stores import forget_weed_sockets
 from infra.confinement import refuses_calls
 from infra.health import Failures, Liveness, Unwell
+from infra.listeners import describe_callers, user_name
 from infra.objects import open_objects
-from infra.postgres import Postgres
+from infra.postgres import SIGN_IN_S, Postgres
 from infra.processes import computing_seconds
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings, StoreAccess
 from tests.infra.listening import ORDINARY, listening, port_of
 from tests.waiting import until
 
+STRANGER = b"user\0stranger\0\0"
 KEEPER = """
 import sys, urllib.request
 from pathlib import Path
@@ -379,6 +381,33 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
             assert connection.execute("select count(*) from kept").fetchone() == (round_ + 1,)
         process.kill()
         process.wait()
+
+
+def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
+    """They connect and never sign in."""
+    config = make_config(tmp_path)
+    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    server.initialise()
+    with contextlib.ExitStack() as cleanup:
+        process = cleanup.enter_context(
+            subprocess.Popen(server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
+        )
+        cleanup.callback(process.kill)
+        until(lambda: answers(server))
+        connection = cleanup.enter_context(psycopg.connect(server.url("postgres"), autocommit=True))
+        strangers = [cleanup.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(260)]
+        for stranger in strangers:
+            stranger.sendall(struct.pack("!ii", 8 + len(STRANGER), 3 << 16) + STRANGER)
+        until(lambda: not answers(server))
+        with pytest.raises(psycopg.OperationalError, match="too many clients"):
+            server.ping()
+        server.check_answer()
+        assert connection.execute("select 1").fetchone() == (1,)
+        assert f"by {user_name(os.geteuid())}" in describe_callers(server.port)
+        until(lambda: answers(server), seconds=SIGN_IN_S + 60)  # who has not signed in by then is let go
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            server.check_answer()
 
 
 def answers(server):
