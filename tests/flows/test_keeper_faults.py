@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from dotenv import dotenv_values
 
 from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
 from infra.confinement import port_of
@@ -99,6 +101,20 @@ def test_nobody_can_take_a_port_and_no_caller_is_refused_while_servers_start_aga
 
     services = stack.until(all_new, seconds=120)
     assert {name: services[name]["restarts"] for name in urls} == dict.fromkeys(urls, 1)
+
+
+@pytest.mark.slow
+def test_programs_that_have_the_stacks_addresses_in_their_environment_are_not_ended_with_it(stack, monkeypatch):
+    """As where an operator has exported the file `env`."""
+    for name, value in dotenv_values(stack.home / "env").items():
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen(["/bin/sleep", "600"]) as other:
+        try:
+            assert stack.cotrain("down", check=True)[1]["stopped"]
+            stack.cotrain("up", check=True)
+            assert other.poll() is None
+        finally:
+            other.kill()
 
 
 @pytest.mark.slow
