@@ -1,8 +1,14 @@
 """The command line's root: `cotrain NOUN ...`."""
 
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
 import typer
 
 from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack, withdraw
+from flows.cli.output import USAGE, fail
+from yuan.data.text import find_unstorable, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +28,26 @@ demo.add_to(app)
 
 
 def main() -> None:
+    if wrong := find_undecoded(sys.argv[1:], os.environ):
+        sys.exit(fail(wrong, USAGE).exit_code)
     app()
+
+
+def find_undecoded(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Name the first argument or variable of ours that is not UTF-8, and so can be neither sent nor stored nor shown.
+
+    >>> find_undecoded(["withdraw", "--reason", os.fsdecode(b"\\xff")], {})
+    'argument 3, after --reason, must be text in UTF-8, got \\\\xff; write or rename it with a program that uses UTF-8'
+    """
+    places = {f"variable {name}": value for name, value in environment.items() if name.startswith("COTRAIN_")}
+    for number, text in enumerate(arguments):
+        option = f", after {arguments[number - 1]}," if number and arguments[number - 1].startswith("-") else ""
+        places[f"argument {number + 1}{option}"] = text
+    for place, text in places.items():
+        if find_unstorable(text):
+            shown = printable(os.fsencode(text).decode(errors="backslashreplace"))
+            return f"{place} must be text in UTF-8, got {shown}; write or rename it with a program that uses UTF-8"
+    return None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import typer
 
 from feedback.client import Client
 from flows.cli.contribute import Url, own_portal
-from flows.cli.output import Json, clear_errors, show
+from flows.cli.output import Json, clear_errors, show, text_option
 from flows.cli.rounds import operator
 from yuan.data.text import printable
 
@@ -21,7 +21,7 @@ def record_id(text: str) -> str:
 
 ReportId = Annotated[str, typer.Argument(metavar="ID", help="id of a report", callback=record_id)]
 DatasetId = Annotated[str, typer.Argument(metavar="ID", help="id of a dataset", callback=record_id)]
-Reason = Annotated[str, typer.Option(help="why; it is shown to who sent it")]
+Reason = Annotated[str, typer.Option(help="why; it is shown to who sent it", callback=text_option)]
 Token = Annotated[
     str,
     typer.Option(

@@ -113,6 +113,7 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
         (["dataset", "push", "/dev/zero", "--token", "t"], 2, "is a regular file, and /dev/zero is none"),
         (["withdraw", "report", "a\x1b\n", "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
+        (["withdraw", "report", "0" * 32, "--reason", " ", "--token", "t"], 2, "must be text, not white space alone"),
         (["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
     ],
 )
@@ -135,6 +136,27 @@ def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, 
     file.write_text("{}")
     done = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "place"),
+    [
+        (["withdraw", "report", "0" * 32, "--reason", b"\xff", "--token", "t"], "argument 5, after --reason, must be"),
+        (["withdraw", "dataset", "0" * 32, b"--reason=a\xff", "--token", "t"], "got --reason=a\\xff"),
+        (["pool", "lose", "cpu-process/1", "--reason", b"\xe5\x8a"], "argument 5, after --reason, must be"),
+        (["generate", b"\xff"], "argument 2 must be text in UTF-8, got \\xff"),
+        (["dataset", "push", b"/dev/null/\xff.jsonl", "--token", "t"], "argument 3 must be"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_named(tmp_path, argv, place):
+    done = cotrain(*argv, home=tmp_path)
+    assert done.returncode == 2 and "codec" not in done.stderr
+    assert place in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_variable_that_is_not_utf8_is_named():
+    done = cotrain("status", COTRAIN_HOME=b"/tmp/\xff")
+    assert done.returncode == 2 and "variable COTRAIN_HOME must be text in UTF-8, got /tmp/\\xff" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "status", "up", "down"])
