@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,6 +88,38 @@ def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, accoun
     with open_sessions(engine).begin() as session:
         kept = session.get_one(IdempotencyKey, (account.id, "k"))
     assert kept.request_digest == hashlib.sha256(b"POST\n/api/v1/datasets\nname=rows\n" + data).hexdigest()
+
+
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from fastapi.testclient import TestClient
+from feedback.api.app import make_app
+from infra.database import open_engine
+from infra.objects import open_objects
+from infra.settings import Settings
+
+settings = Settings(_env_file=sys.argv[1], home=Path(sys.argv[2]))
+rows = b'{"answer": "a"}\\n'
+with TestClient(make_app(settings, open_engine(settings), open_objects(settings))) as client:
+    for data in (rows * 20_000, rows):
+        answer = client.post("/api/v1/datasets?name=rows", content=data, headers={"Authorization": sys.argv[3]})
+        print(answer.status_code, answer.text)
+print(os.listdir(settings.home / "portal"))
+"""
+
+
+def test_a_full_disk_is_answered_and_leaves_room_for_the_next_file(stores, account, tmp_path):
+    mounting = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
+    if subprocess.run([*mounting, mount], capture_output=True).returncode != 0:
+        pytest.skip("this machine lets nobody mount a small disk in a namespace of his own")
+    script = [sys.executable, "-c", FULL_DISK, stores.home / "env", tmp_path, account.headers["Authorization"]]
+    inside = [*mounting, f'{mount}; exec "$@"', "sh", *script]
+    done = subprocess.run(inside, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    full, taken, left = done.stdout.splitlines()
+    assert full.startswith("503 ") and "the portal's disk has no room for the file now" in full
+    assert taken.startswith("201 ") and left == "[]"
 
 
 @pytest.fixture
