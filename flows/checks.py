@@ -1,5 +1,6 @@
 """What can be wrong with a machine or a stack, and the mend for each; what its servers do is tried in flows.probes."""
 
+import difflib
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from infra.confinement import is_enforced, refuses_calls
 from infra.devices import memory_gib
 from infra.keeper_lock import find_holder, is_running
 from infra.services import read_state
+from infra.settings import PREFIX, Settings, bindings, place_of, variable, wrong_values
 
 Fault = tuple[str, str]
 
@@ -26,6 +28,30 @@ UNFILTERED = (
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 SIGNS = {"dispatcher": DISPATCHER_SIGN, "worker": WORKER_SIGN}
 SILENT_S = 30.0
+# What may stand in env.local: the settings, and a variable that commands take from a shell which reads the file.
+KNOWN = {*map(variable, Settings.model_fields), variable("token")}
+
+
+def setting_faults(home: Path) -> list[Fault]:
+    """Lines of `env.local` that set nothing, names that no setting has, and values that break a setting's rule.
+
+    Variables of the environment count too, since they win over the file; names without the prefix are not ours.
+    """
+    file = home / "env.local"
+    try:
+        lines = [line for line in bindings(file) if PREFIX in line.original.string.upper()]
+    except (OSError, UnicodeDecodeError) as error:
+        return [(f"{file} cannot be read: {error}", "make it a text file in UTF-8 that you may read")]
+    found: list[Fault] = []
+    for line in lines:
+        name, place = (line.key or "").upper(), place_of(line, file)
+        if line.error or (name.startswith(PREFIX) and line.value is None):
+            found.append((f"a line without NAME=VALUE sets nothing ({place})", "write one, or # before the line"))
+        elif name.startswith(PREFIX) and name not in KNOWN:
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in KNOWN])
+            meant = f"write {' or '.join(map(variable, near))}" if near else "the names are in .env.example; write one"
+            found.append((f"there is no setting {name} ({place})", f"{meant}, or take the line out"))
+    return found + [(wrong, "correct the value there") for wrong in wrong_values(file)]
 
 
 def machine_faults(home: Path) -> list[Fault]:

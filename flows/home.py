@@ -17,7 +17,7 @@ from infra.files import write_private
 from infra.listeners import listener_uids, user_name
 from infra.postgres import NO_CLEARTEXT
 from infra.services import marked
-from infra.settings import Settings, process_files
+from infra.settings import Settings, process_files, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,11 @@ def is_free(port: int) -> bool:
 
 
 def write_environment(home: Path, config: StackConfig) -> None:
-    """Write `$COTRAIN_HOME/env` for the operator's commands, and the settings file of each process."""
+    """Write `$COTRAIN_HOME/env` for the operator's commands, and the settings file of each process.
+
+    Raises:
+        ValueError: if a value of the operator's breaks its rule.
+    """
     ports, secret = config.ports, config.secrets
     values = {
         "STACK_ID": config.stack_id,
@@ -266,7 +270,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
         "SPLIT_SALT": secret["split_salt"],
     }
     write_private(home / "env", "".join(f"COTRAIN_{name}={value}\n" for name, value in values.items()))
-    settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
+    settings = read_settings(Settings, home)
     (home / "settings").mkdir(exist_ok=True, mode=0o700)
     for name, text in process_files(settings).items():
         write_private(home / name, text)

@@ -6,16 +6,20 @@ Without these files, the variables of the environment count, as in `.env.example
 """
 
 import os
+import zoneinfo
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from dotenv.parser import Binding, parse_stream
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.mlflow_rules import READER
 
 HOME_VARIABLE = "COTRAIN_HOME"
 PREFIX = "COTRAIN_"
+SHOWN_LENGTH = 60  # of a wrong value
 # MLflow would also write into the user's home folder, at its import.
 NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
@@ -99,13 +103,27 @@ class ModelServerSettings(TrackerAccess, ModelServerAccess):
     files: ClassVar[tuple[str, ...]] = ("settings/model-server.env",)
 
 
+def _check_calendar(cron: str) -> str:
+    if len(cron.split()) != 5:
+        raise ValueError("must be a cron of five fields, such as 0 9 6 * *")
+    return cron
+
+
+def _check_time_zone(name: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        raise ValueError("must be a time zone's name, such as Asia/Shanghai") from None
+    return name
+
+
 class DispatcherSettings(RecordsAccess, PrefectAccess):
     """The dispatcher."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/dispatcher.env",)
 
-    calendar: str = "0 9 6 * *"
-    time_zone: str = "Asia/Shanghai"
+    calendar: Annotated[str, AfterValidator(_check_calendar)] = "0 9 6 * *"
+    time_zone: Annotated[str, AfterValidator(_check_time_zone)] = "Asia/Shanghai"
     round_after_reports: int = Field(default=200, ge=0)
 
 
@@ -143,16 +161,77 @@ def load_settings(kind: type[Chosen]) -> Chosen:
     """Read the settings of a process from its files in `$COTRAIN_HOME` and from the environment.
 
     Raises:
-        ValueError: naming the variables that are missing, and how to get them.
+        ValueError: as `read_settings`.
     """
-    home = home_folder()
+    return read_settings(kind, home_folder())
+
+
+def read_settings(kind: type[Chosen], home: Path) -> Chosen:
+    """Read the settings of a process from its files in a home folder and from the environment.
+
+    Raises:
+        ValueError: naming the variables that are missing, and how to get them, or the values that break their rules.
+    """
+    files = [home / name for name in kind.files]
     try:
-        return kind(_env_file=tuple(home / name for name in kind.files))
+        return kind(_env_file=files, home=home)
     except ValidationError as error:
-        wrong = ", ".join(f"{PREFIX}{str(e['loc'][0]).upper()}" for e in error.errors())
+        if wrong := _describe_wrong_values(error, files):
+            raise ValueError("; ".join(wrong)) from None
+        missing = ", ".join(variable(str(one["loc"][0])) for one in error.errors())
         raise ValueError(
-            f"no usable settings in {home}: {wrong}; run `cotrain up` or set them as in .env.example"
+            f"no usable settings in {home}: {missing}; run `cotrain up` or set them as in .env.example"
         ) from None
+
+
+def wrong_values(file: Path) -> list[str]:
+    """Describe the values of a file, and of the environment, that break a setting's rule: variable, rule and place."""
+    try:
+        Settings(_env_file=file)
+    except ValidationError as error:
+        return _describe_wrong_values(error, [file])
+    return []
+
+
+def _describe_wrong_values(error: ValidationError, files: Sequence[Path]) -> list[str]:
+    found = []
+    for one in error.errors(include_url=False):
+        if one["type"] != "missing":
+            name = variable(str(one["loc"][0]))
+            rule = one["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+            found.append(f"{name} {rule}, got {str(one['input'])[:SHOWN_LENGTH]!r} ({_find_place(name, files)})")
+    return found
+
+
+def _find_place(name: str, files: Sequence[Path]) -> str:
+    if name in map(str.upper, os.environ):
+        return "a variable of the environment"
+    return [place_of(b, file) for file in files for b in bindings(file) if (b.key or "").upper() == name][-1]
+
+
+def place_of(binding: Binding, file: Path) -> str:
+    """Say where a variable is set in a file; what is parsed begins with the empty lines before it."""
+    text = binding.original.string
+    empty = text[: len(text) - len(text.lstrip())].count("\n")
+    return f"{file}, line {binding.original.line + empty}"
+
+
+def bindings(file: Path) -> list[Binding]:
+    """Parse a file of variables as the settings do, line by line; none if there is no such file.
+
+    Raises:
+        OSError: if it cannot be read.
+        UnicodeDecodeError: if it is not UTF-8.
+    """
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as stream:
+        return list(parse_stream(stream))
+
+
+def variable(field: str) -> str:
+    """Return the variable of a field."""
+    return f"{PREFIX}{field.upper()}"
 
 
 def process_files(settings: Settings) -> dict[str, str]:
@@ -174,5 +253,5 @@ def _as_file(kind: type[ProcessSettings], settings: Settings) -> str:
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
         if name != "home":
             quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-            lines.append(f"{PREFIX}{name.upper()}='{quoted}'\n")
+            lines.append(f"{variable(name)}='{quoted}'\n")
     return "".join(lines)

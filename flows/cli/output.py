@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
+from rich.table import Table
 
 from yuan.data.text import BadJson, describe_errors, find_unstorable, parse_json, printable
 
@@ -24,6 +25,14 @@ stderr = Console(stderr=True, highlight=False)
 def show(data: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result for a program or for a person."""
     print(json.dumps(data, ensure_ascii=False, default=str) if as_json else text)
+
+
+def show_table(table: Table) -> None:
+    """Print a table for a person; a pipe or file has no width, so lines are not broken there."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = LINE_LENGTH
+    console.print(table)
 
 
 def fail(message: str, status: int = FAILED) -> typer.Exit:

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from flows.cli.output import Json, clear_errors, fail, show, stderr
+from flows.cli.output import LINE_LENGTH, Json, clear_errors, fail, show, show_table, stderr
+from yuan.data.text import printable
 
 if TYPE_CHECKING:
     from flows.probing import Finding
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 UP_TIMEOUT_S = 120.0
 LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
 MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
+KEEPER_LINES = 5  # of the log of a keeper that has ended
 DOWN_TIMEOUT_S, SILENT_GRACE_S = 60.0, 15.0  # of a keeper that gives signs of life, and of one that does not
+KILLED_S = 5.0
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,18 +51,20 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     Raises:
         RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
     """
-    from flows.checks import keeper_faults
+    from flows.checks import keeper_faults, machine_faults, setting_faults
     from flows.home import forget_retired
     from infra.keeper_lock import is_running
 
     began = time.monotonic()
+    keeper = None
+    _refuse(setting_faults(home))
     if is_running(home):
         _refuse(keeper_faults(home))
     else:
-        _check_machine(home)
-        _start_keeper(home, durable=durable)
+        _refuse(machine_faults(home))
+        keeper = _start_keeper(home, durable=durable)
     try:
-        _wait_until_ready(home)
+        _wait_until_ready(home, keeper)
     except KeyboardInterrupt:
         take_down(home)
         raise
@@ -65,25 +72,37 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def _check_machine(home: Path) -> None:
-    from flows.checks import machine_faults
-
-    _refuse(machine_faults(home))
-
-
 def _refuse(faults: list[tuple[str, str]]) -> None:
     if faults:
         raise RuntimeError("; ".join(f"{fault}: {mend}" for fault, mend in faults))
 
 
-def _start_keeper(home: Path, *, durable: bool) -> None:
+@dataclass(frozen=True)
+class _Keeper:
+    """A keeper that this command started, and where what it says begins in its log."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    log_start: int
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def describe_end(self) -> str:
+        said = [line for line in _last_lines(self.log, KEEPER_LINES, self.log_start) if line]
+        return "\n".join([f"the keeper ended with status {self.process.returncode}; {self.log} ends with", *said])
+
+
+def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
     from flows.home import make_config
     from infra.settings import HOME_VARIABLE, NO_TELEMETRY
 
     make_config(home, durable=durable)
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
-    with (home / "logs" / "keeper.log").open("ab") as output:
-        subprocess.Popen(
+    log = home / "logs" / "keeper.log"
+    with log.open("ab") as output:
+        log_start = output.tell()
+        process = subprocess.Popen(
             [sys.executable, "-m", "flows.stack"],
             env={**os.environ, **NO_TELEMETRY, HOME_VARIABLE: str(home)},
             stdin=subprocess.DEVNULL,
@@ -91,27 +110,31 @@ def _start_keeper(home: Path, *, durable: bool) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    return _Keeper(process, log, log_start)
 
 
-def _wait_until_ready(home: Path) -> None:
+def _wait_until_ready(home: Path, keeper: _Keeper | None) -> None:
     from infra.keeper_lock import is_running
     from infra.services import read_state
 
     end = time.monotonic() + UP_TIMEOUT_S
-    seen = False
+    is_gone = False
     with Live(console=stderr, refresh_per_second=4, transient=True) as live:
         while True:
             states = read_state(home).get("services", {})
             live.update(_table(states))
             if states and all(state["state"] == "ready" for state in states.values()):
                 return
-            seen = seen or is_running(home)
+            # One that ended since another `up` was quicker leaves the other's keeper.
+            is_gone = (keeper is None or keeper.has_ended()) and not is_running(home)
             hopeless = any(state["restarts"] >= MAX_RESTARTS for state in states.values())
-            if hopeless or time.monotonic() > end or (seen and not is_running(home)):
+            if hopeless or time.monotonic() > end or is_gone:
                 break
             time.sleep(0.1)
+    if is_gone and keeper is not None:
+        raise RuntimeError(f"the stack did not come up: {keeper.describe_end()}")
     wrong = [f"{name}: {s['error'] or s['state']}" for name, s in states.items() if s["state"] != "ready"]
-    detail = "; ".join(wrong) or "the keeper ended at once"
+    detail = "; ".join(wrong) or ("the keeper has ended" if is_gone else "no service has started")
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
 
 
@@ -121,7 +144,8 @@ def _table(states: dict[str, Any]) -> Table:
         table.add_column(heading)
     for name, s in states.items():
         cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
-        table.add_row(name, *("" if cell is None else str(cell) for cell in cells))
+        shown = ("" if cell is None else printable(str(cell), LINE_LENGTH) for cell in cells)
+        table.add_row(name, *map(Text, shown))  # as it is: brackets in an error are no markup
     return table
 
 
@@ -152,13 +176,7 @@ def take_down(home: Path) -> bool:
         if pid is None:
             raise RuntimeError(f"{home} is held by a keeper whose pid no file tells; end the one that `fuser` names: "
                                f"fuser -k {home / LOCK_FILE}")  # fmt: skip
-        end = time.monotonic() + (SILENT_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-            while find_holder(home) is not None and time.monotonic() < end:
-                time.sleep(0.05)
-            if find_holder(home) is not None:  # it hangs, and its services die with it
-                os.kill(pid, signal.SIGKILL)
+        _end_keeper(pid, SILENT_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
     # The keeper tells whose processes these are, also where its config cannot be read any more.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
     left = sweep(stack_id, spare={os.getpid()})
@@ -167,9 +185,29 @@ def take_down(home: Path) -> bool:
     return keeper is not None or bool(left)
 
 
+def _end_keeper(pid: int, grace_s: float) -> None:
+    """Stop the keeper and wait until its process is gone; one that hangs is killed, and its services die with it."""
+    with contextlib.suppress(ProcessLookupError):
+        for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
+            os.kill(pid, number)
+            end = time.monotonic() + seconds
+            while not _has_ended(pid) and time.monotonic() < end:
+                time.sleep(0.05)
+            if _has_ended(pid):
+                return
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether no process has this pid, or a dead one that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
-    from flows.checks import config_faults, keeper_faults
+    from flows.checks import config_faults, keeper_faults, setting_faults
     from flows.probing import Finding
     from infra.keeper_lock import is_running
     from infra.services import read_state
@@ -179,6 +217,7 @@ def status(as_json: Json = False) -> None:
         running = is_running(home)
         states = read_state(home).get("services", {}) if running else {}
         wrong = [Finding("the keeper", fault=fault, mend=mend) for fault, mend in keeper_faults(home)]
+        wrong += [Finding("the settings", fault=fault, mend=mend) for fault, mend in setting_faults(home)]
         lost = config_faults(home)
         wrong += [Finding("the stack's config", fault=fault, mend=mend) for fault, mend in lost]
         urls = addresses(home) if running and not lost else {}
@@ -187,7 +226,7 @@ def status(as_json: Json = False) -> None:
             faults = [finding.to_json() for finding in wrong]
             show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": faults}, "", True)
         elif running:
-            stderr.print(_table(states))
+            show_table(_table(states))
             print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_line, wrong)]))
         else:
             print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *map(_line, wrong)]))
@@ -206,21 +245,26 @@ def logs(
     if not file.is_file() or file.parent != folder:
         names = sorted(path.stem for path in folder.glob("*.log"))
         raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - lines * LOG_LINE_BYTES))
-        text = stream.read(lines * LOG_LINE_BYTES).decode(errors="replace")
-    for line in text.removesuffix("\n").split("\n")[-lines:]:  # what a service wrote must not steer the terminal
+    for line in _last_lines(file, lines):  # what a service wrote must not steer the terminal
         print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
+
+
+def _last_lines(file: Path, count: int, start: int = 0) -> list[str]:
+    """Return the last lines of what a log has from a byte on."""
+    with file.open("rb") as stream:
+        stream.seek(max(start, file.stat().st_size - count * LOG_LINE_BYTES))
+        text = stream.read(count * LOG_LINE_BYTES).decode(errors="replace")
+    return text.removesuffix("\n").split("\n")[-count:]
 
 
 def doctor(as_json: Json = False) -> None:
     """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
-    from flows.checks import machine_faults, stack_faults
+    from flows.checks import machine_faults, setting_faults, stack_faults
     from flows.probing import Finding
 
     with clear_errors():
         home = _home()
-        faulty = machine_faults(home) + stack_faults(home)
+        faulty = setting_faults(home) + machine_faults(home) + stack_faults(home)
         found = [Finding("machine and services", None, fault, mend) for fault, mend in faulty]
         found += _examined(home)
     faults = [finding for finding in found if finding.fault]
@@ -238,6 +282,7 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
+    from flows.checks import setting_faults
     from flows.home import retire_secrets
     from infra.keeper_lock import is_running
 
@@ -246,6 +291,7 @@ def rotate(
         if not (home / "stack-config.json").exists():
             raise fail(f"there is no stack in {home}; make one with `cotrain up`")
         was_up = is_running(home)
+        _refuse(setting_faults(home))  # with one, a stack that is stopped here would not start again
         names = retire_secrets(home, secret or ())
         if was_up:
             take_down(home)
@@ -256,11 +302,11 @@ def rotate(
 
 
 def _examined(home: Path) -> list["Finding"]:
-    """What the probes find of a running stack; nothing if there is none."""
-    from flows.checks import config_faults
+    """What the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
+    from flows.checks import config_faults, setting_faults
     from infra.keeper_lock import is_running
 
-    if not is_running(home) or config_faults(home):
+    if not is_running(home) or config_faults(home) or setting_faults(home):
         return []
     from flows.cli.model import open_installation
     from flows.probes import examine
@@ -269,9 +315,10 @@ def _examined(home: Path) -> list["Finding"]:
 
 
 def _line(finding: "Finding") -> str:
-    when = f"{finding.succeeded_at.astimezone():%F %T}" if finding.succeeded_at else "never"
+    when = f"{finding.succeeded_at.astimezone():%F %T}" if finding.succeeded_at else ""
     if finding.fault:
-        return f"- {finding.fault}\n  last time it was right: {when}\n  mend: {finding.mend}"
+        last = f"  last time it was right: {when}\n" if when else ""  # not all of it is recorded
+        return f"- {finding.fault}\n{last}  mend: {finding.mend}"
     seen = "it has not happened yet" if finding.state == "never yet" else f"right at {when}"
     return f"  {finding.what}: {seen}"
 

@@ -3,7 +3,15 @@
 import pytest
 
 from flows.home import make_config, write_environment
-from infra.settings import DispatcherSettings, FlowSettings, ModelServerSettings, PortalSettings, WorkerSettings
+from infra.settings import (
+    DispatcherSettings,
+    FlowSettings,
+    ModelServerSettings,
+    PortalSettings,
+    Settings,
+    WorkerSettings,
+    read_settings,
+)
 
 # Secrets of stack-config.json that a process may know.
 ALLOWED = {
@@ -42,3 +50,21 @@ def test_values_with_quotes_and_spaces_come_back(home, monkeypatch):
     (home / "env.local").write_text("COTRAIN_TEAM=\"a 'quoted' \\\\ team # 1\"\n")
     write_environment(home, make_config(home))
     assert FlowSettings(_env_file=home / FlowSettings.files[0]).team == "a 'quoted' \\ team # 1"
+
+
+def test_values_that_break_their_rule_are_named_wherever_settings_are_read(home):
+    file = home / "env.local"
+    file.write_text("COTRAIN_HELD_OUT_SHARE=2\n")
+    with pytest.raises(ValueError, match=f"^COTRAIN_HELD_OUT_SHARE must be less than 1, got '2' .{file}, line 1.$"):
+        write_environment(home, make_config(home))
+
+
+def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match=r"COTRAIN_PREFECT_AUTH.* run `cotrain up`"):
+        read_settings(WorkerSettings, tmp_path)
+
+
+def test_a_file_does_not_move_the_home_folder(tmp_path):
+    (tmp_path / "env.local").write_text("COTRAIN_HOME=elsewhere\n")
+    write_environment(tmp_path, make_config(tmp_path))
+    assert read_settings(Settings, tmp_path).home == tmp_path

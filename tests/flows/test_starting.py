@@ -1,0 +1,127 @@
+"""What `cotrain up` says at once when it cannot start a stack, and what is left when `cotrain down` has spoken."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flows.checks import setting_faults
+from flows.cli.stack import take_down
+from flows.home import CONFIG_FILE, make_config, write_environment
+from infra.files import write_private
+from infra.keeper_lock import find_holder, hold
+from tests.flows.test_commands import ROOT, cotrain
+from tests.waiting import until
+
+WRONG = "COTRAIN_MAX_UPLOAD_BYTES=1000\n"
+# A keeper whose process takes a while to end after it has let go of the lock.
+SLOW_KEEPER = """
+import signal, sys, threading, time
+from pathlib import Path
+from infra.keeper_lock import hold
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+with hold(Path(sys.argv[1]), sys.argv[2]):
+    told.wait()
+time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "mend"),
+    [
+        (
+            WRONG,
+            "COTRAIN_MAX_UPLOAD_BYTES must be greater than or equal to 1024, got '1000' ({file}, line 1)",
+            "correct",
+        ),
+        ("A=1\n\n#\ncotrain_calendar=daily", "COTRAIN_CALENDAR must be a cron of five fields, such as", "correct"),
+        ("COTRAIN_ROUND_AFTER_REPORTS=soon", "COTRAIN_ROUND_AFTER_REPORTS must be a valid integer", "correct"),
+        ("COTRAIN_TIME_ZONE=Mars", "COTRAIN_TIME_ZONE must be a time zone's name, such as Asia/Shanghai", "correct"),
+        ("\n\nCOTRAIN_POOLS=", "there is no setting COTRAIN_POOLS ({file}, line 3)", "write COTRAIN_POOL,"),
+        (
+            "export COTRAIN_BOGUS=1",
+            "there is no setting COTRAIN_BOGUS ({file}, line 1)",
+            "the names are in .env.example",
+        ),
+        ("COTRAIN_TEAM", "a line without NAME=VALUE sets nothing ({file}, line 1)", "write one"),
+        ("COTRAIN_TEAM 'programme'", "a line without NAME=VALUE sets nothing ({file}, line 1)", "write one"),
+        ("COTRAIN_TEAM=\xff", "{file} cannot be read: 'utf-8' codec can't decode", "make it a text file"),
+    ],
+)
+def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, text, fault, mend):
+    file = tmp_path / "env.local"
+    file.write_bytes(text.encode("latin-1"))
+    ((found, told),) = setting_faults(tmp_path)
+    assert fault.format(file=file) in found and mend in told
+
+
+@pytest.mark.parametrize("command", ["up", "doctor", "status"])
+def test_wrong_settings_are_named_before_anything_starts(tmp_path, command):
+    (tmp_path / "env.local").write_text(WRONG + "COTRAIN_ROUNDS_AFTER_REPORT=1")
+    done = cotrain(command, home=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "COTRAIN_MAX_UPLOAD_BYTES must be" in done.stdout + done.stderr
+    assert "write COTRAIN_ROUND_AFTER_REPORTS" in done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["env.local"]
+
+
+def test_a_wrong_value_of_the_environment_is_named_with_its_place(tmp_path):
+    done = cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
+    assert "got '1' (a variable of the environment)" in done.stderr and not os.listdir(tmp_path)
+
+
+def test_what_is_no_setting_of_ours_is_let_be(tmp_path):
+    (tmp_path / "env.local").write_text("PATH=x\nCUDA\nlone words\nCOTRAIN_HOME=x\nCOTRAIN_TOKEN=t\nCOTRAIN_TEAM=a\n")
+    assert setting_faults(tmp_path) == []
+
+
+def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_path):
+    make_config(tmp_path, durable=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
+    (tmp_path / "env").mkdir()  # where the keeper writes a file
+    began = time.monotonic()
+    done = cotrain("up", home=tmp_path)
+    assert done.returncode == 1 and time.monotonic() - began < 30
+    assert f"the keeper ended with status 1; {tmp_path / 'logs' / 'keeper.log'} ends with" in done.stderr
+    assert "IsADirectoryError" in done.stderr.splitlines()[-1] and "of an earlier start" not in done.stderr
+
+
+def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp_path):
+    write_environment(tmp_path, make_config(tmp_path))
+    service = {"state": "ready", "pid": 7, "seconds": 1.5, "restarts": 0, "restart_reason": None, "error": "[/x] " * 40}
+    state = f'{{"pid": {os.getpid()}, "services": {{"worker": {service}}}}}'.replace("'", '"').replace("None", "null")
+    write_private(tmp_path / "stack.json", state)
+    (tmp_path / "env.local").write_text(WRONG)
+    with hold(tmp_path, make_config(tmp_path).stack_id):
+        shown = cotrain("status", home=tmp_path)
+        up = cotrain("up", home=tmp_path)
+    (line,) = [line for line in shown.stdout.splitlines() if "worker" in line]
+    assert line.split()[:4] == ["worker", "ready", "7", "1.5"] and line.count("[/x]") == 40
+    assert "COTRAIN_MAX_UPLOAD_BYTES must be" in shown.stdout and shown.stderr == ""
+    assert up.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in up.stderr
+
+
+def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path):
+    make_config(tmp_path)
+    before = (tmp_path / CONFIG_FILE).read_bytes()
+    (tmp_path / "env.local").write_text(WRONG)
+    done = cotrain("rotate", home=tmp_path)
+    assert done.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in done.stderr
+    assert (tmp_path / CONFIG_FILE).read_bytes() == before
+
+
+def test_down_speaks_when_the_keepers_process_has_ended(tmp_path):
+    config = make_config(tmp_path)
+    command = [sys.executable, "-c", SLOW_KEEPER, str(tmp_path), config.stack_id]
+    with subprocess.Popen(command, cwd=ROOT) as keeper:
+        try:
+            until(lambda: (holder := find_holder(tmp_path)) and holder.pid == keeper.pid, seconds=30)
+            assert take_down(tmp_path)
+            assert keeper.poll() == 0
+        finally:
+            keeper.send_signal(signal.SIGKILL)
