@@ -113,6 +113,11 @@ def kill_identified(name: str) -> bool:
     return is_dead(name)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether no process has this pid, or a dead one that nobody has buried."""
+    return _started(pid) is None
+
+
 def _started(pid: int) -> str | None:
     """The tick at which a process started; None if there is none, or a dead one that nobody has buried."""
     try:

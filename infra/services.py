@@ -21,7 +21,7 @@ from infra.health import Failures, Liveness, first_line
 from infra.keeper_lock import hold
 from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
 from infra.orphans import Orphans
-from infra.processes import carrying, computing_seconds, kill_carrying
+from infra.processes import carrying, computing_seconds, has_ended, kill_carrying
 
 log = logging.getLogger(__name__)
 
@@ -282,18 +282,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read the keeper's state file; empty when there is none, it cannot be read, or a killed keeper left it behind."""
     try:
         state = json.loads((folder / "stack.json").read_text())
-        is_of_living = _is_alive(int(state["pid"])) and isinstance(state["services"], dict)
+        is_of_living = not has_ended(int(state["pid"])) and isinstance(state["services"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return dict(state) if is_of_living else {}
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return False
-    return after_name.split()[0] != "Z"  # a zombie is dead, whoever has yet to notice
 
 
 def marked(stack_id: str) -> Iterator[int]:

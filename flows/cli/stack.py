@@ -187,22 +187,16 @@ def take_down(home: Path) -> bool:
 
 def _end_keeper(pid: int, grace_s: float) -> None:
     """Stop the keeper and wait until its process is gone; one that hangs is killed, and its services die with it."""
+    from infra.processes import has_ended
+
     with contextlib.suppress(ProcessLookupError):
         for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
             os.kill(pid, number)
             end = time.monotonic() + seconds
-            while not _has_ended(pid) and time.monotonic() < end:
+            while not has_ended(pid) and time.monotonic() < end:
                 time.sleep(0.05)
-            if _has_ended(pid):
+            if has_ended(pid):
                 return
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether no process has this pid, or a dead one that nobody has collected."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 def status(as_json: Json = False) -> None:
