@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 log = logging.getLogger(__name__)
 
-PASSED_ON = ("x-yuan-version",)
+PASSED_ON = ("x-yuan-version", "retry-after")
 DATA, DONE = b"data: ", b"data: [DONE]"
 CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among them
 STORE_ERRORS = (*STORE_FAULTS, Busy)

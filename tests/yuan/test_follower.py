@@ -1,14 +1,22 @@
 """The model server's follower: what it serves when the registry is away, forgets, or has something broken."""
 
 import logging
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
+import httpx
 import pytest
 
 from tests.yuan.serving import make_served
+from yuan.config import ModelConfig
+from yuan.model.transformer import Yuan
 from yuan.model.weights import save
-from yuan.serve.follower import Follower, Versions
+from yuan.serve.follower import NEVER, Follower, Versions
 from yuan.serve.metrics import Metrics
+from yuan.serve.request import Unserved
 from yuan.serve.service import Service
 
 
@@ -108,3 +116,83 @@ def test_the_folder_of_the_version_in_service_is_kept_whatever_its_age(registry,
         registry.alias = version
         follower.look()
     assert {path.name for path in (tmp_path / "cache").glob("v*")} == {"v1", "v3", "v4"}
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Start the server's process as the keeper does, on a socket that listens already; gives a client of it."""
+    home, token, processes = tmp_path / "home", "token", []
+    home.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as registry:
+        urls = {"model_server_url": listener, "mlflow_url": registry}
+        env = {f"COTRAIN_{key.upper()}": f"http://127.0.0.1:{one.getsockname()[1]}" for key, one in urls.items()}
+        env |= {"COTRAIN_HOME": str(home), "COTRAIN_MODEL_SERVER_TOKEN": token, "COTRAIN_MLFLOW_PASSWORD": "x"}
+
+        def start(*, is_registry_silent):
+            if not is_registry_silent:
+                registry.close()
+            command = [sys.executable, "-m", "yuan.serve.run"]
+            with (tmp_path / "log").open("wb") as log:
+                process = subprocess.Popen(
+                    command, env={**os.environ, **env}, stdin=listener, stdout=log, stderr=subprocess.STDOUT
+                )
+            processes.append(process)
+            headers = {"Authorization": f"Bearer {token}"}
+            return httpx.Client(base_url=env["COTRAIN_MODEL_SERVER_URL"], headers=headers, timeout=60)
+
+        yield start
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_who_asks_while_the_server_starts_waits_for_the_version_served_last(serve, tmp_path):
+    """The model takes longer to load than the server to answer, and the registry does not answer."""
+    small = make_served(1)
+    config = ModelConfig(
+        name="test", num_layers=4, hidden_size=1024, num_heads=4, vocab_size=small.model.config.vocab_size, seq_len=64
+    )
+    cache = tmp_path / "home" / "serve"
+    save(cache / "v1" / "model", config, Yuan(config).state_dict(), small.tokenizer, {})
+    (cache / "last.json").write_text('{"version": 1}')
+    with serve(is_registry_silent=True) as http:
+        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert (answer.status_code, answer.json().get("model")) == (200, "yuan-v1")
+
+
+def test_without_a_version_the_server_answers_and_says_why(serve):
+    with serve(is_registry_silent=False) as http:
+        answer = http.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "60"
+    assert "the registry does not answer; repeat in a minute" in answer.json()["error"]["message"]
+
+
+def refusal(service):
+    """What a caller is told without a model: the words, and when to ask again."""
+    with pytest.raises(Unserved) as caught:
+        service.submit(lambda served: None)
+    return str(caught.value), caught.value.retry_after_s
+
+
+def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
+    registry.alias = None
+    service, follower = started()
+    assert refusal(service) == (NEVER, None) and "promote" not in NEVER.replace("promoted", "")
+    registry.alias = 1
+    download, told = registry.download, []
+
+    def watched(version, folder):
+        told.append(refusal(service))
+        raise ConnectionError("refused")
+
+    follower._versions._download = watched
+    follower.look()
+    assert told == [("v1 is being loaded; repeat in a few seconds", 5)]
+    message, retry_after_s = refusal(service)
+    assert "v1 cannot be loaded" in message and retry_after_s == 60
+    registry.alias = None  # deleted from the registry, which drops its alias
+    follower.look()
+    assert refusal(service) == (message, retry_after_s)
+    registry.alias, follower._versions._download, follower._retry_at = 1, download, 0.0
+    follower.look()
+    assert service.served.version == 1

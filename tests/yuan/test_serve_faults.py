@@ -15,7 +15,7 @@ from yuan.generate.sequence import Sequence
 from yuan.serve.engine import Engine
 from yuan.serve.metrics import Metrics
 from yuan.serve.request import Busy, Failed, Piece, Request
-from yuan.serve.service import Service
+from yuan.serve.service import STARTING, Service
 
 PATH = "/v1/completions"
 
@@ -167,7 +167,7 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
 def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeypatch):
     service = Service(Metrics())
     with running(service) as url, httpx.Client(base_url=url) as http:
-        assert http.get("/health").json() == {"ok": True, "reason": "no model is in service yet"}
+        assert http.get("/health").json() == {"ok": True, "reason": STARTING}
         service.use(make_served(1))
 
         def broken(self, joining, error=None):

@@ -34,7 +34,7 @@ def make_api(token: str, service: Service) -> FastAPI:
     async def health() -> JSONResponse:
         """Whether answers can be expected, to anybody; before the first promotion that is so for want of a question."""
         fault = service.fault()
-        reason = fault or ("ok" if service.served else "no model is in service yet")
+        reason = fault or ("ok" if service.served else service.why_none[0])
         return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
 
     @app.get("/v1/models")
@@ -206,13 +206,16 @@ def _is_field(part: str | int) -> bool:
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
-    def refuse(call: Call, status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
+    def refuse(
+        call: Call, status: int, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> JSONResponse:
         service.metrics.count_request(call.url.path, status)
         body = {"message": message, "type": kind, **({"param": param} if param else {})}
-        return JSONResponse({"error": body}, status)
+        headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
+        return JSONResponse({"error": body}, status, headers)
 
     async def known(call: Call, error: Exception) -> JSONResponse:
-        return refuse(call, *_describe(error))
+        return refuse(call, *_describe(error), getattr(error, "param", None), getattr(error, "retry_after_s", None))
 
     async def refused(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for it"

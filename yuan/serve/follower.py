@@ -4,19 +4,21 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from yuan.model.weights import load, load_tokenizer, verify
 from yuan.serve.request import Served
-from yuan.serve.service import Service
+from yuan.serve.service import SOON_S, Service
 
 log = logging.getLogger(__name__)
 
 FOLLOW_EVERY_S = 1.0
 RETRY_S, MAX_RETRY_S = 5.0, 60.0  # a version that cannot be fetched or loaded; a big one is not fetched every second
 KEEP_VERSIONS = 3
+NEVER = "no model is in service yet: no version has been promoted; there are answers once the first round has made one"
 LAST = "last.json"
 
 
@@ -77,10 +79,14 @@ class Versions:
 
 
 class Follower:
-    """Keeps the model of an alias in service; what cannot be had leaves the one before there."""
+    """Keeps the model of an alias in service; what cannot be had leaves the one before there.
+
+    `began` is set once a model is in service, or the first look at the alias has brought none.
+    """
 
     def __init__(self, aliases: Callable[[], dict[str, int]], alias: str, versions: Versions, service: Service) -> None:
         self._aliases, self._alias, self._versions, self._service = aliases, alias, versions, service
+        self.began = threading.Event()
         self._said: str | None = None
         self._retry_at, self._pause_s, self._unusable = 0.0, RETRY_S, 0
 
@@ -89,6 +95,7 @@ class Follower:
         self.resume()
         while True:
             self.look()
+            self.began.set()
             time.sleep(FOLLOW_EVERY_S)
 
     def resume(self) -> None:
@@ -102,9 +109,11 @@ class Follower:
         try:
             version = self._aliases().get(self._alias)
         except Exception as error:  # of many libraries; none of them may end this thread
+            self._explain_absence("no model is in service yet: the registry does not answer; repeat in a minute", 60)
             return self._say("the registry cannot be asked", error)
         served = self._service.served
         if version is None:
+            self._explain_absence(NEVER, None)
             return self._say(f"the registry has no alias {self._alias}")
         if served is None or served.version != version:
             return self._use(version, f"alias {self._alias}")
@@ -113,18 +122,29 @@ class Follower:
     def _use(self, version: int, why: str) -> None:
         if version == self._unusable and time.monotonic() < self._retry_at:
             return
+        self._service.why_none = (f"v{version} is being loaded; repeat in a few seconds", SOON_S)
         try:
             self._service.use(self._versions.load(version))
         except Exception as error:
+            said = (
+                f"v{version} cannot be loaded; it is tried again, repeat in a minute and tell the operator if it stays"
+            )
+            self._service.why_none = (said, 60)
             self._pause_s = min(2 * self._pause_s, MAX_RETRY_S) if version == self._unusable else RETRY_S
             self._unusable, self._retry_at = version, time.monotonic() + self._pause_s
             return self._say(f"v{version}, {why}, cannot be served", error)
+        self.began.set()
         log.info("v%d is in service: %s", version, why)
         self._unusable, self._said = 0, None
         try:
             self._versions.remember(version)
         except OSError as error:
             log.warning("v%d would not be served after a restart without the registry: %s", version, error)
+
+    def _explain_absence(self, message: str, retry_after_s: int | None) -> None:
+        """Let callers be told why there is no model; that a version which is known cannot be loaded says more."""
+        if not self._unusable:
+            self._service.why_none = (message, retry_after_s)
 
     def _say(self, problem: str | None, error: Exception | None = None) -> None:
         """Log a problem when it comes up, and that it is over; not again while it stays, with whatever addresses."""

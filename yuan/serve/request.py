@@ -15,6 +15,18 @@ class Busy(RuntimeError):
     """Too many requests wait already."""
 
 
+class Unserved(LookupError):
+    """No model is in service yet; the message says why, and what the caller can do.
+
+    Args:
+        retry_after_s: when asking again may help, in seconds; None when waiting does not help.
+    """
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Expired(TimeoutError):
     """A request took longer than its limit."""
 

@@ -1,4 +1,7 @@
-"""Entry of the model server: `python -m yuan.serve.run`. It serves what an alias points at, and follows it."""
+"""Entry of the model server: `python -m yuan.serve.run`. It serves what an alias points at, and follows it.
+
+It accepts callers once that is loaded, or after 30 s; then it says what is being loaded.
+"""
 
 import os
 import sys
@@ -16,6 +19,7 @@ from yuan.serve.follower import Follower, Versions
 from yuan.serve.metrics import Metrics
 from yuan.serve.service import Service
 
+LOAD_LIMIT_S = 30.0  # of the 90 s in which the keeper expects an answer; a model that takes longer is loaded meanwhile
 KEEP_ALIVE_S = 60  # longer than the portal's, so that no request meets a connection that is just being closed
 
 
@@ -27,6 +31,8 @@ def main() -> None:
     versions = Versions(settings.home / "serve", tracker.download)
     follower = Follower(tracker.aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
+    # Callers wait on the keeper's socket meanwhile, and none is refused while a version is loaded.
+    follower.began.wait(LOAD_LIMIT_S)
     app = make_api(settings.model_server_token.get_secret_value(), service)
     uvicorn.run(
         app,

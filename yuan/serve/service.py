@@ -4,16 +4,24 @@ from collections.abc import Callable
 
 from yuan.serve.engine import Engine
 from yuan.serve.metrics import Metrics
-from yuan.serve.request import Request, Served
+from yuan.serve.request import Request, Served, Unserved
+
+STARTING = "the model server is starting; repeat in a few seconds"
+SOON_S = 5
 
 
 class Service:
-    """The engine in service; models are swapped without dropping a request."""
+    """The engine in service; models are swapped without dropping a request.
+
+    Attributes:
+        why_none: what callers are told while no model is in service, and when they may ask again, in seconds.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._engine: Engine | None = None
         self._draining: list[Engine] = []
+        self.why_none: tuple[str, int | None] = (STARTING, SOON_S)
 
     @property
     def served(self) -> Served | None:
@@ -37,7 +45,7 @@ class Service:
         """Make a request for the model in service and queue it there.
 
         Raises:
-            LookupError: if no model is in service.
+            Unserved: if no model is in service.
             Broken: if the engine has ended.
             Busy: if too many wait.
             ValueError: if a prompt does not fit.
@@ -45,7 +53,7 @@ class Service:
         while True:
             engine = self._engine
             if engine is None:
-                raise LookupError("no model is in service yet; promote a version")
+                raise Unserved(*self.why_none)
             request = make(engine.served)
             if engine.submit(request):
                 return request
