@@ -79,6 +79,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["loc"] == ("body",):
+            return error_answer(422, "invalid", *body_fault(request, first))
         place = error_place({**first, "loc": first["loc"][1:]})  # the first part says where: body, query, path, header
         return error_answer(422, "invalid", first["msg"], param=place or None)
 
@@ -97,6 +99,26 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(fault, store)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+
+
+def body_fault(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
+    """Say what is wrong with a body as a whole, and the header at fault if one is."""
+    kind = request.headers.get("content-type", "")
+    if error["type"] == "missing":
+        form = request.scope["route"].dependant.body_params[0].field_info.annotation
+        needed = [name for name, field in form.model_fields.items() if field.is_required()]
+        fields = f" with {', '.join(needed)}" if needed else ""
+        return f"the body must be a JSON object{fields}, under the header Content-Type: application/json", None
+    if not is_json(kind):
+        got = printable(kind) or "no such header"
+        return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
+    return str(error["msg"]), error_place({**error, "loc": ()}) or None
+
+
+def is_json(content_type: str) -> bool:
+    """Whether FastAPI reads a body of this type as JSON."""
+    main, _, kind = content_type.partition(";")[0].strip().lower().partition("/")
+    return main == "application" and (kind == "json" or kind.endswith("+json"))
 
 
 def allowed(request: Request) -> str:

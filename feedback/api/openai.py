@@ -9,17 +9,18 @@ from typing import Any
 
 import anyio
 import httpx
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from feedback import tables
-from feedback.api.access import Busy, CurrentAccount, Transactions
+from feedback.api.access import Busy, CurrentAccount, StrictRoute, Transactions, known_query_apart
 from feedback.api.errors import STORE_FAULTS, Upstream
 from feedback.tables import new_id
 from yuan.data.text import make_storable
+from yuan.serve.forms import ChatIn, CompletionIn
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(known_query_apart)])
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +39,20 @@ async def models(call: Request, account: CurrentAccount) -> Response:
 
 
 @router.post("/completions")
-async def completions(body: Json, call: Request, account: CurrentAccount) -> Response:
+async def completions(form: CompletionIn, call: Request, account: CurrentAccount) -> Response:
     """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
-    return await _answer(call, "/v1/completions", body, account.id)
+    return await _answer(call, "/v1/completions", form, account.id)
 
 
 @router.post("/chat/completions")
-async def chat(body: Json, call: Request, account: CurrentAccount) -> Response:
+async def chat(form: ChatIn, call: Request, account: CurrentAccount) -> Response:
     """Answer a conversation."""
-    return await _answer(call, "/v1/chat/completions", body, account.id)
+    return await _answer(call, "/v1/chat/completions", form, account.id)
 
 
-async def _answer(call: Request, path: str, body: Json, contributor_id: str) -> Response:
-    memory = Memory(call, contributor_id, body)
-    # The bytes as they came: what they mean, and whether it can be answered, is for the model server to say.
+async def _answer(call: Request, path: str, form: CompletionIn | ChatIn, contributor_id: str) -> Response:
+    memory = Memory(call, contributor_id, form)
+    # The bytes as they came: the model server reads them by the same form, and knows whether they fit its model.
     upstream = await _ask_while_listening(call, path, await call.body(), contributor_id)
     if upstream is None:
         return Response(status_code=499)
@@ -137,11 +138,10 @@ def _error_event(error: Upstream) -> bytes:
 class Memory:
     """The choices of one answer, as they come, until they are kept as Responses."""
 
-    def __init__(self, call: Request, contributor_id: str, body: Json) -> None:
+    def __init__(self, call: Request, contributor_id: str, form: CompletionIn | ChatIn) -> None:
         self._call = call
         self._transactions: Transactions = call.app.state.transactions
-        self._contributor_id, self._body = contributor_id, body
-        self._is_chat = call.url.path.endswith("/chat/completions")
+        self._contributor_id, self._asked, self._repeats = contributor_id, form.texts(), form.n
         self._ids: dict[int, str] = {}
         self._texts: dict[int, str] = {}
         self._prompts: dict[int, str] = {}
@@ -156,14 +156,13 @@ class Memory:
             Upstream: if it is not shaped as an answer is.
         """
         try:
-            prompts, repeats = prompts_of(self._body, is_chat=self._is_chat), self._body.get("n", 1)
             for choice in data.get("choices", ()):
                 index = int(choice["index"])
                 holder, key = _place_of_text(choice)
                 holder[key] = make_storable(holder.get(key) or "")
                 choice["response_id"] = self._ids.setdefault(index, new_id())
                 self._texts[index] = self._texts.get(index, "") + holder[key]
-                self._prompts[index] = make_storable(prompts[index // repeats])
+                self._prompts[index] = make_storable(self._asked[index // self._repeats])
                 self._version = int(data["model"].removeprefix("yuan-v"))
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             raise Upstream("the model server gave no usable answer; tell the operator") from None
@@ -192,16 +191,6 @@ class Memory:
 def _place_of_text(choice: Json) -> tuple[Json, str]:
     said = choice.get("message") or choice.get("delta")
     return (said, "content") if said is not None else (choice, "text")
-
-
-def prompts_of(body: Json, *, is_chat: bool) -> list[str]:
-    """The prompts of a request that the model server has answered; token ids as JSON."""
-    if is_chat:
-        content = body["messages"][-1]["content"]
-        return [content if isinstance(content, str) else "".join(part["text"] for part in content)]
-    prompt = body["prompt"]
-    many = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-    return [one if isinstance(one, str) else json.dumps(one) for one in many]
 
 
 async def _ask(call: Request, method: str, path: str, body: bytes | None = None, caller: str = "") -> httpx.Response:

@@ -187,7 +187,7 @@ def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeyp
     ("path", "body", "param"),
     [
         (PATH, {"prompt": "a\0"}, "prompt"),
-        (PATH, {"prompt": ["a", "\ud83d"]}, "prompt"),
+        (PATH, {"prompt": ["a", "\ud83d"]}, "prompt.1"),
         (PATH, {"prompt": "a", "stop": ["\0"]}, "stop"),
         (PATH, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
         (PATH, {"prompt": "a", "top_k": 2**70}, "top_k"),

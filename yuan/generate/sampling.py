@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOGPROBS = 20
-MAX_TOP_K = 2**31 - 1  # more does not fit a tensor's integers, and no vocabulary is larger
+from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
+
 MIN_HEAT = 1e-30  # a lower temperature is 0 in fp32, and the likeliest token's logit over it not a number
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -12,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from yuan.data.text import error_place, printable
 from yuan.generate.decoder import NonFinite
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import Admission
@@ -49,9 +49,7 @@ def make_api(token: str, service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
-        if form.echo:
-            raise HTTPException(400, "echo is not offered by this server; leave it out")
-        listener = Listener(service, form.sampling(form.logprobs), form.n, caller_of(call))
+        listener = Listener(service, sampling_of(form, form.logprobs), form.n, caller_of(call))
         listener.submit(lambda served: form.prompts(served.tokenizer))
         shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await answer(listener, shape, form, call)
@@ -59,7 +57,7 @@ def make_api(token: str, service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
-        sampling = form.sampling(form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
+        sampling = sampling_of(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
         listener = Listener(service, sampling, form.n, caller_of(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
         shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
@@ -72,6 +70,22 @@ def make_api(token: str, service: Service) -> FastAPI:
 def caller_of(call: Call) -> str:
     """Return for whom the portal asks; empty for the platform itself."""
     return call.headers.get(CALLER_HEADER, "")
+
+
+def sampling_of(form: CompletionIn | ChatIn, logprobs: int | None, **changes: Any) -> Sampling:
+    """Return what a form asks of decoding."""
+    wishes = {
+        "max_tokens": form.max_tokens,
+        "temperature": form.temperature,
+        "top_k": form.top_k,
+        "top_p": form.top_p,
+        "repetition_penalty": form.repetition_penalty,
+        "seed": form.seed,
+        "stop": (form.stop,) if isinstance(form.stop, str) else tuple(form.stop or ()),
+        "stop_ids": tuple(form.stop_token_ids),
+        "logprobs": logprobs,
+    }
+    return Sampling(**{**wishes, **changes})
 
 
 class Listener:
@@ -200,11 +214,6 @@ def _describe(error: Exception) -> tuple[int, str, str]:
     return 500, "internal", "this is the server's fault; the reason is in the model server's log"
 
 
-def _is_field(part: str | int) -> bool:
-    """Whether a part of an error's place is a field or an index; the others name what a union was tried as."""
-    return isinstance(part, int) or (part.isidentifier() and part != "str")
-
-
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     def refuse(
         call: Call, status: int, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
@@ -226,8 +235,8 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def invalid(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
-        names = takewhile(_is_field, first["loc"][1:])
-        return refuse(call, 422, "invalid", first["msg"], ".".join(str(name) for name in names))
+        place = error_place({**first, "loc": first["loc"][1:]})
+        return refuse(call, 422, "invalid", first["msg"], printable(place))
 
     for kind in (Busy, Broken, LookupError, Expired, Failed, ValueError, Exception):
         app.add_exception_handler(kind, known)

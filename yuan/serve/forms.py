@@ -1,52 +1,95 @@
-"""What callers may ask of the OpenAI API, and the prompts it stands for."""
+"""What callers may ask of the OpenAI API, and the prompts it stands for.
 
-from typing import Annotated, Any, Literal
+Portal and model server check the same forms; the portal without torch, so nothing here imports it.
+"""
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from yuan.data.text import find_unstorable
-from yuan.generate.sampling import MAX_LOGPROBS, MAX_TOP_K, Sampling
-from yuan.tokenizer import Tokenizer
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from yuan.data.text import TextRule, find_unstorable, rule_error
+from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
+
+if TYPE_CHECKING:
+    from yuan.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
 MAX_TOKENS = 4096
+MAX_PROMPT = 1_000_000  # characters; the window and the limit of a body are reached before
+MAX_TOKEN_ID = 2**31 - 1
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token of every choice
 
 
-def check_text(text: str) -> str:
-    """Return the text.
+def check_text(text: object, place: str = "", *, may_be_blank: bool = False) -> None:
+    """Check text that a field holds at a place; a union of types would blame what it was tried as.
 
     Raises:
-        ValueError: if it has a character that cannot be stored.
+        PydanticCustomError: if it is no text, has a character that cannot be stored, or is too long or blank.
     """
+    if not isinstance(text, str):
+        raise rule_error(place, "must be text")
     if fault := find_unstorable(text):
-        raise ValueError(f"text must not contain {fault}; leave it out")
-    return text
+        raise rule_error(place, f"must not contain {fault}; leave it out")
+    if len(text) > MAX_PROMPT:
+        raise rule_error(place, f"must have at most {MAX_PROMPT} characters, got {len(text)}")
+    if not (may_be_blank or text.strip()):
+        raise rule_error(place, "must not be empty or only white space")
 
 
-def check_prompt(prompt: str | list[Any]) -> str | list[Any]:
-    """Return a prompt or a list of them, the text among them checked."""
-    for one in [prompt] if isinstance(prompt, str) else prompt:
-        if isinstance(one, str):
-            check_text(one)
+def check_ids(ids: object, place: str = "") -> None:
+    """Check a prompt of token ids.
+
+    Raises:
+        PydanticCustomError: if it is no list of them, or an empty one.
+    """
+    if not isinstance(ids, list) or not ids:
+        raise rule_error(place, "must be text or a list of token ids, not empty")
+    if any(type(one) is not int or not 0 <= one <= MAX_TOKEN_ID for one in ids):
+        raise rule_error(place, f"token ids must be integers from 0 to {MAX_TOKEN_ID}")
+
+
+def check_prompt(prompt: object) -> object:
+    """Return a prompt or a list of them, each text or token ids."""
+    if not isinstance(prompt, list):
+        check_text(prompt)
+    elif not prompt or any(isinstance(one, int) for one in prompt):
+        check_ids(prompt)
+    elif len(prompt) > MAX_CHOICES:
+        raise rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}")
+    else:
+        check = check_text if isinstance(prompt[0], str) else check_ids
+        for number, one in enumerate(prompt):
+            check(one, str(number))
     return prompt
 
 
-def check_stop(stop: str | list[str] | None) -> str | list[str] | None:
-    """Return the stop strings.
-
-    Raises:
-        ValueError: if there are too many, or one is too long or no text.
-    """
-    many = [stop] if isinstance(stop, str) else stop or []
-    if len(many) > MAX_STOPS or any(len(one) > MAX_STOP_LENGTH for one in many):
-        raise ValueError(f"at most {MAX_STOPS} stop strings of {MAX_STOP_LENGTH} characters are taken; send fewer")
+def check_stop(stop: object) -> object:
+    """Return the stop strings: one, a list of them, or None."""
+    many = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if len(many) > MAX_STOPS or any(not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_LENGTH for one in many):
+        raise rule_error("", f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
     for one in many:
-        check_text(one)
+        check_text(one, may_be_blank=True)
     return stop
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+def check_content(content: object) -> object:
+    """Return a message's content: text, or a list of parts of text."""
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise rule_error(str(number), 'must be a part {"type": "text", "text": "..."}; others are not offered')
+            check_text(part.get("text"), f"{number}.text", may_be_blank=True)
+    else:
+        check_text(content, may_be_blank=True)
+    return content
+
+
+Text = Annotated[str, TextRule(MAX_PROMPT)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Id = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
+Ids = Annotated[list[Id], Field(min_length=1)]
 # What is not offered, with the value that asks for nothing.
 NOT_OFFERED: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -56,11 +99,12 @@ NOT_OFFERED: dict[str, Any] = {
     "functions": [],
     "response_format": {"type": "text"},
     "best_of": 1,
+    "echo": False,
 }
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool = Field(default=False, strict=True)
 
 
 class Common(BaseModel):
@@ -70,15 +114,26 @@ class Common(BaseModel):
     """
 
     model: str = "yuan"
-    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0, the default here, takes the likeliest token")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=MAX_TOP_K, description="not OpenAI's; 0 keeps all tokens")
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=10, description="not OpenAI's")
-    stop: Annotated[str | list[str] | None, AfterValidator(check_stop)] = None
-    stop_token_ids: list[int] = Field(default=[], max_length=16, description="not OpenAI's")
+    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS, strict=True)
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        strict=True,
+        allow_inf_nan=False,
+        description="0, the default here, takes the likeliest token",
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, strict=True, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0, le=MAX_TOP_K, strict=True, description="not OpenAI's; 0 keeps all tokens")
+    repetition_penalty: float = Field(
+        default=1.0, ge=0.01, le=10, strict=True, allow_inf_nan=False, description="not OpenAI's"
+    )
+    stop: Annotated[
+        StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None, BeforeValidator(check_stop)
+    ] = None
+    stop_token_ids: list[Id] = Field(default=[], max_length=16, description="not OpenAI's")
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, strict=True)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), le=2**63 - 1, strict=True)
     stream: bool = Field(default=False, strict=True)
     stream_options: StreamOptions | None = None
 
@@ -86,38 +141,31 @@ class Common(BaseModel):
     @classmethod
     def _refuse_what_is_not_offered(cls, data: Any) -> Any:
         for name, nothing in NOT_OFFERED.items():
-            if isinstance(data, dict) and data.get(name) not in (None, nothing):
-                raise ValueError(f"{name} is not offered by this server; leave it out")
+            asked = data.get(name) if isinstance(data, dict) else None
+            is_nothing = asked == nothing and isinstance(asked, bool) == isinstance(nothing, bool)
+            if asked is not None and not is_nothing:
+                raise rule_error(name, f"{name} is not offered by this server; leave it out")
         return data
-
-    def sampling(self, logprobs: int | None, **changes: Any) -> Sampling:
-        """The wishes, checked."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        wishes = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-            "stop": tuple(stop),
-            "stop_ids": tuple(self.stop_token_ids),
-            "logprobs": logprobs,
-        }
-        return Sampling(**{**wishes, **changes})
 
 
 class CompletionIn(Common):
     """OpenAI's text completion; prompts are text, or token ids that are taken as they are."""
 
     prompt: Annotated[
-        str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_CHOICES)],
-        AfterValidator(check_prompt),
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)],
+        BeforeValidator(check_prompt),
     ]
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+    def texts(self) -> list[str]:
+        """Each prompt as text; token ids as JSON."""
+        many = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
+        return [one if isinstance(one, str) else json.dumps(one) for one in many]
+
+    def prompts(self, tokenizer: "Tokenizer") -> list[list[int]]:
         """Token ids of each prompt; text is closed with the separator."""
         if isinstance(self.prompt, str):
             many: list[Any] = [self.prompt]
@@ -137,15 +185,9 @@ def text_of(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def check_content(content: str | list[Part]) -> str | list[Part]:
-    """Return a message's content, its text checked."""
-    check_text(text_of(content))
-    return content
-
-
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[Part], AfterValidator(check_content)]
+    content: Annotated[str | list[Part], BeforeValidator(check_content)]
 
     @property
     def text(self) -> str:
@@ -156,9 +198,19 @@ class ChatIn(Common):
     """OpenAI's chat completion."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, strict=True)
+    logprobs: bool = Field(default=False, strict=True)
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, strict=True)
+
+    @model_validator(mode="after")
+    def _refuse_a_blank_question(self) -> "ChatIn":
+        if not self.messages[-1].text.strip():
+            raise rule_error("messages", "the last message must not be empty or only white space")
+        return self
+
+    def texts(self) -> list[str]:
+        """What was asked last, as the one prompt."""
+        return [self.messages[-1].text]
 
     def prompt(self) -> str:
         """The conversation as one text: turns joined by `<n>`, system text ended by a newline.

@@ -27,6 +27,14 @@ class Unserved(LookupError):
         self.retry_after_s = retry_after_s
 
 
+class Unfit(ValueError):
+    """A field does not fit the model in service; `param` names it."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class Expired(TimeoutError):
     """A request took longer than its limit."""
 
@@ -67,7 +75,8 @@ class Request:
     `deliver` is called from the engine's thread with pieces, or once with an error.
 
     Raises:
-        ValueError: if a prompt is empty, has unknown tokens or leaves no room in the window.
+        Unfit: if a prompt or the stop ids have unknown tokens.
+        ValueError: if a prompt is empty or leaves no room in the window.
     """
 
     def __init__(
@@ -81,9 +90,10 @@ class Request:
         caller: str = "",
     ) -> None:
         config = served.model.config
-        unknown = [token for prompt in prompts for token in prompt if token >= config.vocab_size]
-        if unknown:
-            raise ValueError(f"token ids must be below {config.vocab_size}, got {unknown[0]}")
+        asked = {"prompt": [token for prompt in prompts for token in prompt], "stop_token_ids": sampling.stop_ids}
+        for param, ids in asked.items():
+            if unknown := [token for token in ids if token >= config.vocab_size]:
+                raise Unfit(f"token ids must be below {config.vocab_size}, got {unknown[0]}", param)
         wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
         self.prompts, self.caller = prompts, caller
         self.sequences = [
