@@ -3,8 +3,8 @@
 Prefect is asked over HTTP, since its library takes longer to import than all probes to answer.
 """
 
-from collections.abc import Mapping
-from datetime import datetime, timedelta, timezone
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ from sqlalchemy.exc import OperationalError
 
 from feedback.health import Facts
 from flows.duties import Standing, read_standings, standings_file
-from flows.probing import Finding, Probe, now, together
+from flows.probing import Finding, Last, Probe, at, now, together
 from infra.confinement import port_of
 from infra.listeners import describe_callers
 from infra.objects import open_objects
+from infra.services import read_state
 from infra.settings import FlowSettings
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ LIMIT_S = 8.0
 # What is right again by itself within this time is no fault.
 SETTLED_S, LATE_S, REPORTS_LATE_S = 30.0, 60.0, 600.0
 POOL, REPRODUCE = "cotrain", "cotrain-reproduce"
-NEVER = "has not happened yet"
+# By the server that it needs most.
+DUTY_OF = {
+    "postgres": "keep the round going",
+    "prefect": "register deployments",
+    "mlflow": "make aliases follow",
+}
 DUTY_MENDS = {
     "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
     "register deployments": "see `cotrain logs prefect`",
@@ -60,22 +66,41 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
             ]
         return [Finding("the records", now())]
 
-    found = together([Probe("postgres", "the records", read)], limit_s / 2)
+    found = together([Probe("postgres", "the records", read, last_known(settings.home, "postgres", None))], limit_s / 2)
+    known = gathered[0] if gathered else None
+
+    def probe(server: str, what: str, ask: Callable[[], list[Finding]]) -> Probe:
+        return Probe(server, what, ask, last_known(settings.home, server, known))
+
     probes = [
-        Probe("portal", "the portal", lambda: portal(settings)),
-        Probe("s3", "an object put and read", lambda: objects(settings)),
-        Probe("prefect", "a flow run that starts", lambda: flow_runs(settings)),
+        probe("portal", "the portal", lambda: portal(settings)),
+        probe("s3", "an object put and read", lambda: objects(settings)),
+        probe("prefect", "a flow run that starts", lambda: flow_runs(settings)),
     ]
-    if gathered:
-        facts = gathered[0]
+    if known is not None:
+        facts = known
         probes += [
-            Probe("model-server", "an answer from the model", lambda: model(settings, facts)),
-            Probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
-            Probe("prefect", "the running round", lambda: running_round(settings, facts)),
-            Probe("prefect", "the last taking up of reports", lambda: last_reproduction(settings, facts)),
+            probe("model-server", "an answer from the model", lambda: model(settings, facts)),
+            probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
+            probe("prefect", "the running round", lambda: running_round(settings, facts)),
+            probe("prefect", "the last taking up of reports", lambda: last_reproduction(settings, facts)),
         ]
         found += [reports(facts), notices(facts)]
     return found + together(probes, limit_s) + duties(settings.home)
+
+
+def last_known(home: Path, server: str, facts: Facts | None) -> Last:
+    """When a server is known to have answered last: by the records, the dispatcher's duties, or the keeper.
+
+    The keeper knows since when it is ready, and it may have answered at any time after that.
+    """
+    ready_at = read_state(home).get("services", {}).get(server, {}).get("ready_at")
+    ready = Last(at(ready_at), or_later=True) if ready_at else Last()
+    duty = read_standings(standings_file(home)).get(DUTY_OF.get(server, ""), Standing())
+    recorded = (facts.last_answer, facts.last_upload) if facts else (None, None)
+    answered = {"portal": recorded, "model-server": recorded[:1], "s3": recorded[1:]}.get(server, ())
+    seen = max((one for one in (moment(duty), *answered) if one), default=None)
+    return ready if seen is None or (ready.at is not None and ready.at > seen) else Last(seen)
 
 
 def portal(settings: FlowSettings) -> list[Finding]:
@@ -213,7 +238,8 @@ def running_round(settings: FlowSettings, facts: Facts) -> list[Finding]:
     if age_s(since) < LATE_S:
         return [Finding(what, since)]
     said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
-    return [Finding(what, fault=f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}", mend=mend)]
+    fault = f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}"
+    return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
 
 
 def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
@@ -229,7 +255,8 @@ def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
         f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE} failed: {run['state']['message']}"
     )
     mend = "the dispatcher tries again within a minute or two; see `cotrain logs flows`"
-    return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend)]
+    is_first = facts.last_reproduction is None
+    return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
 
 
 def reports(facts: Facts) -> Finding:
@@ -238,16 +265,16 @@ def reports(facts: Facts) -> Finding:
     if facts.champion is None or oldest is None or age_s(oldest) < REPORTS_LATE_S:
         return Finding(what, facts.last_reproduction)
     fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
-    return Finding(
-        what, facts.last_reproduction, fault, "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
-    )
+    mend = "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
+    return Finding(what, facts.last_reproduction, fault, mend, never=facts.last_reproduction is None)
 
 
 def notices(facts: Facts) -> Finding:
     """Notices do not wait."""
     oldest = facts.oldest_notice
     fault = f"notices wait to be delivered since {oldest:%F %T}" if oldest and age_s(oldest) > LATE_S else None
-    return Finding("a notice delivered", facts.last_notice, fault, "see `cotrain logs dispatcher`" if fault else "")
+    mend = "see `cotrain logs dispatcher`" if fault else ""
+    return Finding("a notice delivered", facts.last_notice, fault, mend, never=facts.last_notice is None)
 
 
 def duties(home: Path) -> list[Finding]:
@@ -259,6 +286,7 @@ def duties(home: Path) -> list[Finding]:
             f"the dispatcher cannot {name}, since {at(standing.failing_since):%F %T}, {standing.failures} times: "
             f"{standing.error}",
             DUTY_MENDS.get(name, "see `cotrain logs dispatcher`"),
+            never=standing.succeeded_at is None,
         )
         for name, standing in read_standings(standings_file(home)).items()
         if standing.failing_since is not None
@@ -283,10 +311,6 @@ def newest(http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | 
         body["flows"] = {"name": {"any_": [flow]}}
     found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
     return found[0] if found else None
-
-
-def at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def age_s(moment: datetime | None) -> float:

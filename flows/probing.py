@@ -13,30 +13,58 @@ from infra.error_text import told
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that users would notice: when it last went well, and what is wrong with it if something is."""
+    """One thing that users would notice: when it last went well, and what is wrong with it if something is.
+
+    `or_later` says that it may have gone well after `succeeded_at` too. A fault without a time is of something that
+    never went well by the records, if `never` says so; otherwise the last time is not known.
+    """
 
     what: str
     succeeded_at: datetime | None = None
     fault: str | None = None
     mend: str = ""
+    or_later: bool = False
+    never: bool = False
 
     @property
     def state(self) -> str:
         return "fault" if self.fault else "ok" if self.succeeded_at else "never yet"
 
+    @property
+    def when(self) -> str:
+        """The last time that it went well, in words."""
+        if self.succeeded_at is None:
+            return "never" if self.never else "unknown"
+        return f"{self.succeeded_at.astimezone():%F %T}{' or later' if self.or_later else ''}"
+
     def to_json(self) -> dict[str, Any]:
         """The finding as data."""
         at = self.succeeded_at.isoformat(timespec="seconds") if self.succeeded_at else None
-        return {"what": self.what, "state": self.state, "succeeded_at": at, "fault": self.fault, "mend": self.mend}
+        rest = {"or_later": self.or_later, "fault": self.fault, "mend": self.mend}
+        return {"what": self.what, "state": self.state, "succeeded_at": at, **rest}
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last time that something is known to have gone well; `or_later` if it may have since."""
+
+    at: datetime | None = None
+    or_later: bool = False
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One probe: whom it asks, and what of."""
+    """One probe: whom it asks, what of, and when the server is known to have answered last."""
 
     server: str
     what: str
     ask: Callable[[], Iterable[Finding]]
+    last: Last = Last()
+
+    def failed(self, fault: str) -> Finding:
+        """What is found of a server that does not answer."""
+        mend = f"see `cotrain logs {self.server}`"
+        return Finding(self.what, self.last.at, f"{self.server} {fault}", mend, self.last.or_later)
 
 
 def together(probes: list[Probe], limit_s: float) -> list[Finding]:
@@ -47,8 +75,7 @@ def together(probes: list[Probe], limit_s: float) -> list[Finding]:
         try:
             answers.put((number, list(probe.ask())))
         except Exception as error:  # any refusal is what was to be found
-            fault = f"{probe.server} does not answer: {told(error)}"
-            answers.put((number, [Finding(probe.what, fault=fault, mend=f"see `cotrain logs {probe.server}`")]))
+            answers.put((number, [probe.failed(f"does not answer: {told(error)}")]))
 
     for number, probe in enumerate(probes):
         threading.Thread(target=run, args=(number, probe), daemon=True).start()
@@ -61,10 +88,14 @@ def together(probes: list[Probe], limit_s: float) -> list[Finding]:
         found[number] = findings
     for number, probe in enumerate(probes):
         if number not in found:
-            fault = f"{probe.server} has not answered within {limit_s:.0f} s"
-            found[number] = [Finding(probe.what, fault=fault, mend=f"see `cotrain logs {probe.server}`")]
+            found[number] = [probe.failed(f"has not answered within {limit_s:.0f} s")]
     return [finding for number in sorted(found) for finding in found[number]]
 
 
 def now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+def at(seconds: float) -> datetime:
+    """A time in seconds since 1970 as a moment."""
+    return datetime.fromtimestamp(seconds, timezone.utc)

@@ -83,6 +83,7 @@ class State:
     state: str = "waiting"
     pid: int | None = None
     seconds: float | None = None
+    ready_at: float | None = None  # the last time that it became ready; in seconds since 1970, also while it is down
     restarts: int = 0
     restart_reason: str | None = None
     error: str | None = None
@@ -174,7 +175,7 @@ class Keeper:
         self._note(service, pid=process.pid)
         self._await(service, process, began + service.start_timeout_s)
         service.guard(service.after)
-        self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), error=None)
+        self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), ready_at=time.time(), error=None)
         self._ready[service.name].set()
 
     def _listen(self, service: Service) -> socket.socket | None:

@@ -72,9 +72,9 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def _refuse(faults: list[tuple[str, str]]) -> None:
+def _refuse(faults: list["Finding"]) -> None:
     if faults:
-        raise RuntimeError("; ".join(f"{fault}: {mend}" for fault, mend in faults))
+        raise RuntimeError("; ".join(f"{one.fault}: {one.mend}" for one in faults))
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,7 @@ def _end_keeper(pid: int, grace_s: float) -> None:
 
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
-    from flows.checks import config_faults, keeper_faults, setting_faults
-    from flows.probing import Finding
+    from flows.checks import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
     from infra.keeper_lock import is_running
     from infra.services import read_state
 
@@ -210,10 +209,8 @@ def status(as_json: Json = False) -> None:
         home = _home()
         running = is_running(home)
         states = read_state(home).get("services", {}) if running else {}
-        wrong = [Finding("the keeper", fault=fault, mend=mend) for fault, mend in keeper_faults(home)]
-        wrong += [Finding("the settings", fault=fault, mend=mend) for fault, mend in setting_faults(home)]
         lost = config_faults(home)
-        wrong += [Finding("the stack's config", fault=fault, mend=mend) for fault, mend in lost]
+        wrong = [*disk_faults(home), *setting_faults(home), *keeper_faults(home), *lost]
         urls = addresses(home) if running and not lost else {}
         wrong += [finding for finding in _examined(home) if finding.fault]
         if as_json:
@@ -225,7 +222,7 @@ def status(as_json: Json = False) -> None:
         else:
             print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *map(_line, wrong)]))
     are_ready = bool(states) and all(state["state"] == "ready" for state in states.values())
-    if not are_ready or any(finding.what.startswith("the keeper") for finding in wrong):
+    if not are_ready or any(finding.what == KEEPER for finding in wrong):
         raise typer.Exit(1)
 
 
@@ -254,13 +251,10 @@ def _last_lines(file: Path, count: int, start: int = 0) -> list[str]:
 def doctor(as_json: Json = False) -> None:
     """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
     from flows.checks import machine_faults, setting_faults, stack_faults
-    from flows.probing import Finding
 
     with clear_errors():
         home = _home()
-        faulty = setting_faults(home) + machine_faults(home) + stack_faults(home)
-        found = [Finding("machine and services", None, fault, mend) for fault, mend in faulty]
-        found += _examined(home)
+        found = setting_faults(home) + machine_faults(home) + stack_faults(home) + _examined(home)
     faults = [finding for finding in found if finding.fault]
     text = "\n".join([*map(_line, found), *([] if faults else ["nothing is wrong"])])
     wrong = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
@@ -309,11 +303,9 @@ def _examined(home: Path) -> list["Finding"]:
 
 
 def _line(finding: "Finding") -> str:
-    when = f"{finding.succeeded_at.astimezone():%F %T}" if finding.succeeded_at else ""
     if finding.fault:
-        last = f"  last time it was right: {when}\n" if when else ""  # not all of it is recorded
-        return f"- {finding.fault}\n{last}  mend: {finding.mend}"
-    seen = "it has not happened yet" if finding.state == "never yet" else f"right at {when}"
+        return f"- {finding.fault}\n  last time it was right: {finding.when}\n  mend: {finding.mend}"
+    seen = "it has not happened yet" if finding.state == "never yet" else f"right at {finding.when}"
     return f"  {finding.what}: {seen}"
 
 

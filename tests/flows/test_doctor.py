@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,12 +17,17 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import select, text
+from typer.testing import CliRunner
 
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import ModelVersion, Round
+from flows import checks
+from flows.checks import silent_services, stack_faults
+from flows.cli.app import app
 from flows.home import load_config
-from flows.probes import how_to_register
-from flows.probing import Finding, Probe, together
+from flows.probes import how_to_register, last_known
+from flows.probing import Finding, Probe, at, together
+from infra.keeper_lock import hold
 from infra.objects import open_objects
 from infra.services import read_state
 from infra.settings import StoreAccess
@@ -266,6 +272,54 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
     assert [finding.state for finding in found] == ["fault", "fault", "never yet"]
     assert "server that hangs has not answered" in found[0].fault
     assert "server that refuses does not answer: ConnectionError" in found[1].fault and "prompt" not in found[1].fault
+
+
+def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
+    def write(name, data):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(data))
+
+    assert Finding("a", fault="b").when == "unknown" and Finding("a", fault="b", never=True).when == "never"
+    ready = {"mlflow": {"state": "ready", "ready_at": 1_000.0}, "s3": {"state": "ready", "ready_at": 1_000.0}}
+    write("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
+    write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
+    over, found = threading.Event(), {}
+    for server in ("mlflow", "s3", "prefect"):
+        probe = Probe(server, server, over.wait, last_known(tmp_path, server, None))
+        (found[server],) = together([probe], 0.05)
+    over.set()
+    assert {name: (one.succeeded_at, one.or_later) for name, one in found.items()} == {
+        "mlflow": (at(2_000), False),
+        "s3": (at(1_000), True),
+        "prefect": (None, False),
+    }
+    assert found["s3"].when.endswith(" or later") and found["prefect"].when == "unknown"
+    write("worker/alive", "")
+    os.utime(tmp_path / "worker" / "alive", (3_000, 3_000))
+    (silent,) = silent_services(tmp_path)
+    assert abs((silent.succeeded_at - at(3_000)).total_seconds()) < 1
+
+
+def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tmp_path):
+    states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
+    with hold(tmp_path, "id"):
+        (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
+        (found,) = [finding for finding in stack_faults(tmp_path) if finding.what == "mlflow"]
+    assert (found.fault, found.succeeded_at, found.or_later) == ("mlflow is restarting: it ended", at(1_000), True)
+
+
+@pytest.mark.parametrize("command", ["status", "doctor"])
+def test_a_full_disk_is_named_first_with_its_free_bytes_and_folder(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("COTRAIN_HOME", str(tmp_path))
+    monkeypatch.setattr(checks, "MIN_DISK_GIB", 2.0**30)
+    monkeypatch.setattr(checks, "FULL_DISK_BYTES", 2**60)
+    said = CliRunner().invoke(app, [command, "--json"])
+    faults = json.loads(said.stdout)["faults"]
+    free = shutil.disk_usage(tmp_path).free
+    assert faults[0]["fault"].startswith(f"the disk of {tmp_path} is full: ") and "bytes are free" in faults[0]["fault"]
+    assert abs(int(re.search("([0-9]+) bytes", faults[0]["fault"])[1]) - free) < 2**30
+    assert "make room" in faults[0]["mend"]
+    assert f"the disk of {tmp_path} is full" in CliRunner().invoke(app, [command]).stdout
 
 
 def test_the_way_back_follows_from_the_copies_there_are(tmp_path):

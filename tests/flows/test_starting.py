@@ -55,8 +55,8 @@ time.sleep(1)
 def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, text, fault, mend):
     file = tmp_path / "env.local"
     file.write_bytes(text.encode("latin-1"))
-    ((found, told),) = setting_faults(tmp_path)
-    assert fault.format(file=file) in found and mend in told
+    (found,) = setting_faults(tmp_path)
+    assert fault.format(file=file) in found.fault and mend in found.mend
 
 
 @pytest.mark.parametrize("command", ["up", "doctor", "status"])

@@ -155,9 +155,13 @@ def state(folder):
 def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     folder, process = keeper
     until(lambda: state(folder).get("state") == "ready")
-    first = state(folder)["pid"]
+    first, ready_at = state(folder)["pid"], state(folder)["ready_at"]
+    assert abs(time.time() - ready_at) < 60
     os.kill(first, signal.SIGKILL)
+    until(lambda: state(folder).get("state") == "restarting")
+    assert state(folder)["ready_at"] == ready_at  # the last time that it was right
     until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
+    assert state(folder)["ready_at"] > ready_at
     assert state(folder)["restarts"] == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
