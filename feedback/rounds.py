@@ -12,8 +12,10 @@ from feedback.accounts import Conflict, NotFound, audit
 from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.promotion import champion
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
+from infra.error_text import Plain
 
 CHANNEL = "cotrain"
+MAX_VERSION = 2**31 - 1  # of an integer column
 REGISTRATIONS_LOCK = 7_310_212  # any number that no other lock here has
 STEP_BEGUN = "step begun"
 STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
@@ -179,6 +181,22 @@ def order_registrations(session: Session) -> None:
     session.execute(select(func.pg_advisory_xact_lock(REGISTRATIONS_LOCK)))
 
 
+class NeverRegistered(Plain, ValueError):
+    """There is no version of this number, and there never was."""
+
+
+def find_version(session: Session, version: int) -> ModelVersion:
+    """The record of a version.
+
+    Raises:
+        NeverRegistered: if there is none.
+    """
+    found = session.get(ModelVersion, version) if version <= MAX_VERSION else None
+    if found is None:
+        raise NeverRegistered(f"v{version} was never registered here; `cotrain round status` names the newest")
+    return found
+
+
 def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | None, run_id: str) -> ModelVersion:
     """The version that a model folder is a copy of: the one wanted, that of the run, or the one with this manifest.
 
@@ -186,10 +204,7 @@ def recorded_version(session: Session, manifest: dict[str, Any], wanted: int | N
         ValueError: if no version was recorded so, or several were.
     """
     if wanted is not None:
-        named = session.get(ModelVersion, wanted)
-        if named is None:
-            raise ValueError(f"v{wanted} was never registered here; `cotrain round status` names the newest")
-        return named
+        return find_version(session, wanted)
     own = version_of(session, run_id)
     if own is not None:
         return own

@@ -10,15 +10,18 @@ from typing import Any
 
 from feedback import gate, promotion, rounds
 from flows.context import Context, Records
+from flows.training import copy_lost
 from infra.confinement import Confinement, accelerator_files, built_environment
-from infra.files import read_regular
+from infra.files import read_end, read_regular
 from infra.launch import supervised
 from infra.mlflow_rules import READER
 from infra.services import MARK
 from infra.settings import NO_TELEMETRY
+from infra.tracker import VersionLost
 
 log = logging.getLogger(__name__)
 
+LOG, LOG_END_BYTES = "eval.log", 2000
 EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
 MAX_RESULT_BYTES = 1 << 20  # of a case, on average: an answer has at most as many tokens as the expected one, and some
 
@@ -41,25 +44,56 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
     """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement.
 
     Args:
-        place: where a scratch folder is made; None: the system's folder for these, where no service writes.
+        place: where a scratch folder is made, which stays for its log if this fails, and where a round's version may be
+            one that the registry has lost. None, for an operator's command: in the system's folder for these, where no
+            service writes and nothing stays.
+
+    Raises:
+        NeverRegistered: if there never was such a version.
+        VersionLost: if the version is gone from the registry, and for a round has no whole export either.
+        RuntimeError: if its evaluation fails.
     """
     with context.sessions() as session:
+        rounds.find_version(session, version)
         cases = [
             {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
             for case in rounds.untested(session, version)
         ]
     if not cases:
         return {"cases": 0, "failed": 0}
+    is_lost = False
+    try:
+        context.tracker.require(version)
+    except VersionLost:
+        if place is None:
+            raise
+        is_lost = True
     for left in place.glob(f"v{version}-*") if place else ():
         shutil.rmtree(left)  # of an evaluation that failed, kept for its log
     folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
-    results = _answer(context, folder, f"v{version}", cases)
+    try:
+        model = str(copy_lost(context, version, folder)) if is_lost else f"v{version}"
+        results = _answer(context, folder, model, cases)
+    except RuntimeError as error:
+        where = f"ends with: {_end_of(folder / LOG)}" if place is None else f"is {folder / LOG}"
+        raise RuntimeError(f"{error}; its log {where}") from None
+    finally:
+        if place is None:
+            shutil.rmtree(folder)
     with context.sessions.begin() as session:
         promotion.store_results(session, version, results)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     failed = sum(result["reason"] is not None for result in results)
     log.info("v%d took %d cases, of which %d could not be judged", version, len(results), failed)
     return {"cases": len(results), "failed": failed}
+
+
+def _end_of(log_file: Path) -> str:
+    """The last lines of an evaluation's log; nothing if it cannot be read."""
+    try:
+        return " / ".join(read_end(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
+    except OSError:
+        return ""
 
 
 def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -69,11 +103,10 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
     nothing but that and its own folder.
 
     Raises:
-        RuntimeError: if it fails, or leaves no file of results; the message names its log, which may hold text of the
-            cases.
+        RuntimeError: if it fails, or leaves no file of results; its log may hold text of the cases.
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
-    log_file = folder / "eval.log"
+    log_file = folder / LOG
     asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
     confinement = Confinement(read=(Path(model),), write=(folder, *accelerator_files()), signal="SIGKILL")
     command = confinement.command(
@@ -86,11 +119,11 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
             break
         log.warning("an evaluation ended with status %d", status)
     else:
-        raise RuntimeError(f"evaluation ended with status {status}; its log is {log_file}")
+        raise RuntimeError(f"evaluation ended with status {status}")
     try:
         text = read_regular(answered, MAX_RESULT_BYTES * len(cases))
     except OSError as error:
-        raise RuntimeError(f"the results of an evaluation cannot be read: {error}; its log is {log_file}") from None
+        raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
     return [json.loads(line) for line in text.split("\n") if line]
 
 

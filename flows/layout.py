@@ -12,6 +12,7 @@ from feedback.contracts import RoundParameters
 from feedback.items import reason_of
 from flows.context import Context
 from flows.launching import pool_of
+from flows.training import fetch
 from infra.devices import has_fast_bf16
 from infra.error_text import Plain
 from infra.faults import is_of_one_item
@@ -151,7 +152,7 @@ def _model(
 ) -> tuple[ModelConfig, tokenizers.Tokenizer]:
     """The parent's shape and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
     if parent is not None:
-        made = context.tracker.download(parent, folder.path / ".download")
+        made = fetch(context, parent, folder.path / ".download")
         made.rename(folder.parent)
         shutil.rmtree(folder.path / ".download")
         config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))

@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 from feedback.health import Facts
 from flows.duties import Standing, read_standings, standings_file
 from flows.probing import Finding, Last, Probe, at, now, together
+from flows.training import how_to_register
 from infra.confinement import port_of
 from infra.listeners import describe_callers
 from infra.objects import open_objects
@@ -163,24 +164,6 @@ def registry(context: "Context", facts: Facts) -> list[Finding]:
         )
         return [*found, Finding(what, last, fault, mend)]
     return [*found, Finding(what, last or now())]
-
-
-def how_to_register(home: Path, version: int, run_id: str) -> str:
-    """The command that brings a lost version back, from what copies there are."""
-    run = home / "runs" / run_id
-    copies = [run / "export" / "manifest.json", *sorted(home.glob(f"*/v{version}/model/manifest.json"))]
-    for manifest in copies:
-        if manifest.exists():
-            return f"register it again: cotrain register {manifest.parent} --version {version}"
-    if any((run / "checkpoints").glob("step-*/manifest.json")):
-        return (
-            f"write its weights again, `python -m yuan.train.export {run}`, and register them: "
-            f"cotrain register {run / 'export'}"
-        )
-    return (
-        f"no copy of it is left below {home}; take one of a consumer or a backup: "
-        f"cotrain register DIR --version {version}"
-    )
 
 
 def flow_runs(settings: FlowSettings) -> list[Finding]:

@@ -12,10 +12,13 @@ from typing import Any
 from feedback import rounds
 from flows.context import Context
 from infra.files import copy_open
+from infra.tracker import VersionLost
 from yuan.data.text import printable
 from yuan.train.run_files import open_file, read_file
 
 log = logging.getLogger(__name__)
+
+FETCHED = ("serve", "generate")  # folders of copies: the model server's, and the command line's
 
 
 def register(context: Context, round_id: str) -> int:
@@ -77,6 +80,54 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     return known.version, True
 
 
+def require(context: Context, version: int) -> None:
+    """Check that a version can be fetched from the registry.
+
+    Raises:
+        NeverRegistered: if there never was such a version.
+        VersionLost: if it, or its files, are gone from the registry.
+    """
+    with context.sessions() as session:
+        rounds.find_version(session, version)
+    context.tracker.require(version)
+
+
+def fetch(context: Context, version: int, target: Path) -> Path:
+    """Fetch a version's model folder; one that the registry has lost is copied from its run's export.
+
+    Args:
+        target: a folder, made if it is not there, in which the model folder is put.
+
+    Raises:
+        VersionLost: if it is gone from the registry and the export is not as recorded; the message says what to do.
+    """
+    try:
+        return context.tracker.download(version, target)
+    except VersionLost:
+        return copy_lost(context, version, target)
+
+
+def copy_lost(context: Context, version: int, target: Path) -> Path:
+    """Copy a version that the registry has lost from its run's export, every byte of it checked.
+
+    Raises:
+        VersionLost: if the export is not as recorded; the message says what to do.
+    """
+    with context.sessions() as session:
+        known = rounds.find_version(session, version)
+        session.expunge(known)
+    how, copy = how_to_register(context.settings.home, version, known.run_id), target / "model"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    try:
+        copy_recorded(context.runs / known.run_id / "export", copy, known.manifest)
+    except ValueError as error:
+        log.warning("v%d is gone from the registry, and its run's export is of no use: %s", version, error)
+        raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
+    log.warning("v%d is gone from the registry, and its run's export is used; %s", version, how)
+    return copy
+
+
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """Make a folder for a copy of weights, on the disk of the home folder and gone afterwards.
@@ -128,6 +179,25 @@ def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> No
         if found != expected:
             raise ValueError(f"{name} of {folder} has the sha256 {found}, recorded is {expected}; give another copy")
     (target / "manifest.json").write_text(json.dumps(recorded))
+
+
+def how_to_register(home: Path, version: int, run_id: str) -> str:
+    """The command that brings a lost version back, from what copies there are."""
+    run = home / "runs" / run_id
+    places = (run / "export", *(home / name / f"v{version}" / "model" for name in FETCHED))
+    copies = [place / "manifest.json" for place in places]
+    for manifest in copies:
+        if manifest.exists():
+            return f"register it again: cotrain register {manifest.parent} --version {version}"
+    if any((run / "checkpoints").glob("step-*/manifest.json")):
+        return (
+            f"write its weights again, `python -m yuan.train.export {run}`, and register them: "
+            f"cotrain register {run / 'export'}"
+        )
+    return (
+        f"no copy of it is left below {home}; take one of a consumer or a backup: "
+        f"cotrain register DIR --version {version}"
+    )
 
 
 def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:

@@ -122,6 +122,15 @@ class Tracker:
         stored = {Path(one.path).name for one in self._client.list_artifacts(run, "model") if one.file_size}
         return sorted(set(names) - stored)
 
+    def require(self, version: int) -> None:
+        """Check that a version can be fetched.
+
+        Raises:
+            VersionLost: if the version or its files are gone from the registry.
+        """
+        if self.missing(version, ("manifest.json",)):
+            raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
+
     def upload(self, version: int, folder: Path) -> None:
         """Store a version's files anew; those that are there are replaced."""
         run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
@@ -175,8 +184,7 @@ class Tracker:
         Raises:
             VersionLost: if the version or its files are gone from the registry.
         """
-        if self.missing(version, ("manifest.json",)):
-            raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
+        self.require(version)
         run = self._client.get_model_version(MODEL_NAME, str(self._known_number(version))).run_id
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self._client.download_artifacts(run, "model", str(folder)))

@@ -165,7 +165,10 @@ def _folder_of(version: str) -> Path:
     if len(folder.parts) > 1:
         raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
     context = open_installation()
+    from flows.training import require
+
     number = resolve(context, version)
+    require(context, number)
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
 
 

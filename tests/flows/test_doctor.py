@@ -25,8 +25,9 @@ from flows import checks
 from flows.checks import silent_services, stack_faults
 from flows.cli.app import app
 from flows.home import load_config
-from flows.probes import how_to_register, last_known
+from flows.probes import last_known
 from flows.probing import Finding, Probe, at, together
+from flows.training import how_to_register
 from infra.keeper_lock import hold
 from infra.objects import open_objects
 from infra.services import read_state

@@ -57,7 +57,7 @@ def test_what_it_leaves_is_read(evaluate):
 def test_results_that_are_no_small_file_are_refused(evaluate, tmp_path, attack):
     victim = tmp_path / "env"
     victim.write_text('{"secret": 1}')
-    with pytest.raises(RuntimeError, match=r"results of an evaluation cannot be read.*eval.log"):
+    with pytest.raises(RuntimeError, match="results of an evaluation cannot be read"):
         evaluate(ATTACKS[attack].format(victim=str(victim)))
 
 
