@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra.launchers.job import HOST, Cause, Ending
+from yuan.data.text import printable
 from yuan.train.exits import Note, Status, read_notes
 from yuan.train.folder import RunFolder
 from yuan.train.heartbeats import read_heartbeats
@@ -42,16 +43,24 @@ SILENT_S = 4.0  # a rank's heartbeat comes every second
 LEAVING_S = 3.0  # for ranks that can, to leave by themselves
 LOG_CHARACTERS = 800
 LOG_BYTES = 4 * LOG_CHARACTERS
+REASON_CHARACTERS = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The class of an ending, why, and the rank it began with and its machine if they are known."""
+    """The class of an ending, why, and the rank it began with and its machine if they are known.
+
+    The reason may quote ranks; its lines are made printable here, since it goes to logs and pages.
+    """
 
     kind: Kind
     reason: str
     rank: int | None = None
     host: str | None = None
+
+    def __post_init__(self) -> None:
+        lines = self.reason[:REASON_CHARACTERS].split("\n")
+        object.__setattr__(self, "reason", "\n".join(printable(line, REASON_CHARACTERS) for line in lines))
 
 
 def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:

@@ -18,6 +18,7 @@ from feedback import rounds
 from flows.context import Context
 from flows.layout import PICTURE
 from infra.error_text import told
+from yuan.data.text import printable
 from yuan.train.folder import EVENTS, METRICS, NewLines, RunFolder
 from yuan.train.run_files import NotRegular, read_file, replace_file
 
@@ -35,6 +36,7 @@ EVENTS_TOLD = (
     "ended",
 )
 
+EVENTS_A_MINUTE, MINUTE_S, EVENT_LENGTH = 20, 60.0, 300  # of a run, in the logs of the stack
 TRACKER_PAUSE_S = 30.0  # after it did not answer
 PUBLISHED_BYTES = 64 * 2**20
 
@@ -55,6 +57,7 @@ class Reporter:
         self._unsent: list[dict[str, Any]] = []
         self._sent_step = -1
         self._track_after = 0.0
+        self._minute_began, self._num_told, self._num_untold = time.monotonic(), 0, 0
 
     def report(self) -> None:
         """Bring everybody up to date, as far as they answer."""
@@ -78,6 +81,7 @@ class Reporter:
         Raises:
             MlflowException: if the tracker does not answer.
         """
+        self._tell_untold()
         self._unsent += self._metrics.read_all()
         run = self._track()
         self._publish(run, EVENTS)
@@ -89,13 +93,27 @@ class Reporter:
             self._log_plan(self._track())
 
     def _tell(self) -> None:
+        """Log what happened, in lines that ranks can neither forge nor make many of or long; they write the events."""
+        if time.monotonic() - self._minute_began > MINUTE_S:
+            self._tell_untold()
+            self._minute_began, self._num_told = time.monotonic(), 0
         for event in self._events.read():
-            if event["event"] == "roll back":  # those steps are trained again, and told again
-                self._sent_step = min(self._sent_step, int(event["to"]))
-            if event["event"] in EVENTS_TOLD:
-                log.warning(
-                    "%s", ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
-                )
+            name, step = event.get("event"), event.get("to")
+            if name == "roll back" and isinstance(step, int):  # those steps are trained again, and told again
+                self._sent_step = min(self._sent_step, step)
+            if name not in EVENTS_TOLD:
+                continue
+            if self._num_told == EVENTS_A_MINUTE:
+                self._num_untold += 1
+                continue
+            self._num_told += 1
+            said = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
+            log.warning("%s", printable(said, EVENT_LENGTH))
+
+    def _tell_untold(self) -> None:
+        if self._num_untold:
+            log.warning("%d more events are in %s", self._num_untold, self._folder.path / EVENTS)
+            self._num_untold = 0
 
     def _track(self) -> str:
         run = self._mlflow_run or self._tracked()

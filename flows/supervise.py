@@ -24,6 +24,7 @@ from infra.error_text import Plain
 from infra.launchers.job import Job, LauncherAway
 from infra.services import MARK
 from infra.settings import HOME_VARIABLE
+from yuan.data.text import printable
 from yuan.plan.job import Work
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
@@ -195,7 +196,7 @@ class _Supervisor:
         Raises:
             TrainingFailed: if starting again would change nothing.
         """
-        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, ended.reason[:300])
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, printable(ended.reason, 300))
         if ended.kind in ("bad data", "numerical", "cancelled"):
             raise TrainingFailed(f"{ended.kind}: {ended.reason}")
         if not has_room(self.folder.path):

@@ -1,7 +1,6 @@
 """Checkpoints of a run in the object store: sent while it trains, fetched when the disk that had them is gone."""
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from infra.objects import Objects
 from yuan.data.text import printable
 from yuan.train.folder import EVENTS, RunFolder
-from yuan.train.manifest import CHECKPOINT, MANIFEST, difference, real_checkpoints
+from yuan.train.manifest import CHECKPOINT, MANIFEST, difference, parse_sealed, real_checkpoints, step_of
 from yuan.train.run_files import NotRegular, open_file, open_folder, read_file, remove_entry
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]
                 continue
             if name in there:  # of a trajectory that a roll back has left
                 _remove(objects, run_id, name)
-            for file, expected in files_of(manifest).items():
+            for file, expected in files_of(manifest, name).items():
                 with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
                     objects.put_file(
                         f"{PREFIX}/{run_id}/{name}/{file}", stream, int(expected["bytes"]), str(expected["sha256"])
@@ -117,7 +116,7 @@ def _download(objects: Objects, prefix: str, target: Path) -> bool:
     """Fetch a checkpoint; whether it is whole."""
     manifest = objects.get(f"{prefix}/{MANIFEST}")
     try:
-        files = files_of(manifest)
+        files = files_of(manifest, prefix.rpartition("/")[2])
         for file in files:
             objects.get_file(f"{prefix}/{file}", target / file)
         is_whole = all(difference(target, file, expected) is None for file, expected in files.items())
@@ -139,18 +138,21 @@ def _move_in(scratch: Path, folder: RunFolder, name: str) -> None:
         os.rename(scratch, name, dst_dir_fd=checkpoints)
 
 
-def files_of(manifest: bytes) -> dict[str, Any]:
-    """Return the files that a checkpoint's manifest names, with their size and sha256.
+def files_of(manifest: bytes, name: str) -> dict[str, Any]:
+    """Return the files that the manifest of a checkpoint of this name lists, with their size and sha256.
 
     Raises:
-        ValueError: if it is no manifest, or names files of other folders.
+        ValueError: if it is not as a run writes it, is of another checkpoint, or names no files or those of others.
     """
+    found = parse_sealed(manifest)
+    if found is None or found.get("step") != step_of(Path(name)):
+        raise ValueError(f"{MANIFEST} is not as a run writes it, or of another checkpoint")
     try:
-        files = {str(name): dict(about) for name, about in json.loads(manifest)["files"].items()}
-        is_ours = all(int(about["bytes"]) >= 0 and str(about["sha256"]) for about in files.values())
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = {str(file): dict(about) for file, about in found["files"].items()}
+        is_ours = bool(files) and all(int(one["bytes"]) >= 0 and str(one["sha256"]) for one in files.values())
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest of a checkpoint: {error!r}") from None
-    if not is_ours or any(Path(name).name != name or name in ("..", MANIFEST) for name in files):
+    if not is_ours or any(Path(file).name != file or file in ("..", MANIFEST) for file in files):
         raise ValueError("a manifest names files of its own folder, with their size and sha256")
     return files
 

@@ -11,7 +11,7 @@ from feedback.tables import new_id
 from flows.uploads import fetch, send, uploading
 from infra.objects import PART_BYTES
 from yuan.train.folder import RunFolder
-from yuan.train.manifest import MANIFEST
+from yuan.train.manifest import MANIFEST, SCHEMA, SEAL, real_checkpoints, seal_of
 
 
 @pytest.fixture
@@ -24,8 +24,14 @@ def checkpoint(folder, step, content=b"weights"):
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
     digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps({"files": {"__0_0.distcp": digest}}))
+    (path / "manifest.json").write_bytes(seal(step, {"__0_0.distcp": digest}))
     return path
+
+
+def seal(step, files):
+    """A checkpoint's manifest as a run writes it."""
+    manifest = {"schema": SCHEMA, "step": step, "files": files}
+    return json.dumps({**manifest, SEAL: seal_of(manifest)}).encode()
 
 
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
@@ -161,11 +167,29 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
 def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path / "here")
     path = checkpoint(folder, 1)
-    manifest = json.dumps({"files": {name: {"bytes": 7, "sha256": "0"}}})
-    (path / MANIFEST).write_text(manifest)
+    manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
+    (path / MANIFEST).write_bytes(manifest)
     assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
-    objects.put(f"checkpoints/{run_id}/step-00000001/{MANIFEST}", manifest.encode())
+    objects.put(f"checkpoints/{run_id}/step-00000001/{MANIFEST}", manifest)
     assert fetch(objects, run_id, RunFolder(tmp_path / "there")) is None
+
+
+@pytest.mark.parametrize("name", ["step-" + "9" * 200, "step-1", "step-000000001"])
+def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_path, name):
+    folder = RunFolder(tmp_path)
+    path = checkpoint(folder, 1)
+    path.rename(path.with_name(name))
+    assert list(real_checkpoints(folder.checkpoints)) == [] and send(objects, run_id, folder) == []
+    assert objects.keys(f"checkpoints/{run_id}/") == []
+
+
+@pytest.mark.parametrize(
+    "manifest", [b'{"files": {}}', seal(1, {}), seal(2, {"a": {"bytes": 0, "sha256": "0"}}), seal(1, {})[:-3] + b'9"}']
+)
+def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
+    folder = RunFolder(tmp_path)
+    (checkpoint(folder, 1) / MANIFEST).write_bytes(manifest)
+    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])

@@ -11,7 +11,7 @@ from typing import Any
 from yuan.train.run_files import is_file, names_in, open_file, read_file
 
 MANIFEST, SEAL, SCHEMA = "manifest.json", "sha256", 1
-CHECKPOINT = re.compile(r"step-[0-9]+")
+CHECKPOINT = re.compile(r"step-[0-9]{8}")  # as yuan.train.store names them; no run has as many steps
 
 
 def digest_of(file: Path) -> dict[str, Any]:
@@ -38,9 +38,17 @@ def seal_of(manifest: Mapping[str, Any]) -> str:
 def sealed(file: Path) -> dict[str, Any] | None:
     """A manifest as it was written; None if it is not."""
     try:
-        manifest = json.loads(read_file(file.parent, file.name))
+        return parse_sealed(read_file(file.parent, file.name))
+    except OSError:
+        return None
+
+
+def parse_sealed(text: bytes) -> dict[str, Any] | None:
+    """The manifest that a file holds, as it was written; None if it is not."""
+    try:
+        manifest = json.loads(text)
         return dict(manifest) if manifest[SEAL] == seal_of(manifest) and manifest["schema"] == SCHEMA else None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
