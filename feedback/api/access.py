@@ -23,6 +23,8 @@ from yuan.data.text import BadJson, parse_json, printable
 
 MAX_UPLOADS = 2  # of one account at a time
 MAX_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
+MAX_KNOWN_TOKENS = 10_000  # that are remembered
+NOBODY, LOOK_UP = "", "look up"  # callers that are no account: all without a known token, and the look-up of tokens
 WAIT_S = 20.0  # for a connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 
@@ -92,13 +94,15 @@ class Transactions:
 
     A request works in several short turns on the server's threads. Without the limit, those that wait for a connection
     would hold every thread, and those that have one would get none to finish on. Without the quarter, one account's
-    slow requests would be waited for by everybody.
+    slow requests would be waited for by everybody. All callers whose token is not known share one quarter, or tokens
+    that somebody makes up would each have their own.
     """
 
     def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
         self._sessions, self._room = sessions, asyncio.Semaphore(connections)
         self._share = max(1, connections // 4)
         self._callers: dict[str, Turns] = {}
+        self._accounts: dict[str, str] = {}  # ids by the digests of their tokens
 
     @asynccontextmanager
     async def begin(self, request: Request) -> AsyncIterator[Session]:
@@ -107,7 +111,12 @@ class Transactions:
         Raises:
             Busy: if there is no room within 20 s.
         """
-        async with self._turn(caller_of(request)):
+        async with self._open(await self._caller_of(request)) as session:
+            yield session
+
+    @asynccontextmanager
+    async def _open(self, caller: str) -> AsyncIterator[Session]:
+        async with self._turn(caller):
             session = self._sessions()
             try:
                 yield session
@@ -115,6 +124,27 @@ class Transactions:
             finally:
                 with anyio.CancelScope(shield=True):  # also for a caller that has hung up
                     await run_in_threadpool(session.close)
+
+    async def _caller_of(self, request: Request) -> str:
+        """The account of the request's token: its id, which is looked up at the first request of a token.
+
+        Whether the token still holds is for the route to say; what is remembered here only shares out connections.
+        """
+        scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+        if scheme.lower() != "bearer" or not token:
+            return NOBODY
+        digest = token_digest(token)
+        known = self._accounts.get(digest)
+        if known is None:
+            # These are short, and have turns of their own: slow requests without a token do not hold them up.
+            async with self._open(LOOK_UP) as session:
+                known = await run_in_threadpool(_account_id, session, token)
+            if known is None:
+                return NOBODY
+            if len(self._accounts) >= MAX_KNOWN_TOKENS:
+                self._accounts.clear()
+            self._accounts[digest] = known
+        return known
 
     @asynccontextmanager
     async def _turn(self, caller: str) -> AsyncIterator[None]:
@@ -136,10 +166,9 @@ class Transactions:
                 del self._callers[caller]
 
 
-def caller_of(request: Request) -> str:
-    """The digest of the bearer token, by which callers are told apart before an account is known; else nothing."""
-    scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
-    return token_digest(token) if scheme.lower() == "bearer" and token else ""
+def _account_id(session: Session, token: str) -> str | None:
+    found = find_by_token(session, token)
+    return None if found is None else found.id
 
 
 class Uploads:

@@ -69,3 +69,23 @@ def test_callers_without_a_token_share_one_part_of_the_connections(engine, url, 
             assert httpx.get(f"{url}/api/v1/feedback", headers=account.headers, timeout=60).status_code == 200
             assert not any(one.done() for one in flood)
         assert {one.result().status_code for one in flood} == {200}
+
+
+def test_tokens_that_somebody_made_up_share_one_part_of_the_connections(engine, url, account, other):
+    def ask(number):
+        return httpx.get(url, headers={"Authorization": f"Bearer ct_made_up_{number}"}, timeout=60).status_code
+
+    def list_feedback(headers):
+        return httpx.get(f"{url}/api/v1/feedback", headers=headers, timeout=60).status_code
+
+    assert list_feedback(account.headers) == 200
+    with ThreadPoolExecutor(FLOOD) as callers:
+        with closed_table(engine, "promotion"):
+            flood = [callers.submit(ask, number) for number in range(FLOOD)]
+            until(lambda: waiting_for(engine, "promotion") >= CONNECTIONS // 4)
+            assert list_feedback(account.headers) == 200
+            assert list_feedback(other) == 200  # also one whose token has never come before
+            assert not any(one.done() for one in flood)
+            assert waiting_for(engine, "promotion") == CONNECTIONS // 4
+        assert {one.result() for one in flood} == {200}
+    assert list_feedback({"Authorization": "Bearer ct_made_up_0"}) == 401
