@@ -16,7 +16,7 @@ from feedback.items import each, faults_by_subject, note_fault, storable
 from feedback.paging import read_page
 from feedback.promotion import champion
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Outbox, new_id
-from feedback.withdrawal import withdrawals_of
+from feedback.withdrawal import WITHDRAWN, withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT
@@ -291,7 +291,9 @@ def _beginning(row: Feedback) -> list[Event]:
 def _compose(
     row: Feedback, timeline: list[Event], notices: Sequence[Outbox], facts: Sequence[tuple[int, str]]
 ) -> FeedbackOut:
-    newest = notices[-1] if notices else None
+    is_withdrawn = row.state == WITHDRAWN  # without a verdict from then on, also without one that was told
+    newest = notices[-1] if notices and not is_withdrawn else None
+    named = [] if is_withdrawn else [f"{word} in v{version}" for version, word in facts if word != "passing"]
     return FeedbackOut(
         id=row.id,
         kind=row.kind,
@@ -300,7 +302,7 @@ def _compose(
         role=row.case.role if row.case else None,
         verdict=newest.verdict if newest else None,
         verdict_version=newest.version if newest else None,
-        summary=", ".join(f"{word} in v{version}" for version, word in facts if word != "passing") or row.state,
+        summary=", ".join(named) or row.state,
         timeline=timeline,
     )
 

@@ -85,6 +85,20 @@ def test_a_notice_on_its_way_is_held_back(session, reporter, later):
     assert promotion.deliver(session) == 0
 
 
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
+    row = submit(session, reporter)
+    accept_all(session, later)
+    promote(session, 1, passed=[])
+    if is_told:
+        promotion.deliver(session)
+    assert reports.describe(session, row).summary == "failing in v1"
+    withdraw_report(session, reporter, row.id, "mistaken")
+    gone = reports.describe(session, row)
+    assert (gone.summary, gone.verdict, gone.verdict_version) == ("withdrawn", None, None)
+    assert any("failing in v" in event.text for event in gone.timeline) is is_told
+
+
 def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):
     upload(session, objects, reporter, checked_rows("stays", 20))
     goes = upload(session, objects, reporter, checked_rows("goes", 20))
