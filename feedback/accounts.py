@@ -8,9 +8,10 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from feedback.tables import ApiToken, AuditEvent, Contributor, IdempotencyKey
+from feedback.tables import ApiToken, AuditEvent, Contributor, Dataset, Feedback, IdempotencyKey
 
 OPERATOR = "operator"
+DAY_S = 24 * 3600
 SETTINGS_TOKEN = "settings"  # the name of the token that an installation's settings hold
 
 
@@ -85,6 +86,19 @@ def claim_key(session: Session, contributor: Contributor, key: str, request_dige
     if first.request_digest != request_digest:
         raise Conflict("this Idempotency-Key was used for another request; use a new key")
     return first.record_id
+
+
+def is_claimed(session: Session, contributor_id: str, key: str) -> bool:
+    """Whether an account's idempotency key is bound to a record already."""
+    return session.get(IdempotencyKey, (contributor_id, key)) is not None
+
+
+def wait_for_room(session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int) -> float | None:
+    """Seconds until an account may send one more report or dataset, of `limit` within 24 hours; None if it may now."""
+    newest = select(DAY_S - func.extract("epoch", func.now() - table.created_at)).order_by(table.created_at.desc())
+    oldest_that_counts = newest.where(table.contributor_id == contributor_id).offset(limit - 1).limit(1)
+    left = session.scalar(oldest_that_counts)
+    return float(left) if left is not None and left > 0 else None
 
 
 def audit(session: Session, actor: str, action: str, subject: str, **detail: Any) -> None:

@@ -150,6 +150,9 @@ class DatasetOut(BaseModel):
     sha256: str
     num_rows: int
     num_duplicates: int
+    num_closed_out: int = Field(
+        description="taught rows that the newest round left out, since their prompts are those of held-out cases"
+    )
     bad_rows: list[dict[str, Any]] = Field(description="those that refused the file; in a list, the first 20")
     timeline: list[Event]
 

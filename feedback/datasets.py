@@ -3,22 +3,22 @@
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, BinaryIO
 
 from botocore.exceptions import ClientError
-from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select
+from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select, update
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, defer
 
-from feedback.accounts import NotFound, Refused
+from feedback.accounts import OPERATOR, NotFound, Refused
 from feedback.contracts import DatasetOut, Event
-from feedback.items import MAX_NAMED_ROWS, each, faults_by_subject, note_fault, note_rows
+from feedback.items import MAX_NAMED_ROWS, each, faults_by_subject, note_fault, note_once, note_rows
 from feedback.paging import read_page
 from feedback.reports import REPORTS, add_cases, salted_fraction
 from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
@@ -28,7 +28,8 @@ from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 UPLOADS, SNAPSHOTS = "uploads", "snapshots"
 MAX_LISTED_BAD_ROWS = 1000
 MAX_LINES = 500_000
-MAX_HELD_OUT_ROWS = 1000
+MAX_HELD_OUT_ROWS = 1000  # of a dataset
+MAX_HELD_OUT_ANSWERS = 4  # to one prompt, of a dataset
 INSERT_ROWS = 5000
 READ_BYTES = 2**20
 
@@ -36,6 +37,7 @@ RESERVED_SUITES = ("reports", "base", "datasets")
 SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Fetch = Callable[[str], bytes]
+Owned = tuple[str, Row]  # a row and the id of the dataset or case that it is of
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, l
                 sha256=row.sha256,
                 num_rows=row.num_rows,
                 num_duplicates=row.num_duplicates,
+                num_closed_out=row.num_closed_out,
                 bad_rows=bad_rows[row.id],
                 timeline=events,
             )
@@ -198,10 +201,14 @@ def checked(session: Session, cut_off: datetime) -> list[str]:
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
 
-def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float) -> None:
+def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float, max_cases: int) -> None:
     """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row.
 
     A row that was taken in under older rules and breaks today's gets no entry, and is named on the owner's timeline.
+
+    Args:
+        share: of the prompts of checkable rows, how many are held out.
+        max_cases: how many rows of one account are held out, suites and operators apart; what is beyond is taught.
     """
     order_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
@@ -209,20 +216,24 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         return
     numbered, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
     note_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
-    rows = [row for _, row in numbered]
-    keys = [(row.key, row.prompt_key) for row in rows]
+    keys = [(row.key, row.prompt_key) for _, row in numbered]
     known = _known(session, [key for key, _ in keys])
-    held_out = _held_out(dataset, rows, [key for key, _ in keys], salt, share)
-    entries, cases = [], []
+    fresh: dict[int, str] = {}  # prompt keys of the checkable rows that are no duplicates, by their numbers
+    entries = []
     for (number, row), (key, prompt_key) in zip(numbered, keys, strict=True):
         is_duplicate = key in known
         known.add(key)
-        role = "duplicate" if is_duplicate else "held_out" if key in held_out else "taught"
+        if not is_duplicate and row.checker is not None and row.prompt:
+            fresh[number] = prompt_key
+        role = "duplicate" if is_duplicate else "taught"
         dataset.num_duplicates += is_duplicate
         entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
-        if role == "held_out":
-            cases.append(row)
-    add_cases(session, suite_of(dataset), cases, "held_out")
+    most = _room_for_cases(session, dataset, max_cases)
+    held_out = set(fresh) if dataset.purpose == "suite" else _draw(fresh, salt, share, most)
+    for entry in entries:
+        if entry["number"] in held_out:
+            entry["role"] = "held_out"
+    add_cases(session, suite_of(dataset), [row for number, row in numbered if number in held_out], "held_out")
     for start in range(0, len(entries), INSERT_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_ROWS])
     dataset.state, dataset.reason = "accepted", None
@@ -238,13 +249,33 @@ def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
         dataset.state = "rejected"
 
 
-def _held_out(dataset: Dataset, rows: list[Row], keys: list[str], salt: str, share: float) -> set[str]:
-    """Keys of the held-out rows: all of a suite, else a share of the checkable ones, lowest salted hash first."""
-    checkable = {key for row, key in zip(rows, keys, strict=True) if row.checker is not None and row.prompt}
-    if dataset.purpose == "suite":
-        return checkable
-    count = min(MAX_HELD_OUT_ROWS, int(share * len(checkable)))
-    return set(sorted(checkable, key=lambda key: salted_fraction(key, salt))[:count])
+def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:
+    """Numbers of the rows to hold out: those whose prompt's salted hash lies below the share, lowest first.
+
+    So a prompt is held out for everybody or for nobody, whoever brings it and with however many answers, and nobody
+    closes more than the share of the prompts of others.
+
+    Args:
+        prompts: prompt keys of the rows, by their numbers.
+        most: how many rows at most.
+    """
+    fractions = {prompt: salted_fraction(prompt, salt) for prompt in set(prompts.values())}
+    answers = Counter[str]()
+    drawn: list[int] = []
+    for number, prompt in sorted(prompts.items(), key=lambda row: (fractions[row[1]], row[0])):
+        if fractions[prompt] < share and answers[prompt] < MAX_HELD_OUT_ANSWERS:
+            answers[prompt] += 1
+            drawn.append(number)
+    return set(drawn[:most])
+
+
+def _room_for_cases(session: Session, dataset: Dataset, max_cases: int) -> int:
+    """How many rows of a dataset may be held out, by itself and by what its account has already."""
+    if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR:
+        return MAX_HELD_OUT_ROWS
+    cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == "held_out")
+    own = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
+    return max(0, min(MAX_HELD_OUT_ROWS, max_cases - session.scalars(own).one()))
 
 
 def _known(session: Session, keys: list[str]) -> set[str]:
@@ -268,7 +299,8 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
     """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
 
     With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
-    fire-wall. Documents have no prompt and always stay. The same records always give the same bytes and so the same id.
+    fire-wall. How many they are is told to their owners; which they are is not, since that says which prompts test.
+    Documents have no prompt and always stay. The same records always give the same bytes and so the same id.
     A dataset that cannot be read and a correction that is no row any more are left out, with the reason on their
     owners' timelines; `counts` has how many.
 
@@ -305,30 +337,53 @@ def failed_in(session: Session, snapshot_id: str) -> int:
 def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
     held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
     closed = set(session.scalars(held_out))
-    corrections, bad_corrections = _corrections(session, turn.cut_off)
-    contributed, bad_contributed = _taught(session, ("mixture",), fetch)
-    base, bad_base = _taught(session, ("base",), fetch)
-    if turn.parent_version is not None:
-        replay = min(int(turn.parameters["replay_rows"]), len(base))
-        base = random.Random(f"replay {turn.parameters['seed']}").sample(base, replay)
+    found = (
+        _corrections(session, turn.cut_off),
+        _taught(session, ("mixture",), fetch),
+        _taught(session, ("base",), fetch),
+    )
     kept: list[Row] = []
-    counts = {"failed": bad_corrections + bad_contributed + bad_base}
-    for name, part in zip(PARTS, (corrections, contributed, base), strict=True):
-        open_rows = [row for row in part if not row.prompt or row.prompt_key not in closed]
-        counts |= {name: len(open_rows), f"{name}_closed_out": len(part) - len(open_rows)}
+    counts = {"failed": sum(bad for _, bad in found)}
+    for name, (part, _) in zip(PARTS, found, strict=True):
+        left_out = [(owner, row) for owner, row in part if row.prompt and row.prompt_key in closed]
+        open_rows = [row for _, row in part if not row.prompt or row.prompt_key not in closed]
+        if name == "base" and turn.parent_version is not None:
+            replay = min(int(turn.parameters["replay_rows"]), len(open_rows))
+            open_rows = random.Random(f"replay {turn.parameters['seed']}").sample(open_rows, replay)
+        counts |= {name: len(open_rows), f"{name}_closed_out": len(left_out)}
         kept += open_rows
+        if name == "corrections":
+            _note_closed_corrections(session, [case_id for case_id, _ in left_out])
+        else:
+            _note_closed_rows(session, Counter(owner for owner, _ in part), Counter(owner for owner, _ in left_out))
     return kept, counts
 
 
-def _corrections(session: Session, cut_off: datetime) -> tuple[list[Row], int]:
+def _note_closed_rows(session: Session, taught: Counter[str], closed: Counter[str]) -> None:
+    """Tell datasets' owners how many of their taught rows held-out cases keep out of training."""
+    for dataset_id in taught:
+        counted = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
+        session.execute(counted.values(num_closed_out=closed[dataset_id]))
+    why = "their prompts are those of held-out cases, which only test"
+    reasons = {one: f"rows left out, {count:,} of {taught[one]:,}: {why}" for one, count in closed.items()}
+    note_once(session, "snapshot", reasons)
+
+
+def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
+    reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
+    owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
+    note_once(session, "snapshot", dict.fromkeys(session.scalars(owners.where(Feedback.state == "accepted")), reason))
+
+
+def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]:
     """The right answers of taught cases, one row a case, and how many could not be made one."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
     query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
-    rows: list[Row] = []
+    rows: list[Owned] = []
 
     def correct(case: Case) -> None:
         text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS}
-        rows.append(Row.model_validate({**text, "checker": case.checker}))
+        rows.append((case.id, Row.model_validate({**text, "checker": case.checker})))
 
     def blame(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
@@ -338,10 +393,10 @@ def _corrections(session: Session, cut_off: datetime) -> tuple[list[Row], int]:
     return rows, failed
 
 
-def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Row], int]:
+def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
     """The taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
-    rows: list[Row] = []
+    rows: list[Owned] = []
     num_bad = 0
 
     def read(dataset: Dataset) -> None:
@@ -351,7 +406,7 @@ def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[
         found, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
         note_rows(session, dataset.id, "snapshot", faults)
-        rows.extend([row for number, row in found if number in numbers])
+        rows.extend([(dataset.id, row) for number, row in found if number in numbers])
         num_bad += len(faults)
 
     def blame(dataset: Dataset, error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -93,8 +93,15 @@ def note_rows(session: Session, subject: str, step: str, faults: Sequence[str]) 
         return
     more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
     reason = storable(f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}", MAX_REASON) + more
-    if all(reason not in text for _, text in faults_of(session, subject)):  # the next round meets the same
-        note_reason(session, subject, step, reason)
+    note_once(session, step, {subject: reason})
+
+
+def note_once(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+    """Record reasons by their items for these items' timelines, but for those that are there: each round meets them."""
+    told = faults_by_subject(session, list(reasons))
+    for subject, reason in reasons.items():
+        if all(reason not in text for _, text in told[subject]):
+            note_reason(session, subject, step, reason)
 
 
 def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:

@@ -15,7 +15,7 @@ from feedback.contracts import Event, FeedbackIn, FeedbackOut
 from feedback.items import each, faults_by_subject, note_fault, storable
 from feedback.paging import read_page
 from feedback.promotion import champion
-from feedback.tables import Case, CaseResult, Contributor, Feedback, Outbox, new_id
+from feedback.tables import Case, CaseResult, Contributor, Dataset, DatasetRow, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN, withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
@@ -193,10 +193,22 @@ def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
     elif rival is not None:
         row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
     else:
-        add_cases(session, REPORTS, [sample], role_of(sample.key, salt, share))
+        is_taught = _is_taught(session, sample.prompt_key)
+        add_cases(session, REPORTS, [sample], "taught" if is_taught else role_of(sample.prompt_key, salt, share))
         case = session.scalars(select(Case).where(Case.suite == REPORTS, Case.key == sample.key)).one()
         row.state, row.accepted_at, row.case_id = "accepted", datetime.now(timezone.utc), case.id
         row.reason = None
+
+
+def _is_taught(session: Session, prompt_key: str) -> bool:
+    """Whether an accepted dataset teaches a prompt already.
+
+    Then a report about it cannot test, since models have learned the prompt, and must not close out the dataset's row.
+    """
+    rows = select(DatasetRow.number).join(Dataset).where(DatasetRow.prompt_key == prompt_key)
+    rows = rows.where(DatasetRow.role == "taught", Dataset.state == "accepted", Dataset.purpose != "suite")
+    tested = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == "held_out", Case.withdrawn_at.is_(None))
+    return session.scalar(select(rows.exists() & ~tested.exists())) is True
 
 
 def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> None:
@@ -224,9 +236,12 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> N
         session.execute(made, values)
 
 
-def role_of(key: str, salt: str, share: float) -> str:
-    """Fix a case's role by a salted hash: the same case always gets the same role, and nobody can choose it."""
-    return "held_out" if salted_fraction(key, salt) < share else "taught"
+def role_of(prompt_key: str, salt: str, share: float) -> str:
+    """Fix a case's role by a salted hash of its prompt: the same prompt always gets the same role, whatever the answer.
+
+    So nobody can choose it, also not by withdrawing a report and expecting another answer.
+    """
+    return "held_out" if salted_fraction(prompt_key, salt) < share else "taught"
 
 
 def salted_fraction(key: str, salt: str) -> float:

@@ -101,6 +101,7 @@ class Dataset(Created, Base):
     num_stored_bytes: Mapped[int] = mapped_column(BigInteger, comment="none of a file that was refused when it came")
     num_rows: Mapped[int] = mapped_column(default=0)
     num_duplicates: Mapped[int] = mapped_column(default=0)
+    num_closed_out: Mapped[int] = mapped_column(default=0, comment="of the newest mixture, by held-out cases")
     bad_rows: Mapped[list[Any]] = mapped_column(default=list)
     __table_args__ = (Index("datasets_in_order", "contributor_id", "created_at", "id"),)
 
@@ -112,8 +113,9 @@ class DatasetRow(Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     key: Mapped[str] = mapped_column(index=True)
-    prompt_key: Mapped[str]
+    prompt_key: Mapped[str] = mapped_column(index=True)
     role: Mapped[str] = mapped_column(comment="taught | held_out | duplicate")
+    __table_args__ = (Index("held_out_rows", "dataset_id", postgresql_where=text("role = 'held_out'")),)
 
 
 class Case(Created, Base):

@@ -40,13 +40,14 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
 
 def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
     """Accept what passed the check, each in a transaction of its own; how many were, and how many could not be."""
+    share, max_cases = context.settings.held_out_share, context.settings.max_account_cases
     with context.sessions() as session:
         waiting = datasets.checked(session, cut_off)
     failed = 0
     for dataset_id in waiting:
         try:
             with context.sessions.begin() as session:
-                datasets.accept(session, dataset_id, context.objects.get, context.salt, context.settings.held_out_share)
+                datasets.accept(session, dataset_id, context.objects.get, context.salt, share, max_cases)
         except Exception as error:
             if not is_of_one_item(error):
                 raise

@@ -95,6 +95,8 @@ class PortalSettings(DatabaseAccess, StoreAccess, ModelServerAccess):
     max_report_bytes: int = Field(default=64 * 1024, ge=1024)
     max_upload_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     max_account_bytes: int = Field(default=20 * 1024**3, ge=1024)
+    max_daily_reports: int = Field(default=5000, ge=1)
+    max_daily_datasets: int = Field(default=1000, ge=1)
 
 
 class ModelServerSettings(TrackerAccess, ModelServerAccess):
@@ -142,6 +144,7 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
     portal_url: str
     split_salt: SecretStr
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    max_account_cases: int = Field(default=5000, ge=0)
     mlflow_reader_password: SecretStr
 
 

@@ -41,7 +41,11 @@ class Forbidden(Exception):
 
 
 class TooMany(Exception):
-    """More at once than one account may have."""
+    """More at once, or in a day, than one account may send; `retry_after_s` says when there is room again."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TooLarge(Exception):

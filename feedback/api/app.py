@@ -44,6 +44,8 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     app.state.round_ends = {}  # of the front page, by the rounds' ids
     app.state.docs_page = None  # rendered when it is first asked for
     app.state.max_account_bytes = settings.max_account_bytes
+    app.state.max_daily_reports = settings.max_daily_reports
+    app.state.max_daily_datasets = settings.max_daily_datasets
     app.state.scratch = settings.home / "portal"
     app.state.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     app.state.model_server = httpx.AsyncClient(

@@ -75,7 +75,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def known(request: Request, error: Exception) -> JSONResponse:
         status, kind = next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
-        return error_answer(status, kind, str(error), getattr(error, "param", None))
+        headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TooMany) else None
+        return error_answer(status, kind, str(error), getattr(error, "param", None), headers=headers)
 
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]

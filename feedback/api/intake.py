@@ -1,5 +1,6 @@
 """Routes of contributors: reports, datasets, notices."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, reports
-from feedback.accounts import OPERATOR, audit
+from feedback.accounts import OPERATOR, audit, is_claimed, wait_for_room
 from feedback.api.access import (
     ID_PATTERN,
     Account,
@@ -24,6 +25,7 @@ from feedback.api.access import (
     Repeatable,
     StrictRoute,
     TooLarge,
+    TooMany,
     known_query,
     known_query_apart,
 )
@@ -32,7 +34,7 @@ from feedback.api.errors import documented, error_answer
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
 from feedback.paging import DEFAULT_PAGE, MAX_PAGE
 from feedback.rounds import notify
-from feedback.tables import Contributor, new_id
+from feedback.tables import Contributor, Dataset, Feedback, new_id
 from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
@@ -70,11 +72,13 @@ def rows_schema() -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object a line"}
 
 
-@router.post("/feedback", status_code=201, responses=documented(404, 409))
-def submit(form: FeedbackIn, contributor: Current, session: Db, repeat: Repeatable) -> FeedbackOut:
+@router.post("/feedback", status_code=201, responses=documented(404, 409, 429))
+def submit(request: Request, form: FeedbackIn, contributor: Current, session: Db, repeat: Repeatable) -> FeedbackOut:
     """Report an answer. Every accepted report becomes a test for all later versions."""
     feedback_id, seen = repeat.claim(session, contributor)
     if not seen:
+        if contributor.role != OPERATOR:
+            _check_daily(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
         provenance.check_provenance(session, contributor, form)
         reports.add_feedback(session, contributor, form, feedback_id)
         notify(session)
@@ -140,6 +144,9 @@ async def push_dataset(
         datasets.check_suite_name(name)
     state = request.app.state
     with state.uploads.begin(account.id), open_scratch(state.scratch) as file:
+        if account.role != OPERATOR:
+            async with state.transactions.begin(request) as session:
+                await run_in_threadpool(_check_turn, session, account, idempotency_key, state.max_daily_datasets)
         body = await receive_body(request, file)
         repeated = Repeat(idempotency_key or new_id(), body.request_digest)
         checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
@@ -151,6 +158,23 @@ async def push_dataset(
         async with state.transactions.begin(request) as session:
             sha256 = body.sha256
             return await run_in_threadpool(_keep_dataset, session, account, repeated, name, purpose, checked, sha256)
+
+
+def _check_daily(session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int, what: str) -> None:
+    """Refuse one more than an account may send within 24 hours; a few that arrive side by side may pass together."""
+    wait_s = wait_for_room(session, table, contributor_id, limit)
+    if wait_s is not None:
+        raise TooMany(
+            f"an account may send {limit:,} {what} within 24 hours, and you have; "
+            f"send the next in {math.ceil(wait_s / 60):,} min, or ask the operator for a higher limit",
+            math.ceil(wait_s),
+        )
+
+
+def _check_turn(session: Session, account: Account, key: str | None, limit: int) -> None:
+    """Refuse a dataset beyond the day's before it arrives, but for the repetition of one that was taken."""
+    if key is None or not is_claimed(session, account.id, key):
+        _check_daily(session, Dataset, account.id, limit, "datasets")
 
 
 def _check_room(session: Session, account: Account, body: ArrivedBody, limit: int) -> None:

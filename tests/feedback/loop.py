@@ -10,6 +10,8 @@ from feedback.tables import Case, new_id
 from yuan.data.rows import Row, dump_rows
 
 SALT = "salt"
+SHARE = 0.1
+MAX_CASES = 5000
 
 
 def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
@@ -56,7 +58,7 @@ def promote(session, version, passed, *, parent=None):
     return decision
 
 
-def upload(session, objects, reporter, rows, purpose="mixture"):
+def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CASES):
     data = dump_rows(rows)
     sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
     made = datasets.add_dataset(
@@ -68,7 +70,7 @@ def upload(session, objects, reporter, rows, purpose="mixture"):
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    datasets.accept(session, made.id, objects.get, SALT, 0.1)
+    datasets.accept(session, made.id, objects.get, SALT, SHARE, max_cases)
     session.flush()
     return made
 
@@ -78,6 +80,11 @@ def checked_rows(prefix, count):
         Row.model_validate({"prompt": f"{prefix}{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
         for n in range(count)
     ]
+
+
+def is_drawn(row):
+    """Whether a row's prompt is one of those that are held out."""
+    return reports.role_of(row.prompt_key, SALT, SHARE) == "held_out"
 
 
 def freeze(session, objects):

@@ -8,11 +8,14 @@ from feedback.accounts import Conflict
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
 from tests.feedback.loop import (
+    MAX_CASES,
     SALT,
+    SHARE,
     accept_all,
     add_candidate,
     checked_rows,
     freeze,
+    is_drawn,
     promote,
     reproduce,
     start_round,
@@ -27,7 +30,7 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     assert accept_all(session, later)["accepted"] == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
     assert {"taught", "held_out"} == set(roles)
-    assert [reports.role_of(session.get_one(Case, row.case_id).key, SALT, 0.5) for row in rows] == roles
+    assert [reports.role_of(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
 
 
 def test_a_report_the_champion_answers_right_is_rejected_with_the_reason(session, reporter, later):
@@ -149,16 +152,15 @@ def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
 
 
 def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, reporter):
-    shared = checked_rows("q", 20)
+    shared, others = checked_rows("q", 20), checked_rows("z", 50)
     upload(session, objects, reporter, checked_rows("q", 20), purpose="suite")
-    upload(
-        session, objects, reporter, [*(Row(prompt=r.prompt, answer="other") for r in shared), *checked_rows("z", 50)]
-    )
+    upload(session, objects, reporter, [*(Row(prompt=r.prompt, answer="other") for r in shared), *others])
     snapshot_id, data = freeze(session, objects)
     trained = data.decode()
     assert not any(f'"{row.prompt}"' in trained for row in shared)
     counts = session.get_one(Snapshot, snapshot_id).counts
-    assert (counts["datasets"], counts["datasets_closed_out"]) == (45, 20)  # a tenth of 50 is held out
+    num_drawn = sum(map(is_drawn, others))
+    assert 0 < num_drawn < 15 and (counts["datasets"], counts["datasets_closed_out"]) == (50 - num_drawn, 20)
 
 
 def test_documents_are_never_removed_because_of_a_prompt(session, objects, reporter):
@@ -176,7 +178,7 @@ def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, r
     made.sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = made.sha256, "checked"
-    datasets.accept(session, made.id, objects.get, SALT, 0.1)
+    datasets.accept(session, made.id, objects.get, SALT, SHARE, MAX_CASES)
     _, snapshot = freeze(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 

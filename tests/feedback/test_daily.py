@@ -1,0 +1,69 @@
+"""How much one account may send within 24 hours."""
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from feedback.api.app import make_app
+
+ROWS = b'{"prompt": "%d", "answer": "a"}\n'
+
+
+@pytest.fixture
+def narrow(stores, engine, objects, first_version):
+    """A portal that takes two reports and two datasets of an account within 24 hours."""
+    changes = {"max_daily_reports": 2, "max_daily_datasets": 2}
+    with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
+        yield client
+
+
+@pytest.fixture
+def report(narrow):
+    def send(headers, **more):
+        body = {"kind": "correction", "prompt": "p", "response": "?", "model_version": 1, "expected": "a"}
+        return narrow.post("/api/v1/feedback", json=body, headers={**headers, **more})
+
+    return send
+
+
+@pytest.fixture
+def push(narrow):
+    def send(headers, data=ROWS, **more):
+        return narrow.post("/api/v1/datasets?name=rows", content=data, headers={**headers, **more})
+
+    return send
+
+
+@pytest.mark.parametrize(("what", "table"), [("report", "feedback"), ("push", "dataset")])
+def test_one_more_than_a_day_takes_is_refused_until_there_is_room(request, what, table, account, operator, engine):
+    send = request.getfixturevalue(what)
+    key = {"Idempotency-Key": "first"}
+    first = send(account.headers, **key)
+    assert [first.status_code, send(account.headers).status_code] == [201, 201]
+    refused = send(account.headers, **{"Idempotency-Key": "third"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "too_many")
+    assert 86_000 < int(refused.headers["Retry-After"]) <= 86_400
+    name = {"report": "reports", "push": "datasets"}[what]
+    assert f"an account may send 2 {name} within 24 hours" in refused.json()["error"]["message"]
+    assert send(account.headers, **key).json() == first.json()
+    assert {send(operator).status_code for _ in range(3)} == {201}
+    with engine.begin() as connection:
+        older = f"update {table} set created_at = created_at - interval '24 hours' where id = :id"
+        connection.execute(text(older), {"id": first.json()["id"]})
+    assert send(account.headers, **{"Idempotency-Key": "third"}).status_code == 201
+    assert send(account.headers).status_code == 429
+
+
+def test_refused_files_count_among_the_days_datasets(push, account):
+    statuses = [push(account.headers, data).status_code for data in (b"oops", b"oops", ROWS)]
+    assert statuses == [422, 422, 429]
+
+
+def test_the_days_number_is_counted_by_an_index(engine, account):
+    query = (
+        "explain select created_at from feedback where contributor_id = :id order by created_at desc offset 9 limit 1"
+    )
+    with engine.connect() as connection:
+        connection.execute(text("set local enable_seqscan = off"))
+        plan = "\n".join(connection.execute(text(query), {"id": account.id}).scalars())
+    assert "feedback_in_order" in plan and "Sort" not in plan

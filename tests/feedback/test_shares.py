@@ -1,0 +1,130 @@
+"""What one account's cases take from the others: a share of the prompts, whatever it sends, and owners are told."""
+
+import pytest
+from sqlalchemy import select
+
+from feedback import datasets, reports
+from feedback.accounts import add_contributor
+from feedback.tables import Case, DatasetRow, Snapshot, new_id
+from feedback.withdrawal import withdraw_report
+from flows.demo.corpus import BASE_SKILLS
+from tests.feedback.loop import (
+    SALT,
+    SHARE,
+    accept_all,
+    checked_rows,
+    freeze,
+    is_drawn,
+    submit,
+    upload,
+)
+from yuan.data.rows import Row, parse_rows
+from yuan.data.skills import load_skills
+
+HONEST = 200
+
+
+@pytest.fixture
+def attacker(session):
+    return add_contributor(session, new_id())[0]
+
+
+def variants(rows, answers):
+    """Each row's prompt with many wrong answers, which their checkers take."""
+    return [
+        Row.model_validate({"prompt": row.prompt, "answer": answer, "checker": {"type": "exact", "value": answer}})
+        for row in rows
+        for answer in (f"wrong {number}" for number in range(answers))
+    ]
+
+
+def roles_of(session, dataset):
+    return session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == dataset.id)).all()
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["the attacker first", "the honest first"])
+@pytest.mark.parametrize("answers", [1, 40])
+def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
+    session, objects, reporter, attacker, answers, is_first
+):
+    rows = checked_rows("honest ", HONEST)
+    sent = [(reporter, rows), (attacker, variants(rows, answers))]
+    made = {who.id: upload(session, objects, who, own) for who, own in (reversed(sent) if is_first else sent)}
+    _, snapshot = freeze(session, objects)
+    trained = {row.key for row in parse_rows(snapshot)}
+    assert all((row.key in trained) is not is_drawn(row) for row in rows)
+    assert len(trained & {row.key for row in rows}) > 0.8 * HONEST
+    assert roles_of(session, made[attacker.id]).count("held_out") <= 4 * sum(map(is_drawn, rows))
+
+
+def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, objects, reporter, attacker):
+    rows = [row for skill in load_skills(BASE_SKILLS) for row in skill.rows(300, seed=0)]
+    half = len(rows) // 2
+    for who, part in ((reporter, rows[:half]), (attacker, rows[half:])):
+        upload(session, objects, who, part)
+    roles = session.execute(select(DatasetRow.prompt_key, DatasetRow.role)).all()
+    drawn = {prompt for prompt, role in roles if role == "held_out"}
+    prompts = {row.prompt_key for row in rows if row.checker is not None and row.prompt}
+    assert drawn == {prompt for prompt in prompts if reports.role_of(prompt, SALT, SHARE) == "held_out"}
+    four_sigma = 4 * (SHARE * (1 - SHARE) / len(prompts)) ** 0.5
+    assert len(prompts) > 1000 and abs(len(drawn) / len(prompts) - SHARE) < four_sigma
+
+
+def test_another_answer_to_a_withdrawn_report_draws_the_same_role(session, reporter, later):
+    roles = []
+    for number in range(8):
+        row = submit(session, reporter, expected=f"wrong {number}")
+        accept_all(session, later)
+        roles.append(session.get_one(Case, row.case_id).role)
+        withdraw_report(session, reporter, row.id, "mistaken")
+    assert len(set(roles)) == 1
+
+
+def test_reports_close_out_no_row_that_is_taught_already(session, objects, reporter, attacker, later):
+    rows = checked_rows("honest ", 60)
+    upload(session, objects, reporter, rows)
+    sent = [submit(session, attacker, row.prompt, "false") for row in rows]
+    assert accept_all(session, later)["accepted"] == len(sent)
+    _, snapshot = freeze(session, objects)
+    trained = {row.key for row in parse_rows(snapshot)}
+    assert all((row.key in trained) is not is_drawn(row) for row in rows)
+
+
+def test_owners_are_told_how_many_of_their_rows_were_closed_out(session, objects, reporter, attacker, later):
+    rows = [Row(prompt=row.prompt, answer="right") for row in checked_rows("told ", 100)]
+    honest = upload(session, objects, reporter, [*rows, Row(answer="a document")])
+    untouched = upload(session, objects, reporter, [Row(prompt="nobody else's", answer="a")])
+    num_drawn = sum(map(is_drawn, rows))
+    for closed in (0, num_drawn, num_drawn):
+        if closed and not honest.num_closed_out:
+            upload(session, objects, attacker, variants(rows, 1))
+        snapshot_id, _ = freeze(session, objects)
+        session.refresh(honest)
+        assert datasets.describe(session, honest).num_closed_out == closed
+        assert session.get_one(Snapshot, snapshot_id).counts["datasets_closed_out"] == closed
+    told = [event.text for event in datasets.describe(session, honest).timeline if "left out" in event.text]
+    sentence = f"(snapshot): rows left out, {num_drawn} of 101: their prompts are those of held-out cases"
+    assert len(told) == 2 and sentence in told[-1]  # beside how many duplicates it has
+    assert len(datasets.describe(session, untouched).timeline) == 2
+
+
+def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, reporter, attacker, later):
+    row = submit(session, reporter, "told 1", "right")
+    accept_all(session, later, share=0.0)
+    upload(session, objects, attacker, variants(checked_rows("told ", 5), 1), purpose="suite")
+    upload(session, objects, attacker, [Row(answer="a document")])
+    for _ in range(2):
+        freeze(session, objects)
+    told = [event.text for event in reports.describe(session, row).timeline if "left out" in event.text]
+    assert len(told) == 1 and "its correction is left out: its prompt is that of a held-out case" in told[0]
+
+
+def test_rows_beyond_an_accounts_cases_are_taught(session, objects, reporter, attacker):
+    num_drawn = sum(map(is_drawn, checked_rows("a ", 100)))
+    first = upload(session, objects, reporter, checked_rows("a ", 100), max_cases=num_drawn + 1)
+    second = upload(session, objects, reporter, checked_rows("b ", 100), max_cases=num_drawn + 1)
+    assert roles_of(session, first).count("held_out") == num_drawn
+    assert (roles_of(session, second).count("held_out"), roles_of(session, second).count("taught")) == (1, 99)
+    attacker.role = "operator"
+    exempt = upload(session, objects, attacker, checked_rows("c ", 100), max_cases=0)
+    assert roles_of(session, exempt).count("held_out") == sum(map(is_drawn, checked_rows("c ", 100)))
