@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import ApiToken, AuditEvent, Contributor, Dataset, Feedback, IdempotencyKey
+from yuan.data.text import printable
 
 OPERATOR = "operator"
 DAY_S = 24 * 3600
@@ -43,6 +44,19 @@ def find_by_token(session: Session, token: str) -> Contributor | None:
     """The account a token belongs to, unless it was revoked."""
     found = session.get(ApiToken, token_digest(token))
     return found.contributor if found is not None and found.revoked_at is None else None
+
+
+def find_account(session: Session, name_or_id: str) -> Contributor:
+    """An account by its id, else by its name.
+
+    Raises:
+        NotFound: if there is none.
+    """
+    found = session.get(Contributor, name_or_id)
+    found = found or session.scalar(select(Contributor).where(Contributor.name == name_or_id))
+    if found is None:
+        raise NotFound(f"there is no account with the id or name {printable(name_or_id)}", "account")
+    return found
 
 
 def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:

@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from feedback.contracts import (
+    AccountWithdrawalOut,
     ContributorOut,
     DatasetOut,
     ErrorBody,
@@ -97,6 +98,24 @@ class Client:
     def withdraw_dataset(self, dataset_id: str, reason: str) -> DatasetOut:
         """Take a dataset back: one of your own, or any as an operator."""
         return self._write(DatasetOut, f"/api/v1/datasets/{dataset_id}/withdraw", None, json={"reason": reason})
+
+    def withdraw_account(self, account: str, reason: str, kind: str | None = None) -> AccountWithdrawalOut:
+        """Take all reports and datasets of an account back, or those of one kind; operators only.
+
+        Args:
+            account: its id or name.
+            kind: `reports` or `datasets`.
+
+        Returns:
+            How many were withdrawn; those that were out before are not counted.
+        """
+        form = {"account": account, "reason": reason, "kind": kind}
+        reports = datasets = 0
+        while True:
+            batch = self._write(AccountWithdrawalOut, "/api/v1/contributors/withdraw", None, json=form)
+            if not batch.reports and not batch.datasets:
+                return batch.model_copy(update={"reports": reports, "datasets": datasets})
+            reports, datasets = reports + batch.reports, datasets + batch.datasets
 
     def complete(self, prompts: list[str], *, max_tokens: int = 48) -> dict[str, Any]:
         """Ask the champion several questions; the answer is OpenAI's text completion."""

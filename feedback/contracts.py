@@ -139,6 +139,22 @@ class WithdrawalIn(BaseModel):
     reason: Annotated[str, TextRule(500)] = Field(description="shown on its timeline")
 
 
+class AccountWithdrawalIn(WithdrawalIn):
+    """Which account's reports and datasets are taken back, and why."""
+
+    account: Annotated[str, TextRule(80)] = Field(description="id or name of a contributor's account")
+    kind: Literal["reports", "datasets"] | None = Field(default=None, description="only these; empty: both")
+
+
+class AccountWithdrawalOut(BaseModel):
+    """How many of an account's reports and datasets were withdrawn; repeat the request until it is none."""
+
+    account: str = Field(description="id of the account")
+    name: str
+    reports: int
+    datasets: int
+
+
 class DatasetOut(BaseModel):
     """An uploaded dataset and what became of it."""
 

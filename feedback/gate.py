@@ -6,18 +6,22 @@ which all who stood for it have withdrawn does neither.
 
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from feedback.accounts import OPERATOR
 from feedback.reports import REPORTS
-from feedback.tables import Case, CaseResult, Round
+from feedback.tables import Case, CaseResult, Contributor, Feedback, Promotion, Round
 
 BASE = "base"
 MAX_BASE_LOSS = 0.02
 Z_95 = 1.959963984540054
+CHANCE = 0.05  # what is at least as probable may be chance
+MAX_NAMED = 20  # accounts of a decision, and reports of an account
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,96 @@ def regressions(session: Session, champion: int, candidate: int) -> list[str]:
     return list(session.scalars(query.order_by(Case.id)))
 
 
+@dataclass
+class Standing:
+    """What a candidate changes in the report cases of one account.
+
+    `lost` has the cases that the champion passes and the candidate fails, `reports` the account's reports of them.
+    """
+
+    account: str
+    name: str
+    role: str
+    lost: set[str] = field(default_factory=set)
+    reports: list[str] = field(default_factory=list)
+    gained: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "account": self.account,
+            "name": self.name,
+            "regressed": len(self.lost),
+            "gained": self.gained,
+            "p": sign_test(len(self.lost), self.gained),
+            "reports": self.reports[:MAX_NAMED],
+        }
+
+
+def sign_test(lost: int, gained: int) -> float:
+    """Probability of at least so many losses among the changed cases if each were lost or gained by a coin's throw.
+
+    Source: the exact one-sided sign test, Dixon and Mood 1946.
+
+    >>> sign_test(5, 0), round(sign_test(8, 7), 2)
+    (0.03125, 0.5)
+    """
+    changed = lost + gained
+    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / (1 << changed)
+
+
+def standings(session: Session, champion: int, candidate: int, broken: Sequence[str]) -> list[Standing]:
+    """What the candidate changes for each account whose reports fail again, those with the most first.
+
+    Gains count among the cases that were there when the champion was promoted. It failed those that came later, or they
+    would not have been accepted: they can only be gained, and would hide losses.
+    """
+    accepted = select(Feedback.id, Feedback.case_id, Contributor).join(
+        Contributor, Contributor.id == Feedback.contributor_id
+    )
+    accepted = accepted.where(Feedback.state == "accepted", Feedback.case_id.in_(broken))
+    accepted = accepted.order_by(Feedback.created_at, Feedback.id)
+    found: dict[str, Standing] = {}
+    for report_id, case_id, owner in session.execute(accepted):
+        one = found.setdefault(owner.id, Standing(owner.id, owner.name, owner.role))
+        one.lost.add(case_id)
+        one.reports.append(report_id)
+    promoted_at = select(func.min(Promotion.created_at)).where(Promotion.version == champion).scalar_subquery()
+    was = select(CaseResult.case_id).where(CaseResult.version == champion, ~CaseResult.passed)
+    now = select(CaseResult.case_id).where(CaseResult.version == candidate, CaseResult.passed)
+    query = select(Feedback.contributor_id, func.count(Case.id.distinct())).join(Case, Case.id == Feedback.case_id)
+    query = query.where(Feedback.state == "accepted", Feedback.contributor_id.in_(found), Case.withdrawn_at.is_(None))
+    query = query.where(Case.created_at <= promoted_at, Case.id.in_(was), Case.id.in_(now))
+    for account, gained in session.execute(query.group_by(Feedback.contributor_id)):
+        found[account].gained = gained
+    return sorted(found.values(), key=lambda one: (-len(one.lost), one.name))
+
+
+def may_be_chance(broken: Sequence[str], owners: Sequence[Standing]) -> bool:
+    """Whether the reports that fail again are of one contributor alone and no more than chance explains.
+
+    Answers to senseless prompts pass senseless checkers by chance, in one version these and in the next others. Without
+    this rule whoever reports enough of them could keep every candidate from being promoted.
+    """
+    if len(owners) != 1 or owners[0].role == OPERATOR or len(owners[0].lost) != len(broken):
+        return False
+    return sign_test(len(owners[0].lost), owners[0].gained) >= CHANCE
+
+
 def decide(session: Session, turn: Round) -> dict[str, Any]:
     """Compare candidate and champion, and say whether the candidate may be promoted and why.
 
     The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
     points on the base; fail no report case that the champion passes; and there must be held-out cases to judge by.
+    Report cases of one contributor alone that fail again count only if they are more than chance explains; see
+    `may_be_chance`.
     """
     assert turn.candidate_version is not None, "evaluation comes first"
     after = rates(session, turn.candidate_version)
     before = rates(session, turn.parent_version) if turn.parent_version else {}
     broken = regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
-    reasons = _objections(before, after, broken)
+    owners = standings(session, turn.parent_version, turn.candidate_version, broken) if turn.parent_version else []
+    is_chance = may_be_chance(broken, owners)
+    reasons = _objections(before, after, [] if is_chance else broken, len(owners), judges_reports=not is_chance)
     if turn.parent_version and not after:
         reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start anew")
     return {
@@ -97,6 +180,8 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
         "champion": turn.parent_version,
         "candidate": turn.candidate_version,
         "regressions": broken,
+        "regressions_may_be_chance": is_chance,
+        "regressions_by_account": [one.to_json() for one in owners[:MAX_NAMED]],
         "suites": [
             {
                 "suite": name,
@@ -108,15 +193,22 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
     }
 
 
-def _objections(before: dict[str, Rate], after: dict[str, Rate], broken: list[str]) -> list[str]:
+def _objections(
+    before: dict[str, Rate], after: dict[str, Rate], broken: list[str], num_owners: int, *, judges_reports: bool
+) -> list[str]:
+    """What speaks against a candidate.
+
+    Args:
+        judges_reports: whether the rate on held-out reports counts; it falls only where a report fails again.
+    """
     reasons = []
     nothing = Rate(0, 0)
     old, new = before.get(BASE, nothing), after.get(BASE, nothing)
     if old.total and new.value < old.value - MAX_BASE_LOSS:
         reasons.append(f"base fell from {old.value:.3f} to {new.value:.3f}, more than {MAX_BASE_LOSS}")
     old, new = before.get(REPORTS, nothing), after.get(REPORTS, nothing)
-    if old.total and new.value < old.value:
+    if judges_reports and old.total and new.value < old.value:
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
     if broken:
-        reasons.append(f"{len(broken)} reports that pass in the champion fail again")
+        reasons.append(f"{len(broken)} reports that pass in the champion fail again, of {num_owners} accounts")
     return reasons

@@ -1,16 +1,19 @@
 """Withdrawing reports and datasets: they leave mixture, gate and notices, and stay on record."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from sqlalchemy import ColumnElement, case, delete, exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from feedback.accounts import OPERATOR, NotFound, audit
+from feedback.accounts import OPERATOR, NotFound, Refused, audit
 from feedback.contracts import Event
 from feedback.tables import AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
+OUT = (WITHDRAWN, "rejected")  # states of what is in no mixture, test or notice
+BATCHES = {"reports": 200, "datasets": 10}  # of an account, withdrawn in one transaction
 DATASETS_LOCK = 7_310_211  # any number that no other lock here has
 
 
@@ -64,6 +67,50 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     _leave(session, (Case.suite == suite_of(row)) & Case.key.in_(held_out), unless=others)
     _record(session, who, row, reason)
     return row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many of an account's reports and datasets one transaction withdrew; none: nothing is left."""
+
+    reports: int = 0
+    datasets: int = 0
+
+
+def withdraw_account(
+    session: Session, who: Contributor, account: Contributor, reason: str, kinds: Collection[str]
+) -> Batch:
+    """Withdraw, as an operator, the oldest 200 reports or else 10 datasets of an account; what is rejected stays so.
+
+    Called until nothing is left, since everything at once could hold locks for minutes.
+
+    Args:
+        kinds: of `reports` and `datasets`.
+
+    Raises:
+        Refused: if it is an operator's account, which holds the base and the suites.
+    """
+    if account.role == OPERATOR:
+        raise Refused(
+            f"{account.name} is an operator's account; withdraw its reports and datasets one by one", "account"
+        )
+    if "reports" in kinds:
+        # All are locked before the first case is, in the order of a review, or the two could wait for each other.
+        reports = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(OUT))
+        reports = reports.order_by(Feedback.created_at, Feedback.id).limit(BATCHES["reports"]).with_for_update()
+        if rows := session.scalars(reports).all():
+            for row in rows:
+                withdraw_report(session, who, row.id, reason)
+            return Batch(reports=len(rows))
+    if "datasets" in kinds:
+        order_datasets(session)
+        datasets = select(Dataset.id).where(Dataset.contributor_id == account.id, Dataset.state.not_in(OUT))
+        datasets = datasets.order_by(Dataset.created_at, Dataset.id).limit(BATCHES["datasets"])
+        if ids := session.scalars(datasets).all():
+            for dataset_id in ids:
+                withdraw_dataset(session, who, dataset_id, reason)
+            return Batch(datasets=len(ids))
+    return Batch()
 
 
 def order_datasets(session: Session) -> None:

@@ -38,6 +38,7 @@ PORTAL = {
     },
     "operator": {
         "POST /api/v1/contributors",
+        "POST /api/v1/contributors/withdraw",
         "POST /api/v1/rounds",
         "GET /api/v1/rounds/{round_id}",
         "POST /api/v1/rounds/{round_id}/cancel",

@@ -3,10 +3,12 @@
 from fastapi import APIRouter, Depends
 
 from feedback import datasets, reports, rounds
-from feedback.accounts import add_contributor, audit
+from feedback.accounts import add_contributor, audit, find_account
 from feedback.api.access import Current, Db, Operator, RecordId, Repeatable, RoundId, StrictRoute, known_query
 from feedback.api.errors import documented
 from feedback.contracts import (
+    AccountWithdrawalIn,
+    AccountWithdrawalOut,
     ContributorIn,
     ContributorOut,
     DatasetOut,
@@ -15,7 +17,7 @@ from feedback.contracts import (
     RoundParameters,
     WithdrawalIn,
 )
-from feedback.withdrawal import withdraw_dataset, withdraw_report
+from feedback.withdrawal import BATCHES, withdraw_account, withdraw_dataset, withdraw_report
 
 router = APIRouter(
     prefix="/api/v1",
@@ -32,6 +34,14 @@ def make_contributor(form: ContributorIn, operator: Operator, session: Db) -> Co
     contributor, token = add_contributor(session, form.name)
     audit(session, operator.id, "contributor added", contributor.id)
     return ContributorOut(id=contributor.id, name=contributor.name, token=token)
+
+
+@router.post("/contributors/withdraw", responses=documented(404))
+def withdraw_all(form: AccountWithdrawalIn, operator: Operator, session: Db) -> AccountWithdrawalOut:
+    """Withdraw an account's reports and datasets, a batch at each request, oldest first, until none is left."""
+    account = find_account(session, form.account)
+    batch = withdraw_account(session, operator, account, form.reason, [form.kind] if form.kind else [*BATCHES])
+    return AccountWithdrawalOut(account=account.id, name=account.name, reports=batch.reports, datasets=batch.datasets)
 
 
 @router.post("/rounds", status_code=201, responses=documented(409))

@@ -2,7 +2,7 @@
 
 import re
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +14,7 @@ from flows.described import described
 from yuan.data.text import printable
 
 FOLLOW_EVERY_S = 0.5
+SHOWN_REPORTS = 5  # of an account; --json has twenty
 
 
 def round_name(value: str) -> str:
@@ -105,12 +106,27 @@ def follow(client: Client, round_id: str) -> RoundOut:
             time.sleep(FOLLOW_EVERY_S)
 
 
+def _regressed(decision: dict[str, Any]) -> list[str]:
+    """Whose reports fail again, a line for each account, and what can be done about them."""
+    lines = []
+    for one in decision.get("regressions_by_account", ()):
+        named, count = one["reports"][:SHOWN_REPORTS], one["regressed"]
+        more = ", ..." if len(one["reports"]) > len(named) else ""
+        changed = f"{count} reports fail again, {one['gained']} earlier ones pass now (p = {one['p']:.2g})"
+        lines.append(f"  {one['name']}: {changed}: {', '.join(named)}{more}")
+    if lines and decision["regressions_may_be_chance"]:
+        lines.append("  this may be chance, and did not count against the candidate")
+    elif lines:
+        lines.append("  if an account's are senseless: cotrain withdraw account NAME --reason TEXT")
+    return lines
+
+
 def _report(turn: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
     """Show a round; the exit status is 1 if it ended in another way than the one wanted."""
     text = f"round {turn.number} ({turn.id}) is {turn.state}"
     text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
     failed = sum(turn.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
-    show(turn.model_dump(mode="json"), text, as_json)
+    show(turn.model_dump(mode="json"), "\n".join([text, *_regressed(turn.decision or {})]), as_json)
     if turn.state in ("failed", "cancelled", "rejected") and turn.state != wanted:
         raise typer.Exit(FAILED)

@@ -1,6 +1,7 @@
-"""`cotrain withdraw report | dataset`: what is taken back, by an operator or by who sent it."""
+"""`cotrain withdraw report | dataset | account`: what is taken back, by an operator or by who sent it."""
 
 import re
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -19,8 +20,17 @@ def record_id(text: str) -> str:
     return text
 
 
+class Kind(str, Enum):
+    """What an account sends."""
+
+    REPORTS = "reports"
+    DATASETS = "datasets"
+
+
 ReportId = Annotated[str, typer.Argument(metavar="ID", help="id of a report", callback=record_id)]
 DatasetId = Annotated[str, typer.Argument(metavar="ID", help="id of a dataset", callback=record_id)]
+AccountName = Annotated[str, typer.Argument(metavar="NAME_OR_ID", help="a contributor's account", callback=text_option)]
+OnlyKind = Annotated[Kind | None, typer.Option(help="only these; default: both", show_default=False)]
 Reason = Annotated[str, typer.Option(help="why; it is shown to who sent it", callback=text_option)]
 Token = Annotated[
     str,
@@ -62,6 +72,22 @@ def dataset(
     with clear_errors(), _client(url, token) as client:
         gone = client.withdraw_dataset(dataset_id, reason)
         show(gone.model_dump(mode="json"), f"dataset {gone.id} is {gone.state}: {gone.reason}", as_json)
+
+
+@withdraw.command()
+def account(
+    name_or_id: AccountName,
+    reason: Reason,
+    kind: OnlyKind = None,
+    url: Url = "",
+    token: Token = "",
+    as_json: Json = False,
+) -> None:
+    """Withdraw everything of an account, also from a running round; operators only. Doing it twice changes nothing."""
+    with clear_errors(), _client(url, token) as client:
+        gone = client.withdraw_account(name_or_id, reason, kind.value if kind else None)
+        text = f"withdrawn of {gone.name} ({gone.account}): {gone.reports:,} reports, {gone.datasets:,} datasets"
+        show(gone.model_dump(mode="json"), text, as_json)
 
 
 def _client(url: str, token: str) -> Client:

@@ -80,16 +80,6 @@ def test_telling_twice_makes_no_second_notice(session, reporter, later):
     assert len(session.scalars(select(Outbox)).all()) == 1
 
 
-def test_a_regression_of_a_report_blocks(session, reporter, later):
-    row = submit(session, reporter)
-    accept_all(session, later)
-    promote(session, 1, passed=[row.case_id])
-    decision = promote(session, 2, passed=[], parent=1)
-    assert not decision["promote"]
-    assert row.case_id in decision["regressions"]
-    assert promotion.champion(session) == 1
-
-
 def test_losing_more_than_two_points_on_the_base_blocks(session):
     rows = [
         Row.model_validate({"prompt": f"p{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})

@@ -1,13 +1,17 @@
 """Reports and datasets that are taken back: out of mixture, tests, gate and notices, and on record."""
 
+from contextlib import ExitStack
+
 import pytest
 from sqlalchemy import select
 
 from feedback import datasets, gate, promotion, reports, rounds
-from feedback.accounts import NotFound, add_contributor
+from feedback.accounts import NotFound, Refused, add_contributor
+from feedback.api.app import make_app
+from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, DatasetRow, Outbox, new_id
-from feedback.withdrawal import withdraw_dataset, withdraw_report
+from feedback.withdrawal import BATCHES, Batch, withdraw_account, withdraw_dataset, withdraw_report
 from tests.feedback.loop import (
     accept_all,
     add_candidate,
@@ -20,6 +24,7 @@ from tests.feedback.loop import (
     submit,
     upload,
 )
+from tests.serving import served
 
 
 def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, reporter, later):
@@ -142,6 +147,55 @@ def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, report
         withdraw(session, stranger, record.id, "poison")
         stranger.role = "contributor"
     assert reports.describe(session, row).timeline[-1].text == "withdrawn by an operator: poison"
+
+
+def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, reporter, later):
+    stranger, operator = (add_contributor(session, new_id())[0] for _ in range(2))
+    operator.role = "operator"
+    rows = [submit(session, stranger, f"junk {n}", "7") for n in range(BATCHES["reports"] + 2)]
+    refused = rows.pop()
+    refused.state, refused.reason = "rejected", "not reproduced"
+    accept_all(session, later)
+    made = [upload(session, objects, stranger, checked_rows(f"junk{n} ", 5)) for n in range(BATCHES["datasets"] + 1)]
+    kept = submit(session, reporter, "good", "7")
+    batches = []
+    while not batches or batches[-1] != Batch():
+        assert len(batches) < 9
+        batches.append(withdraw_account(session, operator, stranger, "junk", ["reports", "datasets"]))
+    assert batches == [Batch(200, 0), Batch(1, 0), Batch(0, 10), Batch(0, 1), Batch()]
+    assert {row.state for row in (*rows, *made)} == {"withdrawn"}
+    assert (refused.state, kept.state) == ("rejected", "received")
+    assert rounds.untested(session, 1) == []
+    for one in (reports.describe(session, rows[-1]), datasets.describe(session, made[-1])):
+        assert one.timeline[-1].text == "withdrawn by an operator: junk"
+
+
+def test_an_operators_account_is_not_withdrawn_as_a_whole(session, reporter):
+    reporter.role = "operator"
+    with pytest.raises(Refused, match="is an operator's account"):
+        withdraw_account(session, reporter, reporter, "a slip", ["datasets"])
+
+
+def test_the_route_that_withdraws_an_account(stores, engine, objects, first_version, account, operator, tmp_path):
+    body = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="a")
+    with ExitStack() as opened:
+        url = opened.enter_context(served(make_app(stores, engine, objects)))
+        own = opened.enter_context(Client(url, account.token))
+        mine = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
+        sent = [own.submit(body).id for _ in range(3)]
+        (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "p", "answer": "a"}')
+        made = own.push_dataset(tmp_path / "rows.jsonl")
+        name = mine.withdraw_account(account.id, "junk", "datasets").name
+        assert (own.dataset(made.id).state, own.feedback(sent[0]).state) == ("withdrawn", "received")
+        gone = mine.withdraw_account(name, "junk")
+        assert (gone.account, gone.reports, gone.datasets) == (account.id, 3, 0)
+        assert {own.feedback(one).reason for one in sent} == {"junk"}
+        again = mine.withdraw_account(name, "twice")
+        assert (again.reports, again.datasets, own.feedback(sent[0]).reason) == (0, 0, "junk")
+        with pytest.raises(PortalError, match="404: there is no account with the id or name nobody"):
+            mine.withdraw_account("nobody", "junk")
+        with pytest.raises(PortalError, match="403"):
+            own.withdraw_account(name, "mine")
 
 
 def test_routes_of_withdrawal(portal, account, operator):

@@ -211,6 +211,12 @@ def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contribu
         assert (gone["state"], gone["reason"]) == ("withdrawn", "poison")
         status, said = stack.cotrain("withdraw", what, "0" * 32, "--reason", "poison")
         assert status == 1 and f"there is no {what} 0000" in said
+    made = operator.add_contributor("junk")
+    with stack.client(made.token) as client:
+        sent = [client.submit(report) for _ in range(3)]
+        counts = [stack.cotrain("withdraw", "account", "junk", "--reason", "poison", check=True)[1] for _ in range(2)]
+        assert [(one["account"], one["reports"]) for one in counts] == [(made.id, 3), (made.id, 0)]
+        assert {client.feedback(one.id).state for one in sent} == {"withdrawn"}
 
 
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):

@@ -1,0 +1,104 @@
+"""Reports that fail again: when they stop a candidate, and who is named."""
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import select, update
+
+from feedback import gate, promotion
+from feedback.accounts import add_contributor
+from feedback.tables import Case, Promotion, Round, new_id
+from feedback.withdrawal import withdraw_account
+from flows.cli.rounds import _regressed
+from tests.feedback.loop import accept_all, promote, submit
+
+
+@pytest.fixture
+def others(session):
+    return [add_contributor(session, new_id())[0] for _ in range(2)]
+
+
+def report(session, who, prefix, count, later):
+    """Accepted reports; the ids of their cases."""
+    rows = [submit(session, who, f"{prefix} {n}", "7") for n in range(count)]
+    accept_all(session, later)
+    return [row.case_id for row in rows]
+
+
+def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter, later):
+    good = report(session, reporter, "good", 10, later)
+    junk = report(session, others[0], "junk", 160, later)
+    promote(session, 1, passed=[])
+    assert promote(session, 2, passed=good + junk[:8], parent=1)["promote"]
+    decision = promote(session, 3, passed=good + junk[8:15], parent=2)
+    assert decision["promote"] and decision["reasons"] == []
+    assert sorted(decision["regressions"]) == sorted(junk[:8]) and decision["regressions_may_be_chance"]
+    (named,) = decision["regressions_by_account"]
+    assert (named["name"], named["regressed"], named["gained"]) == (others[0].name, 8, 7)
+    assert len(named["reports"]) == 8 and named["p"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "is_promoted"), [(5, 0, False), (4, 0, True), (8, 1, False), (20, 15, True)]
+)
+def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, lost, gained, is_promoted):
+    cases = report(session, reporter, "good", 40, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=cases[:lost], parent=1)
+    decision = promote(session, 3, passed=cases[lost : lost + gained], parent=2)
+    assert decision["promote"] is is_promoted is decision["regressions_may_be_chance"]
+    assert promotion.champion(session) == (3 if is_promoted else 2)
+
+
+def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, later):
+    old = report(session, reporter, "old", 5, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=old, parent=1)
+    new = report(session, reporter, "new", 20, later)
+    promoted = select(Promotion.created_at).where(Promotion.version == 2)
+    moment = session.scalars(promoted).one() + timedelta(seconds=1)
+    session.execute(update(Case).where(Case.id.in_(new)).values(created_at=moment))
+    promotion.store_results(session, 2, [{"case_id": case, "answer": "", "passed": False} for case in new])
+    decision = promote(session, 3, passed=new, parent=2)
+    assert not decision["promote"] and decision["regressions_by_account"][0]["gained"] == 0
+
+
+def test_regressions_of_two_accounts_count_each(session, others, later):
+    cases = [report(session, who, f"of {who.id}", 1, later)[0] for who in others]
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=cases, parent=1)
+    decision = promote(session, 3, passed=[], parent=2)
+    assert decision["reasons"][-1] == "2 reports that pass in the champion fail again, of 2 accounts"
+    assert {one["account"] for one in decision["regressions_by_account"]} == {who.id for who in others}
+
+
+def test_a_case_that_two_accounts_share_counts(session, others, later):
+    (case,), (same,) = (report(session, who, "shared", 1, later) for who in others)
+    assert case == same
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=[case], parent=1)
+    assert not promote(session, 3, passed=[], parent=2)["promote"]
+
+
+def test_an_operators_report_counts_alone(session, reporter, later):
+    reporter.role = "operator"
+    (case,) = report(session, reporter, "mine", 1, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=[case], parent=1)
+    assert not promote(session, 3, passed=[], parent=2)["promote"]
+
+
+def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, others, reporter, later):
+    reporter.role = "operator"
+    cases = [case for who in others for case in report(session, who, f"of {who.id}", 30, later)]
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=cases, parent=1)
+    decision = promote(session, 3, passed=[], parent=2)
+    assert [len(one["reports"]) for one in decision["regressions_by_account"]] == [20, 20]
+    lines = _regressed(decision)
+    assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
+    assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
+    for who in others:
+        withdraw_account(session, reporter, who, "senseless", ["reports"])
+    turn = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
+    assert gate.decide(session, turn)["regressions"] == []
