@@ -5,13 +5,13 @@ which all who stood for it have withdrawn does neither.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR
 from feedback.reports import REPORTS
@@ -86,20 +86,37 @@ def regressions(session: Session, champion: int, candidate: int) -> list[str]:
 class Standing:
     """What a candidate changes in the report cases of one account.
 
-    `lost` has the cases that the champion passes and the candidate fails, `reports` the account's reports of them.
+    `lost` has the cases that the champion passes and the candidate fails, with their roles, and `reports` the account's
+    reports of them. Of the cases that were there when the champion was promoted, `gained` are those that the candidate
+    passes newly, and `passed` and `total` what the champion passes and what there are, by role.
     """
 
     account: str
     name: str
     role: str
-    lost: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)
     reports: list[str] = field(default_factory=list)
     gained: int = 0
+    passed: Counter[str] = field(default_factory=Counter)
+    total: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the losses speak against a candidate.
+
+        They do of an operator's reports, and where the champion passes at least half of the account's cases of the same
+        role: models do learn what they ask for. Otherwise they must be more than chance explains. Answers to senseless
+        prompts pass senseless checkers by chance, in one version these and in the next others; without this rule
+        whoever reports enough of them could keep every candidate from being promoted.
+        """
+        is_learned = any(2 * self.passed[role] >= self.total[role] for role in self.lost.values())
+        return self.role == OPERATOR or is_learned or sign_test(len(self.lost), self.gained) < CHANCE
 
     def to_json(self) -> dict[str, Any]:
         return {
             "account": self.account,
             "name": self.name,
+            "counts": self.counts,
             "regressed": len(self.lost),
             "gained": self.gained,
             "p": sign_test(len(self.lost), self.gained),
@@ -125,36 +142,29 @@ def standings(session: Session, champion: int, candidate: int, broken: Sequence[
     Gains count among the cases that were there when the champion was promoted. It failed those that came later, or they
     would not have been accepted: they can only be gained, and would hide losses.
     """
-    accepted = select(Feedback.id, Feedback.case_id, Contributor).join(
-        Contributor, Contributor.id == Feedback.contributor_id
-    )
-    accepted = accepted.where(Feedback.state == "accepted", Feedback.case_id.in_(broken))
-    accepted = accepted.order_by(Feedback.created_at, Feedback.id)
+    accepted = select(Feedback.id, Case.id, Case.role, Contributor).join(Case, Case.id == Feedback.case_id)
+    accepted = accepted.join(Contributor, Contributor.id == Feedback.contributor_id)
+    accepted = accepted.where(Feedback.state == "accepted", Case.id.in_(broken))
     found: dict[str, Standing] = {}
-    for report_id, case_id, owner in session.execute(accepted):
+    for report_id, case_id, role, owner in session.execute(accepted.order_by(Feedback.created_at, Feedback.id)):
         one = found.setdefault(owner.id, Standing(owner.id, owner.name, owner.role))
-        one.lost.add(case_id)
+        one.lost[case_id] = role
         one.reports.append(report_id)
     promoted_at = select(func.min(Promotion.created_at)).where(Promotion.version == champion).scalar_subquery()
-    was = select(CaseResult.case_id).where(CaseResult.version == champion, ~CaseResult.passed)
-    now = select(CaseResult.case_id).where(CaseResult.version == candidate, CaseResult.passed)
-    query = select(Feedback.contributor_id, func.count(Case.id.distinct())).join(Case, Case.id == Feedback.case_id)
+    was, now = aliased(CaseResult), aliased(CaseResult)
+    query = select(Feedback.contributor_id, Case.role, was.passed, now.passed, func.count(Case.id.distinct()))
+    query = query.join(Case, Case.id == Feedback.case_id)
+    query = query.join(was, (was.case_id == Case.id) & (was.version == champion))
+    query = query.join(now, (now.case_id == Case.id) & (now.version == candidate))
     query = query.where(Feedback.state == "accepted", Feedback.contributor_id.in_(found), Case.withdrawn_at.is_(None))
-    query = query.where(Case.created_at <= promoted_at, Case.id.in_(was), Case.id.in_(now))
-    for account, gained in session.execute(query.group_by(Feedback.contributor_id)):
-        found[account].gained = gained
+    query = query.where(Case.created_at <= promoted_at)
+    groups = query.group_by(Feedback.contributor_id, Case.role, was.passed, now.passed)
+    for account, role, passed, passes, count in session.execute(groups):
+        one = found[account]
+        one.total[role] += count
+        one.passed[role] += count if passed else 0
+        one.gained += count if passes and not passed else 0
     return sorted(found.values(), key=lambda one: (-len(one.lost), one.name))
-
-
-def may_be_chance(broken: Sequence[str], owners: Sequence[Standing]) -> bool:
-    """Whether the reports that fail again are of one contributor alone and no more than chance explains.
-
-    Answers to senseless prompts pass senseless checkers by chance, in one version these and in the next others. Without
-    this rule whoever reports enough of them could keep every candidate from being promoted.
-    """
-    if len(owners) != 1 or owners[0].role == OPERATOR or len(owners[0].lost) != len(broken):
-        return False
-    return sign_test(len(owners[0].lost), owners[0].gained) >= CHANCE
 
 
 def decide(session: Session, turn: Round) -> dict[str, Any]:
@@ -162,16 +172,16 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
 
     The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
     points on the base; fail no report case that the champion passes; and there must be held-out cases to judge by.
-    Report cases of one contributor alone that fail again count only if they are more than chance explains; see
-    `may_be_chance`.
+    Report cases that fail again count by account: see `Standing.counts`.
     """
     assert turn.candidate_version is not None, "evaluation comes first"
     after = rates(session, turn.candidate_version)
     before = rates(session, turn.parent_version) if turn.parent_version else {}
     broken = regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
     owners = standings(session, turn.parent_version, turn.candidate_version, broken) if turn.parent_version else []
-    is_chance = may_be_chance(broken, owners)
-    reasons = _objections(before, after, [] if is_chance else broken, len(owners), judges_reports=not is_chance)
+    telling = [one for one in owners if one.counts]
+    is_chance = bool(broken) and not telling
+    reasons = _objections(before, after, telling, judges_reports=not is_chance)
     if turn.parent_version and not after:
         reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start anew")
     return {
@@ -194,11 +204,12 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
 
 
 def _objections(
-    before: dict[str, Rate], after: dict[str, Rate], broken: list[str], num_owners: int, *, judges_reports: bool
+    before: dict[str, Rate], after: dict[str, Rate], telling: Sequence[Standing], *, judges_reports: bool
 ) -> list[str]:
     """What speaks against a candidate.
 
     Args:
+        telling: the accounts whose reports that fail again count.
         judges_reports: whether the rate on held-out reports counts; it falls only where a report fails again.
     """
     reasons = []
@@ -209,6 +220,8 @@ def _objections(
     old, new = before.get(REPORTS, nothing), after.get(REPORTS, nothing)
     if judges_reports and old.total and new.value < old.value:
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
-    if broken:
-        reasons.append(f"{len(broken)} reports that pass in the champion fail again, of {num_owners} accounts")
+    if telling:
+        lost = {case for one in telling for case in one.lost}
+        accounts = "1 account" if len(telling) == 1 else f"{len(telling)} accounts"
+        reasons.append(f"{len(lost)} reports that pass in the champion fail again, of {accounts}")
     return reasons

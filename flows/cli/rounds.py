@@ -113,10 +113,9 @@ def _regressed(decision: dict[str, Any]) -> list[str]:
         named, count = one["reports"][:SHOWN_REPORTS], one["regressed"]
         more = ", ..." if len(one["reports"]) > len(named) else ""
         changed = f"{count} reports fail again, {one['gained']} earlier ones pass now (p = {one['p']:.2g})"
-        lines.append(f"  {one['name']}: {changed}: {', '.join(named)}{more}")
-    if lines and decision["regressions_may_be_chance"]:
-        lines.append("  this may be chance, and did not count against the candidate")
-    elif lines:
+        weight = "" if one["counts"] else ", which may be chance and does not count"
+        lines.append(f"  {one['name']}: {changed}{weight}: {', '.join(named)}{more}")
+    if lines and not decision["regressions_may_be_chance"]:
         lines.append("  if an account's are senseless: cotrain withdraw account NAME --reason TEXT")
     return lines
 

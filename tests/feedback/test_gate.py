@@ -39,15 +39,30 @@ def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter
 
 
 @pytest.mark.parametrize(
-    ("lost", "gained", "is_promoted"), [(5, 0, False), (4, 0, True), (8, 1, False), (20, 15, True)]
+    ("total", "lost", "gained", "is_promoted"),
+    [(40, 5, 0, False), (40, 4, 0, True), (40, 8, 1, False), (60, 20, 15, True), (1, 1, 0, False), (7, 4, 2, False)],
 )
-def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, lost, gained, is_promoted):
-    cases = report(session, reporter, "good", 40, later)
+def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, total, lost, gained, is_promoted):
+    """And always where the champion passes at least half of its reports."""
+    cases = report(session, reporter, "good", total, later)
+    session.execute(update(Case).where(Case.id.in_(cases)).values(role="held_out"))
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases[:lost], parent=1)
     decision = promote(session, 3, passed=cases[lost : lost + gained], parent=2)
     assert decision["promote"] is is_promoted is decision["regressions_may_be_chance"]
     assert promotion.champion(session) == (3 if is_promoted else 2)
+
+
+def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session, reporter, later):
+    """Whoever sends senseless reports has half of them trained on, which then pass."""
+    taught, held_out = report(session, reporter, "taught", 80, later), report(session, reporter, "tests", 80, later)
+    for cases, role in ((taught, "taught"), (held_out, "held_out")):
+        session.execute(update(Case).where(Case.id.in_(cases)).values(role=role))
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=taught + held_out[:8], parent=1)
+    assert promote(session, 3, passed=taught + held_out[8:15], parent=2)["promote"]
+    decision = promote(session, 4, passed=taught[1:] + held_out[8:15], parent=3)
+    assert decision["reasons"] == ["1 reports that pass in the champion fail again, of 1 account"]
 
 
 def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, later):
