@@ -25,6 +25,7 @@ def address(stores, engine, objects, first_version):
     service.use(make_served(1))
     with running(service) as model:
         changes = {"model_server_url": model, "model_server_token": SecretStr(TOKEN)}
+        changes |= dict.fromkeys(("max_daily_reports", "max_daily_datasets"), 1_000_000)  # one account sends all
         with served(make_app(stores.model_copy(update=changes), engine, objects)) as url:
             yield url
 
