@@ -4,8 +4,10 @@ import hashlib
 import hmac
 import logging
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
@@ -20,6 +22,9 @@ from infra.devices import has_room
 log = logging.getLogger(__name__)
 
 PENDING_LIMIT_S = 30.0
+PUT_OFF_S = 60.0  # a run that is to start later than this was put off by somebody, and nobody waits for it
+OPEN_STATES = ("PENDING", "RUNNING", "CANCELLING", "PAUSED")
+MAX_LISTED = 200  # Prefect's own limit of a list
 MAX_ATTEMPTS = 12
 
 
@@ -72,32 +77,49 @@ def key_of(context: DispatcherContext, round_id: str, attempt: int) -> str:
 
 def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
     """The flow run with an idempotency key; None if it was never made or Prefect's database was lost."""
-    return newest_run(client, {"flow_runs": {"idempotency_key": {"any_": [key]}}})
+    found = list_runs(client, {"idempotency_key": {"any_": [key]}}, limit=1)
+    return found[0] if found else None
 
 
-def newest_run(client: SyncPrefectClient, which: dict[str, Any]) -> FlowRun | None:
-    """The newest of the flow runs that a filter of Prefect's API finds."""
-    body = {**which, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-    found = client._client.post("/flow_runs/filter", json=body).json()
-    return FlowRun.model_validate(found[0]) if found else None
+def newest_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
+    """The newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
+    now = datetime.now(timezone.utc) + timedelta(seconds=PUT_OFF_S)
+    which = {"deployment_id": {"any_": [str(deployment_id)]}, "expected_start_time": {"before_": now.isoformat()}}
+    found = list_runs(client, which, limit=1)
+    return found[0] if found else None
+
+
+def list_runs(client: SyncPrefectClient, which: dict[str, Any], limit: int) -> list[FlowRun]:
+    """The flow runs that a filter of Prefect's API finds, the newest first."""
+    body = {"flow_runs": which, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
+    return [FlowRun.model_validate(one) for one in client._client.post("/flow_runs/filter", json=body).json()]
+
+
+def end_lost_runs(client: SyncPrefectClient) -> None:
+    """End the flow runs that nobody works on, whatever started them.
+
+    An attempt that a later one follows, or whose round has ended, is looked for by nobody else; it would wait for ever.
+    """
+    for run in list_runs(client, {"state": {"type": {"any_": OPEN_STATES}}}, MAX_LISTED):
+        is_over(client, run)
 
 
 def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether nobody works on this run any more; one whose process is gone is marked as crashed, or cancelled."""
+    """Whether nobody works on this run any more; one that was lost or put off is marked as crashed, or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True
     if state.is_scheduled():
-        return False
-    if state.is_pending():
-        dead = (time.time() - state.timestamp.timestamp()) > PENDING_LIMIT_S
+        start, why = state.state_details.scheduled_time, "it was put off"
+        dead = start is not None and start.timestamp() - time.time() > PUT_OFF_S
     else:
-        dead = not is_process_of(run)
+        why = "its process is gone"
+        is_starting = state.is_pending() and time.time() - state.timestamp.timestamp() <= PENDING_LIMIT_S
+        dead = not is_starting and not is_process_of(run)
     if dead:
-        gone = "its process is gone"
-        final: State = Cancelled(message=gone) if state.is_cancelling() else Crashed(message=gone)
+        final: State = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
         client.set_flow_run_state(run.id, final, force=True)
-        log.warning("flow run %s has no process any more", run.name)
+        log.warning("ended flow run %s: %s", run.name, why)
     return dead
 
 

@@ -21,7 +21,7 @@ from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import champion
 from feedback.tables import new_id
-from flows.attempts import go_on, is_over, newest_run
+from flows.attempts import end_lost_runs, go_on, is_over, newest_run
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.deployments import REPRODUCE, register
 from flows.duties import DISPATCHER_SIGN, Duties, standings_file
@@ -87,6 +87,7 @@ def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str
         "take back leases of the dead": lambda: reap(context.sessions, launchers_of(context.settings)),
         "make aliases follow": lambda: follow_champion(context),
         "register deployments": registered.ensure,
+        "end lost flow runs": lambda: end_lost_runs(client),
         "keep the round going": lambda: registered.using(keep_round_going),
         "start reproduction": lambda: registered.using(start_reproduction),
     }
@@ -181,15 +182,13 @@ def request_due_round(context: DispatcherContext) -> None:
 def reproduce(client: SyncPrefectClient, count: int) -> None:
     """Start the flow that takes reports up, unless one is at it or has just failed."""
     deployment = client.read_deployment_by_name(REPRODUCE)
-    last = newest_run(client, {"flow_runs": {"deployment_id": {"any_": [str(deployment.id)]}}})
+    last = newest_run(client, deployment.id)
     if last is not None and not is_over(client, last):
         return
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
     if last is not None and is_failed and age_s(last.end_time) < RETRY_PAUSE_S:
         return
-    run = client.create_flow_run_from_deployment(
-        deployment.id, idempotency_key=f"reproduce:after:{last.id if last is not None else 'nothing'}"
-    )
+    run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
     log.info("%d reports wait: started flow run %s", count, run.id)
 
 

@@ -37,6 +37,7 @@ DUTY_OF = {
 DUTY_MENDS = {
     "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
     "register deployments": "see `cotrain logs prefect`",
+    "end lost flow runs": "see `cotrain logs prefect`",
     "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` gives the round up",
     "start reproduction": "see `cotrain logs prefect`",
     "take back leases of the dead": "see that the file which COTRAIN_POOL names can be read",

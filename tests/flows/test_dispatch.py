@@ -73,7 +73,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
         assert session.scalars(select(Outbox.delivered_at).where(Outbox.contributor_id == reporter.id)).one()
         assert rounds.running_round(session) is None
     failing = {name for name, standing in duties.standings.items() if standing.failures}
-    assert failing == {"make aliases follow", "register deployments"}
+    assert failing == {"make aliases follow", "register deployments", "end lost flow runs"}
 
 
 def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):

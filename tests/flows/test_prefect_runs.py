@@ -1,0 +1,127 @@
+"""Which flow runs the dispatcher takes for what it waits for, on Prefect's real server and without a worker."""
+
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.states import Cancelled, Failed, Pending, Running, Scheduled
+
+from flows import attempts, dispatch
+from flows.attempts import end_lost_runs, is_over, newest_run
+from flows.deployments import REPRODUCE, register
+from flows.dispatch import reproduce
+from flows.home import load_config
+from flows.probes import flow_runs
+from flows.stack import services
+from tests.conftest import start
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def client(stores):
+    """A client of Prefect's server, which knows the deployments."""
+    found = {service.name: service for service in services(stores.home, load_config(stores.home), stores)}
+    process = start(found["prefect"], stores.stack_id)
+    with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
+        register(client, stores)
+        yield client
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def deployment(client):
+    """The deployment whose runs the dispatcher starts when reports wait; none of its runs is open."""
+    found = client.read_deployment_by_name(REPRODUCE).id
+    for run in client.read_flow_runs():
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+    return found
+
+
+def later(**time):
+    return datetime.now(timezone.utc) + timedelta(**time)
+
+
+def state_of(client, run):
+    return client.read_flow_run(run.id).state
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["scheduled", "cancelled"])
+def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deployment, is_cancelled, monkeypatch):
+    future = client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=later(days=1000)))
+    if is_cancelled:
+        client.set_flow_run_state(future.id, Cancelled(), force=True)
+    before = newest_run(client, deployment)
+    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    reproduce(client, 1)
+    made = newest_run(client, deployment)
+    assert made.id != future.id and (before is None or made.id != before.id) and made.state.is_scheduled()
+
+
+def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
+    """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
+    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    made = []
+    for _ in range(2):
+        reproduce(client, 1)
+        made.append(newest_run(client, deployment))
+        client.set_flow_run_state(made[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
+    assert made[0].id != made[1].id
+    assert is_over(client, client.read_flow_run(made[0].id)) and state_of(client, made[0]).message == "it was put off"
+    assert not is_over(client, client.create_flow_run_from_deployment(deployment))
+
+
+def test_a_failed_run_is_followed_after_a_pause(client, deployment, monkeypatch):
+    failed = client.create_flow_run_from_deployment(deployment)
+    client.set_flow_run_state(failed.id, Failed(), force=True)
+    reproduce(client, 1)
+    assert newest_run(client, deployment).id == failed.id
+    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    reproduce(client, 1)
+    assert newest_run(client, deployment).id != failed.id
+
+
+def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deployment, stores, monkeypatch):
+    """As an attempt that waited for its process when the stack ended, and that a later one followed."""
+    old = Scheduled(scheduled_time=later(minutes=-5))
+    pending, running, waiting = (
+        client.create_flow_run_from_deployment(deployment, name=name, state=old)
+        for name in ("round-3-attempt-3", "round-3-attempt-4", "round-3-attempt-5")
+    )
+    client.set_flow_run_state(pending.id, Pending(), force=True)
+    client.set_flow_run_state(running.id, Running(), force=True)
+    assert waits(stores)
+    end_lost_runs(client)
+    assert state_of(client, pending).is_pending()  # its process may be starting
+    monkeypatch.setattr(attempts, "PENDING_LIMIT_S", 0.0)
+    end_lost_runs(client)
+    for run in (pending, running):
+        state = state_of(client, run)
+        assert state.is_crashed() and state.message == "its process is gone"
+    assert state_of(client, waiting).is_scheduled()
+    client.set_flow_run_state(waiting.id, Cancelled(), force=True)
+    assert not waits(stores)
+
+
+def test_a_run_with_a_process_that_is_slow_to_start_is_left_alone(client, deployment, monkeypatch):
+    run = client.create_flow_run_from_deployment(deployment)
+    client.set_flow_run_state(run.id, Pending(), force=True)
+    script = "import time; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", script, "-m", "flows.engine", str(run.id)])
+    try:
+        client.update_flow_run(run.id, infrastructure_pid=str(process.pid))
+        monkeypatch.setattr(attempts, "PENDING_LIMIT_S", 0.0)
+        end_lost_runs(client)
+        assert state_of(client, run).is_pending()
+    finally:
+        process.kill()
+        process.wait()
+    end_lost_runs(client)
+    assert state_of(client, run).is_crashed()
+
+
+def waits(stores):
+    return [found.fault for found in flow_runs(stores) if "waits since" in (found.fault or "")]
