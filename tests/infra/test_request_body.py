@@ -1,0 +1,52 @@
+"""How a gate reads a body: in time, up to its bound, or not at all."""
+
+import asyncio
+
+import pytest
+
+from infra import request_body
+from infra.request_body import BodyRefused, ClientLeft, read_body
+
+
+def read(*messages, headers=(), then=None, **limits):
+    """Read a body that comes as these messages; without an end, `then` comes over and over, a moment apart."""
+    left = list(messages)
+
+    async def receive():
+        if left:
+            return left.pop(0)
+        await asyncio.sleep(0.01 if then else 60)
+        return then
+
+    return asyncio.run(read_body(receive, list(headers), 10, **limits))
+
+
+def part(data, more=True):
+    return {"type": "http.request", "body": data, "more_body": more}
+
+
+def test_a_body_is_read_whole_up_to_its_bound():
+    assert read(part(b"01234"), part(b"56789", more=False)) == b"0123456789"
+    for refused in ([part(b"01234"), part(b"56789x", more=False)], [part(b"x" * 11)]):
+        with pytest.raises(BodyRefused) as refusal:
+            read(*refused)
+        assert refusal.value.status == 413
+
+
+def test_a_body_that_is_announced_as_too_long_is_not_read():
+    with pytest.raises(BodyRefused) as refusal:
+        read(part(b"", more=False), headers=[(b"content-length", b"11")])
+    assert refusal.value.status == 413
+
+
+def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch):
+    monkeypatch.setattr(request_body, "BODY_S", 0.5)
+    for pause in ({"pause_s": 0.1}, {"then": part(b"")}):  # without a byte, and with none that ends it
+        with pytest.raises(BodyRefused) as refusal:
+            read(part(b"0"), **pause)
+        assert refusal.value.status == 408
+
+
+def test_a_client_that_leaves_gets_no_answer():
+    with pytest.raises(ClientLeft):
+        read(part(b"0"), {"type": "http.disconnect"})
