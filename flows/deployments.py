@@ -5,9 +5,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
-from flows.deployment_rules import NAME
+from flows.deployment_rules import NAME, POOL, TEMPLATE
 from flows.registry import REGISTERED
-from flows.worker import POOL, TEMPLATE
 from infra.settings import DispatcherSettings
 
 ROUND = f"cotrain-round/{NAME}"

@@ -24,11 +24,20 @@ from prefect.states import Failed
 
 from flows.registry import find_flow, parse_form
 from infra.settings import home_folder
+from yuan.data.text import make_storable
 
 PR_SET_PDEATHSIG = 1
 
 
+class StorableRecord(logging.LogRecord):
+    """A log record whose text Prefect's server can store; it refuses a whole batch of lines for one that it cannot."""
+
+    def getMessage(self) -> str:
+        return make_storable(super().getMessage())
+
+
 def main() -> None:
+    logging.setLogRecordFactory(StorableRecord)
     for name in ("flows", "feedback", "yuan", "infra"):
         logging.getLogger(name).setLevel(logging.INFO)  # Prefect adds a handler to these and no level
     os.setsid()

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
-from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qsl
 
 import uvicorn
 
-from flows.deployment_rules import find_foreign_deployment, is_bounded
+from flows.body_rules import VALIDATE, Refused, check_message, check_values, find_unstorable_in, read_json
+from flows.deployment_rules import find_foreign_deployment
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
 from infra.http_server import choose_place, server_options
@@ -36,7 +37,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 CLOSED = "this route of Prefect's server is closed; flows/prefect_rules.py lists the open ones"
 POLICY_VIOLATION = 1008
-SCHEMA_FIELDS = {"/api/deployments/": "parameter_openapi_schema", "/api/ui/schemas/validate": "schema"}
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_S = 4096, 10.0  # of a websocket: it is the password in a little JSON
 
@@ -59,9 +59,11 @@ class Gate:
         if scope["type"] == "websocket":
             if not SOCKETS.allow(method, path):
                 return await send({"type": "websocket.close", "code": POLICY_VIOLATION})
-            first = FirstMessage(receive, send, partial(self._is_refused, _address(scope)), self._first_message_s)
-            return await self._app(scope, first.receive, first.send)
+            ends = Messages(receive, send, partial(self._is_refused, _address(scope)), self._first_message_s)
+            return await self._app(scope, ends.receive, ends.send)
         send = self._with_headers(send)
+        if method == "HEAD" and PUBLIC.allow("GET", path):  # the keeper asks so; uvicorn leaves the answer's body out
+            method, scope = "GET", {**scope, "method": "GET"}
         if not (is_page(method, path) or PUBLIC.allow(method, path)):
             if not OPERATOR.allow(method, path):
                 log.info("refused %s %s", method, path)
@@ -74,7 +76,12 @@ class Gate:
                 return
             except BodyRefused as refused:
                 return await _refuse(send, refused.status, str(refused))
-            if (fault := find_fault(body) or find_foreign(path, body)) is not None:
+            try:
+                check_address(path, scope.get("query_string", b""))
+                form, body = read_json(path, body)
+            except Refused as refused_values:
+                return await _refuse(send, 422, str(refused_values))
+            if (fault := find_foreign_deployment(path, form) or find_foreign_schema(path, form)) is not None:
                 return await _refuse(send, 422, fault)
             receive = replay(body, receive)
         await self._app(scope, receive, send)
@@ -112,10 +119,11 @@ class Gate:
         return with_headers
 
 
-class FirstMessage:
-    """The two ends of a websocket, which is closed unless its first message comes in time and is not refused.
+class Messages:
+    """The two ends of a websocket, closed unless its first message comes in time and none of its messages is refused.
 
-    The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password.
+    The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password;
+    and an event that it cannot store takes those of others with it.
     """
 
     def __init__(self, receive: Receive, send: Send, is_refused: Callable[[Message], bool], limit_s: float) -> None:
@@ -123,16 +131,17 @@ class FirstMessage:
         self._is_accepted = self._is_known = self._is_closed = False
 
     async def receive(self) -> Message:
-        if self._is_known or not self._is_accepted:
+        if not self._is_accepted:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._limit_s):
+            async with asyncio.timeout(None if self._is_known else self._limit_s):
                 message = await self._receive()
         except TimeoutError:
             return await self._close()
-        self._is_known = True
-        if message["type"] == "websocket.receive" and self._is_refused(message):
-            return await self._close()
+        if message["type"] == "websocket.receive":
+            if _is_unfit(message) if self._is_known else self._is_refused(message):
+                return await self._close()
+            self._is_known = True
         return message
 
     async def send(self, message: Message) -> None:
@@ -160,35 +169,16 @@ def page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def find_fault(body: bytes) -> str | None:
-    """Return why a JSON body must not reach the server, None if it may.
+def check_address(path: str, query: bytes) -> None:
+    """Check a path and a query string, whose values reach the server's database too.
 
-    A number beyond 64 bits is stored (1e308 as a one with 308 zeros), and then every page of runs that has it fails:
-    one run stops everybody who looks for runs, the dispatcher too.
-
-    >>> find_fault(b'{"seed": 9223372036854775807}'), find_fault(b"") or find_fault(b"not JSON")
-    (None, None)
-    >>> find_fault(b'{"weights": {"base": 1e308}}')
-    'numbers must be between -2**63 and 2**63, got 1e308; send a smaller one'
+    Raises:
+        Refused: naming the rule.
     """
-    try:
-        json.loads(body, parse_int=_parse_number, parse_float=_parse_number, parse_constant=_parse_number)
-    except NumberRefused as error:
-        return f"numbers must be between -2**63 and 2**63, got {error}; send a smaller one"
-    except (ValueError, RecursionError):
-        pass  # the server itself says what is wrong with it
-    return None
-
-
-def find_foreign(path: str, body: bytes) -> str | None:
-    """Return why a flow, a deployment, a schedule or a JSON schema must not reach the server, None if it may."""
-    if path not in SCHEMA_FIELDS and not is_bounded(path):
-        return None
-    try:
-        form = json.loads(body)
-    except (ValueError, RecursionError):
-        return None  # the server itself says what is wrong with it
-    return find_foreign_deployment(path, form) or find_foreign_schema(path, form)
+    values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    if (fault := find_unstorable_in(path, values)) is not None:
+        raise Refused(fault)
+    check_values(values)
 
 
 def find_foreign_schema(path: str, form: Any) -> str | None:
@@ -197,27 +187,20 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
     The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
     such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
     """
-    field = SCHEMA_FIELDS.get(path)
-    if field is None or not isinstance(form, dict):
+    schema = form.get("schema") if path == VALIDATE and isinstance(form, dict) else None
+    if not schema or schema in [registered.schema() for registered in REGISTERED.values()]:
         return None
-    schema = form.get(field)
-    if schema is None or schema == {} or schema in [registered.schema() for registered in REGISTERED.values()]:
-        return None
-    return f"{field} must be the schema of a flow that flows/registry.py registers"
+    return "schema must be the schema of a flow that flows/registry.py registers; send that one"
 
 
-class NumberRefused(Exception):
-    """A number that Prefect's server could store and not return."""
-
-
-def _parse_number(digits: str) -> Decimal:
+def _is_unfit(message: Message) -> bool:
+    """Tell whether a websocket's message, once its sender is known, must not reach the server."""
     try:
-        number = Decimal(digits)
-    except InvalidOperation:
-        raise NumberRefused(digits[:40]) from None
-    if not (number.is_finite() and -(2**63) <= number < 2**63):
-        raise NumberRefused(digits[:40])
-    return number
+        check_message(message.get("text") or "")
+    except Refused as refused:
+        log.info("closed a websocket: %s", refused)
+        return True
+    return False
 
 
 def _address(scope: Scope) -> str:

@@ -19,13 +19,13 @@ from prefect.runner._process_manager import ProcessHandle
 from prefect.utilities.processutils import run_process
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from flows.deployment_rules import POOL, TEMPLATE
 from flows.duties import WORKER_SIGN
 from flows.launching import CLUSTER_VARIABLES
 from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
 from infra.services import MARK
 from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
 
-POOL = "cotrain"
 NAME = "embedded"
 BEAT_EVERY_S = 5.0
 # At a time: a round, a reproduction and a few more. Each is a process, and 200 at once stop the machine.
@@ -37,11 +37,6 @@ INHERITED = (
     *("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_RETRY_EXTRA_CODES"),
     *("PREFECT_CLIENT_MAX_RETRIES", "PREFECT_LOGGING_EXTRA_LOGGERS", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"),
 )
-# What the pages show of the pool: nothing to fill in, and what runs whatever anybody writes there.
-TEMPLATE: dict[str, Any] = {
-    "job_configuration": {"command": "python -I -m flows.engine"},
-    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
-}
 
 
 class FixedJob(BaseJobConfiguration):

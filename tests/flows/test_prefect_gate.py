@@ -4,17 +4,21 @@ import asyncio
 import base64
 import contextlib
 import json
+import time
 
 import pytest
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from flows.prefect_gate import Gate
+from flows.deployment_rules import FIXED, MAX_CRON_CHARACTERS, TEMPLATE
+from flows.prefect_gate import MAX_BODY_BYTES, Gate
 from flows.registry import REGISTERED
 from infra.throttle import MAX_ACCOUNT_FAILURES
 
 RIGHT, RUNS = ("cotrain", "a-generated-secret"), "/api/flow_runs/filter"
+RUN = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/create_flow_run"
+RUN_ITSELF = f"/api/flow_runs/{'0' * 8}-0000-4000-8000-{'0' * 12}"
 
 
 @pytest.fixture
@@ -25,7 +29,8 @@ def gate():
     async def events(socket: WebSocket):
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect):
-            await socket.send_text(await socket.receive_text())
+            while True:
+                await socket.send_text(await socket.receive_text())
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PATCH"])
     async def echo(path: str, request: Request):
@@ -112,18 +117,21 @@ SECONDLY = [
     {"cron": "0 0 30 2 *"},
     {"cron": "@hourly"},
     {"cron": "x"},
+    {"cron": f"{','.join(map(str, range(MAX_CRON_CHARACTERS // 2)))} * * * *"},
     {"rrule": "FREQ=SECONDLY"},
     {"rrule": "FREQ=HOURLY;BYMONTH=2;BYMONTHDAY=30"},
     {"interval": 3600, "rrule": "FREQ=SECONDLY"},
     {},
     "x",
 ]
+OWN = {**FIXED, "flow_id": f"{'0' * 8}-0000-4000-8000-{'0' * 12}", "schedules": []}
+OWN["parameter_openapi_schema"] = REGISTERED["cotrain-reproduce"].schema()
 SCHEDULE = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
 
 
 @pytest.mark.parametrize("schedule", SECONDLY, ids=str)
 def test_a_schedule_that_is_too_often_or_never_due_is_refused(gate, schedule):
-    made = {"name": "local", "schedules": [{"schedule": schedule}]}
+    made = {**OWN, "schedules": [{"schedule": schedule}]}
     assert gate.post("/api/deployments/", auth=RIGHT, json=made).status_code == 422
     assert gate.patch(SCHEDULE, auth=RIGHT, json={"schedule": schedule}).status_code == 422
 
@@ -133,8 +141,8 @@ def test_deployments_and_flows_of_the_code_are_taken_with_few_schedules(gate):
         return [gate.post("/api/deployments/", auth=RIGHT, json=body).status_code for body in bodies]
 
     daily = {"schedule": {"cron": "0 6 * * *", "timezone": "UTC"}}
-    own = {"name": "local", "schedules": [daily]}
-    assert statuses(own, {"name": "local"}) == [200, 200]
+    own = {**OWN, "schedules": [daily]}
+    assert statuses(own, OWN) == [200, 200]
     assert statuses({**own, "name": "mine"}, {"schedules": []}, {**own, "schedules": [daily] * 50}, []) == [422] * 4
     names = {
         name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code for name in ("mine", *REGISTERED)
@@ -152,10 +160,172 @@ def test_an_unknown_websocket_is_refused(gate):
         socket.receive_text()
 
 
-@pytest.mark.parametrize("number", ["1e308", "9" * 30, "-9223372036854775809", "NaN", "Infinity", "1e99999999999999"])
-def test_numbers_that_make_the_server_fail_for_everybody_are_refused(gate, number):
-    refusal = gate.post(RUNS, auth=RIGHT, content=f'{{"parameters": {{"x": [{number}]}}}}')
-    assert refusal.status_code == 422 and "2**63" in refusal.json()["exception_message"]
+NUMBERS = ["1e308", "9" * 30, "-9223372036854775809", "NaN", "Infinity", "1e99999999999999", "9" * 5000]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:20])
+@pytest.mark.parametrize("place", ['{"parameters": {"x": [%s]}}', '{"level": %s}', '[{"payload": {"x": %s}}]'])
+def test_numbers_that_make_the_server_fail_for_everybody_are_refused(gate, number, place):
+    assert refusal(gate, "/api/logs/", place % number)
+
+
+def test_columns_have_32_bits_and_parameters_64(gate):
+    assert "2**31" in refusal(gate, "/api/logs/", json.dumps([{"level": 2**31}]))
+    assert "2**63" in refusal(gate, RUN, json.dumps({"parameters": {"seed": 2**63}}))
+    assert gate.post("/api/logs/", auth=RIGHT, json=[{"level": 2**31 - 1}]).status_code == 200
+    assert gate.post(RUN, auth=RIGHT, json={"parameters": {"seed": 2**63 - 1}}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["\0", "\ud83d"], ids=["U+0000", "half a character"])
+def test_text_that_cannot_be_stored_is_refused_wherever_it_stands(gate, text):
+    for form in ({"name": f"a{text}b"}, {"tags": [text]}, {"state": {"message": text}}, [{"message": text}], {text: 1}):
+        assert "must not contain" in refusal(gate, RUN, json.dumps(form))
+    assert refusal(gate, RUN, "{") and refusal(gate, RUN, b'{"name": "\xff"}') and refusal(gate, RUN, "[" * 100_000)
+
+
+def test_an_address_holds_no_text_and_no_date_that_cannot_be_stored(gate):
+    graph = f"/api/flow_runs/{'0' * 8}-0000-4000-8000-{'0' * 12}/graph-v2"
+    for path in ("/api/flows/name/%00", "/api/csrf-token?client=%00", f"{graph}?since=9999-12-31T23:59:59-14:00"):
+        assert gate.get(path, auth=RIGHT).status_code == 422
+    assert gate.get(f"{graph}?since=2026-12-31T23:59:59-14:00", auth=RIGHT).status_code == 200
+
+
+FAR = ["9999-12-31T23:59:59-14:00", "0001-01-01", "9999-W52-5", "1969-12-31T23:59:59Z", "20261201", -2_000_000_000]
+
+
+@pytest.mark.parametrize("date", FAR, ids=str)
+def test_dates_at_which_the_server_calculates_wrongly_are_refused(gate, date):
+    scheduled = {"state": {"type": "SCHEDULED", "state_details": {"scheduled_time": date}}}
+    for form in (scheduled, [{"timestamp": date}], {"flow_runs": {"start_time": {"before_": date}}}):
+        assert "the years 1970 and 8999" in refusal(gate, RUN, json.dumps(form))
+    assert gate.post(RUN, auth=RIGHT, json={"name": str(date)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"__prefect_kind": "json", "value": "1e308"},
+        {"__prefect_kind": "json", "value": '"\\u0000"'},
+        {"__prefect_kind": "json", "value": '{"__prefect_kind": "jinja", "template": "{{ 1 }}"}'},
+        {"__prefect_kind": "json", "value": {"__prefect_kind": "jinja", "template": "1"}},
+        {"__prefect_kind": "json", "value": "x"},
+        {"__prefect_kind": "json", "value": "0"},
+        {"__prefect_kind": "none", "value": {"__prefect_kind": "json", "value": "1e308"}},
+        {"__prefect_kind": "jinja", "template": "{{ (7**(10**7)) % 10 }}"},
+        {"__prefect_kind": "workspace_variable", "variable_name": "mine"},
+        {"__prefect_kind": "other", "value": 5},
+        {"__prefect_kind": ["json"], "value": 5},
+    ],
+    ids=str,
+)
+def test_a_value_that_the_server_would_fill_in_is_checked_as_the_value_that_it_becomes(gate, value):
+    assert refusal(gate, RUN, json.dumps({"parameters": {"limit": value}}))
+    assert refusal(gate, RUN, json.dumps({"parameters": {"__prefect_kind": "none", "value": {"limit": value}}}))
+    assert refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": value}}), "PATCH")
+
+
+def test_kinds_are_refused_where_nothing_is_filled_in(gate):
+    assert "__prefect_kind" in refusal(gate, RUNS, json.dumps({"a": [{"__prefect_kind": "json", "value": "1"}]}))
+
+
+@pytest.mark.parametrize(
+    ("sent", "reached"),
+    [
+        ({"__prefect_kind": "json", "value": '{"base": 2.0}'}, {"weights": {"base": 2.0}}),
+        ({"__prefect_kind": "none", "value": {"base": 2.0}}, {"weights": {"base": 2.0}}),
+        ({"__prefect_kind": "json", "value": None}, {"weights": None}),
+        ({"__prefect_kind": "json"}, {}),
+    ],
+    ids=str,
+)
+def test_objects_as_the_pages_send_them_reach_the_server_as_plain_values(gate, sent, reached):
+    answer = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": sent}, "name": "mine"})
+    assert json.loads(answer.json()["body"]) == {"parameters": reached, "name": "mine"}
+    asked = {"schema": REGISTERED["cotrain-round"].schema(), "values": {"weights": sent}}
+    answer = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=asked)
+    assert json.loads(answer.json()["body"])["values"] == reached
+
+
+def test_a_run_gets_only_parameters_of_a_registered_flow(gate):
+    for form in ({"parameters": {"nonsense": 1}}, {"parameters": {"limit": 0}}, {"enforce_parameter_schema": False}):
+        assert refusal(gate, RUN, json.dumps(form))
+    assert refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": 0}}), "PATCH")
+    for form in ({"parameters": {"limit": 5}}, {"parameters": {}, "enforce_parameter_schema": True}, {}):
+        assert gate.post(RUN, auth=RIGHT, json=form).status_code == 200
+
+
+UNSENT = {
+    "concurrency_limit": 1,
+    "concurrency_options": {"collision_strategy": "CANCEL_NEW"},
+    "enforce_parameter_schema": False,
+    "work_queue_name": "mine",
+    "work_pool_name": None,
+    "tags": ["mine"],
+    "parameters": {"limit": 1},
+    "job_variables": {"command": "true"},
+    "pull_steps": [{}],
+    "entrypoint": "a:b",
+    "paused": True,
+    "parameter_openapi_schema": {},
+    "unknown": 1,
+}
+
+
+@pytest.mark.parametrize("field", UNSENT)
+def test_a_deployment_has_only_what_the_dispatcher_sends(gate, field):
+    assert field in refusal(gate, "/api/deployments/", json.dumps({**OWN, field: UNSENT[field]}))
+
+
+@pytest.mark.parametrize("field", ["max_scheduled_runs", "parameters", "replaces", "unknown"])
+def test_a_schedule_has_only_what_the_dispatcher_sends(gate, field):
+    schedule = {"schedule": {"interval": 3600}, field: {"limit": 1} if field == "parameters" else 5}
+    assert field in refusal(gate, "/api/deployments/", json.dumps({**OWN, "schedules": [schedule]}))
+    assert field in refusal(gate, SCHEDULE, json.dumps({"active": True, field: schedule[field]}), "PATCH")
+
+
+def test_the_pool_keeps_its_template_by_whose_schema_the_server_checks_variables(gate):
+    slow = {**TEMPLATE, "variables": {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}}
+    assert "base_job_template" in refusal(gate, "/api/work_pools/", json.dumps({"base_job_template": slow}))
+    assert "base_job_template" in refusal(gate, "/api/work_pools/x", json.dumps({"base_job_template": slow}), "PATCH")
+    for form in ({"base_job_template": TEMPLATE}, {"is_paused": True}):
+        assert gate.patch("/api/work_pools/x", auth=RIGHT, json=form).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "message", ['{"payload": 1e308}', r'{"event": "a\u0000"}', '{"occurred": "0001-01-01"}', "x", b"{}"], ids=str
+)
+def test_every_message_of_a_websocket_is_checked(gate, message):
+    with gate.websocket_connect("/api/events/in") as socket:
+        for text in (json.dumps({"type": "auth", "token": ":".join(RIGHT)}), '{"event": "honest"}'):
+            socket.send_text(text)
+            assert socket.receive_text() == text
+        (socket.send_text if isinstance(message, str) else socket.send_bytes)(message)
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_text()
+        assert closed.value.code == 1008
+
+
+def test_a_body_has_a_bound(gate):
+    assert gate.post(RUNS, auth=RIGHT, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert gate.post(RUNS, auth=RIGHT, content=iter([b" " * MAX_BODY_BYTES, b" "])).status_code == 413
+
+
+def test_a_body_has_a_bounded_number_of_values_which_costs_little_to_find_out(gate):
+    began = time.monotonic()
+    for content in ("[" + "1," * 4_000_000 + "1]", '{"since": [' + '"x",' * 2_000_000 + "1]}"):
+        assert "values" in refusal(gate, "/api/logs/", content)
+    assert time.monotonic() - began < 10  # seconds; it took 40 to look at each
+
+
+def test_probes_may_ask_for_the_head_alone(gate):
+    assert gate.head("/api/health").status_code == 200 and gate.head(RUNS, auth=RIGHT).status_code == 403
+
+
+def refusal(gate, path, content, method="POST"):
+    """Why a body is refused; the test fails if it is not."""
+    answer = gate.request(method, path, auth=RIGHT, content=content)
+    assert answer.status_code == 422, answer.text
+    return answer.json()["exception_message"]
 
 
 def test_browsers_are_told_to_load_nothing_from_other_hosts(gate):

@@ -4,19 +4,26 @@ import json
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from flows.body_rules import DATES
+from flows.deployment_rules import FIXED
+from flows.deployments import REPRODUCE, register
 from flows.home import load_config
 from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, is_page
 from flows.registry import REGISTERED
 from flows.stack import services
 from tests.conftest import start
 from tests.routes import METHODS, Route, summarise
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +41,9 @@ LIST_ROUTES = """
 import json
 from prefect.server.api.server import create_app
 from tests.routes import list_routes
-print(json.dumps([[route.path, route.method] for route in list_routes(create_app(final=True))]))
+app = create_app(final=True)
+api = next(route.app for route in app.routes if route.path == "/api")
+print(json.dumps({"routes": [[route.path, route.method] for route in list_routes(app)], "forms": api.openapi()}))
 """
 
 
@@ -49,8 +58,8 @@ def server(stores):
 
 
 @pytest.fixture(scope="module")
-def routes():
-    """The routes of the installed server, from its own application."""
+def application():
+    """The routes of the installed server and the description of their forms, from its own application."""
     with tempfile.TemporaryDirectory() as home:
         env = {
             "PREFECT_HOME": home,
@@ -58,7 +67,37 @@ def routes():
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://nobody@127.0.0.1:1/none",
         }
         done = subprocess.run([sys.executable, "-c", LIST_ROUTES], env=env, cwd=ROOT, capture_output=True, check=True)
-    return {Route(*entry) for entry in json.loads(done.stdout)}
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def routes(application):
+    return {Route(*entry) for entry in application["routes"]}
+
+
+def dates_in(form, name=""):
+    """Names of the fields of a form that hold dates."""
+    if isinstance(form, list):
+        return {found for one in form for found in dates_in(one, name)}
+    if not isinstance(form, dict):
+        return set()
+    own = {name} if form.get("format") in ("date-time", "date") else set()
+    named = form.get("properties", {})
+    fields = {found for key, one in named.items() for found in dates_in(one, key)} if isinstance(named, dict) else set()
+    return own | fields | {found for key, one in form.items() if key != "properties" for found in dates_in(one, name)}
+
+
+def test_every_date_of_the_servers_forms_is_checked(application):
+    names = dates_in(application["forms"]["components"]["schemas"])
+    assert {"scheduled_time", "before_", "occurred"} <= names
+    assert {name for name in names if not DATES.fullmatch(name)} == set()
+
+
+@pytest.fixture(scope="module")
+def deployment(server, stores):
+    with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
+        register(client, stores)
+        return client.read_deployment_by_name(REPRODUCE).id
 
 
 def listed(*rules):
@@ -81,7 +120,10 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
                 if answer.status_code not in (401, 403, 429):
                     open_to[caller].add(route)
     # `/api/work_pools/filter` is of the form `/api/work_pools/{name}` too, to the server as well.
-    others = {caller: found - routes for caller, found in open_to.items()}
+    # A HEAD of an open GET is answered as that.
+    heads = {Route(path, "HEAD") for _, path in PUBLIC.routes}
+    others = {caller: found - routes - heads for caller, found in open_to.items()}
+    assert all(heads <= found for found in open_to.values())
     assert all(OPERATOR.allow(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
     answering = {caller: found & routes for caller, found in open_to.items()}
@@ -135,6 +177,61 @@ def test_a_large_first_message_or_none_closes_a_websocket_and_the_server_answers
     assert closed.value.rcvd.code == code and httpx.get(f"{base}/api/health").status_code == 200
 
 
+STAY_SHUT = [
+    (r'{"name": "a\u0000b"}', "U+0000"),
+    (r'{"tags": ["\ud83d"]}', "U+D83D"),
+    ('{"state": {"type": "SCHEDULED", "state_details": {"scheduled_time": "0001-01-01"}}}', "scheduled_time"),
+    ('{"parameters": {"limit": {"__prefect_kind": "json", "value": "1e308"}}}', "limit"),
+    ('{"parameters": {"limit": {"__prefect_kind": "jinja", "template": "{{ 7**(10**7) % 10 }}"}}}', "__prefect_kind"),
+]
+
+
+@pytest.mark.parametrize(("body", "named"), STAY_SHUT, ids=[named for _, named in STAY_SHUT])
+def test_what_the_server_fails_at_is_refused_and_lists_go_on(server, deployment, body, named):
+    base, secret = server
+    with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
+        answer = client.post(f"/deployments/{deployment}/create_flow_run", content=body)
+        assert answer.status_code == 422 and named in answer.json()["exception_message"]
+        assert client.post("/flow_runs/filter", json={}).is_success
+        assert client.post("/flow_runs/lateness", json={}).is_success
+
+
+def test_an_object_as_the_pages_send_it_becomes_a_runs_parameter(server, deployment):
+    base, secret = server
+    sent = {"limit": {"__prefect_kind": "json", "value": "7"}}
+    with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
+        made = client.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": sent})
+    assert made.json()["parameters"] == {"limit": 7}
+
+
+def test_events_are_stored_after_one_that_cannot_be(server):
+    base, secret = server
+
+    def send(*events):
+        with connect(base.replace("http:", "ws:") + "/api/events/in", subprotocols=["prefect"]) as socket:
+            socket.send(json.dumps({"type": "auth", "token": secret}))
+            socket.recv(timeout=10)
+            for event in events:
+                socket.send(event)
+            socket.ping().wait(10)
+
+    def event(name, **payload):
+        resource = {"prefect.resource.id": "mine"}
+        now = datetime.now(timezone.utc).isoformat()
+        return json.dumps(
+            {"id": str(uuid4()), "event": name, "occurred": now, "resource": resource, "payload": payload}
+        )
+
+    def count(client):
+        found = client.post("/api/events/filter", json={"filter": {"event": {"name": ["honest"]}}}).json()
+        return found["total"] == 2
+
+    send(event("honest"), event("hostile", size=1e308))
+    send(event("honest"))
+    with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=10) as client:
+        until(lambda: count(client))
+
+
 def test_the_pages_read_no_secret_from_the_settings(server, stores):
     base, secret = server
     text = httpx.get(f"{base}/api/admin/settings", auth=tuple(secret.split(":", 1))).text
@@ -157,7 +254,7 @@ def test_only_schemas_of_registered_flows_reach_the_server(server):
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:
         asked = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
         flow = client.post("/api/flows/", json={"name": "cotrain-round"}).json()["id"]
-        body = {"name": "local", "flow_id": flow, "parameter_openapi_schema": slow}
+        body = {**FIXED, "flow_id": flow, "parameter_openapi_schema": slow}
         made = client.post("/api/deployments/", json=body)
         known = {"schema": REGISTERED["cotrain-round"].schema(), "values": {}}
         own = client.post("/api/ui/schemas/validate", json=known)

@@ -3,14 +3,18 @@
 import time
 
 import httpx
+import psycopg
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from psycopg.types.json import Jsonb
 from sqlalchemy import func, select
 
 from feedback.tables import Round
+from flows.deployment_rules import FIXED
 from flows.deployments import register
 from flows.home import load_config
 from flows.probes import flow_runs
+from flows.registry import REGISTERED
 from flows.stack import services
 from flows.worker import MAX_FLOW_RUNS
 from tests.conftest import start
@@ -57,18 +61,31 @@ def prefect(stores):
 
 
 @pytest.fixture
-def deploy(prefect, stores):
-    """Overwrite the deployment of a registered flow, which is all that the gate lets anybody do; returns its id."""
+def overwrite(stores):
+    """Write into Prefect's database what the gate lets nobody send, as a table, a name and columns."""
+    config = load_config(stores.home)
+    url = f"postgresql://prefect:{config.secrets['prefect_database']}@127.0.0.1:{config.ports['postgres']}/prefect"
 
-    def overwrite(flow, **more):
-        flow_id = prefect.post("/flows/", json={"name": flow}).json()["id"]
-        body = {"flow_id": flow_id, "name": "local", "work_pool_name": "cotrain", **more}
-        answer = prefect.post("/deployments/", json=body)
-        assert answer.is_success, answer.text
-        return answer.json()["id"]
+    def write(table, where, **columns):
+        named = ", ".join(f"{name} = %s" for name in columns)
+        values = [Jsonb(value) if isinstance(value, (dict, list)) else value for value in columns.values()]
+        with psycopg.connect(url) as connection:
+            done = connection.execute(f"update {table} set {named} where name = %s", [*values, where])
+            assert done.rowcount > 0
 
-    yield overwrite
+    yield write
     register_again(stores)
+
+
+@pytest.fixture
+def deploy(prefect, overwrite):
+    """Change the deployments, and return the id of one flow's."""
+
+    def change(flow, **columns):
+        overwrite("deployment", "local", **columns)
+        return prefect.get(f"/deployments/name/{flow}/local").json()["id"]
+
+    return change
 
 
 def register_again(stores):
@@ -92,14 +109,14 @@ def reproduce(prefect, **body):
     return run(prefect, prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"], **body)
 
 
-def open_pool(prefect, marker):
+def open_pool(overwrite, marker):
     """Put the template back that Prefect's own worker would follow, with a command in it."""
     variables = {name: {"default": value} for name, value in job_variables(marker).items()}
     template = {
         "job_configuration": {"command": marker.shell, "env": "{{ env }}", "working_dir": "{{ working_dir }}"},
         "variables": {"type": "object", "properties": variables},
     }
-    assert prefect.patch("/work_pools/cotrain", json={"base_job_template": template}).is_success
+    overwrite("work_pool", "cotrain", base_job_template=template)
 
 
 def job_variables(marker):
@@ -120,19 +137,19 @@ def test_the_pool_offers_no_variables(prefect):
     assert template["variables"]["properties"] == {} and deployment["job_variables"] == {}
 
 
-def test_a_changed_template_of_the_pool_changes_nothing(prefect, marker):
-    open_pool(prefect, marker)
+def test_a_changed_template_of_the_pool_changes_nothing(prefect, overwrite, marker):
+    open_pool(overwrite, marker)
     assert reproduce(prefect)[0] == "COMPLETED"
 
 
-def test_job_variables_of_a_run_change_nothing(prefect, marker):
-    open_pool(prefect, marker)
+def test_job_variables_of_a_run_change_nothing(prefect, overwrite, marker):
+    open_pool(overwrite, marker)
     assert reproduce(prefect, job_variables=job_variables(marker))[0] == "COMPLETED"
 
 
-def test_job_variables_of_a_deployment_change_nothing(prefect, deploy, marker):
-    open_pool(prefect, marker)
-    assert run(prefect, deploy(REPRODUCE, job_variables=job_variables(marker)))[0] == "COMPLETED"
+def test_job_variables_of_a_deployment_change_nothing(prefect, overwrite, deploy, marker):
+    open_pool(overwrite, marker)
+    assert run(prefect, deploy(REPRODUCE, infra_overrides=job_variables(marker)))[0] == "COMPLETED"
 
 
 def test_pull_steps_are_not_taken(prefect, deploy, marker):
@@ -151,15 +168,16 @@ def test_a_foreign_entry_point_is_not_loaded(prefect, deploy, marker, entrypoint
 def test_other_flows_deployments_and_schedules_are_refused(prefect):
     registered = prefect.get(f"/deployments/name/{ROUND}/local").json()
     secondly = {"schedule": {"interval": 1}, "active": True}
-    body = {"flow_id": registered["flow_id"], "name": "local", "work_pool_name": "cotrain"}
+    body = {**FIXED, "flow_id": registered["flow_id"], "parameter_openapi_schema": REGISTERED[ROUND].schema()}
     refused = [
         prefect.post("/flows/", json={"name": "mine"}),
         prefect.post("/deployments/", json={**body, "name": "mine"}),
+        prefect.post("/deployments/", json={**body, "concurrency_limit": 1}),
         prefect.post("/deployments/", json={**body, "schedules": [secondly] * 50}),
         prefect.post("/deployments/", json={**body, "schedules": [secondly]}),
         prefect.patch(f"/deployments/{registered['id']}/schedules/{registered['schedules'][0]['id']}", json=secondly),
     ]
-    assert [answer.status_code for answer in refused] == [422] * 5
+    assert [answer.status_code for answer in refused] == [422] * 6
     assert prefect.get(f"/deployments/name/{ROUND}/local").json()["schedules"] == registered["schedules"]
 
 
@@ -198,12 +216,15 @@ def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefec
         {"$ref": "prefect.server.schemas"},
     ],
 )
-def test_parameters_that_prefect_would_fill_in_run_nothing(prefect, deploy, marker, value):
+def test_parameters_that_prefect_would_fill_in_are_refused_and_run_nothing(prefect, deploy, marker, value):
     value = {
         name: text.replace("SHELL", marker.shell) if isinstance(text, str) else text for name, text in value.items()
     }
     mine = deploy(REPRODUCE, enforce_parameter_schema=False, parameter_openapi_schema={})
     answer = prefect.post(f"/deployments/{mine}/create_flow_run", json={"parameters": {"limit": value}})
+    assert answer.status_code == 422
+    mine = deploy(REPRODUCE, parameters={"limit": value})
+    answer = prefect.post(f"/deployments/{mine}/create_flow_run", json={})
     assert answer.is_client_error or wait(prefect, answer.json()["id"])[0] == "FAILED"
 
 
@@ -251,8 +272,8 @@ def test_wrong_parameters_that_prefect_lets_through_fail_in_one_line_and_file_no
     prefect, deploy, engine, parameters
 ):
     before = count_rounds(engine)
-    mine = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={})
-    state, message = run(prefect, mine, parameters=parameters)
+    mine = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={}, parameters=parameters)
+    state, message = run(prefect, mine)
     assert state == "FAILED" and "parameters of cotrain-round are not valid" in message and "\n" not in message
     assert count_rounds(engine) == before
 

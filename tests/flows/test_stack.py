@@ -184,7 +184,7 @@ def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
         assert all(field.get("description") for field in schema.values())
         assert deployment["schedules"][0]["schedule"]["timezone"] == "Asia/Shanghai"
         body = {"state": {"type": "SCHEDULED"}, "parameters": {"max_steps": 0}}
-        assert prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).status_code == 409
+        assert prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).status_code == 422
         before = operator.round().number
         body["parameters"] = {"max_steps": 5}
         assert prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).status_code == 201

@@ -117,8 +117,8 @@ class BadJson(ValueError):
         self.place = printable(place)
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Parse JSON from outside by RFC 8259, without Python's extensions.
+def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
+    """Parse JSON from outside by RFC 8259, without Python's extensions, of so many values in lists and objects at most.
 
     Returns:
         A value in which every number is finite and every string and key can be stored.
@@ -136,14 +136,19 @@ def parse_json(data: bytes | str) -> Any:
         raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}") from None
     except ValueError:  # Python reads integers of 4,300 digits at most
         raise BadJson("must not have numbers of so many digits") from None
-    _check_values(value)
+    _check_values(value, max_values)
     return value
 
 
-def _check_values(document: Any) -> None:
+def _check_values(document: Any, max_values: int | None) -> None:
     left: list[tuple[str, Any]] = [("", document)]
+    count = 0
     while left:
         place, value = left.pop()
+        if isinstance(value, (dict, list)):
+            count += len(value)
+            if max_values is not None and count > max_values:  # before the time for them is spent
+                raise BadJson(f"must not have more than {max_values} values; send less at a time")
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
