@@ -222,6 +222,5 @@ def _objections(
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
     if telling:
         lost = {case for one in telling for case in one.lost}
-        accounts = "1 account" if len(telling) == 1 else f"{len(telling)} accounts"
-        reasons.append(f"{len(lost)} reports that pass in the champion fail again, of {accounts}")
+        reasons.append(f"reports that pass in the champion fail again: {len(lost)}, of {len(telling)} account(s)")
     return reasons
