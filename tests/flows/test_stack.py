@@ -74,7 +74,7 @@ def test_a_round_outlives_kills_and_counts_nothing_twice(first, operator):
     assert first.candidate_version == 1
     suite = first.decision["suites"][0]
     assert suite["suite"] == "base"
-    assert suite["after"]["total"] == 120  # a tenth of 1,200 rows
+    assert 60 < suite["after"]["total"] < 180  # a tenth of 1,200 rows, drawn by their prompts
     assert first.status["state"] == "finished"
     assert first.status["bounds"] == [0, 2, 3]
 
