@@ -33,7 +33,7 @@ from infra.settings import DispatcherSettings
 
 log = logging.getLogger(__name__)
 
-REGISTER_EVERY_S = 300.0
+REGISTER_EVERY_S, END_LOST_EVERY_S = 300.0, 10.0
 IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
 # Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
 BATCH_WAIT_S, BATCH_FULL = 10.0, 500
@@ -87,10 +87,23 @@ def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str
         "take back leases of the dead": lambda: reap(context.sessions, launchers_of(context.settings)),
         "make aliases follow": lambda: follow_champion(context),
         "register deployments": registered.ensure,
-        "end lost flow runs": lambda: end_lost_runs(client),
+        "end lost flow runs": every(END_LOST_EVERY_S, lambda: end_lost_runs(client)),
         "keep the round going": lambda: registered.using(keep_round_going),
         "start reproduction": lambda: registered.using(start_reproduction),
     }
+
+
+def every(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
+    """Return the work, which is left out until a time has passed since it was last done without an error."""
+    due = 0.0
+
+    def do() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            work()
+            due = time.monotonic() + pause_s
+
+    return do
 
 
 class Registered:

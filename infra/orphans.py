@@ -9,8 +9,9 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
+
+from infra.processes import below, processes
 
 PR_SET_CHILD_SUBREAPER = 36
 KILL_WITHIN_S = 5.0
@@ -32,7 +33,7 @@ class Orphans:
         Args:
             own: children that may stay dead for longer, since they are waited for later.
         """
-        dead = {pid for pid, parent, state in _processes() if parent == os.getpid() and state in "ZX"} - set(own)
+        dead = {one.pid for one in processes() if one.parent == os.getpid() and one.is_dead} - set(own)
         for pid in dead & self._dead:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -51,23 +52,3 @@ class Orphans:
             killed += [pid for pid in left if pid not in killed]
             time.sleep(0.02)
         return killed
-
-
-def below(ancestor: int) -> list[int]:
-    """Return the children of a process, their children, and so on."""
-    children: dict[int, list[int]] = {}
-    for pid, parent, _ in _processes():
-        children.setdefault(parent, []).append(pid)
-    found = children.get(ancestor, [])
-    for pid in found:  # which grows
-        found += children.get(pid, [])
-    return found
-
-
-def _processes() -> Iterator[tuple[int, int, str]]:
-    """Yield pid, parent's pid and state of every process of this machine."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                yield int(entry.name), int(parent), state

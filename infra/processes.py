@@ -1,10 +1,45 @@
-"""Processes of this machine found by what their environment carries, which their children inherit."""
+"""Processes of this machine: who they are, what they carry, and how to end them."""
 
 import os
 import signal
 import socket
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process at one look; of one that is dead and not yet buried `is_dead` says so."""
+
+    pid: int
+    parent: int
+    session: int
+    is_dead: bool
+    started: str  # clock ticks after the machine's start
+    ticks: int  # of processor time, with that of collected children
+
+    @property
+    def folder(self) -> Path:
+        return Path("/proc") / str(self.pid)
+
+
+def read_process(pid: int) -> Process | None:
+    """Look at a process; None if there is none of this pid."""
+    try:
+        # proc_pid_stat(5), after the name in brackets: state, ppid, pgrp, session, ..., utime to cstime, ..., starttime
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    ticks = sum(map(int, fields[11:15]))
+    return Process(pid, int(fields[1]), int(fields[3]), fields[0] in "ZX", fields[19], ticks)
+
+
+def processes() -> Iterator[Process]:
+    """Yield every process of this machine."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (found := read_process(int(entry.name))) is not None:
+            yield found
 
 
 def carrying(variable: str, value: str) -> Iterator[int]:
@@ -15,12 +50,10 @@ def carrying(variable: str, value: str) -> Iterator[int]:
     mark = f"{variable}={value}".encode()
     parents: dict[int, int] = {}
     marked: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            pid = int(entry.name)
-            parents[pid] = _parent_of(entry)
-            if mark in _words(entry / "environ") or mark in _words(entry / "cmdline"):
-                marked.add(pid)
+    for one in processes():
+        parents[one.pid] = 0 if one.is_dead else one.parent
+        if mark in _words(one.folder / "environ") or mark in _words(one.folder / "cmdline"):
+            marked.add(one.pid)
 
     def has_marked_parent(pid: int) -> bool:
         while pid in parents and pid not in marked:
@@ -30,13 +63,15 @@ def carrying(variable: str, value: str) -> Iterator[int]:
     return (pid for pid in sorted(parents) if has_marked_parent(pid))
 
 
-def _parent_of(entry: Path) -> int:
-    """Return the parent's pid; 0 for a process that is gone, or dead and not yet collected."""
-    try:
-        fields = (entry / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[1])
+def below(ancestor: int) -> list[int]:
+    """Return the children of a process, their children, and so on."""
+    children: dict[int, list[int]] = {}
+    for one in processes():
+        children.setdefault(one.parent, []).append(one.pid)
+    found = children.get(ancestor, [])
+    for pid in found:  # which grows
+        found += children.get(pid, [])
+    return found
 
 
 def computing_seconds(session: int) -> float:
@@ -45,17 +80,9 @@ def computing_seconds(session: int) -> float:
     A session has its first process's pid. What a process used that has ended and was collected counts with its parent;
     what it waited for does not. On a machine with more work than processors the wait is the larger part.
     """
-    ticks, waited_ns = 0, 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session:
-                ticks += sum(map(int, fields[11:15]))  # utime, stime, and those of collected children
-                waited_ns += sum(map(_waited_ns, entry.glob("task/*/schedstat")))
-    return ticks / os.sysconf("SC_CLK_TCK") + waited_ns / 1e9
+    members = [one for one in processes() if one.session == session]
+    waited_ns = sum(_waited_ns(file) for one in members for file in one.folder.glob("task/*/schedstat"))
+    return sum(one.ticks for one in members) / os.sysconf("SC_CLK_TCK") + waited_ns / 1e9
 
 
 def _waited_ns(file: Path) -> int:
@@ -120,8 +147,5 @@ def has_ended(pid: int) -> bool:
 
 def _started(pid: int) -> str | None:
     """The tick at which a process started; None if there is none, or a dead one that nobody has buried."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    found = read_process(pid)
+    return None if found is None or found.is_dead else found.started

@@ -29,6 +29,7 @@ MARK = "COTRAIN_KEPT_FOR"  # never in a file that people source, since what carr
 STOP_GRACE_S = 12.0
 RESTART_PAUSE_S = 0.5
 SIGN_EVERY_S = 1.0
+BURY_EVERY_S = 10.0  # a look at every process of the machine
 
 
 def nothing() -> None:
@@ -123,9 +124,12 @@ class Keeper:
         threads = [threading.Thread(target=self._tend, args=(s,), name=s.name, daemon=True) for s in self.services]
         for thread in threads:
             thread.start()
+        bury_at = 0.0
         while not self._stopping.wait(SIGN_EVERY_S):
             give_sign()
-            orphans.collect({process.pid for process in self._processes.copy().values()})
+            if time.monotonic() >= bury_at:
+                orphans.collect({process.pid for process in self._processes.copy().values()})
+                bury_at = time.monotonic() + BURY_EVERY_S
         for service in reversed(self.services):
             self._stop(service)
         sweep(self.stack_id, spare={os.getpid()})

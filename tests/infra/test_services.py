@@ -36,11 +36,11 @@ from infra.confinement import refuses_calls
 from infra.health import Failures, Liveness, Unwell
 from infra.listeners import describe_callers, user_name
 from infra.objects import open_objects
-from infra.postgres import SIGN_IN_S, Postgres
+from infra.postgres import SIGN_IN_S, SSL_REQUEST, Postgres
 from infra.processes import computing_seconds
 from infra.services import marked, read_state, sweep
 from infra.settings import Settings, StoreAccess
-from tests.infra.listening import ORDINARY, listening, port_of
+from tests.infra.listening import ORDINARY, as_user, listening, port_of
 from tests.waiting import until
 
 STRANGER = b"user\0stranger\0\0"
@@ -276,7 +276,7 @@ def ask_for_the_password(impostor):
     client, _ = impostor.accept()
     with client:
         client.settimeout(10)
-        if client.recv(1000)[4:8] == struct.pack("!I", 80877103):  # it asks for encryption first
+        if client.recv(1000) == SSL_REQUEST:  # it asks for encryption first
             client.sendall(b"N")
             client.recv(1000)
         client.sendall(b"R" + struct.pack("!II", 8, 3))
@@ -464,28 +464,16 @@ def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
     assert "mlflow" in again.ports
 
 
-@contextlib.contextmanager
-def acting_as(uid):
-    """Act as another user, which only root can."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_its_socket():
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         home = Path(folder)
         os.chown(home, ORDINARY, ORDINARY)
-        with acting_as(ORDINARY):
+        with as_user(ORDINARY):
             config = make_config(home)
         blocked = weed_socket("s3_grpc", config.ports["s3_grpc"])
         blocked.touch()
         try:
-            with acting_as(ORDINARY):
+            with as_user(ORDINARY):
                 with pytest.raises(PermissionError, match=rf"{blocked}, .* belongs to user 0 .*; remove it, or run"):
                     forget_weed_sockets(config)
                 fresh = leave_blocked_ports(home, config)
