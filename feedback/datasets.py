@@ -1,31 +1,29 @@
-"""Datasets: checking uploads, accepting their rows, freezing the mixture of a round."""
+"""Datasets: checking uploads and accepting their rows."""
 
 import os
-import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, BinaryIO
 
 from botocore.exceptions import ClientError
-from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select, update
+from sqlalchemy import ARRAY, String, any_, cast, func, insert, literal, select
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
-from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import OPERATOR, NotFound, Refused
 from feedback.contracts import DatasetOut, Event
-from feedback.items import MAX_NAMED_ROWS, each, faults_by_subject, note_fault, note_once, note_rows
+from feedback.items import MAX_NAMED_ROWS, faults_by_subject, note_fault, note_rows
 from feedback.paging import read_page
-from feedback.reports import REPORTS, add_cases, salted_fraction
-from feedback.tables import Case, Contributor, Dataset, DatasetRow, Feedback, Round, Snapshot
+from feedback.reports import add_cases, salted_fraction
+from feedback.tables import Contributor, Dataset, DatasetRow
 from feedback.withdrawal import order_datasets, suite_of, withdrawals_of
-from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
+from yuan.data.rows import BadRow, Row, parse_rows
 
-UPLOADS, SNAPSHOTS = "uploads", "snapshots"
+UPLOADS = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
 MAX_LINES = 500_000
 MAX_HELD_OUT_ROWS = 1000  # of a dataset
@@ -37,7 +35,6 @@ RESERVED_SUITES = ("reports", "base", "datasets")
 SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Fetch = Callable[[str], bytes]
-Owned = tuple[str, Row]  # a row and the id of the dataset or case that it is of
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
-    numbered, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
+    numbered, bad = read_stored(fetch(f"{UPLOADS}/{dataset.sha256}"))
     note_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
     keys = [(row.key, row.prompt_key) for _, row in numbered]
     known = _known(session, [key for key, _ in keys])
@@ -284,7 +281,7 @@ def _known(session: Session, keys: list[str]) -> set[str]:
     return set(session.scalars(query))
 
 
-def _read(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
+def read_stored(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
     """Read a stored file: its rows, and those that only older rules took, both with their numbers from 0."""
     rows, bad = [], {}
     for number, row in enumerate(parse_rows(data)):
@@ -293,139 +290,3 @@ def _read(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
         else:
             bad[number] = row
     return rows, bad
-
-
-def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
-    """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
-
-    With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
-    fire-wall. How many they are is told to their owners; which they are is not, since that says which prompts test.
-    Documents have no prompt and always stay. The same records always give the same bytes and so the same id.
-    A dataset that cannot be read and a correction that is no row any more are left out, with the reason on their
-    owners' timelines; `counts` has how many.
-
-    Raises:
-        ValueError: if nothing is left to train on.
-    """
-    turn = session.get_one(Round, round_id)
-    if turn.snapshot_id is not None:
-        return turn.snapshot_id
-    rows, counts = _mixture(session, turn, fetch)
-    if not rows:
-        raise ValueError("the mixture is empty; accept reports or push a dataset, then start a round")
-    snapshot_id = store(dump_rows(rows))
-    values = {"id": snapshot_id, "num_rows": len(rows), "counts": counts}
-    session.execute(upsert(Snapshot).values(values).on_conflict_do_nothing())
-    turn.snapshot_id = snapshot_id
-    return snapshot_id
-
-
-PARTS = ("corrections", "datasets", "base")  # of a snapshot, in the order of its rows
-
-
-def parts_of(session: Session, snapshot_id: str) -> dict[str, int]:
-    """How many rows each part of a snapshot has, in the order in which they follow each other."""
-    counts = session.get_one(Snapshot, snapshot_id).counts
-    return {name: int(counts[name]) for name in PARTS}
-
-
-def failed_in(session: Session, snapshot_id: str) -> int:
-    """How many datasets and corrections could not be read for a snapshot."""
-    return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
-
-
-def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
-    held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
-    closed = set(session.scalars(held_out))
-    found = (
-        _corrections(session, turn.cut_off),
-        _taught(session, ("mixture",), fetch),
-        _taught(session, ("base",), fetch),
-    )
-    kept: list[Row] = []
-    counts = {"failed": sum(bad for _, bad in found)}
-    for name, (part, _) in zip(PARTS, found, strict=True):
-        left_out = [(owner, row) for owner, row in part if row.prompt and row.prompt_key in closed]
-        open_rows = [row for _, row in part if not row.prompt or row.prompt_key not in closed]
-        if name == "base" and turn.parent_version is not None:
-            replay = min(int(turn.parameters["replay_rows"]), len(open_rows))
-            open_rows = random.Random(f"replay {turn.parameters['seed']}").sample(open_rows, replay)
-        counts |= {name: len(open_rows), f"{name}_closed_out": len(left_out)}
-        kept += open_rows
-        if name == "corrections":
-            _note_closed_corrections(session, [case_id for case_id, _ in left_out])
-        else:
-            _note_closed_rows(session, Counter(owner for owner, _ in part), Counter(owner for owner, _ in left_out))
-    return kept, counts
-
-
-def _note_closed_rows(session: Session, taught: Counter[str], closed: Counter[str]) -> None:
-    """Tell datasets' owners how many of their taught rows held-out cases keep out of training."""
-    for dataset_id in taught:
-        counted = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
-        session.execute(counted.values(num_closed_out=closed[dataset_id]))
-    why = "their prompts are those of held-out cases, which only test"
-    reasons = {one: f"rows left out, {count:,} of {taught[one]:,}: {why}" for one, count in closed.items()}
-    note_once(session, "snapshot", reasons)
-
-
-def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
-    reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
-    owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
-    note_once(session, "snapshot", dict.fromkeys(session.scalars(owners.where(Feedback.state == "accepted")), reason))
-
-
-def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]:
-    """The right answers of taught cases, one row a case, and how many could not be made one."""
-    accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
-    query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
-    rows: list[Owned] = []
-
-    def correct(case: Case) -> None:
-        text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS}
-        rows.append((case.id, Row.model_validate({**text, "checker": case.checker})))
-
-    def blame(case: Case, error: Exception) -> None:
-        for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
-            note_fault(session, owner, "snapshot", error)
-
-    failed = each(session, session.scalars(query).all(), correct, blame)
-    return rows, failed
-
-
-def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
-    """The taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
-    query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
-    rows: list[Owned] = []
-    num_bad = 0
-
-    def read(dataset: Dataset) -> None:
-        nonlocal num_bad
-        taught = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
-        numbers = set(session.scalars(taught))
-        found, bad = _read(fetch(f"{UPLOADS}/{dataset.sha256}"))
-        faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
-        note_rows(session, dataset.id, "snapshot", faults)
-        rows.extend([(dataset.id, row) for number, row in found if number in numbers])
-        num_bad += len(faults)
-
-    def blame(dataset: Dataset, error: Exception) -> None:
-        note_fault(session, dataset.id, "snapshot", error)
-
-    failed = each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
-    return rows, failed + num_bad
-
-
-def note_left_out(session: Session, step: str, reasons: Mapping[str, str]) -> None:
-    """Record on their owners' timelines which rows of a mixture, by their keys, a later step left out and why."""
-    wanted = any_(literal(list(reasons), ARRAY(String)))
-    faults: defaultdict[str, list[str]] = defaultdict(list)
-    rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
-    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "taught", DatasetRow.key == wanted)
-    for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
-        faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
-    corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == wanted)
-    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS, Case.role == "taught")):
-        faults[feedback_id].append(f"its correction: {reasons[key]}")
-    for subject, named in faults.items():
-        note_rows(session, subject, step, named)

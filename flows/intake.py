@@ -4,7 +4,7 @@ import logging
 from datetime import datetime, timezone
 from typing import Any
 
-from feedback import datasets, reports, rounds
+from feedback import datasets, reports, rounds, snapshots
 from feedback.accounts import audit
 from feedback.promotion import champion
 from feedback.reproduce import ask_again
@@ -110,9 +110,9 @@ def snapshot(context: Context, round_id: str) -> str:
         rounds.begin_step(session, round_id, "snapshot", context.attempt)
 
         def store(data: bytes) -> str:
-            return context.objects.put_named_by_content(datasets.SNAPSHOTS, data)
+            return context.objects.put_named_by_content(snapshots.SNAPSHOTS, data)
 
-        snapshot_id = datasets.freeze(session, round_id, context.objects.get, store)
-        rounds.count_failed(session, round_id, {"snapshot": datasets.failed_in(session, snapshot_id)})
+        snapshot_id = snapshots.freeze(session, round_id, context.objects.get, store)
+        rounds.count_failed(session, round_id, {"snapshot": snapshots.failed_in(session, snapshot_id)})
     log.info("froze snapshot %s", snapshot_id[:12])
     return snapshot_id

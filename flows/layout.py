@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from feedback import datasets, rounds
+from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
 from feedback.items import reason_of
 from flows.context import Context
@@ -41,17 +41,17 @@ def lay_out(context: Context, round_id: str) -> Plan:
         turn = rounds.find_round(session, round_id)
         run_id = rounds.training_run(session, round_id).id
         snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
-        parts = datasets.parts_of(session, snapshot_id)
+        parts = snapshots.parts_of(session, snapshot_id)
     folder = RunFolder(context.runs / run_id)
     if (folder.path / "run.json").exists():
         return folder.spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    if not context.objects.exists(f"{datasets.SNAPSHOTS}/{snapshot_id}"):
+    if not context.objects.exists(f"{snapshots.SNAPSHOTS}/{snapshot_id}"):
         raise ValueError(
             f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
         )
-    parsed = list(parse_rows(context.objects.get(f"{datasets.SNAPSHOTS}/{snapshot_id}")))
+    parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS}/{snapshot_id}")))
     model, tokenizer = _model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
@@ -78,7 +78,7 @@ def lay_out(context: Context, round_id: str) -> Plan:
     folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
     with context.sessions.begin() as session:
         rounds.count_failed(session, round_id, {"plan": len(left_out)})
-        datasets.note_left_out(session, "plan", left_out)
+        snapshots.note_left_out(session, "plan", left_out)
     folder.write_spec(spec)
     log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
     return plan

@@ -4,7 +4,7 @@ import io
 
 from sqlalchemy import select
 
-from feedback import datasets, gate, promotion, reports, rounds
+from feedback import datasets, gate, promotion, reports, rounds, snapshots
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row, dump_rows
@@ -93,9 +93,9 @@ def freeze(session, objects):
 
     def store(data):
         stored["data"] = data
-        return objects.put_named_by_content(datasets.SNAPSHOTS, data)
+        return objects.put_named_by_content(snapshots.SNAPSHOTS, data)
 
-    snapshot_id = datasets.freeze(session, turn.id, objects.get, store)
+    snapshot_id = snapshots.freeze(session, turn.id, objects.get, store)
     rounds.finish(session, turn.id, "failed", "test")
     session.flush()
     return snapshot_id, stored["data"]

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
-from feedback import datasets, promotion, reports, rounds
+from feedback import datasets, promotion, reports, rounds, snapshots
 from feedback.items import each, faults_of
 from feedback.reproduce import Refused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
@@ -112,12 +112,12 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
     gone = upload(session, objects, reporter, checked_rows("gone", 10))
     objects.delete(f"{datasets.UPLOADS}/{gone.sha256}")
     session.expire_all()
-    snapshot_id = datasets.freeze(
+    snapshot_id = snapshots.freeze(
         session, start_round(session).id, objects.get, lambda data: objects.put_named_by_content("snapshots", data)
     )
-    assert datasets.failed_in(session, snapshot_id) == 2
+    assert snapshots.failed_in(session, snapshot_id) == 2
     num_taught = len(here) - sum(map(is_drawn, here))
-    assert datasets.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": num_taught, "base": 0}
+    assert snapshots.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": num_taught, "base": 0}
     only_it_failed(session, rows, one, "checker")
     assert "its bytes are gone" in datasets.describe(session, gone).timeline[-1].text
 
@@ -211,7 +211,7 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
     keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "taught"))
     reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
     for _ in range(2):  # a step that runs again says it once
-        datasets.note_left_out(session, "plan", reasons | {"0" * 64: "nobody's"})
+        snapshots.note_left_out(session, "plan", reasons | {"0" * 64: "nobody's"})
     only_it_failed(session, rows, one, "its correction: a planted fault")
     (found,) = [text for _, text in faults_of(session, made.id)]
     num_taught = len(reasons) - 1
@@ -235,7 +235,7 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
     datasets.accept(session, made.id, objects.get, SALT, 0.0, MAX_CASES)
     objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze(session, objects)
-    assert (stored.count(b"\n"), datasets.failed_in(session, snapshot_id)) == (2, 1)
+    assert (stored.count(b"\n"), snapshots.failed_in(session, snapshot_id)) == (2, 1)
     texts = [text for _, text in faults_of(session, made.id)]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
     assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]
