@@ -29,6 +29,9 @@ DATA, DONE = b"data: ", b"data: [DONE]"
 CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among them
 STORE_ERRORS = (*STORE_FAULTS, Busy)
 Json = dict[str, Any]
+# Besides JSON, where `stream` is true; the schema is of one event, as in every OpenAPI before 3.2.
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+STREAMED: dict[int | str, Json] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 @router.get("/models")
@@ -38,13 +41,13 @@ async def models(call: Request, account: CurrentAccount) -> Response:
     return _relay(answer, await _read(answer))
 
 
-@router.post("/completions")
+@router.post("/completions", responses=STREAMED)
 async def completions(form: CompletionIn, call: Request, account: CurrentAccount) -> Response:
     """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
     return await _answer(call, "/v1/completions", form, account.id)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMED)
 async def chat(form: ChatIn, call: Request, account: CurrentAccount) -> Response:
     """Answer a conversation."""
     return await _answer(call, "/v1/chat/completions", form, account.id)
