@@ -47,7 +47,7 @@ def find_by_token(session: Session, token: str) -> Contributor | None:
 
 
 def find_account(session: Session, name_or_id: str) -> Contributor:
-    """An account by its id, else by its name.
+    """Find an account by its id, else by its name.
 
     Raises:
         NotFound: if there is none.
@@ -103,12 +103,12 @@ def claim_key(session: Session, contributor: Contributor, key: str, request_dige
 
 
 def is_claimed(session: Session, contributor_id: str, key: str) -> bool:
-    """Whether an account's idempotency key is bound to a record already."""
+    """Tell whether an account's idempotency key is bound to a record already."""
     return session.get(IdempotencyKey, (contributor_id, key)) is not None
 
 
 def wait_for_room(session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int) -> float | None:
-    """Seconds until an account may send one more report or dataset, of `limit` within 24 hours; None if it may now."""
+    """Return the seconds until an account may send one more of `limit` in 24 hours; None if it may now."""
     newest = select(DAY_S - func.extract("epoch", func.now() - table.created_at)).order_by(table.created_at.desc())
     oldest_that_counts = newest.where(table.contributor_id == contributor_id).offset(limit - 1).limit(1)
     left = session.scalar(oldest_that_counts)

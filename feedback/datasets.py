@@ -247,7 +247,7 @@ def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
 
 
 def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:
-    """Numbers of the rows to hold out: those whose prompt's salted hash lies below the share, lowest first.
+    """Choose the numbers of the rows to hold out: those whose prompt's salted hash lies below the share, lowest first.
 
     So a prompt is held out for everybody or for nobody, whoever brings it and with however many answers, and nobody
     closes more than the share of the prompts of others.
@@ -267,7 +267,7 @@ def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set
 
 
 def _room_for_cases(session: Session, dataset: Dataset, max_cases: int) -> int:
-    """How many rows of a dataset may be held out, by itself and by what its account has already."""
+    """Return how many rows of a dataset may be held out, by itself and by what its account has already."""
     if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR:
         return MAX_HELD_OUT_ROWS
     cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == "held_out")

@@ -102,7 +102,7 @@ class Standing:
 
     @property
     def counts(self) -> bool:
-        """Whether the losses speak against a candidate.
+        """Tell whether the losses speak against a candidate.
 
         They do of an operator's reports, and where the champion passes at least half of the account's cases of the same
         role: models do learn what they ask for. Otherwise they must be more than chance explains. Answers to senseless
@@ -125,7 +125,7 @@ class Standing:
 
 
 def sign_test(lost: int, gained: int) -> float:
-    """Probability of at least so many losses among the changed cases if each were lost or gained by a coin's throw.
+    """Return the probability of so many losses or more if each changed case were lost or gained by a coin's throw.
 
     Source: the exact one-sided sign test, Dixon and Mood 1946.
 
@@ -137,7 +137,7 @@ def sign_test(lost: int, gained: int) -> float:
 
 
 def standings(session: Session, champion: int, candidate: int, broken: Sequence[str]) -> list[Standing]:
-    """What the candidate changes for each account whose reports fail again, those with the most first.
+    """Count what the candidate changes for each account whose reports fail again, those with the most first.
 
     Gains count among the cases that were there when the champion was promoted. It failed those that came later, or they
     would not have been accepted: they can only be gained, and would hide losses.
@@ -206,7 +206,7 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
 def _objections(
     before: dict[str, Rate], after: dict[str, Rate], telling: Sequence[Standing], *, judges_reports: bool
 ) -> list[str]:
-    """What speaks against a candidate.
+    """List what speaks against a candidate.
 
     Args:
         telling: the accounts whose reports that fail again count.

@@ -201,7 +201,7 @@ def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
 
 
 def _is_taught(session: Session, prompt_key: str) -> bool:
-    """Whether an accepted dataset teaches a prompt already.
+    """Tell whether an accepted dataset teaches a prompt already.
 
     Then a report about it cannot test, since models have learned the prompt, and must not close out the dataset's row.
     """

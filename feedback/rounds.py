@@ -186,7 +186,7 @@ class NeverRegistered(Plain, ValueError):
 
 
 def find_version(session: Session, version: int) -> ModelVersion:
-    """The record of a version.
+    """Find the record of a version.
 
     Raises:
         NeverRegistered: if there is none.

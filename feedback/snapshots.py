@@ -47,13 +47,13 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
 
 
 def parts_of(session: Session, snapshot_id: str) -> dict[str, int]:
-    """How many rows each part of a snapshot has, in the order in which they follow each other."""
+    """Return how many rows each part of a snapshot has, in the order in which they follow each other."""
     counts = session.get_one(Snapshot, snapshot_id).counts
     return {name: int(counts[name]) for name in PARTS}
 
 
 def failed_in(session: Session, snapshot_id: str) -> int:
-    """How many datasets and corrections could not be read for a snapshot."""
+    """Return how many datasets and corrections could not be read for a snapshot."""
     return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
 
 
@@ -110,7 +110,7 @@ def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
 
 
 def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]:
-    """The right answers of taught cases, one row a case, and how many could not be made one."""
+    """Collect the right answers of taught cases, one row a case, and how many could not be made one."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
     query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
     rows: list[Owned] = []
@@ -128,7 +128,7 @@ def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]
 
 
 def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
-    """The taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
+    """Collect the taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
     rows: list[Owned] = []
     num_bad = 0

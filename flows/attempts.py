@@ -82,7 +82,7 @@ def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
 
 
 def newest_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
-    """The newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
+    """Return the newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
     now = datetime.now(timezone.utc) + timedelta(seconds=PUT_OFF_S)
     which = {"deployment_id": {"any_": [str(deployment_id)]}, "expected_start_time": {"before_": now.isoformat()}}
     found = list_runs(client, which, limit=1)
@@ -90,7 +90,7 @@ def newest_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None
 
 
 def list_runs(client: SyncPrefectClient, which: dict[str, Any], limit: int) -> list[FlowRun]:
-    """The flow runs that a filter of Prefect's API finds, the newest first."""
+    """Return the flow runs that a filter of Prefect's API finds, the newest first."""
     body = {"flow_runs": which, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
     return [FlowRun.model_validate(one) for one in client._client.post("/flow_runs/filter", json=body).json()]
 
@@ -105,7 +105,7 @@ def end_lost_runs(client: SyncPrefectClient) -> None:
 
 
 def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether nobody works on this run any more; one that was lost or put off is marked as crashed, or cancelled."""
+    """Tell whether nobody works on this run any more; one lost or put off is marked as crashed, or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True

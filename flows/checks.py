@@ -78,7 +78,7 @@ def machine_faults(home: Path) -> list[Finding]:
 
 
 def disk_faults(home: Path) -> list[Finding]:
-    """A disk that is full, or will be soon."""
+    """Look for a disk that is full, or will be soon."""
     place = existing(home)
     free = shutil.disk_usage(place).free
     if free >= MIN_DISK_GIB * 2**30:
@@ -90,7 +90,7 @@ def disk_faults(home: Path) -> list[Finding]:
 
 
 def existing(home: Path) -> Path:
-    """The folder itself, or the first above it that is there."""
+    """Return the folder itself, or the first above it that is there."""
     return next(path for path in (home, *home.parents) if path.exists())
 
 

@@ -89,7 +89,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
 
 
 def _end_of(log_file: Path) -> str:
-    """The last lines of an evaluation's log; nothing if it cannot be read."""
+    """Return the last lines of an evaluation's log; nothing if it cannot be read."""
     try:
         return " / ".join(read_end(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
     except OSError:

@@ -32,7 +32,7 @@ class Finding:
 
     @property
     def when(self) -> str:
-        """The last time that it went well, in words."""
+        """Describe the last time that it went well."""
         if self.succeeded_at is None:
             return "never" if self.never else "unknown"
         return f"{self.succeeded_at.astimezone():%F %T}{' or later' if self.or_later else ''}"
@@ -62,7 +62,7 @@ class Probe:
     last: Last = Last()
 
     def failed(self, fault: str) -> Finding:
-        """What is found of a server that does not answer."""
+        """Make the finding about a server that does not answer."""
         mend = f"see `cotrain logs {self.server}`"
         return Finding(self.what, self.last.at, f"{self.server} {fault}", mend, self.last.or_later)
 
@@ -97,5 +97,5 @@ def now() -> datetime:
 
 
 def at(seconds: float) -> datetime:
-    """A time in seconds since 1970 as a moment."""
+    """Return a time in seconds since 1970 as a moment."""
     return datetime.fromtimestamp(seconds, timezone.utc)

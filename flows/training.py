@@ -182,7 +182,7 @@ def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> No
 
 
 def how_to_register(home: Path, version: int, run_id: str) -> str:
-    """The command that brings a lost version back, from what copies there are."""
+    """Describe the command that brings a lost version back, from what copies there are."""
     run = home / "runs" / run_id
     places = (run / "export", *(home / name / f"v{version}" / "model" for name in FETCHED))
     copies = [place / "manifest.json" for place in places]

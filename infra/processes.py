@@ -141,7 +141,7 @@ def kill_identified(name: str) -> bool:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether no process has this pid, or a dead one that nobody has buried."""
+    """Tell whether no process has this pid, or a dead one that nobody has buried."""
     return _started(pid) is None
 
 

@@ -130,7 +130,7 @@ class Transactions:
                     await run_in_threadpool(session.close)
 
     async def _caller_of(self, request: Request) -> str:
-        """The account of the request's token: its id, which is looked up at the first request of a token.
+        """Return the id of the account of the request's token, which is looked up at the first request of a token.
 
         Whether the token still holds is for the route to say; what is remembered here only shares out connections.
         """

@@ -117,7 +117,7 @@ def body_fault(request: Request, error: dict[str, Any]) -> tuple[str, str | None
 
 
 def is_json(content_type: str) -> bool:
-    """Whether FastAPI reads a body of this type as JSON."""
+    """Tell whether FastAPI reads a body of this type as JSON."""
     main, _, kind = content_type.partition(";")[0].strip().lower().partition("/")
     return main == "application" and (kind == "json" or kind.endswith("+json"))
 

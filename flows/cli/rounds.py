@@ -106,8 +106,8 @@ def follow(client: Client, round_id: str) -> RoundOut:
             time.sleep(FOLLOW_EVERY_S)
 
 
-def _regressed(decision: dict[str, Any]) -> list[str]:
-    """Whose reports fail again, a line for each account, and what can be done about them."""
+def describe_regressions(decision: dict[str, Any]) -> list[str]:
+    """Describe whose reports fail again, a line for each account, and what can be done about them."""
     lines = []
     for one in decision.get("regressions_by_account", ()):
         named, count = one["reports"][:SHOWN_REPORTS], one["regressed"]
@@ -126,6 +126,6 @@ def _report(turn: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
     text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
     failed = sum(turn.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
-    show(turn.model_dump(mode="json"), "\n".join([text, *_regressed(turn.decision or {})]), as_json)
+    show(turn.model_dump(mode="json"), "\n".join([text, *describe_regressions(turn.decision or {})]), as_json)
     if turn.state in ("failed", "cancelled", "rejected") and turn.state != wanted:
         raise typer.Exit(FAILED)

@@ -290,7 +290,7 @@ def rotate(
 
 
 def _examined(home: Path) -> list["Finding"]:
-    """What the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
+    """Return what the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
     from flows.checks import config_faults, setting_faults
     from infra.keeper_lock import is_running
 

@@ -64,9 +64,9 @@ def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, accoun
 
 
 def test_a_file_that_is_arriving_has_no_name(stores, engine, objects, account):
-    folder = stores.home / "portal"
+    app, folder = make_app(stores, engine, objects), stores.home / "portal"
     kept = set(os.listdir(folder))
-    with served(make_app(stores, engine, objects)) as url, unfinished_upload(url, account.headers):
+    with served(app) as url, unfinished_upload(url, account.headers):
         assert httpx.get(f"{url}/health", timeout=30).is_success
         assert set(os.listdir(folder)) == kept
 

@@ -9,7 +9,7 @@ from feedback import gate, promotion
 from feedback.accounts import add_contributor
 from feedback.tables import Case, Promotion, Round, new_id
 from feedback.withdrawal import withdraw_account
-from flows.cli.rounds import _regressed
+from flows.cli.rounds import describe_regressions
 from tests.feedback.loop import accept_all, promote, submit
 
 
@@ -110,7 +110,7 @@ def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, 
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert [len(one["reports"]) for one in decision["regressions_by_account"]] == [20, 20]
-    lines = _regressed(decision)
+    lines = describe_regressions(decision)
     assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
     for who in others:

@@ -161,7 +161,7 @@ class CompletionIn(Common):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
 
     def texts(self) -> list[str]:
-        """Each prompt as text; token ids as JSON."""
+        """Return each prompt as text; token ids as JSON."""
         many = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
         return [one if isinstance(one, str) else json.dumps(one) for one in many]
 
@@ -209,7 +209,7 @@ class ChatIn(Common):
         return self
 
     def texts(self) -> list[str]:
-        """What was asked last, as the one prompt."""
+        """Return what was asked last, as the one prompt."""
         return [self.messages[-1].text]
 
     def prompt(self) -> str:

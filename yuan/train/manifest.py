@@ -44,7 +44,7 @@ def sealed(file: Path) -> dict[str, Any] | None:
 
 
 def parse_sealed(text: bytes) -> dict[str, Any] | None:
-    """The manifest that a file holds, as it was written; None if it is not."""
+    """Read the manifest that a file holds; None if it is not as it was written."""
     try:
         manifest = json.loads(text)
         return dict(manifest) if manifest[SEAL] == seal_of(manifest) and manifest["schema"] == SCHEMA else None
