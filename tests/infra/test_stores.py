@@ -1,0 +1,244 @@
+"""PostgreSQL and the store: kills, strangers, ports, files in the way, and what each account reaches."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+from botocore.exceptions import ClientError
+
+from flows.home import (
+    WEED_PORTS,
+    is_free,
+    leave_blocked_ports,
+    load_config,
+    make_config,
+    port_holder,
+    weed_socket,
+    write_environment,
+)
+from flows.stack import services
+from flows.stores import forget_weed_sockets
+from infra.listeners import describe_callers, user_name
+from infra.objects import open_objects
+from infra.postgres import SIGN_IN_S, SSL_REQUEST, Postgres
+from infra.settings import Settings, StoreAccess
+from tests.infra.listening import ORDINARY, as_user, listening, port_of
+from tests.waiting import until
+
+STRANGER = b"user\0stranger\0\0"
+
+
+def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(tmp_path):
+    with listening() as impostor, ThreadPoolExecutor() as threads:
+        server = Postgres(tmp_path / "pg", port_of(impostor), "secret-of-the-superuser")
+        received = threads.submit(ask_for_the_password, impostor)
+        with pytest.raises(psycopg.OperationalError) as refusal:
+            server.ping()
+        assert received.result(20) == b""
+        assert "authentication method requirement" in str(refusal.value)
+
+
+def ask_for_the_password(impostor):
+    """Answer a client of PostgreSQL with AuthenticationCleartextPassword, and return what it sends then."""
+    client, _ = impostor.accept()
+    with client:
+        client.settimeout(10)
+        if client.recv(1000) == SSL_REQUEST:  # it asks for encryption first
+            client.sendall(b"N")
+            client.recv(1000)
+        client.sendall(b"R" + struct.pack("!II", 8, 3))
+        return client.recv(1000)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
+    """Neither to the server's user nor to the folders that it may write."""
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "file").write_text("secret")
+    server = Postgres(tmp_path / "pg", 5432, "password")
+    server.data.mkdir(parents=True)
+    (server.folder / "run").symlink_to(others)
+    (server.data / "folder").symlink_to(others)
+    (server.data / "name").hardlink_to(others / "file")
+    (server.data / "kept").touch()
+    for path in (others, others / "file", server.folder, server.data, server.data / "kept"):
+        os.chown(path, ORDINARY, ORDINARY)
+    specification = json.loads(server.command()[3])
+    owners = {path.name: path.stat().st_uid for path in (others, others / "file", server.data / "kept")}
+    assert owners.pop("kept") != ORDINARY
+    assert owners == {"others": ORDINARY, "file": ORDINARY}
+    written = [Path(path) for path in specification["write"] if path.startswith(str(tmp_path))]
+    assert [path.resolve() for path in written] == [server.folder]
+
+
+def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
+    config = make_config(tmp_path)
+    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    for round_ in range(2):
+        server.initialise()
+        process = subprocess.Popen(
+            server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+        )
+        until(lambda: answers(server))
+        with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+            connection.execute("create table if not exists kept (n int)")
+            connection.execute("insert into kept values (%s)", [round_])
+            assert connection.execute("select count(*) from kept").fetchone() == (round_ + 1,)
+        process.kill()
+        process.wait()
+
+
+def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
+    """They connect and never sign in."""
+    config = make_config(tmp_path)
+    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    server.initialise()
+    with contextlib.ExitStack() as cleanup:
+        process = cleanup.enter_context(
+            subprocess.Popen(server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
+        )
+        cleanup.callback(process.kill)
+        until(lambda: answers(server))
+        connection = cleanup.enter_context(psycopg.connect(server.url("postgres"), autocommit=True))
+        strangers = [cleanup.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(260)]
+        for stranger in strangers:
+            stranger.sendall(struct.pack("!ii", 8 + len(STRANGER), 3 << 16) + STRANGER)
+        until(lambda: not answers(server))
+        with pytest.raises(psycopg.OperationalError, match="too many clients"):
+            server.ping()
+        server.check_answer()
+        assert connection.execute("select 1").fetchone() == (1,)
+        assert f"by {user_name(os.geteuid())}" in describe_callers(server.port)
+        until(lambda: answers(server), seconds=SIGN_IN_S + 60)  # who has not signed in by then is let go
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            server.check_answer()
+
+
+def answers(server):
+    try:
+        server.check()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_the_server_wants_a_password(stores):
+    url = stores.database_url.get_secret_value()
+    secret = url.split(":")[2].split("@")[0]
+    with pytest.raises(psycopg.OperationalError, match="password"):
+        psycopg.connect(url.replace(secret, "wrong"))
+
+
+def test_secrets_are_readable_by_their_owner_only(stores):
+    for name in ("env", "stack-config.json"):
+        assert (stores.home / name).stat().st_mode & 0o077 == 0
+
+
+def test_objects_come_back_and_missing_ones_are_missing(objects):
+    name = objects.put_named_by_content("test", b"bytes")
+    assert objects.get(f"test/{name}") == b"bytes"
+    assert objects.exists(f"test/{name}")
+    assert not objects.exists("test/nothing")
+
+
+def test_a_busy_port_names_its_holder(tmp_path):
+    config = make_config(tmp_path)
+    port = config.ports["postgres"]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: not is_free(port))
+        assert f"pid {process.pid}" in str(port_holder(port, config.stack_id))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
+    config = make_config(tmp_path)
+    data = json.loads((tmp_path / "stack-config.json").read_text())
+    del data["ports"]["mlflow"]
+    (tmp_path / "stack-config.json").write_text(json.dumps(data))
+    again = make_config(tmp_path)
+    assert again.ports["postgres"] == config.ports["postgres"]
+    assert "mlflow" in again.ports
+
+
+def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_its_socket():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        home = Path(folder)
+        os.chown(home, ORDINARY, ORDINARY)
+        with as_user(ORDINARY):
+            config = make_config(home)
+        blocked = weed_socket("s3_grpc", config.ports["s3_grpc"])
+        blocked.touch()
+        try:
+            with as_user(ORDINARY):
+                with pytest.raises(PermissionError, match=rf"{blocked}, .* belongs to user 0 .*; remove it, or run"):
+                    forget_weed_sockets(config)
+                fresh = leave_blocked_ports(home, config)
+                forget_weed_sockets(fresh)
+                assert load_config(home) == fresh
+        finally:
+            blocked.unlink()
+    assert {name for name, port in config.ports.items() if fresh.ports[name] != port} == {"s3_grpc"}
+
+
+def test_a_folder_in_the_way_of_the_stores_socket_stops_not_even_root(tmp_path):
+    config = make_config(tmp_path)
+    blocked = weed_socket("filer_grpc", config.ports["filer_grpc"])
+    blocked.mkdir()
+    try:
+        assert leave_blocked_ports(tmp_path, config).ports["filer_grpc"] != config.ports["filer_grpc"]
+    finally:
+        blocked.rmdir()
+
+
+def test_all_services_listen_on_loopback_only(tmp_path):
+    config = make_config(tmp_path)
+    write_environment(tmp_path, config)
+    settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
+    names = [service.name for service in services(tmp_path, config, settings)]
+    assert names == ["postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker"]
+    urls = (settings.portal_url, settings.mlflow_url, settings.prefect_api_url, settings.model_server_url)
+    assert all(url.startswith("http://127.0.0.1:") for url in urls)
+
+
+@pytest.mark.parametrize(("account", "own", "other"), [("s3", "cotrain", "mlflow"), ("mlflow_s3", "mlflow", "cotrain")])
+def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, own, other):
+    secret = load_config(stores.home).secrets
+    keys = {"s3_access_key": secret[f"{account}_access_key"], "s3_secret_key": secret[f"{account}_secret_key"]}
+    access = StoreAccess(s3_endpoint=stores.s3_endpoint, **keys)
+    open_objects(access, own).check()
+    foreign = open_objects(access, other, attempts=1)
+    for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.keys(""), foreign.ensure_bucket):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    "name", [n for part in WEED_PORTS if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
+)
+def test_the_stores_inner_ports_speak_to_nobody_else(stores, name):
+    """Neither in the clear nor over TLS without the store's own certificate."""
+    port = load_config(stores.home).ports[name]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain, context.wrap_socket(plain) as secure:
+        secure.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises((ssl.SSLError, ConnectionError), match=r"certificate|reset|alert"):
+            secure.recv(100)
