@@ -35,7 +35,8 @@ pytestmark = (
 READ_ALL = """
 import sys, mlflow
 client = mlflow.MlflowClient()
-[version] = client.search_model_versions("name = 'yuan'")
+version = client.get_model_version_by_alias("yuan", "champion")
+assert version.version in [one.version for one in client.search_model_versions("name = 'yuan'")]
 run = client.get_run(version.run_id)
 [point] = client.get_metric_history(run.info.run_id, "train/loss")
 folder = mlflow.artifacts.download_artifacts("models:/yuan@champion", dst_path=sys.argv[1])

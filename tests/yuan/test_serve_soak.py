@@ -53,7 +53,7 @@ def rss_mib(pid):
 def wish(chance):
     """A request of a caller's: a prompt and what may be asked of its answer."""
     body = {
-        "prompt": "".join(chance.choices(LETTERS, k=chance.randint(1, 40))),
+        "prompt": chance.choice(LETTERS.split()[0]) + "".join(chance.choices(LETTERS, k=chance.randint(0, 39))),
         "max_tokens": chance.choice([1, 5, 20, 60]),
         "n": chance.choice([1, 1, 1, 2, 4]),
         "temperature": chance.choice([0, 0, 0.7, 2]),
