@@ -8,7 +8,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import Engine, QueuePool, text
 
-from feedback.api import intake, openai, operate, pages
+from feedback.api import contributors, openai, operators, pages
 from feedback.api.access import Transactions, Uploads
 from feedback.api.errors import EVERYWHERE, AnswerFaults, BodyLimit, add_error_handlers, documented
 from infra.database import open_sessions
@@ -55,7 +55,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for router in (intake.router, intake.uploads, operate.router):
+    for router in (contributors.router, contributors.uploads, operators.router):
         app.include_router(router, responses=documented(*EVERYWHERE))
     app.include_router(openai.router, responses=documented(400, *EVERYWHERE))
     app.include_router(pages.router)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
+from tests.feedback.test_contributors import unfinished_upload
 
 from feedback.api.app import make_app
 from feedback.tables import Dataset, IdempotencyKey
@@ -22,7 +23,6 @@ from flows.stack import services
 from infra.database import open_sessions
 from infra.services import MARK
 from tests.conftest import start
-from tests.feedback.test_intake import unfinished_upload
 from tests.serving import served
 
 MIB = 2**20
