@@ -27,7 +27,7 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.demo.corpus import BASE_SKILLS
 from flows.home import load_config
-from infra.services import marked, read_state
+from infra.keeper import marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills

@@ -16,7 +16,7 @@ import torch
 from pairs import line, show
 from training_grids import make
 
-from infra.launch import supervised, torchrun_command
+from infra.process_group import supervised, torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.data.samples import Sample
 from yuan.model import weights

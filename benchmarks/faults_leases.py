@@ -26,10 +26,10 @@ from flows.holding import Sessions, held, job_name, reap
 from flows.home import load_config, write_environment
 from flows.stores import postgres_service
 from infra.database import open_engine, open_sessions
+from infra.keeper import MARK, sweep
 from infra.launchers.local import JOB_VARIABLE, LocalLauncher
 from infra.postgres import Postgres
 from infra.processes import carrying, kill_carrying
-from infra.services import MARK, sweep
 from infra.settings import Settings
 from yuan.plan.pool import Group, Pool
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from infra.launch import leave_with_parent
 from infra.logs import configure_logging
+from infra.process_group import leave_with_parent
 from yuan.data.shuffle import Numbers
 from yuan.train import run
 from yuan.train.trainer import Trainer

@@ -20,7 +20,7 @@ import torch
 from deepspeed import comm as dist
 from pairs import PAIRS, interval, line, show
 
-from infra.launch import torchrun_command
+from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.fragments import pieces, restore, state_to_save

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pairs import line, show
 
-from infra.launch import torchrun_command
+from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
 from yuan.plan.devices import KNOWN
 from yuan.plan.flops import flops_per_token

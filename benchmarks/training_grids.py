@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pairs import line, show
 
-from infra.launch import supervised, torchrun_command
+from infra.process_group import supervised, torchrun_command
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
 from yuan.data.mixture import kept_positions

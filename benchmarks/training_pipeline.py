@@ -24,7 +24,7 @@ from pairs import PAIRS, at_least, interval, line, show
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from infra.launch import torchrun_command
+from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.model.loss import head_loss
 from yuan.plan.flops import head_forward, layer_forward

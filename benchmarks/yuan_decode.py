@@ -14,7 +14,7 @@ import yuan_step
 from pairs import answer, at_least, contest, show
 from torch import Tensor
 
-from infra.devices import has_fast_bf16
+from infra.machine import has_fast_bf16
 
 PROMPT, NEW = 64, 64
 Step = Callable[[Tensor], Tensor]

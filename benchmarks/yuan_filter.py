@@ -11,7 +11,7 @@ import time
 import torch
 from pairs import answer, at_most, contest, show
 
-from infra.devices import has_fast_bf16
+from infra.machine import has_fast_bf16
 from yuan.config import ModelConfig, yuan_2b
 from yuan.model.loss import head_loss
 from yuan.model.rows import plain_rows

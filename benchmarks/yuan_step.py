@@ -14,7 +14,7 @@ import torch
 from pairs import answer, at_least, contest, line, show
 from torch import Tensor, nn
 
-from infra.devices import has_fast_bf16
+from infra.machine import has_fast_bf16
 
 LAYERS, H, HEADS, V, S = 6, 768, 12, 32_000, 512
 STEPS = 2  # of one measurement

@@ -17,7 +17,7 @@ from feedback import rounds
 from feedback.tables import Round
 from flows.context import DispatcherContext
 from flows.deployments import ROUND
-from infra.devices import has_room
+from infra.machine import has_room
 
 log = logging.getLogger(__name__)
 

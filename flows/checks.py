@@ -10,9 +10,9 @@ from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
 from flows.home import CONFIG_FILE, has_data, load_config, port_holder
 from flows.probing import Finding, at
 from infra.confinement import is_enforced, refuses_calls
-from infra.devices import memory_gib
+from infra.keeper import read_state
 from infra.keeper_lock import find_holder, is_running
-from infra.services import read_state
+from infra.machine import memory_gib
 from infra.settings import PREFIX, Settings, bindings, place_of, variable, wrong_values
 
 MACHINE, KEEPER, CONFIG, SETTINGS = "this machine", "the keeper", "the stack's config", "the settings"

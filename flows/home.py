@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from infra.files import write_private
+from infra.keeper import marked
 from infra.listeners import listener_uids, user_name
 from infra.postgres import NO_CLEARTEXT
-from infra.services import marked
 from infra.settings import Settings, process_files, read_settings
 
 log = logging.getLogger(__name__)

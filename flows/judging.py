@@ -13,9 +13,9 @@ from flows.context import Context, Records
 from flows.training import copy_lost
 from infra.confinement import Confinement, accelerator_files, built_environment
 from infra.files import read_end, read_regular
-from infra.launch import supervised
+from infra.keeper import MARK
 from infra.mlflow_rules import READER
-from infra.services import MARK
+from infra.process_group import supervised
 from infra.settings import NO_TELEMETRY
 from infra.tracker import VersionLost
 

@@ -13,9 +13,9 @@ from feedback.items import reason_of
 from flows.context import Context
 from flows.launching import pool_of
 from flows.training import fetch
-from infra.devices import has_fast_bf16
 from infra.error_text import Plain
 from infra.faults import is_of_one_item
+from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import BadRow, Row, parse_rows

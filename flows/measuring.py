@@ -6,7 +6,7 @@ from pathlib import Path
 
 from infra.confinement import built_environment
 from infra.files import read_end
-from infra.launch import supervised, torchrun_command
+from infra.process_group import supervised, torchrun_command
 from yuan.train.request import Answer, Request
 
 LIMIT_S = 1800.0

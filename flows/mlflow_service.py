@@ -10,10 +10,10 @@ from infra.confinement import Confinement, built_environment, port_of
 from infra.files import write_private
 from infra.health import Liveness, check_answer
 from infra.http_server import command_options
+from infra.keeper import Service
 from infra.mlflow_gate import DIGESTS_VARIABLE
 from infra.mlflow_rules import CONSUMER, READER
 from infra.postgres import Postgres
-from infra.services import Service
 from infra.settings import NO_TELEMETRY, Settings
 from infra.throttle import credential_digest
 

@@ -16,9 +16,9 @@ from flows.duties import Standing, read_standings, standings_file
 from flows.probing import Finding, Last, Probe, at, now, together
 from flows.training import how_to_register
 from infra.confinement import port_of
+from infra.keeper import read_state
 from infra.listeners import describe_callers
 from infra.objects import open_objects
-from infra.services import read_state
 from infra.settings import FlowSettings
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from flows.context import Context, open_context
 from flows.progress import RunCancelled, progress_reporter
 from flows.registry import RoundForm
 from flows.steps import Hopeless, show_table, step, without_text
-from infra.launch import alone
+from infra.process_group import alone
 from yuan.plan.record import Plan
 from yuan.plan.table import as_table
 

@@ -19,9 +19,9 @@ from flows.stores import forget_weed_sockets, postgres_service, weed_service
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
 from infra.files import read_regular
 from infra.health import Liveness, check_answer, check_health
+from infra.keeper import Keeper, Service
 from infra.logs import configure_logging
 from infra.postgres import Postgres
-from infra.services import Keeper, Service
 from infra.settings import (
     HOME_VARIABLE,
     NO_TELEMETRY,

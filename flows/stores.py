@@ -16,10 +16,10 @@ from infra.confinement import Confinement, built_environment
 from infra.database import migrate, open_engine, open_sessions
 from infra.files import write_private
 from infra.health import Liveness, check_answer
+from infra.keeper import Service
 from infra.listeners import user_name
 from infra.objects import open_objects
 from infra.postgres import Postgres
-from infra.services import Service
 from infra.settings import Settings, StoreAccess
 
 MLFLOW_BUCKET = "mlflow"

@@ -19,10 +19,10 @@ from flows.layout import PICTURE, limits_on
 from flows.reporting import Progress, Reporter
 from flows.uploads import fetch, uploading
 from infra.confinement import built_environment
-from infra.devices import has_room
 from infra.error_text import Plain
+from infra.keeper import MARK
 from infra.launchers.job import Job, LauncherAway
-from infra.services import MARK
+from infra.machine import has_room
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import printable
 from yuan.plan.job import Work

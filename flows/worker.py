@@ -23,7 +23,7 @@ from flows.deployment_rules import POOL, TEMPLATE
 from flows.duties import WORKER_SIGN
 from flows.launching import CLUSTER_VARIABLES
 from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
-from infra.services import MARK
+from infra.keeper import MARK
 from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
 
 NAME = "embedded"

@@ -18,9 +18,9 @@ from feedback.tables import Round, new_id
 from flows.home import make_config, write_environment
 from flows.stack import services
 from infra.database import open_engine, open_sessions
+from infra.keeper import MARK, sweep
 from infra.listeners import open_listener
 from infra.objects import open_objects
-from infra.services import MARK, sweep
 from infra.settings import Settings
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code

@@ -114,8 +114,8 @@ def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
 
 
 def _wait_until_ready(home: Path, keeper: _Keeper | None) -> None:
+    from infra.keeper import read_state
     from infra.keeper_lock import is_running
-    from infra.services import read_state
 
     end = time.monotonic() + UP_TIMEOUT_S
     is_gone = False
@@ -164,8 +164,8 @@ def down(as_json: Json = False) -> None:
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
     from flows.home import CONFIG_FILE, load_config
+    from infra.keeper import marked, read_state, sweep
     from infra.keeper_lock import LOCK_FILE, find_holder
-    from infra.services import marked, read_state, sweep
 
     keeper = find_holder(home)
     if keeper is None and not (home / CONFIG_FILE).exists():
@@ -202,8 +202,8 @@ def _end_keeper(pid: int, grace_s: float) -> None:
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
     from flows.checks import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
+    from infra.keeper import read_state
     from infra.keeper_lock import is_running
-    from infra.services import read_state
 
     with clear_errors():
         home = _home()

@@ -48,7 +48,7 @@ class Job:
 
     @property
     def alive_file(self) -> Path:
-        """What processes on other machines take for their supervisor's sign of life; see `infra.alive`."""
+        """What processes on other machines take for their supervisor's sign of life; see `infra.liveness`."""
         return self.folder / f".alive-{self.name}"
 
 

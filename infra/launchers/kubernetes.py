@@ -17,9 +17,9 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from infra.alive import FILE_VARIABLE, renewed
 from infra.files import open_log, remove
 from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
+from infra.liveness import FILE_VARIABLE, renewed
 
 log = logging.getLogger(__name__)
 

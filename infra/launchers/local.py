@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files
-from infra.launch import supervised, torchrun_command
 from infra.launchers.job import Ending, Job, Running
+from infra.process_group import supervised, torchrun_command
 from infra.processes import carrying, kill_carrying
 
 JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.alive import FILE_VARIABLE, renewed
 from infra.files import remove, replace_file
 from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
+from infra.liveness import FILE_VARIABLE, renewed
 
 log = logging.getLogger(__name__)
 

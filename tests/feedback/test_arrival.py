@@ -14,15 +14,15 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
-from tests.feedback.test_contributors import unfinished_upload
 
 from feedback.api.app import make_app
 from feedback.tables import Dataset, IdempotencyKey
 from flows.home import load_config
 from flows.stack import services
 from infra.database import open_sessions
-from infra.services import MARK
+from infra.keeper import MARK
 from tests.conftest import start
+from tests.feedback.test_contributors import unfinished_upload
 from tests.serving import served
 
 MIB = 2**20

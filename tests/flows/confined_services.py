@@ -6,7 +6,7 @@ import sys
 
 from flows.home import load_config
 from flows.stack import services
-from infra.services import marked, read_state
+from infra.keeper import marked, read_state
 from infra.settings import Settings
 
 PROBE = """

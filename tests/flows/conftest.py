@@ -22,7 +22,7 @@ from flows.home import load_config
 from flows.reporting import Reporter
 from flows.supervise import _Supervisor
 from infra.database import open_engine, open_sessions
-from infra.services import marked, read_state
+from infra.keeper import marked, read_state
 from infra.settings import Settings
 from tests.waiting import until
 from tests.yuan.runs import lay_out

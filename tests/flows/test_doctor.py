@@ -28,9 +28,9 @@ from flows.home import load_config
 from flows.probes import last_known
 from flows.probing import Finding, Probe, at, together
 from flows.training import how_to_register
+from infra.keeper import read_state
 from infra.keeper_lock import hold
 from infra.objects import open_objects
-from infra.services import read_state
 from infra.settings import StoreAccess
 from infra.tracker import Tracker
 

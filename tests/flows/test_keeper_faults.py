@@ -18,8 +18,8 @@ from dotenv import dotenv_values
 
 from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
 from infra.confinement import port_of
+from infra.keeper import marked, read_state
 from infra.keeper_lock import KEEPER_SILENT_S, LOCK_FILE, find_holder, hold
-from infra.services import marked, read_state
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from infra.services import read_state
+from infra.keeper import read_state
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 # The dispatcher is given five minutes, since a duty may wait for servers; it hangs while the others have their turn.

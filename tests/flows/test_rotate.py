@@ -17,8 +17,8 @@ from botocore.exceptions import ClientError
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
 from flows.home import ROTATED, WEED_CERTIFICATE, load_config
+from infra.keeper import read_state
 from infra.mlflow_rules import CONSUMER, READER
-from infra.services import read_state
 from infra.settings import Settings
 
 ROOT = Path(__file__).parents[2]

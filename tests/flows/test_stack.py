@@ -16,8 +16,8 @@ from feedback.contracts import FeedbackIn, RoundParameters
 from flows.demo.corpus import REPORTED_SKILLS
 from flows.home import load_config
 from infra.confinement import is_enforced
+from infra.keeper import marked, read_state
 from infra.keeper_lock import is_running
-from infra.services import marked, read_state
 from tests.flows.confined_services import probe_services
 from yuan.data.skills import load_skills
 

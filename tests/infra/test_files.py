@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from infra.files import copy_open, open_log, open_regular, read_end, read_regular, replace_file, write_private
-from infra.launch import supervised
+from infra.process_group import supervised
 
 
 def test_links_fifos_and_files_without_end_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from tests.waiting import until
 # A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
 RANK = """
 import os, pathlib, sys, time
-from infra.launch import leave_with_parent
+from infra.process_group import leave_with_parent
 leave_with_parent()
 folder = pathlib.Path(sys.argv[1])
 (folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))

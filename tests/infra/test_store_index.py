@@ -4,8 +4,8 @@ import os
 
 from flows.home import make_config, write_environment
 from flows.stack import services
+from infra.keeper import sweep
 from infra.objects import open_objects
-from infra.services import sweep
 from infra.settings import Settings
 from tests.conftest import start
 

@@ -12,7 +12,7 @@ import pytest
 
 from feedback.tables import new_id
 from flows.home import WEED_PORTS, load_config
-from infra.services import marked
+from infra.keeper import marked
 from tests.waiting import until
 
 PATHS = [

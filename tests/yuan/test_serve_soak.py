@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from infra.launch import free_port
+from infra.process_group import free_port
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric
 from yuan.generate.answers import generate

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.launch import torchrun_command
+from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.job import Grid, Work
 from yuan.plan.memory import stage_terms

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ValidationError
 
-from infra.launch import leave_with_parent
 from infra.logs import configure_logging
+from infra.process_group import leave_with_parent
 from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker

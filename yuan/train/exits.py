@@ -30,7 +30,7 @@ class Status(IntEnum):
     NUMERICAL = 72
     HUNG = 73
     DISK_FULL = 74
-    PARENT_GONE = 75  # of infra.launch: the supervisor closed the run, or died
+    PARENT_GONE = 75  # of infra.process_group: the supervisor closed the run, or died
 
 
 # What CUDA, NCCL and gloo say; a lost device is looked for before a lost peer, which is its effect elsewhere.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from infra.launch import alone, leave_with_parent
 from infra.logs import configure_logging
+from infra.process_group import alone, leave_with_parent
 from yuan.train.engine import start_distributed, stop_distributed
 from yuan.train.exits import Status, leave_note, status_of
 from yuan.train.folder import RunFolder

@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from infra.alive import FILE_VARIABLE, TEMPORARY_FAILURE, leave_when_silent
 from infra.files import open_log, remove
+from infra.liveness import FILE_VARIABLE, TEMPORARY_FAILURE, leave_when_silent
 from infra.processes import carrying, kill_carrying
 
 log = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from infra.alive import TEMPORARY_FAILURE, renewed
+from infra.liveness import TEMPORARY_FAILURE, renewed
 
-RANK = "import sys, pathlib, time; from infra.alive import leave_when_silent; "
+RANK = "import sys, pathlib, time; from infra.liveness import leave_when_silent; "
 RANK += "leave_when_silent(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
-WRITER = "import sys, pathlib, time; from infra.alive import renewed; import infra.alive as alive; "
+WRITER = "import sys, pathlib, time; from infra.liveness import renewed; import infra.liveness as alive; "
 WRITER += "alive.RENEW_EVERY_S = 0.2; cm = renewed(pathlib.Path(sys.argv[1])); cm.__enter__(); time.sleep(60)"
 
 

@@ -19,8 +19,8 @@ from flows.home import (
 )
 from infra.confinement import refuses_calls
 from infra.health import Failures, Liveness, Unwell
+from infra.keeper import marked, read_state, sweep
 from infra.processes import computing_seconds
-from infra.services import marked, read_state, sweep
 from tests.infra.listening import ORDINARY, listening
 from tests.waiting import until
 
@@ -29,7 +29,7 @@ import sys, urllib.request
 from pathlib import Path
 from infra.confinement import Confinement
 from infra.health import Liveness
-from infra.services import Keeper, Service
+from infra.keeper import Keeper, Service
 
 folder, listener, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 program = sys.argv[4:] or ["-m", "http.server", port, "--bind", "127.0.0.1"]

@@ -1,7 +1,7 @@
 """A sign of life between machines: a file that its writer renews, and processes that leave when it no longer does.
 
-On one machine a FIFO says at once that its holder is gone (`infra.launch`); between machines there is the folder that
-all of them see. What counts is that the content changes, measured by the reader's own clock.
+On one machine a FIFO says at once that its holder is gone (`infra.process_group`); between machines there is the
+folder that all of them see. What counts is that the content changes, measured by the reader's own clock.
 """
 
 import contextlib
