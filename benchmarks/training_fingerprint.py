@@ -1,0 +1,127 @@
+"""Print sha256 of what a short run, its checkpoints and a few plans are: `python benchmarks/training_fingerprint.py`.
+
+A refactoring changes no number: run it at the commit before and at the one after, and compare the lines. They hold for
+one machine and one set of libraries. The run is one of fp32 on two stages with a recomputed layer, and one of bf16.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from pairs import line, show
+from safetensors.torch import load_file
+from training_grids import RECIPE, make
+
+from infra.process_group import supervised, torchrun_command
+from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
+from yuan.data.samples import Sample
+from yuan.plan.job import Work
+from yuan.plan.planner import given_plan, make_plan
+from yuan.plan.pool import cpu_pool, load_pool
+from yuan.train.folder import RunFolder, RunSpec
+
+POOLS = Path(__file__).parent / "pools"
+BOUNDS = (0, 4, 6)
+
+
+def main() -> int:
+    show_hashes(plans())
+    with tempfile.TemporaryDirectory() as name:
+        parent, model, samples = make(Path(name) / "parent")
+        for precision in ("fp32", "bf16"):
+            recipe = dataclasses.replace(RECIPE, precision=precision, checkpoint_every=5)
+            folder = run(Path(name) / precision, parent, model, samples, recipe)
+            show_hashes([(f"{precision}: {what}", sha) for what, sha in fingerprints(folder)])
+    return 0
+
+
+def show_hashes(hashes: list[tuple[str, str]]) -> None:
+    """Print one line for each name and its hash."""
+    show(*({**line(name, None, "sha256"), "figure": sha} for name, sha in hashes))
+
+
+def plans() -> list[tuple[str, str]]:
+    """Return the hash of the JSON of some plans, by name."""
+    recipe = Recipe(max_steps=100, learning_rate=1e-4, seq_len=4096, micro_batch_size=1, global_batch_size=96)
+    small = Recipe(max_steps=100, learning_rate=1e-4, seq_len=128, micro_batch_size=2, global_batch_size=64)
+    cases = {
+        "plan of tiny on two processes": (tiny(1024), small, cpu_pool()),
+        "plan of 2b on mixed.toml:mixed-256": (yuan_2b(), recipe, load_pool(str(POOLS / "mixed.toml") + ":mixed-256")),
+        "plan of 51b on a100-96.toml": (yuan_51b(), recipe, load_pool(str(POOLS / "a100-96.toml"))),
+    }
+    return [
+        (name, sha256(json.dumps(make_plan(Work.of(model, asked), pool).to_json(), sort_keys=True).encode()))
+        for name, (model, asked, pool) in cases.items()
+    ]
+
+
+def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], recipe: Recipe) -> RunFolder:
+    """Train in a run folder, as the platform does."""
+    work, device = Work.of(model, recipe), cpu_pool().groups[0]
+    plan = given_plan(work, device, BOUNDS, data_size=1, micro_batch_size=recipe.micro_batch_size)
+    first, *others = plan.stages
+    plan = dataclasses.replace(plan, stages=[dataclasses.replace(first, recompute_layers=1), *others])
+    path.mkdir()
+    (path / "parent").symlink_to(parent)
+    (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
+    folder = RunFolder(path)
+    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=recipe, seed=5, parent="v1")
+    folder.write(spec, {"documents": samples}, pad=0)
+    command = torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
+    with supervised(command, path, {**os.environ, "OMP_NUM_THREADS": "1"}, "train.log") as process:
+        if process.wait(300):
+            raise RuntimeError((path / "train.log").read_text()[-3000:])
+    return folder
+
+
+def fingerprints(folder: RunFolder) -> list[tuple[str, str]]:
+    """Return the hashes of a run's losses, data, exported weights and the tensors of its checkpoints."""
+    losses = [(row["train/loss"], row["train/grad_norm"]) for row in folder.metrics()]
+    weights = load_file(folder.path / "export" / "model.safetensors")
+    files = sorted(file for file in folder.data.rglob("*") if file.is_file())
+    found = [
+        ("losses and norms", sha256(json.dumps(losses).encode())),
+        ("weights", sha256_of_tensors(weights)),
+        ("data", sha256(b"".join(file.read_bytes() for file in files))),
+    ]
+    for checkpoint in sorted(folder.checkpoints.glob("step-*")):
+        found.append((f"tensors of {checkpoint.name}", sha256_of_tensors(tensors_in(checkpoint))))
+    return found
+
+
+def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint into memory, by its key."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Hash names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
