@@ -22,8 +22,8 @@ from pairs import line, show
 from torch import Tensor, nn
 
 from yuan.config import LocalFilter, ModelConfig
+from yuan.model.attention_inputs import plain_rows
 from yuan.model.loss import head_loss
-from yuan.model.rows import plain_rows
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer, train
 

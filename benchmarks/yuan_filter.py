@@ -13,8 +13,8 @@ from pairs import answer, at_most, contest, show
 
 from infra.machine import has_fast_bf16
 from yuan.config import ModelConfig, yuan_2b
+from yuan.model.attention_inputs import plain_rows
 from yuan.model.loss import head_loss
-from yuan.model.rows import plain_rows
 from yuan.model.transformer import Layer, Yuan
 
 TABLE_1 = {

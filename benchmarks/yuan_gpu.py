@@ -17,8 +17,8 @@ from pairs import at_least, interval, line, ratios, show
 from torch import Tensor, nn
 
 from yuan.config import ModelConfig, yuan_2b
+from yuan.model.attention_inputs import plain_rows
 from yuan.model.loss import head_loss, weighted_cross_entropy
-from yuan.model.rows import plain_rows
 from yuan.model.transformer import Yuan
 from yuan.plan.flops import flops_per_token
 

@@ -22,8 +22,8 @@ STEPS = 2  # of one measurement
 
 def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from yuan.config import ModelConfig
+    from yuan.model.attention_inputs import plain_rows
     from yuan.model.loss import head_loss
-    from yuan.model.rows import plain_rows
     from yuan.model.transformer import Yuan
 
     config = ModelConfig(name="step", num_layers=LAYERS, hidden_size=H, num_heads=HEADS, vocab_size=V, seq_len=S)

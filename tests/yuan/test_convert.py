@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
-from yuan.model import layout, weights
+from yuan.model import hf_layout, weights
 from yuan.model.convert import config_from_hf, export_hf, import_hf
 from yuan.model.transformer import Yuan
 
@@ -104,8 +104,8 @@ def test_presets_have_the_published_keys_and_shapes(preset, keys):
     config = preset()
     with torch.device("meta"):
         model = Yuan(config)
-    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == layout.own_shapes(config)
-    shapes = layout.hf_shapes(config)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == hf_layout.own_shapes(config)
+    shapes = hf_layout.hf_shapes(config)
     assert len(shapes) == keys
     assert shapes["model.layers.0.self_attn.lf_gate.conv1.weight"] == (
         config.hidden_size // 2,
@@ -228,13 +228,13 @@ def test_memory_stays_near_a_shard(tmp_path):
 import resource, sys, torch
 from pathlib import Path
 from yuan.config import ModelConfig
-from yuan.model import convert, layout
+from yuan.model import convert, hf_layout
 from yuan.model.shards import write_shards
 from yuan.model.weights import CONFIG, write_manifest
 import json
 out = Path({str(tmp_path)!r})
 config = ModelConfig(name="t", num_layers=20, hidden_size=512, num_heads=8, vocab_size=8192, seq_len=64)
-shapes = layout.own_shapes(config)
+shapes = hf_layout.own_shapes(config)
 sizes = {{n: 4 * torch.Size(s).numel() for n, s in shapes.items()}}
 (out / "a").mkdir()
 files = write_shards(out / "a", sizes, ((n, torch.zeros(s)) for n, s in shapes.items()), max_bytes=20_000_000)

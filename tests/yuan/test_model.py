@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from yuan.config import LocalFilter as LocalFilterName
 from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
-from yuan.model.filter import make_filter
+from yuan.model.attention_inputs import plain_rows
+from yuan.model.local_filter import make_filter
 from yuan.model.rotary import rotary
-from yuan.model.rows import plain_rows
 from yuan.model.transformer import Yuan
 
 CONFIG = ModelConfig(name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=64, seq_len=32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import PRESETS, ModelConfig
-from yuan.model import layout
+from yuan.model import hf_layout
 from yuan.model.shards import MAX_SHARD_BYTES, Source, write_shards
 from yuan.model.weights import CONFIG, MANIFEST, read_config, verify, write_manifest
 
@@ -35,10 +35,10 @@ def export_hf(
     """
     about = verify(folder)
     config, source = read_config(folder), Source(folder)
-    source.check(layout.own_shapes(config))
+    source.check(hf_layout.own_shapes(config))
     _make_empty(out)
     kind = _dtype(dtype, source, "norm.weight")
-    files = _write(out, layout.hf_shapes(config), layout.to_hf(config, source.tensor), kind, max_shard_bytes)
+    files = _write(out, hf_layout.hf_shapes(config), hf_layout.to_hf(config, source.tensor), kind, max_shard_bytes)
     tokenizer = tokenizers.load(folder) if (folder / tokenizers.FILE_NAME).is_file() else None
     side: dict[str, Any] = {CONFIG: hf_config(config, tokenizer, kind)}
     side[GENERATION] = {name: side[CONFIG][f"{name}_token_id"] for name in ("bos", "eos", "pad")}
@@ -70,12 +70,14 @@ def import_hf(
         verify(folder)
     config = config_from_hf(folder)
     source = Source(folder)
-    source.check(layout.hf_shapes(config), optional={layout.HEAD})
-    if layout.HEAD in source.names and not torch.equal(source.tensor(layout.HEAD), source.tensor(layout.EMBEDDING)):
-        raise ValueError(f"{layout.HEAD} in {folder} is not equal to {layout.EMBEDDING}; Yuan 2.0 ties the two")
+    source.check(hf_layout.hf_shapes(config), optional={hf_layout.HEAD})
+    if hf_layout.HEAD in source.names and not torch.equal(
+        source.tensor(hf_layout.HEAD), source.tensor(hf_layout.EMBEDDING)
+    ):
+        raise ValueError(f"{hf_layout.HEAD} in {folder} is not equal to {hf_layout.EMBEDDING}; Yuan 2.0 ties the two")
     _make_empty(out)
-    kind = _dtype(dtype, source, layout.NORM)
-    files = _write(out, layout.own_shapes(config), layout.from_hf(config, source.tensor), kind, max_shard_bytes)
+    kind = _dtype(dtype, source, hf_layout.NORM)
+    files = _write(out, hf_layout.own_shapes(config), hf_layout.from_hf(config, source.tensor), kind, max_shard_bytes)
     (out / CONFIG).write_text(json.dumps(config.to_json(), indent=2))
     if (folder / tokenizers.FILE_NAME).is_file():
         tokenizer = tokenizers.load(folder)

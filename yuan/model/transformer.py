@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
+from yuan.model.attention_inputs import Rows, continued_rows, packed_rows, plain_rows
 from yuan.model.cache import Block, Cache
-from yuan.model.filter import make_filter
+from yuan.model.local_filter import make_filter
 from yuan.model.rotary import rotate
-from yuan.model.rows import Rows, continued_rows, packed_rows, plain_rows
 
 
 class Attention(nn.Module):

@@ -20,8 +20,8 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from yuan.config import Recipe
+from yuan.model.attention_inputs import packed_rows
 from yuan.model.loss import head_loss
-from yuan.model.rows import packed_rows
 from yuan.model.transformer import Layer
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine
 from yuan.train.folder import write_json

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from yuan.config import ModelConfig
+from yuan.model.attention_inputs import Rows, packed_rows
 from yuan.model.loss import head_loss
-from yuan.model.rows import Rows, packed_rows
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
 from yuan.train.tied import TIED, EmbeddingStage, gradient_of, with_head
