@@ -18,7 +18,7 @@ from feedback.api.access import Busy, CurrentAccount, StrictRoute, Transactions,
 from feedback.api.errors import STORE_FAULTS, Upstream
 from feedback.tables import new_id
 from yuan.data.text import make_storable
-from yuan.serve.forms import ChatIn, CompletionIn
+from yuan.serve.schemas import ChatIn, CompletionIn
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(known_query_apart)])
 

@@ -12,7 +12,7 @@ from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
 from yuan.generate.sampling import Sampling
 from yuan.generate.sequence import Sequence
-from yuan.serve.engine import Engine
+from yuan.serve.batching import Engine
 from yuan.serve.metrics import Metrics
 from yuan.serve.request import Busy, Failed, Piece, Request
 from yuan.serve.service import STARTING, Service

@@ -15,9 +15,9 @@ from yuan.data.text import error_place, printable
 from yuan.generate.decoder import NonFinite
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import Admission
-from yuan.serve.answers import DONE, ChatShape, Shape, sse
-from yuan.serve.forms import MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.request import Broken, Busy, Expired, Failed, Piece, Request, Served
+from yuan.serve.responses import DONE, ChatShape, Shape, sse
+from yuan.serve.schemas import MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import Service
 
 ANSWER_LIMIT_S = 110.0

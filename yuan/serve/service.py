@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from yuan.serve.engine import Engine
+from yuan.serve.batching import Engine
 from yuan.serve.metrics import Metrics
 from yuan.serve.request import Request, Served, Unserved
 
