@@ -21,9 +21,9 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
-from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
+from yuan.plan.workload import Work
 from yuan.train.folder import RunFolder, RunSpec
 
 STEPS, MOST, BATCH = 80, 0.01, 16

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pairs import line, show
 
 from yuan.config import PRESETS
-from yuan.plan.job import PUBLISHED_BATCH, Grid, Work
-from yuan.plan.memory import GIB
+from yuan.plan.memory_model import GIB
 from yuan.plan.paper import OFFICIAL_LAYOUTS
 from yuan.plan.pool import load_pool
 from yuan.plan.score import score
 from yuan.plan.search import Limits, search
+from yuan.plan.workload import PUBLISHED_BATCH, Grid, Work
 
 DEVICES = 96
 

@@ -13,12 +13,12 @@ from itertools import combinations, pairwise, product
 from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig
-from yuan.plan.costs import NEVER, Costs, costs_of
-from yuan.plan.job import Work, default_loss_block
 from yuan.plan.planner import timeline
 from yuan.plan.pool import Pool, parse_pool
 from yuan.plan.search import Candidate, Limits, grids, search
 from yuan.plan.solver import step_seconds
+from yuan.plan.stage_costs import NEVER, Costs, costs_of
+from yuan.plan.workload import Work, default_loss_block
 
 partition_balanced, _ = deepspeeds_partitions()
 POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything

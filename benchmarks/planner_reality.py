@@ -16,10 +16,10 @@ from scipy.stats import spearmanr
 
 from flows.measuring import run_measurement
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.calibrate import calibrated
-from yuan.plan.job import Grid, Work
+from yuan.plan.calibration_fit import calibrated
 from yuan.plan.pool import Group, cpu_pool
 from yuan.plan.score import score
+from yuan.plan.workload import Grid, Work
 from yuan.train.request import Answer, Request, Trial
 
 GPUS = torch.cuda.device_count()

@@ -13,13 +13,13 @@ from pathlib import Path
 from pairs import line, show
 
 from yuan.config import yuan_102b
-from yuan.plan.costs import costs_of
-from yuan.plan.job import Grid, Work, default_loss_block
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import Pool, parse_pool
-from yuan.plan.record import Plan
 from yuan.plan.replan import changed, replan, slowed
 from yuan.plan.solver import solve
+from yuan.plan.stage_costs import costs_of
+from yuan.plan.workload import Grid, Work, default_loss_block
 
 GROWTH = {
     "A100-80": (64, 256, 1_000, 4_000, 10_000),

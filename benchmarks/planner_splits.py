@@ -15,11 +15,11 @@ import numpy as np
 from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig, yuan_102b
-from yuan.plan.costs import costs_of
 from yuan.plan.flops import head_forward, layer_forward
-from yuan.plan.job import Grid, Work
 from yuan.plan.pool import parse_pool
 from yuan.plan.solver import solve
+from yuan.plan.stage_costs import costs_of
+from yuan.plan.workload import Grid, Work
 
 partition_balanced, partition_uniform = deepspeeds_partitions()
 LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384

@@ -20,9 +20,9 @@ from training_grids import RECIPE, make
 from infra.process_group import supervised, torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
 from yuan.data.samples import Sample
-from yuan.plan.job import Work
 from yuan.plan.planner import given_plan, make_plan
 from yuan.plan.pool import cpu_pool, load_pool
+from yuan.plan.workload import Work
 from yuan.train.folder import RunFolder, RunSpec
 
 POOLS = Path(__file__).parent / "pools"

@@ -21,11 +21,11 @@ from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
 from yuan.plan.devices import KNOWN
 from yuan.plan.flops import flops_per_token
-from yuan.plan.job import Work
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import Group, Pool, cpu_pool
-from yuan.plan.record import Plan
 from yuan.plan.search import Limits
+from yuan.plan.workload import Work
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.pipeline import PlannedPipeline
 from yuan.train.watch import peak_memory_bytes

@@ -20,11 +20,11 @@ from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
-from yuan.plan.job import Work
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import CPU_POOL, Pool
-from yuan.plan.record import Plan
 from yuan.plan.search import Limits
+from yuan.plan.workload import Work
 from yuan.train.folder import RunFolder, RunSpec
 
 log = logging.getLogger(__name__)

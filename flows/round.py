@@ -17,7 +17,7 @@ from flows.progress import RunCancelled, progress_reporter
 from flows.registry import RoundForm
 from flows.steps import Hopeless, show_table, step, without_text
 from infra.process_group import alone
-from yuan.plan.record import Plan
+from yuan.plan.plan_record import Plan
 from yuan.plan.table import as_table
 
 collect = step(intake.collect, "collect")

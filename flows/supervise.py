@@ -25,11 +25,11 @@ from infra.launchers.job import Job, LauncherAway
 from infra.machine import has_room
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import printable
-from yuan.plan.job import Work
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
-from yuan.plan.record import Plan
 from yuan.plan.replan import changed, replan
+from yuan.plan.workload import Work
 from yuan.train.folder import RunFolder
 from yuan.train.manifest import real_checkpoints, step_of
 from yuan.train.run_files import replace_file

@@ -11,9 +11,9 @@ from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show, stde
 
 if TYPE_CHECKING:
     from yuan.config import ModelConfig
-    from yuan.plan.job import Work
+    from yuan.plan.plan_record import Plan
     from yuan.plan.pool import Group, Pool
-    from yuan.plan.record import Plan
+    from yuan.plan.workload import Work
 
 Model = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
 PoolFile = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
@@ -51,11 +51,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
-    from yuan.plan.job import PUBLISHED_BATCH, Work, default_loss_block
     from yuan.plan.planner import draw_plan, make_plan
     from yuan.plan.replan import replan
     from yuan.plan.search import Limits
     from yuan.plan.table import as_table
+    from yuan.plan.workload import PUBLISHED_BATCH, Work, default_loss_block
 
     with clear_errors():
         config = _model(model)
@@ -162,7 +162,7 @@ def _parts(word: str, count: int) -> list[str]:
 
 
 def _plan_in_use(work: "Work", current: Path) -> "Plan":
-    from yuan.plan.record import Plan
+    from yuan.plan.plan_record import Plan
 
     try:
         data: dict[str, Any] = json.loads(current.read_text())
@@ -185,8 +185,8 @@ def _measure(
 
     from flows.measuring import run_measurement
     from yuan.config import Recipe
-    from yuan.plan.calibrate import calibrated
-    from yuan.plan.job import Work
+    from yuan.plan.calibration_fit import calibrated
+    from yuan.plan.workload import Work
     from yuan.train.request import Request, Trial
 
     ranks = processes or torch.cuda.device_count() or 2

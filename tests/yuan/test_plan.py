@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b, yuan_102b
-from yuan.plan.job import Work, default_loss_block
-from yuan.plan.memory import GIB
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import Group, Pool, cpu_pool, load_pool, parse_pool
-from yuan.plan.record import Plan
 from yuan.plan.search import Limits
 from yuan.plan.table import as_table
+from yuan.plan.workload import Work, default_loss_block
 from yuan.train.folder import RunSpec
 
 RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.calibrate import Clock, calibrated
+from yuan.plan.calibration_fit import Clock, calibrated
 from yuan.plan.flops import head_forward, layer_forward
-from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group, Measured
 from yuan.plan.score import score
-from yuan.plan.timing import embedding_bytes
+from yuan.plan.time_model import embedding_bytes
+from yuan.plan.workload import Grid, Work
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=512, num_heads=8, vocab_size=8_000, seq_len=512)
 WORK = Work(model=MODEL, seq_len=512, global_batch_size=8, precision="bf16", loss_block=512)

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.job import Work
 from yuan.plan.planner import candidate_of, make_plan
 from yuan.plan.pool import parse_pool
 from yuan.plan.replan import changed, replan, slow_name, slowed
+from yuan.plan.workload import Work
 
 MODEL = ModelConfig(name="m", num_layers=16, hidden_size=2048, num_heads=16, vocab_size=32_000, seq_len=2048)
 WORK = Work(model=MODEL, seq_len=2048, global_batch_size=64, precision="bf16", loss_block=512)

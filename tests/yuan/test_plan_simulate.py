@@ -6,7 +6,7 @@ from deepspeed.runtime.pipe import schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yuan.plan.critical import waits
+from yuan.plan.critical_path import waits
 from yuan.plan.simulate import simulate
 
 SENDS = {"SendActivation": 1, "SendGrad": -1}

@@ -12,11 +12,11 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from yuan.config import ModelConfig
 from yuan.plan import solver
 from yuan.plan.bounds import lower_bound
-from yuan.plan.costs import Costs, costs_of, returns_of
-from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group
 from yuan.plan.search import layers_by_wait
 from yuan.plan.solver import leanest, solve
+from yuan.plan.stage_costs import Costs, costs_of, returns_of
+from yuan.plan.workload import Grid, Work
 
 EXACT = 1e-9  # relative
 

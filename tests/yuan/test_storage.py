@@ -12,9 +12,9 @@ import torch
 
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import stage_terms
+from yuan.plan.memory_model import stage_terms
 from yuan.plan.pool import cpu_pool
+from yuan.plan.workload import Grid, Work
 from yuan.train import storage
 from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.pipeline import PlannedPipeline

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_steps, run, trained_steps, two_stages
 from yuan.model import weights
-from yuan.plan.job import Work
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
+from yuan.plan.workload import Work
 from yuan.train.export import chosen, export
 from yuan.train.folder import NewLines, RunFolder
 from yuan.train.heartbeats import read_heartbeats

@@ -10,10 +10,10 @@ from bisect import bisect_left
 import numpy as np
 import numpy.typing as npt
 
-from yuan.plan.costs import Costs
-from yuan.plan.critical import filling, steady
-from yuan.plan.memory import Ints
-from yuan.plan.timing import Floats
+from yuan.plan.critical_path import filling, steady
+from yuan.plan.memory_model import Ints
+from yuan.plan.stage_costs import Costs
+from yuan.plan.time_model import Floats
 
 Flags = npt.NDArray[np.bool_]
 STEPS = 24  # intervals of μ

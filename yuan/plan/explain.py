@@ -4,12 +4,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from yuan.plan.costs import NEVER, Costs, costs_of
-from yuan.plan.job import Work, default_loss_block
-from yuan.plan.memory import GIB
+from yuan.plan.memory_model import GIB
 from yuan.plan.pool import Pool
 from yuan.plan.search import Candidate, Limits, fits, search
 from yuan.plan.solver import added_seconds, busy_seconds, solve, step_seconds
+from yuan.plan.stage_costs import NEVER, Costs, costs_of
+from yuan.plan.workload import Work, default_loss_block
 
 GAIN = 1e-3  # a smaller share of the step's time is not worth a sentence
 MOST_TIMES = 16  # how many times the pool is grown in the search for what would fit

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from yuan.plan.costs import Costs
+from yuan.plan.stage_costs import Costs
 
 GIGA, TERA = 1e9, 1e12
 

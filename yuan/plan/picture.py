@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from html import escape
 
-from yuan.plan.memory import GIB
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import Plan, Stage
 from yuan.plan.pool import Pool
-from yuan.plan.record import Plan, Stage
 from yuan.plan.simulate import Timeline
 
 WIDTH, LEFT, ROW, GAP = 960, 120, 18, 4

@@ -6,15 +6,15 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from yuan.plan.explain import explain, why_not
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import stage_terms
+from yuan.plan.memory_model import stage_terms
 from yuan.plan.picture import draw
+from yuan.plan.plan_record import Plan, Stage
 from yuan.plan.pool import Group, Pool
-from yuan.plan.record import Plan, Stage
 from yuan.plan.score import score
 from yuan.plan.search import KEPT, Candidate, Limits, check_limits, search
 from yuan.plan.simulate import Timeline, simulate
-from yuan.plan.timing import compute_seconds, forward_seconds, transfer_seconds
+from yuan.plan.time_model import compute_seconds, forward_seconds, transfer_seconds
+from yuan.plan.workload import Grid, Work
 
 Objective = Literal["time", "memory"]
 UNLIMITED_GIB = 900_000.0  # below what a pool file may say at most

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from yuan.plan.job import Work
-from yuan.plan.memory import GIB
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import Plan
 from yuan.plan.planner import Objective, candidate_of, make_plan
 from yuan.plan.pool import Group, Pool
-from yuan.plan.record import Plan
 from yuan.plan.search import Limits
-from yuan.plan.timing import GIGA
+from yuan.plan.time_model import GIGA
+from yuan.plan.workload import Work
 
 STATE_BYTES = 12  # a parameter's master weight and two moments, which a checkpoint holds; the bf16 copy is made of them
 WORTH = 1e-4  # a share of the step's time below which a gain is none

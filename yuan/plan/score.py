@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from yuan.plan.critical import waits
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import stage_terms
+from yuan.plan.critical_path import waits
+from yuan.plan.memory_model import stage_terms
 from yuan.plan.pool import Group
 from yuan.plan.search import Candidate
 from yuan.plan.solver import Layout
-from yuan.plan.timing import compute_seconds, finish_seconds, forward_seconds, transfer_seconds
+from yuan.plan.time_model import compute_seconds, finish_seconds, forward_seconds, transfer_seconds
+from yuan.plan.workload import Grid, Work
 
 
 def score(

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from yuan.plan.bounds import least_peak, lower_bound, may_fit
-from yuan.plan.costs import Costs, costs_of
-from yuan.plan.critical import steady
-from yuan.plan.job import Grid, Work
+from yuan.plan.critical_path import steady
+from yuan.plan.dynamic_program import Program
 from yuan.plan.pool import Group, Pool
-from yuan.plan.program import Program
 from yuan.plan.solver import Layout, is_exact, leanest, solve
-from yuan.plan.timing import compute_seconds, finish_seconds
+from yuan.plan.stage_costs import Costs, costs_of
+from yuan.plan.time_model import compute_seconds, finish_seconds
+from yuan.plan.workload import Grid, Work
 
 KEPT = 10  # candidates that a simulation may score again
 CLOSE = 1.03  # a plan slower by more than this cannot win by simulation, which agrees with the time model within it

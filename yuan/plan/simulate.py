@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yuan.plan.timing import Floats
+from yuan.plan.time_model import Floats
 
 
 @dataclass(frozen=True)

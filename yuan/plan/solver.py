@@ -14,11 +14,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from yuan.plan.costs import NEVER, Costs
-from yuan.plan.critical import waits
-from yuan.plan.memory import Ints
-from yuan.plan.program import TIE, Program, num_states
-from yuan.plan.timing import Floats
+from yuan.plan.critical_path import waits
+from yuan.plan.dynamic_program import TIE, Program, num_states
+from yuan.plan.memory_model import Ints
+from yuan.plan.stage_costs import NEVER, Costs
+from yuan.plan.time_model import Floats
 
 EXACT_STATES = 40_000_000  # table cells that an exact program may visit
 SLACK = 1e-2  # share of a step's time by which a layout may miss the best of a grid that is not the best

@@ -1,7 +1,7 @@
 """A plan as text for people."""
 
-from yuan.plan.memory import GIB
-from yuan.plan.record import Plan, Stage
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import Plan, Stage
 
 BAR = 20  # characters
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from yuan.data.corpus import Corpus
 from yuan.data.shuffle import Numbers
-from yuan.plan.record import Plan
+from yuan.plan.plan_record import Plan
 
 Inputs = tuple[Tensor, Tensor]
 Labels = tuple[Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, corpus_files, write_corpus
 from yuan.data.samples import Sample
-from yuan.plan.record import Plan
+from yuan.plan.plan_record import Plan
 from yuan.train.manifest import MANIFEST, difference, digest_of, real_checkpoints, sealed
 from yuan.train.run_files import NotRegular, is_file, open_file, open_to_append, read_file, replace_file
 

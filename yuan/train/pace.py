@@ -9,7 +9,7 @@ from typing import Any
 from yuan.config import ModelConfig
 from yuan.plan.devices import KNOWN
 from yuan.plan.flops import flops_per_token
-from yuan.plan.record import Plan
+from yuan.plan.plan_record import Plan
 
 WINDOW = 32  # steps
 STRAGGLES, RECOVERED = 1.3, 1.15  # times as slow as planned, beside the others

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.calibrate import Clock
+from yuan.plan.calibration_fit import Clock
 from yuan.train.folder import write_json
 
 REQUEST, ANSWER = "measure.json", "measured.json"

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from yuan.plan.flops import head_forward, layer_forward
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import Ints, stage_parameters
+from yuan.plan.memory_model import Ints, stage_parameters
 from yuan.plan.pool import Group
+from yuan.plan.workload import Grid, Work
 
 Floats = npt.NDArray[np.float64]
 OPTIMIZER_BYTES = 28  # AdamW reads and writes master weight and two moments, reads the gradient

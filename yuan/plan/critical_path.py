@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from yuan.plan.memory import Ints
+from yuan.plan.memory_model import Ints
 
 
 def steady(stages: int, accum: int) -> Ints:

@@ -6,8 +6,8 @@ Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden, V vo
 import numpy as np
 import numpy.typing as npt
 
-from yuan.plan.job import Grid, Work
 from yuan.plan.pool import Group
+from yuan.plan.workload import Grid, Work
 
 GIB = 2**30
 Ints = npt.NDArray[np.int64]

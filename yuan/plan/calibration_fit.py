@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from yuan.plan.flops import BACKWARD, head_forward, layer_forward
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import stage_parameters
+from yuan.plan.memory_model import stage_parameters
 from yuan.plan.pool import Group, Measured
 from yuan.plan.score import score
-from yuan.plan.timing import GIGA, MICRO, OPTIMIZER_BYTES, TERA, embedding_bytes
+from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES, TERA, embedding_bytes
+from yuan.plan.workload import Grid, Work
 
 FREE = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is being found
 

@@ -10,10 +10,10 @@ Letters: P stages, C device classes, L places; K sizes of the counts of stages b
 import numpy as np
 
 from yuan.plan.bounds import most_places
-from yuan.plan.costs import Costs
-from yuan.plan.critical import filling, steady
-from yuan.plan.memory import Ints
-from yuan.plan.timing import Floats
+from yuan.plan.critical_path import filling, steady
+from yuan.plan.memory_model import Ints
+from yuan.plan.stage_costs import Costs
+from yuan.plan.time_model import Floats
 
 TIE = 1e-12  # relative; sums in another order differ by this much
 CELLS = 30_000  # of a table and its numbers of places, looked at together

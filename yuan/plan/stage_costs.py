@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from yuan.plan.job import Grid, Work
-from yuan.plan.memory import GIB, Ints, stage_terms
+from yuan.plan.memory_model import GIB, Ints, stage_terms
 from yuan.plan.pool import Group
-from yuan.plan.timing import Floats, compute_seconds, finish_seconds, forward_seconds, transfer_seconds
+from yuan.plan.time_model import Floats, compute_seconds, finish_seconds, forward_seconds, transfer_seconds
+from yuan.plan.workload import Grid, Work
 
 NEVER = -1  # of recomputed layers: the stage does not fit at all
 
