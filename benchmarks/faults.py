@@ -31,8 +31,8 @@ from infra.keeper import marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
-from yuan.train.folder import RunFolder
-from yuan.train.heartbeats import read_heartbeats
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import RunFolder
 
 STEPS, EVERY = 100, 20  # of a run, and between checkpoints
 RUN_LIMIT_S, STRIKE_LIMIT_S = 240, 60  # and for each strike

@@ -24,7 +24,7 @@ from yuan.model.loss import weighted_cross_entropy
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.workload import Work
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder, RunSpec
 
 STEPS, MOST, BATCH = 80, 0.01, 16
 RECIPE = Recipe(

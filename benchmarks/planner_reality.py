@@ -20,7 +20,7 @@ from yuan.plan.calibration_fit import calibrated
 from yuan.plan.pool import Group, cpu_pool
 from yuan.plan.score import score
 from yuan.plan.workload import Grid, Work
-from yuan.train.request import Answer, Request, Trial
+from yuan.train.calibration.messages import Answer, Request, Trial
 
 GPUS = torch.cuda.device_count()
 LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GPUS, 2) or 2

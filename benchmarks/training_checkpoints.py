@@ -22,10 +22,10 @@ from pairs import PAIRS, interval, line, show
 
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
-from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.fragments import pieces, restore, state_to_save
-from yuan.train.pipeline import PlannedPipeline
-from yuan.train.store import Checkpoints
+from yuan.train.checkpoint.checkpoints import Checkpoints
+from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.optimizer_state import pieces, restore, state_to_save
+from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=12, hidden_size=512, num_heads=8, vocab_size=8_192, seq_len=64)
 RECIPE = Recipe(

@@ -23,7 +23,7 @@ from yuan.data.samples import Sample
 from yuan.plan.planner import given_plan, make_plan
 from yuan.plan.pool import cpu_pool, load_pool
 from yuan.plan.workload import Work
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder, RunSpec
 
 POOLS = Path(__file__).parent / "pools"
 BOUNDS = (0, 4, 6)

@@ -26,9 +26,9 @@ from yuan.plan.planner import make_plan
 from yuan.plan.pool import Group, Pool, cpu_pool
 from yuan.plan.search import Limits
 from yuan.plan.workload import Work
-from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.pipeline import PlannedPipeline
-from yuan.train.watch import peak_memory_bytes
+from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.memory import peak_memory_bytes
+from yuan.train.zero.pipeline import PlannedPipeline
 
 STEPS, WARM, BATCH = 6, 2, 16
 NAMES = ("tokens/s at P = 1", "MFU at P = 1", "peak memory at P = 1")

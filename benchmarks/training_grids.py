@@ -24,8 +24,8 @@ from yuan.model.transformer import Yuan
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.workload import Work
-from yuan.train.engine import learning_rate
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.zero.engine import learning_rate
 
 GRIDS = {"P2·D1": ((0, 4, 6), 1), "P1·D2": ((0, 6), 2), "P2·D2": ((0, 2, 6), 2), "P4·D1": ((0, 2, 3, 5, 6), 1)}
 STEPS, SEED, MOST = 20, 5, 1e-5

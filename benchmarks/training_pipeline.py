@@ -28,9 +28,9 @@ from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.model.loss import head_loss
 from yuan.plan.flops import head_forward, layer_forward
-from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.pipeline import LayerStage, NormStage, PlannedPipeline, StageRows
-from yuan.train.tied import EmbeddingStage, gradient_of
+from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.pipeline import LayerStage, NormStage, PlannedPipeline, StageRows
+from yuan.train.zero.tied_embedding import EmbeddingStage, gradient_of
 
 MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_size=8_192, seq_len=128)
 BOUNDS, ACCUM, BLOCK = (0, 5, 9), 16, 128

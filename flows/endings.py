@@ -6,10 +6,10 @@ from typing import Literal
 
 from infra.launchers.job import HOST, Cause, Ending
 from yuan.data.text import printable
-from yuan.train.exits import Note, Status, read_notes
-from yuan.train.folder import RunFolder
-from yuan.train.heartbeats import read_heartbeats
+from yuan.train.exit_status import Note, Status, read_notes
+from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_files import NotRegular, read_file_end
+from yuan.train.run_folder import RunFolder
 
 Kind = Literal[
     "finished",

@@ -25,7 +25,7 @@ from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import CPU_POOL, Pool
 from yuan.plan.search import Limits
 from yuan.plan.workload import Work
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
 

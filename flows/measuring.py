@@ -7,7 +7,7 @@ from pathlib import Path
 from infra.confinement import built_environment
 from infra.files import read_end
 from infra.process_group import supervised, torchrun_command
-from yuan.train.request import Answer, Request
+from yuan.train.calibration.messages import Answer, Request
 
 LIMIT_S = 1800.0
 
@@ -23,7 +23,9 @@ def run_measurement(request: Request, ranks: int) -> Answer:
         folder = Path(name)
         env = built_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         request.write(folder)
-        with supervised(torchrun_command(ranks, "-m", "yuan.train.run", folder), folder, env, "measure.log") as process:
+        with supervised(
+            torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
+        ) as process:
             status = process.wait(LIMIT_S)
         if status:
             raise RuntimeError(f"measuring ended with status {status}: {read_end(folder / 'measure.log', 2000)}")

@@ -19,8 +19,8 @@ from flows.context import Context
 from flows.layout import PICTURE
 from infra.error_text import told
 from yuan.data.text import printable
-from yuan.train.folder import EVENTS, METRICS, NewLines, RunFolder
 from yuan.train.run_files import NotRegular, read_file, replace_file
+from yuan.train.run_folder import EVENTS, METRICS, NewLines, RunFolder
 
 log = logging.getLogger(__name__)
 

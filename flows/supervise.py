@@ -30,9 +30,9 @@ from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
 from yuan.plan.replan import changed, replan
 from yuan.plan.workload import Work
-from yuan.train.folder import RunFolder
-from yuan.train.manifest import real_checkpoints, step_of
+from yuan.train.checkpoint_manifest import real_checkpoints, step_of
 from yuan.train.run_files import replace_file
+from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

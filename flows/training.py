@@ -191,7 +191,7 @@ def how_to_register(home: Path, version: int, run_id: str) -> str:
             return f"register it again: cotrain register {manifest.parent} --version {version}"
     if any((run / "checkpoints").glob("step-*/manifest.json")):
         return (
-            f"write its weights again, `python -m yuan.train.export {run}`, and register them: "
+            f"write its weights again, `python -m yuan.train.checkpoint.export {run}`, and register them: "
             f"cotrain register {run / 'export'}"
         )
     return (

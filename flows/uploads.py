@@ -13,9 +13,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import Objects
 from yuan.data.text import printable
-from yuan.train.folder import EVENTS, RunFolder
-from yuan.train.manifest import CHECKPOINT, MANIFEST, difference, parse_sealed, real_checkpoints, step_of
+from yuan.train.checkpoint_manifest import CHECKPOINT, MANIFEST, difference, parse_sealed, real_checkpoints, step_of
 from yuan.train.run_files import NotRegular, open_file, open_folder, read_file, remove_entry
+from yuan.train.run_folder import EVENTS, RunFolder
 
 log = logging.getLogger(__name__)
 

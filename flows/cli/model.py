@@ -30,7 +30,7 @@ def train(
     from infra.confinement import built_environment
     from infra.launchers.job import Job
     from infra.launchers.local import LocalLauncher
-    from yuan.train.folder import RunFolder
+    from yuan.train.run_folder import RunFolder
 
     with clear_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())

@@ -187,7 +187,7 @@ def _measure(
     from yuan.config import Recipe
     from yuan.plan.calibration_fit import calibrated
     from yuan.plan.workload import Work
-    from yuan.train.request import Request, Trial
+    from yuan.train.calibration.messages import Request, Trial
 
     ranks = processes or torch.cuda.device_count() or 2
     one_each = replace(config, num_layers=ranks)

@@ -16,7 +16,7 @@ from tests.yuan.runs import RECIPE, make
 PLANT = """
 import os
 if os.environ.get("RANK") == "1":
-    from yuan.train.step import Stepper
+    from yuan.train.zero.step import Stepper
     run, calls = Stepper.run, [0]
     def lost(self, batches):
         calls[0] += 1

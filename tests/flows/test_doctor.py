@@ -221,8 +221,8 @@ def test_a_lost_export_is_written_again_as_it_was(first, stack, sessions):
     shutil.rmtree(run / "export")
     for copy in stack.home.glob("*/v1"):
         shutil.rmtree(copy)
-    assert f"python -m yuan.train.export {run}" in how_to_register(stack.home, 1, known.run_id)
-    subprocess.run([sys.executable, "-m", "yuan.train.export", str(run)], check=True, cwd=ROOT)
+    assert f"python -m yuan.train.checkpoint.export {run}" in how_to_register(stack.home, 1, known.run_id)
+    subprocess.run([sys.executable, "-m", "yuan.train.checkpoint.export", str(run)], check=True, cwd=ROOT)
     assert json.loads((run / "export" / "manifest.json").read_text()) == known.manifest
 
 
@@ -330,7 +330,7 @@ def test_the_way_back_follows_from_the_copies_there_are(tmp_path):
 
     assert "no copy of it is left" in how_to_register(tmp_path, 7, "r")
     put("runs/r/checkpoints/step-00000020")
-    assert f"python -m yuan.train.export {tmp_path}/runs/r" in how_to_register(tmp_path, 7, "r")
+    assert f"python -m yuan.train.checkpoint.export {tmp_path}/runs/r" in how_to_register(tmp_path, 7, "r")
     put("serve/v7/model")
     assert f"cotrain register {tmp_path}/serve/v7/model --version 7" in how_to_register(tmp_path, 7, "r")
     put("runs/r/export")

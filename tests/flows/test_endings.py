@@ -6,9 +6,9 @@ import pytest
 
 from flows.endings import classify
 from infra.launchers.job import Ending
-from yuan.train.exits import Status, leave_note, status_of
-from yuan.train.folder import RunFolder, write_json
+from yuan.train.exit_status import Status, leave_note, status_of
 from yuan.train.guard import NumericalTrouble
+from yuan.train.run_folder import RunFolder, write_json
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from sqlalchemy import select
 
 from feedback.contracts import RoundParameters
 from feedback.tables import Lease, TrainingRun
-from yuan.train.folder import RunFolder
-from yuan.train.heartbeats import read_heartbeats
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import pytest
 from flows import reporting
 from flows.endings import Ended
 from flows.reporting import EVENT_LENGTH, EVENTS_A_MINUTE, Reporter
-from yuan.train.folder import EVENTS, RunFolder
+from yuan.train.run_folder import EVENTS, RunFolder
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 
 from flows.endings import classify, log_end
 from infra.launchers.job import Ending
-from yuan.train.exits import read_notes
-from yuan.train.folder import NEW_BYTES, NewLines, RunFolder, write_json
-from yuan.train.heartbeats import read_heartbeats
-from yuan.train.manifest import difference, real_checkpoints
+from yuan.train.checkpoint_manifest import difference, real_checkpoints
+from yuan.train.exit_status import read_notes
+from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_files import NotRegular, is_file, names_in, open_file, read_file
+from yuan.train.run_folder import NEW_BYTES, NewLines, RunFolder, write_json
 
 SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"
 PLANTS = {

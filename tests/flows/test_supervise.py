@@ -15,8 +15,8 @@ from flows.endings import Ended
 from flows.supervise import TrainingFailed
 from tests.yuan.runs import RECIPE, make
 from yuan.plan.pool import CPU_POOL
-from yuan.train.folder import RunFolder
-from yuan.train.heartbeats import read_heartbeats
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import RunFolder
 
 STEPS = 400  # so many that a run is still under way when the supervisor looks again
 

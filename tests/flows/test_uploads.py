@@ -10,8 +10,8 @@ import pytest
 from feedback.tables import new_id
 from flows.uploads import fetch, send, uploading
 from infra.objects import PART_BYTES
-from yuan.train.folder import RunFolder
-from yuan.train.manifest import MANIFEST, SCHEMA, SEAL, real_checkpoints, seal_of
+from yuan.train.checkpoint_manifest import MANIFEST, SCHEMA, SEAL, real_checkpoints, seal_of
+from yuan.train.run_folder import RunFolder
 
 
 @pytest.fixture

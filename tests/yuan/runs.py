@@ -20,8 +20,8 @@ from yuan.plan.planner import make_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.search import Limits
 from yuan.plan.workload import Work
-from yuan.train.engine import learning_rate
-from yuan.train.folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.zero.engine import learning_rate
 
 STEPS = 12
 RECIPE = Recipe(

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.yuan.runs import RECIPE, launch, lay_out, run
-from yuan.train.exits import Status, read_notes
-from yuan.train.folder import RunFolder
+from yuan.train.exit_status import Status, read_notes
 from yuan.train.guard import Decisions
-from yuan.train.heartbeats import read_heartbeats
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import RunFolder
 
 LONG = dataclasses.replace(RECIPE, max_steps=36, warmup_steps=20, checkpoint_every=8)
 PLANTED = Path(__file__).parents[2] / "benchmarks" / "planted.py"

@@ -13,7 +13,7 @@ from yuan.plan.pool import Group, Pool, cpu_pool, load_pool, parse_pool
 from yuan.plan.search import Limits
 from yuan.plan.table import as_table
 from yuan.plan.workload import Work, default_loss_block
-from yuan.train.folder import RunSpec
+from yuan.train.run_folder import RunSpec
 
 RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)
 SMALL = ModelConfig(name="small", num_layers=6, hidden_size=1024, num_heads=16, vocab_size=32_000, seq_len=1024)

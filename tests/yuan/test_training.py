@@ -18,10 +18,10 @@ from yuan.model import weights
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.workload import Work
-from yuan.train.export import chosen, export
-from yuan.train.folder import NewLines, RunFolder
-from yuan.train.heartbeats import read_heartbeats
-from yuan.train.manifest import SEAL, seal_of
+from yuan.train.checkpoint.export import chosen, export
+from yuan.train.checkpoint_manifest import SEAL, seal_of
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import NewLines, RunFolder
 
 
 @pytest.fixture(scope="module")

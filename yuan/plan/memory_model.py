@@ -37,8 +37,8 @@ def stage_terms(
     Returns:
         Bytes by name, in the arguments' common shape; their sum is the peak, the device's reserve included.
 
-    Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; yuan/train/storage.py; Yuan 2.0 paper, section 3.4
-    and Fig. 3.
+    Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; yuan/train/zero/memory.py; Yuan 2.0 paper,
+    section 3.4 and Fig. 3.
     """
     model, size = work.model, work.bytes_per_value
     stage, layers, recompute = np.broadcast_arrays(*(np.asarray(n, np.int64) for n in (stage, layers, recompute)))

@@ -1,4 +1,4 @@
-"""Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`; or of a measurement, see `yuan.train.measure`.
+"""Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`.
 
 A run can be killed at any instant and started again on the same folder; it goes on from the last
 committed checkpoint with the same order of data.
@@ -13,13 +13,11 @@ import torch
 
 from infra.logs import configure_logging
 from infra.process_group import alone, leave_with_parent
-from yuan.train.engine import start_distributed, stop_distributed
-from yuan.train.exits import Status, leave_note, status_of
-from yuan.train.folder import RunFolder
-from yuan.train.measure import measure
-from yuan.train.request import REQUEST
+from yuan.train.exit_status import Status, leave_note, status_of
+from yuan.train.heartbeat import Heartbeat
+from yuan.train.run_folder import RunFolder
 from yuan.train.trainer import Trainer
-from yuan.train.watch import Heartbeat
+from yuan.train.zero.engine import start_distributed, stop_distributed
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +27,6 @@ def main() -> int:
     leave_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = RunFolder(Path(sys.argv[1]).resolve())
-    if (folder.path / REQUEST).exists():
-        measure(folder.path)
-        stop_distributed()
-        return 0
     rank = int(os.environ["RANK"])
     try:
         train(folder, rank)

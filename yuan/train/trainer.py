@@ -12,18 +12,19 @@ from deepspeed import comm as dist
 from yuan.data.mixture import Span, kept_positions
 from yuan.data.shuffle import Numbers
 from yuan.model.shards import Source
-from yuan.train.engine import deepspeed_config, learning_rate, start_engine
-from yuan.train.export import export
-from yuan.train.feed import micro_batches
-from yuan.train.folder import RunFolder, RunSpec
-from yuan.train.fragments import pieces, restore, state_to_save
+from yuan.train.batches import micro_batches
+from yuan.train.checkpoint.checkpoints import Checkpoints
+from yuan.train.checkpoint.export import export
 from yuan.train.guard import WINDOW, Decisions, Judge, NumericalTrouble, merged
-from yuan.train.journal import Journal
-from yuan.train.pace import Pacer
-from yuan.train.pipeline import PlannedPipeline, Tally, load_weights
-from yuan.train.step import Pass, Stepper
-from yuan.train.store import Checkpoints
-from yuan.train.watch import Heartbeat, Stopwatch
+from yuan.train.heartbeat import Heartbeat
+from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_log import Journal
+from yuan.train.throughput import Pacer
+from yuan.train.zero.engine import deepspeed_config, learning_rate, start_engine
+from yuan.train.zero.optimizer_state import pieces, restore, state_to_save
+from yuan.train.zero.pipeline import PlannedPipeline, Tally, load_weights
+from yuan.train.zero.stage_timer import StageTimer
+from yuan.train.zero.step import Pass, Stepper
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Trainer:
             self.module, self.recipe, deepspeed_config(self.recipe, spec.plan.data_size)
         )
         pieces(self.engine, spec.model.num_layers)  # makes the moments, so that even the first update can be left out
-        self.stepper = Stepper(self.engine, tally, Stopwatch(self.engine, heartbeat.at), self._wrong)
+        self.stepper = Stepper(self.engine, tally, StageTimer(self.engine, heartbeat.at), self._wrong)
         self.pacer = Pacer(spec.model, spec.plan)
         names = [source.name for source in self.corpus.sources]
         self.journal = Journal(folder, self.rank, names, self.recipe.max_steps)

@@ -1,4 +1,7 @@
-"""From a checkpoint to a model folder, without ranks and without a GPU: `python -m yuan.train.export RUN_DIR`."""
+"""Write a checkpoint's weights as a model folder, without ranks and without a GPU.
+
+`python -m yuan.train.checkpoint.export RUN_DIR`
+"""
 
 import argparse
 import logging
@@ -15,9 +18,9 @@ from yuan import tokenizer as tokenizers
 from yuan.model import weights
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
-from yuan.train.folder import RunFolder
-from yuan.train.manifest import MANIFEST, damage_of, real_checkpoints, sealed
-from yuan.train.pieces import Piece, read_pieces
+from yuan.train.checkpoint.dcp import Piece, read_pieces
+from yuan.train.checkpoint_manifest import MANIFEST, damage_of, real_checkpoints, sealed
+from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

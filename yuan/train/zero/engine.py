@@ -9,8 +9,8 @@ import torch
 from deepspeed import comm as dist
 
 from yuan.config import Recipe
-from yuan.train.pipeline import PlannedPipeline
-from yuan.train.storage import share_storage
+from yuan.train.zero.memory import share_storage
+from yuan.train.zero.pipeline import PlannedPipeline
 
 REDUCED_AT_ONCE = 50_000_000
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuan.train.pieces import Piece
-from yuan.train.pipeline import yuan_name
-from yuan.train.tied import TIED
+from yuan.train.checkpoint.dcp import Piece
+from yuan.train.zero.pipeline import yuan_name
+from yuan.train.zero.tied_embedding import TIED
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from yuan.train.folder import write_json
 from yuan.train.guard import NumericalTrouble
 from yuan.train.run_files import names_in, read_file
+from yuan.train.run_folder import write_json
 
 FOLDER = "exits"
 HOST_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # a batch system's own name for this machine

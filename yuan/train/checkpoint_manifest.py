@@ -11,7 +11,7 @@ from typing import Any
 from yuan.train.run_files import is_file, names_in, open_file, read_file
 
 MANIFEST, SEAL, SCHEMA = "manifest.json", "sha256", 1
-CHECKPOINT = re.compile(r"step-[0-9]{8}")  # as yuan.train.store names them; no run has as many steps
+CHECKPOINT = re.compile(r"step-[0-9]{8}")  # as yuan.train.checkpoint.checkpoints names them; no run has as many steps
 
 
 def digest_of(file: Path) -> dict[str, Any]:

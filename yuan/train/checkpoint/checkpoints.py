@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from yuan.train.folder import write_json
-from yuan.train.manifest import (
+from yuan.train.checkpoint.dcp import Piece, read_pieces, write_pieces
+from yuan.train.checkpoint_manifest import (
     MANIFEST,
     SCHEMA,
     SEAL,
@@ -30,7 +30,7 @@ from yuan.train.manifest import (
     sealed,
     step_of,
 )
-from yuan.train.pieces import Piece, read_pieces, write_pieces
+from yuan.train.run_folder import write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """How fast the devices at hand are: a layer, the head, links, and whole steps of pipelines, by the clock.
 
-`measure.json` in a folder asks, `measured.json` answers: `torchrun -m yuan.train.run FOLDER`. Every rank measures at
+`measure.json` in a folder asks, `measured.json` answers: see `yuan.train.calibration.run`. Every rank measures at
 once, so that what they share (memory bandwidth, power) is shared as in training.
 
 Shape letters: B micro-batch, S sequence, H hidden, V vocabulary.
@@ -23,11 +23,11 @@ from yuan.config import Recipe
 from yuan.model.attention_inputs import packed_rows
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer
-from yuan.train.engine import deepspeed_config, start_distributed, start_engine
-from yuan.train.folder import write_json
-from yuan.train.pipeline import PlannedPipeline
-from yuan.train.request import ANSWER, Answer, Request, Trial
-from yuan.train.tied import EmbeddingStage
+from yuan.train.calibration.messages import ANSWER, Answer, Request, Trial
+from yuan.train.run_folder import write_json
+from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine
+from yuan.train.zero.pipeline import PlannedPipeline
+from yuan.train.zero.tied_embedding import EmbeddingStage
 
 REPEATS, LEAST_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
 DEPTH = 4  # layers of a measured stack: one alone would find its weights and activations in the caches

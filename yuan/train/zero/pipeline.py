@@ -17,7 +17,7 @@ from yuan.model.attention_inputs import Rows, packed_rows
 from yuan.model.loss import head_loss
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
-from yuan.train.tied import TIED, EmbeddingStage, gradient_of, with_head
+from yuan.train.zero.tied_embedding import TIED, EmbeddingStage, gradient_of, with_head
 
 Travelling = tuple[Tensor, Tensor]
 

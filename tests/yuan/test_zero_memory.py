@@ -15,9 +15,9 @@ from yuan.config import ModelConfig, Recipe
 from yuan.plan.memory_model import stage_terms
 from yuan.plan.pool import cpu_pool
 from yuan.plan.workload import Grid, Work
-from yuan.train import storage
-from yuan.train.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.pipeline import PlannedPipeline
+from yuan.train.zero import memory
+from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
 
@@ -53,7 +53,7 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
 
 def count(folder):
     """Bytes of this rank's storages, those of the gradients as the optimizer is given them; their norm, in blocks."""
-    storage.NORM_BLOCK_CPU = 1000
+    memory.NORM_BLOCK_CPU = 1000
     replicas = int(os.environ["WORLD_SIZE"])
     start_distributed(replicas)
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)

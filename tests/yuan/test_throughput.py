@@ -9,7 +9,7 @@ from yuan.plan.flops import flops_per_token
 from yuan.plan.planner import given_plan
 from yuan.plan.pool import cpu_pool
 from yuan.plan.workload import Work
-from yuan.train.pace import WINDOW, Pacer
+from yuan.train.throughput import WINDOW, Pacer
 
 WORK = Work(model=tiny(), seq_len=128, global_batch_size=8, precision="fp32")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from yuan.train.manifest import MANIFEST
-from yuan.train.pieces import Piece
-from yuan.train.store import Checkpoints
+from yuan.train.checkpoint.checkpoints import Checkpoints
+from yuan.train.checkpoint.dcp import Piece
+from yuan.train.checkpoint_manifest import MANIFEST
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
 SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}

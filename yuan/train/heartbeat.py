@@ -1,35 +1,29 @@
-"""Signs of life of a rank, the time its computing takes, and an end to a rank that makes no progress.
+"""Signs of life of a rank, who reads them, and an end to a rank that makes no progress.
 
 A rank that hangs is as dead as one that crashed, and its peers wait for it for ever. Each rank says every second what
 it is at; one that has been at the same instruction for too long ends itself, and torchrun ends the others.
 """
 
+import json
 import os
-import resource
+import re
 import statistics
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
-import torch
-from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from yuan.train.exit_status import Status, leave_note
+from yuan.train.run_files import names_in, read_file
+from yuan.train.run_folder import write_json
 
-from yuan.train.exits import Status, leave_note
-from yuan.train.folder import write_json
-from yuan.train.heartbeats import FOLDER
-
+FOLDER, NAME = "heartbeats", re.compile(r"[0-9]{1,6}\.json")
 BEAT_EVERY_S = 1.0
 SLOWEST = 20.0  # times the median step after which a rank hangs, and
 LEAST_LIMIT_S = 20.0  # seconds at least, since a busy machine stalls for some of them
 ENOUGH = 5  # steps before their median counts
-
-COMPUTING = (schedule.ForwardPass, schedule.BackwardPass)
 
 
 class Heartbeat:
@@ -84,49 +78,14 @@ class Heartbeat:
             time.sleep(BEAT_EVERY_S)
 
 
-class Stopwatch:
-    """Adds up the time an engine computes, without the time it waits for its neighbours; on a GPU by its own clock."""
-
-    def __init__(self, engine: Any, at: Callable[[str], None]) -> None:
-        self._on_gpu = engine.device.type == "cuda"
-        self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
-        known = PipelineEngine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = {kind: self._timed(kind, known[kind], at) for kind in known}
-
-    def take(self) -> float:
-        """Seconds computed since the last call; waits for the GPU."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._seconds += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
-            self._events.clear()
-        taken, self._seconds = self._seconds, 0.0
-        return taken
-
-    def _timed(self, kind: type, method: Callable[..., Any], at: Callable[[str], None]) -> Callable[..., Any]:
-        name = kind.__name__
-
-        def run(engine: Any, **arguments: Any) -> None:
-            at(name)
-            bound = MethodType(method, engine)
-            if kind not in COMPUTING:
-                bound(**arguments)
-            elif self._on_gpu:
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begun.record()
-                bound(**arguments)
-                ended.record()
-                self._events.append((begun, ended))
-            else:
-                started = time.perf_counter()
-                bound(**arguments)
-                self._seconds += time.perf_counter() - started
-
-        return run
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: of its GPU, or of its process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
+    """By rank: its pid, the time, the step after which and the instruction in which it was."""
+    found = {}
+    for name in names_in(run, FOLDER):
+        if not NAME.fullmatch(name):
+            continue
+        try:
+            found[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{FOLDER}/{name}"))
+        except (ValueError, OSError):
+            continue
+    return found

@@ -9,6 +9,7 @@ DeepSpeed's own checkpoints would write, with several replicas, all masters for 
 are saved with all that they are views of; ours are written from pieces.
 """
 
+import resource
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -85,3 +86,10 @@ def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
 
 def _unpadded(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
     return (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: of its GPU, or of its process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

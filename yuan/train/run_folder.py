@@ -12,7 +12,7 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.plan_record import Plan
-from yuan.train.manifest import MANIFEST, difference, digest_of, real_checkpoints, sealed
+from yuan.train.checkpoint_manifest import MANIFEST, difference, digest_of, real_checkpoints, sealed
 from yuan.train.run_files import NotRegular, is_file, open_file, open_to_append, read_file, replace_file
 
 KINDS = ("pretrain", "continue", "finetune")

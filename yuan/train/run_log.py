@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from yuan.data.shuffle import Numbers
-from yuan.train.folder import EVENTS, METRICS, RunFolder, write_json
-from yuan.train.pace import Pacer
-from yuan.train.step import Pass
+from yuan.train.run_folder import EVENTS, METRICS, RunFolder, write_json
+from yuan.train.throughput import Pacer
+from yuan.train.zero.step import Pass
 
 STATUS_EVERY_S = 2.0
 

@@ -11,8 +11,9 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from yuan.train.pipeline import Tally
-from yuan.train.watch import Stopwatch, peak_memory_bytes
+from yuan.train.zero.memory import peak_memory_bytes
+from yuan.train.zero.pipeline import Tally
+from yuan.train.zero.stage_timer import StageTimer
 
 Wrong = Callable[[float, float], str | None]
 
@@ -44,8 +45,8 @@ class Stepper:
         wrong: says what is wrong with a loss and a norm; the same on every rank.
     """
 
-    def __init__(self, engine: Any, tally: Tally, stopwatch: Stopwatch, wrong: Wrong) -> None:
-        self._engine, self._tally, self._stopwatch, self._wrong = engine, tally, stopwatch, wrong
+    def __init__(self, engine: Any, tally: Tally, timer: StageTimer, wrong: Wrong) -> None:
+        self._engine, self._tally, self._timer, self._wrong = engine, tally, timer, wrong
         self._shared: list[float] | None = None
         self._norm = math.inf
         self._verdict: str | None = None
@@ -93,7 +94,7 @@ class Stepper:
         engine, rank, ranks = self._engine, dist.get_rank(), dist.get_world_size()
         sums, counts = self._tally.take()
         computed, memory = torch.zeros(ranks), torch.zeros(ranks)
-        computed[rank], memory[rank] = self._stopwatch.take(), peak_memory_bytes(engine.device)
+        computed[rank], memory[rank] = self._timer.take(), peak_memory_bytes(engine.device)
         loss: Tensor = torch.zeros(())
         if engine.is_last_stage():
             loss = engine.total_loss / engine.gradient_accumulation_steps() / engine.grid.get_data_parallel_world_size()

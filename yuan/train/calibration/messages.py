@@ -1,4 +1,4 @@
-"""What a measurement is asked and answers: the files between `yuan.train.measure` and those who want rates."""
+"""The two files of a measurement: what is asked for, and what was measured. No torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.calibration_fit import Clock
-from yuan.train.folder import write_json
+from yuan.train.run_folder import write_json
 
 REQUEST, ANSWER = "measure.json", "measured.json"
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run, which any plan can read, and the weights exported from them."""
