@@ -25,8 +25,8 @@ from pairs import line, show
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
-from flows.demo.corpus import BASE_SKILLS
-from flows.home import load_config
+from flows.demo.demo_corpus import BASE_SKILLS
+from flows.stack.stack_config import load_config
 from infra.keeper import marked, read_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
@@ -157,7 +157,7 @@ def flip_bit(trial: Trial) -> bool:
 FAULTS: dict[str, Fault] = {
     "kill -9 of a rank": kill_rank,
     "kill -9 of the launcher": kill_by("torch.distributed.run"),
-    "kill -9 of the supervisor": kill_by("flows.engine"),
+    "kill -9 of the supervisor": kill_by("flows.dispatcher.flow_process"),
     "kill -9 of the worker": kill_worker,
     "SIGSTOP of a rank": stop_rank,
     "PostgreSQL down": outage("postgres"),

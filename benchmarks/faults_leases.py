@@ -22,9 +22,10 @@ from sqlalchemy import func, select
 
 from feedback import leases
 from feedback.tables import Base, Device, Lease
-from flows.holding import Sessions, held, job_name, reap
-from flows.home import load_config, write_environment
-from flows.stores import postgres_service
+from flows.stack.stack_config import load_config, write_environment
+from flows.stack.stores import postgres_service
+from flows.supervisor.lease_holder import Sessions, held, job_name
+from flows.supervisor.reaper import reap
 from infra.database import open_engine, open_sessions
 from infra.keeper import MARK, sweep
 from infra.launchers.local import JOB_VARIABLE, LocalLauncher

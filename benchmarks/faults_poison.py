@@ -28,7 +28,7 @@ from pairs import line, show
 
 from feedback.client import Client
 from feedback.contracts import FeedbackOut, RoundOut, RoundParameters
-from flows.demo.corpus import BASE_SKILLS
+from flows.demo.demo_corpus import BASE_SKILLS
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills

@@ -14,7 +14,7 @@ import torch
 from pairs import line, show
 from scipy.stats import spearmanr
 
-from flows.measuring import run_measurement
+from flows.calibrate_pool import run_measurement
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.calibration_fit import calibrated
 from yuan.plan.pool import Group, cpu_pool

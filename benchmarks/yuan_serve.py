@@ -21,7 +21,7 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.cli.rounds import follow
 from flows.cli.stack import bring_up, take_down
-from flows.demo.corpus import BASE_SKILLS
+from flows.demo.demo_corpus import BASE_SKILLS
 from flows.demo.play import push, wait_for_version
 from infra.settings import HOME_VARIABLE, Settings, load_settings
 from yuan.data.skills import load_skills

@@ -61,8 +61,8 @@ class RegisteredFlow:
 
 
 REGISTERED: Mapping[str, RegisteredFlow] = {
-    "cotrain-round": RegisteredFlow("flows.round", "cotrain_round", RoundForm),
-    "cotrain-reproduce": RegisteredFlow("flows.reproduction", "cotrain_reproduce", ReproduceForm),
+    "cotrain-round": RegisteredFlow("flows.round.flow", "cotrain_round", RoundForm),
+    "cotrain-reproduce": RegisteredFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
 }
 
 

@@ -15,8 +15,8 @@ from feedback import rounds
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import Round, new_id
-from flows.home import make_config, write_environment
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import make_config, write_environment
 from infra.database import open_engine, open_sessions
 from infra.keeper import MARK, sweep
 from infra.listeners import open_listener

@@ -26,7 +26,7 @@ def train(
     import os
     import time
 
-    from flows.endings import classify
+    from flows.supervisor.exit_reason import classify
     from infra.confinement import built_environment
     from infra.launchers.job import Job
     from infra.launchers.local import LocalLauncher
@@ -71,7 +71,7 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
 
     with clear_errors():
         context = open_installation()
-        from flows.judging import evaluate_version
+        from flows.round.evaluate import evaluate_version
 
         number = resolve(context, version)
         evaluate_version(context, number)
@@ -165,7 +165,7 @@ def _folder_of(version: str) -> Path:
     if len(folder.parts) > 1:
         raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
     context = open_installation()
-    from flows.training import require
+    from flows.round.versions import require
 
     number = resolve(context, version)
     require(context, number)

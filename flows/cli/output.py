@@ -70,7 +70,7 @@ def progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
     """A progress display on stderr, given a run's status and the time from which one counts."""
     from rich.progress import BarColumn, Progress, TextColumn
 
-    from flows.described import described
+    from flows.supervisor.status_line import described
 
     columns = (BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as display:

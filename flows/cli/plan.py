@@ -98,6 +98,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure a layer, the head, links and whole steps on the devices here, and write a pool with these rates."""
+    from flows.calibrate_pool import measure_rates
     from yuan.plan.pool import dump_pool
 
     with clear_errors():
@@ -106,7 +107,15 @@ def calibrate(
         config = _model(model)
         if out.exists():
             raise ValueError(f"{out} exists already; choose another file")
-        measured = _measure(config, group, processes, seq_len or config.seq_len, micro_batch_size, precision)
+        measured = measure_rates(
+            config,
+            group,
+            processes,
+            seq_len=seq_len or config.seq_len,
+            micro_batch_size=micro_batch_size,
+            precision=precision,  # type: ignore[arg-type]  # checked by Recipe
+            report=lambda what: stderr.print(f"{what} ..."),
+        )
         groups = tuple(measured if other is group else other for other in parsed.groups)
         out.write_text(dump_pool(replace(parsed, groups=groups)))
     rates = asdict(measured)["measured"]
@@ -175,36 +184,3 @@ def _plan_in_use(work: "Work", current: Path) -> "Plan":
     if asked != made:
         raise ValueError(f"{current} is a plan for {made}, and asked is {asked}; ask for the same training")
     return before
-
-
-def _measure(
-    config: "ModelConfig", group: "Group", processes: int | None, seq_len: int, micro_batch_size: int, precision: str
-) -> "Group":
-    """Measure pipelines of one layer on each process, and turn the answer into rates."""
-    import torch
-
-    from flows.measuring import run_measurement
-    from yuan.config import Recipe
-    from yuan.plan.calibration_fit import calibrated
-    from yuan.plan.workload import Work
-    from yuan.train.calibration.messages import Request, Trial
-
-    ranks = processes or torch.cuda.device_count() or 2
-    one_each = replace(config, num_layers=ranks)
-    recipe = Recipe(
-        max_steps=1,
-        warmup_steps=0,
-        learning_rate=1e-4,
-        seq_len=seq_len,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=micro_batch_size,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    work = Work.of(one_each, recipe)
-    bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
-    trials = tuple(Trial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
-    shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
-    stderr.print(f"measuring {shape} ...")
-    answer = run_measurement(Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks)
-    steps = list(zip(accums, answer.step_s, strict=True))
-    return calibrated(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")

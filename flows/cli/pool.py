@@ -93,7 +93,7 @@ def _open(name: str) -> tuple[Any, str]:
     """The installation and the pool asked for, its devices as the pool's file has them now."""
     from feedback import leases
     from flows.context import open_context
-    from flows.launching import pool_of
+    from flows.supervisor.pool_launcher import pool_of
     from infra.settings import Settings
 
     context = open_context(Settings)

@@ -29,7 +29,7 @@ def register(
         raise fail(f"a version is written 7 or v7, got {version!r}", USAGE)
     with clear_errors():
         context = open_installation()
-        from flows.training import register_again
+        from flows.round.versions import register_again
 
         found, is_new = register_again(context, folder, int(number) if number else None)
         text = f"v{found} is in the registry again" if is_new else f"v{found} is in the registry; nothing was changed"

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from flows.cli.output import FAILED, Json, clear_errors, form_of, show, stderr
-from flows.described import described
+from flows.supervisor.status_line import described
 from yuan.data.text import printable
 
 FOLLOW_EVERY_S = 0.5

@@ -19,7 +19,7 @@ from flows.cli.output import LINE_LENGTH, Json, clear_errors, fail, show, show_t
 from yuan.data.text import printable
 
 if TYPE_CHECKING:
-    from flows.probing import Finding
+    from flows.stack.probing import Finding
 
 UP_TIMEOUT_S = 120.0
 LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
@@ -51,8 +51,8 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     Raises:
         RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
     """
-    from flows.checks import keeper_faults, machine_faults, setting_faults
-    from flows.home import forget_retired
+    from flows.stack.doctor import keeper_faults, machine_faults, setting_faults
+    from flows.stack.stack_config import forget_retired
     from infra.keeper_lock import is_running
 
     began = time.monotonic()
@@ -94,7 +94,7 @@ class _Keeper:
 
 
 def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
-    from flows.home import make_config
+    from flows.stack.stack_config import make_config
     from infra.settings import HOME_VARIABLE, NO_TELEMETRY
 
     make_config(home, durable=durable)
@@ -163,7 +163,7 @@ def down(as_json: Json = False) -> None:
 
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
-    from flows.home import CONFIG_FILE, load_config
+    from flows.stack.stack_config import CONFIG_FILE, load_config
     from infra.keeper import marked, read_state, sweep
     from infra.keeper_lock import LOCK_FILE, find_holder
 
@@ -201,7 +201,7 @@ def _end_keeper(pid: int, grace_s: float) -> None:
 
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
-    from flows.checks import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
+    from flows.stack.doctor import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
     from infra.keeper import read_state
     from infra.keeper_lock import is_running
 
@@ -250,7 +250,7 @@ def _last_lines(file: Path, count: int, start: int = 0) -> list[str]:
 
 def doctor(as_json: Json = False) -> None:
     """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
-    from flows.checks import machine_faults, setting_faults, stack_faults
+    from flows.stack.doctor import machine_faults, setting_faults, stack_faults
 
     with clear_errors():
         home = _home()
@@ -270,8 +270,8 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
-    from flows.checks import setting_faults
-    from flows.home import retire_secrets
+    from flows.stack.doctor import setting_faults
+    from flows.stack.stack_config import retire_secrets
     from infra.keeper_lock import is_running
 
     with clear_errors():
@@ -291,13 +291,13 @@ def rotate(
 
 def _examined(home: Path) -> list["Finding"]:
     """Return what the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
-    from flows.checks import config_faults, setting_faults
+    from flows.stack.doctor import config_faults, setting_faults
     from infra.keeper_lock import is_running
 
     if not is_running(home) or config_faults(home) or setting_faults(home):
         return []
     from flows.cli.model import open_installation
-    from flows.probes import examine
+    from flows.stack.probes import examine
 
     return examine(open_installation())
 
@@ -311,7 +311,7 @@ def _line(finding: "Finding") -> str:
 
 def addresses(home: Path) -> dict[str, str]:
     """Where people click."""
-    from flows.home import load_config
+    from flows.stack.stack_config import load_config
 
     ports = load_config(home).ports
     return {name: f"http://127.0.0.1:{ports[name]}" for name in ("portal", "prefect", "mlflow")}

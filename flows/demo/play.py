@@ -13,7 +13,7 @@ from typing import Any
 
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
-from flows.demo.corpus import REPORTED_SKILLS, base_rows, fresh_rows
+from flows.demo.demo_corpus import REPORTED_SKILLS, base_rows, fresh_rows
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 

@@ -17,8 +17,8 @@ from sqlalchemy import select
 
 from feedback.api.app import make_app
 from feedback.tables import Dataset, IdempotencyKey
-from flows.home import load_config
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from infra.database import open_sessions
 from infra.keeper import MARK
 from tests.conftest import start

@@ -7,7 +7,7 @@ from feedback import datasets, reports
 from feedback.accounts import add_contributor
 from feedback.tables import Case, DatasetRow, Snapshot, new_id
 from feedback.withdrawal import withdraw_report
-from flows.demo.corpus import BASE_SKILLS
+from flows.demo.demo_corpus import BASE_SKILLS
 from tests.feedback.loop import (
     SALT,
     SHARE,

@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
-from flows.home import load_config
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from infra.keeper import marked, read_state
 from infra.settings import Settings
 

@@ -17,10 +17,10 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from feedback.tables import Device, Round, new_id
 from flows.context import Context
-from flows.demo.corpus import BASE_SKILLS
-from flows.home import load_config
-from flows.reporting import Reporter
-from flows.supervise import _Supervisor
+from flows.demo.demo_corpus import BASE_SKILLS
+from flows.stack.stack_config import load_config
+from flows.supervisor.run_reporter import Reporter
+from flows.supervisor.supervisor import Supervisor
 from infra.database import open_engine, open_sessions
 from infra.keeper import marked, read_state
 from infra.settings import Settings
@@ -134,7 +134,7 @@ def supervise(stores, engine, objects, portal, tmp_path):
         with context.sessions.begin() as session:
             rounds.keep_plan(session, turn.id, folder.spec().plan.to_json())
         reporter = Reporter(context, turn.id, folder, lambda status: None)
-        return _Supervisor(context, turn.id, run.id, folder, reporter)
+        return Supervisor(context, turn.id, run.id, folder, reporter)
 
     yield of
     with context.sessions.begin() as session:

@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import ModelVersion, Round
-from flows import checks
-from flows.checks import silent_services, stack_faults
 from flows.cli.app import app
-from flows.home import load_config
-from flows.probes import last_known
-from flows.probing import Finding, Probe, at, together
-from flows.training import how_to_register
+from flows.round.versions import how_to_register
+from flows.stack import doctor
+from flows.stack.doctor import silent_services, stack_faults
+from flows.stack.probes import last_known
+from flows.stack.probing import Finding, Probe, at, together
+from flows.stack.stack_config import load_config
 from infra.keeper import read_state
 from infra.keeper_lock import hold
 from infra.objects import open_objects
@@ -312,8 +312,8 @@ def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tm
 @pytest.mark.parametrize("command", ["status", "doctor"])
 def test_a_full_disk_is_named_first_with_its_free_bytes_and_folder(tmp_path, monkeypatch, command):
     monkeypatch.setenv("COTRAIN_HOME", str(tmp_path))
-    monkeypatch.setattr(checks, "MIN_DISK_GIB", 2.0**30)
-    monkeypatch.setattr(checks, "FULL_DISK_BYTES", 2**60)
+    monkeypatch.setattr(doctor, "MIN_DISK_GIB", 2.0**30)
+    monkeypatch.setattr(doctor, "FULL_DISK_BYTES", 2**60)
     said = CliRunner().invoke(app, [command, "--json"])
     faults = json.loads(said.stdout)["faults"]
     free = shutil.disk_usage(tmp_path).free

@@ -76,7 +76,7 @@ def ranks(stack):
 
 
 def kill_flow(stack):
-    for pid in stack.processes("flows.engine"):
+    for pid in stack.processes("flows.dispatcher.flow_process"):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from dotenv import dotenv_values
 
-from flows.home import CONFIG_COPY, CONFIG_FILE, load_config, make_config
+from flows.stack.stack_config import CONFIG_COPY, CONFIG_FILE, load_config, make_config
 from infra.confinement import port_of
 from infra.keeper import marked, read_state
 from infra.keeper_lock import KEEPER_SILENT_S, LOCK_FILE, find_holder, hold

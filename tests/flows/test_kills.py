@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from feedback import rounds
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import CaseResult, Feedback, Outbox, Round, TrainingRun
-from flows.home import load_config
+from flows.stack.stack_config import load_config
 from infra.postgres import Postgres
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ NEXT = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
 STEPS = ("collect", "snapshot", "plan", "train", "register", "evaluate", "decide")
 SERVICES = ("postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker")
 PROCESSES = {
-    "flow": "flows.engine",
+    "flow": "flows.dispatcher.flow_process",
     "torchrun": "torch.distributed.run",
     "rank": "yuan.train.run",
     "evaluation": "yuan.eval.run",

@@ -11,8 +11,8 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from flows.deployment_rules import FIXED, MAX_CRON_CHARACTERS, TEMPLATE
-from flows.prefect_gate import MAX_BODY_BYTES, Gate
+from flows.prefect_gate.deployment_rules import FIXED, MAX_CRON_CHARACTERS, TEMPLATE
+from flows.prefect_gate.prefect_gate import MAX_BODY_BYTES, Gate
 from flows.registry import REGISTERED
 from infra.throttle import MAX_ACCOUNT_FAILURES
 

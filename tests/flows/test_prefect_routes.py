@@ -14,13 +14,13 @@ from prefect.client.orchestration import SyncPrefectClient
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from flows.body_rules import DATES
-from flows.deployment_rules import FIXED
-from flows.deployments import REPRODUCE, register
-from flows.home import load_config
-from flows.prefect_rules import OPERATOR, PUBLIC, SOCKETS, is_page
+from flows.dispatcher.deployments import REPRODUCE, register
+from flows.prefect_gate.body_rules import DATES
+from flows.prefect_gate.deployment_rules import FIXED
+from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, is_page
 from flows.registry import REGISTERED
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.routes import METHODS, Route, summarise
 from tests.waiting import until

@@ -8,13 +8,13 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Failed, Pending, Running, Scheduled
 
-from flows import attempts, dispatch
-from flows.attempts import end_lost_runs, is_over, newest_run
-from flows.deployments import REPRODUCE, register
-from flows.dispatch import reproduce
-from flows.home import load_config
-from flows.probes import flow_runs
-from flows.stack import services
+from flows.dispatcher import attempts, dispatcher
+from flows.dispatcher.attempts import end_lost_runs, is_over, newest_run
+from flows.dispatcher.deployments import REPRODUCE, register
+from flows.dispatcher.dispatcher import reproduce
+from flows.stack.probes import flow_runs
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from tests.conftest import start
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deploym
     if is_cancelled:
         client.set_flow_run_state(future.id, Cancelled(), force=True)
     before = newest_run(client, deployment)
-    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
     reproduce(client, 1)
     made = newest_run(client, deployment)
     assert made.id != future.id and (before is None or made.id != before.id) and made.state.is_scheduled()
@@ -63,7 +63,7 @@ def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deploym
 
 def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
     """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
-    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
     made = []
     for _ in range(2):
         reproduce(client, 1)
@@ -79,7 +79,7 @@ def test_a_failed_run_is_followed_after_a_pause(client, deployment, monkeypatch)
     client.set_flow_run_state(failed.id, Failed(), force=True)
     reproduce(client, 1)
     assert newest_run(client, deployment).id == failed.id
-    monkeypatch.setattr(dispatch, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
     reproduce(client, 1)
     assert newest_run(client, deployment).id != failed.id
 
@@ -110,7 +110,7 @@ def test_a_run_with_a_process_that_is_slow_to_start_is_left_alone(client, deploy
     run = client.create_flow_run_from_deployment(deployment)
     client.set_flow_run_state(run.id, Pending(), force=True)
     script = "import time; time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", script, "-m", "flows.engine", str(run.id)])
+    process = subprocess.Popen([sys.executable, "-c", script, "-m", "flows.dispatcher.flow_process", str(run.id)])
     try:
         client.update_flow_run(run.id, infrastructure_pid=str(process.pid))
         monkeypatch.setattr(attempts, "PENDING_LIMIT_S", 0.0)

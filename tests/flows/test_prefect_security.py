@@ -10,13 +10,13 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import func, select
 
 from feedback.tables import Round
-from flows.deployment_rules import FIXED
-from flows.deployments import register
-from flows.home import load_config
-from flows.probes import flow_runs
+from flows.dispatcher.deployments import register
+from flows.dispatcher.worker import MAX_FLOW_RUNS
+from flows.prefect_gate.deployment_rules import FIXED
 from flows.registry import REGISTERED
-from flows.stack import services
-from flows.worker import MAX_FLOW_RUNS
+from flows.stack.probes import flow_runs
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.waiting import until
 

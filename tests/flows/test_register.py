@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from flows.training import copy_export, copy_recorded
+from flows.round.versions import copy_export, copy_recorded
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
-from flows.home import ROTATED, WEED_CERTIFICATE, load_config
+from flows.stack.stack_config import ROTATED, WEED_CERTIFICATE, load_config
 from infra.keeper import read_state
 from infra.mlflow_rules import CONSUMER, READER
 from infra.settings import Settings

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from flows.endings import classify, log_end
+from flows.supervisor.exit_reason import classify, log_end
 from infra.launchers.job import Ending
 from yuan.train.checkpoint_manifest import difference, real_checkpoints
 from yuan.train.exit_status import read_notes

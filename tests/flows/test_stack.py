@@ -13,8 +13,8 @@ import psycopg
 import pytest
 
 from feedback.contracts import FeedbackIn, RoundParameters
-from flows.demo.corpus import REPORTED_SKILLS
-from flows.home import load_config
+from flows.demo.demo_corpus import REPORTED_SKILLS
+from flows.stack.stack_config import load_config
 from infra.confinement import is_enforced
 from infra.keeper import marked, read_state
 from infra.keeper_lock import is_running

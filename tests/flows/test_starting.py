@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from flows.checks import setting_faults
 from flows.cli.stack import take_down
-from flows.home import CONFIG_FILE, make_config, write_environment
+from flows.stack.doctor import setting_faults
+from flows.stack.stack_config import CONFIG_FILE, make_config, write_environment
 from infra.files import write_private
 from infra.keeper_lock import find_holder, hold
 from tests.flows.test_commands import ROOT, cotrain

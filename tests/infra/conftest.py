@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.home import load_config
+from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.infra.mlflow import fill_mlflow, mlflow_service
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import httpx
 
-from flows.home import load_config
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from infra.mlflow_gate import CLOSED
 from infra.mlflow_rules import CONSUMER, READER
 from infra.tracker import Tracker

@@ -11,8 +11,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from flows.home import load_config
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import load_config
 from infra.http_server import MAX_WEBSOCKET_MESSAGE_BYTES
 from tests.conftest import start
 from tests.infra.http_app import HEAD_LIMIT_S, LARGE_BYTES

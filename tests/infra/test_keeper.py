@@ -13,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.home import (
-    is_free,
-    make_config,
-)
+from flows.stack.stack_config import is_free, make_config
 from infra.confinement import refuses_calls
 from infra.health import Failures, Liveness, Unwell
 from infra.keeper import marked, read_state, sweep

@@ -8,8 +8,8 @@ import subprocess
 import asyncpg
 import pytest
 
-from flows.home import make_config, write_environment
-from flows.stack import make_private, services
+from flows.stack.services import make_private, services
+from flows.stack.stack_config import make_config, write_environment
 from infra.listeners import open_listener
 from infra.postgres import SSL_REQUEST
 from infra.scram_only import LONGEST_MESSAGE, ScramOnly, require_scram

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.home import make_config, write_environment
+from flows.stack.stack_config import make_config, write_environment
 from infra.settings import (
     DispatcherSettings,
     FlowSettings,

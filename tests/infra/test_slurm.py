@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.launching import launcher_files
+from flows.supervisor.pool_launcher import launcher_files
 from infra.confinement import Confinement
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered

@@ -2,8 +2,8 @@
 
 import os
 
-from flows.home import make_config, write_environment
-from flows.stack import services
+from flows.stack.services import services
+from flows.stack.stack_config import make_config, write_environment
 from infra.keeper import sweep
 from infra.objects import open_objects
 from infra.settings import Settings

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from feedback.tables import new_id
-from flows.home import WEED_PORTS, load_config
+from flows.stack.stack_config import WEED_PORTS, load_config
 from infra.keeper import marked
 from tests.waiting import until
 

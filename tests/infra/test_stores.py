@@ -17,7 +17,8 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from flows.home import (
+from flows.stack.services import services
+from flows.stack.stack_config import (
     WEED_PORTS,
     is_free,
     leave_blocked_ports,
@@ -27,8 +28,7 @@ from flows.home import (
     weed_socket,
     write_environment,
 )
-from flows.stack import services
-from flows.stores import forget_weed_sockets
+from flows.stack.stores import forget_weed_sockets
 from infra.listeners import describe_callers, user_name
 from infra.objects import open_objects
 from infra.postgres import SIGN_IN_S, SSL_REQUEST, Postgres

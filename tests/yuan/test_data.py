@@ -83,7 +83,7 @@ def test_packing_keeps_every_prediction_once():
 
 
 def test_demo_skills_make_rows_their_checkers_take():
-    from flows.demo.corpus import BASE_SKILLS, REPORTED_SKILLS
+    from flows.demo.demo_corpus import BASE_SKILLS, REPORTED_SKILLS
 
     for skill in [*load_skills(BASE_SKILLS), *load_skills(REPORTED_SKILLS)]:
         assert all(row.checker.check(row.answer) for row in skill.rows(20, seed=1))

@@ -17,7 +17,7 @@ from yuan.train.run_files import NotRegular, is_file, open_file, open_to_append,
 
 KINDS = ("pretrain", "continue", "finetune")
 SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, PICTURE = "metrics.jsonl", "events.jsonl", "plan.svg"
 NEW_BYTES, MAX_READS = 16 * 2**20, 256  # of a log: read at once, and how often for the whole of it
 SPEC_BEFORE = "run.json before"  # in the seal: what run.json was until it was replaced
 

@@ -1,0 +1,77 @@
+"""Measure the rates of a pool's devices, in the processes that a training would have."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from infra.confinement import built_environment
+from infra.files import read_end
+from infra.process_group import supervised, torchrun_command
+from yuan.config import ModelConfig, Precision, Recipe
+from yuan.plan.calibration_fit import calibrated
+from yuan.plan.pool import Group
+from yuan.plan.workload import Work
+from yuan.train.calibration.messages import Answer, Request, Trial
+
+LIMIT_S = 1800.0
+
+
+def measure_rates(
+    config: ModelConfig,
+    group: Group,
+    processes: int | None,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    precision: Precision,
+    report: Callable[[str], None],
+) -> Group:
+    """Measure pipelines of one layer on each process, and turn the answer into rates.
+
+    Args:
+        processes: of this machine; None: one for each of its GPUs, or two.
+        report: is told what is measured, when it begins.
+    """
+    import torch
+
+    ranks = processes or torch.cuda.device_count() or 2
+    one_each = replace(config, num_layers=ranks)
+    recipe = Recipe(
+        max_steps=1,
+        warmup_steps=0,
+        learning_rate=1e-4,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batch_size,
+        precision=precision,
+    )
+    work = Work.of(one_each, recipe)
+    bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
+    trials = tuple(Trial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
+    shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
+    report(f"measuring {shape} ...")
+    answer = run_measurement(Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks)
+    steps = list(zip(accums, answer.step_s, strict=True))
+    return calibrated(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")
+
+
+def run_measurement(request: Request, ranks: int) -> Answer:
+    """Measure on so many ranks of this machine, of one thread each unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        RuntimeError: with the end of the log, if the ranks fail.
+        TimeoutExpired: after half an hour.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        env = built_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+        request.write(folder)
+        with supervised(
+            torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
+        ) as process:
+            status = process.wait(LIMIT_S)
+        if status:
+            raise RuntimeError(f"measuring ended with status {status}: {read_end(folder / 'measure.log', 2000)}")
+        return Answer.read(folder)

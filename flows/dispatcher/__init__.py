@@ -1,0 +1,1 @@
+"""What starts a round: the dispatcher, attempts, deployments, and the processes of flow runs."""

@@ -1,0 +1,3 @@
+from flows.dispatcher.dispatcher import main
+
+main()

@@ -1,0 +1,217 @@
+"""The dispatcher: starts the flow that is due, and sees that decided rounds are told.
+
+It waits on PostgreSQL's NOTIFY with a poll, so nothing outside flows has to know Prefect.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+
+import httpx
+import psycopg
+from mlflow.exceptions import MlflowException
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from sqlalchemy.exc import OperationalError
+
+from feedback import promotion, reports, rounds
+from feedback.contracts import RoundParameters
+from feedback.promotion import champion
+from feedback.tables import new_id
+from flows.context import DispatcherContext, open_dispatcher_context
+from flows.dispatcher.attempts import end_lost_runs, go_on, is_over, newest_run
+from flows.dispatcher.deployments import REPRODUCE, register
+from flows.duties import DISPATCHER_SIGN, Duties, standings_file
+from flows.supervisor.pool_launcher import launchers_of
+from flows.supervisor.reaper import reap
+from infra.error_text import told
+from infra.logs import configure_logging
+from infra.settings import DispatcherSettings
+
+log = logging.getLogger(__name__)
+
+REGISTER_EVERY_S, END_LOST_EVERY_S = 300.0, 10.0
+IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
+# Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
+BATCH_WAIT_S, BATCH_FULL = 10.0, 500
+RETRY_PAUSE_S = 60.0
+RECONNECT_PAUSE_S = 1.0
+FAULTS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
+PREFECT_TIMEOUT_S = 10.0  # of a server that hangs; the duty's own pause is when it is asked again
+
+
+def main() -> None:
+    configure_logging()
+    context = open_dispatcher_context()
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(httpx_settings={"timeout": PREFECT_TIMEOUT_S}, sync_client=True) as client,
+    ):
+        serve(context, client)
+
+
+def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """Do the duties for ever, woken by PostgreSQL; a connection to it that is lost is made again."""
+    file = standings_file(context.settings.home)
+    duties = Duties(duties_of(context, client), file, FAULTS, lambda: alive(context.settings))
+    lost: str | None = None
+    while True:
+        try:
+            with psycopg.connect(
+                context.settings.database_url.get_secret_value(), autocommit=True, connect_timeout=5
+            ) as listener:
+                listener.execute(f"listen {rounds.CHANNEL}")
+                lost = None
+                duties.wake()
+                while True:
+                    duties.turn()
+                    busy = duties.is_any_failing or is_busy(context)
+                    for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
+                        pass
+        except (psycopg.OperationalError, OperationalError) as error:
+            if lost != (lost := told(error)):
+                log.warning("PostgreSQL does not answer, trying again: %s", lost)
+            alive(context.settings)
+            time.sleep(RECONNECT_PAUSE_S)
+
+
+def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
+    """What the dispatcher does, by name; first what needs PostgreSQL alone, then the registry, then Prefect."""
+    registered = Registered(context, client)
+    return {
+        "deliver notices": lambda: deliver_notices(context),
+        "request a due round": lambda: request_due_round(context),
+        "take back leases of the dead": lambda: reap(context.sessions, launchers_of(context.settings)),
+        "make aliases follow": lambda: follow_champion(context),
+        "register deployments": registered.ensure,
+        "end lost flow runs": every(END_LOST_EVERY_S, lambda: end_lost_runs(client)),
+        "keep the round going": lambda: registered.using(keep_round_going),
+        "start reproduction": lambda: registered.using(start_reproduction),
+    }
+
+
+def every(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
+    """Return the work, which is left out until a time has passed since it was last done without an error."""
+    due = 0.0
+
+    def do() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            work()
+            due = time.monotonic() + pause_s
+
+    return do
+
+
+class Registered:
+    """The deployments, registered at the start, every five minutes, and at once when somebody deleted them."""
+
+    def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
+        self._context, self._client, self._due = context, client, 0.0
+
+    def ensure(self) -> None:
+        if time.monotonic() >= self._due:  # whoever has Prefect's password can change them
+            register(self._client, self._context.settings)
+            self._due = time.monotonic() + REGISTER_EVERY_S
+
+    def using(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
+        try:
+            work(self._context, self._client)
+        except ObjectNotFound:
+            self._due = 0.0
+            raise
+
+
+def is_busy(context: DispatcherContext) -> bool:
+    """Whether a round is running or reports wait, so that it is worth looking more often."""
+    with context.sessions() as session:
+        turn = rounds.running_round(session)
+        count, _ = reports.pending(session, with_review=turn is None)
+        return turn is not None or (count > 0 and champion(session) is not None)
+
+
+def deliver_notices(context: DispatcherContext) -> None:
+    """Bring notices to their reporters."""
+    with context.sessions.begin() as session:
+        delivered = promotion.deliver(session)
+    if delivered:
+        log.info("delivered %d notices", delivered)
+
+
+def follow_champion(context: DispatcherContext) -> None:
+    """Bring the registry's aliases to the champion; raises what the registry refused when the others are set."""
+    refused: list[Exception] = []
+
+    def put(alias: str, version: int | None) -> None:
+        try:
+            context.tracker.set_alias(alias, version)
+        except Exception as error:
+            refused.append(error)
+            raise
+
+    with context.tracker.impatiently(), context.sessions.begin() as session:
+        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), put)
+    if changed:
+        log.info("set aliases %s", changed)
+    if refused:
+        raise refused[0]
+
+
+def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """See that somebody works on the running round."""
+    with context.sessions() as session:
+        turn = rounds.running_round(session)
+    if turn is not None:
+        go_on(context, client, turn)
+
+
+def start_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """Start the flow that takes reports up when enough of them wait, or one long enough."""
+    with context.sessions() as session:
+        turn = rounds.running_round(session)
+        count, oldest = reports.pending(session, with_review=turn is None)
+        if champion(session) is None or (turn is not None and turn.step == "collect"):
+            return
+    if count >= BATCH_FULL or (count and age_s(oldest) >= BATCH_WAIT_S):
+        reproduce(client, count)
+
+
+def request_due_round(context: DispatcherContext) -> None:
+    """File a round when enough reports were accepted since the last one ended; while one runs, none is accepted."""
+    enough = context.settings.round_after_reports
+    with context.sessions.begin() as session:
+        last = rounds.newest_round(session)
+        if not enough or last is None or last.state == "running":
+            return
+        accepted = reports.accepted_since(session, last.finished_at)
+        if accepted >= enough:
+            rounds.request_round(session, "dispatcher", RoundParameters(), new_id())
+            log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
+
+
+def reproduce(client: SyncPrefectClient, count: int) -> None:
+    """Start the flow that takes reports up, unless one is at it or has just failed."""
+    deployment = client.read_deployment_by_name(REPRODUCE)
+    last = newest_run(client, deployment.id)
+    if last is not None and not is_over(client, last):
+        return
+    is_failed = last is not None and last.state is not None and not last.state.is_completed()
+    if last is not None and is_failed and age_s(last.end_time) < RETRY_PAUSE_S:
+        return
+    run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
+    log.info("%d reports wait: started flow run %s", count, run.id)
+
+
+def age_s(moment: datetime | None) -> float:
+    return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()
+
+
+def alive(settings: DispatcherSettings) -> None:
+    """Leave a sign of life for the stack's check."""
+    file = settings.home / DISPATCHER_SIGN
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps({"time": time.time()}))
+    scratch.replace(file)

@@ -1,0 +1,82 @@
+"""Entry of a flow run's process: `python -I -m flows.dispatcher.flow_process RUN_ID`, started by the worker.
+
+Of what Prefect's server says about the run, only the flow's name and the JSON parameters count: the name is looked up
+in `flows.registry`, the parameters are checked by its form. The deployment's entry point, pull steps, job variables and
+stored results are never read, since everybody who has Prefect's password can write them.
+The flow dies with its worker, and reports itself crashed.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from uuid import UUID
+
+from prefect._internal.control_listener import configure_from_env
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.engine import handle_engine_signals
+from prefect.flow_engine import run_flow
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import Failed
+
+from flows.registry import find_flow, parse_form
+from infra.settings import home_folder
+from yuan.data.text import make_storable
+
+PR_SET_PDEATHSIG = 1
+
+
+class StorableRecord(logging.LogRecord):
+    """A log record whose text Prefect's server can store; it refuses a whole batch of lines for one that it cannot."""
+
+    def getMessage(self) -> str:
+        return make_storable(super().getMessage())
+
+
+def main() -> None:
+    logging.setLogRecordFactory(StorableRecord)
+    for name in ("flows", "feedback", "yuan", "infra"):
+        logging.getLogger(name).setLevel(logging.INFO)  # Prefect adds a handler to these and no level
+    os.setsid()
+    # A log of its own: a worker that dies closes its pipes, and a flow that writes into one could not report.
+    log = os.open(_log_file(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() == 1:
+        sys.exit("the worker is gone")
+    run_id = UUID(sys.argv[1])
+    configure_from_env()  # the worker's channel, by which a cancelled flow is told from a crashed one
+    with handle_engine_signals(run_id):
+        run(run_id)
+
+
+def run(run_id: UUID) -> None:
+    """Run the registered flow that a flow run names; a run that names another, or has wrong parameters, is failed."""
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(run_id)
+        name = client.read_flow(flow_run.flow_id).name
+        try:
+            form = parse_form(name, flow_run.parameters)
+        except ValueError as refusal:
+            flow_run_logger(flow_run).error(str(refusal))
+            client.set_flow_run_state(run_id, Failed(message=str(refusal)), force=True)
+            return
+    execute(name, flow_run, form)
+
+
+def execute(name: str, flow_run: FlowRun, form: object) -> None:
+    # As a state, not as a result: the result of a state that the server sent would be unpickled.
+    flow = find_flow(name).load()
+    run_flow(flow, flow_run=flow_run, parameters={"form": form}, return_type="state")
+
+
+def _log_file() -> Path:
+    return home_folder() / "logs" / "flows.log"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The worker: `python -m flows.dispatcher.worker` starts a process for each flow run of the work pool.
+
+Prefect's own worker takes command, environment and working folder from job variables of pool, deployment and flow run,
+so that Prefect's password is a shell. This one fixes all three in code; of a flow run it passes the id on.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio.abc
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.runner._control_channel import ControlChannel
+from prefect.runner._flow_run_executor import FlowRunExecutorContext
+from prefect.runner._process_manager import ProcessHandle
+from prefect.utilities.processutils import run_process
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
+
+from flows.duties import WORKER_SIGN
+from flows.prefect_gate.deployment_rules import POOL, TEMPLATE
+from flows.supervisor.pool_launcher import CLUSTER_VARIABLES
+from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
+from infra.keeper import MARK
+from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
+
+NAME = "embedded"
+BEAT_EVERY_S = 5.0
+# At a time: a round, a reproduction and a few more. Each is a process, and 200 at once stop the machine.
+MAX_FLOW_RUNS = 6
+COMMAND = (sys.executable, "-I", "-m", "flows.dispatcher.flow_process")
+# All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
+INHERITED = (
+    *("PATH", "HOME", "TMPDIR", *PASSED_VARIABLES, *CLUSTER_VARIABLES, HOME_VARIABLE, MARK, *NO_TELEMETRY),
+    *("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_RETRY_EXTRA_CODES"),
+    *("PREFECT_CLIENT_MAX_RETRIES", "PREFECT_LOGGING_EXTRA_LOGGERS", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"),
+)
+
+
+class FixedJob(BaseJobConfiguration):
+    """What is the same for every flow run; the server's template and variables are not read."""
+
+    @classmethod
+    async def resolve_for_flow_run(cls, flow_run: FlowRun, **sources: Any) -> "FixedJob":
+        job = cls(name=flow_run.name)
+        job._related_objects = {"flow-run": flow_run}
+        return job
+
+
+class NoHooks:
+    """Our flows have no hooks; Prefect would load the deployment's code to look for them."""
+
+    async def run_cancellation_hooks(self, flow_run: FlowRun, state: State[Any]) -> None:
+        pass
+
+    async def run_crashed_hooks(self, flow_run: FlowRun, state: State[Any]) -> None:
+        pass
+
+
+class FixedStarter:
+    """Starts `flows.dispatcher.flow_process` for a flow run."""
+
+    def __init__(self, control: ControlChannel) -> None:
+        self._control = control
+
+    async def start(
+        self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[ProcessHandle] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Start the process, report its handle, and wait until it has exited."""
+        port, token = self._control.register(flow_run.id)
+        env = {**inherited_environment(), "PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
+        folder = working_folder()
+        await run_process(
+            [*COMMAND, str(flow_run.id)],
+            stream_output=True,
+            task_status=task_status,
+            task_status_handler=ProcessHandle,
+            env={**env, "PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS": "false"},
+            cwd=folder,
+        )
+
+
+class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
+    """Runs each flow run of the pool as a process with a fixed command."""
+
+    type = "process"
+    job_configuration = FixedJob
+
+    @staticmethod
+    def __dispatch_key__() -> str:
+        return "cotrain"  # Prefect's own worker keeps its place in the registry of types
+
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]:
+        return TEMPLATE
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: FixedJob,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> BaseWorkerResult:
+        """Run one flow run to its end; a process that ends without a report is reported as crashed."""
+        async with FlowRunExecutorContext() as context:
+            executor = context.create_executor(
+                flow_run, FixedStarter(context.control_channel), hook_runner=NoHooks(), propose_submitting=False
+            )
+            async with anyio.create_task_group() as group:
+                results: list[int | None] = []
+
+                async def execute(*, task_status: anyio.abc.TaskStatus[ProcessHandle]) -> None:
+                    result = await executor.submit(task_status=task_status)
+                    results.append(result.status_code if result is not None else None)
+
+                handle: ProcessHandle = await group.start(execute)
+                if task_status is not None and handle.pid is not None:
+                    task_status.started(handle.pid)
+        if not results or results[0] is None:
+            raise RuntimeError(f"the process of flow run {flow_run.id} could not be started; see logs/worker.log")
+        return BaseWorkerResult(status_code=results[0], identifier=str(handle.pid))
+
+
+def inherited_environment() -> dict[str, str]:
+    """The environment of a flow's process."""
+    return {name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(PASSED_PREFIXES)}
+
+
+def working_folder() -> Path:
+    folder = home_folder() / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+async def work() -> None:
+    """Work for ever, and leave a sign of life while the event loop turns."""
+    beating = asyncio.create_task(beat(home_folder() / WORKER_SIGN))
+    try:
+        await Worker(POOL, name=NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
+    finally:
+        beating.cancel()
+
+
+async def beat(file: Path) -> None:
+    while True:
+        with contextlib.suppress(OSError):  # a full disk stops no flow run
+            file.touch()
+        await asyncio.sleep(BEAT_EVERY_S)
+
+
+def main() -> None:
+    asyncio.run(work())
+
+
+if __name__ == "__main__":
+    main()

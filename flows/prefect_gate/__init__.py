@@ -1,0 +1,1 @@
+"""Prefect's server behind a gate: what may reach it, from whom, and with which bodies."""

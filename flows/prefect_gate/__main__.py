@@ -1,0 +1,3 @@
+from flows.prefect_gate.prefect_gate import main
+
+main()

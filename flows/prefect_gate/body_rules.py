@@ -1,0 +1,162 @@
+"""What the JSON of a request or of a websocket's message to Prefect's server may hold, and what a run may be given.
+
+The server stores text, dates and numbers that its database or its own answers then fail at: one such run breaks every
+list of runs, one such event the events of everybody that are stored with it. Parameters it fills in after it has read
+them: from templates, which it renders in the thread that answers everybody, and from text that it reads as JSON.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flows.registry import REGISTERED, parse_form
+from yuan.data.text import BadJson, find_unstorable, parse_json, printable
+
+KIND = "__prefect_kind"  # marks a value that the server fills in
+# Holding what is stored as JSON, whose numbers have 64 bits; other numbers are columns of 32 bits, or become dates.
+WIDE = frozenset({"parameters", "values", "schema", "parameter_openapi_schema"})
+DATES = re.compile(
+    r"\w+_time|(after|before)_|scheduled_(after|before)|(state_)?timestamp|(history|interval)_(start|end)"
+    r"|anchor_date|pause_timeout|(cache_)?expiration|last_polled|since|until|occurred|received|created|updated"
+)
+DATE = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
+RUN_PARAMETERS = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
+VALIDATE = "/api/ui/schemas/validate"
+MAX_VALUES = 200_000  # looked at within half a second; the client's largest batch of log lines has half of them
+_LEFT_OUT = object()
+
+
+class Refused(ValueError):
+    """What a caller sent must not reach the server; the message says why."""
+
+
+def read_json(path: str, body: bytes) -> tuple[Any, bytes]:
+    """Read a request's body, and return its JSON and the body to hand on; None and the same bytes if it is empty.
+
+    Parameters are filled in where the server would do it, as far as its pages need that: `{"__prefect_kind": "json"}`
+    is how they send an object that the form has no fields for.
+
+    Raises:
+        Refused: naming the field and the rule.
+    """
+    if not body:
+        return None, body
+    form = _parse(body)
+    field = "values" if path == VALIDATE else "parameters" if RUN_PARAMETERS.fullmatch(path) else None
+    if field is not None and isinstance(form, dict) and field in form:
+        try:
+            filled = _fill_in(form[field])
+            if filled != form[field]:
+                form[field] = {} if filled is _LEFT_OUT else filled
+                body = json.dumps(form).encode()
+        except RecursionError:
+            raise Refused(f"{field} must not be nested so deeply") from None
+    check_values(form)
+    if field == "parameters" and isinstance(form, dict):
+        check_run(form)
+    return form, body
+
+
+def check_message(text: str) -> None:
+    """Check a websocket's message.
+
+    Raises:
+        Refused: naming the field and the rule.
+    """
+    check_values(_parse(text))
+
+
+def check_run(form: Mapping[str, Any]) -> None:
+    """Check that a body gives a run no parameters but those of a registered flow.
+
+    Raises:
+        Refused: if it does, or asks the server not to look.
+    """
+    if form.get("enforce_parameter_schema") not in (None, True):
+        raise Refused("enforce_parameter_schema must be true, since parameters are always checked; leave it out")
+    if (parameters := form.get("parameters")) is None:
+        return
+    faults = []
+    for name in REGISTERED:
+        try:
+            parse_form(name, parameters)
+            return
+        except ValueError as error:
+            faults.append(str(error))
+    raise Refused("; or ".join(faults))
+
+
+def check_values(document: Any) -> None:
+    """Check names, numbers and dates of a JSON document whose text can be stored.
+
+    Raises:
+        Refused: naming the field and the rule.
+
+    >>> check_values({"parameters": {"seed": 2**63 - 1}, "timestamp": "2026-12-01T00:00:00Z"})
+    >>> check_values({"level": 2**31})
+    Traceback (most recent call last):
+    flows.prefect_gate.body_rules.Refused: level must be between -2**31 and 2**31, got 2147483648; send a smaller number
+    """
+    left: list[tuple[str, Any, int]] = [("the body", document, 31)]
+    while left:
+        name, value, bits = left.pop()
+        if isinstance(value, dict):
+            if KIND in value:
+                raise Refused(f"{_shown(name)} must be a plain value, got one with {KIND}; send the value itself")
+            left += [(key, item, 63 if key in WIDE else bits) for key, item in value.items()]
+        elif isinstance(value, list):
+            left += [(name, item, bits) for item in value]
+        elif isinstance(value, (int, float)) and not -(2**bits) <= value < 2**bits:
+            got = _shown(str(value))
+            raise Refused(f"{_shown(name)} must be between -2**{bits} and 2**{bits}, got {got}; send a smaller number")
+        if isinstance(value, (str, int, float)) and DATES.fullmatch(name) and _is_far(value):
+            rule = "be between the years 1970 and 8999 and begin with year, month and day, as in 2026-12-01T00:00:00Z"
+            raise Refused(f"{_shown(name)} must {rule}, got {_shown(str(value))}; send such a date")
+
+
+def find_unstorable_in(path: str, query: Mapping[str, str]) -> str | None:
+    """Return which part of an address the server's database would fail at, None if none.
+
+    >>> find_unstorable_in("/api/flows/name/\\0", {})
+    'an address must not contain the character U+0000; leave it out'
+    """
+    for text in (path, *query, *query.values()):
+        if fault := find_unstorable(text):
+            return f"an address must not contain {fault}; leave it out"
+    return None
+
+
+def _parse(data: bytes | str) -> Any:
+    try:
+        return parse_json(data, MAX_VALUES)
+    except BadJson as error:
+        raise Refused(f"{error.place or 'the body'} {error}") from None
+
+
+def _fill_in(value: Any) -> Any:
+    """Do what the server does with values of the kinds `json` and `none`; those of other kinds stay as they are."""
+    if isinstance(value, dict):
+        kind = value.get(KIND)
+        if kind == "json":
+            inner = value.get("value", _LEFT_OUT)
+            return _parse(inner) if isinstance(inner, str) else inner
+        if kind == "none" and "value" in value:
+            return _fill_in(value["value"])
+        filled = {key: _fill_in(item) for key, item in value.items()}
+        return {key: item for key, item in filled.items() if item is not _LEFT_OUT}
+    if isinstance(value, list):
+        return [item for item in map(_fill_in, value) if item is not _LEFT_OUT]
+    return value
+
+
+def _is_far(value: str | float) -> bool:
+    """Tell whether a date is so far away that the server's calculations with it fail, or of another form.
+
+    The server itself reads more forms, of weeks for one, and numbers of seconds since 1970.
+    """
+    return DATE.fullmatch(value) is None if isinstance(value, str) else value < 0
+
+
+def _shown(text: str) -> str:
+    return printable(text, 60)

@@ -1,0 +1,248 @@
+"""Prefect's server behind a gate: `python -m flows.prefect_gate` instead of `prefect server start`.
+
+Requests reach the server only by the allow-lists of `flows.prefect_gate.prefect_rules`, so that routes which an upgrade
+adds stay closed; password guessing is limited; and browsers are told to load nothing from other hosts, which Prefect's
+newer pages do (an analytics host) although analytics are off.
+"""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+import uvicorn
+
+from flows.prefect_gate.body_rules import VALIDATE, Refused, check_message, check_values, find_unstorable_in, read_json
+from flows.prefect_gate.deployment_rules import find_foreign_deployment
+from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
+from flows.registry import REGISTERED
+from infra.http_server import choose_place, server_options
+from infra.request_body import BodyRefused, ClientLeft, Message, Receive, read_body, replay
+from infra.scram_only import require_scram
+from infra.throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
+CLOSED = "this route of Prefect's server is closed; flows/prefect_gate/prefect_rules.py lists the open ones"
+POLICY_VIOLATION = 1008
+MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_S = 4096, 10.0  # of a websocket: it is the password in a little JSON
+
+
+class Gate:
+    """An ASGI application that forwards what is on the lists, once its caller has the password where one is needed.
+
+    `secret` is `user:password`, generated; who sends it always passes, so nobody can lock the platform out.
+    """
+
+    def __init__(self, app: App, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_S) -> None:
+        self._app, self._secret, self._first_message_s = app, secret.encode(), first_message_s
+        self._throttle = Throttle()
+        self._headers = page_headers(pictures)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        path, method = scope["path"], scope.get("method", WEBSOCKET)
+        if scope["type"] == "websocket":
+            if not SOCKETS.allow(method, path):
+                return await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            ends = Messages(receive, send, partial(self._is_refused, _address(scope)), self._first_message_s)
+            return await self._app(scope, ends.receive, ends.send)
+        send = self._with_headers(send)
+        if method == "HEAD" and PUBLIC.allow("GET", path):  # the keeper asks so; uvicorn leaves the answer's body out
+            method, scope = "GET", {**scope, "method": "GET"}
+        if not (is_page(method, path) or PUBLIC.allow(method, path)):
+            if not OPERATOR.allow(method, path):
+                log.info("refused %s %s", method, path)
+                return await _refuse(send, 403, CLOSED)
+            if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
+                return await _refuse(send, *refusal)
+            try:
+                body = await read_body(receive, scope["headers"], MAX_BODY_BYTES)
+            except ClientLeft:
+                return
+            except BodyRefused as refused:
+                return await _refuse(send, refused.status, str(refused))
+            try:
+                check_address(path, scope.get("query_string", b""))
+                form, body = read_json(path, body)
+            except Refused as refused_values:
+                return await _refuse(send, 422, str(refused_values))
+            if (fault := find_foreign_deployment(path, form) or find_foreign_schema(path, form)) is not None:
+                return await _refuse(send, 422, fault)
+            receive = replay(body, receive)
+        await self._app(scope, receive, send)
+
+    def _check(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
+        """Return None if the credentials are right, else the status and message of the refusal."""
+        if credentials is None:
+            return 401, "sign in with one Basic authorization header"
+        if hmac.compare_digest(credentials, self._secret):
+            return None
+        account = credentials.partition(b":")[0].decode(errors="replace")
+        if wait_s := self._throttle.admit(account, address):
+            return 429, f"too many wrong passwords; try again in {wait_s} s"
+        return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
+
+    def _is_refused(self, address: str, message: Message) -> bool:
+        """Tell whether a websocket's first message must not reach the server, which itself checks its password."""
+        text = message.get("text")
+        if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
+            return True
+        try:
+            form = json.loads(text)
+        except (ValueError, RecursionError):
+            return True
+        token = form.get("token") if isinstance(form, dict) else None
+        refusal = self._check(None if token is None else str(token).encode(errors="replace"), address)
+        return refusal is not None and refusal[0] == 429
+
+    def _with_headers(self, send: Send) -> Send:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *self._headers]}
+            await send(message)
+
+        return with_headers
+
+
+class Messages:
+    """The two ends of a websocket, closed unless its first message comes in time and none of its messages is refused.
+
+    The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password;
+    and an event that it cannot store takes those of others with it.
+    """
+
+    def __init__(self, receive: Receive, send: Send, is_refused: Callable[[Message], bool], limit_s: float) -> None:
+        self._receive, self._send, self._is_refused, self._limit_s = receive, send, is_refused, limit_s
+        self._is_accepted = self._is_known = self._is_closed = False
+
+    async def receive(self) -> Message:
+        if not self._is_accepted:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(None if self._is_known else self._limit_s):
+                message = await self._receive()
+        except TimeoutError:
+            return await self._close()
+        if message["type"] == "websocket.receive":
+            if _is_unfit(message) if self._is_known else self._is_refused(message):
+                return await self._close()
+            self._is_known = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        self._is_accepted = self._is_accepted or message["type"] == "websocket.accept"
+        if not self._is_closed:
+            await self._send(message)
+
+    async def _close(self) -> Message:
+        await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        self._is_closed = True
+        return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
+
+
+def page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers by which a browser refuses other hosts; `pictures` is one that may show pictures."""
+    policy = (
+        "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
+        f"img-src 'self' data: blob: {pictures}; worker-src 'self' blob:; connect-src 'self'; "
+        "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+    return [
+        (b"content-security-policy", policy.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
+
+
+def check_address(path: str, query: bytes) -> None:
+    """Check a path and a query string, whose values reach the server's database too.
+
+    Raises:
+        Refused: naming the rule.
+    """
+    values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    if (fault := find_unstorable_in(path, values)) is not None:
+        raise Refused(fault)
+    check_values(values)
+
+
+def find_foreign_schema(path: str, form: Any) -> str | None:
+    """Return why a JSON schema in a body must not reach the server, None if it may.
+
+    The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
+    such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
+    """
+    schema = form.get("schema") if path == VALIDATE and isinstance(form, dict) else None
+    if not schema or schema in [registered.schema() for registered in REGISTERED.values()]:
+        return None
+    return "schema must be the schema of a flow that flows/registry.py registers; send that one"
+
+
+def _is_unfit(message: Message) -> bool:
+    """Tell whether a websocket's message, once its sender is known, must not reach the server."""
+    try:
+        check_message(message.get("text") or "")
+    except Refused as refused:
+        log.info("closed a websocket: %s", refused)
+        return True
+    return False
+
+
+def _address(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else ""
+
+
+def _credentials(scope: Scope) -> bytes | None:
+    """`user:password` of the one Basic header that a request may have."""
+    values = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(values) != 1 or not values[0].lower().startswith(b"basic "):
+        return None
+    try:
+        return base64.b64decode(values[0][6:], validate=True)
+    except binascii.Error:
+        return None
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    """Answer in the form that Prefect's client and pages show."""
+    body = json.dumps({"exception_message": message}).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+def main() -> None:
+    """Run the server with its migrations and background services, which its lifespan starts."""
+    from prefect.server.api.server import create_app
+    from prefect.settings import get_current_settings
+
+    require_scram()
+    api = get_current_settings().server.api
+    if api.auth_string is None:
+        raise ValueError("Prefect's server needs a password; set PREFECT_SERVER_API_AUTH_STRING to user:password")
+    gate = Gate(create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, ""))
+    log.setLevel(logging.INFO)
+    # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
+    uvicorn.run(
+        gate,
+        proxy_headers=False,
+        access_log=False,
+        log_level="info",
+        **choose_place(f"http://{api.host}:{api.port}"),
+        **server_options(),
+    )

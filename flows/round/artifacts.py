@@ -1,0 +1,43 @@
+"""Tables and texts of a round for Prefect's pages."""
+
+from typing import Any
+
+from prefect.artifacts import create_table_artifact
+
+from feedback import rounds
+from flows.context import Context
+from yuan.plan.plan_record import Plan
+from yuan.plan.table import as_table
+
+
+def show_table(key: str, rows: list[dict[str, Any]]) -> None:
+    """Show rows as a table artifact; no rows, no artifact."""
+    if rows and rows[0]:
+        create_table_artifact(key=key, table=rows)
+
+
+def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
+    """The decision's suites as table rows."""
+    return [
+        {
+            "suite": suite["suite"],
+            "before": f"{suite['before']['rate']:.3f}" if suite["before"] else "",
+            "after": f"{suite['after']['rate']:.3f}",
+            "interval": "{:.3f} to {:.3f}".format(*suite["after"]["interval"]),
+            "cases": suite["after"]["total"],
+        }
+        for suite in decision.get("suites", [])
+    ]
+
+
+def plan_text(context: Context, round_id: str, plan: Plan) -> str:
+    """The plan for people: its table and its drawing, which the portal serves."""
+    with context.sessions() as session:
+        number = rounds.find_round(session, round_id).number
+    picture = f"{context.settings.portal_url}/rounds/{number}/plan.svg"
+    return f"```text\n{as_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
+
+
+def decision_text(decision: dict[str, Any]) -> str:
+    reasons = "; ".join(decision["reasons"]) or "nothing speaks against it"
+    return f"**v{decision['candidate']}** {'promoted' if decision['promote'] else 'not promoted'}: {reasons}"

@@ -1,0 +1,158 @@
+"""Register what a round trained as a version, and let it and the champion take the cases."""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from feedback import promotion, rounds
+from flows.context import Context
+from flows.round.versions import copy_export, copy_lost, scratch_folder
+from infra.confinement import Confinement, accelerator_files, built_environment
+from infra.files import read_end, read_regular
+from infra.keeper import MARK
+from infra.mlflow_rules import READER
+from infra.process_group import supervised
+from infra.settings import NO_TELEMETRY
+from infra.tracker import VersionLost
+
+log = logging.getLogger(__name__)
+
+LOG, LOG_END_BYTES = "eval.log", 2000
+EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
+MAX_RESULT_BYTES = 1 << 20  # of a case, on average: an answer has at most as many tokens as the expected one, and some
+
+
+def register(context: Context, round_id: str) -> int:
+    """Register the exported folder as a new version; the same run keeps its version."""
+    with context.sessions() as session:
+        run = rounds.training_run(session, round_id)
+        run_id, mlflow_run = run.id, str(run.mlflow_run_id)
+        known = rounds.version_of(session, run_id)
+    tags = {"cotrain.round": round_id, "cotrain.run": run_id}
+    # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
+    with scratch_folder(context.runs / f".register-{run_id}") as scratch:
+        manifest = copy_export(context.runs / run_id, scratch)
+        version = context.tracker.register(mlflow_run, scratch, tags, known.version if known else None)
+    context.tracker.end_run(mlflow_run)
+    with context.sessions.begin() as session:
+        rounds.add_version(session, round_id, version, manifest)
+    log.info("registered v%d from run %s", version, run_id)
+    return version
+
+
+def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
+    """Let candidate and champion take the cases they have not taken: how many each took and could not be judged on."""
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "evaluate", context.attempt)
+        turn = rounds.find_round(session, round_id)
+        versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
+    place = context.settings.home / "eval"
+    place.mkdir(exist_ok=True)
+    taken = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
+    with context.sessions.begin() as session:
+        rounds.count_failed(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
+    return taken
+
+
+def evaluate_version(context: Context, version: int, place: Path | None = None) -> dict[str, int]:
+    """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement.
+
+    Args:
+        place: where a scratch folder is made, which stays for its log if this fails, and where a round's version may be
+            one that the registry has lost. None, for an operator's command: in the system's folder for these, where no
+            service writes and nothing stays.
+
+    Raises:
+        NeverRegistered: if there never was such a version.
+        VersionLost: if the version is gone from the registry, and for a round has no whole export either.
+        RuntimeError: if its evaluation fails.
+    """
+    with context.sessions() as session:
+        rounds.find_version(session, version)
+        cases = [
+            {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
+            for case in rounds.untested(session, version)
+        ]
+    if not cases:
+        return {"cases": 0, "failed": 0}
+    is_lost = False
+    try:
+        context.tracker.require(version)
+    except VersionLost:
+        if place is None:
+            raise
+        is_lost = True
+    for left in place.glob(f"v{version}-*") if place else ():
+        shutil.rmtree(left)  # of an evaluation that failed, kept for its log
+    folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
+    try:
+        model = str(copy_lost(context, version, folder)) if is_lost else f"v{version}"
+        results = _answer(context, folder, model, cases)
+    except RuntimeError as error:
+        where = f"ends with: {_end_of(folder / LOG)}" if place is None else f"is {folder / LOG}"
+        raise RuntimeError(f"{error}; its log {where}") from None
+    finally:
+        if place is None:
+            shutil.rmtree(folder)
+    with context.sessions.begin() as session:
+        promotion.store_results(session, version, results)
+    shutil.rmtree(folder, ignore_errors=True)
+    failed = sum(result["reason"] is not None for result in results)
+    log.info("v%d took %d cases, of which %d could not be judged", version, len(results), failed)
+    return {"cases": len(results), "failed": failed}
+
+
+def _end_of(log_file: Path) -> str:
+    """Return the last lines of an evaluation's log; nothing if it cannot be read."""
+    try:
+        return " / ".join(read_end(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
+    except OSError:
+        return ""
+
+
+def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the evaluation in a process of its own, which has torch and can be killed.
+
+    It fetches a version, such as v7, by itself with the account that only reads, or takes a model folder; it reaches
+    nothing but that and its own folder.
+
+    Raises:
+        RuntimeError: if it fails, or leaves no file of results; its log may hold text of the cases.
+    """
+    asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
+    log_file = folder / LOG
+    asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
+    confinement = Confinement(read=(Path(model),), write=(folder, *accelerator_files()), signal="SIGKILL")
+    command = confinement.command(
+        sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(asked), str(answered)
+    )
+    for _ in range(EVAL_ATTEMPTS):
+        with supervised(command, folder, _evaluation_environment(context, folder), log_file.name) as process:
+            status = process.wait()
+        if status == 0:
+            break
+        log.warning("an evaluation ended with status %d", status)
+    else:
+        raise RuntimeError(f"evaluation ended with status {status}")
+    try:
+        text = read_regular(answered, MAX_RESULT_BYTES * len(cases))
+    except OSError as error:
+        raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
+    """Build what an evaluation needs: the address of the tracker and the account that only reads."""
+    settings = context.settings
+    return built_environment(
+        folder,
+        **NO_TELEMETRY,
+        **{MARK: settings.stack_id},
+        COTRAIN_MLFLOW_URL=settings.mlflow_url,
+        COTRAIN_MLFLOW_USERNAME=READER,
+        COTRAIN_MLFLOW_PASSWORD=settings.mlflow_reader_password.get_secret_value(),
+    )

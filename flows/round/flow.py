@@ -1,0 +1,108 @@
+"""The flows of Prefect: the round, which is the table of contents of the loop, and what comes between rounds."""
+
+from dataclasses import replace
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
+
+from feedback import rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import new_id
+from flows.context import Context, open_context
+from flows.registry import ReproduceForm, RoundForm
+from flows.round import collect as collecting
+from flows.round import evaluate as evaluation
+from flows.round import prepare_run, promote
+from flows.round.artifacts import decision_text, gate_rows, plan_text, show_table
+from flows.round.progress import RunCancelled, progress_reporter
+from flows.round.tasks import Hopeless, step, without_text
+from flows.supervisor import supervisor
+from infra.process_group import alone
+
+take_up = step(collecting.take_up, "take up")
+collect = step(collecting.collect, "collect")
+snapshot = step(collecting.snapshot, "snapshot")
+lay_out = step(prepare_run.lay_out, "plan")
+train = step(supervisor.train, "train")
+register = step(evaluation.register, "register")
+evaluate = step(evaluation.evaluate, "evaluate")
+decide = step(promote.decide, "decide")
+tell = step(promote.tell, "tell")
+
+
+@flow(
+    name="cotrain-round",
+    description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.",
+    validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
+)
+def cotrain_round(form: RoundForm) -> str | State[str]:
+    """Run a round to its end and return its final state; a round that has ended is left as it is."""
+    context = open_context()
+    round_id = form.round_id
+    if round_id is None:
+        # The dispatcher starts every requested round under a key of its own; this run only filed the request.
+        return f"requested round {request(context, form.round_parameters())}"
+    with context.sessions() as session:
+        attempt = rounds.find_round(session, round_id).attempt
+    try:
+        # An earlier attempt may be leaving still; two of them must not write the same files.
+        with without_text("the round"), alone(context.lock_of(round_id)):
+            return run_steps(replace(context, attempt=attempt), round_id)
+    except rounds.RoundEnded as ended:
+        return str(ended)
+    except RunCancelled as cancelled:
+        fail(context, round_id, str(cancelled), state="cancelled")
+        return Cancelled(message=str(cancelled))
+    except Hopeless as error:
+        fail(context, round_id, str(error))
+        raise
+
+
+def run_steps(context: Context, round_id: str) -> str:
+    """Take a round through its steps; those it has passed are passed by.
+
+    Raises:
+        RoundEnded: if the round has ended, or a later attempt works on it.
+    """
+    collected = collect(context, round_id)
+    show_table("collected", [collected])
+    snapshot(context, round_id)
+    plan = lay_out(context, round_id)
+    stages = enumerate(plan.stages)
+    show_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in stages])
+    create_markdown_artifact(key="plan-explained", markdown=plan_text(context, round_id, plan))
+    train(context, round_id, progress_reporter())
+    register(context, round_id)
+    show_table("evaluated", evaluate(context, round_id))
+    decision = decide(context, round_id)
+    show_table("gate", gate_rows(decision))
+    create_markdown_artifact(key="decision", markdown=decision_text(decision))
+    tell(context)
+    with context.sessions() as session:
+        return rounds.find_round(session, round_id).state
+
+
+def request(context: Context, parameters: RoundParameters) -> str:
+    """File the row that pressing Run stands for."""
+    with context.sessions.begin() as session:
+        return rounds.request_round(session, "prefect", parameters, new_id()).id
+
+
+def fail(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
+    """End the round without a version, with the reason on its page."""
+    with context.sessions.begin() as session:
+        rounds.finish(session, round_id, state, reason[:2000])
+
+
+@flow(
+    name="cotrain-reproduce",
+    description="Between rounds: screen new reports, ask the champion again, accept what reproduced.",
+    validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
+)
+def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
+    """Take up the reports that wait; the dispatcher starts this when some do."""
+    counts: dict[str, int] = take_up(open_context(), form.limit)
+    show_table("taken-up", [counts])
+    return counts

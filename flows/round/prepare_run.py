@@ -1,0 +1,173 @@
+"""The run folder of a round, laid out from its snapshot, and the pool it is planned for."""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from feedback import rounds, snapshots
+from feedback.contracts import RoundParameters
+from feedback.items import reason_of
+from flows.context import Context
+from flows.round.versions import fetch
+from flows.supervisor.pool_launcher import limits_on, pool_of
+from infra.error_text import Plain
+from infra.faults import is_of_one_item
+from infra.machine import has_fast_bf16
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, Precision, Recipe, tiny
+from yuan.data.rows import BadRow, Row, parse_rows
+from yuan.data.samples import Sample, encode_row
+from yuan.plan.plan_record import Plan
+from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.workload import Work
+from yuan.train.run_folder import PICTURE, RunFolder, RunSpec
+
+log = logging.getLogger(__name__)
+
+SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 128, 2, 8
+VOCAB_LIMIT, VOCAB_MULTIPLE = 1024, 64
+
+
+def lay_out(context: Context, round_id: str) -> Plan:
+    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "plan", context.attempt)
+        turn = rounds.find_round(session, round_id)
+        run_id = rounds.training_run(session, round_id).id
+        snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
+        parts = snapshots.parts_of(session, snapshot_id)
+    folder = RunFolder(context.runs / run_id)
+    if (folder.path / "run.json").exists():
+        return folder.spec().plan
+    shutil.rmtree(folder.path, ignore_errors=True)
+    folder.path.mkdir(parents=True)
+    if not context.objects.exists(f"{snapshots.SNAPSHOTS}/{snapshot_id}"):
+        raise ValueError(
+            f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
+        )
+    parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS}/{snapshot_id}")))
+    model, tokenizer = _model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
+    tokenizer.save(folder.path)
+    recipe = _recipe(parameters)
+    pool = pool_of(context.settings)
+    plan = make_plan(Work.of(model, recipe), pool, limits_on(pool, recipe))
+    with context.sessions.begin() as session:
+        plan = Plan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
+    spec = RunSpec(
+        kind="pretrain" if parent is None else "finetune",
+        model=model,
+        snapshot=snapshot_id,
+        plan=plan,
+        recipe=recipe,
+        seed=int(parameters["seed"]),
+        parent=None if parent is None else f"v{parent}",
+    )
+    picture = draw_plan(Work.of(model, recipe), pool, plan)
+    (folder.path / PICTURE).write_text(picture)
+    context.objects.put(rounds.picture_key(run_id), picture.encode())
+    weights = RoundParameters.model_validate(parameters).weights
+    left_out: dict[str, str] = {}
+    sources = _sources(parsed, parts, tokenizer, spec.seed, left_out)
+    shares = None if weights is None else _shares({str(name): share for name, share in weights.items()}, sources)
+    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
+    with context.sessions.begin() as session:
+        rounds.count_failed(session, round_id, {"plan": len(left_out)})
+        snapshots.note_left_out(session, "plan", left_out)
+    folder.write_spec(spec)
+    log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
+    return plan
+
+
+class WeightMissing(Plain, ValueError):
+    """A round's weights leave out a part that has rows."""
+
+
+def _shares(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+    """Return the weights of the parts that have rows; those of others count for nothing.
+
+    Raises:
+        WeightMissing: if such a part has none.
+    """
+    missing = sorted(set(sources) - set(weights))
+    if missing:
+        raise WeightMissing(f"the round's weights leave out {', '.join(missing)}, which have rows; give each a weight")
+    return {name: weights[name] for name in sources}
+
+
+def _sources(
+    parsed: Sequence[Row | BadRow],
+    parts: dict[str, int],
+    tokenizer: tokenizers.Tokenizer,
+    seed: int,
+    left_out: dict[str, str],
+) -> dict[str, Iterator[Sample]]:
+    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own.
+
+    Args:
+        left_out: is given the key and the reason of each row that cannot be encoded; a line of the snapshot that is no
+            row any more has its number for a key.
+    """
+    sources: dict[str, Iterator[Sample]] = {}
+    start = 0
+    for name, count in parts.items():
+        own = list(parsed[start : start + count])
+        start += count
+        random.Random(f"{seed} {name}").shuffle(own)
+        if own:
+            sources[name] = _encoded(own, tokenizer, left_out)
+    return sources
+
+
+def _encoded(
+    rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, left_out: dict[str, str]
+) -> Iterator[Sample]:
+    for row in rows:
+        if isinstance(row, BadRow):
+            left_out[f"line {row.row}"] = row.reason
+            continue
+        try:
+            sample = encode_row(row, tokenizer)
+        except Exception as error:
+            if not is_of_one_item(error):
+                raise
+            left_out[row.key] = f"it cannot be encoded: {reason_of(error)}"
+        else:
+            yield sample
+
+
+def _model(
+    context: Context, folder: RunFolder, parent: int | None, rows: list[Row]
+) -> tuple[ModelConfig, tokenizers.Tokenizer]:
+    """The parent's shape and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
+    if parent is not None:
+        made = fetch(context, parent, folder.path / ".download")
+        made.rename(folder.parent)
+        shutil.rmtree(folder.path / ".download")
+        config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))
+        return config, tokenizers.load(folder.parent)
+    tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=VOCAB_LIMIT)
+    padded = -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return tiny(padded), tokenizer
+
+
+def _precision(asked: Literal["auto", "bf16", "fp32"]) -> Precision:
+    if asked == "auto":
+        return "bf16" if has_fast_bf16() else "fp32"
+    return asked
+
+
+def _recipe(parameters: dict[str, Any]) -> Recipe:
+    asked = RoundParameters.model_validate(parameters)
+    return Recipe(
+        max_steps=asked.max_steps,
+        learning_rate=asked.learning_rate,
+        seq_len=SEQ_LEN,
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        warmup_steps=min(20, asked.max_steps - 1),
+        precision=_precision(asked.precision),
+        checkpoint_every=asked.checkpoint_every,
+    )

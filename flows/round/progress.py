@@ -1,0 +1,58 @@
+"""A run's progress in Prefect, and Prefect's wish to end it."""
+
+import time
+from typing import Any
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+
+from flows.supervisor.run_reporter import Progress
+from flows.supervisor.status_line import described
+
+ASK_EVERY_S = 5.0
+
+
+class RunCancelled(Exception):
+    """An operator cancelled the flow run in Prefect."""
+
+
+def progress_reporter() -> Progress:
+    """A function that shows a run's status as a progress artifact, and leaves when the flow run is being cancelled.
+
+    A worker that lost touch with the server, or died, never tells its flow; so the flow asks.
+
+    Raises:
+        RunCancelled: from the function, once an operator has cancelled.
+    """
+    artifact: list[Any] = []
+    asked = [0.0]
+
+    def show(status: dict[str, Any]) -> None:
+        if time.monotonic() - asked[0] > ASK_EVERY_S:
+            asked[0] = time.monotonic()
+            leave_if_cancelled()
+        if not status:
+            return
+        percent = 100.0 * status["step"] / status["max_steps"]
+        if artifact:
+            update_progress_artifact(artifact[0], percent, description=described(status))
+        else:
+            artifact.append(create_progress_artifact(percent, key="training", description=described(status)))
+
+    return show
+
+
+def leave_if_cancelled() -> None:
+    """Ask the server how it sees this flow run; outside of one, nothing is asked.
+
+    Raises:
+        RunCancelled: if it is being cancelled, or was.
+    """
+    own = flow_run.id
+    if own is None:
+        return
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(own).state
+    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+        raise RunCancelled("cancelled in Prefect")

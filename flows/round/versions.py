@@ -1,0 +1,203 @@
+"""Model folders of versions: copied out of a run, fetched, and registered again when the registry lost them."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from feedback import rounds
+from flows.context import Context
+from infra.files import copy_open
+from infra.tracker import VersionLost
+from yuan.data.text import printable
+from yuan.train.run_files import open_file, read_file
+
+log = logging.getLogger(__name__)
+
+FETCHED = ("serve", "generate")  # folders of copies: the model server's, and the command line's
+
+
+def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
+    """Bring back a version that was deleted from the registry, or its files, from a copy of its model folder.
+
+    Args:
+        folder: `runs/RUN/export`, or any other copy, such as the model server's.
+        wanted: which version it is; None: the one whose run or whose manifest it is.
+
+    Returns:
+        The version, and whether it, or its files, had to be brought back; one that is whole is left alone.
+
+    Raises:
+        ValueError: if the folder is not whole, or not the version's; the message says what differs.
+    """
+    from yuan.model.weights import parse_manifest
+
+    folder = folder.resolve()  # the operator's own links are followed, and none in what they lead to
+    try:
+        manifest = parse_manifest(read_file(folder, "manifest.json"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a model folder: manifest.json: {error}") from None
+    with context.sessions.begin() as session:
+        rounds.order_registrations(session)
+        known = rounds.recorded_version(session, manifest, wanted, folder.parent.name)
+        mlflow_run = str(rounds.training_run(session, known.round_id).mlflow_run_id)
+        differing = differences(manifest, known.manifest)
+        if differing:
+            raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
+        is_there = context.tracker.has(known.version)
+        if is_there and not context.tracker.missing(known.version, [*known.manifest["files"], "manifest.json"]):
+            return known.version, False
+        tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
+        with scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
+            copy_recorded(folder, scratch, known.manifest)
+            if is_there:
+                context.tracker.upload(known.version, scratch)
+            else:
+                context.tracker.register(mlflow_run, scratch, tags, known.version)
+    log.info("registered v%d again from %s", known.version, folder)
+    return known.version, True
+
+
+def require(context: Context, version: int) -> None:
+    """Check that a version can be fetched from the registry.
+
+    Raises:
+        NeverRegistered: if there never was such a version.
+        VersionLost: if it, or its files, are gone from the registry.
+    """
+    with context.sessions() as session:
+        rounds.find_version(session, version)
+    context.tracker.require(version)
+
+
+def fetch(context: Context, version: int, target: Path) -> Path:
+    """Fetch a version's model folder; one that the registry has lost is copied from its run's export.
+
+    Args:
+        target: a folder, made if it is not there, in which the model folder is put.
+
+    Raises:
+        VersionLost: if it is gone from the registry and the export is not as recorded; the message says what to do.
+    """
+    try:
+        return context.tracker.download(version, target)
+    except VersionLost:
+        return copy_lost(context, version, target)
+
+
+def copy_lost(context: Context, version: int, target: Path) -> Path:
+    """Copy a version that the registry has lost from its run's export, every byte of it checked.
+
+    Raises:
+        VersionLost: if the export is not as recorded; the message says what to do.
+    """
+    with context.sessions() as session:
+        known = rounds.find_version(session, version)
+        session.expunge(known)
+    how, copy = how_to_register(context.settings.home, version, known.run_id), target / "model"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    try:
+        copy_recorded(context.runs / known.run_id / "export", copy, known.manifest)
+    except ValueError as error:
+        log.warning("v%d is gone from the registry, and its run's export is of no use: %s", version, error)
+        raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
+    log.warning("v%d is gone from the registry, and its run's export is used; %s", version, how)
+    return copy
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for a copy of weights, on the disk of the home folder and gone afterwards.
+
+    Its name is fixed, so that the next attempt removes what one that was killed has left.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_export(run: Path, target: Path) -> dict[str, Any]:
+    """Copy what the manifest of a run's exported weights names, and return the manifest.
+
+    Raises:
+        ValueError: if the weights are not what the manifest says, or no regular files of the run's own folder.
+    """
+    try:
+        manifest = dict(json.loads(read_file(run, "export/manifest.json")))
+        copy_recorded(run / "export", target, manifest)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the weights of {run} cannot be registered: {error}") from None
+    return manifest
+
+
+def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
+    """Copy what a recorded manifest names out of a folder that services write, and nothing else.
+
+    Whoever reads the registry reads what is copied, so no link is followed, not even one in the folder's place, and
+    every byte is compared.
+
+    Raises:
+        ValueError: if a file is not the recorded one.
+    """
+    for name, expected in recorded["files"].items():
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"a manifest names files of one folder, got {printable(name)}")
+        try:
+            source = open_file(folder.parent, f"{folder.name}/{name}")
+            if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse
+                os.close(source)
+                raise OSError(f"it has {size} bytes, and the disk has less room")
+            found = copy_open(source, target / name)
+        except OSError as error:
+            raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
+        if found != expected:
+            raise ValueError(f"{name} of {folder} has the sha256 {found}, recorded is {expected}; give another copy")
+    (target / "manifest.json").write_text(json.dumps(recorded))
+
+
+def how_to_register(home: Path, version: int, run_id: str) -> str:
+    """Describe the command that brings a lost version back, from what copies there are."""
+    run = home / "runs" / run_id
+    places = (run / "export", *(home / name / f"v{version}" / "model" for name in FETCHED))
+    copies = [place / "manifest.json" for place in places]
+    for manifest in copies:
+        if manifest.exists():
+            return f"register it again: cotrain register {manifest.parent} --version {version}"
+    if any((run / "checkpoints").glob("step-*/manifest.json")):
+        return (
+            f"write its weights again, `python -m yuan.train.checkpoint.export {run}`, and register them: "
+            f"cotrain register {run / 'export'}"
+        )
+    return (
+        f"no copy of it is left below {home}; take one of a consumer or a backup: "
+        f"cotrain register DIR --version {version}"
+    )
+
+
+def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """What differs between two manifests, in words; empty if nothing does.
+
+    >>> differences({"files": {"a": "1", "b": "2"}, "step": 5}, {"files": {"a": "1", "b": "3"}, "step": 6})
+    'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
+    """
+    files, others = (dict(part) for part in (found["files"], recorded["files"]))
+    said = [
+        f"{name} has the sha256 {files.get(name, 'of no file')}, recorded is {others.get(name, 'no such file')}"
+        for name in sorted(files | others)
+        if files.get(name) != others.get(name)
+    ]
+    rest = sorted((found.keys() | recorded.keys()) - {"files"})
+    said += [
+        f"{key} is {found.get(key)}, recorded is {recorded.get(key)}"
+        for key in rest
+        if found.get(key) != recorded.get(key)
+    ]
+    return "; ".join(said)

@@ -1,0 +1,3 @@
+from flows.stack.services import main
+
+main()

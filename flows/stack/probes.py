@@ -1,0 +1,302 @@
+"""What users would notice, really tried: each probe asks one server, side by side, within a time limit.
+
+Prefect is asked over HTTP, since its library takes longer to import than all probes to answer.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+from sqlalchemy.exc import OperationalError
+
+from feedback.health import Facts
+from flows.duties import Standing, read_standings, standings_file
+from flows.round.versions import how_to_register
+from flows.stack.probing import Finding, Last, Probe, at, now, together
+from infra.confinement import port_of
+from infra.keeper import read_state
+from infra.listeners import describe_callers
+from infra.objects import open_objects
+from infra.settings import FlowSettings
+
+if TYPE_CHECKING:
+    from flows.context import Context
+
+LIMIT_S = 8.0
+# What is right again by itself within this time is no fault.
+SETTLED_S, LATE_S, REPORTS_LATE_S = 30.0, 60.0, 600.0
+POOL, REPRODUCE = "cotrain", "cotrain-reproduce"
+# By the server that it needs most.
+DUTY_OF = {
+    "postgres": "keep the round going",
+    "prefect": "register deployments",
+    "mlflow": "make aliases follow",
+}
+DUTY_MENDS = {
+    "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
+    "register deployments": "see `cotrain logs prefect`",
+    "end lost flow runs": "see `cotrain logs prefect`",
+    "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` gives the round up",
+    "start reproduction": "see `cotrain logs prefect`",
+    "take back leases of the dead": "see that the file which COTRAIN_POOL names can be read",
+}
+
+
+def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
+    """Run every probe; a server that hangs costs its own finding, never the others.
+
+    Without PostgreSQL, what has to be compared with the records is left out.
+    """
+    from feedback.health import gather
+
+    settings = context.settings
+    gathered: list[Facts] = []
+
+    def read() -> list[Finding]:
+        try:
+            with context.sessions() as session:
+                gathered.append(gather(session))
+        except OperationalError as error:
+            if "too many clients" not in str(error.orig):
+                raise
+            callers = describe_callers(port_of(settings.database_url.get_secret_value()))
+            fault = f"PostgreSQL's connections are all taken: {callers}"
+            return [
+                Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
+            ]
+        return [Finding("the records", now())]
+
+    found = together([Probe("postgres", "the records", read, last_known(settings.home, "postgres", None))], limit_s / 2)
+    known = gathered[0] if gathered else None
+
+    def probe(server: str, what: str, ask: Callable[[], list[Finding]]) -> Probe:
+        return Probe(server, what, ask, last_known(settings.home, server, known))
+
+    probes = [
+        probe("portal", "the portal", lambda: portal(settings)),
+        probe("s3", "an object put and read", lambda: objects(settings)),
+        probe("prefect", "a flow run that starts", lambda: flow_runs(settings)),
+    ]
+    if known is not None:
+        facts = known
+        probes += [
+            probe("model-server", "an answer from the model", lambda: model(settings, facts)),
+            probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
+            probe("prefect", "the running round", lambda: running_round(settings, facts)),
+            probe("prefect", "the last taking up of reports", lambda: last_reproduction(settings, facts)),
+        ]
+        found += [reports(facts), notices(facts)]
+    return found + together(probes, limit_s) + duties(settings.home)
+
+
+def last_known(home: Path, server: str, facts: Facts | None) -> Last:
+    """When a server is known to have answered last: by the records, the dispatcher's duties, or the keeper.
+
+    The keeper knows since when it is ready, and it may have answered at any time after that.
+    """
+    ready_at = read_state(home).get("services", {}).get(server, {}).get("ready_at")
+    ready = Last(at(ready_at), or_later=True) if ready_at else Last()
+    duty = read_standings(standings_file(home)).get(DUTY_OF.get(server, ""), Standing())
+    recorded = (facts.last_answer, facts.last_upload) if facts else (None, None)
+    answered = {"portal": recorded, "model-server": recorded[:1], "s3": recorded[1:]}.get(server, ())
+    seen = max((one for one in (moment(duty), *answered) if one), default=None)
+    return ready if seen is None or (ready.at is not None and ready.at > seen) else Last(seen)
+
+
+def portal(settings: FlowSettings) -> list[Finding]:
+    """The portal and its database answer."""
+    httpx.get(f"{settings.portal_url}/health", timeout=LIMIT_S).raise_for_status()
+    return [Finding("the portal", now())]
+
+
+def objects(settings: FlowSettings) -> list[Finding]:
+    """An object can be put and read back."""
+    open_objects(settings, attempts=1).check()
+    return [Finding("an object put and read", now())]
+
+
+def model(settings: FlowSettings, facts: Facts) -> list[Finding]:
+    """The champion answers with one token."""
+    what, mend = "an answer from the model", "see `cotrain logs model-server`"
+    if facts.champion is None:
+        return [Finding(what)]
+    headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
+    body = {"model": "yuan", "prompt": "1", "max_tokens": 1, "temperature": 0}
+    answer = httpx.post(f"{settings.model_server_url}/v1/completions", json=body, headers=headers, timeout=LIMIT_S)
+    if not answer.is_success:
+        fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
+        return [Finding(what, facts.last_answer, fault, mend)]
+    served = answer.json()["model"]
+    if served != f"yuan-v{facts.champion}" and age_s(facts.promoted_at) > SETTLED_S:
+        fault = f"{served} answers, and the champion is v{facts.champion}"
+        return [Finding(what, facts.last_answer, fault, f"see that the alias follows; else {mend}")]
+    return [Finding(what, now())]
+
+
+def registry(context: "Context", facts: Facts) -> list[Finding]:
+    """The registry has the champion and the version before it, and its alias points where it should."""
+    what, found = "an alias that follows", []
+    with context.tracker.impatiently():
+        aliases = context.tracker.aliases()
+        lost = [version for version in facts.lineage if not context.tracker.has(version)]
+        missing = {one: context.tracker.missing(one, facts.files[one]) for one in facts.lineage if one not in lost}
+    last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
+    for version in lost:
+        name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
+        mend = how_to_register(context.settings.home, version, facts.lineage[version])
+        # While the alias followed, the champion was there; of the version before only its promotion is known.
+        seen = last if version == facts.champion else facts.promoted_at
+        found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
+    for version, names in missing.items():
+        if names:
+            fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
+            mend = how_to_register(context.settings.home, version, facts.lineage[version])
+            found.append(Finding(f"the files of v{version}", facts.promoted_at, fault, mend))
+    is_due = age_s(facts.promoted_at) > SETTLED_S or last is None
+    if facts.champion is None:
+        return [Finding(what)]
+    if aliases.get("champion") != facts.champion and is_due:
+        at = f"v{aliases['champion']}" if "champion" in aliases else "no version"
+        fault = f"the alias champion points at {at}, and the champion is v{facts.champion}"
+        mend = (
+            "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
+        )
+        return [*found, Finding(what, last, fault, mend)]
+    return [*found, Finding(what, last or now())]
+
+
+def flow_runs(settings: FlowSettings) -> list[Finding]:
+    """Prefect has its database, a worker and deployments that are not paused, and starts what is due."""
+    what, found = "a flow run that starts", []
+    with prefect(settings) as http:
+        if http.get("/ready").status_code != 200:
+            return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
+        last = newest(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
+        started = datetime.fromisoformat(last["start_time"]) if last else None
+        deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
+        if not deployments:
+            mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
+            return [Finding(what, started, "Prefect knows no deployment of ours", mend)]
+        for one in deployments:
+            if one["paused"]:
+                mend = "switch it on at its page in Prefect"
+                found.append(Finding(what, started, f"the deployment {one['name']} is paused in Prefect", mend))
+        pool = http.get(f"/work_pools/{POOL}").raise_for_status().json()
+        if pool["is_paused"]:
+            mend = "switch it on at its page in Prefect"
+            found.append(Finding(what, started, f"the work pool {POOL} is paused in Prefect", mend))
+        if (limit := pool["concurrency_limit"]) is not None:
+            fault = (
+                f"the work pool {POOL} has a concurrency limit of {limit} in Prefect, beyond which no flow run starts"
+            )
+            mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
+            found.append(Finding(what, started, fault, mend))
+        workers = http.post(f"/work_pools/{POOL}/workers/filter", json={}).raise_for_status().json()
+        if not any(worker["status"] == "ONLINE" for worker in workers):
+            mend = "see `cotrain logs worker`"
+            found.append(Finding(what, started, "no worker is online, so that no flow run starts", mend))
+        due = (now() - timedelta(seconds=LATE_S)).isoformat()
+        which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
+        if late := newest(http, which, "EXPECTED_START_TIME_DESC"):
+            since = f"{datetime.fromisoformat(late['expected_start_time']):%F %T}"
+            found.append(
+                Finding(what, started, f"flow run {late['name']} waits since {since}", "see `cotrain logs worker`")
+            )
+    return found or [Finding(what, started)]
+
+
+def running_round(settings: FlowSettings, facts: Facts) -> list[Finding]:
+    """The running round has a flow that runs."""
+    what, turn = "the running round", facts.running
+    if turn is None:
+        return []
+    mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
+    with prefect(settings) as http:
+        run = newest(http, {"name": {"any_": [f"round-{turn.number}-attempt-{turn.attempt}"]}}, "START_TIME_DESC")
+    state = run["state"] if run else None
+    if state and state["type"] == "RUNNING":
+        return [Finding(what, now())]
+    since = datetime.fromisoformat(state["timestamp"]) if state else turn.created_at
+    if age_s(since) < LATE_S:
+        return [Finding(what, since)]
+    said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
+    fault = f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}"
+    return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
+
+
+def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
+    """The last run of the flow that takes reports up did not fail while reports wait."""
+    if not facts.num_reports_waiting:
+        return []
+    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    with prefect(settings) as http:
+        run = newest(http, ended, "END_TIME_DESC", flow=REPRODUCE)
+    if run is None or run["state"]["type"] == "COMPLETED":
+        return []
+    fault = (
+        f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE} failed: {run['state']['message']}"
+    )
+    mend = "the dispatcher tries again within a minute or two; see `cotrain logs flows`"
+    is_first = facts.last_reproduction is None
+    return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
+
+
+def reports(facts: Facts) -> Finding:
+    """Reports do not wait for longer than a batch takes."""
+    what, oldest = "a report that is reproduced", facts.oldest_report
+    if facts.champion is None or oldest is None or age_s(oldest) < REPORTS_LATE_S:
+        return Finding(what, facts.last_reproduction)
+    fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
+    mend = "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
+    return Finding(what, facts.last_reproduction, fault, mend, never=facts.last_reproduction is None)
+
+
+def notices(facts: Facts) -> Finding:
+    """Notices do not wait."""
+    oldest = facts.oldest_notice
+    fault = f"notices wait to be delivered since {oldest:%F %T}" if oldest and age_s(oldest) > LATE_S else None
+    mend = "see `cotrain logs dispatcher`" if fault else ""
+    return Finding("a notice delivered", facts.last_notice, fault, mend, never=facts.last_notice is None)
+
+
+def duties(home: Path) -> list[Finding]:
+    """The dispatcher's duties that fail."""
+    return [
+        Finding(
+            f"the dispatcher's duty: {name}",
+            moment(standing),
+            f"the dispatcher cannot {name}, since {at(standing.failing_since):%F %T}, {standing.failures} times: "
+            f"{standing.error}",
+            DUTY_MENDS.get(name, "see `cotrain logs dispatcher`"),
+            never=standing.succeeded_at is None,
+        )
+        for name, standing in read_standings(standings_file(home)).items()
+        if standing.failing_since is not None
+    ]
+
+
+def moment(standing: Standing) -> datetime | None:
+    """When a duty last succeeded."""
+    return None if standing.succeeded_at is None else at(standing.succeeded_at)
+
+
+def prefect(settings: FlowSettings) -> httpx.Client:
+    """A client of Prefect's API."""
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=LIMIT_S)
+
+
+def newest(http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None) -> dict[str, Any] | None:
+    """The first flow run that a filter finds, of any flow or of one."""
+    body = {"flow_runs": which, "sort": sort, "limit": 1}
+    if flow is not None:
+        body["flows"] = {"name": {"any_": [flow]}}
+    found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
+    return found[0] if found else None
+
+
+def age_s(moment: datetime | None) -> float:
+    """Seconds since a moment; none for what never was."""
+    return 0.0 if moment is None else (now() - moment).total_seconds()

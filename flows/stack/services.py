@@ -1,0 +1,320 @@
+"""The embedded stack: its services, and the keeper's entry."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
+from flows.stack.mlflow_service import mlflow_service
+from flows.stack.stack_config import StackConfig, leave_blocked_ports, load_config, write_environment
+from flows.stack.stores import forget_weed_sockets, postgres_service, weed_service
+from flows.supervisor.pool_launcher import CLUSTER_VARIABLES, launcher_files, pool_of
+from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
+from infra.files import read_regular
+from infra.health import Liveness, check_answer, check_health
+from infra.keeper import Keeper, Service
+from infra.logs import configure_logging
+from infra.postgres import Postgres
+from infra.settings import (
+    HOME_VARIABLE,
+    NO_TELEMETRY,
+    DispatcherSettings,
+    FlowSettings,
+    ModelServerSettings,
+    PortalSettings,
+    PrefectAccess,
+    Settings,
+    WorkerSettings,
+    home_folder,
+    load_settings,
+)
+
+log = logging.getLogger(__name__)
+
+WORKER_SILENT_S = 120.0
+DISPATCHER_SILENT_S, DISPATCHER_HANGS_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
+
+
+def services(home: Path, config: StackConfig, settings: Settings) -> list[Service]:
+    """The embedded stack in starting order."""
+    postgres = Postgres(
+        home / "pg",
+        config.ports["postgres"],
+        config.secrets["postgres"],
+        config.durable,
+        tuple(config.retired.get("postgres", ())),
+    )
+    return [
+        postgres_service(config, settings, postgres),
+        weed_service(home, config, settings),
+        mlflow_service(home, config, settings, postgres),
+        _prefect(home, config, settings, postgres),
+        _portal(home, settings),
+        _model_server(home, settings),
+        _dispatcher(home, settings),
+        _worker(home, settings),
+    ]
+
+
+def prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]:
+    """Build what a process that talks to Prefect needs, with its own folder for what Prefect's client keeps."""
+    return {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": settings.prefect_api_url,
+        "PREFECT_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+        "PREFECT_CLIENT_MAX_RETRIES": "10",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,feedback,yuan,infra",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # the dispatcher uses the same code outside of runs
+    }
+
+
+def own_environment(home: Path, folder: Path) -> dict[str, str]:
+    """Build the environment of one of our processes, which reads its settings from the home folder."""
+    return built_environment(folder, **NO_TELEMETRY, **{HOME_VARIABLE: str(home)})
+
+
+def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    # asyncpg knows no require_auth; infra/scram_only.py takes its place.
+    url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
+    work, port = home / "prefect", config.ports["prefect"]
+    env = built_environment(work, **NO_TELEMETRY) | {
+        "PREFECT_HOME": str(work),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": url.replace("postgresql:", "postgresql+asyncpg:"),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_API_AUTH_STRING": settings.prefect_auth.get_secret_value(),
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_UI_API_URL": "/api",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(work / "ui"),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "COTRAIN_PORTAL_URL": settings.portal_url,
+    }
+
+    def before() -> None:
+        make_private(work)
+        postgres.ensure_database("prefect", config.secrets["prefect_database"])
+
+    confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]), is_server=True)
+    return Service(
+        name="prefect",
+        command=lambda: confinement.command(sys.executable, "-m", "flows.prefect_gate"),
+        env=env,
+        cwd=work,
+        before=before,
+        check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
+        liveness=Liveness(lambda: check_answer(f"{settings.prefect_api_url}/health")),
+        listen=settings.prefect_api_url,
+        needs=("postgres",),
+    )
+
+
+def _ok(url: str, token: str | None = None) -> None:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    httpx.get(url, headers=headers, timeout=3).raise_for_status()
+
+
+def make_private(*folders: Path) -> None:
+    """Make folders that only their owner can enter."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def _own(
+    home: Path,
+    name: str,
+    module: str,
+    confinement: Confinement,
+    check: Callable[[], None],
+    needs: tuple[str, ...],
+    env: dict[str, str] | None = None,
+    before: Callable[[], None] = lambda: None,
+    liveness: Liveness | None = None,
+    listen: str | None = None,
+) -> Service:
+    """Describe a service of our own code, whose folder has its name."""
+    work = home / name
+
+    def prepare() -> None:
+        make_private(work)
+        before()
+
+    return Service(
+        name=name,
+        command=lambda: confinement.command(sys.executable, "-m", module),
+        env={**own_environment(home, work), **(env or {})},
+        cwd=work,
+        before=prepare,
+        check=check,
+        needs=needs,
+        liveness=liveness,
+        listen=listen,
+    )
+
+
+def _portal(home: Path, settings: Settings) -> Service:
+    stores = (settings.database_url.get_secret_value(), settings.s3_endpoint, settings.model_server_url)
+    confinement = Confinement(
+        read=tuple(home / name for name in PortalSettings.files),
+        write=(home / "portal",),
+        connect=tuple(map(port_of, stores)),
+        is_server=True,
+    )
+
+    def check() -> None:
+        _ok(f"{settings.portal_url}/health")
+
+    liveness = Liveness(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
+    needs = ("postgres", "s3")
+    return _own(
+        home, "portal", "feedback.run", confinement, check, needs, liveness=liveness, listen=settings.portal_url
+    )
+
+
+def _model_server(home: Path, settings: Settings) -> Service:
+    cache = home / "serve"
+    confinement = Confinement(
+        read=tuple(home / name for name in ModelServerSettings.files),
+        write=(home / "model-server", cache, *accelerator_files()),
+        # MLflow's client fetches large files from the store itself, by presigned addresses.
+        connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),
+        is_server=True,
+    )
+
+    def check() -> None:
+        _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
+
+    liveness = Liveness(lambda: check_health(f"{settings.model_server_url}/health"))
+    return _own(
+        home,
+        "model-server",
+        "yuan.serve.run",
+        confinement,
+        check,
+        ("mlflow",),
+        before=lambda: make_private(cache),
+        liveness=liveness,
+        listen=settings.model_server_url,
+    )
+
+
+def _dispatcher(home: Path, settings: Settings) -> Service:
+    work = home / "dispatcher"
+    sign, pool = home / DISPATCHER_SIGN, pool_files(settings)
+    servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
+    confinement = Confinement(
+        read=(*(home / name for name in DispatcherSettings.files), *pool),
+        write=(work,),
+        connect=None if pool else tuple(map(port_of, servers)),
+        scope_signals=False,  # it ends what dead flows have left
+    )
+
+    def check() -> None:
+        age = time.time() - float(json.loads(read_regular(sign))["time"])
+        if age > DISPATCHER_SILENT_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
+
+    def check_life() -> None:
+        age = time.time() - sign.stat().st_mtime
+        if age > DISPATCHER_HANGS_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
+
+    def before() -> None:
+        sign.unlink(missing_ok=True)
+
+    return _own(
+        home,
+        "dispatcher",
+        "flows.dispatcher",
+        confinement,
+        check,
+        ("prefect", "mlflow"),
+        env={**prefect_environment(work, settings), **cluster_environment()},
+        before=before,
+        liveness=Liveness(check_life),
+    )
+
+
+def _worker(home: Path, settings: Settings) -> Service:
+    work, flow_log = home / "worker", home / "logs" / "flows.log"
+    folders = tuple(home / name for name in ("runs", "eval", "work"))
+    sign = home / WORKER_SIGN
+
+    def check_life() -> None:
+        age = time.time() - sign.stat().st_mtime
+        if age > WORKER_SILENT_S:
+            raise TimeoutError(f"no sign of life for {age:.0f} s")
+
+    def check() -> None:
+        user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+        url = f"{settings.prefect_api_url}/work_pools/cotrain/workers/filter"
+        answer = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()
+        if not any(worker["status"] == "ONLINE" for worker in answer.json()):
+            raise ConnectionError("no worker is online")
+
+    def before() -> None:
+        make_private(work, *folders, flow_log.parent)
+        flow_log.touch(0o600)
+        sign.unlink(missing_ok=True)
+
+    confinement = Confinement(
+        read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *pool_files(settings)),
+        write=(work, *folders, flow_log, Path(SHARED_MEMORY), *accelerator_files()),
+        connect=None,  # ranks meet on ports that the system chooses
+    )
+    return Service(
+        name="worker",
+        command=lambda: confinement.command(sys.executable, "-m", "flows.dispatcher.worker"),
+        env={
+            **own_environment(home, work),
+            **prefect_environment(work, settings),
+            **cluster_environment(),
+            "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        },
+        cwd=work,
+        before=before,
+        check=check,
+        liveness=Liveness(check_life),
+        needs=("prefect",),
+    )
+
+
+def pool_files(settings: Settings) -> tuple[Path, ...]:
+    """Return the pool's file and what its launcher reads; none for this machine's own pool."""
+    if not settings.pool:
+        return ()
+    file = Path(settings.pool.rpartition(":")[0] or settings.pool).resolve()
+    try:
+        return (file, *launcher_files(pool_of(settings).launcher))
+    except (ValueError, OSError):  # said by whoever plans with it
+        return (file,)
+
+
+def cluster_environment() -> dict[str, str]:
+    """Return what clients of batch systems are told by the environment."""
+    own = Path.home() / ".kube" / "config"  # services have another home folder
+    usual = {"KUBECONFIG": str(own)} if own.exists() else {}
+    return usual | {name: os.environ[name] for name in CLUSTER_VARIABLES if name in os.environ}
+
+
+def main() -> None:
+    """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
+    configure_logging()
+    home = home_folder()
+    config = leave_blocked_ports(home, load_config(home))
+    (home / "logs").mkdir(exist_ok=True, mode=0o700)
+    write_environment(home, config)
+    settings = load_settings(Settings)
+    try:
+        Keeper(services(home, config, settings), home, config.stack_id).run()
+    finally:
+        with contextlib.suppress(PermissionError):
+            forget_weed_sockets(config)

@@ -1,0 +1,149 @@
+"""The embedded stack's two stores: PostgreSQL and S3."""
+
+import json
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from feedback.accounts import ensure_operator
+from flows.stack.stack_config import WEED_PORTS, StackConfig, is_blocked, weed_socket
+from infra.certificates import ensure_certificate
+from infra.confinement import Confinement, built_environment
+from infra.database import migrate, open_engine, open_sessions
+from infra.files import write_private
+from infra.health import Liveness, check_answer
+from infra.keeper import Service
+from infra.listeners import user_name
+from infra.objects import open_objects
+from infra.postgres import Postgres
+from infra.settings import Settings, StoreAccess
+
+MLFLOW_BUCKET = "mlflow"
+MIGRATIONS = Path(__file__).resolve().parents[2] / "feedback" / "migrations"
+
+
+def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+    def after() -> None:
+        postgres.ensure_database("cotrain", config.secrets["database"])
+        engine = open_engine(settings)
+        migrate(engine, MIGRATIONS)
+        with open_sessions(engine).begin() as session:
+            ensure_operator(session, settings.operator_token.get_secret_value())
+        engine.dispose()
+
+    return Service(
+        name="postgres",
+        command=postgres.command,
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+        cwd=Path("/"),
+        before=postgres.initialise,
+        check=postgres.check,
+        liveness=Liveness(postgres.check_answer),
+        addresses=(postgres.address,),
+        uids=(postgres.uid,),
+        after=after,
+        stop_signal=signal.SIGINT,
+    )
+
+
+def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service:
+    weed = str(Path(sysconfig.get_path("scripts")) / "weed")
+    data, work, configuration = home / "s3", home / "weed", home / "weed-settings"
+
+    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
+    confinement = Confinement(
+        read=(configuration,), write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports
+    )
+    environment = built_environment(work)
+
+    def before() -> None:
+        for folder in (data, work, configuration):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        forget_weed_sockets(config)
+        ensure_certificate(configuration / "tls.pem", "weed")
+        write_private(configuration / "security.toml", weed_security(config, configuration / "tls.pem"))
+        write_private(configuration / "identities.json", json.dumps(weed_identities(config, settings)))
+        # A volume index torn by a kill would hide its whole volume. Confined as the server is, whose files it reads.
+        command = confinement.command(weed, "-logtostderr=true", "fix", "-ignoreError", str(data))
+        subprocess.run(command, env=environment, cwd=configuration, capture_output=True, check=True)
+
+    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
+    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
+    flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
+    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={configuration}/identities.json"]
+    return Service(
+        name="s3",
+        command=lambda: confinement.command(weed, "-logtostderr=true", "mini", f"-dir={data}", *flags),
+        env=environment,
+        cwd=configuration,  # where it looks for security.toml
+        before=before,
+        check=lambda: _check_stores(config, settings),
+        liveness=Liveness(lambda: check_answer(settings.s3_endpoint)),
+        addresses=(settings.s3_endpoint,),
+    )
+
+
+def forget_weed_sockets(config: StackConfig) -> None:
+    """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there.
+
+    Raises:
+        PermissionError: if another user has put a file there since the keeper chose the ports.
+    """
+    for name in (f"{part}_grpc" for part in WEED_PORTS):
+        port = config.ports[name]
+        if is_blocked(name, port):
+            entry = weed_socket(name, port)
+            owner = user_name(entry.lstat().st_uid)
+            raise PermissionError(
+                f"{entry}, where the store needs its socket, belongs to {owner}; remove it, or run `cotrain down` and "
+                "`cotrain up`, which chooses another port"
+            )
+        weed_socket(name, port).unlink(missing_ok=True)
+
+
+def weed_security(config: StackConfig, certificate: Path) -> str:
+    """The store's security.toml: of its own processes only S3 is open to others, and that asks for its keys.
+
+    Without it, anybody on this machine can read and delete objects at the filer, the volume server and the master.
+    """
+    jwt = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
+    lines = [f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60' for name, n in jwt]
+    pair = f'cert = "{certificate}"\nkey = "{certificate}"'
+    lines.append(f'[grpc]\nca = "{certificate}"')
+    lines += [f"[grpc.{part}]\n{pair}" for part in ("volume", "master", "filer", "s3", "admin", "worker", "client")]
+    lines += [f'[https.{part}]\n{pair}\nca = "{certificate}"' for part in ("master", "volume", "filer", "admin")]
+    lines.append(f'[https.client]\nenabled = true\n{pair}\nca = "{certificate}"')
+    return "\n".join(lines) + "\n"
+
+
+def weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
+    """Return the store's accounts: the keeper's, which makes buckets, and one for each bucket that reaches no other."""
+
+    def identity(name: str, key: str, actions: list[str]) -> dict[str, Any]:
+        pair = {"accessKey": config.secrets[f"{key}_access_key"], "secretKey": config.secrets[f"{key}_secret_key"]}
+        return {"name": name, "credentials": [pair], "actions": actions}
+
+    def user(name: str, key: str, bucket: str) -> dict[str, Any]:
+        return identity(name, key, [f"{action}:{bucket}" for action in ("Read", "Write", "List", "Tagging")])
+
+    keeper = identity("keeper", "s3_admin", ["Admin", "Read", "Write", "List", "Tagging"])
+    return {
+        "identities": [keeper, user("cotrain", "s3", settings.s3_bucket), user("mlflow", "mlflow_s3", MLFLOW_BUCKET)]
+    }
+
+
+def _check_stores(config: StackConfig, settings: Settings) -> None:
+    keeper = StoreAccess(
+        s3_endpoint=settings.s3_endpoint,
+        s3_access_key=config.secrets["s3_admin_access_key"],
+        s3_secret_key=SecretStr(config.secrets["s3_admin_secret_key"]),
+    )
+    for bucket in (settings.s3_bucket, MLFLOW_BUCKET):
+        store = open_objects(keeper, bucket, attempts=1)
+        store.ensure_bucket()
+        store.check()

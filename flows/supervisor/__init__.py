@@ -1,0 +1,1 @@
+"""What keeps a run alive: devices, processes, checkpoints elsewhere, and how an end is answered."""

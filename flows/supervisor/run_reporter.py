@@ -1,0 +1,163 @@
+"""What a run says of itself, carried to the round's record, the tracker and Prefect; none of them can hold it up."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import psycopg
+from mlflow.exceptions import MlflowException
+from prefect.exceptions import PrefectHTTPStatusError
+from sqlalchemy.exc import OperationalError
+
+from feedback import rounds
+from flows.context import Context
+from infra.error_text import told
+from yuan.data.text import printable
+from yuan.train.run_files import NotRegular, read_file, replace_file
+from yuan.train.run_folder import EVENTS, METRICS, PICTURE, NewLines, RunFolder
+
+log = logging.getLogger(__name__)
+
+FAULTS = (OperationalError, psycopg.OperationalError, MlflowException, httpx.HTTPError, PrefectHTTPStatusError)
+EVENTS_TOLD = (
+    "skip",
+    "roll back",
+    "stop",
+    "straggler",
+    "straggler caught up",
+    "checkpoint damaged",
+    "re-plan",
+    "ended",
+)
+
+EVENTS_A_MINUTE, MINUTE_S, EVENT_LENGTH = 20, 60.0, 300  # of a run, in the logs of the stack
+TRACKER_PAUSE_S = 30.0  # after it did not answer
+PUBLISHED_BYTES = 64 * 2**20
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Reporter:
+    """Carries status and metrics outward; what a server that is down did not get, it gets when it is back.
+
+    Raises:
+        RoundEnded: from `report`, when the round has ended or a later attempt works on it.
+    """
+
+    def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: Progress) -> None:
+        self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
+        self._mlflow_run: str | None = None
+        self._metrics, self._events = NewLines(folder.path / METRICS), NewLines(folder.path / EVENTS)
+        self._unsent: list[dict[str, Any]] = []
+        self._sent_step = -1
+        self._track_after = 0.0
+        self._minute_began, self._num_told, self._num_untold = time.monotonic(), 0, 0
+
+    def report(self) -> None:
+        """Bring everybody up to date, as far as they answer."""
+        status = self._folder.status()
+        with _outlived("the round's record"), self._context.sessions.begin() as session:
+            rounds.training_run(session, self._round_id).status = status or None
+            rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
+        self._tell()
+        with _outlived("Prefect"):
+            self._progress(status)
+        # It takes its client seconds to give up, in which nobody watches the run.
+        if time.monotonic() > self._track_after:
+            self._track_after = time.monotonic() + TRACKER_PAUSE_S
+            with _outlived("the tracker"), self._context.tracker.impatiently():
+                self._track()
+                self._track_after = 0.0
+
+    def finish(self) -> str:
+        """Send what is left, and return the tracker's run; here a server that is down is an error.
+
+        Raises:
+            MlflowException: if the tracker does not answer.
+        """
+        self._tell_untold()
+        self._unsent += self._metrics.read_all()
+        run = self._track()
+        self._publish(run, EVENTS)
+        return run
+
+    def planned(self) -> None:
+        """The plan has changed: show the new one."""
+        with _outlived("the tracker"), self._context.tracker.impatiently():
+            self._log_plan(self._track())
+
+    def _tell(self) -> None:
+        """Log what happened, in lines that ranks can neither forge nor make many of or long; they write the events."""
+        if time.monotonic() - self._minute_began > MINUTE_S:
+            self._tell_untold()
+            self._minute_began, self._num_told = time.monotonic(), 0
+        for event in self._events.read():
+            name, step = event.get("event"), event.get("to")
+            if name == "roll back" and isinstance(step, int):  # those steps are trained again, and told again
+                self._sent_step = min(self._sent_step, step)
+            if name not in EVENTS_TOLD:
+                continue
+            if self._num_told == EVENTS_A_MINUTE:
+                self._num_untold += 1
+                continue
+            self._num_told += 1
+            said = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
+            log.warning("%s", printable(said, EVENT_LENGTH))
+
+    def _tell_untold(self) -> None:
+        if self._num_untold:
+            log.warning("%d more events are in %s", self._num_untold, self._folder.path / EVENTS)
+            self._num_untold = 0
+
+    def _track(self) -> str:
+        run = self._mlflow_run or self._tracked()
+        self._mlflow_run = run
+        self._unsent += self._metrics.read()
+        rows = [row for row in self._unsent if row["step"] > self._sent_step]
+        if rows:
+            self._context.tracker.log(run, rows)
+            self._sent_step = rows[-1]["step"]
+        self._unsent.clear()
+        return run
+
+    def _tracked(self) -> str:
+        """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
+        spec, tracker = self._folder.spec(), self._context.tracker
+        with self._context.sessions() as session:
+            run_id = rounds.training_run(session, self._round_id).id
+            number = rounds.find_round(session, self._round_id).number
+        run = tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
+        about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
+        tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **about})
+        self._log_plan(run)
+        with self._context.sessions.begin() as session:
+            rounds.training_run(session, self._round_id).mlflow_run_id = run
+        return run
+
+    def _log_plan(self, run: str) -> None:
+        plan = json.dumps(self._folder.spec().plan.to_json(), indent=2)
+        replace_file(self._folder.path, "plan.json", plan.encode())
+        for name in ("run.json", "plan.json", PICTURE):
+            self._publish(run, name)
+
+    def _publish(self, run: str, name: str) -> None:
+        """Copy a text of the run folder, in which ranks write, to the tracker, where consumers read it."""
+        try:
+            text = read_file(self._folder.path, name, PUBLISHED_BYTES).decode(errors="replace")
+        except (FileNotFoundError, NotRegular) as error:
+            log.warning("%s of the run is not published: %s", name, error.strerror)
+            return
+        self._context.tracker.log_text(run, name, text)
+
+
+@contextlib.contextmanager
+def _outlived(who: str) -> Iterator[None]:
+    try:
+        yield
+    except FAULTS as error:
+        log.warning("%s does not answer, training goes on: %s", who, told(error))

@@ -1,0 +1,211 @@
+"""Checkpoints in the object store, the real one."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+
+from feedback.tables import new_id
+from flows.supervisor.checkpoint_sync import fetch, send, uploading
+from infra.objects import PART_BYTES
+from yuan.train.checkpoint_manifest import MANIFEST, SCHEMA, SEAL, real_checkpoints, seal_of
+from yuan.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def run_id():
+    return new_id()
+
+
+def checkpoint(folder, step, content=b"weights"):
+    path = folder.checkpoints / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(content)
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_bytes(seal(step, {"__0_0.distcp": digest}))
+    return path
+
+
+def seal(step, files):
+    """A checkpoint's manifest as a run writes it."""
+    manifest = {"schema": SCHEMA, "step": step, "files": files}
+    return json.dumps({**manifest, SEAL: seal_of(manifest)}).encode()
+
+
+def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path / "here")
+    first = checkpoint(folder, 1)
+    assert send(objects, run_id, folder) == ["step-00000001"] and send(objects, run_id, folder) == []
+    checkpoint(folder, 2, b"newer")
+    (first / "manifest.json").unlink()
+    assert send(objects, run_id, folder) == ["step-00000002"]
+    assert {key.split("/")[2] for key in objects.keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
+    other = RunFolder(tmp_path / "there")
+    assert fetch(objects, run_id, other) == "step-00000002"
+    assert (other.checkpoints / "step-00000002" / "__0_0.distcp").read_bytes() == b"newer"
+    assert fetch(objects, run_id, other) is None and fetch(objects, new_id(), RunFolder(tmp_path / "new")) is None
+
+
+def test_a_checkpoint_that_was_made_anew_replaces_the_one_of_its_name(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path / "here")
+    old = checkpoint(folder, 1)
+    send(objects, run_id, folder)
+    shutil.rmtree(old)
+    checkpoint(folder, 1, b"after a roll back")
+    assert send(objects, run_id, folder) == ["step-00000001"]
+    other = RunFolder(tmp_path / "there")
+    fetch(objects, run_id, other)
+    assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"after a roll back"
+
+
+def test_a_damaged_one_in_the_store_is_passed_over(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path / "here")
+    for step in (1, 2):
+        checkpoint(folder, step)
+    send(objects, run_id, folder)
+    objects.put(f"checkpoints/{run_id}/step-00000002/__0_0.distcp", b"damaged")
+    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
+
+
+def test_an_empty_disk_takes_nothing_out_of_the_store(objects, run_id, tmp_path):
+    checkpoint(RunFolder(tmp_path / "here"), 1)
+    send(objects, run_id, RunFolder(tmp_path / "here"))
+    send(objects, run_id, RunFolder(tmp_path / "wiped"))
+    assert objects.keys(f"checkpoints/{run_id}/")
+
+
+def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    with uploading(objects, run_id, folder):
+        checkpoint(folder, 7)
+    assert [event["event"] for event in folder.events()] == ["checkpoint stored"]
+
+
+def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path):
+    file = tmp_path / "large"
+    content = bytes(range(256)) * (2 * PART_BYTES // 256) + b"the end"
+    file.write_bytes(content)
+    client, bucket, key = objects._client, objects._bucket, f"{run_id}/large"
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content[:PART_BYTES])
+    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=2, Body=b"another content" * 400_000)
+    sent = []
+    client.meta.events.register(
+        "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
+    )
+    with file.open("rb") as stream:
+        objects.put_file(key, stream, len(content), hashlib.sha256(content).hexdigest())
+    assert sent == [2, 3]
+    objects.get_file(key, tmp_path / "back")
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (file, tmp_path / "back")]
+    assert digests[0] == digests[1]
+
+
+def plant_link(file, victim):
+    file.symlink_to(victim)
+
+
+def plant_fifo(file, victim):
+    os.mkfifo(file)
+
+
+def plant_sparse(file, victim):
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)
+
+
+def plant_folder(file, victim):
+    file.mkdir()
+
+
+@pytest.mark.parametrize("plant", [plant_link, plant_fifo, plant_sparse, plant_folder])
+@pytest.mark.parametrize("place", ["__0_0.distcp", "manifest.json", "extra", ""])
+@pytest.mark.timeout(60)
+def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_path, place, plant):
+    victim = tmp_path / "secret"
+    victim.write_bytes(b"secret")
+    folder = RunFolder(tmp_path / "here")
+    checkpoint(folder, 1)
+    path = checkpoint(folder, 2, b"secret")  # whose digest is right even in another's place
+    if place:
+        (path / place).unlink(missing_ok=True)
+    else:
+        path.rename(tmp_path / "elsewhere")
+        victim, path = tmp_path / "elsewhere", path.parent
+    plant(path / (place or "step-00000002"), victim)
+    expected = ["step-00000001", "step-00000002"] if place == "extra" else ["step-00000001"]
+    assert send(objects, run_id, folder) == expected
+    keys = objects.keys(f"checkpoints/{run_id}/")
+    assert keys == [f"checkpoints/{run_id}/{name}/{file}" for name in expected for file in ("__0_0.distcp", MANIFEST)]
+
+
+def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects, run_id, tmp_path, caplog):
+    folder, refused = RunFolder(tmp_path), set()
+    path = checkpoint(folder, 1)
+    (path / "__0_0.distcp").write_bytes(b"WEIGHTS")
+    for _ in range(2):
+        assert send(objects, run_id, folder, refused) == []
+    assert [record.message.count("is not stored") for record in caplog.records] == [1]
+    shutil.rmtree(path)
+    checkpoint(folder, 1, b"anew")
+    assert send(objects, run_id, folder, refused) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("size", [100, 2 * PART_BYTES + 1])
+def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp_path, size):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
+        with file.open("rb") as stream, pytest.raises(ValueError, match="expected"):
+            objects.put_file(f"{run_id}/file", stream, num_bytes, digest)
+    assert objects.keys(f"{run_id}/") == [] and objects._begun_upload(f"{run_id}/file") is None
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
+def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run_id, tmp_path, name):
+    folder = RunFolder(tmp_path / "here")
+    path = checkpoint(folder, 1)
+    manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
+    (path / MANIFEST).write_bytes(manifest)
+    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    objects.put(f"checkpoints/{run_id}/step-00000001/{MANIFEST}", manifest)
+    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) is None
+
+
+@pytest.mark.parametrize("name", ["step-" + "9" * 200, "step-1", "step-000000001"])
+def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_path, name):
+    folder = RunFolder(tmp_path)
+    path = checkpoint(folder, 1)
+    path.rename(path.with_name(name))
+    assert list(real_checkpoints(folder.checkpoints)) == [] and send(objects, run_id, folder) == []
+    assert objects.keys(f"checkpoints/{run_id}/") == []
+
+
+@pytest.mark.parametrize(
+    "manifest", [b'{"files": {}}', seal(1, {}), seal(2, {"a": {"bytes": 0, "sha256": "0"}}), seal(1, {})[:-3] + b'9"}']
+)
+def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
+    folder = RunFolder(tmp_path)
+    (checkpoint(folder, 1) / MANIFEST).write_bytes(manifest)
+    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])
+def test_what_is_fetched_goes_into_the_run_and_not_where_a_link_leads(objects, run_id, tmp_path, place):
+    folder, other = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
+    checkpoint(folder, 1)
+    send(objects, run_id, folder)
+    elsewhere = tmp_path / "other run"
+    (elsewhere / "step-00000001").mkdir(parents=True)
+    (elsewhere / "step-00000001" / "file").write_text("mine")
+    (other.path / place).parent.mkdir(parents=True)
+    (other.path / place).symlink_to(elsewhere)
+    assert fetch(objects, run_id, other) == "step-00000001"
+    assert [str(path.relative_to(elsewhere)) for path in sorted(elsewhere.rglob("*"))] == [
+        "step-00000001",
+        "step-00000001/file",
+    ]
+    assert not other.checkpoints.is_symlink() and not (other.checkpoints / "step-00000001").is_symlink()
+    assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"weights"

@@ -1,0 +1,85 @@
+"""The dispatcher's duties, each of which fails alone."""
+
+import logging
+import re
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from pydantic import SecretStr
+from sqlalchemy import select
+
+from feedback import rounds
+from feedback.accounts import add_contributor
+from feedback.contracts import FeedbackIn
+from feedback.reports import add_feedback
+from feedback.tables import Outbox, new_id
+from flows.context import Context
+from flows.dispatcher.attempts import key_of
+from flows.dispatcher.dispatcher import duties_of
+from flows.duties import MAX_PAUSE_S, Duties, Standing, read_standings
+from infra.database import open_sessions
+
+PROMPT = "a prompt"
+NOWHERE = "http://127.0.0.1:9"
+
+
+def refuse():
+    raise ValueError(f"no such thing as {PROMPT!r}")
+
+
+def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
+    done = []
+    duties = Duties({"bad": refuse, "good": lambda: done.append(1)}, tmp_path / "duties.json")
+    for _ in range(3):
+        duties.wake()
+        duties.turn()
+    assert done == [1, 1, 1]
+    found = read_standings(tmp_path / "duties.json")
+    assert found["bad"].failures == 3 and found["bad"].failing_since and "ValueError" in found["bad"].error
+    assert found["good"].succeeded_at and not found["good"].failures
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 1 and "in refuse" in said[0] and PROMPT not in said[0]
+
+
+def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path):
+    assert [Standing(failures=n).pause_s for n in (0, 1, 2, 3, 50)] == [0, 1, 2, 4, MAX_PAUSE_S]
+    calls = []
+    duties = Duties({"bad": lambda: calls.append(1) or refuse()}, tmp_path / "duties.json")
+    duties.turn()
+    duties.turn()
+    assert len(calls) == 1
+    well = Duties({"bad": lambda: None}, tmp_path / "duties.json")
+    assert well.standings["bad"].failures == 1  # what another process wrote before
+    well.turn()
+    assert read_standings(tmp_path / "duties.json")["bad"].failing_since is None
+
+
+@pytest.mark.slow
+def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engine, objects, tmp_path):
+    sessions = open_sessions(engine)
+    with sessions.begin() as session:
+        reporter, _ = add_contributor(session, new_id())
+        form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
+        report = add_feedback(session, reporter, form, new_id())
+        session.flush()
+        session.add(
+            Outbox(contributor_id=reporter.id, feedback_id=report.id, version=1, verdict="fixed", text="fixed in v1")
+        )
+    settings = stores.model_copy(update={"mlflow_url": NOWHERE, "home": tmp_path})
+    with SyncPrefectClient(f"{NOWHERE}/api") as client:
+        duties = Duties(duties_of(Context(settings, sessions, objects), client), tmp_path / "duties.json")
+        duties.turn()
+    with sessions() as session:
+        assert session.scalars(select(Outbox.delivered_at).where(Outbox.contributor_id == reporter.id)).one()
+        assert rounds.running_round(session) is None
+    failing = {name for name, standing in duties.standings.items() if standing.failures}
+    assert failing == {"make aliases follow", "register deployments", "end lost flow runs"}
+
+
+def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):
+    """Who takes it first, with Prefect's password alone, keeps the attempt from being started."""
+    other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
+    ours, theirs = (Context(settings, None, None) for settings in (stores, other))
+    keys = {key_of(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}
+    assert len(keys) == 4 and key_of(ours, "0" * 32, 1) in keys
+    assert all(re.fullmatch("round:[0-9a-f]{64}", key) and "0" * 32 not in key for key in keys)

@@ -1,0 +1,73 @@
+"""An evaluation that was taken over, and the unconfined process that reads what it leaves."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from pydantic import SecretStr
+
+from flows.round import evaluate as evaluation
+
+CASES = [{"id": "1", "prompt": "p", "expected": "e", "checker": {"type": "exact"}}]
+ATTACKS = {
+    "link": "os.symlink({victim!r}, results)",
+    "fifo": "os.mkfifo(results)",
+    "huge": "open(results, 'wb').truncate(1 << 40)",
+    "folder": "os.mkdir(results)",
+}
+
+
+@pytest.fixture
+def context():
+    settings = SimpleNamespace(
+        stack_id="s", mlflow_url="http://127.0.0.1:9", mlflow_reader_password=SecretStr("password")
+    )
+    return SimpleNamespace(settings=settings)
+
+
+@pytest.fixture
+def evaluate(context, tmp_path, monkeypatch):
+    """Run this text in the place of `yuan.eval.run`, under the confinement that evaluations have."""
+
+    def run(text):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (tmp_path / "program.py").write_text(f"import os, sys\nresults, log = sys.argv[4], 'eval.log'\n{text}\n")
+        command = evaluation.Confinement.command
+
+        def instead(self, program, *arguments):
+            assert arguments[:2] == ("-m", "yuan.eval.run")
+            readable = evaluation.Confinement(read=(*self.read, tmp_path / "program.py"), write=self.write)
+            return command(readable, program, str(tmp_path / "program.py"), *arguments[2:])
+
+        monkeypatch.setattr(evaluation.Confinement, "command", instead)
+        return evaluation._answer(context, folder, "v1", CASES)
+
+    return run
+
+
+def test_what_it_leaves_is_read(evaluate):
+    result = {"case_id": "1", "answer": "e", "passed": True, "reason": None}
+    assert evaluate(f"open(results, 'w').write({json.dumps(json.dumps(result))})") == [result]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.timeout(60)
+def test_results_that_are_no_small_file_are_refused(evaluate, tmp_path, attack):
+    victim = tmp_path / "env"
+    victim.write_text('{"secret": 1}')
+    with pytest.raises(RuntimeError, match="results of an evaluation cannot be read"):
+        evaluate(ATTACKS[attack].format(victim=str(victim)))
+
+
+@pytest.mark.timeout(60)
+def test_a_link_in_the_place_of_its_log_is_not_followed_by_the_next_attempt(evaluate, tmp_path):
+    victim = tmp_path / ".bashrc"
+    victim.write_text("mine")
+    attack = "print('evil', flush=True)\nlog = os.path.join(os.path.dirname(results), log)\nos.unlink(log)\n"
+    attack += f"os.symlink({str(victim)!r}, log)\nsys.exit(1)"
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        evaluate(attack)
+    assert victim.read_text() == "mine"
+    assert os.path.islink(tmp_path / "folder" / "eval.log")

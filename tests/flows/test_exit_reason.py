@@ -1,0 +1,90 @@
+"""How a run's ending is named, from what is left in its folder."""
+
+import time
+
+import pytest
+
+from flows.supervisor.exit_reason import classify
+from infra.launchers.job import Ending
+from yuan.train.exit_status import Status, leave_note, status_of
+from yuan.train.guard import NumericalTrouble
+from yuan.train.run_folder import RunFolder, write_json
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "train.log").write_text("the last words")
+    return RunFolder(tmp_path)
+
+
+def beat(folder, rank, age_s):
+    write_json(folder.path / "heartbeats" / f"{rank}.json", {"pid": 1, "time": time.time() - age_s, "step": 3})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (ValueError("the plan lays out 3 layers and the model has 4"), "bad data"),
+        (FileNotFoundError("/data/xid 7 out of memory/tokens.bin"), "bad data"),
+        (NumericalTrouble("step 9 is wrong"), "numerical"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost device"),
+        (OSError(28, "No space left on device"), "disk full"),
+        (KeyError("weight"), "unknown"),
+    ],
+)
+def test_the_error_that_began_it_names_the_ending(folder, error, kind):
+    leave_note(folder.path, 1, Status.PEER_LOST, "RuntimeError: Connection closed by peer")
+    leave_note(folder.path, 0, status_of(error), str(error))
+    ended = classify(folder, Ending(status=1), since=0)
+    assert (ended.kind, ended.rank) == (kind, 0)
+
+
+def test_a_lost_device_names_its_machine(folder, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
+    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    assert classify(folder, Ending(status=1), since=0).host == "gpu-7"
+
+
+def test_a_machine_whose_name_is_none_is_not_believed(folder, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
+    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    assert classify(folder, Ending(status=1), since=0).host is None
+
+
+def test_a_hanging_run_names_the_rank_that_was_silent(folder):
+    beat(folder, 0, 0)
+    beat(folder, 1, 30)
+    leave_note(folder.path, 0, Status.HUNG, "no progress for 20 s in RecvGrad")
+    ended = classify(folder, Ending(status=1), since=time.time() - 60)
+    assert (ended.kind, ended.rank) == ("hung", 1) and "silent: rank 1" in ended.reason
+
+
+def test_a_killed_rank_is_named_and_the_log_shown(folder):
+    beat(folder, 0, 0)
+    beat(folder, 1, 10)
+    leave_note(folder.path, 0, Status.PEER_LOST, "Connection reset by peer")
+    ended = classify(folder, Ending(status=1), since=time.time() - 60)
+    assert (ended.kind, ended.rank) == ("unknown", 1) and "the last words" in ended.reason
+
+
+def test_notes_of_an_earlier_start_do_not_count(folder):
+    leave_note(folder.path, 0, Status.NUMERICAL, "long ago")
+    assert classify(folder, Ending(status=-9), since=time.time() + 1).kind == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [("preempted", "preempted"), ("node lost", "lost device"), ("out of memory", "out of memory"), ("cancelled",) * 2],
+)
+def test_what_the_launcher_knows_comes_first(folder, cause, kind):
+    leave_note(folder.path, 0, Status.UNKNOWN, "an effect")
+    assert classify(folder, Ending(status=1, cause=cause), since=0).kind == kind
+
+
+def test_exported_weights_are_the_end_whatever_the_status(folder):
+    folder.export.mkdir()
+    (folder.export / "manifest.json").write_text("{}")
+    assert classify(folder, Ending(status=1), since=0).kind == "finished"

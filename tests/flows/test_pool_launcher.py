@@ -1,0 +1,40 @@
+"""The launcher that a pool's file asks for."""
+
+import dataclasses
+
+import pytest
+
+from flows.supervisor.pool_launcher import launcher_of
+from infra.launchers.local import LocalLauncher
+from infra.launchers.slurm import SlurmLauncher
+from yuan.plan.pool import cpu_pool, dump_pool, load_pool
+
+
+def pool(launcher, **launch):
+    return dataclasses.replace(cpu_pool(), launcher=launcher, launch=tuple(launch.items()))
+
+
+def test_a_pool_is_started_as_its_file_says(tmp_path):
+    file = tmp_path / "pools.toml"
+    file.write_text(dump_pool(pool("slurm", partition="gpu", rendezvous_port=29_501)))
+    assert load_pool(str(file)) == pool("slurm", partition="gpu", rendezvous_port=29_501)
+    assert isinstance(launcher_of(load_pool(str(file))), SlurmLauncher)
+    assert isinstance(launcher_of(cpu_pool()), LocalLauncher)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "launch", "says"),
+    [
+        ("slurm", {"partitions": "gpu"}, "unexpected keyword argument 'partitions'"),
+        ("kubernetes", {"image": "i"}, "missing 2 required keyword-only arguments: 'claim' and 'mount_path'"),
+        ("local", {"partition": "gpu"}, "take no options"),
+    ],
+)
+def test_options_that_a_launcher_does_not_know_are_refused(launcher, launch, says):
+    with pytest.raises(ValueError, match=says):
+        launcher_of(pool(launcher, **launch))
+
+
+def test_an_unknown_launcher_is_refused():
+    with pytest.raises(ValueError, match="must be one of local, slurm, kubernetes, got 'pbs'"):
+        pool("pbs")

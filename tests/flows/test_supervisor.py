@@ -1,0 +1,110 @@
+"""The supervisor on real ranks, with real leases and a real store, while the tracker does not answer."""
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+
+import pytest
+from sqlalchemy import select, update
+
+from feedback import leases
+from feedback.tables import Device, Lease
+from flows.supervisor.exit_reason import Ended
+from flows.supervisor.supervisor import TrainingFailed
+from tests.yuan.runs import RECIPE, make
+from yuan.plan.pool import CPU_POOL
+from yuan.train.heartbeat import read_heartbeats
+from yuan.train.run_folder import RunFolder
+
+STEPS = 400  # so many that a run is still under way when the supervisor looks again
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("parent"))
+
+
+@pytest.fixture
+def supervisor(supervise, made):
+    return supervise(made, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
+
+
+def kinds(folder: RunFolder):
+    return [event["kind"] for event in folder.events() if event["event"] == "ended"]
+
+
+def when_under_way(folder, action):
+    """Do something once the run has a checkpoint to go on from."""
+
+    def work():
+        while not list(folder.checkpoints.glob("step-000000[2-9]0/manifest.json")):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
+    folder = supervisor.folder
+    struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1]["pid"], signal.SIGKILL))
+    supervisor.run()
+    struck.join()
+    assert kinds(folder) == ["unknown", "finished"]
+    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    with supervisor.context.sessions() as session:
+        held = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
+        assert len(held) == 2 and all(lease.released_at for lease in held)
+        assert leases.ledger(session)[supervisor.run_id] > 0
+
+
+@pytest.mark.slow
+def test_a_lost_device_is_planned_around(supervisor):
+    folder = supervisor.folder
+
+    def lose():
+        with supervisor.context.sessions.begin() as session:
+            leases.set_lost(session, CPU_POOL, "cpu-process/1", "taken out by the operator")
+
+    struck = when_under_way(folder, lose)
+    supervisor.run()
+    struck.join()
+    assert kinds(folder) == ["lost device", "finished"]
+    assert folder.spec().plan.pipeline_size == 1 and folder.status()["state"] == "finished"
+    assert [event["bounds"] for event in folder.events() if event["event"] == "re-plan"] == [[0, 3]]
+    steps = [row["data/first_position"] for row in folder.metrics()]
+    assert steps == list(range(0, 8 * STEPS, 8))
+
+
+def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
+    with supervisor.context.sessions.begin() as session:
+        leases.register_pool(session, supervisor.pool)
+        session.execute(update(Device).values(lost_reason="burnt"))
+    with pytest.raises(TrainingFailed, match="has lost all its devices"):
+        supervisor.run()
+    assert not (supervisor.folder.path / "train.log").exists()
+
+
+def test_an_edited_folder_is_refused_before_anything_starts(supervisor):
+    file = supervisor.folder.path / "run.json"
+    file.write_text(file.read_text().replace('"seed": 5', '"seed": 6'))
+    with pytest.raises(ValueError, match="somebody edited it"):
+        supervisor.run()
+    assert not (supervisor.folder.path / "train.log").exists()
+
+
+def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(supervisor):
+    node = dataclasses.replace(supervisor.pool.groups[0], device_class="gpu", count=4, devices_per_node=2)
+    supervisor.pool = dataclasses.replace(supervisor.pool, name="cluster", launcher="slurm", groups=(node,))
+    with supervisor.context.sessions.begin() as session:
+        leases.register_pool(session, supervisor.pool)
+    supervisor._give_up_device("gpu/3", Ended(kind="lost device", reason="rank 3: Xid 79", rank=3, host="gpu-7"))
+    assert supervisor._bad_hosts() == ("gpu-7",)
+    assert supervisor._pool_now().groups[0].count == 2
+    with supervisor.context.sessions.begin() as session:
+        assert leases.set_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
+    assert supervisor._bad_hosts() == ()

@@ -1,0 +1,130 @@
+"""Versions that the registry has lost, or that never were: what commands say, and what a round uses instead."""
+
+import json
+import tempfile
+import time
+
+import pytest
+from sqlalchemy import update
+
+from feedback import reports, rounds
+from feedback.contracts import RoundParameters
+from feedback.rounds import NeverRegistered
+from feedback.tables import ModelVersion, Round, new_id
+from flows.context import Context
+from flows.round import evaluate
+from flows.round.versions import copy_lost, fetch, require
+from flows.stack.stack_config import load_config
+from infra.database import open_sessions
+from infra.tracker import VersionLost
+from tests.conftest import start
+from tests.infra.mlflow import mlflow_service
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
+from yuan.data.checkers import Exact
+from yuan.data.rows import Row
+from yuan.model.transformer import Yuan
+from yuan.model.weights import save
+
+
+@pytest.fixture
+def context(stores, engine, objects, tmp_path, monkeypatch):
+    """A context with a home of its own; what is put into the system's folder for scratch files can be seen."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    settings = stores.model_copy(update={"home": tmp_path})
+    return Context(settings, open_sessions(engine), objects)
+
+
+@pytest.fixture
+def record(context):
+    """Record a version whose export is in its run's folder; gives the run's id."""
+    turns = []
+
+    def make(version):
+        with context.sessions.begin() as session:
+            session.execute(update(Round).values(state="cancelled"))
+            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
+            turns.append(turn.id)
+            run_id = rounds.training_run(session, turn.id).id
+            tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
+            config = ModelConfig(
+                name="t", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64
+            )
+            export = context.runs / run_id / "export"
+            save(export, config, Yuan(config).state_dict(), tokenizer, {})
+            manifest = json.loads((export / "manifest.json").read_text())
+            session.add(ModelVersion(version=version, round_id=turn.id, run_id=run_id, manifest=manifest))
+        return run_id
+
+    yield make
+    with context.sessions.begin() as session:
+        for turn in turns:
+            rounds.finish(session, turn, "cancelled", "the test is over")
+
+
+def add_case(context):
+    """A case that no version has taken."""
+    with context.sessions.begin() as session:
+        reports.add_cases(session, "reports", [Row(prompt=new_id(), answer="b", checker=Exact(value="b"))], "held_out")
+
+
+@pytest.mark.parametrize("version", [987_654, 2**40])
+def test_a_version_that_never_was_is_said_to_be_none_without_asking_the_registry(context, version):
+    for ask in (require, evaluate.evaluate_version):
+        with pytest.raises(NeverRegistered, match=f"v{version} was never registered here"):
+            ask(context, version)
+
+
+def test_a_lost_version_is_copied_from_its_export_as_recorded_or_not_at_all(context, record, tmp_path):
+    run_id = record(765_001)
+    copy = copy_lost(context, 765_001, tmp_path / "target")
+    export = context.runs / run_id / "export"
+    assert {file.name for file in copy.iterdir()} == {file.name for file in export.iterdir()}
+    weights = export / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(VersionLost, match=rf"cotrain register {export} --version 765001, then start another round"):
+        copy_lost(context, 765_001, tmp_path / "target")
+
+
+@pytest.fixture(scope="module")
+def mlflow(stores):
+    process = start(mlflow_service(stores), load_config(stores.home).stack_id)
+    yield
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlflow, context, record, tmp_path):
+    folder = tmp_path / "registered"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    version = context.tracker.register(context.tracker.start_run("lost", {}), folder, {}, 765_002)
+    run_id = record(version)
+    add_case(context)
+    context.tracker._client.delete_model_version("yuan", str(context.tracker._known_number(version)))
+    begun = time.monotonic()
+    with pytest.raises(VersionLost, match=f"v{version} is gone from the registry; `cotrain doctor` says how"):
+        evaluate.evaluate_version(context, version)
+    assert time.monotonic() - begun < 5 and list((tmp_path / "scratch").iterdir()) == []
+    assert fetch(context, version, tmp_path / "target").name == "model"
+    (tmp_path / "eval").mkdir()
+    taken = evaluate.evaluate_version(context, version, tmp_path / "eval")
+    assert taken["cases"] > 0 and list((tmp_path / "eval").iterdir()) == []
+    assert (context.runs / run_id / "export").is_dir()
+
+
+@pytest.mark.slow
+def test_a_command_whose_evaluation_fails_shows_the_end_of_its_log_and_leaves_nothing(
+    mlflow, context, record, tmp_path
+):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    version = context.tracker.register(context.tracker.start_run("broken", {}), folder, {}, 765_003)
+    record(version)
+    add_case(context)
+    with pytest.raises(RuntimeError, match=r"evaluation ended with status 1; its log ends with: .*Error"):
+        evaluate.evaluate_version(context, version)
+    assert list((tmp_path / "scratch").iterdir()) == []
