@@ -12,15 +12,31 @@ from yuan.config import Recipe
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
 
+DEEPSPEED_VERSION = "0.19.8"  # whose private names were checked; they are listed in this package's docstring
 REDUCED_AT_ONCE = 50_000_000
+
+
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed whose private names were not checked.
+
+    Raises:
+        ValueError: if another version is installed.
+    """
+    found = deepspeed.__version__.partition("+")[0]  # a build may add its own part
+    if found != DEEPSPEED_VERSION:
+        raise ValueError(
+            f"training uses private names of DeepSpeed {DEEPSPEED_VERSION}, got {found}; "
+            f"pip install deepspeed=={DEEPSPEED_VERSION}, or check the list in yuan/train/zero/__init__.py for {found}"
+        )
 
 
 def start_distributed(planned: int) -> None:
     """Join the process group that torchrun prepared.
 
     Raises:
-        ValueError: if the number of processes is not that of the plan.
+        ValueError: if the number of processes is not that of the plan, or DeepSpeed is of another version.
     """
+    check_deepspeed()
     world = int(os.environ["WORLD_SIZE"])
     if world != planned:
         raise ValueError(f"the plan needs {planned} processes, got {world}; start with --nproc-per-node {planned}")
