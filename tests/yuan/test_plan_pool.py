@@ -38,6 +38,14 @@ def test_a_written_pool_reads_the_same(tmp_path):
     assert load_pool(str(file)) == pool
 
 
+@pytest.mark.parametrize("name", ['a "b"', "a\\b", "a\nb", "'", "机房"])
+def test_a_written_pool_keeps_any_name(tmp_path, name):
+    pool = parse_pool({"name": name, "launcher": "slurm", "launch": {"partition": name}, "group": [A100]})
+    file = tmp_path / "pool.toml"
+    file.write_text(dump_pool(pool))
+    assert load_pool(str(file)) == pool
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import tomli_w
+
 from yuan.plan.devices import KNOWN, WITHOUT_BF16
 
 Launcher = Literal["local", "slurm", "kubernetes"]
@@ -177,21 +179,17 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
 
 
 def dump_pool(pool: Pool) -> str:
-    """A pool as TOML that `load_pool` reads."""
-    lines = ["[[pool]]", f'name = "{pool.name}"', f'launcher = "{pool.launcher}"']
+    """Write a pool as TOML that `load_pool` reads."""
+    entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher}
     if pool.launch:
-        lines += ["", "[pool.launch]", *(_assignment(name, value) for name, value in pool.launch)]
-    for group in pool.groups:
-        values = {name: value for name, value in asdict(group).items() if value is not None}
-        measured = values.pop("measured", None)
-        lines += ["", "[[pool.group]]", *(_assignment(name, value) for name, value in values.items())]
-        if measured:
-            lines += ["", "[pool.group.measured]", *(_assignment(name, value) for name, value in measured.items())]
-    return "\n".join(lines) + "\n"
+        entry["launch"] = dict(pool.launch)
+    entry["group"] = [_without_none(asdict(group)) for group in pool.groups]
+    return tomli_w.dumps({"pool": [entry]})
 
 
-def _assignment(name: str, value: object) -> str:
-    return f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not given, for which TOML has no value."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _group(entry: Mapping[str, Any]) -> Group:
