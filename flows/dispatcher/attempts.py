@@ -6,11 +6,19 @@ import logging
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed
 
 from feedback import rounds
@@ -23,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PENDING_LIMIT_S = 30.0
 PUT_OFF_S = 60.0  # a run that is to start later than this was put off by somebody, and nobody waits for it
-OPEN_STATES = ("PENDING", "RUNNING", "CANCELLING", "PAUSED")
+OPEN_STATES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 MAX_LISTED = 200  # Prefect's own limit of a list
 MAX_ATTEMPTS = 12
 
@@ -77,22 +85,24 @@ def key_of(context: DispatcherContext, round_id: str, attempt: int) -> str:
 
 def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
     """The flow run with an idempotency key; None if it was never made or Prefect's database was lost."""
-    found = list_runs(client, {"idempotency_key": {"any_": [key]}}, limit=1)
+    found = list_runs(client, FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])), limit=1)
     return found[0] if found else None
 
 
 def newest_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
     """Return the newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
     now = datetime.now(timezone.utc) + timedelta(seconds=PUT_OFF_S)
-    which = {"deployment_id": {"any_": [str(deployment_id)]}, "expected_start_time": {"before_": now.isoformat()}}
+    which = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+    )
     found = list_runs(client, which, limit=1)
     return found[0] if found else None
 
 
-def list_runs(client: SyncPrefectClient, which: dict[str, Any], limit: int) -> list[FlowRun]:
-    """Return the flow runs that a filter of Prefect's API finds, the newest first."""
-    body = {"flow_runs": which, "sort": "EXPECTED_START_TIME_DESC", "limit": limit}
-    return [FlowRun.model_validate(one) for one in client._client.post("/flow_runs/filter", json=body).json()]
+def list_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) -> list[FlowRun]:
+    """Return the flow runs that a filter finds, the newest first."""
+    return client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
 
 
 def end_lost_runs(client: SyncPrefectClient) -> None:
@@ -100,7 +110,8 @@ def end_lost_runs(client: SyncPrefectClient) -> None:
 
     An attempt that a later one follows, or whose round has ended, is looked for by nobody else; it would wait for ever.
     """
-    for run in list_runs(client, {"state": {"type": {"any_": OPEN_STATES}}}, MAX_LISTED):
+    open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_STATES)))
+    for run in list_runs(client, open_now, MAX_LISTED):
         is_over(client, run)
 
 
