@@ -113,7 +113,7 @@ class FeedbackOut(BaseModel):
     kind: str
     state: str
     reason: str | None
-    role: str | None = Field(description="taught or held_out, once accepted")
+    role: str | None = Field(description="train or held_out, once accepted")
     verdict: str | None = Field(description="newest verdict: fixed, still_failing or regressed")
     verdict_version: int | None
     summary: str
@@ -167,7 +167,7 @@ class DatasetOut(BaseModel):
     num_rows: int
     num_duplicates: int
     num_closed_out: int = Field(
-        description="taught rows that the newest round left out, since their prompts are those of held-out cases"
+        description="train rows that the newest round left out, since their prompts are those of held-out cases"
     )
     bad_rows: list[dict[str, Any]] = Field(description="those that refused the file; in a list, the first 20")
     timeline: list[Event]
@@ -216,10 +216,14 @@ class RoundParameters(BaseModel):
     priority: int = Field(
         default=0, strict=True, ge=-100, le=100, description="in the queue for devices; waiting adds to it"
     )
-    policy: Literal["reproduced", "demo"] = Field(
-        default="reproduced",
-        description="which reports are accepted: those the champion really fails; demo: same, recorded",
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_policy(cls, fields: Any) -> Any:
+        """Take what clients before 0.3 send: it was recorded, and decided nothing."""
+        return (
+            {name: value for name, value in fields.items() if name != "policy"} if isinstance(fields, dict) else fields
+        )
 
     @model_validator(mode="after")
     def _every_part_is_seen(self) -> "RoundParameters":

@@ -19,7 +19,7 @@ from feedback.contracts import DatasetOut, Event
 from feedback.items import MAX_NAMED_ROWS, faults_by_subject, note_fault, note_rows
 from feedback.paging import read_page
 from feedback.reports import add_cases, salted_fraction
-from feedback.tables import Contributor, Dataset, DatasetRow
+from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import order_datasets, suite_of, withdrawals_of
 from yuan.data.rows import BadRow, Row, parse_rows
 
@@ -168,12 +168,13 @@ def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, l
     described = []
     for row in rows:
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
+        decided_at = row.decided_at or row.created_at  # a file with bad rows is rejected when it comes
         if row.state == "accepted":
-            events.append(Event(at=row.created_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
+            events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
         events += [Event(at=at, text=text) for at, text in faults[row.id]]
         events += [withdrawals[row.id]] if row.id in withdrawals else []
         if row.state == "rejected":
-            events.append(Event(at=row.created_at, text=f"rejected: {row.reason}"))
+            events.append(Event(at=decided_at, text=f"rejected: {row.reason}"))
         described.append(
             DatasetOut(
                 id=row.id,
@@ -186,7 +187,7 @@ def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, l
                 num_duplicates=row.num_duplicates,
                 num_closed_out=row.num_closed_out,
                 bad_rows=bad_rows[row.id],
-                timeline=events,
+                timeline=sorted(events, key=lambda event: event.at),
             )
         )
     return described
@@ -199,13 +200,13 @@ def checked(session: Session, cut_off: datetime) -> list[str]:
 
 
 def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float, max_cases: int) -> None:
-    """Enter a dataset's rows: each is taught, held out as a case, or a duplicate of an earlier row.
+    """Enter a dataset's rows: each is of the train split, held out as a case, or a duplicate of an earlier row.
 
     A row that was taken in under older rules and breaks today's gets no entry, and is named on the owner's timeline.
 
     Args:
         share: of the prompts of checkable rows, how many are held out.
-        max_cases: how many rows of one account are held out, suites and operators apart; what is beyond is taught.
+        max_cases: how many rows of one account are held out, suites and operators apart; what is beyond is trained.
     """
     order_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
@@ -222,7 +223,7 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         known.add(key)
         if not is_duplicate and row.checker is not None and row.prompt:
             fresh[number] = prompt_key
-        role = "duplicate" if is_duplicate else "taught"
+        role = "duplicate" if is_duplicate else "train"
         dataset.num_duplicates += is_duplicate
         entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
     most = _room_for_cases(session, dataset, max_cases)
@@ -233,7 +234,7 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
     add_cases(session, suite_of(dataset), [row for number, row in numbered if number in held_out], "held_out")
     for start in range(0, len(entries), INSERT_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_ROWS])
-    dataset.state, dataset.reason = "accepted", None
+    dataset.state, dataset.reason, dataset.decided_at = "accepted", None, transaction_time()
 
 
 def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
@@ -243,7 +244,7 @@ def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
         return
     dataset.reason = note_fault(session, dataset_id, "accept", error)
     if isinstance(error, ValueError | DBAPIError | ClientError):
-        dataset.state = "rejected"
+        dataset.state, dataset.decided_at = "rejected", transaction_time()
 
 
 def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:

@@ -1,6 +1,6 @@
 """The gate: what a candidate must show before it may replace the champion.
 
-Only held-out cases count in rates; a taught case only guards against failing what the champion passed. A case from
+Only held-out cases count in rates; a train case only guards against failing what the champion passed. A case from
 which all who stood for it have withdrawn does neither.
 """
 

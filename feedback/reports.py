@@ -3,7 +3,7 @@
 import hmac
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 
 from pydantic import ValidationError
 from sqlalchemy import ColumnElement, func, select
@@ -15,7 +15,17 @@ from feedback.contracts import Event, FeedbackIn, FeedbackOut
 from feedback.items import each, faults_by_subject, note_fault, storable
 from feedback.paging import read_page
 from feedback.promotion import champion
-from feedback.tables import Case, CaseResult, Contributor, Dataset, DatasetRow, Feedback, Outbox, new_id
+from feedback.tables import (
+    Case,
+    CaseResult,
+    Contributor,
+    Dataset,
+    DatasetRow,
+    Feedback,
+    Outbox,
+    new_id,
+    transaction_time,
+)
 from feedback.withdrawal import WITHDRAWN, withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
@@ -81,9 +91,11 @@ def _set_aside(session: Session, row: Feedback, step: str, error: Exception, ver
     that could not process it, so the next champion is asked about it again.
     """
     row.reason = note_fault(session, row.id, step, error)
-    row.state = "rejected" if isinstance(error, ValidationError) else "in_review"
+    is_malformed = isinstance(error, ValidationError)
+    row.state = "rejected" if is_malformed else "in_review"
+    row.decided_at = transaction_time() if is_malformed else None
     row.screening = row.screening or "needs a reviewer"
-    row.reproduction = None
+    row.reproduction = row.reproduced_at = None
     row.reproduced_version = row.reproduced_version if version is None else version
 
 
@@ -109,8 +121,8 @@ def _unasked(version: int | None) -> ColumnElement[bool]:
 
 def accepted_since(session: Session, moment: datetime | None) -> int:
     """How many reports were accepted after a moment, or ever."""
-    query = select(func.count()).select_from(Feedback).where(Feedback.accepted_at.is_not(None))
-    return session.scalars(query if moment is None else query.where(Feedback.accepted_at > moment)).one()
+    query = select(func.count()).select_from(Feedback).where(Feedback.state == "accepted")
+    return session.scalars(query if moment is None else query.where(Feedback.decided_at > moment)).one()
 
 
 def unreproduced(session: Session, cut_off: datetime, version: int, limit: int | None = None) -> Sequence[Feedback]:
@@ -146,6 +158,7 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Answer
             raise answer
         right = check(FeedbackIn.model_validate(row.body).rule, answer)
         row.reproduced_version, row.reproduced_response = version, storable(answer, MAX_TEXT)
+        row.reproduced_at = transaction_time()
         row.reproduction = f"already fixed in v{version}" if right else "reproduced"
         row.reason = None
 
@@ -188,25 +201,25 @@ def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
         .where(Case.withdrawn_at.is_(None))
         .limit(1)
     )
+    row.decided_at = transaction_time()
     if row.reproduction != "reproduced":
         row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
     elif rival is not None:
         row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
     else:
-        is_taught = _is_taught(session, sample.prompt_key)
-        add_cases(session, REPORTS, [sample], "taught" if is_taught else role_of(sample.prompt_key, salt, share))
+        is_trained = _is_trained(session, sample.prompt_key)
+        add_cases(session, REPORTS, [sample], "train" if is_trained else role_of(sample.prompt_key, salt, share))
         case = session.scalars(select(Case).where(Case.suite == REPORTS, Case.key == sample.key)).one()
-        row.state, row.accepted_at, row.case_id = "accepted", datetime.now(timezone.utc), case.id
-        row.reason = None
+        row.state, row.reason, row.case_id = "accepted", None, case.id
 
 
-def _is_taught(session: Session, prompt_key: str) -> bool:
-    """Tell whether an accepted dataset teaches a prompt already.
+def _is_trained(session: Session, prompt_key: str) -> bool:
+    """Tell whether an accepted dataset trains a prompt already.
 
     Then a report about it cannot test, since models have learned the prompt, and must not close out the dataset's row.
     """
     rows = select(DatasetRow.number).join(Dataset).where(DatasetRow.prompt_key == prompt_key)
-    rows = rows.where(DatasetRow.role == "taught", Dataset.state == "accepted", Dataset.purpose != "suite")
+    rows = rows.where(DatasetRow.role == "train", Dataset.state == "accepted", Dataset.purpose != "suite")
     tested = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == "held_out", Case.withdrawn_at.is_(None))
     return session.scalar(select(rows.exists() & ~tested.exists())) is True
 
@@ -241,7 +254,7 @@ def role_of(prompt_key: str, salt: str, share: float) -> str:
 
     So nobody can choose it, also not by withdrawing a report and expecting another answer.
     """
-    return "held_out" if salted_fraction(prompt_key, salt) < share else "taught"
+    return "held_out" if salted_fraction(prompt_key, salt) < share else "train"
 
 
 def salted_fraction(key: str, salt: str) -> float:
@@ -283,11 +296,12 @@ def describe_all(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut
     for row in rows:
         later = [Event(at=at, text=text) for at, text in faults[row.id]]
         if row.state in ("rejected", "disputed"):
-            later.append(Event(at=row.created_at, text=f"{row.state}: {row.reason}"))
+            later.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
         later += [Event(at=n.delivered_at, text=n.text) for n in notices[row.id] if n.delivered_at]
         later += [withdrawals[row.id]] if row.id in withdrawals else []
         facts = verdicts(results[row.case_id]) if row.case_id else []
-        described.append(_compose(row, _beginning(row) + later, notices[row.id], facts))
+        timeline = sorted(_beginning(row) + later, key=lambda event: event.at)
+        described.append(_compose(row, timeline, notices[row.id], facts))
     return described
 
 
@@ -295,11 +309,11 @@ def _beginning(row: Feedback) -> list[Event]:
     """What the report itself says of its way: received, reproduced, accepted."""
     events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
     if row.reproduction:
-        at = row.accepted_at or row.created_at
+        at = row.reproduced_at or row.decided_at or row.created_at  # older records lack the first
         events.append(Event(at=at, text=f"v{row.reproduced_version} was asked again: {row.reproduction}"))
-    if row.accepted_at and row.case:
-        role = {"taught": "taught: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
-        events.append(Event(at=row.accepted_at, text=f"accepted as a case, {role}"))
+    if row.decided_at and row.case:
+        role = {"train": "train: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
+        events.append(Event(at=row.decided_at, text=f"accepted as a case, {role}"))
     return events
 
 

@@ -22,7 +22,7 @@ Owned = tuple[str, Row]  # a row and the id of the dataset or case that it is of
 
 
 def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
-    """Freeze the round's mixture: taught rows, corrections of taught cases, and a replay share of the base.
+    """Freeze the round's mixture: rows and corrections of the train split, and a replay share of the base.
 
     With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
     fire-wall. How many they are is told to their owners; which they are is not, since that says which prompts test.
@@ -62,8 +62,8 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
     closed = set(session.scalars(held_out))
     found = (
         _corrections(session, turn.cut_off),
-        _taught(session, ("mixture",), fetch),
-        _taught(session, ("base",), fetch),
+        _train_rows(session, ("mixture",), fetch),
+        _train_rows(session, ("base",), fetch),
     )
     kept: list[Row] = []
     counts = {"failed": sum(bad for _, bad in found)}
@@ -93,13 +93,13 @@ def _divide(part: Sequence[Owned], closed: Set[str]) -> tuple[list[Row], list[st
     return kept, left_out
 
 
-def _note_closed_rows(session: Session, taught: Counter[str], closed: Counter[str]) -> None:
-    """Tell datasets' owners how many of their taught rows held-out cases keep out of training."""
-    for dataset_id in taught:
+def _note_closed_rows(session: Session, num_rows: Counter[str], closed: Counter[str]) -> None:
+    """Tell datasets' owners how many of their train rows held-out cases keep out of training."""
+    for dataset_id in num_rows:
         counted = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
         session.execute(counted.values(num_closed_out=closed[dataset_id]))
     why = "their prompts are those of held-out cases, which only test"
-    reasons = {one: f"rows left out, {count:,} of {taught[one]:,}: {why}" for one, count in closed.items()}
+    reasons = {one: f"rows left out, {count:,} of {num_rows[one]:,}: {why}" for one, count in closed.items()}
     note_once(session, "snapshot", reasons)
 
 
@@ -110,9 +110,9 @@ def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
 
 
 def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]:
-    """Collect the right answers of taught cases, one row a case, and how many could not be made one."""
+    """Collect the right answers of train cases, one row a case, and how many could not be made one."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
-    query = select(Case).where(Case.suite == REPORTS, Case.role == "taught", Case.id.in_(accepted)).order_by(Case.key)
+    query = select(Case).where(Case.suite == REPORTS, Case.role == "train", Case.id.in_(accepted)).order_by(Case.key)
     rows: list[Owned] = []
 
     def correct(case: Case) -> None:
@@ -127,16 +127,16 @@ def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]
     return rows, failed
 
 
-def _taught(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
-    """Collect the taught rows of accepted datasets, and how many of these, or of their rows, could not be read."""
+def _train_rows(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
+    """Collect the train rows of accepted datasets, and how many of these, or of their rows, could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
     rows: list[Owned] = []
     num_bad = 0
 
     def read(dataset: Dataset) -> None:
         nonlocal num_bad
-        taught = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "taught")
-        numbers = set(session.scalars(taught))
+        chosen = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "train")
+        numbers = set(session.scalars(chosen))
         found, bad = read_stored(fetch(f"{UPLOADS}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
         note_rows(session, dataset.id, "snapshot", faults)
@@ -155,11 +155,11 @@ def note_left_out(session: Session, step: str, reasons: Mapping[str, str]) -> No
     wanted = any_(literal(list(reasons), ARRAY(String)))
     faults: defaultdict[str, list[str]] = defaultdict(list)
     rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
-    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "taught", DatasetRow.key == wanted)
+    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "train", DatasetRow.key == wanted)
     for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
         faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
     corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == wanted)
-    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS, Case.role == "taught")):
+    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS, Case.role == "train")):
         faults[feedback_id].append(f"its correction: {reasons[key]}")
     for subject, named in faults.items():
         note_rows(session, subject, step, named)

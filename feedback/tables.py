@@ -23,6 +23,11 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+def transaction_time() -> Any:
+    """Return an expression for the moment at which the transaction began, by the database's clock as all others."""
+    return func.now()
+
+
 class Created:
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
@@ -80,7 +85,8 @@ class Feedback(Created, Base):
     reproduction: Mapped[str | None]
     reproduced_version: Mapped[int | None]
     reproduced_response: Mapped[str | None]
-    accepted_at: Mapped[datetime | None]
+    reproduced_at: Mapped[datetime | None]
+    decided_at: Mapped[datetime | None] = mapped_column(comment="accepted, rejected or disputed, the last time")
     case_id: Mapped[str | None] = mapped_column(ForeignKey("case.id"), index=True)
     case: Mapped["Case | None"] = relationship()
     __table_args__ = (Index("feedback_in_order", "contributor_id", "created_at", "id"),)
@@ -103,6 +109,7 @@ class Dataset(Created, Base):
     num_duplicates: Mapped[int] = mapped_column(default=0)
     num_closed_out: Mapped[int] = mapped_column(default=0, comment="of the newest mixture, by held-out cases")
     bad_rows: Mapped[list[Any]] = mapped_column(default=list)
+    decided_at: Mapped[datetime | None] = mapped_column(comment="accepted or rejected")
     __table_args__ = (Index("datasets_in_order", "contributor_id", "created_at", "id"),)
 
 
@@ -114,7 +121,7 @@ class DatasetRow(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     key: Mapped[str] = mapped_column(index=True)
     prompt_key: Mapped[str] = mapped_column(index=True)
-    role: Mapped[str] = mapped_column(comment="taught | held_out | duplicate")
+    role: Mapped[str] = mapped_column(comment="train | held_out | duplicate")
     __table_args__ = (Index("held_out_rows", "dataset_id", postgresql_where=text("role = 'held_out'")),)
 
 
@@ -129,7 +136,7 @@ class Case(Created, Base):
     prompt: Mapped[str]
     expected: Mapped[str]
     checker: Mapped[Json]
-    role: Mapped[str] = mapped_column(comment="taught | held_out")
+    role: Mapped[str] = mapped_column(comment="train | held_out")
     capability: Mapped[str | None]
     withdrawn_at: Mapped[datetime | None] = mapped_column(comment="nobody stands for it any more")
     __table_args__ = (UniqueConstraint("suite", "key"),)
@@ -203,7 +210,6 @@ class TrainingRun(Created, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
     mlflow_run_id: Mapped[str | None]
-    state: Mapped[str] = mapped_column(default="created", comment="created | running | finished | failed")
     status: Mapped[Json | None]
 
 

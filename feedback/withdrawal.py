@@ -156,13 +156,13 @@ def _same_suite(row: Dataset) -> ColumnElement[bool]:
 
 
 def _let_inherit(session: Session, row: Dataset) -> None:
-    """Give each row's role to the earliest duplicate in an accepted dataset; a test of another suite becomes taught."""
+    """Give each row's role to the earliest duplicate in an accepted dataset; a test of another suite is trained."""
     own = aliased(DatasetRow)
     heirs = (
         select(
             DatasetRow.dataset_id,
             DatasetRow.number,
-            case((_same_suite(row), own.role), else_="taught").label("role"),
+            case((_same_suite(row), own.role), else_="train").label("role"),
         )
         .join(Dataset, Dataset.id == DatasetRow.dataset_id)
         .join(own, (own.key == DatasetRow.key) & (own.dataset_id == row.id) & (own.role != "duplicate"))

@@ -52,7 +52,7 @@ def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Fo
     say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
     push(doors.operator, "base", "base", base_rows(skills, seed))
     push(doors.operator, FRESH, "suite", fresh_rows(skills, seed, FRESH_PER_SKILL))
-    first = run_round(doors, RoundParameters(**BASE_ROUND, seed=seed, policy="demo"), follow)
+    first = run_round(doors, RoundParameters(**BASE_ROUND, seed=seed), follow)
     wait_for_version(doors.operator, int(first.candidate_version or 0))
     timer.lap("base round")
     account = doors.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
@@ -60,7 +60,7 @@ def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Fo
     told = contribute(doors.url, account.token, skills_file, seed)
     say(f"{told['asked']} questions, {told['reports']} reports, a dataset of {told['rows']} rows; 2 refused on purpose")
     timer.lap("contributor")
-    second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed, policy="demo"), follow)
+    second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed), follow)
     timer.lap("round")
     with Client(doors.url, account.token) as client:
         return figures(client, first, second, told, timer.laps)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 # Half of the reports test only, so that a hundred of them still give a rate with a useful interval.
 HELD_OUT_REPORTS = 0.5
-POLICY = "reproduced"  # the acceptance policy between rounds
+REVIEWER = "reproduction"  # who accepts: what the champion fails at is accepted, and nobody else decides yet
 
 
 def collect(context: Context, round_id: str) -> dict[str, Any]:
@@ -25,10 +25,10 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
         if not rounds.begin_step(session, round_id, "collect", context.attempt):
             return {}
         turn = rounds.find_round(session, round_id)
-        cut_off, parent, policy = turn.cut_off, turn.parent_version, turn.parameters["policy"]
+        cut_off, parent = turn.cut_off, turn.parent_version
     screened, unscreened = _screen(context, cut_off)
     unasked = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
-    counts = _review(context, cut_off, policy, round_id)
+    counts = _review(context, cut_off, round_id)
     accepted, refused = _accept_datasets(context, cut_off)
     failed = {"screen": unscreened, "reproduce": unasked, "review": counts.pop("failed"), "accept": refused}
     with context.sessions.begin() as session:
@@ -71,7 +71,7 @@ def take_up(context: Context, limit: int) -> dict[str, int]:
     asked, unasked = _reproduce(context, now, version, limit)
     with context.sessions() as session:
         is_running = rounds.running_round(session) is not None
-    counts = {} if is_running else _review(context, now, POLICY, f"v{version}")
+    counts = {} if is_running else _review(context, now, f"v{version}")
     failed = unscreened + unasked + counts.pop("failed", 0)
     return {"screened": screened, "asked_again": asked, **counts, "failed": failed}
 
@@ -97,10 +97,10 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
     return done, failed
 
 
-def _review(context: Context, cut_off: datetime, policy: str, subject: str) -> dict[str, int]:
+def _review(context: Context, cut_off: datetime, subject: str) -> dict[str, int]:
     with context.sessions.begin() as session:
         counts = reports.review(session, cut_off, context.salt, HELD_OUT_REPORTS)
-        audit(session, f"policy {policy}", "reviewed", subject, **counts)
+        audit(session, REVIEWER, "reviewed", subject, **counts)
     return counts
 
 

@@ -55,13 +55,13 @@ def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, 
 
 def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session, reporter, later):
     """Whoever sends senseless reports has half of them trained on, which then pass."""
-    taught, held_out = report(session, reporter, "taught", 80, later), report(session, reporter, "tests", 80, later)
-    for cases, role in ((taught, "taught"), (held_out, "held_out")):
+    train, held_out = report(session, reporter, "train", 80, later), report(session, reporter, "tests", 80, later)
+    for cases, role in ((train, "train"), (held_out, "held_out")):
         session.execute(update(Case).where(Case.id.in_(cases)).values(role=role))
     promote(session, 1, passed=[])
-    promote(session, 2, passed=taught + held_out[:8], parent=1)
-    assert promote(session, 3, passed=taught + held_out[8:15], parent=2)["promote"]
-    decision = promote(session, 4, passed=taught[1:] + held_out[8:15], parent=3)
+    promote(session, 2, passed=train + held_out[:8], parent=1)
+    assert promote(session, 3, passed=train + held_out[8:15], parent=2)["promote"]
+    decision = promote(session, 4, passed=train[1:] + held_out[8:15], parent=3)
     assert decision["reasons"] == ["reports that pass in the champion fail again: 1, of 1 account(s)"]
 
 

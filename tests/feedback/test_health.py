@@ -15,10 +15,10 @@ def test_what_has_never_happened_is_none(session):
 
 
 def test_a_review_counts_as_reproduction_when_it_decided_something(session):
-    audit(session, "policy", "reviewed", "v1", accepted=0, rejected=0, disputed=0)
+    audit(session, "reproduction", "reviewed", "v1", accepted=0, rejected=0, disputed=0)
     session.flush()
     assert health.gather(session).last_reproduction is None
-    audit(session, "policy", "reviewed", "v1", accepted=0, rejected=2, disputed=0)
+    audit(session, "reproduction", "reviewed", "v1", accepted=0, rejected=2, disputed=0)
     session.flush()
     assert health.gather(session).last_reproduction is not None
 

@@ -116,8 +116,8 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
         session, start_round(session).id, objects.get, lambda data: objects.put_named_by_content("snapshots", data)
     )
     assert snapshots.failed_in(session, snapshot_id) == 2
-    num_taught = len(here) - sum(map(is_drawn, here))
-    assert snapshots.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": num_taught, "base": 0}
+    num_train = len(here) - sum(map(is_drawn, here))
+    assert snapshots.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": num_train, "base": 0}
     only_it_failed(session, rows, one, "checker")
     assert "its bytes are gone" in datasets.describe(session, gone).timeline[-1].text
 
@@ -208,14 +208,14 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
     rows, one = many
     accept_all(session, later, share=0.0)
     made = upload(session, objects, reporter, checked_rows("left", 30))
-    keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "taught"))
+    keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "train"))
     reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
     for _ in range(2):  # a step that runs again says it once
         snapshots.note_left_out(session, "plan", reasons | {"0" * 64: "nobody's"})
     only_it_failed(session, rows, one, "its correction: a planted fault")
     (found,) = [text for _, text in faults_of(session, made.id)]
-    num_taught = len(reasons) - 1
-    assert f"(plan): rows left out, {num_taught}: row " in found and found.endswith(f"; and {num_taught - 20} more")
+    num_train = len(reasons) - 1
+    assert f"(plan): rows left out, {num_train}: row " in found and found.endswith(f"; and {num_train - 20} more")
 
 
 def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):

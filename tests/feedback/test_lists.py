@@ -25,10 +25,10 @@ def add_records(engine, account, count):
     with open_sessions(engine).begin() as session:
         for n in range(count):
             case = Case(
-                suite="reports", key=new_id(), prompt_key="p", prompt="p", expected="e", checker={}, role="taught"
+                suite="reports", key=new_id(), prompt_key="p", prompt="p", expected="e", checker={}, role="train"
             )
             report = Feedback(contributor_id=account.id, kind="rating", body={"model_version": 1}, state="accepted")
-            report.case, report.accepted_at = case, datetime.now(timezone.utc)
+            report.case, report.decided_at = case, datetime.now(timezone.utc)
             facts = {"name": str(n), "purpose": "mixture", "state": "withdrawn", "sha256": "0"} | {
                 "num_bytes": 1,
                 "num_stored_bytes": 1,

@@ -29,7 +29,7 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(40)]
     assert accept_all(session, later)["accepted"] == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
-    assert {"taught", "held_out"} == set(roles)
+    assert {"train", "held_out"} == set(roles)
     assert [reports.role_of(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
 
 

@@ -80,7 +80,7 @@ def test_another_answer_to_a_withdrawn_report_draws_the_same_role(session, repor
     assert len(set(roles)) == 1
 
 
-def test_reports_close_out_no_row_that_is_taught_already(session, objects, reporter, attacker, later):
+def test_reports_close_out_no_row_that_is_trained_already(session, objects, reporter, attacker, later):
     rows = checked_rows("honest ", 60)
     upload(session, objects, reporter, rows)
     sent = [submit(session, attacker, row.prompt, "false") for row in rows]
@@ -119,12 +119,12 @@ def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, r
     assert len(told) == 1 and "its correction is left out: its prompt is that of a held-out case" in told[0]
 
 
-def test_rows_beyond_an_accounts_cases_are_taught(session, objects, reporter, attacker):
+def test_rows_beyond_an_accounts_cases_are_trained(session, objects, reporter, attacker):
     num_drawn = sum(map(is_drawn, checked_rows("a ", 100)))
     first = upload(session, objects, reporter, checked_rows("a ", 100), max_cases=num_drawn + 1)
     second = upload(session, objects, reporter, checked_rows("b ", 100), max_cases=num_drawn + 1)
     assert roles_of(session, first).count("held_out") == num_drawn
-    assert (roles_of(session, second).count("held_out"), roles_of(session, second).count("taught")) == (1, 99)
+    assert (roles_of(session, second).count("held_out"), roles_of(session, second).count("train")) == (1, 99)
     attacker.role = "operator"
     exempt = upload(session, objects, attacker, checked_rows("c ", 100), max_cases=0)
     assert roles_of(session, exempt).count("held_out") == sum(map(is_drawn, checked_rows("c ", 100)))

@@ -124,7 +124,7 @@ def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, report
     assert again.num_duplicates == 20
     withdraw_dataset(session, reporter, first.id, "mine alone")
     found = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
-    assert (found.count("held_out"), found.count("taught")) == (num_drawn, 20 - num_drawn)
+    assert (found.count("held_out"), found.count("train")) == (num_drawn, 20 - num_drawn)
     assert len(rounds.untested(session, 1)) == num_drawn
 
 

@@ -166,7 +166,7 @@ def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contr
     assert quotas == {"corrections": 256, "datasets": 512, "base": 256}
     reports = contributor.all_feedback()
     assert [report.state for report in reports] == ["accepted"] * 30
-    assert {report.role for report in reports} == {"taught", "held_out"}
+    assert {report.role for report in reports} == {"train", "held_out"}
     if done.state == "promoted":
         told = stack.until(contributor.notices)  # the dispatcher delivers them, a moment after the decision
         assert sorted(notice.feedback_id for notice in told) == sorted(report.id for report in reports)

@@ -1,0 +1,42 @@
+"""When a report was asked about again and decided, and a dataset decided; one word for each thing
+
+`taught` is `train`; a round has no `policy`, which decided nothing, and a run no `state`, which nothing wrote.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+revision = "0008"
+down_revision = "0007"
+branch_labels = None
+depends_on = None
+
+MOMENT = postgresql.TIMESTAMP(timezone=True)
+
+
+def upgrade() -> None:
+    op.add_column("feedback", sa.Column("reproduced_at", MOMENT, nullable=True))
+    op.alter_column("feedback", "accepted_at", new_column_name="decided_at")
+    op.add_column("dataset", sa.Column("decided_at", MOMENT, nullable=True))
+    for table in ("case", "dataset_row"):
+        op.execute(f"UPDATE \"{table}\" SET role = 'train' WHERE role = 'taught'")
+    op.alter_column("case", "role", comment="train | held_out")
+    op.alter_column("dataset_row", "role", comment="train | held_out | duplicate")
+    op.execute("UPDATE round SET parameters = parameters - 'policy'")
+    op.drop_column("training_run", "state")
+
+
+def downgrade() -> None:
+    state = sa.Column("state", sa.String(), server_default="created", nullable=False)
+    op.add_column("training_run", state)
+    op.alter_column("training_run", "state", server_default=None)
+    op.execute('UPDATE round SET parameters = parameters || \'{"policy": "reproduced"}\'')
+    for table in ("case", "dataset_row"):
+        op.execute(f"UPDATE \"{table}\" SET role = 'taught' WHERE role = 'train'")
+    op.alter_column("case", "role", comment="taught | held_out")
+    op.alter_column("dataset_row", "role", comment="taught | held_out | duplicate")
+    op.drop_column("dataset", "decided_at")
+    op.alter_column("feedback", "decided_at", new_column_name="accepted_at")
+    op.execute("UPDATE feedback SET accepted_at = NULL WHERE case_id IS NULL")
+    op.drop_column("feedback", "reproduced_at")
