@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR
 from feedback.reports import REPORTS
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Promotion, Round
+from feedback.withdrawal import WITHDRAWN
 
 BASE = "base"
 MAX_BASE_LOSS = 0.02
@@ -88,7 +89,8 @@ class Standing:
 
     `lost` has the cases that the champion passes and the candidate fails, with their roles, and `reports` the account's
     reports of them. Of the cases that were there when the champion was promoted, `gained` are those that the candidate
-    passes newly, and `passed` and `total` what the champion passes and what there are, by role.
+    passes newly, and `passed` and `total` what the champion passes and what there are, by role. What the account has
+    withdrawn counts in `total`, and in `gained`, unless the champion passes it.
     """
 
     account: str
@@ -164,6 +166,20 @@ def standings(session: Session, champion: int, candidate: int, broken: Sequence[
         one.total[role] += count
         one.passed[role] += count if passed else 0
         one.gained += count if passes and not passed else 0
+    # Withdrawn: as if the champion failed them and the candidate passed them, or whoever withdraws what fails would be
+    # left with what passes by chance.
+    gone = select(Feedback.contributor_id, Case.role, func.count(Case.id.distinct()))
+    gone = gone.join(Case, Case.id == Feedback.case_id).where(Case.created_at <= promoted_at)
+    gone = gone.where(Feedback.state == WITHDRAWN, Feedback.contributor_id.in_(found))
+    kept = aliased(Feedback)
+    is_kept = exists().where(
+        kept.case_id == Case.id, kept.contributor_id == Feedback.contributor_id, kept.state == "accepted"
+    )
+    passes_now = exists().where(was.case_id == Case.id, was.version == champion, was.passed)
+    gone = gone.where(~is_kept, ~passes_now).group_by(Feedback.contributor_id, Case.role)
+    for account, role, count in session.execute(gone):
+        found[account].total[role] += count
+        found[account].gained += count
     return sorted(found.values(), key=lambda one: (-len(one.lost), one.name))
 
 

@@ -7,8 +7,8 @@ from sqlalchemy import select, update
 
 from feedback import gate, promotion
 from feedback.accounts import add_contributor
-from feedback.tables import Case, Promotion, Round, new_id
-from feedback.withdrawal import withdraw_account
+from feedback.tables import Case, Feedback, Promotion, Round, new_id
+from feedback.withdrawal import withdraw_account, withdraw_report
 from flows.cli.rounds import describe_regressions
 from tests.feedback.loop import accept_all, promote, submit
 
@@ -36,6 +36,20 @@ def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter
     (named,) = decision["regressions_by_account"]
     assert (named["name"], named["regressed"], named["gained"]) == (others[0].name, 8, 7)
     assert len(named["reports"]) == 8 and named["p"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("lost", [1, 8])
+def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, reporter, later, lost):
+    """What is left passes in the champion by selection."""
+    good = report(session, reporter, "good", 10, later)
+    junk = report(session, others[0], "junk", 160, later)
+    promote(session, 1, passed=[])
+    promote(session, 2, passed=good + junk[:8], parent=1)
+    for row in session.scalars(select(Feedback).where(Feedback.case_id.in_(junk[8:]))).all():
+        withdraw_report(session, others[0], row.id, "it fails")
+    decision = promote(session, 3, passed=good + junk[lost:8], parent=2)
+    assert decision["promote"] and decision["regressions_may_be_chance"]
+    assert decision["regressions_by_account"][0]["gained"] == 152
 
 
 @pytest.mark.parametrize(
