@@ -11,7 +11,8 @@ import anyio
 import httpx
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from feedback import tables
 from feedback.api.access import Busy, CurrentAccount, StrictRoute, Transactions, known_query_apart
@@ -28,6 +29,9 @@ PASSED_ON = ("x-yuan-version", "retry-after")
 DATA, DONE = b"data: ", b"data: [DONE]"
 CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among them
 STORE_ERRORS = (*STORE_FAULTS, Busy)
+# For a caller to take the next event, and all of them; the answer itself ends within 110 s. Meanwhile a stream has one
+# of the portal's connections to the model server, which keeps what is not taken in its memory.
+EVENT_S, STREAM_S = 30.0, 180.0
 Json = dict[str, Any]
 # Besides JSON, where `stream` is true; the schema is of one event, as in every OpenAPI before 3.2.
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
@@ -90,7 +94,7 @@ class RememberedStream(StreamingResponse):
     """A stream passed on event by event, and kept as Responses before its end is.
 
     What a caller saw before hanging up is kept too, since it may be reported; and however this ends, also before the
-    first event, the model server's connection is given back.
+    first event, the model server's connection is given back. A caller who does not read is left after a while.
     """
 
     def __init__(self, upstream: httpx.Response, memory: "Memory") -> None:
@@ -98,8 +102,15 @@ class RememberedStream(StreamingResponse):
         self._upstream, self._memory = upstream, memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(event: Message) -> None:
+            async with asyncio.timeout(EVENT_S):
+                await send(event)
+
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(STREAM_S):
+                await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            raise ClientDisconnect from None
         finally:
             with anyio.CancelScope(shield=True):
                 await self._upstream.aclose()

@@ -1,9 +1,12 @@
 """`/v1` of the portal: any body, any character, a model server that talks nonsense, and callers who leave."""
 
+import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import sys
+import threading
 
 import httpx
 import pytest
@@ -12,6 +15,7 @@ from sqlalchemy import select
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from feedback import tables
+from feedback.api import openai
 from feedback.api.app import make_app
 from infra.database import open_sessions
 from tests.serving import served
@@ -223,6 +227,38 @@ def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_ht
     assert first["choices"][0]["response_id"] in found and len(found) <= 2
     with httpx.Client(base_url=model, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
         until(lambda: metric(http, "yuan_running") == 0)
+
+
+@pytest.mark.parametrize("name", ["EVENT_S", "STREAM_S"])
+def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, monkeypatch, name):
+    """Or as many of them would hold all connections to the model server, and what it keeps for them in memory."""
+    monkeypatch.setattr(openai, name, 1.0)
+    sent, ended = [], threading.Event()
+
+    async def endless(scope, receive, send):
+        async def events():
+            try:
+                while True:
+                    sent.append(1)
+                    yield event("a" * 10_000)
+                    await asyncio.sleep(0)  # or nobody would notice that the caller leaves
+            finally:
+                ended.set()
+
+        if scope["type"] == "http":
+            await StreamingResponse(events(), media_type="text/event-stream")(scope, receive, send)
+
+    body = b'{"prompt": "a", "stream": true}'
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    )
+    head += f"Authorization: {account.headers['Authorization']}\r\n\r\n"
+    with served(endless) as url, door(stores, engine, objects, url) as http, socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller.connect((http.base_url.host, http.base_url.port))
+        caller.sendall(head.encode() + body)
+        assert ended.wait(20)
+        assert caller.recv(12) == b"HTTP/1.1 200" and len(sent) > 100
 
 
 ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
