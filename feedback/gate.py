@@ -14,8 +14,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR
-from feedback.reports import REPORTS
-from feedback.tables import Case, CaseResult, Contributor, Feedback, Promotion, Round
+from feedback.tables import REPORTS, Case, CaseResult, Contributor, Feedback, Promotion, Round
 from feedback.withdrawal import WITHDRAWN
 
 BASE = "base"

@@ -16,6 +16,7 @@ from feedback.items import each, faults_by_subject, note_fault, storable
 from feedback.paging import read_page
 from feedback.promotion import champion
 from feedback.tables import (
+    REPORTS,
     Case,
     CaseResult,
     Contributor,
@@ -30,8 +31,6 @@ from feedback.withdrawal import WITHDRAWN, withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT
-
-REPORTS = "reports"
 
 
 def add_feedback(session: Session, contributor: Contributor, report: FeedbackIn, feedback_id: str) -> Feedback:
@@ -206,6 +205,7 @@ def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
         row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
     elif rival is not None:
         row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
+        row.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
         add_cases(session, REPORTS, [sample], "train" if is_trained else role_of(sample.prompt_key, salt, share))

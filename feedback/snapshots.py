@@ -11,8 +11,7 @@ from sqlalchemy.orm import Session
 
 from feedback.datasets import UPLOADS, Fetch, read_stored
 from feedback.items import each, note_fault, note_once, note_rows
-from feedback.reports import REPORTS
-from feedback.tables import Case, Dataset, DatasetRow, Feedback, Round, Snapshot
+from feedback.tables import REPORTS, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
 from yuan.data.rows import Row, dump_rows
 
 SNAPSHOTS = "snapshots"

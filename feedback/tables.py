@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 Json = dict[str, Any]
+REPORTS = "reports"  # the suite of the cases that reports became
 
 
 class Base(DeclarativeBase):
@@ -89,7 +90,11 @@ class Feedback(Created, Base):
     decided_at: Mapped[datetime | None] = mapped_column(comment="accepted, rejected or disputed, the last time")
     case_id: Mapped[str | None] = mapped_column(ForeignKey("case.id"), index=True)
     case: Mapped["Case | None"] = relationship()
-    __table_args__ = (Index("feedback_in_order", "contributor_id", "created_at", "id"),)
+    disputed_key: Mapped[str | None] = mapped_column(comment="while disputed: the prompt key of the other's case")
+    __table_args__ = (
+        Index("feedback_in_order", "contributor_id", "created_at", "id"),
+        Index("disputed_feedback", "disputed_key", postgresql_where=text("state = 'disputed'")),
+    )
 
 
 class Dataset(Created, Base):

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR, NotFound, Refused, audit
 from feedback.contracts import Event
-from feedback.tables import AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
+from feedback.tables import REPORTS, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
 OUT = (WITHDRAWN, "rejected")  # states of what is in no mixture, test or notice
@@ -146,8 +146,12 @@ def _leave(session: Session, which: ColumnElement[bool], *, unless: ColumnElemen
     """Let cases leave tests and gate, but for those that somebody else stands for."""
     session.execute(select(Case.id).where(which).with_for_update())  # and see who has come to stand for them
     leaving = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
-    leaving = leaving.values(withdrawn_at=datetime.now(timezone.utc))
-    session.execute(leaving, execution_options={"synchronize_session": False})
+    leaving = leaving.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
+    left = session.execute(leaving, execution_options={"synchronize_session": False}).all()
+    settled = {prompt_key for suite, prompt_key in left if suite == REPORTS}
+    if settled:  # who contradicted them is reviewed again
+        disputed = update(Feedback).where(Feedback.state == "disputed", Feedback.disputed_key.in_(settled))
+        session.execute(disputed.values(state="in_review", reason=None, disputed_key=None))
 
 
 def _same_suite(row: Dataset) -> ColumnElement[bool]:

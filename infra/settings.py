@@ -111,9 +111,15 @@ def _check_calendar(cron: str) -> str:
     return cron
 
 
+# Files of the time zone database that Python opens and Prefect's server fails at.
+UNUSABLE_TIME_ZONES = frozenset({"Factory", "localtime", "posixrules"})
+
+
 def _check_time_zone(name: str) -> str:
     try:
         zoneinfo.ZoneInfo(name)
+        if name in UNUSABLE_TIME_ZONES:
+            raise ValueError(name)
     except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
         raise ValueError("must be a time zone's name, such as Asia/Shanghai") from None
     return name

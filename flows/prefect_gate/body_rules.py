@@ -7,6 +7,7 @@ them: from templates, which it renders in the thread that answers everybody, and
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,11 @@ DATES = re.compile(
 DATE = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
 RUN_PARAMETERS = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
 VALIDATE = "/api/ui/schemas/validate"
+EVENTS_PATH, EVENT_PAGES_PATH = "/api/events", "/api/events/filter/next"
+# Of one event, or of another message of a websocket. The server holds up to 50,000 events by their number alone; those
+# that the platform and its pages send have less than 8 KiB.
+MAX_EVENT_BYTES = 32 * 1024
+MAX_PAGE_EVENTS = 50  # as in the lists of the server's pages
 MAX_VALUES = 200_000  # looked at within half a second; the client's largest batch of log lines has half of them
 _LEFT_OUT = object()
 
@@ -53,6 +59,9 @@ def read_json(path: str, body: bytes) -> tuple[Any, bytes]:
         except RecursionError:
             raise Refused(f"{field} must not be nested so deeply") from None
     check_values(form)
+    if path == EVENTS_PATH and isinstance(form, list):
+        for event in form:
+            check_size(json.dumps(event))
     if field == "parameters" and isinstance(form, dict):
         check_run(form)
     return form, body
@@ -64,7 +73,35 @@ def check_message(text: str) -> None:
     Raises:
         Refused: naming the field and the rule.
     """
+    check_size(text)
     check_values(_parse(text))
+
+
+def check_size(event: str) -> None:
+    """Check how long an event is, or what else a websocket sends.
+
+    Raises:
+        Refused: naming the rule.
+    """
+    if len(event.encode(errors="replace")) > MAX_EVENT_BYTES:
+        raise Refused(f"an event or message may have {MAX_EVENT_BYTES} bytes, got {len(event)} characters; send less")
+
+
+def check_page_token(token: str) -> None:
+    """Check the token by which Prefect's pages ask for the next events: base64 of base64 of the JSON of a filter.
+
+    Raises:
+        Refused: naming the rule.
+    """
+    try:
+        form = _parse(b64decode(b64decode(token, validate=True), validate=True))
+    except ValueError:  # of which Refused is one
+        raise Refused("page-token must be one that the server gave; ask for the first page again") from None
+    check_values(form)
+    numbers = [form.get(name) for name in ("count", "page_size", "offset")] if isinstance(form, dict) else []
+    is_page = len(numbers) == 3 and all(type(number) is int and number >= 0 for number in numbers)
+    if not is_page or not 1 <= form["page_size"] <= MAX_PAGE_EVENTS or not isinstance(form.get("filter"), dict):
+        raise Refused("page-token must be one that the server gave; ask for the first page again")
 
 
 def check_run(form: Mapping[str, Any]) -> None:

@@ -9,10 +9,12 @@ import json
 import re
 from datetime import datetime, timezone
 from typing import Any
+from zoneinfo import available_timezones
 
 from prefect._vendor.croniter.croniter import croniter  # the server's own
 
 from flows.registry import REGISTERED
+from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import printable
 
 POOL = "cotrain"
@@ -21,6 +23,7 @@ TEMPLATE: dict[str, Any] = {
     "job_configuration": {"command": "python -I -m flows.dispatcher.flow_process"},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
+TIME_ZONES = frozenset(available_timezones()) - UNUSABLE_TIME_ZONES
 NAME = "local"  # of every deployment that flows/dispatcher/deployments.py registers
 # The fields of a deployment as flows/dispatcher/deployments.py sends them; others are its flow, schema and schedules.
 FIXED: dict[str, Any] = {
@@ -109,6 +112,9 @@ def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
 
 
 def _find_often(schedule: Any) -> str | None:
+    zone = schedule.get("timezone") if isinstance(schedule, dict) else None
+    if zone is not None and not (isinstance(zone, str) and zone in TIME_ZONES):
+        return f"timezone of a schedule must be one like Asia/Shanghai, got {printable(str(zone), 60)}; send such a one"
     is_single = isinstance(schedule, dict) and len({"interval", "cron", "rrule"} & schedule.keys()) == 1
     if is_single and (_is_slow(schedule.get("interval")) or _comes_due(schedule.get("cron"))):
         return None

@@ -19,7 +19,16 @@ from urllib.parse import parse_qsl
 
 import uvicorn
 
-from flows.prefect_gate.body_rules import VALIDATE, Refused, check_message, check_values, find_unstorable_in, read_json
+from flows.prefect_gate.body_rules import (
+    EVENT_PAGES_PATH,
+    VALIDATE,
+    Refused,
+    check_message,
+    check_page_token,
+    check_values,
+    find_unstorable_in,
+    read_json,
+)
 from flows.prefect_gate.deployment_rules import find_foreign_deployment
 from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
@@ -179,6 +188,8 @@ def check_address(path: str, query: bytes) -> None:
     if (fault := find_unstorable_in(path, values)) is not None:
         raise Refused(fault)
     check_values(values)
+    if path == EVENT_PAGES_PATH:
+        check_page_token(values.get("page-token", ""))
 
 
 def find_foreign_schema(path: str, form: Any) -> str | None:

@@ -23,8 +23,10 @@ class Rules:
 
         >>> PUBLIC.allow("GET", "/api/ready"), PUBLIC.allow("GET", "/api/ready/"), PUBLIC.allow("POST", "/api/ready")
         (True, False, False)
+        >>> PUBLIC.allow("GET", "/api/ready\\n")  # which `$` alone would take
+        False
         """
-        return any(method == known and pattern.match(path) for known, pattern in self._patterns)
+        return any(method == known and pattern.fullmatch(path) for known, pattern in self._patterns)
 
 
 def is_page(method: str, path: str) -> bool:

@@ -4,9 +4,10 @@ import pytest
 from sqlalchemy import select
 
 from feedback import datasets, promotion, reports, rounds
-from feedback.accounts import Conflict
+from feedback.accounts import Conflict, add_contributor
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
+from feedback.withdrawal import withdraw_report
 from tests.feedback.loop import (
     MAX_CASES,
     SALT,
@@ -49,6 +50,23 @@ def test_a_duplicate_shares_the_case_and_a_contradiction_is_disputed(session, re
     assert same.case_id == first.case_id
     assert contrary.state == "disputed"
     assert contrary.case_id is None
+
+
+def test_a_dispute_is_reviewed_again_once_the_other_answer_is_withdrawn(session, reporter, later):
+    """Or whoever reports a wrong answer first would keep all right ones out, also after being withdrawn."""
+    other, _ = add_contributor(session, new_id())
+    first = submit(session, other, expected="bad")
+    accept_all(session, later)
+    second = submit(session, reporter, expected="right")
+    accept_all(session, later)
+    assert (first.state, second.state) == ("accepted", "disputed")
+    withdraw_report(session, other, first.id, "a mistake")
+    session.flush()
+    session.refresh(second)
+    assert (second.state, second.reason) == ("in_review", None)
+    accept_all(session, later)
+    session.refresh(second)
+    assert second.state == "accepted" and second.case.expected == "right"
 
 
 def test_what_cannot_be_checked_waits_for_a_reviewer(session, reporter, later):

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from flows.prefect_gate.body_rules import MAX_EVENT_BYTES
 from flows.prefect_gate.deployment_rules import FIXED, MAX_CRON_CHARACTERS, TEMPLATE
 from flows.prefect_gate.prefect_gate import MAX_BODY_BYTES, Gate
 from flows.registry import REGISTERED
@@ -303,6 +304,51 @@ def test_every_message_of_a_websocket_is_checked(gate, message):
         with pytest.raises(WebSocketDisconnect) as closed:
             socket.receive_text()
         assert closed.value.code == 1008
+
+
+def test_an_event_has_a_bound_on_either_way(gate):
+    """The server holds 50,000 of them, by their number alone."""
+    events = [{"event": "small"}, {"event": "x" * MAX_EVENT_BYTES}]
+    assert gate.post("/api/events", auth=RIGHT, json=events[:1]).status_code == 200
+    refused = gate.post("/api/events", auth=RIGHT, json=events)
+    assert refused.status_code == 422 and f"may have {MAX_EVENT_BYTES} bytes" in refused.text
+    with gate.websocket_connect("/api/events/in") as socket:
+        for text in (json.dumps({"type": "auth", "token": ":".join(RIGHT)}), json.dumps(events[0])):
+            socket.send_text(text)
+            assert socket.receive_text() == text
+        socket.send_text(json.dumps(events[1]))
+        with pytest.raises(WebSocketDisconnect):
+            socket.receive_text()
+
+
+def page_token(**changes):
+    """A token for the next page of events, as the server makes it."""
+    form = {"filter": {"order": "DESC"}, "count": 120, "page_size": 50, "offset": 50} | changes
+    inner = base64.b64encode(json.dumps(form).encode())
+    return base64.b64encode(inner).decode()
+
+
+def test_the_token_of_a_page_of_events_is_checked_as_a_body_would_be(gate):
+    pages = "/api/events/filter/next"
+    assert gate.get(pages, params={"page-token": page_token()}, auth=RIGHT).status_code == 200
+    far = {"occurred": {"since": "0001-01-01T00:00:00Z", "until": "9999-12-31T00:00:00Z"}}
+    bad = [page_token(page_size=10**6), page_token(page_size=-1), page_token(offset=1e400), page_token(filter=[])]
+    for token in (*bad, page_token(filter=far), page_token(filter={"text": "\0"}), "e30=", "W10=", "%", "", "é"):
+        assert gate.get(pages, params={"page-token": token}, auth=RIGHT).status_code == 422
+    assert gate.get(pages, auth=RIGHT).status_code == 422
+
+
+def test_a_path_with_a_line_end_is_on_no_list(gate):
+    for path in ("/api/flows/%0A", "/api/ready%0A", "/api/deployments/%0A"):
+        assert gate.post(path, auth=RIGHT, json={"name": "x"}).status_code == 403
+
+
+@pytest.mark.parametrize("zone", ["Factory", "localtime", "posixrules", 7, ["UTC"], "Mars/Base"])
+def test_a_schedule_has_a_time_zone_that_the_server_can_use(gate, zone):
+    one = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
+    for name, status in ((zone, 422), ("Asia/Shanghai", 200)):
+        schedule = {"cron": "0 3 6 * *", "timezone": name}
+        assert gate.patch(one, auth=RIGHT, json={"schedule": schedule}).status_code == status
 
 
 def test_a_body_has_a_bound(gate):

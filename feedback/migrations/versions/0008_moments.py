@@ -1,4 +1,4 @@
-"""When a report was asked about again and decided, and a dataset decided; one word for each thing
+"""When reports and datasets were decided, which prompt a dispute is about, and one word for each split
 
 `taught` is `train`; a round has no `policy`, which decided nothing, and a run no `state`, which nothing wrote.
 """
@@ -19,6 +19,9 @@ def upgrade() -> None:
     op.add_column("feedback", sa.Column("reproduced_at", MOMENT, nullable=True))
     op.alter_column("feedback", "accepted_at", new_column_name="decided_at")
     op.add_column("dataset", sa.Column("decided_at", MOMENT, nullable=True))
+    op.add_column("feedback", sa.Column("disputed_key", sa.String(), nullable=True))
+    disputed = sa.text("state = 'disputed'")
+    op.create_index("disputed_feedback", "feedback", ["disputed_key"], postgresql_where=disputed)
     for table in ("case", "dataset_row"):
         op.execute(f"UPDATE \"{table}\" SET role = 'train' WHERE role = 'taught'")
     op.alter_column("case", "role", comment="train | held_out")
@@ -39,4 +42,6 @@ def downgrade() -> None:
     op.drop_column("dataset", "decided_at")
     op.alter_column("feedback", "decided_at", new_column_name="accepted_at")
     op.execute("UPDATE feedback SET accepted_at = NULL WHERE case_id IS NULL")
+    op.drop_index("disputed_feedback", "feedback")
+    op.drop_column("feedback", "disputed_key")
     op.drop_column("feedback", "reproduced_at")
