@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def step(self) -> int:
-        rows = self.folder.metrics()
+        rows = self.folder.read_metrics()
         return int(rows[-1]["step"]) if rows else 0
 
     @property
@@ -124,14 +124,14 @@ def outage(name: str) -> Fault:
 def fill_disk(trial: Trial) -> bool:
     """Take all the room that runs have until a checkpoint has failed for it, or the run has given up."""
     filler = trial.home / "runs" / "filler"
-    before = len(trial.folder.events())
+    before = len(trial.folder.read_events())
     with filler.open("wb") as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(2**20))
             file.flush()
     end = time.monotonic() + 60
     while time.monotonic() < end and not trial.is_over:
-        if any(event["event"] in ("checkpoint failed", "ended") for event in trial.folder.events()[before:]):
+        if any(event["event"] in ("checkpoint failed", "ended") for event in trial.folder.read_events()[before:]):
             break
         if not trial.processes("yuan.train.run"):
             break
@@ -267,7 +267,7 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
             moments.pop(0)
         time.sleep(0.05)
     seconds = time.monotonic() - begun
-    rows = trial.folder.metrics()
+    rows = trial.folder.read_metrics()
     result = {
         "ended": trial.is_over,
         "struck": struck,
@@ -306,7 +306,7 @@ def outliving(call: Callable[[], Any]) -> Any:
 
 def counted(folder: RunFolder) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for event in folder.events():
+    for event in folder.read_events():
         name = f"ended: {event['kind']}" if event["event"] == "ended" else str(event["event"])
         counts[name] = counts.get(name, 0) + 1
     return {name: count for name, count in counts.items() if name not in ("checkpoint", "checkpoint stored")}

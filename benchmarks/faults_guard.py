@@ -21,9 +21,9 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
-from yuan.plan.planner import given_plan
-from yuan.plan.pool import cpu_pool
-from yuan.plan.workload import Work
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder, RunSpec
 
 STEPS, MOST, BATCH = 80, 0.01, 16
@@ -55,10 +55,11 @@ def main() -> int:
                 folder = run(Path(name) / f"{what} {length}", parent, model, samples, {"what": what, **where})
                 off, (missing, told) = loss_of(folder) / usual - 1, skipped(folder)
                 says = line(f"{what}, {length}", round(off, 5), "of the loss without it", "the run without it")
-                is_right = abs(off) <= MOST and missing == told and len(folder.metrics()) >= STEPS - 2
+                is_right = abs(off) <= MOST and missing == told and len(folder.read_metrics()) >= STEPS - 2
                 is_equal = length != "once" or same_weights(alone, folder)
                 counts = {
-                    kind: sum(e["event"] == kind for e in folder.events()) for kind in ("repeat", "skip", "roll back")
+                    kind: sum(e["event"] == kind for e in folder.read_events())
+                    for kind in ("repeat", "skip", "roll back")
                 }
                 goal = f"within {MOST}, skipped positions those of the events" + (
                     "; bit-equal" if length == "once" else ""
@@ -69,13 +70,15 @@ def main() -> int:
 
 
 def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], plant: dict[str, Any] | None) -> RunFolder:
-    plan = given_plan(Work.of(model, RECIPE), cpu_pool().groups[0], (0, 4, 6), data_size=1, micro_batch_size=2)
+    plan = make_plan_from_bounds(
+        Workload.from_recipe(model, RECIPE), make_cpu_pool().groups[0], (0, 4, 6), data_size=1, micro_batch_size=2
+    )
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=5, parent="v1")
-    folder.write(spec, {"documents": samples}, pad=0)
+    folder.prepare(spec, {"documents": samples}, pad=0)
     program: list[str | Path] = ["-m", "yuan.train.run"]
     if plant is not None:
         (path / "plant.json").write_text(json.dumps(plant))
@@ -89,9 +92,9 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
 
 def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
     """Positions that no recorded step has, up to the last one; and those that the events say were skipped."""
-    rows = folder.metrics()
+    rows = folder.read_metrics()
     told: set[int] = set()
-    for event in folder.events():
+    for event in folder.read_events():
         if event["event"] == "skip":
             told |= set(range(*event["positions"]))
         if event["event"] == "roll back":
@@ -102,7 +105,7 @@ def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
 
 def loss_of(folder: RunFolder) -> float:
     """The exported weights' mean loss over all learned tokens of the run's data."""
-    model, corpus = weights.load(folder.export), folder.corpus(5)
+    model, corpus = weights.load(folder.export), folder.open_corpus(5)
     windows, _ = corpus.read(np.arange(corpus.sources[0].windows))
     tokens, labels, documents = (
         torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)

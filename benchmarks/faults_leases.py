@@ -32,7 +32,7 @@ from infra.launchers.local import JOB_VARIABLE, LocalLauncher
 from infra.postgres import Postgres
 from infra.processes import carrying, kill_carrying
 from infra.settings import Settings
-from yuan.plan.pool import Group, Pool
+from yuan.plan.pool import DeviceGroup, Pool
 
 DEVICES, HOLDERS, TTL_S, POOL = 8, 6, 2.0, "bench"
 TURN = "BENCH_TURN"
@@ -94,7 +94,7 @@ def database(home: Path) -> Iterator[Settings]:
 def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     engine = open_engine(settings)
     sessions = open_sessions(engine)
-    group = Group(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
+    group = DeviceGroup(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
     with sessions.begin() as session:
         Base.metadata.create_all(session.connection(), checkfirst=True)
         leases.register_pool(session, Pool(name=POOL, groups=(group,)))

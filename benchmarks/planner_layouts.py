@@ -14,8 +14,8 @@ from yuan.plan.memory_model import GIB
 from yuan.plan.paper import OFFICIAL_LAYOUTS
 from yuan.plan.pool import load_pool
 from yuan.plan.score import score
-from yuan.plan.search import Limits, search
-from yuan.plan.workload import PUBLISHED_BATCH, Grid, Work
+from yuan.plan.search import SizeLimits, search
+from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Grid, Workload
 
 DEVICES = 96
 
@@ -24,10 +24,10 @@ def main() -> int:
     ok = True
     pool = load_pool("benchmarks/pools/a100-96.toml")
     for name, (layers, redone) in OFFICIAL_LAYOUTS.items():
-        work = Work(
+        work = Workload(
             model=PRESETS[name](),
             seq_len=4096,
-            global_batch_size=PUBLISHED_BATCH[name],
+            global_batch_size=PUBLISHED_BATCH_SIZES[name],
             precision="bf16",
             isolate_documents=False,
         )
@@ -43,8 +43,8 @@ def main() -> int:
         room = max(theirs.peak_bytes / GIB, pool.groups[0].memory_gib)
         same = replace(pool, groups=(replace(pool.groups[0], memory_gib=room),))
         for where, limits in (
-            ("its grid", Limits(pipeline_size=stages, data_size=data, micro_batch_size=1)),
-            ("any grid", Limits()),
+            ("its grid", SizeLimits(pipeline_size=stages, data_size=data, micro_batch_size=1)),
+            ("any grid", SizeLimits()),
         ):
             ours = search(work, same, limits).candidates[0]
             faster = theirs.seconds / ours.layout.seconds

@@ -4,7 +4,15 @@ import sys
 
 from pairs import line, show
 
-from yuan.plan.paper import FIG_3_SPLIT, SHORT_N, TABLE_6, fig_3, fig_3_memory, table_5, table_6
+from yuan.plan.paper import (
+    FIG_3_SPLIT,
+    TABLE_6,
+    YUAN_102B_SHORT_PARAMETERS,
+    build_fig_3_costs,
+    compute_fig_3_memory,
+    compute_table_5,
+    compute_table_6,
+)
 from yuan.plan.solver import solve
 
 TABLE_5 = 45.192  # seconds
@@ -33,24 +41,26 @@ def peak(name: str, gigabytes: float, goal: float | None, **more: object) -> boo
 
 
 def main() -> int:
-    ok = error("Table 5, Yuan 1.0-245B", sum(table_5()), TABLE_5, 1e-4)
+    ok = error("Table 5, Yuan 1.0-245B", sum(compute_table_5()), TABLE_5, 1e-4)
     for (devices, link), cells in TABLE_6.items():
-        for method, (ours, theirs) in enumerate(zip(table_6(devices, link), cells, strict=True), start=1):
+        for method, (ours, theirs) in enumerate(zip(compute_table_6(devices, link), cells, strict=True), start=1):
             ok &= error(f"Table 6, method {method}, {devices} devices, {link} GB/s", ours, theirs, 5e-4)
     worst = max(
         (abs(ours / theirs - 1), ours, theirs)
         for row, cells in TABLE_6.items()
-        for ours, theirs in zip(table_6(*row, parameters=SHORT_N), cells, strict=True)
+        for ours, theirs in zip(compute_table_6(*row, parameters=YUAN_102B_SHORT_PARAMETERS), cells, strict=True)
     )
     error("Table 6, worst cell with one N for all rows", worst[1], worst[2], None)
-    ok &= peak("Fig. 3, even split", max(fig_3_memory((3,) * 8, fig_3())), 77.9)
-    ok &= peak("Fig. 3, the paper's split", max(fig_3_memory(FIG_3_SPLIT, fig_3())), 68.0, printed=64)
+    ok &= peak("Fig. 3, even split", max(compute_fig_3_memory((3,) * 8, build_fig_3_costs())), 77.9)
+    ok &= peak(
+        "Fig. 3, the paper's split", max(compute_fig_3_memory(FIG_3_SPLIT, build_fig_3_costs())), 68.0, printed=64
+    )
     for blockwise, goal in ((False, 64.6), (True, 61.2)):
-        best = solve(fig_3(blockwise=blockwise), "memory")
+        best = solve(build_fig_3_costs(blockwise=blockwise), "memory")
         assert best is not None
         loss = ", block-wise loss" if blockwise else ""
         ok &= peak(f"Fig. 3, ours{loss}", best.peak_bytes / 1e9, goal, layers=best.layers)
-        redone = solve(fig_3(blockwise=blockwise, recompute=True), "memory")
+        redone = solve(build_fig_3_costs(blockwise=blockwise, recompute=True), "memory")
         assert redone is not None
         peak(
             f"Fig. 3, ours{loss}, recomputing",

@@ -13,12 +13,12 @@ from itertools import combinations, pairwise, product
 from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig
-from yuan.plan.planner import timeline
+from yuan.plan.planner import simulate_candidate
 from yuan.plan.pool import Pool, parse_pool
-from yuan.plan.search import Candidate, Limits, grids, search
-from yuan.plan.solver import step_seconds
-from yuan.plan.stage_costs import NEVER, Costs, costs_of
-from yuan.plan.workload import Work, default_loss_block
+from yuan.plan.search import PlanCandidate, SizeLimits, iter_grids, search
+from yuan.plan.solver import compute_step_seconds
+from yuan.plan.stage_costs import DOES_NOT_FIT, StageCosts, build_stage_costs
+from yuan.plan.workload import Workload, compute_default_loss_block
 
 partition_balanced, _ = deepspeeds_partitions()
 POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything
@@ -27,7 +27,7 @@ SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers,
 MOST_GAP, MOST_OFF = 0.01, 0.03
 
 
-def random_case(draw: random.Random, number: int) -> tuple[Work, Pool]:
+def random_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
     """A model and a pool that suit each other; every third pool is small."""
     small = number % 3 == 0
     layers, width = (draw.randint(5, 7), 2048) if small else draw.choice(SHAPES)
@@ -37,24 +37,26 @@ def random_case(draw: random.Random, number: int) -> tuple[Work, Pool]:
     classes = draw.sample(CLASSES, 2 if small else draw.choice((2, 3)))
     sizes = [draw.randint(1, SMALL // 2) if small else draw.choice((4, 8, 16, 24, 32)) for _ in classes]
     groups = [{"device_class": name, "count": size} for name, size in zip(classes, sizes, strict=True)]
-    work = Work(
+    work = Workload(
         model=model,
         seq_len=4096,
         global_batch_size=draw.choice((8, 12)) if small else draw.choice((96, 128, 256, 384)),
         precision="bf16",
-        loss_block=default_loss_block(model),
+        loss_block=compute_default_loss_block(model),
     )
     return work, parse_pool({"name": f"random-{number}", "group": groups})
 
 
-def of_split(costs: Costs, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
+def of_split(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
     """The step of a split on given classes; None if it does not fit."""
-    if any(costs.fewest_redone(s, c, n) == NEVER for s, (n, c) in enumerate(zip(layers, classes, strict=True))):
+    if any(
+        costs.get_fewest_redone(s, c, n) == DOES_NOT_FIT for s, (n, c) in enumerate(zip(layers, classes, strict=True))
+    ):
         return None
-    return step_seconds(costs, layers, classes)
+    return compute_step_seconds(costs, layers, classes)
 
 
-def balanced(work: Work, stages: int) -> tuple[int, ...]:
+def balanced(work: Workload, stages: int) -> tuple[int, ...]:
     """Layers of each stage so that the largest number of parameters is smallest, as DeepSpeed's `parameters`."""
     model = work.model
     ends = model.vocab_size * model.hidden_size
@@ -63,24 +65,24 @@ def balanced(work: Work, stages: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(cuts))
 
 
-def every_layout(work: Work, pool: Pool) -> float:
+def every_layout(work: Workload, pool: Pool) -> float:
     """The least step over all layouts of all grids, one after the other."""
     best = float("inf")
-    for grid in grids(work, pool, Limits()):
-        costs = costs_of(work, grid, pool.groups)
+    for grid in iter_grids(work, pool, SizeLimits()):
+        costs = build_stage_costs(work, grid, pool.groups)
         for classes in product(range(costs.num_classes), repeat=costs.num_stages):
             if any(classes.count(c) > slots for c, slots in enumerate(costs.slots)):
                 continue
             for cuts in combinations(range(1, costs.num_places), costs.num_stages - 1):
-                layers = costs.layers_of([b - a for a, b in pairwise([0, *cuts, costs.num_places])])
+                layers = costs.count_layers([b - a for a, b in pairwise([0, *cuts, costs.num_places])])
                 best = min(best, of_split(costs, layers, classes) or float("inf"))
     return best
 
 
-def off_by_simulation(work: Work, chosen: Candidate) -> float:
+def off_by_simulation(work: Workload, chosen: PlanCandidate) -> float:
     """How far the simulated pipeline is from the time model's."""
-    model = chosen.layout.seconds - chosen.finish_seconds(work)
-    return timeline(work, chosen).seconds / model - 1
+    model = chosen.layout.seconds - chosen.predict_finish_seconds(work)
+    return simulate_candidate(work, chosen).seconds / model - 1
 
 
 def main() -> int:
@@ -97,7 +99,7 @@ def main() -> int:
         planned += 1
         chosen = found.candidates[0]
         layout, stages, total = chosen.layout, chosen.grid.pipeline_size, work.model.num_layers
-        costs = costs_of(work, chosen.grid, pool.groups)
+        costs = build_stage_costs(work, chosen.grid, pool.groups)
         flat = of_split(costs, tuple(total // stages + (s < total % stages) for s in range(stages)), layout.classes)
         split = balanced(work, stages)
         weighed = of_split(costs, split, layout.classes) if min(split) > 0 else None

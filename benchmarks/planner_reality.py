@@ -16,18 +16,19 @@ from scipy.stats import spearmanr
 
 from flows.calibrate_pool import run_measurement
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.calibration_fit import calibrated
-from yuan.plan.pool import Group, cpu_pool
+from yuan.plan.calibration_fit import calibrate_group
+from yuan.plan.pool import DeviceGroup, make_cpu_pool
 from yuan.plan.score import score
-from yuan.plan.workload import Grid, Work
-from yuan.train.calibration.messages import Answer, Request, Trial
+from yuan.plan.workload import Grid, Workload
+from yuan.train.calibration.messages import CalibrationRequest, CalibrationResult, CalibrationTrial
 
 GPUS = torch.cuda.device_count()
 LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GPUS, 2) or 2
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
 DEPTHS = (4, 6, 8, 10, 12, 14, 16)  # layers, where there is but one stage
 CALIBRATION = tuple(
-    Trial(bounds=tuple(range(STAGES + 1)), recompute=(0,) * STAGES, accum=accum) for accum in (ACCUM, 3 * ACCUM)
+    CalibrationTrial(bounds=tuple(range(STAGES + 1)), recompute=(0,) * STAGES, accum=accum)
+    for accum in (ACCUM, 3 * ACCUM)
 )
 HIDDEN, VOCAB, SEQ_LEN, BLOCK = (2048, 135_040, 4096, 512) if GPUS else (256, 8_192, 256, 256)
 MODEL = ModelConfig(
@@ -51,16 +52,18 @@ RECIPE = Recipe(
 MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, 3
 
 
-def trials() -> list[Trial]:
+def trials() -> list[CalibrationTrial]:
     """Seven splits, each without recomputation and with: all of the first stage, half of the last."""
     if STAGES == 1:
-        return [Trial(bounds=(0, n), recompute=(redone,), accum=ACCUM) for n in DEPTHS for redone in (0, n // 2)]
-    plain = [Trial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
-    redone = [Trial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST]
+        return [
+            CalibrationTrial(bounds=(0, n), recompute=(redone,), accum=ACCUM) for n in DEPTHS for redone in (0, n // 2)
+        ]
+    plain = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
+    redone = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST]
     return [trial for pair in zip(plain, redone, strict=True) for trial in pair]
 
 
-def least(request: Request) -> Answer:
+def least(request: CalibrationRequest) -> CalibrationResult:
     """The least of several passes, each in processes of its own, every second one with the trials turned round."""
     answers = []
     for number in range(PASSES):
@@ -76,11 +79,11 @@ def least(request: Request) -> Answer:
     )
 
 
-def work_of(layers: int) -> Work:
-    return Work.of(replace(MODEL, num_layers=layers), RECIPE)
+def work_of(layers: int) -> Workload:
+    return Workload.from_recipe(replace(MODEL, num_layers=layers), RECIPE)
 
 
-def predict(group: Group, trial: Trial) -> float:
+def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(work_of(trial.bounds[-1]), loss_block=BLOCK)
@@ -90,14 +93,14 @@ def predict(group: Group, trial: Trial) -> float:
 
 def main() -> int:
     asked = trials()
-    request = Request(model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *asked), steps=2)
+    request = CalibrationRequest(model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *asked), steps=2)
     answer = least(request)
     few, many, *real = answer.step_s
     one_each = replace(work_of(STAGES), loss_block=BLOCK)
     steps = [(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)]
-    device = Group(device_class=answer.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
-    blank = device if GPUS else cpu_pool().groups[0]
-    group = calibrated(blank, one_each, 1, answer, steps, f"{STAGES} processes on {answer.device}")
+    device = DeviceGroup(device_class=answer.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
+    blank = device if GPUS else make_cpu_pool().groups[0]
+    group = calibrate_group(blank, one_each, 1, answer, steps, f"{STAGES} processes on {answer.device}")
     predicted = [predict(group, trial) for trial in asked]
     for trial, ours, true in zip(asked, predicted, real, strict=True):
         says = line(

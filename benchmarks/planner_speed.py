@@ -13,13 +13,13 @@ from pathlib import Path
 from pairs import line, show
 
 from yuan.config import yuan_102b
-from yuan.plan.plan_record import Plan
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import Pool, parse_pool
-from yuan.plan.replan import changed, replan, slowed
+from yuan.plan.replan import replan, resize_pool, split_slow_devices
 from yuan.plan.solver import solve
-from yuan.plan.stage_costs import costs_of
-from yuan.plan.workload import Grid, Work, default_loss_block
+from yuan.plan.stage_costs import build_stage_costs
+from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
 GROWTH = {
     "A100-80": (64, 256, 1_000, 4_000, 10_000),
@@ -31,18 +31,18 @@ def pool_of(**counts: int) -> Pool:
     return parse_pool({"name": "pool", "group": [{"device_class": name, "count": n} for name, n in counts.items()]})
 
 
-def work_of(devices: int = 0) -> Work:
+def work_of(devices: int = 0) -> Workload:
     model = yuan_102b()
-    return Work(
+    return Workload(
         model=model,
         seq_len=4096,
         global_batch_size=1152 * max(1, math.ceil(devices / 1152)),
         precision="bf16",
-        loss_block=default_loss_block(model),
+        loss_block=compute_default_loss_block(model),
     )
 
 
-def timed(name: str, goal: float | None, work: Callable[[], Plan]) -> tuple[bool, float]:
+def timed(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -> tuple[bool, float]:
     begun = time.perf_counter()
     plan = work()
     seconds = time.perf_counter() - begun
@@ -61,7 +61,7 @@ def split_84_over_32() -> bool:
     pool, work = pool_of(**{"A100-80": 96}), work_of()
     grid = Grid(pipeline_size=32, data_size=3, micro_batch_size=1, grad_accum_steps=384)
     begun = time.perf_counter()
-    found = solve(costs_of(work, grid, pool.groups))
+    found = solve(build_stage_costs(work, grid, pool.groups))
     seconds = time.perf_counter() - begun
     assert found is not None
     return show(line("84 layers over 32 stages, one grid", round(seconds, 4), "s", goal="0.1 s", ok=seconds <= 0.1))
@@ -77,9 +77,9 @@ def main() -> int:
     pool = pool_of(**{"A100-80": 96})
     one = make_plan(work_of(), pool, explained=False)
     for name, after in (
-        ("a lost device", changed(pool, {"A100-80": -1})),
-        ("eight more", changed(pool, {"A100-80": 8})),
-        ("a slow one", slowed(pool, "A100-80", one.data_size, 0.7)),
+        ("a lost device", resize_pool(pool, {"A100-80": -1})),
+        ("eight more", resize_pool(pool, {"A100-80": 8})),
+        ("a slow one", split_slow_devices(pool, "A100-80", one.data_size, 0.7)),
     ):
         ok &= timed(f"new plan for 96 devices and {name}", 1, lambda after=after: replan(work_of(), one, after).plan)[0]
     curves: dict[str, list[tuple[int, float]]] = {}

@@ -15,11 +15,11 @@ import numpy as np
 from pairs import deepspeeds_partitions, line, show
 
 from yuan.config import ModelConfig, yuan_102b
-from yuan.plan.flops import head_forward, layer_forward
+from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
 from yuan.plan.pool import parse_pool
 from yuan.plan.solver import solve
-from yuan.plan.stage_costs import costs_of
-from yuan.plan.workload import Grid, Work
+from yuan.plan.stage_costs import build_stage_costs
+from yuan.plan.workload import Grid, Workload
 
 partition_balanced, partition_uniform = deepspeeds_partitions()
 LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
@@ -49,9 +49,9 @@ def ours(model: ModelConfig, stages: int) -> list[int]:
     pool = parse_pool(
         {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": ROOM_GIB}]},
     )
-    work = Work(model=model, seq_len=S, global_batch_size=ACCUM, precision="bf16", loss_block=512)
+    work = Workload(model=model, seq_len=S, global_batch_size=ACCUM, precision="bf16", loss_block=512)
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
-    costs = costs_of(work, grid, pool.groups)
+    costs = build_stage_costs(work, grid, pool.groups)
     still = np.zeros_like(costs.link_s)
     finish = np.zeros_like(costs.finish_fixed_s)
     found = solve(replace(costs, link_s=still, finish_fixed_s=finish, finish_layer_s=finish))
@@ -65,7 +65,7 @@ def main() -> int:
         if stages > layers // 2:
             continue
         model = replace(yuan_102b(), num_layers=layers, hidden_size=width)
-        head = head_forward(model) / layer_forward(model, S)
+        head = count_head_forward_flops(model) / count_layer_forward_flops(model, S)
         times = [0.0, *[1.0] * layers, head]
         best = least_slowest(layers, stages, head)
         splits = {method: theirs(method, model, stages) for method in THEIRS}

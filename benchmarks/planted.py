@@ -24,7 +24,7 @@ FACTORS = {"nan": float("nan"), "tenfold": 10.0}
 def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) -> None:
     """Make the trainer's loss wrong where asked for."""
     left = [times]
-    inner_pass, inner_loss = trainer._pass, trainer.module.loss_fn
+    inner_pass, inner_loss = trainer._run_pass, trainer.module.loss_fn
     is_spoilt = [False]
 
     def one_pass(positions: Numbers) -> Any:
@@ -38,7 +38,7 @@ def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) 
         right = inner_loss(outputs, labels)
         return right * FACTORS[what] if is_spoilt[0] else right
 
-    trainer._pass, trainer.module.loss_fn = one_pass, loss  # type: ignore[method-assign]
+    trainer._run_pass, trainer.module.loss_fn = one_pass, loss  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -22,9 +22,9 @@ from pairs import PAIRS, interval, line, show
 
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
-from yuan.train.checkpoint.checkpoints import Checkpoints
-from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.zero.optimizer_state import pieces, restore, state_to_save
+from yuan.train.checkpoint.checkpoints import CheckpointStore
+from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.optimizer_state import collect_pieces, collect_state, restore_state
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=12, hidden_size=512, num_heads=8, vocab_size=8_192, seq_len=64)
@@ -120,7 +120,7 @@ def rank(what: str, folder: Path) -> None:
 def engine_of(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
     module = PlannedPipeline(MODEL, list(bounds), 0)
     module.universal_checkpoint_info = UNIVERSAL
-    return start_engine(module, RECIPE, {**deepspeed_config(RECIPE, replicas), **more})[0]
+    return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **more})[0]
 
 
 def save(folder: Path) -> None:
@@ -129,8 +129,8 @@ def save(folder: Path) -> None:
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
-    store = Checkpoints(folder / "ours", ABOUT, keep=1, event=lambda _: None)
-    own, updates = state_to_save(engine, MODEL.num_layers)
+    store = CheckpointStore(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    own, updates = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
     for step in range(SAVED + 1):
         dist.barrier()
@@ -152,13 +152,13 @@ def save(folder: Path) -> None:
 
 def ours(folder: Path) -> None:
     engine = engine_of((0, MODEL.num_layers), REPLICAS)
-    store = Checkpoints(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    store = CheckpointStore(folder / "ours", ABOUT, keep=1, event=lambda _: None)
     dist.barrier()
     begun = time.perf_counter()
-    manifest = store.newest()
+    manifest = store.find_newest()
     assert manifest is not None
     read = functools.partial(store.load, manifest["step"])
-    restore(engine, MODEL.num_layers, read, manifest["updates"])
+    restore_state(engine, MODEL.num_layers, read, manifest["updates"])
     dist.barrier()
     answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
     store.close()
@@ -175,7 +175,7 @@ def theirs(folder: Path) -> None:
 
 def sums(engine: Any) -> list[float]:
     """A checksum of weights and moments, over all replicas."""
-    own = pieces(engine, MODEL.num_layers)
+    own = collect_pieces(engine, MODEL.num_layers)
     kinds = [
         sum(float(piece.values.double().abs().sum()) for key, piece in own.items() if key.startswith(f"{kind}/"))
         for kind in ("weight", "exp_avg", "exp_avg_sq")

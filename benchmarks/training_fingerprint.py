@@ -20,9 +20,9 @@ from training_grids import RECIPE, make
 from infra.process_group import supervised, torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
 from yuan.data.samples import Sample
-from yuan.plan.planner import given_plan, make_plan
-from yuan.plan.pool import cpu_pool, load_pool
-from yuan.plan.workload import Work
+from yuan.plan.planner import make_plan, make_plan_from_bounds
+from yuan.plan.pool import load_pool, make_cpu_pool
+from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder, RunSpec
 
 POOLS = Path(__file__).parent / "pools"
@@ -50,20 +50,23 @@ def plans() -> list[tuple[str, str]]:
     recipe = Recipe(max_steps=100, learning_rate=1e-4, seq_len=4096, micro_batch_size=1, global_batch_size=96)
     small = Recipe(max_steps=100, learning_rate=1e-4, seq_len=128, micro_batch_size=2, global_batch_size=64)
     cases = {
-        "plan of tiny on two processes": (tiny(1024), small, cpu_pool()),
+        "plan of tiny on two processes": (tiny(1024), small, make_cpu_pool()),
         "plan of 2b on mixed.toml:mixed-256": (yuan_2b(), recipe, load_pool(str(POOLS / "mixed.toml") + ":mixed-256")),
         "plan of 51b on a100-96.toml": (yuan_51b(), recipe, load_pool(str(POOLS / "a100-96.toml"))),
     }
     return [
-        (name, sha256(json.dumps(make_plan(Work.of(model, asked), pool).to_json(), sort_keys=True).encode()))
+        (
+            name,
+            sha256(json.dumps(make_plan(Workload.from_recipe(model, asked), pool).to_json(), sort_keys=True).encode()),
+        )
         for name, (model, asked, pool) in cases.items()
     ]
 
 
 def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], recipe: Recipe) -> RunFolder:
     """Train in a run folder, as the platform does."""
-    work, device = Work.of(model, recipe), cpu_pool().groups[0]
-    plan = given_plan(work, device, BOUNDS, data_size=1, micro_batch_size=recipe.micro_batch_size)
+    work, device = Workload.from_recipe(model, recipe), make_cpu_pool().groups[0]
+    plan = make_plan_from_bounds(work, device, BOUNDS, data_size=1, micro_batch_size=recipe.micro_batch_size)
     first, *others = plan.stages
     plan = dataclasses.replace(plan, stages=[dataclasses.replace(first, recompute_layers=1), *others])
     path.mkdir()
@@ -71,7 +74,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=recipe, seed=5, parent="v1")
-    folder.write(spec, {"documents": samples}, pad=0)
+    folder.prepare(spec, {"documents": samples}, pad=0)
     command = torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
     with supervised(command, path, {**os.environ, "OMP_NUM_THREADS": "1"}, "train.log") as process:
         if process.wait(300):
@@ -81,7 +84,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
 
 def fingerprints(folder: RunFolder) -> list[tuple[str, str]]:
     """Return the hashes of a run's losses, data, exported weights and the tensors of its checkpoints."""
-    losses = [(row["train/loss"], row["train/grad_norm"]) for row in folder.metrics()]
+    losses = [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]
     weights = load_file(folder.path / "export" / "model.safetensors")
     files = sorted(file for file in folder.data.rglob("*") if file.is_file())
     found = [

@@ -19,15 +19,15 @@ from pairs import line, show
 
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
-from yuan.plan.devices import KNOWN
-from yuan.plan.flops import flops_per_token
-from yuan.plan.plan_record import Plan
+from yuan.plan.devices import DEVICE_SPECS
+from yuan.plan.flops import count_flops_per_token
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import Group, Pool, cpu_pool
-from yuan.plan.search import Limits
-from yuan.plan.workload import Work
-from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.zero.memory import peak_memory_bytes
+from yuan.plan.pool import DeviceGroup, Pool, make_cpu_pool
+from yuan.plan.search import SizeLimits
+from yuan.plan.workload import Workload
+from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.memory import read_peak_memory_bytes
 from yuan.train.zero.pipeline import PlannedPipeline
 
 STEPS, WARM, BATCH = 6, 2, 16
@@ -61,18 +61,18 @@ def main() -> int:
 def device_pool() -> tuple[Pool, str, float | None]:
     """A pool of this one device, its name, and its peak if it is a known one."""
     if not torch.cuda.is_available():
-        return cpu_pool(), "CPU", None
+        return make_cpu_pool(), "CPU", None
     name = torch.cuda.get_device_name()
-    known = next((known for known in KNOWN if known.split("-")[0] in name), None)
+    known = next((known for known in DEVICE_SPECS if known.split("-")[0] in name), None)
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     if known is None:
         return (
-            Pool(name="gpu", groups=(Group(device_class=name, count=1, memory_gib=gib, sustained_tflops=100),)),
+            Pool(name="gpu", groups=(DeviceGroup(device_class=name, count=1, memory_gib=gib, sustained_tflops=100),)),
             name,
             None,
         )
-    device = KNOWN[known]
-    group = Group(
+    device = DEVICE_SPECS[known]
+    group = DeviceGroup(
         device_class=known,
         count=1,
         memory_gib=gib,
@@ -93,7 +93,7 @@ def rank(folder: Path, is_small: bool) -> None:
     module = PlannedPipeline(
         model, plan.bounds, 0, loss_block=plan.loss_block, isolated=recipe.isolate_documents, recomputed=plan.recomputed
     )
-    engine, _ = start_engine(module, recipe, deepspeed_config(recipe, 1))
+    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
     for step in range(WARM + STEPS):
         engine.reset_activation_shape()
@@ -107,16 +107,16 @@ def rank(folder: Path, is_small: bool) -> None:
         "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed)},
         "seconds": statistics.median(seconds),
         "tokens": BATCH * length,
-        "flops": flops_per_token(model, length),
+        "flops": count_flops_per_token(model, length),
         "peak_tflops": peak,
-        "peak_bytes": peak_memory_bytes(engine.device),
+        "peak_bytes": read_peak_memory_bytes(engine.device),
         "planned_bytes": plan.peak_memory_bytes,
     }
     (folder / "found.json").write_text(json.dumps(found))
     stop_distributed()
 
 
-def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[Plan, Recipe]:
+def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, Recipe]:
     """The plan for one device, and the recipe with its micro-batches."""
 
     def recipe(micro: int) -> Recipe:
@@ -125,7 +125,7 @@ def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[Plan, Recipe]:
             warmup_steps=1, precision="bf16",
         )  # fmt: skip
 
-    plan = make_plan(Work.of(model, recipe(1)), pool, Limits(pipeline_size=1, data_size=1))
+    plan = make_plan(Workload.from_recipe(model, recipe(1)), pool, SizeLimits(pipeline_size=1, data_size=1))
     return plan, recipe(plan.micro_batch_size)
 
 

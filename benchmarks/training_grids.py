@@ -21,11 +21,11 @@ from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
-from yuan.plan.planner import given_plan
-from yuan.plan.pool import cpu_pool
-from yuan.plan.workload import Work
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder, RunSpec
-from yuan.train.zero.engine import learning_rate
+from yuan.train.zero.engine import compute_learning_rate
 
 GRIDS = {"P2·D1": ((0, 4, 6), 1), "P1·D2": ((0, 6), 2), "P2·D2": ((0, 2, 6), 2), "P4·D1": ((0, 2, 3, 5, 6), 1)}
 STEPS, SEED, MOST = 20, 5, 1e-5
@@ -44,7 +44,7 @@ def main() -> int:
         plain = plain_losses(parent, next(iter(runs.values())))
         ok = True
         for grid, (bounds, _) in GRIDS.items():
-            losses = [row["train/loss"] for row in runs[grid].metrics()]
+            losses = [row["train/loss"] for row in runs[grid].read_metrics()]
             worst = float(np.max(np.abs(np.array(losses) / plain - 1)))
             says = line(f"losses of {grid}", worst, "worst relative difference", "plain torch, one process")
             ok &= show({**says, "goal": f"at most {MOST}", "ok": worst <= MOST, "steps": STEPS, "bounds": bounds})
@@ -68,14 +68,14 @@ def make(parent: Path) -> tuple[Path, ModelConfig, list[Sample]]:
 def run(
     path: Path, parent: Path, model: ModelConfig, samples: list[Sample], bounds: tuple[int, ...], replicas: int
 ) -> RunFolder:
-    work, device = Work.of(model, RECIPE), cpu_pool().groups[0]
-    plan = given_plan(work, device, bounds, data_size=replicas, micro_batch_size=RECIPE.micro_batch_size)
+    work, device = Workload.from_recipe(model, RECIPE), make_cpu_pool().groups[0]
+    plan = make_plan_from_bounds(work, device, bounds, data_size=replicas, micro_batch_size=RECIPE.micro_batch_size)
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
-    folder.write(spec, {"documents": samples}, pad=0)
+    folder.prepare(spec, {"documents": samples}, pad=0)
     command = torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
     with supervised(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
@@ -91,7 +91,7 @@ def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
-    losses, size, corpus = [], RECIPE.global_batch_size, folder.corpus(SEED)
+    losses, size, corpus = [], RECIPE.global_batch_size, folder.open_corpus(SEED)
     for step in range(STEPS):
         windows, _ = corpus.read(kept_positions(size * step, size, []))
         tokens, labels, documents = (
@@ -103,7 +103,7 @@ def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, RECIPE)
+            group["lr"] = compute_learning_rate(step, RECIPE)
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -27,10 +27,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.model.loss import head_loss
-from yuan.plan.flops import head_forward, layer_forward
-from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
+from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.zero.pipeline import LayerStage, NormStage, PlannedPipeline, StageRows
-from yuan.train.zero.tied_embedding import EmbeddingStage, gradient_of
+from yuan.train.zero.tied_embedding import EmbeddingStage, make_gradient_getter
 
 MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_size=8_192, seq_len=128)
 BOUNDS, ACCUM, BLOCK = (0, 5, 9), 16, 128
@@ -74,7 +74,7 @@ def main() -> int:
 
 def allowed_by_the_bubble() -> float:
     """How much faster two stages are by the time model, with nothing to send, synchronise or wait for."""
-    layer, head = layer_forward(MODEL, RECIPE.seq_len), head_forward(MODEL)
+    layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
     return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
 
@@ -107,7 +107,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def ours() -> Callable[[], None]:
     module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=BLOCK)
-    engine, _ = start_engine(module, RECIPE, deepspeed_config(RECIPE, 1))
+    engine, _ = start_engine(module, RECIPE, build_deepspeed_config(RECIPE, 1))
     tokens, documents, weights = batch()
 
     def step() -> None:
@@ -133,7 +133,7 @@ class Part(nn.Module):
         self.tied = EmbeddingStage(MODEL)
         self.has_embedding, self.upstream = has_embedding, upstream
         if AUTOGRAD not in sys.argv:
-            self.tied.summed = gradient_of(None, self.tied.weight)
+            self.tied.get_gradient = make_gradient_getter(None, self.tied.weight)
         self.layers = nn.ModuleList(LayerStage(MODEL, rows, recomputed=False) for _ in range(first, end))
         self.norm = NormStage(MODEL) if has_head else None
         self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
@@ -148,7 +148,7 @@ class Part(nn.Module):
 
     def loss(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)
-        head_sum = None if self.tied.summed is None else self.tied.summed()
+        head_sum = None if self.tied.get_gradient is None else self.tied.get_gradient()
         return head_loss(
             x_BSH, self.tied.weight, labels_BS, weights_BS, block=BLOCK, head_sum=head_sum, upstream=self.upstream
         )

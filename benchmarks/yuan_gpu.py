@@ -20,7 +20,7 @@ from yuan.config import ModelConfig, yuan_2b
 from yuan.model.attention_inputs import plain_rows
 from yuan.model.loss import head_loss, weighted_cross_entropy
 from yuan.model.transformer import Yuan
-from yuan.plan.flops import flops_per_token
+from yuan.plan.flops import count_flops_per_token
 
 STEPS, PAIRS = 3, 10  # of one measurement; of ratios
 GIB = 2**30
@@ -133,7 +133,7 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
         )
         if loss == "plain loss":
             del step
-    mfu = [rate * flops_per_token(config, config.seq_len) / ((peak or 1) * 1e12) for rate in speed]
+    mfu = [rate * count_flops_per_token(config, config.seq_len) / ((peak or 1) * 1e12) for rate in speed]
     low, high = interval(mfu)
     ok = True
     if peak is None:

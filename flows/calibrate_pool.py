@@ -10,24 +10,24 @@ from infra.confinement import built_environment
 from infra.files import read_end
 from infra.process_group import supervised, torchrun_command
 from yuan.config import ModelConfig, Precision, Recipe
-from yuan.plan.calibration_fit import calibrated
-from yuan.plan.pool import Group
-from yuan.plan.workload import Work
-from yuan.train.calibration.messages import Answer, Request, Trial
+from yuan.plan.calibration_fit import calibrate_group
+from yuan.plan.pool import DeviceGroup
+from yuan.plan.workload import Workload
+from yuan.train.calibration.messages import CalibrationRequest, CalibrationResult, CalibrationTrial
 
 LIMIT_S = 1800.0
 
 
 def measure_rates(
     config: ModelConfig,
-    group: Group,
+    group: DeviceGroup,
     processes: int | None,
     *,
     seq_len: int,
     micro_batch_size: int,
     precision: Precision,
     report: Callable[[str], None],
-) -> Group:
+) -> DeviceGroup:
     """Measure pipelines of one layer on each process, and turn the answer into rates.
 
     Args:
@@ -47,17 +47,19 @@ def measure_rates(
         global_batch_size=micro_batch_size,
         precision=precision,
     )
-    work = Work.of(one_each, recipe)
+    work = Workload.from_recipe(one_each, recipe)
     bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
-    trials = tuple(Trial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
+    trials = tuple(CalibrationTrial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
     shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
     report(f"measuring {shape} ...")
-    answer = run_measurement(Request(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks)
+    answer = run_measurement(
+        CalibrationRequest(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
+    )
     steps = list(zip(accums, answer.step_s, strict=True))
-    return calibrated(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")
+    return calibrate_group(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")
 
 
-def run_measurement(request: Request, ranks: int) -> Answer:
+def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResult:
     """Measure on so many ranks of this machine, of one thread each unless OMP_NUM_THREADS says otherwise.
 
     Raises:
@@ -74,4 +76,4 @@ def run_measurement(request: Request, ranks: int) -> Answer:
             status = process.wait(LIMIT_S)
         if status:
             raise RuntimeError(f"measuring ended with status {status}: {read_end(folder / 'measure.log', 2000)}")
-        return Answer.read(folder)
+        return CalibrationResult.read(folder)

@@ -34,7 +34,7 @@ def train(
 
     with clear_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())
-        plan, since = folder.check().plan, time.time()
+        plan, since = folder.check_inputs().plan, time.time()
         job = Job(
             name=f"train-{os.getpid()}",
             module="yuan.train.run",
@@ -45,11 +45,11 @@ def train(
         )
         with LocalLauncher().run(job) as running, progress() as advance:
             while (ending := running.wait(0.5)) is None:
-                advance(folder.status(), since)
+                advance(folder.read_status(), since)
         ended = classify(folder, ending, since)
         if ended.kind != "finished":
             raise fail(f"training ended, {ended.kind}: {ended.reason}; the log is {folder.path / 'train.log'}")
-        show(folder.status(), f"trained: {folder.export}", as_json)
+        show(folder.read_status(), f"trained: {folder.export}", as_json)
 
 
 def open_installation() -> "Context":

@@ -11,9 +11,9 @@ from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show, stde
 
 if TYPE_CHECKING:
     from yuan.config import ModelConfig
-    from yuan.plan.plan_record import Plan
-    from yuan.plan.pool import Group, Pool
-    from yuan.plan.workload import Work
+    from yuan.plan.plan_record import PipelinePlan
+    from yuan.plan.pool import DeviceGroup, Pool
+    from yuan.plan.workload import Workload
 
 Model = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
 PoolFile = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
@@ -53,21 +53,21 @@ def plan(
     """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
     from yuan.plan.planner import draw_plan, make_plan
     from yuan.plan.replan import replan
-    from yuan.plan.search import Limits
-    from yuan.plan.table import as_table
-    from yuan.plan.workload import PUBLISHED_BATCH, Work, default_loss_block
+    from yuan.plan.search import SizeLimits
+    from yuan.plan.table import format_plan_table
+    from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Workload, compute_default_loss_block
 
     with clear_errors():
         config = _model(model)
-        work = Work(
+        work = Workload(
             model=config,
             seq_len=seq_len or config.seq_len,
-            global_batch_size=global_batch_size or PUBLISHED_BATCH.get(model, 64),
+            global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
             precision=precision,  # type: ignore[arg-type]
-            loss_block=None if full_logits else default_loss_block(config),
+            loss_block=None if full_logits else compute_default_loss_block(config),
             isolate_documents=not open_documents,
         )
-        limits = Limits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
+        limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
         changed = _changed(_pool(pool), lost or [], added or [], slow or [])
         if current is None:
             made, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def plan(
             made = move.plan
         if svg is not None:
             svg.write_text(draw_plan(work, changed, made))
-    data, text = made.to_json(), as_table(made)
+    data, text = made.to_json(), format_plan_table(made)
     if move is not None:
         data["move"] = {key: value for key, value in asdict(move).items() if key != "plan"}
         text = f"{text}\n{move.explanation}"
@@ -133,12 +133,12 @@ def _model(name: str) -> "ModelConfig":
 
 
 def _pool(spec: str | None) -> "Pool":
-    from yuan.plan.pool import cpu_pool, load_pool
+    from yuan.plan.pool import load_pool, make_cpu_pool
 
-    return load_pool(spec) if spec else cpu_pool()
+    return load_pool(spec) if spec else make_cpu_pool()
 
 
-def _group(pool: "Pool", name: str | None) -> "Group":
+def _group(pool: "Pool", name: str | None) -> "DeviceGroup":
     found = [group for group in pool.groups if name is None or group.device_class == name]
     if len(found) != 1:
         classes = ", ".join(group.device_class for group in pool.groups)
@@ -147,19 +147,19 @@ def _group(pool: "Pool", name: str | None) -> "Group":
 
 
 def _changed(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -> "Pool":
-    from yuan.plan.replan import changed, slowed
+    from yuan.plan.replan import resize_pool, split_slow_devices
 
     for sign, words in ((-1, lost), (1, added)):
         for word in words:
             name, count = _parts(word, 2)
-            pool = changed(pool, {name: sign * int(count)})
+            pool = resize_pool(pool, {name: sign * int(count)})
     for word in slow:
         name, count, share = _parts(word, 3)
         try:
             factor = float(share)
         except ValueError:
             raise ValueError(f"the share of {word!r} must be a number between 0 and 1, got {share!r}") from None
-        pool = slowed(pool, name, int(count), factor)
+        pool = split_slow_devices(pool, name, int(count), factor)
     return pool
 
 
@@ -170,15 +170,15 @@ def _parts(word: str, count: int) -> list[str]:
     return parts
 
 
-def _plan_in_use(work: "Work", current: Path) -> "Plan":
-    from yuan.plan.plan_record import Plan
+def _plan_in_use(work: "Workload", current: Path) -> "PipelinePlan":
+    from yuan.plan.plan_record import PipelinePlan
 
     try:
         data: dict[str, Any] = json.loads(current.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{current} is not JSON: {error}") from None
     data.pop("move", None)
-    before: Plan = Plan.from_json(data)
+    before: PipelinePlan = PipelinePlan.from_json(data)
     asked = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
     made = (before.model, before.sequence_length, before.global_batch_size, before.precision)
     if asked != made:

@@ -6,8 +6,8 @@ from prefect.artifacts import create_table_artifact
 
 from feedback import rounds
 from flows.context import Context
-from yuan.plan.plan_record import Plan
-from yuan.plan.table import as_table
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.table import format_plan_table
 
 
 def show_table(key: str, rows: list[dict[str, Any]]) -> None:
@@ -30,12 +30,12 @@ def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def plan_text(context: Context, round_id: str, plan: Plan) -> str:
+def plan_text(context: Context, round_id: str, plan: PipelinePlan) -> str:
     """The plan for people: its table and its drawing, which the portal serves."""
     with context.sessions() as session:
         number = rounds.find_round(session, round_id).number
     picture = f"{context.settings.portal_url}/rounds/{number}/plan.svg"
-    return f"```text\n{as_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
+    return f"```text\n{format_plan_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
 
 
 def decision_text(decision: dict[str, Any]) -> str:

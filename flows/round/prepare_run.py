@@ -20,10 +20,10 @@ from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
-from yuan.plan.plan_record import Plan
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.workload import Work
-from yuan.train.run_folder import PICTURE, RunFolder, RunSpec
+from yuan.plan.workload import Workload
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 128, 2, 8
 VOCAB_LIMIT, VOCAB_MULTIPLE = 1024, 64
 
 
-def lay_out(context: Context, round_id: str) -> Plan:
+def lay_out(context: Context, round_id: str) -> PipelinePlan:
     """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "plan", context.attempt)
@@ -41,7 +41,7 @@ def lay_out(context: Context, round_id: str) -> Plan:
         parts = snapshots.parts_of(session, snapshot_id)
     folder = RunFolder(context.runs / run_id)
     if (folder.path / "run.json").exists():
-        return folder.spec().plan
+        return folder.read_spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
     if not context.objects.exists(f"{snapshots.SNAPSHOTS}/{snapshot_id}"):
@@ -53,9 +53,9 @@ def lay_out(context: Context, round_id: str) -> Plan:
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
     pool = pool_of(context.settings)
-    plan = make_plan(Work.of(model, recipe), pool, limits_on(pool, recipe))
+    plan = make_plan(Workload.from_recipe(model, recipe), pool, limits_on(pool, recipe))
     with context.sessions.begin() as session:
-        plan = Plan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
+        plan = PipelinePlan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
     spec = RunSpec(
         kind="pretrain" if parent is None else "finetune",
         model=model,
@@ -65,8 +65,8 @@ def lay_out(context: Context, round_id: str) -> Plan:
         seed=int(parameters["seed"]),
         parent=None if parent is None else f"v{parent}",
     )
-    picture = draw_plan(Work.of(model, recipe), pool, plan)
-    (folder.path / PICTURE).write_text(picture)
+    picture = draw_plan(Workload.from_recipe(model, recipe), pool, plan)
+    (folder.path / PLAN_PICTURE_FILE).write_text(picture)
     context.objects.put(rounds.picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
     left_out: dict[str, str] = {}

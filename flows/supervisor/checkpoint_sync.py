@@ -13,9 +13,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import Objects
 from yuan.data.text import printable
-from yuan.train.checkpoint_manifest import CHECKPOINT, MANIFEST, difference, parse_sealed, real_checkpoints, step_of
-from yuan.train.run_files import NotRegular, open_file, open_folder, read_file, remove_entry
-from yuan.train.run_folder import EVENTS, RunFolder
+from yuan.train.checkpoint_manifest import (
+    CHECKPOINT_MANIFEST_FILE,
+    CHECKPOINT_NAME_PATTERN,
+    find_difference,
+    list_committed_checkpoints,
+    parse_sealed_manifest,
+    parse_step,
+)
+from yuan.train.run_files import NotRegularFileError, open_file, open_folder, read_file, remove_entry
+from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +62,15 @@ def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]
     """
     refused = set() if refused is None else refused
     there = _manifests(objects, run_id)
-    here = [path.name for path in real_checkpoints(folder.checkpoints)]
+    here = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
     sent = []
     for name in here:
         manifest = b""
         try:
-            manifest = read_file(folder.path, f"checkpoints/{name}/{MANIFEST}", MANIFEST_BYTES)
+            manifest = read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MANIFEST_BYTES)
             if (name, manifest) in refused:
                 continue
-            if name in there and objects.get(f"{PREFIX}/{run_id}/{name}/{MANIFEST}") == manifest:
+            if name in there and objects.get(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}") == manifest:
                 continue
             if name in there:  # of a trajectory that a roll back has left
                 _remove(objects, run_id, name)
@@ -72,13 +79,13 @@ def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]
                     objects.put_file(
                         f"{PREFIX}/{run_id}/{name}/{file}", stream, int(expected["bytes"]), str(expected["sha256"])
                     )
-            if read_file(folder.path, f"checkpoints/{name}/{MANIFEST}", MANIFEST_BYTES) != manifest:
+            if read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MANIFEST_BYTES) != manifest:
                 _remove(objects, run_id, name)  # another one took its place meanwhile
                 continue
-            objects.put(f"{PREFIX}/{run_id}/{name}/{MANIFEST}", manifest)
+            objects.put(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}", manifest)
         except FileNotFoundError:
             continue
-        except (NotRegular, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
+        except (NotRegularFileError, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
             log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, printable(str(error))[:300])
             _remove(objects, run_id, name)
             refused.add((name, manifest))
@@ -96,7 +103,7 @@ def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
 
     It is put together beside the run's folder, where no rank can write, and moved into it.
     """
-    if any(real_checkpoints(folder.checkpoints)):
+    if any(list_committed_checkpoints(folder.checkpoints)):
         return None
     for name in sorted(_manifests(objects, run_id), reverse=True):
         scratch = folder.path.parent / f".fetch-{folder.path.name}"
@@ -114,15 +121,15 @@ def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
 
 def _download(objects: Objects, prefix: str, target: Path) -> bool:
     """Fetch a checkpoint; whether it is whole."""
-    manifest = objects.get(f"{prefix}/{MANIFEST}")
+    manifest = objects.get(f"{prefix}/{CHECKPOINT_MANIFEST_FILE}")
     try:
         files = files_of(manifest, prefix.rpartition("/")[2])
         for file in files:
             objects.get_file(f"{prefix}/{file}", target / file)
-        is_whole = all(difference(target, file, expected) is None for file, expected in files.items())
+        is_whole = all(find_difference(target, file, expected) is None for file, expected in files.items())
     except ValueError:
         return False
-    (target / MANIFEST).write_bytes(manifest)
+    (target / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     return is_whole
 
 
@@ -131,7 +138,7 @@ def _move_in(scratch: Path, folder: RunFolder, name: str) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
         remove_entry(folder.path, f"checkpoints/{name}")
-    except (FileNotFoundError, NotRegular):  # there is no such folder, or a link in its place
+    except (FileNotFoundError, NotRegularFileError):  # there is no such folder, or a link in its place
         remove_entry(folder.path, "checkpoints")
         folder.checkpoints.mkdir()
     with open_folder(folder.path, "checkpoints") as checkpoints:
@@ -144,27 +151,27 @@ def files_of(manifest: bytes, name: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is not as a run writes it, is of another checkpoint, or names no files or those of others.
     """
-    found = parse_sealed(manifest)
-    if found is None or found.get("step") != step_of(Path(name)):
-        raise ValueError(f"{MANIFEST} is not as a run writes it, or of another checkpoint")
+    found = parse_sealed_manifest(manifest)
+    if found is None or found.get("step") != parse_step(Path(name)):
+        raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is not as a run writes it, or of another checkpoint")
     try:
         files = {str(file): dict(about) for file, about in found["files"].items()}
         is_ours = bool(files) and all(int(one["bytes"]) >= 0 and str(one["sha256"]) for one in files.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest of a checkpoint: {error!r}") from None
-    if not is_ours or any(Path(file).name != file or file in ("..", MANIFEST) for file in files):
+    if not is_ours or any(Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE) for file in files):
         raise ValueError("a manifest names files of its own folder, with their size and sha256")
     return files
 
 
 def _manifests(objects: Objects, run_id: str) -> set[str]:
     keys = objects.keys(f"{PREFIX}/{run_id}/")
-    names = {key.split("/")[-2] for key in keys if key.endswith(f"/{MANIFEST}")}
-    return {name for name in names if CHECKPOINT.fullmatch(name)}
+    names = {key.split("/")[-2] for key in keys if key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")}
+    return {name for name in names if CHECKPOINT_NAME_PATTERN.fullmatch(name)}
 
 
 def _remove(objects: Objects, run_id: str, name: str) -> None:
-    objects.delete(f"{PREFIX}/{run_id}/{name}/{MANIFEST}")
+    objects.delete(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
     for key in objects.keys(f"{PREFIX}/{run_id}/{name}/"):
         objects.delete(key)
 
@@ -173,7 +180,7 @@ def _send_quietly(objects: Objects, run_id: str, folder: RunFolder, refused: set
     """Training does not wait for the store; what could not be sent is sent the next time."""
     try:
         for name in send(objects, run_id, folder, refused):
-            folder.append(EVENTS, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
+            folder.append(EVENTS_FILE, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (BotoCoreError, ClientError, OSError) as error:
         log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])

@@ -6,9 +6,9 @@ from typing import Literal
 
 from infra.launchers.job import HOST, Cause, Ending
 from yuan.data.text import printable
-from yuan.train.exit_status import Note, Status, read_notes
+from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_files import NotRegular, read_file_end
+from yuan.train.run_files import NotRegularFileError, read_file_end
 from yuan.train.run_folder import RunFolder
 
 Kind = Literal[
@@ -31,13 +31,13 @@ LAUNCHERS: dict[Cause, Kind] = {
     "cancelled": "cancelled",
 }
 # What a rank says of itself, the plainest first: a lost device makes its peers hang or lose their peer.
-RANKS: dict[Status, Kind] = {
-    Status.DEVICE_LOST: "lost device",
-    Status.OUT_OF_MEMORY: "out of memory",
-    Status.DISK_FULL: "disk full",
-    Status.NUMERICAL: "numerical",
-    Status.BAD_DATA: "bad data",
-    Status.HUNG: "hung",
+RANKS: dict[ExitStatus, Kind] = {
+    ExitStatus.DEVICE_LOST: "lost device",
+    ExitStatus.OUT_OF_MEMORY: "out of memory",
+    ExitStatus.DISK_FULL: "disk full",
+    ExitStatus.NUMERICAL: "numerical",
+    ExitStatus.BAD_DATA: "bad data",
+    ExitStatus.HUNG: "hung",
 }
 SILENT_S = 4.0  # a rank's heartbeat comes every second
 LEAVING_S = 3.0  # for ranks that can, to leave by themselves
@@ -70,14 +70,16 @@ def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
     told = Ended(kind="unknown", reason=ending.said or f"the launcher says: {ending.cause}")
     if ending.cause is not None and ending.cause != "out of memory":
         return replace(told, kind=LAUNCHERS[ending.cause])
-    notes = read_notes(folder.path, since)
+    notes = read_exit_notes(folder.path, since)
     for status, kind in RANKS.items():
-        if status == Status.HUNG and ending.cause == "out of memory":  # others on the machine may have been killed, too
+        if (
+            status == ExitStatus.HUNG and ending.cause == "out of memory"
+        ):  # others on the machine may have been killed, too
             return replace(told, kind="out of memory")
         note = next((note for note in notes if note.status == status), None)
         if note is not None:
             return _told(folder, kind, note, since)
-    errors = [note for note in notes if note.status == Status.UNKNOWN]
+    errors = [note for note in notes if note.status == ExitStatus.UNKNOWN]
     if errors:
         return Ended(kind="unknown", reason=f"rank {errors[0].rank}: {errors[0].message}", rank=errors[0].rank)
     silent = _silent(folder, since, time.time())
@@ -88,7 +90,8 @@ def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
 def has_given_up(folder: RunFolder, since: float) -> bool:
     """Whether a rank left a while ago because there was no progress, so that the others hang and will not leave."""
     return any(
-        note.status == Status.HUNG and time.time() - note.time > LEAVING_S for note in read_notes(folder.path, since)
+        note.status == ExitStatus.HUNG and time.time() - note.time > LEAVING_S
+        for note in read_exit_notes(folder.path, since)
     )
 
 
@@ -98,11 +101,11 @@ def log_end(folder: RunFolder) -> str:
         return read_file_end(folder.path, "train.log", LOG_BYTES).decode(errors="replace")[-LOG_CHARACTERS:]
     except FileNotFoundError:
         return "no log"
-    except NotRegular as error:
+    except NotRegularFileError as error:
         return f"the log {error.strerror}"
 
 
-def _told(folder: RunFolder, kind: Kind, note: Note, since: float) -> Ended:
+def _told(folder: RunFolder, kind: Kind, note: ExitNote, since: float) -> Ended:
     if kind != "hung":
         host = note.host if HOST.fullmatch(note.host) else None  # it will be in a batch script
         return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank, host=host)

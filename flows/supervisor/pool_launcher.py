@@ -9,8 +9,8 @@ from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
 from infra.settings import PoolChoice
 from yuan.config import Recipe
-from yuan.plan.pool import CPU_POOL, Pool, cpu_pool, load_pool
-from yuan.plan.search import Limits
+from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
+from yuan.plan.search import SizeLimits
 
 CLUSTER_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
 
@@ -27,7 +27,7 @@ def pool_of(settings: PoolChoice) -> Pool:
     Raises:
         ValueError: if the file is wrong; the message says where.
     """
-    return load_pool(settings.pool) if settings.pool else cpu_pool()
+    return load_pool(settings.pool) if settings.pool else make_cpu_pool()
 
 
 def launcher_of(pool: Pool) -> Launcher:
@@ -79,7 +79,7 @@ def launcher_files(launcher: str) -> tuple[Path, ...]:
     return ()
 
 
-def limits_on(pool: Pool, recipe: Recipe) -> Limits:
+def limits_on(pool: Pool, recipe: Recipe) -> SizeLimits:
     """On this machine's own pool every process is a stage; elsewhere the planner chooses the grid."""
-    stages = pool.num_devices if pool.name == CPU_POOL else None
-    return Limits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)
+    stages = pool.num_devices if pool.name == CPU_POOL_NAME else None
+    return SizeLimits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)

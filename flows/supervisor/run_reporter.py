@@ -18,8 +18,8 @@ from feedback import rounds
 from flows.context import Context
 from infra.error_text import told
 from yuan.data.text import printable
-from yuan.train.run_files import NotRegular, read_file, replace_file
-from yuan.train.run_folder import EVENTS, METRICS, PICTURE, NewLines, RunFolder
+from yuan.train.run_files import NotRegularFileError, read_file, replace_file
+from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, LogTail, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Reporter:
     def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: Progress) -> None:
         self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
         self._mlflow_run: str | None = None
-        self._metrics, self._events = NewLines(folder.path / METRICS), NewLines(folder.path / EVENTS)
+        self._metrics, self._events = LogTail(folder.path / METRICS_FILE), LogTail(folder.path / EVENTS_FILE)
         self._unsent: list[dict[str, Any]] = []
         self._sent_step = -1
         self._track_after = 0.0
@@ -60,7 +60,7 @@ class Reporter:
 
     def report(self) -> None:
         """Bring everybody up to date, as far as they answer."""
-        status = self._folder.status()
+        status = self._folder.read_status()
         with _outlived("the round's record"), self._context.sessions.begin() as session:
             rounds.training_run(session, self._round_id).status = status or None
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
@@ -83,7 +83,7 @@ class Reporter:
         self._tell_untold()
         self._unsent += self._metrics.read_all()
         run = self._track()
-        self._publish(run, EVENTS)
+        self._publish(run, EVENTS_FILE)
         return run
 
     def planned(self) -> None:
@@ -111,7 +111,7 @@ class Reporter:
 
     def _tell_untold(self) -> None:
         if self._num_untold:
-            log.warning("%d more events are in %s", self._num_untold, self._folder.path / EVENTS)
+            log.warning("%d more events are in %s", self._num_untold, self._folder.path / EVENTS_FILE)
             self._num_untold = 0
 
     def _track(self) -> str:
@@ -127,7 +127,7 @@ class Reporter:
 
     def _tracked(self) -> str:
         """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
-        spec, tracker = self._folder.spec(), self._context.tracker
+        spec, tracker = self._folder.read_spec(), self._context.tracker
         with self._context.sessions() as session:
             run_id = rounds.training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
@@ -140,16 +140,16 @@ class Reporter:
         return run
 
     def _log_plan(self, run: str) -> None:
-        plan = json.dumps(self._folder.spec().plan.to_json(), indent=2)
+        plan = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
         replace_file(self._folder.path, "plan.json", plan.encode())
-        for name in ("run.json", "plan.json", PICTURE):
+        for name in ("run.json", "plan.json", PLAN_PICTURE_FILE):
             self._publish(run, name)
 
     def _publish(self, run: str, name: str) -> None:
         """Copy a text of the run folder, in which ranks write, to the tracker, where consumers read it."""
         try:
             text = read_file(self._folder.path, name, PUBLISHED_BYTES).decode(errors="replace")
-        except (FileNotFoundError, NotRegular) as error:
+        except (FileNotFoundError, NotRegularFileError) as error:
             log.warning("%s of the run is not published: %s", name, error.strerror)
             return
         self._context.tracker.log_text(run, name, text)

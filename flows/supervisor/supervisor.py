@@ -25,14 +25,14 @@ from infra.launchers.job import Job, LauncherAway
 from infra.machine import has_room
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import printable
-from yuan.plan.plan_record import Plan
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
-from yuan.plan.replan import changed, replan
-from yuan.plan.workload import Work
-from yuan.train.checkpoint_manifest import real_checkpoints, step_of
+from yuan.plan.replan import replan, resize_pool
+from yuan.plan.workload import Workload
+from yuan.train.checkpoint_manifest import list_committed_checkpoints, parse_step
 from yuan.train.run_files import replace_file
-from yuan.train.run_folder import PICTURE, RunFolder
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Supervisor:
             with held(
                 self.context.sessions,
                 self.pool.name,
-                plan.wanted,
+                plan.device_counts,
                 run_id=self.run_id,
                 team=settings.team,
                 priority=self.priority,
@@ -122,7 +122,7 @@ class Supervisor:
             time.sleep(PREEMPTED_PAUSE_S)
             return Ended(kind="unknown", reason=str(error))
 
-    def _watched(self, plan: Plan, lease: Held) -> Ended:
+    def _watched(self, plan: PipelinePlan, lease: Held) -> Ended:
         placed = _placed(plan, lease.devices)
         settings = self.context.settings
         environment = built_environment(
@@ -170,7 +170,7 @@ class Supervisor:
         with self.context.sessions() as session:
             return tuple(leases.lost_hosts(session, self.pool.name))
 
-    def _processes_per_node(self, plan: Plan) -> int:
+    def _processes_per_node(self, plan: PipelinePlan) -> int:
         """As many as fit on the smallest node of the plan's devices, the same on every node."""
         classes = {stage.device_class for stage in plan.stages}
         smallest = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
@@ -214,7 +214,7 @@ class Supervisor:
 
     def _count_restart(self, ended: Ended) -> None:
         """Restarts that bring the run on are free; those that do not are counted."""
-        reached = max(map(step_of, real_checkpoints(self.folder.checkpoints)), default=0)
+        reached = max(map(parse_step, list_committed_checkpoints(self.folder.checkpoints)), default=0)
         self.restarts = self.restarts + 1 if reached <= self.reached else 0
         self.reached = max(self.reached, reached)
         if self.restarts > MAX_RESTARTS:
@@ -223,30 +223,30 @@ class Supervisor:
                 f"{log_end(self.folder)}"
             )
 
-    def _fitting(self) -> Plan:
+    def _fitting(self) -> PipelinePlan:
         """The run's plan, made anew if its devices are no longer there; everything is checked before devices are taken.
 
         Raises:
             ValueError: if the folder was changed, or nothing fits what is left of the pool.
         """
-        plan = self.folder.check().plan
+        plan = self.folder.check_inputs().plan
         with self.context.sessions() as session:
             working = leases.working(session, self.pool.name)
-        if Counter(plan.wanted) <= working:
+        if Counter(plan.device_counts) <= working:
             return plan
-        return self._plan_anew(f"the plan wants {plan.wanted} and {dict(working)} work")
+        return self._plan_anew(f"the plan wants {plan.device_counts} and {dict(working)} work")
 
-    def _plan_anew(self, why: str) -> Plan:
+    def _plan_anew(self, why: str) -> PipelinePlan:
         """Plan for the devices that work and the memory that is left, and put the plan into the run folder."""
-        spec = self.folder.spec()
+        spec = self.folder.read_spec()
         pool = self._pool_now()
-        work = Work.of(spec.model, spec.recipe)
+        work = Workload.from_recipe(spec.model, spec.recipe)
         moved = replan(work, spec.plan, pool, limits_on(pool, spec.recipe))
         if not moved.plan.feasible:
             raise TrainingFailed(f"{why}; {moved.plan.explanation}")
         plan = moved.plan
         self.folder.write_spec(replace(spec, plan=plan))
-        replace_file(self.folder.path, PICTURE, draw_plan(work, pool, plan).encode())
+        replace_file(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
         event = {"event": "re-plan", "why": why[:500], "bounds": plan.bounds, "data_size": plan.data_size}
         self.folder.append("events.jsonl", {**event, "explanation": moved.explanation, "time": time.time()})
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
@@ -264,12 +264,12 @@ class Supervisor:
             working = leases.working(session, self.pool.name)
         if not working:
             raise TrainingFailed(f"pool {self.pool.name!r} has lost all its devices; return some to it")
-        left = changed(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})
+        left = resize_pool(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})
         share = SHRINK**self.shrinks
         return replace(left, groups=tuple(replace(group, memory_gib=group.memory_gib * share) for group in left.groups))
 
 
-def _placed(plan: Plan, devices: Sequence[str]) -> list[str]:
+def _placed(plan: PipelinePlan, devices: Sequence[str]) -> list[str]:
     """The device of each rank, of its stage's class; ranks are numbered stage by stage."""
     left = sorted(devices)
     placed = []

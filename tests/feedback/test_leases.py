@@ -9,13 +9,13 @@ from sqlalchemy import func, select, update
 from feedback import leases
 from feedback.accounts import NotFound
 from feedback.tables import Lease
-from yuan.plan.pool import Group, Pool
+from yuan.plan.pool import DeviceGroup, Pool
 
 POOL = Pool(
     name="p",
     groups=(
-        Group(device_class="A", count=6, memory_gib=8, sustained_tflops=1, devices_per_node=4),
-        Group(device_class="B", count=2, memory_gib=8, sustained_tflops=1),
+        DeviceGroup(device_class="A", count=6, memory_gib=8, sustained_tflops=1, devices_per_node=4),
+        DeviceGroup(device_class="B", count=2, memory_gib=8, sustained_tflops=1),
     ),
 )
 
@@ -168,7 +168,7 @@ def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
     lease = ask(queue, B=2)
     leases.grant(queue, "p")
     smaller = Pool(
-        name="p", groups=(POOL.groups[0], Group(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
+        name="p", groups=(POOL.groups[0], DeviceGroup(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
     )
     leases.register_pool(queue, smaller)
     assert leases.lost_of(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}

@@ -16,14 +16,14 @@ from tests.yuan.runs import RECIPE, make
 PLANT = """
 import os
 if os.environ.get("RANK") == "1":
-    from yuan.train.zero.step import Stepper
-    run, calls = Stepper.run, [0]
+    from yuan.train.zero.step import StepRunner
+    run, calls = StepRunner.run, [0]
     def lost(self, batches):
         calls[0] += 1
         if calls[0] == 25:
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
         return run(self, batches)
-    Stepper.run = lost
+    StepRunner.run = lost
 """
 
 
@@ -53,6 +53,6 @@ def test_a_lost_device_takes_its_node_out_until_it_is_returned(supervisor, monke
         assert len(leases.set_lost(session, "cluster", "cpu-process/0", None)) == 2
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     supervisor.run()
-    kinds = [event["kind"] for event in supervisor.folder.events() if event["event"] == "ended"]
+    kinds = [event["kind"] for event in supervisor.folder.read_events() if event["event"] == "ended"]
     assert kinds == ["lost device", "finished"]
-    assert [row["data/first_position"] for row in supervisor.folder.metrics()] == list(range(0, 320, 8))
+    assert [row["data/first_position"] for row in supervisor.folder.read_metrics()] == list(range(0, 320, 8))

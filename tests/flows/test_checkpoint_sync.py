@@ -10,7 +10,13 @@ import pytest
 from feedback.tables import new_id
 from flows.supervisor.checkpoint_sync import fetch, send, uploading
 from infra.objects import PART_BYTES
-from yuan.train.checkpoint_manifest import MANIFEST, SCHEMA, SEAL, real_checkpoints, seal_of
+from yuan.train.checkpoint_manifest import (
+    CHECKPOINT_MANIFEST_FILE,
+    MANIFEST_SCHEMA,
+    MANIFEST_SEAL_KEY,
+    compute_seal,
+    list_committed_checkpoints,
+)
 from yuan.train.run_folder import RunFolder
 
 
@@ -30,8 +36,8 @@ def checkpoint(folder, step, content=b"weights"):
 
 def seal(step, files):
     """A checkpoint's manifest as a run writes it."""
-    manifest = {"schema": SCHEMA, "step": step, "files": files}
-    return json.dumps({**manifest, SEAL: seal_of(manifest)}).encode()
+    manifest = {"schema": MANIFEST_SCHEMA, "step": step, "files": files}
+    return json.dumps({**manifest, MANIFEST_SEAL_KEY: compute_seal(manifest)}).encode()
 
 
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
@@ -80,7 +86,7 @@ def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_
     folder = RunFolder(tmp_path)
     with uploading(objects, run_id, folder):
         checkpoint(folder, 7)
-    assert [event["event"] for event in folder.events()] == ["checkpoint stored"]
+    assert [event["event"] for event in folder.read_events()] == ["checkpoint stored"]
 
 
 def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path):
@@ -138,7 +144,11 @@ def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_pa
     expected = ["step-00000001", "step-00000002"] if place == "extra" else ["step-00000001"]
     assert send(objects, run_id, folder) == expected
     keys = objects.keys(f"checkpoints/{run_id}/")
-    assert keys == [f"checkpoints/{run_id}/{name}/{file}" for name in expected for file in ("__0_0.distcp", MANIFEST)]
+    assert keys == [
+        f"checkpoints/{run_id}/{name}/{file}"
+        for name in expected
+        for file in ("__0_0.distcp", CHECKPOINT_MANIFEST_FILE)
+    ]
 
 
 def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects, run_id, tmp_path, caplog):
@@ -168,9 +178,9 @@ def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run
     folder = RunFolder(tmp_path / "here")
     path = checkpoint(folder, 1)
     manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
-    (path / MANIFEST).write_bytes(manifest)
+    (path / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
-    objects.put(f"checkpoints/{run_id}/step-00000001/{MANIFEST}", manifest)
+    objects.put(f"checkpoints/{run_id}/step-00000001/{CHECKPOINT_MANIFEST_FILE}", manifest)
     assert fetch(objects, run_id, RunFolder(tmp_path / "there")) is None
 
 
@@ -179,7 +189,7 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
     folder = RunFolder(tmp_path)
     path = checkpoint(folder, 1)
     path.rename(path.with_name(name))
-    assert list(real_checkpoints(folder.checkpoints)) == [] and send(objects, run_id, folder) == []
+    assert list(list_committed_checkpoints(folder.checkpoints)) == [] and send(objects, run_id, folder) == []
     assert objects.keys(f"checkpoints/{run_id}/") == []
 
 
@@ -188,7 +198,7 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
 )
 def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)
-    (checkpoint(folder, 1) / MANIFEST).write_bytes(manifest)
+    (checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
 
 

@@ -195,7 +195,7 @@ def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
         done = cotrain("train", str(laid_out.path / "run.json"), "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["state"] == "finished"
-    assert [row["step"] for row in laid_out.metrics()] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
 
 
 def test_train_refuses_what_was_edited_in_one_line(laid_out):

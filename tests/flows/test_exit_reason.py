@@ -6,8 +6,8 @@ import pytest
 
 from flows.supervisor.exit_reason import classify
 from infra.launchers.job import Ending
-from yuan.train.exit_status import Status, leave_note, status_of
-from yuan.train.guard import NumericalTrouble
+from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
+from yuan.train.guard import NumericalError
 from yuan.train.run_folder import RunFolder, write_json
 
 
@@ -29,35 +29,35 @@ def beat(folder, rank, age_s):
         (MemoryError(), "out of memory"),
         (ValueError("the plan lays out 3 layers and the model has 4"), "bad data"),
         (FileNotFoundError("/data/xid 7 out of memory/tokens.bin"), "bad data"),
-        (NumericalTrouble("step 9 is wrong"), "numerical"),
+        (NumericalError("step 9 is wrong"), "numerical"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "lost device"),
         (OSError(28, "No space left on device"), "disk full"),
         (KeyError("weight"), "unknown"),
     ],
 )
 def test_the_error_that_began_it_names_the_ending(folder, error, kind):
-    leave_note(folder.path, 1, Status.PEER_LOST, "RuntimeError: Connection closed by peer")
-    leave_note(folder.path, 0, status_of(error), str(error))
+    write_exit_note(folder.path, 1, ExitStatus.PEER_LOST, "RuntimeError: Connection closed by peer")
+    write_exit_note(folder.path, 0, classify_error(error), str(error))
     ended = classify(folder, Ending(status=1), since=0)
     assert (ended.kind, ended.rank) == (kind, 0)
 
 
 def test_a_lost_device_names_its_machine(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
-    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
     assert classify(folder, Ending(status=1), since=0).host == "gpu-7"
 
 
 def test_a_machine_whose_name_is_none_is_not_believed(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
-    leave_note(folder.path, 0, Status.DEVICE_LOST, "Xid 79")
+    write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
     assert classify(folder, Ending(status=1), since=0).host is None
 
 
 def test_a_hanging_run_names_the_rank_that_was_silent(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 30)
-    leave_note(folder.path, 0, Status.HUNG, "no progress for 20 s in RecvGrad")
+    write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
     ended = classify(folder, Ending(status=1), since=time.time() - 60)
     assert (ended.kind, ended.rank) == ("hung", 1) and "silent: rank 1" in ended.reason
 
@@ -65,13 +65,13 @@ def test_a_hanging_run_names_the_rank_that_was_silent(folder):
 def test_a_killed_rank_is_named_and_the_log_shown(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 10)
-    leave_note(folder.path, 0, Status.PEER_LOST, "Connection reset by peer")
+    write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
     ended = classify(folder, Ending(status=1), since=time.time() - 60)
     assert (ended.kind, ended.rank) == ("unknown", 1) and "the last words" in ended.reason
 
 
 def test_notes_of_an_earlier_start_do_not_count(folder):
-    leave_note(folder.path, 0, Status.NUMERICAL, "long ago")
+    write_exit_note(folder.path, 0, ExitStatus.NUMERICAL, "long ago")
     assert classify(folder, Ending(status=-9), since=time.time() + 1).kind == "unknown"
 
 
@@ -80,7 +80,7 @@ def test_notes_of_an_earlier_start_do_not_count(folder):
     [("preempted", "preempted"), ("node lost", "lost device"), ("out of memory", "out of memory"), ("cancelled",) * 2],
 )
 def test_what_the_launcher_knows_comes_first(folder, cause, kind):
-    leave_note(folder.path, 0, Status.UNKNOWN, "an effect")
+    write_exit_note(folder.path, 0, ExitStatus.UNKNOWN, "an effect")
     assert classify(folder, Ending(status=1, cause=cause), since=0).kind == kind
 
 

@@ -97,12 +97,12 @@ def cancel(prefect, flow_run):
 
 
 def ended(folder):
-    return [event["kind"] for event in folder.events() if event["event"] == "ended"]
+    return [event["kind"] for event in folder.read_events() if event["event"] == "ended"]
 
 
 def finished(stack, folder):
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
-    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
@@ -130,18 +130,18 @@ def test_a_rank_killed_for_want_of_memory_is_planned_for_with_less(started, stac
     no_more_memory(read_heartbeats(folder.path)[1]["pid"])
     finished(stack, folder)
     assert ended(folder)[0] == "out of memory"
-    assert any(event["event"] == "re-plan" and "85%" in event["why"] for event in folder.events())
+    assert any(event["event"] == "re-plan" and "85%" in event["why"] for event in folder.read_events())
 
 
 def test_a_run_whose_disk_is_lost_goes_on_from_the_store(run, stack, sessions):
     _, folder = run
-    stack.until(lambda: any(event["event"] == "checkpoint stored" for event in folder.events()))
-    step = max(event["step"] for event in folder.events() if event["event"] == "checkpoint stored")
+    stack.until(lambda: any(event["event"] == "checkpoint stored" for event in folder.read_events()))
+    step = max(event["step"] for event in folder.read_events() if event["event"] == "checkpoint stored")
     kill_flow(stack)
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: not ranks(stack))
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
-    first = folder.metrics()[0]["step"]
+    first = folder.read_metrics()[0]["step"]
     assert first > step  # trained on from there or from one stored since, not from the beginning
     stack.until(lambda: not open_leases(sessions))

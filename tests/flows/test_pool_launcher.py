@@ -7,11 +7,11 @@ import pytest
 from flows.supervisor.pool_launcher import launcher_of
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher
-from yuan.plan.pool import cpu_pool, dump_pool, load_pool
+from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
 
 
 def pool(launcher, **launch):
-    return dataclasses.replace(cpu_pool(), launcher=launcher, launch=tuple(launch.items()))
+    return dataclasses.replace(make_cpu_pool(), launcher=launcher, launch=tuple(launch.items()))
 
 
 def test_a_pool_is_started_as_its_file_says(tmp_path):
@@ -19,7 +19,7 @@ def test_a_pool_is_started_as_its_file_says(tmp_path):
     file.write_text(dump_pool(pool("slurm", partition="gpu", rendezvous_port=29_501)))
     assert load_pool(str(file)) == pool("slurm", partition="gpu", rendezvous_port=29_501)
     assert isinstance(launcher_of(load_pool(str(file))), SlurmLauncher)
-    assert isinstance(launcher_of(cpu_pool()), LocalLauncher)
+    assert isinstance(launcher_of(make_cpu_pool()), LocalLauncher)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 
 from flows.supervisor.exit_reason import classify, log_end
 from infra.launchers.job import Ending
-from yuan.train.checkpoint_manifest import difference, real_checkpoints
-from yuan.train.exit_status import read_notes
+from yuan.train.checkpoint_manifest import find_difference, list_committed_checkpoints
+from yuan.train.exit_status import read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_files import NotRegular, is_file, names_in, open_file, read_file
-from yuan.train.run_folder import NEW_BYTES, NewLines, RunFolder, write_json
+from yuan.train.run_files import NotRegularFileError, is_file, list_names, open_file, read_file
+from yuan.train.run_folder import LOG_READ_BYTES, LogTail, RunFolder, write_json
 
 SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"
 PLANTS = {
@@ -53,7 +53,7 @@ def test_status_heartbeats_and_notes_that_are_no_small_files_are_none(folder, vi
     for name in ("status.json", "heartbeats/0.json", "exits/0.json"):
         (folder.path / name).parent.mkdir(exist_ok=True)
         PLANTS[plant](folder.path / name, victim_json)
-    assert (folder.status(), read_heartbeats(folder.path), read_notes(folder.path, 0)) == ({}, {}, [])
+    assert (folder.read_status(), read_heartbeats(folder.path), read_exit_notes(folder.path, 0)) == ({}, {}, [])
 
 
 def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
@@ -61,13 +61,13 @@ def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
         (folder.path / name).symlink_to(victim.parent)
     (victim.parent.parent / "elsewhere" / "step-00000001").mkdir(parents=True)
     (victim.parent.parent / "elsewhere" / "step-00000001" / "manifest.json").write_text("{}")
-    assert not is_file(folder.path, "data/flow.env") and names_in(folder.path, "exits") == []
-    with pytest.raises(NotRegular, match="lies in no folder of its own"):
+    assert not is_file(folder.path, "data/flow.env") and list_names(folder.path, "exits") == []
+    with pytest.raises(NotRegularFileError, match="lies in no folder of its own"):
         read_file(folder.path, "data/flow.env")
     (folder.path / "checkpoints").unlink()
     (folder.path / "checkpoints").symlink_to(victim.parent.parent / "elsewhere")
-    assert list(real_checkpoints(folder.checkpoints)) == [] and not folder.is_exported
-    with pytest.raises(NotRegular):
+    assert list(list_committed_checkpoints(folder.checkpoints)) == [] and not folder.is_exported
+    with pytest.raises(NotRegularFileError):
         open_file(folder.path, "heartbeats/0.json", os.O_CREAT | os.O_WRONLY)
 
 
@@ -83,7 +83,7 @@ def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
         PLANTS[plant](folder.path / name, victim)
     folder.append("events.jsonl", {"event": "ended"})
     write_json(folder.path / "run.json", {"schema": 1})
-    assert folder.events() == [{"event": "ended"}] and json.loads((folder.path / "run.json").read_text()) == {
+    assert folder.read_events() == [{"event": "ended"}] and json.loads((folder.path / "run.json").read_text()) == {
         "schema": 1
     }
     assert not (folder.path / "run.json").is_symlink()
@@ -92,32 +92,32 @@ def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
 def test_a_second_name_of_a_file_elsewhere_is_not_appended_to(folder, victim):
     os.link(victim, folder.path / "events.jsonl")
     folder.append("events.jsonl", {"event": "ended"})
-    assert folder.events() == [{"event": "ended"}]
+    assert folder.read_events() == [{"event": "ended"}]
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
 def test_logs_that_are_no_files_have_no_lines(folder, victim, plant):
     PLANTS[plant](folder.path / "metrics.jsonl", victim)
-    assert folder.metrics() == []
+    assert folder.read_metrics() == []
 
 
 def test_a_log_without_end_is_read_in_parts_and_its_lines_are_found_again(folder):
     with (folder.path / "metrics.jsonl").open("wb") as file:
-        file.truncate(NEW_BYTES * 3)
+        file.truncate(LOG_READ_BYTES * 3)
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"step": 1}\n')
         file.truncate(1 << 40)
-    new = NewLines(folder.path / "metrics.jsonl")
+    new = LogTail(folder.path / "metrics.jsonl")
     assert [new.read() for _ in range(5)] == [[], [], [], [{"step": 1}], []] and new.has_more
 
 
 def test_a_file_of_another_size_is_not_hashed(folder):
     with (folder.path / "tokens.bin").open("wb") as file:
         file.truncate(1 << 40)
-    assert difference(folder.path, "tokens.bin", {"bytes": 5, "sha256": "0"}) == f"has {1 << 40} bytes, not 5"
+    assert find_difference(folder.path, "tokens.bin", {"bytes": 5, "sha256": "0"}) == f"has {1 << 40} bytes, not 5"
 
 
 def test_a_run_json_that_is_a_link_is_said_to_be_one(folder, victim):
     (folder.path / "run.json").symlink_to(victim)
     with pytest.raises(ValueError, match=r"run.json is no regular file; lay out a new run"):
-        folder.spec()
+        folder.read_spec()

@@ -7,7 +7,7 @@ import pytest
 from flows.supervisor import run_reporter
 from flows.supervisor.exit_reason import Ended
 from flows.supervisor.run_reporter import EVENT_LENGTH, EVENTS_A_MINUTE, Reporter
-from yuan.train.run_folder import EVENTS, RunFolder
+from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def told(tmp_path, caplog):
 
     def tell(*events):
         for event in events:
-            folder.append(EVENTS, event)
+            folder.append(EVENTS_FILE, event)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             reporter._tell()

@@ -14,7 +14,7 @@ from feedback.tables import Device, Lease
 from flows.supervisor.exit_reason import Ended
 from flows.supervisor.supervisor import TrainingFailed
 from tests.yuan.runs import RECIPE, make
-from yuan.plan.pool import CPU_POOL
+from yuan.plan.pool import CPU_POOL_NAME
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def supervisor(supervise, made):
 
 
 def kinds(folder: RunFolder):
-    return [event["kind"] for event in folder.events() if event["event"] == "ended"]
+    return [event["kind"] for event in folder.read_events() if event["event"] == "ended"]
 
 
 def when_under_way(folder, action):
@@ -55,7 +55,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
     supervisor.run()
     struck.join()
     assert kinds(folder) == ["unknown", "finished"]
-    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     with supervisor.context.sessions() as session:
         held = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
         assert len(held) == 2 and all(lease.released_at for lease in held)
@@ -68,15 +68,15 @@ def test_a_lost_device_is_planned_around(supervisor):
 
     def lose():
         with supervisor.context.sessions.begin() as session:
-            leases.set_lost(session, CPU_POOL, "cpu-process/1", "taken out by the operator")
+            leases.set_lost(session, CPU_POOL_NAME, "cpu-process/1", "taken out by the operator")
 
     struck = when_under_way(folder, lose)
     supervisor.run()
     struck.join()
     assert kinds(folder) == ["lost device", "finished"]
-    assert folder.spec().plan.pipeline_size == 1 and folder.status()["state"] == "finished"
-    assert [event["bounds"] for event in folder.events() if event["event"] == "re-plan"] == [[0, 3]]
-    steps = [row["data/first_position"] for row in folder.metrics()]
+    assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status()["state"] == "finished"
+    assert [event["bounds"] for event in folder.read_events() if event["event"] == "re-plan"] == [[0, 3]]
+    steps = [row["data/first_position"] for row in folder.read_metrics()]
     assert steps == list(range(0, 8 * STEPS, 8))
 
 

@@ -17,11 +17,11 @@ from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import cpu_pool
-from yuan.plan.search import Limits
-from yuan.plan.workload import Work
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.search import SizeLimits
+from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder, RunSpec
-from yuan.train.zero.engine import learning_rate
+from yuan.train.zero.engine import compute_learning_rate
 
 STEPS = 12
 RECIPE = Recipe(
@@ -52,8 +52,8 @@ def make(parent):
 
 def two_stages(config, recipe):
     """The plan for two processes, its first layer recomputed as if memory were short."""
-    limits = Limits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
-    plan = make_plan(Work.of(config, recipe), cpu_pool(), limits)
+    limits = SizeLimits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
+    plan = make_plan(Workload.from_recipe(config, recipe), make_cpu_pool(), limits)
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
@@ -71,12 +71,12 @@ def lay_out(folder, made, recipe=RECIPE, plan=None):
         seed=5,
         parent="v1",
     )
-    RunFolder(folder).write(spec, sources, pad=0, weights=WEIGHTS)
+    RunFolder(folder).prepare(spec, sources, pad=0, weights=WEIGHTS)
     return RunFolder(folder)
 
 
 def launch(folder, script=None):
-    plan = folder.spec().plan
+    plan = folder.read_spec().plan
     program = ["-m", "yuan.train.run"] if script is None else [script]
     command = torchrun_command(plan.num_ranks, *program, folder.path)
     return supervised(command, folder.path, dict(os.environ), "train.log")
@@ -91,7 +91,7 @@ def run(folder, script=None):
 def plain_steps(made, finished, recipe=RECIPE):
     """Loss and norm of each step of the same training as a loop anybody can read: one process, torch alone."""
     parent, config, _ = made
-    corpus = finished.corpus(seed=5)
+    corpus = finished.open_corpus(seed=5)
     model = Yuan(config)
     model.load_state_dict(load_file(parent / "model.safetensors"))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -111,7 +111,7 @@ def plain_steps(made, finished, recipe=RECIPE):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = compute_learning_rate(step, recipe)
         optimizer.step()
         steps.append((loss.item(), norm.item()))
     return steps
@@ -119,4 +119,4 @@ def plain_steps(made, finished, recipe=RECIPE):
 
 def trained_steps(folder):
     """The same of a run."""
-    return [(row["train/loss"], row["train/grad_norm"]) for row in folder.metrics()]
+    return [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]

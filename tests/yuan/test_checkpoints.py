@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from yuan.train.checkpoint.checkpoints import Checkpoints
-from yuan.train.checkpoint.dcp import Piece
-from yuan.train.checkpoint_manifest import MANIFEST
+from yuan.train.checkpoint.checkpoints import CheckpointStore
+from yuan.train.checkpoint.dcp import TensorPiece
+from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
 SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}
@@ -29,7 +29,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path, events):
-    store = Checkpoints(tmp_path, ABOUT, keep=2, event=events.append)
+    store = CheckpointStore(tmp_path, ABOUT, keep=2, event=events.append)
     yield store
     store.close()
 
@@ -39,14 +39,14 @@ def values(step):
 
 
 def save(store, step):
-    store.save(step, {key: Piece(0, len(t), t) for key, t in values(step).items()}, {"updates": step})
+    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, {"updates": step})
     store.wait()
 
 
 def test_any_cut_of_a_tensor_can_be_read(store):
     save(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
-    wanted = {key: Piece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
+    wanted = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
     store.load(3, wanted)
     for key, (start, length) in cuts.items():
         assert torch.equal(wanted[key].values, values(3)[key][start : start + length])
@@ -54,9 +54,9 @@ def test_any_cut_of_a_tensor_can_be_read(store):
 
 def test_what_is_saved_is_as_it_was_when_asked(store):
     tensor = torch.ones(10)
-    store.save(1, {"weight/a": Piece(0, 10, tensor)}, {"updates": 1})
+    store.save(1, {"weight/a": TensorPiece(0, 10, tensor)}, {"updates": 1})
     tensor.zero_()
-    read = {"weight/a": Piece(0, 10, torch.zeros(10))}
+    read = {"weight/a": TensorPiece(0, 10, torch.zeros(10))}
     store.wait()
     store.load(1, read)
     assert read["weight/a"].values.sum() == 10
@@ -66,28 +66,30 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events)
     for step in (1, 2, 3):
         save(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    assert store.newest()["step"] == 3 and store.newest()["updates"] == 3
+    assert store.find_newest()["step"] == 3 and store.find_newest()["updates"] == 3
     assert events == [{"event": "checkpoint", "step": step} for step in (1, 2, 3)]
 
 
 def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
-    store.needed = 2
+    store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
-        store.save(step, {key: Piece(0, len(t), t) for key, t in values(step).items()}, {"updates": 1, "loss": loss})
+        store.save(
+            step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, {"updates": 1, "loss": loss}
+        )
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
-    assert store.newest(until=3)["step"] == 2
+    assert store.find_newest(until=3)["step"] == 2
     store.drop_after(2)
-    assert store.newest()["step"] == 2
+    assert store.find_newest()["step"] == 2
 
 
 def test_no_manifest_is_no_checkpoint(store, tmp_path):
     save(store, 1)
     save(store, 2)
-    (tmp_path / "step-00000002" / MANIFEST).unlink()
-    assert store.newest()["step"] == 1
+    (tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE).unlink()
+    assert store.find_newest()["step"] == 1
     save(store, 3)
-    assert store.newest()["step"] == 3 and not (tmp_path / "step-00000002").exists()
+    assert store.find_newest()["step"] == 3 and not (tmp_path / "step-00000002").exists()
 
 
 def flip(path):
@@ -107,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
     save(store, 1)
     save(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
-    assert store.newest()["step"] == 1
+    assert store.find_newest()["step"] == 1
     assert events[-1]["event"] == "checkpoint damaged" and events[-1]["step"] == 2
     assert "__0_0.distcp" in events[-1]["what"] and what in events[-1]["what"]
 
@@ -115,9 +117,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
 @pytest.mark.parametrize("key", ["model", "order"])
 def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
     save(store, 1)
-    other = Checkpoints(tmp_path, {**ABOUT, key: "another"}, keep=2, event=print)
+    other = CheckpointStore(tmp_path, {**ABOUT, key: "another"}, keep=2, event=print)
     with pytest.raises(ValueError, match=f"another run: its {key}"):
-        other.newest()
+        other.find_newest()
     other.close()
 
 
@@ -125,17 +127,17 @@ def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
 def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
     save(store, 1)
     save(store, 2)
-    manifest = tmp_path / "step-00000002" / MANIFEST
+    manifest = tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
-    assert store.newest()["step"] == 1
+    assert store.find_newest()["step"] == 1
     assert events[-1] == {"event": "checkpoint damaged", "step": 2, "what": "manifest.json is not as it was written"}
 
 
 def test_a_checkpoint_without_a_tensor_names_it(store):
     save(store, 1)
     with pytest.raises(ValueError, match=r"weight/c in None elements, and the model in 4"):
-        store.load(1, {"weight/c": Piece(0, 4, torch.zeros(4))})
+        store.load(1, {"weight/c": TensorPiece(0, 4, torch.zeros(4))})
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stays(store, tmp_path, events):
@@ -143,4 +145,4 @@ def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stay
     (tmp_path / "step-00000002").write_text("a file is where the folder should be")
     save(store, 2)
     assert events[-1]["event"] == "checkpoint failed" and events[-1]["step"] == 2
-    assert store.newest()["step"] == 1
+    assert store.find_newest()["step"] == 1

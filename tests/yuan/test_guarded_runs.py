@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.yuan.runs import RECIPE, launch, lay_out, run
-from yuan.train.exit_status import Status, read_notes
-from yuan.train.guard import Decisions
+from yuan.train.exit_status import ExitStatus, read_exit_notes
+from yuan.train.guard import GuardDecisions
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
@@ -30,13 +30,13 @@ def spoilt(folder, made, recipe=LONG, **plant):
 
 def trained(folder):
     """Positions that the run's steps were trained on, in their order."""
-    skipped = Decisions.read(folder.path / "guard.json").skipped
-    spans = [(row["data/first_position"], row["data/end_position"]) for row in folder.metrics()]
+    skipped = GuardDecisions.read(folder.path / "guard.json").skipped
+    spans = [(row["data/first_position"], row["data/end_position"]) for row in folder.read_metrics()]
     return [p for first, end in spans for p in range(first, end) if not any(a <= p < b for a, b in skipped)]
 
 
 def of_kind(folder, kind):
-    return [event for event in folder.events() if event["event"] == kind]
+    return [event for event in folder.read_events() if event["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,10 @@ def untroubled(made, tmp_path_factory):
 
 def test_a_passing_fault_leaves_the_weights_bit_equal(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "once", made, what="nan", first=240, end=248, times=1), PLANTED)
-    assert [event["event"] for event in folder.events() if "repeat" in event["event"]] == ["repeat", "repeat was clean"]
+    assert [event["event"] for event in folder.read_events() if "repeat" in event["event"]] == [
+        "repeat",
+        "repeat was clean",
+    ]
     whole, spoilt_once = (load_file(f.export / "model.safetensors") for f in (untroubled, folder))
     assert all(torch.equal(tensor, spoilt_once[name]) for name, tensor in whole.items())
 
@@ -55,9 +58,9 @@ def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "data", made, what="tenfold", first=240, end=250, times=None), PLANTED)
     skips = of_kind(folder, "skip")
     assert [event["positions"] for event in skips] == [[240, 248], [248, 256]]
-    assert skips[0]["samples"] == folder.corpus(5).names(np.arange(240, 248))
+    assert skips[0]["samples"] == folder.open_corpus(5).names(np.arange(240, 248))
     assert trained(folder) == [*range(240), *range(256, 288)]
-    losses = [f.metrics()[-1]["train/loss"] for f in (untroubled, folder)]
+    losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
@@ -67,8 +70,8 @@ def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
     back = of_kind(folder, "roll back")
     assert [(event["to"], event["positions"], event["rate_factor"]) for event in back] == [(24, [[240, 264]], 1.0)]
     assert trained(folder) == [*range(240), *range(264, 312)]
-    assert len(folder.metrics()) == LONG.max_steps
-    losses = [f.metrics()[-1]["train/loss"] for f in (untroubled, folder)]
+    assert len(folder.read_metrics()) == LONG.max_steps
+    losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # other data
 
 
@@ -78,8 +81,8 @@ def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
     folder = spoilt(tmp_path / "forever", made, recipe, what="nan", first=160, end=10**9, times=None)
     with launch(folder, PLANTED) as process:
         assert process.wait(120) != 0
-    notes = read_notes(folder.path, since=0)
-    assert {note.status for note in notes} == {Status.NUMERICAL} and "its loss is nan" in notes[0].message
+    notes = read_exit_notes(folder.path, since=0)
+    assert {note.status for note in notes} == {ExitStatus.NUMERICAL} and "its loss is nan" in notes[0].message
     assert len(of_kind(folder, "roll back")) == 1 and len(of_kind(folder, "stop")) == 1
 
 
@@ -89,13 +92,13 @@ def test_a_stopped_rank_ends_the_run_in_time(made, tmp_path):
     folder = lay_out(tmp_path / "stopped", made, recipe)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not folder.status():
+        while not folder.read_status():
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
         stopped = read_heartbeats(folder.path)[1]["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        while not read_notes(folder.path, since=0):
+        while not read_exit_notes(folder.path, since=0):
             assert time.monotonic() < end
             time.sleep(0.1)
-    assert "no progress" in read_notes(folder.path, since=0)[0].message
+    assert "no progress" in read_exit_notes(folder.path, since=0)[0].message
     assert not os.path.exists(f"/proc/{stopped}")

@@ -7,12 +7,12 @@ import pytest
 
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.plan.memory_model import GIB
-from yuan.plan.plan_record import Plan
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.pool import Group, Pool, cpu_pool, load_pool, parse_pool
-from yuan.plan.search import Limits
-from yuan.plan.table import as_table
-from yuan.plan.workload import Work, default_loss_block
+from yuan.plan.pool import DeviceGroup, Pool, load_pool, make_cpu_pool, parse_pool
+from yuan.plan.search import SizeLimits
+from yuan.plan.table import format_plan_table
+from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.train.run_folder import RunSpec
 
 RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)
@@ -24,8 +24,8 @@ def pool_of(**counts):
 
 
 def work_of(model, batch=8, **changes):
-    values = {"seq_len": model.seq_len, "precision": "bf16", "loss_block": default_loss_block(model), **changes}
-    return Work(model=model, global_batch_size=batch, **values)
+    values = {"seq_len": model.seq_len, "precision": "bf16", "loss_block": compute_default_loss_block(model), **changes}
+    return Workload(model=model, global_batch_size=batch, **values)
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -34,9 +34,11 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_demo_model_is_split_unevenly_over_two_processes():
-    plan = make_plan(Work.of(tiny(512), RECIPE), cpu_pool(), Limits(pipeline_size=2, micro_batch_size=2))
+    plan = make_plan(
+        Workload.from_recipe(tiny(512), RECIPE), make_cpu_pool(), SizeLimits(pipeline_size=2, micro_batch_size=2)
+    )
     assert plan.bounds == [0, 2, 3]
-    assert Plan.from_json(plan.to_json()) == plan
+    assert PipelinePlan.from_json(plan.to_json()) == plan
 
 
 def test_a_plan_has_the_fields_that_were_agreed():
@@ -72,13 +74,13 @@ def test_a_plan_is_consistent_and_fits(counts):
 
 
 def test_no_grid_and_no_split_is_faster():
-    slow = Group(device_class="slow", count=2, memory_gib=12, sustained_tflops=20, reserve_gib=1)
+    slow = DeviceGroup(device_class="slow", count=2, memory_gib=12, sustained_tflops=20, reserve_gib=1)
     pool = Pool(
         name="p", groups=(slow, dataclasses.replace(slow, device_class="fast", memory_gib=9, sustained_tflops=45))
     )
     best = make_plan(work_of(SMALL), pool, explained=False)
     every = [
-        make_plan(work_of(SMALL), pool, Limits(pipeline_size=p, data_size=d, micro_batch_size=b), explained=False)
+        make_plan(work_of(SMALL), pool, SizeLimits(pipeline_size=p, data_size=d, micro_batch_size=b), explained=False)
         for p, d, b in product(range(1, 5), (1, 2), (1, 2, 4, 8))
         if p * d <= 4 and 8 % (d * b) == 0
     ]
@@ -98,7 +100,7 @@ def test_least_memory_is_never_above_that_of_the_fastest():
 
 
 def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():
-    small = Pool(name="p", groups=(Group(device_class="x", count=2, memory_gib=8, sustained_tflops=100),))
+    small = Pool(name="p", groups=(DeviceGroup(device_class="x", count=2, memory_gib=8, sustained_tflops=100),))
     work = work_of(yuan_2b(), 64, seq_len=2048)
     plan = make_plan(work, small)
     assert not plan.feasible and plan.binding == "memory"
@@ -125,7 +127,7 @@ def test_the_even_split_is_compared_on_the_same_grid():
 )
 def test_impossible_sizes_name_the_rule(limits, reason):
     with pytest.raises(ValueError, match=reason):
-        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4 if "data_size" in limits else 9}), Limits(**limits))
+        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4 if "data_size" in limits else 9}), SizeLimits(**limits))
 
 
 def test_an_unknown_objective_is_refused():
@@ -135,8 +137,8 @@ def test_an_unknown_objective_is_refused():
 
 def test_table_and_picture_name_every_stage():
     pool = pool_of(**{"A100-80": 4})
-    plan = make_plan(work_of(SMALL), pool, Limits(pipeline_size=4))
-    table, picture = as_table(plan), draw_plan(work_of(SMALL), pool, plan)
+    plan = make_plan(work_of(SMALL), pool, SizeLimits(pipeline_size=4))
+    table, picture = format_plan_table(plan), draw_plan(work_of(SMALL), pool, plan)
     assert all(f"{s.first_layer}-{s.first_layer + s.layers - 1} ({s.layers})" in table for s in plan.stages)
     assert picture.count("micro-batch") >= 2 * 4 * plan.grad_accum_steps and "<script" not in picture
 
@@ -161,7 +163,7 @@ def test_wrong_widths_name_the_rule():
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan = make_plan(Work.of(tiny(512), RECIPE), cpu_pool(), Limits(micro_batch_size=2))
+    plan = make_plan(Workload.from_recipe(tiny(512), RECIPE), make_cpu_pool(), SizeLimits(micro_batch_size=2))
     other = ModelConfig(**{**tiny(512).to_json(), "num_layers": 9})
     with pytest.raises(ValueError, match="plan again"):
         RunSpec(kind="pretrain", model=other, snapshot="s", plan=plan, recipe=RECIPE, seed=0, parent=None)

@@ -5,23 +5,23 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.calibration_fit import Clock, calibrated
-from yuan.plan.flops import head_forward, layer_forward
-from yuan.plan.pool import Group, Measured
+from yuan.plan.calibration_fit import DeviceTimings, calibrate_group
+from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
+from yuan.plan.pool import DeviceGroup, MeasuredRates
 from yuan.plan.score import score
-from yuan.plan.time_model import embedding_bytes
-from yuan.plan.workload import Grid, Work
+from yuan.plan.time_model import count_embedding_bytes
+from yuan.plan.workload import Grid, Workload
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=512, num_heads=8, vocab_size=8_000, seq_len=512)
-WORK = Work(model=MODEL, seq_len=512, global_batch_size=8, precision="bf16", loss_block=512)
-TRUE = Group(
+WORK = Workload(model=MODEL, seq_len=512, global_batch_size=8, precision="bf16", loss_block=512)
+TRUE = DeviceGroup(
     device_class="x",
     count=2,
     memory_gib=10,
     sustained_tflops=0.09,
     intra_node_gb_s=2.0,
     intra_node_latency_us=150.0,
-    measured=Measured(
+    measured=MeasuredRates(
         what="the truth",
         forward_tflops=0.08,
         backward_tflops=0.1,
@@ -40,18 +40,18 @@ def step(group, accum):
 
 def test_the_rates_behind_the_clock_are_found():
     tokens, true = 2 * 512, TRUE.measured
-    forward, head = tokens * layer_forward(MODEL, 512), tokens * head_forward(MODEL)
-    clock = Clock(
+    forward, head = tokens * count_layer_forward_flops(MODEL, 512), tokens * count_head_forward_flops(MODEL)
+    clock = DeviceTimings(
         forward_s=forward / true.forward_tflops / 1e12,
         backward_s=2 * forward / true.backward_tflops / 1e12,
         head_s=3 * head / true.head_tflops / 1e12,
-        embedding_s=embedding_bytes(WORK, tokens) / 3e9,
+        embedding_s=count_embedding_bytes(WORK, tokens) / 3e9,
         latency_s=150e-6,
         bandwidth=2e9,
     )
     steps = [(4, step(TRUE, 4)), (12, step(TRUE, 12))]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
-    found = calibrated(blank, WORK, 2, clock, steps, "the truth")
+    found = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
     rates, truth = dataclasses.asdict(found.measured), dataclasses.asdict(true)
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)

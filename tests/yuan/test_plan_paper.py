@@ -2,31 +2,42 @@
 
 import pytest
 
-from yuan.plan.paper import FIG_3_SPLIT, SHORT_N, TABLE_6, fig_3, fig_3_memory, table_5, table_6
+from yuan.plan.paper import (
+    FIG_3_SPLIT,
+    TABLE_6,
+    YUAN_102B_SHORT_PARAMETERS,
+    build_fig_3_costs,
+    compute_fig_3_memory,
+    compute_table_5,
+    compute_table_6,
+)
 from yuan.plan.solver import solve
 
 
 def test_table_5_is_reproduced_to_a_hundredth_of_a_percent():
-    assert sum(table_5()) == pytest.approx(45.192, rel=1e-4)
-    assert table_5() == pytest.approx([36.666, 2.826, 2.643, 2.602, 0.455], abs=1.1e-3)
+    assert sum(compute_table_5()) == pytest.approx(45.192, rel=1e-4)
+    assert compute_table_5() == pytest.approx([36.666, 2.826, 2.643, 2.602, 0.455], abs=1.1e-3)
 
 
 @pytest.mark.parametrize("row", TABLE_6)
 def test_table_6_is_reproduced_with_the_n_of_each_row(row):
-    assert table_6(*row) == pytest.approx(TABLE_6[row], rel=5e-4)
+    assert compute_table_6(*row) == pytest.approx(TABLE_6[row], rel=5e-4)
 
 
 def test_with_one_n_the_worst_cell_of_table_6_is_off_by_0_28_percent():
     errors = [
         abs(ours / theirs - 1)
         for row, cells in TABLE_6.items()
-        for ours, theirs in zip(table_6(*row, parameters=SHORT_N), cells, strict=True)
+        for ours, theirs in zip(compute_table_6(*row, parameters=YUAN_102B_SHORT_PARAMETERS), cells, strict=True)
     ]
     assert max(errors) == pytest.approx(0.0028, abs=5e-5)
 
 
 def test_the_even_and_the_printed_split_of_fig_3():
-    even, printed = fig_3_memory((3,) * 8, fig_3()), fig_3_memory(FIG_3_SPLIT, fig_3())
+    even, printed = (
+        compute_fig_3_memory((3,) * 8, build_fig_3_costs()),
+        compute_fig_3_memory(FIG_3_SPLIT, build_fig_3_costs()),
+    )
     assert max(even) == pytest.approx(77.9, abs=0.05)
     assert max(printed) == pytest.approx(68.0, abs=0.05) and printed.index(max(printed)) == 4
 
@@ -36,12 +47,12 @@ def test_the_even_and_the_printed_split_of_fig_3():
     [(False, (2, 3, 3, 3, 3, 4, 4, 2), 64.6), (True, (2, 3, 3, 3, 3, 3, 4, 3), 61.2)],
 )
 def test_the_best_split_of_fig_3(blockwise, layers, gigabytes):
-    found = solve(fig_3(blockwise=blockwise), "memory")
+    found = solve(build_fig_3_costs(blockwise=blockwise), "memory")
     assert found is not None and found.layers == layers
     assert found.peak_bytes / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 def test_recomputing_lowers_fig_3_further():
-    kept, redone = (solve(fig_3(recompute=recompute), "memory") for recompute in (False, True))
+    kept, redone = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
     assert kept is not None and redone is not None
     assert redone.peak_bytes < kept.peak_bytes and max(redone.redone) > 0

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.planner import candidate_of, make_plan
+from yuan.plan.planner import make_plan, score_plan
 from yuan.plan.pool import parse_pool
-from yuan.plan.replan import changed, replan, slow_name, slowed
-from yuan.plan.workload import Work
+from yuan.plan.replan import make_slow_class_name, replan, resize_pool, split_slow_devices
+from yuan.plan.workload import Workload
 
 MODEL = ModelConfig(name="m", num_layers=16, hidden_size=2048, num_heads=16, vocab_size=32_000, seq_len=2048)
-WORK = Work(model=MODEL, seq_len=2048, global_batch_size=64, precision="bf16", loss_block=512)
+WORK = Workload(model=MODEL, seq_len=2048, global_batch_size=64, precision="bf16", loss_block=512)
 POOL = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 8}]})
 
 
@@ -27,12 +27,12 @@ def test_the_same_pool_keeps_the_plan(current):
 
 
 def test_a_plan_is_scored_as_it_was_made(current):
-    scored = candidate_of(WORK, POOL, current).layout
+    scored = score_plan(WORK, POOL, current).layout
     assert (scored.seconds, scored.peak_bytes) == (pytest.approx(current.step_seconds), current.peak_memory_bytes)
 
 
 def test_steps_to_do_again_and_the_objective_count(current):
-    lost = changed(POOL, {"A100-80": -1})
+    lost = resize_pool(POOL, {"A100-80": -1})
     now, later = (replan(WORK, current, lost, lost_steps=steps).move_seconds for steps in (0, 7))
     assert later - now == pytest.approx(7 * current.step_seconds)
     leanest = replan(WORK, current, lost, objective="memory").plan
@@ -40,21 +40,21 @@ def test_steps_to_do_again_and_the_objective_count(current):
 
 
 def test_a_lost_device_ends_the_old_plan(current):
-    new = replan(WORK, current, changed(POOL, {"A100-80": -1}))
+    new = replan(WORK, current, resize_pool(POOL, {"A100-80": -1}))
     assert new.kept_step_seconds is None and new.plan.feasible
     assert new.plan.pipeline_size * new.plan.data_size <= 7
-    assert new.plan.step_seconds == make_plan(WORK, changed(POOL, {"A100-80": -1}), explained=False).step_seconds
+    assert new.plan.step_seconds == make_plan(WORK, resize_pool(POOL, {"A100-80": -1}), explained=False).step_seconds
 
 
 def test_a_slow_device_gets_less_work():
     pool = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 4}]})
     limited = dataclasses.replace(WORK, global_batch_size=63)  # no even data size divides it: a pipeline of four
     before = make_plan(limited, pool, explained=False)
-    slow = slowed(pool, "A100-80", 1, 0.5)
+    slow = split_slow_devices(pool, "A100-80", 1, 0.5)
     new = replan(limited, before, slow)
     assert before.pipeline_size == 4 and new.kept_step_seconds > new.plan.step_seconds
     layers = {stage.device_class: stage.layers for stage in new.plan.stages}
-    assert layers.get(slow_name("A100-80"), 0) < layers["A100-80"]
+    assert layers.get(make_slow_class_name("A100-80"), 0) < layers["A100-80"]
     assert new.payback_steps is not None and str(new.payback_steps) in new.explanation
 
 
@@ -63,9 +63,9 @@ def test_a_slow_device_gets_less_work():
 )
 def test_impossible_changes_name_the_rule(change, reason):
     with pytest.raises(ValueError, match=reason):
-        changed(POOL, change)
+        resize_pool(POOL, change)
 
 
 def test_a_slow_device_is_slower():
     with pytest.raises(ValueError, match=r"got 1\.5"):
-        slowed(POOL, "A100-80", 1, 1.5)
+        split_slow_devices(POOL, "A100-80", 1, 1.5)

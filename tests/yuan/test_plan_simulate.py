@@ -6,7 +6,7 @@ from deepspeed.runtime.pipe import schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yuan.plan.critical_path import waits
+from yuan.plan.critical_path import compute_waits
 from yuan.plan.simulate import simulate
 
 SENDS = {"SendActivation": 1, "SendGrad": -1}
@@ -72,7 +72,7 @@ def closed_form(forward, backward, links, accum):
     both = [2 * x for x in links]
     own, longer = forward + backward, np.maximum(forward, backward)
     returns = [sum(both[k + 1 :]) for k in range(len(own))]
-    return sum(own) + sum(both) + max(waits(own, longer, both, returns, accum))
+    return sum(own) + sum(both) + max(compute_waits(own, longer, both, returns, accum))
 
 
 @st.composite

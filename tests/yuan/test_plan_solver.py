@@ -11,12 +11,12 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from yuan.config import ModelConfig
 from yuan.plan import solver
-from yuan.plan.bounds import lower_bound
-from yuan.plan.pool import Group
-from yuan.plan.search import layers_by_wait
-from yuan.plan.solver import leanest, solve
-from yuan.plan.stage_costs import Costs, costs_of, returns_of
-from yuan.plan.workload import Grid, Work
+from yuan.plan.bounds import bound_step_seconds
+from yuan.plan.pool import DeviceGroup
+from yuan.plan.search import compute_layers_per_wait
+from yuan.plan.solver import find_leanest_layout, solve
+from yuan.plan.stage_costs import StageCosts, bound_return_seconds, build_stage_costs
+from yuan.plan.workload import Grid, Workload
 
 EXACT = 1e-9  # relative
 
@@ -38,7 +38,7 @@ def problems(draw, most_classes=3):
         link[:, 1:] = link[:, :1]  # all links to a class alike
     fixed_s, layer_s = whole(0, 4) / 2, whole(1, 6) / 2 + np.zeros((1, classes))
     forward = rng.integers(1, 4) / 4  # of a stage's time without recomputation
-    return Costs(
+    return StageCosts(
         num_layers=layers,
         accum=draw(st.integers(1, 9)),
         bare=tuple(draw(st.booleans()) for _ in range(stages)),
@@ -56,7 +56,7 @@ def problems(draw, most_classes=3):
         finish_fixed_s=whole(0, 9) / 2,
         finish_layer_s=whole(0, 9) / 2,
         link_s=link,
-        return_s=returns_of(link),
+        return_s=bound_return_seconds(link),
     )
 
 
@@ -65,7 +65,7 @@ def layouts(costs):
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         redone = [
-            next((r for r in range(n + 1) if costs.bytes(s, c, n, r) <= costs.capacity[s, c]), None)
+            next((r for r in range(n + 1) if costs.compute_bytes(s, c, n, r) <= costs.capacity[s, c]), None)
             for s, n, c in places
         ]
         if None in redone:
@@ -81,7 +81,7 @@ def layouts(costs):
         )
         finish = max(costs.finish_fixed_s[s, c] + n * costs.finish_layer_s[s, c] for s, n, c in places)
         seconds = sum(own) + sum(links) + wait + finish
-        peak = max(costs.bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
+        peak = max(costs.compute_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
         yield seconds, peak, layers, classes, sum(own) + sum(links), wait, finish
 
 
@@ -109,7 +109,7 @@ def least_peaks(costs):
     """The peak of every assignment that fits, whatever is recomputed."""
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
-        least = [min(costs.bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
+        least = [min(costs.compute_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
         if all(size <= costs.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
             yield max(least)
 
@@ -120,7 +120,7 @@ def test_no_layout_is_better(costs, objective):
     every = list(layouts(costs))
     found = solve(costs, objective)
     if not every:
-        assert found is None and lower_bound(costs) == np.inf
+        assert found is None and bound_step_seconds(costs) == np.inf
         return
     assert found is not None
     if objective == "time":
@@ -128,7 +128,7 @@ def test_no_layout_is_better(costs, objective):
         assert found.lower_bound == pytest.approx(found.seconds)
     else:
         assert found.peak_bytes == min(least_peaks(costs))
-    assert lower_bound(costs) <= min(every)[0] * (1 + EXACT)
+    assert bound_step_seconds(costs) <= min(every)[0] * (1 + EXACT)
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,7 +139,7 @@ def test_ties_are_broken_by_memory_then_in_order(costs):
     if found is None:
         assert not every
         return
-    best = leanest(costs, found)
+    best = find_leanest_layout(costs, found)
     same = next(entry for entry in every if entry[2:4] == (best.layers, best.classes))
     least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
     tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
@@ -155,7 +155,11 @@ def test_a_grid_that_is_not_the_best_may_miss_its_own_best_by_a_little(costs, sh
     least = min(every)[0]
     found = solve(costs, best=least * share)
     assert found is not None
-    assert least * (1 - EXACT) <= found.seconds <= least * (1 + EXACT if share > 1 + EXACT else 1 + 2 * solver.SLACK)
+    assert (
+        least * (1 - EXACT)
+        <= found.seconds
+        <= least * (1 + EXACT if share > 1 + EXACT else 1 + 2 * solver.LAYOUT_SLACK_FRACTION)
+    )
     assert found.lower_bound <= least * (1 + EXACT)
 
 
@@ -171,7 +175,7 @@ def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
         return -linprog([-rate for rate in order], A_ub=rows, b_ub=np.ones(len(rows)), bounds=never).fun
 
     fastest_first = sorted(rates, reverse=True)
-    ours = layers_by_wait(fastest_first, accum)
+    ours = compute_layers_per_wait(fastest_first, accum)
     assert ours >= most(fastest_first) * (1 - 1e-7) and ours >= most(rates) * (1 - 1e-7)
     if full[0] > 0:
         assert ours == pytest.approx(most(fastest_first))
@@ -180,11 +184,11 @@ def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
 @settings(max_examples=150, deadline=None)
 @given(problems(most_classes=3))
 def test_beyond_the_exact_size_the_bound_holds(costs):
-    limit, solver.EXACT_STATES = solver.EXACT_STATES, 0
+    limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0
     try:
         found = solve(costs)
     finally:
-        solver.EXACT_STATES = limit
+        solver.MAX_EXACT_STATES = limit
     every = list(layouts(costs))
     assert (found is None) == (not every)
     if found is not None:
@@ -198,10 +202,10 @@ def test_middle_sizes_equal_an_integer_program(seed):
     rng = np.random.default_rng(seed)
     stages, layers = int(rng.integers(5, 9)), int(rng.integers(12, 19))
     model = ModelConfig(name="m", num_layers=layers, hidden_size=2048, num_heads=16, vocab_size=64_000, seq_len=2048)
-    work = Work(model=model, seq_len=2048, global_batch_size=16, precision="bf16", loss_block=512)
+    work = Workload(model=model, seq_len=2048, global_batch_size=16, precision="bf16", loss_block=512)
     memory = float(rng.uniform(10, 16))
     groups = tuple(
-        Group(
+        DeviceGroup(
             device_class=name,
             count=int(rng.integers(stages // 2 + 1, stages + 1)),
             memory_gib=memory * more,
@@ -210,7 +214,7 @@ def test_middle_sizes_equal_an_integer_program(seed):
         for name, more in (("a", 1), ("b", 1.6))
     )
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=16)
-    costs = costs_of(work, grid, groups)
+    costs = build_stage_costs(work, grid, groups)
     costs = dataclasses.replace(costs, link_s=np.zeros_like(costs.link_s), return_s=np.zeros(stages))
     found = solve(costs)
     best = integer_program(costs)

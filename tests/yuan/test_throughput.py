@@ -5,18 +5,18 @@ import dataclasses
 import pytest
 
 from yuan.config import tiny
-from yuan.plan.flops import flops_per_token
-from yuan.plan.planner import given_plan
-from yuan.plan.pool import cpu_pool
-from yuan.plan.workload import Work
-from yuan.train.throughput import WINDOW, Pacer
+from yuan.plan.flops import count_flops_per_token
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.workload import Workload
+from yuan.train.throughput import PACE_WINDOW_STEPS, ThroughputMeter
 
-WORK = Work(model=tiny(), seq_len=128, global_batch_size=8, precision="fp32")
+WORK = Workload(model=tiny(), seq_len=128, global_batch_size=8, precision="fp32")
 
 
 @pytest.fixture
 def plan():
-    return given_plan(WORK, cpu_pool().groups[0], (0, 2, 3), data_size=2, micro_batch_size=2)
+    return make_plan_from_bounds(WORK, make_cpu_pool().groups[0], (0, 2, 3), data_size=2, micro_batch_size=2)
 
 
 def as_planned(plan, slow=(1, 1, 1, 1)):
@@ -26,30 +26,30 @@ def as_planned(plan, slow=(1, 1, 1, 1)):
 
 
 def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
-    pacer, told = Pacer(WORK.model, plan), []
-    for step in range(4 * WINDOW):
-        slow = (1, 1, 1.6, 1) if step < 2 * WINDOW else (1, 1, 1, 1)
+    pacer, told = ThroughputMeter(WORK.model, plan), []
+    for step in range(4 * PACE_WINDOW_STEPS):
+        slow = (1, 1, 1.6, 1) if step < 2 * PACE_WINDOW_STEPS else (1, 1, 1, 1)
         told += [(step, event["event"], event["rank"]) for event in pacer.add(1.0, as_planned(plan, slow), [0] * 4)]
     assert [(name, rank) for _, name, rank in told] == [("straggler", 2), ("straggler caught up", 2)]
-    assert pacer.pace().stragglers == {}
+    assert pacer.compute_pace().stragglers == {}
 
 
 def test_unequal_stages_as_planned_are_no_stragglers(plan):
-    pacer = Pacer(WORK.model, plan)
-    assert not any(pacer.add(1.0, as_planned(plan), [0] * 4) for _ in range(2 * WINDOW))
+    pacer = ThroughputMeter(WORK.model, plan)
+    assert not any(pacer.add(1.0, as_planned(plan), [0] * 4) for _ in range(2 * PACE_WINDOW_STEPS))
 
 
 def test_tokens_and_bubble_follow_from_the_times(plan):
-    pacer = Pacer(WORK.model, plan)
+    pacer = ThroughputMeter(WORK.model, plan)
     pacer.add(2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
-    pace = pacer.pace()
+    pace = pacer.compute_pace()
     assert (pace.tokens_per_s, pace.bubble, pace.mfu) == (8 * 128 / 2, 1 - 3 / 8, None)
     assert [stage["peak_bytes"] for stage in pace.stages] == [4, 6]
 
 
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):
     stages = [dataclasses.replace(stage, device_class="A100-80") for stage in plan.stages]
-    pacer = Pacer(WORK.model, dataclasses.replace(plan, stages=stages))
+    pacer = ThroughputMeter(WORK.model, dataclasses.replace(plan, stages=stages))
     pacer.add(0.5, [0.1] * 4, [0] * 4)
-    expected = flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12)
-    assert pacer.pace().mfu == pytest.approx(expected)
+    expected = count_flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12)
+    assert pacer.compute_pace().mfu == pytest.approx(expected)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_steps, run, trained_steps, two_stages
 from yuan.model import weights
-from yuan.plan.planner import given_plan
-from yuan.plan.pool import cpu_pool
-from yuan.plan.workload import Work
-from yuan.train.checkpoint.export import chosen, export
-from yuan.train.checkpoint_manifest import SEAL, seal_of
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.workload import Workload
+from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
+from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_folder import NewLines, RunFolder
+from yuan.train.run_folder import LogTail, RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", made, recipe))
     np.testing.assert_allclose(trained_steps(folder), plain_steps(made, folder, recipe), rtol=1e-5)
-    assert abs(folder.metrics()[0]["train/loss"] - finished.metrics()[0]["train/loss"]) > 1e-4
+    assert abs(folder.read_metrics()[0]["train/loss"] - finished.read_metrics()[0]["train/loss"]) > 1e-4
 
 
 def test_bf16_adds_up_the_same_gradients(made, finished, tmp_path):
     """Of the tied embedding too, which both ends add to DeepSpeed's fp32 sums by themselves."""
     folder = run(lay_out(tmp_path / "bf16", made, dataclasses.replace(RECIPE, max_steps=4, precision="bf16")))
-    norms, exact = ([row["train/grad_norm"] for row in f.metrics()][:3] for f in (folder, finished))
+    norms, exact = ([row["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
 
 
@@ -59,9 +59,9 @@ def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):
-    status = finished.status()
+    status = finished.read_status()
     assert status["state"] == "finished"
-    assert status["bounds"] == finished.spec().plan.bounds == [0, 2, 3]
+    assert status["bounds"] == finished.read_spec().plan.bounds == [0, 2, 3]
 
 
 def test_export_is_a_model_folder(made, finished):
@@ -81,7 +81,7 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
         assert process.wait(60) != 0
     run(folder)
     assert '"resume"' in (folder.path / "events.jsonl").read_text()
-    assert [row["step"] for row in folder.metrics()] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
@@ -94,9 +94,11 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
 def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finished, tmp_path, bounds, data_size):
     folder = RunFolder(tmp_path / "moved")
     shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
-    work = Work.of(made[1], RECIPE)
-    plan = given_plan(work, cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size)
-    spec = dataclasses.replace(finished.spec(), plan=plan)
+    work = Workload.from_recipe(made[1], RECIPE)
+    plan = make_plan_from_bounds(
+        work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size
+    )
+    spec = dataclasses.replace(finished.read_spec(), plan=plan)
     folder.write_spec(spec)
     shutil.rmtree(folder.checkpoints / "step-00000012")  # so that two steps are trained with the new plan
     run(folder)
@@ -112,10 +114,10 @@ def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
     folder = lay_out(tmp_path / "orphan", made)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not folder.status():
+        while not folder.read_status():
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.01)
-        rank = folder.status()["pid"]
+        rank = folder.read_status()["pid"]
         process.send_signal(signal.SIGKILL)  # torchrun alone; its ranks are in sessions of their own
     end = time.monotonic() + 10
     while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:
@@ -129,12 +131,12 @@ def test_a_torn_line_hides_no_other(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # what a full disk leaves
     folder.append("metrics.jsonl", {"step": 3})
-    assert folder.metrics() == [{"step": 1}, {"step": 3}]
+    assert folder.read_metrics() == [{"step": 1}, {"step": 3}]
 
 
 def test_losses_of_the_sources_make_up_the_loss(finished):
-    corpus = finished.corpus(seed=5)
-    for row in finished.metrics():
+    corpus = finished.open_corpus(seed=5)
+    for row in finished.read_metrics():
         windows, sources = corpus.read(np.arange(row["data/first_position"], row["data/end_position"]))
         counts = {source.name: windows.learned[sources == n].sum() for n, source in enumerate(corpus.sources)}
         parts = {name: row[f"train/loss/{name}"] for name, count in counts.items() if count}
@@ -143,7 +145,7 @@ def test_losses_of_the_sources_make_up_the_loss(finished):
 
 
 def test_status_compares_every_stage_with_its_plan(finished):
-    status, plan = finished.metrics()[-1], finished.spec().plan
+    status, plan = finished.read_metrics()[-1], finished.read_spec().plan
     assert 0 < status["train/bubble"] < 1 and status["train/mfu"] is None
     assert len(plan.stages) == 2
 
@@ -153,55 +155,55 @@ def test_an_edited_run_is_refused(made, tmp_path):
     text = (folder.path / "run.json").read_text()
     (folder.path / "run.json").write_text(text.replace('"learning_rate": 0.003', '"learning_rate": 0.3'))
     with pytest.raises(ValueError, match="somebody edited it"):
-        folder.spec()
+        folder.read_spec()
     (folder.path / "run.json").write_text(text)
-    assert folder.check() == folder.spec()
+    assert folder.check_inputs() == folder.read_spec()
     tokens = folder.data / "1" / "tokens.bin"
     tokens.write_bytes(b"1234" + tokens.read_bytes()[4:])
     with pytest.raises(ValueError, match=r"data/1/tokens\.bin is not as it was laid out"):
-        folder.check()
+        folder.check_inputs()
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, finished, tmp_path):
     folder = lay_out(tmp_path / "foreign", made)
     shutil.copytree(finished.checkpoints, folder.checkpoints)
-    assert folder.check() == folder.spec()
+    assert folder.check_inputs() == folder.read_spec()
     manifest = next(folder.checkpoints.glob("step-*/manifest.json"))
     written = json.loads(manifest.read_text())
     for key, says in (("model", "is of the model"), ("order", "is of another order of data")):
         other = {**written, key: {"name": "another"}}
-        manifest.write_text(json.dumps({**other, SEAL: seal_of(other)}))
+        manifest.write_text(json.dumps({**other, MANIFEST_SEAL_KEY: compute_seal(other)}))
         with pytest.raises(ValueError, match=f"{manifest.parent.name} {says}"):
-            folder.check()
+            folder.check_inputs()
         manifest.write_text(json.dumps(other))  # damaged, which is for the ranks to pass over
-        assert folder.check() == folder.spec()
+        assert folder.check_inputs() == folder.read_spec()
 
 
 def test_a_kill_between_seal_and_run_json_does_no_harm(made, tmp_path):
     folder = lay_out(tmp_path / "between", made)
-    before, spec = (folder.path / "run.json").read_bytes(), folder.spec()
+    before, spec = (folder.path / "run.json").read_bytes(), folder.read_spec()
     for seed in (6, 7):
         folder.write_spec(dataclasses.replace(spec, seed=seed))
         (folder.path / "run.json").write_bytes(before)  # as if the kill had come first
-        assert folder.check() == spec
+        assert folder.check_inputs() == spec
 
 
 def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
     manifests = {
         path.parent: json.loads(path.read_text()) for path in finished.checkpoints.glob("step-*/manifest.json")
     }
-    assert chosen(finished, "last").name == f"step-{STEPS:08d}"
-    best = chosen(finished, "best")
+    assert find_checkpoint(finished, "last").name == f"step-{STEPS:08d}"
+    best = find_checkpoint(finished, "best")
     assert manifests[best]["loss"] == min(m["loss"] for m in manifests.values() if m["loss"] is not None)
-    export(finished, chosen(finished, "last"), tmp_path / "out")
+    export_checkpoint(finished, find_checkpoint(finished, "last"), tmp_path / "out")
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", finished.export))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match="has no checkpoint '7'; it has the steps"):
-        chosen(finished, "7")
+        find_checkpoint(finished, "7")
 
 
 def test_new_lines_come_once_and_whole_and_anew_when_the_file_was_replaced(tmp_path):
-    folder, new = RunFolder(tmp_path), NewLines(tmp_path / "metrics.jsonl")
+    folder, new = RunFolder(tmp_path), LogTail(tmp_path / "metrics.jsonl")
     assert new.read() == []
     folder.append("metrics.jsonl", {"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:

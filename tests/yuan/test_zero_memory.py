@@ -12,11 +12,11 @@ import torch
 
 from infra.process_group import torchrun_command
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.memory_model import stage_terms
-from yuan.plan.pool import cpu_pool
-from yuan.plan.workload import Grid, Work
+from yuan.plan.memory_model import compute_memory_terms
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.workload import Grid, Workload
 from yuan.train.zero import memory
-from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
@@ -40,7 +40,9 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
-    terms = stage_terms(Work.of(MODEL, recipe(replicas)), grid, cpu_pool().groups[0], 0, MODEL.num_layers, 0)
+    terms = compute_memory_terms(
+        Workload.from_recipe(MODEL, recipe(replicas)), grid, make_cpu_pool().groups[0], 0, MODEL.num_layers, 0
+    )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
     kept = ranks[0]
     assert kept["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
@@ -53,11 +55,11 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
 
 def count(folder):
     """Bytes of this rank's storages, those of the gradients as the optimizer is given them; their norm, in blocks."""
-    memory.NORM_BLOCK_CPU = 1000
+    memory.NORM_BLOCK_CPU_ELEMENTS = 1000
     replicas = int(os.environ["WORLD_SIZE"])
     start_distributed(replicas)
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
-    engine, optimizer = start_engine(module, recipe(replicas), deepspeed_config(recipe(replicas), replicas))
+    engine, optimizer = start_engine(module, recipe(replicas), build_deepspeed_config(recipe(replicas), replicas))
     tokens, weights = torch.randint(512, (1, 16)), torch.full((1, 16), 1 / 16)
     batch = ((tokens, torch.zeros_like(tokens)), (tokens, weights))
     step, gradients, squares = optimizer.step, [], []

@@ -5,18 +5,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from yuan.plan.flops import BACKWARD, head_forward, layer_forward
-from yuan.plan.memory_model import stage_parameters
-from yuan.plan.pool import Group, Measured
+from yuan.plan.flops import BACKWARD_FLOPS_RATIO, count_head_forward_flops, count_layer_forward_flops
+from yuan.plan.memory_model import count_stage_parameters
+from yuan.plan.pool import DeviceGroup, MeasuredRates
 from yuan.plan.score import score
-from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES, TERA, embedding_bytes
-from yuan.plan.workload import Grid, Work
+from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES_PER_PARAMETER, TERA, count_embedding_bytes
+from yuan.plan.workload import Grid, Workload
 
-FREE = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is being found
+UNLIMITED_OPTIMIZER_GB_S = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is being found
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
+class DeviceTimings:
     """Seconds of one micro-batch: a layer forward and backward, the head with its loss and the embedding with both.
 
     `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None where there is but one.
@@ -30,9 +30,14 @@ class Clock:
     bandwidth: float | None
 
 
-def calibrated(
-    group: Group, work: Work, micro_batch: int, clock: Clock, steps: Sequence[tuple[int, float]], what: str
-) -> Group:
+def calibrate_group(
+    group: DeviceGroup,
+    work: Workload,
+    micro_batch: int,
+    clock: DeviceTimings,
+    steps: Sequence[tuple[int, float]],
+    what: str,
+) -> DeviceGroup:
     """The group with measured rates.
 
     Layers, head and links are taken as measured. From the two steps follow what a stage spends on a micro-batch besides
@@ -44,14 +49,14 @@ def calibrated(
         what: a sentence on what was measured.
     """
     stages, tokens = work.model.num_layers, micro_batch * work.seq_len
-    forward = tokens * layer_forward(work.model, work.seq_len)
-    measured = Measured(
+    forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
+    measured = MeasuredRates(
         what=what,
         forward_tflops=forward / clock.forward_s / TERA,
-        backward_tflops=BACKWARD * forward / clock.backward_s / TERA,
-        head_tflops=(1 + BACKWARD) * tokens * head_forward(work.model) / clock.head_s / TERA,
-        embedding_gb_s=embedding_bytes(work, tokens) / clock.embedding_s / GIGA,
-        optimizer_gb_s=FREE,
+        backward_tflops=BACKWARD_FLOPS_RATIO * forward / clock.backward_s / TERA,
+        head_tflops=(1 + BACKWARD_FLOPS_RATIO) * tokens * count_head_forward_flops(work.model) / clock.head_s / TERA,
+        embedding_gb_s=count_embedding_bytes(work, tokens) / clock.embedding_s / GIGA,
+        optimizer_gb_s=UNLIMITED_OPTIMIZER_GB_S,
     )
     if clock.latency_s is not None and clock.bandwidth is not None:
         group = replace(
@@ -60,30 +65,33 @@ def calibrated(
             intra_node_latency_us=clock.latency_s / MICRO,
             devices_per_node=max(group.devices_per_node, stages),
         )
-    group = replace(group, measured=measured, sustained_tflops=_sustained(group, measured))
+    group = replace(group, measured=measured, sustained_tflops=_compute_sustained_tflops(group, measured))
     (few, short), *_, (many, long) = sorted(steps)
     slope = (long - short) / (many - few)
-    modelled = [_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
+    modelled = [_predict_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
     overhead = max(0.0, slope - (modelled[1] - modelled[0]) / (many - few))
     rest = short - (modelled[0] + (stages + few - 1) * overhead)
-    grid = _one_each(work, micro_batch, few)
-    parameters = int(stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
-    rate = OPTIMIZER_BYTES * parameters / max(rest, 1e-6) / GIGA
-    return replace(group, measured=replace(measured, optimizer_gb_s=min(rate, FREE), overhead_us=overhead / MICRO))
+    grid = _make_one_layer_grid(work, micro_batch, few)
+    parameters = int(count_stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
+    rate = OPTIMIZER_BYTES_PER_PARAMETER * parameters / max(rest, 1e-6) / GIGA
+    return replace(
+        group,
+        measured=replace(measured, optimizer_gb_s=min(rate, UNLIMITED_OPTIMIZER_GB_S), overhead_us=overhead / MICRO),
+    )
 
 
-def _sustained(group: Group, measured: Measured) -> float:
+def _compute_sustained_tflops(group: DeviceGroup, measured: MeasuredRates) -> float:
     """The mean rate of a layer, which other precisions and shapes go by."""
     rate = 3 / (1 / measured.forward_tflops + 2 / measured.backward_tflops)
     return rate if group.peak_tflops is None else min(rate, group.peak_tflops)
 
 
-def _one_each(work: Work, micro_batch: int, accum: int) -> Grid:
+def _make_one_layer_grid(work: Workload, micro_batch: int, accum: int) -> Grid:
     stages = work.model.num_layers
     return Grid(pipeline_size=stages, data_size=1, micro_batch_size=micro_batch, grad_accum_steps=accum)
 
 
-def _step_seconds(group: Group, work: Work, micro_batch: int, accum: int) -> float:
+def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch: int, accum: int) -> float:
     none, one = [0] * work.model.num_layers, [1] * work.model.num_layers
-    grid = _one_each(work, micro_batch, accum)
+    grid = _make_one_layer_grid(work, micro_batch, accum)
     return score(work, grid, (group,), layers=one, classes=none, redone=none).layout.seconds

@@ -18,22 +18,22 @@ from itertools import accumulate
 
 import numpy as np
 
-from yuan.plan.memory_model import Ints
+from yuan.plan.memory_model import IntArray
 
 
-def steady(stages: int, accum: int) -> Ints:
+def count_steady_batches(stages: int, accum: int) -> IntArray:
     """f for each stage."""
-    found: Ints = np.maximum(accum - stages + np.arange(stages), 0)
+    found: IntArray = np.maximum(accum - stages + np.arange(stages), 0)
     return found
 
 
-def filling(stages: int, accum: int) -> Ints:
+def count_filling_batches(stages: int, accum: int) -> IntArray:
     """w for each stage."""
-    found: Ints = np.minimum(np.arange(stages)[::-1], accum - 1)
+    found: IntArray = np.minimum(np.arange(stages)[::-1], accum - 1)
     return found
 
 
-def waits(
+def compute_waits(
     own: Sequence[float], longer: Sequence[float], links: Sequence[float], returns: Sequence[float], accum: int
 ) -> list[float]:
     """What each stage would add to Σ (c + x) if it were the one that sets the pace; the largest is what counts.
@@ -45,7 +45,7 @@ def waits(
         returns: for each stage, Σ x of the links behind the next stage, or a bound below it.
         accum: A.
 
-    >>> waits([3, 3, 3], [2, 2, 2], [0, 0], [0, 0, 0], 5)
+    >>> compute_waits([3, 3, 3], [2, 2, 2], [0, 0], [0, 0, 0], 5)
     [12.0, 12.0, 12.0]
     """
     stages = len(own)
@@ -54,7 +54,9 @@ def waits(
     # Σ (c + x) of the stages behind k, its link to them included; `returns` makes that Σ u
     behind = [*accumulate((c + x for c, x in zip(own[:0:-1], before[:0:-1], strict=True)), initial=0.0)][::-1]
     found = []
-    for k, (f, w) in enumerate(zip(steady(stages, accum), filling(stages, accum), strict=True)):
+    for k, (f, w) in enumerate(
+        zip(count_steady_batches(stages, accum), count_filling_batches(stages, accum), strict=True)
+    ):
         passes = w * (longer[k] + (before[k] + after[k]) / 2)
         found.append(float(f * rhythm[k] + max(passes, behind[k] + returns[k] if f else 0.0)))
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class DeviceSpec:
     """One device: GiB that programs can use, TFLOP/s in bf16 and fp32, GB/s of its memory and to its node's others."""
 
     memory_gib: float
@@ -21,8 +21,8 @@ class Device:
 
 
 # 55 % of peak reproduces the paper's Table 6 on A100-80; 45 % is what public runs on Hopper reach.
-KNOWN: dict[str, Device] = {
-    "A100-80": Device(
+DEVICE_SPECS: dict[str, DeviceSpec] = {
+    "A100-80": DeviceSpec(
         memory_gib=79.1,
         peak_tflops=312,
         sustained_tflops=171.5,
@@ -30,7 +30,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=2039,
         intra_node_gb_s=300,
     ),
-    "A100-40": Device(
+    "A100-40": DeviceSpec(
         memory_gib=39.4,
         peak_tflops=312,
         sustained_tflops=171.5,
@@ -38,7 +38,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=1555,
         intra_node_gb_s=300,
     ),
-    "A800-80": Device(
+    "A800-80": DeviceSpec(
         memory_gib=79.1,
         peak_tflops=312,
         sustained_tflops=171.5,
@@ -46,7 +46,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=2039,
         intra_node_gb_s=200,
     ),
-    "H100-80": Device(
+    "H100-80": DeviceSpec(
         memory_gib=79.1,
         peak_tflops=989,
         sustained_tflops=445,
@@ -54,7 +54,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=3350,
         intra_node_gb_s=450,
     ),
-    "H200": Device(
+    "H200": DeviceSpec(
         memory_gib=139.8,
         peak_tflops=989,
         sustained_tflops=445,
@@ -62,7 +62,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=4800,
         intra_node_gb_s=450,
     ),
-    "L40S": Device(
+    "L40S": DeviceSpec(
         memory_gib=44.4,
         peak_tflops=362,
         sustained_tflops=145,
@@ -70,7 +70,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=864,
         intra_node_gb_s=25,
     ),
-    "RTX-4090": Device(
+    "RTX-4090": DeviceSpec(
         memory_gib=23.6,
         peak_tflops=165,
         sustained_tflops=75,
@@ -78,7 +78,7 @@ KNOWN: dict[str, Device] = {
         memory_gb_s=1008,
         intra_node_gb_s=20,
     ),
-    "RTX-3090": Device(
+    "RTX-3090": DeviceSpec(
         memory_gib=23.6,
         peak_tflops=71,
         sustained_tflops=35,
@@ -89,4 +89,4 @@ KNOWN: dict[str, Device] = {
 }
 
 # Asked for, but they cannot multiply bf16, in which Yuan is trained.
-WITHOUT_BF16 = {"V100-32", "V100-16", "T4", "RTX-2080Ti"}
+DEVICES_WITHOUT_BF16 = {"V100-32", "V100-16", "T4", "RTX-2080Ti"}

@@ -9,39 +9,39 @@ Letters: P stages, C device classes, L places; K sizes of the counts of stages b
 
 import numpy as np
 
-from yuan.plan.bounds import most_places
-from yuan.plan.critical_path import filling, steady
-from yuan.plan.memory_model import Ints
-from yuan.plan.stage_costs import Costs
-from yuan.plan.time_model import Floats
+from yuan.plan.bounds import compute_max_places
+from yuan.plan.critical_path import count_filling_batches, count_steady_batches
+from yuan.plan.memory_model import IntArray
+from yuan.plan.stage_costs import StageCosts
+from yuan.plan.time_model import FloatArray
 
-TIE = 1e-12  # relative; sums in another order differ by this much
-CELLS = 30_000  # of a table and its numbers of places, looked at together
+TIE_TOLERANCE = 1e-12  # relative; sums in another order differ by this much
+MAX_CELLS_AT_ONCE = 30_000  # of a table and its numbers of places, looked at together
 
 
-def num_states(costs: Costs) -> int:
+def count_states(costs: StageCosts) -> int:
     """Cells that the exact program visits."""
-    counts = int(np.prod([_sizes(costs, c) for c in _counted(costs)], dtype=np.int64))
+    counts = int(np.prod([_compute_axis_size(costs, c) for c in _select_counted_classes(costs)], dtype=np.int64))
     return counts * costs.num_stages * costs.num_classes**3 * (costs.num_places + 1)
 
 
-def _counted(costs: Costs) -> tuple[int, ...]:
+def _select_counted_classes(costs: StageCosts) -> tuple[int, ...]:
     """The classes whose stages are counted: all but the one with the most room, which has the rest."""
     most = max(range(costs.num_classes), key=costs.slots.__getitem__)
     return tuple(c for c in range(costs.num_classes) if c != most)
 
 
-def _sizes(costs: Costs, c: int) -> int:
+def _compute_axis_size(costs: StageCosts, c: int) -> int:
     return min(costs.slots[c], costs.num_stages) + 1
 
 
-class Program:
+class DynamicProgram:
     """The dynamic programs over one problem."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: StageCosts) -> None:
         self.costs = costs
-        self.axes = {counted: axis for axis, counted in enumerate(_counted(costs))}
-        self.counts = tuple(_sizes(costs, counted) for counted in self.axes)
+        self.axes = {counted: axis for axis, counted in enumerate(_select_counted_classes(costs))}
+        self.counts = tuple(_compute_axis_size(costs, counted) for counted in self.axes)
         self.counted = np.sum(np.indices(self.counts), axis=0) if self.counts else np.zeros((), np.int64)
         # the class of the stage before matters only for the link to it: not at all if all links to a class are alike
         c, is_alike = costs.num_classes, bool((costs.link_s == costs.link_s[:, :1]).all())
@@ -51,41 +51,48 @@ class Program:
         links = before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
         rhythm = costs.seconds[:, None, :, None, :] + links
         self.finite = np.isfinite(rhythm)
-        self.full = steady(costs.num_stages, costs.accum)
-        ahead = filling(costs.num_stages, costs.accum)[:, None, None, None, None]
+        self.full = count_steady_batches(costs.num_stages, costs.accum)
+        ahead = count_filling_batches(costs.num_stages, costs.accum)[:, None, None, None, None]
         busy = self.full[:, None, None, None, None] * np.where(self.finite, rhythm, 0.0)
         # what a stage adds to the sum of all, without and with those behind it, of which only the links are counted
         self.alone = busy + ahead * (costs.longer[:, None, :, None, :] + links / 2)
         self.ahead = busy + costs.link_s[:, None, :, :, None] + costs.return_s[:, None, None, None, None]
 
-    def most_places(self, wait: float, finish: float) -> Ints:
+    def compute_max_places(self, wait: float, finish: float) -> IntArray:
         """The most places of a stage under both limits, (P, previous, own, next), whatever lies behind it."""
         allowed = self.finite & (self.alone <= wait) & (self.costs.finish[:, None, :, None, :] <= finish)
-        return most_places(self.costs, allowed, self.ahead, wait)
+        return compute_max_places(self.costs, allowed, self.ahead, wait)
 
     def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
         """False only if nothing keeps both limits; with no limit on the wait, exactly."""
-        room = self.room(self.most_places(wait, finish))[0]
-        return bool(self._begin(room, -np.inf).max() >= self.costs.num_places)
+        room = self.compute_room(self.compute_max_places(wait, finish))[0]
+        return bool(self._read_first_stage(room, -np.inf).max() >= self.costs.num_places)
 
-    def room(self, most: Ints) -> list[Floats]:
+    def compute_room(self, most: IntArray) -> list[FloatArray]:
         """For each stage, how many places it and its followers can take at most, (K..., previous, own)."""
-        tables: list[Floats] = []
+        tables: list[FloatArray] = []
         for stage in reversed(range(self.costs.num_stages)):
             own = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
             if not tables:
-                tables.append(self._masked(np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2])), stage))
+                tables.append(
+                    self._mask_impossible_counts(
+                        np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2])), stage
+                    )
+                )
                 continue
-            follows = [own[..., n] + self._after(tables[-1][..., n], n, -np.inf)[..., None, :] for n in self._classes()]
-            tables.append(self._masked(np.max(follows, axis=0), stage))
+            follows = [
+                own[..., n] + self._shift_counts(tables[-1][..., n], n, -np.inf)[..., None, :]
+                for n in self._iter_classes()
+            ]
+            tables.append(self._mask_impossible_counts(np.max(follows, axis=0), stage))
         return tables[::-1]
 
-    def sums(self, wait: float, most: Ints) -> list[Floats]:
+    def compute_least_sums(self, wait: float, most: IntArray) -> list[FloatArray]:
         """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1).
 
         Only numbers of places that the stages before and behind can take off are computed; the rest is infinite.
         """
-        costs, tables = self.costs, list[Floats]()
+        costs, tables = self.costs, list[FloatArray]()
         caps = most.max(axis=(1, 2, 3))
         before, behind = np.cumsum(caps) - caps, np.cumsum(caps[::-1])[::-1]
         shape = (*self.counts, *most.shape[1:3], costs.num_places + 1)
@@ -94,22 +101,24 @@ class Program:
             left = np.arange(low, min(int(behind[stage]), costs.num_places - stage) + 1)
             table = np.full(shape, np.inf)
             if not tables:
-                table[..., left] = self._price(most, stage, 0)[..., left - 1]
-            for n in self._classes() if tables and len(left) else ():
-                follows = self._after(tables[-1][..., n, :], n, np.inf)
+                table[..., left] = self._compute_stage_price(most, stage, 0)[..., left - 1]
+            for n in self._iter_classes() if tables and len(left) else ():
+                follows = self._shift_counts(tables[-1][..., n, :], n, np.inf)
                 np.minimum(
                     table[..., left],
-                    self._best_sizes(wait, most, stage, n, follows, left),
+                    self._minimize_over_sizes(wait, most, stage, n, follows, left),
                     out=table[..., left[0] : left[-1] + 1],
                 )
-            tables.append(self._masked(table, stage, tail=3, bad=np.inf))
+            tables.append(self._mask_impossible_counts(table, stage, tail=3, bad=np.inf))
         return tables[::-1]
 
-    def _best_sizes(self, wait: float, most: Ints, stage: int, following: int, follows: Floats, left: Ints) -> Floats:
+    def _minimize_over_sizes(
+        self, wait: float, most: IntArray, stage: int, following: int, follows: FloatArray, left: IntArray
+    ) -> FloatArray:
         """The least sums with one class behind, by places left, over all numbers of places of this stage."""
-        price, room = self._price(most, stage, following), self._allowance(wait, stage, following)
+        price, room = self._compute_stage_price(most, stage, following), self._compute_allowance(wait, stage, following)
         best = np.full((*self.counts, *most.shape[1:3], len(left)), np.inf)
-        at_once = max(1, CELLS // best.size)
+        at_once = max(1, MAX_CELLS_AT_ONCE // best.size)
         for first in range(0, int(most[stage, :, :, following].max()), at_once):
             sizes = np.arange(first, min(first + at_once, int(most[stage, :, :, following].max())))
             behind = follows[..., None, :, np.maximum(left[:, None] - sizes - 1, 0)]  # nothing left is never feasible
@@ -117,67 +126,69 @@ class Program:
             np.minimum(best, sums.min(axis=-1), out=best)
         return best
 
-    def _price(self, most: Ints, stage: int, following: int) -> Floats:
+    def _compute_stage_price(self, most: IntArray, stage: int, following: int) -> FloatArray:
         """Time of a stage and the link behind it, (previous, own, places); infinite where it may not hold so many."""
         seconds = self.costs.seconds[stage] + self.costs.link_s[stage, :, following, None]
         allowed = most[stage].max(axis=-1) if stage == self.costs.num_stages - 1 else most[stage, :, :, following]
         return np.where(self.costs.places <= allowed[..., None], seconds, np.inf)
 
-    def _allowance(self, wait: float, stage: int, following: int) -> Floats:
+    def _compute_allowance(self, wait: float, stage: int, following: int) -> FloatArray:
         """What may lie behind a stage, (previous, own, places), so that it does not add more than `wait`."""
         ahead = self.ahead[stage, :, :, following]
         return wait - ahead if self.full[stage] else np.full_like(ahead, np.inf)
 
-    def walk(self, tables: list[Floats], wait: float, most: Ints) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def walk(
+        self, tables: list[FloatArray], wait: float, most: IntArray
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Places and classes of the lexicographically first of the least sums; None if there is none."""
         costs = self.costs
-        start = self._begin(tables[0], np.inf)[:, costs.num_places]
+        start = self._read_first_stage(tables[0], np.inf)[:, costs.num_places]
         if not np.isfinite(start.min()):
             return None
-        own = int(np.argmax(start <= start.min() * (1 + TIE)))
+        own = int(np.argmax(start <= start.min() * (1 + TIE_TOLERANCE)))
         counts = tuple(int(own == n) for n in self.axes)
         previous, left, places, classes = 0, costs.num_places, [], [own]
         for stage in range(costs.num_stages - 1):
-            goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE)
+            goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE_TOLERANCE)
             sizes = costs.places[costs.places < left]
             good = np.zeros((len(sizes), costs.num_classes), bool)
-            for n in self._classes():
-                state = self._step(counts, n)
+            for n in self._iter_classes():
+                state = self._add_stage(counts, n)
                 if state is not None:
                     behind = tables[stage + 1][(*state, self.previous[own], n)][left - sizes]
-                    may = behind <= self._allowance(wait, stage, n)[previous, own, : len(sizes)]
-                    price = self._price(most, stage, n)[previous, own, : len(sizes)]
+                    may = behind <= self._compute_allowance(wait, stage, n)[previous, own, : len(sizes)]
+                    price = self._compute_stage_price(most, stage, n)[previous, own, : len(sizes)]
                     good[:, n] = may & (price + behind <= goal)
             at, n = divmod(int(good.argmax()), costs.num_classes)
-            counts = self._step(counts, n) or counts
+            counts = self._add_stage(counts, n) or counts
             left -= int(sizes[at])
             previous, own = self.previous[own], n
             places.append(int(sizes[at]))
             classes.append(n)
         return (*places, left), tuple(classes)
 
-    def roomiest(self, rooms: list[Floats], most: Ints) -> tuple[int, ...]:
+    def find_roomiest_classes(self, rooms: list[FloatArray], most: IntArray) -> tuple[int, ...]:
         """Classes of a sequence of stages that takes the most places."""
-        start = self._begin(rooms[0], -np.inf)
+        start = self._read_first_stage(rooms[0], -np.inf)
         own = int(start.argmax())
         counts, previous, classes = tuple(int(own == n) for n in self.axes), 0, [own]
         for stage in range(self.costs.num_stages - 1):
             rest = [
                 most[stage, previous, own, n] + rooms[stage + 1][(*state, self.previous[own], n)]
-                if (state := self._step(counts, n)) is not None
+                if (state := self._add_stage(counts, n)) is not None
                 else -np.inf
-                for n in self._classes()
+                for n in self._iter_classes()
             ]
             n = int(np.argmax(rest))
-            counts = self._step(counts, n) or counts
+            counts = self._add_stage(counts, n) or counts
             previous, own = self.previous[own], n
             classes.append(n)
         return tuple(classes)
 
-    def _classes(self) -> range:
+    def _iter_classes(self) -> range:
         return range(self.costs.num_classes)
 
-    def _step(self, counts: tuple[int, ...], following: int) -> tuple[int, ...] | None:
+    def _add_stage(self, counts: tuple[int, ...], following: int) -> tuple[int, ...] | None:
         """Counts after one more stage of a class; None if the class has no room."""
         axis = self.axes.get(following)
         if axis is None:
@@ -186,17 +197,17 @@ class Program:
             return None
         return tuple(count + (n == axis) for n, count in enumerate(counts))
 
-    def _begin(self, table: Floats, bad: float) -> Floats:
+    def _read_first_stage(self, table: FloatArray, bad: float) -> FloatArray:
         """The first stage's entries by class."""
         found = []
-        for own in self._classes():
+        for own in self._iter_classes():
             at = tuple(int(own == n) for n in self.axes)
             inside = all(index < size for index, size in zip(at, self.counts, strict=True))
             entry = table[(*at, 0, own)] if inside else np.full(table.shape[len(self.counts) + 2 :], bad)
             found.append(entry)
         return np.array(found)
 
-    def _after(self, table: Floats, following: int, bad: float) -> Floats:
+    def _shift_counts(self, table: FloatArray, following: int, bad: float) -> FloatArray:
         """The next stage's table as seen by one whose follower is of a class: there, that class has one more stage."""
         axis = self.axes.get(following)
         if axis is None:
@@ -207,7 +218,7 @@ class Program:
         moved[tuple(here)] = table[tuple(ahead)]
         return moved
 
-    def _masked(self, table: Floats, stage: int, tail: int = 2, bad: float = -np.inf) -> Floats:
+    def _mask_impossible_counts(self, table: FloatArray, stage: int, tail: int = 2, bad: float = -np.inf) -> FloatArray:
         """Rule out counts that cannot be: more stages than there are so far, or too many of the class not counted."""
         rest = stage + 1 - self.counted
         wrong = (rest < 0) | (rest > max(self.costs.slots))

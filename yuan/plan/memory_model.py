@@ -6,23 +6,30 @@ Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden, V vo
 import numpy as np
 import numpy.typing as npt
 
-from yuan.plan.pool import Group
-from yuan.plan.workload import Grid, Work
+from yuan.plan.pool import DeviceGroup
+from yuan.plan.workload import Grid, Workload
 
 GIB = 2**30
-Ints = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 # Values a layer keeps for its backward pass, in units of S·B·H: inputs and outputs of two norms 6, filter 5, queries,
 # keys and values 6, attention 2, residual 2, SwiGLU 32 (half of each is bytes in bf16). Source: facts of the
 # architecture, counted tensor by tensor; flash attention keeps no S by S matrix.
-KEPT = 53 / 2
-BACKWARD_KEPT = 10  # values of gradients that are alive at once inside a layer's backward pass: 8H of the gates, 2H
-LOGIT_BYTES = 10  # a logit without blocks: bf16, fp32 and its gradient in fp32
+ACTIVATION_VALUES_PER_LAYER = 53 / 2
+BACKWARD_WORKSPACE_VALUES = (
+    10  # values of gradients that are alive at once inside a layer's backward pass: 8H of the gates, 2H
+)
+BYTES_PER_LOGIT = 10  # a logit without blocks: bf16, fp32 and its gradient in fp32
 
 
-def stage_terms(
-    work: Work, grid: Grid, group: Group, stage: Ints | int, layers: Ints | int, recompute: Ints | int
-) -> dict[str, Ints]:
+def compute_memory_terms(
+    work: Workload,
+    grid: Grid,
+    group: DeviceGroup,
+    stage: IntArray | int,
+    layers: IntArray | int,
+    recompute: IntArray | int,
+) -> dict[str, IntArray]:
     """The terms of a stage's peak under 1F1B with ZeRO-1; each is affine in layers and recomputed layers.
 
     Weights, gradients and optimizer follow DeepSpeed's law for bf16 with fp32 accumulation: 2 + 2 + 4 + 12/D bytes a
@@ -43,15 +50,15 @@ def stage_terms(
     model, size = work.model, work.bytes_per_value
     stage, layers, recompute = np.broadcast_arrays(*(np.asarray(n, np.int64) for n in (stage, layers, recompute)))
     first, last = stage == 0, stage == grid.pipeline_size - 1
-    parameters, ends = stage_parameters(work, grid, stage, layers), stage_parameters(work, grid, stage, 0)
+    parameters, ends = count_stage_parameters(work, grid, stage, layers), count_stage_parameters(work, grid, stage, 0)
     values = work.seq_len * grid.micro_batch_size * model.hidden_size
     live = np.minimum(grid.pipeline_size - stage, grid.grad_accum_steps)
-    kept = int(size * KEPT * values)
+    kept = int(size * ACTIVATION_VALUES_PER_LAYER * values)
     logits = work.seq_len * grid.micro_batch_size * model.vocab_size
     states = 8 if work.precision == "fp32" and grid.data_size == 1 else 12
     head, zero = model.vocab_size * model.hidden_size, np.zeros_like(stage)
     if work.loss_block is None:
-        logit_bytes, head_gradient = LOGIT_BYTES * logits, 0
+        logit_bytes, head_gradient = BYTES_PER_LOGIT * logits, 0
     else:
         logit_bytes, head_gradient = 4 * min(work.loss_block * model.vocab_size, logits), 4 * head
     return {
@@ -64,17 +71,17 @@ def stage_terms(
         "stage_input": np.where(first, 0, 2 * np.maximum(2, live) * size * values),
         "embedding_output": first * live * size * values,
         "attention_mask": live * size * work.seq_len**2 * grid.micro_batch_size * work.isolate_documents,
-        "backward_workspace": zero + size * BACKWARD_KEPT * values,
+        "backward_workspace": zero + size * BACKWARD_WORKSPACE_VALUES * values,
         "logits": last * logit_bytes,
         "head_gradient": last * head_gradient,
         "reserve": zero + int(group.reserve_gib * GIB),
     }
 
 
-def stage_parameters(work: Work, grid: Grid, stage: Ints, layers: Ints | int) -> Ints:
+def count_stage_parameters(work: Workload, grid: Grid, stage: IntArray, layers: IntArray | int) -> IntArray:
     """Parameters of a stage: its layers, and at the ends the tied embedding, of which each end has a copy."""
     model = work.model
     last = stage == grid.pipeline_size - 1
     ends = model.vocab_size * model.hidden_size * ((stage == 0) | last)
-    parameters: Ints = layers * model.layer_parameters + ends + model.hidden_size * last
+    parameters: IntArray = layers * model.layer_parameters + ends + model.hidden_size * last
     return parameters

@@ -17,13 +17,13 @@ from typing import Literal
 
 import numpy as np
 
-from yuan.plan.stage_costs import Costs
+from yuan.plan.stage_costs import StageCosts
 
 GIGA, TERA = 1e9, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class PaperSetting:
     """One cell of the paper's tables; bandwidths in bytes per second, between nodes and inside a node."""
 
     layers: int
@@ -44,7 +44,9 @@ class Setting:
         return self.accum * self.micro_batch * self.seq_len
 
 
-def method_1(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float, as_printed: bool = False) -> list[float]:
+def compute_method_1(
+    s: PaperSetting, model: Literal["gpt", "yuan"], *, parameters: float, as_printed: bool = False
+) -> list[float]:
     """T0 computing, T1 bubble, T2 pipeline, T3 tensor, T4 data traffic, in seconds: equations 1 and 2.
 
     Args:
@@ -54,7 +56,7 @@ def method_1(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float, as
     is_yuan = model == "yuan"
     tensor_traffic, data_traffic = (48, 4) if not is_yuan else (64, 4) if as_printed else (128, 12)
     devices = s.pipeline * s.tensor
-    t0 = _computing(s, model) / (devices * s.flops)
+    t0 = _count_step_flops(s, model) / (devices * s.flops)
     return [
         t0,
         t0 * (s.pipeline - 1) / s.accum,
@@ -64,23 +66,23 @@ def method_1(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float, as
     ]
 
 
-def method_2(s: Setting, model: Literal["gpt", "yuan"], *, parameters: float) -> list[float]:
+def compute_method_2(s: PaperSetting, model: Literal["gpt", "yuan"], *, parameters: float) -> list[float]:
     """T0 computing, T1 bubble, T2 pipeline, T3 optimizer, T4 data traffic, in seconds: equations 3 and 4, with A."""
-    t0 = _computing(s, model) / (s.pipeline * s.flops)
+    t0 = _count_step_flops(s, model) / (s.pipeline * s.flops)
     shared = parameters * (s.data - 1) / s.data / (s.pipeline * s.between_nodes)
     return [t0, t0 * (s.pipeline - 1) / s.accum, 8 * s.tokens * s.hidden / s.inside_node, 8 * shared, 4 * shared]
 
 
-def _computing(s: Setting, model: Literal["gpt", "yuan"]) -> float:
+def _count_step_flops(s: PaperSetting, model: Literal["gpt", "yuan"]) -> float:
     """FLOPs of a step in one replica: forward 2, backward 4, recomputation 2 a weight; convolutions left out."""
     if model == "gpt":
         return 96 * s.tokens * s.layers * s.hidden**2 * (1 + 1 / (6 * s.hidden))  # as in Table 5
     return 128 * s.tokens * s.layers * s.hidden**2 * (1 + s.seq_len / (8 * s.hidden))
 
 
-def table_5() -> list[float]:
+def compute_table_5() -> list[float]:
     """T0 to T4 of Yuan 1.0-245B on 2,128 devices; the paper says 36.666, 2.826, 2.643, 2.602, 0.455."""
-    s = Setting(
+    s = PaperSetting(
         layers=76,
         hidden=16_384,
         seq_len=2_048,
@@ -94,7 +96,7 @@ def table_5() -> list[float]:
         inside_node=520 * GIGA,
     )
     n = 12 * s.layers * s.hidden**2 * (1 + 13 / (12 * s.hidden) + s.vocab / (12 * s.layers * s.hidden))
-    return method_1(s, "gpt", parameters=n)
+    return compute_method_1(s, "gpt", parameters=n)
 
 
 TABLE_6 = {  # (devices, GB/s between devices of a node): seconds a step of method 1 and of method 2, Yuan 2.0-102B
@@ -105,20 +107,20 @@ TABLE_6 = {  # (devices, GB/s between devices of a node): seconds a step of meth
     (256, 200): (156.64, 100.92),
     (256, 400): (123.21, 100.81),
 }
-TRUE_N, SHORT_N = 102_577_954_816, 16 * 84 * 8192**2 + 135_040 * 8192
+YUAN_102B_PARAMETERS, YUAN_102B_SHORT_PARAMETERS = 102_577_954_816, 16 * 84 * 8192**2 + 135_040 * 8192
 
 
-def table_6(devices: int, link: int, *, parameters: float | None = None) -> tuple[float, float]:
+def compute_table_6(devices: int, link: int, *, parameters: float | None = None) -> tuple[float, float]:
     """One row's two cells, computed.
 
     Args:
         parameters: N for every row; default: the row's own.
     """
-    n = parameters if parameters is not None else TRUE_N if link == 100 else SHORT_N
+    n = parameters if parameters is not None else YUAN_102B_PARAMETERS if link == 100 else YUAN_102B_SHORT_PARAMETERS
     data, accum = (3, 384) if devices == 96 else (8, 144)
 
-    def setting(pipeline: int, tensor: int) -> Setting:
-        return Setting(
+    def setting(pipeline: int, tensor: int) -> PaperSetting:
+        return PaperSetting(
             layers=84,
             hidden=8_192,
             seq_len=4_096,
@@ -132,7 +134,9 @@ def table_6(devices: int, link: int, *, parameters: float | None = None) -> tupl
             inside_node=0.85 * link * GIGA,
         )
 
-    return sum(method_1(setting(4, 8), "yuan", parameters=n)), sum(method_2(setting(32, 1), "yuan", parameters=n))
+    return sum(compute_method_1(setting(4, 8), "yuan", parameters=n)), sum(
+        compute_method_2(setting(32, 1), "yuan", parameters=n)
+    )
 
 
 # Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that fit the figure: 20 a parameter (nothing
@@ -141,7 +145,7 @@ FIG_3_LAYERS, FIG_3_STAGES, FIG_3_SPLIT = 24, 8, (2, 2, 3, 3, 4, 4, 4, 2)
 _H, _S, _V = 6_144, 4_096, 135_040
 
 
-def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
+def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> StageCosts:
     """The memory problem of Fig. 3, for `solve` with the objective "memory" and for `fig_3_memory`.
 
     Args:
@@ -155,7 +159,7 @@ def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
     fixed[0] += embedding
     fixed[-1] += embedding + (1 if blockwise else 10) * _S * _V
     saved = live * (kept - 2 * _S * _H) if recompute else zero
-    return Costs(
+    return StageCosts(
         num_layers=FIG_3_LAYERS,
         accum=p,
         bare=(False,) * p,
@@ -177,9 +181,9 @@ def fig_3(*, blockwise: bool = False, recompute: bool = False) -> Costs:
     )
 
 
-def fig_3_memory(layers: tuple[int, ...], costs: Costs) -> list[float]:
+def compute_fig_3_memory(layers: tuple[int, ...], costs: StageCosts) -> list[float]:
     """Decimal GB of each stage, nothing recomputed."""
-    return [costs.bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
+    return [costs.compute_bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
 
 
 OFFICIAL_LAYOUTS = {  # layers of each stage, and how many of them are recomputed; the official training scripts

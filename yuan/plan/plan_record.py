@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA = 1
+PLAN_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class PipelinePlan:
     """How a run is laid over a pool; `to_json` is what the engine and people read.
 
     `step_seconds` is the time model's; no layout of the same work on the pool is faster than `lower_bound`, and `gap`
@@ -54,7 +54,7 @@ class Plan:
     feasible: bool
     binding: str
     explanation: str
-    schema: int = SCHEMA
+    schema: int = PLAN_SCHEMA
 
     @property
     def bounds(self) -> list[int]:
@@ -66,7 +66,7 @@ class Plan:
         return self.pipeline_size * self.data_size
 
     @property
-    def wanted(self) -> dict[str, int]:
+    def device_counts(self) -> dict[str, int]:
         """How many devices of each class it takes."""
         return dict(Counter(stage.device_class for stage in self.stages for _ in range(self.data_size)))
 
@@ -79,15 +79,17 @@ class Plan:
         return {"schema": self.schema, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Plan":
+    def from_json(cls, data: dict[str, Any]) -> "PipelinePlan":
         """Rebuild a plan from its JSON.
 
         Raises:
             ValueError: if the schema is another, or a field is missing or unknown; it is named.
         """
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"a plan of schema {data.get('schema')!r} cannot be read; plan again for schema {SCHEMA}")
+        if data.get("schema") != PLAN_SCHEMA:
+            raise ValueError(
+                f"a plan of schema {data.get('schema')!r} cannot be read; plan again for schema {PLAN_SCHEMA}"
+            )
         try:
             return cls(**{**data, "stages": [Stage(**stage) for stage in data["stages"]]})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"not a plan of schema {SCHEMA}: {error}") from None
+            raise ValueError(f"not a plan of schema {PLAN_SCHEMA}: {error}") from None

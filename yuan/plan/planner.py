@@ -5,30 +5,30 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from yuan.plan.explain import explain, why_not
-from yuan.plan.memory_model import stage_terms
+from yuan.plan.explain import explain, explain_infeasible
+from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.picture import draw
-from yuan.plan.plan_record import Plan, Stage
-from yuan.plan.pool import Group, Pool
+from yuan.plan.plan_record import PipelinePlan, Stage
+from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.score import score
-from yuan.plan.search import KEPT, Candidate, Limits, check_limits, search
+from yuan.plan.search import MAX_SIMULATED_CANDIDATES, PlanCandidate, SizeLimits, check_limits, search
 from yuan.plan.simulate import Timeline, simulate
-from yuan.plan.time_model import compute_seconds, forward_seconds, transfer_seconds
-from yuan.plan.workload import Grid, Work
+from yuan.plan.time_model import predict_compute_seconds, predict_forward_seconds, predict_transfer_seconds
+from yuan.plan.workload import Grid, Workload
 
 Objective = Literal["time", "memory"]
 UNLIMITED_GIB = 900_000.0  # below what a pool file may say at most
 
 
 def make_plan(
-    work: Work,
+    work: Workload,
     pool: Pool,
-    limits: Limits = Limits(),
+    limits: SizeLimits = SizeLimits(),
     objective: Objective = "time",
     *,
     explained: bool = True,
-    kept: int = KEPT,
-) -> Plan:
+    kept: int = MAX_SIMULATED_CANDIDATES,
+) -> PipelinePlan:
     """The best way to train `work` on `pool`: sizes, layers, recomputed layers and device class of each stage.
 
     Minimised is the step's time, ties broken by peak memory and then lexicographically; with the objective "memory" the
@@ -51,13 +51,13 @@ def make_plan(
     check_limits(work, pool, limits)
     found = search(work, pool, limits, objective, kept=kept)
     if not found.candidates:
-        return _infeasible(work, pool, limits, objective)
+        return _build_infeasible_plan(work, pool, limits, objective)
     first = chosen = found.candidates[0]
     if objective == "time":
-        simulated = [simulated_seconds(work, candidate) for candidate in found.candidates]
+        simulated = [simulate_step_seconds(work, candidate) for candidate in found.candidates]
         chosen = found.candidates[simulated.index(min(simulated))]
     lower_bound = found.lower_bound if objective == "time" else None  # a bound on seconds, which are not minimised then
-    plan = describe(work, pool, chosen, objective, lower_bound=lower_bound)
+    plan = build_plan(work, pool, chosen, objective, lower_bound=lower_bound)
     binding, text = explain(work, pool, limits, chosen, what_if=explained)
     if chosen is not first:
         text += (
@@ -68,9 +68,9 @@ def make_plan(
     return replace(plan, binding=binding, explanation=text)
 
 
-def given_plan(
-    work: Work, group: Group, bounds: Sequence[int], *, data_size: int = 1, micro_batch_size: int = 1
-) -> Plan:
+def make_plan_from_bounds(
+    work: Workload, group: DeviceGroup, bounds: Sequence[int], *, data_size: int = 1, micro_batch_size: int = 1
+) -> PipelinePlan:
     """A layout that somebody chose, on devices of one class, as a plan: not searched, not explained.
 
     Args:
@@ -81,7 +81,7 @@ def given_plan(
     """
     stages, layers = len(bounds) - 1, [end - first for first, end in pairwise(bounds)]
     pool = Pool(name="given", groups=(replace(group, count=stages * data_size),))
-    check_limits(work, pool, Limits(data_size=data_size, micro_batch_size=micro_batch_size))
+    check_limits(work, pool, SizeLimits(data_size=data_size, micro_batch_size=micro_batch_size))
     grid = Grid(
         pipeline_size=stages,
         data_size=data_size,
@@ -89,17 +89,22 @@ def given_plan(
         grad_accum_steps=work.global_batch_size // data_size // micro_batch_size,
     )
     none = [0] * stages
-    return describe(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
+    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
 
 
-def describe(
-    work: Work, pool: Pool, chosen: Candidate, objective: Objective = "time", *, lower_bound: float | None = None
-) -> Plan:
+def build_plan(
+    work: Workload,
+    pool: Pool,
+    chosen: PlanCandidate,
+    objective: Objective = "time",
+    *,
+    lower_bound: float | None = None,
+) -> PipelinePlan:
     """A candidate as a plan, not yet explained."""
     grid, layout = chosen.grid, chosen.layout
-    stages = [_stage(work, chosen, s) for s in range(grid.pipeline_size)]
+    stages = [_build_stage(work, chosen, s) for s in range(grid.pipeline_size)]
     busy = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
-    return Plan(
+    return PipelinePlan(
         model=work.model.name,
         pool=pool.name,
         sequence_length=work.seq_len,
@@ -124,18 +129,20 @@ def describe(
     )
 
 
-def timeline(work: Work, chosen: Candidate) -> Timeline:
+def simulate_candidate(work: Workload, chosen: PlanCandidate) -> Timeline:
     """A step of a candidate, event by event."""
     grid, groups = chosen.grid, chosen.stage_groups
     places = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
-    forward = [float(forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in places]
-    whole = [float(compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in places]
-    links = [transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]
+    forward = [float(predict_forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in places]
+    whole = [
+        float(predict_compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in places
+    ]
+    links = [predict_transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]
     backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
     return simulate(forward, backward, links, grid.grad_accum_steps)
 
 
-def candidate_of(work: Work, pool: Pool, plan: Plan) -> Candidate:
+def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
     """A plan's layout with its times and memory on a pool, which may have changed since.
 
     Raises:
@@ -161,20 +168,20 @@ def candidate_of(work: Work, pool: Pool, plan: Plan) -> Candidate:
     )
 
 
-def draw_plan(work: Work, pool: Pool, plan: Plan) -> str:
+def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
     """Memory of each stage and a simulated step, as SVG."""
-    return draw(plan, pool, timeline(work, candidate_of(work, pool, plan)))
+    return draw(plan, pool, simulate_candidate(work, score_plan(work, pool, plan)))
 
 
-def simulated_seconds(work: Work, candidate: Candidate) -> float:
+def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:
     """A step's pipeline by simulation, and what follows it by the time model."""
-    return timeline(work, candidate).seconds + candidate.finish_seconds(work)
+    return simulate_candidate(work, candidate).seconds + candidate.predict_finish_seconds(work)
 
 
-def _stage(work: Work, chosen: Candidate, s: int) -> Stage:
+def _build_stage(work: Workload, chosen: PlanCandidate, s: int) -> Stage:
     grid, layout, group = chosen.grid, chosen.layout, chosen.stage_groups[s]
     layers, redone = layout.layers[s], layout.redone[s]
-    terms = {name: int(size) for name, size in stage_terms(work, grid, group, s, layers, redone).items()}
+    terms = {name: int(size) for name, size in compute_memory_terms(work, grid, group, s, layers, redone).items()}
     return Stage(
         layers=layers,
         first_layer=sum(layout.layers[:s]),
@@ -182,21 +189,23 @@ def _stage(work: Work, chosen: Candidate, s: int) -> Stage:
         recompute_layers=redone,
         memory_bytes=sum(terms.values()),
         memory_terms=terms,
-        compute_seconds=float(compute_seconds(work, grid, group, s, layers, redone)),
+        compute_seconds=float(predict_compute_seconds(work, grid, group, s, layers, redone)),
     )
 
 
-def _infeasible(work: Work, pool: Pool, limits: Limits, objective: Objective) -> Plan:
+def _build_infeasible_plan(work: Workload, pool: Pool, limits: SizeLimits, objective: Objective) -> PipelinePlan:
     """The layout that needs the least memory, and what would make it possible."""
-    nearest = search(work, _unlimited(pool), limits, "memory").candidates
+    nearest = search(work, _make_unlimited_pool(pool), limits, "memory").candidates
     if not nearest:
-        raise ValueError(why_not(work, pool, limits))
-    plan = describe(work, pool, Candidate(nearest[0].grid, nearest[0].layout, pool.groups), objective)
-    return replace(plan, feasible=False, binding="memory", explanation=why_not(work, pool, limits, nearest[0]))
+        raise ValueError(explain_infeasible(work, pool, limits))
+    plan = build_plan(work, pool, PlanCandidate(nearest[0].grid, nearest[0].layout, pool.groups), objective)
+    return replace(
+        plan, feasible=False, binding="memory", explanation=explain_infeasible(work, pool, limits, nearest[0])
+    )
 
 
-def _unlimited(pool: Pool) -> Pool:
-    def grown(group: Group) -> Group:
+def _make_unlimited_pool(pool: Pool) -> Pool:
+    def grown(group: DeviceGroup) -> DeviceGroup:
         return replace(group, memory_gib=UNLIMITED_GIB)
 
     return replace(pool, groups=tuple(grown(group) for group in pool.groups))

@@ -10,17 +10,17 @@ from typing import Any, Literal, get_args
 
 import tomli_w
 
-from yuan.plan.devices import KNOWN, WITHOUT_BF16
+from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
 
 Launcher = Literal["local", "slurm", "kubernetes"]
 
-CPU_POOL = "cpu-2"
-RESERVE_GIB = 2.0
-ABSURD = 1e6  # GiB, TFLOP/s or GB/s that no device has; such a number is in another unit
+CPU_POOL_NAME = "cpu-2"
+DEFAULT_RESERVE_GIB = 2.0
+MAX_PLAUSIBLE_VALUE = 1e6  # GiB, TFLOP/s or GB/s that no device has; such a number is in another unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredRates:
     """Rates of one device class as `cotrain calibrate` found them, for one shape of work.
 
     Forward and backward of a layer and head with loss (forward and backward) in TFLOP/s, embedding and optimizer in
@@ -45,7 +45,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class DeviceGroup:
     """Devices of one class, on nodes of `devices_per_node`.
 
     Memory is what one device's programs can use, of which `reserve_gib` is left alone. `sustained_tflops` is for bf16,
@@ -68,8 +68,8 @@ class Group:
     inter_node_gb_s: float = 25.0
     intra_node_latency_us: float = 10.0
     inter_node_latency_us: float = 20.0
-    reserve_gib: float = RESERVE_GIB
-    measured: Measured | None = None
+    reserve_gib: float = DEFAULT_RESERVE_GIB
+    measured: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
         name = f"of device class {self.device_class!r}"
@@ -106,7 +106,7 @@ class Pool:
     """
 
     name: str
-    groups: tuple[Group, ...]
+    groups: tuple[DeviceGroup, ...]
     launcher: Launcher = "local"
     launch: tuple[tuple[str, str | int], ...] = ()
 
@@ -126,9 +126,9 @@ class Pool:
         return sum(group.count for group in self.groups)
 
 
-def cpu_pool() -> Pool:
+def make_cpu_pool() -> Pool:
     """Two training processes on this machine, one core each; the embedded stack's own pool."""
-    group = Group(
+    group = DeviceGroup(
         device_class="cpu-process",
         count=2,
         memory_gib=2.0,
@@ -138,7 +138,7 @@ def cpu_pool() -> Pool:
         intra_node_latency_us=200.0,
         reserve_gib=0.5,
     )
-    return Pool(name=CPU_POOL, groups=(group,))
+    return Pool(name=CPU_POOL_NAME, groups=(group,))
 
 
 def load_pool(spec: str) -> Pool:
@@ -157,7 +157,7 @@ def load_pool(spec: str) -> Pool:
     names = [str(entry.get("name")) for entry in entries]
     chosen = [entry for entry in entries if not name or entry.get("name") == name]
     if len(chosen) != 1:
-        raise ValueError(f"{file} has the pools {names}; choose one as {file}:NAME{_near(name, names)}")
+        raise ValueError(f"{file} has the pools {names}; choose one as {file}:NAME{_suggest_nearest(name, names)}")
     return parse_pool(chosen[0])
 
 
@@ -172,7 +172,7 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
         raise ValueError("a [[pool]] needs a name")
     return Pool(
         name=str(entry["name"]),
-        groups=tuple(_group(group) for group in entry.get("group", ())),
+        groups=tuple(_parse_group(group) for group in entry.get("group", ())),
         launcher=entry.get("launcher", "local"),
         launch=tuple(entry.get("launch", {}).items()),
     )
@@ -183,49 +183,53 @@ def dump_pool(pool: Pool) -> str:
     entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher}
     if pool.launch:
         entry["launch"] = dict(pool.launch)
-    entry["group"] = [_without_none(asdict(group)) for group in pool.groups]
+    entry["group"] = [_drop_none(asdict(group)) for group in pool.groups]
     return tomli_w.dumps({"pool": [entry]})
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is not given, for which TOML has no value."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _group(entry: Mapping[str, Any]) -> Group:
-    _check_keys(entry, {field.name for field in fields(Group)}, "a [[pool.group]]")
+def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
+    _check_keys(entry, {field.name for field in fields(DeviceGroup)}, "a [[pool.group]]")
     name = str(entry.get("device_class", ""))
-    if name in WITHOUT_BF16:
-        raise ValueError(f"device class {name} cannot multiply bf16, in which Yuan is trained; use one of {_known()}")
-    book = asdict(KNOWN[name]) if name in KNOWN else {}
+    if name in DEVICES_WITHOUT_BF16:
+        raise ValueError(
+            f"device class {name} cannot multiply bf16, in which Yuan is trained; use one of {_format_known_classes()}"
+        )
+    book = asdict(DEVICE_SPECS[name]) if name in DEVICE_SPECS else {}
     values = {**book, **entry}
     missing = {"device_class", "count", "memory_gib", "sustained_tflops"} - values.keys()
     if missing:
-        near = _near(name, list(KNOWN))
+        near = _suggest_nearest(name, list(DEVICE_SPECS))
         raise ValueError(
             f"a [[pool.group]] of device class {name!r} needs {', '.join(sorted(missing))}; known classes need only a "
-            f"count: {_known()}{near}"
+            f"count: {_format_known_classes()}{near}"
         )
     if "measured" in values:
-        _check_keys(values["measured"], {field.name for field in fields(Measured)}, "[pool.group.measured]")
+        _check_keys(values["measured"], {field.name for field in fields(MeasuredRates)}, "[pool.group.measured]")
         try:
-            values["measured"] = Measured(**values["measured"])
+            values["measured"] = MeasuredRates(**values["measured"])
         except TypeError as error:
             raise ValueError(f"[pool.group.measured] of {name!r} lacks a rate ({error}); calibrate again") from None
-    return Group(**values)
+    return DeviceGroup(**values)
 
 
-def _known() -> str:
-    return ", ".join(KNOWN)
+def _format_known_classes() -> str:
+    return ", ".join(DEVICE_SPECS)
 
 
 def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
     for key in entry:
         if key not in known:
-            raise ValueError(f"{where} has the unknown key {key!r}{_near(key, sorted(known))}; known: {sorted(known)}")
+            raise ValueError(
+                f"{where} has the unknown key {key!r}{_suggest_nearest(key, sorted(known))}; known: {sorted(known)}"
+            )
 
 
-def _near(word: str, words: list[str]) -> str:
+def _suggest_nearest(word: str, words: list[str]) -> str:
     found = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {found[0]!r}?" if word and found else ""
 
@@ -233,8 +237,8 @@ def _near(word: str, words: list[str]) -> str:
 def _check_positive(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{what} must be positive, got {value!r}")
-    if value >= ABSURD:
-        raise ValueError(f"{what} must be below {ABSURD:,.0f}, got {value!r}; check its unit")
+    if value >= MAX_PLAUSIBLE_VALUE:
+        raise ValueError(f"{what} must be below {MAX_PLAUSIBLE_VALUE:,.0f}, got {value!r}; check its unit")
 
 
 def _check_not_negative(what: str, value: object) -> None:

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from yuan.plan.memory_model import GIB
-from yuan.plan.plan_record import Plan
-from yuan.plan.planner import Objective, candidate_of, make_plan
-from yuan.plan.pool import Group, Pool
-from yuan.plan.search import Limits
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.planner import Objective, make_plan, score_plan
+from yuan.plan.pool import DeviceGroup, Pool
+from yuan.plan.search import SizeLimits
 from yuan.plan.time_model import GIGA
-from yuan.plan.workload import Work
+from yuan.plan.workload import Workload
 
-STATE_BYTES = 12  # a parameter's master weight and two moments, which a checkpoint holds; the bf16 copy is made of them
-WORTH = 1e-4  # a share of the step's time below which a gain is none
-SIMULATED = 3  # candidates; fewer than for a first plan, since a pool with a gap waits for it
-RESTART_S = 60.0  # ending the processes, starting them, building groups and engine
+STATE_BYTES_PER_PARAMETER = (
+    12  # a parameter's master weight and two moments, which a checkpoint holds; the bf16 copy is made of them
+)
+MIN_REPLAN_GAIN = 1e-4  # a share of the step's time below which a gain is none
+NUM_SIMULATED_REPLANS = 3  # candidates; fewer than for a first plan, since a pool with a gap waits for it
+RESTART_ESTIMATE_S = 60.0  # ending the processes, starting them, building groups and engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Replan:
     `payback_steps` the faster step has paid for the move; None if there is nothing to pay back.
     """
 
-    plan: Plan
+    plan: PipelinePlan
     kept_step_seconds: float | None
     moved_layers: tuple[int, ...]
     moved_bytes: int
@@ -38,10 +40,10 @@ class Replan:
 
 
 def replan(
-    work: Work,
-    current: Plan,
+    work: Workload,
+    current: PipelinePlan,
     pool: Pool,
-    limits: Limits = Limits(),
+    limits: SizeLimits = SizeLimits(),
     objective: Objective = "time",
     *,
     lost_steps: int = 0,
@@ -55,25 +57,31 @@ def replan(
     Raises:
         ValueError: if the objective is unknown or the limits contradict the model or the pool.
     """
-    plan = make_plan(work, pool, limits, objective, explained=False, kept=SIMULATED)
-    kept = _kept_seconds(work, current, pool)
-    moved = _moved_layers(current, plan)
+    plan = make_plan(work, pool, limits, objective, explained=False, kept=NUM_SIMULATED_REPLANS)
+    kept = _predict_kept_seconds(work, current, pool)
+    moved = _find_moved_layers(current, plan)
     parameters = work.model.layer_parameters
-    seconds = RESTART_S + _transfer_seconds(plan, pool, moved, parameters) + lost_steps * current.step_seconds
+    seconds = (
+        RESTART_ESTIMATE_S
+        + _estimate_state_load_seconds(plan, pool, moved, parameters)
+        + lost_steps * current.step_seconds
+    )
     gain = 0.0 if kept is None or not plan.feasible else kept - plan.step_seconds
-    payback = math.ceil(seconds / gain) if gain > WORTH * plan.step_seconds else None
+    payback = math.ceil(seconds / gain) if gain > MIN_REPLAN_GAIN * plan.step_seconds else None
     return Replan(
         plan=plan,
         kept_step_seconds=kept,
         moved_layers=moved,
-        moved_bytes=len(moved) * parameters * STATE_BYTES,
+        moved_bytes=len(moved) * parameters * STATE_BYTES_PER_PARAMETER,
         move_seconds=seconds,
         payback_steps=payback,
-        explanation=_explanation(plan, kept, len(moved), len(moved) * parameters * STATE_BYTES, seconds, payback),
+        explanation=_explain_replan(
+            plan, kept, len(moved), len(moved) * parameters * STATE_BYTES_PER_PARAMETER, seconds, payback
+        ),
     )
 
 
-def changed(pool: Pool, counts: Mapping[str, int]) -> Pool:
+def resize_pool(pool: Pool, counts: Mapping[str, int]) -> Pool:
     """The pool with so many devices more (or, negative, fewer) of each class.
 
     Raises:
@@ -90,7 +98,7 @@ def changed(pool: Pool, counts: Mapping[str, int]) -> Pool:
     return replace(pool, groups=tuple(groups))
 
 
-def slowed(pool: Pool, device_class: str, count: int, factor: float) -> Pool:
+def split_slow_devices(pool: Pool, device_class: str, count: int, factor: float) -> Pool:
     """The pool with `count` devices of a class doing `factor` of what the others do, as a class of its own.
 
     All replicas of a stage wait for the slowest, so count one device for each replica of the slow one's stage.
@@ -100,16 +108,16 @@ def slowed(pool: Pool, device_class: str, count: int, factor: float) -> Pool:
     """
     if not 0 < factor < 1:
         raise ValueError(f"a slow device does more than 0 and less than 1 of the others' work, got {factor}")
-    rest = changed(pool, {device_class: -count})
+    rest = resize_pool(pool, {device_class: -count})
     group = next(group for group in pool.groups if group.device_class == device_class)
-    return replace(rest, groups=(*rest.groups, _slow(group, count, factor)))
+    return replace(rest, groups=(*rest.groups, _make_slow_group(group, count, factor)))
 
 
-def slow_name(device_class: str) -> str:
+def make_slow_class_name(device_class: str) -> str:
     return f"{device_class} (slow)"
 
 
-def _slow(group: Group, count: int, factor: float) -> Group:
+def _make_slow_group(group: DeviceGroup, count: int, factor: float) -> DeviceGroup:
     measured = group.measured
     if measured is not None:
         measured = replace(
@@ -120,7 +128,7 @@ def _slow(group: Group, count: int, factor: float) -> Group:
         )
     return replace(
         group,
-        device_class=slow_name(group.device_class),
+        device_class=make_slow_class_name(group.device_class),
         count=count,
         sustained_tflops=group.sustained_tflops * factor,
         fp32_tflops=None if group.fp32_tflops is None else group.fp32_tflops * factor,
@@ -128,25 +136,25 @@ def _slow(group: Group, count: int, factor: float) -> Group:
     )
 
 
-def _kept_seconds(work: Work, current: Plan, pool: Pool) -> float | None:
+def _predict_kept_seconds(work: Workload, current: PipelinePlan, pool: Pool) -> float | None:
     """A step with the stages as they are, None if devices are missing; a slow device counts where it hurts most."""
     counts = {group.device_class: group.count for group in pool.groups}
     names = [stage.device_class for stage in current.stages]
     for name in set(names):
         short = names.count(name) * current.data_size - counts.get(name, 0)
-        if short > counts.get(slow_name(name), 0):
+        if short > counts.get(make_slow_class_name(name), 0):
             return None
         if short > 0:
             own = [s for s, stage in enumerate(current.stages) if stage.device_class == name]
-            names[max(own, key=lambda s: current.stages[s].compute_seconds)] = slow_name(name)
+            names[max(own, key=lambda s: current.stages[s].compute_seconds)] = make_slow_class_name(name)
     stages = [replace(stage, device_class=name) for stage, name in zip(current.stages, names, strict=True)]
-    return candidate_of(work, pool, replace(current, stages=stages)).layout.seconds
+    return score_plan(work, pool, replace(current, stages=stages)).layout.seconds
 
 
-def _moved_layers(old: Plan, new: Plan) -> tuple[int, ...]:
+def _find_moved_layers(old: PipelinePlan, new: PipelinePlan) -> tuple[int, ...]:
     """Layers that do not find their states where they were: their stage's number or its device class is another."""
 
-    def homes(plan: Plan) -> dict[int, tuple[int, str]]:
+    def homes(plan: PipelinePlan) -> dict[int, tuple[int, str]]:
         return {
             stage.first_layer + n: (s, stage.device_class)
             for s, stage in enumerate(plan.stages)
@@ -159,21 +167,23 @@ def _moved_layers(old: Plan, new: Plan) -> tuple[int, ...]:
     return tuple(layer for layer, home in after.items() if before.get(layer) != home)
 
 
-def _transfer_seconds(plan: Plan, pool: Pool, moved: tuple[int, ...], parameters: int) -> float:
+def _estimate_state_load_seconds(plan: PipelinePlan, pool: Pool, moved: tuple[int, ...], parameters: int) -> float:
     """Reading into the stage that gets most, over its link between nodes; replicas share the reading."""
     links = {group.device_class: group.inter_node_gb_s * GIGA for group in pool.groups}
     slowest = 0.0
     for stage in plan.stages:
         own = range(stage.first_layer, stage.first_layer + stage.layers)
-        size = len(set(own) & set(moved)) * parameters * STATE_BYTES
+        size = len(set(own) & set(moved)) * parameters * STATE_BYTES_PER_PARAMETER
         slowest = max(slowest, size / links[stage.device_class])
     return slowest
 
 
-def _explanation(plan: Plan, kept: float | None, layers: int, size: int, seconds: float, payback: int | None) -> str:
+def _explain_replan(
+    plan: PipelinePlan, kept: float | None, layers: int, size: int, seconds: float, payback: int | None
+) -> str:
     if not plan.feasible:
         return plan.explanation
-    if kept is not None and kept <= plan.step_seconds * (1 + WORTH):
+    if kept is not None and kept <= plan.step_seconds * (1 + MIN_REPLAN_GAIN):
         return f"The plan in use stays the best, with {kept:.4g} s a step."
     text = f"The new plan takes {plan.step_seconds:.4g} s a step"
     text += ", and the old one cannot go on." if kept is None else f", the old one on this pool {kept:.4g} s."

@@ -4,42 +4,44 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from yuan.plan.bounds import least_peak, lower_bound, may_fit
-from yuan.plan.critical_path import steady
-from yuan.plan.dynamic_program import Program
-from yuan.plan.pool import Group, Pool
-from yuan.plan.solver import Layout, is_exact, leanest, solve
-from yuan.plan.stage_costs import Costs, costs_of
-from yuan.plan.time_model import compute_seconds, finish_seconds
-from yuan.plan.workload import Grid, Work
+from yuan.plan.bounds import bound_peak_bytes, bound_step_seconds, may_fit
+from yuan.plan.critical_path import count_steady_batches
+from yuan.plan.dynamic_program import DynamicProgram
+from yuan.plan.pool import DeviceGroup, Pool
+from yuan.plan.solver import Layout, find_leanest_layout, is_exact, solve
+from yuan.plan.stage_costs import StageCosts, build_stage_costs
+from yuan.plan.time_model import predict_compute_seconds, predict_finish_seconds
+from yuan.plan.workload import Grid, Workload
 
-KEPT = 10  # candidates that a simulation may score again
-CLOSE = 1.03  # a plan slower by more than this cannot win by simulation, which agrees with the time model within it
-FIRST = 32  # grids that are bounded before one of them is solved
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+MAX_SIMULATED_CANDIDATES = 10  # candidates that a simulation may score again
+MAX_SIMULATED_SLOWDOWN = (
+    1.03  # a plan slower by more than this cannot win by simulation, which agrees with the time model within it
+)
+NUM_GRIDS_BOUNDED_FIRST = 32  # grids that are bounded before one of them is solved
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlanCandidate:
     """A grid with its best layout."""
 
     grid: Grid
     layout: Layout
-    groups: tuple[Group, ...]
+    groups: tuple[DeviceGroup, ...]
 
     @property
-    def stage_groups(self) -> list[Group]:
+    def stage_groups(self) -> list[DeviceGroup]:
         """The group that each stage lies on."""
         return [self.groups[c] for c in self.layout.classes]
 
-    def finish_seconds(self, work: Work) -> float:
+    def predict_finish_seconds(self, work: Workload) -> float:
         """What follows the last backward pass, on the stage where it takes longest."""
         placed = enumerate(zip(self.stage_groups, self.layout.layers, strict=True))
-        return max(float(finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in placed)
+        return max(float(predict_finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in placed)
 
 
 @dataclass(frozen=True)
-class Limits:
+class SizeLimits:
     """What the sizes may be; None leaves them open."""
 
     pipeline_size: int | None = None
@@ -48,14 +50,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Candidates, best first, and a bound below which no layout on any grid lies."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[PlanCandidate, ...]
     lower_bound: float
 
 
-def check_limits(work: Work, pool: Pool, limits: Limits) -> None:
+def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
     """Refuse sizes that no layout can have.
 
     Raises:
@@ -87,14 +89,14 @@ def check_limits(work: Work, pool: Pool, limits: Limits) -> None:
 
 
 def search(
-    work: Work,
+    work: Workload,
     pool: Pool,
-    limits: Limits = Limits(),
+    limits: SizeLimits = SizeLimits(),
     objective: str = "time",
     *,
     cutoff: float = float("inf"),
-    kept: int = KEPT,
-) -> Found:
+    kept: int = MAX_SIMULATED_CANDIDATES,
+) -> SearchResult:
     """Lay a model over a pool in the best way.
 
     A grid is bounded by its arithmetic, then by `bounds`, and solved only if both lie below what was found.
@@ -106,36 +108,38 @@ def search(
     Returns:
         The best candidate and those that come after it and are close; none if nothing fits.
     """
-    found = _Search(work, pool.groups, objective, cutoff, kept)
-    bounded = sorted((found.first_bound(grid), n, grid) for n, grid in enumerate(grids(work, pool, limits)))
+    found = _GridSearch(work, pool.groups, objective, cutoff, kept)
+    bounded = sorted((found.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
     for n, (bound, _, grid) in enumerate(bounded):
         if bound >= found.cutoff:
             break
         found.consider(grid)
-        if n == FIRST:
+        if n == NUM_GRIDS_BOUNDED_FIRST:
             found.solve_next()
     while found.pending:
         found.solve_next()
     return found.result()
 
 
-def fits(work: Work, pool: Pool, limits: Limits = Limits()) -> bool:
+def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLimits()) -> bool:
     """Whether any layout fits; a smaller micro-batch never needs more memory, so only the smallest is tried."""
     smallest = replace(limits, micro_batch_size=limits.micro_batch_size or 1)
-    for grid in sorted(grids(work, pool, smallest), key=lambda grid: -grid.pipeline_size):
-        costs = costs_of(work, grid, pool.groups)
-        if may_fit(costs) and Program(costs).is_feasible():
+    for grid in sorted(iter_grids(work, pool, smallest), key=lambda grid: -grid.pipeline_size):
+        costs = build_stage_costs(work, grid, pool.groups)
+        if may_fit(costs) and DynamicProgram(costs).is_feasible():
             return True
     return False
 
 
-class _Search:
+class _GridSearch:
     """Grids waiting to be solved, the most promising first, and the best candidates so far."""
 
-    def __init__(self, work: Work, groups: tuple[Group, ...], objective: str, cutoff: float, kept: int) -> None:
+    def __init__(
+        self, work: Workload, groups: tuple[DeviceGroup, ...], objective: str, cutoff: float, kept: int
+    ) -> None:
         self.work, self.groups, self.objective, self.below, self.kept = work, groups, objective, cutoff, kept
-        self.pending: list[tuple[float, int, Grid, Costs]] = []
-        self.best: list[tuple[tuple[object, ...], Candidate, Costs]] = []
+        self.pending: list[tuple[float, int, Grid, StageCosts]] = []
+        self.best: list[tuple[tuple[object, ...], PlanCandidate, StageCosts]] = []
         self.seen = 0
         self.floor = float("inf")  # seconds below which no layout lies on any grid that was solved
 
@@ -144,23 +148,25 @@ class _Search:
         """What a grid must be able to beat: the last of the kept, or what is close enough to the first."""
         if not self.best:
             return self.below
-        values = [self._value(candidate.layout) for _, candidate, _ in self.best]
-        return min(self.below, values[0] * CLOSE, values[-1] if len(values) == self.kept else float("inf"))
+        values = [self._get_objective_value(candidate.layout) for _, candidate, _ in self.best]
+        return min(
+            self.below, values[0] * MAX_SIMULATED_SLOWDOWN, values[-1] if len(values) == self.kept else float("inf")
+        )
 
     @property
     def fastest(self) -> float:
         """Seconds of the best so far, for the objective "time"."""
         return self.best[0][1].layout.seconds if self.best and self.objective == "time" else float("inf")
 
-    def first_bound(self, grid: Grid) -> float:
-        return _bound(self.work, grid, self.groups) if self.objective == "time" else 0.0
+    def bound_grid(self, grid: Grid) -> float:
+        return _bound_by_arithmetic(self.work, grid, self.groups) if self.objective == "time" else 0.0
 
     def consider(self, grid: Grid) -> None:
-        costs = costs_of(self.work, grid, self.groups)
+        costs = build_stage_costs(self.work, grid, self.groups)
         if self.objective == "time":
-            bound = lower_bound(costs, self.cutoff)
+            bound = bound_step_seconds(costs, self.cutoff)
         else:
-            peak = least_peak(costs, self.cutoff)
+            peak = bound_peak_bytes(costs, self.cutoff)
             bound = float("inf") if peak is None else peak
         if bound < self.cutoff:
             self.seen += 1
@@ -179,29 +185,29 @@ class _Search:
             self.floor = min(self.floor, bound)
         if layout is not None:
             self.floor = min(self.floor, layout.lower_bound)
-            self.best.append((self._order(layout, grid), Candidate(grid, layout, self.groups), costs))
+            self.best.append((self._make_sort_key(layout, grid), PlanCandidate(grid, layout, self.groups), costs))
             self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
 
-    def result(self) -> Found:
+    def result(self) -> SearchResult:
         """The candidates; of the best, the layout with the least peak among equally fast ones."""
         candidates = [candidate for _, candidate, _ in self.best]
         if candidates:
             first = candidates[0]
-            candidates[0] = Candidate(first.grid, leanest(self.best[0][2], first.layout), self.groups)
-        return Found(tuple(candidates), self.floor)
+            candidates[0] = PlanCandidate(first.grid, find_leanest_layout(self.best[0][2], first.layout), self.groups)
+        return SearchResult(tuple(candidates), self.floor)
 
-    def _value(self, layout: Layout) -> float:
+    def _get_objective_value(self, layout: Layout) -> float:
         return layout.seconds if self.objective == "time" else layout.peak_bytes
 
-    def _order(self, layout: Layout, grid: Grid) -> tuple[object, ...]:
+    def _make_sort_key(self, layout: Layout, grid: Grid) -> tuple[object, ...]:
         sizes = (grid.pipeline_size, grid.data_size, grid.micro_batch_size)
         values = (layout.seconds, layout.peak_bytes)
         return (*(values if self.objective == "time" else values[::-1]), *sizes)
 
 
-def grids(work: Work, pool: Pool, limits: Limits) -> Iterator[Grid]:
+def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]:
     """Every grid that devices and batch allow: A · B · D is the batch, and all replicas of a stage are of one class."""
-    sizes = (limits.micro_batch_size,) if limits.micro_batch_size else MICRO_BATCHES
+    sizes = (limits.micro_batch_size,) if limits.micro_batch_size else MICRO_BATCH_SIZES
     most = max(group.count for group in pool.groups)
     for data in [limits.data_size] if limits.data_size else range(1, most + 1):
         slots = sum(group.count // data for group in pool.groups)
@@ -215,11 +221,11 @@ def grids(work: Work, pool: Pool, limits: Limits) -> Iterator[Grid]:
                     yield Grid(pipeline_size=pipeline, data_size=data, micro_batch_size=micro, grad_accum_steps=accum)
 
 
-def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
+def _bound_by_arithmetic(work: Workload, grid: Grid, groups: tuple[DeviceGroup, ...]) -> float:
     """No layout on the grid takes a shorter step: the fastest devices, all of them used to the full, nothing sent."""
 
-    def seconds(group: Group, stage: int, layers: int) -> float:
-        return float(compute_seconds(work, grid, group, stage, layers, 0))
+    def seconds(group: DeviceGroup, stage: int, layers: int) -> float:
+        return float(predict_compute_seconds(work, grid, group, stage, layers, 0))
 
     last = grid.pipeline_size - 1
     layer = {group: seconds(group, last, 1) - seconds(group, last, 0) for group in groups}
@@ -230,10 +236,10 @@ def _bound(work: Work, grid: Grid, groups: tuple[Group, ...]) -> float:
     if grid.grad_accum_steps == 1:
         return total
     done = work.model.num_layers + head / layer[fastest[-1]]  # in layers
-    return total + done / layers_by_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
+    return total + done / compute_layers_per_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
 
 
-def layers_by_wait(rates: list[float], accum: int) -> float:
+def compute_layers_per_wait(rates: list[float], accum: int) -> float:
     """The most layers that stages of these rates, fastest first, can do for a micro-batch, by second of the wait.
 
     Of a wait μ (`critical`) a full stage can have c <= (μ - what lies behind it) / f, so that the best is linear in
@@ -241,7 +247,7 @@ def layers_by_wait(rates: list[float], accum: int) -> float:
     the other order can change places, with their times if the first has less, else without. A stage that is never full
     has at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
     """
-    full = [int(f) for f in steady(len(rates), accum) if f > 0]
+    full = [int(f) for f in count_steady_batches(len(rates), accum) if f > 0]
     best, never = 0.0, (len(rates) - len(full)) * rates[0] * 2 / (accum - 1)
     for rate, f in zip(rates, full, strict=False):
         best = max(best, best + (rate - best) / f)

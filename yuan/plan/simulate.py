@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yuan.plan.time_model import Floats
+from yuan.plan.time_model import FloatArray
 
 
 @dataclass(frozen=True)
 class Timeline:
     """When each stage begins and ends each micro-batch's passes, in seconds: four arrays (P, A)."""
 
-    forward_start: Floats
-    forward_end: Floats
-    backward_start: Floats
-    backward_end: Floats
+    forward_start: FloatArray
+    forward_end: FloatArray
+    backward_start: FloatArray
+    backward_end: FloatArray
 
     @property
     def seconds(self) -> float:

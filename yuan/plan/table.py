@@ -1,29 +1,31 @@
 """A plan as text for people."""
 
 from yuan.plan.memory_model import GIB
-from yuan.plan.plan_record import Plan, Stage
+from yuan.plan.plan_record import PipelinePlan, Stage
 
-BAR = 20  # characters
+BAR_WIDTH_CHARS = 20  # characters
 
 
-def as_table(plan: Plan) -> str:
+def format_plan_table(plan: PipelinePlan) -> str:
     """The plan's sizes, its figures, a line a stage and the explanation."""
     fullest = max(stage.memory_bytes for stage in plan.stages)
+    memory_width = BAR_WIDTH_CHARS + 8
     head = [
         f"{plan.model} on {plan.pool}: {plan.pipeline_size} stages x {plan.data_size} replicas = "
         f"{plan.pipeline_size * plan.data_size} devices, micro-batch {plan.micro_batch_size}, "
         f"{plan.grad_accum_steps} micro-batches a step",
         f"{plan.step_seconds:.4g} s a step, {plan.tokens_per_s:,.0f} tokens/s, idle {plan.bubble_fraction:.1%}, "
-        f"fullest device {plan.peak_memory_bytes / GIB:.1f} GiB, {_proof(plan)}",
+        f"fullest device {plan.peak_memory_bytes / GIB:.1f} GiB, {_format_optimality(plan)}",
         "",
-        f"{'stage':>5}  {'layers':<12} {'redone':>6}  {'device':<12} {'memory, GiB':<{BAR + 8}} {'s/micro-batch':>13}",
+        f"{'stage':>5}  {'layers':<12} {'redone':>6}  {'device':<12} {'memory, GiB':<{memory_width}} "
+        f"{'s/micro-batch':>13}",
     ]
-    lines = [_line(n, stage, fullest) for n, stage in enumerate(plan.stages)]
-    terms = _largest_terms(plan.stages[max(range(len(plan.stages)), key=lambda n: plan.stages[n].memory_bytes)])
+    lines = [_format_stage_line(n, stage, fullest) for n, stage in enumerate(plan.stages)]
+    terms = _format_largest_terms(plan.stages[max(range(len(plan.stages)), key=lambda n: plan.stages[n].memory_bytes)])
     return "\n".join([*head, *lines, "", f"The fullest device holds {terms}.", plan.explanation])
 
 
-def _proof(plan: Plan) -> str:
+def _format_optimality(plan: PipelinePlan) -> str:
     if not plan.feasible:
         return "does not fit"
     if plan.gap is None:
@@ -31,16 +33,16 @@ def _proof(plan: Plan) -> str:
     return "proven best" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the best"
 
 
-def _line(number: int, stage: Stage, fullest: int) -> str:
+def _format_stage_line(number: int, stage: Stage, fullest: int) -> str:
     last = stage.first_layer + stage.layers - 1
     layers = f"{stage.first_layer}-{last} ({stage.layers})"
-    bar = "#" * max(1, round(BAR * stage.memory_bytes / fullest))
+    bar = "#" * max(1, round(BAR_WIDTH_CHARS * stage.memory_bytes / fullest))
     return (
         f"{number:>5}  {layers:<12} {stage.recompute_layers:>6}  {stage.device_class:<12} "
-        f"{stage.memory_bytes / GIB:7.1f} {bar:<{BAR}} {stage.compute_seconds:13.4g}"
+        f"{stage.memory_bytes / GIB:7.1f} {bar:<{BAR_WIDTH_CHARS}} {stage.compute_seconds:13.4g}"
     )
 
 
-def _largest_terms(stage: Stage) -> str:
+def _format_largest_terms(stage: Stage) -> str:
     terms = sorted(stage.memory_terms.items(), key=lambda term: -term[1])[:4]
     return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f} GiB" for name, size in terms)

@@ -6,11 +6,11 @@ from typing import get_args
 from yuan.config import ModelConfig, Precision, Recipe
 
 LOSS_BLOCK_BYTES = 512 * 2**20
-PUBLISHED_BATCH = {"2b": 384, "51b": 1152, "102b": 1152}  # samples a step; examples of the official repository
+PUBLISHED_BATCH_SIZES = {"2b": 384, "51b": 1152, "102b": 1152}  # samples a step; examples of the official repository
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Workload:
     """A model and the samples of one optimizer step.
 
     `loss_block` is the number of rows of logits that exist at a time on the last stage; None is the plain loss, which
@@ -36,14 +36,14 @@ class Work:
                 raise ValueError(f"{field} must be at least 1, got {value}")
 
     @classmethod
-    def of(cls, model: ModelConfig, recipe: Recipe) -> "Work":
+    def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":
         """What a recipe asks for, with block-wise loss."""
         return cls(
             model=model,
             seq_len=recipe.seq_len,
             global_batch_size=recipe.global_batch_size,
             precision=recipe.precision,
-            loss_block=default_loss_block(model),
+            loss_block=compute_default_loss_block(model),
             isolate_documents=recipe.isolate_documents,
         )
 
@@ -52,7 +52,7 @@ class Work:
         return 2 if self.precision == "bf16" else 4
 
 
-def default_loss_block(model: ModelConfig) -> int:
+def compute_default_loss_block(model: ModelConfig) -> int:
     """Rows whose logits take 512 MiB in fp32."""
     return max(1, LOSS_BLOCK_BYTES // (4 * model.vocab_size))
 

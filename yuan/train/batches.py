@@ -8,15 +8,15 @@ from torch import Tensor
 
 from yuan.data.corpus import Corpus
 from yuan.data.shuffle import Numbers
-from yuan.plan.plan_record import Plan
+from yuan.plan.plan_record import PipelinePlan
 
-Inputs = tuple[Tensor, Tensor]
-Labels = tuple[Tensor, Tensor, Tensor]
+BatchInputs = tuple[Tensor, Tensor]
+BatchLabels = tuple[Tensor, Tensor, Tensor]
 
 
-def micro_batches(
-    corpus: Corpus, plan: Plan, positions: Numbers, replica: int, device: torch.device
-) -> Iterator[tuple[Inputs, Labels]]:
+def read_micro_batches(
+    corpus: Corpus, plan: PipelinePlan, positions: Numbers, replica: int, device: torch.device
+) -> Iterator[tuple[BatchInputs, BatchLabels]]:
     """The micro-batches of one step on one replica: ((tokens, documents), (labels, weights, sources)).
 
     The weights add up so that DeepSpeed's mean over micro-batches and replicas is the mean over the learned tokens of

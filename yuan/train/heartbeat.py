@@ -15,15 +15,15 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from yuan.train.exit_status import Status, leave_note
-from yuan.train.run_files import names_in, read_file
+from yuan.train.exit_status import ExitStatus, write_exit_note
+from yuan.train.run_files import list_names, read_file
 from yuan.train.run_folder import write_json
 
-FOLDER, NAME = "heartbeats", re.compile(r"[0-9]{1,6}\.json")
-BEAT_EVERY_S = 1.0
-SLOWEST = 20.0  # times the median step after which a rank hangs, and
-LEAST_LIMIT_S = 20.0  # seconds at least, since a busy machine stalls for some of them
-ENOUGH = 5  # steps before their median counts
+HEARTBEATS_FOLDER, HEARTBEAT_NAME_PATTERN = "heartbeats", re.compile(r"[0-9]{1,6}\.json")
+RANK_HEARTBEAT_INTERVAL_S = 1.0
+HANG_MEDIAN_RATIO = 20.0  # times the median step after which a rank hangs, and
+MIN_HANG_LIMIT_S = 20.0  # seconds at least, since a busy machine stalls for some of them
+MIN_TIMED_STEPS = 5  # steps before their median counts
 
 
 class Heartbeat:
@@ -39,26 +39,26 @@ class Heartbeat:
         self._doing, self._since, self._step = "starting", time.monotonic(), 0
         self._is_patient = True
         self._steps: deque[float] = deque(maxlen=32)
-        (run / FOLDER).mkdir(exist_ok=True)
+        (run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def at(self, doing: str, *, is_patient: bool = False) -> None:
+    def note_progress(self, doing: str, *, is_patient: bool = False) -> None:
         """Note progress: something else begins, which may take the most there is if it is no part of a step."""
         self._is_patient = is_patient
         self._doing, self._since = doing, time.monotonic()
 
-    def stepped(self, step: int, seconds: float) -> None:
+    def note_step(self, step: int, seconds: float) -> None:
         """Note that a step is done."""
         self._step = step
         self._steps.append(seconds)
-        self.at("between steps")
+        self.note_progress("between steps")
 
     @property
     def limit_s(self) -> float:
         """Seconds that one instruction may take now."""
-        if self._is_patient or len(self._steps) < ENOUGH:
+        if self._is_patient or len(self._steps) < MIN_TIMED_STEPS:
             return self._most_s
-        return min(self._most_s, max(LEAST_LIMIT_S, SLOWEST * statistics.median(list(self._steps))))
+        return min(self._most_s, max(MIN_HANG_LIMIT_S, HANG_MEDIAN_RATIO * statistics.median(list(self._steps))))
 
     def _beat(self) -> None:
         while True:
@@ -67,25 +67,25 @@ class Heartbeat:
                 said = (
                     f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {self.limit_s:.0f} s allowed"
                 )
-                leave_note(self._run, self._rank, Status.HUNG, said)
+                write_exit_note(self._run, self._rank, ExitStatus.HUNG, said)
                 print(f"rank {self._rank}: {said}", file=sys.stderr, flush=True)
-                os._exit(Status.HUNG)  # the main thread is in a collective and cannot be asked
+                os._exit(ExitStatus.HUNG)  # the main thread is in a collective and cannot be asked
             beat = {"pid": os.getpid(), "time": time.time(), "step": self._step, "doing": doing, "silent_s": silent_s}
             try:
-                write_json(self._run / FOLDER / f"{self._rank}.json", beat)
+                write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", beat)
             except OSError:  # a full disk is for the main thread to meet
                 pass
-            time.sleep(BEAT_EVERY_S)
+            time.sleep(RANK_HEARTBEAT_INTERVAL_S)
 
 
 def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
     """By rank: its pid, the time, the step after which and the instruction in which it was."""
     found = {}
-    for name in names_in(run, FOLDER):
-        if not NAME.fullmatch(name):
+    for name in list_names(run, HEARTBEATS_FOLDER):
+        if not HEARTBEAT_NAME_PATTERN.fullmatch(name):
             continue
         try:
-            found[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{FOLDER}/{name}"))
+            found[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}"))
         except (ValueError, OSError):
             continue
     return found

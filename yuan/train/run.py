@@ -13,7 +13,7 @@ import torch
 
 from infra.logs import configure_logging
 from infra.process_group import alone, leave_with_parent
-from yuan.train.exit_status import Status, leave_note, status_of
+from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
 from yuan.train.heartbeat import Heartbeat
 from yuan.train.run_folder import RunFolder
 from yuan.train.trainer import Trainer
@@ -31,19 +31,19 @@ def main() -> int:
     try:
         train(folder, rank)
     except Exception as error:
-        status = status_of(error)
+        status = classify_error(error)
         log.exception("rank %d ends: %s", rank, status.name.lower().replace("_", " "))
-        leave_note(folder.path, rank, status, f"{type(error).__name__}: {error}")
+        write_exit_note(folder.path, rank, status, f"{type(error).__name__}: {error}")
         # at once: leaving the groups would wait for peers who may wait for this rank
         logging.shutdown()
         os._exit(status)
-    leave_note(folder.path, rank, Status.FINISHED, "")
+    write_exit_note(folder.path, rank, ExitStatus.FINISHED, "")
     return 0
 
 
 def train(folder: RunFolder, rank: int) -> None:
     """Be one rank of the run in a folder, from start to export."""
-    spec = folder.spec()
+    spec = folder.read_spec()
     # A rank of an earlier start may be dying still; two of them must not write the same files.
     with alone(folder.path / f".rank-{rank}.lock"):
         heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MAX_BYTES = 16 * 2**20  # of a small file: a status, a note, a manifest
+MAX_SMALL_FILE_BYTES = 16 * 2**20  # of a small file: a status, a note, a manifest
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class NotRegular(OSError):
+class NotRegularFileError(OSError):
     """A link, a FIFO or a folder lies where a file belongs, or a file that is too large."""
 
     def __init__(self, path: Path, why: str = "is no regular file") -> None:
@@ -35,12 +35,12 @@ def open_folder(root: Path, name: str = ".") -> Iterator[int]:
     try:
         for part in Path(name).parts:
             if part in ("..", "/"):
-                raise NotRegular(root / name, "lies outside of its folder")
+                raise NotRegularFileError(root / name, "lies outside of its folder")
             try:
                 inner = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                    raise NotRegular(root / name, "lies in no folder of its own") from None
+                    raise NotRegularFileError(root / name, "lies in no folder of its own") from None
                 raise
             os.close(descriptor)
             descriptor = inner
@@ -63,11 +63,11 @@ def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
             )
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # the last: a FIFO that nobody reads
-                raise NotRegular(root / name) from None
+                raise NotRegularFileError(root / name) from None
             raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NotRegular(root / name)
+        raise NotRegularFileError(root / name)
     return descriptor
 
 
@@ -80,7 +80,7 @@ def is_file(root: Path, name: str) -> bool:
     return True
 
 
-def read_file(root: Path, name: str, limit: int = MAX_BYTES) -> bytes:
+def read_file(root: Path, name: str, limit: int = MAX_SMALL_FILE_BYTES) -> bytes:
     """Read a small file.
 
     Raises:
@@ -90,7 +90,7 @@ def read_file(root: Path, name: str, limit: int = MAX_BYTES) -> bytes:
     with os.fdopen(open_file(root, name), "rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
-        raise NotRegular(root / name, f"has more than {limit} bytes")
+        raise NotRegularFileError(root / name, f"has more than {limit} bytes")
     return data
 
 
@@ -113,7 +113,7 @@ def open_to_append(root: Path, name: str) -> int:
         if os.fstat(descriptor).st_nlink == 1:
             return descriptor
         os.close(descriptor)
-    except NotRegular:
+    except NotRegularFileError:
         pass
     remove_entry(root, name)
     return open_file(root, name, flags | os.O_EXCL)
@@ -149,7 +149,7 @@ def remove_entry(root: Path, name: str) -> None:
             shutil.rmtree(Path(name).name, dir_fd=folder)
 
 
-def names_in(root: Path, name: str) -> list[str]:
+def list_names(root: Path, name: str) -> list[str]:
     """Names in a folder below a trusted one, in order; none if it is missing, a link, no folder, or closed."""
     try:
         with open_folder(root, name) as folder:

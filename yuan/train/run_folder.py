@@ -11,15 +11,21 @@ from typing import Any
 from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, corpus_files, write_corpus
 from yuan.data.samples import Sample
-from yuan.plan.plan_record import Plan
-from yuan.train.checkpoint_manifest import MANIFEST, difference, digest_of, real_checkpoints, sealed
-from yuan.train.run_files import NotRegular, is_file, open_file, open_to_append, read_file, replace_file
+from yuan.plan.plan_record import PipelinePlan
+from yuan.train.checkpoint_manifest import (
+    CHECKPOINT_MANIFEST_FILE,
+    compute_digest,
+    find_difference,
+    list_committed_checkpoints,
+    read_sealed_manifest,
+)
+from yuan.train.run_files import NotRegularFileError, is_file, open_file, open_to_append, read_file, replace_file
 
-KINDS = ("pretrain", "continue", "finetune")
-SPEC, SEAL, TOKENIZER = "run.json", "seal.json", "tokenizer.model"
-METRICS, EVENTS, PICTURE = "metrics.jsonl", "events.jsonl", "plan.svg"
-NEW_BYTES, MAX_READS = 16 * 2**20, 256  # of a log: read at once, and how often for the whole of it
-SPEC_BEFORE = "run.json before"  # in the seal: what run.json was until it was replaced
+RUN_KINDS = ("pretrain", "continue", "finetune")
+RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"
+METRICS_FILE, EVENTS_FILE, PLAN_PICTURE_FILE = "metrics.jsonl", "events.jsonl", "plan.svg"
+LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # of a log: read at once, and how often for the whole of it
+PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: what run.json was until it was replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +39,15 @@ class RunSpec:
     kind: str
     model: ModelConfig
     snapshot: str
-    plan: Plan
+    plan: PipelinePlan
     recipe: Recipe
     seed: int
     parent: str | None
     schema: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.kind not in RUN_KINDS:
+            raise ValueError(f"kind must be one of {RUN_KINDS}, got {self.kind!r}")
         if (self.kind == "pretrain") != (self.parent is None):
             raise ValueError(f"a pretrain run has no parent and the others have one, got {self.kind}, {self.parent}")
         if self.plan.bounds[-1] != self.model.num_layers:
@@ -88,7 +94,7 @@ class RunSpec:
         try:
             parts = {
                 "model": ModelConfig.from_json(data["model"]),
-                "plan": Plan.from_json(data["plan"]),
+                "plan": PipelinePlan.from_json(data["plan"]),
                 "recipe": Recipe.from_json(data["recipe"]),
             }
             return cls(**{**data, **parts})
@@ -118,27 +124,31 @@ class RunFolder:
     def data(self) -> Path:
         return self.path / "data"
 
-    def spec(self) -> RunSpec:
+    def read_spec(self) -> RunSpec:
         """Read run.json.
 
         Raises:
             ValueError: if it is missing, not as it was written, or contradicts itself.
         """
         try:
-            text = read_file(self.path, SPEC)
+            text = read_file(self.path, RUN_SPEC_FILE)
         except FileNotFoundError:
-            raise ValueError(f"{self.path} has no {SPEC}; lay the run out first") from None
-        except NotRegular as error:
-            raise ValueError(f"{self.path / SPEC} {error.strerror}; lay out a new run") from None
-        known = [entry.get("sha256") for name, entry in self._seal().items() if name in (SPEC, SPEC_BEFORE)]
+            raise ValueError(f"{self.path} has no {RUN_SPEC_FILE}; lay the run out first") from None
+        except NotRegularFileError as error:
+            raise ValueError(f"{self.path / RUN_SPEC_FILE} {error.strerror}; lay out a new run") from None
+        known = [
+            entry.get("sha256")
+            for name, entry in self._read_seal().items()
+            if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY)
+        ]
         if hashlib.sha256(text).hexdigest() not in known:
             raise ValueError(
-                f"{self.path / SPEC} is not as it was laid out: somebody edited it; put it back, or lay out a new run "
-                "with the settings that are wanted"
+                f"{self.path / RUN_SPEC_FILE} is not as it was laid out: somebody edited it; put it back, or lay out "
+                "a new run with the settings that are wanted"
             )
         return RunSpec.from_json(json.loads(text))
 
-    def write(
+    def prepare(
         self,
         spec: RunSpec,
         sources: Mapping[str, Iterable[Sample]],
@@ -165,32 +175,36 @@ class RunFolder:
     ) -> None:
         """Lay out a run's inputs like `write`, and leave it to the caller to make the folder whole by `write_spec`."""
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
-        files = [*corpus_files(self.data), self.path / TOKENIZER]
-        self._write_seal({str(file.relative_to(self.path)): digest_of(file) for file in files})
+        files = [*corpus_files(self.data), self.path / TOKENIZER_FILE]
+        self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:
         """Replace run.json, for another plan; the seal knows both, so a kill between the two writes does no harm."""
         text = json.dumps(spec.to_json(), indent=2)
         digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        before = {SPEC_BEFORE: digest_of(self.path / SPEC)} if (self.path / SPEC).exists() else {}
-        self._write_seal({**self._seal(), **before, SPEC: digest})
-        write_json(self.path / SPEC, spec.to_json())
+        before = (
+            {PREVIOUS_SPEC_KEY: compute_digest(self.path / RUN_SPEC_FILE)}
+            if (self.path / RUN_SPEC_FILE).exists()
+            else {}
+        )
+        self._write_seal({**self._read_seal(), **before, RUN_SPEC_FILE: digest})
+        write_json(self.path / RUN_SPEC_FILE, spec.to_json())
 
-    def check(self) -> RunSpec:
+    def check_inputs(self) -> RunSpec:
         """Read every input and compare it with what was laid out; for those who are about to take devices.
 
         Raises:
             ValueError: naming each file that is missing or another.
         """
-        spec = self.spec()
+        spec = self.read_spec()
         wrong = []
-        for name, expected in self._seal().items():
-            if name in (SPEC, SPEC_BEFORE):  # compared above
+        for name, expected in self._read_seal().items():
+            if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY):  # compared above
                 continue
-            bad = difference(self.path, name, expected)
+            bad = find_difference(self.path, name, expected)
             if bad:
                 wrong.append(f"{name} {bad if bad.startswith('cannot') else 'is not as it was laid out'}")
-        wrong += self._foreign_checkpoints(spec)
+        wrong += self._find_foreign_checkpoints(spec)
         # May be a link that the operator made to a model folder; nothing of it is read here.
         if spec.parent is not None and not (self.parent / "manifest.json").is_file():
             wrong.append(f"parent/ has no manifest of {spec.parent}")
@@ -198,11 +212,11 @@ class RunFolder:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
         return spec
 
-    def _foreign_checkpoints(self, spec: RunSpec) -> list[str]:
+    def _find_foreign_checkpoints(self, spec: RunSpec) -> list[str]:
         """Checkpoints of another model or another order of data; a damaged manifest is for the ranks to pass over."""
         wrong = []
-        for path in real_checkpoints(self.checkpoints):
-            manifest = sealed(path / MANIFEST)
+        for path in list_committed_checkpoints(self.checkpoints):
+            manifest = read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)
             if manifest is None:
                 continue
             if manifest["model"] != spec.model.to_json():
@@ -211,23 +225,23 @@ class RunFolder:
                 wrong.append(f"checkpoint {path.name} is of another order of data, {manifest['order']}")
         return wrong
 
-    def corpus(self, seed: int) -> Corpus:
+    def open_corpus(self, seed: int) -> Corpus:
         return Corpus(self.data, seed)
 
-    def _seal(self) -> dict[str, Any]:
+    def _read_seal(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(read_file(self.path, SEAL)))
-        except (FileNotFoundError, NotRegular, ValueError):
+            return dict(json.loads(read_file(self.path, SEAL_FILE)))
+        except (FileNotFoundError, NotRegularFileError, ValueError):
             return {}
 
     def _write_seal(self, files: Mapping[str, Any]) -> None:
-        write_json(self.path / SEAL, dict(files))
+        write_json(self.path / SEAL_FILE, dict(files))
 
-    def status(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
         """The newest status.json; empty before the first step, and if it is no file of ours."""
         try:
             return dict(json.loads(read_file(self.path, "status.json")))
-        except (FileNotFoundError, NotRegular, ValueError):
+        except (FileNotFoundError, NotRegularFileError, ValueError):
             return {}
 
     @property
@@ -235,17 +249,17 @@ class RunFolder:
         """Whether the weights are exported."""
         return is_file(self.path, "export/manifest.json")
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl; who asks again and again reads `NewLines`."""
-        return NewLines(self.path / METRICS).read_all()
+        return LogTail(self.path / METRICS_FILE).read_all()
 
-    def events(self) -> list[dict[str, Any]]:
+    def read_events(self) -> list[dict[str, Any]]:
         """Every whole line of events.jsonl."""
-        return NewLines(self.path / EVENTS).read_all()
+        return LogTail(self.path / EVENTS_FILE).read_all()
 
     def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Put these in place of all metrics, in one step."""
-        replace_file(self.path, METRICS, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        replace_file(self.path, METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a log; after one that a full disk has torn, on a line of its own."""
@@ -258,7 +272,7 @@ class RunFolder:
             file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
-class NewLines:
+class LogTail:
     """The records of a log that have come since one asked last; from the start again once the file was replaced."""
 
     def __init__(self, file: Path) -> None:
@@ -276,28 +290,28 @@ class NewLines:
                 if found.st_ino != self._inode or found.st_size < self._offset:
                     self._inode, self._offset = found.st_ino, 0
                 stream.seek(self._offset)
-                new = stream.read(NEW_BYTES)
-        except (FileNotFoundError, NotRegular):
+                new = stream.read(LOG_READ_BYTES)
+        except (FileNotFoundError, NotRegularFileError):
             self.has_more = False
             return []
-        self.has_more = len(new) == NEW_BYTES
+        self.has_more = len(new) == LOG_READ_BYTES
         whole = new[: new.rfind(b"\n") + 1]
         if self.has_more and not whole:  # no line of ours is as long
             whole = new
         self._offset += len(whole)
-        return [row for line in whole.split(b"\n") if (row := _parse(line))]
+        return [row for line in whole.split(b"\n") if (row := _parse_record(line))]
 
     def read_all(self) -> list[dict[str, Any]]:
         """Read to the end; of a log of more than 4 GiB, which no run writes, the rest is left out."""
         found = self.read()
-        for _ in range(MAX_READS - 1):
+        for _ in range(MAX_LOG_READS - 1):
             if not self.has_more:
                 break
             found += self.read()
         return found
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):

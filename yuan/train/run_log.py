@@ -8,14 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from yuan.data.shuffle import Numbers
-from yuan.train.run_folder import EVENTS, METRICS, RunFolder, write_json
-from yuan.train.throughput import Pacer
-from yuan.train.zero.step import Pass
+from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder, write_json
+from yuan.train.throughput import ThroughputMeter
+from yuan.train.zero.step import StepResult
 
-STATUS_EVERY_S = 2.0
+STATUS_INTERVAL_S = 2.0
 
 
-class Journal:
+class RunLog:
     """The files of one run; on other ranks than the first, nothing is written."""
 
     def __init__(self, folder: RunFolder, rank: int, sources: list[str], max_steps: int) -> None:
@@ -23,15 +23,17 @@ class Journal:
         self._sources, self._max_steps = sources, max_steps
         self._shown = -math.inf
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def log_event(self, event: Mapping[str, Any]) -> None:
         if self._writes:
-            self._folder.append(EVENTS, {**event, "time": time.time()})
+            self._folder.append(EVENTS_FILE, {**event, "time": time.time()})
 
-    def step(self, step: int, done: Pass, rate: float, positions: Numbers, pacer: Pacer, bounds: list[int]) -> None:
+    def log_step(
+        self, step: int, done: StepResult, rate: float, positions: Numbers, pacer: ThroughputMeter, bounds: list[int]
+    ) -> None:
         """Record a step whose update was made, and the status every few seconds."""
         if not self._writes:
             return
-        pace = pacer.pace()
+        pace = pacer.compute_pace()
         by_source = {
             f"train/loss/{name}": loss
             for name, loss in zip(self._sources, done.source_losses, strict=True)
@@ -51,19 +53,19 @@ class Journal:
             "data/first_position": int(positions[0]),
             "data/end_position": int(positions[-1]) + 1,
         }
-        self._folder.append(METRICS, record)
-        if time.monotonic() - self._shown > STATUS_EVERY_S or step == self._max_steps:
+        self._folder.append(METRICS_FILE, record)
+        if time.monotonic() - self._shown > STATUS_INTERVAL_S or step == self._max_steps:
             self._shown = time.monotonic()
             more = {"grad_norm": done.norm, "eta_s": (self._max_steps - step) * pace.step_seconds, **asdict(pace)}
-            self.show("training", step, done.loss, {**more, "bounds": bounds})
+            self.write_status("training", step, done.loss, {**more, "bounds": bounds})
 
-    def show(self, state: str, step: int, loss: float | None, more: Mapping[str, Any]) -> None:
+    def write_status(self, state: str, step: int, loss: float | None, more: Mapping[str, Any]) -> None:
         """Replace status.json."""
         if self._writes:
             head = {"state": state, "step": step, "max_steps": self._max_steps, "loss": loss}
             write_json(self._folder.path / "status.json", {**head, **more, "pid": os.getpid(), "time": time.time()})
 
-    def forget_after(self, step: int) -> None:
+    def drop_metrics_after(self, step: int) -> None:
         """Drop the metrics of steps that will be trained again."""
         if self._writes:
-            self._folder.replace_metrics([row for row in self._folder.metrics() if row["step"] <= step])
+            self._folder.replace_metrics([row for row in self._folder.read_metrics() if row["step"] <= step])

@@ -23,32 +23,40 @@ from yuan.config import Recipe
 from yuan.model.attention_inputs import packed_rows
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer
-from yuan.train.calibration.messages import ANSWER, Answer, Request, Trial
+from yuan.train.calibration.messages import (
+    CALIBRATION_RESULT_FILE,
+    CalibrationRequest,
+    CalibrationResult,
+    CalibrationTrial,
+)
 from yuan.train.run_folder import write_json
-from yuan.train.zero.engine import deepspeed_config, start_distributed, start_engine
+from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine
 from yuan.train.zero.pipeline import PlannedPipeline
 from yuan.train.zero.tied_embedding import EmbeddingStage
 
-REPEATS, LEAST_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
-DEPTH = 4  # layers of a measured stack: one alone would find its weights and activations in the caches
-SMALL, LARGE = 2**10, 2**22  # bytes of the two messages that tell a link's latency from its bandwidth
+MIN_TIMING_REPEATS, MIN_TIMING_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
+NUM_MEASURED_LAYERS = 4  # layers of a measured stack: one alone would find its weights and activations in the caches
+SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = (
+    2**10,
+    2**22,
+)  # bytes of the two messages that tell a link's latency from its bandwidth
 
 
 def measure(folder: Path) -> None:
     """Measure what the folder asks for; rank 0 writes the answer."""
-    request = Request.read(folder)
+    request = CalibrationRequest.read(folder)
     if not torch.cuda.is_available():
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     start_distributed(int(os.environ["WORLD_SIZE"]))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
-    latency, bandwidth = _link(device) if dist.get_world_size() > 1 else (None, None)
-    forward, backward = _layer_seconds(request, device)
-    head, embedding = _head_seconds(request, device), _embedding_seconds(request, device)
-    steps = tuple(min(_step_seconds(request, trial, device)) for trial in request.trials)
+    latency, bandwidth = _measure_link(device) if dist.get_world_size() > 1 else (None, None)
+    forward, backward = _measure_layer_seconds(request, device)
+    head, embedding = _measure_head_seconds(request, device), _measure_embedding_seconds(request, device)
+    steps = tuple(min(_measure_step_seconds(request, trial, device)) for trial in request.trials)
     if dist.get_rank() == 0:
-        answer = Answer(
+        answer = CalibrationResult(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             forward_s=forward,
             backward_s=backward,
@@ -58,15 +66,15 @@ def measure(folder: Path) -> None:
             bandwidth=bandwidth,
             step_s=steps,
         )
-        write_json(folder / ANSWER, asdict(answer))
+        write_json(folder / CALIBRATION_RESULT_FILE, asdict(answer))
 
 
-def _layer_seconds(request: Request, device: torch.device) -> tuple[float, float]:
-    model, recipe, dtype = request.model, request.recipe, _dtype(request.recipe)
-    layers = [Layer(model).to(device, dtype) for _ in range(DEPTH)]
+def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) -> tuple[float, float]:
+    model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
+    layers = [Layer(model).to(device, dtype) for _ in range(NUM_MEASURED_LAYERS)]
     shape = (recipe.micro_batch_size, recipe.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
-    rows = packed_rows(model, _documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
+    rows = packed_rows(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
     grad_BSH = torch.randn_like(x_BSH)
 
     def run() -> Tensor:
@@ -75,13 +83,13 @@ def _layer_seconds(request: Request, device: torch.device) -> tuple[float, float
             out_BSH = layer(out_BSH, rows)
         return out_BSH
 
-    forward = _seconds(run, device)
-    both = _seconds(lambda: run().backward(grad_BSH), device)
-    return forward / DEPTH, max(both - forward, 0.1 * forward) / DEPTH
+    forward = _time_calls(run, device)
+    both = _time_calls(lambda: run().backward(grad_BSH), device)
+    return forward / NUM_MEASURED_LAYERS, max(both - forward, 0.1 * forward) / NUM_MEASURED_LAYERS
 
 
-def _head_seconds(request: Request, device: torch.device) -> float:
-    model, recipe, dtype = request.model, request.recipe, _dtype(request.recipe)
+def _measure_head_seconds(request: CalibrationRequest, device: torch.device) -> float:
+    model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
     shape = (recipe.micro_batch_size, recipe.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     head_VH = torch.randn(model.vocab_size, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
@@ -92,20 +100,20 @@ def _head_seconds(request: Request, device: torch.device) -> float:
     def both() -> None:
         head_loss(x_BSH, head_VH, labels_BS, weights_BS, block=request.loss_block, head_sum=sum_VH).backward()
 
-    return _seconds(both, device)
+    return _time_calls(both, device)
 
 
-def _embedding_seconds(request: Request, device: torch.device) -> float:
+def _measure_embedding_seconds(request: CalibrationRequest, device: torch.device) -> float:
     model, recipe = request.model, request.recipe
-    stage = EmbeddingStage(model).to(device, _dtype(recipe))
+    stage = EmbeddingStage(model).to(device, _get_dtype(recipe))
     sum_VH = torch.zeros_like(stage.weight, dtype=torch.float32)
-    stage.summed = lambda: sum_VH
+    stage.get_gradient = lambda: sum_VH
     tokens_BS = torch.randint(model.vocab_size, (recipe.micro_batch_size, recipe.seq_len), device=device)
     grad_BSH = torch.randn_like(stage((tokens_BS, tokens_BS))[0])
-    return _seconds(lambda: stage((tokens_BS, tokens_BS))[0].backward(grad_BSH), device)
+    return _time_calls(lambda: stage((tokens_BS, tokens_BS))[0].backward(grad_BSH), device)
 
 
-def _link(device: torch.device) -> tuple[float, float]:
+def _measure_link(device: torch.device) -> tuple[float, float]:
     """Latency and bandwidth from the first rank to the second, from messages there and back."""
 
     def there_and_back(size: int) -> float:
@@ -119,28 +127,30 @@ def _link(device: torch.device) -> tuple[float, float]:
                 dist.recv(message, 0)
                 dist.send(message, 0)
 
-        return _seconds(once, device, least_s=0.0, repeats=50, of=min) / 2
+        return _time_calls(once, device, least_s=0.0, repeats=50, of=min) / 2
 
-    return link_of(there_and_back(SMALL), there_and_back(LARGE))
+    return fit_link(there_and_back(SMALL_MESSAGE_BYTES), there_and_back(LARGE_MESSAGE_BYTES))
 
 
-def link_of(small_s: float, large_s: float) -> tuple[float, float]:
+def fit_link(small_s: float, large_s: float) -> tuple[float, float]:
     """Latency in seconds and bandwidth in bytes a second, from how long a small and a large message take.
 
     On a machine that others use the small one can take as long; the bandwidth is then at least what the large one saw.
 
-    >>> latency, bandwidth = link_of(50e-6, 50e-6 + (LARGE - SMALL) / 1e9)
+    >>> latency, bandwidth = fit_link(50e-6, 50e-6 + (LARGE_MESSAGE_BYTES - SMALL_MESSAGE_BYTES) / 1e9)
     >>> round(latency * 1e6), round(bandwidth / 1e9, 3)
     (49, 1.0)
-    >>> link_of(3e-3, 2e-3)[1] == LARGE / 2e-3
+    >>> fit_link(3e-3, 2e-3)[1] == LARGE_MESSAGE_BYTES / 2e-3
     True
     """
     is_clear = large_s > 2 * small_s
-    bandwidth = (LARGE - SMALL) / (large_s - small_s) if is_clear else LARGE / large_s
-    return max(small_s - SMALL / bandwidth, 1e-9), bandwidth
+    bandwidth = (
+        (LARGE_MESSAGE_BYTES - SMALL_MESSAGE_BYTES) / (large_s - small_s) if is_clear else LARGE_MESSAGE_BYTES / large_s
+    )
+    return max(small_s - SMALL_MESSAGE_BYTES / bandwidth, 1e-9), bandwidth
 
 
-def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[float]:
+def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, device: torch.device) -> list[float]:
     """Seconds of some steps through the training engine itself."""
     recipe = replace(request.recipe, global_batch_size=trial.accum * request.recipe.micro_batch_size)
     recomputed = {
@@ -154,14 +164,14 @@ def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[
         isolated=recipe.isolate_documents,
         recomputed=recomputed,
     )
-    engine, _ = start_engine(module, recipe, deepspeed_config(recipe, 1))
+    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     found = []
     for step in range(request.steps + 1):
         engine.reset_activation_shape()
         dist.barrier()
         begun = time.perf_counter()
-        engine.train_batch(_batches(request, trial.accum, engine.device))
-        _finish(device)
+        engine.train_batch(_make_batches(request, trial.accum, engine.device))
+        _synchronize_device(device)
         if step:  # the first allocates
             found.append(time.perf_counter() - begun)
     engine.destroy()
@@ -170,26 +180,26 @@ def _step_seconds(request: Request, trial: Trial, device: torch.device) -> list[
     return found
 
 
-def _batches(request: Request, accum: int, device: torch.device) -> Iterator[Any]:
+def _make_batches(request: CalibrationRequest, accum: int, device: torch.device) -> Iterator[Any]:
     recipe = request.recipe
     shape = (recipe.micro_batch_size, recipe.seq_len)
     for _ in range(accum):
         tokens_BS = torch.randint(request.model.vocab_size, shape, device=device)
         weights_BS = torch.full(shape, 1.0 / tokens_BS.numel(), device=device)
-        yield (tokens_BS, _documents(*shape).to(device)), (tokens_BS, weights_BS)
+        yield (tokens_BS, _make_documents(*shape).to(device)), (tokens_BS, weights_BS)
 
 
-def _documents(batch: int, length: int) -> Tensor:
+def _make_documents(batch: int, length: int) -> Tensor:
     """Two documents a row."""
     return (torch.arange(length) >= length // 2).long().expand(batch, length).contiguous()
 
 
-def _seconds(
+def _time_calls(
     work: Callable[[], object],
     device: torch.device,
     *,
-    least_s: float = LEAST_S,
-    repeats: int = REPEATS,
+    least_s: float = MIN_TIMING_S,
+    repeats: int = MIN_TIMING_REPEATS,
     of: Callable[[list[float]], float] = statistics.median,
 ) -> float:
     """Median, or another figure, of the seconds of calls, after one that does not count."""
@@ -198,18 +208,18 @@ def _seconds(
     found: list[float] = []
     end = time.perf_counter() + least_s
     while len(found) < repeats or time.perf_counter() < end:
-        _finish(device)
+        _synchronize_device(device)
         begun = time.perf_counter()
         work()
-        _finish(device)
+        _synchronize_device(device)
         found.append(time.perf_counter() - begun)
     return of(found)
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def _get_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Elements [start, start + len(values)) of a flattened tensor of `size` elements."""
 
     start: int
@@ -40,39 +40,39 @@ class Piece:
     values: Tensor
 
 
-def write_pieces(folder: Path, pieces: Mapping[str, Piece], group: dist.ProcessGroup) -> None:
+def write_pieces(folder: Path, pieces: Mapping[str, TensorPiece], group: dist.ProcessGroup) -> None:
     """Write this rank's pieces beside those of the others of the group, who all call this; files are synced.
 
     Raises:
         CheckpointException: on all ranks, if one of them cannot write.
     """
-    save({}, storage_writer=FileSystemWriter(folder), planner=_Writing(pieces), process_group=group)
+    save({}, storage_writer=FileSystemWriter(folder), planner=_PieceSavePlanner(pieces), process_group=group)
 
 
-def read_pieces(folder: Path, wanted: Mapping[str, Piece]) -> None:
+def read_pieces(folder: Path, wanted: Mapping[str, TensorPiece]) -> None:
     """Fill pieces from whatever was written; reads nothing else.
 
     Raises:
         ValueError: if a tensor was not written, or has another size.
     """
-    reader, planner = FileSystemReader(folder), _Reading(wanted)
+    reader, planner = FileSystemReader(folder), _PieceLoadPlanner(wanted)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
 
 
-class _Writing(SavePlanner):
+class _PieceSavePlanner(SavePlanner):
     """Each piece is a shard of a flat tensor."""
 
-    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+    def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
         self._pieces = pieces
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing: the pieces are all there is."""
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([_write_item(key, piece) for key, piece in self._pieces.items()])
+        return SavePlan([_make_write_item(key, piece) for key, piece in self._pieces.items()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -84,10 +84,10 @@ class _Writing(SavePlanner):
         return self._pieces[write_item.index.fqn].values
 
 
-class _Reading(LoadPlanner):
+class _PieceLoadPlanner(LoadPlanner):
     """Reads what overlaps with the wanted pieces."""
 
-    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+    def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
         self._pieces = pieces
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
@@ -101,7 +101,7 @@ class _Reading(LoadPlanner):
             size = stored.size.numel() if isinstance(stored, TensorStorageMetadata) else None
             if size != piece.size or not isinstance(stored, TensorStorageMetadata):
                 raise ValueError(f"the checkpoint has {key} in {size} elements, and the model in {piece.size}")
-            items += create_read_items_for_chunk_list(key, stored, [_chunk(piece)])
+            items += create_read_items_for_chunk_list(key, stored, [_make_chunk(piece)])
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -121,13 +121,13 @@ class _Reading(LoadPlanner):
         """Nothing: what `resolve_tensor` gave is a view."""
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
+def _make_chunk(piece: TensorPiece) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size([piece.start]), torch.Size([piece.values.numel()]))
 
 
-def _write_item(key: str, piece: Piece) -> WriteItem:
+def _make_write_item(key: str, piece: TensorPiece) -> WriteItem:
     data = TensorWriteData(
-        chunk=_chunk(piece),
+        chunk=_make_chunk(piece),
         properties=TensorProperties.create_from_tensor(piece.values),
         size=torch.Size([piece.size]),
     )

@@ -18,24 +18,33 @@ from yuan import tokenizer as tokenizers
 from yuan.model import weights
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
-from yuan.train.checkpoint.dcp import Piece, read_pieces
-from yuan.train.checkpoint_manifest import MANIFEST, damage_of, real_checkpoints, sealed
+from yuan.train.checkpoint.dcp import TensorPiece, read_pieces
+from yuan.train.checkpoint_manifest import (
+    CHECKPOINT_MANIFEST_FILE,
+    find_damage,
+    list_committed_checkpoints,
+    read_sealed_manifest,
+)
 from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
-def export(folder: RunFolder, checkpoint: Path, target: Path) -> None:
+def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None:
     """Write the weights of a checkpoint, one tensor at a time, as a model folder that is there whole or not at all.
 
     Raises:
         ValueError: if the checkpoint is damaged, or of another model.
     """
-    manifest = sealed(checkpoint / MANIFEST)
-    bad = f"{MANIFEST} is not as it was written" if manifest is None else damage_of(checkpoint, manifest)
+    manifest = read_sealed_manifest(checkpoint / CHECKPOINT_MANIFEST_FILE)
+    bad = (
+        f"{CHECKPOINT_MANIFEST_FILE} is not as it was written"
+        if manifest is None
+        else find_damage(checkpoint, manifest)
+    )
     if manifest is None or bad:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {bad}; export another one")
-    spec = folder.spec()
+    spec = folder.read_spec()
     if manifest["model"] != spec.model.to_json():
         raise ValueError(f"checkpoint {checkpoint} is of the model {manifest['model']}, and the run's is {spec.model}")
     with torch.device("meta"):
@@ -44,7 +53,7 @@ def export(folder: RunFolder, checkpoint: Path, target: Path) -> None:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
             whole = torch.empty(shape.numel())
-            read_pieces(checkpoint, {f"weight/{name}": Piece(0, len(whole), whole)})
+            read_pieces(checkpoint, {f"weight/{name}": TensorPiece(0, len(whole), whole)})
             yield name, whole.view(shape)
 
     scratch = target.with_name(f".{target.name}")
@@ -57,14 +66,18 @@ def export(folder: RunFolder, checkpoint: Path, target: Path) -> None:
     scratch.rename(target)
 
 
-def chosen(folder: RunFolder, which: str) -> Path:
+def find_checkpoint(folder: RunFolder, which: str) -> Path:
     """A checkpoint of a run: `last`, `best`, or the number of its step.
 
     Raises:
         ValueError: if the run has none of that name; the message lists those it has.
     """
-    real = list(real_checkpoints(folder.checkpoints))
-    manifests = {path: manifest for path in real if (manifest := sealed(path / MANIFEST)) is not None}
+    real = list(list_committed_checkpoints(folder.checkpoints))
+    manifests = {
+        path: manifest
+        for path in real
+        if (manifest := read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)) is not None
+    }
     steps = {str(manifest["step"]): path for path, manifest in manifests.items()}
     scored = {path: m["loss"] for path, m in manifests.items() if m.get("loss") is not None}
     if which == "last" and manifests:
@@ -85,8 +98,8 @@ def main() -> int:
     folder = RunFolder(given.run.resolve())
     target = given.out or folder.export
     try:
-        path = chosen(folder, given.checkpoint)
-        export(folder, path, target.resolve())
+        path = find_checkpoint(folder, given.checkpoint)
+        export_checkpoint(folder, path, target.resolve())
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

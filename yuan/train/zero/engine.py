@@ -13,7 +13,7 @@ from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
 
 DEEPSPEED_VERSION = "0.19.8"  # whose private names were checked; they are listed in this package's docstring
-REDUCED_AT_ONCE = 50_000_000
+REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 
 def check_deepspeed() -> None:
@@ -51,7 +51,7 @@ def stop_distributed() -> None:
     dist.destroy_process_group()
 
 
-def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
+def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
     """Compute DeepSpeed's JSON from a recipe; the only place where it is written."""
     bf16 = recipe.precision == "bf16"
     return {
@@ -61,7 +61,7 @@ def deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         "gradient_clipping": recipe.grad_clip,
         # Gradients are reduced once, after the last micro-batch: there is nothing to gather them in a buffer for.
         # Those of fp32 replicas are copied to be reduced, so many at once; the planner counts no room for more.
-        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCED_AT_ONCE},
+        "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
         "bf16": {"enabled": bf16},
         # Without this, bf16 gradients of the micro-batches would be added up in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -90,15 +90,15 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
         config=config,
     )
     share_storage(engine)
-    module.add_gradients_up_in(engine)
+    module.accumulate_gradients_in(engine)
     return engine, optimizer
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
+def compute_learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine to final_lr_ratio of the peak; a pure function of the step.
 
     >>> r = Recipe(max_steps=10, learning_rate=1.0, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=2)
-    >>> [round(learning_rate(s, r), 3) for s in (0, 1, 6, 10)]
+    >>> [round(compute_learning_rate(s, r), 3) for s in (0, 1, 6, 10)]
     [0.5, 1.0, 0.525, 0.05]
     """
     if step < recipe.warmup_steps:

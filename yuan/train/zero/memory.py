@@ -18,7 +18,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 # Elements whose norm is taken at once: in fp64 1 MiB, which a CPU's allocator has at hand, and 128 MiB.
-NORM_BLOCK_CPU, NORM_BLOCK_GPU = 2**17, 2**24
+NORM_BLOCK_CPU_ELEMENTS, NORM_BLOCK_GPU_ELEMENTS = 2**17, 2**24
 
 
 def share_storage(engine: Any) -> None:
@@ -28,13 +28,15 @@ def share_storage(engine: Any) -> None:
         if is_alone:  # its sums, in fp32, lie in one piece already
             engine.buffered_allreduce_fallback = lambda *arguments, **named: None
         return
-    _make_weights_their_own_masters(optimizer)
+    _use_weights_as_masters(optimizer)
     if is_alone:
-        _add_gradients_up_where_they_are_read(optimizer)
-    _measure_norms_in_blocks(optimizer, NORM_BLOCK_CPU if engine.device.type == "cpu" else NORM_BLOCK_GPU)
+        _accumulate_in_flat_gradient(optimizer)
+    _measure_norms_in_blocks(
+        optimizer, NORM_BLOCK_CPU_ELEMENTS if engine.device.type == "cpu" else NORM_BLOCK_GPU_ELEMENTS
+    )
 
 
-def _make_weights_their_own_masters(optimizer: Any) -> None:
+def _use_weights_as_masters(optimizer: Any) -> None:
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
         rank = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group])
         # DeepSpeed copies the one to the other after an update, which torch leaves out for views of the same values
@@ -42,7 +44,7 @@ def _make_weights_their_own_masters(optimizer: Any) -> None:
     optimizer._link_all_hp_params()  # what it keeps by parameter were views of the copies
 
 
-def _add_gradients_up_where_they_are_read(optimizer: Any) -> None:
+def _accumulate_in_flat_gradient(optimizer: Any) -> None:
     """Let every parameter's gradient be a part of the flat one that the inner optimizer takes."""
     kept = {
         group: optimizer._build_compact_grad_partition_buffer(group) for group in range(len(optimizer.bit16_groups))
@@ -50,7 +52,7 @@ def _add_gradients_up_where_they_are_read(optimizer: Any) -> None:
     own = [
         (parameter, gradient)
         for group, gradients in kept.items()
-        for parameter, gradient in zip(optimizer.params_in_partition[group], _unpadded(gradients), strict=True)
+        for parameter, gradient in zip(optimizer.params_in_partition[group], _drop_padding(gradients), strict=True)
     ]
 
     def zero_grad(set_to_none: bool = True) -> None:
@@ -75,7 +77,7 @@ def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
     def of_blocks(gradients: Iterable[Tensor], parameters: Iterable[Tensor], norm_type: float = 2) -> Tensor:
         blocks = [
             (block, parameter)
-            for gradient, parameter in zip(_unpadded(gradients), parameters, strict=False)  # padding may come last
+            for gradient, parameter in zip(_drop_padding(gradients), parameters, strict=False)  # padding may come last
             for block in gradient.detach().reshape(-1).split(size)
         ]
         norm: Tensor = measure([block for block, _ in blocks], [owner for _, owner in blocks], norm_type)
@@ -84,11 +86,11 @@ def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
     optimizer.get_grad_norm_direct = of_blocks
 
 
-def _unpadded(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+def _drop_padding(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
     return (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def read_peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank has held: of its GPU, or of its process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -17,9 +17,9 @@ from yuan.model.attention_inputs import Rows, packed_rows
 from yuan.model.loss import head_loss
 from yuan.model.shards import Source
 from yuan.model.transformer import Layer, initialise
-from yuan.train.zero.tied_embedding import TIED, EmbeddingStage, gradient_of, with_head
+from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME, EmbeddingStage, make_gradient_getter, pass_head_weight
 
-Travelling = tuple[Tensor, Tensor]
+StageBatch = tuple[Tensor, Tensor]
 
 
 class StageRows:
@@ -45,7 +45,7 @@ class LayerStage(nn.Module):
         self.layer = Layer(config)
         initialise(self, config)
 
-    def forward(self, batch: Travelling) -> Travelling:
+    def forward(self, batch: StageBatch) -> StageBatch:
         x_BSH, document_BS = batch
         if self.recomputed and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._run, x_BSH, document_BS, use_reentrant=False, preserve_rng_state=False)
@@ -64,11 +64,11 @@ class NormStage(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, batch: Travelling) -> Tensor:
+    def forward(self, batch: StageBatch) -> Tensor:
         return self.norm(batch[0])
 
 
-class Tally:
+class SourceLossTally:
     """Losses of the learned tokens of each source of data, added up on the last stage.
 
     Args:
@@ -114,14 +114,14 @@ class PlannedPipeline(PipelineModule):
         loss_block: int | None = None,
         isolated: bool = True,
         recomputed: Collection[int] = (),
-        tally: Tally | None = None,
+        tally: SourceLossTally | None = None,
     ) -> None:
 
-        def loss_of(outputs: Travelling, labels: tuple[Tensor, ...]) -> Tensor:
+        def loss_of(outputs: StageBatch, labels: tuple[Tensor, ...]) -> Tensor:
             """The loss of one micro-batch: outputs are (hidden states, head)."""
             labels_BS, weights_BS, *sources = labels
             losses_BS = torch.zeros_like(weights_BS)
-            summed = self.tied_modules["embedding"].summed if torch.is_grad_enabled() else None
+            summed = self.tied_modules["embedding"].get_gradient if torch.is_grad_enabled() else None
             loss = head_loss(
                 *outputs,
                 labels_BS,
@@ -140,10 +140,12 @@ class PlannedPipeline(PipelineModule):
         self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
         super().__init__(
             layers=[
-                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED),
+                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME),
                 *(LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)),
                 LayerSpec(NormStage, config),
-                TiedLayerSpec("embedding", EmbeddingStage, config, forward_fn=with_head, tied_weight_attr=TIED),
+                TiedLayerSpec(
+                    "embedding", EmbeddingStage, config, forward_fn=pass_head_weight, tied_weight_attr=TIED_WEIGHT_NAME
+                ),
             ],
             num_stages=len(bounds) - 1,
             loss_fn=loss_of,
@@ -158,22 +160,22 @@ class PlannedPipeline(PipelineModule):
         self.parts = list(self._bounds)
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
-    def add_gradients_up_in(self, engine: Any) -> None:
+    def accumulate_gradients_in(self, engine: Any) -> None:
         """Add the tied weight's gradients to the engine's sum of them, instead of making one a micro-batch."""
         for stage in self.tied_modules.values():
-            stage.summed = gradient_of(engine.optimizer, stage.weight)
+            stage.get_gradient = make_gradient_getter(engine.optimizer, stage.weight)
         self._upstream = 1.0 / engine.gradient_accumulation_steps()  # DeepSpeed's scaling of a micro-batch's loss
 
     @property
-    def ran_bounds(self) -> list[int]:
+    def actual_bounds(self) -> list[int]:
         """The layer bounds DeepSpeed holds, in the plan's numbers."""
         return [0, *(part - 1 for part in self.parts[1:-1]), self.parts[-1] - 3]
 
 
-def yuan_name(name: str, num_layers: int) -> str | None:
+def translate_parameter_name(name: str, num_layers: int) -> str | None:
     """Translate a pipeline parameter's name to the name it has in `Yuan`; None for the head's copy.
 
-    >>> yuan_name("2.layer.ffn.up.weight", 5), yuan_name("6.norm.weight", 5)
+    >>> translate_parameter_name("2.layer.ffn.up.weight", 5), translate_parameter_name("6.norm.weight", 5)
     ('layers.1.ffn.up.weight', 'norm.weight')
     """
     if name.startswith("tied_modules.embedding."):
@@ -193,7 +195,7 @@ def load_weights(module: nn.Module, source: Source, num_layers: int) -> None:
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            own, shape = str(yuan_name(name, num_layers)), tuple(parameter.shape)
+            own, shape = str(translate_parameter_name(name, num_layers)), tuple(parameter.shape)
             if own not in source.names or source.shape(own) != shape:
                 got = source.shape(own) if own in source.names else "none"
                 raise ValueError(f"the parent has no weight {own} of shape {shape}, got {got}")

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-COMPUTING = (schedule.ForwardPass, schedule.BackwardPass)
+COMPUTE_INSTRUCTIONS = (schedule.ForwardPass, schedule.BackwardPass)
 
 
 class StageTimer:
@@ -20,7 +20,7 @@ class StageTimer:
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         known = PipelineEngine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = {kind: self._timed(kind, known[kind], at) for kind in known}
+        engine._INSTRUCTION_MAP = {kind: self._wrap_instruction(kind, known[kind], at) for kind in known}
 
     def take(self) -> float:
         """Seconds computed since the last call; waits for the GPU."""
@@ -31,13 +31,15 @@ class StageTimer:
         taken, self._seconds = self._seconds, 0.0
         return taken
 
-    def _timed(self, kind: type, method: Callable[..., Any], at: Callable[[str], None]) -> Callable[..., Any]:
+    def _wrap_instruction(
+        self, kind: type, method: Callable[..., Any], at: Callable[[str], None]
+    ) -> Callable[..., Any]:
         name = kind.__name__
 
         def run(engine: Any, **arguments: Any) -> None:
             at(name)
             bound = MethodType(method, engine)
-            if kind not in COMPUTING:
+            if kind not in COMPUTE_INSTRUCTIONS:
                 bound(**arguments)
             elif self._on_gpu:
                 begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

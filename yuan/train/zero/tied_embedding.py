@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from yuan.config import ModelConfig
 from yuan.model.transformer import initialise
 
-TIED = "embedding.weight"  # of Yuan; on the first and the last stage
-Summed = Callable[[], Tensor]
+TIED_WEIGHT_NAME = "embedding.weight"  # of Yuan; on the first and the last stage
+GradientGetter = Callable[[], Tensor]
 
 
 class EmbeddingStage(nn.Module):
@@ -32,7 +32,7 @@ class EmbeddingStage(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.summed: Summed | None = None
+        self.get_gradient: GradientGetter | None = None
         initialise(self, config)
 
     @property
@@ -42,30 +42,30 @@ class EmbeddingStage(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         tokens_BS, document_BS = batch
-        if self.summed is None:
+        if self.get_gradient is None:
             return self.embedding(tokens_BS), document_BS
-        x_BSH: Tensor = _Rows.apply(self.weight, tokens_BS, self.summed)
+        x_BSH: Tensor = _EmbeddingLookup.apply(self.weight, tokens_BS, self.get_gradient)
         return x_BSH, document_BS
 
 
-def with_head(stage: EmbeddingStage, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
+def pass_head_weight(stage: EmbeddingStage, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
     """Hand the tied embedding to the loss, which makes logits of a block at a time."""
     return x_BSH, stage.weight
 
 
-class _Rows(torch.autograd.Function):
+class _EmbeddingLookup(torch.autograd.Function):
     """Look rows up; backward adds to the gradients of those rows alone."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VH: Tensor, tokens_BS: Tensor, summed: Summed) -> Tensor:
+    def forward(ctx: Any, weight_VH: Tensor, tokens_BS: Tensor, summed: GradientGetter) -> Tensor:
         ctx.save_for_backward(tokens_BS)
-        ctx.summed = summed
+        ctx.get_gradient = summed
         return F.embedding(tokens_BS, weight_VH)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
         (tokens_BS,) = ctx.saved_tensors
-        sum_VH = ctx.summed()
+        sum_VH = ctx.get_gradient()
         rows, grads = tokens_BS.flatten(), upstream[0].flatten(0, 1).to(sum_VH.dtype)
         if sum_VH.device.type == "cuda":
             sum_VH.index_put_((rows,), grads, accumulate=True)  # sorts, where index_add_ adds in any order
@@ -74,7 +74,7 @@ class _Rows(torch.autograd.Function):
         return None, None, None
 
 
-def gradient_of(optimizer: Any, weight: Tensor) -> Summed:
+def make_gradient_getter(optimizer: Any, weight: Tensor) -> GradientGetter:
     """How to get at the gradient of a weight that DeepSpeed's optimizer adds up over a step, in fp32."""
     if not isinstance(optimizer, BF16_Optimizer):
 
