@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pairs import line, show
 
-from yuan.config import PRESETS
+from yuan.config import MODEL_PRESETS
 from yuan.plan.memory_model import GIB
 from yuan.plan.paper import OFFICIAL_LAYOUTS
 from yuan.plan.pool import load_pool
@@ -25,7 +25,7 @@ def main() -> int:
     pool = load_pool("benchmarks/pools/a100-96.toml")
     for name, (layers, redone) in OFFICIAL_LAYOUTS.items():
         work = Workload(
-            model=PRESETS[name](),
+            model=MODEL_PRESETS[name](),
             seq_len=4096,
             global_batch_size=PUBLISHED_BATCH_SIZES[name],
             precision="bf16",

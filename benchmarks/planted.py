@@ -14,7 +14,7 @@ import torch
 
 from infra.logs import configure_logging
 from infra.process_group import leave_with_parent
-from yuan.data.shuffle import Numbers
+from yuan.data.shuffle import Int64Array
 from yuan.train import run
 from yuan.train.trainer import Trainer
 
@@ -27,7 +27,7 @@ def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) 
     inner_pass, inner_loss = trainer._run_pass, trainer.module.loss_fn
     is_spoilt = [False]
 
-    def one_pass(positions: Numbers) -> Any:
+    def one_pass(positions: Int64Array) -> Any:
         is_hit = bool(((positions >= first) & (positions < end)).any()) and left[0] != 0
         is_spoilt[0] = is_hit and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
         if is_hit and left[0] is not None:

@@ -16,7 +16,7 @@ from pairs import line, show
 from infra.process_group import supervised, torchrun_command
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
-from yuan.data.mixture import kept_positions
+from yuan.data.mixture import find_unskipped_positions
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
@@ -93,7 +93,7 @@ def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
     losses, size, corpus = [], RECIPE.global_batch_size, folder.open_corpus(SEED)
     for step in range(STEPS):
-        windows, _ = corpus.read(kept_positions(size * step, size, []))
+        windows, _ = corpus.read(find_unskipped_positions(size * step, size, []))
         tokens, labels, documents = (
             torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
         )

@@ -21,8 +21,8 @@ import torch
 from pairs import line, show
 from torch import Tensor, nn
 
-from yuan.config import LocalFilter, ModelConfig
-from yuan.model.attention_inputs import plain_rows
+from yuan.config import LocalFilterKind, ModelConfig
+from yuan.model.attention_inputs import make_causal_inputs
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer, train
@@ -61,7 +61,7 @@ def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     return tokens[: len(tokens) // (S + 1) * (S + 1)].view(-1, S + 1)
 
 
-def run(variant: LocalFilter, seed: int) -> None:
+def run(variant: LocalFilterKind, seed: int) -> None:
     """Train one network and print its test loss, in nats a token."""
     torch.set_num_threads(1)
     taught, tested, vocab_size = windows()
@@ -99,7 +99,7 @@ def run(variant: LocalFilter, seed: int) -> None:
 
 def mean_loss(model: Yuan, rows: Tensor) -> Tensor:
     x = model.embedding(rows[:, :-1])
-    angles = plain_rows(model.config, S, x)
+    angles = make_causal_inputs(model.config, S, x)
     for layer in model.layers:
         x = layer(x, angles)
     labels = rows[:, 1:]
@@ -112,7 +112,7 @@ def main() -> int:
         command = [sys.executable, __file__, variant, str(seed)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    variants = list(reversed(get_args(LocalFilter)))
+    variants = list(reversed(get_args(LocalFilterKind)))
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda job: loss(job[1], job[0]), product(SEEDS, variants)))
     ok = True

@@ -22,15 +22,17 @@ Step = Callable[[Tensor], Tensor]
 
 def ours(model: torch.nn.Module, batch: int) -> Step:
     """A function that takes the next tokens (B, S) and gives the logits (B, V) after them, with a cache of its own."""
-    cache = model.new_cache(batch)
-    return lambda tokens: model.go_on(tokens, cache)
+    cache = model.make_cache(batch)
+    return lambda tokens: model.forward_incremental(tokens, cache)
 
 
 def llama(model: torch.nn.Module, batch: int) -> Step:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    return lambda tokens: model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return lambda tokens: model(
+        input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).compute_logits[:, -1]
 
 
 def run(name: str, precision: str, batch: str) -> None:

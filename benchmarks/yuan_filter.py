@@ -13,7 +13,7 @@ from pairs import answer, at_most, contest, show
 
 from infra.machine import has_fast_bf16
 from yuan.config import ModelConfig, yuan_2b
-from yuan.model.attention_inputs import plain_rows
+from yuan.model.attention_inputs import make_causal_inputs
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer, Yuan
 
@@ -42,7 +42,7 @@ def run(shape: str, variant: str, precision: str) -> None:
 
         def step() -> None:
             x = model.embedding(tokens)
-            rows = plain_rows(config, config.seq_len, x)
+            rows = make_causal_inputs(config, config.seq_len, x)
             for layer in model.layers:
                 x = layer(x, rows)
             head_loss(model.norm(x), model.embedding.weight, tokens, weights).backward()
@@ -52,7 +52,7 @@ def run(shape: str, variant: str, precision: str) -> None:
         config = ModelConfig(**{**published, "local_filter": variant})
         layer = Layer(config).to(dtype)
         x = torch.randn(1, LAYER_TOKENS, config.hidden_size, dtype=dtype).requires_grad_()
-        rows = plain_rows(config, LAYER_TOKENS, x)
+        rows = make_causal_inputs(config, LAYER_TOKENS, x)
 
         def step() -> None:
             layer(x, rows).sum().backward()

@@ -17,7 +17,7 @@ from pairs import at_least, interval, line, ratios, show
 from torch import Tensor, nn
 
 from yuan.config import ModelConfig, yuan_2b
-from yuan.model.attention_inputs import plain_rows
+from yuan.model.attention_inputs import make_causal_inputs
 from yuan.model.loss import head_loss, weighted_cross_entropy
 from yuan.model.transformer import Yuan
 from yuan.plan.flops import count_flops_per_token
@@ -38,12 +38,12 @@ def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
 
     def loss() -> Tensor:
         x = model.embedding(tokens[:, :-1])
-        rows = plain_rows(config, x.shape[1], x)
+        rows = make_causal_inputs(config, x.shape[1], x)
         for layer in layers:
             x = layer(x, rows)
         if blockwise:
             return head_loss(model.norm(x), model.embedding.weight, labels, weights)
-        return weighted_cross_entropy(model.logits(x), labels, weights)
+        return weighted_cross_entropy(model.compute_logits(x), labels, weights)
 
     return stepping(model, loss)
 

@@ -22,7 +22,7 @@ STEPS = 2  # of one measurement
 
 def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from yuan.config import ModelConfig
-    from yuan.model.attention_inputs import plain_rows
+    from yuan.model.attention_inputs import make_causal_inputs
     from yuan.model.loss import head_loss
     from yuan.model.transformer import Yuan
 
@@ -32,7 +32,7 @@ def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
     def loss_of(tokens: Tensor) -> Tensor:
         x = model.embedding(tokens[:, :-1])
-        rows = plain_rows(config, S - 1, x)
+        rows = make_causal_inputs(config, S - 1, x)
         for layer in model.layers:
             x = layer(x, rows)
         return head_loss(model.norm(x), model.embedding.weight, tokens[:, 1:], weights)

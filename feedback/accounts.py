@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.tables import ApiToken, AuditEvent, Contributor, Dataset, Feedback, IdempotencyKey
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 
 OPERATOR = "operator"
 DAY_S = 24 * 3600
@@ -55,7 +55,7 @@ def find_account(session: Session, name_or_id: str) -> Contributor:
     found = session.get(Contributor, name_or_id)
     found = found or session.scalar(select(Contributor).where(Contributor.name == name_or_id))
     if found is None:
-        raise NotFound(f"there is no account with the id or name {printable(name_or_id)}", "account")
+        raise NotFound(f"there is no account with the id or name {make_printable(name_or_id)}", "account")
     return found
 
 

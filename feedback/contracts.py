@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from yuan.data.checkers import MAX_VALUE, Checker, Exact
-from yuan.data.text import MAX_TEXT, TextRule, fold_forms, rule_error
+from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
-Text = Annotated[str, TextRule(MAX_TEXT)]
+Text = Annotated[str, TextRule(MAX_TEXT_CHARS)]
 # Strict: `true` and "3" are no numbers. The largest number of a column of integers is 2**31 - 1.
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
@@ -56,7 +56,7 @@ class FeedbackIn(BaseModel):
 
     kind: Literal["correction", "preference", "problem", "rating"]
     prompt: Text = Field(description="what the model was asked")
-    response: Annotated[str, TextRule(MAX_TEXT, allow="blank")] = Field(description="what it answered")
+    response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(description="what it answered")
     response_id: Annotated[str, TextRule(100)] | None = Field(
         default=None, description="id of the answer from /v1, if it came from there"
     )
@@ -72,27 +72,29 @@ class FeedbackIn(BaseModel):
     def _has_what_its_kind_needs(self) -> "FeedbackIn":
         missing = [name for name in NEEDED[self.kind] if getattr(self, name) is None]
         if missing:
-            raise rule_error(missing[0], f"a {self.kind} needs {' and '.join(missing)}")
+            raise make_rule_error(missing[0], f"a {self.kind} needs {' and '.join(missing)}")
         return self
 
     @model_validator(mode="after")
     def _says_something_is_wrong(self) -> "FeedbackIn":
         if self.chosen is not None and self.rejected is not None and _same(self.chosen, self.rejected):
-            raise rule_error("rejected", "must differ from the chosen answer")
+            raise make_rule_error("rejected", "must differ from the chosen answer")
         if self.expected is None:
             return self
-        if self.checker is None and len(self.expected) > MAX_VALUE:
-            raise rule_error("checker", f"an expected answer beyond {MAX_VALUE} characters needs a checker")
+        if self.checker is None and len(self.expected) > MAX_CHECKER_VALUE_CHARS:
+            raise make_rule_error(
+                "checker", f"an expected answer beyond {MAX_CHECKER_VALUE_CHARS} characters needs a checker"
+            )
         if not self.rule.check(self.expected):
-            raise rule_error("expected", "the checker refuses the expected answer itself; correct one of the two")
+            raise make_rule_error("expected", "the checker refuses the expected answer itself; correct one of the two")
         if self.kind == "correction" and self.rule.check(self.response):
-            raise rule_error("response", "the checker takes this response as right; there is nothing to correct")
+            raise make_rule_error("response", "the checker takes this response as right; there is nothing to correct")
         return self
 
     @property
     def rule(self) -> Checker:
         """The checker in force."""
-        return self.checker or Exact(value=(self.expected or "x")[:MAX_VALUE])
+        return self.checker or Exact(value=(self.expected or "x")[:MAX_CHECKER_VALUE_CHARS])
 
 
 def _same(one: str, other: str) -> bool:
@@ -228,7 +230,9 @@ class RoundParameters(BaseModel):
     @model_validator(mode="after")
     def _every_part_is_seen(self) -> "RoundParameters":
         if self.weights and min(self.weights.values()) < LEAST_SHARE * sum(self.weights.values()):
-            raise rule_error("weights", f"the smallest must be at least {LEAST_SHARE:.2e} of their sum, or left out")
+            raise make_rule_error(
+                "weights", f"the smallest must be at least {LEAST_SHARE:.2e} of their sum, or left out"
+            )
         return self
 
 

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 from feedback.accounts import NotFound, Refused
 from feedback.contracts import FeedbackIn
 from feedback.tables import Contributor, ModelVersion, Response
-from yuan.data.text import make_storable, printable
+from yuan.data.text import make_printable, make_storable
 
 RECORDED = ("prompt", "response", "model_version")
 
@@ -25,7 +25,7 @@ def check_provenance(session: Session, contributor: Contributor, report: Feedbac
         return
     recorded = session.get(Response, report.response_id)
     if recorded is None or recorded.contributor_id != contributor.id:
-        raise NotFound(f"you were given no response {printable(report.response_id)}", "response_id")
+        raise NotFound(f"you were given no response {make_printable(report.response_id)}", "response_id")
     for name in RECORDED:
         stored, sent = getattr(recorded, name), getattr(report, name)
         if sent != (make_storable(stored) if isinstance(stored, str) else stored):

@@ -30,7 +30,7 @@ from feedback.tables import (
 from feedback.withdrawal import WITHDRAWN, withdrawals_of
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
-from yuan.data.text import MAX_TEXT
+from yuan.data.text import MAX_TEXT_CHARS
 
 
 def add_feedback(session: Session, contributor: Contributor, report: FeedbackIn, feedback_id: str) -> Feedback:
@@ -156,7 +156,7 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Answer
         if isinstance(answer, ValueError):
             raise answer
         right = check(FeedbackIn.model_validate(row.body).rule, answer)
-        row.reproduced_version, row.reproduced_response = version, storable(answer, MAX_TEXT)
+        row.reproduced_version, row.reproduced_response = version, storable(answer, MAX_TEXT_CHARS)
         row.reproduced_at = transaction_time()
         row.reproduction = f"already fixed in v{version}" if right else "reproduced"
         row.reason = None

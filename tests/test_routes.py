@@ -11,8 +11,8 @@ from feedback.tables import new_id
 from infra.database import open_sessions
 from tests.routes import METHODS, Route, list_routes, summarise
 from yuan.serve.api import make_api
-from yuan.serve.metrics import Metrics
-from yuan.serve.service import Service
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +96,7 @@ def test_the_portal_answers_each_caller_as_its_table_says(portal, account, other
 
 
 def test_the_model_server_answers_its_token_alone():
-    app = make_api("secret", Service(Metrics()))
+    app = make_api("secret", ModelService(ModelServerMetrics()))
     with TestClient(app) as client:
         wrong = {"Authorization": "Bearer wrong"}
         callers = {"nobody": {}, "wrong token": wrong, "token": {"Authorization": "Bearer secret"}}

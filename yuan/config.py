@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp32", "bf16"]
-LocalFilter = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
+LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
 T = TypeVar("T")
 
 
@@ -36,7 +36,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
     rope_precision: Precision = "fp32"
-    local_filter: LocalFilter = "two_convs_norm"
+    local_filter: LocalFilterKind = "two_convs_norm"
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
@@ -47,7 +47,7 @@ class ModelConfig:
                 "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
                 f"got {self.hidden_size} and {self.num_heads}; use a multiple of {2 * self.num_heads}"
             )
-        for field, choice in (("rope_precision", Precision), ("local_filter", LocalFilter)):
+        for field, choice in (("rope_precision", Precision), ("local_filter", LocalFilterKind)):
             if getattr(self, field) not in get_args(choice):
                 raise ValueError(f"{field} must be one of {', '.join(get_args(choice))}, got {getattr(self, field)!r}")
         for field in ("norm_eps", "rope_base"):
@@ -169,20 +169,22 @@ def _from_json(cls: type[T], data: dict[str, Any]) -> T:
 
 def yuan_2b() -> ModelConfig:
     """Yuan 2.0-2.1B; examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
-    return _published("2b", num_layers=24, hidden_size=2048, num_heads=32, seq_len=8192)
+    return _make_published_config("2b", num_layers=24, hidden_size=2048, num_heads=32, seq_len=8192)
 
 
 def yuan_51b() -> ModelConfig:
     """Yuan 2.0-51B; examples/pretrain_yuan2.0_51B.sh of the official repository."""
-    return _published("51b", num_layers=42, hidden_size=8192, num_heads=64, seq_len=4096)
+    return _make_published_config("51b", num_layers=42, hidden_size=8192, num_heads=64, seq_len=4096)
 
 
 def yuan_102b() -> ModelConfig:
     """Yuan 2.0-102B; examples/pretrain_yuan2.0_102B.sh of the official repository."""
-    return _published("102b", num_layers=84, hidden_size=8192, num_heads=64, seq_len=4096)
+    return _make_published_config("102b", num_layers=84, hidden_size=8192, num_heads=64, seq_len=4096)
 
 
-def _published(name: str, *, num_layers: int, hidden_size: int, num_heads: int, seq_len: int) -> ModelConfig:
+def _make_published_config(
+    name: str, *, num_layers: int, hidden_size: int, num_heads: int, seq_len: int
+) -> ModelConfig:
     """The published vocabulary, and the rotary angles its weights were trained with."""
     return ModelConfig(
         name=name,
@@ -200,4 +202,4 @@ def tiny(vocab_size: int = 1024) -> ModelConfig:
     return ModelConfig(name="tiny", num_layers=3, hidden_size=160, num_heads=4, vocab_size=vocab_size, seq_len=256)
 
 
-PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}
+MODEL_PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}

@@ -16,9 +16,9 @@ SPECIAL_TOKENS = (
     *("<commit_before>", "<commit_msg>", "<commit_after>"),
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
-FILE_NAME = "tokenizer.model"
-VOCAB_MULTIPLE = 128  # to which the published vocabulary is padded
-Pieces = Literal["char", "bpe"]
+TOKENIZER_MODEL_FILE = "tokenizer.model"
+EMBEDDING_ROWS_MULTIPLE = 128  # to which the published vocabulary is padded
+PieceKind = Literal["char", "bpe"]
 
 
 class Tokenizer:
@@ -48,7 +48,7 @@ class Tokenizer:
             appended = sum(other >= self.num_pieces for other in self.special.values())
             self.special[token] = number if is_piece else self.num_pieces + appended
         self.eod, self.sep, self.pad = (self.special[token] for token in (EOD, SEP, PAD))
-        self._silent = set(self.special.values())
+        self._special_ids = set(self.special.values())
 
     def __len__(self) -> int:
         return max(self.num_pieces, 1 + max(self.special.values()))
@@ -56,23 +56,23 @@ class Tokenizer:
     @property
     def padded_size(self) -> int:
         """Rows of a model's embedding: the tokens, filled up to a multiple of 128."""
-        return -(-len(self) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return -(-len(self) // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Where the model begins texts with a space, so does every part encoded on its own, as
         the official code's "legacy" rule has it: also the answer after `<sep>`."""
         ids = list(self._pieces.encode(text))
-        if self._silent.isdisjoint(ids):
+        if self._special_ids.isdisjoint(ids):
             return ids
-        return [part for number in ids for part in (self._spelled(number) if number in self._silent else [number])]
+        return [part for number in ids for part in (self._spell(number) if number in self._special_ids else [number])]
 
-    def _spelled(self, number: int) -> list[int]:
+    def _spell(self, number: int) -> list[int]:
         """A special token that a text happened to contain, character by character."""
         return [int(self._pieces.piece_to_id(letter)) for letter in self._pieces.id_to_piece(number)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special ones and rows that stand for nothing are left out."""
-        return str(self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._silent]))
+        return str(self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._special_ids]))
 
     def check_fits(self, vocab_size: int) -> None:
         """Compare with a model's vocabulary.
@@ -86,7 +86,7 @@ class Tokenizer:
             )
 
     def save(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_bytes(self.model)
+        (folder / TOKENIZER_MODEL_FILE).write_bytes(self.model)
 
 
 def load(folder: Path) -> Tokenizer:
@@ -96,12 +96,12 @@ def load(folder: Path) -> Tokenizer:
         ValueError: if there is none, or it lacks a special token.
     """
     try:
-        return Tokenizer((folder / FILE_NAME).read_bytes())
+        return Tokenizer((folder / TOKENIZER_MODEL_FILE).read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {FILE_NAME}; put the model's tokenizer there") from None
+        raise ValueError(f"{folder} has no {TOKENIZER_MODEL_FILE}; put the model's tokenizer there") from None
 
 
-def train(texts: Iterable[str], *, vocab_size: int, pieces: Pieces = "char") -> Tokenizer:
+def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") -> Tokenizer:
     """Train a tokenizer with byte fallback on a corpus; any text round-trips.
 
     Args:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token, token_digest
 from feedback.tables import Contributor, new_id
-from yuan.data.text import BadJson, parse_json, printable
+from yuan.data.text import BadJson, make_printable, parse_json
 
 MAX_UPLOADS = 2  # of one account at a time
 MAX_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
@@ -267,7 +267,7 @@ def check_query(request: Request) -> None:
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
-            raise Refused("there is no such query parameter; leave it out", printable(name))
+            raise Refused("there is no such query parameter; leave it out", make_printable(name))
 
 
 def current_operator(contributor: Current) -> Contributor:

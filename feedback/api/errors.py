@@ -19,7 +19,7 @@ from feedback.accounts import Conflict, NotFound, Refused
 from feedback.api.access import Busy, Forbidden, TooLarge, TooMany, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import told
-from yuan.data.text import error_place, printable
+from yuan.data.text import get_field_path, make_printable
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def error_answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """Put an error into its shape; what it repeats of the request is made printable."""
-    shown = printable(message, MESSAGE_LENGTH)
-    body = ErrorOut(error=ErrorBody(message=shown, type=kind, param=param and printable(param), rows=rows))
+    shown = make_printable(message, MESSAGE_LENGTH)
+    body = ErrorOut(error=ErrorBody(message=shown, type=kind, param=param and make_printable(param), rows=rows))
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
     return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
 
@@ -82,7 +82,9 @@ def add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["loc"] == ("body",):
             return error_answer(422, "invalid", *body_fault(request, first))
-        place = error_place({**first, "loc": first["loc"][1:]})  # the first part says where: body, query, path, header
+        place = get_field_path(
+            {**first, "loc": first["loc"][1:]}
+        )  # the first part says where: body, query, path, header
         return error_answer(422, "invalid", first["msg"], param=place or None)
 
     def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -111,9 +113,9 @@ def body_fault(request: Request, error: dict[str, Any]) -> tuple[str, str | None
         fields = f" with {', '.join(needed)}" if needed else ""
         return f"the body must be a JSON object{fields}, under the header Content-Type: application/json", None
     if not is_json(kind):
-        got = printable(kind) or "no such header"
+        got = make_printable(kind) or "no such header"
         return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
-    return str(error["msg"]), error_place({**error, "loc": ()}) or None
+    return str(error["msg"]), get_field_path({**error, "loc": ()}) or None
 
 
 def is_json(content_type: str) -> bool:
@@ -150,12 +152,16 @@ class AnswerFaults:
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
-            log.info("%s %s: the caller left before the request was whole", scope["method"], printable(scope["path"]))
+            log.info(
+                "%s %s: the caller left before the request was whole", scope["method"], make_printable(scope["path"])
+            )
         except Exception as error:
             if scope["type"] != "http" or has_started:
                 raise  # half an answer must not look like a whole one
             place = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s %s raised %s\n%s", scope["method"], printable(scope["path"]), type(error).__name__, place)
+            log.error(
+                "%s %s raised %s\n%s", scope["method"], make_printable(scope["path"]), type(error).__name__, place
+            )
             message = "this is our fault and is in the portal's log; nothing was changed"
             await error_answer(500, "internal", message)(scope, receive, send)
 

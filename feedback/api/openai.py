@@ -155,7 +155,7 @@ class Memory:
     def __init__(self, call: Request, contributor_id: str, form: CompletionIn | ChatIn) -> None:
         self._call = call
         self._transactions: Transactions = call.app.state.transactions
-        self._contributor_id, self._asked, self._repeats = contributor_id, form.texts(), form.n
+        self._contributor_id, self._asked, self._repeats = contributor_id, form.get_prompt_texts(), form.n
         self._ids: dict[int, str] = {}
         self._texts: dict[int, str] = {}
         self._prompts: dict[int, str] = {}

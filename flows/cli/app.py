@@ -8,7 +8,7 @@ import typer
 
 from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack, withdraw
 from flows.cli.output import USAGE, fail
-from yuan.data.text import find_unstorable, printable
+from yuan.data.text import find_unstorable, make_printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +45,7 @@ def find_undecoded(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         places[f"argument {number + 1}{option}"] = text
     for place, text in places.items():
         if find_unstorable(text):
-            shown = printable(os.fsencode(text).decode(errors="backslashreplace"))
+            shown = make_printable(os.fsencode(text).decode(errors="backslashreplace"))
             return f"{place} must be text in UTF-8, got {shown}; write or rename it with a program that uses UTF-8"
     return None
 

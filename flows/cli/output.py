@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from yuan.data.text import BadJson, describe_errors, find_unstorable, parse_json, printable
+from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
 
 FAILED, USAGE = 1, 2
 LINE_LENGTH = 1000
@@ -37,7 +37,7 @@ def show_table(table: Table) -> None:
 
 def fail(message: str, status: int = FAILED) -> typer.Exit:
     """Print a clear line, or few, and make the exit to raise; what it repeats from outside is made printable."""
-    lines = (printable(line, LINE_LENGTH) for line in message.split("\n"))
+    lines = (make_printable(line, LINE_LENGTH) for line in message.split("\n"))
     print("cotrain: " + "\n".join(lines), file=sys.stderr)
     return typer.Exit(status)
 
@@ -61,7 +61,7 @@ def json_option(name: str, text: str) -> Any:
 def text_option(value: str | None) -> str | None:
     """Refuse an option or argument that is empty or cannot be sent: exit status 2."""
     if value is not None and (not value.strip() or find_unstorable(value)):
-        raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {printable(value)!r}")
+        raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {make_printable(value)!r}")
     return value
 
 
@@ -97,7 +97,7 @@ def clear_errors() -> Iterator[None]:
         raise
     except PortalError as error:
         for row in error.body.rows or []:
-            print(f"  row {row['row']}: {printable(row['reason'], LINE_LENGTH)}", file=sys.stderr)
+            print(f"  row {row['row']}: {make_printable(row['reason'], LINE_LENGTH)}", file=sys.stderr)
         where = f" ({error.body.param})" if error.body.param else ""
         raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:

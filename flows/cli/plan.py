@@ -125,11 +125,11 @@ def calibrate(
 
 
 def _model(name: str) -> "ModelConfig":
-    from yuan.config import PRESETS
+    from yuan.config import MODEL_PRESETS
 
-    if name not in PRESETS:
-        raise fail(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}", USAGE)
-    return PRESETS[name]()
+    if name not in MODEL_PRESETS:
+        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", USAGE)
+    return MODEL_PRESETS[name]()
 
 
 def _pool(spec: str | None) -> "Pool":

@@ -11,7 +11,7 @@ from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from flows.cli.output import FAILED, Json, clear_errors, form_of, show, stderr
 from flows.supervisor.status_line import described
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 
 FOLLOW_EVERY_S = 0.5
 SHOWN_REPORTS = 5  # of an account; --json has twenty
@@ -20,7 +20,7 @@ SHOWN_REPORTS = 5  # of an account; --json has twenty
 def round_name(value: str) -> str:
     """Refuse what can be no round's id, since it becomes part of an address: exit status 2."""
     if not re.fullmatch("[0-9a-f]{32}|latest", value):
-        raise typer.BadParameter(f"must be an id of 32 hexadecimal digits or latest, got {printable(value)!r}")
+        raise typer.BadParameter(f"must be an id of 32 hexadecimal digits or latest, got {make_printable(value)!r}")
     return value
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.output import LINE_LENGTH, Json, clear_errors, fail, show, show_table, stderr
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 
 if TYPE_CHECKING:
     from flows.stack.probing import Finding
@@ -144,7 +144,7 @@ def _table(states: dict[str, Any]) -> Table:
         table.add_column(heading)
     for name, s in states.items():
         cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
-        shown = ("" if cell is None else printable(str(cell), LINE_LENGTH) for cell in cells)
+        shown = ("" if cell is None else make_printable(str(cell), LINE_LENGTH) for cell in cells)
         table.add_row(name, *map(Text, shown))  # as it is: brackets in an error are no markup
     return table
 

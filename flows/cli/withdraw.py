@@ -10,13 +10,13 @@ from feedback.client import Client
 from flows.cli.contribute import Url, own_portal
 from flows.cli.output import Json, clear_errors, show, text_option
 from flows.cli.rounds import operator
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 
 
 def record_id(text: str) -> str:
     """Refuse what cannot be the id of a record: exit status 2."""
     if not re.fullmatch("[0-9a-f]{32}", text):
-        raise typer.BadParameter(f"an id has 32 hexadecimal digits, got {printable(text, 60)!r}")
+        raise typer.BadParameter(f"an id has 32 hexadecimal digits, got {make_printable(text, 60)!r}")
     return text
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.registry import REGISTERED, parse_form
-from yuan.data.text import BadJson, find_unstorable, parse_json, printable
+from yuan.data.text import BadJson, find_unstorable, make_printable, parse_json
 
 KIND = "__prefect_kind"  # marks a value that the server fills in
 # Holding what is stored as JSON, whose numbers have 64 bits; other numbers are columns of 32 bits, or become dates.
@@ -196,4 +196,4 @@ def _is_far(value: str | float) -> bool:
 
 
 def _shown(text: str) -> str:
-    return printable(text, 60)
+    return make_printable(text, 60)

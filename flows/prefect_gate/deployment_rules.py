@@ -15,7 +15,7 @@ from prefect._vendor.croniter.croniter import croniter  # the server's own
 
 from flows.registry import REGISTERED
 from infra.settings import UNUSABLE_TIME_ZONES
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 
 POOL = "cotrain"
 # What the pages show of the pool: nothing to fill in, and what runs whatever anybody writes there.
@@ -89,7 +89,7 @@ def _find_unsent(form: dict[str, Any], fixed: dict[str, Any], free: frozenset[st
     """Name a field that the platform itself does not send, or sends with another value; empty ones may be missing."""
     for field in sorted(fixed.keys() | form.keys() - free):
         if field not in fixed:
-            return f"{printable(field, 60)} is no field that flows/dispatcher/deployments.py sends; leave it out"
+            return f"{make_printable(field, 60)} is no field that flows/dispatcher/deployments.py sends; leave it out"
         value, sent = form.get(field), fixed[field]
         if value != sent and (value is not None or sent):
             return _not_as_sent(field, sent, value)
@@ -98,7 +98,7 @@ def _find_unsent(form: dict[str, Any], fixed: dict[str, Any], free: frozenset[st
 
 def _not_as_sent(field: str, sent: Any, value: Any) -> str:
     rule = f"{field} must be {json.dumps(sent)}, as flows/dispatcher/deployments.py sends it"
-    return f"{rule}, got {printable(json.dumps(value), 60)}; leave it as registered"
+    return f"{rule}, got {make_printable(json.dumps(value), 60)}; leave it as registered"
 
 
 def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
@@ -114,7 +114,7 @@ def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
 def _find_often(schedule: Any) -> str | None:
     zone = schedule.get("timezone") if isinstance(schedule, dict) else None
     if zone is not None and not (isinstance(zone, str) and zone in TIME_ZONES):
-        return f"timezone of a schedule must be one like Asia/Shanghai, got {printable(str(zone), 60)}; send such a one"
+        return f"timezone of a schedule must be one like Asia/Shanghai, got {make_printable(str(zone), 60)}; send such a one"
     is_single = isinstance(schedule, dict) and len({"interval", "cron", "rrule"} & schedule.keys()) == 1
     if is_single and (_is_slow(schedule.get("interval")) or _comes_due(schedule.get("cron"))):
         return None

@@ -10,7 +10,7 @@ from feedback.promotion import champion
 from feedback.reproduce import ask_again
 from flows.context import Context
 from infra.faults import is_of_one_item
-from yuan.data.judge import Judge
+from yuan.data.judge import AnswerJudge
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
         found = reports.unreproduced(session, cut_off, version, limit)
         ids, prompts = [row.id for row in found], [str(row.body.get("prompt", "")) for row in found]
     done = failed = 0
-    with Judge() as judge:
+    with AnswerJudge() as judge:
         for answers in ask_again(context.settings, prompts, version):
             batch = list(zip(ids[done:], answers, strict=False))
             with context.sessions.begin() as session:

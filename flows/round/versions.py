@@ -13,7 +13,7 @@ from feedback import rounds
 from flows.context import Context
 from infra.files import copy_open
 from infra.tracker import VersionLost
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 from yuan.train.run_files import open_file, read_file
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> No
     """
     for name, expected in recorded["files"].items():
         if Path(name).name != name or name == "..":
-            raise ValueError(f"a manifest names files of one folder, got {printable(name)}")
+            raise ValueError(f"a manifest names files of one folder, got {make_printable(name)}")
         try:
             source = open_file(folder.parent, f"{folder.name}/{name}")
             if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse

@@ -12,7 +12,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import Objects
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_NAME_PATTERN,
@@ -86,7 +86,7 @@ def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]
         except FileNotFoundError:
             continue
         except (NotRegularFileError, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
-            log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, printable(str(error))[:300])
+            log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
             _remove(objects, run_id, name)
             refused.add((name, manifest))
             continue

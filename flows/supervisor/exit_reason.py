@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from infra.launchers.job import HOST, Cause, Ending
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_files import NotRegularFileError, read_file_end
@@ -60,7 +60,7 @@ class Ended:
 
     def __post_init__(self) -> None:
         lines = self.reason[:REASON_CHARACTERS].split("\n")
-        object.__setattr__(self, "reason", "\n".join(printable(line, REASON_CHARACTERS) for line in lines))
+        object.__setattr__(self, "reason", "\n".join(make_printable(line, REASON_CHARACTERS) for line in lines))
 
 
 def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import OperationalError
 from feedback import rounds
 from flows.context import Context
 from infra.error_text import told
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 from yuan.train.run_files import NotRegularFileError, read_file, replace_file
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, LogTail, RunFolder
 
@@ -107,7 +107,7 @@ class Reporter:
                 continue
             self._num_told += 1
             said = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
-            log.warning("%s", printable(said, EVENT_LENGTH))
+            log.warning("%s", make_printable(said, EVENT_LENGTH))
 
     def _tell_untold(self) -> None:
         if self._num_untold:

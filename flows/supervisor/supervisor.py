@@ -24,7 +24,7 @@ from infra.keeper import MARK
 from infra.launchers.job import Job, LauncherAway
 from infra.machine import has_room
 from infra.settings import HOME_VARIABLE
-from yuan.data.text import printable
+from yuan.data.text import make_printable
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
@@ -196,7 +196,7 @@ class Supervisor:
         Raises:
             TrainingFailed: if starting again would change nothing.
         """
-        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, printable(ended.reason, 300))
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, make_printable(ended.reason, 300))
         if ended.kind in ("bad data", "numerical", "cancelled"):
             raise TrainingFailed(f"{ended.kind}: {ended.reason}")
         if not has_room(self.folder.path):

@@ -11,7 +11,7 @@ from feedback.contracts import LEAST_SHARE
 from feedback.tables import Response, new_id
 from infra.database import open_sessions
 from tests.serving import served
-from yuan.data.mixture import quotas_of
+from yuan.data.mixture import compute_quotas
 
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "?", "model_version": 1, "expected": "cba"}
 JSON = {"Content-Type": "application/json"}
@@ -120,9 +120,9 @@ def test_a_round_that_could_not_run_is_refused_at_once(portal, operator, changes
 
 def test_the_least_weight_is_the_one_that_a_mixture_can_lay_out():
     least = [LEAST_SHARE, 1 - LEAST_SHARE]
-    assert min(quotas_of((1, 1), least)) > 0
+    assert min(compute_quotas((1, 1), least)) > 0
     with pytest.raises(ValueError, match="the smallest weight"):
-        quotas_of((1, 1), [LEAST_SHARE / 1.01, 1 - LEAST_SHARE / 1.01])
+        compute_quotas((1, 1), [LEAST_SHARE / 1.01, 1 - LEAST_SHARE / 1.01])
 
 
 def test_a_misspelt_query_parameter_is_refused(portal, account):

@@ -22,8 +22,8 @@ from tests.serving import served
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric, running
 from yuan.data.text import make_storable
-from yuan.serve.metrics import Metrics
-from yuan.serve.service import Service
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -39,8 +39,8 @@ def door(stores, engine, objects, model_url):
 
 @pytest.fixture(scope="module")
 def model():
-    service = Service(Metrics())
-    service.use(make_served(1))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(make_served(1))
     with running(service) as url:
         yield url
 
@@ -275,7 +275,7 @@ class Talker:
             if wants_events and self.events:
                 answer = StreamingResponse(iter(self.events), media_type="text/event-stream")
             else:
-                answer = PlainTextResponse(self.whole, self.status, media_type=self.kind)
+                answer = PlainTextResponse(self.format_response, self.status, media_type=self.kind)
             await answer(scope, receive, send)
 
 

@@ -13,8 +13,8 @@ from feedback.api.app import make_app
 from infra.database import open_sessions
 from tests.serving import served
 from tests.yuan.serving import TOKEN, make_served, running
-from yuan.serve.metrics import Metrics
-from yuan.serve.service import Service
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 SEED, EXAMPLES = 15, 500
@@ -23,8 +23,8 @@ SEED, EXAMPLES = 15, 500
 @pytest.fixture(scope="module")
 def address(stores, engine, objects, first_version):
     """The portal before a real model server."""
-    service = Service(Metrics())
-    service.use(make_served(1))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(make_served(1))
     with running(service) as model:
         changes = {"model_server_url": model, "model_server_token": SecretStr(TOKEN)}
         changes |= dict.fromkeys(("max_daily_reports", "max_daily_datasets"), 1_000_000)  # one account sends all

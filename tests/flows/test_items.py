@@ -19,9 +19,9 @@ from yuan.data.rows import BadRow, Row
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 from yuan.serve.api import make_api
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Served
-from yuan.serve.service import Service
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import ServedModel
+from yuan.serve.service import ModelService
 
 VERSION, WINDOW = 3, 64
 
@@ -39,8 +39,8 @@ def model_server(stores):
     )
     with torch.no_grad():
         model.embedding.weight[j] = 0
-    service = Service(Metrics())
-    service.use(Served(model, tokenizer, VERSION))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(ServedModel(model, tokenizer, VERSION))
     token = stores.model_server_token.get_secret_value()
     with served(make_api(token, service)) as url:
         yield stores.model_copy(update={"model_server_url": url})

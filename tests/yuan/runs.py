@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from infra.process_group import supervised, torchrun_command
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
-from yuan.data.mixture import kept_positions
+from yuan.data.mixture import find_unskipped_positions
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
@@ -100,7 +100,7 @@ def plain_steps(made, finished, recipe=RECIPE):
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
     steps = []
     for step in range(recipe.max_steps):
-        windows, _ = corpus.read(kept_positions(8 * step, 8, []))
+        windows, _ = corpus.read(find_unskipped_positions(8 * step, 8, []))
         tokens, labels = (torch.from_numpy(a).long() for a in (windows.tokens, windows.labels))
         learned = torch.from_numpy(windows.learned).float()
         documents = torch.from_numpy(windows.documents)

@@ -11,9 +11,9 @@ from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
 from yuan.serve.api import make_api
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Served
-from yuan.serve.service import Service
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import ServedModel
+from yuan.serve.service import ModelService
 
 WINDOW, TOKEN = 2048, "secret"
 
@@ -30,7 +30,7 @@ def make_served(version, window=WINDOW):
             torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
         model.embedding.weight[tokenizer.eod] = 0  # so that it seldom ends by itself
-    return Served(model, tokenizer, version)
+    return ServedModel(model, tokenizer, version)
 
 
 def running(service):
@@ -45,8 +45,8 @@ def metric(http, name):
 
 
 if __name__ == "__main__":
-    service = Service(Metrics())
-    service.use(make_served(1))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(make_served(1))
     torch.set_num_threads(1)
     uvicorn.run(
         make_api(TOKEN, service),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
 from yuan.model import hf_layout, weights
-from yuan.model.convert import config_from_hf, export_hf, import_hf
+from yuan.model.convert import export_hf, import_hf, read_hf_config
 from yuan.model.transformer import Yuan
 
 
@@ -94,7 +94,7 @@ def test_shards_keep_their_limit_and_the_manifest_names_every_file(published):
     shards = sorted(published.glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 62_000 + 20_000 for shard in shards)  # a limit of data, and a header
-    manifest = weights.verify(published)
+    manifest = weights.verify_folder(published)
     assert set(manifest["files"]) == {file.name for file in published.iterdir()} - {"manifest.json"}
     assert manifest["snapshot"] == "s"
 
@@ -104,8 +104,8 @@ def test_presets_have_the_published_keys_and_shapes(preset, keys):
     config = preset()
     with torch.device("meta"):
         model = Yuan(config)
-    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == hf_layout.own_shapes(config)
-    shapes = hf_layout.hf_shapes(config)
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == hf_layout.get_yuan_shapes(config)
+    shapes = hf_layout.get_hf_shapes(config)
     assert len(shapes) == keys
     assert shapes["model.layers.0.self_attn.lf_gate.conv1.weight"] == (
         config.hidden_size // 2,
@@ -198,7 +198,7 @@ def test_a_configuration_that_is_no_yuan_is_refused(published, tmp_path, change,
     data = json.loads((published / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=says):
-        config_from_hf(tmp_path)
+        read_hf_config(tmp_path)
 
 
 def test_a_published_configuration_without_our_fields_has_the_official_angles(published, tmp_path):
@@ -206,7 +206,7 @@ def test_a_published_configuration_without_our_fields_has_the_official_angles(pu
     for ours in ("rope_precision", "local_filter", "name"):
         del data[ours]
     (tmp_path / "config.json").write_text(json.dumps(data))
-    assert config_from_hf(tmp_path).rope_precision == "bf16"
+    assert read_hf_config(tmp_path).rope_precision == "bf16"
 
 
 def test_a_tokenizer_that_does_not_fit_is_named(single, tmp_path):

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from yuan import tokenizer as tokenizers
 from yuan.data.checkers import Checker
-from yuan.data.packing import pack
+from yuan.data.packing import pack_samples
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.data.skills import load_skills
@@ -75,7 +75,7 @@ def test_only_the_answer_and_its_end_are_learned(tokenizer):
 def test_packing_keeps_every_prediction_once():
     rng = random.Random(0)
     samples = [Sample(tuple(range(n)), (True,) * n) for n in (rng.randint(2, 40) for _ in range(50))]
-    windows = pack(samples, seq_len=16, pad=99)
+    windows = pack_samples(samples, seq_len=16, pad=99)
     assert windows.learned.sum() == sum(len(s.tokens) - 1 for s in samples)
     inside = windows.documents >= 0
     assert (windows.labels[inside] == windows.tokens[inside] + 1).all()

@@ -7,10 +7,10 @@ import torch
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
-from yuan.data.judge import Judge
+from yuan.data.judge import AnswerJudge
 from yuan.eval.run import evaluate, read_cases
 from yuan.generate.answers import answer_each
-from yuan.generate.decoder import NonFinite
+from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.sampling import Sampling
 from yuan.model.transformer import Yuan
 from yuan.model.weights import load, load_tokenizer, save
@@ -41,7 +41,7 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
     lines = [*GOOD, *(case for case, _ in BAD.values())]
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     cases, results = read_cases(tmp_path / "cases.jsonl")
-    with Judge() as judge:
+    with AnswerJudge() as judge:
         found = {result["case_id"]: result for result in [*results, *evaluate(folder, cases, judge)]}
     assert set(found) == {"separator", "plain", *BAD}
     assert [found[case["id"]]["reason"] for case in GOOD] == [None, None]
@@ -60,5 +60,5 @@ def test_one_sequence_that_is_not_finite_fails_alone(folder):
     alone = answer_each(model, tokenizer, prompts, sampling)
     model.embedding.register_forward_hook(plant)
     found = answer_each(model, tokenizer, prompts, sampling)
-    assert isinstance(found[1], NonFinite) and "the window 64" in str(found[2])
+    assert isinstance(found[1], NonFiniteLogits) and "the window 64" in str(found[2])
     assert [found[0], found[3]] == [alone[0], alone[3]]

@@ -14,10 +14,10 @@ from tests.yuan.serving import make_served
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
-from yuan.serve.follower import NEVER, Follower, Versions
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Unserved
-from yuan.serve.service import Service
+from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, VersionCache
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import NoModelInService
+from yuan.serve.service import ModelService
 
 
 class Registry:
@@ -55,10 +55,12 @@ def started(registry, tmp_path):
     """Start a server on the same cache, as often as wanted; its service and follower."""
 
     def start():
-        service = Service(Metrics())
-        follower = Follower(registry.aliases, "champion", Versions(tmp_path / "cache", registry.download), service)
+        service = ModelService(ModelServerMetrics())
+        follower = AliasFollower(
+            registry.aliases, "champion", VersionCache(tmp_path / "cache", registry.download), service
+        )
         follower.resume()
-        follower.look()
+        follower.check_alias()
         return service, follower
 
     return start
@@ -71,7 +73,7 @@ def test_after_a_restart_without_the_registry_the_last_version_is_served(registr
     assert service.served.version == 1 and registry.downloads == [1]
     registry.add(2)
     registry.alias, registry.is_away = 2, False
-    follower.look()
+    follower.check_alias()
     assert service.served.version == 2
 
 
@@ -99,13 +101,13 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_and_is_said_once(
     (registry.folder / "2" / "config.json").write_text("{}")
     registry.alias = 2
     for _ in range(3):
-        follower.look()
+        follower.check_alias()
     assert service.served.version == 1 and registry.downloads == [1, 2]  # nor is it fetched every second
     registry.is_away = True
     with caplog.at_level(logging.WARNING):
         caplog.clear()
         for _ in range(3):
-            follower.look()
+            follower.check_alias()
     assert [r.message.split(":")[0] for r in caplog.records] == ["the registry cannot be asked; v1 stays in service"]
 
 
@@ -114,7 +116,7 @@ def test_the_folder_of_the_version_in_service_is_kept_whatever_its_age(registry,
     for version in (2, 3, 1, 4):
         registry.add(version)
         registry.alias = version
-        follower.look()
+        follower.check_alias()
     assert {path.name for path in (tmp_path / "cache").glob("v*")} == {"v1", "v3", "v4"}
 
 
@@ -169,7 +171,7 @@ def test_without_a_version_the_server_answers_and_says_why(serve):
 
 def refusal(service):
     """What a caller is told without a model: the words, and when to ask again."""
-    with pytest.raises(Unserved) as caught:
+    with pytest.raises(NoModelInService) as caught:
         service.submit(lambda served: None)
     return str(caught.value), caught.value.retry_after_s
 
@@ -177,7 +179,9 @@ def refusal(service):
 def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
     registry.alias = None
     service, follower = started()
-    assert refusal(service) == (NEVER, None) and "promote" not in NEVER.replace("promoted", "")
+    assert refusal(service) == (NO_VERSION_MESSAGE, None) and "promote" not in NO_VERSION_MESSAGE.replace(
+        "promoted", ""
+    )
     registry.alias = 1
     download, told = registry.download, []
 
@@ -186,13 +190,13 @@ def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
         raise ConnectionError("refused")
 
     follower._versions._download = watched
-    follower.look()
+    follower.check_alias()
     assert told == [("v1 is being loaded; repeat in a few seconds", 5)]
     message, retry_after_s = refusal(service)
     assert "v1 cannot be loaded" in message and retry_after_s == 60
     registry.alias = None  # deleted from the registry, which drops its alias
-    follower.look()
+    follower.check_alias()
     assert refusal(service) == (message, retry_after_s)
     registry.alias, follower._versions._download, follower._retry_at = 1, download, 0.0
-    follower.look()
+    follower.check_alias()
     assert service.served.version == 1

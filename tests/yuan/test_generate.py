@@ -8,9 +8,9 @@ import torch
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.generate.answers import generate
-from yuan.generate.decoder import Decoder, NonFinite
-from yuan.generate.sampling import Chosen, Sampling, choose
-from yuan.generate.sequence import Sequence
+from yuan.generate.decoder import Decoder, NonFiniteLogits
+from yuan.generate.sampling import ChosenToken, Sampling, choose_tokens
+from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 
 GREEDY = Sampling(max_tokens=12)
@@ -77,7 +77,7 @@ def test_an_answer_ends_at_the_window(model, tokenizer):
 def draws_of(sampling, logits, number=4000):
     rows = torch.tensor(logits).repeat(number, 1)
     even = [(n + 0.5) / number for n in range(number)]
-    chosen = choose(rows, [sampling] * number, [()] * number, even)
+    chosen = choose_tokens(rows, [sampling] * number, [()] * number, even)
     return torch.bincount(torch.tensor([c.token for c in chosen]), minlength=len(logits)) / number
 
 
@@ -102,14 +102,14 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens_only():
 def test_repetition_penalty_weighs_seen_tokens_as_ctrl_does():
     logits = torch.tensor([[2.0, 1.5, -1.0, -0.8]])
     plain, penalised = Sampling(max_tokens=1), Sampling(max_tokens=1, repetition_penalty=2.0)
-    assert choose(logits, [plain], [[0]], [0.0])[0].token == 0
-    assert choose(logits, [penalised], [[0]], [0.0])[0].token == 1
-    assert choose(logits - 2.6, [penalised], [[0, 0]], [0.0])[0].token == 1  # -0.6 doubled falls below -1.1
+    assert choose_tokens(logits, [plain], [[0]], [0.0])[0].token == 0
+    assert choose_tokens(logits, [penalised], [[0]], [0.0])[0].token == 1
+    assert choose_tokens(logits - 2.6, [penalised], [[0, 0]], [0.0])[0].token == 1  # -0.6 doubled falls below -1.1
 
 
 def test_log_probabilities_are_those_of_the_model():
     logits = torch.randn(1, 30)
-    chosen = choose(logits, [Sampling(max_tokens=1, temperature=0, logprobs=3)], [()], [0.0])[0]
+    chosen = choose_tokens(logits, [Sampling(max_tokens=1, temperature=0, logprobs=3)], [()], [0.0])[0]
     expected = logits[0].log_softmax(dim=-1).sort(descending=True)
     assert [token for token, _ in chosen.top] == expected.indices[:3].tolist()
     assert chosen.logprob == pytest.approx(float(expected.values[0]))
@@ -128,11 +128,11 @@ def test_a_wrong_wish_is_named(field, value):
 
 def spoken(tokenizer, text, **wishes):
     """A sequence to which the text's tokens come one by one, and what it showed after each."""
-    sequence = Sequence([tokenizer.sep], Sampling(max_tokens=50, **wishes), tokenizer, 100)
+    sequence = DecodingSequence([tokenizer.sep], Sampling(max_tokens=50, **wishes), tokenizer, 100)
     shown = []
     for token in tokenizer.encode(text):
         if sequence.finish_reason is None:
-            sequence.take(Chosen(token))
+            sequence.take(ChosenToken(token))
             shown.append(sequence.show())
     return sequence, shown
 
@@ -172,7 +172,7 @@ def test_logits_that_are_not_finite_are_an_error_and_no_answer(model, tokenizer)
     with torch.no_grad():
         broken.embedding.weight[a] = torch.nan
     decoder = Decoder(broken)
-    sequence = Sequence(tokenizer.encode("bcd"), GREEDY, tokenizer, 64)
+    sequence = DecodingSequence(tokenizer.encode("bcd"), GREEDY, tokenizer, 64)
     failed = decoder.add([sequence])
-    assert [(who, type(error)) for who, error in failed] == [(sequence, NonFinite)]
+    assert [(who, type(error)) for who, error in failed] == [(sequence, NonFiniteLogits)]
     assert decoder.running == []

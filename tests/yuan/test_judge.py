@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from yuan.data.checkers import Exact
-from yuan.data.judge import MEMORY_BYTES, CheckFailed, Judge
+from yuan.data.judge import JUDGE_MEMORY_BYTES, AnswerJudge, CheckFailed
 
 RULE = Exact(value="a\u2028b")
 
@@ -20,7 +20,7 @@ class Broken(Exact):
 
 @pytest.fixture
 def judge():
-    with Judge(limit_s=1) as judge:
+    with AnswerJudge(limit_s=1) as judge:
         yield judge
 
 
@@ -48,11 +48,11 @@ def test_a_checker_that_takes_all_memory_is_ended(judge):
     judge.check(RULE, "")
     limits = Path(f"/proc/{judge._process.pid}/limits").read_text()
     allowed = next(line for line in limits.splitlines() if line.startswith("Max address space"))
-    assert allowed.split()[3] == str(MEMORY_BYTES)
+    assert allowed.split()[3] == str(JUDGE_MEMORY_BYTES)
 
 
 def test_its_process_ends_with_the_block():
-    with Judge() as judge:
+    with AnswerJudge() as judge:
         judge.check(RULE, "")
         pid = judge._process.pid
     with pytest.raises(ProcessLookupError):

@@ -8,29 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuan.data.corpus import Corpus, write_corpus
-from yuan.data.mixture import Mixture, kept_positions, quotas_of
-from yuan.data.packing import pack
+from yuan.data.mixture import Mixture, compute_quotas, find_unskipped_positions
+from yuan.data.packing import pack_samples
 from yuan.data.samples import Sample
-from yuan.data.shuffle import keyed, shuffled
+from yuan.data.shuffle import derive_keys, permute
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**9))
 @settings(max_examples=60, deadline=None)
 def test_a_shuffle_is_a_permutation(size, seed, epoch):
-    out = shuffled(np.arange(size), size, keyed(seed, np.full(size, epoch)))
+    out = permute(np.arange(size), size, derive_keys(seed, np.full(size, epoch)))
     assert sorted(out.tolist()) == list(range(size))
 
 
 @pytest.mark.parametrize("size", [3, 7, 100])
 def test_a_shuffle_puts_every_element_everywhere_alike(size):
     keys = 40 * size
-    out = shuffled(np.zeros(keys, np.int64), size, keyed(1, np.arange(keys)))
+    out = permute(np.zeros(keys, np.int64), size, derive_keys(1, np.arange(keys)))
     squares = ((np.bincount(out, minlength=size) - 40) ** 2 / 40).sum()
     assert squares < size + 5 * np.sqrt(2 * size)  # chi-square with size - 1 degrees, five sigmas
 
 
 def test_elements_of_a_shuffle_do_not_stay_beside_each_other():
-    out = shuffled(np.arange(1000), 1000, keyed(3, np.zeros(1000, np.int64)))
+    out = permute(np.arange(1000), 1000, derive_keys(3, np.zeros(1000, np.int64)))
     assert (np.abs(np.diff(out)) == 1).sum() < 12  # two are expected
 
 
@@ -42,7 +42,7 @@ def test_elements_of_a_shuffle_do_not_stay_beside_each_other():
 @settings(max_examples=40, deadline=None)
 def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
     weights = data.draw(st.none() | st.lists(st.floats(0.1, 1), min_size=len(sizes), max_size=len(sizes)))
-    mixture = Mixture(tuple(sizes), quotas_of(sizes, weights), seed)
+    mixture = Mixture(tuple(sizes), compute_quotas(sizes, weights), seed)
     sources, windows = mixture.at(np.arange(2 * mixture.block))
     for number, (size, quota) in enumerate(zip(sizes, mixture.quotas, strict=True)):
         own = windows[sources == number]
@@ -61,7 +61,7 @@ def test_epochs_have_orders_of_their_own():
 
 
 def test_positions_can_be_asked_for_in_any_parts():
-    mixture = Mixture((7, 1000, 33), quotas_of((7, 1000, 33), (1, 2, 5)), 9)
+    mixture = Mixture((7, 1000, 33), compute_quotas((7, 1000, 33), (1, 2, 5)), 9)
     whole = mixture.at(np.arange(10**12, 10**12 + 5000))
     rng = np.random.default_rng(0)
     some = rng.permutation(5000)[:100]
@@ -69,7 +69,7 @@ def test_positions_can_be_asked_for_in_any_parts():
 
 
 def test_sources_come_by_weight_in_every_block():
-    mixture = Mixture((10, 10), quotas_of((10, 10), (0.3, 0.7)), 0)
+    mixture = Mixture((10, 10), compute_quotas((10, 10), (0.3, 0.7)), 0)
     sources, _ = mixture.at(np.arange(mixture.block * 5))
     assert abs((sources == 0).mean() - 0.3) < 1e-3
     early = (sources[:200] == 0).mean()
@@ -81,7 +81,7 @@ def test_sources_come_by_weight_in_every_block():
 )
 def test_a_weight_that_means_nothing_is_refused(weights, says):
     with pytest.raises(ValueError, match=says):
-        quotas_of((10, 10), weights)
+        compute_quotas((10, 10), weights)
 
 
 @given(
@@ -92,7 +92,7 @@ def test_a_weight_that_means_nothing_is_refused(weights, says):
 def test_skipped_spans_are_left_out_and_nothing_else(cuts, start, count):
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     open_ = [p for p in range(200) if not any(first <= p < end for first, end in spans)]
-    assert kept_positions(start, count, spans).tolist() == open_[start : start + count]
+    assert find_unskipped_positions(start, count, spans).tolist() == open_[start : start + count]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def samples():
 def test_token_files_hold_the_windows_that_packing_makes(samples, tmp_path):
     write_corpus(tmp_path, {"a": iter(samples)}, seq_len=32, pad=7)
     corpus = Corpus(tmp_path, seed=0)
-    packed = pack(samples, seq_len=32, pad=7)
+    packed = pack_samples(samples, seq_len=32, pad=7)
     assert corpus.sources[0].windows == len(packed)
     positions = np.arange(len(packed))
     windows, _ = corpus.read(positions)

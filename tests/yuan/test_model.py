@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from yuan.config import LocalFilter as LocalFilterName
+from yuan.config import LocalFilterKind as LocalFilterName
 from yuan.config import ModelConfig, yuan_2b, yuan_51b, yuan_102b
-from yuan.model.attention_inputs import plain_rows
+from yuan.model.attention_inputs import make_causal_inputs
 from yuan.model.local_filter import make_filter
-from yuan.model.rotary import rotary
+from yuan.model.rotary import compute_rotary
 from yuan.model.transformer import Yuan
 
 CONFIG = ModelConfig(name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=64, seq_len=32)
@@ -62,30 +62,32 @@ def test_no_token_sees_the_future(model, tokens):
 
 
 def test_decoding_token_by_token_equals_one_pass(model, tokens):
-    cache = model.new_cache(3)
-    steps = [model.go_on(tokens[:, :4], cache)] + [model.go_on(tokens[:, t : t + 1], cache) for t in range(4, 12)]
+    cache = model.make_cache(3)
+    steps = [model.forward_incremental(tokens[:, :4], cache)] + [
+        model.forward_incremental(tokens[:, t : t + 1], cache) for t in range(4, 12)
+    ]
     torch.testing.assert_close(torch.stack(steps, dim=1), model(tokens)[:, 3:], rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
     """Rows of 2, 5 and 9 tokens go on with 10, 7 and 3, padded on the right."""
-    lengths, cache = [2, 5, 9], model.new_cache(3)
-    model.go_on(tokens[:, :9], cache, lengths)
+    lengths, cache = [2, 5, 9], model.make_cache(3)
+    model.forward_incremental(tokens[:, :9], cache, lengths)
     rest = torch.zeros(3, 10, dtype=torch.long)
     for row, length in enumerate(lengths):
         rest[row, : 12 - length] = tokens[row, length:]
-    last = model.go_on(rest, cache, [12 - length for length in lengths])
+    last = model.forward_incremental(rest, cache, [12 - length for length in lengths])
     torch.testing.assert_close(last, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
-    cache = model.new_cache(2)
-    model.go_on(tokens[:2, :6], cache)
+    cache = model.make_cache(2)
+    model.forward_incremental(tokens[:2, :6], cache)
     new = cache.after(1)
-    model.go_on(tokens[2:, :3], new)
-    cache.take_in(new)
-    cache.drop(0)  # now rows 2 and 1
-    last = model.go_on(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
+    model.forward_incremental(tokens[2:, :3], new)
+    cache.append_rows(new)
+    cache.drop_row(0)  # now rows 2 and 1
+    last = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
     torch.testing.assert_close(last[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
 
@@ -116,8 +118,8 @@ def test_the_official_packing_only_restarts_positions(model, tokens):
 
 def test_bf16_angles_collapse_positions_as_in_the_official_training():
     config = dataclasses.replace(CONFIG, rope_precision="bf16")
-    cos, _ = rotary(torch.arange(8192), config, torch.float32)
-    exact, _ = rotary(torch.arange(8192), CONFIG, torch.float32)
+    cos, _ = compute_rotary(torch.arange(8192), config, torch.float32)
+    exact, _ = compute_rotary(torch.arange(8192), CONFIG, torch.float32)
     assert len(torch.unique(cos, dim=0)) <= 897 < len(torch.unique(exact, dim=0))
     assert torch.equal(cos[256], cos[257])
 
@@ -137,7 +139,7 @@ def test_values_read_the_unfiltered_input(model, tokens):
     attention = model.layers[0].attention
     nn.init.zeros_(attention.query_key.weight)
     x_BSH = torch.randn(1, 6, 32)
-    rows = plain_rows(CONFIG, 6, x_BSH)
+    rows = make_causal_inputs(CONFIG, 6, x_BSH)
     before = attention(x_BSH, rows, None)
     nn.init.normal_(attention.filter.conv1.weight)
     assert torch.equal(before, attention(x_BSH, rows, None))

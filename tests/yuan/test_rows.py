@@ -3,9 +3,9 @@
 import json
 import tracemalloc
 
-from yuan.data.checkers import MAX_VALUE
+from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS
 from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
-from yuan.data.text import MAX_TEXT
+from yuan.data.text import MAX_TEXT_CHARS
 
 GOOD = b'{"answer": "b"}'
 
@@ -37,9 +37,12 @@ def test_a_line_of_the_longest_length_is_still_read():
 
 def test_the_longest_row_fits_on_a_line():
     widest = "\U0001f600"
-    row = {"prompt": widest * MAX_TEXT, "answer": widest * MAX_TEXT}
+    row = {"prompt": widest * MAX_TEXT_CHARS, "answer": widest * MAX_TEXT_CHARS}
     row |= {"capability": widest * 100, "language": widest * 20, "source": widest * 200}
-    row["checker"] = {"type": "contains", "values": [widest * (MAX_VALUE - 1) + chr(97 + n) for n in range(20)]}
+    row["checker"] = {
+        "type": "contains",
+        "values": [widest * (MAX_CHECKER_VALUE_CHARS - 1) + chr(97 + n) for n in range(20)],
+    }
     line = json.dumps(row).encode()  # two escapes of six bytes for each of these characters
     assert len(line) > 0.9 * MAX_LINE_BYTES
     assert isinstance(next(parse_rows(line)), Row)

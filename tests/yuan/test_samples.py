@@ -3,9 +3,9 @@
 import pytest
 
 from yuan import tokenizer as tokenizers
-from yuan.data.packing import pack
+from yuan.data.packing import pack_samples
 from yuan.data.rows import Row
-from yuan.data.samples import Turn, encode_conversation, encode_row, fill_in_middle
+from yuan.data.samples import ConversationTurn, encode_conversation, encode_fill_in_middle, encode_row
 
 WORDS = "abcdefghijklmnopqrstuvwxyz <n>\n"
 
@@ -36,7 +36,7 @@ def rows(*pairs):
 
 def packed(tokenizer, seq_len, *pairs):
     samples = [encode_row(row, tokenizer) for row in rows(*pairs)]
-    return learned_texts(pack(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
+    return learned_texts(pack_samples(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
 
 
 def test_a_window_without_an_end_does_not_learn_its_prompt(tokenizer):
@@ -58,18 +58,28 @@ def test_a_prompt_cut_by_the_window_is_not_learned(tokenizer):
 
 def test_only_answers_of_several_turns_are_learned(tokenizer):
     """Flaw d: everything behind the first separator is learned, later questions of the user too."""
-    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+    turns = [
+        ConversationTurn("user", "ab"),
+        ConversationTurn("assistant", "cd"),
+        ConversationTurn("user", "ef"),
+        ConversationTurn("assistant", "gh"),
+    ]
     sample = encode_conversation(turns, tokenizer, learn="all")[0]
-    window = pack([sample], seq_len=32, pad=tokenizer.pad)
+    window = pack_samples([sample], seq_len=32, pad=tokenizer.pad)
     assert learned_texts(window, tokenizer) == ["cd + gh|"]
 
 
 def test_the_choice_of_learned_turns(tokenizer):
-    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+    turns = [
+        ConversationTurn("user", "ab"),
+        ConversationTurn("assistant", "cd"),
+        ConversationTurn("user", "ef"),
+        ConversationTurn("assistant", "gh"),
+    ]
 
     def texts(learn):
         samples = encode_conversation(turns, tokenizer, learn=learn, system="be")
-        return [learned_texts(pack([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
+        return [learned_texts(pack_samples([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
 
     assert texts("last") == ["gh|"]
     assert texts("all") == ["cd + gh|"]
@@ -77,7 +87,12 @@ def test_the_choice_of_learned_turns(tokenizer):
 
 
 def test_a_conversation_has_the_published_form(tokenizer):
-    turns = [Turn("user", "ab"), Turn("assistant", "cd"), Turn("user", "ef"), Turn("assistant", "gh")]
+    turns = [
+        ConversationTurn("user", "ab"),
+        ConversationTurn("assistant", "cd"),
+        ConversationTurn("user", "ef"),
+        ConversationTurn("assistant", "gh"),
+    ]
     tokens = encode_conversation(turns, tokenizer, learn="last", system="be")[0].tokens
     sep = tokens.index(tokenizer.sep)
     assert tokenizer.decode(tokens[:sep]) == "be\nab<n>cd<n>ef"
@@ -88,7 +103,7 @@ def test_a_conversation_has_the_published_form(tokenizer):
 @pytest.mark.parametrize("roles", [[], ["assistant"], ["user"], ["user", "user"], ["user", "assistant", "user"]])
 def test_turns_that_do_not_alternate_are_named(tokenizer, roles):
     with pytest.raises(ValueError, match="turns must alternate"):
-        encode_conversation([Turn(role, "a") for role in roles], tokenizer)
+        encode_conversation([ConversationTurn(role, "a") for role in roles], tokenizer)
 
 
 def parts_of(sample, tokenizer):
@@ -106,7 +121,7 @@ def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
     text = "abcdefghijklmnop"
     forms = []
     for number in range(200):
-        sample = fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
+        sample = encode_fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
         form, front, back = parts_of(sample, tokenizer)
         assert front + back == text
         assert all(sample.learned)
@@ -117,13 +132,15 @@ def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
 
 def test_filling_in_is_a_function_of_its_seed_and_off_at_rate_zero(tokenizer):
     text = "abcdefghijklmnop"
-    assert fill_in_middle(text, tokenizer, rate=0.5, seed=3) == fill_in_middle(text, tokenizer, rate=0.5, seed=3)
+    assert encode_fill_in_middle(text, tokenizer, rate=0.5, seed=3) == encode_fill_in_middle(
+        text, tokenizer, rate=0.5, seed=3
+    )
     plain = encode_row(Row(prompt="", answer=text), tokenizer)
-    assert fill_in_middle(text, tokenizer, rate=0.0, seed=3) == plain
-    changed = sum(fill_in_middle(text, tokenizer, rate=0.5, seed=n) != plain for n in range(200))
+    assert encode_fill_in_middle(text, tokenizer, rate=0.0, seed=3) == plain
+    changed = sum(encode_fill_in_middle(text, tokenizer, rate=0.5, seed=n) != plain for n in range(200))
     assert 70 <= changed <= 130
 
 
 def test_a_rate_that_is_no_share_is_named(tokenizer):
     with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):
-        fill_in_middle("abc", tokenizer, rate=2)
+        encode_fill_in_middle("abc", tokenizer, rate=2)

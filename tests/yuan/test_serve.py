@@ -12,14 +12,14 @@ from tests.waiting import until
 from tests.yuan.serving import TOKEN, WINDOW, make_served, metric, running
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
-from yuan.serve.admission import MAX_BODY_BYTES
-from yuan.serve.metrics import Metrics
-from yuan.serve.service import Service
+from yuan.serve.admission import MAX_MODEL_CALL_BYTES
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
 
 
 @pytest.fixture(scope="module")
 def service():
-    return Service(Metrics())
+    return ModelService(ModelServerMetrics())
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def url(service):
 @pytest.fixture
 def served(service):
     """A model newly put into service."""
-    service.use(make_served(1))
+    service.swap_in(make_served(1))
     return service.served
 
 
@@ -138,7 +138,7 @@ def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
     """The answer comes while the caller still has all of its body to send."""
     address, head = httpx.URL(url), f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n"
     with socket.create_connection((address.host, address.port), timeout=10) as connection:
-        connection.sendall(f"{head}Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+        connection.sendall(f"{head}Content-Length: {MAX_MODEL_CALL_BYTES + 1}\r\n\r\n".encode())
         answer = connection.recv(10_000).decode()
     assert answer.startswith(f"HTTP/1.1 {status}")
 
@@ -150,8 +150,8 @@ def test_a_call_may_be_as_large_as_the_limit_and_no_larger(http, served, is_chun
         content = iter([body]) if is_chunked else body
         return http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
 
-    assert ask(MAX_BODY_BYTES).status_code == 200
-    refused = ask(MAX_BODY_BYTES + 1)
+    assert ask(MAX_MODEL_CALL_BYTES).status_code == 200
+    refused = ask(MAX_MODEL_CALL_BYTES + 1)
     assert refused.status_code == 413 and "send less" in refused.json()["error"]["message"]
     assert ask(100).status_code == 200  # on the same connection
 
@@ -160,7 +160,7 @@ def test_models_are_swapped_without_dropping_a_request(client, service, served):
     """A long answer of v1 goes on while v2 answers the next request."""
     stream = client.completions.create(model="yuan", prompt="abc", max_tokens=400, stream=True)
     first = next(stream)
-    service.use(make_served(2))
+    service.swap_in(make_served(2))
     assert client.completions.create(model="yuan", prompt="abc", max_tokens=2).model == "yuan-v2"
     rest = list(stream)
     assert {chunk.model for chunk in [first, *rest]} == {"yuan-v1"}

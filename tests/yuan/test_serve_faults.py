@@ -11,19 +11,19 @@ from tests.yuan.serving import TOKEN, make_served, metric, running
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
 from yuan.generate.sampling import Sampling
-from yuan.generate.sequence import Sequence
-from yuan.serve.batching import Engine
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Busy, Failed, Piece, Request
-from yuan.serve.service import STARTING, Service
+from yuan.generate.sequence import DecodingSequence
+from yuan.serve.batching import BatchingEngine
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import AnswerPiece, DecodingFailed, GenerationRequest, QueueFull
+from yuan.serve.service import STARTING_MESSAGE, ModelService
 
 PATH = "/v1/completions"
 
 
 @pytest.fixture
 def service():
-    service = Service(Metrics())
-    service.use(make_served(1))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(make_served(1))
     return service
 
 
@@ -36,8 +36,8 @@ def http(service):
 
 @pytest.fixture(scope="module")
 def shared():
-    service = Service(Metrics())
-    service.use(make_served(1))
+    service = ModelService(ModelServerMetrics())
+    service.swap_in(make_served(1))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with running(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
         yield http
@@ -59,7 +59,7 @@ def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
     came = []
     tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
     sampling = Sampling(max_tokens=number, **wishes)
-    request = Request(engine.served, [tokens], sampling, deliver or came.append, limit_s)
+    request = GenerationRequest(engine.served, [tokens], sampling, deliver or came.append, limit_s)
     engine.submit(request)
     return request, came
 
@@ -69,7 +69,7 @@ def is_done(came):
 
 
 def said(came):
-    return "".join(piece.text for piece in came if isinstance(piece, Piece))
+    return "".join(piece.text for piece in came if isinstance(piece, AnswerPiece))
 
 
 def test_a_client_that_leaves_a_stream_of_several_choices_leaves_the_engine_alive(service, http):
@@ -86,14 +86,14 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
     served = make_served(1)
     decoder = Decoder(served.model)
     wish = Sampling(max_tokens=9)
-    sequences = [Sequence([5, 6, number], wish, served.tokenizer, 64) for number in (7, 8, 9)]
+    sequences = [DecodingSequence([5, 6, number], wish, served.tokenizer, 64) for number in (7, 8, 9)]
     decoder.add(sequences)
     for sequence in sequences[:2]:
         decoder.remove(sequence)
         with torch.inference_mode():
             decoder.step()
     alone = Decoder(served.model)
-    alone.add([other := Sequence([5, 6, 9], wish, served.tokenizer, 64)])
+    alone.add([other := DecodingSequence([5, 6, 9], wish, served.tokenizer, 64)])
     alone.step(), alone.step()
     assert sequences[2].tokens == other.tokens
 
@@ -113,7 +113,7 @@ def test_an_error_that_one_request_brings_about_fails_that_request_alone(service
     asked = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
     until(lambda: all(map(is_done, asked)))
     monkeypatch.undo()
-    assert [type(came[-1]) for came in asked] == [Piece, Failed, Piece]
+    assert [type(came[-1]) for came in asked] == [AnswerPiece, DecodingFailed, AnswerPiece]
     hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
     alone = generate(engine.served.model, engine.served.tokenizer, ["abc", "de"], hot)
     assert [said(asked[0]), said(asked[2])] == [one.text for one in alone]
@@ -149,11 +149,11 @@ def test_a_caller_that_cannot_be_told_harms_nobody(service):
 
 
 def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
-    engine = Engine(service.served, Metrics(), max_rows=1, max_waiting=4)
+    engine = BatchingEngine(service.served, ModelServerMetrics(), max_rows=1, max_waiting=4)
     _, long = queue(engine, "abc", 1500)
     until(lambda: long)
     gone = [queue(engine, "abc")[0] for _ in range(4)]
-    with pytest.raises(Busy):
+    with pytest.raises(QueueFull):
         queue(engine, "abc")
     for request in gone:
         request.cancel()
@@ -165,15 +165,15 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
 
 
 def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeypatch):
-    service = Service(Metrics())
+    service = ModelService(ModelServerMetrics())
     with running(service) as url, httpx.Client(base_url=url) as http:
-        assert http.get("/health").json() == {"ok": True, "reason": STARTING}
-        service.use(make_served(1))
+        assert http.get("/health").json() == {"ok": True, "reason": STARTING_MESSAGE}
+        service.swap_in(make_served(1))
 
         def broken(self, joining, error=None):
             raise SystemExit
 
-        monkeypatch.setattr(Engine, "_pass", broken)
+        monkeypatch.setattr(BatchingEngine, "_pass", broken)
         headers = {"Authorization": f"Bearer {TOKEN}"}
         for _ in range(2):  # who is there when it ends, and who comes afterwards
             answer = http.post(PATH, json={"prompt": "a"}, headers=headers)

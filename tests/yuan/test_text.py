@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import BadJson, fold_forms, make_storable, parse_json, printable
+from yuan.data.text import BadJson, fold_forms, make_printable, make_storable, parse_json
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and U+0000 too
 CHECKERS = TypeAdapter(Checker)
@@ -48,7 +48,7 @@ def test_stored_text_goes_through_utf8_and_has_no_nul(text):
 
 @given(ANY_TEXT)
 def test_shown_text_is_one_short_printable_line(text):
-    assert printable(text).isprintable() and len(printable(text * 50)) <= 200
+    assert make_printable(text).isprintable() and len(make_printable(text * 50)) <= 200
 
 
 @given(ANY_TEXT)

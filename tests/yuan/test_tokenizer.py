@@ -18,7 +18,7 @@ def own():
 @pytest.fixture(scope="module")
 def published():
     folder = DATA / "tokenizer"
-    if not (folder / tokenizers.FILE_NAME).is_file():
+    if not (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file():
         pytest.skip(f"the published tokenizer is not in {folder}; name its parent folder in COTRAIN_TEST_DATA")
     return tokenizers.load(folder)
 

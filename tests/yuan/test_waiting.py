@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from yuan.serve.request import Busy
-from yuan.serve.waiting import Waiting
+from yuan.serve.request import QueueFull
+from yuan.serve.waiting import WaitingQueue
 
 
 def rows_of(*requests):
     """Requests as (caller, sequences), in the order in which they came; who gets rows, as callers."""
-    waiting, owner = Waiting(max_rows=32, max_waiting=256), {}
+    waiting, owner = WaitingQueue(max_rows=32, max_waiting=256), {}
     for caller, count in requests:
         request = SimpleNamespace(caller=caller, sequences=[object() for _ in range(count)], is_over=False)
         owner |= {id(sequence): caller for sequence in request.sequences}
@@ -41,7 +41,7 @@ def test_one_caller_has_three_quarters_of_the_rows_and_the_platform_all():
 
 def test_the_queue_has_a_place_for_whoever_has_none_and_less_for_each_the_more_wait():
     waiting, _ = rows_of(("a", 128), ("b", 85), ("c", 64))
-    with pytest.raises(Busy, match="85 prompts of yours wait already, at most 64"):
+    with pytest.raises(QueueFull, match="85 prompts of yours wait already, at most 64"):
         waiting.add(SimpleNamespace(caller="b", sequences=[object()], is_over=False))
     waiting.add(SimpleNamespace(caller="late", sequences=[object()] * 100, is_over=False))
     assert len(waiting) == 377

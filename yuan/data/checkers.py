@@ -7,25 +7,25 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from yuan.data.text import MAX_TEXT, TextRule, fold_forms, rule_error
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
-MAX_VALUE = 2_000  # characters
-Value = Annotated[str, TextRule(MAX_VALUE)]
+MAX_CHECKER_VALUE_CHARS = 2_000  # characters
+CheckerValue = Annotated[str, TextRule(MAX_CHECKER_VALUE_CHARS)]
 
 # Before and after the point; arithmetic with so many digits can neither overflow nor take long.
-MAX_DIGITS = 50
-Number = Annotated[
+MAX_NUMBER_DIGITS = 50
+CheckerNumber = Annotated[
     Decimal,
-    Field(max_digits=2 * MAX_DIGITS, decimal_places=MAX_DIGITS, allow_inf_nan=False),
+    Field(max_digits=2 * MAX_NUMBER_DIGITS, decimal_places=MAX_NUMBER_DIGITS, allow_inf_nan=False),
     WithJsonSchema(
         {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9]{1,50}(\.[0-9]{1,50})?$"}]}
     ),
 ]
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-_LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
+_NUMBER_PATTERN = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+_OPTION_LETTER_PATTERN = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 
 
-class _Rule(BaseModel, ABC):
+class _CheckerBase(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check(self, answer: str) -> bool:
@@ -33,41 +33,41 @@ class _Rule(BaseModel, ABC):
 
         An answer beyond 20,000 characters is wrong.
         """
-        return len(answer) <= MAX_TEXT and self._accepts(_fold(answer))
+        return len(answer) <= MAX_TEXT_CHARS and self._accepts(_fold(answer))
 
     @abstractmethod
     def _accepts(self, folded: str) -> bool: ...
 
 
-class Exact(_Rule):
+class Exact(_CheckerBase):
     """The whole answer equals the value, apart from Unicode forms and outer white space."""
 
     type: Literal["exact"] = "exact"
-    value: Value
+    value: CheckerValue
 
     def _accepts(self, folded: str) -> bool:
         return folded == _fold(self.value)
 
 
-class Numeric(_Rule):
+class Numeric(_CheckerBase):
     """The last number of the answer equals the value within the tolerance.
 
     The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or size never passes.
     """
 
     type: Literal["numeric"] = "numeric"
-    value: Number
-    tolerance: Annotated[Number, Field(ge=0)] = Decimal(0)
+    value: CheckerNumber
+    tolerance: Annotated[CheckerNumber, Field(ge=0)] = Decimal(0)
 
     @model_validator(mode="after")
-    def _tolerates_no_other_size(self) -> "Numeric":
+    def _check_tolerance(self) -> "Numeric":
         if 2 * self.tolerance > max(Decimal(1), abs(self.value)):
-            raise rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1")
+            raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1")
         return self
 
     def _accepts(self, folded: str) -> bool:
-        numbers = _NUMBER.findall(folded)
-        if not numbers or len(numbers[-1]) > 4 * MAX_DIGITS:
+        numbers = _NUMBER_PATTERN.findall(folded)
+        if not numbers or len(numbers[-1]) > 4 * MAX_NUMBER_DIGITS:
             return False
         try:
             return abs(Decimal(numbers[-1].replace(",", "")) - self.value) <= self.tolerance
@@ -75,21 +75,21 @@ class Numeric(_Rule):
             return False
 
 
-class Choice(_Rule):
+class Choice(_CheckerBase):
     """The answer names one option letter, and it is the value."""
 
     type: Literal["choice"] = "choice"
     value: Annotated[str, Field(pattern="^[A-Z]$")]
 
     def _accepts(self, folded: str) -> bool:
-        return set(_LETTER.findall(folded)) == {self.value}
+        return set(_OPTION_LETTER_PATTERN.findall(folded)) == {self.value}
 
 
-class Contains(_Rule):
+class Contains(_CheckerBase):
     """Every value occurs in the answer."""
 
     type: Literal["contains"] = "contains"
-    values: Annotated[list[Value], Field(min_length=1, max_length=20)]
+    values: Annotated[list[CheckerValue], Field(min_length=1, max_length=20)]
 
     def _accepts(self, folded: str) -> bool:
         return all(_fold(value) in folded for value in self.values)

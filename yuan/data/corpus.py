@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.mixture import Mixture, quotas_of
-from yuan.data.packing import Windows
+from yuan.data.mixture import Mixture, compute_quotas
+from yuan.data.packing import PackedWindows
 from yuan.data.samples import Sample
-from yuan.data.shuffle import Numbers
-from yuan.data.tokens import FILES, Tokens, write_tokens
+from yuan.data.shuffle import Int64Array
+from yuan.data.tokens import TOKEN_FILE_NAMES, TokenFiles, write_token_files
 
-INDEX, SCHEMA = "data.json", 1
+CORPUS_INDEX_FILE, CORPUS_SCHEMA = "data.json", 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CorpusSource:
     """A source in numbers; `quota` is its places in a block of the mixture, `learned` its predictions that count."""
 
     name: str
@@ -36,7 +36,7 @@ def write_corpus(
     seq_len: int,
     pad: int,
     weights: Mapping[str, float] | None = None,
-) -> list[Source]:
+) -> list[CorpusSource]:
     """Write every source's token files, each in a folder named by its number, and the index last.
 
     Args:
@@ -48,15 +48,17 @@ def write_corpus(
     if weights is not None and weights.keys() != sources.keys():
         raise ValueError(f"the weights are of {sorted(weights)} and the sources are {sorted(sources)}; name the same")
     for number, samples in enumerate(sources.values()):
-        write_tokens(folder / str(number), samples, seq_len=seq_len)
-    parts = [Tokens(folder / str(number), seq_len=seq_len, pad=pad) for number in range(len(sources))]
-    quotas = quotas_of([len(part) for part in parts], None if weights is None else [weights[name] for name in sources])
+        write_token_files(folder / str(number), samples, seq_len=seq_len)
+    parts = [TokenFiles(folder / str(number), seq_len=seq_len, pad=pad) for number in range(len(sources))]
+    quotas = compute_quotas(
+        [len(part) for part in parts], None if weights is None else [weights[name] for name in sources]
+    )
     found = [
-        Source(name=name, quota=quota, windows=len(part), tokens=part.num_tokens, learned=int(part.learned.sum()))
+        CorpusSource(name=name, quota=quota, windows=len(part), tokens=part.num_tokens, learned=int(part.learned.sum()))
         for name, quota, part in zip(sources, quotas, parts, strict=True)
     ]
-    index = {"schema": SCHEMA, "seq_len": seq_len, "pad": pad, "sources": [asdict(source) for source in found]}
-    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    index = {"schema": CORPUS_SCHEMA, "seq_len": seq_len, "pad": pad, "sources": [asdict(source) for source in found]}
+    (folder / CORPUS_INDEX_FILE).write_text(json.dumps(index, indent=2))
     return found
 
 
@@ -69,13 +71,14 @@ class Corpus:
 
     def __init__(self, folder: Path, seed: int) -> None:
         try:
-            index = json.loads((folder / INDEX).read_text())
-            self.sources = [Source(**source) for source in index["sources"]]
+            index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
+            self.sources = [CorpusSource(**source) for source in index["sources"]]
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} has no readable {INDEX} ({error}); lay the run out again") from None
+            raise ValueError(f"{folder} has no readable {CORPUS_INDEX_FILE} ({error}); lay the run out again") from None
         self.seq_len = int(index["seq_len"])
         self._parts = [
-            Tokens(folder / str(number), seq_len=self.seq_len, pad=index["pad"]) for number in range(len(self.sources))
+            TokenFiles(folder / str(number), seq_len=self.seq_len, pad=index["pad"])
+            for number in range(len(self.sources))
         ]
         for source, part in zip(self.sources, self._parts, strict=True):
             if (len(part), part.num_tokens) != (source.windows, source.tokens):
@@ -90,37 +93,42 @@ class Corpus:
         """What decides, beside the seed, which window lies where; JSON."""
         return {source.name: [source.windows, source.tokens, source.quota] for source in self.sources}
 
-    def learned(self, positions: Numbers) -> int:
+    def learned(self, positions: Int64Array) -> int:
         """How many predictions at these positions are learned; reads no token."""
-        return sum(int(self._parts[number].learned[windows].sum()) for number, windows, _ in self._split(positions))
+        return sum(
+            int(self._parts[number].learned[windows].sum()) for number, windows, _ in self._split_by_source(positions)
+        )
 
-    def read(self, positions: Numbers) -> tuple[Windows, Numbers]:
+    def read(self, positions: Int64Array) -> tuple[PackedWindows, Int64Array]:
         """The windows at these positions, and the number of each one's source."""
         shape = (len(positions), self.seq_len)
-        out = Windows(
+        out = PackedWindows(
             np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_), np.empty(shape, np.int32)
         )
         sources = np.empty(len(positions), np.int64)
-        for number, windows, places in self._split(positions):
+        for number, windows, places in self._split_by_source(positions):
             part = self._parts[number].read(windows)
             for name in ("tokens", "labels", "learned", "documents"):
                 getattr(out, name)[places] = getattr(part, name)
             sources[places] = number
         return out, sources
 
-    def names(self, positions: Numbers) -> list[str]:
+    def names(self, positions: Int64Array) -> list[str]:
         """Each position's window as `source:number`, for people."""
         sources, windows = self.mixture.at(positions)
         return [f"{self.sources[s].name}:{w}" for s, w in zip(sources, windows, strict=True)]
 
-    def _split(self, positions: Numbers) -> list[tuple[int, Numbers, npt.NDArray[np.int64]]]:
+    def _split_by_source(self, positions: Int64Array) -> list[tuple[int, Int64Array, npt.NDArray[np.int64]]]:
         """Of each source that has a position: its number, its windows, and their places among the positions."""
         sources, windows = self.mixture.at(positions)
         return [(int(n), windows[sources == n], np.flatnonzero(sources == n)) for n in np.unique(sources)]
 
 
-def corpus_files(folder: Path) -> list[Path]:
+def list_corpus_files(folder: Path) -> list[Path]:
     """Every file of a corpus, its index first."""
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
     numbers = range(len(index["sources"]))
-    return [folder / INDEX, *(folder / str(number) / name for number in numbers for name in FILES)]
+    return [
+        folder / CORPUS_INDEX_FILE,
+        *(folder / str(number) / name for number in numbers for name in TOKEN_FILE_NAMES),
+    ]

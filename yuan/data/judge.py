@@ -17,30 +17,30 @@ from pydantic import TypeAdapter
 
 from yuan.data.checkers import Checker
 
-LIMIT_S = 5.0  # for one check
-START_S = 60.0  # for the process to start, on a busy machine too
-MEMORY_BYTES = 1 << 30
-_RULES: TypeAdapter[Checker] = TypeAdapter(Checker)
+CHECK_TIMEOUT_S = 5.0  # for one check
+JUDGE_START_TIMEOUT_S = 60.0  # for the process to start, on a busy machine too
+JUDGE_MEMORY_BYTES = 1 << 30
+_CHECKER_ADAPTER: TypeAdapter[Checker] = TypeAdapter(Checker)
 
 
 class CheckFailed(ValueError):
     """A checker gave no verdict; the message says why."""
 
 
-class Judge:
+class AnswerJudge:
     """Checks answers, one at a time, in a process that starts with the first and again after one that was killed."""
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
+    def __init__(self, limit_s: float = CHECK_TIMEOUT_S) -> None:
         self._limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "AnswerJudge":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._kill_process()
 
     def check(self, checker: Checker, answer: str) -> bool:
         """Whether the checker takes the answer.
@@ -48,22 +48,22 @@ class Judge:
         Raises:
             CheckFailed: if the checker raises, exceeds 1 GiB, or has no verdict within the limit.
         """
-        process = self._process or self._start()
+        process = self._process or self._start_process()
         end = time.monotonic() + self._limit_s
         try:
             _send(process, {"checker": checker.model_dump(mode="json"), "answer": answer}, end)
             said = _receive(process, end)
         except TimeoutError:
-            self._end()
+            self._kill_process()
             raise CheckFailed(f"the checker gave no verdict within {self._limit_s:g} s") from None
         except (BrokenPipeError, EOFError):
-            self._end()
+            self._kill_process()
             raise CheckFailed("the checker ended the process that ran it") from None
         if "passed" not in said:
             raise CheckFailed(f"the checker raised {said['raised']}")
         return bool(said["passed"])
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start_process(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "yuan.data.judge"]
         self._process = subprocess.Popen(
             command,
@@ -75,13 +75,13 @@ class Judge:
         assert self._process.stdin is not None, "opened with a pipe"
         os.set_blocking(self._process.stdin.fileno(), False)
         try:
-            _receive(self._process, time.monotonic() + START_S)
+            _receive(self._process, time.monotonic() + JUDGE_START_TIMEOUT_S)
         except (TimeoutError, EOFError):
-            self._end()
+            self._kill_process()
             raise RuntimeError("the process that checks answers does not start; its error is in this log") from None
         return self._process
 
-    def _end(self) -> None:
+    def _kill_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -115,18 +115,18 @@ def _receive(process: subprocess.Popen[bytes], end: float) -> dict[str, object]:
 
 def main() -> None:
     """Judge what comes line by line on standard input, until it ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    say({"ready": True})
+    resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY_BYTES, JUDGE_MEMORY_BYTES))
+    write_message({"ready": True})
     for line in sys.stdin.buffer:
         message = json.loads(line)
         try:
-            checker = _RULES.validate_python(message["checker"])
-            say({"passed": checker.check(message["answer"])})
+            checker = _CHECKER_ADAPTER.validate_python(message["checker"])
+            write_message({"passed": checker.check(message["answer"])})
         except Exception as error:  # of the rule, which is somebody else's
-            say({"raised": f"{type(error).__name__}: {str(error)[:300]}"})
+            write_message({"raised": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
-def say(message: dict[str, object]) -> None:
+def write_message(message: dict[str, object]) -> None:
     sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
     sys.stdout.buffer.flush()
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yuan.data.shuffle import Numbers, keyed, shuffled
+from yuan.data.shuffle import Int64Array, derive_keys, permute
 
-Span = tuple[int, int]  # positions [first, end)
+PositionSpan = tuple[int, int]  # positions [first, end)
 
-FINEST = 2**20  # places of the largest block; a rarer source would be hard to tell from one that is left out
-PLACES_OF_RAREST = 32  # so that rounding to whole places changes no weight by more than 1.6 %
-MIN_BLOCK = 1024
+MAX_BLOCK_PLACES = 2**20  # places of the largest block; a rarer source would be hard to tell from one that is left out
+MIN_PLACES_PER_SOURCE = 32  # so that rounding to whole places changes no weight by more than 1.6 %
+MIN_BLOCK_PLACES = 1024
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ class Mixture:
     def block(self) -> int:
         return sum(self.quotas)
 
-    def at(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+    def at(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
         """The source and the window in it at each position."""
         block, place = np.divmod(positions, self.block)
-        place = shuffled(place, self.block, keyed(self.seed, block))
+        place = permute(place, self.block, derive_keys(self.seed, block))
         ends = np.cumsum(self.quotas)
         sources = np.searchsorted(ends, place, side="right")
         windows = np.empty_like(place)
         for number, (size, quota, end) in enumerate(zip(self.sizes, self.quotas, ends, strict=True)):
             own = sources == number
             epoch, index = np.divmod(block[own] * quota + place[own] - (end - quota), size)
-            windows[own] = shuffled(index, size, keyed(self.seed ^ (number + 1) << 32, epoch))
+            windows[own] = permute(index, size, derive_keys(self.seed ^ (number + 1) << 32, epoch))
         return sources.astype(np.int64), windows
 
 
-def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None = None) -> tuple[int, ...]:
+def compute_quotas(sizes: Sequence[int], weights: Sequence[float] | None = None) -> tuple[int, ...]:
     """Places of each source in a block, by weight; without weights every window has one, so a block is an epoch.
 
     Raises:
         ValueError: if a weight is not a positive number, or too small beside the others.
 
-    >>> quotas_of((10, 20)), quotas_of((10, 20), (1, 3))
+    >>> compute_quotas((10, 20)), compute_quotas((10, 20), (1, 3))
     ((10, 20), (256, 768))
     """
     if weights is None:
@@ -71,10 +71,10 @@ def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None = None) -> t
     if len(weights) != len(sizes) or not all(math.isfinite(w) and w > 0 for w in weights):
         raise ValueError(f"every source needs a positive weight, got {list(weights)} for {len(sizes)} sources")
     shares = [weight / sum(weights) for weight in weights]
-    block = max(MIN_BLOCK, 2 ** math.ceil(math.log2(PLACES_OF_RAREST / min(shares))))
-    if block > FINEST:
+    block = max(MIN_BLOCK_PLACES, 2 ** math.ceil(math.log2(MIN_PLACES_PER_SOURCE / min(shares))))
+    if block > MAX_BLOCK_PLACES:
         raise ValueError(
-            f"the smallest weight is {min(shares):.2e} of all, and {PLACES_OF_RAREST / FINEST:.2e} is the least; "
+            f"the smallest weight is {min(shares):.2e} of all, and {MIN_PLACES_PER_SOURCE / MAX_BLOCK_PLACES:.2e} is the least; "
             "raise it or leave the source out"
         )
     places = [int(share * block) for share in shares]
@@ -84,13 +84,13 @@ def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None = None) -> t
     return tuple(places)
 
 
-def kept_positions(start: int, count: int, skipped: Sequence[Span]) -> Numbers:
+def find_unskipped_positions(start: int, count: int, skipped: Sequence[PositionSpan]) -> Int64Array:
     """The `count` positions from the start-th on that lie in no skipped span.
 
     Args:
         skipped: spans in rising order that do not overlap.
 
-    >>> kept_positions(1, 4, [(2, 4)]).tolist()
+    >>> find_unskipped_positions(1, 4, [(2, 4)]).tolist()
     [1, 4, 5, 6]
     """
     positions = np.arange(start, start + count, dtype=np.int64)

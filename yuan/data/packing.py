@@ -12,23 +12,23 @@ import numpy.typing as npt
 
 from yuan.data.samples import Sample
 
-Ints = npt.NDArray[np.int32]
+Int32Array = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Windows:
+class PackedWindows:
     """Packed windows, each array (windows, S): inputs, next tokens, whether they count, and document numbers."""
 
-    tokens: Ints
-    labels: Ints
+    tokens: Int32Array
+    labels: Int32Array
     learned: npt.NDArray[np.bool_]
-    documents: Ints
+    documents: Int32Array
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def pack(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Windows:
+def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> PackedWindows:
     """Pack samples in memory; `yuan.data.tokens` does it in files.
 
     Document numbers restart in each window; padding is document -1.
@@ -38,12 +38,12 @@ def pack(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Windows:
     """
     windows = [
         [(np.array(piece.tokens, np.int32), np.array(piece.learned, np.bool_)) for piece in window]
-        for window in laid(samples, seq_len)
+        for window in split_into_windows(samples, seq_len)
     ]
-    return fill(windows, seq_len, pad)
+    return build_windows(windows, seq_len, pad)
 
 
-def laid(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
+def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
     """Lay samples one after another into windows of seq_len predictions.
 
     A sample that does not fit the space left opens a new window; one longer than a window is cut into pieces that
@@ -54,7 +54,7 @@ def laid(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
     """
     window: list[Sample] = []
     room = seq_len
-    for piece in chain.from_iterable(_pieces(sample, seq_len) for sample in samples):
+    for piece in chain.from_iterable(_cut_sample(sample, seq_len) for sample in samples):
         need = len(piece.tokens) - 1
         if need > room:
             yield window
@@ -66,7 +66,9 @@ def laid(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
     yield window
 
 
-def fill(windows: Sequence[Sequence[tuple[Ints, npt.NDArray[np.bool_]]]], seq_len: int, pad: int) -> Windows:
+def build_windows(
+    windows: Sequence[Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]], seq_len: int, pad: int
+) -> PackedWindows:
     """Windows of pieces, each its tokens and which of them are learned, as arrays."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
@@ -80,10 +82,10 @@ def fill(windows: Sequence[Sequence[tuple[Ints, npt.NDArray[np.bool_]]]], seq_le
             learned[w, start:end] = is_learned[1:]
             documents[w, start:end] = number
             start = end
-    return Windows(tokens, labels, learned, documents)
+    return PackedWindows(tokens, labels, learned, documents)
 
 
-def _pieces(sample: Sample, seq_len: int) -> list[Sample]:
+def _cut_sample(sample: Sample, seq_len: int) -> list[Sample]:
     """Cut a sample into pieces of at most seq_len predictions; neighbours share one token."""
     cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
     pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.learned[cut : cut + seq_len + 1]) for cut in cuts]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from yuan.data.checkers import Checker
-from yuan.data.text import MAX_TEXT, TextRule, describe_errors, fold_forms
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, fold_forms
 
 # All fields of a row have some 81,000 characters at most, and JSON writes one with 12 bytes at most, as two `\uXXXX`.
 MAX_LINE_BYTES = 2**20
@@ -20,10 +20,10 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: Annotated[str, TextRule(MAX_TEXT, allow="empty")] = Field(
+    prompt: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="empty")] = Field(
         default="", description="what the model is asked; empty for a plain document"
     )
-    answer: Annotated[str, TextRule(MAX_TEXT)] = Field(description="what it should answer")
+    answer: Annotated[str, TextRule(MAX_TEXT_CHARS)] = Field(description="what it should answer")
     checker: Checker | None = Field(default=None, description="how another answer to the prompt is judged")
     capability: Annotated[str, TextRule(100)] | None = Field(
         default=None, description="what the row teaches, e.g. reverse"
@@ -34,11 +34,11 @@ class Row(BaseModel):
     @property
     def key(self) -> str:
         """Rows with equal keys are duplicates: same normalised prompt and answer."""
-        return digest(normalise(self.prompt), normalise(self.answer))
+        return hash_texts(normalise(self.prompt), normalise(self.answer))
 
     @property
     def prompt_key(self) -> str:
-        return digest(normalise(self.prompt))
+        return hash_texts(normalise(self.prompt))
 
 
 class BadRow(BaseModel):
@@ -57,7 +57,7 @@ def normalise(text: str) -> str:
     return " ".join(fold_forms(text).casefold().split())
 
 
-def digest(*parts: str) -> str:
+def hash_texts(*parts: str) -> str:
     """sha256 over the parts' lengths and texts, so that their borders count."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
@@ -90,8 +90,8 @@ def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
 
 def dump_rows(rows: list[Row]) -> bytes:
     """Write rows as JSONL with sorted keys; the same rows always give the same bytes."""
-    return b"".join(_line(row.model_dump(mode="json", exclude_none=True)) for row in rows)
+    return b"".join(_dump_line(row.model_dump(mode="json", exclude_none=True)) for row in rows)
 
 
-def _line(data: dict[str, Any]) -> bytes:
+def _dump_line(data: dict[str, Any]) -> bytes:
     return json.dumps(data, ensure_ascii=False, sort_keys=True).encode() + b"\n"

@@ -12,8 +12,8 @@ from typing import Literal
 from yuan.data.rows import Row
 from yuan.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
-Learn = Literal["all", "last", "each"]
-TURN_END = "<n>"  # between turns, as text: the published chat template
+LossMaskMode = Literal["all", "last", "each"]
+TURN_SEPARATOR = "<n>"  # between turns, as text: the published chat template
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ConversationTurn:
     """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
@@ -40,12 +40,12 @@ def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
     """
     answer = [*tokenizer.encode(row.answer), tokenizer.eod]
     if not row.prompt:
-        return _join([(answer, True)])
-    return _join([([*tokenizer.encode(row.prompt), tokenizer.sep], False), (answer, True)])
+        return _join_parts([(answer, True)])
+    return _join_parts([([*tokenizer.encode(row.prompt), tokenizer.sep], False), (answer, True)])
 
 
 def encode_conversation(
-    turns: Sequence[Turn], tokenizer: Tokenizer, *, learn: Learn = "each", system: str = ""
+    turns: Sequence[ConversationTurn], tokenizer: Tokenizer, *, learn: LossMaskMode = "each", system: str = ""
 ) -> list[Sample]:
     """Encode a conversation: turns joined by `<n>`, the separator before the last answer, `<eod>` after it.
 
@@ -67,12 +67,14 @@ def encode_conversation(
         ends_asking = turn is turns[-2]
         is_learned = learn == "all" and turn.role == "assistant"
         parts.append((tokenizer.encode(turn.text), is_learned))
-        parts.append(([tokenizer.sep] if ends_asking else tokenizer.encode(TURN_END), False))
+        parts.append(([tokenizer.sep] if ends_asking else tokenizer.encode(TURN_SEPARATOR), False))
     parts.append(([*tokenizer.encode(turns[-1].text), tokenizer.eod], True))
-    return [_join(parts)]
+    return [_join_parts(parts)]
 
 
-def fill_in_middle(text: str, tokenizer: Tokenizer, *, rate: float, spm_share: float = 0.5, seed: object = 0) -> Sample:
+def encode_fill_in_middle(
+    text: str, tokenizer: Tokenizer, *, rate: float, spm_share: float = 0.5, seed: object = 0
+) -> Sample:
     """Encode a document, with probability `rate` rearranged so that its middle is predicted from both sides.
 
     Two uniform cuts between characters give prefix, middle and suffix. PSM: prefix-id, prefix, suffix-id, suffix,
@@ -92,7 +94,7 @@ def fill_in_middle(text: str, tokenizer: Tokenizer, *, rate: float, spm_share: f
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
     draw = random.Random(f"fill in the middle {seed!r}")
     if draw.random() >= rate or not text:
-        return _join([([*tokenizer.encode(text), tokenizer.eod], True)])
+        return _join_parts([([*tokenizer.encode(text), tokenizer.eod], True)])
     first, second = sorted(draw.randint(0, len(text)) for _ in range(2))
     prefix, middle, suffix = (
         tokenizer.encode(part) if part else [] for part in (text[:first], text[first:second], text[second:])
@@ -102,9 +104,9 @@ def fill_in_middle(text: str, tokenizer: Tokenizer, *, rate: float, spm_share: f
         tokens = [mark[FIM_PREFIX], mark[FIM_SUFFIX], *suffix, mark[FIM_MIDDLE], *prefix, *middle]
     else:
         tokens = [mark[FIM_PREFIX], *prefix, mark[FIM_SUFFIX], *suffix, mark[FIM_MIDDLE], *middle]
-    return _join([([*tokens, tokenizer.eod], True)])
+    return _join_parts([([*tokens, tokenizer.eod], True)])
 
 
-def _join(parts: Sequence[tuple[list[int], bool]]) -> Sample:
+def _join_parts(parts: Sequence[tuple[list[int], bool]]) -> Sample:
     tokens = tuple(token for ids, _ in parts for token in ids)
     return Sample(tokens, tuple(learned for ids, learned in parts for _ in ids))

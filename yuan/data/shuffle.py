@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Numbers = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 
-ROUNDS = 6
+FEISTEL_ROUNDS = 6
 MIN_HALF_BITS = 2  # below, a network has too few outcomes to look random
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-def shuffled(index: Numbers, size: int, key: npt.NDArray[np.uint64]) -> Numbers:
+def permute(index: Int64Array, size: int, key: npt.NDArray[np.uint64]) -> Int64Array:
     """Where the permutation of range(size) that a key chooses puts each index.
 
     Args:
@@ -28,7 +28,7 @@ def shuffled(index: Numbers, size: int, key: npt.NDArray[np.uint64]) -> Numbers:
 
     Source: Luby and Rackoff 1988 (Feistel networks as permutations); Black and Rogaway 2002, section 4 (cycle walking).
 
-    >>> sorted(shuffled(np.arange(5), 5, keyed(7, np.zeros(5, np.int64))).tolist())
+    >>> sorted(permute(np.arange(5), 5, derive_keys(7, np.zeros(5, np.int64))).tolist())
     [0, 1, 2, 3, 4]
     """
     half = np.uint64(max((int(size - 1).bit_length() + 1) // 2, MIN_HALF_BITS))
@@ -36,26 +36,29 @@ def shuffled(index: Numbers, size: int, key: npt.NDArray[np.uint64]) -> Numbers:
     out = index.astype(np.uint64)
     walking = np.ones(len(out), np.bool_)
     while walking.any():
-        out[walking] = _network(out[walking], half, mask, key[walking])
+        out[walking] = _apply_feistel_network(out[walking], half, mask, key[walking])
         walking = out >= size
     return out.astype(np.int64)
 
 
-def keyed(seed: int, number: Numbers) -> npt.NDArray[np.uint64]:
+def derive_keys(seed: int, number: Int64Array) -> npt.NDArray[np.uint64]:
     """A key for each number under one seed."""
     seeds = np.full(number.shape, seed & (2**64 - 1), np.uint64)
-    keys: npt.NDArray[np.uint64] = _mixed(_mixed(seeds) + number.astype(np.uint64) * GOLDEN)
+    keys: npt.NDArray[np.uint64] = _mix_bits(_mix_bits(seeds) + number.astype(np.uint64) * GOLDEN_GAMMA)
     return keys
 
 
-def _network(value: Any, half: Any, mask: Any, key: Any) -> Any:
+def _apply_feistel_network(value: Any, half: Any, mask: Any, key: Any) -> Any:
     left, right = value >> half, value & mask
-    for turn in range(ROUNDS):
-        left, right = right, left ^ (_mixed(right + key + GOLDEN * np.full(len(right), turn, np.uint64)) & mask)
+    for turn in range(FEISTEL_ROUNDS):
+        left, right = (
+            right,
+            left ^ (_mix_bits(right + key + GOLDEN_GAMMA * np.full(len(right), turn, np.uint64)) & mask),
+        )
     return left << half | right
 
 
-def _mixed(value: Any) -> Any:
+def _mix_bits(value: Any) -> Any:
     """Spread 64 bits over each other: the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -48,7 +48,7 @@ class Skill:
         """
         seen: set[str] = set()
         rows: list[Row] = []
-        for row in self._draws(random.Random(f"{self.name} {seed}"), 50 * count + 1000):
+        for row in self._draw_rows(random.Random(f"{self.name} {seed}"), 50 * count + 1000):
             if row.prompt_key not in seen:
                 seen.add(row.prompt_key)
                 rows.append(row)
@@ -61,7 +61,7 @@ class Skill:
             f"skill {self.name!r} gave {len(rows)} different prompts, {needed} are needed; widen its generator"
         )
 
-    def _draws(self, rng: random.Random, count: int) -> Iterator[Row]:
+    def _draw_rows(self, rng: random.Random, count: int) -> Iterator[Row]:
         for _ in range(count):
             yield self.row(rng)
 
@@ -75,14 +75,14 @@ def load_skills(path: Path) -> list[Skill]:
     entries = runpy.run_path(str(path)).get("SKILLS")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} defines no list SKILLS of mappings with name, generate and checker")
-    skills = [_skill(path, number, entry) for number, entry in enumerate(entries)]
+    skills = [_parse_skill(path, number, entry) for number, entry in enumerate(entries)]
     names = [skill.name for skill in skills]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: skill names must differ, got {names}")
     return skills
 
 
-def _skill(path: Path, number: int, entry: Any) -> Skill:
+def _parse_skill(path: Path, number: int, entry: Any) -> Skill:
     try:
         skill = Skill(**entry)
         row = skill.row(random.Random(0))

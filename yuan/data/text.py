@@ -15,12 +15,12 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MAX_TEXT = 20_000
-MAX_COMBINING = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
-SHOWN_LENGTH = 200
-SHOWN_ERRORS = 3
-_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
-_PATTERNS = {  # the same rules for readers of the JSON schema
+MAX_TEXT_CHARS = 20_000
+MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
+MAX_PRINTED_CHARS = 200
+MAX_DESCRIBED_ERRORS = 3
+_UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
+_JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
     "text": r"^[^\u0000]*[^\s\u0000][^\u0000]*$",
     "empty": r"^([^\u0000]*[^\s\u0000][^\u0000]*)?$",
     "blank": r"^[^\u0000]*$",
@@ -40,13 +40,13 @@ class TextRule:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(max_length=self.max_length, strict=True)
-        return core_schema.no_info_before_validator_function(self._check, text)
+        return core_schema.no_info_before_validator_function(self._check_text, text)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         least = {"minLength": 1} if self.allow == "text" else {}
-        return {**handler(schema), **least, "pattern": _PATTERNS[self.allow]}
+        return {**handler(schema), **least, "pattern": _JSON_SCHEMA_PATTERNS[self.allow]}
 
-    def _check(self, value: object) -> object:
+    def _check_text(self, value: object) -> object:
         if not isinstance(value, str):
             return value
         if fault := find_unstorable(value):
@@ -79,13 +79,13 @@ def make_storable(text: str) -> str:
     >>> make_storable("a\\0b\\ud83d")
     'a\ufffdb\ufffd'
     """
-    return _UNSTORABLE.sub("\ufffd", text)
+    return _UNSTORABLE_PATTERN.sub("\ufffd", text)
 
 
-def printable(text: str, limit: int = SHOWN_LENGTH) -> str:
+def make_printable(text: str, limit: int = MAX_PRINTED_CHARS) -> str:
     """Show text from outside within a message: one line, of limited length, unprintable characters escaped.
 
-    >>> printable("加\\0\\n\\ud83d")
+    >>> make_printable("加\\0\\n\\ud83d")
     '加\\\\x00\\\\n\\\\ud83d'
     """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
@@ -94,17 +94,17 @@ def printable(text: str, limit: int = SHOWN_LENGTH) -> str:
 
 def describe_errors(error: ValidationError) -> str:
     """Put a validation error into one printable line: field and rule, for the first three."""
-    found = error.errors(include_url=False, include_input=False)[:SHOWN_ERRORS]
-    return "; ".join(f"{printable(error_place(one)) or 'line'}: {printable(one['msg'])}" for one in found)
+    found = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
+    return "; ".join(f"{make_printable(get_field_path(one)) or 'line'}: {make_printable(one['msg'])}" for one in found)
 
 
-def error_place(error: Any) -> str:
+def get_field_path(error: Any) -> str:
     """The dotted path of the field that an entry of `ValidationError.errors()` is about, empty for the whole."""
     named = error.get("ctx", {}).get("param")
     return ".".join(str(part) for part in (*error["loc"], *([named] if named else ())))
 
 
-def rule_error(param: str, message: str) -> PydanticCustomError:
+def make_rule_error(param: str, message: str) -> PydanticCustomError:
     """The error of a rule that spans fields, blamed on one of them."""
     return PydanticCustomError("rule", "{message}", {"message": message, "param": param})
 
@@ -114,7 +114,7 @@ class BadJson(ValueError):
 
     def __init__(self, message: str, place: str = "") -> None:
         super().__init__(message)
-        self.place = printable(place)
+        self.place = make_printable(place)
 
 
 def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
@@ -152,10 +152,10 @@ def _check_values(document: Any, max_values: int | None) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
-                    raise BadJson(f"a name must not contain {fault}", _inside(place, key))
-                left.append((_inside(place, key), item))
+                    raise BadJson(f"a name must not contain {fault}", _extend_path(place, key))
+                left.append((_extend_path(place, key), item))
         elif isinstance(value, list):
-            left += [(_inside(place, str(number)), item) for number, item in enumerate(value)]
+            left += [(_extend_path(place, str(number)), item) for number, item in enumerate(value)]
         elif isinstance(value, str):
             if fault := find_unstorable(value):
                 raise BadJson(f"must not contain {fault}; leave it out", place)
@@ -163,8 +163,8 @@ def _check_values(document: Any, max_values: int | None) -> None:
             raise BadJson("must be a finite number", place)
 
 
-def _inside(place: str, key: str) -> str:
-    return f"{place}.{key}"[-2 * SHOWN_LENGTH :] if place else key[: 2 * SHOWN_LENGTH]
+def _extend_path(place: str, key: str) -> str:
+    return f"{place}.{key}"[-2 * MAX_PRINTED_CHARS :] if place else key[: 2 * MAX_PRINTED_CHARS]
 
 
 def fold_forms(text: str) -> str:
@@ -181,6 +181,6 @@ def fold_forms(text: str) -> str:
     kept, marks = [], 0
     for char in text:
         marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks <= MAX_COMBINING:
+        if marks <= MAX_COMBINING_MARKS:
             kept.append(char)
     return unicodedata.normalize("NFKC", "".join(kept))

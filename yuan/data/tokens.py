@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.packing import Windows, fill, laid
+from yuan.data.packing import PackedWindows, build_windows, split_into_windows
 from yuan.data.samples import Sample
 
-TOKENS, PIECES, WINDOWS, LEARNED = "tokens.bin", "pieces.npy", "windows.npy", "learned.npy"
-FILES = (TOKENS, PIECES, WINDOWS, LEARNED)
-LEARNED_BIT = 1 << 31
+TOKENS_FILE, PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE = "tokens.bin", "pieces.npy", "windows.npy", "learned.npy"
+TOKEN_FILE_NAMES = (TOKENS_FILE, PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
+LOSS_MASK_BIT = 1 << 31
 
 
-def write_tokens(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> None:
+def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> None:
     """Pack samples, in their order, into windows of seq_len predictions; takes memory for the index alone.
 
     Raises:
@@ -29,21 +29,21 @@ def write_tokens(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> No
     folder.mkdir(parents=True)
     pieces, windows, learned = array("q"), array("q", [0]), array("q")
     start = 0
-    with (folder / TOKENS).open("wb") as file:
-        for window in laid(samples, seq_len):
+    with (folder / TOKENS_FILE).open("wb") as file:
+        for window in split_into_windows(samples, seq_len):
             for piece in window:
-                marks = np.asarray(piece.learned, np.uint32) * np.uint32(LEARNED_BIT)
+                marks = np.asarray(piece.learned, np.uint32) * np.uint32(LOSS_MASK_BIT)
                 file.write((np.asarray(piece.tokens, np.uint32) | marks).tobytes())
                 pieces.extend((start, len(piece.tokens)))
                 start += len(piece.tokens)
             windows.append(len(pieces) // 2)
             learned.append(sum(sum(piece.learned[1:]) for piece in window))
-    np.save(folder / PIECES, np.frombuffer(pieces, np.int64).reshape(-1, 2))
-    np.save(folder / WINDOWS, np.frombuffer(windows, np.int64))
-    np.save(folder / LEARNED, np.frombuffer(learned, np.int64))
+    np.save(folder / PIECES_FILE, np.frombuffer(pieces, np.int64).reshape(-1, 2))
+    np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
+    np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(learned, np.int64))
 
 
-class Tokens:
+class TokenFiles:
     """The windows of one source.
 
     Raises:
@@ -52,9 +52,10 @@ class Tokens:
 
     def __init__(self, folder: Path, *, seq_len: int, pad: int) -> None:
         self.seq_len, self.pad = seq_len, pad
-        self._tokens = np.memmap(folder / TOKENS, np.uint32, "r")
+        self._tokens = np.memmap(folder / TOKENS_FILE, np.uint32, "r")
         self._pieces, self._windows, self.learned = (
-            np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (PIECES, WINDOWS, LEARNED)
+            np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            for name in (PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
         )
         last = self._pieces[-1].sum() if len(self._pieces) else -1
         if last != len(self._tokens) or self._windows[-1] != len(self._pieces):
@@ -70,13 +71,13 @@ class Tokens:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
-    def read(self, numbers: npt.NDArray[np.int64]) -> Windows:
+    def read(self, numbers: npt.NDArray[np.int64]) -> PackedWindows:
         """The windows with these numbers."""
-        return fill([self._window(int(number)) for number in numbers], self.seq_len, self.pad)
+        return build_windows([self._read_window(int(number)) for number in numbers], self.seq_len, self.pad)
 
-    def _window(self, number: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    def _read_window(self, number: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
         found = []
         for start, length in self._pieces[self._windows[number] : self._windows[number + 1]]:
             marked = self._tokens[start : start + length]
-            found.append(((marked & np.uint32(LEARNED_BIT - 1)).astype(np.int32), marked >= LEARNED_BIT))
+            found.append(((marked & np.uint32(LOSS_MASK_BIT - 1)).astype(np.int32), marked >= LOSS_MASK_BIT))
         return found

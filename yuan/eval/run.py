@@ -19,7 +19,7 @@ from infra.process_group import leave_with_parent
 from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker
-from yuan.data.judge import CheckFailed, Judge
+from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.text import describe_errors
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
@@ -28,8 +28,8 @@ from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-EXTRA_TOKENS = 8
-Result = dict[str, object]
+MAX_EXTRA_TOKENS = 8
+EvalResult = dict[str, object]
 
 
 class EvalCase(BaseModel):
@@ -41,38 +41,38 @@ class EvalCase(BaseModel):
     checker: Checker
 
 
-def evaluate(model_dir: Path, cases: list[EvalCase], judge: Judge) -> list[Result]:
+def evaluate(model_dir: Path, cases: list[EvalCase], judge: AnswerJudge) -> list[EvalResult]:
     """Answer every case without chance and judge the answers."""
     model, tokenizer = load(model_dir), load_tokenizer(model_dir)
-    longest = max((_length(case.expected, tokenizer) for case in cases), default=0)
-    sampling = Sampling(max_tokens=longest + EXTRA_TOKENS)
+    longest = max((_count_tokens(case.expected, tokenizer) for case in cases), default=0)
+    sampling = Sampling(max_tokens=longest + MAX_EXTRA_TOKENS)
     answers = answer_each(model, tokenizer, [case.prompt for case in cases], sampling)
-    return [judged(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
+    return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
 
 
-def _length(text: str, tokenizer: Tokenizer) -> int:
+def _count_tokens(text: str, tokenizer: Tokenizer) -> int:
     try:
         return len(tokenizer.encode(text))
     except ValueError:
         return 0
 
 
-def judged(case: EvalCase, answer: Completion | Exception, judge: Judge) -> Result:
+def judge_answer(case: EvalCase, answer: Completion | Exception, judge: AnswerJudge) -> EvalResult:
     """The result of one case."""
     if isinstance(answer, Exception):
-        return failed(case.id, str(answer))
+        return make_failed_result(case.id, str(answer))
     try:
         passed = judge.check(case.checker, answer.text)
     except CheckFailed as error:
-        return failed(case.id, str(error), answer.text)
+        return make_failed_result(case.id, str(error), answer.text)
     return {"case_id": case.id, "answer": answer.text, "passed": passed, "reason": None}
 
 
-def failed(case_id: str, reason: str, answer: str = "") -> Result:
+def make_failed_result(case_id: str, reason: str, answer: str = "") -> EvalResult:
     return {"case_id": case_id, "answer": answer, "passed": False, "reason": reason[:500]}
 
 
-def read_cases(file: Path) -> tuple[list[EvalCase], list[Result]]:
+def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
     """The cases of a file, and the results of those that are none."""
     cases, bad = [], []
     for line in file.read_bytes().split(b"\n"):
@@ -80,7 +80,7 @@ def read_cases(file: Path) -> tuple[list[EvalCase], list[Result]]:
             try:
                 cases.append(EvalCase.model_validate_json(line))
             except ValidationError as error:
-                bad.append(failed(str(json.loads(line)["id"]), describe_errors(error)))
+                bad.append(make_failed_result(str(json.loads(line)["id"]), describe_errors(error)))
     return cases, bad
 
 
@@ -93,7 +93,7 @@ def main() -> int:
     if not model_dir.is_dir():
         model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
     cases, results = read_cases(cases_file)
-    with Judge() as judge:
+    with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)
     scratch = results_file.with_suffix(".part")
     scratch.write_bytes(b"".join(json.dumps(result).encode() + b"\n" for result in results))

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from yuan.generate.decoder import Decoder
 from yuan.generate.sampling import Sampling
-from yuan.generate.sequence import Sequence
+from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
 
-MAX_BATCH = 128
+MAX_BATCH_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def answer_each(
 
     Up to 128 run together, and another joins as soon as one has ended; an answer does not depend on its company.
     """
-    made = [_begin(model, tokenizer, prompt, sampling) for prompt in prompts]
-    sequences = [one for one in made if isinstance(one, Sequence)]
-    reasons: dict[Sequence, Exception] = {}
+    made = [_make_sequence(model, tokenizer, prompt, sampling) for prompt in prompts]
+    sequences = [one for one in made if isinstance(one, DecodingSequence)]
+    reasons: dict[DecodingSequence, Exception] = {}
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt), reverse=True)
     decoder = Decoder(model)
     while waiting or decoder.running:
-        free = MAX_BATCH - len(decoder.running)
-        if waiting and free >= min(len(waiting), MAX_BATCH // 4):
+        free = MAX_BATCH_ROWS - len(decoder.running)
+        if waiting and free >= min(len(waiting), MAX_BATCH_ROWS // 4):
             joining, waiting = waiting[-free:], waiting[:-free]
             failed = decoder.add(joining)
         else:
@@ -64,8 +64,8 @@ def answer_each(
     ]
 
 
-def _begin(model: Yuan, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Sequence | ValueError:
+def _make_sequence(model: Yuan, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> DecodingSequence | ValueError:
     try:
-        return Sequence([*tokenizer.encode(prompt), tokenizer.sep], sampling, tokenizer, model.config.seq_len)
+        return DecodingSequence([*tokenizer.encode(prompt), tokenizer.sep], sampling, tokenizer, model.config.seq_len)
     except ValueError as error:
         return error

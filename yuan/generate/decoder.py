@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from yuan.generate.sampling import choose
-from yuan.generate.sequence import Sequence
+from yuan.generate.sampling import choose_tokens
+from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 
-PREFILL_TOKENS = 8192  # of one pass over new prompts, padding included
+MAX_PREFILL_TOKENS = 8192  # of one pass over new prompts, padding included
 
 
-class NonFinite(ValueError):
+class NonFiniteLogits(ValueError):
     """The model gave logits that are not numbers."""
 
 
@@ -19,12 +19,12 @@ class Decoder:
 
     def __init__(self, model: Yuan) -> None:
         self.model = model
-        self.running: list[Sequence] = []
-        self._cache = model.new_cache()
+        self.running: list[DecodingSequence] = []
+        self._cache = model.make_cache()
         self._device = model.embedding.weight.device
 
     @torch.inference_mode()
-    def add(self, sequences: list[Sequence]) -> list[tuple[Sequence, Exception]]:
+    def add(self, sequences: list[DecodingSequence]) -> list[tuple[DecodingSequence, Exception]]:
         """Read what new sequences have, prompt and tokens, and choose the next token of each.
 
         Returns:
@@ -35,27 +35,27 @@ class Decoder:
         """
         before, failed = len(self.running), []
         try:
-            for group in _groups(sequences):
-                failed += self._read(group)
+            for group in _group_by_length(sequences):
+                failed += self._prefill(group)
         except Exception:
             del self.running[before:]
-            self._cache.keep_first(before)
+            self._cache.keep_first_rows(before)
             raise
         return failed
 
-    def _read(self, group: list[Sequence]) -> list[tuple[Sequence, Exception]]:
+    def _prefill(self, group: list[DecodingSequence]) -> list[tuple[DecodingSequence, Exception]]:
         counts = [len(sequence.seen) for sequence in group]
         tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
         for row, sequence in enumerate(group):
             tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
         new = self._cache.after(len(group))
-        logits_BV = self.model.go_on(tokens_BS.to(self._device), new, counts)
-        self._cache.take_in(new)
+        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new, counts)
+        self._cache.append_rows(new)
         self.running += group
         return self._choose(group, logits_BV)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Sequence, Exception]]:
+    def step(self) -> list[tuple[DecodingSequence, Exception]]:
         """Choose one more token of every running sequence; those that end leave. Returns those that failed.
 
         Raises:
@@ -64,29 +64,29 @@ class Decoder:
         if not self.running:
             return []
         last = torch.tensor([[sequence.tokens[-1]] for sequence in self.running], device=self._device)
-        return self._choose(self.running, self.model.go_on(last, self._cache))
+        return self._choose(self.running, self.model.forward_incremental(last, self._cache))
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: DecodingSequence) -> None:
         """Let a sequence leave; its row goes to another."""
         row = self.running.index(sequence)
-        self._cache.drop(row)
+        self._cache.drop_row(row)
         self.running[row] = self.running[-1]
         self.running.pop()
 
-    def _choose(self, group: list[Sequence], logits_BV: Tensor) -> list[tuple[Sequence, Exception]]:
+    def _choose(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[tuple[DecodingSequence, Exception]]:
         group = list(group)
         finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
-        choices = choose(
+        choices = choose_tokens(
             logits_BV.nan_to_num(),
             [sequence.sampling for sequence in group],
             [sequence.seen if sequence.sampling.repetition_penalty != 1 else () for sequence in group],
             [sequence.draw() for sequence in group],
         )
-        failed: list[tuple[Sequence, Exception]] = []
+        failed: list[tuple[DecodingSequence, Exception]] = []
         for sequence, chosen, is_finite in zip(group, choices, finite, strict=True):
             try:
                 if not is_finite:
-                    raise NonFinite("the model gave logits that are not finite; this version is broken")
+                    raise NonFiniteLogits("the model gave logits that are not finite; this version is broken")
                 sequence.take(chosen)
             except Exception as error:  # of this sequence alone
                 failed.append((sequence, error))
@@ -97,12 +97,12 @@ class Decoder:
         return failed
 
 
-def _groups(sequences: list[Sequence]) -> list[list[Sequence]]:
+def _group_by_length(sequences: list[DecodingSequence]) -> list[list[DecodingSequence]]:
     """Sequences of like length together, so that little padding is read."""
-    groups: list[list[Sequence]] = []
+    groups: list[list[DecodingSequence]] = []
     for sequence in sorted(sequences, key=lambda s: len(s.seen)):
         length = len(sequence.seen)
-        fits = groups and (len(groups[-1]) + 1) * length <= PREFILL_TOKENS
+        fits = groups and (len(groups[-1]) + 1) * length <= MAX_PREFILL_TOKENS
         if fits and length <= 2 * len(groups[-1][0].seen):
             groups[-1].append(sequence)
         else:

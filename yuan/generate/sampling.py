@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
 
-MIN_HEAT = 1e-30  # a lower temperature is 0 in fp32, and the likeliest token's logit over it not a number
+MIN_TEMPERATURE = 1e-30  # a lower temperature is 0 in fp32, and the likeliest token's logit over it not a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenToken:
     """A token, its log-probability under the model, and the likeliest alternatives with theirs."""
 
     token: int
@@ -62,21 +62,23 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(
+def choose_tokens(
     logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], draws: Sequence[float]
-) -> list[Chosen]:
+) -> list[ChosenToken]:
     """Choose a token for each row; `seen` are the row's tokens so far and `draws` numbers in [0, 1)."""
     logits_BV = logits_BV.float()
-    weighed = _penalised(logits_BV, samplings, seen)
+    weighed = _penalise_repetition(logits_BV, samplings, seen)
     tokens = weighed.argmax(dim=-1)
     sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if sampled:
         some = [samplings[row] for row in sampled]
         tokens[sampled] = _sample(weighed[sampled], some, [draws[row] for row in sampled])
-    return [_with_logprobs(logits_BV[row], token, samplings[row].logprobs) for row, token in enumerate(tokens.tolist())]
+    return [
+        _make_chosen_token(logits_BV[row], token, samplings[row].logprobs) for row, token in enumerate(tokens.tolist())
+    ]
 
 
-def _penalised(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:
+def _penalise_repetition(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:
     rows = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     if not rows:
         return logits_BV
@@ -90,20 +92,20 @@ def _penalised(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
     """Draw from the tempered distribution, cut by top_k and then top_p, by inverting its cumulated sum."""
-    heat = torch.tensor([max(sampling.temperature, MIN_HEAT) for sampling in samplings], device=logits_BV.device)
+    heat = torch.tensor([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], device=logits_BV.device)
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / heat[:, None]
     is_cut = any(sampling.top_k or sampling.top_p < 1 for sampling in samplings)
     order = None
     if is_cut:
         logits_BV, order = logits_BV.sort(dim=-1, descending=True, stable=True)
-        logits_BV = logits_BV.masked_fill(_beyond(logits_BV, samplings), -torch.inf)
+        logits_BV = logits_BV.masked_fill(_mask_excluded(logits_BV, samplings), -torch.inf)
     cumulated = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     height = torch.tensor(draws, device=logits_BV.device, dtype=torch.double)[:, None] * cumulated[:, -1:]
     place = torch.searchsorted(cumulated, height, right=True).clamp_(max=logits_BV.shape[1] - 1)
     return (place if order is None else order.gather(1, place))[:, 0]
 
 
-def _beyond(sorted_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def _mask_excluded(sorted_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """What top_k and top_p leave out of logits in falling order; the first always stays."""
     vocab = sorted_BV.shape[1]
     ranks = torch.arange(vocab, device=sorted_BV.device)
@@ -116,10 +118,10 @@ def _beyond(sorted_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return beyond
 
 
-def _with_logprobs(logits_V: Tensor, token: int, wanted: int | None) -> Chosen:
+def _make_chosen_token(logits_V: Tensor, token: int, wanted: int | None) -> ChosenToken:
     if wanted is None:
-        return Chosen(token)
+        return ChosenToken(token)
     logprobs_V = logits_V.log_softmax(dim=-1)
     values, tokens = logprobs_V.topk(min(wanted, len(logprobs_V))) if wanted else (logprobs_V[:0], logprobs_V[:0])
     top = tuple(zip([int(t) for t in tokens.tolist()], values.tolist(), strict=True))
-    return Chosen(token, float(logprobs_V[token]), top)
+    return ChosenToken(token, float(logprobs_V[token]), top)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import PRESETS, ModelConfig
+from yuan.config import MODEL_PRESETS, ModelConfig
 from yuan.model import hf_layout
-from yuan.model.shards import MAX_SHARD_BYTES, Source, write_shards
-from yuan.model.weights import CONFIG, MANIFEST, read_config, verify, write_manifest
+from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
+from yuan.model.weights import MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE, read_config, verify_folder, write_manifest
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PUBLISHED_IDS = {"eod": 77185, "sep": 77187}
-GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
+GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE = "generation_config.json", "tokenizer_config.json"
 
 
 def export_hf(
@@ -33,23 +33,25 @@ def export_hf(
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit, or `out` has files.
     """
-    about = verify(folder)
-    config, source = read_config(folder), Source(folder)
-    source.check(hf_layout.own_shapes(config))
-    _make_empty(out)
-    kind = _dtype(dtype, source, "norm.weight")
-    files = _write(out, hf_layout.hf_shapes(config), hf_layout.to_hf(config, source.tensor), kind, max_shard_bytes)
-    tokenizer = tokenizers.load(folder) if (folder / tokenizers.FILE_NAME).is_file() else None
-    side: dict[str, Any] = {CONFIG: hf_config(config, tokenizer, kind)}
-    side[GENERATION] = {name: side[CONFIG][f"{name}_token_id"] for name in ("bos", "eos", "pad")}
-    side[GENERATION] = {f"{name}_token_id": value for name, value in side[GENERATION].items()}
+    about = verify_folder(folder)
+    config, source = read_config(folder), TensorReader(folder)
+    source.check(hf_layout.get_yuan_shapes(config))
+    _make_empty_folder(out)
+    kind = _choose_dtype(dtype, source, "norm.weight")
+    files = _write_tensors(
+        out, hf_layout.get_hf_shapes(config), hf_layout.convert_to_hf(config, source.tensor), kind, max_shard_bytes
+    )
+    tokenizer = tokenizers.load(folder) if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file() else None
+    side: dict[str, Any] = {MODEL_CONFIG_FILE: build_hf_config(config, tokenizer, kind)}
+    side[GENERATION_CONFIG_FILE] = {name: side[MODEL_CONFIG_FILE][f"{name}_token_id"] for name in ("bos", "eos", "pad")}
+    side[GENERATION_CONFIG_FILE] = {f"{name}_token_id": value for name, value in side[GENERATION_CONFIG_FILE].items()}
     if tokenizer is not None:
         tokenizer.save(out)
-        side[TOKENIZER_CONFIG] = _tokenizer_config(config)
-        files.append(tokenizers.FILE_NAME)
+        side[TOKENIZER_CONFIG_FILE] = _build_tokenizer_config(config)
+        files.append(tokenizers.TOKENIZER_MODEL_FILE)
     for name, data in side.items():
         (out / name).write_text(json.dumps(data, indent=2))
-    return write_manifest(out, [*files, *side], {**_about(about), "format": "hf"})
+    return write_manifest(out, [*files, *side], {**_extract_metadata(about), "format": "hf"})
 
 
 def import_hf(
@@ -66,31 +68,35 @@ def import_hf(
         ValueError: if a file is missing or damaged, the configuration is not a Yuan's, a tensor is missing, extra or
             has another shape, or `out` has files. Every such tensor is named.
     """
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    config = config_from_hf(folder)
-    source = Source(folder)
-    source.check(hf_layout.hf_shapes(config), optional={hf_layout.HEAD})
-    if hf_layout.HEAD in source.names and not torch.equal(
-        source.tensor(hf_layout.HEAD), source.tensor(hf_layout.EMBEDDING)
+    if (folder / MODEL_MANIFEST_FILE).is_file():
+        verify_folder(folder)
+    config = read_hf_config(folder)
+    source = TensorReader(folder)
+    source.check(hf_layout.get_hf_shapes(config), optional={hf_layout.HF_HEAD})
+    if hf_layout.HF_HEAD in source.names and not torch.equal(
+        source.tensor(hf_layout.HF_HEAD), source.tensor(hf_layout.HF_EMBEDDING)
     ):
-        raise ValueError(f"{hf_layout.HEAD} in {folder} is not equal to {hf_layout.EMBEDDING}; Yuan 2.0 ties the two")
-    _make_empty(out)
-    kind = _dtype(dtype, source, hf_layout.NORM)
-    files = _write(out, hf_layout.own_shapes(config), hf_layout.from_hf(config, source.tensor), kind, max_shard_bytes)
-    (out / CONFIG).write_text(json.dumps(config.to_json(), indent=2))
-    if (folder / tokenizers.FILE_NAME).is_file():
+        raise ValueError(
+            f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}; Yuan 2.0 ties the two"
+        )
+    _make_empty_folder(out)
+    kind = _choose_dtype(dtype, source, hf_layout.HF_NORM)
+    files = _write_tensors(
+        out, hf_layout.get_yuan_shapes(config), hf_layout.convert_from_hf(config, source.tensor), kind, max_shard_bytes
+    )
+    (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
+    if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file():
         tokenizer = tokenizers.load(folder)
         tokenizer.check_fits(config.vocab_size)
         tokenizer.save(out)
-        files.append(tokenizers.FILE_NAME)
-    return write_manifest(out, [*files, CONFIG], {"imported": "hf"})
+        files.append(tokenizers.TOKENIZER_MODEL_FILE)
+    return write_manifest(out, [*files, MODEL_CONFIG_FILE], {"imported": "hf"})
 
 
-def hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
+def build_hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
     """The published config.json of a model; `rope_precision` and `local_filter` are ours and ignored by others."""
-    eod = tokenizer.eod if tokenizer else PUBLISHED_IDS["eod"]
-    sep = tokenizer.sep if tokenizer else PUBLISHED_IDS["sep"]
+    eod = tokenizer.eod if tokenizer else PUBLISHED_TOKEN_IDS["eod"]
+    sep = tokenizer.sep if tokenizer else PUBLISHED_TOKEN_IDS["sep"]
     return {
         "architectures": ["YuanForCausalLM"],
         "model_type": "yuan",
@@ -122,14 +128,14 @@ def hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype
     }
 
 
-def config_from_hf(folder: Path) -> ModelConfig:
+def read_hf_config(folder: Path) -> ModelConfig:
     """Read a published config.json; without `rope_precision` the angles are those of the official training.
 
     Raises:
         ValueError: if it is missing, or not a Yuan 2.0's.
     """
     try:
-        data = json.loads((folder / CONFIG).read_text())
+        data = json.loads((folder / MODEL_CONFIG_FILE).read_text())
         config = ModelConfig(
             name=str(data.get("name", folder.name)),
             num_layers=data["num_hidden_layers"],
@@ -143,27 +149,31 @@ def config_from_hf(folder: Path) -> ModelConfig:
             local_filter=data.get("local_filter", "two_convs_norm"),
         )
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG}; fetch it beside the weights, the shapes are in it") from None
+        raise ValueError(
+            f"{folder} has no {MODEL_CONFIG_FILE}; fetch it beside the weights, the shapes are in it"
+        ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not the configuration of a Yuan: {error!r}") from None
+        raise ValueError(f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan: {error!r}") from None
     rules = (("intermediate_size", config.ffn_hidden_size), ("hidden_act", "silu"), ("use_shareqk", False))
     for field, expected in rules:
         if data.get(field, expected) != expected:
-            raise ValueError(f"{field} must be {expected} in a Yuan 2.0, got {data[field]!r} in {folder / CONFIG}")
-    return _named(config)
+            raise ValueError(
+                f"{field} must be {expected} in a Yuan 2.0, got {data[field]!r} in {folder / MODEL_CONFIG_FILE}"
+            )
+    return _apply_preset_name(config)
 
 
-def _named(config: ModelConfig) -> ModelConfig:
+def _apply_preset_name(config: ModelConfig) -> ModelConfig:
     """Call a model by its preset's name if it has its shape."""
     shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size)
-    for name, preset in PRESETS.items():
+    for name, preset in MODEL_PRESETS.items():
         other = preset()
         if shape == (other.num_layers, other.hidden_size, other.num_heads, other.vocab_size):
             return ModelConfig(**{**config.to_json(), "name": name})
     return config
 
 
-def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
     """How transformers loads the tokenizer: as the official code does, with the legacy space rule."""
     return {
         "tokenizer_class": "LlamaTokenizer",
@@ -178,7 +188,7 @@ def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _write(
+def _write_tensors(
     out: Path,
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
@@ -186,26 +196,26 @@ def _write(
     max_bytes: int,
 ) -> list[str]:
     sizes = {name: kind.itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast(tensors, kind), max_bytes=max_bytes)
+    return write_shards(out, sizes, _cast_tensors(tensors, kind), max_bytes=max_bytes)
 
 
-def _cast(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         # A copy of its own: parts of one matrix would share memory, which safetensors refuses.
         yield name, tensor.to(kind).contiguous().clone()
 
 
-def _dtype(wanted: str | None, source: Source, name: str) -> torch.dtype:
-    if wanted is not None and wanted not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    return DTYPES[wanted] if wanted else source.tensor(name).dtype
+def _choose_dtype(wanted: str | None, source: TensorReader, name: str) -> torch.dtype:
+    if wanted is not None and wanted not in DTYPES_BY_NAME:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {wanted!r}")
+    return DTYPES_BY_NAME[wanted] if wanted else source.tensor(name).dtype
 
 
-def _about(manifest: dict[str, Any]) -> dict[str, Any]:
+def _extract_metadata(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name not in ("schema", "files")}
 
 
-def _make_empty(out: Path) -> None:
+def _make_empty_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)

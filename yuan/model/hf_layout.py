@@ -13,9 +13,9 @@ from torch import Tensor
 
 from yuan.config import ModelConfig
 
-Shape = tuple[int, ...]
-Read = Callable[[str], Tensor]
-LAYER = {
+TensorShape = tuple[int, ...]
+ReadTensor = Callable[[str], Tensor]
+HF_LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "attention.value.weight": "self_attn.v_proj.weight",
@@ -25,15 +25,15 @@ LAYER = {
     "attention.filter.norm.weight": "self_attn.lf_gate.output_layernorm.weight",
     "ffn.down.weight": "mlp.down_proj.weight",
 }
-Q, K = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
-UP, GATE = "mlp.up_proj.weight", "mlp.gate_proj.weight"
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+HF_Q_PROJ, HF_K_PROJ = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
+HF_UP_PROJ, HF_GATE_PROJ = "mlp.up_proj.weight", "mlp.gate_proj.weight"
+HF_EMBEDDING, HF_HEAD, HF_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
-def own_shapes(config: ModelConfig) -> dict[str, Shape]:
+def get_yuan_shapes(config: ModelConfig) -> dict[str, TensorShape]:
     """Name and shape of every tensor of ours, in the order of the network."""
     h = config.hidden_size
-    layer: dict[str, Shape] = {
+    layer: dict[str, TensorShape] = {
         "attention_norm.weight": (h,),
         "attention.filter.conv1.weight": (2, h // 2, h),
         "attention.filter.conv1.bias": (h // 2,),
@@ -47,69 +47,69 @@ def own_shapes(config: ModelConfig) -> dict[str, Shape]:
         "ffn.up.weight": (2 * config.ffn_hidden_size, h),
         "ffn.down.weight": (h, config.ffn_hidden_size),
     }
-    shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, h)}
+    shapes: dict[str, TensorShape] = {"embedding.weight": (config.vocab_size, h)}
     for number in range(config.num_layers):
         shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
     return shapes | {"norm.weight": (h,)}
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, Shape]:
+def get_hf_shapes(config: ModelConfig) -> dict[str, TensorShape]:
     """Name and shape of every published tensor, in the order of the network; the head's copy last."""
     h, inner = config.hidden_size, config.ffn_hidden_size
-    own = own_shapes(config)
-    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, h)}
+    own = get_yuan_shapes(config)
+    shapes: dict[str, TensorShape] = {HF_EMBEDDING: (config.vocab_size, h)}
     for number in range(config.num_layers):
-        layer: dict[str, Shape] = {hf: own[f"layers.{number}.{name}"] for name, hf in LAYER.items()}
-        layer |= {Q: (h, h), K: (h, h), UP: (inner, h), GATE: (inner, h)}
+        layer: dict[str, TensorShape] = {hf: own[f"layers.{number}.{name}"] for name, hf in HF_LAYER_NAMES.items()}
+        layer |= {HF_Q_PROJ: (h, h), HF_K_PROJ: (h, h), HF_UP_PROJ: (inner, h), HF_GATE_PROJ: (inner, h)}
         layer["self_attn.lf_gate.conv1.weight"] = (h // 2, h, 2, 1)
         layer["self_attn.lf_gate.conv2.weight"] = (h, h // 2, 2, 1)
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-    return shapes | {NORM: (h,), HEAD: (config.vocab_size, h)}
+    return shapes | {HF_NORM: (h,), HF_HEAD: (config.vocab_size, h)}
 
 
-def to_hf(config: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
+def convert_to_hf(config: ModelConfig, read: ReadTensor) -> Iterator[tuple[str, Tensor]]:
     """The published tensors in the order of `hf_shapes`, made of ours as they are asked for."""
-    yield EMBEDDING, read("embedding.weight")
+    yield HF_EMBEDDING, read("embedding.weight")
     for number in range(config.num_layers):
-        made = _layer_to_hf(config, lambda name: read(f"layers.{number}.{name}"))  # noqa: B023
+        made = _convert_layer_to_hf(config, lambda name: read(f"layers.{number}.{name}"))  # noqa: B023
         for name, tensor in made.items():
             yield f"model.layers.{number}.{name}", tensor
-    yield NORM, read("norm.weight")
-    yield HEAD, read("embedding.weight")
+    yield HF_NORM, read("norm.weight")
+    yield HF_HEAD, read("embedding.weight")
 
 
-def _layer_to_hf(config: ModelConfig, read: Read) -> dict[str, Tensor]:
-    made = {hf: read(name) for name, hf in LAYER.items()}
-    made[Q], made[K] = _interleaved(read("attention.query_key.weight"), config.num_heads)
-    made[UP], made[GATE] = read("ffn.up.weight").chunk(2)
+def _convert_layer_to_hf(config: ModelConfig, read: ReadTensor) -> dict[str, Tensor]:
+    made = {hf: read(name) for name, hf in HF_LAYER_NAMES.items()}
+    made[HF_Q_PROJ], made[HF_K_PROJ] = _interleave_query_key(read("attention.query_key.weight"), config.num_heads)
+    made[HF_UP_PROJ], made[HF_GATE_PROJ] = read("ffn.up.weight").chunk(2)
     for conv in ("conv1", "conv2"):
         made[f"self_attn.lf_gate.{conv}.weight"] = read(f"attention.filter.{conv}.weight").permute(1, 2, 0)[..., None]
     return made
 
 
-def _interleaved(query_key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def _interleave_query_key(query_key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Rows [all queries, all keys] to [query, key of head 0, query, key of head 1, ...], cut in the middle."""
     both_2NDH = query_key.unflatten(0, (2, num_heads, -1))
     first, second = both_2NDH.transpose(0, 1).flatten(0, 2).chunk(2)
     return first, second
 
 
-def from_hf(config: ModelConfig, read: Read) -> Iterator[tuple[str, Tensor]]:
+def convert_from_hf(config: ModelConfig, read: ReadTensor) -> Iterator[tuple[str, Tensor]]:
     """Our tensors in the order of `own_shapes`, made of the published ones as they are asked for."""
-    yield "embedding.weight", read(EMBEDDING)
-    order = [name.removeprefix("layers.0.") for name in own_shapes(config) if name.startswith("layers.0.")]
+    yield "embedding.weight", read(HF_EMBEDDING)
+    order = [name.removeprefix("layers.0.") for name in get_yuan_shapes(config) if name.startswith("layers.0.")]
     for number in range(config.num_layers):
-        made = _layer_from_hf(config, lambda name: read(f"model.layers.{number}.{name}"))  # noqa: B023
+        made = _convert_layer_from_hf(config, lambda name: read(f"model.layers.{number}.{name}"))  # noqa: B023
         for name in order:
             yield f"layers.{number}.{name}", made[name]
-    yield "norm.weight", read(NORM)
+    yield "norm.weight", read(HF_NORM)
 
 
-def _layer_from_hf(config: ModelConfig, read: Read) -> dict[str, Tensor]:
-    made = {name: read(hf) for name, hf in LAYER.items()}
-    both = torch.cat([read(Q), read(K)]).unflatten(0, (config.num_heads, 2, -1))
+def _convert_layer_from_hf(config: ModelConfig, read: ReadTensor) -> dict[str, Tensor]:
+    made = {name: read(hf) for name, hf in HF_LAYER_NAMES.items()}
+    both = torch.cat([read(HF_Q_PROJ), read(HF_K_PROJ)]).unflatten(0, (config.num_heads, 2, -1))
     made["attention.query_key.weight"] = both.transpose(0, 1).flatten(0, 2)
-    made["ffn.up.weight"] = torch.cat([read(UP), read(GATE)])
+    made["ffn.up.weight"] = torch.cat([read(HF_UP_PROJ), read(HF_GATE_PROJ)])
     for conv in ("conv1", "conv2"):
         made[f"attention.filter.{conv}.weight"] = read(f"self_attn.lf_gate.{conv}.weight")[..., 0].permute(2, 0, 1)
     return made

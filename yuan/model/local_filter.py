@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.cache import Cache
+from yuan.model.cache import DecodingCache
 
 
 class CausalConv(nn.Module):
@@ -41,7 +41,7 @@ class CausalConv(nn.Module):
             out = out + moved
         return out
 
-    def go_on(self, x_BSH: Tensor, carried_B1O: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_incremental(self, x_BSH: Tensor, carried_B1O: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs after rows seen before, and every row's share in the output that follows it; kernel 2 only."""
         older, newer = self.shares(x_BSH)
         before = carried_B1O if x_BSH.shape[1] == 1 else torch.cat([carried_B1O, older[:, :-1]], dim=1)
@@ -71,12 +71,12 @@ class LocalFilter(nn.Module):
         filtered: Tensor = self.norm(self.conv2(self.conv1(x_BSH, continues), continues) + x_BSH)
         return filtered
 
-    def go_on(self, x_BSH: Tensor, cache: Cache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
         """Filter tokens that follow those in the cache, and remember them there."""
         before1, before2 = cache.shares(layer)
-        mid, shares1 = self.conv1.go_on(x_BSH, before1)
-        out, shares2 = self.conv2.go_on(mid, before2)
-        cache.keep_shares(layer, shares1, shares2)
+        mid, shares1 = self.conv1.forward_incremental(x_BSH, before1)
+        out, shares2 = self.conv2.forward_incremental(mid, before2)
+        cache.store_shares(layer, shares1, shares2)
         filtered: Tensor = self.norm(out + x_BSH)
         return filtered
 
@@ -92,7 +92,7 @@ class SingleFilter(nn.Module):
         out: Tensor = self.conv(x_BSH, continues) + x_BSH
         return out
 
-    def go_on(self, x_BSH: Tensor, cache: Cache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
         """Not offered.
 
         Raises:
@@ -107,7 +107,7 @@ class NoFilter(nn.Module):
     def forward(self, x_BSH: Tensor, continues: Tensor | None = None) -> Tensor:
         return x_BSH
 
-    def go_on(self, x_BSH: Tensor, cache: Cache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
         """Pass tokens through."""
         return x_BSH
 

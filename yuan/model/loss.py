@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # A block's probabilities in fp32; with the head's gradient this is all the memory the loss takes.
-BLOCK_BYTES_CPU, BLOCK_BYTES_GPU = 66 * 2**20, 512 * 2**20
-TILE_BYTES_CPU, MIN_TILE = 2**21, 64
+LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 512 * 2**20
+LOSS_TILE_BYTES_CPU, MIN_LOSS_TILE_COLUMNS = 2**21, 64
 
 
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def head_loss(
     ):
         shapes = [tuple(t.shape) for t in (x_BSH, head_VH, labels_BS, weights_BS)]
         raise ValueError(f"hidden (..., H), head (V, H), labels and weights (...) must fit together, got {shapes}")
-    rows = default_block(head_VH) if block is None else block
+    rows = compute_default_block_rows(head_VH) if block is None else block
     if rows < 1:
         raise ValueError(f"block must be at least 1 row, got {rows}")
     learned = weights_BS != 0
@@ -75,9 +75,9 @@ def head_loss(
     return loss
 
 
-def default_block(head_VH: Tensor) -> int:
+def compute_default_block_rows(head_VH: Tensor) -> int:
     """Rows of logits that fit the block's memory on the head's device."""
-    limit = BLOCK_BYTES_CPU if head_VH.device.type == "cpu" else BLOCK_BYTES_GPU
+    limit = LOSS_BLOCK_BYTES_CPU if head_VH.device.type == "cpu" else LOSS_BLOCK_BYTES_GPU
     return max(1, limit // (4 * head_VH.shape[0]))
 
 
@@ -101,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         if dhead_VH is not None and not target and not len(x_NH):
             dhead_VH.zero_()
         loss = torch.zeros((), device=x_NH.device)
-        block = _Block(head_VH, min(rows, len(x_NH)))
+        block = _LogitBlock(head_VH, min(rows, len(x_NH)))
         for start in range(0, len(x_NH), rows):
             part = slice(start, start + rows)
             losses_N[part] = block.losses(x_NH[part], labels_N[part], weights_N[part])
@@ -125,7 +125,7 @@ class _HeadLoss(torch.autograd.Function):
         return dx, dhead, None, None, None, None, None
 
 
-class _Block:
+class _LogitBlock:
     """Logits of some rows, tile by tile over the vocabulary, turned in place into probabilities and gradients.
 
     On a CPU a tile is worked on while it lies in a core's cache; on a GPU the whole block is one tile.
@@ -135,7 +135,7 @@ class _Block:
         self.head = head_VH
         vocab = head_VH.shape[0]
         on_cpu = head_VH.device.type == "cpu"
-        width = max(MIN_TILE, TILE_BYTES_CPU // (4 * max(rows, 1))) if on_cpu else vocab
+        width = max(MIN_LOSS_TILE_COLUMNS, LOSS_TILE_BYTES_CPU // (4 * max(rows, 1))) if on_cpu else vocab
         self.parts = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
         self.buffer = torch.empty(rows * vocab, dtype=torch.float32, device=head_VH.device)
 
@@ -145,8 +145,8 @@ class _Block:
         maximum = torch.full(labels_N.shape, -torch.inf, device=x_NH.device)
         total = torch.zeros_like(maximum)
         self.maxima: list[Tensor] = []
-        for part, tile in self._tiles():
-            _multiply(tile, x_NH, self.head[part].T)
+        for part, tile in self._iter_tiles():
+            _multiply_into(tile, x_NH, self.head[part].T)
             newest = torch.maximum(maximum, tile.amax(dim=1))
             total *= (maximum - newest).exp_()
             total += tile.sub_(newest[:, None]).exp_().sum(dim=1)
@@ -158,23 +158,23 @@ class _Block:
 
     def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, adds: bool, scale: float) -> None:
         """Write the gradient of the rows; write that of the head, or add to what is there, times the scale."""
-        for (part, tile), maximum in zip(self._tiles(), self.maxima, strict=True):
+        for (part, tile), maximum in zip(self._iter_tiles(), self.maxima, strict=True):
             tile.mul_(((maximum - self.log_total).exp_() * self.weights)[:, None])
             rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
             tile[rows, self.labels[rows] - part.start] -= self.weights[rows]
             grad = tile.to(self.x.dtype)
             if dx is not None:
-                _multiply(dx, grad, self.head[part], adds=part.start > 0)
+                _multiply_into(dx, grad, self.head[part], adds=part.start > 0)
             if dhead is not None:
-                _multiply(dhead[part], grad.T, self.x, adds=adds, scale=scale)
+                _multiply_into(dhead[part], grad.T, self.x, adds=adds, scale=scale)
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    def _iter_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         rows = len(self.x)
         for part in self.parts:
             yield part, self.buffer[rows * part.start : rows * part.stop].view(rows, -1)
 
 
-def _multiply(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
+def _multiply_into(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
     """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 whatever the factors are."""
     if left.dtype == torch.float32:
         target.addmm_(left, right, beta=float(adds), alpha=scale)

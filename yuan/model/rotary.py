@@ -9,7 +9,7 @@ from torch import Tensor
 from yuan.config import ModelConfig
 
 
-def rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def compute_rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of the rotary angles: positions (...) in, (..., D) out, in `dtype`.
 
     The sine's first half is negated, as `rotate` needs it.

@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLED_WEIGHTS_FILE, PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
-IGNORED = "rotary_emb.inv_freq"  # a buffer that some published files carry
+IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files carry
 
 
-class Source:
+class TensorReader:
     """The tensors of a folder by name, each read when asked for.
 
     Pickles are read with torch's restricted unpickler, which runs no code, and mapped into memory, not copied.
@@ -27,7 +27,7 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = self._find()
+        self._files = self._find_files()
         missing = sorted({file for file in self._files.values() if not (folder / file).is_file()})
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch the model again")
@@ -39,7 +39,7 @@ class Source:
         Raises:
             ValueError: naming every tensor that is missing, extra or of another shape.
         """
-        names = {name for name in self._files if not name.endswith(IGNORED)}
+        names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
         wrong = [f"{name} is missing" for name in expected if name not in names and name not in optional]
         wrong += [f"{name} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
@@ -48,32 +48,34 @@ class Source:
         if wrong:
             raise ValueError(f"the weights in {self._folder} do not fit its config.json: {'; '.join(wrong)}")
 
-    def _find(self) -> dict[str, str]:
-        for index in (INDEX, PICKLED_INDEX):
+    def _find_files(self) -> dict[str, str]:
+        for index in (WEIGHTS_INDEX_FILE, PICKLED_WEIGHTS_INDEX_FILE):
             if (self._folder / index).is_file():
                 try:
                     return dict(json.loads((self._folder / index).read_text())["weight_map"])
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"{self._folder / index} is damaged; fetch the model again") from None
-        if (self._folder / SINGLE).is_file():
-            return dict.fromkeys(self._names_in(SINGLE), SINGLE)
-        if (self._folder / PICKLED).is_file():
-            return dict.fromkeys(self._unpickled(PICKLED), PICKLED)
-        raise ValueError(f"{self._folder} has no weights; expected {SINGLE}, {INDEX}, {PICKLED} or {PICKLED_INDEX}")
+        if (self._folder / WEIGHTS_FILE).is_file():
+            return dict.fromkeys(self._list_names(WEIGHTS_FILE), WEIGHTS_FILE)
+        if (self._folder / PICKLED_WEIGHTS_FILE).is_file():
+            return dict.fromkeys(self._load_pickle(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
+        raise ValueError(
+            f"{self._folder} has no weights; expected {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or {PICKLED_WEIGHTS_INDEX_FILE}"
+        )
 
-    def _names_in(self, file: str) -> list[str]:
-        with self._damage(file), safe_open(self._folder / file, "pt") as tensors:
+    def _list_names(self, file: str) -> list[str]:
+        with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
             return list(tensors.keys())
 
-    def _unpickled(self, file: str) -> dict[str, Tensor]:
-        with self._damage(file):
+    def _load_pickle(self, file: str) -> dict[str, Tensor]:
+        with self._report_damage(file):
             loaded = torch.load(self._folder / file, map_location="cpu", weights_only=True, mmap=True)
             if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
                 raise ValueError("not a dictionary of tensors")
             return loaded
 
-    def _damage(self, file: str) -> "Damage":
-        return Damage(self._folder / file)
+    def _report_damage(self, file: str) -> "DamageReporter":
+        return DamageReporter(self._folder / file)
 
     @property
     def names(self) -> set[str]:
@@ -83,23 +85,23 @@ class Source:
         """A tensor's shape, without reading it where the file allows."""
         file = self._files[name]
         if file.endswith(".safetensors"):
-            with self._damage(file), safe_open(self._folder / file, "pt") as tensors:
+            with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
                 return tuple(tensors.get_slice(name).get_shape())
         return tuple(self.tensor(name).shape)
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor."""
         file = self._files[name]
-        with self._damage(file):
+        with self._report_damage(file):
             if file.endswith(".safetensors"):
                 with safe_open(self._folder / file, "pt") as tensors:
                     return tensors.get_tensor(name)
             if file not in self._pickles:
-                self._pickles = {file: self._unpickled(file)}  # one mapped file at a time
+                self._pickles = {file: self._load_pickle(file)}  # one mapped file at a time
             return self._pickles[file][name]
 
 
-class Damage:
+class DamageReporter:
     """Turns what a damaged file raises into one clear error that names it."""
 
     def __init__(self, path: Path) -> None:
@@ -127,12 +129,12 @@ def write_shards(
     Returns:
         The names of the files, the index among them if there are several shards.
     """
-    groups = _groups(sizes, max_bytes)
+    groups = _group_into_shards(sizes, max_bytes)
     coming = iter(tensors)
     names: list[str] = []
     where: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shard = dict(next(coming) for _ in group)
         assert list(shard) == group, "tensors come in the order of their sizes"
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
@@ -140,12 +142,12 @@ def write_shards(
         names.append(file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2))
-        names.append(INDEX)
+        (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
+        names.append(WEIGHTS_INDEX_FILE)
     return names
 
 
-def _groups(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+def _group_into_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.attention_inputs import Rows, continued_rows, packed_rows, plain_rows
-from yuan.model.cache import Block, Cache
+from yuan.model.attention_inputs import AttentionInputs, make_causal_inputs, make_decoding_inputs, make_packed_inputs
+from yuan.model.cache import CacheBlock, DecodingCache
 from yuan.model.local_filter import make_filter
 from yuan.model.rotary import rotate
 
@@ -30,11 +30,11 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BSH: Tensor, rows: Rows, cache: Cache | None) -> Tensor:
+    def forward(self, x_BSH: Tensor, rows: AttentionInputs, cache: DecodingCache | None) -> Tensor:
         if cache is None:
             filtered = self.filter(x_BSH, rows.continues)
         else:
-            filtered = self.filter.go_on(x_BSH, cache, self.number)
+            filtered = self.filter.forward_incremental(x_BSH, cache, self.number)
         both = self.query_key(filtered).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
         q_BNSD, k_BNSD = rotate(both, rows.cos, rows.sin).chunk(2, dim=1)
         v_BNSD = self.value(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -67,7 +67,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x_BSH: Tensor, rows: Rows, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BSH: Tensor, rows: AttentionInputs, cache: DecodingCache | None = None) -> Tensor:
         x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), rows, cache)
         return x_BSH + self.ffn(self.ffn_norm(x_BSH))
 
@@ -85,7 +85,7 @@ class Yuan(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        initialise(self, config)
+        initialise_weights(self, config)
 
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, isolated: bool = True) -> Tensor:
         """Compute the logits of every position.
@@ -102,14 +102,14 @@ class Yuan(nn.Module):
             raise ValueError(f"the window holds {self.config.seq_len} tokens, got {length}; shorten the row")
         x_BSH = self.embedding(tokens_BS)
         if documents_BS is None:
-            rows = plain_rows(self.config, length, x_BSH)
+            rows = make_causal_inputs(self.config, length, x_BSH)
         else:
-            rows = packed_rows(self.config, documents_BS, x_BSH, isolated=isolated)
+            rows = make_packed_inputs(self.config, documents_BS, x_BSH, isolated=isolated)
         for layer in self.layers:
             x_BSH = layer(x_BSH, rows)
-        return self.logits(x_BSH)
+        return self.compute_logits(x_BSH)
 
-    def go_on(self, tokens_BS: Tensor, cache: Cache, counts: list[int] | None = None) -> Tensor:
+    def forward_incremental(self, tokens_BS: Tensor, cache: DecodingCache, counts: list[int] | None = None) -> Tensor:
         """Compute the logits (B, V) that follow each row's last token, and remember the tokens in the cache.
 
         Args:
@@ -121,7 +121,7 @@ class Yuan(nn.Module):
         num_new = tokens_BS.shape[1]
         cache.begin(num_new, counts)
         x_BSH = self.embedding(tokens_BS)
-        rows = continued_rows(self.config, cache.lengths, num_new, x_BSH)
+        rows = make_decoding_inputs(self.config, cache.lengths, num_new, x_BSH)
         for layer in self.layers:
             x_BSH = layer(x_BSH, rows, cache)
         if counts is None:
@@ -129,18 +129,18 @@ class Yuan(nn.Module):
         else:
             last_BH = x_BSH[range(len(counts)), [count - 1 for count in counts]]
         cache.advance(counts or [num_new] * len(tokens_BS))
-        return self.logits(last_BH)
+        return self.compute_logits(last_BH)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def compute_logits(self, x: Tensor) -> Tensor:
         """The tied head on hidden states (..., H)."""
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def new_cache(self, num_rows: int = 0) -> Cache:
+    def make_cache(self, num_rows: int = 0) -> DecodingCache:
         """An empty memory for some rows."""
-        return Cache(Block(self.config, self.embedding.weight.detach()), 0, num_rows)
+        return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_rows)
 
 
-def initialise(module: nn.Module, config: ModelConfig) -> None:
+def initialise_weights(module: nn.Module, config: ModelConfig) -> None:
     """Draw a module's matrices in place; see `Yuan`. Convolutions draw their own."""
     scaled = 0.02 / math.sqrt(2 * config.num_layers)
     for name, parameter in module.named_parameters():

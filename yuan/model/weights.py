@@ -11,11 +11,11 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
-from yuan.model.shards import Source, write_shards
+from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
 
-CONFIG, MANIFEST = "config.json", "manifest.json"
+MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE = "config.json", "manifest.json"
 
 
 def save(
@@ -31,15 +31,15 @@ def write_config(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer, files: Iterable[str], about: dict[str, Any]
 ) -> None:
     """Write what a model folder has beside its weights, whose files are given; the manifest comes last."""
-    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2))
+    (folder / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
     tokenizer.save(folder)
-    write_manifest(folder, [*files, CONFIG, tokenizers.FILE_NAME], about)
+    write_manifest(folder, [*files, MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE], about)
 
 
 def write_manifest(folder: Path, files: Iterable[str], about: dict[str, Any]) -> dict[str, Any]:
     """Write and return the manifest, after which a folder is whole."""
-    manifest = {"schema": 1, "files": {name: sha256(folder / name) for name in sorted(files)}, **about}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    manifest = {"schema": 1, "files": {name: hash_file(folder / name) for name in sorted(files)}, **about}
+    (folder / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
     return manifest
 
 
@@ -52,8 +52,8 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
         ValueError: if a file is missing or damaged, or the tensors do not fit the configuration.
     """
     folder = Path(folder)
-    verify(folder)
-    config, source = read_config(folder), Source(folder)
+    verify_folder(folder)
+    config, source = read_config(folder), TensorReader(folder)
     with torch.device("meta"):
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -65,7 +65,7 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
 
 def read_config(folder: Path) -> ModelConfig:
     """A model folder's configuration."""
-    return ModelConfig.from_json(json.loads((folder / CONFIG).read_text()))
+    return ModelConfig.from_json(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -80,21 +80,21 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify_folder(folder: Path) -> dict[str, Any]:
     """Check every file of a model folder against its manifest, and return the manifest.
 
     Raises:
         ValueError: if the manifest or a file is missing, or a checksum differs.
     """
     try:
-        manifest = parse_manifest((folder / MANIFEST).read_text())
+        manifest = parse_manifest((folder / MODEL_MANIFEST_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a model folder: {error}") from None
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing; fetch the model again")
-        if sha256(path) != expected:
+        if hash_file(path) != expected:
             raise ValueError(f"{path} is damaged, its sha256 differs from the manifest; fetch the model again")
     return manifest
 
@@ -119,6 +119,6 @@ def parse_manifest(text: str | bytes) -> dict[str, Any]:
     return dict(manifest)
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

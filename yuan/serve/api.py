@@ -11,30 +11,38 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from yuan.data.text import error_place, printable
-from yuan.generate.decoder import NonFinite
+from yuan.data.text import get_field_path, make_printable
+from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.sampling import Sampling
-from yuan.serve.admission import Admission
-from yuan.serve.request import Broken, Busy, Expired, Failed, Piece, Request, Served
-from yuan.serve.responses import DONE, ChatShape, Shape, sse
+from yuan.serve.admission import AdmissionMiddleware
+from yuan.serve.request import (
+    AnswerPiece,
+    AnswerTimeout,
+    DecodingFailed,
+    EngineStopped,
+    GenerationRequest,
+    QueueFull,
+    ServedModel,
+)
+from yuan.serve.responses import STREAM_END_EVENT, ChatFormatter, CompletionFormatter, format_sse
 from yuan.serve.schemas import MAX_CHOICES, ChatIn, CompletionIn
-from yuan.serve.service import Service
+from yuan.serve.service import ModelService
 
-ANSWER_LIMIT_S = 110.0
+ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # after which a caller is told that the engine is silent, while a portal still waits
 VERSION_HEADER, CALLER_HEADER = "X-Yuan-Version", "X-Yuan-Caller"
 
 
-def make_api(token: str, service: Service) -> FastAPI:
+def make_api(token: str, service: ModelService) -> FastAPI:
     """Build the server's application over a service."""
     app = FastAPI(title="Yuan model server", openapi_url=None)
-    app.add_middleware(Admission, token=token, metrics=service.metrics)
+    app.add_middleware(AdmissionMiddleware, token=token, metrics=service.metrics)
 
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether answers can be expected, to anybody; before the first promotion that is so for want of a question."""
         fault = service.fault()
-        reason = fault or ("ok" if service.served else service.why_none[0])
+        reason = fault or ("ok" if service.served else service.absence_reason[0])
         return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
 
     @app.get("/v1/models")
@@ -49,30 +57,30 @@ def make_api(token: str, service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
-        listener = Listener(service, sampling_of(form, form.logprobs), form.n, caller_of(call))
+        listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form.n, get_caller(call))
         listener.submit(lambda served: form.prompts(served.tokenizer))
-        shape = Shape(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
-        return await answer(listener, shape, form, call)
+        shape = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
+        return await respond(listener, shape, form, call)
 
     @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
-        sampling = sampling_of(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
-        listener = Listener(service, sampling, form.n, caller_of(call))
+        sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
+        listener = AnswerReceiver(service, sampling, form.n, get_caller(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
-        shape = ChatShape(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
-        return await answer(listener, shape, form, call)
+        shape = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
+        return await respond(listener, shape, form, call)
 
     _add_error_handlers(app, service)
     return app
 
 
-def caller_of(call: Call) -> str:
+def get_caller(call: Call) -> str:
     """Return for whom the portal asks; empty for the platform itself."""
     return call.headers.get(CALLER_HEADER, "")
 
 
-def sampling_of(form: CompletionIn | ChatIn, logprobs: int | None, **changes: Any) -> Sampling:
+def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes: Any) -> Sampling:
     """Return what a form asks of decoding."""
     wishes = {
         "max_tokens": form.max_tokens,
@@ -88,48 +96,48 @@ def sampling_of(form: CompletionIn | ChatIn, logprobs: int | None, **changes: An
     return Sampling(**{**wishes, **changes})
 
 
-class Listener:
+class AnswerReceiver:
     """One call's ear at the engine: pieces cross from its thread into this event loop."""
 
-    def __init__(self, service: Service, sampling: Sampling, num_choices: int, caller: str) -> None:
+    def __init__(self, service: ModelService, sampling: Sampling, num_choices: int, caller: str) -> None:
         self._service, self._sampling, self._num_choices, self._caller = service, sampling, num_choices, caller
         self.metrics = service.metrics
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, prompts_of: Callable[[Served], list[list[int]]]) -> None:
+    def submit(self, prompts_of: Callable[[ServedModel], list[list[int]]]) -> None:
         """Queue the prompts at the model in service.
 
         Raises:
             LookupError, Busy, Broken, ValueError: see `Service.submit`.
         """
 
-        def make(served: Served) -> Request:
+        def make(served: ServedModel) -> GenerationRequest:
             prompts = prompts_of(served)
             if len(prompts) * self._num_choices > MAX_CHOICES:
                 raise ValueError(
                     f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
                 )
-            return Request(
-                served, prompts, self._sampling, self._deliver, ANSWER_LIMIT_S, self._num_choices, self._caller
+            return GenerationRequest(
+                served, prompts, self._sampling, self._deliver, ANSWER_TIMEOUT_S, self._num_choices, self._caller
             )
 
         self.request = self._service.submit(make)
-        silent = Broken("the engine is silent; try again in a minute")
-        self.metrics.count_calls(+1)
-        self._timer = self._loop.call_later(ANSWER_LIMIT_S + ENGINE_GRACE_S, self._pieces.put_nowait, silent)
+        silent = EngineStopped("the engine is silent; try again in a minute")
+        self.metrics.change_open_calls(+1)
+        self._timer = self._loop.call_later(ANSWER_TIMEOUT_S + ENGINE_GRACE_S, self._pieces.put_nowait, silent)
         self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
 
-    def _deliver(self, piece: Piece | Exception) -> None:
+    def _deliver(self, piece: AnswerPiece | Exception) -> None:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def close(self) -> None:
         """Free the rows; nobody listens any more. Called once."""
-        self.metrics.count_calls(-1)
+        self.metrics.change_open_calls(-1)
         self._timer.cancel()
         self.request.cancel()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def iter_pieces(self) -> AsyncIterator[AnswerPiece]:
         """Pieces as they come, until every choice has ended."""
         missing, is_first = len(self.request.sequences), True
         while missing:
@@ -137,17 +145,17 @@ class Listener:
             if isinstance(piece, Exception):
                 raise piece
             if is_first:
-                self.metrics.time_first(time.monotonic() - self.request.began)
+                self.metrics.observe_first_token(time.monotonic() - self.request.began)
                 is_first = False
             missing -= piece.finish_reason is not None
             yield piece
-        self.metrics.time_whole(time.monotonic() - self.request.began)
+        self.metrics.observe_request(time.monotonic() - self.request.began)
 
 
 class EventStream(StreamingResponse):
     """Events of an answer; the rows are free however this ends, also when the caller left before the first event."""
 
-    def __init__(self, listener: Listener, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, listener: AnswerReceiver, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._listener = listener
 
@@ -158,14 +166,16 @@ class EventStream(StreamingResponse):
             self._listener.close()
 
 
-async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, call: Call) -> Response:
+async def respond(
+    listener: AnswerReceiver, shape: CompletionFormatter, form: CompletionIn | ChatIn, call: Call
+) -> Response:
     """Answer whole or as a stream."""
     headers = {VERSION_HEADER: str(listener.version)}
     listener.metrics.count_request(call.url.path, 200)
     if form.stream:
         with_usage = form.stream_options is not None and form.stream_options.include_usage
-        return EventStream(listener, _events(listener, shape, with_usage=with_usage), headers)
-    answered, left = asyncio.ensure_future(_drain(listener)), asyncio.ensure_future(_hung_up(call))
+        return EventStream(listener, _iter_events(listener, shape, with_usage=with_usage), headers)
+    answered, left = asyncio.ensure_future(_drain_pieces(listener)), asyncio.ensure_future(_wait_for_disconnect(call))
     try:
         await asyncio.wait([answered, left], return_when=asyncio.FIRST_COMPLETED)
         if not answered.done():
@@ -175,46 +185,48 @@ async def answer(listener: Listener, shape: Shape, form: CompletionIn | ChatIn, 
         answered.cancel()
         left.cancel()
         listener.close()
-    return JSONResponse(shape.whole(listener.request), headers=headers)
+    return JSONResponse(shape.format_response(listener.request), headers=headers)
 
 
-async def _hung_up(call: Call) -> None:
+async def _wait_for_disconnect(call: Call) -> None:
     """Wait until the caller leaves."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _drain(listener: Listener) -> None:
-    async for _ in listener.pieces():
+async def _drain_pieces(listener: AnswerReceiver) -> None:
+    async for _ in listener.iter_pieces():
         pass
 
 
-async def _events(listener: Listener, shape: Shape, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _iter_events(
+    listener: AnswerReceiver, shape: CompletionFormatter, *, with_usage: bool
+) -> AsyncIterator[bytes]:
     started: set[int] = set()
     try:
-        async for piece in listener.pieces():
+        async for piece in listener.iter_pieces():
             if piece.text or piece.chosen or piece.finish_reason:
                 yield shape.event(piece, first=piece.index not in started)
                 started.add(piece.index)
         if with_usage:
-            yield shape.last_event(listener.request)
-        yield DONE
+            yield shape.format_usage_event(listener.request)
+        yield STREAM_END_EVENT
     except Exception as error:  # the status is long sent, so the error travels as the last event
-        status, kind, message = _describe(error)
-        yield sse({"error": {"message": message, "type": kind, "code": status}})
+        status, kind, message = _describe_error(error)
+        yield format_sse({"error": {"message": message, "type": kind, "code": status}})
 
 
-def _describe(error: Exception) -> tuple[int, str, str]:
-    if isinstance(error, Busy | Broken | LookupError | Expired):
+def _describe_error(error: Exception) -> tuple[int, str, str]:
+    if isinstance(error, QueueFull | EngineStopped | LookupError | AnswerTimeout):
         return 503, "unavailable", str(error)
-    if isinstance(error, NonFinite | Failed):
+    if isinstance(error, NonFiniteLogits | DecodingFailed):
         return 500, "internal", str(error)
     if isinstance(error, ValueError):
         return 400, "invalid", str(error)
     return 500, "internal", "this is the server's fault; the reason is in the model server's log"
 
 
-def _add_error_handlers(app: FastAPI, service: Service) -> None:
+def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
     def refuse(
         call: Call, status: int, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
     ) -> JSONResponse:
@@ -224,7 +236,9 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         return JSONResponse({"error": body}, status, headers)
 
     async def known(call: Call, error: Exception) -> JSONResponse:
-        return refuse(call, *_describe(error), getattr(error, "param", None), getattr(error, "retry_after_s", None))
+        return refuse(
+            call, *_describe_error(error), getattr(error, "param", None), getattr(error, "retry_after_s", None)
+        )
 
     async def refused(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for it"
@@ -235,10 +249,10 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     async def invalid(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
-        place = error_place({**first, "loc": first["loc"][1:]})
-        return refuse(call, 422, "invalid", first["msg"], printable(place))
+        place = get_field_path({**first, "loc": first["loc"][1:]})
+        return refuse(call, 422, "invalid", first["msg"], make_printable(place))
 
-    for kind in (Busy, Broken, LookupError, Expired, Failed, ValueError, Exception):
+    for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)

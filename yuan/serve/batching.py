@@ -5,19 +5,21 @@ import threading
 import time
 from collections import Counter
 
-from yuan.generate.decoder import Decoder, NonFinite
+from yuan.generate.decoder import Decoder, NonFiniteLogits
 from yuan.generate.sampling import Sampling
-from yuan.generate.sequence import Sequence
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Broken, Expired, Failed, Request, Served
-from yuan.serve.waiting import Waiting
+from yuan.generate.sequence import DecodingSequence
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import AnswerTimeout, DecodingFailed, EngineStopped, GenerationRequest, ServedModel
+from yuan.serve.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
-STALLED_S = 300.0  # longer than any request may take, so that a slow machine is not taken for a hanging one
+ENGINE_STALL_TIMEOUT_S = (
+    300.0  # longer than any request may take, so that a slow machine is not taken for a hanging one
+)
 
 
-class Engine:
+class BatchingEngine:
     """One model in service, in a thread of its own, until it is told to finish what it has.
 
     An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
@@ -26,36 +28,38 @@ class Engine:
     Rows are shared among callers, so that those who ask for much leave room for others; see `Waiting`.
     """
 
-    def __init__(self, served: Served, metrics: Metrics, *, max_rows: int = 32, max_waiting: int = 256) -> None:
+    def __init__(
+        self, served: ServedModel, metrics: ModelServerMetrics, *, max_rows: int = 32, max_waiting: int = 256
+    ) -> None:
         self.served, self._metrics = served, metrics
-        self._max_rows, self._waiting = max_rows, Waiting(max_rows, max_waiting)
+        self._max_rows, self._waiting = max_rows, WaitingQueue(max_rows, max_waiting)
         self._decoder = Decoder(served.model)
-        self._requests: list[Request] = []
+        self._requests: list[GenerationRequest] = []
         self._wake = threading.Condition()
-        self._is_draining = self._has_ended = self._is_recovering = False
+        self._is_draining = self._has_crashed = self._is_recovering = False
         self._fault: str | None = None
-        self._progress = time.monotonic()
+        self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-v{served.version}")
         self._thread.start()
 
     @property
-    def has_left(self) -> bool:
+    def is_drained(self) -> bool:
         """Whether it was told to finish what it has, and is done."""
-        return not self._thread.is_alive() and not self._has_ended
+        return not self._thread.is_alive() and not self._has_crashed
 
     def fault(self) -> str | None:
         """Say in words why this engine cannot be expected to answer; None when it can.
 
         It can when it computed a token lately, or is idle and its thread alive.
         """
-        silent_s = time.monotonic() - self._progress
-        if self.has_left:
+        silent_s = time.monotonic() - self._progress_at
+        if self.is_drained:
             return None
-        if self._fault is None and self._requests and silent_s > STALLED_S:
+        if self._fault is None and self._requests and silent_s > ENGINE_STALL_TIMEOUT_S:
             return f"requests wait, and no token was computed for {silent_s:.0f} s"
         return self._fault
 
-    def submit(self, request: Request) -> bool:
+    def submit(self, request: GenerationRequest) -> bool:
         """Queue a request; false if this engine takes none any more, since another version is in service.
 
         Raises:
@@ -65,11 +69,11 @@ class Engine:
         with self._wake:
             if self._is_draining:
                 return False
-            if self._has_ended:
-                raise Broken("the engine has stopped and is about to be started again; try again in a minute")
+            if self._has_crashed:
+                raise EngineStopped("the engine has stopped and is about to be started again; try again in a minute")
             self._waiting.add(request)
             if not self._requests:
-                self._progress = time.monotonic()
+                self._progress_at = time.monotonic()
             self._requests.append(request)
             self._wake.notify()
         return True
@@ -82,16 +86,16 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._run_passes()
         except BaseException as error:  # nothing is known to lead here; if it happens, nobody may wait for an answer
             log.critical("the engine of v%d has ended", self.served.version, exc_info=True)
             self._metrics.count_error("thread")
             with self._wake:
-                self._has_ended, self._fault = True, f"the engine's thread has ended ({type(error).__name__})"
+                self._has_crashed, self._fault = True, f"the engine's thread has ended ({type(error).__name__})"
             for request in self._requests:
-                self._fail(request, Broken("the engine has stopped; try again in a minute"))
+                self._fail_request(request, EngineStopped("the engine has stopped; try again in a minute"))
 
-    def _work(self) -> None:
+    def _run_passes(self) -> None:
         while True:
             with self._wake:
                 while not self._requests and not self._is_draining:
@@ -99,54 +103,54 @@ class Engine:
                 if not self._requests:
                     log.info("v%d has left service", self.served.version)
                     return
-            self._pass()
+            self._run_pass()
 
-    def _pass(self) -> None:
+    def _run_pass(self) -> None:
         """One token for every running sequence, or the first one of those that join, and all that follows from it."""
-        joining: list[Sequence] = []
+        joining: list[DecodingSequence] = []
         try:
-            joining = [] if self._is_recovering else self._join()
+            joining = [] if self._is_recovering else self._take_waiting()
             self._metrics.count_tokens(len(joining or self._decoder.running))
             for sequence, error in self._decoder.add(joining) if joining else self._decoder.step():
-                self._fail_alone(sequence, error)
+                self._fail_sequence(sequence, error)
             self._is_recovering, self._fault = False, None
         except Exception as error:
             self._recover(joining, error)
         try:
             self._deliver()
-            self._progress = time.monotonic()
+            self._progress_at = time.monotonic()
         except Exception as error:
             self._recover([], error)
 
-    def _join(self) -> list[Sequence]:
+    def _take_waiting(self) -> list[DecodingSequence]:
         """Take waiting sequences for which there are rows."""
         room = self._max_rows - len(self._decoder.running)
         if not self._waiting or room <= 0:
             return []
-        rows = self._rows_by_caller()
+        rows = self._count_rows_by_caller()
         with self._wake:
             return self._waiting.take(room, rows)
 
-    def _rows_by_caller(self) -> Counter[str]:
+    def _count_rows_by_caller(self) -> Counter[str]:
         running = {id(sequence) for sequence in self._decoder.running}
         rows: Counter[str] = Counter()
         for request in self._requests:
             rows[request.caller] += sum(id(sequence) in running for sequence in request.sequences)
         return rows
 
-    def _owner(self, sequence: Sequence) -> Request | None:
+    def _find_request(self, sequence: DecodingSequence) -> GenerationRequest | None:
         return next((request for request in self._requests if sequence in request.sequences), None)
 
-    def _fail_alone(self, sequence: Sequence, error: Exception) -> None:
+    def _fail_sequence(self, sequence: DecodingSequence, error: Exception) -> None:
         """Fail the request of a sequence that could not take its token, while its neighbours could."""
-        if not isinstance(error, NonFinite):
+        if not isinstance(error, NonFiniteLogits):
             log.error("a token could not be taken", exc_info=error)
             self._metrics.count_error("decode")
-            error = Failed()
-        if (owner := self._owner(sequence)) is not None:
-            self._fail(owner, error)
+            error = DecodingFailed()
+        if (owner := self._find_request(sequence)) is not None:
+            self._fail_request(owner, error)
 
-    def _recover(self, joining: list[Sequence], error: Exception) -> None:
+    def _recover(self, joining: list[DecodingSequence], error: Exception) -> None:
         """Build the decoder anew after an error, and let the rows of each request join it on their own.
 
         Those that cannot fail. So do all if the next pass, which none joins, raises as well: then nobody is to blame.
@@ -158,25 +162,27 @@ class Engine:
         for request in list(self._requests):
             own = [sequence for sequence in sequences if sequence in request.sequences]
             if own and self._is_recovering:
-                self._fail(request, Failed())
+                self._fail_request(request, DecodingFailed())
             elif own and not request.is_over:
                 self._rejoin(request, own)
         self._is_recovering = bool(self._decoder.running)
-        self._check()
+        self._probe_decoding()
 
-    def _rejoin(self, request: Request, sequences: list[Sequence]) -> None:
+    def _rejoin(self, request: GenerationRequest, sequences: list[DecodingSequence]) -> None:
         try:
             for sequence, error in self._decoder.add(sequences):
-                self._fail_alone(sequence, error)
+                self._fail_sequence(sequence, error)
         except Exception as error:
             log.warning("a request cannot be decoded (%s)", type(error).__name__)
-            self._fail(request, Failed())
+            self._fail_request(request, DecodingFailed())
 
-    def _check(self) -> None:
+    def _probe_decoding(self) -> None:
         """Decode one token, to know whether this process still can; where it cannot, a restart may help."""
         tokenizer, window = self.served.tokenizer, self.served.model.config.seq_len
         try:
-            Decoder(self.served.model).add([Sequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)])
+            Decoder(self.served.model).add(
+                [DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)]
+            )
             self._fault = None
         except Exception as error:
             log.exception("a single token cannot be decoded either")
@@ -187,33 +193,33 @@ class Engine:
         for request in list(self._requests):
             if not request.is_over and now > request.deadline:
                 limit_s = request.deadline - request.began
-                self._fail(request, Expired(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
+                self._fail_request(request, AnswerTimeout(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
             if not request.is_over:
-                self._tell(request)
+                self._deliver_request(request)
             if request.is_over:
-                self._forget(request)
+                self._remove_request(request)
                 is_any_over = True
         if is_any_over:
             with self._wake:
-                self._waiting.drop_gone()
+                self._waiting.drop_finished()
         self._metrics.set_load(len(self._decoder.running), len(self._waiting))
 
-    def _tell(self, request: Request) -> None:
+    def _deliver_request(self, request: GenerationRequest) -> None:
         try:
             request.tell()
         except Exception as error:  # such as a caller whose event loop has closed
             log.error("an answer cannot be delivered", exc_info=error)
             self._metrics.count_error("deliver")
-            self._fail(request, error)
+            self._fail_request(request, error)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail_request(self, request: GenerationRequest, error: Exception) -> None:
         try:
             request.fail(error)
         except Exception:
             log.warning("a caller cannot be told that its request failed", exc_info=True)
             self._metrics.count_error("deliver")
 
-    def _forget(self, request: Request) -> None:
+    def _remove_request(self, request: GenerationRequest) -> None:
         """Free the rows of a request that is over."""
         with self._wake:
             self._requests.remove(request)

@@ -2,11 +2,11 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-FIRST_TOKEN_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
-REQUEST_S = (0.1, 0.3, 1, 3, 10, 30, 100)
+FIRST_TOKEN_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+REQUEST_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100)
 
 
-class Metrics:
+class ModelServerMetrics:
     """Counters of one server."""
 
     def __init__(self) -> None:
@@ -25,10 +25,13 @@ class Metrics:
         self._calls = Gauge("yuan_calls", "calls whose answer has not ended", registry=self._registry)
         self._version = Gauge("yuan_version", "version in service", registry=self._registry)
         self._first = Histogram(
-            "yuan_first_token_seconds", "from request to first token", registry=self._registry, buckets=FIRST_TOKEN_S
+            "yuan_first_token_seconds",
+            "from request to first token",
+            registry=self._registry,
+            buckets=FIRST_TOKEN_BUCKETS_S,
         )
         self._whole = Histogram(
-            "yuan_request_seconds", "from request to last token", registry=self._registry, buckets=REQUEST_S
+            "yuan_request_seconds", "from request to last token", registry=self._registry, buckets=REQUEST_BUCKETS_S
         )
 
     def count_request(self, route: str, status: int) -> None:
@@ -44,16 +47,16 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def count_calls(self, more: int) -> None:
+    def change_open_calls(self, more: int) -> None:
         self._calls.inc(more)
 
     def set_version(self, version: int) -> None:
         self._version.set(version)
 
-    def time_first(self, seconds: float) -> None:
+    def observe_first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
 
-    def time_whole(self, seconds: float) -> None:
+    def observe_request(self, seconds: float) -> None:
         self._whole.observe(seconds)
 
     def text(self) -> bytes:

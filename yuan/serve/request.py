@@ -5,17 +5,17 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
-from yuan.generate.sampling import Chosen, Sampling
-from yuan.generate.sequence import Sequence
+from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
 
 
-class Busy(RuntimeError):
+class QueueFull(RuntimeError):
     """Too many requests wait already."""
 
 
-class Unserved(LookupError):
+class NoModelInService(LookupError):
     """No model is in service yet; the message says why, and what the caller can do.
 
     Args:
@@ -27,7 +27,7 @@ class Unserved(LookupError):
         self.retry_after_s = retry_after_s
 
 
-class Unfit(ValueError):
+class UnknownTokenIds(ValueError):
     """A field does not fit the model in service; `param` names it."""
 
     def __init__(self, message: str, param: str) -> None:
@@ -35,23 +35,23 @@ class Unfit(ValueError):
         self.param = param
 
 
-class Expired(TimeoutError):
+class AnswerTimeout(TimeoutError):
     """A request took longer than its limit."""
 
 
-class Failed(RuntimeError):
+class DecodingFailed(RuntimeError):
     """A pass over a request's rows raised."""
 
     def __init__(self) -> None:
         super().__init__("decoding failed; the reason is in the model server's log")
 
 
-class Broken(RuntimeError):
+class EngineStopped(RuntimeError):
     """The engine has ended after an error that it could not outlive; the process is about to be restarted."""
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model in service and its version."""
 
     model: Yuan
@@ -60,16 +60,16 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """What one choice of a request gained: text that stays, tokens, and why it ended if it did."""
 
     index: int
     text: str
-    chosen: Many[Chosen]
+    chosen: Many[ChosenToken]
     finish_reason: str | None
 
 
-class Request:
+class GenerationRequest:
     """Prompts of one caller, each answered `num_choices` times with a seed of its own.
 
     `deliver` is called from the engine's thread with pieces, or once with an error.
@@ -81,10 +81,10 @@ class Request:
 
     def __init__(
         self,
-        served: Served,
+        served: ServedModel,
         prompts: Many[Many[int]],
         sampling: Sampling,
-        deliver: Callable[[Piece | Exception], None],
+        deliver: Callable[[AnswerPiece | Exception], None],
         limit_s: float,
         num_choices: int = 1,
         caller: str = "",
@@ -93,18 +93,18 @@ class Request:
         asked = {"prompt": [token for prompt in prompts for token in prompt], "stop_token_ids": sampling.stop_ids}
         for param, ids in asked.items():
             if unknown := [token for token in ids if token >= config.vocab_size]:
-                raise Unfit(f"token ids must be below {config.vocab_size}, got {unknown[0]}", param)
+                raise UnknownTokenIds(f"token ids must be below {config.vocab_size}, got {unknown[0]}", param)
         wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
         self.prompts, self.caller = prompts, caller
         self.sequences = [
-            Sequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
+            DecodingSequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
         ]
         self.served, self.deliver = served, deliver
         self.began = time.monotonic()
         self.deadline = self.began + limit_s
         self.is_over = False
-        self._shown = [0] * len(self.sequences)
-        self._taken = [0] * len(self.sequences)
+        self._num_shown = [0] * len(self.sequences)
+        self._num_delivered = [0] * len(self.sequences)
         self._ended = [False] * len(self.sequences)
 
     def cancel(self) -> None:
@@ -123,8 +123,12 @@ class Request:
             if self._ended[index]:
                 continue
             text, ended = sequence.show(), sequence.finish_reason is not None
-            chosen = sequence.chosen[self._taken[index] :]
-            if ended or len(text) > self._shown[index] or chosen:
-                self.deliver(Piece(index, text[self._shown[index] :], chosen, sequence.finish_reason))
-            self._shown[index], self._taken[index], self._ended[index] = len(text), len(sequence.chosen), ended
+            chosen = sequence.chosen[self._num_delivered[index] :]
+            if ended or len(text) > self._num_shown[index] or chosen:
+                self.deliver(AnswerPiece(index, text[self._num_shown[index] :], chosen, sequence.finish_reason))
+            self._num_shown[index], self._num_delivered[index], self._ended[index] = (
+                len(text),
+                len(sequence.chosen),
+                ended,
+            )
         self.is_over = self.is_over or all(self._ended)

@@ -6,14 +6,14 @@ import uuid
 from collections.abc import Sequence as Many
 from typing import Any
 
-from yuan.generate.sampling import Chosen
-from yuan.serve.request import Piece, Request
+from yuan.generate.sampling import ChosenToken
+from yuan.serve.request import AnswerPiece, GenerationRequest
 from yuan.tokenizer import Tokenizer
 
-Json = dict[str, Any]
+ResponseJson = dict[str, Any]
 
 
-class Shape:
+class CompletionFormatter:
     """The envelope of one answer; a subclass says what a choice looks like."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -23,86 +23,95 @@ class Shape:
         self._version, self._tokenizer, self._with_logprobs = version, tokenizer, with_logprobs
         self._created = int(time.time())
 
-    def envelope(self, kind: str, choices: list[Json], **more: Any) -> Json:
+    def build_envelope(self, kind: str, choices: list[ResponseJson], **more: Any) -> ResponseJson:
         model = f"yuan-v{self._version}"
         return {"id": self.id, "object": kind, "created": self._created, "model": model, "choices": choices, **more}
 
-    def whole(self, request: Request) -> Json:
+    def format_response(self, request: GenerationRequest) -> ResponseJson:
         """The answer of a request that has ended."""
         choices = [
             self.choice(n, s.text, s.finish_reason, s.chosen, first=True) for n, s in enumerate(request.sequences)
         ]
-        return self.envelope(self.kind, choices, usage=usage(request))
+        return self.build_envelope(self.kind, choices, usage=count_usage(request))
 
-    def event(self, piece: Piece, *, first: bool) -> bytes:
+    def event(self, piece: AnswerPiece, *, first: bool) -> bytes:
         """One event of a stream."""
         choice = self.delta(piece, first=first)
-        return sse(self.envelope(self.chunk_kind, [choice]))
+        return format_sse(self.build_envelope(self.chunk_kind, [choice]))
 
-    def last_event(self, request: Request) -> bytes:
+    def format_usage_event(self, request: GenerationRequest) -> bytes:
         """The event with the usage, for those who asked for it."""
-        return sse(self.envelope(self.chunk_kind, [], usage=usage(request)))
+        return format_sse(self.build_envelope(self.chunk_kind, [], usage=count_usage(request)))
 
-    def choice(self, index: int, text: str, reason: str | None, chosen: Many[Chosen], *, first: bool) -> Json:
+    def choice(
+        self, index: int, text: str, reason: str | None, chosen: Many[ChosenToken], *, first: bool
+    ) -> ResponseJson:
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": self.logprobs(chosen)}
 
-    def delta(self, piece: Piece, *, first: bool) -> Json:
+    def delta(self, piece: AnswerPiece, *, first: bool) -> ResponseJson:
         return self.choice(piece.index, piece.text, piece.finish_reason, piece.chosen, first=first)
 
-    def logprobs(self, chosen: Many[Chosen]) -> Json | None:
+    def logprobs(self, chosen: Many[ChosenToken]) -> ResponseJson | None:
         if not self._with_logprobs:
             return None
-        words = [self._word(c.token) for c in chosen]
+        words = [self._decode_token(c.token) for c in chosen]
         offsets = [sum(len(word) for word in words[:n]) for n in range(len(words))]
         return {
             "tokens": words,
             "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [{self._word(token): value for token, value in c.top} for c in chosen],
+            "top_logprobs": [{self._decode_token(token): value for token, value in c.top} for c in chosen],
             "text_offset": offsets,
         }
 
-    def _word(self, token: int) -> str:
+    def _decode_token(self, token: int) -> str:
         return self._tokenizer.decode([token])
 
 
-class ChatShape(Shape):
+class ChatFormatter(CompletionFormatter):
     """A chat completion and its chunks."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, reason: str | None, chosen: Many[Chosen], *, first: bool) -> Json:
+    def choice(
+        self, index: int, text: str, reason: str | None, chosen: Many[ChosenToken], *, first: bool
+    ) -> ResponseJson:
         message = {"role": "assistant", "content": text}
         return {"index": index, "message": message, "finish_reason": reason, "logprobs": self.logprobs(chosen)}
 
-    def delta(self, piece: Piece, *, first: bool) -> Json:
+    def delta(self, piece: AnswerPiece, *, first: bool) -> ResponseJson:
         role = {"role": "assistant"} if first else {}
         delta = {**role, "content": piece.text}
         logprobs = self.logprobs(piece.chosen)
         return {"index": piece.index, "delta": delta, "finish_reason": piece.finish_reason, "logprobs": logprobs}
 
-    def logprobs(self, chosen: Many[Chosen]) -> Json | None:
+    def logprobs(self, chosen: Many[ChosenToken]) -> ResponseJson | None:
         if not self._with_logprobs:
             return None
-        return {"content": [{**self._entry(c.token, c.logprob), "top_logprobs": self._top(c)} for c in chosen]}
+        return {
+            "content": [
+                {**self._format_logprob(c.token, c.logprob), "top_logprobs": self._format_top_logprobs(c)}
+                for c in chosen
+            ]
+        }
 
-    def _top(self, chosen: Chosen) -> list[Json]:
-        return [self._entry(token, value) for token, value in chosen.top]
+    def _format_top_logprobs(self, chosen: ChosenToken) -> list[ResponseJson]:
+        return [self._format_logprob(token, value) for token, value in chosen.top]
 
-    def _entry(self, token: int, logprob: float | None) -> Json:
-        word = self._word(token)
+    def _format_logprob(self, token: int, logprob: float | None) -> ResponseJson:
+        word = self._decode_token(token)
         return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
 
 
-def usage(request: Request) -> Json:
+def count_usage(request: GenerationRequest) -> ResponseJson:
     """Tokens asked and said; a prompt that several choices share is counted once."""
     asked = sum(len(prompt) for prompt in request.prompts)
     said = sum(sequence.num_tokens for sequence in request.sequences)
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
-def sse(data: Json) -> bytes:
+def format_sse(data: ResponseJson) -> bytes:
     """One server-sent event, in ASCII: many clients take U+2028 and its like for the end of a line."""
     return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
-DONE = b"data: [DONE]\n\n"
+STREAM_END_EVENT = b"data: [DONE]\n\n"

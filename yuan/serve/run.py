@@ -15,30 +15,34 @@ from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
 from yuan.serve.api import make_api
-from yuan.serve.follower import Follower, Versions
-from yuan.serve.metrics import Metrics
-from yuan.serve.service import Service
+from yuan.serve.follower import AliasFollower, VersionCache
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
 
-LOAD_LIMIT_S = 30.0  # of the 90 s in which the keeper expects an answer; a model that takes longer is loaded meanwhile
-KEEP_ALIVE_S = 60  # longer than the portal's, so that no request meets a connection that is just being closed
+FIRST_LOAD_WAIT_S = (
+    30.0  # of the 90 s in which the keeper expects an answer; a model that takes longer is loaded meanwhile
+)
+MODEL_SERVER_KEEP_ALIVE_S = (
+    60  # longer than the portal's, so that no request meets a connection that is just being closed
+)
 
 
 def main() -> None:
     configure_logging()
     settings = load_settings(ModelServerSettings)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for the calls
-    tracker, service = Tracker(settings), Service(Metrics())
-    versions = Versions(settings.home / "serve", tracker.download)
-    follower = Follower(tracker.aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
+    tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
+    versions = VersionCache(settings.home / "serve", tracker.download)
+    follower = AliasFollower(tracker.aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # Callers wait on the keeper's socket meanwhile, and none is refused while a version is loaded.
-    follower.began.wait(LOAD_LIMIT_S)
+    follower.began.wait(FIRST_LOAD_WAIT_S)
     app = make_api(settings.model_server_token.get_secret_value(), service)
     uvicorn.run(
         app,
         log_config=None,
         access_log=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=MODEL_SERVER_KEEP_ALIVE_S,
         **choose_place(settings.model_server_url),
         **server_options(),
     )

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from yuan.data.text import TextRule, find_unstorable, rule_error
+from yuan.data.text import TextRule, find_unstorable, make_rule_error
 from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
 
 if TYPE_CHECKING:
     from yuan.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
-MAX_TOKENS = 4096
-MAX_PROMPT = 1_000_000  # characters; the window and the limit of a body are reached before
+MAX_COMPLETION_TOKENS = 4096
+MAX_PROMPT_CHARS = 1_000_000  # characters; the window and the limit of a body are reached before
 MAX_TOKEN_ID = 2**31 - 1
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token of every choice
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256  # each is looked for after every token of every choice
 
 
 def check_text(text: object, place: str = "", *, may_be_blank: bool = False) -> None:
@@ -28,13 +28,13 @@ def check_text(text: object, place: str = "", *, may_be_blank: bool = False) -> 
         PydanticCustomError: if it is no text, has a character that cannot be stored, or is too long or blank.
     """
     if not isinstance(text, str):
-        raise rule_error(place, "must be text")
+        raise make_rule_error(place, "must be text")
     if fault := find_unstorable(text):
-        raise rule_error(place, f"must not contain {fault}; leave it out")
-    if len(text) > MAX_PROMPT:
-        raise rule_error(place, f"must have at most {MAX_PROMPT} characters, got {len(text)}")
+        raise make_rule_error(place, f"must not contain {fault}; leave it out")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise make_rule_error(place, f"must have at most {MAX_PROMPT_CHARS} characters, got {len(text)}")
     if not (may_be_blank or text.strip()):
-        raise rule_error(place, "must not be empty or only white space")
+        raise make_rule_error(place, "must not be empty or only white space")
 
 
 def check_ids(ids: object, place: str = "") -> None:
@@ -44,9 +44,9 @@ def check_ids(ids: object, place: str = "") -> None:
         PydanticCustomError: if it is no list of them, or an empty one.
     """
     if not isinstance(ids, list) or not ids:
-        raise rule_error(place, "must be text or a list of token ids, not empty")
+        raise make_rule_error(place, "must be text or a list of token ids, not empty")
     if any(type(one) is not int or not 0 <= one <= MAX_TOKEN_ID for one in ids):
-        raise rule_error(place, f"token ids must be integers from 0 to {MAX_TOKEN_ID}")
+        raise make_rule_error(place, f"token ids must be integers from 0 to {MAX_TOKEN_ID}")
 
 
 def check_prompt(prompt: object) -> object:
@@ -56,7 +56,7 @@ def check_prompt(prompt: object) -> object:
     elif not prompt or any(isinstance(one, int) for one in prompt):
         check_ids(prompt)
     elif len(prompt) > MAX_CHOICES:
-        raise rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}")
+        raise make_rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}")
     else:
         check = check_text if isinstance(prompt[0], str) else check_ids
         for number, one in enumerate(prompt):
@@ -67,8 +67,10 @@ def check_prompt(prompt: object) -> object:
 def check_stop(stop: object) -> object:
     """Return the stop strings: one, a list of them, or None."""
     many = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if len(many) > MAX_STOPS or any(not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_LENGTH for one in many):
-        raise rule_error("", f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
+    if len(many) > MAX_STOP_STRINGS or any(
+        not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_CHARS for one in many
+    ):
+        raise make_rule_error("", f"must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters")
     for one in many:
         check_text(one, may_be_blank=True)
     return stop
@@ -79,19 +81,21 @@ def check_content(content: object) -> object:
     if isinstance(content, list):
         for number, part in enumerate(content):
             if not isinstance(part, dict) or part.get("type") != "text":
-                raise rule_error(str(number), 'must be a part {"type": "text", "text": "..."}; others are not offered')
+                raise make_rule_error(
+                    str(number), 'must be a part {"type": "text", "text": "..."}; others are not offered'
+                )
             check_text(part.get("text"), f"{number}.text", may_be_blank=True)
     else:
         check_text(content, may_be_blank=True)
     return content
 
 
-Text = Annotated[str, TextRule(MAX_PROMPT)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Id = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
-Ids = Annotated[list[Id], Field(min_length=1)]
+PromptText = Annotated[str, TextRule(MAX_PROMPT_CHARS)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 # What is not offered, with the value that asks for nothing.
-NOT_OFFERED: dict[str, Any] = {
+UNSUPPORTED_FIELDS: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
@@ -107,14 +111,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(default=False, strict=True)
 
 
-class Common(BaseModel):
+class DecodingFields(BaseModel):
     """Fields of both routes. Unknown ones are ignored, as clients send many; what would change the answer is refused.
 
     The default temperature is 0, unlike OpenAI's, so that an answer can be had again.
     """
 
     model: str = "yuan"
-    max_tokens: int = Field(default=64, ge=1, le=MAX_TOKENS, strict=True)
+    max_tokens: int = Field(default=64, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
     temperature: float = Field(
         default=0.0,
         ge=0,
@@ -129,9 +133,9 @@ class Common(BaseModel):
         default=1.0, ge=0.01, le=10, strict=True, allow_inf_nan=False, description="not OpenAI's"
     )
     stop: Annotated[
-        StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None, BeforeValidator(check_stop)
+        StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None, BeforeValidator(check_stop)
     ] = None
-    stop_token_ids: list[Id] = Field(default=[], max_length=16, description="not OpenAI's")
+    stop_token_ids: list[TokenId] = Field(default=[], max_length=16, description="not OpenAI's")
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, strict=True)
     seed: int = Field(default=0, ge=-(2**63), le=2**63 - 1, strict=True)
     stream: bool = Field(default=False, strict=True)
@@ -139,28 +143,28 @@ class Common(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        for name, nothing in NOT_OFFERED.items():
+    def _refuse_unsupported_fields(cls, data: Any) -> Any:
+        for name, nothing in UNSUPPORTED_FIELDS.items():
             asked = data.get(name) if isinstance(data, dict) else None
             is_nothing = asked == nothing and isinstance(asked, bool) == isinstance(nothing, bool)
             if asked is not None and not is_nothing:
-                raise rule_error(name, f"{name} is not offered by this server; leave it out")
+                raise make_rule_error(name, f"{name} is not offered by this server; leave it out")
         return data
 
 
-class CompletionIn(Common):
+class CompletionIn(DecodingFields):
     """OpenAI's text completion; prompts are text, or token ids that are taken as they are."""
 
     prompt: Annotated[
-        Text
-        | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)],
+        PromptText
+        | TokenIds
+        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)],
         BeforeValidator(check_prompt),
     ]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
 
-    def texts(self) -> list[str]:
+    def get_prompt_texts(self) -> list[str]:
         """Return each prompt as text; token ids as JSON."""
         many = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
         return [one if isinstance(one, str) else json.dumps(one) for one in many]
@@ -181,7 +185,7 @@ class Part(BaseModel):
     text: str
 
 
-def text_of(content: str | list[Part]) -> str:
+def join_text_parts(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -191,24 +195,24 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        return text_of(self.content)
+        return join_text_parts(self.content)
 
 
-class ChatIn(Common):
+class ChatIn(DecodingFields):
     """OpenAI's chat completion."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS, strict=True)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
     logprobs: bool = Field(default=False, strict=True)
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, strict=True)
 
     @model_validator(mode="after")
-    def _refuse_a_blank_question(self) -> "ChatIn":
+    def _refuse_blank_question(self) -> "ChatIn":
         if not self.messages[-1].text.strip():
-            raise rule_error("messages", "the last message must not be empty or only white space")
+            raise make_rule_error("messages", "the last message must not be empty or only white space")
         return self
 
-    def texts(self) -> list[str]:
+    def get_prompt_texts(self) -> list[str]:
         """Return what was asked last, as the one prompt."""
         return [self.messages[-1].text]
 

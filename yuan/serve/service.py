@@ -2,36 +2,36 @@
 
 from collections.abc import Callable
 
-from yuan.serve.batching import Engine
-from yuan.serve.metrics import Metrics
-from yuan.serve.request import Request, Served, Unserved
+from yuan.serve.batching import BatchingEngine
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.request import GenerationRequest, NoModelInService, ServedModel
 
-STARTING = "the model server is starting; repeat in a few seconds"
-SOON_S = 5
+STARTING_MESSAGE = "the model server is starting; repeat in a few seconds"
+SHORT_RETRY_AFTER_S = 5
 
 
-class Service:
+class ModelService:
     """The engine in service; models are swapped without dropping a request.
 
     Attributes:
         why_none: what callers are told while no model is in service, and when they may ask again, in seconds.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ModelServerMetrics) -> None:
         self.metrics = metrics
-        self._engine: Engine | None = None
-        self._draining: list[Engine] = []
-        self.why_none: tuple[str, int | None] = (STARTING, SOON_S)
+        self._engine: BatchingEngine | None = None
+        self._draining: list[BatchingEngine] = []
+        self.absence_reason: tuple[str, int | None] = (STARTING_MESSAGE, SHORT_RETRY_AFTER_S)
 
     @property
-    def served(self) -> Served | None:
+    def served(self) -> ServedModel | None:
         return self._engine.served if self._engine else None
 
-    def use(self, served: Served) -> None:
+    def swap_in(self, served: ServedModel) -> None:
         """Put a model into service; the one before finishes what it has."""
-        old, self._engine = self._engine, Engine(served, self.metrics)
+        old, self._engine = self._engine, BatchingEngine(served, self.metrics)
         self.metrics.set_version(served.version)
-        self._draining = [engine for engine in self._draining if not engine.has_left]
+        self._draining = [engine for engine in self._draining if not engine.is_drained]
         if old is not None:
             old.drain()
             self._draining.append(old)
@@ -41,7 +41,7 @@ class Service:
         engines = [*self._draining, self._engine] if self._engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
-    def submit(self, make: Callable[[Served], Request]) -> Request:
+    def submit(self, make: Callable[[ServedModel], GenerationRequest]) -> GenerationRequest:
         """Make a request for the model in service and queue it there.
 
         Raises:
@@ -53,7 +53,7 @@ class Service:
         while True:
             engine = self._engine
             if engine is None:
-                raise Unserved(*self.why_none)
+                raise NoModelInService(*self.absence_reason)
             request = make(engine.served)
             if engine.submit(request):
                 return request

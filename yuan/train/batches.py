@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from yuan.data.corpus import Corpus
-from yuan.data.shuffle import Numbers
+from yuan.data.shuffle import Int64Array
 from yuan.plan.plan_record import PipelinePlan
 
 BatchInputs = tuple[Tensor, Tensor]
@@ -15,7 +15,7 @@ BatchLabels = tuple[Tensor, Tensor, Tensor]
 
 
 def read_micro_batches(
-    corpus: Corpus, plan: PipelinePlan, positions: Numbers, replica: int, device: torch.device
+    corpus: Corpus, plan: PipelinePlan, positions: Int64Array, replica: int, device: torch.device
 ) -> Iterator[tuple[BatchInputs, BatchLabels]]:
     """The micro-batches of one step on one replica: ((tokens, documents), (labels, weights, sources)).
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from yuan.config import Recipe
-from yuan.data.mixture import Span
+from yuan.data.mixture import PositionSpan
 
 GuardAction = Literal["skip", "roll back", "stop"]
 
@@ -54,7 +54,7 @@ class GuardDecisions:
     `skipped` are spans of positions that no step uses; `cuts` the steps from which the learning rate is halved.
     """
 
-    skipped: tuple[Span, ...] = ()
+    skipped: tuple[PositionSpan, ...] = ()
     cuts: tuple[int, ...] = ()
     troubles: tuple[StepTrouble, ...] = field(default=())
 
@@ -71,7 +71,7 @@ class GuardDecisions:
             return "skip"
         return "roll back" if backs < recipe.max_rollbacks else "stop"
 
-    def skip(self, step: int, span: Span) -> "GuardDecisions":
+    def skip(self, step: int, span: PositionSpan) -> "GuardDecisions":
         trouble = StepTrouble(step=step, first=span[0], end=span[1], did="skip")
         return replace(self, troubles=(*self.troubles, trouble))
 
@@ -86,7 +86,7 @@ class GuardDecisions:
             (t for t in self._find_recent_troubles(step) if t.did == "skip"), key=lambda trouble: trouble.step
         )
 
-    def roll_back(self, step: int, to: int, span: Span) -> "GuardDecisions":
+    def roll_back(self, step: int, to: int, span: PositionSpan) -> "GuardDecisions":
         """Leave the data of the present trouble out, this step's with it, from the step `to` on."""
         is_first = not any(trouble.did == "roll back" for trouble in self._find_recent_troubles(step))
         spent = {trouble for trouble in self._find_recent_troubles(step) if trouble.did == "skip"}
@@ -125,13 +125,13 @@ class GuardDecisions:
         return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), troubles)
 
 
-def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
+def merge_spans(spans: Iterable[PositionSpan]) -> tuple[PositionSpan, ...]:
     """Spans in rising order, those that touch or overlap made one.
 
     >>> merge_spans([(5, 7), (1, 2), (2, 3)])
     ((1, 3), (5, 7))
     """
-    out: list[Span] = []
+    out: list[PositionSpan] = []
     for first, end in sorted(spans):
         if out and first <= out[-1][1]:
             out[-1] = (out[-1][0], max(end, out[-1][1]))

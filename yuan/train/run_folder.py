@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yuan.config import ModelConfig, Recipe
-from yuan.data.corpus import Corpus, corpus_files, write_corpus
+from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.checkpoint_manifest import (
@@ -175,7 +175,7 @@ class RunFolder:
     ) -> None:
         """Lay out a run's inputs like `write`, and leave it to the caller to make the folder whole by `write_spec`."""
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
-        files = [*corpus_files(self.data), self.path / TOKENIZER_FILE]
+        files = [*list_corpus_files(self.data), self.path / TOKENIZER_FILE]
         self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from yuan.data.shuffle import Numbers
+from yuan.data.shuffle import Int64Array
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder, write_json
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.step import StepResult
@@ -28,7 +28,7 @@ class RunLog:
             self._folder.append(EVENTS_FILE, {**event, "time": time.time()})
 
     def log_step(
-        self, step: int, done: StepResult, rate: float, positions: Numbers, pacer: ThroughputMeter, bounds: list[int]
+        self, step: int, done: StepResult, rate: float, positions: Int64Array, pacer: ThroughputMeter, bounds: list[int]
     ) -> None:
         """Record a step whose update was made, and the status every few seconds."""
         if not self._writes:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from deepspeed import comm as dist
 
-from yuan.data.mixture import Span, kept_positions
-from yuan.data.shuffle import Numbers
-from yuan.model.shards import Source
+from yuan.data.mixture import PositionSpan, find_unskipped_positions
+from yuan.data.shuffle import Int64Array
+from yuan.model.shards import TensorReader
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
@@ -52,7 +52,7 @@ class Trainer:
             tally=tally,
         )
         if spec.parent is not None:
-            load_weights(self.module, Source(folder.parent), spec.model.num_layers)
+            load_weights(self.module, TensorReader(folder.parent), spec.model.num_layers)
         self.engine, self.optimizer = start_engine(
             self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
         )
@@ -87,7 +87,7 @@ class Trainer:
     def _train_step(self) -> bool:
         """One step under guard; false if the run went back to a checkpoint instead."""
         size = self.recipe.global_batch_size
-        positions = kept_positions(self.step * size, size, self.decisions.skipped)
+        positions = find_unskipped_positions(self.step * size, size, self.decisions.skipped)
         rate = compute_learning_rate(self.step, self.recipe) * self.decisions.compute_rate_factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -108,14 +108,14 @@ class Trainer:
         self.heartbeat.note_step(self.step, done.seconds)
         return True
 
-    def _run_pass(self, positions: Numbers) -> StepResult:
+    def _run_pass(self, positions: Int64Array) -> StepResult:
         replica = self.engine.grid.get_data_parallel_rank()
         return self.stepper.run(read_micro_batches(self.corpus, self.spec.plan, positions, replica, self.engine.device))
 
     def _find_fault(self, loss: float, norm: float) -> str | None:
         return self.judge.find_fault(loss, norm)
 
-    def _handle_trouble(self, positions: Numbers, done: StepResult) -> bool:
+    def _handle_trouble(self, positions: Int64Array, done: StepResult) -> bool:
         """Do what is next for a step that was wrong twice; false if the run went back."""
         span = (int(positions[0]), int(positions[-1]) + 1)
         rung = self.decisions.choose_action(self.step, self.recipe)
@@ -137,7 +137,7 @@ class Trainer:
         self._roll_back(span, str(done.wrong))
         return False
 
-    def _roll_back(self, span: Span, why: str) -> None:
+    def _roll_back(self, span: PositionSpan, why: str) -> None:
         """Go back to the checkpoint before the trouble began, and leave its data out from then on."""
         self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
         open_skips = self.decisions.list_open_skips(self.step)

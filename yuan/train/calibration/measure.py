@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from yuan.config import Recipe
-from yuan.model.attention_inputs import packed_rows
+from yuan.model.attention_inputs import make_packed_inputs
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer
 from yuan.train.calibration.messages import (
@@ -74,7 +74,7 @@ def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) ->
     layers = [Layer(model).to(device, dtype) for _ in range(NUM_MEASURED_LAYERS)]
     shape = (recipe.micro_batch_size, recipe.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
-    rows = packed_rows(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
+    rows = make_packed_inputs(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
     grad_BSH = torch.randn_like(x_BSH)
 
     def run() -> Tensor:

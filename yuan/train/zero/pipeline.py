@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from yuan.config import ModelConfig
-from yuan.model.attention_inputs import Rows, packed_rows
+from yuan.model.attention_inputs import AttentionInputs, make_packed_inputs
 from yuan.model.loss import head_loss
-from yuan.model.shards import Source
-from yuan.model.transformer import Layer, initialise
+from yuan.model.shards import TensorReader
+from yuan.model.transformer import Layer, initialise_weights
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME, EmbeddingStage, make_gradient_getter, pass_head_weight
 
 StageBatch = tuple[Tensor, Tensor]
@@ -27,11 +27,11 @@ class StageRows:
 
     def __init__(self, config: ModelConfig, isolated: bool) -> None:
         self.config, self.isolated = config, isolated
-        self._last: tuple[Tensor, torch.dtype, Rows] | None = None
+        self._last: tuple[Tensor, torch.dtype, AttentionInputs] | None = None
 
-    def __call__(self, document_BS: Tensor, like: Tensor) -> Rows:
+    def __call__(self, document_BS: Tensor, like: Tensor) -> AttentionInputs:
         if self._last is None or self._last[0] is not document_BS or self._last[1] != like.dtype:
-            rows = packed_rows(self.config, document_BS, like, isolated=self.isolated)
+            rows = make_packed_inputs(self.config, document_BS, like, isolated=self.isolated)
             self._last = (document_BS, like.dtype, rows)
         return self._last[2]
 
@@ -43,7 +43,7 @@ class LayerStage(nn.Module):
         super().__init__()
         self.rows, self.recomputed = rows, recomputed
         self.layer = Layer(config)
-        initialise(self, config)
+        initialise_weights(self, config)
 
     def forward(self, batch: StageBatch) -> StageBatch:
         x_BSH, document_BS = batch
@@ -187,7 +187,7 @@ def translate_parameter_name(name: str, num_layers: int) -> str | None:
     return match[2] if number == num_layers else f"layers.{number}.{match[2]}"
 
 
-def load_weights(module: nn.Module, source: Source, num_layers: int) -> None:
+def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> None:
     """Copy a model's weights into this rank's part of the pipeline, reading only those.
 
     Raises:
