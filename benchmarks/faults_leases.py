@@ -21,7 +21,7 @@ from pairs import line, show
 from sqlalchemy import func, select
 
 from feedback import leases
-from feedback.tables import Base, Device, Lease
+from feedback.tables import Base, Lease, PoolDevice
 from flows.stack.stack_config import load_config, write_environment
 from flows.stack.stores import postgres_service
 from flows.supervisor.lease_holder import Sessions, held, job_name
@@ -124,12 +124,12 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
         figures = {
             "kills": done,
             "doubled": len((folder / "violations").read_text().splitlines()) if (folder / "violations").exists() else 0,
-            "free": len(leases._free(session, POOL)),
-            "waiting": len(list(session.scalars(leases.waiting(POOL)))),
+            "free": len(leases.find_free_devices(session, POOL)),
+            "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL)))),
             "granted": session.scalar(granted),
             "reaped": session.scalar(granted.where(Lease.end_reason == "its holder died")),
-            "device_hours": round(sum(leases.ledger(session, by="team").values()), 3),
-            "devices": session.scalar(select(func.count()).select_from(Device)),
+            "device_hours": round(sum(leases.compute_device_hours(session, by="team").values()), 3),
+            "devices": session.scalar(select(func.count()).select_from(PoolDevice)),
             "seconds": round(seconds),
         }
     kill_carrying(TURN, str(folder))
@@ -140,7 +140,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
 def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
     """Kill or stop one process that holds devices, with or without its child first; 0 if there was none."""
     with sessions() as session:
-        held_now = [lease for lease in leases.open_leases(session) if lease.devices and lease.id not in struck]
+        held_now = [lease for lease in leases.find_open_leases(session) if lease.devices and lease.id not in struck]
     if not held_now:
         return 0
     lease = rng.choice(held_now)

@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from feedback.tables import ApiToken, AuditEvent, Contributor, Dataset, Feedback, IdempotencyKey
 from yuan.data.text import make_printable
 
-OPERATOR = "operator"
+OPERATOR_ROLE = "operator"
 DAY_S = 24 * 3600
-SETTINGS_TOKEN = "settings"  # the name of the token that an installation's settings hold
+SETTINGS_TOKEN_NAME = "settings"  # the name of the token that an installation's settings hold
 
 
 class NotFound(LookupError):
@@ -24,7 +24,7 @@ class NotFound(LookupError):
         self.param = param
 
 
-class Refused(ValueError):
+class InvalidField(ValueError):
     """A value that contradicts what is recorded, or a rule of ours; `param` is its field."""
 
     def __init__(self, message: str, param: str) -> None:
@@ -36,13 +36,13 @@ class Conflict(ValueError):
     """The request contradicts what is stored."""
 
 
-def token_digest(token: str) -> str:
+def digest_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def find_by_token(session: Session, token: str) -> Contributor | None:
+def find_contributor_by_token(session: Session, token: str) -> Contributor | None:
     """The account a token belongs to, unless it was revoked."""
-    found = session.get(ApiToken, token_digest(token))
+    found = session.get(ApiToken, digest_token(token))
     return found.contributor if found is not None and found.revoked_at is None else None
 
 
@@ -70,21 +70,23 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
     if contributor is None:
         raise Conflict(f"a contributor named {name!r} exists; choose another name")
     token = f"ct_{secrets.token_urlsafe(32)}"
-    session.add(ApiToken(digest=token_digest(token), contributor_id=contributor.id, name="first"))
+    session.add(ApiToken(digest=digest_token(token), contributor_id=contributor.id, name="first"))
     return contributor, token
 
 
 def ensure_operator(session: Session, token: str) -> None:
     """Make the installation's operator account with the token of its settings, and revoke the tokens before it."""
-    session.execute(insert(Contributor).values(name=OPERATOR, role=OPERATOR).on_conflict_do_nothing())
-    operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR)).one()
-    row = {"digest": token_digest(token), "contributor_id": operator.id, "name": SETTINGS_TOKEN}
+    session.execute(insert(Contributor).values(name=OPERATOR_ROLE, role=OPERATOR_ROLE).on_conflict_do_nothing())
+    operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR_ROLE)).one()
+    row = {"digest": digest_token(token), "contributor_id": operator.id, "name": SETTINGS_TOKEN_NAME}
     session.execute(insert(ApiToken).values(row).on_conflict_do_nothing())
-    former = (ApiToken.name == SETTINGS_TOKEN) & (ApiToken.digest != row["digest"]) & ApiToken.revoked_at.is_(None)
+    former = (ApiToken.name == SETTINGS_TOKEN_NAME) & (ApiToken.digest != row["digest"]) & ApiToken.revoked_at.is_(None)
     session.execute(update(ApiToken).where(former).values(revoked_at=func.now()))
 
 
-def claim_key(session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str) -> str | None:
+def claim_idempotency_key(
+    session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str
+) -> str | None:
     """Bind an idempotency key to a new record, or return the record it was bound to before.
 
     Two requests with one key wait for each other here, since the row is unique.
@@ -102,12 +104,14 @@ def claim_key(session: Session, contributor: Contributor, key: str, request_dige
     return first.record_id
 
 
-def is_claimed(session: Session, contributor_id: str, key: str) -> bool:
+def is_key_claimed(session: Session, contributor_id: str, key: str) -> bool:
     """Tell whether an account's idempotency key is bound to a record already."""
     return session.get(IdempotencyKey, (contributor_id, key)) is not None
 
 
-def wait_for_room(session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int) -> float | None:
+def compute_quota_wait_s(
+    session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int
+) -> float | None:
     """Return the seconds until an account may send one more of `limit` in 24 hours; None if it may now."""
     newest = select(DAY_S - func.extract("epoch", func.now() - table.created_at)).order_by(table.created_at.desc())
     oldest_that_counts = newest.where(table.contributor_id == contributor_id).offset(limit - 1).limit(1)

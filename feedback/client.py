@@ -22,10 +22,10 @@ from feedback.contracts import (
     RoundParameters,
 )
 
-Model = TypeVar("Model", bound=BaseModel)
-RETRY_STATUS = (502, 503, 504)
-ATTEMPTS = 6
-PAGE = 200  # the most that the portal gives at once
+ResponseModel = TypeVar("Model", bound=BaseModel)
+RETRIED_STATUSES = (502, 503, 504)
+MAX_REQUEST_ATTEMPTS = 6
+CLIENT_PAGE_SIZE = 200  # the most that the portal gives at once
 
 
 class PortalError(Exception):
@@ -66,38 +66,38 @@ class Client:
     def submit(self, report: FeedbackIn, *, idempotency_key: str | None = None) -> FeedbackOut:
         """Send a report."""
         body = report.model_dump(mode="json", exclude_none=True)
-        return self._write(FeedbackOut, "/api/v1/feedback", idempotency_key, json=body)
+        return self._post(FeedbackOut, "/api/v1/feedback", idempotency_key, json=body)
 
     def feedback(self, feedback_id: str) -> FeedbackOut:
         """Read one of your reports with its timeline."""
-        return self._read(FeedbackOut, f"/api/v1/feedback/{feedback_id}")
+        return self._get(FeedbackOut, f"/api/v1/feedback/{feedback_id}")
 
     def all_feedback(self) -> list[FeedbackOut]:
         """Read all your reports, oldest first."""
-        return self._read_pages(FeedbackOut, "/api/v1/feedback")
+        return self._get_pages(FeedbackOut, "/api/v1/feedback")
 
     def notices(self) -> list[NoticeOut]:
         """Read what you were told about your reports, oldest first."""
-        return self._read_pages(NoticeOut, "/api/v1/notices")
+        return self._get_pages(NoticeOut, "/api/v1/notices")
 
     def push_dataset(
         self, file: Path, *, name: str | None = None, purpose: str = "mixture", idempotency_key: str | None = None
     ) -> DatasetOut:
         """Upload a JSONL file of rows. A file with bad rows is refused whole; the error lists them."""
         query = {"name": name or file.stem, "purpose": purpose}
-        return self._write(DatasetOut, "/api/v1/datasets", idempotency_key, params=query, content=file.read_bytes())
+        return self._post(DatasetOut, "/api/v1/datasets", idempotency_key, params=query, content=file.read_bytes())
 
     def dataset(self, dataset_id: str) -> DatasetOut:
         """Read one of your datasets with its timeline."""
-        return self._read(DatasetOut, f"/api/v1/datasets/{dataset_id}")
+        return self._get(DatasetOut, f"/api/v1/datasets/{dataset_id}")
 
     def withdraw_feedback(self, feedback_id: str, reason: str) -> FeedbackOut:
         """Take a report back: one of your own, or any as an operator."""
-        return self._write(FeedbackOut, f"/api/v1/feedback/{feedback_id}/withdraw", None, json={"reason": reason})
+        return self._post(FeedbackOut, f"/api/v1/feedback/{feedback_id}/withdraw", None, json={"reason": reason})
 
     def withdraw_dataset(self, dataset_id: str, reason: str) -> DatasetOut:
         """Take a dataset back: one of your own, or any as an operator."""
-        return self._write(DatasetOut, f"/api/v1/datasets/{dataset_id}/withdraw", None, json={"reason": reason})
+        return self._post(DatasetOut, f"/api/v1/datasets/{dataset_id}/withdraw", None, json={"reason": reason})
 
     def withdraw_account(self, account: str, reason: str, kind: str | None = None) -> AccountWithdrawalOut:
         """Take all reports and datasets of an account back, or those of one kind; operators only.
@@ -112,7 +112,7 @@ class Client:
         form = {"account": account, "reason": reason, "kind": kind}
         reports = datasets = 0
         while True:
-            batch = self._write(AccountWithdrawalOut, "/api/v1/contributors/withdraw", None, json=form)
+            batch = self._post(AccountWithdrawalOut, "/api/v1/contributors/withdraw", None, json=form)
             if not batch.reports and not batch.datasets:
                 return batch.model_copy(update={"reports": reports, "datasets": datasets})
             reports, datasets = reports + batch.reports, datasets + batch.datasets
@@ -124,26 +124,26 @@ class Client:
 
     def add_contributor(self, name: str) -> ContributorOut:
         """Make an account; operators only."""
-        return self._write(ContributorOut, "/api/v1/contributors", None, json={"name": name})
+        return self._post(ContributorOut, "/api/v1/contributors", None, json={"name": name})
 
     def start_round(self, parameters: RoundParameters, *, idempotency_key: str | None = None) -> RoundOut:
         """Request a round; operators only."""
-        return self._write(RoundOut, "/api/v1/rounds", idempotency_key, json=parameters.model_dump())
+        return self._post(RoundOut, "/api/v1/rounds", idempotency_key, json=parameters.model_dump())
 
     def round(self, round_id: str = "latest") -> RoundOut:
         """Read a round; operators only."""
-        return self._read(RoundOut, f"/api/v1/rounds/{round_id}")
+        return self._get(RoundOut, f"/api/v1/rounds/{round_id}")
 
     def cancel_round(self, round_id: str) -> RoundOut:
         """Cancel a running round; operators only."""
-        return self._write(RoundOut, f"/api/v1/rounds/{round_id}/cancel", None)
+        return self._post(RoundOut, f"/api/v1/rounds/{round_id}/cancel", None)
 
-    def _read(self, model: type[Model], path: str) -> Model:
+    def _get(self, model: type[ResponseModel], path: str) -> ResponseModel:
         return model.model_validate(self._request("GET", path).json())
 
-    def _read_pages(self, model: type[Model], path: str) -> list[Model]:
-        items: list[Model] = []
-        params = httpx.QueryParams(limit=PAGE)
+    def _get_pages(self, model: type[ResponseModel], path: str) -> list[ResponseModel]:
+        items: list[ResponseModel] = []
+        params = httpx.QueryParams(limit=CLIENT_PAGE_SIZE)
         while True:
             answer = self._request("GET", path, params=params)
             items += [model.model_validate(item) for item in answer.json()]
@@ -152,13 +152,13 @@ class Client:
             # Of the link only the query: the token goes to no other address, whatever an answer says.
             params = httpx.URL(answer.links["next"]["url"]).params
 
-    def _write(self, model: type[Model], path: str, key: str | None, **request: Any) -> Model:
+    def _post(self, model: type[ResponseModel], path: str, key: str | None, **request: Any) -> ResponseModel:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
         return model.model_validate(self._request("POST", path, headers=headers, **request).json())
 
     def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        for attempt in range(MAX_REQUEST_ATTEMPTS):
+            last = attempt == MAX_REQUEST_ATTEMPTS - 1
             try:
                 answer = self._http.request(method, path, **request)
             except httpx.TransportError:
@@ -167,13 +167,13 @@ class Client:
             else:
                 if answer.is_success:
                     return answer
-                if answer.status_code not in RETRY_STATUS or last:
-                    raise PortalError(answer.status_code, _error(answer))
+                if answer.status_code not in RETRIED_STATUSES or last:
+                    raise PortalError(answer.status_code, _parse_error_body(answer))
             time.sleep(0.4 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
-def _error(answer: httpx.Response) -> ErrorBody:
+def _parse_error_body(answer: httpx.Response) -> ErrorBody:
     try:
         return ErrorOut.model_validate(answer.json()).error
     except ValueError:

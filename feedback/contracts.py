@@ -8,15 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
-Text = Annotated[str, TextRule(MAX_TEXT_CHARS)]
+ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
 # Strict: `true` and "3" are no numbers. The largest number of a column of integers is 2**31 - 1.
-Count = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 # The finest share that yuan.data.mixture lays out: 32 places of a block of 2**20.
-LEAST_SHARE = 32 / 2**20
-Weight = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
+MIN_PART_SHARE = 32 / 2**20
+PartWeight = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
 # What each kind of report needs, beside what all have.
-NEEDED: dict[str, tuple[str, ...]] = {
+REQUIRED_FIELDS_BY_KIND: dict[str, tuple[str, ...]] = {
     "correction": ("expected",),
     "preference": ("chosen", "rejected"),
     "problem": (),
@@ -30,8 +30,8 @@ class Example(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Text
-    expected: Text | None = None
+    prompt: ReportText
+    expected: ReportText | None = None
 
 
 class FeedbackIn(BaseModel):
@@ -49,35 +49,35 @@ class FeedbackIn(BaseModel):
                     "properties": {"kind": {"const": kind}, **{name: {"not": {"type": "null"}} for name in names}},
                     "required": list(names),
                 }
-                for kind, names in NEEDED.items()
+                for kind, names in REQUIRED_FIELDS_BY_KIND.items()
             ],
         },
     )
 
     kind: Literal["correction", "preference", "problem", "rating"]
-    prompt: Text = Field(description="what the model was asked")
+    prompt: ReportText = Field(description="what the model was asked")
     response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(description="what it answered")
     response_id: Annotated[str, TextRule(100)] | None = Field(
         default=None, description="id of the answer from /v1, if it came from there"
     )
-    model_version: Count = Field(description="version that answered")
-    expected: Text | None = Field(default=None, description="correction: the right answer")
+    model_version: VersionNumber = Field(description="version that answered")
+    expected: ReportText | None = Field(default=None, description="correction: the right answer")
     checker: Checker | None = Field(default=None, description="how an answer is judged; default: equal to expected")
-    chosen: Text | None = Field(default=None, description="preference: the better answer")
-    rejected: Text | None = Field(default=None, description="preference: the worse answer")
+    chosen: ReportText | None = Field(default=None, description="preference: the better answer")
+    rejected: ReportText | None = Field(default=None, description="preference: the worse answer")
     rating: Annotated[int, Field(strict=True, ge=1, le=5)] | None = Field(default=None, description="rating: 1 to 5")
     examples: list[Example] | None = Field(default=None, max_length=50, description="problem: more prompts")
 
     @model_validator(mode="after")
-    def _has_what_its_kind_needs(self) -> "FeedbackIn":
-        missing = [name for name in NEEDED[self.kind] if getattr(self, name) is None]
+    def _check_required_fields(self) -> "FeedbackIn":
+        missing = [name for name in REQUIRED_FIELDS_BY_KIND[self.kind] if getattr(self, name) is None]
         if missing:
             raise make_rule_error(missing[0], f"a {self.kind} needs {' and '.join(missing)}")
         return self
 
     @model_validator(mode="after")
-    def _says_something_is_wrong(self) -> "FeedbackIn":
-        if self.chosen is not None and self.rejected is not None and _same(self.chosen, self.rejected):
+    def _check_answers_contradict(self) -> "FeedbackIn":
+        if self.chosen is not None and self.rejected is not None and _is_same_text(self.chosen, self.rejected):
             raise make_rule_error("rejected", "must differ from the chosen answer")
         if self.expected is None:
             return self
@@ -97,7 +97,7 @@ class FeedbackIn(BaseModel):
         return self.checker or Exact(value=(self.expected or "x")[:MAX_CHECKER_VALUE_CHARS])
 
 
-def _same(one: str, other: str) -> bool:
+def _is_same_text(one: str, other: str) -> bool:
     return fold_forms(one).strip() == fold_forms(other).strip()
 
 
@@ -206,7 +206,7 @@ class RoundParameters(BaseModel):
     seed: Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)] = Field(
         default=0, description="seed of data order and new weights"
     )
-    weights: dict[Literal["corrections", "datasets", "base"], Weight] | None = Field(
+    weights: dict[Literal["corrections", "datasets", "base"], PartWeight] | None = Field(
         default=None,
         min_length=1,
         description="how much of the trained windows is of each part that has rows; empty: every window once an epoch",
@@ -221,17 +221,17 @@ class RoundParameters(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_policy(cls, fields: Any) -> Any:
+    def _drop_policy(cls, fields: Any) -> Any:
         """Take what clients before 0.3 send: it was recorded, and decided nothing."""
         return (
             {name: value for name, value in fields.items() if name != "policy"} if isinstance(fields, dict) else fields
         )
 
     @model_validator(mode="after")
-    def _every_part_is_seen(self) -> "RoundParameters":
-        if self.weights and min(self.weights.values()) < LEAST_SHARE * sum(self.weights.values()):
+    def _check_min_weight(self) -> "RoundParameters":
+        if self.weights and min(self.weights.values()) < MIN_PART_SHARE * sum(self.weights.values()):
             raise make_rule_error(
-                "weights", f"the smallest must be at least {LEAST_SHARE:.2e} of their sum, or left out"
+                "weights", f"the smallest must be at least {MIN_PART_SHARE:.2e} of their sum, or left out"
             )
         return self
 

@@ -14,31 +14,31 @@ from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, defer
 
-from feedback.accounts import OPERATOR, NotFound, Refused
+from feedback.accounts import OPERATOR_ROLE, InvalidField, NotFound
 from feedback.contracts import DatasetOut, Event
-from feedback.items import MAX_NAMED_ROWS, faults_by_subject, note_fault, note_rows
+from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject, note_fault, note_faulty_rows
 from feedback.paging import read_page
-from feedback.reports import add_cases, salted_fraction
+from feedback.reports import add_cases, compute_salted_fraction
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
-from feedback.withdrawal import order_datasets, suite_of, withdrawals_of
+from feedback.withdrawal import find_withdrawal_events, get_suite_name, lock_datasets
 from yuan.data.rows import BadRow, Row, parse_rows
 
-UPLOADS = "uploads"
+UPLOADS_FOLDER = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
-MAX_LINES = 500_000
-MAX_HELD_OUT_ROWS = 1000  # of a dataset
-MAX_HELD_OUT_ANSWERS = 4  # to one prompt, of a dataset
-INSERT_ROWS = 5000
-READ_BYTES = 2**20
+MAX_DATASET_LINES = 500_000
+MAX_HELD_OUT_ROWS_PER_DATASET = 1000  # of a dataset
+MAX_HELD_OUT_ANSWERS_PER_PROMPT = 4  # to one prompt, of a dataset
+INSERT_BATCH_ROWS = 5000
+READ_CHUNK_BYTES = 2**20
 
 RESERVED_SUITES = ("reports", "base", "datasets")
-SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-Fetch = Callable[[str], bytes]
+FetchObject = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
-class CheckedFile:
+class FileCheckResult:
     """What the check of an uploaded file found; `reason` says why it is refused, None if it is not."""
 
     num_bytes: int
@@ -54,7 +54,7 @@ def add_dataset(
     dataset_id: str,
     name: str,
     purpose: str,
-    file: CheckedFile,
+    file: FileCheckResult,
     sha256: str,
 ) -> Dataset:
     """Record an uploaded file whose rows were checked, and whose bytes are stored unless one of them is bad.
@@ -83,15 +83,15 @@ def add_dataset(
     return dataset
 
 
-def check_file(file: BinaryIO) -> CheckedFile:
+def check_file(file: BinaryIO) -> FileCheckResult:
     """Check a file row by row, in memory and time that a hostile one cannot multiply.
 
     No more is read after 1,000 bad rows.
     """
     num_bytes, num_lines = file.seek(0, os.SEEK_END), _count_lines(file)
-    if num_lines > MAX_LINES:
-        reason = f"the file has {num_lines:,} lines, at most {MAX_LINES:,} are taken; split it"
-        return CheckedFile(num_bytes, 0, [], reason)
+    if num_lines > MAX_DATASET_LINES:
+        reason = f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"
+        return FileCheckResult(num_bytes, 0, [], reason)
     num_rows, bad = 0, list[BadRow]()
     file.seek(0)
     for row in parse_rows(file):
@@ -100,18 +100,18 @@ def check_file(file: BinaryIO) -> CheckedFile:
             bad.append(row)
         if len(bad) == MAX_LISTED_BAD_ROWS:
             reason = f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
-            return CheckedFile(num_bytes, num_rows, bad, reason)
+            return FileCheckResult(num_bytes, num_rows, bad, reason)
     if bad:
-        return CheckedFile(num_bytes, num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
-    return CheckedFile(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
+        return FileCheckResult(num_bytes, num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
+    return FileCheckResult(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
 
 
 def _count_lines(file: BinaryIO) -> int:
     file.seek(0)
-    return sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_BYTES), b""))
+    return sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
 
 
-def stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:
+def count_stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:
     """How many bytes of an account's files are stored, each content counted once, but for one sha256."""
     files = select(Dataset.sha256, Dataset.num_stored_bytes).where(
         Dataset.contributor_id == contributor_id, Dataset.num_stored_bytes > 0, Dataset.sha256 != besides
@@ -127,9 +127,11 @@ def check_suite_name(name: str) -> None:
         Refused: if the name is reserved or has other characters.
     """
     if name.lower() in RESERVED_SUITES:
-        raise Refused(f"the suites {', '.join(RESERVED_SUITES)} are made by the platform; choose another name", "name")
-    if not SUITE_NAME.fullmatch(name):
-        raise Refused("the name of a suite is of letters a to z, digits, dot, dash and underscore", "name")
+        raise InvalidField(
+            f"the suites {', '.join(RESERVED_SUITES)} are made by the platform; choose another name", "name"
+        )
+    if not SUITE_NAME_PATTERN.fullmatch(name):
+        raise InvalidField("the name of a suite is of letters a to z, digits, dot, dash and underscore", "name")
 
 
 def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> Dataset:
@@ -150,21 +152,26 @@ def list_datasets(session: Session, contributor: Contributor, limit: int, after:
     return read_page(session, query, Dataset, contributor, limit, after)
 
 
-def describe(session: Session, row: Dataset) -> DatasetOut:
+def describe_dataset(session: Session, row: Dataset) -> DatasetOut:
     """Compose a dataset's public record with its timeline."""
-    return _compose(session, [row], {row.id: row.bad_rows})[0]
+    return _build_dataset_records(session, [row], {row.id: row.bad_rows})[0]
 
 
-def describe_all(session: Session, rows: Sequence[Dataset]) -> list[DatasetOut]:
+def describe_datasets(session: Session, rows: Sequence[Dataset]) -> list[DatasetOut]:
     """Compose the public records of datasets, in as many queries as for one, with the first 20 bad rows of each."""
     first = cast(f"$[0 to {MAX_NAMED_ROWS - 1}]", JSONPATH)
     named = select(Dataset.id, func.jsonb_path_query_array(Dataset.bad_rows, first, type_=JSONB))
     bad_rows = session.execute(named.where(Dataset.id.in_([row.id for row in rows])))
-    return _compose(session, rows, {dataset_id: bad for dataset_id, bad in bad_rows})
+    return _build_dataset_records(session, rows, {dataset_id: bad for dataset_id, bad in bad_rows})
 
 
-def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]) -> list[DatasetOut]:
-    faults, withdrawals = faults_by_subject(session, [row.id for row in rows]), withdrawals_of(session, rows)
+def _build_dataset_records(
+    session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]
+) -> list[DatasetOut]:
+    faults, withdrawals = (
+        find_faults_by_subject(session, [row.id for row in rows]),
+        find_withdrawal_events(session, rows),
+    )
     described = []
     for row in rows:
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
@@ -193,13 +200,15 @@ def _compose(session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, l
     return described
 
 
-def checked(session: Session, cut_off: datetime) -> list[str]:
+def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
     """Ids of datasets that passed the check and wait to be accepted."""
     query = select(Dataset.id).where(Dataset.state == "checked", Dataset.created_at <= cut_off)
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
 
-def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: float, max_cases: int) -> None:
+def accept_dataset(
+    session: Session, dataset_id: str, fetch: FetchObject, salt: str, share: float, max_cases: int
+) -> None:
     """Enter a dataset's rows: each is of the train split, held out as a case, or a duplicate of an earlier row.
 
     A row that was taken in under older rules and breaks today's gets no entry, and is named on the owner's timeline.
@@ -208,14 +217,14 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         share: of the prompts of checkable rows, how many are held out.
         max_cases: how many rows of one account are held out, suites and operators apart; what is beyond is trained.
     """
-    order_datasets(session)
+    lock_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
-    numbered, bad = read_stored(fetch(f"{UPLOADS}/{dataset.sha256}"))
-    note_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
+    numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
+    note_faulty_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
     keys = [(row.key, row.prompt_key) for _, row in numbered]
-    known = _known(session, [key for key, _ in keys])
+    known = _find_accepted_keys(session, [key for key, _ in keys])
     fresh: dict[int, str] = {}  # prompt keys of the checkable rows that are no duplicates, by their numbers
     entries = []
     for (number, row), (key, prompt_key) in zip(numbered, keys, strict=True):
@@ -226,18 +235,18 @@ def accept(session: Session, dataset_id: str, fetch: Fetch, salt: str, share: fl
         role = "duplicate" if is_duplicate else "train"
         dataset.num_duplicates += is_duplicate
         entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
-    most = _room_for_cases(session, dataset, max_cases)
-    held_out = set(fresh) if dataset.purpose == "suite" else _draw(fresh, salt, share, most)
+    most = _compute_held_out_limit(session, dataset, max_cases)
+    held_out = set(fresh) if dataset.purpose == "suite" else _draw_held_out_rows(fresh, salt, share, most)
     for entry in entries:
         if entry["number"] in held_out:
             entry["role"] = "held_out"
-    add_cases(session, suite_of(dataset), [row for number, row in numbered if number in held_out], "held_out")
-    for start in range(0, len(entries), INSERT_ROWS):
-        session.execute(insert(DatasetRow), entries[start : start + INSERT_ROWS])
+    add_cases(session, get_suite_name(dataset), [row for number, row in numbered if number in held_out], "held_out")
+    for start in range(0, len(entries), INSERT_BATCH_ROWS):
+        session.execute(insert(DatasetRow), entries[start : start + INSERT_BATCH_ROWS])
     dataset.state, dataset.reason, dataset.decided_at = "accepted", None, transaction_time()
 
 
-def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
+def record_acceptance_failure(session: Session, dataset_id: str, error: Exception) -> None:
     """Record why a dataset could not be accepted: rejected for what it is, and tried again after a fault of ours."""
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
@@ -247,7 +256,7 @@ def set_aside(session: Session, dataset_id: str, error: Exception) -> None:
         dataset.state, dataset.decided_at = "rejected", transaction_time()
 
 
-def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:
+def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:
     """Choose the numbers of the rows to hold out: those whose prompt's salted hash lies below the share, lowest first.
 
     So a prompt is held out for everybody or for nobody, whoever brings it and with however many answers, and nobody
@@ -257,32 +266,32 @@ def _draw(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set
         prompts: prompt keys of the rows, by their numbers.
         most: how many rows at most.
     """
-    fractions = {prompt: salted_fraction(prompt, salt) for prompt in set(prompts.values())}
+    fractions = {prompt: compute_salted_fraction(prompt, salt) for prompt in set(prompts.values())}
     answers = Counter[str]()
     drawn: list[int] = []
     for number, prompt in sorted(prompts.items(), key=lambda row: (fractions[row[1]], row[0])):
-        if fractions[prompt] < share and answers[prompt] < MAX_HELD_OUT_ANSWERS:
+        if fractions[prompt] < share and answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
             answers[prompt] += 1
             drawn.append(number)
     return set(drawn[:most])
 
 
-def _room_for_cases(session: Session, dataset: Dataset, max_cases: int) -> int:
+def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) -> int:
     """Return how many rows of a dataset may be held out, by itself and by what its account has already."""
-    if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR:
-        return MAX_HELD_OUT_ROWS
+    if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR_ROLE:
+        return MAX_HELD_OUT_ROWS_PER_DATASET
     cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == "held_out")
     own = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
-    return max(0, min(MAX_HELD_OUT_ROWS, max_cases - session.scalars(own).one()))
+    return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, max_cases - session.scalars(own).one()))
 
 
-def _known(session: Session, keys: list[str]) -> set[str]:
+def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:
     query = select(DatasetRow.key).join(Dataset).where(Dataset.state == "accepted")
     query = query.where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
     return set(session.scalars(query))
 
 
-def read_stored(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
+def parse_stored_rows(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
     """Read a stored file: its rows, and those that only older rules took, both with their numbers from 0."""
     rows, bad = [], {}
     for number, row in enumerate(parse_rows(data)):

@@ -13,19 +13,19 @@ from typing import Any
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session, aliased
 
-from feedback.accounts import OPERATOR
-from feedback.tables import REPORTS, Case, CaseResult, Contributor, Feedback, Promotion, Round
+from feedback.accounts import OPERATOR_ROLE
+from feedback.tables import REPORTS_SUITE, Case, CaseResult, Contributor, Feedback, Promotion, Round
 from feedback.withdrawal import WITHDRAWN
 
-BASE = "base"
-MAX_BASE_LOSS = 0.02
+BASE_SUITE = "base"
+MAX_BASE_RATE_DROP = 0.02
 Z_95 = 1.959963984540054
-CHANCE = 0.05  # what is at least as probable may be chance
-MAX_NAMED = 20  # accounts of a decision, and reports of an account
+SIGNIFICANCE_LEVEL = 0.05  # what is at least as probable may be chance
+MAX_DECISION_ENTRIES = 20  # accounts of a decision, and reports of an account
 
 
 @dataclass(frozen=True)
-class Rate:
+class PassRate:
     """Passed of total, with its 95 % Wilson interval."""
 
     passed: int
@@ -37,16 +37,16 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.passed, self.total)
+        return compute_wilson_interval(self.passed, self.total)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rate": self.value, "interval": list(self.interval)}
 
 
-def wilson(passed: int, total: int) -> tuple[float, float]:
+def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
     """95 % score interval of a proportion. Source: Wilson 1927.
 
-    >>> tuple(round(x, 3) for x in wilson(8, 10))
+    >>> tuple(round(x, 3) for x in compute_wilson_interval(8, 10))
     (0.49, 0.943)
     """
     if total == 0:
@@ -57,7 +57,7 @@ def wilson(passed: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def rates(session: Session, version: int) -> dict[str, Rate]:
+def compute_pass_rates(session: Session, version: int) -> dict[str, PassRate]:
     """A version's rate on the held-out cases of each suite, and of each capability as `suite/capability`."""
     query = (
         select(Case.suite, Case.capability, CaseResult.passed)
@@ -70,20 +70,20 @@ def rates(session: Session, version: int) -> dict[str, Rate]:
         for name in (suite, f"{suite}/{capability}") if capability else (suite,):
             total[name] += 1
             passed[name] += ok
-    return {name: Rate(passed[name], total[name]) for name in sorted(total)}
+    return {name: PassRate(passed[name], total[name]) for name in sorted(total)}
 
 
-def regressions(session: Session, champion: int, candidate: int) -> list[str]:
+def find_regressions(session: Session, champion: int, candidate: int) -> list[str]:
     """Report cases that the champion passes and the candidate fails."""
     was = select(CaseResult.case_id).where(CaseResult.version == champion, CaseResult.passed)
     now = select(CaseResult.case_id).where(CaseResult.version == candidate, ~CaseResult.passed)
-    query = select(Case.id).where(Case.suite == REPORTS, Case.withdrawn_at.is_(None))
+    query = select(Case.id).where(Case.suite == REPORTS_SUITE, Case.withdrawn_at.is_(None))
     query = query.where(Case.id.in_(was), Case.id.in_(now))
     return list(session.scalars(query.order_by(Case.id)))
 
 
 @dataclass
-class Standing:
+class AccountRegressions:
     """What a candidate changes in the report cases of one account.
 
     `lost` has the cases that the champion passes and the candidate fails, with their roles, and `reports` the account's
@@ -111,7 +111,7 @@ class Standing:
         whoever reports enough of them could keep every candidate from being promoted.
         """
         is_learned = any(2 * self.passed[role] >= self.total[role] for role in self.lost.values())
-        return self.role == OPERATOR or is_learned or sign_test(len(self.lost), self.gained) < CHANCE
+        return self.role == OPERATOR_ROLE or is_learned or sign_test(len(self.lost), self.gained) < SIGNIFICANCE_LEVEL
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,7 +121,7 @@ class Standing:
             "regressed": len(self.lost),
             "gained": self.gained,
             "p": sign_test(len(self.lost), self.gained),
-            "reports": self.reports[:MAX_NAMED],
+            "reports": self.reports[:MAX_DECISION_ENTRIES],
         }
 
 
@@ -137,7 +137,9 @@ def sign_test(lost: int, gained: int) -> float:
     return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / (1 << changed)
 
 
-def standings(session: Session, champion: int, candidate: int, broken: Sequence[str]) -> list[Standing]:
+def count_account_regressions(
+    session: Session, champion: int, candidate: int, broken: Sequence[str]
+) -> list[AccountRegressions]:
     """Count what the candidate changes for each account whose reports fail again, those with the most first.
 
     Gains count among the cases that were there when the champion was promoted. It failed those that came later, or they
@@ -146,9 +148,9 @@ def standings(session: Session, champion: int, candidate: int, broken: Sequence[
     accepted = select(Feedback.id, Case.id, Case.role, Contributor).join(Case, Case.id == Feedback.case_id)
     accepted = accepted.join(Contributor, Contributor.id == Feedback.contributor_id)
     accepted = accepted.where(Feedback.state == "accepted", Case.id.in_(broken))
-    found: dict[str, Standing] = {}
+    found: dict[str, AccountRegressions] = {}
     for report_id, case_id, role, owner in session.execute(accepted.order_by(Feedback.created_at, Feedback.id)):
-        one = found.setdefault(owner.id, Standing(owner.id, owner.name, owner.role))
+        one = found.setdefault(owner.id, AccountRegressions(owner.id, owner.name, owner.role))
         one.lost[case_id] = role
         one.reports.append(report_id)
     promoted_at = select(func.min(Promotion.created_at)).where(Promotion.version == champion).scalar_subquery()
@@ -182,7 +184,7 @@ def standings(session: Session, champion: int, candidate: int, broken: Sequence[
     return sorted(found.values(), key=lambda one: (-len(one.lost), one.name))
 
 
-def decide(session: Session, turn: Round) -> dict[str, Any]:
+def decide_promotion(session: Session, turn: Round) -> dict[str, Any]:
     """Compare candidate and champion, and say whether the candidate may be promoted and why.
 
     The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
@@ -190,13 +192,17 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
     Report cases that fail again count by account: see `Standing.counts`.
     """
     assert turn.candidate_version is not None, "evaluation comes first"
-    after = rates(session, turn.candidate_version)
-    before = rates(session, turn.parent_version) if turn.parent_version else {}
-    broken = regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
-    owners = standings(session, turn.parent_version, turn.candidate_version, broken) if turn.parent_version else []
+    after = compute_pass_rates(session, turn.candidate_version)
+    before = compute_pass_rates(session, turn.parent_version) if turn.parent_version else {}
+    broken = find_regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
+    owners = (
+        count_account_regressions(session, turn.parent_version, turn.candidate_version, broken)
+        if turn.parent_version
+        else []
+    )
     telling = [one for one in owners if one.counts]
     is_chance = bool(broken) and not telling
-    reasons = _objections(before, after, telling, judges_reports=not is_chance)
+    reasons = _list_objections(before, after, telling, judges_reports=not is_chance)
     if turn.parent_version and not after:
         reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start anew")
     return {
@@ -206,7 +212,7 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
         "candidate": turn.candidate_version,
         "regressions": broken,
         "regressions_may_be_chance": is_chance,
-        "regressions_by_account": [one.to_json() for one in owners[:MAX_NAMED]],
+        "regressions_by_account": [one.to_json() for one in owners[:MAX_DECISION_ENTRIES]],
         "suites": [
             {
                 "suite": name,
@@ -218,8 +224,12 @@ def decide(session: Session, turn: Round) -> dict[str, Any]:
     }
 
 
-def _objections(
-    before: dict[str, Rate], after: dict[str, Rate], telling: Sequence[Standing], *, judges_reports: bool
+def _list_objections(
+    before: dict[str, PassRate],
+    after: dict[str, PassRate],
+    telling: Sequence[AccountRegressions],
+    *,
+    judges_reports: bool,
 ) -> list[str]:
     """List what speaks against a candidate.
 
@@ -228,11 +238,11 @@ def _objections(
         judges_reports: whether the rate on held-out reports counts; it falls only where a report fails again.
     """
     reasons = []
-    nothing = Rate(0, 0)
-    old, new = before.get(BASE, nothing), after.get(BASE, nothing)
-    if old.total and new.value < old.value - MAX_BASE_LOSS:
-        reasons.append(f"base fell from {old.value:.3f} to {new.value:.3f}, more than {MAX_BASE_LOSS}")
-    old, new = before.get(REPORTS, nothing), after.get(REPORTS, nothing)
+    nothing = PassRate(0, 0)
+    old, new = before.get(BASE_SUITE, nothing), after.get(BASE_SUITE, nothing)
+    if old.total and new.value < old.value - MAX_BASE_RATE_DROP:
+        reasons.append(f"base fell from {old.value:.3f} to {new.value:.3f}, more than {MAX_BASE_RATE_DROP}")
+    old, new = before.get(REPORTS_SUITE, nothing), after.get(REPORTS_SUITE, nothing)
     if judges_reports and old.total and new.value < old.value:
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
     if telling:

@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session
 from feedback import reports, rounds
 from feedback.tables import AuditEvent, Dataset, ModelVersion, Outbox, Promotion, Response, Round
 
-COUNTS = ("accepted", "rejected", "disputed")
+REVIEW_OUTCOMES = ("accepted", "rejected", "disputed")
 
 
 @dataclass(frozen=True)
-class Facts:
+class PlatformFacts:
     """What `doctor` asks the database for; moments are None for what has never happened."""
 
     champion: int | None
@@ -30,23 +30,24 @@ class Facts:
     last_upload: datetime | None
 
 
-def gather(session: Session) -> Facts:
+def read_platform_facts(session: Session) -> PlatformFacts:
     """Read the facts, each from the newest row of its kind."""
     newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
     versions = [version for version in (newest.version, newest.previous) if version] if newest else []
     lineage = session.scalars(select(ModelVersion).where(ModelVersion.version.in_(versions))).all()
-    running = rounds.running_round(session)
-    count, oldest = reports.pending(session, with_review=running is None)
+    running = rounds.find_running_round(session)
+    count, oldest = reports.count_pending_reports(session, with_review=running is None)
     waiting = select(func.min(Outbox.created_at)).where(Outbox.delivered_at.is_(None))
     decided = sum(
-        (AuditEvent.detail[name].as_integer() for name in COUNTS[1:]), AuditEvent.detail[COUNTS[0]].as_integer()
+        (AuditEvent.detail[name].as_integer() for name in REVIEW_OUTCOMES[1:]),
+        AuditEvent.detail[REVIEW_OUTCOMES[0]].as_integer(),
     )
     reviewed = select(func.max(AuditEvent.created_at)).where(AuditEvent.action == "reviewed", decided > 0)
 
     def last(moment: ColumnElement[datetime]) -> datetime | None:
         return session.scalar(select(func.max(moment)))
 
-    return Facts(
+    return PlatformFacts(
         champion=newest.version if newest else None,
         promoted_at=newest.created_at if newest else None,
         lineage={one.version: one.run_id for one in lineage},

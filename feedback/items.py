@@ -20,13 +20,13 @@ from yuan.data.text import describe_errors, make_storable
 
 log = logging.getLogger(__name__)
 
-FAULT = "could not be processed"
-MAX_REASON = 500
+ITEM_FAULT_ACTION = "could not be processed"
+MAX_ITEM_REASON_CHARACTERS = 500
 MAX_NAMED_ROWS = 20
 Item = TypeVar("Item")
 
 
-def each(
+def process_each(
     session: Session, items: Iterable[Item], work: Callable[[Item], object], blame: Callable[[Item, Exception], object]
 ) -> int:
     """Work on every item in a savepoint of its own; where one fails, undo that much and blame it.
@@ -50,7 +50,7 @@ def each(
     return failed
 
 
-def together(
+def process_in_bulk(
     session: Session,
     items: Sequence[Item],
     work: Callable[[Sequence[Item]], object],
@@ -62,7 +62,7 @@ def together(
         How many failed.
     """
     if len(items) <= 1:
-        return each(session, items, lambda item: work([item]), blame)
+        return process_each(session, items, lambda item: work([item]), blame)
     try:
         with session.begin_nested():
             work(items)
@@ -70,72 +70,86 @@ def together(
         if not is_of_one_item(error):
             raise
         half = len(items) // 2
-        return sum(together(session, part, work, blame) for part in (items[:half], items[half:]))
+        return sum(process_in_bulk(session, part, work, blame) for part in (items[:half], items[half:]))
     return 0
 
 
 def note_fault(session: Session, subject: str, step: str, error: Exception) -> str:
     """Record why an item could not be processed in a step, for its timeline; return the reason."""
-    reason = reason_of(error)
+    reason = describe_item_error(error)
     note_reason(session, subject, step, reason)
-    log.warning("%s: %s %s (%s)", step, subject, FAULT, place_of(error))  # no reason: it may quote the item
+    log.warning(
+        "%s: %s %s (%s)", step, subject, ITEM_FAULT_ACTION, describe_error_place(error)
+    )  # no reason: it may quote the item
     return reason
 
 
 def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
     """Record for an item's timeline why it, or a part of it, could not be processed in a step."""
-    audit(session, "platform", FAULT, subject, step=step, reason=storable(reason, MAX_REASON + 100))
+    audit(
+        session,
+        "platform",
+        ITEM_FAULT_ACTION,
+        subject,
+        step=step,
+        reason=make_storable_text(reason, MAX_ITEM_REASON_CHARACTERS + 100),
+    )
 
 
-def note_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
+def note_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
     """Record once, for its timeline, which of an item's rows a step left out and why; the first 20 are named."""
     if not faults:
         return
     more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
-    reason = storable(f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}", MAX_REASON) + more
-    note_once(session, step, {subject: reason})
+    reason = (
+        make_storable_text(
+            f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}", MAX_ITEM_REASON_CHARACTERS
+        )
+        + more
+    )
+    note_new_reasons(session, step, {subject: reason})
 
 
-def note_once(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) -> None:
     """Record reasons by their items for these items' timelines, but for those that are there: each round meets them."""
-    told = faults_by_subject(session, list(reasons))
+    told = find_faults_by_subject(session, list(reasons))
     for subject, reason in reasons.items():
         if all(reason not in text for _, text in told[subject]):
             note_reason(session, subject, step, reason)
 
 
-def faults_of(session: Session, subject: str) -> list[tuple[datetime, str]]:
+def find_faults(session: Session, subject: str) -> list[tuple[datetime, str]]:
     """When and why an item could not be processed, oldest first."""
-    return faults_by_subject(session, [subject])[subject]
+    return find_faults_by_subject(session, [subject])[subject]
 
 
-def faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
+def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
     """When and why each of these items could not be processed, oldest first."""
     faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)
-    query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == FAULT)
+    query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == ITEM_FAULT_ACTION)
     for event in session.scalars(query.order_by(AuditEvent.id)):
-        reason = f"{FAULT} ({event.detail['step']}): {event.detail['reason']}"
+        reason = f"{ITEM_FAULT_ACTION} ({event.detail['step']}): {event.detail['reason']}"
         faults[event.subject].append((event.created_at, reason))
     return faults
 
 
-def reason_of(error: Exception) -> str:
+def describe_item_error(error: Exception) -> str:
     """An error in one line that can be stored and shown to the item's owner."""
     if isinstance(error, ValidationError):
-        return describe_errors(error)[:MAX_REASON]
+        return describe_errors(error)[:MAX_ITEM_REASON_CHARACTERS]
     if isinstance(error, DBAPIError):
-        return storable(f"the database refuses it: {str(error.orig).splitlines()[0]}")
+        return make_storable_text(f"the database refuses it: {str(error.orig).splitlines()[0]}")
     if isinstance(error, ClientError):
         return "its bytes are gone from the object store"
-    return storable(str(error) or type(error).__name__)
+    return make_storable_text(str(error) or type(error).__name__)
 
 
-def storable(text: str, limit: int = MAX_REASON) -> str:
+def make_storable_text(text: str, limit: int = MAX_ITEM_REASON_CHARACTERS) -> str:
     """A text with what PostgreSQL does not store replaced, and cut at the limit."""
     return make_storable(text)[:limit]
 
 
-def place_of(error: Exception) -> str:
+def describe_error_place(error: Exception) -> str:
     """An error's type and the line that raised it, without its message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

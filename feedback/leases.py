@@ -15,14 +15,14 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound, audit
-from feedback.tables import Device, DevicePool, Lease
+from feedback.tables import DevicePool, Lease, PoolDevice
 from infra.launchers.job import HOST
 from yuan.plan.pool import Pool
 
-TTL_S = 60.0  # of silence after which a holder is taken for dead
-POINT_S = 600.0  # seconds of waiting that weigh as much as one point of priority
-MAX_PRIORITY = 100
-UNNAMED = "no longer in the pool's file"
+LEASE_TTL_S = 60.0  # of silence after which a holder is taken for dead
+WAIT_S_PER_PRIORITY_POINT = 600.0  # seconds of waiting that weigh as much as one point of priority
+MAX_LEASE_PRIORITY = 100
+NOT_IN_POOL_FILE_REASON = "no longer in the pool's file"
 
 
 class NoCapacity(Exception):
@@ -43,16 +43,24 @@ def register_pool(session: Session, pool: Pool) -> None:
         for n in range(group.count)
         for node in [f"{group.device_class}-node-{n // group.devices_per_node}"]
     ]
-    new = insert(Device).values(named)
+    new = insert(PoolDevice).values(named)
     session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_={"node": new.excluded.node}))
-    own, is_named = Device.pool == pool.name, Device.id.in_([device["id"] for device in named])
-    session.execute(update(Device).where(own, ~is_named, Device.lost_reason.is_(None)).values(lost_reason=UNNAMED))
+    own, is_named = PoolDevice.pool == pool.name, PoolDevice.id.in_([device["id"] for device in named])
+    session.execute(
+        update(PoolDevice)
+        .where(own, ~is_named, PoolDevice.lost_reason.is_(None))
+        .values(lost_reason=NOT_IN_POOL_FILE_REASON)
+    )
     # their machine may no longer be one of the site's, and Slurm refuses jobs that avoid what it does not know
-    session.execute(update(Device).where(own, ~is_named).values(lost_host=None))
-    session.execute(update(Device).where(own, is_named, Device.lost_reason == UNNAMED).values(lost_reason=None))
+    session.execute(update(PoolDevice).where(own, ~is_named).values(lost_host=None))
+    session.execute(
+        update(PoolDevice)
+        .where(own, is_named, PoolDevice.lost_reason == NOT_IN_POOL_FILE_REASON)
+        .values(lost_reason=None)
+    )
 
 
-def ask(
+def request_lease(
     session: Session,
     pool: str,
     wanted: Mapping[str, int],
@@ -61,7 +69,7 @@ def ask(
     team: str,
     holder: str,
     priority: int = 0,
-    ttl_s: float = TTL_S,
+    ttl_s: float = LEASE_TTL_S,
 ) -> Lease:
     """Queue for devices of a pool, so many of each class.
 
@@ -75,8 +83,8 @@ def ask(
     """
     if not wanted or min(wanted.values()) < 1:
         raise ValueError(f"a lease is of at least one device of each class it names, got {dict(wanted)}")
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise ValueError(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {priority}")
+    if not -MAX_LEASE_PRIORITY <= priority <= MAX_LEASE_PRIORITY:
+        raise ValueError(f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}")
     if session.get(DevicePool, pool) is None:
         raise NotFound(f"there is no pool {pool!r}")
     check_capacity(session, pool, wanted)
@@ -89,22 +97,26 @@ def ask(
     return lease
 
 
-def grant(session: Session, pool: str) -> list[Lease]:
+def grant_leases(session: Session, pool: str) -> list[Lease]:
     """Give free devices to those who wait, in order; returns the leases granted now.
 
     One that cannot be served yet keeps the classes it wants from all behind it, so no stream of small requests can
     hold a large one up; requests for other classes pass it by.
     """
     session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
-    free = _free(session, pool)
+    free = find_free_devices(session, pool)
     kept: set[str] = set()
     granted = []
-    for lease in session.scalars(waiting(pool).with_for_update()):
-        fits = all(len(_of(free, name)) >= count for name, count in lease.wanted.items())
+    for lease in session.scalars(select_waiting_leases(pool).with_for_update()):
+        fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.wanted.items())
         if not fits or kept & lease.wanted.keys():
             kept |= lease.wanted.keys()
             continue
-        chosen = [device for name, count in lease.wanted.items() for device in _near(_of(free, name), count)]
+        chosen = [
+            device
+            for name, count in lease.wanted.items()
+            for device in _choose_few_nodes(_filter_device_class(free, name), count)
+        ]
         free = [device for device in free if device not in chosen]
         lease.devices = sorted(device.id for device in chosen)
         lease.granted_at = lease.heartbeat_at = session.scalars(select(func.clock_timestamp())).one()
@@ -113,7 +125,7 @@ def grant(session: Session, pool: str) -> list[Lease]:
     return granted
 
 
-def waiting(pool: str) -> Select[tuple[Lease]]:
+def select_waiting_leases(pool: str) -> Select[tuple[Lease]]:
     """Those who wait, whose turn is next first."""
     waits = Lease.granted_at.is_(None) & Lease.released_at.is_(None) & Lease.fenced_at.is_(None)
     query = select(Lease).where(Lease.pool == pool, waits)
@@ -123,34 +135,34 @@ def waiting(pool: str) -> Select[tuple[Lease]]:
 def score() -> ColumnElement[float]:
     """Priority, and a point for every POINT_S seconds of waiting."""
     waited = func.extract("epoch", func.clock_timestamp() - Lease.asked_at)
-    return cast(Lease.priority, Float) + cast(waited, Float) / POINT_S
+    return cast(Lease.priority, Float) + cast(waited, Float) / WAIT_S_PER_PRIORITY_POINT
 
 
-def beat(session: Session, lease_id: str, generation: int) -> Lease:
+def record_lease_heartbeat(session: Session, lease_id: str, generation: int) -> Lease:
     """Say that the holder lives.
 
     Raises:
         LeaseLost: if the lease was fenced or has ended.
     """
-    query = update(Lease).where(_is_mine(lease_id, generation)).values(heartbeat_at=func.clock_timestamp())
+    query = update(Lease).where(_is_current_lease(lease_id, generation)).values(heartbeat_at=func.clock_timestamp())
     lease = session.scalars(query.returning(Lease), execution_options={"populate_existing": True}).first()
     if lease is None:
         raise LeaseLost(f"lease {lease_id} of generation {generation} is gone; end what runs under it")
     return lease
 
 
-def release(session: Session, lease_id: str, generation: int, reason: str) -> None:
+def release_lease(session: Session, lease_id: str, generation: int, reason: str) -> None:
     """Give the devices back, once nothing runs on them; a lease that was lost is left as it is."""
     values = {"released_at": func.clock_timestamp(), "end_reason": reason}
-    session.execute(update(Lease).where(_is_mine(lease_id, generation)).values(values))
+    session.execute(update(Lease).where(_is_current_lease(lease_id, generation)).values(values))
 
 
-def open_leases(session: Session) -> list[Lease]:
+def find_open_leases(session: Session) -> list[Lease]:
     """Those that wait or are held."""
     return list(session.scalars(select(Lease).where(Lease.released_at.is_(None))))
 
 
-def fence(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ()) -> list[Lease]:
+def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ()) -> list[Lease]:
     """Change the generation of leases whose holders have been silent too long; those fenced before come again.
 
     Args:
@@ -174,7 +186,7 @@ def fence(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ())
     return list(session.scalars(query.returning(Lease), execution_options={"populate_existing": True}))
 
 
-def free(session: Session, lease: Lease) -> None:
+def free_fenced_lease(session: Session, lease: Lease) -> None:
     """Give back the devices of a fenced lease under which nothing runs any more."""
     values = {"released_at": func.clock_timestamp(), "end_reason": "its holder died"}
     query = update(Lease).where(Lease.id == lease.id, Lease.fenced_at.is_not(None), Lease.released_at.is_(None))
@@ -182,7 +194,7 @@ def free(session: Session, lease: Lease) -> None:
         audit(session, "reaper", "lease reaped", lease.id, run=lease.run_id, devices=lease.devices or [])
 
 
-def set_lost(session: Session, pool: str, device: str, reason: str | None, host: str | None = None) -> list[str]:
+def set_device_lost(session: Session, pool: str, device: str, reason: str | None, host: str | None = None) -> list[str]:
     """Take a device that does not work out of use, or, without a reason, put a mended one back.
 
     A lease that has it keeps it until it ends.
@@ -200,39 +212,39 @@ def set_lost(session: Session, pool: str, device: str, reason: str | None, host:
     """
     if host and not HOST.fullmatch(host):
         raise ValueError(f"a machine is named as a host is, by letters, digits, dots and hyphens, got {host!r}")
-    found = session.get(Device, (pool, device))
+    found = session.get(PoolDevice, (pool, device))
     if found is None:
         raise NotFound(f"pool {pool!r} has no device {device!r}")
-    which = Device.id == device
+    which = PoolDevice.id == device
     if reason and host:
-        if host in lost_hosts(session, pool):  # by another run, or one that was queued before
+        if host in find_lost_hosts(session, pool):  # by another run, or one that was queued before
             return []
-        which = (Device.node == found.node) & Device.lost_reason.is_(None) | which
+        which = (PoolDevice.node == found.node) & PoolDevice.lost_reason.is_(None) | which
     elif not reason and found.lost_host:
-        which = Device.lost_host == found.lost_host
-    new = {"lost_reason": reason, "lost_host": func.coalesce(Device.lost_host, host) if reason else None}
-    query = update(Device).where(Device.pool == pool, which).values(new)
-    changed = sorted(session.scalars(query.returning(Device.id)))
+        which = PoolDevice.lost_host == found.lost_host
+    new = {"lost_reason": reason, "lost_host": func.coalesce(PoolDevice.lost_host, host) if reason else None}
+    query = update(PoolDevice).where(PoolDevice.pool == pool, which).values(new)
+    changed = sorted(session.scalars(query.returning(PoolDevice.id)))
     for name in changed:
         what = "device lost" if reason else "device returned"
         audit(session, "pool", what, f"{pool}/{name}", reason=reason, host=host)
     return changed
 
 
-def lost_hosts(session: Session, pool: str) -> list[str]:
+def find_lost_hosts(session: Session, pool: str) -> list[str]:
     """Machines of a batch system on which devices were lost and have not been returned."""
-    is_lost = Device.lost_reason.is_not(None) & Device.lost_host.is_not(None)
-    query = select(Device.lost_host).where(Device.pool == pool, is_lost).distinct()
+    is_lost = PoolDevice.lost_reason.is_not(None) & PoolDevice.lost_host.is_not(None)
+    query = select(PoolDevice.lost_host).where(PoolDevice.pool == pool, is_lost).distinct()
     return sorted(host for host in session.scalars(query) if host is not None)
 
 
-def working(session: Session, pool: str) -> Counter[str]:
+def count_working_devices(session: Session, pool: str) -> Counter[str]:
     """How many devices of each class work, used or not."""
-    query = select(Device.device_class).where(Device.pool == pool, Device.lost_reason.is_(None))
+    query = select(PoolDevice.device_class).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None))
     return Counter(session.scalars(query))
 
 
-def devices(session: Session, pool: str) -> list[dict[str, Any]]:
+def list_devices(session: Session, pool: str) -> list[dict[str, Any]]:
     """Every device of a pool: its class, node, why it is lost, and the run that has it.
 
     Raises:
@@ -240,8 +252,8 @@ def devices(session: Session, pool: str) -> list[dict[str, Any]]:
     """
     if session.get(DevicePool, pool) is None:
         raise NotFound(f"there is no pool {pool!r}")
-    holders = {device: lease.run_id for lease in open_leases(session) for device in lease.devices or []}
-    query = select(Device).where(Device.pool == pool).order_by(Device.device_class, Device.id)
+    holders = {device: lease.run_id for lease in find_open_leases(session) for device in lease.devices or []}
+    query = select(PoolDevice).where(PoolDevice.pool == pool).order_by(PoolDevice.device_class, PoolDevice.id)
     return [
         {
             "id": device.id,
@@ -255,13 +267,13 @@ def devices(session: Session, pool: str) -> list[dict[str, Any]]:
     ]
 
 
-def lost_of(session: Session, pool: str, devices: Iterable[str]) -> dict[str, str]:
+def find_lost_devices(session: Session, pool: str, devices: Iterable[str]) -> dict[str, str]:
     """Those of some devices that no longer work, and why."""
-    query = select(Device).where(Device.pool == pool, Device.id.in_(devices))
+    query = select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.id.in_(devices))
     return {device.id: device.lost_reason for device in session.scalars(query) if device.lost_reason is not None}
 
 
-def ledger(session: Session, by: str = "run_id") -> dict[str, float]:
+def compute_device_hours(session: Session, by: str = "run_id") -> dict[str, float]:
     """Device-hours that each run, or each `team`, has held so far."""
     key = {"run_id": Lease.run_id, "team": Lease.team, "pool": Lease.pool}[by]
     held = func.coalesce(Lease.released_at, func.clock_timestamp()) - Lease.granted_at
@@ -273,9 +285,11 @@ def ledger(session: Session, by: str = "run_id") -> dict[str, float]:
 
 
 def check_capacity(session: Session, pool: str, wanted: Mapping[str, int]) -> None:
-    has = working(session, pool)
+    has = count_working_devices(session, pool)
     if any(has[name] < count for name, count in wanted.items()):
-        lost = session.scalars(select(Device).where(Device.pool == pool, Device.lost_reason.is_not(None))).all()
+        lost = session.scalars(
+            select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_not(None))
+        ).all()
         said = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
         raise NoCapacity(
             f"pool {pool!r} has {dict(has)} devices that work, and {dict(wanted)} are wanted{said}; plan for fewer, "
@@ -283,19 +297,21 @@ def check_capacity(session: Session, pool: str, wanted: Mapping[str, int]) -> No
         )
 
 
-def _free(session: Session, pool: str) -> list[Device]:
+def find_free_devices(session: Session, pool: str) -> list[PoolDevice]:
     held = select(func.jsonb_array_elements_text(Lease.devices)).where(
         Lease.pool == pool, Lease.granted_at.is_not(None), Lease.released_at.is_(None)
     )
-    query = select(Device).where(Device.pool == pool, Device.lost_reason.is_(None), Device.id.not_in(held))
-    return list(session.scalars(query.order_by(Device.id)))
+    query = select(PoolDevice).where(
+        PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None), PoolDevice.id.not_in(held)
+    )
+    return list(session.scalars(query.order_by(PoolDevice.id)))
 
 
-def _of(devices: list[Device], device_class: str) -> list[Device]:
+def _filter_device_class(devices: list[PoolDevice], device_class: str) -> list[PoolDevice]:
     return [device for device in devices if device.device_class == device_class]
 
 
-def _near(devices: list[Device], count: int) -> list[Device]:
+def _choose_few_nodes(devices: list[PoolDevice], count: int) -> list[PoolDevice]:
     """So many devices on few nodes: of one that just has them, else of the freest."""
     nodes = Counter(device.node for device in devices)
     whole = [node for node, room in nodes.items() if room >= count]
@@ -304,7 +320,7 @@ def _near(devices: list[Device], count: int) -> list[Device]:
     return sorted((d for d in devices if d.node in ranked), key=lambda d: ranked.index(d.node))[:count]
 
 
-def _is_mine(lease_id: str, generation: int) -> ColumnElement[bool]:
+def _is_current_lease(lease_id: str, generation: int) -> ColumnElement[bool]:
     return (
         (Lease.id == lease_id)
         & (Lease.generation == generation)

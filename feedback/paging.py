@@ -6,10 +6,10 @@ from typing import TypeVar
 from sqlalchemy import Select, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from feedback.accounts import Refused
+from feedback.accounts import InvalidField
 from feedback.tables import Contributor, Dataset, Feedback, Outbox
 
-MAX_PAGE, DEFAULT_PAGE = 200, 100
+MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 200, 100
 Record = TypeVar("Record", Feedback, Dataset)
 
 
@@ -26,7 +26,7 @@ def read_page(
         place = select(kind.created_at, kind.id).where(kind.id == after, kind.contributor_id == who.id)
         seen = session.execute(place).first()
         if seen is None:
-            raise unknown_cursor()
+            raise make_cursor_error()
         query = query.where(tuple_(kind.created_at, kind.id) > tuple_(literal(seen.created_at), literal(seen.id)))
     return session.scalars(query.order_by(kind.created_at, kind.id).limit(limit)).all()
 
@@ -40,11 +40,11 @@ def read_notices(session: Session, who: Contributor, limit: int, after: int | No
     query = select(Outbox).where(Outbox.contributor_id == who.id, Outbox.delivered_at.is_not(None))
     if after is not None:
         if session.scalar(query.where(Outbox.id == after).with_only_columns(Outbox.id)) is None:
-            raise unknown_cursor()
+            raise make_cursor_error()
         query = query.where(Outbox.id > after)
     return session.scalars(query.order_by(Outbox.id).limit(limit)).all()
 
 
-def unknown_cursor() -> Refused:
+def make_cursor_error() -> InvalidField:
     """The same answer for what is nobody's and what is somebody else's."""
-    return Refused("your list has no such item; give the last one that you have seen, or leave it out", "after")
+    return InvalidField("your list has no such item; give the last one that you have seen, or leave it out", "after")

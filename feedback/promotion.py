@@ -11,13 +11,20 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
-from feedback.items import each, note_fault, note_reason, place_of, storable, together
+from feedback.items import (
+    describe_error_place,
+    make_storable_text,
+    note_fault,
+    note_reason,
+    process_each,
+    process_in_bulk,
+)
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
 
 log = logging.getLogger(__name__)
 
-MAX_ANSWER = 100_000
-TEXTS = {
+MAX_STORED_ANSWER_CHARACTERS = 100_000
+NOTICE_TEXTS = {
     "fixed": "your report: failing in v{before}, fixed in v{after}",
     "still_failing": "your report: failing in v{before}, still failing in v{after}",
     "regressed": "your report: fixed before, failing again in v{after}",
@@ -25,7 +32,7 @@ TEXTS = {
 }
 
 
-def champion(session: Session) -> int | None:
+def find_champion(session: Session) -> int | None:
     """The version in service."""
     return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
 
@@ -36,7 +43,12 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
     An answer that cannot be stored is a failed case with the reason.
     """
     rows = [
-        {"reason": None, **result, "version": version, "answer": storable(result["answer"], MAX_ANSWER)}
+        {
+            "reason": None,
+            **result,
+            "version": version,
+            "answer": make_storable_text(result["answer"], MAX_STORED_ANSWER_CHARACTERS),
+        }
         for result in results
     ]
 
@@ -50,11 +62,11 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
         store([{**row, "passed": False, "answer": "", "reason": reason}])
 
     if rows:
-        together(session, rows, store, blame)
-    _tell_owners(session, version, unjudged)
+        process_in_bulk(session, rows, store, blame)
+    _note_unjudged_cases(session, version, unjudged)
 
 
-def _tell_owners(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
+def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
     """Put on the timelines of reports and datasets which of their cases could not be judged, one line each."""
     query = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
     rows = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
@@ -67,7 +79,7 @@ def _tell_owners(session: Session, version: int, unjudged: Mapping[str, str]) ->
         note_reason(session, owner, f"evaluate v{version}", f"{more}{found[0]}")
 
 
-def promote(session: Session, turn: Round, decision: dict[str, Any]) -> int:
+def promote_candidate(session: Session, turn: Round, decision: dict[str, Any]) -> int:
     """Make the round's candidate the champion, with a verdict and a notice for every accepted report.
 
     All of it is in the caller's transaction, so it happens once or not at all. Returns how many reports could not be
@@ -85,12 +97,12 @@ def promote(session: Session, turn: Round, decision: dict[str, Any]) -> int:
         )
     )
     session.execute(update(Round).where(Round.id == turn.id).values(decision=decision))
-    untold = _tell(session, turn.parent_version, version)
+    untold = _write_notices(session, turn.parent_version, version)
     audit(session, "round", "promoted", turn.id, version=version, previous=turn.parent_version)
     return untold
 
 
-def _tell(session: Session, before: int | None, after: int) -> int:
+def _write_notices(session: Session, before: int | None, after: int) -> int:
     """Write one notice for each accepted report whose standing this version settles or changes; how many failed."""
     query = (
         select(Feedback, CaseResult.passed)
@@ -106,28 +118,28 @@ def _tell(session: Session, before: int | None, after: int) -> int:
         report, passed = found
         was = report.case_id in passed_before
         verdict = {(0, 1): "fixed", (0, 0): "still_failing", (1, 0): "regressed", (1, 1): "passing"}[(was, passed)]
-        if verdict == "passing" and _was_told(session, report.id):
+        if verdict == "passing" and _has_notice(session, report.id):
             return
         values = {
             "contributor_id": report.contributor_id,
             "feedback_id": report.id,
             "version": after,
             "verdict": verdict,
-            "text": TEXTS[verdict].format(before=before, after=after),
+            "text": NOTICE_TEXTS[verdict].format(before=before, after=after),
         }
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
 
     def blame(found: Row[tuple[Feedback, bool]], error: Exception) -> None:
         note_fault(session, found[0].id, "tell", error)
 
-    return each(session, session.execute(query).all(), tell, blame)
+    return process_each(session, session.execute(query).all(), tell, blame)
 
 
-def _was_told(session: Session, feedback_id: str) -> bool:
+def _has_notice(session: Session, feedback_id: str) -> bool:
     return session.scalar(select(Outbox.id).where(Outbox.feedback_id == feedback_id).limit(1)) is not None
 
 
-def deliver(session: Session) -> int:
+def mark_notices_delivered(session: Session) -> int:
     """Put waiting notices on their reporters' timelines, each once.
 
     Delivery is the row's own mark, so it and the notice cannot come apart.
@@ -153,7 +165,7 @@ def reconcile_aliases(
     Returns:
         The aliases that were changed.
     """
-    wanted = _wanted_aliases(session)
+    wanted = _find_wanted_aliases(session)
     changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
     refused: list[str] = []
 
@@ -162,14 +174,14 @@ def reconcile_aliases(
         set_alias(alias, changed[alias])
 
     def blame(alias: str, error: Exception) -> None:
-        log.warning("the registry does not let %s be v%s: %s", alias, changed[alias], place_of(error))
+        log.warning("the registry does not let %s be v%s: %s", alias, changed[alias], describe_error_place(error))
         refused.append(alias)
 
-    each(session, changed, put, blame)
+    process_each(session, changed, put, blame)
     return {alias: version for alias, version in changed.items() if alias not in refused}
 
 
-def _wanted_aliases(session: Session) -> dict[str, int | None]:
+def _find_wanted_aliases(session: Session) -> dict[str, int | None]:
     newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
     query = select(Round.candidate_version).where(Round.candidate_version.is_not(None)).order_by(Round.number.desc())
     return {

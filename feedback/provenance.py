@@ -2,12 +2,12 @@
 
 from sqlalchemy.orm import Session
 
-from feedback.accounts import NotFound, Refused
+from feedback.accounts import InvalidField, NotFound
 from feedback.contracts import FeedbackIn
 from feedback.tables import Contributor, ModelVersion, Response
 from yuan.data.text import make_printable, make_storable
 
-RECORDED = ("prompt", "response", "model_version")
+COMPARED_FIELDS = ("prompt", "response", "model_version")
 
 
 def check_provenance(session: Session, contributor: Contributor, report: FeedbackIn) -> None:
@@ -26,7 +26,7 @@ def check_provenance(session: Session, contributor: Contributor, report: Feedbac
     recorded = session.get(Response, report.response_id)
     if recorded is None or recorded.contributor_id != contributor.id:
         raise NotFound(f"you were given no response {make_printable(report.response_id)}", "response_id")
-    for name in RECORDED:
+    for name in COMPARED_FIELDS:
         stored, sent = getattr(recorded, name), getattr(report, name)
         if sent != (make_storable(stored) if isinstance(stored, str) else stored):
-            raise Refused(f"differs from the {name} of response {recorded.id}; send it as it was", name)
+            raise InvalidField(f"differs from the {name} of response {recorded.id}; send it as it was", name)

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session, joinedload
 
 from feedback.accounts import NotFound
 from feedback.contracts import Event, FeedbackIn, FeedbackOut
-from feedback.items import each, faults_by_subject, note_fault, storable
+from feedback.items import find_faults_by_subject, make_storable_text, note_fault, process_each
 from feedback.paging import read_page
-from feedback.promotion import champion
+from feedback.promotion import find_champion
 from feedback.tables import (
-    REPORTS,
+    REPORTS_SUITE,
     Case,
     CaseResult,
     Contributor,
@@ -27,7 +27,7 @@ from feedback.tables import (
     new_id,
     transaction_time,
 )
-from feedback.withdrawal import WITHDRAWN, withdrawals_of
+from feedback.withdrawal import WITHDRAWN, find_withdrawal_events
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT_CHARS
@@ -65,7 +65,7 @@ def list_feedback(session: Session, contributor: Contributor, limit: int, after:
     return read_page(session, query, Feedback, contributor, limit, after)
 
 
-def screen(session: Session, cut_off: datetime) -> tuple[int, int]:
+def screen_reports(session: Session, cut_off: datetime) -> tuple[int, int]:
     """Screen what arrived before the cut-off; reports that cannot become a case wait for a reviewer.
 
     Returns:
@@ -80,10 +80,14 @@ def screen(session: Session, cut_off: datetime) -> tuple[int, int]:
         row.state = "in_review"
         row.screening = "checkable" if row.kind == "correction" else "needs a reviewer"
 
-    return len(rows), each(session, rows, screen_one, lambda row, error: _set_aside(session, row, "screen", error))
+    return len(rows), process_each(
+        session, rows, screen_one, lambda row, error: _record_report_failure(session, row, "screen", error)
+    )
 
 
-def _set_aside(session: Session, row: Feedback, step: str, error: Exception, version: int | None = None) -> None:
+def _record_report_failure(
+    session: Session, row: Feedback, step: str, error: Exception, version: int | None = None
+) -> None:
     """Record why a report could not be processed.
 
     One that is malformed is rejected. Any other stays in review with the reason: it was this version, or this release,
@@ -98,48 +102,50 @@ def _set_aside(session: Session, row: Feedback, step: str, error: Exception, ver
     row.reproduced_version = row.reproduced_version if version is None else version
 
 
-def pending(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
+def count_pending_reports(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
     """How many reports wait to be screened or reproduced, or to be reviewed if asked, and since when.
 
     A report that the champion could not be asked about waits for the next one, and is not counted.
     """
     checkable = (Feedback.state == "in_review") & (Feedback.screening == "checkable")
-    waits = (Feedback.state == "received") | (checkable & _unasked(champion(session)))
+    waits = (Feedback.state == "received") | (checkable & _is_unanswered_by(find_champion(session)))
     if with_review:
         waits |= (Feedback.state == "in_review") & Feedback.reproduction.is_not(None)
     count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(waits)).one()
     return count, oldest
 
 
-def _unasked(version: int | None) -> ColumnElement[bool]:
+def _is_unanswered_by(version: int | None) -> ColumnElement[bool]:
     """Reports about which this version was not asked; with no version, none ever was."""
     if version is None:
         return Feedback.reproduced_version.is_(None)
     return Feedback.reproduced_version.is_distinct_from(version)
 
 
-def accepted_since(session: Session, moment: datetime | None) -> int:
+def count_accepted_since(session: Session, moment: datetime | None) -> int:
     """How many reports were accepted after a moment, or ever."""
     query = select(func.count()).select_from(Feedback).where(Feedback.state == "accepted")
     return session.scalars(query if moment is None else query.where(Feedback.decided_at > moment)).one()
 
 
-def unreproduced(session: Session, cut_off: datetime, version: int, limit: int | None = None) -> Sequence[Feedback]:
+def find_unreproduced_reports(
+    session: Session, cut_off: datetime, version: int, limit: int | None = None
+) -> Sequence[Feedback]:
     """Checkable reports in review that the version has not answered yet, oldest first."""
     query = select(Feedback).where(
         Feedback.state == "in_review",
         Feedback.screening == "checkable",
         Feedback.created_at <= cut_off,
-        _unasked(version),
+        _is_unanswered_by(version),
     )
     return session.scalars(query.order_by(Feedback.created_at, Feedback.id).limit(limit)).all()
 
 
-Answered = tuple[str, str | ValueError]  # a report's id, and the answer or why there is none
-Check = Callable[[Checker, str], bool]
+ReproducedAnswer = tuple[str, str | ValueError]  # a report's id, and the answer or why there is none
+AnswerCheck = Callable[[Checker, str], bool]
 
 
-def note_reproductions(session: Session, version: int, answered: Iterable[Answered], check: Check) -> int:
+def note_reproductions(session: Session, version: int, answered: Iterable[ReproducedAnswer], check: AnswerCheck) -> int:
     """Record what the version answers to reports' prompts, judged by their checkers; what is decided stays.
 
     Args:
@@ -149,29 +155,29 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Answer
         How many reports could not be processed.
     """
 
-    def note(one: Answered) -> None:
-        row, answer = _locked(session, one[0]), one[1]
+    def note(one: ReproducedAnswer) -> None:
+        row, answer = _lock_report(session, one[0]), one[1]
         if row.state != "in_review":
             return
         if isinstance(answer, ValueError):
             raise answer
         right = check(FeedbackIn.model_validate(row.body).rule, answer)
-        row.reproduced_version, row.reproduced_response = version, storable(answer, MAX_TEXT_CHARS)
+        row.reproduced_version, row.reproduced_response = version, make_storable_text(answer, MAX_TEXT_CHARS)
         row.reproduced_at = transaction_time()
         row.reproduction = f"already fixed in v{version}" if right else "reproduced"
         row.reason = None
 
-    def blame(one: Answered, error: Exception) -> None:
-        _set_aside(session, _locked(session, one[0]), "reproduce", error, version)
+    def blame(one: ReproducedAnswer, error: Exception) -> None:
+        _record_report_failure(session, _lock_report(session, one[0]), "reproduce", error, version)
 
-    return each(session, answered, note, blame)
+    return process_each(session, answered, note, blame)
 
 
-def _locked(session: Session, feedback_id: str) -> Feedback:
+def _lock_report(session: Session, feedback_id: str) -> Feedback:
     return session.get_one(Feedback, feedback_id, with_for_update=True)
 
 
-def review(session: Session, cut_off: datetime, salt: str, share: float) -> dict[str, int]:
+def review_reports(session: Session, cut_off: datetime, salt: str, share: float) -> dict[str, int]:
     """Accept the reports that reproduced, reject those that did not, and hold contradictions as disputed.
 
     An accepted report gets a case, its own or that of an equal earlier one. Each case's role is fixed here, once.
@@ -182,21 +188,23 @@ def review(session: Session, cut_off: datetime, salt: str, share: float) -> dict
     counts = {"accepted": 0, "rejected": 0, "disputed": 0}
 
     def review_one(row: Feedback) -> None:
-        _decide(session, row, salt, share)
+        _decide_report(session, row, salt, share)
         session.flush()  # what the database refuses is not counted
         counts[row.state] += 1
 
     rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
-    failed = each(session, rows, review_one, lambda row, error: _set_aside(session, row, "review", error))
+    failed = process_each(
+        session, rows, review_one, lambda row, error: _record_report_failure(session, row, "review", error)
+    )
     return {**counts, "failed": failed}
 
 
-def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
+def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:
     report = FeedbackIn.model_validate(row.body)
     sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
     rival = session.scalar(
         select(Case.id)
-        .where(Case.suite == REPORTS, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
+        .where(Case.suite == REPORTS_SUITE, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
         .where(Case.withdrawn_at.is_(None))
         .limit(1)
     )
@@ -208,8 +216,13 @@ def _decide(session: Session, row: Feedback, salt: str, share: float) -> None:
         row.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
-        add_cases(session, REPORTS, [sample], "train" if is_trained else role_of(sample.prompt_key, salt, share))
-        case = session.scalars(select(Case).where(Case.suite == REPORTS, Case.key == sample.key)).one()
+        add_cases(
+            session,
+            REPORTS_SUITE,
+            [sample],
+            "train" if is_trained else choose_case_role(sample.prompt_key, salt, share),
+        )
+        case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
         row.state, row.reason, row.case_id = "accepted", None, case.id
 
 
@@ -249,23 +262,23 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> N
         session.execute(made, values)
 
 
-def role_of(prompt_key: str, salt: str, share: float) -> str:
+def choose_case_role(prompt_key: str, salt: str, share: float) -> str:
     """Fix a case's role by a salted hash of its prompt: the same prompt always gets the same role, whatever the answer.
 
     So nobody can choose it, also not by withdrawing a report and expecting another answer.
     """
-    return "held_out" if salted_fraction(prompt_key, salt) < share else "train"
+    return "held_out" if compute_salted_fraction(prompt_key, salt) < share else "train"
 
 
-def salted_fraction(key: str, salt: str) -> float:
+def compute_salted_fraction(key: str, salt: str) -> float:
     """A number in [0, 1) that only the salt's owner can foresee."""
     return int.from_bytes(hmac.digest(salt.encode(), key.encode(), "sha256")[:6]) / 2**48
 
 
-def verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
+def derive_verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
     """Name what each version, in order, did to a case.
 
-    >>> verdicts([(5, False), (6, True), (7, True), (9, False)])
+    >>> derive_verdicts([(5, False), (6, True), (7, True), (9, False)])
     [(5, 'failing'), (6, 'fixed'), (7, 'passing'), (9, 'regressed')]
     """
     named: list[tuple[int, str]] = []
@@ -279,19 +292,19 @@ def verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
     return named
 
 
-def describe(session: Session, row: Feedback) -> FeedbackOut:
+def describe_report(session: Session, row: Feedback) -> FeedbackOut:
     """Compose a report's public record with its timeline."""
-    return describe_all(session, [row])[0]
+    return describe_reports(session, [row])[0]
 
 
-def describe_all(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut]:
+def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut]:
     """Compose the public records of reports, in as many queries as for one."""
     ids = [row.id for row in rows]
-    faults, withdrawals = faults_by_subject(session, ids), withdrawals_of(session, rows)
+    faults, withdrawals = find_faults_by_subject(session, ids), find_withdrawal_events(session, rows)
     notices: defaultdict[str, list[Outbox]] = defaultdict(list)
     for notice in session.scalars(select(Outbox).where(Outbox.feedback_id.in_(ids)).order_by(Outbox.version)):
         notices[notice.feedback_id].append(notice)
-    results = _results(session, {row.case_id for row in rows if row.case_id})
+    results = _read_case_results(session, {row.case_id for row in rows if row.case_id})
     described = []
     for row in rows:
         later = [Event(at=at, text=text) for at, text in faults[row.id]]
@@ -299,13 +312,13 @@ def describe_all(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut
             later.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
         later += [Event(at=n.delivered_at, text=n.text) for n in notices[row.id] if n.delivered_at]
         later += [withdrawals[row.id]] if row.id in withdrawals else []
-        facts = verdicts(results[row.case_id]) if row.case_id else []
-        timeline = sorted(_beginning(row) + later, key=lambda event: event.at)
-        described.append(_compose(row, timeline, notices[row.id], facts))
+        facts = derive_verdicts(results[row.case_id]) if row.case_id else []
+        timeline = sorted(_list_first_events(row) + later, key=lambda event: event.at)
+        described.append(_build_report_record(row, timeline, notices[row.id], facts))
     return described
 
 
-def _beginning(row: Feedback) -> list[Event]:
+def _list_first_events(row: Feedback) -> list[Event]:
     """What the report itself says of its way: received, reproduced, accepted."""
     events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
     if row.reproduction:
@@ -317,7 +330,7 @@ def _beginning(row: Feedback) -> list[Event]:
     return events
 
 
-def _compose(
+def _build_report_record(
     row: Feedback, timeline: list[Event], notices: Sequence[Outbox], facts: Sequence[tuple[int, str]]
 ) -> FeedbackOut:
     is_withdrawn = row.state == WITHDRAWN  # without a verdict from then on, also without one that was told
@@ -336,7 +349,7 @@ def _compose(
     )
 
 
-def _results(session: Session, case_ids: Collection[str]) -> defaultdict[str, list[tuple[int, bool]]]:
+def _read_case_results(session: Session, case_ids: Collection[str]) -> defaultdict[str, list[tuple[int, bool]]]:
     """What each version, in order, did to these cases."""
     results: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
     query = select(CaseResult.case_id, CaseResult.version, CaseResult.passed).where(CaseResult.case_id.in_(case_ids))

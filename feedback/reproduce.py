@@ -9,17 +9,19 @@ import httpx
 from infra.faults import REFUSED_STATUS
 from infra.settings import ModelServerAccess
 
-BATCH = 64
-MAX_TOKENS = 64
-BROKEN = 500  # what the server says when it fails on a request that it took
-ATTEMPTS, PAUSE_S = 3, 0.5  # at a single prompt on which it fails
+REPRODUCTION_BATCH_PROMPTS = 64
+MAX_REPRODUCTION_TOKENS = 64
+SERVER_FAILURE_STATUS = 500  # what the server says when it fails on a request that it took
+MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # at a single prompt on which it fails
 
 
-class Refused(ValueError):
+class PromptRefused(ValueError):
     """The model server cannot answer this prompt; the message says why."""
 
 
-def ask_again(settings: ModelServerAccess, prompts: Sequence[str], version: int) -> Iterator[list[str | ValueError]]:
+def reproduce_answers(
+    settings: ModelServerAccess, prompts: Sequence[str], version: int
+) -> Iterator[list[str | ValueError]]:
     """Answers of the version in service to each prompt, without chance, a batch of prompts at a time.
 
     A batch that is refused is halved until the prompts that are at fault are alone; each of those has a `Refused` in
@@ -31,42 +33,42 @@ def ask_again(settings: ModelServerAccess, prompts: Sequence[str], version: int)
     """
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     with httpx.Client(base_url=settings.model_server_url, timeout=120, headers=headers) as http:
-        for start in range(0, len(prompts), BATCH):
-            yield _answers(http, prompts[start : start + BATCH], version)
+        for start in range(0, len(prompts), REPRODUCTION_BATCH_PROMPTS):
+            yield _answer_batch(http, prompts[start : start + REPRODUCTION_BATCH_PROMPTS], version)
 
 
-def _answers(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
-    reply = _ask(http, prompts)
-    if reply.status_code not in (*REFUSED_STATUS, BROKEN):
+def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
+    reply = _request_completions(http, prompts)
+    if reply.status_code not in (*REFUSED_STATUS, SERVER_FAILURE_STATUS):
         answer = reply.raise_for_status().json()
         if answer["model"] != f"yuan-v{version}":
             raise ConnectionError(f"v{version} was to be asked and {answer['model']} answered; try again")
         return [choice["text"] for choice in answer["choices"]]
     if len(prompts) > 1:
         half = len(prompts) // 2
-        return [*_answers(http, prompts[:half], version), *_answers(http, prompts[half:], version)]
-    if reply.status_code == BROKEN:
-        return [_last_attempts(http, prompts[0], version, reply)]
-    return [Refused(_message(reply))]
+        return [*_answer_batch(http, prompts[:half], version), *_answer_batch(http, prompts[half:], version)]
+    if reply.status_code == SERVER_FAILURE_STATUS:
+        return [_retry_single_prompt(http, prompts[0], version, reply)]
+    return [PromptRefused(_parse_error_message(reply))]
 
 
-def _last_attempts(http: httpx.Client, prompt: str, version: int, reply: httpx.Response) -> str | ValueError:
+def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, reply: httpx.Response) -> str | ValueError:
     """A prompt on which the server fails again and again, while it answers another one, is at fault itself."""
-    for _ in range(ATTEMPTS - 1):
-        time.sleep(PAUSE_S)
-        if _ask(http, [prompt]).status_code != BROKEN:
-            return _answers(http, [prompt], version)[0]
-    if not _ask(http, ["?"]).is_success:
+    for _ in range(MAX_PROMPT_ATTEMPTS - 1):
+        time.sleep(PROMPT_RETRY_PAUSE_S)
+        if _request_completions(http, [prompt]).status_code != SERVER_FAILURE_STATUS:
+            return _answer_batch(http, [prompt], version)[0]
+    if not _request_completions(http, ["?"]).is_success:
         reply.raise_for_status()
-    return Refused(f"the model server fails on it: {_message(reply)}")
+    return PromptRefused(f"the model server fails on it: {_parse_error_message(reply)}")
 
 
-def _ask(http: httpx.Client, prompts: Sequence[str]) -> httpx.Response:
-    body = {"model": "yuan", "prompt": list(prompts), "max_tokens": MAX_TOKENS, "temperature": 0}
+def _request_completions(http: httpx.Client, prompts: Sequence[str]) -> httpx.Response:
+    body = {"model": "yuan", "prompt": list(prompts), "max_tokens": MAX_REPRODUCTION_TOKENS, "temperature": 0}
     return http.post("/v1/completions", json=body)
 
 
-def _message(reply: httpx.Response) -> str:
+def _parse_error_message(reply: httpx.Response) -> str:
     try:
         found: Any = reply.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

@@ -9,18 +9,18 @@ from sqlalchemy import ARRAY, String, any_, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from feedback.datasets import UPLOADS, Fetch, read_stored
-from feedback.items import each, note_fault, note_once, note_rows
-from feedback.tables import REPORTS, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
+from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
+from feedback.items import note_fault, note_faulty_rows, note_new_reasons, process_each
+from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
 from yuan.data.rows import Row, dump_rows
 
-SNAPSHOTS = "snapshots"
-PARTS = ("corrections", "datasets", "base")  # of a snapshot, in the order of its rows
+SNAPSHOTS_FOLDER = "snapshots"
+SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # of a snapshot, in the order of its rows
 
-Owned = tuple[str, Row]  # a row and the id of the dataset or case that it is of
+OwnedRow = tuple[str, Row]  # a row and the id of the dataset or case that it is of
 
 
-def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes], str]) -> str:
+def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: Callable[[bytes], str]) -> str:
     """Freeze the round's mixture: rows and corrections of the train split, and a replay share of the base.
 
     With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
@@ -35,7 +35,7 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
     turn = session.get_one(Round, round_id)
     if turn.snapshot_id is not None:
         return turn.snapshot_id
-    rows, counts = _mixture(session, turn, fetch)
+    rows, counts = _collect_mixture(session, turn, fetch)
     if not rows:
         raise ValueError("the mixture is empty; accept reports or push a dataset, then start a round")
     snapshot_id = store(dump_rows(rows))
@@ -45,29 +45,29 @@ def freeze(session: Session, round_id: str, fetch: Fetch, store: Callable[[bytes
     return snapshot_id
 
 
-def parts_of(session: Session, snapshot_id: str) -> dict[str, int]:
+def read_part_sizes(session: Session, snapshot_id: str) -> dict[str, int]:
     """Return how many rows each part of a snapshot has, in the order in which they follow each other."""
     counts = session.get_one(Snapshot, snapshot_id).counts
-    return {name: int(counts[name]) for name in PARTS}
+    return {name: int(counts[name]) for name in SNAPSHOT_PARTS}
 
 
-def failed_in(session: Session, snapshot_id: str) -> int:
+def read_failed_count(session: Session, snapshot_id: str) -> int:
     """Return how many datasets and corrections could not be read for a snapshot."""
     return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
 
 
-def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], dict[str, int]]:
+def _collect_mixture(session: Session, turn: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
     held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
     closed = set(session.scalars(held_out))
     found = (
-        _corrections(session, turn.cut_off),
-        _train_rows(session, ("mixture",), fetch),
-        _train_rows(session, ("base",), fetch),
+        _collect_corrections(session, turn.cut_off),
+        _collect_train_rows(session, ("mixture",), fetch),
+        _collect_train_rows(session, ("base",), fetch),
     )
     kept: list[Row] = []
     counts = {"failed": sum(bad for _, bad in found)}
-    for name, (part, _) in zip(PARTS, found, strict=True):
-        open_rows, left_out = _divide(part, closed)
+    for name, (part, _) in zip(SNAPSHOT_PARTS, found, strict=True):
+        open_rows, left_out = _split_closed_rows(part, closed)
         if name == "base" and turn.parent_version is not None:
             replay = min(int(turn.parameters["replay_rows"]), len(open_rows))
             open_rows = random.Random(f"replay {turn.parameters['seed']}").sample(open_rows, replay)
@@ -80,7 +80,7 @@ def _mixture(session: Session, turn: Round, fetch: Fetch) -> tuple[list[Row], di
     return kept, counts
 
 
-def _divide(part: Sequence[Owned], closed: Set[str]) -> tuple[list[Row], list[str]]:
+def _split_closed_rows(part: Sequence[OwnedRow], closed: Set[str]) -> tuple[list[Row], list[str]]:
     """Divide a part into the rows that stay, and what those are of whose prompt is closed."""
     kept: list[Row] = []
     left_out: list[str] = []
@@ -99,57 +99,61 @@ def _note_closed_rows(session: Session, num_rows: Counter[str], closed: Counter[
         session.execute(counted.values(num_closed_out=closed[dataset_id]))
     why = "their prompts are those of held-out cases, which only test"
     reasons = {one: f"rows left out, {count:,} of {num_rows[one]:,}: {why}" for one, count in closed.items()}
-    note_once(session, "snapshot", reasons)
+    note_new_reasons(session, "snapshot", reasons)
 
 
 def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
     reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
     owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
-    note_once(session, "snapshot", dict.fromkeys(session.scalars(owners.where(Feedback.state == "accepted")), reason))
+    note_new_reasons(
+        session, "snapshot", dict.fromkeys(session.scalars(owners.where(Feedback.state == "accepted")), reason)
+    )
 
 
-def _corrections(session: Session, cut_off: datetime) -> tuple[list[Owned], int]:
+def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[OwnedRow], int]:
     """Collect the right answers of train cases, one row a case, and how many could not be made one."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
-    query = select(Case).where(Case.suite == REPORTS, Case.role == "train", Case.id.in_(accepted)).order_by(Case.key)
-    rows: list[Owned] = []
+    query = (
+        select(Case).where(Case.suite == REPORTS_SUITE, Case.role == "train", Case.id.in_(accepted)).order_by(Case.key)
+    )
+    rows: list[OwnedRow] = []
 
     def correct(case: Case) -> None:
-        text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS}
+        text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS_SUITE}
         rows.append((case.id, Row.model_validate({**text, "checker": case.checker})))
 
     def blame(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
             note_fault(session, owner, "snapshot", error)
 
-    failed = each(session, session.scalars(query).all(), correct, blame)
+    failed = process_each(session, session.scalars(query).all(), correct, blame)
     return rows, failed
 
 
-def _train_rows(session: Session, purposes: tuple[str, ...], fetch: Fetch) -> tuple[list[Owned], int]:
+def _collect_train_rows(session: Session, purposes: tuple[str, ...], fetch: FetchObject) -> tuple[list[OwnedRow], int]:
     """Collect the train rows of accepted datasets, and how many of these, or of their rows, could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
-    rows: list[Owned] = []
+    rows: list[OwnedRow] = []
     num_bad = 0
 
     def read(dataset: Dataset) -> None:
         nonlocal num_bad
         chosen = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "train")
         numbers = set(session.scalars(chosen))
-        found, bad = read_stored(fetch(f"{UPLOADS}/{dataset.sha256}"))
+        found, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
-        note_rows(session, dataset.id, "snapshot", faults)
+        note_faulty_rows(session, dataset.id, "snapshot", faults)
         rows.extend([(dataset.id, row) for number, row in found if number in numbers])
         num_bad += len(faults)
 
     def blame(dataset: Dataset, error: Exception) -> None:
         note_fault(session, dataset.id, "snapshot", error)
 
-    failed = each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
+    failed = process_each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
     return rows, failed + num_bad
 
 
-def note_left_out(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+def note_left_out_rows(session: Session, step: str, reasons: Mapping[str, str]) -> None:
     """Record on their owners' timelines which rows of a mixture, by their keys, a later step left out and why."""
     wanted = any_(literal(list(reasons), ARRAY(String)))
     faults: defaultdict[str, list[str]] = defaultdict(list)
@@ -158,7 +162,7 @@ def note_left_out(session: Session, step: str, reasons: Mapping[str, str]) -> No
     for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
         faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
     corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == wanted)
-    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS, Case.role == "train")):
+    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS_SUITE, Case.role == "train")):
         faults[feedback_id].append(f"its correction: {reasons[key]}")
     for subject, named in faults.items():
-        note_rows(session, subject, step, named)
+        note_faulty_rows(session, subject, step, named)

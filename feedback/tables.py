@@ -11,12 +11,12 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, te
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-Json = dict[str, Any]
-REPORTS = "reports"  # the suite of the cases that reports became
+JsonbObject = dict[str, Any]
+REPORTS_SUITE = "reports"  # the suite of the cases that reports became
 
 
 class Base(DeclarativeBase):
-    type_annotation_map: ClassVar = {Json: JSONB, list[Any]: JSONB, datetime: TIMESTAMP(timezone=True)}
+    type_annotation_map: ClassVar = {JsonbObject: JSONB, list[Any]: JSONB, datetime: TIMESTAMP(timezone=True)}
 
 
 def new_id() -> str:
@@ -79,7 +79,7 @@ class Feedback(Created, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     kind: Mapped[str]
-    body: Mapped[Json]
+    body: Mapped[JsonbObject]
     state: Mapped[str] = mapped_column(default="received", index=True)
     reason: Mapped[str | None]
     screening: Mapped[str | None]
@@ -140,7 +140,7 @@ class Case(Created, Base):
     prompt_key: Mapped[str] = mapped_column(index=True)
     prompt: Mapped[str]
     expected: Mapped[str]
-    checker: Mapped[Json]
+    checker: Mapped[JsonbObject]
     role: Mapped[str] = mapped_column(comment="train | held_out")
     capability: Mapped[str | None]
     withdrawn_at: Mapped[datetime | None] = mapped_column(comment="nobody stands for it any more")
@@ -154,7 +154,7 @@ class ModelVersion(Created, Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"))
     run_id: Mapped[str] = mapped_column(ForeignKey("training_run.id"))
-    manifest: Mapped[Json]
+    manifest: Mapped[JsonbObject]
 
 
 class CaseResult(Created, Base):
@@ -174,7 +174,7 @@ class Snapshot(Created, Base):
     __tablename__ = "snapshot"
     id: Mapped[str] = mapped_column(primary_key=True)
     num_rows: Mapped[int]
-    counts: Mapped[Json]
+    counts: Mapped[JsonbObject]
 
 
 class Round(Created, Base):
@@ -187,14 +187,14 @@ class Round(Created, Base):
     step: Mapped[str] = mapped_column(default="collect")
     cut_off: Mapped[datetime] = mapped_column(server_default=func.now())
     requested_by: Mapped[str]
-    parameters: Mapped[Json]
+    parameters: Mapped[JsonbObject]
     attempt: Mapped[int] = mapped_column(default=0)
     reason: Mapped[str | None]
     parent_version: Mapped[int | None]
     snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshot.id"))
     candidate_version: Mapped[int | None]
-    decision: Mapped[Json | None]
-    failed_items: Mapped[Json] = mapped_column(server_default="{}", comment="items that failed alone, by step")
+    decision: Mapped[JsonbObject | None]
+    failed_items: Mapped[JsonbObject] = mapped_column(server_default="{}", comment="items that failed alone, by step")
     finished_at: Mapped[datetime | None]
     __table_args__ = (
         Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),
@@ -205,7 +205,7 @@ class Plan(Created, Base):
     __tablename__ = "plan"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
-    body: Mapped[Json]
+    body: Mapped[JsonbObject]
 
 
 class TrainingRun(Created, Base):
@@ -215,7 +215,7 @@ class TrainingRun(Created, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
     mlflow_run_id: Mapped[str | None]
-    status: Mapped[Json | None]
+    status: Mapped[JsonbObject | None]
 
 
 class DevicePool(Created, Base):
@@ -226,7 +226,7 @@ class DevicePool(Created, Base):
     launcher: Mapped[str] = mapped_column(comment="local | slurm | kubernetes")
 
 
-class Device(Base):
+class PoolDevice(Base):
     __tablename__ = "device"
     pool: Mapped[str] = mapped_column(ForeignKey("device_pool.name"), primary_key=True)
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -293,4 +293,4 @@ class AuditEvent(Created, Base):
     actor: Mapped[str]
     action: Mapped[str]
     subject: Mapped[str] = mapped_column(index=True)
-    detail: Mapped[Json] = mapped_column(default=dict)
+    detail: Mapped[JsonbObject] = mapped_column(default=dict)

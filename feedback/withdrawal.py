@@ -7,13 +7,13 @@ from datetime import datetime, timezone
 from sqlalchemy import ColumnElement, case, delete, exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from feedback.accounts import OPERATOR, NotFound, Refused, audit
+from feedback.accounts import OPERATOR_ROLE, InvalidField, NotFound, audit
 from feedback.contracts import Event
-from feedback.tables import REPORTS, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
+from feedback.tables import REPORTS_SUITE, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
-OUT = (WITHDRAWN, "rejected")  # states of what is in no mixture, test or notice
-BATCHES = {"reports": 200, "datasets": 10}  # of an account, withdrawn in one transaction
+INACTIVE_STATES = (WITHDRAWN, "rejected")  # states of what is in no mixture, test or notice
+WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # of an account, withdrawn in one transaction
 DATASETS_LOCK = 7_310_211  # any number that no other lock here has
 
 
@@ -27,16 +27,16 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
         NotFound: if there is no such report, or it is somebody else's.
     """
     row = session.get(Feedback, feedback_id, with_for_update=True)
-    _check_may(who, row, "report", feedback_id)
+    _check_ownership(who, row, "report", feedback_id)
     assert row is not None, "checked"
     if row.state == WITHDRAWN:
         return row
     row.state, row.reason = WITHDRAWN, reason
     session.flush()
     others = exists().where(Feedback.case_id == Case.id, Feedback.state == "accepted")
-    _leave(session, Case.id == row.case_id, unless=others)
+    _withdraw_cases(session, Case.id == row.case_id, unless=others)
     session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
-    _record(session, who, row, reason)
+    _audit_withdrawal(session, who, row, reason)
     return row
 
 
@@ -49,28 +49,28 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     Raises:
         NotFound: if there is no such dataset, or it is somebody else's.
     """
-    order_datasets(session)
+    lock_datasets(session)
     row = session.get(Dataset, dataset_id, with_for_update=True)
-    _check_may(who, row, "dataset", dataset_id)
+    _check_ownership(who, row, "dataset", dataset_id)
     assert row is not None, "checked"
     if row.state == WITHDRAWN:
         return row
     row.state, row.reason = WITHDRAWN, reason
     session.flush()
-    _let_inherit(session, row)
+    _transfer_roles_to_duplicates(session, row)
     held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == "held_out")
     others = (
         exists()
         .where(DatasetRow.key == Case.key, DatasetRow.role == "held_out", DatasetRow.dataset_id == Dataset.id)
-        .where(Dataset.state == "accepted", _same_suite(row))
+        .where(Dataset.state == "accepted", _is_same_suite(row))
     )
-    _leave(session, (Case.suite == suite_of(row)) & Case.key.in_(held_out), unless=others)
-    _record(session, who, row, reason)
+    _withdraw_cases(session, (Case.suite == get_suite_name(row)) & Case.key.in_(held_out), unless=others)
+    _audit_withdrawal(session, who, row, reason)
     return row
 
 
 @dataclass(frozen=True)
-class Batch:
+class WithdrawalBatch:
     """How many of an account's reports and datasets one transaction withdrew; none: nothing is left."""
 
     reports: int = 0
@@ -79,7 +79,7 @@ class Batch:
 
 def withdraw_account(
     session: Session, who: Contributor, account: Contributor, reason: str, kinds: Collection[str]
-) -> Batch:
+) -> WithdrawalBatch:
     """Withdraw, as an operator, the oldest 200 reports or else 10 datasets of an account; what is rejected stays so.
 
     Called until nothing is left, since everything at once could hold locks for minutes.
@@ -90,40 +90,44 @@ def withdraw_account(
     Raises:
         Refused: if it is an operator's account, which holds the base and the suites.
     """
-    if account.role == OPERATOR:
-        raise Refused(
+    if account.role == OPERATOR_ROLE:
+        raise InvalidField(
             f"{account.name} is an operator's account; withdraw its reports and datasets one by one", "account"
         )
     if "reports" in kinds:
         # All are locked before the first case is, in the order of a review, or the two could wait for each other.
-        reports = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(OUT))
-        reports = reports.order_by(Feedback.created_at, Feedback.id).limit(BATCHES["reports"]).with_for_update()
+        reports = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_STATES))
+        reports = (
+            reports.order_by(Feedback.created_at, Feedback.id)
+            .limit(WITHDRAWAL_BATCH_SIZES["reports"])
+            .with_for_update()
+        )
         if rows := session.scalars(reports).all():
             for row in rows:
                 withdraw_report(session, who, row.id, reason)
-            return Batch(reports=len(rows))
+            return WithdrawalBatch(reports=len(rows))
     if "datasets" in kinds:
-        order_datasets(session)
-        datasets = select(Dataset.id).where(Dataset.contributor_id == account.id, Dataset.state.not_in(OUT))
-        datasets = datasets.order_by(Dataset.created_at, Dataset.id).limit(BATCHES["datasets"])
+        lock_datasets(session)
+        datasets = select(Dataset.id).where(Dataset.contributor_id == account.id, Dataset.state.not_in(INACTIVE_STATES))
+        datasets = datasets.order_by(Dataset.created_at, Dataset.id).limit(WITHDRAWAL_BATCH_SIZES["datasets"])
         if ids := session.scalars(datasets).all():
             for dataset_id in ids:
                 withdraw_dataset(session, who, dataset_id, reason)
-            return Batch(datasets=len(ids))
-    return Batch()
+            return WithdrawalBatch(datasets=len(ids))
+    return WithdrawalBatch()
 
 
-def order_datasets(session: Session) -> None:
+def lock_datasets(session: Session) -> None:
     """Let no other transaction accept or withdraw a dataset until this one ends: both say whose duplicate a row is."""
     session.execute(select(func.pg_advisory_xact_lock(DATASETS_LOCK)))
 
 
-def suite_of(dataset: Dataset) -> str:
+def get_suite_name(dataset: Dataset) -> str:
     """The suite in which a dataset's held-out rows test."""
     return dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
 
 
-def withdrawals_of(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
+def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
     """The lines of withdrawals on the timelines of those records that were withdrawn."""
     withdrawn = {row.id: row for row in rows if row.state == WITHDRAWN}
     if not withdrawn:
@@ -137,36 +141,38 @@ def withdrawals_of(session: Session, rows: Sequence[Feedback | Dataset]) -> dict
     return lines
 
 
-def _check_may(who: Contributor, row: Feedback | Dataset | None, what: str, record_id: str) -> None:
-    if row is None or (who.role != OPERATOR and row.contributor_id != who.id):
-        raise NotFound(f"there is no {what} {record_id}" if who.role == OPERATOR else f"you have no {what} {record_id}")
+def _check_ownership(who: Contributor, row: Feedback | Dataset | None, what: str, record_id: str) -> None:
+    if row is None or (who.role != OPERATOR_ROLE and row.contributor_id != who.id):
+        raise NotFound(
+            f"there is no {what} {record_id}" if who.role == OPERATOR_ROLE else f"you have no {what} {record_id}"
+        )
 
 
-def _leave(session: Session, which: ColumnElement[bool], *, unless: ColumnElement[bool]) -> None:
+def _withdraw_cases(session: Session, which: ColumnElement[bool], *, unless: ColumnElement[bool]) -> None:
     """Let cases leave tests and gate, but for those that somebody else stands for."""
     session.execute(select(Case.id).where(which).with_for_update())  # and see who has come to stand for them
     leaving = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
     leaving = leaving.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
     left = session.execute(leaving, execution_options={"synchronize_session": False}).all()
-    settled = {prompt_key for suite, prompt_key in left if suite == REPORTS}
+    settled = {prompt_key for suite, prompt_key in left if suite == REPORTS_SUITE}
     if settled:  # who contradicted them is reviewed again
         disputed = update(Feedback).where(Feedback.state == "disputed", Feedback.disputed_key.in_(settled))
         session.execute(disputed.values(state="in_review", reason=None, disputed_key=None))
 
 
-def _same_suite(row: Dataset) -> ColumnElement[bool]:
+def _is_same_suite(row: Dataset) -> ColumnElement[bool]:
     same = Dataset.purpose == row.purpose
     return same & (Dataset.name == row.name) if row.purpose == "suite" else same
 
 
-def _let_inherit(session: Session, row: Dataset) -> None:
+def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
     """Give each row's role to the earliest duplicate in an accepted dataset; a test of another suite is trained."""
     own = aliased(DatasetRow)
     heirs = (
         select(
             DatasetRow.dataset_id,
             DatasetRow.number,
-            case((_same_suite(row), own.role), else_="train").label("role"),
+            case((_is_same_suite(row), own.role), else_="train").label("role"),
         )
         .join(Dataset, Dataset.id == DatasetRow.dataset_id)
         .join(own, (own.key == DatasetRow.key) & (own.dataset_id == row.id) & (own.role != "duplicate"))
@@ -183,6 +189,6 @@ def _let_inherit(session: Session, row: Dataset) -> None:
     session.execute(inheriting, execution_options={"synchronize_session": False})
 
 
-def _record(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
+def _audit_withdrawal(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
     audit(session, who.id, WITHDRAWN, row.id, reason=reason)
     session.flush()

@@ -17,19 +17,28 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
 
-from feedback.accounts import OPERATOR, Refused, claim_key, find_by_token, token_digest
+from feedback.accounts import (
+    OPERATOR_ROLE,
+    InvalidField,
+    claim_idempotency_key,
+    digest_token,
+    find_contributor_by_token,
+)
 from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, make_printable, parse_json
 
-MAX_UPLOADS = 2  # of one account at a time
-MAX_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
-MAX_KNOWN_TOKENS = 10_000  # that are remembered
-NOBODY, LOOK_UP = "", "look up"  # callers that are no account: all without a known token, and the look-up of tokens
-WAIT_S = 20.0  # for a connection
+MAX_UPLOADS_PER_ACCOUNT = 2  # of one account at a time
+MAX_PARALLEL_FILE_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
+MAX_CACHED_TOKENS = 10_000  # that are remembered
+ANONYMOUS_CALLER, TOKEN_LOOKUP_CALLER = (
+    "",
+    "look up",
+)  # callers that are no account: all without a known token, and the look-up of tokens
+CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 
-RecordId = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
-RoundId = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
+RecordIdPath = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
+RoundIdPath = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
 
 
 class Unauthorized(Exception):
@@ -40,7 +49,7 @@ class Forbidden(Exception):
     """The account may not do this."""
 
 
-class TooMany(Exception):
+class TooManyRequests(Exception):
     """More at once, or in a day, than one account may send; `retry_after_s` says when there is room again."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
@@ -48,15 +57,15 @@ class TooMany(Exception):
         self.retry_after_s = retry_after_s
 
 
-class TooLarge(Exception):
+class StorageQuotaExceeded(Exception):
     """More bytes than one account may have stored."""
 
 
-class Busy(Exception):
+class PortalBusy(Exception):
     """More callers than can be served."""
 
 
-class BadBody(HTTPException):
+class InvalidJsonBody(HTTPException):
     """A body that is no JSON, or has a value no field may hold; FastAPI lets only this kind pass while it reads one."""
 
     def __init__(self, error: BadJson) -> None:
@@ -71,7 +80,7 @@ class StrictRequest(Request):
         try:
             return parse_json(await self.body())
         except BadJson as error:
-            raise BadBody(error) from None
+            raise InvalidJsonBody(error) from None
 
 
 class StrictRoute(APIRoute):
@@ -86,7 +95,7 @@ class StrictRoute(APIRoute):
         return strict
 
 
-class Turns:
+class CallerSlots:
     """Turns of one caller, so many at a time; `num_users` are those that have one or wait for one."""
 
     def __init__(self, turns: int) -> None:
@@ -103,10 +112,10 @@ class Transactions:
     """
 
     def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
-        self._sessions, self._room = sessions, asyncio.Semaphore(connections)
-        self._share = max(1, connections // 4)
-        self._callers: dict[str, Turns] = {}
-        self._accounts: dict[str, str] = {}  # ids by the digests of their tokens
+        self._sessions, self._connection_slots = sessions, asyncio.Semaphore(connections)
+        self._slots_per_caller = max(1, connections // 4)
+        self._slots_by_caller: dict[str, CallerSlots] = {}
+        self._account_ids_by_digest: dict[str, str] = {}  # ids by the digests of their tokens
 
     @asynccontextmanager
     async def begin(self, request: Request) -> AsyncIterator[Session]:
@@ -115,12 +124,12 @@ class Transactions:
         Raises:
             Busy: if there is no room within 20 s.
         """
-        async with self._open(await self._caller_of(request)) as session:
+        async with self._open_session(await self._identify_caller(request)) as session:
             yield session
 
     @asynccontextmanager
-    async def _open(self, caller: str) -> AsyncIterator[Session]:
-        async with self._turn(caller):
+    async def _open_session(self, caller: str) -> AsyncIterator[Session]:
+        async with self._hold_slot(caller):
             session = self._sessions()
             try:
                 yield session
@@ -129,58 +138,60 @@ class Transactions:
                 with anyio.CancelScope(shield=True):  # also for a caller that has hung up
                     await run_in_threadpool(session.close)
 
-    async def _caller_of(self, request: Request) -> str:
+    async def _identify_caller(self, request: Request) -> str:
         """Return the id of the account of the request's token, which is looked up at the first request of a token.
 
         Whether the token still holds is for the route to say; what is remembered here only shares out connections.
         """
         scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
         if scheme.lower() != "bearer" or not token:
-            return NOBODY
-        digest = token_digest(token)
-        known = self._accounts.get(digest)
+            return ANONYMOUS_CALLER
+        digest = digest_token(token)
+        known = self._account_ids_by_digest.get(digest)
         if known is None:
             # These are short, and have turns of their own: slow requests without a token do not hold them up.
-            async with self._open(LOOK_UP) as session:
-                known = await run_in_threadpool(_account_id, session, token)
+            async with self._open_session(TOKEN_LOOKUP_CALLER) as session:
+                known = await run_in_threadpool(_find_account_id, session, token)
             if known is None:
-                return NOBODY
-            if len(self._accounts) >= MAX_KNOWN_TOKENS:
-                self._accounts.clear()
-            self._accounts[digest] = known
+                return ANONYMOUS_CALLER
+            if len(self._account_ids_by_digest) >= MAX_CACHED_TOKENS:
+                self._account_ids_by_digest.clear()
+            self._account_ids_by_digest[digest] = known
         return known
 
     @asynccontextmanager
-    async def _turn(self, caller: str) -> AsyncIterator[None]:
+    async def _hold_slot(self, caller: str) -> AsyncIterator[None]:
         """Wait for a turn of the caller's own first, so that few of one caller stand in everybody's queue."""
-        turns = self._callers.setdefault(caller, Turns(self._share))
+        turns = self._slots_by_caller.setdefault(caller, CallerSlots(self._slots_per_caller))
         turns.num_users += 1
         try:
             async with AsyncExitStack() as held:
                 try:
-                    async with asyncio.timeout(WAIT_S):
+                    async with asyncio.timeout(CONNECTION_WAIT_TIMEOUT_S):
                         await held.enter_async_context(turns.room)
-                        await held.enter_async_context(self._room)
+                        await held.enter_async_context(self._connection_slots)
                 except TimeoutError:
-                    raise Busy("more requests wait than the portal can serve; try again in a few seconds") from None
+                    raise PortalBusy(
+                        "more requests wait than the portal can serve; try again in a few seconds"
+                    ) from None
                 yield
         finally:
             turns.num_users -= 1
             if not turns.num_users:
-                del self._callers[caller]
+                del self._slots_by_caller[caller]
 
 
-def _account_id(session: Session, token: str) -> str | None:
-    found = find_by_token(session, token)
+def _find_account_id(session: Session, token: str) -> str | None:
+    found = find_contributor_by_token(session, token)
     return None if found is None else found.id
 
 
-class Uploads:
+class UploadLimiter:
     """Files that are arriving or being checked, so many of each account at a time; `checks` limits the checking."""
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
-        self.checks = anyio.CapacityLimiter(MAX_CHECKS)
+        self.checks = anyio.CapacityLimiter(MAX_PARALLEL_FILE_CHECKS)
 
     @contextmanager
     def begin(self, contributor_id: str) -> Iterator[None]:
@@ -189,8 +200,10 @@ class Uploads:
         Raises:
             TooMany: if the account has as many as it may.
         """
-        if self._running[contributor_id] >= MAX_UPLOADS:
-            raise TooMany(f"{MAX_UPLOADS} uploads of yours are under way; send the next when one has ended")
+        if self._running[contributor_id] >= MAX_UPLOADS_PER_ACCOUNT:
+            raise TooManyRequests(
+                f"{MAX_UPLOADS_PER_ACCOUNT} uploads of yours are under way; send the next when one has ended"
+            )
         self._running[contributor_id] += 1
         try:
             yield
@@ -204,52 +217,52 @@ async def open_session(request: Request) -> AsyncIterator[Session]:
 
 
 # Committed before the answer starts, so that a 201 is never followed by a failed commit.
-Db = Annotated[Session, Depends(open_session, scope="function")]
+SessionDep = Annotated[Session, Depends(open_session, scope="function")]
 
 
-Bearer = Annotated[
+BearerToken = Annotated[
     HTTPAuthorizationCredentials | None,
     Security(HTTPBearer(auto_error=False, scheme_name="token", description="your API token")),
 ]
 
 
-def current_contributor(session: Db, bearer: Bearer = None) -> Contributor:
+def authenticate_contributor(session: SessionDep, bearer: BearerToken = None) -> Contributor:
     """The account of the bearer token.
 
     Raises:
         Unauthorized: if there is no token or it is not known.
     """
-    found = find_by_token(session, bearer.credentials) if bearer is not None else None
+    found = find_contributor_by_token(session, bearer.credentials) if bearer is not None else None
     if found is None:
         raise Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
     return found
 
 
 @dataclass(frozen=True)
-class Account:
+class AuthenticatedAccount:
     """Who asks, outside of a transaction."""
 
     id: str
     role: str
 
 
-async def current_account(request: Request, bearer: Bearer = None) -> Account:
+async def authenticate_account(request: Request, bearer: BearerToken = None) -> AuthenticatedAccount:
     """The account of the bearer token, for routes that wait for others and must not hold a transaction meanwhile."""
     async with request.app.state.transactions.begin(request) as session:
-        found = await run_in_threadpool(current_contributor, session, bearer)
-        return Account(found.id, found.role)
+        found = await run_in_threadpool(authenticate_contributor, session, bearer)
+        return AuthenticatedAccount(found.id, found.role)
 
 
-CurrentAccount = Annotated[Account, Depends(current_account)]
-Current = Annotated[Contributor, Depends(current_contributor, scope="function")]
+CurrentAccount = Annotated[AuthenticatedAccount, Depends(authenticate_account)]
+CurrentContributor = Annotated[Contributor, Depends(authenticate_contributor, scope="function")]
 
 
-def known_query(request: Request, contributor: Current) -> None:
+def require_known_query(request: Request, contributor: CurrentContributor) -> None:
     """Refuse query parameters that the route does not have; see `check_query`."""
     check_query(request)
 
 
-def known_query_apart(request: Request, account: CurrentAccount) -> None:
+def require_known_query_without_session(request: Request, account: CurrentAccount) -> None:
     """Refuse query parameters like `known_query`, for routes that must not hold a transaction."""
     check_query(request)
 
@@ -263,29 +276,29 @@ def check_query(request: Request) -> None:
     try:
         unquote_to_bytes(request.url.query).decode()
     except UnicodeDecodeError:
-        raise Refused("must be percent-encoded UTF-8", "query") from None
+        raise InvalidField("must be percent-encoded UTF-8", "query") from None
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
-            raise Refused("there is no such query parameter; leave it out", make_printable(name))
+            raise InvalidField("there is no such query parameter; leave it out", make_printable(name))
 
 
-def current_operator(contributor: Current) -> Contributor:
+def require_operator(contributor: CurrentContributor) -> Contributor:
     """The account, if it is an operator's.
 
     Raises:
         Forbidden: if it is not.
     """
-    if contributor.role != OPERATOR:
+    if contributor.role != OPERATOR_ROLE:
         raise Forbidden("this needs an operator's token")
     return contributor
 
 
-Operator = Annotated[Contributor, Depends(current_operator, scope="function")]
+CurrentOperator = Annotated[Contributor, Depends(require_operator, scope="function")]
 
 
 @dataclass(frozen=True)
-class Repeat:
+class IdempotentRequest:
     """A write's idempotency key and the request it belongs to."""
 
     key: str
@@ -294,11 +307,11 @@ class Repeat:
     def claim(self, session: Session, contributor: Contributor) -> tuple[str, bool]:
         """The id for the record to make, and whether an earlier request has made it."""
         fresh = new_id()
-        first = claim_key(session, contributor, self.key, self.request_digest, fresh)
+        first = claim_idempotency_key(session, contributor, self.key, self.request_digest, fresh)
         return (fresh, False) if first is None else (first, True)
 
 
-Key = Annotated[
+IdempotencyKeyHeader = Annotated[
     str | None,
     Header(
         max_length=200,
@@ -308,11 +321,11 @@ Key = Annotated[
 ]
 
 
-async def repeat(request: Request, idempotency_key: Key = None) -> Repeat:
+async def read_idempotent_request(request: Request, idempotency_key: IdempotencyKeyHeader = None) -> IdempotentRequest:
     """Read the key, and digest what was asked; without a key every request is its own."""
     digest = begin_digest(request)
     digest.update(await request.body())
-    return Repeat(idempotency_key or new_id(), digest.hexdigest())
+    return IdempotentRequest(idempotency_key or new_id(), digest.hexdigest())
 
 
 def begin_digest(request: Request) -> "hashlib._Hash":
@@ -320,4 +333,4 @@ def begin_digest(request: Request) -> "hashlib._Hash":
     return hashlib.sha256("\n".join((request.method, request.url.path, request.url.query, "")).encode())
 
 
-Repeatable = Annotated[Repeat, Depends(repeat)]
+IdempotentRequestDep = Annotated[IdempotentRequest, Depends(read_idempotent_request)]

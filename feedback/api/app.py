@@ -9,15 +9,21 @@ from fastapi import FastAPI
 from sqlalchemy import Engine, QueuePool, text
 
 from feedback.api import contributors, openai, operators, pages
-from feedback.api.access import Transactions, Uploads
-from feedback.api.errors import EVERYWHERE, AnswerFaults, BodyLimit, add_error_handlers, documented
+from feedback.api.access import Transactions, UploadLimiter
+from feedback.api.errors import (
+    COMMON_ERROR_STATUSES,
+    BodyLimitMiddleware,
+    InternalErrorMiddleware,
+    add_error_handlers,
+    document_errors,
+)
 from infra.database import open_sessions
 from infra.objects import Objects
 from infra.settings import PortalSettings
 
-MODEL_TIMEOUT_S = 120.0
+MODEL_SERVER_TIMEOUT_S = 120.0
 # More idle connections would be looked through for each request.
-MODEL_CONNECTIONS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
+MODEL_SERVER_CONNECTION_LIMITS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
 
 
 @asynccontextmanager
@@ -39,7 +45,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     )
     assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
     app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
-    app.state.uploads = Uploads()
+    app.state.uploads = UploadLimiter()
     app.state.objects = objects
     app.state.round_ends = {}  # of the front page, by the rounds' ids
     app.state.docs_page = None  # rendered when it is first asked for
@@ -50,19 +56,19 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
     app.state.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     app.state.model_server = httpx.AsyncClient(
         base_url=settings.model_server_url,
-        timeout=MODEL_TIMEOUT_S,
-        limits=MODEL_CONNECTIONS,
+        timeout=MODEL_SERVER_TIMEOUT_S,
+        limits=MODEL_SERVER_CONNECTION_LIMITS,
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for router in (contributors.router, contributors.uploads, operators.router):
-        app.include_router(router, responses=documented(*EVERYWHERE))
-    app.include_router(openai.router, responses=documented(400, *EVERYWHERE))
+    for router in (contributors.router, contributors.upload_router, operators.router):
+        app.include_router(router, responses=document_errors(*COMMON_ERROR_STATUSES))
+    app.include_router(openai.router, responses=document_errors(400, *COMMON_ERROR_STATUSES))
     app.include_router(pages.router)
     app.add_middleware(
-        BodyLimit, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
+        BodyLimitMiddleware, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
     )
-    app.add_middleware(AnswerFaults)  # added last, so around all others
+    app.add_middleware(InternalErrorMiddleware)  # added last, so around all others
 
     @app.get("/health", include_in_schema=False)
     def health() -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import BinaryIO
 
 from fastapi import Request
 
-from feedback.api.access import Busy, begin_digest
+from feedback.api.access import PortalBusy, begin_digest
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class ArrivedBody:
+class ReceivedBody:
     """What a body and its request are known by."""
 
     sha256: str
@@ -26,7 +26,7 @@ class ArrivedBody:
 
 
 @contextmanager
-def open_scratch(folder: Path) -> Iterator[BinaryIO]:
+def open_scratch_file(folder: Path) -> Iterator[BinaryIO]:
     """Open a file without a name in a folder; it is gone when the block ends, or the process.
 
     Raises:
@@ -36,12 +36,14 @@ def open_scratch(folder: Path) -> Iterator[BinaryIO]:
         with tempfile.TemporaryFile(dir=folder) as file:
             yield file
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
-        raise Busy("the portal's disk has no room for the file now; try again later, or tell the operator") from None
+        raise PortalBusy(
+            "the portal's disk has no room for the file now; try again later, or tell the operator"
+        ) from None
 
 
-async def receive_body(request: Request, file: BinaryIO) -> ArrivedBody:
+async def receive_body(request: Request, file: BinaryIO) -> ReceivedBody:
     """Write a body into a file as it arrives; what comes at once is small, so no thread is needed."""
     content, asked, num_bytes = hashlib.sha256(), begin_digest(request), 0
     async for piece in request.stream():
@@ -49,4 +51,4 @@ async def receive_body(request: Request, file: BinaryIO) -> ArrivedBody:
         asked.update(piece)
         file.write(piece)
         num_bytes += len(piece)
-    return ArrivedBody(content.hexdigest(), asked.hexdigest(), num_bytes)
+    return ReceivedBody(content.hexdigest(), asked.hexdigest(), num_bytes)

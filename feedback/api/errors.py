@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from feedback.accounts import Conflict, NotFound, Refused
-from feedback.api.access import Busy, Forbidden, TooLarge, TooMany, Unauthorized
+from feedback.accounts import Conflict, InvalidField, NotFound
+from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, TooManyRequests, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import told
 from yuan.data.text import get_field_path, make_printable
@@ -24,38 +24,38 @@ from yuan.data.text import get_field_path, make_printable
 log = logging.getLogger(__name__)
 
 
-class BodyRefused(Exception):
+class BodyReadAborted(Exception):
     """A body is above its limit, or stopped arriving."""
 
 
-class Upstream(Exception):
+class ModelServerUnavailable(Exception):
     """The model server cannot answer now."""
 
 
-STATUS: dict[type[Exception], tuple[int, str]] = {
+STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     Unauthorized: (401, "unauthorized"),
     Forbidden: (403, "forbidden"),
     NotFound: (404, "not_found"),
     Conflict: (409, "conflict"),
-    Refused: (422, "invalid"),
-    TooLarge: (413, "too_large"),
-    TooMany: (429, "too_many"),
-    Upstream: (503, "unavailable"),
-    Busy: (503, "unavailable"),
+    InvalidField: (422, "invalid"),
+    StorageQuotaExceeded: (413, "too_large"),
+    TooManyRequests: (429, "too_many"),
+    ModelServerUnavailable: (503, "unavailable"),
+    PortalBusy: (503, "unavailable"),
 }
-EVERYWHERE = (401, 408, 413, 422, 503)  # what any route of the API may answer
-METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
-MESSAGE_LENGTH = 1000
-BODY_PAUSE_S = 30.0
-STORE_FAULTS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
+COMMON_ERROR_STATUSES = (401, 408, 413, 422, 503)  # what any route of the API may answer
+HTTP_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+MAX_ERROR_MESSAGE_CHARACTERS = 1000
+PORTAL_BODY_STALL_TIMEOUT_S = 30.0
+STORE_UNAVAILABLE_ERRORS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The errors of a route, for its OpenAPI description."""
     return {status: {"model": ErrorOut, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
-def error_answer(
+def make_error_response(
     status: int,
     kind: str,
     message: str,
@@ -64,7 +64,7 @@ def error_answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """Put an error into its shape; what it repeats of the request is made printable."""
-    shown = make_printable(message, MESSAGE_LENGTH)
+    shown = make_printable(message, MAX_ERROR_MESSAGE_CHARACTERS)
     body = ErrorOut(error=ErrorBody(message=shown, type=kind, param=param and make_printable(param), rows=rows))
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
     return JSONResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
@@ -74,37 +74,43 @@ def add_error_handlers(app: FastAPI) -> None:
     """Register the handlers of every error a route can raise."""
 
     def known(request: Request, error: Exception) -> JSONResponse:
-        status, kind = next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
-        headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TooMany) else None
-        return error_answer(status, kind, str(error), getattr(error, "param", None), headers=headers)
+        status, kind = next(STATUS_BY_ERROR[base] for base in type(error).__mro__ if base in STATUS_BY_ERROR)
+        headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TooManyRequests) else None
+        return make_error_response(status, kind, str(error), getattr(error, "param", None), headers=headers)
 
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["loc"] == ("body",):
-            return error_answer(422, "invalid", *body_fault(request, first))
+            return make_error_response(422, "invalid", *describe_body_error(request, first))
         place = get_field_path(
             {**first, "loc": first["loc"][1:]}
         )  # the first part says where: body, query, path, header
-        return error_answer(422, "invalid", first["msg"], param=place or None)
+        return make_error_response(422, "invalid", first["msg"], param=place or None)
 
     def http(request: Request, error: HTTPException) -> JSONResponse:
-        headers = dict(error.headers or {}) | ({"Allow": allowed(request)} if error.status_code == 405 else {})
+        headers = dict(error.headers or {}) | (
+            {"Allow": find_allowed_methods(request)} if error.status_code == 405 else {}
+        )
         kind = "invalid" if error.status_code == 422 else "http"
-        return error_answer(error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers)
+        return make_error_response(
+            error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers
+        )
 
     def store(request: Request, error: Exception) -> JSONResponse:
         log.warning("a store does not answer: %s", told(error))
-        return error_answer(503, "unavailable", "a store does not answer now; repeat the request in a few seconds")
+        return make_error_response(
+            503, "unavailable", "a store does not answer now; repeat the request in a few seconds"
+        )
 
-    for kind in STATUS:
+    for kind in STATUS_BY_ERROR:
         app.add_exception_handler(kind, known)
-    for fault in STORE_FAULTS:
+    for fault in STORE_UNAVAILABLE_ERRORS:
         app.add_exception_handler(fault, store)
     app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
 
 
-def body_fault(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
+def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
     """Say what is wrong with a body as a whole, and the header at fault if one is."""
     kind = request.headers.get("content-type", "")
     if error["type"] == "missing":
@@ -112,26 +118,26 @@ def body_fault(request: Request, error: dict[str, Any]) -> tuple[str, str | None
         needed = [name for name, field in form.model_fields.items() if field.is_required()]
         fields = f" with {', '.join(needed)}" if needed else ""
         return f"the body must be a JSON object{fields}, under the header Content-Type: application/json", None
-    if not is_json(kind):
+    if not is_json_content_type(kind):
         got = make_printable(kind) or "no such header"
         return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
     return str(error["msg"]), get_field_path({**error, "loc": ()}) or None
 
 
-def is_json(content_type: str) -> bool:
+def is_json_content_type(content_type: str) -> bool:
     """Tell whether FastAPI reads a body of this type as JSON."""
     main, _, kind = content_type.partition(";")[0].strip().lower().partition("/")
     return main == "application" and (kind == "json" or kind.endswith("+json"))
 
 
-def allowed(request: Request) -> str:
+def find_allowed_methods(request: Request) -> str:
     """The methods of a path, which its routes share."""
     routes = request.app.router.routes
-    scopes = [(method, {**request.scope, "method": method}) for method in METHODS]
+    scopes = [(method, {**request.scope, "method": method}) for method in HTTP_METHODS]
     return ", ".join(method for method, scope in scopes if any(r.matches(scope)[0] == Match.FULL for r in routes))
 
 
-class AnswerFaults:
+class InternalErrorMiddleware:
     """Answer any exception that nothing else handles with 500, and keep the caller's connection.
 
     An exception that reaches the server closes the connection, and the caller's next request fails too. The log gets
@@ -163,10 +169,10 @@ class AnswerFaults:
                 "%s %s raised %s\n%s", scope["method"], make_printable(scope["path"]), type(error).__name__, place
             )
             message = "this is our fault and is in the portal's log; nothing was changed"
-            await error_answer(500, "internal", message)(scope, receive, send)
+            await make_error_response(500, "internal", message)(scope, receive, send)
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Refuse bodies above the limit of their path, or that stop arriving, before anything is parsed or stored."""
 
     def __init__(self, app: Any, limits: dict[str, int], default: int) -> None:
@@ -180,7 +186,7 @@ class BodyLimit:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         message = f"the body may have {limit} bytes; send less"
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
-            await error_answer(413, "too_large", message)(scope, receive, send)
+            await make_error_response(413, "too_large", message)(scope, receive, send)
             return
         seen, is_whole = 0, False
         fault: tuple[int, str, str] | None = None
@@ -188,16 +194,20 @@ class BodyLimit:
         async def counted() -> Any:
             nonlocal seen, is_whole, fault
             try:
-                async with asyncio.timeout(None if is_whole else BODY_PAUSE_S):
+                async with asyncio.timeout(None if is_whole else PORTAL_BODY_STALL_TIMEOUT_S):
                     event = await receive()
             except TimeoutError:
-                fault = (408, "too_slow", f"no more of the body came for {BODY_PAUSE_S:.0f} s; send it again")
-                raise BodyRefused from None
+                fault = (
+                    408,
+                    "too_slow",
+                    f"no more of the body came for {PORTAL_BODY_STALL_TIMEOUT_S:.0f} s; send it again",
+                )
+                raise BodyReadAborted from None
             is_whole = not event.get("more_body", False)
             seen += len(event.get("body", b""))
             if seen > limit:
                 fault = (413, "too_large", message)
-                raise BodyRefused
+                raise BodyReadAborted
             return event
 
         async def watched(event: Any) -> None:
@@ -206,7 +216,7 @@ class BodyLimit:
 
         try:
             await self._app(scope, counted, watched)
-        except BodyRefused:
+        except BodyReadAborted:
             assert fault is not None, "set with it"
         if fault is not None:
-            await error_answer(*fault, headers={"Connection": "close"})(scope, receive, send)
+            await make_error_response(*fault, headers={"Connection": "close"})(scope, receive, send)

@@ -13,18 +13,18 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
-from feedback.api.access import Db
-from feedback.promotion import champion
-from feedback.rounds import headline, picture_key, planned_run
+from feedback.api.access import SessionDep
+from feedback.promotion import find_champion
+from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key
 from feedback.tables import Plan, Round
 from infra.objects import Objects
 
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
-SHOWN_ROUNDS = 50
-PRIVATE = "datasets/"
-ADDRESS = "http://address-of-the-portal.invalid/"  # in the page that is kept
-RoundNumber = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
+MAX_FRONT_PAGE_ROUNDS = 50
+PRIVATE_SUITE_PREFIX = "datasets/"
+PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the page that is kept
+RoundNumberPath = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class FrontPage:
 
 
 @router.get("/", response_class=HTMLResponse)
-def index(request: Request, session: Db) -> HTMLResponse:
+def index(request: Request, session: SessionDep) -> HTMLResponse:
     """The state of the programme for anybody."""
-    page = front_page(session, request.app.state.round_ends)
+    page = build_front_page(session, request.app.state.round_ends)
     return templates.TemplateResponse(request, "index.html", {"page": page})
 
 
 @router.get("/rounds/{number}/plan.svg")
-def plan_picture(number: RoundNumber, request: Request, session: Db) -> Response:
+def plan_picture(number: RoundNumberPath, request: Request, session: SessionDep) -> Response:
     """How a round's training was laid out: memory of each stage and a step of its pipeline. Open, as the front page."""
-    run_id = planned_run(session, number)
+    run_id = find_planned_run(session, number)
     objects: Objects = request.app.state.objects
-    if run_id is None or not objects.exists(picture_key(run_id)):
+    if run_id is None or not objects.exists(make_plan_picture_key(run_id)):
         raise NotFound(f"round {number} has no plan yet; see the front page for the rounds there are")
-    drawn = objects.get(picture_key(run_id))
+    drawn = objects.get(make_plan_picture_key(run_id))
     return Response(drawn, media_type="image/svg+xml", headers={"Content-Security-Policy": "default-src 'none'"})
 
 
@@ -68,29 +68,31 @@ def docs(request: Request) -> HTMLResponse:
     """The API for people, made of its OpenAPI description: once, but for the address at which it is read."""
     state = request.app.state
     if state.docs_page is None:
-        facts = {"api": request.app.openapi(), "url": ADDRESS}
+        facts = {"api": request.app.openapi(), "url": PLACEHOLDER_BASE_URL}
         state.docs_page = templates.get_template("docs.html").render(facts)
-    return HTMLResponse(state.docs_page.replace(ADDRESS, html.escape(str(request.base_url))))
+    return HTMLResponse(state.docs_page.replace(PLACEHOLDER_BASE_URL, html.escape(str(request.base_url))))
 
 
-def front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
+def build_front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
     """Gather the front page.
 
     Args:
         ends: those that are known; the others are read, once, since decisions grow with what contributors send.
     """
-    newest = select(Round).options(defer(Round.decision)).order_by(Round.number.desc()).limit(SHOWN_ROUNDS)
+    newest = select(Round).options(defer(Round.decision)).order_by(Round.number.desc()).limit(MAX_FRONT_PAGE_ROUNDS)
     rounds = session.scalars(newest).all()
     for one in rounds:
         if one.state != "running" and one.id not in ends:
-            ends[one.id] = read_end(session, one)
+            ends[one.id] = read_round_end(session, one)
     planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_([one.id for one in rounds])))
-    return FrontPage(champion(session), list(rounds), ends, set(planned))
+    return FrontPage(find_champion(session), list(rounds), ends, set(planned))
 
 
-def read_end(session: Session, turn: Round) -> RoundEnd:
+def read_round_end(session: Session, turn: Round) -> RoundEnd:
     """Read the public part of a decision that will not change any more."""
     suites = (turn.decision or {}).get("suites", ())
-    end = RoundEnd(headline(turn), [one for one in suites if not one["suite"].startswith(PRIVATE)])
+    end = RoundEnd(
+        describe_round_end(turn), [one for one in suites if not one["suite"].startswith(PRIVATE_SUITE_PREFIX)]
+    )
     session.expire(turn, ["decision"])  # at most one of them in memory
     return end

@@ -67,7 +67,7 @@ def open_installation() -> "Context":
 
 def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: Json = False) -> None:
     """Let a version take every case it has not taken, and show its rates."""
-    from feedback.gate import rates
+    from feedback.gate import compute_pass_rates
 
     with clear_errors():
         context = open_installation()
@@ -76,7 +76,7 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
         number = resolve(context, version)
         evaluate_version(context, number)
         with context.sessions() as session:
-            found = {name: rate.to_json() for name, rate in rates(session, number).items()}
+            found = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
     lines = [
         f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
         for name, r in found.items()

@@ -23,9 +23,9 @@ def show_(name: Name = "", as_json: Json = False) -> None:
         with context.sessions() as session:
             found: dict[str, Any] = {
                 "pool": name,
-                "devices": leases.devices(session, name),
-                "waiting": [_row(lease) for lease in session.scalars(leases.waiting(name))],
-                "hours": {by: leases.ledger(session, by) for by in ("run_id", "team")},
+                "devices": leases.list_devices(session, name),
+                "waiting": [_row(lease) for lease in session.scalars(leases.select_waiting_leases(name))],
+                "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
             }
     lines = [f"pool {name}"]
     for device in found["devices"]:
@@ -67,7 +67,7 @@ def _change(device: str, lost_reason: str | None, host: str, name: str, as_json:
     with clear_errors(), _known():
         context, name = _open(name)
         with context.sessions.begin() as session:
-            changed = leases.set_lost(session, name, device, lost_reason, host or None)
+            changed = leases.set_device_lost(session, name, device, lost_reason, host or None)
     state = f"out of use: {lost_reason}" if lost_reason else "in use again"
     found = {"pool": name, "device": device, "devices": changed, "lost_reason": lost_reason}
     said = "\n".join(f"{name}/{one} is {state}" for one in changed)

@@ -61,7 +61,7 @@ def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, la
         return end(context, turn.id, "failed", f"given up after {turn.attempt} attempts: {reason}")
     deployment = client.read_deployment_by_name(ROUND)
     with context.sessions.begin() as session:
-        attempt = rounds.next_attempt(session, turn.id)
+        attempt = rounds.increment_attempt(session, turn.id)
     run = client.create_flow_run_from_deployment(
         deployment.id,
         parameters={"round_id": turn.id},
@@ -73,7 +73,7 @@ def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, la
 
 def end(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
     with context.sessions.begin() as session:
-        rounds.finish(session, round_id, state, reason, actor="dispatcher")
+        rounds.finish_round(session, round_id, state, reason, actor="dispatcher")
     log.warning("round %s is %s: %s", round_id, state, reason)
 
 

@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
-from feedback.promotion import champion
+from feedback.promotion import find_champion
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import end_lost_runs, go_on, is_over, newest_run
@@ -63,7 +63,7 @@ def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
             with psycopg.connect(
                 context.settings.database_url.get_secret_value(), autocommit=True, connect_timeout=5
             ) as listener:
-                listener.execute(f"listen {rounds.CHANNEL}")
+                listener.execute(f"listen {rounds.NOTIFY_CHANNEL}")
                 lost = None
                 duties.wake()
                 while True:
@@ -128,15 +128,15 @@ class Registered:
 def is_busy(context: DispatcherContext) -> bool:
     """Whether a round is running or reports wait, so that it is worth looking more often."""
     with context.sessions() as session:
-        turn = rounds.running_round(session)
-        count, _ = reports.pending(session, with_review=turn is None)
-        return turn is not None or (count > 0 and champion(session) is not None)
+        turn = rounds.find_running_round(session)
+        count, _ = reports.count_pending_reports(session, with_review=turn is None)
+        return turn is not None or (count > 0 and find_champion(session) is not None)
 
 
 def deliver_notices(context: DispatcherContext) -> None:
     """Bring notices to their reporters."""
     with context.sessions.begin() as session:
-        delivered = promotion.deliver(session)
+        delivered = promotion.mark_notices_delivered(session)
     if delivered:
         log.info("delivered %d notices", delivered)
 
@@ -163,7 +163,7 @@ def follow_champion(context: DispatcherContext) -> None:
 def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """See that somebody works on the running round."""
     with context.sessions() as session:
-        turn = rounds.running_round(session)
+        turn = rounds.find_running_round(session)
     if turn is not None:
         go_on(context, client, turn)
 
@@ -171,9 +171,9 @@ def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> N
 def start_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Start the flow that takes reports up when enough of them wait, or one long enough."""
     with context.sessions() as session:
-        turn = rounds.running_round(session)
-        count, oldest = reports.pending(session, with_review=turn is None)
-        if champion(session) is None or (turn is not None and turn.step == "collect"):
+        turn = rounds.find_running_round(session)
+        count, oldest = reports.count_pending_reports(session, with_review=turn is None)
+        if find_champion(session) is None or (turn is not None and turn.step == "collect"):
             return
     if count >= BATCH_FULL or (count and age_s(oldest) >= BATCH_WAIT_S):
         reproduce(client, count)
@@ -183,10 +183,10 @@ def request_due_round(context: DispatcherContext) -> None:
     """File a round when enough reports were accepted since the last one ended; while one runs, none is accepted."""
     enough = context.settings.round_after_reports
     with context.sessions.begin() as session:
-        last = rounds.newest_round(session)
+        last = rounds.find_newest_round(session)
         if not enough or last is None or last.state == "running":
             return
-        accepted = reports.accepted_since(session, last.finished_at)
+        accepted = reports.count_accepted_since(session, last.finished_at)
         if accepted >= enough:
             rounds.request_round(session, "dispatcher", RoundParameters(), new_id())
             log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)

@@ -6,8 +6,8 @@ from typing import Any
 
 from feedback import datasets, reports, rounds, snapshots
 from feedback.accounts import audit
-from feedback.promotion import champion
-from feedback.reproduce import ask_again
+from feedback.promotion import find_champion
+from feedback.reproduce import reproduce_answers
 from flows.context import Context
 from infra.faults import is_of_one_item
 from yuan.data.judge import AnswerJudge
@@ -32,7 +32,7 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
     accepted, refused = _accept_datasets(context, cut_off)
     failed = {"screen": unscreened, "reproduce": unasked, "review": counts.pop("failed"), "accept": refused}
     with context.sessions.begin() as session:
-        rounds.count_failed(session, round_id, failed)
+        rounds.record_failed_items(session, round_id, failed)
     counts |= {"screened": screened, "datasets": accepted, "failed": sum(failed.values())}
     log.info("collected: %s", counts)
     return counts
@@ -42,18 +42,18 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
     """Accept what passed the check, each in a transaction of its own; how many were, and how many could not be."""
     share, max_cases = context.settings.held_out_share, context.settings.max_account_cases
     with context.sessions() as session:
-        waiting = datasets.checked(session, cut_off)
+        waiting = datasets.find_checked_datasets(session, cut_off)
     failed = 0
     for dataset_id in waiting:
         try:
             with context.sessions.begin() as session:
-                datasets.accept(session, dataset_id, context.objects.get, context.salt, share, max_cases)
+                datasets.accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
         except Exception as error:
             if not is_of_one_item(error):
                 raise
             failed += 1
             with context.sessions.begin() as session:
-                datasets.set_aside(session, dataset_id, error)
+                datasets.record_acceptance_failure(session, dataset_id, error)
     return len(waiting) - failed, failed
 
 
@@ -64,13 +64,13 @@ def take_up(context: Context, limit: int) -> dict[str, int]:
     """
     now = datetime.now(timezone.utc)
     with context.sessions() as session:
-        version = champion(session)
+        version = find_champion(session)
     if version is None:
         return {}
     screened, unscreened = _screen(context, now)
     asked, unasked = _reproduce(context, now, version, limit)
     with context.sessions() as session:
-        is_running = rounds.running_round(session) is not None
+        is_running = rounds.find_running_round(session) is not None
     counts = {} if is_running else _review(context, now, f"v{version}")
     failed = unscreened + unasked + counts.pop("failed", 0)
     return {"screened": screened, "asked_again": asked, **counts, "failed": failed}
@@ -78,17 +78,17 @@ def take_up(context: Context, limit: int) -> dict[str, int]:
 
 def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
     with context.sessions.begin() as session:
-        return reports.screen(session, cut_off)
+        return reports.screen_reports(session, cut_off)
 
 
 def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | None) -> tuple[int, int]:
     """Ask the version about reports, each batch kept before the next is asked; how many, and how many could not be."""
     with context.sessions() as session:
-        found = reports.unreproduced(session, cut_off, version, limit)
+        found = reports.find_unreproduced_reports(session, cut_off, version, limit)
         ids, prompts = [row.id for row in found], [str(row.body.get("prompt", "")) for row in found]
     done = failed = 0
     with AnswerJudge() as judge:
-        for answers in ask_again(context.settings, prompts, version):
+        for answers in reproduce_answers(context.settings, prompts, version):
             batch = list(zip(ids[done:], answers, strict=False))
             with context.sessions.begin() as session:
                 failed += reports.note_reproductions(session, version, batch, judge.check)
@@ -99,7 +99,7 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
 
 def _review(context: Context, cut_off: datetime, subject: str) -> dict[str, int]:
     with context.sessions.begin() as session:
-        counts = reports.review(session, cut_off, context.salt, HELD_OUT_REPORTS)
+        counts = reports.review_reports(session, cut_off, context.salt, HELD_OUT_REPORTS)
         audit(session, REVIEWER, "reviewed", subject, **counts)
     return counts
 
@@ -110,9 +110,9 @@ def snapshot(context: Context, round_id: str) -> str:
         rounds.begin_step(session, round_id, "snapshot", context.attempt)
 
         def store(data: bytes) -> str:
-            return context.objects.put_named_by_content(snapshots.SNAPSHOTS, data)
+            return context.objects.put_named_by_content(snapshots.SNAPSHOTS_FOLDER, data)
 
-        snapshot_id = snapshots.freeze(session, round_id, context.objects.get, store)
-        rounds.count_failed(session, round_id, {"snapshot": snapshots.failed_in(session, snapshot_id)})
+        snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store)
+        rounds.record_failed_items(session, round_id, {"snapshot": snapshots.read_failed_count(session, snapshot_id)})
     log.info("froze snapshot %s", snapshot_id[:12])
     return snapshot_id

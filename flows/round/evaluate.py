@@ -29,9 +29,9 @@ MAX_RESULT_BYTES = 1 << 20  # of a case, on average: an answer has at most as ma
 def register(context: Context, round_id: str) -> int:
     """Register the exported folder as a new version; the same run keeps its version."""
     with context.sessions() as session:
-        run = rounds.training_run(session, round_id)
+        run = rounds.get_or_create_training_run(session, round_id)
         run_id, mlflow_run = run.id, str(run.mlflow_run_id)
-        known = rounds.version_of(session, run_id)
+        known = rounds.find_version_of_run(session, run_id)
     tags = {"cotrain.round": round_id, "cotrain.run": run_id}
     # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
     with scratch_folder(context.runs / f".register-{run_id}") as scratch:
@@ -54,7 +54,7 @@ def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
     place.mkdir(exist_ok=True)
     taken = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
     with context.sessions.begin() as session:
-        rounds.count_failed(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
+        rounds.record_failed_items(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
     return taken
 
 
@@ -75,7 +75,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         rounds.find_version(session, version)
         cases = [
             {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
-            for case in rounds.untested(session, version)
+            for case in rounds.find_untested_cases(session, version)
         ]
     if not cases:
         return {"cases": 0, "failed": 0}

@@ -50,7 +50,7 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
         # An earlier attempt may be leaving still; two of them must not write the same files.
         with without_text("the round"), alone(context.lock_of(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
-    except rounds.RoundEnded as ended:
+    except rounds.RoundOwnershipLost as ended:
         return str(ended)
     except RunCancelled as cancelled:
         fail(context, round_id, str(cancelled), state="cancelled")
@@ -93,7 +93,7 @@ def request(context: Context, parameters: RoundParameters) -> str:
 def fail(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
     """End the round without a version, with the reason on its page."""
     with context.sessions.begin() as session:
-        rounds.finish(session, round_id, state, reason[:2000])
+        rounds.finish_round(session, round_id, state, reason[:2000])
 
 
 @flow(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
-from feedback.items import reason_of
+from feedback.items import describe_item_error
 from flows.context import Context
 from flows.round.versions import fetch
 from flows.supervisor.pool_launcher import limits_on, pool_of
@@ -36,26 +36,26 @@ def lay_out(context: Context, round_id: str) -> PipelinePlan:
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "plan", context.attempt)
         turn = rounds.find_round(session, round_id)
-        run_id = rounds.training_run(session, round_id).id
+        run_id = rounds.get_or_create_training_run(session, round_id).id
         snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
-        parts = snapshots.parts_of(session, snapshot_id)
+        parts = snapshots.read_part_sizes(session, snapshot_id)
     folder = RunFolder(context.runs / run_id)
     if (folder.path / "run.json").exists():
         return folder.read_spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    if not context.objects.exists(f"{snapshots.SNAPSHOTS}/{snapshot_id}"):
+    if not context.objects.exists(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}"):
         raise ValueError(
             f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
         )
-    parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS}/{snapshot_id}")))
+    parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}")))
     model, tokenizer = _model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
     tokenizer.save(folder.path)
     recipe = _recipe(parameters)
     pool = pool_of(context.settings)
     plan = make_plan(Workload.from_recipe(model, recipe), pool, limits_on(pool, recipe))
     with context.sessions.begin() as session:
-        plan = PipelinePlan.from_json(rounds.keep_plan(session, round_id, plan.to_json()))
+        plan = PipelinePlan.from_json(rounds.get_or_store_plan(session, round_id, plan.to_json()))
     spec = RunSpec(
         kind="pretrain" if parent is None else "finetune",
         model=model,
@@ -67,15 +67,15 @@ def lay_out(context: Context, round_id: str) -> PipelinePlan:
     )
     picture = draw_plan(Workload.from_recipe(model, recipe), pool, plan)
     (folder.path / PLAN_PICTURE_FILE).write_text(picture)
-    context.objects.put(rounds.picture_key(run_id), picture.encode())
+    context.objects.put(rounds.make_plan_picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
     left_out: dict[str, str] = {}
     sources = _sources(parsed, parts, tokenizer, spec.seed, left_out)
     shares = None if weights is None else _shares({str(name): share for name, share in weights.items()}, sources)
     folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
     with context.sessions.begin() as session:
-        rounds.count_failed(session, round_id, {"plan": len(left_out)})
-        snapshots.note_left_out(session, "plan", left_out)
+        rounds.record_failed_items(session, round_id, {"plan": len(left_out)})
+        snapshots.note_left_out_rows(session, "plan", left_out)
     folder.write_spec(spec)
     log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
     return plan
@@ -133,7 +133,7 @@ def _encoded(
         except Exception as error:
             if not is_of_one_item(error):
                 raise
-            left_out[row.key] = f"it cannot be encoded: {reason_of(error)}"
+            left_out[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
         else:
             yield sample
 

@@ -14,15 +14,15 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "decide", context.attempt)
         turn = rounds.find_round(session, round_id)
-        decision = gate.decide(session, turn)
+        decision = gate.decide_promotion(session, turn)
         if decision["promote"]:
-            untold = promotion.promote(session, turn, decision)
-            rounds.count_failed(session, round_id, {"tell": untold})
-            rounds.finish(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
+            untold = promotion.promote_candidate(session, turn, decision)
+            rounds.record_failed_items(session, round_id, {"tell": untold})
+            rounds.finish_round(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
         else:
             turn.decision = decision
-            rounds.finish(session, round_id, "rejected", "; ".join(decision["reasons"]))
-        rounds.notify(session)
+            rounds.finish_round(session, round_id, "rejected", "; ".join(decision["reasons"]))
+        rounds.notify_dispatcher(session)
     log.info("decided: promote=%s %s", decision["promote"], decision["reasons"])
     return decision
 
@@ -30,7 +30,7 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
 def tell(context: Records) -> int:
     """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
     with context.sessions.begin() as session:
-        delivered = promotion.deliver(session)
+        delivered = promotion.mark_notices_delivered(session)
     with context.sessions.begin() as session:  # the registry may not answer; what is delivered stays so
         changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
     if delivered or changed:

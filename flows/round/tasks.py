@@ -15,7 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from feedback.rounds import RoundEnded
+from feedback.rounds import RoundOwnershipLost
 from flows.round.progress import RunCancelled
 from infra.error_text import frames, told
 from infra.faults import is_passing
@@ -45,7 +45,7 @@ def without_text(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (StepFailed, RoundEnded, RunCancelled):
+    except (StepFailed, RoundOwnershipLost, RunCancelled):
         raise
     except Exception as error:
         if is_worth_a_retry(error):

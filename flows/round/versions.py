@@ -42,9 +42,9 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a model folder: manifest.json: {error}") from None
     with context.sessions.begin() as session:
-        rounds.order_registrations(session)
-        known = rounds.recorded_version(session, manifest, wanted, folder.parent.name)
-        mlflow_run = str(rounds.training_run(session, known.round_id).mlflow_run_id)
+        rounds.lock_registrations(session)
+        known = rounds.identify_version(session, manifest, wanted, folder.parent.name)
+        mlflow_run = str(rounds.get_or_create_training_run(session, known.round_id).mlflow_run_id)
         differing = differences(manifest, known.manifest)
         if differing:
             raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")

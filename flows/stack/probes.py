@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from sqlalchemy.exc import OperationalError
 
-from feedback.health import Facts
+from feedback.health import PlatformFacts
 from flows.duties import Standing, read_standings, standings_file
 from flows.round.versions import how_to_register
 from flows.stack.probing import Finding, Last, Probe, at, now, together
@@ -49,15 +49,15 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
 
     Without PostgreSQL, what has to be compared with the records is left out.
     """
-    from feedback.health import gather
+    from feedback.health import read_platform_facts
 
     settings = context.settings
-    gathered: list[Facts] = []
+    gathered: list[PlatformFacts] = []
 
     def read() -> list[Finding]:
         try:
             with context.sessions() as session:
-                gathered.append(gather(session))
+                gathered.append(read_platform_facts(session))
         except OperationalError as error:
             if "too many clients" not in str(error.orig):
                 raise
@@ -91,7 +91,7 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
     return found + together(probes, limit_s) + duties(settings.home)
 
 
-def last_known(home: Path, server: str, facts: Facts | None) -> Last:
+def last_known(home: Path, server: str, facts: PlatformFacts | None) -> Last:
     """When a server is known to have answered last: by the records, the dispatcher's duties, or the keeper.
 
     The keeper knows since when it is ready, and it may have answered at any time after that.
@@ -117,7 +117,7 @@ def objects(settings: FlowSettings) -> list[Finding]:
     return [Finding("an object put and read", now())]
 
 
-def model(settings: FlowSettings, facts: Facts) -> list[Finding]:
+def model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The champion answers with one token."""
     what, mend = "an answer from the model", "see `cotrain logs model-server`"
     if facts.champion is None:
@@ -135,7 +135,7 @@ def model(settings: FlowSettings, facts: Facts) -> list[Finding]:
     return [Finding(what, now())]
 
 
-def registry(context: "Context", facts: Facts) -> list[Finding]:
+def registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
     """The registry has the champion and the version before it, and its alias points where it should."""
     what, found = "an alias that follows", []
     with context.tracker.impatiently():
@@ -207,7 +207,7 @@ def flow_runs(settings: FlowSettings) -> list[Finding]:
     return found or [Finding(what, started)]
 
 
-def running_round(settings: FlowSettings, facts: Facts) -> list[Finding]:
+def running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The running round has a flow that runs."""
     what, turn = "the running round", facts.running
     if turn is None:
@@ -226,7 +226,7 @@ def running_round(settings: FlowSettings, facts: Facts) -> list[Finding]:
     return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
 
 
-def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
+def last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The last run of the flow that takes reports up did not fail while reports wait."""
     if not facts.num_reports_waiting:
         return []
@@ -243,7 +243,7 @@ def last_reproduction(settings: FlowSettings, facts: Facts) -> list[Finding]:
     return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
 
 
-def reports(facts: Facts) -> Finding:
+def reports(facts: PlatformFacts) -> Finding:
     """Reports do not wait for longer than a batch takes."""
     what, oldest = "a report that is reproduced", facts.oldest_report
     if facts.champion is None or oldest is None or age_s(oldest) < REPORTS_LATE_S:
@@ -253,7 +253,7 @@ def reports(facts: Facts) -> Finding:
     return Finding(what, facts.last_reproduction, fault, mend, never=facts.last_reproduction is None)
 
 
-def notices(facts: Facts) -> Finding:
+def notices(facts: PlatformFacts) -> Finding:
     """Notices do not wait."""
     oldest = facts.oldest_notice
     fault = f"notices wait to be delivered since {oldest:%F %T}" if oldest and age_s(oldest) > LATE_S else None

@@ -45,7 +45,7 @@ def held(
     run_id: str,
     team: str,
     priority: int = 0,
-    ttl_s: float = leases.TTL_S,
+    ttl_s: float = leases.LEASE_TTL_S,
     waiting: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Held]:
     """Wait for devices and hold them while the block runs; nothing may run on them when it ends.
@@ -57,7 +57,7 @@ def held(
         NoCapacity: if the pool cannot serve this, now or after a device was lost while we waited.
     """
     with sessions.begin() as session:
-        asked = leases.ask(
+        asked = leases.request_lease(
             session, pool, wanted, run_id=run_id, team=team, holder=identity(), priority=priority, ttl_s=ttl_s
         )
     over, lost = threading.Event(), threading.Event()
@@ -82,12 +82,12 @@ def _granted(
 ) -> tuple[str, ...]:
     while True:
         with contextlib.suppress(OperationalError), sessions.begin() as session:
-            leases.grant(session, asked.pool)
+            leases.grant_leases(session, asked.pool)
             mine = session.get_one(Lease, asked.id)
             if mine.devices is not None:
                 return tuple(mine.devices)
             leases.check_capacity(session, asked.pool, asked.wanted)
-            queue = [lease.id for lease in session.scalars(leases.waiting(asked.pool))]
+            queue = [lease.id for lease in session.scalars(leases.select_waiting_leases(asked.pool))]
             if asked.id not in queue:
                 lost.set()
         if lost.is_set():
@@ -101,7 +101,7 @@ def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threadi
     while not over.wait(asked.ttl_s / 4):
         try:
             with sessions.begin() as session:
-                leases.beat(session, asked.id, asked.generation)
+                leases.record_lease_heartbeat(session, asked.id, asked.generation)
         except leases.LeaseLost as error:
             log.warning("%s", error)
             lost.set()
@@ -116,7 +116,7 @@ def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:
     while True:
         try:
             with sessions.begin() as session:
-                return leases.release(session, asked.id, asked.generation, reason)
+                return leases.release_lease(session, asked.id, asked.generation, reason)
         except OperationalError:
             if time.monotonic() > end:
                 log.warning("lease %s could not be given back; the reaper will", asked.id[:8])

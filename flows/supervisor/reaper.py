@@ -24,11 +24,11 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
         launchers: by the name of their pool; the leases of other pools are left to others.
     """
     with sessions.begin() as session:
-        open_now = leases.open_leases(session)
+        open_now = leases.find_open_leases(session)
         dead = [lease.id for lease in open_now if is_dead(lease.holder)]
         # One that lives here cannot reach the server, or is stopped; it keeps what it has for a while.
         alive = [lease.id for lease in open_now if is_alive(lease.holder) and silence_s(lease) < PATIENCE * lease.ttl_s]
-        fenced = leases.fence(session, dead, alive)
+        fenced = leases.fence_silent_leases(session, dead, alive)
     freed = []
     for lease in fenced:
         launcher = launchers.get(lease.pool)
@@ -36,7 +36,7 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
             log.warning("lease %s of %s waits for its processes to end", lease.id[:8], lease.holder)
             continue
         with sessions.begin() as session:
-            leases.free(session, lease)
+            leases.free_fenced_lease(session, lease)
         log.warning("reaped lease %s of run %s: %s", lease.id[:8], lease.run_id, lease.devices or "it was waiting")
         freed.append(lease.id)
     return freed

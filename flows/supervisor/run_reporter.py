@@ -62,7 +62,7 @@ class Reporter:
         """Bring everybody up to date, as far as they answer."""
         status = self._folder.read_status()
         with _outlived("the round's record"), self._context.sessions.begin() as session:
-            rounds.training_run(session, self._round_id).status = status or None
+            rounds.get_or_create_training_run(session, self._round_id).status = status or None
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
         self._tell()
         with _outlived("Prefect"):
@@ -129,14 +129,14 @@ class Reporter:
         """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
         spec, tracker = self._folder.read_spec(), self._context.tracker
         with self._context.sessions() as session:
-            run_id = rounds.training_run(session, self._round_id).id
+            run_id = rounds.get_or_create_training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
         run = tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
         about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
         tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **about})
         self._log_plan(run)
         with self._context.sessions.begin() as session:
-            rounds.training_run(session, self._round_id).mlflow_run_id = run
+            rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = run
         return run
 
     def _log_plan(self, run: str) -> None:

@@ -56,7 +56,7 @@ def train(context: Context, round_id: str, progress: Progress) -> None:
     """
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "train", context.attempt)
-        run_id = rounds.training_run(session, round_id).id
+        run_id = rounds.get_or_create_training_run(session, round_id).id
         priority = int(rounds.find_round(session, round_id).parameters.get("priority", 0))
     folder = RunFolder(context.runs / run_id)
     reporter = Reporter(context, round_id, folder, progress)
@@ -168,7 +168,7 @@ class Supervisor:
 
     def _bad_hosts(self) -> tuple[str, ...]:
         with self.context.sessions() as session:
-            return tuple(leases.lost_hosts(session, self.pool.name))
+            return tuple(leases.find_lost_hosts(session, self.pool.name))
 
     def _processes_per_node(self, plan: PipelinePlan) -> int:
         """As many as fit on the smallest node of the plan's devices, the same on every node."""
@@ -180,7 +180,7 @@ class Supervisor:
         """Devices of ours that were taken out of use meanwhile."""
         try:
             with self.context.sessions() as session:
-                return leases.lost_of(session, self.pool.name, lease.devices)
+                return leases.find_lost_devices(session, self.pool.name, lease.devices)
         except OperationalError:
             return {}
 
@@ -188,7 +188,7 @@ class Supervisor:
         """Here the device; of a batch system a whole node, and the machine it was in, to be avoided."""
         host = None if self._is_local else ended.host
         with self.context.sessions.begin() as session:
-            leases.set_lost(session, self.pool.name, device, ended.reason[:300], host)
+            leases.set_device_lost(session, self.pool.name, device, ended.reason[:300], host)
 
     def _respond(self, ended: Ended) -> None:
         """Decide how to go on; returns to start the processes again.
@@ -231,7 +231,7 @@ class Supervisor:
         """
         plan = self.folder.check_inputs().plan
         with self.context.sessions() as session:
-            working = leases.working(session, self.pool.name)
+            working = leases.count_working_devices(session, self.pool.name)
         if Counter(plan.device_counts) <= working:
             return plan
         return self._plan_anew(f"the plan wants {plan.device_counts} and {dict(working)} work")
@@ -261,7 +261,7 @@ class Supervisor:
             TrainingFailed: if none works.
         """
         with self.context.sessions() as session:
-            working = leases.working(session, self.pool.name)
+            working = leases.count_working_devices(session, self.pool.name)
         if not working:
             raise TrainingFailed(f"pool {self.pool.name!r} has lost all its devices; return some to it")
         left = resize_pool(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})

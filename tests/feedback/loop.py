@@ -20,10 +20,10 @@ def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
 
 
 def accept_all(session, later, *, share=0.5, right=False):
-    reports.screen(session, later)
-    found = reports.unreproduced(session, later, 1)
+    reports.screen_reports(session, later)
+    found = reports.find_unreproduced_reports(session, later, 1)
     reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in found])
-    return reports.review(session, later, SALT, share)
+    return reports.review_reports(session, later, SALT, share)
 
 
 def reproduce(session, answered, version=1):
@@ -50,17 +50,17 @@ def promote(session, version, passed, *, parent=None):
     turn.parent_version = parent
     add_candidate(session, turn, version)
     answer(session, version, passed)
-    decision = gate.decide(session, turn)
+    decision = gate.decide_promotion(session, turn)
     if decision["promote"]:
-        promotion.promote(session, turn, decision)
-    rounds.finish(session, turn.id, "promoted" if decision["promote"] else "rejected", "test")
+        promotion.promote_candidate(session, turn, decision)
+    rounds.finish_round(session, turn.id, "promoted" if decision["promote"] else "rejected", "test")
     session.flush()
     return decision
 
 
 def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CASES):
     data = dump_rows(rows)
-    sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
     made = datasets.add_dataset(
         session,
         reporter,
@@ -70,7 +70,7 @@ def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CA
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    datasets.accept(session, made.id, objects.get, SALT, SHARE, max_cases)
+    datasets.accept_dataset(session, made.id, objects.get, SALT, SHARE, max_cases)
     session.flush()
     return made
 
@@ -84,7 +84,7 @@ def checked_rows(prefix, count):
 
 def is_drawn(row):
     """Whether a row's prompt is one of those that are held out."""
-    return reports.role_of(row.prompt_key, SALT, SHARE) == "held_out"
+    return reports.choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
 
 
 def freeze(session, objects):
@@ -93,9 +93,9 @@ def freeze(session, objects):
 
     def store(data):
         stored["data"] = data
-        return objects.put_named_by_content(snapshots.SNAPSHOTS, data)
+        return objects.put_named_by_content(snapshots.SNAPSHOTS_FOLDER, data)
 
-    snapshot_id = snapshots.freeze(session, turn.id, objects.get, store)
-    rounds.finish(session, turn.id, "failed", "test")
+    snapshot_id = snapshots.freeze_mixture(session, turn.id, objects.get, store)
+    rounds.finish_round(session, turn.id, "failed", "test")
     session.flush()
     return snapshot_id, stored["data"]

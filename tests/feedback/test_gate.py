@@ -64,7 +64,7 @@ def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, 
     promote(session, 2, passed=cases[:lost], parent=1)
     decision = promote(session, 3, passed=cases[lost : lost + gained], parent=2)
     assert decision["promote"] is is_promoted is decision["regressions_may_be_chance"]
-    assert promotion.champion(session) == (3 if is_promoted else 2)
+    assert promotion.find_champion(session) == (3 if is_promoted else 2)
 
 
 def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session, reporter, later):
@@ -130,4 +130,4 @@ def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, 
     for who in others:
         withdraw_account(session, reporter, who, "senseless", ["reports"])
     turn = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
-    assert gate.decide(session, turn)["regressions"] == []
+    assert gate.decide_promotion(session, turn)["regressions"] == []

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from feedback.api.app import make_app
-from feedback.contracts import LEAST_SHARE
+from feedback.contracts import MIN_PART_SHARE
 from feedback.tables import Response, new_id
 from infra.database import open_sessions
 from tests.serving import served
@@ -119,10 +119,10 @@ def test_a_round_that_could_not_run_is_refused_at_once(portal, operator, changes
 
 
 def test_the_least_weight_is_the_one_that_a_mixture_can_lay_out():
-    least = [LEAST_SHARE, 1 - LEAST_SHARE]
+    least = [MIN_PART_SHARE, 1 - MIN_PART_SHARE]
     assert min(compute_quotas((1, 1), least)) > 0
     with pytest.raises(ValueError, match="the smallest weight"):
-        compute_quotas((1, 1), [LEAST_SHARE / 1.01, 1 - LEAST_SHARE / 1.01])
+        compute_quotas((1, 1), [MIN_PART_SHARE / 1.01, 1 - MIN_PART_SHARE / 1.01])
 
 
 def test_a_misspelt_query_parameter_is_refused(portal, account):

@@ -8,8 +8,8 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
 from feedback import datasets, promotion, reports, rounds, snapshots
-from feedback.items import each, faults_of
-from feedback.reproduce import Refused
+from feedback.items import find_faults, process_each
+from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
     MAX_CASES,
@@ -47,16 +47,16 @@ def refuse(session, table, column, value):
 
 
 def only_it_failed(session, rows, one, reason):
-    found = {row.id: faults_of(session, row.id) for row in rows}
+    found = {row.id: find_faults(session, row.id) for row in rows}
     assert [feedback_id for feedback_id, faults in found.items() if faults] == [one.id]
     assert reason in found[one.id][0][1]
-    assert any(reason in event.text for event in reports.describe(session, one).timeline)
+    assert any(reason in event.text for event in reports.describe_report(session, one).timeline)
 
 
 def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):
     rows, one = many
     one.body = {**one.body, "checker": {"type": "gone"}}
-    assert reports.screen(session, later) == (HOW_MANY, 1)
+    assert reports.screen_reports(session, later) == (HOW_MANY, 1)
     assert [row.state for row in rows if row is not one] == ["in_review"] * (HOW_MANY - 1)
     assert one.state == "rejected" and "checker" in one.reason
     only_it_failed(session, rows, one, "checker")
@@ -65,7 +65,7 @@ def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session
 @pytest.mark.parametrize("fault", ["refused", "raises", "database"])
 def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, many, later, fault):
     rows, one = many
-    reports.screen(session, later)
+    reports.screen_reports(session, later)
 
     def check(checker, answer):
         if answer == "raises":
@@ -75,17 +75,28 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
         return checker.check(answer)
 
     answers = {row.id: "wrong" for row in rows}
-    answers[one.id] = Refused("a planted fault") if fault == "refused" else fault
+    answers[one.id] = PromptRefused("a planted fault") if fault == "refused" else fault
     assert reports.note_reproductions(session, 1, answers.items(), check) == 1
     only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
-    assert reports.review(session, later, SALT, 0.5) == {"accepted": 8, "rejected": 0, "disputed": 0, "failed": 0}
+    assert reports.review_reports(session, later, SALT, 0.5) == {
+        "accepted": 8,
+        "rejected": 0,
+        "disputed": 0,
+        "failed": 0,
+    }
     assert (one.state, one.reproduction) == ("in_review", None) and one.reason
     promote(session, 1, passed=[])
-    assert reports.unreproduced(session, later, 1) == [] and reports.pending(session, with_review=True)[0] == 0
+    assert (
+        reports.find_unreproduced_reports(session, later, 1) == []
+        and reports.count_pending_reports(session, with_review=True)[0] == 0
+    )
     promote(session, 2, passed=[], parent=1)
-    assert reports.unreproduced(session, later, 2) == [one] and reports.pending(session, with_review=False)[0] == 1
+    assert (
+        reports.find_unreproduced_reports(session, later, 2) == [one]
+        and reports.count_pending_reports(session, with_review=False)[0] == 1
+    )
     reports.note_reproductions(session, 2, [(one.id, "wrong")], check)
-    assert reports.review(session, later, SALT, 0.5)["accepted"] == 1 and one.reason is None
+    assert reports.review_reports(session, later, SALT, 0.5)["accepted"] == 1 and one.reason is None
 
 
 def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):
@@ -110,16 +121,20 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
     here = checked_rows("here", 10)
     upload(session, objects, reporter, here)
     gone = upload(session, objects, reporter, checked_rows("gone", 10))
-    objects.delete(f"{datasets.UPLOADS}/{gone.sha256}")
+    objects.delete(f"{datasets.UPLOADS_FOLDER}/{gone.sha256}")
     session.expire_all()
-    snapshot_id = snapshots.freeze(
+    snapshot_id = snapshots.freeze_mixture(
         session, start_round(session).id, objects.get, lambda data: objects.put_named_by_content("snapshots", data)
     )
-    assert snapshots.failed_in(session, snapshot_id) == 2
+    assert snapshots.read_failed_count(session, snapshot_id) == 2
     num_train = len(here) - sum(map(is_drawn, here))
-    assert snapshots.parts_of(session, snapshot_id) == {"corrections": HOW_MANY - 1, "datasets": num_train, "base": 0}
+    assert snapshots.read_part_sizes(session, snapshot_id) == {
+        "corrections": HOW_MANY - 1,
+        "datasets": num_train,
+        "base": 0,
+    }
     only_it_failed(session, rows, one, "checker")
-    assert "its bytes are gone" in datasets.describe(session, gone).timeline[-1].text
+    assert "its bytes are gone" in datasets.describe_dataset(session, gone).timeline[-1].text
 
 
 def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
@@ -146,13 +161,13 @@ def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(se
     results = [{"case_id": case, "answer": "", "passed": False, "reason": reasons[case]} for case in cases]
     promotion.store_results(session, 1, results)
     only_it_failed(session, rows, one, "the prompt has 301 tokens")
-    told = [event.text for event in datasets.describe(session, dataset).timeline]
+    told = [event.text for event in datasets.describe_dataset(session, dataset).timeline]
     assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in told), told
 
 
 def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):
     rows, one = many
-    reports.screen(session, later)
+    reports.screen_reports(session, later)
     answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
     assert reports.note_reproductions(session, 1, answers.items(), lambda checker, answer: False) == 0
     session.flush()
@@ -164,9 +179,9 @@ def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, l
     accept_all(session, later)
     refuse(session, "outbox", "feedback_id", one.id)
     assert promote(session, 1, passed=[])["promote"]
-    assert promotion.deliver(session) == HOW_MANY - 1
+    assert promotion.mark_notices_delivered(session) == HOW_MANY - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
-    assert faults_of(session, one.id)[0][1] == (
+    assert find_faults(session, one.id)[0][1] == (
         "could not be processed (tell): the database refuses it: a planted fault"
     )
 
@@ -193,15 +208,15 @@ def test_a_fault_of_the_database_itself_is_nobodys(session, many):
         raise OperationalError("select 1", {}, Exception("the connection is lost"))
 
     with pytest.raises(OperationalError):
-        each(session, rows, work, lambda row, error: pytest.fail("blamed"))
+        process_each(session, rows, work, lambda row, error: pytest.fail("blamed"))
 
 
 def test_counts_of_failed_items_are_kept_with_the_round(session):
     turn = start_round(session)
-    rounds.count_failed(session, turn.id, {"screen": 1, "reproduce": 5})
-    rounds.count_failed(session, turn.id, {"reproduce": 2})
+    rounds.record_failed_items(session, turn.id, {"screen": 1, "reproduce": 5})
+    rounds.record_failed_items(session, turn.id, {"reproduce": 2})
     session.flush()
-    assert rounds.describe(session, turn).failed_items == {"screen": 1, "reproduce": 2}
+    assert rounds.describe_round(session, turn).failed_items == {"screen": 1, "reproduce": 2}
 
 
 def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, objects, reporter, many, later):
@@ -211,9 +226,9 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
     keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "train"))
     reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
     for _ in range(2):  # a step that runs again says it once
-        snapshots.note_left_out(session, "plan", reasons | {"0" * 64: "nobody's"})
+        snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     only_it_failed(session, rows, one, "its correction: a planted fault")
-    (found,) = [text for _, text in faults_of(session, made.id)]
+    (found,) = [text for _, text in find_faults(session, made.id)]
     num_train = len(reasons) - 1
     assert f"(plan): rows left out, {num_train}: row " in found and found.endswith(f"; and {num_train - 20} more")
 
@@ -221,7 +236,7 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
 def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):
     good = b'{"prompt": "older %d", "answer": "b"}\n'
     data = b"".join(good % n for n in range(4))
-    sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
     made = datasets.add_dataset(
         session,
         reporter,
@@ -231,11 +246,11 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" "))
-    datasets.accept(session, made.id, objects.get, SALT, 0.0, MAX_CASES)
-    objects.put(f"{datasets.UPLOADS}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
+    objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
+    datasets.accept_dataset(session, made.id, objects.get, SALT, 0.0, MAX_CASES)
+    objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze(session, objects)
-    assert (stored.count(b"\n"), snapshots.failed_in(session, snapshot_id)) == (2, 1)
-    texts = [text for _, text in faults_of(session, made.id)]
+    assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
+    texts = [text for _, text in find_faults(session, made.id)]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
     assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]

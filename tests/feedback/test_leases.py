@@ -27,7 +27,7 @@ def queue(session):
 
 
 def ask(session, name="run", priority=0, waited_s=0.0, **wanted):
-    lease = leases.ask(session, "p", wanted, run_id=name, team="t", holder="host:1:1", priority=priority)
+    lease = leases.request_lease(session, "p", wanted, run_id=name, team="t", holder="host:1:1", priority=priority)
     lease.asked_at -= timedelta(seconds=waited_s)
     session.flush()
     return lease
@@ -43,46 +43,46 @@ def silence(session, lease, seconds):
 
 def test_a_gang_gets_all_or_nothing(queue):
     first, second = ask(queue, A=4), ask(queue, A=4)
-    assert leases.grant(queue, "p") == [first]
+    assert leases.grant_leases(queue, "p") == [first]
     assert len(first.devices) == 4 and second.devices is None
-    leases.release(queue, first.id, first.generation, "done")
-    assert leases.grant(queue, "p") == [second]
+    leases.release_lease(queue, first.id, first.generation, "done")
+    assert leases.grant_leases(queue, "p") == [second]
 
 
 def test_a_gang_lies_on_one_node_if_one_has_room(queue):
     lone = ask(queue, A=1)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     assert lone.devices == ["A/4"]  # of the node with two, so that the other can still serve four
     four = ask(queue, A=4)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     assert four.devices == ["A/0", "A/1", "A/2", "A/3"]
 
 
 def test_priority_and_waiting_decide(queue):
     holder = ask(queue, A=6)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     low, high = ask(queue, A=6), ask(queue, A=6, priority=2)
-    assert list(queue.scalars(leases.waiting("p"))) == [high, low]
-    patient = ask(queue, A=6, priority=-1, waited_s=4 * leases.POINT_S)
-    assert list(queue.scalars(leases.waiting("p"))) == [patient, high, low]
-    leases.release(queue, holder.id, holder.generation, "done")
-    assert leases.grant(queue, "p") == [patient]
+    assert list(queue.scalars(leases.select_waiting_leases("p"))) == [high, low]
+    patient = ask(queue, A=6, priority=-1, waited_s=4 * leases.WAIT_S_PER_PRIORITY_POINT)
+    assert list(queue.scalars(leases.select_waiting_leases("p"))) == [patient, high, low]
+    leases.release_lease(queue, holder.id, holder.generation, "done")
+    assert leases.grant_leases(queue, "p") == [patient]
 
 
 def test_small_requests_cannot_starve_a_large_one(queue):
     small = ask(queue, A=1)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     large, later, other_class = ask(queue, A=6), ask(queue, A=1), ask(queue, B=2)
-    assert leases.grant(queue, "p") == [other_class]
-    leases.release(queue, small.id, small.generation, "done")
-    assert leases.grant(queue, "p") == [large] and later.devices is None
+    assert leases.grant_leases(queue, "p") == [other_class]
+    leases.release_lease(queue, small.id, small.generation, "done")
+    assert leases.grant_leases(queue, "p") == [large] and later.devices is None
 
 
 def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
-    leases.set_lost(queue, "p", "A/2", "Xid 79")
+    leases.set_device_lost(queue, "p", "A/2", "Xid 79")
     with pytest.raises(leases.NoCapacity, match=r"'A': 5.*A/2 is lost: Xid 79"):
         ask(queue, A=6)
-    leases.set_lost(queue, "p", "A/2", None)
+    leases.set_device_lost(queue, "p", "A/2", None)
     assert ask(queue, A=6)
 
 
@@ -98,95 +98,95 @@ def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
 )
 def test_requests_that_mean_nothing_are_refused(queue, pool, wanted, priority, error):
     with pytest.raises(error):
-        leases.ask(queue, pool, wanted, run_id="r", team="t", holder="h:1:1", priority=priority)
+        leases.request_lease(queue, pool, wanted, run_id="r", team="t", holder="h:1:1", priority=priority)
 
 
 def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue):
     dead, alive = ask(queue, A=4), ask(queue, A=2)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     silence(queue, dead, 1000)
-    assert leases.fence(queue) == [dead]
+    assert leases.fence_silent_leases(queue) == [dead]
     with pytest.raises(leases.LeaseLost, match="end what runs under it"):
-        leases.beat(queue, dead.id, 1)
-    leases.beat(queue, alive.id, 1)
+        leases.record_lease_heartbeat(queue, dead.id, 1)
+    leases.record_lease_heartbeat(queue, alive.id, 1)
     waiting = ask(queue, A=1)
-    assert leases.grant(queue, "p") == []  # not before the processes are gone
-    leases.release(queue, dead.id, 1, "too late")
-    assert leases.grant(queue, "p") == []
-    assert leases.fence(queue) == [dead] and dead.generation == 2
-    leases.free(queue, dead)
-    assert leases.grant(queue, "p") == [waiting]
-    assert leases.fence(queue) == []
+    assert leases.grant_leases(queue, "p") == []  # not before the processes are gone
+    leases.release_lease(queue, dead.id, 1, "too late")
+    assert leases.grant_leases(queue, "p") == []
+    assert leases.fence_silent_leases(queue) == [dead] and dead.generation == 2
+    leases.free_fenced_lease(queue, dead)
+    assert leases.grant_leases(queue, "p") == [waiting]
+    assert leases.fence_silent_leases(queue) == []
 
 
 def test_the_fenced_do_not_wait_in_the_queue(queue):
     dead, alive = ask(queue, A=6), ask(queue, A=1)
     silence(queue, dead, 1000)
-    assert leases.fence(queue) == [dead]
-    assert leases.grant(queue, "p") == [alive]
+    assert leases.fence_silent_leases(queue) == [dead]
+    assert leases.grant_leases(queue, "p") == [alive]
 
 
 def test_the_silent_who_are_known_to_live_are_left_alone(queue):
     lease = ask(queue, A=1)
     silence(queue, lease, 1000)
-    assert leases.fence(queue, alive=[lease.id]) == []
-    assert leases.fence(queue, dead=[lease.id]) == [lease]
+    assert leases.fence_silent_leases(queue, alive=[lease.id]) == []
+    assert leases.fence_silent_leases(queue, dead=[lease.id]) == [lease]
 
 
 def test_a_server_that_was_down_takes_nobody_for_dead(queue):
     lease = ask(queue, A=1)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     queue.execute(update(Lease).values(heartbeat_at=func.now() - timedelta(days=2), ttl_s=86_400.0))
     up_s = queue.scalar(select(func.extract("epoch", func.now() - func.pg_postmaster_start_time())))
-    assert up_s < 86_400 and leases.fence(queue) == []
-    leases.beat(queue, lease.id, 1)
+    assert up_s < 86_400 and leases.fence_silent_leases(queue) == []
+    leases.record_lease_heartbeat(queue, lease.id, 1)
 
 
 def test_a_node_of_a_batch_system_goes_and_comes_back_as_one(queue):
-    leases.set_lost(queue, "p", "A/3", "hot")
-    assert leases.set_lost(queue, "p", "A/1", "Xid 79", host="gpu-7") == ["A/0", "A/1", "A/2"]
-    assert leases.working(queue, "p")["A"] == 2 and leases.lost_hosts(queue, "p") == ["gpu-7"]
-    assert leases.set_lost(queue, "p", "A/5", "Xid 79", host="gpu-7") == []  # of a job that was queued before
-    leases.set_lost(queue, "p", "A/1", "burnt")
-    assert leases.lost_hosts(queue, "p") == ["gpu-7"]
-    assert leases.set_lost(queue, "p", "A/0", None) == ["A/0", "A/1", "A/2"]
-    assert leases.working(queue, "p")["A"] == 5 and leases.lost_hosts(queue, "p") == []
+    leases.set_device_lost(queue, "p", "A/3", "hot")
+    assert leases.set_device_lost(queue, "p", "A/1", "Xid 79", host="gpu-7") == ["A/0", "A/1", "A/2"]
+    assert leases.count_working_devices(queue, "p")["A"] == 2 and leases.find_lost_hosts(queue, "p") == ["gpu-7"]
+    assert leases.set_device_lost(queue, "p", "A/5", "Xid 79", host="gpu-7") == []  # of a job that was queued before
+    leases.set_device_lost(queue, "p", "A/1", "burnt")
+    assert leases.find_lost_hosts(queue, "p") == ["gpu-7"]
+    assert leases.set_device_lost(queue, "p", "A/0", None) == ["A/0", "A/1", "A/2"]
+    assert leases.count_working_devices(queue, "p")["A"] == 5 and leases.find_lost_hosts(queue, "p") == []
 
 
 def test_a_machine_is_not_avoided_when_its_devices_have_left_the_file(queue):
-    leases.set_lost(queue, "p", "B/1", "Xid 79", host="gpu-9")
+    leases.set_device_lost(queue, "p", "B/1", "Xid 79", host="gpu-9")
     leases.register_pool(queue, dataclasses.replace(POOL, groups=POOL.groups[:1]))
-    assert leases.lost_hosts(queue, "p") == []
+    assert leases.find_lost_hosts(queue, "p") == []
 
 
 def test_a_machine_is_named_as_a_host_is(queue):
     with pytest.raises(ValueError, match="named as a host is"):
-        leases.set_lost(queue, "p", "A/1", "hot", host="gpu-7,gpu-8")
+        leases.set_device_lost(queue, "p", "A/1", "hot", host="gpu-7,gpu-8")
 
 
 def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
     lease = ask(queue, B=2)
-    leases.grant(queue, "p")
+    leases.grant_leases(queue, "p")
     smaller = Pool(
         name="p", groups=(POOL.groups[0], DeviceGroup(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
     )
     leases.register_pool(queue, smaller)
-    assert leases.lost_of(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}
+    assert leases.find_lost_devices(queue, "p", lease.devices) == {"B/1": "no longer in the pool's file"}
     leases.register_pool(queue, POOL)
-    assert leases.lost_of(queue, "p", lease.devices) == {}
-    leases.set_lost(queue, "p", "B/0", "hot")
+    assert leases.find_lost_devices(queue, "p", lease.devices) == {}
+    leases.set_device_lost(queue, "p", "B/0", "hot")
     leases.register_pool(queue, POOL)
-    assert leases.lost_of(queue, "p", lease.devices) == {"B/0": "hot"}  # only an operator returns it
+    assert leases.find_lost_devices(queue, "p", lease.devices) == {"B/0": "hot"}  # only an operator returns it
 
 
 def test_hours_add_up_by_run_and_team(queue):
     for name, count, hours in (("a", 4, 1.0), ("a", 2, 0.5), ("b", 1, 2.0)):
         lease = ask(queue, name, A=count)
-        leases.grant(queue, "p")
-        leases.release(queue, lease.id, 1, "done")
+        leases.grant_leases(queue, "p")
+        leases.release_lease(queue, lease.id, 1, "done")
         queue.flush()
         queue.execute(
             update(Lease).where(Lease.id == lease.id).values(granted_at=Lease.released_at - timedelta(hours=hours))
         )
-    assert leases.ledger(queue) == pytest.approx({"a": 5.0, "b": 2.0})
-    assert leases.ledger(queue, by="team") == pytest.approx({"t": 7.0})
+    assert leases.compute_device_hours(queue) == pytest.approx({"a": 5.0, "b": 2.0})
+    assert leases.compute_device_hours(queue, by="team") == pytest.approx({"t": 7.0})

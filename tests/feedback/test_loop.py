@@ -31,7 +31,7 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     assert accept_all(session, later)["accepted"] == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
     assert {"train", "held_out"} == set(roles)
-    assert [reports.role_of(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
+    assert [reports.choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
 
 
 def test_a_report_the_champion_answers_right_is_rejected_with_the_reason(session, reporter, later):
@@ -82,19 +82,19 @@ def test_each_accepted_report_gets_one_verdict_and_one_notice(session, reporter,
     promote(session, 1, passed=[])
     session.execute(Outbox.__table__.delete())
     promote(session, 2, passed=[fixed.case_id], parent=1)
-    assert promotion.deliver(session) == 2
-    assert promotion.deliver(session) == 0
-    assert reports.describe(session, fixed).verdict == "fixed"
-    assert reports.describe(session, fixed).summary == "failing in v1, fixed in v2"
-    assert reports.describe(session, failing).verdict == "still_failing"
-    assert "fixed in v2" in reports.describe(session, fixed).timeline[-1].text
+    assert promotion.mark_notices_delivered(session) == 2
+    assert promotion.mark_notices_delivered(session) == 0
+    assert reports.describe_report(session, fixed).verdict == "fixed"
+    assert reports.describe_report(session, fixed).summary == "failing in v1, fixed in v2"
+    assert reports.describe_report(session, failing).verdict == "still_failing"
+    assert "fixed in v2" in reports.describe_report(session, fixed).timeline[-1].text
 
 
 def test_telling_twice_makes_no_second_notice(session, reporter, later):
     submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
-    promotion._tell(session, None, 1)
+    promotion._write_notices(session, None, 1)
     assert len(session.scalars(select(Outbox)).all()) == 1
 
 
@@ -122,34 +122,34 @@ def test_steps_that_are_passed_are_passed_by(session):
     assert rounds.begin_step(session, turn.id, "train", 0)
     assert rounds.begin_step(session, turn.id, "train", 0)
     assert not rounds.begin_step(session, turn.id, "collect", 0)
-    rounds.finish(session, turn.id, "cancelled", "by hand")
-    with pytest.raises(rounds.RoundEnded, match="is cancelled"):
+    rounds.finish_round(session, turn.id, "cancelled", "by hand")
+    with pytest.raises(rounds.RoundOwnershipLost, match="is cancelled"):
         rounds.begin_step(session, turn.id, "train", 0)
 
 
 def test_an_attempt_that_was_taken_over_is_kept_out(session):
     turn = start_round(session)
-    first = rounds.next_attempt(session, turn.id)
+    first = rounds.increment_attempt(session, turn.id)
     assert rounds.begin_step(session, turn.id, "collect", first)
-    second = rounds.next_attempt(session, turn.id)
-    with pytest.raises(rounds.RoundEnded, match="attempt 2 has taken over from attempt 1"):
+    second = rounds.increment_attempt(session, turn.id)
+    with pytest.raises(rounds.RoundOwnershipLost, match="attempt 2 has taken over from attempt 1"):
         rounds.begin_step(session, turn.id, "snapshot", first)
     assert rounds.begin_step(session, turn.id, "snapshot", second)
 
 
 def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, later):
-    assert reports.pending(session, with_review=True) == (0, None)
+    assert reports.count_pending_reports(session, with_review=True) == (0, None)
     first = submit(session, reporter)
-    assert reports.pending(session, with_review=False) == (1, first.created_at)
-    reports.screen(session, later)
-    assert reports.pending(session, with_review=False)[0] == 1
+    assert reports.count_pending_reports(session, with_review=False) == (1, first.created_at)
+    reports.screen_reports(session, later)
+    assert reports.count_pending_reports(session, with_review=False)[0] == 1
     reproduce(session, [(first.id, "wrong")])
-    assert reports.pending(session, with_review=False)[0] == 0
-    assert reports.pending(session, with_review=True)[0] == 1
-    reports.review(session, later, SALT, 0.5)
-    assert reports.pending(session, with_review=True)[0] == 0
-    assert reports.accepted_since(session, None) == 1
-    assert reports.accepted_since(session, later) == 0
+    assert reports.count_pending_reports(session, with_review=False)[0] == 0
+    assert reports.count_pending_reports(session, with_review=True)[0] == 1
+    reports.review_reports(session, later, SALT, 0.5)
+    assert reports.count_pending_reports(session, with_review=True)[0] == 0
+    assert reports.count_accepted_since(session, None) == 1
+    assert reports.count_accepted_since(session, later) == 0
 
 
 def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
@@ -183,10 +183,10 @@ def test_documents_are_never_removed_because_of_a_prompt(session, objects, repor
 def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, reporter):
     made = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
     data = b'{"prompt": "p0", "answer": "a"}\n{"prompt": " ", "answer": "b"}\n{"prompt": "p2", "answer": "a"}\n'
-    made.sha256 = objects.put_named_by_content(datasets.UPLOADS, data)
+    made.sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = made.sha256, "checked"
-    datasets.accept(session, made.id, objects.get, SALT, SHARE, MAX_CASES)
+    datasets.accept_dataset(session, made.id, objects.get, SALT, SHARE, MAX_CASES)
     _, snapshot = freeze(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 

@@ -31,8 +31,8 @@ def address(stores, engine, objects, first_version):
         with served(make_app(stores.model_copy(update=changes), engine, objects)) as url:
             yield url
     with open_sessions(engine).begin() as session:
-        if (turn := rounds.running_round(session)) is not None:
-            rounds.finish(session, turn.id, "cancelled", "the test is over")
+        if (turn := rounds.find_running_round(session)) is not None:
+            rounds.finish_round(session, turn.id, "cancelled", "the test is over")
 
 
 def explore(address, headers, scratch, examples, *options):

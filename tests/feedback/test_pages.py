@@ -21,7 +21,7 @@ def ended(engine):
         with sessions.begin() as session:
             turn = rounds.request_round(session, "test", RoundParameters(), new_id())
             turn.step, turn.decision, turn.candidate_version = step, decision, 7
-            rounds.finish(session, turn.id, state, f"DataError: {MARK}\nTraceback: select {MARK}")
+            rounds.finish_round(session, turn.id, state, f"DataError: {MARK}\nTraceback: select {MARK}")
             return turn
 
     yield of
@@ -46,9 +46,11 @@ def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal,
     assert "did not pass the gate: 1 reports that passed before fail again" in page
 
 
-@pytest.mark.parametrize("step", [step for step in rounds.STEPS if step != "done"])
+@pytest.mark.parametrize("step", [step for step in rounds.ROUND_STEPS if step != "done"])
 def test_every_step_has_words_for_failing_in_it(step):
-    assert rounds.headline(Round(state="failed", step=step)).startswith(f"failed while {rounds.DOING[step]};")
+    assert rounds.describe_round_end(Round(state="failed", step=step)).startswith(
+        f"failed while {rounds.STEP_ACTIVITIES[step]};"
+    )
 
 
 def cpu_seconds(portal, path):

@@ -65,7 +65,7 @@ def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, obje
     roles = session.execute(select(DatasetRow.prompt_key, DatasetRow.role)).all()
     drawn = {prompt for prompt, role in roles if role == "held_out"}
     prompts = {row.prompt_key for row in rows if row.checker is not None and row.prompt}
-    assert drawn == {prompt for prompt in prompts if reports.role_of(prompt, SALT, SHARE) == "held_out"}
+    assert drawn == {prompt for prompt in prompts if reports.choose_case_role(prompt, SALT, SHARE) == "held_out"}
     four_sigma = 4 * (SHARE * (1 - SHARE) / len(prompts)) ** 0.5
     assert len(prompts) > 1000 and abs(len(drawn) / len(prompts) - SHARE) < four_sigma
 
@@ -100,12 +100,12 @@ def test_owners_are_told_how_many_of_their_rows_were_closed_out(session, objects
             upload(session, objects, attacker, variants(rows, 1))
         snapshot_id, _ = freeze(session, objects)
         session.refresh(honest)
-        assert datasets.describe(session, honest).num_closed_out == closed
+        assert datasets.describe_dataset(session, honest).num_closed_out == closed
         assert session.get_one(Snapshot, snapshot_id).counts["datasets_closed_out"] == closed
-    told = [event.text for event in datasets.describe(session, honest).timeline if "left out" in event.text]
+    told = [event.text for event in datasets.describe_dataset(session, honest).timeline if "left out" in event.text]
     sentence = f"(snapshot): rows left out, {num_drawn} of 101: their prompts are those of held-out cases"
     assert len(told) == 2 and sentence in told[-1]  # beside how many duplicates it has
-    assert len(datasets.describe(session, untouched).timeline) == 2
+    assert len(datasets.describe_dataset(session, untouched).timeline) == 2
 
 
 def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, reporter, attacker, later):
@@ -115,7 +115,7 @@ def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, r
     upload(session, objects, attacker, [Row(answer="a document")])
     for _ in range(2):
         freeze(session, objects)
-    told = [event.text for event in reports.describe(session, row).timeline if "left out" in event.text]
+    told = [event.text for event in reports.describe_report(session, row).timeline if "left out" in event.text]
     assert len(told) == 1 and "its correction is left out: its prompt is that of a held-out case" in told[0]
 
 

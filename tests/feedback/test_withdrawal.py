@@ -6,12 +6,18 @@ import pytest
 from sqlalchemy import select
 
 from feedback import datasets, gate, promotion, reports, rounds
-from feedback.accounts import NotFound, Refused, add_contributor
+from feedback.accounts import InvalidField, NotFound, add_contributor
 from feedback.api.app import make_app
 from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
 from feedback.tables import AuditEvent, DatasetRow, Outbox, new_id
-from feedback.withdrawal import BATCHES, Batch, withdraw_account, withdraw_dataset, withdraw_report
+from feedback.withdrawal import (
+    WITHDRAWAL_BATCH_SIZES,
+    WithdrawalBatch,
+    withdraw_account,
+    withdraw_dataset,
+    withdraw_report,
+)
 from tests.feedback.loop import (
     accept_all,
     add_candidate,
@@ -32,10 +38,10 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
     accept_all(session, later, share=0.0)
     withdraw_report(session, reporter, goes.id, "it was mistaken")
     assert b"xyz" not in freeze(session, objects)[1]
-    assert [case.id for case in rounds.untested(session, 1)] == [stays.case_id]
+    assert [case.id for case in rounds.find_untested_cases(session, 1)] == [stays.case_id]
     promote(session, 1, passed=[])
     assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
-    told = reports.describe(session, goes)
+    told = reports.describe_report(session, goes)
     assert (told.state, told.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
 
 
@@ -47,12 +53,12 @@ def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter,
     turn.parent_version = 1
     add_candidate(session, turn, 2)
     answer(session, 2, passed=[])
-    assert gate.decide(session, turn)["regressions"] == [row.case_id]
+    assert gate.decide_promotion(session, turn)["regressions"] == [row.case_id]
     withdraw_report(session, reporter, row.id, "mistaken")
-    decision = gate.decide(session, turn)
+    decision = gate.decide_promotion(session, turn)
     assert decision["promote"] and [suite["after"]["total"] for suite in decision["suites"]] == [1]
     withdraw_report(session, reporter, other.id, "mistaken too")
-    assert "no held-out case is left to judge it by" in gate.decide(session, turn)["reasons"][0]
+    assert "no held-out case is left to judge it by" in gate.decide_promotion(session, turn)["reasons"][0]
 
 
 def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):
@@ -60,12 +66,12 @@ def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter,
     accept_all(session, later)
     assert first.case_id == second.case_id
     withdraw_report(session, reporter, first.id, "mine alone")
-    assert len(rounds.untested(session, 1)) == 1
+    assert len(rounds.find_untested_cases(session, 1)) == 1
     withdraw_report(session, reporter, second.id, "mine too")
-    assert rounds.untested(session, 1) == []
+    assert rounds.find_untested_cases(session, 1) == []
     third = submit(session, reporter)
     accept_all(session, later)
-    assert third.case_id == first.case_id and len(rounds.untested(session, 1)) == 1
+    assert third.case_id == first.case_id and len(rounds.find_untested_cases(session, 1)) == 1
 
 
 def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):
@@ -88,7 +94,7 @@ def test_a_notice_on_its_way_is_held_back(session, reporter, later):
     accept_all(session, later)
     promote(session, 1, passed=[])
     withdraw_report(session, reporter, row.id, "mistaken")
-    assert promotion.deliver(session) == 0
+    assert promotion.mark_notices_delivered(session) == 0
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -97,10 +103,10 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
     accept_all(session, later)
     promote(session, 1, passed=[])
     if is_told:
-        promotion.deliver(session)
-    assert reports.describe(session, row).summary == "failing in v1"
+        promotion.mark_notices_delivered(session)
+    assert reports.describe_report(session, row).summary == "failing in v1"
     withdraw_report(session, reporter, row.id, "mistaken")
-    gone = reports.describe(session, row)
+    gone = reports.describe_report(session, row)
     assert (gone.summary, gone.verdict, gone.verdict_version) == ("withdrawn", None, None)
     assert any("failing in v" in event.text for event in gone.timeline) is is_told
 
@@ -108,11 +114,11 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
 def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):
     upload(session, objects, reporter, checked_rows("stays", 40))
     goes = upload(session, objects, reporter, checked_rows("goes", 40))
-    assert {case.prompt[:4] for case in rounds.untested(session, 1)} == {"stay", "goes"}
+    assert {case.prompt[:4] for case in rounds.find_untested_cases(session, 1)} == {"stay", "goes"}
     withdraw_dataset(session, reporter, goes.id, "not mine to give")
     assert b"goes" not in freeze(session, objects)[1]
-    assert {case.prompt[:5] for case in rounds.untested(session, 1)} == {"stays"}
-    assert datasets.describe(session, goes).timeline[-1].text == "withdrawn by you: not mine to give"
+    assert {case.prompt[:5] for case in rounds.find_untested_cases(session, 1)} == {"stays"}
+    assert datasets.describe_dataset(session, goes).timeline[-1].text == "withdrawn by you: not mine to give"
 
 
 @pytest.mark.parametrize("purpose", ["mixture", "base"])
@@ -125,7 +131,7 @@ def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, report
     withdraw_dataset(session, reporter, first.id, "mine alone")
     found = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
     assert (found.count("held_out"), found.count("train")) == (num_drawn, 20 - num_drawn)
-    assert len(rounds.untested(session, 1)) == num_drawn
+    assert len(rounds.find_untested_cases(session, 1)) == num_drawn
 
 
 def test_withdrawing_twice_changes_nothing(session, reporter, later):
@@ -146,33 +152,42 @@ def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, report
         stranger.role = "operator"
         withdraw(session, stranger, record.id, "poison")
         stranger.role = "contributor"
-    assert reports.describe(session, row).timeline[-1].text == "withdrawn by an operator: poison"
+    assert reports.describe_report(session, row).timeline[-1].text == "withdrawn by an operator: poison"
 
 
 def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, reporter, later):
     stranger, operator = (add_contributor(session, new_id())[0] for _ in range(2))
     operator.role = "operator"
-    rows = [submit(session, stranger, f"junk {n}", "7") for n in range(BATCHES["reports"] + 2)]
+    rows = [submit(session, stranger, f"junk {n}", "7") for n in range(WITHDRAWAL_BATCH_SIZES["reports"] + 2)]
     refused = rows.pop()
     refused.state, refused.reason = "rejected", "not reproduced"
     accept_all(session, later)
-    made = [upload(session, objects, stranger, checked_rows(f"junk{n} ", 5)) for n in range(BATCHES["datasets"] + 1)]
+    made = [
+        upload(session, objects, stranger, checked_rows(f"junk{n} ", 5))
+        for n in range(WITHDRAWAL_BATCH_SIZES["datasets"] + 1)
+    ]
     kept = submit(session, reporter, "good", "7")
     batches = []
-    while not batches or batches[-1] != Batch():
+    while not batches or batches[-1] != WithdrawalBatch():
         assert len(batches) < 9
         batches.append(withdraw_account(session, operator, stranger, "junk", ["reports", "datasets"]))
-    assert batches == [Batch(200, 0), Batch(1, 0), Batch(0, 10), Batch(0, 1), Batch()]
+    assert batches == [
+        WithdrawalBatch(200, 0),
+        WithdrawalBatch(1, 0),
+        WithdrawalBatch(0, 10),
+        WithdrawalBatch(0, 1),
+        WithdrawalBatch(),
+    ]
     assert {row.state for row in (*rows, *made)} == {"withdrawn"}
     assert (refused.state, kept.state) == ("rejected", "received")
-    assert rounds.untested(session, 1) == []
-    for one in (reports.describe(session, rows[-1]), datasets.describe(session, made[-1])):
+    assert rounds.find_untested_cases(session, 1) == []
+    for one in (reports.describe_report(session, rows[-1]), datasets.describe_dataset(session, made[-1])):
         assert one.timeline[-1].text == "withdrawn by an operator: junk"
 
 
 def test_an_operators_account_is_not_withdrawn_as_a_whole(session, reporter):
     reporter.role = "operator"
-    with pytest.raises(Refused, match="is an operator's account"):
+    with pytest.raises(InvalidField, match="is an operator's account"):
         withdraw_account(session, reporter, reporter, "a slip", ["datasets"])
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import update
 from feedback import rounds
 from feedback.client import Client
 from feedback.contracts import RoundParameters
-from feedback.tables import Device, Round, new_id
+from feedback.tables import PoolDevice, Round, new_id
 from flows.context import Context
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
@@ -127,16 +127,16 @@ def supervise(stores, engine, objects, portal, tmp_path):
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
             turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-            run = rounds.training_run(session, turn.id)
-            session.execute(update(Device).values(lost_reason=None, lost_host=None))
+            run = rounds.get_or_create_training_run(session, turn.id)
+            session.execute(update(PoolDevice).values(lost_reason=None, lost_host=None))
         turns.append(turn.id)
         folder = lay_out(tmp_path / "run", made, recipe)
         with context.sessions.begin() as session:
-            rounds.keep_plan(session, turn.id, folder.read_spec().plan.to_json())
+            rounds.get_or_store_plan(session, turn.id, folder.read_spec().plan.to_json())
         reporter = Reporter(context, turn.id, folder, lambda status: None)
         return Supervisor(context, turn.id, run.id, folder, reporter)
 
     yield of
     with context.sessions.begin() as session:
         for turn in turns:
-            rounds.finish(session, turn, "cancelled", "the test is over")
+            rounds.finish_round(session, turn, "cancelled", "the test is over")

@@ -49,8 +49,8 @@ def test_a_lost_device_takes_its_node_out_until_it_is_returned(supervisor, monke
     with pytest.raises(TrainingFailed, match="'cluster' has lost all its devices"):
         supervisor.run()
     with supervisor.context.sessions.begin() as session:
-        assert leases.lost_hosts(session, "cluster") == [socket.gethostname().split(".")[0]]
-        assert len(leases.set_lost(session, "cluster", "cpu-process/0", None)) == 2
+        assert leases.find_lost_hosts(session, "cluster") == [socket.gethostname().split(".")[0]]
+        assert len(leases.set_device_lost(session, "cluster", "cpu-process/0", None)) == 2
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     supervisor.run()
     kinds = [event["kind"] for event in supervisor.folder.read_events() if event["event"] == "ended"]

@@ -71,7 +71,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
         duties.turn()
     with sessions() as session:
         assert session.scalars(select(Outbox.delivered_at).where(Outbox.contributor_id == reporter.id)).one()
-        assert rounds.running_round(session) is None
+        assert rounds.find_running_round(session) is None
     failing = {name for name, standing in duties.standings.items() if standing.failures}
     assert failing == {"make aliases follow", "register deployments", "end lost flow runs"}
 

@@ -6,7 +6,7 @@ from sqlalchemy import delete, update
 
 from feedback import datasets, promotion, rounds
 from feedback.contracts import RoundParameters
-from feedback.reproduce import Refused, ask_again
+from feedback.reproduce import PromptRefused, reproduce_answers
 from feedback.tables import Promotion, Round, new_id
 from flows.context import Context
 from flows.round import collect, evaluate, prepare_run
@@ -47,7 +47,7 @@ def model_server(stores):
 
 
 def ask(settings, prompts, version=VERSION):
-    return [answer for batch in ask_again(settings, prompts, version) for answer in batch]
+    return [answer for batch in reproduce_answers(settings, prompts, version) for answer in batch]
 
 
 def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_answered(model_server):
@@ -55,7 +55,7 @@ def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_a
     expected = ask(model_server, prompts)
     prompts[7:7], prompts[70:70] = ["a" * 300], ["b" * 300, "j"]
     found = ask(model_server, prompts)
-    refused = {n: str(answer) for n, answer in enumerate(found) if isinstance(answer, Refused)}
+    refused = {n: str(answer) for n, answer in enumerate(found) if isinstance(answer, PromptRefused)}
     assert list(refused) == [7, 70, 71] and [a for a in found if isinstance(a, str)] == expected
     assert refused[7] == f"the prompt has 301 tokens and the window {WINDOW}; shorten the prompt"
     assert "not finite" in refused[71]
@@ -77,14 +77,14 @@ def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, obj
         made = portal.post(f"/api/v1/datasets?name={name}", content=content, headers=account.headers).json()
         ids.append(made["id"])
         if name == "gone":
-            objects.delete(f"{datasets.UPLOADS}/{made['sha256']}")
+            objects.delete(f"{datasets.UPLOADS_FOLDER}/{made['sha256']}")
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
         turn = rounds.request_round(session, "test", RoundParameters(), new_id()).id
     counts = collect.collect(context, turn)
     with context.sessions.begin() as session:
         kept = rounds.find_round(session, turn).failed_items
-        rounds.finish(session, turn, "cancelled", "the test is over")
+        rounds.finish_round(session, turn, "cancelled", "the test is over")
     found = [portal.get(f"/api/v1/datasets/{one}", headers=account.headers).json() for one in ids]
     assert [dataset["state"] for dataset in found] == ["accepted", "rejected", "accepted"]
     assert "its bytes are gone from the object store" in found[1]["reason"]
@@ -100,8 +100,8 @@ def context(model_server, engine, objects):
         turn = rounds.request_round(session, "test", RoundParameters(), new_id())
         rounds.add_version(session, turn.id, VERSION, {})
         session.flush()
-        promotion.promote(session, turn, {"candidate": VERSION})
-        rounds.finish(session, turn.id, "promoted", "for the test")
+        promotion.promote_candidate(session, turn, {"candidate": VERSION})
+        rounds.finish_round(session, turn.id, "promoted", "for the test")
     yield context
     with context.sessions.begin() as session:
         session.execute(delete(Promotion))

@@ -125,7 +125,11 @@ def check_reports(stack, sessions, client, reporter, round_id):
 
     stack.until(told, seconds=30)
     with sessions() as session:
-        untested = [case for case in rounds.untested(session, turn.candidate_version) if case.created_at < turn.cut_off]
+        untested = [
+            case
+            for case in rounds.find_untested_cases(session, turn.candidate_version)
+            if case.created_at < turn.cut_off
+        ]
         assert untested == []
 
 

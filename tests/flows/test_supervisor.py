@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, update
 
 from feedback import leases
-from feedback.tables import Device, Lease
+from feedback.tables import Lease, PoolDevice
 from flows.supervisor.exit_reason import Ended
 from flows.supervisor.supervisor import TrainingFailed
 from tests.yuan.runs import RECIPE, make
@@ -59,7 +59,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
     with supervisor.context.sessions() as session:
         held = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
         assert len(held) == 2 and all(lease.released_at for lease in held)
-        assert leases.ledger(session)[supervisor.run_id] > 0
+        assert leases.compute_device_hours(session)[supervisor.run_id] > 0
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_lost_device_is_planned_around(supervisor):
 
     def lose():
         with supervisor.context.sessions.begin() as session:
-            leases.set_lost(session, CPU_POOL_NAME, "cpu-process/1", "taken out by the operator")
+            leases.set_device_lost(session, CPU_POOL_NAME, "cpu-process/1", "taken out by the operator")
 
     struck = when_under_way(folder, lose)
     supervisor.run()
@@ -83,7 +83,7 @@ def test_a_lost_device_is_planned_around(supervisor):
 def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
     with supervisor.context.sessions.begin() as session:
         leases.register_pool(session, supervisor.pool)
-        session.execute(update(Device).values(lost_reason="burnt"))
+        session.execute(update(PoolDevice).values(lost_reason="burnt"))
     with pytest.raises(TrainingFailed, match="has lost all its devices"):
         supervisor.run()
     assert not (supervisor.folder.path / "train.log").exists()
@@ -106,5 +106,5 @@ def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(superv
     assert supervisor._bad_hosts() == ("gpu-7",)
     assert supervisor._pool_now().groups[0].count == 2
     with supervisor.context.sessions.begin() as session:
-        assert leases.set_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
+        assert leases.set_device_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
     assert supervisor._bad_hosts() == ()

@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from feedback import reports, rounds
 from feedback.contracts import RoundParameters
-from feedback.rounds import NeverRegistered
+from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Round, new_id
 from flows.context import Context
 from flows.round import evaluate
@@ -46,7 +46,7 @@ def record(context):
             session.execute(update(Round).values(state="cancelled"))
             turn = rounds.request_round(session, "test", RoundParameters(), new_id())
             turns.append(turn.id)
-            run_id = rounds.training_run(session, turn.id).id
+            run_id = rounds.get_or_create_training_run(session, turn.id).id
             tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
             config = ModelConfig(
                 name="t", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64
@@ -60,7 +60,7 @@ def record(context):
     yield make
     with context.sessions.begin() as session:
         for turn in turns:
-            rounds.finish(session, turn, "cancelled", "the test is over")
+            rounds.finish_round(session, turn, "cancelled", "the test is over")
 
 
 def add_case(context):
@@ -72,7 +72,7 @@ def add_case(context):
 @pytest.mark.parametrize("version", [987_654, 2**40])
 def test_a_version_that_never_was_is_said_to_be_none_without_asking_the_registry(context, version):
     for ask in (require, evaluate.evaluate_version):
-        with pytest.raises(NeverRegistered, match=f"v{version} was never registered here"):
+        with pytest.raises(VersionNotRegistered, match=f"v{version} was never registered here"):
             ask(context, version)
 
 
