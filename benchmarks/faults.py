@@ -27,7 +27,7 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
-from infra.keeper import marked, read_state
+from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
@@ -60,7 +60,7 @@ class Trial:
     def processes(self, words: str) -> list[int]:
         """Of the stack, those with such a command."""
         found = []
-        for pid in marked(load_config(self.home).stack_id):
+        for pid in find_stack_pids(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
                 if words in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
                     found.append(pid)
@@ -101,7 +101,7 @@ def kill_by(words: str) -> Fault:
 
 
 def kill_worker(trial: Trial) -> bool:
-    pid = read_state(trial.home)["services"]["worker"]["pid"]
+    pid = read_stack_state(trial.home)["services"]["worker"]["pid"]
     return bool(pid) and trial.kill(pid)
 
 
@@ -112,7 +112,7 @@ def outage(name: str) -> Fault:
         end = time.monotonic() + trial.outage_s
         while time.monotonic() < end:
             with contextlib.suppress(KeyError, FileNotFoundError):
-                pid = read_state(trial.home)["services"][name]["pid"]
+                pid = read_stack_state(trial.home)["services"][name]["pid"]
                 if pid:
                     trial.kill(pid)
             time.sleep(0.1)

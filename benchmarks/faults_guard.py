@@ -16,7 +16,7 @@ import torch
 from pairs import line, show
 from training_grids import make
 
-from infra.process_group import supervised, torchrun_command
+from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Recipe
 from yuan.data.samples import Sample
 from yuan.model import weights
@@ -83,8 +83,8 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
     if plant is not None:
         (path / "plant.json").write_text(json.dumps(plant))
         program = [Path(__file__).with_name("planted.py")]
-    command = torchrun_command(plan.pipeline_size, *program, path)
-    with supervised(command, path, dict(os.environ), "train.log") as process:
+    command = build_torchrun_command(plan.pipeline_size, *program, path)
+    with run_child(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

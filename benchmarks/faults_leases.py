@@ -26,11 +26,11 @@ from flows.stack.stack_config import load_config, write_environment
 from flows.stack.stores import postgres_service
 from flows.supervisor.lease_holder import Sessions, held, job_name
 from flows.supervisor.reaper import reap
-from infra.database import open_engine, open_sessions
-from infra.keeper import MARK, sweep
+from infra.database import make_session_factory, open_engine
+from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.launchers.local import JOB_VARIABLE, LocalLauncher
 from infra.postgres import Postgres
-from infra.processes import carrying, kill_carrying
+from infra.processes import find_pids, kill_processes
 from infra.settings import Settings
 from yuan.plan.pool import DeviceGroup, Pool
 
@@ -74,7 +74,7 @@ def database(home: Path) -> Iterator[Settings]:
     postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
     service = postgres_service(config, settings, postgres)
     service.before()
-    env = {**service.env, MARK: config.stack_id}
+    env = {**service.env, STACK_ID_VARIABLE: config.stack_id}
     process = subprocess.Popen(
         service.command(), env=env, cwd=service.cwd, stdout=-3, stderr=-3, start_new_session=True
     )
@@ -87,13 +87,13 @@ def database(home: Path) -> Iterator[Settings]:
         service.after()
         yield settings
     finally:
-        sweep(config.stack_id, spare={os.getpid()})
+        kill_stack_processes(config.stack_id, spare={os.getpid()})
         process.wait()
 
 
 def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     engine = open_engine(settings)
-    sessions = open_sessions(engine)
+    sessions = make_session_factory(engine)
     group = DeviceGroup(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
     with sessions.begin() as session:
         Base.metadata.create_all(session.connection(), checkfirst=True)
@@ -132,7 +132,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
             "devices": session.scalar(select(func.count()).select_from(PoolDevice)),
             "seconds": round(seconds),
         }
-    kill_carrying(TURN, str(folder))
+    kill_processes(TURN, str(folder))
     engine.dispose()
     return figures
 
@@ -147,7 +147,7 @@ def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
     struck.add(lease.id)
     kind = rng.choice(("kill", "kill", "child first", "stop"))
     with contextlib.suppress(ProcessLookupError):
-        for child in list(carrying(JOB_VARIABLE, job_name(lease.id))) if kind == "child first" else ():
+        for child in list(find_pids(JOB_VARIABLE, job_name(lease.id))) if kind == "child first" else ():
             os.kill(child, signal.SIGKILL)
         os.kill(int(lease.holder.split(":")[-2]), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
     return 1
@@ -163,7 +163,7 @@ def start(folder: Path, settings: Settings, count: int) -> subprocess.Popen[byte
 def hold(folder: Path, count: int) -> None:
     """Take devices again and again, each time with a child that locks their files while it uses them."""
     settings = Settings(_env_file=Path(os.environ["COTRAIN_HOME"]) / "env")
-    sessions = open_sessions(open_engine(settings))
+    sessions = make_session_factory(open_engine(settings))
     stopping: list[int] = []
     signal.signal(signal.SIGUSR1, lambda *_: stopping.append(1))
     rng = random.Random(os.getpid())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from infra.logs import configure_logging
-from infra.process_group import leave_with_parent
+from infra.process_group import exit_with_parent
 from yuan.data.shuffle import Int64Array
 from yuan.train import run
 from yuan.train.trainer import Trainer
@@ -43,7 +43,7 @@ def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) 
 
 def main() -> int:
     configure_logging()
-    leave_with_parent()
+    exit_with_parent()
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]).resolve()
     asked = json.loads((folder / "plant.json").read_text())

@@ -20,7 +20,7 @@ import torch
 from deepspeed import comm as dist
 from pairs import PAIRS, interval, line, show
 
-from infra.process_group import torchrun_command
+from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
@@ -94,7 +94,7 @@ def main() -> int:
 
 def in_ranks(what: str, folder: Path) -> dict[str, Any]:
     """This file in two ranks; what rank 0 wrote down."""
-    command = torchrun_command(2, __file__, what, folder)
+    command = build_torchrun_command(2, __file__, what, folder)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])

@@ -17,7 +17,7 @@ from pairs import line, show
 from safetensors.torch import load_file
 from training_grids import RECIPE, make
 
-from infra.process_group import supervised, torchrun_command
+from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
 from yuan.data.samples import Sample
 from yuan.plan.planner import make_plan, make_plan_from_bounds
@@ -75,8 +75,8 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=recipe, seed=5, parent="v1")
     folder.prepare(spec, {"documents": samples}, pad=0)
-    command = torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
-    with supervised(command, path, {**os.environ, "OMP_NUM_THREADS": "1"}, "train.log") as process:
+    command = build_torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
+    with run_child(command, path, {**os.environ, "OMP_NUM_THREADS": "1"}, "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pairs import line, show
 
-from infra.process_group import torchrun_command
+from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
 from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
@@ -41,7 +41,7 @@ def main() -> int:
             show({"name": name, "skipped": "no GPU here"})
         return 0
     with tempfile.TemporaryDirectory() as name:
-        command = torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
+        command = build_torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])

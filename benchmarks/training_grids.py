@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pairs import line, show
 
-from infra.process_group import supervised, torchrun_command
+from infra.process_group import build_torchrun_command, run_child
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
 from yuan.data.mixture import find_unskipped_positions
@@ -76,8 +76,8 @@ def run(
     folder = RunFolder(path)
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
     folder.prepare(spec, {"documents": samples}, pad=0)
-    command = torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
-    with supervised(command, path, dict(os.environ), "train.log") as process:
+    command = build_torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
+    with run_child(command, path, dict(os.environ), "train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

@@ -24,7 +24,7 @@ from pairs import PAIRS, at_least, interval, line, show
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from infra.process_group import torchrun_command
+from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.model.loss import head_loss
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
@@ -43,7 +43,7 @@ AUTOGRAD = "--autograd"
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
-        command = torchrun_command(2, __file__, name, *sys.argv[1:])
+        command = build_torchrun_command(2, __file__, name, *sys.argv[1:])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
 from feedback.tables import AuditEvent
-from infra.faults import is_of_one_item
+from infra.faults import is_item_error
 from yuan.data.text import describe_errors, make_storable
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def process_each(
             with session.begin_nested():
                 work(item)
         except Exception as error:
-            if not is_of_one_item(error):
+            if not is_item_error(error):
                 raise
             blame(item, error)
             failed += 1
@@ -67,7 +67,7 @@ def process_in_bulk(
         with session.begin_nested():
             work(items)
     except Exception as error:
-        if not is_of_one_item(error):
+        if not is_item_error(error):
             raise
         half = len(items) // 2
         return sum(process_in_bulk(session, part, work, blame) for part in (items[:half], items[half:]))

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound, audit
 from feedback.tables import DevicePool, Lease, PoolDevice
-from infra.launchers.job import HOST
+from infra.launchers.job import HOST_NAME_PATTERN
 from yuan.plan.pool import Pool
 
 LEASE_TTL_S = 60.0  # of silence after which a holder is taken for dead
@@ -210,7 +210,7 @@ def set_device_lost(session: Session, pool: str, device: str, reason: str | None
         NotFound: if the pool has no such device.
         ValueError: if the host is not named as hosts are.
     """
-    if host and not HOST.fullmatch(host):
+    if host and not HOST_NAME_PATTERN.fullmatch(host):
         raise ValueError(f"a machine is named as a host is, by letters, digits, dots and hyphens, got {host!r}")
     found = session.get(PoolDevice, (pool, device))
     if found is None:

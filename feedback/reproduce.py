@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from infra.faults import REFUSED_STATUS
+from infra.faults import REFUSED_INPUT_STATUSES
 from infra.settings import ModelServerAccess
 
 REPRODUCTION_BATCH_PROMPTS = 64
@@ -39,7 +39,7 @@ def reproduce_answers(
 
 def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
     reply = _request_completions(http, prompts)
-    if reply.status_code not in (*REFUSED_STATUS, SERVER_FAILURE_STATUS):
+    if reply.status_code not in (*REFUSED_INPUT_STATUSES, SERVER_FAILURE_STATUS):
         answer = reply.raise_for_status().json()
         if answer["model"] != f"yuan-v{version}":
             raise ConnectionError(f"v{version} was to be asked and {answer['model']} answered; try again")

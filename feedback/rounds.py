@@ -12,7 +12,7 @@ from feedback.accounts import Conflict, NotFound, audit
 from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.promotion import find_champion
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
-from infra.error_text import Plain
+from infra.error_text import SafeMessageError
 
 NOTIFY_CHANNEL = "cotrain"
 MAX_VERSION_NUMBER = 2**31 - 1  # of an integer column
@@ -181,7 +181,7 @@ def lock_registrations(session: Session) -> None:
     session.execute(select(func.pg_advisory_xact_lock(REGISTRATIONS_LOCK)))
 
 
-class VersionNotRegistered(Plain, ValueError):
+class VersionNotRegistered(SafeMessageError, ValueError):
     """There is no version of this number, and there never was."""
 
 

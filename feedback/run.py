@@ -4,22 +4,22 @@ import uvicorn
 
 from feedback.api.app import make_app
 from infra.database import open_engine
-from infra.http_server import choose_place, server_options
+from infra.http_server import choose_listen_options, make_server_options
 from infra.logs import configure_logging
-from infra.objects import open_objects
+from infra.objects import open_object_store
 from infra.settings import PortalSettings, load_settings
 
 
 def main() -> None:
     configure_logging()
     settings = load_settings(PortalSettings)
-    app = make_app(settings, open_engine(settings, pool_size=16), open_objects(settings))
+    app = make_app(settings, open_engine(settings, pool_size=16), open_object_store(settings))
     uvicorn.run(
         app,
         log_config=None,
         access_log=False,
-        **choose_place(settings.portal_url),
-        **server_options(),
+        **choose_listen_options(settings.portal_url),
+        **make_server_options(),
     )
 
 

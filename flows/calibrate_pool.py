@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from infra.confinement import built_environment
-from infra.files import read_end
-from infra.process_group import supervised, torchrun_command
+from infra.confinement import build_confined_environment
+from infra.files import read_tail
+from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Precision, Recipe
 from yuan.plan.calibration_fit import calibrate_group
 from yuan.plan.pool import DeviceGroup
@@ -68,12 +68,12 @@ def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResul
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        env = built_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+        env = build_confined_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         request.write(folder)
-        with supervised(
-            torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
+        with run_child(
+            build_torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
         ) as process:
             status = process.wait(LIMIT_S)
         if status:
-            raise RuntimeError(f"measuring ended with status {status}: {read_end(folder / 'measure.log', 2000)}")
+            raise RuntimeError(f"measuring ended with status {status}: {read_tail(folder / 'measure.log', 2000)}")
         return CalibrationResult.read(folder)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from infra.database import open_engine, open_sessions
-from infra.objects import Objects, open_objects
+from infra.database import make_session_factory, open_engine
+from infra.objects import ObjectStore, open_object_store
 from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, load_settings
 from infra.tracker import Tracker
 
@@ -36,7 +36,7 @@ class Context(Records):
     """What a flow's steps work with; in a round's flow also which attempt at the round this is."""
 
     settings: FlowSettings
-    objects: Objects
+    objects: ObjectStore
     attempt: int = 0
 
     @property
@@ -56,10 +56,10 @@ class Context(Records):
 def open_context(kind: type[FlowSettings] = FlowSettings) -> Context:
     """Read the settings and connect; for process entries. Commands of an operator name `Settings`."""
     settings = load_settings(kind)
-    return Context(settings, open_sessions(open_engine(settings)), open_objects(settings))
+    return Context(settings, make_session_factory(open_engine(settings)), open_object_store(settings))
 
 
 def open_dispatcher_context() -> DispatcherContext:
     """Read the dispatcher's settings and connect."""
     settings = load_settings(DispatcherSettings)
-    return DispatcherContext(settings, open_sessions(open_engine(settings)))
+    return DispatcherContext(settings, make_session_factory(open_engine(settings)))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.error_text import frames, told
+from infra.error_text import describe_error, format_redacted_traceback
 from infra.files import read_regular
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,11 @@ class Duties:
         self.standings[name] = Standing(succeeded_at=time.time())
 
     def _failed(self, name: str, error: Exception) -> None:
-        standing, said = self.standings[name], told(error)
+        standing, said = self.standings[name], describe_error(error)
         if said != standing.error:  # once for each change, not at every try
-            log.error("cannot %s: %s", name, said if isinstance(error, self._expected) else frames(error))
+            log.error(
+                "cannot %s: %s", name, said if isinstance(error, self._expected) else format_redacted_traceback(error)
+            )
         standing.error, standing.failures = said, standing.failures + 1
         standing.failing_since = standing.failing_since or time.time()
         self._rest_until[name] = time.monotonic() + standing.pause_s

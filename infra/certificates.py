@@ -11,7 +11,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from infra.files import write_private
 
-YEARS = 20  # as long as a home folder may live; delete the file and start again to have another
+CERTIFICATE_YEARS = 20  # as long as a home folder may live; delete the file and start again to have another
 
 
 def ensure_certificate(file: Path, name: str) -> None:
@@ -33,7 +33,7 @@ def ensure_certificate(file: Path, name: str) -> None:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+        .not_valid_after(now + datetime.timedelta(days=365 * CERTIFICATE_YEARS))
         .add_extension(x509.SubjectAlternativeName([address, x509.DNSName("localhost")]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(purposes, critical=False)

@@ -28,22 +28,28 @@ from typing import Any
 
 CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 28, 38, 47
-NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
+SECBIT_NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
 CLONE_NEWUSER = 0x10000000
-OPEN_FILES = 65_536
+MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
 
 # Landlock: system calls (the same numbers on every architecture), and access rights of linux/landlock.h.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 GET_VERSION, PATH_BENEATH, NET_PORT = 1, 1, 2
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
-CHANGES = sum(1 << bit for bit in (4, 5, 7, 8, 9, 10, 12))  # remove and make folders, files, sockets, FIFOs, links
-DEVICES = 1 << 6 | 1 << 11  # make device files: never granted
-MAKE_SOCKET = 1 << 9
-REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
-FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # what a rule about a single file may hold
-READ = EXECUTE | READ_FILE | READ_DIR
-WRITE = WRITE_FILE | READ_FILE | READ_DIR | CHANGES | REFER | TRUNCATE | IOCTL_DEV  # and no EXECUTE
+EXECUTE_RIGHT, WRITE_FILE_RIGHT, READ_FILE_RIGHT, READ_DIR_RIGHT = 1, 2, 4, 8
+CHANGE_RIGHTS = sum(
+    1 << bit for bit in (4, 5, 7, 8, 9, 10, 12)
+)  # remove and make folders, files, sockets, FIFOs, links
+MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # make device files: never granted
+MAKE_SOCKET_RIGHT = 1 << 9
+REFER_RIGHT, TRUNCATE_RIGHT, IOCTL_DEV_RIGHT = 1 << 13, 1 << 14, 1 << 15
+FILE_RIGHTS = (
+    EXECUTE_RIGHT | WRITE_FILE_RIGHT | READ_FILE_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
+)  # what a rule about a single file may hold
+READ_RIGHTS = EXECUTE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT
+WRITE_RIGHTS = (
+    WRITE_FILE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT | CHANGE_RIGHTS | REFER_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
+)  # and no EXECUTE
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
 
@@ -63,29 +69,35 @@ SYSTEM_CALLS = {
     "semop": (65, 193), "semtimedop": (220, 192), "msgget": (68, 186), "msgctl": (71, 187), "msgsnd": (69, 189),
     "msgrcv": (70, 188),
 }  # fmt: skip
-CLOSED = (
+REFUSED_CALLS = (
     *("add_key", "request_key", "keyctl", "ptrace", "process_vm_readv", "process_vm_writev", "open_by_handle_at"),
     *("kexec_load", "kexec_file_load", "bpf", "perf_event_open", "userfaultfd"),
 )
-SYSTEM_V = (
+SYSTEM_V_CALLS = (
     *("shmget", "shmat", "shmctl", "semget", "semctl", "semop", "semtimedop"),
     *("msgget", "msgctl", "msgsnd", "msgrcv"),
 )
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
-LOAD, AND, EQUAL, NOT_LESS, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # BPF instructions on a 32-bit word
+BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_NOT_LESS, BPF_RETURN = (
+    0x20,
+    0x54,
+    0x15,
+    0x35,
+    0x06,
+)  # BPF instructions on a 32-bit word
 SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # an errno of 0 is a call that returns 0 and does nothing
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
-X32_CALLS = 0x40000000  # x86_64 calls by numbers of their own, from here on
-ANY_BIT, SOCKET_TYPE, MSG_FASTOPEN = 0xFFFFFFFF, 0xF, 0x20000000
+FIRST_X32_CALL = 0x40000000  # x86_64 calls by numbers of their own, from here on
+ALL_BITS_MASK, SOCKET_TYPE_MASK, MSG_FASTOPEN = 0xFFFFFFFF, 0xF, 0x20000000
 PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
 
-Instruction = tuple[int, int, int, int]  # code, instructions to skip if true, and if false, operand
-Test = tuple[int, int, tuple[int, ...]]  # argument's index, the bits that count, their allowed values
+BpfInstruction = tuple[int, int, int, int]  # code, instructions to skip if true, and if false, operand
+ArgumentTest = tuple[int, int, tuple[int, ...]]  # argument's index, the bits that count, their allowed values
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check(result: int, what: str) -> int:
+def check_result(result: int, what: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -96,15 +108,15 @@ def change_user(uid: int, capability: int) -> None:
     """Change to uid and keep exactly one capability, across exec too."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
-    check(libc.prctl(PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0), "securebits")
+    check_result(libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "securebits")
     os.setresuid(uid, uid, uid)
     set_capabilities(1 << capability)
-    check(libc.prctl(PR_CAP_AMBIENT, 2, capability, 0, 0), "ambient capability")
+    check_result(libc.prctl(PR_CAP_AMBIENT, 2, capability, 0, 0), "ambient capability")
 
 
 def set_capabilities(bits: int) -> None:
     header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", bits, bits, bits, 0, 0, 0)
-    check(libc.capset(header, data), "capset")
+    check_result(libc.capset(header, data), "capset")
 
 
 def drop_capabilities() -> None:
@@ -117,20 +129,20 @@ def drop_capabilities() -> None:
 def enter_user_namespace(uid: int) -> None:
     """Map the current user to uid in a new user namespace."""
     user, group = os.geteuid(), os.getegid()
-    check(libc.unshare(CLONE_NEWUSER), "unshare")
+    check_result(libc.unshare(CLONE_NEWUSER), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {user} 1"), ("gid_map", f"{uid} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
 
-def landlock_version() -> int:
+def get_landlock_version() -> int:
     """The kernel's Landlock ABI; 0 where it has none or it is switched off."""
     return max(0, int(libc.syscall(CREATE_RULESET, None, 0, GET_VERSION)))
 
 
-def restrict(spec: dict[str, Any]) -> None:
+def apply_landlock(spec: dict[str, Any]) -> None:
     """Allow only the files, folders, TCP ports and signal targets of the specification, as far as the kernel can."""
-    version = landlock_version()
+    version = get_landlock_version()
     if version == 0:
         return
     known = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
@@ -138,23 +150,23 @@ def restrict(spec: dict[str, Any]) -> None:
     scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 else 0
     if version >= 6 and spec["scope_signals"]:
         scoped |= SCOPE_SIGNALS
-    handled = (READ | WRITE | DEVICES) & known
+    handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & known
     attributes = struct.pack("=QQQ", handled, net, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
-    ruleset = check(libc.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock ruleset")
+    ruleset = check_result(libc.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock ruleset")
     for path in spec["read"]:
-        allow_path(ruleset, path, READ & known)
+        allow_path(ruleset, path, READ_RIGHTS & known)
     for path in spec["write"]:
-        allow_path(ruleset, path, WRITE & known)
+        allow_path(ruleset, path, WRITE_RIGHTS & known)
     for path in spec["list"]:
-        allow_path(ruleset, path, READ_DIR)
+        allow_path(ruleset, path, READ_DIR_RIGHT)
     for path in spec["sockets"]:
-        allow_path(ruleset, path, MAKE_SOCKET)
+        allow_path(ruleset, path, MAKE_SOCKET_RIGHT)
     if net:
         for right, ports in ((BIND_TCP, spec["bind"]), (CONNECT_TCP, spec["connect"])):
             for port in ports:
                 rule = struct.pack("=QQ", right, port)
-                check(libc.syscall(ADD_RULE, ruleset, NET_PORT, rule, 0), f"landlock port {port}")
-    check(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
+                check_result(libc.syscall(ADD_RULE, ruleset, NET_PORT, rule, 0), f"landlock port {port}")
+    check_result(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
     os.close(ruleset)
 
 
@@ -169,7 +181,7 @@ def allow_path(ruleset: int, path: str, rights: int) -> None:
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         rights &= FILE_RIGHTS
     rule = struct.pack("=Qi", rights, descriptor)
-    check(libc.syscall(ADD_RULE, ruleset, PATH_BENEATH, rule, 0), f"landlock {path}")
+    check_result(libc.syscall(ADD_RULE, ruleset, PATH_BENEATH, rule, 0), f"landlock {path}")
     os.close(descriptor)
 
 
@@ -179,26 +191,26 @@ def has_seccomp() -> bool:
     if machine not in ARCHITECTURES or sys.byteorder != "little" or sys.maxsize < 1 << 32:
         return False
     action = struct.pack("=I", SECCOMP_ERRNO)
-    return int(libc.syscall(call_number("seccomp"), SECCOMP_GET_ACTION_AVAIL, 0, action)) == 0
+    return int(libc.syscall(get_call_number("seccomp"), SECCOMP_GET_ACTION_AVAIL, 0, action)) == 0
 
 
-def call_number(name: str) -> int:
+def get_call_number(name: str) -> int:
     """Return the number of a system call on this machine's architecture."""
     return SYSTEM_CALLS[name][list(ARCHITECTURES).index(os.uname().machine)]
 
 
-def refuse_calls(is_server: bool, system_v: bool) -> None:
+def apply_seccomp(is_server: bool, system_v: bool) -> None:
     """Set the filter of system calls for this process and all that it will start."""
     if not has_seccomp():
         return
-    instructions = filter_program(is_server, system_v)
+    instructions = build_seccomp_program(is_server, system_v)
     program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(instructions), ctypes.addressof(code))
-    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
+    check_result(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
-def filter_program(is_server: bool, system_v: bool) -> list[Instruction]:
+def build_seccomp_program(is_server: bool, system_v: bool) -> list[BpfInstruction]:
     """Write the BPF program that decides on each system call.
 
     Landlock has no rule for these: limits and priorities of other processes of the same user, of which
@@ -212,69 +224,76 @@ def filter_program(is_server: bool, system_v: bool) -> list[Instruction]:
     """
     machine = os.uname().machine
     refused, missing, done = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS, SECCOMP_ERRNO
-    program: list[Instruction] = [
-        (LOAD, 0, 0, ARCHITECTURE_OFFSET),
-        (EQUAL, 1, 0, ARCHITECTURES[machine]),  # the numbers of 32-bit programs mean other calls
-        (RETURN, 0, 0, refused),
-        (LOAD, 0, 0, NUMBER_OFFSET),
+    program: list[BpfInstruction] = [
+        (BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET),
+        (BPF_EQUAL, 1, 0, ARCHITECTURES[machine]),  # the numbers of 32-bit programs mean other calls
+        (BPF_RETURN, 0, 0, refused),
+        (BPF_LOAD, 0, 0, NUMBER_OFFSET),
     ]
     if machine == "x86_64":
-        program += [(NOT_LESS, 0, 1, X32_CALLS), (RETURN, 0, 0, refused)]
-    itself = (0, ANY_BIT, (0,))
+        program += [(BPF_NOT_LESS, 0, 1, FIRST_X32_CALL), (BPF_RETURN, 0, 0, refused)]
+    itself = (0, ALL_BITS_MASK, (0,))
     for name in ("prlimit64", "sched_setscheduler", "sched_setparam", "sched_setattr"):
-        program += on_call(name, allow_if(itself, otherwise=refused))
+        program += match_call(name, allow_if(itself, otherwise=refused))
     # The C library names a new thread by its id here. An error would end programs that bind their threads to cores
     # (OMP_PROC_BIND), so the threads stay unbound instead.
-    program += on_call("sched_setaffinity", allow_if(itself, otherwise=done))
+    program += match_call("sched_setaffinity", allow_if(itself, otherwise=done))
     for name, process in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
-        program += on_call(name, allow_if((0, ANY_BIT, (process,)), (1, ANY_BIT, (0,)), otherwise=refused))
-    program += on_call("socket", allow_sockets(refused, with_unix=not is_server))
+        program += match_call(
+            name, allow_if((0, ALL_BITS_MASK, (process,)), (1, ALL_BITS_MASK, (0,)), otherwise=refused)
+        )
+    program += match_call("socket", allow_sockets(refused, with_unix=not is_server))
     if is_server:
         # A pair of another type can be connected anew, to a path.
-        program += on_call("socketpair", allow_if((1, SOCKET_TYPE, (socket.SOCK_STREAM,)), otherwise=refused))
+        program += match_call("socketpair", allow_if((1, SOCKET_TYPE_MASK, (socket.SOCK_STREAM,)), otherwise=refused))
         for name in ("setsid", "setpgid"):
-            program += on_call(name, [(RETURN, 0, 0, refused)])
+            program += match_call(name, [(BPF_RETURN, 0, 0, refused)])
     for name, index in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
-        program += on_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
+        program += match_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
     for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
-        program += on_call(name, [(RETURN, 0, 0, missing)])
-    for name in CLOSED if system_v else (*CLOSED, *SYSTEM_V):
-        program += on_call(name, [(RETURN, 0, 0, refused)])
-    return [*program, (RETURN, 0, 0, SECCOMP_ALLOW)]
+        program += match_call(name, [(BPF_RETURN, 0, 0, missing)])
+    for name in REFUSED_CALLS if system_v else (*REFUSED_CALLS, *SYSTEM_V_CALLS):
+        program += match_call(name, [(BPF_RETURN, 0, 0, refused)])
+    return [*program, (BPF_RETURN, 0, 0, SECCOMP_ALLOW)]
 
 
-def on_call(name: str, instructions: list[Instruction]) -> list[Instruction]:
+def match_call(name: str, instructions: list[BpfInstruction]) -> list[BpfInstruction]:
     """Run instructions, which end in a return, for one system call; expects the call's number to be loaded."""
-    return [(EQUAL, 0, len(instructions), call_number(name)), *instructions]
+    return [(BPF_EQUAL, 0, len(instructions), get_call_number(name)), *instructions]
 
 
-def allow_if(*tests: Test, otherwise: int) -> list[Instruction]:
+def allow_if(*tests: ArgumentTest, otherwise: int) -> list[BpfInstruction]:
     """Allow the call if every test holds. Of an argument its low 32 bits are tested: these calls read no more."""
-    instructions: list[Instruction] = []
+    instructions: list[BpfInstruction] = []
     for index, bits, values in tests:
-        instructions += [(LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * index), (AND, 0, 0, bits)]
-        instructions += [(EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
-        instructions.append((RETURN, 0, 0, otherwise))
-    return [*instructions, (RETURN, 0, 0, SECCOMP_ALLOW)]
+        instructions += [(BPF_LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * index), (BPF_AND, 0, 0, bits)]
+        instructions += [(BPF_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+        instructions.append((BPF_RETURN, 0, 0, otherwise))
+    return [*instructions, (BPF_RETURN, 0, 0, SECCOMP_ALLOW)]
 
 
-def allow_sockets(otherwise: int, with_unix: bool) -> list[Instruction]:
+def allow_sockets(otherwise: int, with_unix: bool) -> list[BpfInstruction]:
     """Allow netlink sockets, perhaps Unix sockets, and of the internet's TCP and UDP."""
     families = (socket.AF_INET, socket.AF_INET6)
     types, protocols = (socket.SOCK_STREAM, socket.SOCK_DGRAM), (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
     return [
-        (LOAD, 0, 0, ARGUMENTS_OFFSET),
-        *([(EQUAL, 1, 0, socket.AF_UNIX)] if with_unix else []),
-        (EQUAL, 0, 1, socket.AF_NETLINK),
-        (RETURN, 0, 0, SECCOMP_ALLOW),
-        *allow_if((0, ANY_BIT, families), (1, SOCKET_TYPE, types), (2, ANY_BIT, protocols), otherwise=otherwise),
+        (BPF_LOAD, 0, 0, ARGUMENTS_OFFSET),
+        *([(BPF_EQUAL, 1, 0, socket.AF_UNIX)] if with_unix else []),
+        (BPF_EQUAL, 0, 1, socket.AF_NETLINK),
+        (BPF_RETURN, 0, 0, SECCOMP_ALLOW),
+        *allow_if(
+            (0, ALL_BITS_MASK, families),
+            (1, SOCKET_TYPE_MASK, types),
+            (2, ALL_BITS_MASK, protocols),
+            otherwise=otherwise,
+        ),
     ]
 
 
 def raise_file_limit() -> None:
     """Raise the limit of open files: a thousand callers need a thousand, and many systems grant fewer by default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -288,11 +307,11 @@ def main() -> None:
         change_user(spec["uid"], CAPABILITIES[spec["user"]])
     elif os.geteuid() == 0:
         drop_capabilities()
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    restrict(spec)
+    check_result(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    apply_landlock(spec)
     # After the change of user, which clears it.
-    check(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
-    refuse_calls(spec["is_server"], spec["system_v"])
+    check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
+    apply_seccomp(spec["is_server"], spec["system_v"])
     os.umask(0o077)
     os.execv(command[0], command)
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from infra import child
 
-CHILD = Path(child.__file__)
-DISTRIBUTION = "cotrain"
+CHILD_PROGRAM = Path(child.__file__)
+DISTRIBUTION_NAME = "cotrain"
 UserChange = Literal["same", "namespace", "search", "override"]
 
 # Of /etc what the C library, OpenSSL and Python ask for; no account's secret is among them.
@@ -31,12 +31,12 @@ SYSTEM_FILES = (
     *("/etc/ssl", "/etc/ca-certificates", "/etc/pki", "/etc/mime.types", "/etc/debian_version"),
 )
 DEVICE_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-SHARED_MEMORY = "/dev/shm"  # collectives of several processes on one machine need it
-ACCELERATORS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
+SHARED_MEMORY_FOLDER = "/dev/shm"  # collectives of several processes on one machine need it
+ACCELERATOR_FILE_PATTERNS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
-PASSED_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 # What sites set for collectives and accelerators; nothing of the platform's own, and no account, begins so.
-PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX_", "FI_")
+SAFE_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX_", "FI_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Confinement:
 
     def command(self, program: str, *arguments: str) -> list[str]:
         """Return the command that runs a program under this confinement."""
-        read = [*SYSTEM_FILES, *map(str, interpreter_folders()), *map(str, self.read)]
+        read = [*SYSTEM_FILES, *map(str, find_interpreter_folders()), *map(str, self.read)]
         specification = {
             "read": read,
             "write": [*DEVICE_FILES, *map(str, self.write)],
@@ -85,38 +85,40 @@ class Confinement:
             "user": self.user,
             "uid": self.uid,
         }
-        return [sys.executable, "-I", str(CHILD), json.dumps(specification), program, *arguments]
+        return [sys.executable, "-I", str(CHILD_PROGRAM), json.dumps(specification), program, *arguments]
 
 
 @cache
-def interpreter_folders() -> tuple[Path, ...]:
+def find_interpreter_folders() -> tuple[Path, ...]:
     """Return the folders of the running Python, its packages, and this project's packages."""
     # By name, since the checkout, which may hold the home folder too, cannot be listed by a confined process.
-    names = (metadata.distribution(DISTRIBUTION).read_text("top_level.txt") or "").split()
-    ours = [CHILD.parents[1] / name for name in names]
+    names = (metadata.distribution(DISTRIBUTION_NAME).read_text("top_level.txt") or "").split()
+    ours = [CHILD_PROGRAM.parents[1] / name for name in names]
     folders = [Path(sys.prefix), Path(sys.base_prefix), *ours]
     return tuple(dict.fromkeys(folder.resolve() for folder in folders))
 
 
-def accelerator_files() -> tuple[Path, ...]:
+def find_accelerator_files() -> tuple[Path, ...]:
     """Return the device files of this machine's accelerators."""
-    return tuple(sorted(path for pattern in ACCELERATORS for path in Path("/dev").glob(pattern)))
+    return tuple(sorted(path for pattern in ACCELERATOR_FILE_PATTERNS for path in Path("/dev").glob(pattern)))
 
 
-def is_enforced() -> bool:
+def is_landlock_enforced() -> bool:
     """Whether the kernel enforces confinement of files."""
-    return child.landlock_version() > 0
+    return child.get_landlock_version() > 0
 
 
-def refuses_calls() -> bool:
+def is_seccomp_enforced() -> bool:
     """Whether the kernel refuses the system calls that Landlock does not restrict."""
     return child.has_seccomp()
 
 
-def built_environment(folder: Path, **values: str) -> dict[str, str]:
+def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:
     """Build the environment of a process whose own folder this is; of the caller's only harmless variables pass."""
     passed = {
-        name: text for name, text in os.environ.items() if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES)
+        name: text
+        for name, text in os.environ.items()
+        if name in SAFE_VARIABLES or name.startswith(SAFE_VARIABLE_PREFIXES)
     }
     own: Mapping[str, str] = {
         "PATH": f"{sysconfig.get_path('scripts')}:{SYSTEM_PATH}",
@@ -129,10 +131,10 @@ def built_environment(folder: Path, **values: str) -> dict[str, str]:
     return {**passed, **own, **values}
 
 
-def port_of(url: str) -> int:
+def parse_port(url: str) -> int:
     """Return the port of an address.
 
-    >>> port_of("http://127.0.0.1:8333"), port_of("https://store.example")
+    >>> parse_port("http://127.0.0.1:8333"), parse_port("https://store.example")
     (8333, 443)
     """
     parts = urlsplit(url)

@@ -18,11 +18,11 @@ def open_engine(settings: DatabaseAccess, *, pool_size: int = 5) -> Engine:
     )
 
 
-def open_sessions(engine: Engine) -> sessionmaker[Session]:
+def make_session_factory(engine: Engine) -> sessionmaker[Session]:
     return sessionmaker(engine, expire_on_commit=False)
 
 
-def migrate(engine: Engine, scripts: Path) -> None:
+def migrate_schema(engine: Engine, scripts: Path) -> None:
     """Bring the schema to the newest revision; does nothing when it is there."""
     config = Config()
     config.set_main_option("script_location", str(scripts))

@@ -12,8 +12,8 @@ import stat
 import tempfile
 from pathlib import Path
 
-MAX_BYTES = 1 << 20
-CHUNK_BYTES = 1 << 20
+MAX_REGULAR_FILE_BYTES = 1 << 20
+COPY_CHUNK_BYTES = 1 << 20
 
 
 def open_regular(file: Path) -> int:
@@ -29,7 +29,7 @@ def open_regular(file: Path) -> int:
     return descriptor
 
 
-def read_regular(file: Path, limit: int = MAX_BYTES) -> str:
+def read_regular(file: Path, limit: int = MAX_REGULAR_FILE_BYTES) -> str:
     """Read the text of a small regular file.
 
     Raises:
@@ -42,7 +42,7 @@ def read_regular(file: Path, limit: int = MAX_BYTES) -> str:
     return data.decode(errors="replace")
 
 
-def read_end(file: Path, limit: int) -> str:
+def read_tail(file: Path, limit: int) -> str:
     """Read the last bytes of a regular file, such as a log, as text.
 
     Raises:
@@ -68,11 +68,11 @@ def open_log(file: Path) -> int:
         if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
             return descriptor
         os.close(descriptor)
-    remove(file)
+    remove_path(file)
     return os.open(file, append | os.O_CREAT | os.O_EXCL, 0o666)
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove whatever a name stands for: a file, a link itself, or a folder with all that is in it; or nothing."""
     try:
         path.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def copy_open(source: int, target: Path) -> str:
+def copy_descriptor(source: int, target: Path) -> str:
     """Copy an open file, which is closed, to a new one, and return the sha256 of what was copied.
 
     Raises:
@@ -88,7 +88,7 @@ def copy_open(source: int, target: Path) -> str:
     """
     digest = hashlib.sha256()
     with os.fdopen(source, "rb") as stream, target.open("xb") as out:
-        while chunk := stream.read(CHUNK_BYTES):
+        while chunk := stream.read(COPY_CHUNK_BYTES):
             digest.update(chunk)
             out.write(chunk)
     return digest.hexdigest()
@@ -97,7 +97,7 @@ def copy_open(source: int, target: Path) -> str:
 def replace_file(file: Path, text: str) -> None:
     """Replace a file in one step, with the usual permissions; no link is followed."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    remove(scratch)
+    remove_path(scratch)
     with scratch.open("x") as out:  # O_EXCL: what somebody puts there meanwhile is an error
         out.write(text)
     scratch.replace(file)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import httpx
 
-CHECK_LIMIT_S = 10.0
-BUSY_SHARE = 0.3  # of one processor, had or waited for; a server that waits for something uses almost none
+HEALTH_CHECK_TIMEOUT_S = 10.0
+BUSY_CPU_SHARE = 0.3  # of one processor, had or waited for; a server that waits for something uses almost none
 
 
 @dataclass(frozen=True)
-class Liveness:
+class LivenessPolicy:
     """When a process that runs and does not answer is restarted.
 
     `check` raises when the service itself cannot answer. It has time limits of its own, and asks nothing that needs
@@ -29,48 +29,51 @@ class Liveness:
     busy_seconds: float = 300.0
 
 
-class Unwell(RuntimeError):
+class ServiceUnhealthy(RuntimeError):
     """A service answers, and says that it cannot do its work."""
 
 
-class Failures:
+class LivenessMonitor:
     """Liveness checks of one process that failed in a row.
 
     Args:
         computing_s: processor time that the service has used so far or waited for, in seconds.
     """
 
-    def __init__(self, liveness: Liveness, computing_s: Callable[[], float]) -> None:
-        self._liveness, self._computing_s = liveness, computing_s
-        self._number, self._since, self._computing_since = 0, 0.0, 0.0
+    def __init__(self, liveness: LivenessPolicy, computing_s: Callable[[], float]) -> None:
+        self._liveness, self._measure_cpu_demand_s = liveness, computing_s
+        self._num_failures, self._failing_since, self._cpu_demand_at_first_failure_s = 0, 0.0, 0.0
 
     def check(self) -> str | None:
         """Check once, and return the reason for a restart when enough checks have failed."""
         try:
             self._liveness.check()
         except Exception as error:  # any refusal counts
-            if not self._number:
-                self._since, self._computing_since = time.monotonic(), self._computing_s()
-            self._number += 1
-            seconds = time.monotonic() - self._since
-            computed_s = self._computing_s() - self._computing_since
-            is_busy = not isinstance(error, Unwell) and computed_s > BUSY_SHARE * seconds
+            if not self._num_failures:
+                self._failing_since, self._cpu_demand_at_first_failure_s = (
+                    time.monotonic(),
+                    self._measure_cpu_demand_s(),
+                )
+            self._num_failures += 1
+            seconds = time.monotonic() - self._failing_since
+            computed_s = self._measure_cpu_demand_s() - self._cpu_demand_at_first_failure_s
+            is_busy = not isinstance(error, ServiceUnhealthy) and computed_s > BUSY_CPU_SHARE * seconds
             limit_s = self._liveness.busy_seconds if is_busy else self._liveness.seconds
-            if self._number >= self._liveness.failures and seconds >= limit_s:
-                last = f"{type(error).__name__}: {first_line(error)}"
-                return f"it is not alive: {self._number} checks failed in {seconds:.0f} s, the last with {last}"
+            if self._num_failures >= self._liveness.failures and seconds >= limit_s:
+                last = f"{type(error).__name__}: {get_first_line(error)}"
+                return f"it is not alive: {self._num_failures} checks failed in {seconds:.0f} s, the last with {last}"
         else:
-            self._number = 0
+            self._num_failures = 0
         return None
 
 
-def first_line(error: Exception) -> str:
+def get_first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 
 def check_answer(url: str) -> None:
     """Raise unless the server answers at all, whatever it says; for paths behind which nothing else is asked."""
-    _client().head(url)
+    _get_client().head(url)
 
 
 def check_health(url: str) -> None:
@@ -80,12 +83,14 @@ def check_health(url: str) -> None:
         Unwell: if it says that it is not.
         httpx.HTTPError: if it does not answer.
     """
-    answer = _client().get(url)
+    answer = _get_client().get(url)
     if not answer.is_success:
-        raise Unwell(f"{answer.status_code} {answer.text[:200]}")
+        raise ServiceUnhealthy(f"{answer.status_code} {answer.text[:200]}")
 
 
 @functools.cache
-def _client() -> httpx.Client:
+def _get_client() -> httpx.Client:
     """One for all checks, since making one reads every certificate; each check connects anew."""
-    return httpx.Client(timeout=CHECK_LIMIT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    return httpx.Client(
+        timeout=HEALTH_CHECK_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+    )

@@ -23,10 +23,10 @@ from infra.listeners import is_listening
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4000
-MAX_HEAD_BYTES = 16 * 1024  # h11's default
+MAX_REQUEST_HEAD_BYTES = 16 * 1024  # h11's default
 MAX_WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
-WARNING_PAUSE_S = 60.0
-STANDARD_INPUT = 0
+CONNECTION_WARNING_PAUSE_S = 60.0
+STDIN_DESCRIPTOR = 0
 
 
 class ServerOptions(TypedDict):
@@ -37,7 +37,7 @@ class ServerOptions(TypedDict):
     backlog: int
 
 
-def server_options() -> ServerOptions:
+def make_server_options() -> ServerOptions:
     """Return the options for a server in this process."""
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
@@ -47,7 +47,7 @@ def server_options() -> ServerOptions:
     }
 
 
-class Place(TypedDict, total=False):
+class ListenOptions(TypedDict, total=False):
     """Keyword arguments of `uvicorn.run`: where it listens."""
 
     fd: int
@@ -55,18 +55,18 @@ class Place(TypedDict, total=False):
     port: int
 
 
-def choose_place(url: str) -> Place:
+def choose_listen_options(url: str) -> ListenOptions:
     """Return where a server listens: on the socket that is its standard input, if one is, else on a URL's address.
 
     The keeper of the stack listens for its servers, so that nobody else can while one starts again; see `Service`.
     """
-    if inherits_listener(STANDARD_INPUT):
-        return {"fd": STANDARD_INPUT}
+    if is_listening_descriptor(STDIN_DESCRIPTOR):
+        return {"fd": STDIN_DESCRIPTOR}
     parts = urlsplit(url)
     return {"host": parts.hostname or "127.0.0.1", "port": parts.port or 80}
 
 
-def inherits_listener(descriptor: int) -> bool:
+def is_listening_descriptor(descriptor: int) -> bool:
     """Tell whether a descriptor is a socket that listens."""
     try:
         inherited = socket.socket(fileno=descriptor)
@@ -78,7 +78,7 @@ def inherits_listener(descriptor: int) -> bool:
         inherited.detach()
 
 
-def command_options() -> str:
+def format_uvicorn_options() -> str:
     """Return the options for uvicorn's command line, where its standard input is the socket that listens.
 
     They are for a process that `infra.child` starts, with all files it may open.
@@ -86,7 +86,7 @@ def command_options() -> str:
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     protocol = f"{HttpProtocol.__module__}:{HttpProtocol.__qualname__}"
     sizes = f"--ws-max-size {MAX_WEBSOCKET_MESSAGE_BYTES} --backlog {choose_backlog(open_files)}"
-    return f"--fd {STANDARD_INPUT} --http {protocol} {sizes}"
+    return f"--fd {STDIN_DESCRIPTOR} --http {protocol} {sizes}"
 
 
 def choose_connection_limit(open_files: int) -> int:
@@ -148,22 +148,22 @@ class HttpProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
-        self._crowd = find_crowd(server_state)
-        self._group: Group | None = None
+        self.conn = StrictConnection(h11.SERVER, MAX_REQUEST_HEAD_BYTES)
+        self._waiting_connections = get_waiting_connections(server_state)
+        self._group: ConnectionGroup | None = None
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_head_timer()
-        self._choose_group()
-        if len(self.connections) > self._crowd.limit:
-            self._crowd.close_one()
+        self._update_group()
+        if len(self.connections) > self._waiting_connections.limit:
+            self._waiting_connections.close_one()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_head_timer()
-        self._enter(None)
+        self._move_to_group(None)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -173,24 +173,24 @@ class HttpProtocol(H11Protocol):
             self._start_head_timer()
         else:
             self._stop_head_timer()
-        self._choose_group()
+        self._update_group()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._choose_group()
+        self._update_group()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._choose_group()
+        self._update_group()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._choose_group()
+        self._update_group()
 
     def abort(self) -> None:
         """Close the connection at once, whatever it waits for."""
         self.connections.discard(self)
-        self._enter(None)
+        self._move_to_group(None)
         self.transport.abort()
 
     def _start_head_timer(self) -> None:
@@ -202,22 +202,22 @@ class HttpProtocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _choose_group(self) -> None:
+    def _update_group(self) -> None:
         """Note what the server waits for."""
         is_closing, state = self.transport.is_closing(), self.conn.their_state
         is_idle = is_closing or state is h11.IDLE
         if self.flow.write_paused or (is_idle and self.transport.get_write_buffer_size()):
-            self._enter(self._crowd.unread)
+            self._move_to_group(self._waiting_connections.unread)
         elif is_closing:
-            self._enter(None)
+            self._move_to_group(None)
         elif state is h11.IDLE:
-            self._enter(self._crowd.without_head)
+            self._move_to_group(self._waiting_connections.without_head)
         elif state is h11.SEND_BODY:
-            self._enter(self._crowd.without_body)
+            self._move_to_group(self._waiting_connections.without_body)
         else:
-            self._enter(None)
+            self._move_to_group(None)
 
-    def _enter(self, group: "Group | None") -> None:
+    def _move_to_group(self, group: "ConnectionGroup | None") -> None:
         if group is self._group:
             return
         if self._group is not None:
@@ -227,10 +227,10 @@ class HttpProtocol(H11Protocol):
         self._group = group
 
 
-Group = OrderedDict[HttpProtocol, None]
+ConnectionGroup = OrderedDict[HttpProtocol, None]
 
 
-class Crowd:
+class WaitingConnections:
     """The connections of one server that keep it waiting, in three groups; those that wait longest come first.
 
     The groups wait for a request's head, for the rest of its body, and for the caller to read the answer. One is closed
@@ -239,26 +239,26 @@ class Crowd:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.without_head, self.without_body, self.unread = Group(), Group(), Group()
-        self._warned_at = -WARNING_PAUSE_S
+        self.without_head, self.without_body, self.unread = ConnectionGroup(), ConnectionGroup(), ConnectionGroup()
+        self._warned_at = -CONNECTION_WARNING_PAUSE_S
 
     def close_one(self) -> None:
         """Close the connection that waits longest in the largest group."""
         largest = max(self.without_head, self.without_body, self.unread, key=len)
         if largest:
             next(iter(largest)).abort()
-        if time.monotonic() - self._warned_at >= WARNING_PAUSE_S:  # a line for each would fill the disk
+        if time.monotonic() - self._warned_at >= CONNECTION_WARNING_PAUSE_S:  # a line for each would fill the disk
             self._warned_at = time.monotonic()
             log.warning("all %d connections are taken; closing those that wait longest", self.limit)
 
 
-_crowds: WeakKeyDictionary[ServerState, Crowd] = WeakKeyDictionary()
+_waiting_by_server: WeakKeyDictionary[ServerState, WaitingConnections] = WeakKeyDictionary()
 
 
-def find_crowd(server_state: ServerState) -> Crowd:
+def get_waiting_connections(server_state: ServerState) -> WaitingConnections:
     """Return the waiting connections of a server; uvicorn makes its protocols know one another by this state alone."""
-    crowd = _crowds.get(server_state)
+    crowd = _waiting_by_server.get(server_state)
     if crowd is None:
         open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        crowd = _crowds[server_state] = Crowd(choose_connection_limit(open_files))
+        crowd = _waiting_by_server[server_state] = WaitingConnections(choose_connection_limit(open_files))
     return crowd

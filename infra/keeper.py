@@ -17,27 +17,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from infra.health import Failures, Liveness, first_line
-from infra.keeper_lock import hold
+from infra.health import LivenessMonitor, LivenessPolicy, get_first_line
+from infra.keeper_lock import hold_keeper_lock
 from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
-from infra.orphans import Orphans
-from infra.processes import carrying, computing_seconds, has_ended, kill_carrying
+from infra.orphans import OrphanReaper
+from infra.processes import find_pids, has_exited, kill_processes, measure_cpu_demand_s
 
 log = logging.getLogger(__name__)
 
-MARK = "COTRAIN_KEPT_FOR"  # never in a file that people source, since what carries it is killed
-STOP_GRACE_S = 12.0
-RESTART_PAUSE_S = 0.5
-SIGN_EVERY_S = 1.0
-BURY_EVERY_S = 10.0  # a look at every process of the machine
+STACK_ID_VARIABLE = "COTRAIN_KEPT_FOR"  # never in a file that people source, since what carries it is killed
+SERVICE_STOP_GRACE_S = 12.0
+SERVICE_RESTART_PAUSE_S = 0.5
+KEEPER_HEARTBEAT_EVERY_S = 1.0
+ORPHAN_REAP_EVERY_S = 10.0  # a look at every process of the machine
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """The step of a service that needs none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Service:
+class ManagedService:
     """One server process and what it takes to call it ready.
 
     `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does. From
@@ -56,9 +56,9 @@ class Service:
     env: Mapping[str, str]
     cwd: Path
     check: Callable[[], None]
-    before: Callable[[], None] = nothing
-    after: Callable[[], None] = nothing
-    liveness: Liveness | None = None
+    before: Callable[[], None] = do_nothing
+    after: Callable[[], None] = do_nothing
+    liveness: LivenessPolicy | None = None
     needs: tuple[str, ...] = ()
     listen: str | None = None
     addresses: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Service:
 
 
 @dataclass
-class State:
+class ServiceState:
     """What the keeper knows of a service; written to the state file for `up`, `status` and `doctor`."""
 
     state: str = "waiting"
@@ -94,10 +94,10 @@ class State:
 class Keeper:
     """Runs the services until told to stop. `run` blocks; signals end it."""
 
-    services: Sequence[Service]
+    services: Sequence[ManagedService]
     folder: Path
     stack_id: str
-    states: dict[str, State] = field(default_factory=dict)
+    states: dict[str, ServiceState] = field(default_factory=dict)
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _listeners: dict[str, socket.socket] = field(default_factory=dict)
     _ready: dict[str, threading.Event] = field(default_factory=dict)
@@ -110,34 +110,37 @@ class Keeper:
         Raises:
             BlockingIOError: if another keeper holds the folder.
         """
-        with hold(self.folder, self.stack_id) as give_sign:
-            orphans = Orphans()
-            sweep(self.stack_id, spare={os.getpid()})
+        with hold_keeper_lock(self.folder, self.stack_id) as give_sign:
+            orphans = OrphanReaper()
+            kill_stack_processes(self.stack_id, spare={os.getpid()})
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self._stopping.set())
-            self._keep(give_sign, orphans)
+            self._run_services(give_sign, orphans)
 
-    def _keep(self, give_sign: Callable[[], None], orphans: Orphans) -> None:
-        self.states = {service.name: State() for service in self.services}
+    def _run_services(self, give_sign: Callable[[], None], orphans: OrphanReaper) -> None:
+        self.states = {service.name: ServiceState() for service in self.services}
         self._ready = {service.name: threading.Event() for service in self.services}
-        self._write()
-        threads = [threading.Thread(target=self._tend, args=(s,), name=s.name, daemon=True) for s in self.services]
+        self._write_state_file()
+        threads = [
+            threading.Thread(target=self._keep_service_running, args=(s,), name=s.name, daemon=True)
+            for s in self.services
+        ]
         for thread in threads:
             thread.start()
         bury_at = 0.0
-        while not self._stopping.wait(SIGN_EVERY_S):
+        while not self._stopping.wait(KEEPER_HEARTBEAT_EVERY_S):
             give_sign()
             if time.monotonic() >= bury_at:
                 orphans.collect({process.pid for process in self._processes.copy().values()})
-                bury_at = time.monotonic() + BURY_EVERY_S
+                bury_at = time.monotonic() + ORPHAN_REAP_EVERY_S
         for service in reversed(self.services):
-            self._stop(service)
-        sweep(self.stack_id, spare={os.getpid()})
+            self._stop_process(service)
+        kill_stack_processes(self.stack_id, spare={os.getpid()})
         if left := orphans.kill_all():
             log.warning("killed %s, which no service had ended", left)
         (self.folder / "stack.json").unlink(missing_ok=True)
 
-    def _tend(self, service: Service) -> None:
+    def _keep_service_running(self, service: ManagedService) -> None:
         """Life of one service. The thread stays, since a child's death signal hangs on the thread that started it."""
         for needed in service.needs:
             while not self._ready[needed].wait(0.1):
@@ -145,22 +148,22 @@ class Keeper:
                     return
         while not self._stopping.is_set():
             try:
-                self._start(service)
-                reason = self._watch(service)
+                self._start_service(service)
+                reason = self._wait_for_failure(service)
             except Exception as error:  # whatever a service's own steps raise is its state, not the keeper's end
                 log.exception("starting %s failed", service.name)
-                reason = first_line(error)
-                self._note(service, state="failed", error=reason)
+                reason = get_first_line(error)
+                self._update_state(service, state="failed", error=reason)
             if not self._stopping.is_set():
-                self._end(service, reason)
-            self._stopping.wait(RESTART_PAUSE_S)
+                self._stop_for_restart(service, reason)
+            self._stopping.wait(SERVICE_RESTART_PAUSE_S)
 
-    def _start(self, service: Service) -> None:
+    def _start_service(self, service: ManagedService) -> None:
         began = time.monotonic()
-        self._note(service, state="starting", error=None)
+        self._update_state(service, state="starting", error=None)
         for url in service.addresses:
             refuse_foreign_listener(url, service.uids)  # the server would end with "address in use", naming nobody
-        listener = self._listen(service)
+        listener = self._get_listener(service)
         service.before()
         with self._lock:
             if self._stopping.is_set():
@@ -168,7 +171,7 @@ class Keeper:
             with (self.folder / "logs" / f"{service.name}.log").open("ab") as output:
                 process = subprocess.Popen(
                     service.command(),
-                    env={**service.env, MARK: self.stack_id},
+                    env={**service.env, STACK_ID_VARIABLE: self.stack_id},
                     cwd=service.cwd,
                     stdin=listener.fileno() if listener else subprocess.DEVNULL,
                     stdout=output,
@@ -176,19 +179,21 @@ class Keeper:
                     start_new_session=True,
                 )
             self._processes[service.name] = process
-        self._note(service, pid=process.pid)
-        self._await(service, process, began + service.start_timeout_s)
+        self._update_state(service, pid=process.pid)
+        self._wait_until_ready(service, process, began + service.start_timeout_s)
         service.guard(service.after)
-        self._note(service, state="ready", seconds=round(time.monotonic() - began, 1), ready_at=time.time(), error=None)
+        self._update_state(
+            service, state="ready", seconds=round(time.monotonic() - began, 1), ready_at=time.time(), error=None
+        )
         self._ready[service.name].set()
 
-    def _listen(self, service: Service) -> socket.socket | None:
+    def _get_listener(self, service: ManagedService) -> socket.socket | None:
         """Return the socket on which a server will listen."""
         if service.listen and service.name not in self._listeners:
             self._listeners[service.name] = open_listener(service.listen)
         return self._listeners.get(service.name)
 
-    def _listen_anew(self, service: Service) -> None:
+    def _replace_listener(self, service: ManagedService) -> None:
         """Replace a server's socket, without a moment in which another user could take the port.
 
         Callers that wait for the old one to accept them lose their connection, as those whom the dead server answered.
@@ -201,7 +206,7 @@ class Keeper:
                 log.warning("%s: %s", service.name, error)
             old.close()
 
-    def _await(self, service: Service, process: subprocess.Popen[bytes], deadline: float) -> None:
+    def _wait_until_ready(self, service: ManagedService, process: subprocess.Popen[bytes], deadline: float) -> None:
         """Poll the check until it passes; the process ending or the deadline is an error with the last reason."""
         reason = "no answer yet"
         while not self._stopping.is_set():
@@ -212,18 +217,18 @@ class Keeper:
             try:
                 return service.guard(service.check)
             except Exception as error:  # any refusal means not ready
-                reason = f"{type(error).__name__}: {first_line(error)}"
+                reason = f"{type(error).__name__}: {get_first_line(error)}"
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
             time.sleep(0.1)
 
-    def _watch(self, service: Service) -> str:
+    def _wait_for_failure(self, service: ManagedService) -> str:
         """Wait until the process has ended, or is to be ended since it is not alive, and return the reason."""
         process, liveness = self._processes.get(service.name), service.liveness
         if process is None or liveness is None:
             return f"it ended with status {process.wait() if process else None}"
         guarded = replace(liveness, check=lambda: service.guard(liveness.check))
-        failures = Failures(guarded, lambda: computing_seconds(process.pid))
+        failures = LivenessMonitor(guarded, lambda: measure_cpu_demand_s(process.pid))
         while True:
             try:
                 status = process.wait(None if self._stopping.is_set() else liveness.every_s)
@@ -233,11 +238,11 @@ class Keeper:
             if reason is not None:
                 return reason
 
-    def _end(self, service: Service, reason: str) -> None:
+    def _stop_for_restart(self, service: ManagedService, reason: str) -> None:
         """Leave nothing of a service's process before the next start."""
-        self._stop(service)
-        self._listen_anew(service)
-        self._note(
+        self._stop_process(service)
+        self._replace_listener(service)
+        self._update_state(
             service,
             state="restarting",
             pid=None,
@@ -246,26 +251,26 @@ class Keeper:
         )
         log.warning("starting %s again: %s", service.name, reason)
 
-    def _stop(self, service: Service) -> None:
+    def _stop_process(self, service: ManagedService) -> None:
         process = self._processes.get(service.name)
         if process is None:
             return
         signal_group(process.pid, service.stop_signal)
-        end = time.monotonic() + STOP_GRACE_S
+        end = time.monotonic() + SERVICE_STOP_GRACE_S
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.02)
         signal_group(process.pid, signal.SIGKILL)
         process.wait()
         if self._stopping.is_set():
-            self._note(service, state="stopped", pid=None)
+            self._update_state(service, state="stopped", pid=None)
 
-    def _note(self, service: Service, **changes: Any) -> None:
+    def _update_state(self, service: ManagedService, **changes: Any) -> None:
         with self._lock:
             for name, value in changes.items():
                 setattr(self.states[service.name], name, value)
-            self._write()
+            self._write_state_file()
 
-    def _write(self) -> None:
+    def _write_state_file(self) -> None:
         scratch = self.folder / ".stack.json"
         states = {name: vars(state) for name, state in self.states.items()}
         try:
@@ -283,21 +288,21 @@ def signal_group(pid: int, number: signal.Signals) -> None:
         pass
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_stack_state(folder: Path) -> dict[str, Any]:
     """Read the keeper's state file; empty when there is none, it cannot be read, or a killed keeper left it behind."""
     try:
         state = json.loads((folder / "stack.json").read_text())
-        is_of_living = not has_ended(int(state["pid"])) and isinstance(state["services"], dict)
+        is_of_living = not has_exited(int(state["pid"])) and isinstance(state["services"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return dict(state) if is_of_living else {}
 
 
-def marked(stack_id: str) -> Iterator[int]:
+def find_stack_pids(stack_id: str) -> Iterator[int]:
     """Pids of all processes that carry the stack's id."""
-    return carrying(MARK, stack_id)
+    return find_pids(STACK_ID_VARIABLE, stack_id)
 
 
-def sweep(stack_id: str, spare: set[int]) -> list[int]:
+def kill_stack_processes(stack_id: str, spare: set[int]) -> list[int]:
     """Kill what a stack left behind, and return the pids."""
-    return kill_carrying(MARK, stack_id, spare)
+    return kill_processes(STACK_ID_VARIABLE, stack_id, spare)

@@ -12,13 +12,13 @@ from typing import IO
 
 from infra.files import read_regular
 
-LOCK_FILE = "stack.lock"
-KEEPER_SILENT_S = 15.0  # it renews its sign of life every second
-LOOKING_S = 1.0
+KEEPER_LOCK_FILE = "stack.lock"
+KEEPER_HEARTBEAT_TIMEOUT_S = 15.0  # it renews its sign of life every second
+KEEPER_LOCK_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
-class Holder:
+class KeeperLockHolder:
     """The keeper that holds a folder: its process, the id of its stack, and for how long it has given no sign of life.
 
     `pid` and `stack_id` are None if the file does not tell them.
@@ -30,28 +30,28 @@ class Holder:
 
     @property
     def is_silent(self) -> bool:
-        return self.silent_s > KEEPER_SILENT_S
+        return self.silent_s > KEEPER_HEARTBEAT_TIMEOUT_S
 
 
 @contextlib.contextmanager
-def hold(folder: Path, stack_id: str) -> Iterator[Callable[[], None]]:
+def hold_keeper_lock(folder: Path, stack_id: str) -> Iterator[Callable[[], None]]:
     """Hold the folder's lock while the block runs, which is given a function that renews the sign of life.
 
     Raises:
         BlockingIOError: if another keeper holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("ab", buffering=0) as lock:
-        _take(lock)
+    with (folder / KEEPER_LOCK_FILE).open("ab", buffering=0) as lock:
+        _acquire_lock(lock)
         with contextlib.suppress(OSError):  # on a full disk the stack runs all the same
             lock.truncate(0)
             lock.write(json.dumps({"pid": os.getpid(), "stack_id": stack_id}).encode())
         yield lambda: os.utime(lock.fileno())
 
 
-def _take(lock: IO[bytes]) -> None:
+def _acquire_lock(lock: IO[bytes]) -> None:
     """Lock the file for this process alone; one who looks whether it is locked has it for a moment."""
-    end = time.monotonic() + LOOKING_S
+    end = time.monotonic() + KEEPER_LOCK_TIMEOUT_S
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,9 +61,9 @@ def _take(lock: IO[bytes]) -> None:
         time.sleep(0.02)
 
 
-def find_holder(folder: Path) -> Holder | None:
+def find_keeper(folder: Path) -> KeeperLockHolder | None:
     """Return the keeper that holds a folder; None if there is none."""
-    file = folder / LOCK_FILE
+    file = folder / KEEPER_LOCK_FILE
     try:
         with file.open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -74,11 +74,11 @@ def find_holder(folder: Path) -> Holder | None:
         silent_s = max(0.0, time.time() - file.stat().st_mtime)
     try:
         told = json.loads(read_regular(file))
-        return Holder(int(told["pid"]), str(told["stack_id"]), silent_s)
+        return KeeperLockHolder(int(told["pid"]), str(told["stack_id"]), silent_s)
     except (OSError, ValueError, KeyError, TypeError):
-        return Holder(None, None, silent_s)
+        return KeeperLockHolder(None, None, silent_s)
 
 
-def is_running(folder: Path) -> bool:
+def is_keeper_running(folder: Path) -> bool:
     """Whether a keeper holds this folder, be it silent or not."""
-    return find_holder(folder) is not None
+    return find_keeper(folder) is not None

@@ -9,7 +9,7 @@ class LaneFull(Exception):
     """Too many requests are waiting already, or one has waited for too long."""
 
 
-class Lane:
+class RequestLane:
     """Let a few requests in at a time and make a bounded number wait, in their order."""
 
     def __init__(self, max_inside: int, max_waiting: int, max_wait_s: float) -> None:

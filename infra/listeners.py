@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
+TCP_LISTEN, TCP_ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
 
 def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.socket:
@@ -48,7 +48,7 @@ def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.
         listener.close()
         if error.errno == errno.EADDRINUSE:
             refuse_foreign_listener(url, ())
-        raise OSError(error.errno, f"cannot listen on {_place(url)}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot listen on {_get_host_and_port(url)}: {error.strerror}") from error
     return listener
 
 
@@ -64,8 +64,8 @@ def require_own_listener(url: str, uids: Collection[int]) -> None:
         ConnectionRefusedError: if nobody listens there.
         PermissionError: if somebody else does.
     """
-    if not (holders := listener_uids(url)):
-        raise ConnectionRefusedError(f"nothing listens on {_place(url)} yet")
+    if not (holders := find_listener_uids(url)):
+        raise ConnectionRefusedError(f"nothing listens on {_get_host_and_port(url)} yet")
     refuse_foreign_listener(url, uids, holders)
 
 
@@ -75,16 +75,16 @@ def refuse_foreign_listener(url: str, uids: Collection[int], holders: Collection
     Raises:
         PermissionError: with the user's number and name.
     """
-    foreign = set(listener_uids(url) if holders is None else holders) - set(uids)
+    foreign = set(find_listener_uids(url) if holders is None else holders) - set(uids)
     if foreign:
-        names = " and ".join(map(user_name, sorted(foreign)))
+        names = " and ".join(map(describe_user, sorted(foreign)))
         raise PermissionError(
             f"port {urlsplit(url).port} is held by {names}, and not by this stack; end that program, "
             "or delete the port's line in stack-config.json to have another chosen"
         )
 
 
-def listener_uids(url: str) -> set[int]:
+def find_listener_uids(url: str) -> set[int]:
     """Return the users whose sockets get the connections to the address of a URL; empty if nobody listens.
 
     A socket bound to the very address gets them before one that is bound to all addresses.
@@ -92,42 +92,44 @@ def listener_uids(url: str) -> set[int]:
     parts = urlsplit(url)
     found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
     wanted = {ipaddress.ip_address(str(place[0])) for *_, place in found}
-    listeners = [(address, uid) for address, port, uid in _listeners() if port == parts.port]
+    listeners = [(address, uid) for address, port, uid in _read_listeners() if port == parts.port]
     exact = {uid for address, uid in listeners if address in wanted}
     return exact or {uid for address, uid in listeners if address.is_unspecified}
 
 
 def describe_callers(port: int) -> str:
     """Return words for the users of this machine who hold connections to a port, those with most first."""
-    held = Counter(uid for uid, called in _callers() if called == port)
-    return ", ".join(f"{count} by {user_name(uid)}" for uid, count in held.most_common()) or "none from this machine"
+    held = Counter(uid for uid, called in _read_callers() if called == port)
+    return (
+        ", ".join(f"{count} by {describe_user(uid)}" for uid, count in held.most_common()) or "none from this machine"
+    )
 
 
-def user_name(uid: int) -> str:
+def describe_user(uid: int) -> str:
     """Return words for a user: the number, and the name where it has one."""
     with contextlib.suppress(KeyError):
         return f"user {uid} ({pwd.getpwuid(uid).pw_name})"
     return f"user {uid}"
 
 
-def _place(url: str) -> str:
+def _get_host_and_port(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
-def _listeners() -> Iterator[tuple[Address, int, int]]:
+def _read_listeners() -> Iterator[tuple[IpAddress, int, int]]:
     """Yield address, port and user of every listening TCP socket."""
-    for fields in _sockets(LISTEN):
+    for fields in _read_sockets(TCP_LISTEN):
         address, port = fields[1].split(":")
-        yield _address(address), int(port, 16), int(fields[7])
+        yield _parse_address(address), int(port, 16), int(fields[7])
 
 
-def _callers() -> Iterator[tuple[int, int]]:
+def _read_callers() -> Iterator[tuple[int, int]]:
     """Yield user and port of the other end of every TCP connection."""
-    for fields in _sockets(ESTABLISHED):
+    for fields in _read_sockets(TCP_ESTABLISHED):
         yield int(fields[7]), int(fields[2].rpartition(":")[2], 16)
 
 
-def _sockets(state: str) -> Iterator[list[str]]:
+def _read_sockets(state: str) -> Iterator[list[str]]:
     """Yield the fields of this machine's TCP sockets in a state, as proc_net_tcp describes them."""
     for name in ("tcp", "tcp6"):
         table = Path("/proc/net") / name
@@ -139,11 +141,11 @@ def _sockets(state: str) -> Iterator[list[str]]:
                 yield fields
 
 
-def _address(text: str) -> Address:
+def _parse_address(text: str) -> IpAddress:
     """Read an address as the kernel writes it, in words of the machine's byte order; IPv4 inside IPv6 becomes IPv4.
 
     >>> import sys
-    >>> _address("0100007F") if sys.byteorder == "little" else ipaddress.ip_address("127.0.0.1")
+    >>> _parse_address("0100007F") if sys.byteorder == "little" else ipaddress.ip_address("127.0.0.1")
     IPv4Address('127.0.0.1')
     """
     packed = b"".join(struct.pack("=I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8))

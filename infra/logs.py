@@ -3,22 +3,22 @@
 import logging
 from typing import Any
 
-from infra.error_text import frames
+from infra.error_text import format_redacted_traceback
 
-QUIET = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
+QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
 
 
-class Formatter(logging.Formatter):
+class RedactingFormatter(logging.Formatter):
     """Tracebacks without the text that an error was about; logs are read by more people than reports are."""
 
     def formatException(self, ei: Any) -> str:
-        return frames(ei[1])
+        return format_redacted_traceback(ei[1])
 
 
 def configure_logging(level: int = logging.INFO) -> None:
     """Send log lines to stderr; call once, in a process entry."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in QUIET:
+    for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)

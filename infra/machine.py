@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-MIN_ROOM_BYTES = 256 * 2**20
+MIN_FREE_DISK_BYTES = 256 * 2**20
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -18,19 +18,19 @@ def has_fast_bf16() -> bool:
     return bool(FAST_BF16_FLAGS & set(flags.split()))
 
 
-def has_room(folder: Path) -> bool:
+def has_free_disk(folder: Path) -> bool:
     """Whether the disk of a folder has room to work on; without, every writer there fails."""
-    return shutil.disk_usage(folder).free >= MIN_ROOM_BYTES
+    return shutil.disk_usage(folder).free >= MIN_FREE_DISK_BYTES
 
 
-def memory_gib() -> float:
+def measure_available_memory_gib() -> float:
     """Memory that is available now, in GiB: of the machine, or of this process's control group if that has less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return min([available, *_group_rooms()]) / 2**30
+    return min([available, *_read_cgroup_headrooms()]) / 2**30
 
 
-def _group_rooms() -> Iterator[int]:
+def _read_cgroup_headrooms() -> Iterator[int]:
     """Bytes that a container or a batch system still lets this process use, for each limit it set."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -18,39 +18,55 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.lanes import Lane, LaneFull
-from infra.mlflow_requests import Refused, check_form, check_graphql, check_parameters, read_form
+from infra.lanes import LaneFull, RequestLane
+from infra.mlflow_requests import (
+    MlflowRequestRefused,
+    check_graphql,
+    check_json_bounds,
+    check_query_parameters,
+    parse_json_object,
+)
 from infra.mlflow_rules import (
     ADMINISTRATOR_RULES,
     CONSUMER_RULES,
     PUBLIC_RULES,
-    READER,
+    READER_ACCOUNT,
     UPLOAD_RULES,
-    Rule,
-    allows,
+    RouteRule,
+    is_route_allowed,
 )
-from infra.request_body import PAUSE_S, BodyRefused, ClientLeft, Headers, Message, Receive, has_body, read_body, replay
-from infra.throttle import Throttle, is_machine_secret
+from infra.request_body import (
+    MAX_BODY_PAUSE_S,
+    AsgiHeaders,
+    AsgiMessage,
+    AsgiReceive,
+    ClientDisconnected,
+    RequestBodyRefused,
+    has_body,
+    read_body,
+    replay_body,
+)
+from infra.throttle import SignInThrottle, is_machine_secret
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+AsgiScope = MutableMapping[str, Any]
+AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
+AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 
 ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's own: the account that it makes at its first start
 DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which the throttle lets pass
-CHALLENGE = (b"www-authenticate", b'Basic realm="mlflow"')
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-CLOSED = "this route is not open to this account; see docs/security.md"
-BUSY = "MLflow has as many requests as it can work on; try again"
-RETRY_AFTER = (b"retry-after", b"5")
-MAX_BODY_BYTES, MAX_ADMINISTRATOR_BODY_BYTES = 2**20, 16 * 2**20
-MAX_INSIDE, MAX_WAITING, MAX_WAIT_S = 8, 64, 30.0  # MLflow has 40 threads
-SEND_S = 60.0  # for a client to take a part of an answer, which waits in memory
+BASIC_CHALLENGE_HEADER = (b"www-authenticate", b'Basic realm="mlflow"')
+CONTROL_CHARACTER_PATTERN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MLFLOW_ROUTE_CLOSED_MESSAGE = "this route is not open to this account; see docs/security.md"
+MLFLOW_BUSY_MESSAGE = "MLflow has as many requests as it can work on; try again"
+RETRY_AFTER_HEADER = (b"retry-after", b"5")
+MAX_MLFLOW_BODY_BYTES, MAX_ADMINISTRATOR_BODY_BYTES = 2**20, 16 * 2**20
+MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S = 8, 64, 30.0  # MLflow has 40 threads
+SEND_TIMEOUT_S = 60.0  # for a client to take a part of an answer, which waits in memory
 
 # MLflow's pages read the workspace from the address's fragment, which no server sees, and show nothing without it.
 # The stored values are their own switches, set where the visitor has not chosen: open no assistant, send no usage data,
 # show no advertisement of either, list runs rather than traces.
-PAGE_SCRIPT = """\
+MLFLOW_PAGE_SCRIPT = """\
 var page = location.hash.length > 2 ? location.hash : "#/models";
 if (!/[?&]workspace=/.test(page))
   history.replaceState(null, "", page + (page.includes("?") ? "&" : "?") + "workspace=default");
@@ -65,10 +81,10 @@ for (var name in choices)
   if (localStorage.getItem(name) === null) localStorage.setItem(name, JSON.stringify(choices[name]));
 """
 # The browser refuses what a page would load from other hosts.
-PAGE_POLICY = "; ".join(
+MLFLOW_PAGE_POLICY = "; ".join(
     (
         "default-src 'self'",
-        f"script-src 'self' 'sha256-{base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()}'",
+        f"script-src 'self' 'sha256-{base64.b64encode(hashlib.sha256(MLFLOW_PAGE_SCRIPT.encode()).digest()).decode()}'",
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
@@ -81,22 +97,24 @@ PAGE_POLICY = "; ".join(
 )
 
 
-def create_app() -> App:
+def create_app() -> AsgiApp:
     """Return MLflow's server with basic authentication, behind the gate."""
     from mlflow.server.auth import create_app as create_mlflow
 
-    return Gate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())
+    return MlflowGate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())
 
 
 @dataclass(frozen=True)
 class Lanes:
     """Where requests of the same accounts wait for one another: while a body is read, and for their answers."""
 
-    bodies: Lane = field(default_factory=lambda: Lane(MAX_WAITING, 0, 0))
-    answers: Lane = field(default_factory=lambda: Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S))
+    bodies: RequestLane = field(default_factory=lambda: RequestLane(MAX_WAITING_REQUESTS, 0, 0))
+    answers: RequestLane = field(
+        default_factory=lambda: RequestLane(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
+    )
 
 
-class Gate:
+class MlflowGate:
     """An ASGI application that forwards a request only if it is on its caller's list.
 
     The name in the Basic header chooses the list, and the same header, rewritten by the gate, is all by which MLflow
@@ -104,113 +122,123 @@ class Gate:
     accounts that MLflow calls administrators besides have a consumer's.
     """
 
-    def __init__(self, app: App, administrator: str, machine_digests: Iterable[str], pause_s: float = PAUSE_S) -> None:
+    def __init__(
+        self, app: AsgiApp, administrator: str, machine_digests: Iterable[str], pause_s: float = MAX_BODY_PAUSE_S
+    ) -> None:
         self._app, self._administrator = app, administrator
         self._machine_digests = tuple(machine_digests)
         self._pause_s = pause_s
-        self._throttle = Throttle()
+        self._throttle = SignInThrottle()
         # The administrator, which is the platform, waits in none of these; its reader waits for no other account.
-        self._visitors = Lane(MAX_INSIDE, MAX_WAITING, MAX_WAIT_S)
+        self._visitors = RequestLane(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
         self._accounts, self._reader = Lanes(), Lanes()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         try:
             await self._admit(scope, receive, send)
-        except ClientLeft:
+        except ClientDisconnected:
             return
-        except Refusal as refusal:
+        except MlflowRefusal as refusal:
             await refusal.send(send, is_unread=has_body(scope["headers"]))
 
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _admit(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         method, path = scope["method"], scope["path"]
         if not is_plain_path(scope):
-            raise Refusal(403, CLOSED)
-        if allows(PUBLIC_RULES, method, path):
-            return await self._show(scope, receive, send)
+            raise MlflowRefusal(403, MLFLOW_ROUTE_CLOSED_MESSAGE)
+        if is_route_allowed(PUBLIC_RULES, method, path):
+            return await self._forward_public(scope, receive, send)
         caller = read_credentials(scope["headers"])
         if caller is None:
-            raise Refusal(401, "sign in with one Basic authorization header", CHALLENGE)
-        if not allows(self._rules(caller), method, path):
-            raise Refusal(403, CLOSED)
-        await self._sign_in(caller, scope, receive, send)
+            raise MlflowRefusal(401, "sign in with one Basic authorization header", BASIC_CHALLENGE_HEADER)
+        if not is_route_allowed(self._get_rules(caller), method, path):
+            raise MlflowRefusal(403, MLFLOW_ROUTE_CLOSED_MESSAGE)
+        await self._forward_signed_in(caller, scope, receive, send)
 
-    def _rules(self, caller: "Credentials") -> tuple[Rule, ...]:
+    def _get_rules(self, caller: "Credentials") -> tuple[RouteRule, ...]:
         return ADMINISTRATOR_RULES if caller.name == self._administrator else CONSUMER_RULES
 
-    async def _show(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward_public(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         """Forward a request that needs no account; probes of its health wait for nobody."""
         if has_body(scope["headers"]):
-            raise Refusal(413, "this route takes no body")
+            raise MlflowRefusal(413, "this route takes no body")
         lane = None if scope["path"] == "/health" else self._visitors
-        await self._forward(lane, _with_headers(scope, None), receive, send)
+        await self._forward(lane, _rewrite_headers(scope, None), receive, send)
 
-    async def _sign_in(self, caller: "Credentials", scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward_signed_in(
+        self, caller: "Credentials", scope: AsgiScope, receive: AsgiReceive, send: AsgiSend
+    ) -> None:
         """Forward a request with its caller's credentials, unless too many of them were wrong lately."""
-        forwarded = _with_headers(scope, caller)
-        answer = PageSend(send) if scope["path"] == "/" and scope["method"] == "GET" else send
+        forwarded = _rewrite_headers(scope, caller)
+        answer = PageRewriter(send) if scope["path"] == "/" and scope["method"] == "GET" else send
         if is_machine_secret(caller.name, caller.password, self._machine_digests):
             if caller.name == self._administrator:
-                if not allows(UPLOAD_RULES, scope["method"], scope["path"]):
-                    receive = await self._check(scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True)
+                if not is_route_allowed(UPLOAD_RULES, scope["method"], scope["path"]):
+                    receive = await self._read_checked_body(
+                        scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True
+                    )
                 return await self._app(forwarded, receive, answer)
-            lanes = self._reader if caller.name == READER else self._accounts
-            return await self._forward(lanes.answers, forwarded, await self._read(lanes, scope, receive), answer)
+            lanes = self._reader if caller.name == READER_ACCOUNT else self._accounts
+            return await self._forward(
+                lanes.answers, forwarded, await self._check_request(lanes, scope, receive), answer
+            )
         address = scope["client"][0]  # the connection's, since uvicorn is told to believe no forwarded header
         if wait_s := self._throttle.admit(caller.name, address):
             message = f"too many wrong passwords; try again in {wait_s} s"
-            raise Refusal(429, message, (b"retry-after", str(wait_s).encode()))
+            raise MlflowRefusal(429, message, (b"retry-after", str(wait_s).encode()))
 
-        async def watch(message: Message) -> None:
+        async def watch(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start" and message["status"] != 401:
-                self._throttle.succeed(caller.name, address)
+                self._throttle.note_success(caller.name, address)
             await answer(message)
 
         try:
-            receive = await self._read(self._accounts, scope, receive)
+            receive = await self._check_request(self._accounts, scope, receive)
             await self._forward(self._accounts.answers, forwarded, receive, watch)
-        except (Refusal, ClientLeft):
-            self._throttle.succeed(caller.name, address)  # the password was not looked at, so nothing was guessed
+        except (MlflowRefusal, ClientDisconnected):
+            self._throttle.note_success(caller.name, address)  # the password was not looked at, so nothing was guessed
             raise
 
-    async def _read(self, lanes: "Lanes", scope: Scope, receive: Receive) -> Receive:
+    async def _check_request(self, lanes: "Lanes", scope: AsgiScope, receive: AsgiReceive) -> AsgiReceive:
         """Read and check what an account other than the administrator asks."""
         try:
-            check_parameters(scope["query_string"])
-        except Refused as error:
-            raise Refusal(400, str(error)) from None
+            check_query_parameters(scope["query_string"])
+        except MlflowRequestRefused as error:
+            raise MlflowRefusal(400, str(error)) from None
         if not has_body(scope["headers"]):
-            return await self._check(scope, receive, 0)
-        with _busy():
+            return await self._read_checked_body(scope, receive, 0)
+        with _refuse_when_full():
             async with lanes.bodies.enter():
-                return await self._check(scope, receive, MAX_BODY_BYTES)
+                return await self._read_checked_body(scope, receive, MAX_MLFLOW_BODY_BYTES)
 
-    async def _check(self, scope: Scope, receive: Receive, max_bytes: int, is_trusted: bool = False) -> Receive:
+    async def _read_checked_body(
+        self, scope: AsgiScope, receive: AsgiReceive, max_bytes: int, is_trusted: bool = False
+    ) -> AsgiReceive:
         """Read a body, and return what gives it to MLflow once it is a JSON object within its bounds."""
         try:
             body = await read_body(receive, scope["headers"], max_bytes, self._pause_s)
-            form = read_form(body)
+            form = parse_json_object(body)
             if not is_trusted:
-                check_form(form)
+                check_json_bounds(form)
             if scope["path"] == "/graphql":
                 check_graphql(form)
-        except Refused as error:
-            raise Refusal(400, str(error)) from None
-        except BodyRefused as error:
-            raise Refusal(error.status, str(error)) from None
-        return replay(body, receive)
+        except MlflowRequestRefused as error:
+            raise MlflowRefusal(400, str(error)) from None
+        except RequestBodyRefused as error:
+            raise MlflowRefusal(error.status, str(error)) from None
+        return replay_body(body, receive)
 
-    async def _forward(self, lane: Lane | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, lane: RequestLane | None, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         """Let MLflow answer, in its turn; a client that does not take its answer loses it, and its place."""
         is_stalled = False
 
-        async def send_soon(message: Message) -> None:
+        async def send_soon(message: AsgiMessage) -> None:
             nonlocal is_stalled
             try:
-                async with asyncio.timeout(SEND_S):
+                async with asyncio.timeout(SEND_TIMEOUT_S):
                     await send(message)
             except TimeoutError:
                 is_stalled = True
@@ -219,7 +247,7 @@ class Gate:
         try:
             if lane is None:
                 return await self._app(scope, receive, send_soon)
-            with _busy():
+            with _refuse_when_full():
                 async with lane.enter():
                     await self._app(scope, receive, send_soon)
         except Exception:
@@ -228,11 +256,11 @@ class Gate:
 
 
 @contextlib.contextmanager
-def _busy() -> Iterator[None]:
+def _refuse_when_full() -> Iterator[None]:
     try:
         yield
     except LaneFull:
-        raise Refusal(429, BUSY, RETRY_AFTER) from None
+        raise MlflowRefusal(429, MLFLOW_BUSY_MESSAGE, RETRY_AFTER_HEADER) from None
 
 
 @dataclass(frozen=True)
@@ -243,7 +271,7 @@ class Credentials:
     password: str = field(repr=False)
 
 
-def read_credentials(headers: Headers) -> Credentials | None:
+def read_credentials(headers: AsgiHeaders) -> Credentials | None:
     """Return the credentials if there is exactly one Authorization header and it is well-formed Basic, else None."""
     values = [value for name, value in headers if name == b"authorization"]
     if len(values) != 1:
@@ -255,10 +283,14 @@ def read_credentials(headers: Headers) -> Credentials | None:
         name, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except (binascii.Error, UnicodeDecodeError):
         return None
-    return Credentials(name, password) if name and colon and not CONTROL.search(name + password) else None
+    return (
+        Credentials(name, password)
+        if name and colon and not CONTROL_CHARACTER_PATTERN.search(name + password)
+        else None
+    )
 
 
-def is_plain_path(scope: Scope) -> bool:
+def is_plain_path(scope: AsgiScope) -> bool:
     r"""Tell whether a path means the same to the gate and to every router behind it.
 
     Refused: empty and dot segments, encoded slashes, a second layer of encoding, control characters, `\` and `;`.
@@ -266,22 +298,22 @@ def is_plain_path(scope: Scope) -> bool:
     path, raw = scope["path"], scope.get("raw_path", b"")
     return (
         path.startswith("/")
-        and CONTROL.search(path) is None
+        and CONTROL_CHARACTER_PATTERN.search(path) is None
         and re.search(r"//|/\.\.?(?:/|$)|[%\\;]", path) is None
         and raw.partition(b"?")[0].count(b"/") == path.count("/")
     )
 
 
-def _with_headers(scope: Scope, caller: Credentials | None) -> Scope:
+def _rewrite_headers(scope: AsgiScope, caller: Credentials | None) -> AsgiScope:
     """Return the scope with the gate's own Authorization header and without any other that MLflow could believe."""
-    headers = [(name, value) for name, value in scope["headers"] if not _is_dropped(name, scope["path"])]
+    headers = [(name, value) for name, value in scope["headers"] if not _is_header_dropped(name, scope["path"])]
     if caller is not None:
         pair = f"{caller.name}:{caller.password}".encode()
         headers.append((b"authorization", b"Basic " + base64.b64encode(pair)))
     return {**scope, "headers": headers}
 
 
-def _is_dropped(name: bytes, path: str) -> bool:
+def _is_header_dropped(name: bytes, path: str) -> bool:
     """Drop other credentials, names that WSGI folds into others, and for the page what makes its answer partial."""
     credentials = name in (b"authorization", b"cookie", b"x-mlflow-authorization", b"proxy-authorization")
     forwarded = name == b"forwarded" or name.startswith(b"x-forwarded-") or b"_" in name
@@ -289,43 +321,43 @@ def _is_dropped(name: bytes, path: str) -> bool:
     return credentials or forwarded or partial
 
 
-class PageSend:
+class PageRewriter:
     """Send the page of MLflow's interface with a policy for the browser and a script that chooses the workspace."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: AsgiSend) -> None:
         self._send, self._body = send, b""
-        self._start: Message = {}
+        self._start: AsgiMessage = {}
 
-    async def __call__(self, message: Message) -> None:
+    async def __call__(self, message: AsgiMessage) -> None:
         if message["type"] == "http.response.start":
             self._start = message
             return
         self._body += message.get("body", b"")
         if message.get("more_body", False):
             return
-        headers = [(name, value) for name, value in self._start["headers"] if name.lower() not in _REPLACED]
+        headers = [(name, value) for name, value in self._start["headers"] if name.lower() not in _REPLACED_HEADERS]
         if self._start["status"] == 200:
-            script = f"<head><script>{PAGE_SCRIPT}</script>".encode()
+            script = f"<head><script>{MLFLOW_PAGE_SCRIPT}</script>".encode()
             self._body = self._body.replace(b"<head>", script, 1)
-            headers += [(b"content-security-policy", PAGE_POLICY.encode()), (b"cache-control", b"no-store")]
+            headers += [(b"content-security-policy", MLFLOW_PAGE_POLICY.encode()), (b"cache-control", b"no-store")]
         headers.append((b"content-length", str(len(self._body)).encode()))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": self._body})
 
 
-_REPLACED = (b"content-length", b"etag", b"last-modified", b"cache-control", b"content-security-policy")
+_REPLACED_HEADERS = (b"content-length", b"etag", b"last-modified", b"cache-control", b"content-security-policy")
 
 
-class Refusal(Exception):
+class MlflowRefusal(Exception):
     """An answer of the gate's own, in MLflow's form, which its client library shows."""
 
     def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
 
-    async def send(self, send: Send, is_unread: bool) -> None:
+    async def send(self, send: AsgiSend, is_unread: bool) -> None:
         """Answer, and close the connection if a body may still be coming, which nobody reads."""
-        body = json.dumps({"error_code": _CODES[self.status], "message": str(self)}).encode()
+        body = json.dumps({"error_code": _ERROR_CODE_BY_STATUS[self.status], "message": str(self)}).encode()
         head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self.headers]
         if is_unread:
             head.append((b"connection", b"close"))
@@ -333,7 +365,7 @@ class Refusal(Exception):
         await send({"type": "http.response.body", "body": body})
 
 
-_CODES = {
+_ERROR_CODE_BY_STATUS = {
     400: "INVALID_PARAMETER_VALUE",
     401: "UNAUTHENTICATED",
     403: "PERMISSION_DENIED",

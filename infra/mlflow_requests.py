@@ -10,39 +10,39 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl
 
-MAX_ORDER_BY = 10
-MAX_CONDITIONS = 30  # of a filter
-MAX_ENTRIES = 1_000  # of any other list or object
-MAX_CHARACTERS = 10_000  # of a string
+MAX_ORDER_BY_ENTRIES = 10
+MAX_FILTER_CONDITIONS = 30  # of a filter
+MAX_JSON_ENTRIES = 1_000  # of any other list or object
+MAX_STRING_CHARACTERS = 10_000  # of a string
 MAX_RESULTS = 25_000  # the client library asks for as many points of a metric at a time
-MAX_DEPTH = 20
-MAX_QUERY_CHARACTERS = 4_096  # of GraphQL; the pages' own have at most 1,500
-MAX_TOKENS, MAX_FIELDS, MAX_ALIASES = 1_000, 200, 10
+MAX_JSON_DEPTH = 20
+MAX_GRAPHQL_CHARACTERS = 4_096  # of GraphQL; the pages' own have at most 1,500
+MAX_GRAPHQL_TOKENS, MAX_GRAPHQL_FIELDS, MAX_GRAPHQL_ALIASES = 1_000, 200, 10
 
 
-class Refused(ValueError):
+class MlflowRequestRefused(ValueError):
     """A request that is malformed or beyond a bound."""
 
 
-def read_form(body: bytes) -> dict[str, Any]:
+def parse_json_object(body: bytes) -> dict[str, Any]:
     """Return the object that a body holds; an empty body is an empty object, as MLflow takes it.
 
     Raises:
         Refused: if it is anything else.
 
-    >>> read_form(b'{"a": 1}'), read_form(b"")
+    >>> parse_json_object(b'{"a": 1}'), parse_json_object(b"")
     ({'a': 1}, {})
     """
     try:
         form = json.loads(body) if body else {}
     except (ValueError, RecursionError):
-        raise Refused("the body must be JSON; send one object") from None
+        raise MlflowRequestRefused("the body must be JSON; send one object") from None
     if not isinstance(form, dict):
-        raise Refused(f"the body must be a JSON object, got {type(form).__name__}; send one object")
+        raise MlflowRequestRefused(f"the body must be a JSON object, got {type(form).__name__}; send one object")
     return form
 
 
-def check_form(form: dict[str, Any]) -> None:
+def check_json_bounds(form: dict[str, Any]) -> None:
     """Hold an object's lists, strings and numbers to the bounds, however deep they lie.
 
     Raises:
@@ -51,8 +51,8 @@ def check_form(form: dict[str, Any]) -> None:
     waiting: list[tuple[str, Any, int]] = [("the body", form, 0)]
     while waiting:
         name, value, depth = waiting.pop()
-        if depth > MAX_DEPTH:
-            raise Refused(f"JSON may be {MAX_DEPTH} levels deep; send it flatter")
+        if depth > MAX_JSON_DEPTH:
+            raise MlflowRequestRefused(f"JSON may be {MAX_JSON_DEPTH} levels deep; send it flatter")
         if isinstance(value, (dict, list)):
             _check_count(name, len(value))
             entries = value.items() if isinstance(value, dict) else ((name, entry) for entry in value)
@@ -60,19 +60,19 @@ def check_form(form: dict[str, Any]) -> None:
         _check_scalar(name, value)
 
 
-def check_parameters(query_string: bytes) -> None:
+def check_query_parameters(query_string: bytes) -> None:
     """Hold the parameters of an address to the same bounds.
 
     Raises:
         Refused: naming the first that is beyond one.
     """
     try:
-        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_ENTRIES)
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_JSON_ENTRIES)
     except ValueError:
-        raise Refused(f"an address may have {MAX_ENTRIES} parameters; ask for less") from None
+        raise MlflowRequestRefused(f"an address may have {MAX_JSON_ENTRIES} parameters; ask for less") from None
     names = [name for name, _ in pairs]
     for name, text in pairs:
-        _check_count(name, names.count(name) if _plain(name) == "orderby" else 1)
+        _check_count(name, names.count(name) if _normalize_name(name) == "orderby" else 1)
         _check_scalar(name, text)
 
 
@@ -85,20 +85,26 @@ def check_graphql(form: dict[str, Any]) -> None:
     from graphql import GraphQLError, parse  # MLflow's; slow to import for the keeper, which reads this module's gate
 
     query, variables, name = (form.get(key) for key in ("query", "variables", "operationName"))
-    if not isinstance(query, str) or not 0 < len(query) <= MAX_QUERY_CHARACTERS:
-        raise Refused(f"query must be a string of at most {MAX_QUERY_CHARACTERS} characters; see MLflow's schema")
+    if not isinstance(query, str) or not 0 < len(query) <= MAX_GRAPHQL_CHARACTERS:
+        raise MlflowRequestRefused(
+            f"query must be a string of at most {MAX_GRAPHQL_CHARACTERS} characters; see MLflow's schema"
+        )
     if not isinstance(variables, (dict, type(None))) or not isinstance(name, (str, type(None))):
-        raise Refused("variables must be an object and operationName a string; leave them out or send these")
+        raise MlflowRequestRefused(
+            "variables must be an object and operationName a string; leave them out or send these"
+        )
     try:
-        document = parse(query, no_location=True, max_tokens=MAX_TOKENS)
+        document = parse(query, no_location=True, max_tokens=MAX_GRAPHQL_TOKENS)
     except GraphQLError as error:
-        raise Refused(f"query is no GraphQL: {error.message[:200]}") from None
+        raise MlflowRequestRefused(f"query is no GraphQL: {error.message[:200]}") from None
     except RecursionError:
-        raise Refused("query is nested too deep; send a flatter one") from None
-    nodes = list(_nodes(document))
+        raise MlflowRequestRefused("query is nested too deep; send a flatter one") from None
+    nodes = list(_walk_nodes(document))
     fields = [node for node in nodes if node.kind == "field"]
-    if len(fields) > MAX_FIELDS or sum(node.alias is not None for node in fields) > MAX_ALIASES:
-        raise Refused(f"a query may have {MAX_FIELDS} fields and {MAX_ALIASES} aliases; ask for less")
+    if len(fields) > MAX_GRAPHQL_FIELDS or sum(node.alias is not None for node in fields) > MAX_GRAPHQL_ALIASES:
+        raise MlflowRequestRefused(
+            f"a query may have {MAX_GRAPHQL_FIELDS} fields and {MAX_GRAPHQL_ALIASES} aliases; ask for less"
+        )
     for node in nodes:
         if node.kind == "object_field":
             _check_argument(node.name.value, node.value)
@@ -106,21 +112,21 @@ def check_graphql(form: dict[str, Any]) -> None:
 
 def _check_argument(name: str, value: Any) -> None:
     """Hold a literal of GraphQL to the bounds; a bounded list must be written out, since variables have other names."""
-    if _plain(name) in ("orderby", "maxresults", "filter") and value.kind == "variable":
-        raise Refused(f"{name} must be written out in the query, or all of the input be one variable")
+    if _normalize_name(name) in ("orderby", "maxresults", "filter") and value.kind == "variable":
+        raise MlflowRequestRefused(f"{name} must be written out in the query, or all of the input be one variable")
     if value.kind == "list_value":
         _check_count(name, len(value.values))
     elif value.kind in ("int_value", "string_value"):
         _check_scalar(name, value.value)
 
 
-def _nodes(root: Any) -> Iterator[Any]:
+def _walk_nodes(root: Any) -> Iterator[Any]:
     """Every node of a syntax tree, without recursion."""
     waiting = [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
-        if depth > 4 * MAX_DEPTH:
-            raise Refused("query is nested too deep; send a flatter one")
+        if depth > 4 * MAX_JSON_DEPTH:
+            raise MlflowRequestRefused("query is nested too deep; send a flatter one")
         yield node
         for key in node.keys:
             child = getattr(node, key)
@@ -128,29 +134,34 @@ def _nodes(root: Any) -> Iterator[Any]:
             waiting += [(entry, depth + 1) for entry in children if hasattr(entry, "kind")]
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Return a field's name in the one form that its spellings share: protobuf takes `order_by` and `orderBy`."""
     return name.replace("_", "").lower()
 
 
 def _check_count(name: str, count: int) -> None:
-    limit = MAX_ORDER_BY if _plain(name) == "orderby" else MAX_ENTRIES
+    limit = MAX_ORDER_BY_ENTRIES if _normalize_name(name) == "orderby" else MAX_JSON_ENTRIES
     if count > limit:
-        raise Refused(f"{name[:100]} may have {limit} entries, got {count}; send less")
+        raise MlflowRequestRefused(f"{name[:100]} may have {limit} entries, got {count}; send less")
 
 
 def _check_scalar(name: str, value: Any) -> None:
-    if _plain(name) == "maxresults" and _is_more(value, MAX_RESULTS):
-        raise Refused(f"{name} may be {MAX_RESULTS}; ask for less and for the next page")
+    if _normalize_name(name) == "maxresults" and _is_over_limit(value, MAX_RESULTS):
+        raise MlflowRequestRefused(f"{name} may be {MAX_RESULTS}; ask for less and for the next page")
     if not isinstance(value, str):
         return
-    if len(value) > MAX_CHARACTERS:
-        raise Refused(f"{name[:100]} may have {MAX_CHARACTERS} characters, got {len(value)}; send less")
-    if _plain(name) in ("filter", "filterstring") and len(re.findall(r"\band\b", value, re.I)) >= MAX_CONDITIONS:
-        raise Refused(f"{name} may have {MAX_CONDITIONS} conditions; ask for less")
+    if len(value) > MAX_STRING_CHARACTERS:
+        raise MlflowRequestRefused(
+            f"{name[:100]} may have {MAX_STRING_CHARACTERS} characters, got {len(value)}; send less"
+        )
+    if (
+        _normalize_name(name) in ("filter", "filterstring")
+        and len(re.findall(r"\band\b", value, re.I)) >= MAX_FILTER_CONDITIONS
+    ):
+        raise MlflowRequestRefused(f"{name} may have {MAX_FILTER_CONDITIONS} conditions; ask for less")
 
 
-def _is_more(value: Any, limit: int) -> bool:
+def _is_over_limit(value: Any, limit: int) -> bool:
     """Tell whether a number, or a string that protobuf takes for one, is beyond a limit."""
     try:
         return float(value) > limit

@@ -8,32 +8,32 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Rule:
+class RouteRule:
     """One method on one form of path; in the path, `*` is one segment and `**` one or more."""
 
     method: str
     path: str
 
     def matches(self, method: str, path: str) -> bool:
-        return method == self.method and _compile_form(self.path).fullmatch(path) is not None
+        return method == self.method and _compile_path_pattern(self.path).fullmatch(path) is not None
 
 
 @functools.cache
-def _compile_form(form: str) -> re.Pattern[str]:
+def _compile_path_pattern(form: str) -> re.Pattern[str]:
     return re.compile(re.escape(form).replace(r"\*\*", "[^/]+(?:/[^/]+)*").replace(r"\*", "[^/]+"))
 
 
-def allows(rules: Iterable[Rule], method: str, path: str) -> bool:
+def is_route_allowed(rules: Iterable[RouteRule], method: str, path: str) -> bool:
     """Tell whether a request is on a list; HEAD counts as GET.
 
-    >>> allows(PUBLIC_RULES, "HEAD", "/health"), allows(PUBLIC_RULES, "GET", "/health/")
+    >>> is_route_allowed(PUBLIC_RULES, "HEAD", "/health"), is_route_allowed(PUBLIC_RULES, "GET", "/health/")
     (True, False)
     """
     method = "GET" if method == "HEAD" else method
     return any(rule.matches(method, path) for rule in rules)
 
 
-def parse_rules(text: str) -> tuple[Rule, ...]:
+def parse_rules(text: str) -> tuple[RouteRule, ...]:
     """Read rules, one a line; `{a,b}` stands for each of its members, `{,ajax-}api` so for both of MLflow's prefixes.
 
     >>> parse_rules("GET /{a,b}/*")
@@ -43,12 +43,12 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
     for line in text.strip().splitlines():
         method, form = line.split()
         parts = [part.split(",") for part in re.split(r"[{}]", form)]
-        rules += [Rule(method, "".join(choice)) for choice in itertools.product(*parts)]
+        rules += [RouteRule(method, "".join(choice)) for choice in itertools.product(*parts)]
     return tuple(rules)
 
 
-CONSUMER = "consumer"  # the read-only account that consumers of the model share
-READER = "cotrain-reader"  # the platform's own, which reads the same: for the model server and evaluations
+CONSUMER_ACCOUNT = "consumer"  # the read-only account that consumers of the model share
+READER_ACCOUNT = "cotrain-reader"  # the platform's own, which reads the same: for the model server and evaluations
 
 # Without signing in: what probes and the sign-in page need.
 PUBLIC_RULES = parse_rules("""

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 PROBE_KEY, PROBE_BYTES = "probe", b"p" * 8192
-PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes no less than 5 MiB and no more than 10,000 parts
-MAX_PARTS = 10_000
+UPLOAD_PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes no less than 5 MiB and no more than 10,000 parts
+MAX_UPLOAD_PARTS = 10_000
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
 
 
-class Objects:
+class ObjectStore:
     """One bucket. Keys are content hashes or ids, so writing one twice writes the same bytes."""
 
     def __init__(self, client: "S3Client", bucket: str) -> None:
@@ -36,7 +36,7 @@ class Objects:
         stream.seek(0)
         self._client.put_object(Bucket=self._bucket, Key=key, Body=stream)
 
-    def put_named_by_content(self, prefix: str, data: bytes) -> str:
+    def put_by_sha256(self, prefix: str, data: bytes) -> str:
         """Store bytes under `prefix/sha256` and return the sha256."""
         name = hashlib.sha256(data).hexdigest()
         self.put(f"{prefix}/{name}", data)
@@ -52,15 +52,16 @@ class Objects:
         """
         if os.fstat(stream.fileno()).st_size != size:
             raise ValueError(f"{key} has {os.fstat(stream.fileno()).st_size} bytes, expected are {size}")
-        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        part_bytes = max(UPLOAD_PART_BYTES, -(-size // MAX_UPLOAD_PARTS))
         if size <= part_bytes:
             data = stream.read(size)
-            _compare(key, hashlib.sha256(data).hexdigest(), sha256)
+            _check_sha256(key, hashlib.sha256(data).hexdigest(), sha256)
             return self.put(key, data)
         upload = (
-            self._begun_upload(key) or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
+            self._find_unfinished_upload(key)
+            or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
         )
-        there = self._parts(key, upload)
+        there = self._list_parts(key, upload)
         parts: list[CompletedPartTypeDef] = []
         digest = hashlib.sha256()
         for number in range(1, -(-size // part_bytes) + 1):
@@ -73,7 +74,7 @@ class Objects:
                 )["ETag"]
             parts.append({"PartNumber": number, "ETag": tag})
         try:
-            _compare(key, digest.hexdigest(), sha256)
+            _check_sha256(key, digest.hexdigest(), sha256)
         except ValueError:
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
             raise
@@ -81,11 +82,11 @@ class Objects:
             Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
         )
 
-    def _begun_upload(self, key: str) -> str | None:
+    def _find_unfinished_upload(self, key: str) -> str | None:
         begun = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", [])
         return next((upload["UploadId"] for upload in begun if upload["Key"] == key), None)
 
-    def _parts(self, key: str, upload: str) -> dict[int, str]:
+    def _list_parts(self, key: str, upload: str) -> dict[int, str]:
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
 
@@ -164,15 +165,15 @@ class Objects:
             raise OSError("the store returned other bytes than it was given")
 
 
-def _compare(key: str, found: str, expected: str) -> None:
+def _check_sha256(key: str, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(f"{key} has the sha256 {found}, expected is {expected}")
 
 
-StoreErrors = (BotoCoreError, ClientError, OSError)
+OBJECT_STORE_ERRORS = (BotoCoreError, ClientError, OSError)
 
 
-def open_objects(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> Objects:
+def open_object_store(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> ObjectStore:
     """Connect to the installation's store."""
     client = boto3.client(
         "s3",
@@ -188,4 +189,4 @@ def open_objects(settings: StoreAccess, bucket: str | None = None, *, attempts: 
             read_timeout=60 if attempts > 1 else 3,
         ),
     )
-    return Objects(client, bucket or settings.s3_bucket)
+    return ObjectStore(client, bucket or settings.s3_bucket)

@@ -11,18 +11,18 @@ import signal
 import time
 from collections.abc import Collection
 
-from infra.processes import below, processes
+from infra.processes import find_descendants, list_processes
 
 PR_SET_CHILD_SUBREAPER = 36
-KILL_WITHIN_S = 5.0
+ORPHAN_KILL_TIMEOUT_S = 5.0
 
 
-class Orphans:
+class OrphanReaper:
     """The orphans of one process, which adopts them from now on."""
 
     def __init__(self) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._dead: set[int] = set()
+        self._zombies: set[int] = set()
 
     def collect(self, own: Collection[int]) -> None:
         """Bury orphans that have died; call it now and then.
@@ -33,17 +33,17 @@ class Orphans:
         Args:
             own: children that may stay dead for longer, since they are waited for later.
         """
-        dead = {one.pid for one in processes() if one.parent == os.getpid() and one.is_dead} - set(own)
-        for pid in dead & self._dead:
+        dead = {one.pid for one in list_processes() if one.parent == os.getpid() and one.is_dead} - set(own)
+        for pid in dead & self._zombies:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        self._dead = dead
+        self._zombies = dead
 
     def kill_all(self) -> list[int]:
         """Kill all processes below this one, orphans or not, and return their pids; for a process that is ending."""
         killed: list[int] = []
-        end = time.monotonic() + KILL_WITHIN_S
-        while (left := below(os.getpid())) and time.monotonic() < end:
+        end = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
+        while (left := find_descendants(os.getpid())) and time.monotonic() < end:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

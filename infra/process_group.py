@@ -19,19 +19,19 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from infra.files import open_log, remove
-from infra.liveness import FILE_VARIABLE, TEMPORARY_FAILURE, leave_when_silent
-from infra.processes import carrying, kill_carrying
+from infra.files import open_log, remove_path
+from infra.liveness import EXIT_TEMPORARY_FAILURE, PARENT_FILE_VARIABLE, exit_on_lost_heartbeat
+from infra.processes import find_pids, kill_processes
 
 log = logging.getLogger(__name__)
 
-FIFO_VARIABLE = "COTRAIN_PARENT_FIFO"
+PARENT_FIFO_VARIABLE = "COTRAIN_PARENT_FIFO"
 TERM_GRACE_S = 10.0
-LEAVING_S = 2.0  # a rank leaves at once when the FIFO closes; one that is stopped cannot
+FIFO_EXIT_TIMEOUT_S = 2.0  # a rank leaves at once when the FIFO closes; one that is stopped cannot
 
 
 @contextlib.contextmanager
-def supervised(
+def run_child(
     command: list[str], folder: Path, env: Mapping[str, str], log_name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command whose processes call `leave_with_parent`; leaving the block ends every one of them.
@@ -39,7 +39,7 @@ def supervised(
     Output goes to `log_name` in the folder. An earlier command may have left links there, which are not followed.
     """
     fifo = folder / ".parent"
-    remove(fifo)
+    remove_path(fifo)
     os.mkfifo(fifo, 0o600)
     held = os.open(fifo, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     process = None
@@ -47,7 +47,7 @@ def supervised(
         with os.fdopen(open_log(folder / log_name), "ab") as output:
             process = subprocess.Popen(
                 command,
-                env={**env, FIFO_VARIABLE: str(fifo)},
+                env={**env, PARENT_FIFO_VARIABLE: str(fifo)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -56,59 +56,59 @@ def supervised(
     finally:
         os.close(held)  # from here on the ranks leave by themselves
         if process is not None:
-            _see_off(process, fifo)
+            _wait_for_ranks_to_exit(process, fifo)
             end_process(process)
-        remove(fifo)
+        remove_path(fifo)
 
 
-def _see_off(process: subprocess.Popen[bytes], fifo: Path) -> None:
+def _wait_for_ranks_to_exit(process: subprocess.Popen[bytes], fifo: Path) -> None:
     """Wait for the ranks to leave, and kill those that do not."""
-    end = time.monotonic() + LEAVING_S
-    while set(carrying(FIFO_VARIABLE, str(fifo))) - {process.pid}:
+    end = time.monotonic() + FIFO_EXIT_TIMEOUT_S
+    while set(find_pids(PARENT_FIFO_VARIABLE, str(fifo))) - {process.pid}:
         if time.monotonic() > end:
-            killed = kill_carrying(FIFO_VARIABLE, str(fifo), spare={process.pid})
+            killed = kill_processes(PARENT_FIFO_VARIABLE, str(fifo), spare={process.pid})
             log.warning("killed %s, which did not leave by themselves", killed)
             return
         time.sleep(0.02)
 
 
-def torchrun_command(num_processes: int, *program: str | Path) -> list[str]:
+def build_torchrun_command(num_processes: int, *program: str | Path) -> list[str]:
     """The command that runs a program, a script or `-m` and a module, in so many ranks of this machine.
 
-    >>> torchrun_command(2, "-m", "yuan.train.run", Path("runs/7"))[-3:]
+    >>> build_torchrun_command(2, "-m", "yuan.train.run", Path("runs/7"))[-3:]
     ['-m', 'yuan.train.run', 'runs/7']
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={num_processes}"]
-    return [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", *map(str, program)]
+    return [*command, "--master-addr=127.0.0.1", f"--master-port={find_free_port()}", *map(str, program)]
 
 
-def leave_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this process when the one that started it ends: at once where it holds a FIFO, in half a minute where it
     renews a file; with neither, no watch.
     """
-    if file := os.environ.get(FILE_VARIABLE):
-        leave_when_silent(Path(file))
-    name = os.environ.get(FIFO_VARIABLE)
+    if file := os.environ.get(PARENT_FILE_VARIABLE):
+        exit_on_lost_heartbeat(Path(file))
+    name = os.environ.get(PARENT_FIFO_VARIABLE)
     if not name:
         return
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        os._exit(TEMPORARY_FAILURE)
+        os._exit(EXIT_TEMPORARY_FAILURE)
     # A FIFO whose writer died before it was opened here never hangs up; but reading it tells.
     try:
         if not os.read(descriptor, 1):
-            os._exit(TEMPORARY_FAILURE)
+            os._exit(EXIT_TEMPORARY_FAILURE)
     except BlockingIOError:
         pass
-    threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="parent-watch").start()
+    threading.Thread(target=_watch_fifo, args=(descriptor,), daemon=True, name="parent-watch").start()
 
 
-def _watch(descriptor: int) -> None:
+def _watch_fifo(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     poll.poll()
-    os._exit(TEMPORARY_FAILURE)  # a rank in a collective cannot be asked
+    os._exit(EXIT_TEMPORARY_FAILURE)  # a rank in a collective cannot be asked
 
 
 def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> int:
@@ -123,14 +123,14 @@ def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S)
     return process.wait()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """Ask the kernel for a port of the loopback interface that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
-def alone(lock_file: Path) -> Iterator[None]:
+def hold_file_lock(lock_file: Path) -> Iterator[None]:
     """Wait until no other process is inside this block on the same file; the kernel frees it at any death."""
     with lock_file.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -4,19 +4,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Headers = list[tuple[bytes, bytes]]
+AsgiMessage = MutableMapping[str, Any]
+AsgiReceive = Callable[[], Awaitable[AsgiMessage]]
+AsgiHeaders = list[tuple[bytes, bytes]]
 
-PAUSE_S = 10.0  # without a byte of the body
-BODY_S = 60.0  # for all of it
+MAX_BODY_PAUSE_S = 10.0  # without a byte of the body
+BODY_TIMEOUT_S = 60.0  # for all of it
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """The client left before the end of its body, after which nobody waits for an answer."""
 
 
-class BodyRefused(Exception):
+class RequestBodyRefused(Exception):
     """A body that is too long or does not come; `status` is the answer's."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -24,46 +24,48 @@ class BodyRefused(Exception):
         self.status = status
 
 
-def has_body(headers: Headers) -> bool:
+def has_body(headers: AsgiHeaders) -> bool:
     """Tell whether a request announces a body."""
     named = dict(headers)
     return b"transfer-encoding" in named or named.get(b"content-length", b"0").strip() != b"0"
 
 
-async def read_body(receive: Receive, headers: Headers, max_bytes: int, pause_s: float = PAUSE_S) -> bytes:
+async def read_body(
+    receive: AsgiReceive, headers: AsgiHeaders, max_bytes: int, pause_s: float = MAX_BODY_PAUSE_S
+) -> bytes:
     """Read a whole body.
 
     Raises:
         ClientLeft: before the end of the body.
         BodyRefused: 413 if it has more than `max_bytes`, by its announcement before any is read; 408 if it pauses.
     """
-    too_long = BodyRefused(413, f"a request's body may have {max_bytes} bytes here; send less")
+    too_long = RequestBodyRefused(413, f"a request's body may have {max_bytes} bytes here; send less")
     announced = dict(headers).get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > max_bytes:
         raise too_long
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             while True:
                 async with asyncio.timeout(pause_s):
                     message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientLeft
+                    raise ClientDisconnected
                 body += message.get("body", b"")
                 if len(body) > max_bytes:
                     raise too_long
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        rule = f"within {BODY_S:.0f} s and without pauses of {pause_s:.0f} s"
-        raise BodyRefused(408, f"the body must come {rule}; send it again") from None
+        rule = f"within {BODY_TIMEOUT_S:.0f} s and without pauses of {pause_s:.0f} s"
+        raise RequestBodyRefused(408, f"the body must come {rule}; send it again") from None
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
+def replay_body(body: bytes, receive: AsgiReceive) -> AsgiReceive:
     """Return a `receive` that gives the body that was read, and then what comes after it."""
     is_sent = False
 
-    async def replayed() -> Message:
+    async def replayed() -> AsgiMessage:
         nonlocal is_sent
         if is_sent:
             return await receive()

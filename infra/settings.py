@@ -15,16 +15,16 @@ from dotenv.parser import Binding, parse_stream
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from infra.mlflow_rules import READER
+from infra.mlflow_rules import READER_ACCOUNT
 
 HOME_VARIABLE = "COTRAIN_HOME"
-PREFIX = "COTRAIN_"
-SHOWN_LENGTH = 60  # of a wrong value
+SETTINGS_VARIABLE_PREFIX = "COTRAIN_"
+MAX_SHOWN_VALUE_CHARACTERS = 60  # of a wrong value
 # MLflow would also write into the user's home folder, at its import.
-NO_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
+NO_TELEMETRY_VARIABLES = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
 
-def home_folder() -> Path:
+def get_home_folder() -> Path:
     """Return the folder that holds everything the embedded stack writes."""
     return Path(os.environ.get(HOME_VARIABLE, ".cotrain")).resolve()
 
@@ -32,10 +32,10 @@ def home_folder() -> Path:
 class ProcessSettings(BaseSettings):
     """What every process knows. Create settings in process entries only, with `load_settings`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=SETTINGS_VARIABLE_PREFIX, extra="ignore")
     files: ClassVar[tuple[str, ...]] = ()
 
-    home: Path = Field(default_factory=home_folder)
+    home: Path = Field(default_factory=get_home_folder)
 
 
 class DatabaseAccess(ProcessSettings):
@@ -75,14 +75,14 @@ class ModelServerAccess(ProcessSettings):
     model_server_token: SecretStr
 
 
-class PoolChoice(ProcessSettings):
+class PoolSettings(ProcessSettings):
     """The pool that runs are planned for, and whose device-hours they are."""
 
     pool: str = ""
     team: str = "programme"
 
 
-class RecordsAccess(DatabaseAccess, TrackerAccess, PoolChoice):
+class RecordsAccess(DatabaseAccess, TrackerAccess, PoolSettings):
     """What rounds are recorded in, and the devices they are planned for."""
 
 
@@ -163,19 +163,19 @@ class Settings(PortalSettings, DispatcherSettings, FlowSettings):
     mlflow_consumer_password: SecretStr
 
 
-Chosen = TypeVar("Chosen", bound=ProcessSettings)
+SettingsT = TypeVar("Chosen", bound=ProcessSettings)
 
 
-def load_settings(kind: type[Chosen]) -> Chosen:
+def load_settings(kind: type[SettingsT]) -> SettingsT:
     """Read the settings of a process from its files in `$COTRAIN_HOME` and from the environment.
 
     Raises:
         ValueError: as `read_settings`.
     """
-    return read_settings(kind, home_folder())
+    return read_settings(kind, get_home_folder())
 
 
-def read_settings(kind: type[Chosen], home: Path) -> Chosen:
+def read_settings(kind: type[SettingsT], home: Path) -> SettingsT:
     """Read the settings of a process from its files in a home folder and from the environment.
 
     Raises:
@@ -187,13 +187,13 @@ def read_settings(kind: type[Chosen], home: Path) -> Chosen:
     except ValidationError as error:
         if wrong := _describe_wrong_values(error, files):
             raise ValueError("; ".join(wrong)) from None
-        missing = ", ".join(variable(str(one["loc"][0])) for one in error.errors())
+        missing = ", ".join(get_variable_name(str(one["loc"][0])) for one in error.errors())
         raise ValueError(
             f"no usable settings in {home}: {missing}; run `cotrain up` or set them as in .env.example"
         ) from None
 
 
-def wrong_values(file: Path) -> list[str]:
+def find_wrong_values(file: Path) -> list[str]:
     """Describe the values of a file, and of the environment, that break a setting's rule: variable, rule and place."""
     try:
         Settings(_env_file=file)
@@ -206,26 +206,33 @@ def _describe_wrong_values(error: ValidationError, files: Sequence[Path]) -> lis
     found = []
     for one in error.errors(include_url=False):
         if one["type"] != "missing":
-            name = variable(str(one["loc"][0]))
+            name = get_variable_name(str(one["loc"][0]))
             rule = one["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-            found.append(f"{name} {rule}, got {str(one['input'])[:SHOWN_LENGTH]!r} ({_find_place(name, files)})")
+            found.append(
+                f"{name} {rule}, got {str(one['input'])[:MAX_SHOWN_VALUE_CHARACTERS]!r} ({_find_setting_place(name, files)})"
+            )
     return found
 
 
-def _find_place(name: str, files: Sequence[Path]) -> str:
+def _find_setting_place(name: str, files: Sequence[Path]) -> str:
     if name in map(str.upper, os.environ):
         return "a variable of the environment"
-    return [place_of(b, file) for file in files for b in bindings(file) if (b.key or "").upper() == name][-1]
+    return [
+        describe_variable_place(b, file)
+        for file in files
+        for b in parse_variable_file(file)
+        if (b.key or "").upper() == name
+    ][-1]
 
 
-def place_of(binding: Binding, file: Path) -> str:
+def describe_variable_place(binding: Binding, file: Path) -> str:
     """Say where a variable is set in a file; what is parsed begins with the empty lines before it."""
     text = binding.original.string
     empty = text[: len(text) - len(text.lstrip())].count("\n")
     return f"{file}, line {binding.original.line + empty}"
 
 
-def bindings(file: Path) -> list[Binding]:
+def parse_variable_file(file: Path) -> list[Binding]:
     """Parse a file of variables as the settings do, line by line; none if there is no such file.
 
     Raises:
@@ -238,29 +245,31 @@ def bindings(file: Path) -> list[Binding]:
         return list(parse_stream(stream))
 
 
-def variable(field: str) -> str:
+def get_variable_name(field: str) -> str:
     """Return the variable of a field."""
-    return f"{PREFIX}{field.upper()}"
+    return f"{SETTINGS_VARIABLE_PREFIX}{field.upper()}"
 
 
-def process_files(settings: Settings) -> dict[str, str]:
+def render_process_files(settings: Settings) -> dict[str, str]:
     """Return the settings file of each process, by its path in the home folder; a process gets the fields it uses."""
-    reader = settings.model_copy(update={"mlflow_username": READER, "mlflow_password": settings.mlflow_reader_password})
+    reader = settings.model_copy(
+        update={"mlflow_username": READER_ACCOUNT, "mlflow_password": settings.mlflow_reader_password}
+    )
     return {
-        PortalSettings.files[0]: _as_file(PortalSettings, settings),
-        ModelServerSettings.files[0]: _as_file(ModelServerSettings, reader),
-        DispatcherSettings.files[0]: _as_file(DispatcherSettings, settings),
-        WorkerSettings.files[0]: _as_file(WorkerSettings, settings),
-        FlowSettings.files[0]: _as_file(FlowSettings, settings),
+        PortalSettings.files[0]: _render_settings_file(PortalSettings, settings),
+        ModelServerSettings.files[0]: _render_settings_file(ModelServerSettings, reader),
+        DispatcherSettings.files[0]: _render_settings_file(DispatcherSettings, settings),
+        WorkerSettings.files[0]: _render_settings_file(WorkerSettings, settings),
+        FlowSettings.files[0]: _render_settings_file(FlowSettings, settings),
     }
 
 
-def _as_file(kind: type[ProcessSettings], settings: Settings) -> str:
+def _render_settings_file(kind: type[ProcessSettings], settings: Settings) -> str:
     lines = []
     for name in kind.model_fields:
         value = getattr(settings, name)
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
         if name != "home":
             quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-            lines.append(f"{variable(name)}='{quoted}'\n")
+            lines.append(f"{get_variable_name(name)}='{quoted}'\n")
     return "".join(lines)

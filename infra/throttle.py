@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 MAX_ACCOUNT_FAILURES = 20  # of one account from one address
 MAX_ADDRESS_FAILURES = 100  # from one address, whatever the account
-WINDOW_S = 300.0
-MAX_ENTRIES = 20_000
+THROTTLE_WINDOW_S = 300.0
+MAX_THROTTLE_COUNTERS = 20_000
 
 
-class Throttle:
+class SignInThrottle:
     """Count failed sign-ins in memory and refuse more than a limit in any window.
 
     An attempt counts as failed from `admit` until `succeed` takes it back, so that parallel guesses cannot pass between
@@ -32,8 +32,8 @@ class Throttle:
         *,
         max_account_failures: int = MAX_ACCOUNT_FAILURES,
         max_address_failures: int = MAX_ADDRESS_FAILURES,
-        window_s: float = WINDOW_S,
-        max_entries: int = MAX_ENTRIES,
+        window_s: float = THROTTLE_WINDOW_S,
+        max_entries: int = MAX_THROTTLE_COUNTERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = (max_account_failures, max_address_failures)
@@ -50,7 +50,7 @@ class Throttle:
         now = self._clock()
         with self._lock:
             wait_s = 0.0
-            counters = [self._counter(key, now) for key in _keys(account, address)]
+            counters = [self._get_counter(key, now) for key in _make_counter_keys(account, address)]
             for failures, limit in zip(counters, self._limits, strict=True):
                 if len(failures) >= limit:
                     wait_s = max(wait_s, failures[-limit] + self._window_s - now)
@@ -60,14 +60,14 @@ class Throttle:
                 failures.append(now)
         return 0
 
-    def succeed(self, account: str, address: str) -> None:
+    def note_success(self, account: str, address: str) -> None:
         """Take back the attempt that was admitted last, since its password was right."""
         with self._lock:
-            for key in _keys(account, address):
+            for key in _make_counter_keys(account, address):
                 if self._failures.get(key):
                     self._failures[key].pop()
 
-    def _counter(self, key: bytes, now: float) -> deque[float]:
+    def _get_counter(self, key: bytes, now: float) -> deque[float]:
         """Return a counter without the failures that left the window."""
         failures = self._failures.setdefault(key, deque())
         while failures and failures[0] <= now - self._window_s:
@@ -78,7 +78,7 @@ class Throttle:
         return failures
 
 
-def _keys(account: str, address: str) -> tuple[bytes, bytes]:
+def _make_counter_keys(account: str, address: str) -> tuple[bytes, bytes]:
     """Return the counters' keys, of a fixed size whatever a caller sends as a name."""
     try:
         ip = ipaddress.ip_address(address)
@@ -96,7 +96,7 @@ def _keys(account: str, address: str) -> tuple[bytes, bytes]:
     return hashlib.sha256(b"account " + pair).digest(), hashlib.sha256(b"address " + network.encode()).digest()
 
 
-def credential_digest(account: str, password: str) -> str:
+def compute_credential_digest(account: str, password: str) -> str:
     """Return the sha256 by which a process recognises a machine's generated secret without holding it."""
     return hashlib.sha256(f"{account}:{password}".encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -107,8 +107,8 @@ def is_machine_secret(account: str, password: str, digests: Iterable[str]) -> bo
     Only for generated secrets of 128 bits or more: nobody can guess these, and without the exception anybody could
     lock the platform out of its own services. For passwords that people choose this would be an oracle.
 
-    >>> is_machine_secret("cotrain", "a", [credential_digest("cotrain", "a")])
+    >>> is_machine_secret("cotrain", "a", [compute_credential_digest("cotrain", "a")])
     True
     """
-    digest = credential_digest(account, password)
+    digest = compute_credential_digest(account, password)
     return any([hmac.compare_digest(digest, known) for known in digests])

@@ -17,10 +17,10 @@ from feedback.api.app import make_app
 from feedback.tables import Round, new_id
 from flows.stack.services import services
 from flows.stack.stack_config import make_config, write_environment
-from infra.database import open_engine, open_sessions
-from infra.keeper import MARK, sweep
+from infra.database import make_session_factory, open_engine
+from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
-from infra.objects import open_objects
+from infra.objects import open_object_store
 from infra.settings import Settings
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
@@ -34,7 +34,7 @@ def start(service, stack_id):
     with open_listener(service.listen) if service.listen else open(os.devnull) as given:
         process = subprocess.Popen(
             service.command(),
-            env={**service.env, MARK: stack_id},
+            env={**service.env, STACK_ID_VARIABLE: stack_id},
             cwd=service.cwd,
             stdin=given,
             stdout=subprocess.DEVNULL,
@@ -62,7 +62,7 @@ def stores(tmp_path_factory):
     settings = Settings(_env_file=home / "env", home=home)
     processes = [start(service, config.stack_id) for service in services(home, config, settings)[:2]]
     yield settings
-    sweep(config.stack_id, spare={os.getpid()})
+    kill_stack_processes(config.stack_id, spare={os.getpid()})
     for process in processes:
         process.wait()
 
@@ -87,13 +87,13 @@ def session(engine):
 
 @pytest.fixture(scope="session")
 def objects(stores):
-    return open_objects(stores)
+    return open_object_store(stores)
 
 
 @pytest.fixture(scope="session")
 def first_version(engine):
     """The version that reports are about: number 1, registered by a round that has ended."""
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         turn = Round(number=1, requested_by="test", parameters={}, state="promoted")
         session.add(turn)
         session.flush()
@@ -110,7 +110,7 @@ def portal(stores, engine, objects, first_version):
 @pytest.fixture
 def account(engine):
     """A contributor of this test alone: id and headers."""
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         contributor, token = add_contributor(session, f"test-{new_id()}")
         return SimpleNamespace(id=contributor.id, headers={"Authorization": f"Bearer {token}"}, token=token)
 

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from infra.http_server import server_options
+from infra.http_server import make_server_options
 from tests.waiting import until
 
 
 @contextmanager
 def served(app):
     """The application behind a real server; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **server_options()))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **make_server_options()))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 
 from feedback.accounts import add_contributor
 from feedback.tables import new_id
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.routes import METHODS, Route, list_routes, summarise
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
@@ -53,7 +53,7 @@ MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /metrics", "POST /v1/completions
 @pytest.fixture
 def other(engine):
     """Another contributor."""
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         _, token = add_contributor(session, f"test-{new_id()}")
         return {"Authorization": f"Bearer {token}"}
 

@@ -17,8 +17,8 @@ from feedback.api.errors import (
     add_error_handlers,
     document_errors,
 )
-from infra.database import open_sessions
-from infra.objects import Objects
+from infra.database import make_session_factory
+from infra.objects import ObjectStore
 from infra.settings import PortalSettings
 
 MODEL_SERVER_TIMEOUT_S = 120.0
@@ -32,7 +32,7 @@ async def _close_model_server(app: FastAPI) -> AsyncIterator[None]:
     await app.state.model_server.aclose()
 
 
-def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> FastAPI:
+def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> FastAPI:
     """Build the portal on an open engine and store."""
     app = FastAPI(
         title="Yuan co-training portal",
@@ -44,7 +44,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: Objects) -> Fast
         redirect_slashes=False,  # a record without an id is no record, not the list
     )
     assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
-    app.state.transactions = Transactions(open_sessions(engine), engine.pool.size())
+    app.state.transactions = Transactions(make_session_factory(engine), engine.pool.size())
     app.state.uploads = UploadLimiter()
     app.state.objects = objects
     app.state.round_ends = {}  # of the front page, by the rounds' ids

@@ -18,7 +18,7 @@ from starlette.routing import Match
 from feedback.accounts import Conflict, InvalidField, NotFound
 from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, TooManyRequests, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
-from infra.error_text import told
+from infra.error_text import describe_error
 from yuan.data.text import get_field_path, make_printable
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def add_error_handlers(app: FastAPI) -> None:
         )
 
     def store(request: Request, error: Exception) -> JSONResponse:
-        log.warning("a store does not answer: %s", told(error))
+        log.warning("a store does not answer: %s", describe_error(error))
         return make_error_response(
             503, "unavailable", "a store does not answer now; repeat the request in a few seconds"
         )

@@ -17,7 +17,7 @@ from feedback.api.access import SessionDep
 from feedback.promotion import find_champion
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key
 from feedback.tables import Plan, Round
-from infra.objects import Objects
+from infra.objects import ObjectStore
 
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
@@ -56,7 +56,7 @@ def index(request: Request, session: SessionDep) -> HTMLResponse:
 def plan_picture(number: RoundNumberPath, request: Request, session: SessionDep) -> Response:
     """How a round's training was laid out: memory of each stage and a step of its pipeline. Open, as the front page."""
     run_id = find_planned_run(session, number)
-    objects: Objects = request.app.state.objects
+    objects: ObjectStore = request.app.state.objects
     if run_id is None or not objects.exists(make_plan_picture_key(run_id)):
         raise NotFound(f"round {number} has no plan yet; see the front page for the rounds there are")
     drawn = objects.get(make_plan_picture_key(run_id))

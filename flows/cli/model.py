@@ -27,7 +27,7 @@ def train(
     import time
 
     from flows.supervisor.exit_reason import classify
-    from infra.confinement import built_environment
+    from infra.confinement import build_confined_environment
     from infra.launchers.job import Job
     from infra.launchers.local import LocalLauncher
     from yuan.train.run_folder import RunFolder
@@ -41,7 +41,7 @@ def train(
             folder=folder.path,
             num_processes=plan.num_ranks,
             processes_per_node=plan.num_ranks,
-            environment=built_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
+            environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
         )
         with LocalLauncher().run(job) as running, progress() as advance:
             while (ending := running.wait(0.5)) is None:
@@ -56,9 +56,9 @@ def open_installation() -> "Context":
     """Connect to the installation; the tracker's client is told to keep to itself before it is imported."""
     import os
 
-    from infra.settings import NO_TELEMETRY
+    from infra.settings import NO_TELEMETRY_VARIABLES
 
-    os.environ.update(NO_TELEMETRY)
+    os.environ.update(NO_TELEMETRY_VARIABLES)
     from flows.context import open_context
     from infra.settings import Settings
 

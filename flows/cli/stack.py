@@ -53,12 +53,12 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     """
     from flows.stack.doctor import keeper_faults, machine_faults, setting_faults
     from flows.stack.stack_config import forget_retired
-    from infra.keeper_lock import is_running
+    from infra.keeper_lock import is_keeper_running
 
     began = time.monotonic()
     keeper = None
     _refuse(setting_faults(home))
-    if is_running(home):
+    if is_keeper_running(home):
         _refuse(keeper_faults(home))
     else:
         _refuse(machine_faults(home))
@@ -95,7 +95,7 @@ class _Keeper:
 
 def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
     from flows.stack.stack_config import make_config
-    from infra.settings import HOME_VARIABLE, NO_TELEMETRY
+    from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES
 
     make_config(home, durable=durable)
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
@@ -104,7 +104,7 @@ def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
         log_start = output.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.stack"],
-            env={**os.environ, **NO_TELEMETRY, HOME_VARIABLE: str(home)},
+            env={**os.environ, **NO_TELEMETRY_VARIABLES, HOME_VARIABLE: str(home)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -114,19 +114,19 @@ def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
 
 
 def _wait_until_ready(home: Path, keeper: _Keeper | None) -> None:
-    from infra.keeper import read_state
-    from infra.keeper_lock import is_running
+    from infra.keeper import read_stack_state
+    from infra.keeper_lock import is_keeper_running
 
     end = time.monotonic() + UP_TIMEOUT_S
     is_gone = False
     with Live(console=stderr, refresh_per_second=4, transient=True) as live:
         while True:
-            states = read_state(home).get("services", {})
+            states = read_stack_state(home).get("services", {})
             live.update(_table(states))
             if states and all(state["state"] == "ready" for state in states.values()):
                 return
             # One that ended since another `up` was quicker leaves the other's keeper.
-            is_gone = (keeper is None or keeper.has_ended()) and not is_running(home)
+            is_gone = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
             hopeless = any(state["restarts"] >= MAX_RESTARTS for state in states.values())
             if hopeless or time.monotonic() > end or is_gone:
                 break
@@ -164,51 +164,51 @@ def down(as_json: Json = False) -> None:
 def take_down(home: Path) -> bool:
     """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
     from flows.stack.stack_config import CONFIG_FILE, load_config
-    from infra.keeper import marked, read_state, sweep
-    from infra.keeper_lock import LOCK_FILE, find_holder
+    from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
+    from infra.keeper_lock import KEEPER_LOCK_FILE, find_keeper
 
-    keeper = find_holder(home)
+    keeper = find_keeper(home)
     if keeper is None and not (home / CONFIG_FILE).exists():
         return False
     if keeper is not None:
         # The state file tells the pid too, of a keeper whose lock does not, as those of older versions.
-        pid = keeper.pid or read_state(home).get("pid")
+        pid = keeper.pid or read_stack_state(home).get("pid")
         if pid is None:
             raise RuntimeError(f"{home} is held by a keeper whose pid no file tells; end the one that `fuser` names: "
-                               f"fuser -k {home / LOCK_FILE}")  # fmt: skip
+                               f"fuser -k {home / KEEPER_LOCK_FILE}")  # fmt: skip
         _end_keeper(pid, SILENT_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
     # The keeper tells whose processes these are, also where its config cannot be read any more.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
-    left = sweep(stack_id, spare={os.getpid()})
-    while any(pid != os.getpid() for pid in marked(stack_id)):
+    left = kill_stack_processes(stack_id, spare={os.getpid()})
+    while any(pid != os.getpid() for pid in find_stack_pids(stack_id)):
         time.sleep(0.05)
     return keeper is not None or bool(left)
 
 
 def _end_keeper(pid: int, grace_s: float) -> None:
     """Stop the keeper and wait until its process is gone; one that hangs is killed, and its services die with it."""
-    from infra.processes import has_ended
+    from infra.processes import has_exited
 
     with contextlib.suppress(ProcessLookupError):
         for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
             os.kill(pid, number)
             end = time.monotonic() + seconds
-            while not has_ended(pid) and time.monotonic() < end:
+            while not has_exited(pid) and time.monotonic() < end:
                 time.sleep(0.05)
-            if has_ended(pid):
+            if has_exited(pid):
                 return
 
 
 def status(as_json: Json = False) -> None:
     """Show every service, and what the platform is doing."""
     from flows.stack.doctor import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
-    from infra.keeper import read_state
-    from infra.keeper_lock import is_running
+    from infra.keeper import read_stack_state
+    from infra.keeper_lock import is_keeper_running
 
     with clear_errors():
         home = _home()
-        running = is_running(home)
-        states = read_state(home).get("services", {}) if running else {}
+        running = is_keeper_running(home)
+        states = read_stack_state(home).get("services", {}) if running else {}
         lost = config_faults(home)
         wrong = [*disk_faults(home), *setting_faults(home), *keeper_faults(home), *lost]
         urls = addresses(home) if running and not lost else {}
@@ -272,13 +272,13 @@ def rotate(
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
     from flows.stack.doctor import setting_faults
     from flows.stack.stack_config import retire_secrets
-    from infra.keeper_lock import is_running
+    from infra.keeper_lock import is_keeper_running
 
     with clear_errors():
         home = _home()
         if not (home / "stack-config.json").exists():
             raise fail(f"there is no stack in {home}; make one with `cotrain up`")
-        was_up = is_running(home)
+        was_up = is_keeper_running(home)
         _refuse(setting_faults(home))  # with one, a stack that is stopped here would not start again
         names = retire_secrets(home, secret or ())
         if was_up:
@@ -292,9 +292,9 @@ def rotate(
 def _examined(home: Path) -> list["Finding"]:
     """Return what the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
     from flows.stack.doctor import config_faults, setting_faults
-    from infra.keeper_lock import is_running
+    from infra.keeper_lock import is_keeper_running
 
-    if not is_running(home) or config_faults(home) or setting_faults(home):
+    if not is_keeper_running(home) or config_faults(home) or setting_faults(home):
         return []
     from flows.cli.model import open_installation
     from flows.stack.probes import examine
@@ -319,10 +319,10 @@ def addresses(home: Path) -> dict[str, str]:
 
 def _home() -> Path:
     try:
-        from infra.settings import home_folder
+        from infra.settings import get_home_folder
     except ModuleNotFoundError:
         raise fail("the embedded stack needs the extra [platform]: pip install 'cotrain[platform]'") from None
-    home = home_folder()
+    home = get_home_folder()
     if home.exists() and not home.is_dir():
         raise fail(f"COTRAIN_HOME must be a folder, and {home} is a file; name another")
     return home

@@ -25,7 +25,7 @@ from feedback import rounds
 from feedback.tables import Round
 from flows.context import DispatcherContext
 from flows.dispatcher.deployments import ROUND
-from infra.machine import has_room
+from infra.machine import has_free_disk
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def go_on(context: DispatcherContext, client: SyncPrefectClient, turn: Round) ->
     last = find_run(client, key_of(context, turn.id, turn.attempt)) if turn.attempt else None
     if last is not None and not is_over(client, last):
         return
-    if not has_room(context.settings.home):
+    if not has_free_disk(context.settings.home):
         log.warning("round %d waits: the disk of %s is full; make room there", turn.number, context.settings.home)
         return
     start(context, client, turn, last)

@@ -27,7 +27,7 @@ from flows.dispatcher.deployments import REPRODUCE, register
 from flows.duties import DISPATCHER_SIGN, Duties, standings_file
 from flows.supervisor.pool_launcher import launchers_of
 from flows.supervisor.reaper import reap
-from infra.error_text import told
+from infra.error_text import describe_error
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
 
@@ -72,7 +72,7 @@ def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
         except (psycopg.OperationalError, OperationalError) as error:
-            if lost != (lost := told(error)):
+            if lost != (lost := describe_error(error)):
                 log.warning("PostgreSQL does not answer, trying again: %s", lost)
             alive(context.settings)
             time.sleep(RECONNECT_PAUSE_S)
@@ -152,7 +152,7 @@ def follow_champion(context: DispatcherContext) -> None:
             refused.append(error)
             raise
 
-    with context.tracker.impatiently(), context.sessions.begin() as session:
+    with context.tracker.use_short_timeout(), context.sessions.begin() as session:
         changed = promotion.reconcile_aliases(session, context.tracker.aliases(), put)
     if changed:
         log.info("set aliases %s", changed)

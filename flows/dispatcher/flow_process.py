@@ -23,7 +23,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed
 
 from flows.registry import find_flow, parse_form
-from infra.settings import home_folder
+from infra.settings import get_home_folder
 from yuan.data.text import make_storable
 
 PR_SET_PDEATHSIG = 1
@@ -75,7 +75,7 @@ def execute(name: str, flow_run: FlowRun, form: object) -> None:
 
 
 def _log_file() -> Path:
-    return home_folder() / "logs" / "flows.log"
+    return get_home_folder() / "logs" / "flows.log"
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker
 from flows.duties import WORKER_SIGN
 from flows.prefect_gate.deployment_rules import POOL, TEMPLATE
 from flows.supervisor.pool_launcher import CLUSTER_VARIABLES
-from infra.confinement import PASSED_PREFIXES, PASSED_VARIABLES
-from infra.keeper import MARK
-from infra.settings import HOME_VARIABLE, NO_TELEMETRY, home_folder
+from infra.confinement import SAFE_VARIABLE_PREFIXES, SAFE_VARIABLES
+from infra.keeper import STACK_ID_VARIABLE
+from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES, get_home_folder
 
 NAME = "embedded"
 BEAT_EVERY_S = 5.0
@@ -33,7 +33,16 @@ MAX_FLOW_RUNS = 6
 COMMAND = (sys.executable, "-I", "-m", "flows.dispatcher.flow_process")
 # All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
 INHERITED = (
-    *("PATH", "HOME", "TMPDIR", *PASSED_VARIABLES, *CLUSTER_VARIABLES, HOME_VARIABLE, MARK, *NO_TELEMETRY),
+    *(
+        "PATH",
+        "HOME",
+        "TMPDIR",
+        *SAFE_VARIABLES,
+        *CLUSTER_VARIABLES,
+        HOME_VARIABLE,
+        STACK_ID_VARIABLE,
+        *NO_TELEMETRY_VARIABLES,
+    ),
     *("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_CLIENT_RETRY_EXTRA_CODES"),
     *("PREFECT_CLIENT_MAX_RETRIES", "PREFECT_LOGGING_EXTRA_LOGGERS", "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"),
 )
@@ -124,18 +133,20 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
 
 def inherited_environment() -> dict[str, str]:
     """The environment of a flow's process."""
-    return {name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(PASSED_PREFIXES)}
+    return {
+        name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(SAFE_VARIABLE_PREFIXES)
+    }
 
 
 def working_folder() -> Path:
-    folder = home_folder() / "work"
+    folder = get_home_folder() / "work"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 async def work() -> None:
     """Work for ever, and leave a sign of life while the event loop turns."""
-    beating = asyncio.create_task(beat(home_folder() / WORKER_SIGN))
+    beating = asyncio.create_task(beat(get_home_folder() / WORKER_SIGN))
     try:
         await Worker(POOL, name=NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
     finally:

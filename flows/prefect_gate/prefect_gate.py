@@ -32,16 +32,16 @@ from flows.prefect_gate.body_rules import (
 from flows.prefect_gate.deployment_rules import find_foreign_deployment
 from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
 from flows.registry import REGISTERED
-from infra.http_server import choose_place, server_options
-from infra.request_body import BodyRefused, ClientLeft, Message, Receive, read_body, replay
+from infra.http_server import choose_listen_options, make_server_options
+from infra.request_body import AsgiMessage, AsgiReceive, ClientDisconnected, RequestBodyRefused, read_body, replay_body
 from infra.scram_only import require_scram
-from infra.throttle import Throttle
+from infra.throttle import SignInThrottle
 
 log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
+App = Callable[[Scope, AsgiReceive, Send], Awaitable[None]]
 
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 CLOSED = "this route of Prefect's server is closed; flows/prefect_gate/prefect_rules.py lists the open ones"
@@ -58,10 +58,10 @@ class Gate:
 
     def __init__(self, app: App, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_S) -> None:
         self._app, self._secret, self._first_message_s = app, secret.encode(), first_message_s
-        self._throttle = Throttle()
+        self._throttle = SignInThrottle()
         self._headers = page_headers(pictures)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: AsgiReceive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         path, method = scope["path"], scope.get("method", WEBSOCKET)
@@ -81,9 +81,9 @@ class Gate:
                 return await _refuse(send, *refusal)
             try:
                 body = await read_body(receive, scope["headers"], MAX_BODY_BYTES)
-            except ClientLeft:
+            except ClientDisconnected:
                 return
-            except BodyRefused as refused:
+            except RequestBodyRefused as refused:
                 return await _refuse(send, refused.status, str(refused))
             try:
                 check_address(path, scope.get("query_string", b""))
@@ -92,7 +92,7 @@ class Gate:
                 return await _refuse(send, 422, str(refused_values))
             if (fault := find_foreign_deployment(path, form) or find_foreign_schema(path, form)) is not None:
                 return await _refuse(send, 422, fault)
-            receive = replay(body, receive)
+            receive = replay_body(body, receive)
         await self._app(scope, receive, send)
 
     def _check(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
@@ -106,7 +106,7 @@ class Gate:
             return 429, f"too many wrong passwords; try again in {wait_s} s"
         return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
 
-    def _is_refused(self, address: str, message: Message) -> bool:
+    def _is_refused(self, address: str, message: AsgiMessage) -> bool:
         """Tell whether a websocket's first message must not reach the server, which itself checks its password."""
         text = message.get("text")
         if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
@@ -120,7 +120,7 @@ class Gate:
         return refusal is not None and refusal[0] == 429
 
     def _with_headers(self, send: Send) -> Send:
-        async def with_headers(message: Message) -> None:
+        async def with_headers(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *self._headers]}
             await send(message)
@@ -135,11 +135,13 @@ class Messages:
     and an event that it cannot store takes those of others with it.
     """
 
-    def __init__(self, receive: Receive, send: Send, is_refused: Callable[[Message], bool], limit_s: float) -> None:
+    def __init__(
+        self, receive: AsgiReceive, send: Send, is_refused: Callable[[AsgiMessage], bool], limit_s: float
+    ) -> None:
         self._receive, self._send, self._is_refused, self._limit_s = receive, send, is_refused, limit_s
         self._is_accepted = self._is_known = self._is_closed = False
 
-    async def receive(self) -> Message:
+    async def receive(self) -> AsgiMessage:
         if not self._is_accepted:
             return await self._receive()
         try:
@@ -153,12 +155,12 @@ class Messages:
             self._is_known = True
         return message
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: AsgiMessage) -> None:
         self._is_accepted = self._is_accepted or message["type"] == "websocket.accept"
         if not self._is_closed:
             await self._send(message)
 
-    async def _close(self) -> Message:
+    async def _close(self) -> AsgiMessage:
         await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
         self._is_closed = True
         return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
@@ -204,7 +206,7 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
     return "schema must be the schema of a flow that flows/registry.py registers; send that one"
 
 
-def _is_unfit(message: Message) -> bool:
+def _is_unfit(message: AsgiMessage) -> bool:
     """Tell whether a websocket's message, once its sender is known, must not reach the server."""
     try:
         check_message(message.get("text") or "")
@@ -254,6 +256,6 @@ def main() -> None:
         proxy_headers=False,
         access_log=False,
         log_level="info",
-        **choose_place(f"http://{api.host}:{api.port}"),
-        **server_options(),
+        **choose_listen_options(f"http://{api.host}:{api.port}"),
+        **make_server_options(),
     )

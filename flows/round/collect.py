@@ -9,7 +9,7 @@ from feedback.accounts import audit
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
 from flows.context import Context
-from infra.faults import is_of_one_item
+from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
             with context.sessions.begin() as session:
                 datasets.accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
         except Exception as error:
-            if not is_of_one_item(error):
+            if not is_item_error(error):
                 raise
             failed += 1
             with context.sessions.begin() as session:
@@ -110,7 +110,7 @@ def snapshot(context: Context, round_id: str) -> str:
         rounds.begin_step(session, round_id, "snapshot", context.attempt)
 
         def store(data: bytes) -> str:
-            return context.objects.put_named_by_content(snapshots.SNAPSHOTS_FOLDER, data)
+            return context.objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
 
         snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store)
         rounds.record_failed_items(session, round_id, {"snapshot": snapshots.read_failed_count(session, snapshot_id)})

@@ -11,12 +11,12 @@ from typing import Any
 from feedback import promotion, rounds
 from flows.context import Context
 from flows.round.versions import copy_export, copy_lost, scratch_folder
-from infra.confinement import Confinement, accelerator_files, built_environment
-from infra.files import read_end, read_regular
-from infra.keeper import MARK
-from infra.mlflow_rules import READER
-from infra.process_group import supervised
-from infra.settings import NO_TELEMETRY
+from infra.confinement import Confinement, build_confined_environment, find_accelerator_files
+from infra.files import read_regular, read_tail
+from infra.keeper import STACK_ID_VARIABLE
+from infra.mlflow_rules import READER_ACCOUNT
+from infra.process_group import run_child
+from infra.settings import NO_TELEMETRY_VARIABLES
 from infra.tracker import VersionLost
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         return {"cases": 0, "failed": 0}
     is_lost = False
     try:
-        context.tracker.require(version)
+        context.tracker.require_version(version)
     except VersionLost:
         if place is None:
             raise
@@ -109,7 +109,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
 def _end_of(log_file: Path) -> str:
     """Return the last lines of an evaluation's log; nothing if it cannot be read."""
     try:
-        return " / ".join(read_end(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
+        return " / ".join(read_tail(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
     except OSError:
         return ""
 
@@ -126,12 +126,12 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / LOG
     asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
-    confinement = Confinement(read=(Path(model),), write=(folder, *accelerator_files()), signal="SIGKILL")
+    confinement = Confinement(read=(Path(model),), write=(folder, *find_accelerator_files()), signal="SIGKILL")
     command = confinement.command(
         sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(asked), str(answered)
     )
     for _ in range(EVAL_ATTEMPTS):
-        with supervised(command, folder, _evaluation_environment(context, folder), log_file.name) as process:
+        with run_child(command, folder, _evaluation_environment(context, folder), log_file.name) as process:
             status = process.wait()
         if status == 0:
             break
@@ -148,11 +148,11 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
 def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
     """Build what an evaluation needs: the address of the tracker and the account that only reads."""
     settings = context.settings
-    return built_environment(
+    return build_confined_environment(
         folder,
-        **NO_TELEMETRY,
-        **{MARK: settings.stack_id},
+        **NO_TELEMETRY_VARIABLES,
+        **{STACK_ID_VARIABLE: settings.stack_id},
         COTRAIN_MLFLOW_URL=settings.mlflow_url,
-        COTRAIN_MLFLOW_USERNAME=READER,
+        COTRAIN_MLFLOW_USERNAME=READER_ACCOUNT,
         COTRAIN_MLFLOW_PASSWORD=settings.mlflow_reader_password.get_secret_value(),
     )

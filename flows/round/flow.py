@@ -19,7 +19,7 @@ from flows.round.artifacts import decision_text, gate_rows, plan_text, show_tabl
 from flows.round.progress import RunCancelled, progress_reporter
 from flows.round.tasks import Hopeless, step, without_text
 from flows.supervisor import supervisor
-from infra.process_group import alone
+from infra.process_group import hold_file_lock
 
 take_up = step(collecting.take_up, "take up")
 collect = step(collecting.collect, "collect")
@@ -48,7 +48,7 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
         attempt = rounds.find_round(session, round_id).attempt
     try:
         # An earlier attempt may be leaving still; two of them must not write the same files.
-        with without_text("the round"), alone(context.lock_of(round_id)):
+        with without_text("the round"), hold_file_lock(context.lock_of(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundOwnershipLost as ended:
         return str(ended)

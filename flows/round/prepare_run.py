@@ -13,8 +13,8 @@ from feedback.items import describe_item_error
 from flows.context import Context
 from flows.round.versions import fetch
 from flows.supervisor.pool_launcher import limits_on, pool_of
-from infra.error_text import Plain
-from infra.faults import is_of_one_item
+from infra.error_text import SafeMessageError
+from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Precision, Recipe, tiny
@@ -81,7 +81,7 @@ def lay_out(context: Context, round_id: str) -> PipelinePlan:
     return plan
 
 
-class WeightMissing(Plain, ValueError):
+class WeightMissing(SafeMessageError, ValueError):
     """A round's weights leave out a part that has rows."""
 
 
@@ -131,7 +131,7 @@ def _encoded(
         try:
             sample = encode_row(row, tokenizer)
         except Exception as error:
-            if not is_of_one_item(error):
+            if not is_item_error(error):
                 raise
             left_out[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
         else:

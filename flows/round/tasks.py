@@ -17,8 +17,8 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from feedback.rounds import RoundOwnershipLost
 from flows.round.progress import RunCancelled
-from infra.error_text import frames, told
-from infra.faults import is_passing
+from infra.error_text import describe_error, format_redacted_traceback
+from infra.faults import is_transient_error
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +49,18 @@ def without_text(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         if is_worth_a_retry(error):
-            log.warning("%s: a server does not answer: %s", name, told(error))
-            raise ServerAway(told(error)) from None
-        log.error("%s failed: %s", name, frames(error))
+            log.warning("%s: a server does not answer: %s", name, describe_error(error))
+            raise ServerAway(describe_error(error)) from None
+        log.error("%s failed: %s", name, format_redacted_traceback(error))
         kind = Hopeless if isinstance(error, (ValueError, RuntimeError)) else StepFailed
-        raise kind(told(error)) from None
+        raise kind(describe_error(error)) from None
 
 
 def is_worth_a_retry(error: Exception) -> bool:
     """Whether a network or a restarting server failed; what a server refuses, it refuses again."""
     if isinstance(error, MlflowException):  # its client says 500 for a server that it does not reach
         return bool(error.get_http_status_code() >= 500)
-    return is_passing(error)
+    return is_transient_error(error)
 
 
 def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:

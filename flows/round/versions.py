@@ -11,7 +11,7 @@ from typing import Any
 
 from feedback import rounds
 from flows.context import Context
-from infra.files import copy_open
+from infra.files import copy_descriptor
 from infra.tracker import VersionLost
 from yuan.data.text import make_printable
 from yuan.train.run_files import open_file, read_file
@@ -48,14 +48,16 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
         differing = differences(manifest, known.manifest)
         if differing:
             raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
-        is_there = context.tracker.has(known.version)
-        if is_there and not context.tracker.missing(known.version, [*known.manifest["files"], "manifest.json"]):
+        is_there = context.tracker.has_version(known.version)
+        if is_there and not context.tracker.find_missing_files(
+            known.version, [*known.manifest["files"], "manifest.json"]
+        ):
             return known.version, False
         tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
         with scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
             copy_recorded(folder, scratch, known.manifest)
             if is_there:
-                context.tracker.upload(known.version, scratch)
+                context.tracker.upload_version(known.version, scratch)
             else:
                 context.tracker.register(mlflow_run, scratch, tags, known.version)
     log.info("registered v%d again from %s", known.version, folder)
@@ -71,7 +73,7 @@ def require(context: Context, version: int) -> None:
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-    context.tracker.require(version)
+    context.tracker.require_version(version)
 
 
 def fetch(context: Context, version: int, target: Path) -> Path:
@@ -155,7 +157,7 @@ def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> No
             if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse
                 os.close(source)
                 raise OSError(f"it has {size} bytes, and the disk has less room")
-            found = copy_open(source, target / name)
+            found = copy_descriptor(source, target / name)
         except OSError as error:
             raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
         if found != expected:

@@ -12,11 +12,18 @@ from pathlib import Path
 from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
 from flows.stack.probing import Finding, at
 from flows.stack.stack_config import CONFIG_FILE, has_data, load_config, port_holder
-from infra.confinement import is_enforced, refuses_calls
-from infra.keeper import read_state
-from infra.keeper_lock import find_holder, is_running
-from infra.machine import memory_gib
-from infra.settings import PREFIX, Settings, bindings, place_of, variable, wrong_values
+from infra.confinement import is_landlock_enforced, is_seccomp_enforced
+from infra.keeper import read_stack_state
+from infra.keeper_lock import find_keeper, is_keeper_running
+from infra.machine import measure_available_memory_gib
+from infra.settings import (
+    SETTINGS_VARIABLE_PREFIX,
+    Settings,
+    describe_variable_place,
+    find_wrong_values,
+    get_variable_name,
+    parse_variable_file,
+)
 
 MACHINE, KEEPER, CONFIG, SETTINGS = "this machine", "the keeper", "the stack's config", "the settings"
 UNCONFINED = Finding(
@@ -37,7 +44,7 @@ FULL_DISK_BYTES = 64 * 2**20  # with less, PostgreSQL and the store begin to ref
 SIGNS = {"dispatcher": DISPATCHER_SIGN, "worker": WORKER_SIGN}
 SILENT_S = 30.0
 # What may stand in env.local: the settings, and a variable that commands take from a shell which reads the file.
-KNOWN = {*map(variable, Settings.model_fields), variable("token")}
+KNOWN = {*map(get_variable_name, Settings.model_fields), get_variable_name("token")}
 
 
 def setting_faults(home: Path) -> list[Finding]:
@@ -47,22 +54,29 @@ def setting_faults(home: Path) -> list[Finding]:
     """
     file = home / "env.local"
     try:
-        lines = [line for line in bindings(file) if PREFIX in line.original.string.upper()]
+        lines = [line for line in parse_variable_file(file) if SETTINGS_VARIABLE_PREFIX in line.original.string.upper()]
     except (OSError, UnicodeDecodeError) as error:
         mend = "make it a text file in UTF-8 that you may read"
         return [Finding(SETTINGS, None, f"{file} cannot be read: {error}", mend)]
     found: list[Finding] = []
     for line in lines:
-        name, place = (line.key or "").upper(), place_of(line, file)
-        if line.error or (name.startswith(PREFIX) and line.value is None):
+        name, place = (line.key or "").upper(), describe_variable_place(line, file)
+        if line.error or (name.startswith(SETTINGS_VARIABLE_PREFIX) and line.value is None):
             fault = f"a line without NAME=VALUE sets nothing ({place})"
             found.append(Finding(SETTINGS, None, fault, "write one, or # before the line"))
-        elif name.startswith(PREFIX) and name not in KNOWN:
-            near = difflib.get_close_matches(name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in KNOWN])
-            meant = f"write {' or '.join(map(variable, near))}" if near else "the names are in .env.example; write one"
+        elif name.startswith(SETTINGS_VARIABLE_PREFIX) and name not in KNOWN:
+            near = difflib.get_close_matches(
+                name.removeprefix(SETTINGS_VARIABLE_PREFIX),
+                [one.removeprefix(SETTINGS_VARIABLE_PREFIX) for one in KNOWN],
+            )
+            meant = (
+                f"write {' or '.join(map(get_variable_name, near))}"
+                if near
+                else "the names are in .env.example; write one"
+            )
             fault = f"there is no setting {name} ({place})"
             found.append(Finding(SETTINGS, None, fault, f"{meant}, or take the line out"))
-    return found + [Finding(SETTINGS, None, wrong, "correct the value there") for wrong in wrong_values(file)]
+    return found + [Finding(SETTINGS, None, wrong, "correct the value there") for wrong in find_wrong_values(file)]
 
 
 def machine_faults(home: Path) -> list[Finding]:
@@ -72,9 +86,9 @@ def machine_faults(home: Path) -> list[Finding]:
     if not os.access(place, os.W_OK):
         mend = "give yourself the right, or set COTRAIN_HOME elsewhere"
         return [*found, Finding(MACHINE, None, f"{place} cannot be written", mend)]
-    if not is_running(home):
-        if memory_gib() < MIN_MEMORY_GIB:
-            fault = f"{memory_gib():.1f} GiB of memory are free, {MIN_MEMORY_GIB:.0f} are needed"
+    if not is_keeper_running(home):
+        if measure_available_memory_gib() < MIN_MEMORY_GIB:
+            fault = f"{measure_available_memory_gib():.1f} GiB of memory are free, {MIN_MEMORY_GIB:.0f} are needed"
             found.append(Finding(MACHINE, None, fault, "end other programs or use a larger machine"))
         found += busy_ports(home)
     return found
@@ -113,7 +127,7 @@ def busy_ports(home: Path) -> list[Finding]:
 def stack_faults(home: Path) -> list[Finding]:
     """A lost config, a keeper or services that give no sign of life, and a kernel that does not confine them."""
     found = config_faults(home)
-    if not is_running(home):
+    if not is_keeper_running(home):
         is_expected = not found and (home / CONFIG_FILE).exists()
         return [*found, Finding("the stack", None, "the stack is not up", "run `cotrain up`")] if is_expected else found
     found += keeper_faults(home)
@@ -125,18 +139,18 @@ def stack_faults(home: Path) -> list[Finding]:
             f"see `cotrain logs {name}`",
             or_later=True,
         )
-        for name, state in read_state(home).get("services", {}).items()
+        for name, state in read_stack_state(home).get("services", {}).items()
         if state["state"] != "ready"
     ]
     found += silent_services(home)
-    found += [] if is_enforced() else [UNCONFINED]
-    return found if refuses_calls() else [*found, UNFILTERED]
+    found += [] if is_landlock_enforced() else [UNCONFINED]
+    return found if is_seccomp_enforced() else [*found, UNFILTERED]
 
 
 def config_faults(home: Path) -> list[Finding]:
     """A config that is lost or cannot be read, or is not that of the stack which runs."""
     file = home / CONFIG_FILE
-    keeper = find_holder(home)
+    keeper = find_keeper(home)
     if not file.exists() and keeper is None and not has_data(home):
         return []
     try:
@@ -151,7 +165,7 @@ def config_faults(home: Path) -> list[Finding]:
 
 def keeper_faults(home: Path) -> list[Finding]:
     """A keeper that hangs: its services may run, and nobody restarts one that does not."""
-    keeper = find_holder(home)
+    keeper = find_keeper(home)
     if keeper is None or not keeper.is_silent:
         return []
     fault = (
@@ -164,7 +178,7 @@ def keeper_faults(home: Path) -> list[Finding]:
 def silent_services(home: Path) -> list[Finding]:
     """Services without a port that are ready and have given no sign of life lately."""
     found: list[Finding] = []
-    services = read_state(home).get("services", {})
+    services = read_stack_state(home).get("services", {})
     for name, sign in SIGNS.items():
         try:
             silent_s = time.time() - (home / sign).lstat().st_mtime

@@ -6,21 +6,24 @@ from pathlib import Path
 import httpx
 
 from flows.stack.stack_config import StackConfig
-from infra.confinement import Confinement, built_environment, port_of
+from infra.confinement import Confinement, build_confined_environment, parse_port
 from infra.files import write_private
-from infra.health import Liveness, check_answer
-from infra.http_server import command_options
-from infra.keeper import Service
+from infra.health import LivenessPolicy, check_answer
+from infra.http_server import format_uvicorn_options
+from infra.keeper import ManagedService
 from infra.mlflow_gate import DIGESTS_VARIABLE
-from infra.mlflow_rules import CONSUMER, READER
+from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.postgres import Postgres
-from infra.settings import NO_TELEMETRY, Settings
-from infra.throttle import credential_digest
+from infra.settings import NO_TELEMETRY_VARIABLES, Settings
+from infra.throttle import compute_credential_digest
 
-READING_ACCOUNTS = {CONSUMER: "mlflow_consumer", READER: "mlflow_reader"}  # with the names of their secrets
+READING_ACCOUNTS = {
+    CONSUMER_ACCOUNT: "mlflow_consumer",
+    READER_ACCOUNT: "mlflow_reader",
+}  # with the names of their secrets
 
 
-def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     """Describe the server behind its gate, on databases and a bucket of its own."""
     work, configuration = home / "mlflow", home / "settings" / "mlflow.ini"
     password = config.secrets["mlflow"]
@@ -61,10 +64,10 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
 
     command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
-    command += ["--uvicorn-opts", command_options()]
-    ports = (config.ports["postgres"], port_of(settings.s3_endpoint))
+    command += ["--uvicorn-opts", format_uvicorn_options()]
+    ports = (config.ports["postgres"], parse_port(settings.s3_endpoint))
     confinement = Confinement(read=(configuration,), write=(work,), connect=ports, is_server=True)
-    return Service(
+    return ManagedService(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),
         env=_mlflow_environment(work, configuration, settings, config, database("mlflow")),
@@ -72,7 +75,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
         before=before,
         check=check,
         after=after,
-        liveness=Liveness(lambda: check_answer(f"{settings.mlflow_url}/health")),
+        liveness=LivenessPolicy(lambda: check_answer(f"{settings.mlflow_url}/health")),
         listen=settings.mlflow_url,
         needs=("postgres", "s3"),
     )
@@ -83,7 +86,7 @@ def _mlflow_environment(
 ) -> dict[str, str]:
     """Build what the server needs; passwords travel here, since a command line is public."""
     return {
-        **built_environment(work, LC_ALL="C.UTF-8"),
+        **build_confined_environment(work, LC_ALL="C.UTF-8"),
         "MLFLOW_AUTH_CONFIG_PATH": str(configuration),
         "MLFLOW_AUTH_ADMIN_USERNAME": settings.mlflow_username,
         "MLFLOW_AUTH_ADMIN_PASSWORD": config.secrets["mlflow"],
@@ -94,12 +97,12 @@ def _mlflow_environment(
         "AWS_SECRET_ACCESS_KEY": config.secrets["mlflow_s3_secret_key"],
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-        **NO_TELEMETRY,
+        **NO_TELEMETRY_VARIABLES,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_ENABLE_AI_GATEWAY": "false",
         "FORWARDED_ALLOW_IPS": "",  # uvicorn would believe X-Forwarded-For from loopback
         DIGESTS_VARIABLE: " ".join(
-            credential_digest(name, config.secrets[secret])
+            compute_credential_digest(name, config.secrets[secret])
             for name, secret in {settings.mlflow_username: "mlflow", **READING_ACCOUNTS}.items()
         ),
         # Without workspaces every account may make experiments and models of its own.

@@ -15,10 +15,10 @@ from feedback.health import PlatformFacts
 from flows.duties import Standing, read_standings, standings_file
 from flows.round.versions import how_to_register
 from flows.stack.probing import Finding, Last, Probe, at, now, together
-from infra.confinement import port_of
-from infra.keeper import read_state
+from infra.confinement import parse_port
+from infra.keeper import read_stack_state
 from infra.listeners import describe_callers
-from infra.objects import open_objects
+from infra.objects import open_object_store
 from infra.settings import FlowSettings
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
         except OperationalError as error:
             if "too many clients" not in str(error.orig):
                 raise
-            callers = describe_callers(port_of(settings.database_url.get_secret_value()))
+            callers = describe_callers(parse_port(settings.database_url.get_secret_value()))
             fault = f"PostgreSQL's connections are all taken: {callers}"
             return [
                 Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
@@ -96,7 +96,7 @@ def last_known(home: Path, server: str, facts: PlatformFacts | None) -> Last:
 
     The keeper knows since when it is ready, and it may have answered at any time after that.
     """
-    ready_at = read_state(home).get("services", {}).get(server, {}).get("ready_at")
+    ready_at = read_stack_state(home).get("services", {}).get(server, {}).get("ready_at")
     ready = Last(at(ready_at), or_later=True) if ready_at else Last()
     duty = read_standings(standings_file(home)).get(DUTY_OF.get(server, ""), Standing())
     recorded = (facts.last_answer, facts.last_upload) if facts else (None, None)
@@ -113,7 +113,7 @@ def portal(settings: FlowSettings) -> list[Finding]:
 
 def objects(settings: FlowSettings) -> list[Finding]:
     """An object can be put and read back."""
-    open_objects(settings, attempts=1).check()
+    open_object_store(settings, attempts=1).check()
     return [Finding("an object put and read", now())]
 
 
@@ -138,10 +138,12 @@ def model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
 def registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
     """The registry has the champion and the version before it, and its alias points where it should."""
     what, found = "an alias that follows", []
-    with context.tracker.impatiently():
+    with context.tracker.use_short_timeout():
         aliases = context.tracker.aliases()
-        lost = [version for version in facts.lineage if not context.tracker.has(version)]
-        missing = {one: context.tracker.missing(one, facts.files[one]) for one in facts.lineage if one not in lost}
+        lost = [version for version in facts.lineage if not context.tracker.has_version(version)]
+        missing = {
+            one: context.tracker.find_missing_files(one, facts.files[one]) for one in facts.lineage if one not in lost
+        }
     last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from infra.error_text import told
+from infra.error_text import describe_error
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def together(probes: list[Probe], limit_s: float) -> list[Finding]:
         try:
             answers.put((number, list(probe.ask())))
         except Exception as error:  # any refusal is what was to be found
-            answers.put((number, [probe.failed(f"does not answer: {told(error)}")]))
+            answers.put((number, [probe.failed(f"does not answer: {describe_error(error)}")]))
 
     for number, probe in enumerate(probes):
         threading.Thread(target=run, args=(number, probe), daemon=True).start()

@@ -16,15 +16,21 @@ from flows.stack.mlflow_service import mlflow_service
 from flows.stack.stack_config import StackConfig, leave_blocked_ports, load_config, write_environment
 from flows.stack.stores import forget_weed_sockets, postgres_service, weed_service
 from flows.supervisor.pool_launcher import CLUSTER_VARIABLES, launcher_files, pool_of
-from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files, built_environment, port_of
+from infra.confinement import (
+    SHARED_MEMORY_FOLDER,
+    Confinement,
+    build_confined_environment,
+    find_accelerator_files,
+    parse_port,
+)
 from infra.files import read_regular
-from infra.health import Liveness, check_answer, check_health
-from infra.keeper import Keeper, Service
+from infra.health import LivenessPolicy, check_answer, check_health
+from infra.keeper import Keeper, ManagedService
 from infra.logs import configure_logging
 from infra.postgres import Postgres
 from infra.settings import (
     HOME_VARIABLE,
-    NO_TELEMETRY,
+    NO_TELEMETRY_VARIABLES,
     DispatcherSettings,
     FlowSettings,
     ModelServerSettings,
@@ -32,7 +38,7 @@ from infra.settings import (
     PrefectAccess,
     Settings,
     WorkerSettings,
-    home_folder,
+    get_home_folder,
     load_settings,
 )
 
@@ -42,7 +48,7 @@ WORKER_SILENT_S = 120.0
 DISPATCHER_SILENT_S, DISPATCHER_HANGS_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
 
 
-def services(home: Path, config: StackConfig, settings: Settings) -> list[Service]:
+def services(home: Path, config: StackConfig, settings: Settings) -> list[ManagedService]:
     """The embedded stack in starting order."""
     postgres = Postgres(
         home / "pg",
@@ -78,14 +84,14 @@ def prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]
 
 def own_environment(home: Path, folder: Path) -> dict[str, str]:
     """Build the environment of one of our processes, which reads its settings from the home folder."""
-    return built_environment(folder, **NO_TELEMETRY, **{HOME_VARIABLE: str(home)})
+    return build_confined_environment(folder, **NO_TELEMETRY_VARIABLES, **{HOME_VARIABLE: str(home)})
 
 
-def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     # asyncpg knows no require_auth; infra/scram_only.py takes its place.
     url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
     work, port = home / "prefect", config.ports["prefect"]
-    env = built_environment(work, **NO_TELEMETRY) | {
+    env = build_confined_environment(work, **NO_TELEMETRY_VARIABLES) | {
         "PREFECT_HOME": str(work),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": url.replace("postgresql:", "postgresql+asyncpg:"),
@@ -104,14 +110,14 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         postgres.ensure_database("prefect", config.secrets["prefect_database"])
 
     confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]), is_server=True)
-    return Service(
+    return ManagedService(
         name="prefect",
         command=lambda: confinement.command(sys.executable, "-m", "flows.prefect_gate"),
         env=env,
         cwd=work,
         before=before,
         check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
-        liveness=Liveness(lambda: check_answer(f"{settings.prefect_api_url}/health")),
+        liveness=LivenessPolicy(lambda: check_answer(f"{settings.prefect_api_url}/health")),
         listen=settings.prefect_api_url,
         needs=("postgres",),
     )
@@ -137,9 +143,9 @@ def _own(
     needs: tuple[str, ...],
     env: dict[str, str] | None = None,
     before: Callable[[], None] = lambda: None,
-    liveness: Liveness | None = None,
+    liveness: LivenessPolicy | None = None,
     listen: str | None = None,
-) -> Service:
+) -> ManagedService:
     """Describe a service of our own code, whose folder has its name."""
     work = home / name
 
@@ -147,7 +153,7 @@ def _own(
         make_private(work)
         before()
 
-    return Service(
+    return ManagedService(
         name=name,
         command=lambda: confinement.command(sys.executable, "-m", module),
         env={**own_environment(home, work), **(env or {})},
@@ -160,39 +166,39 @@ def _own(
     )
 
 
-def _portal(home: Path, settings: Settings) -> Service:
+def _portal(home: Path, settings: Settings) -> ManagedService:
     stores = (settings.database_url.get_secret_value(), settings.s3_endpoint, settings.model_server_url)
     confinement = Confinement(
         read=tuple(home / name for name in PortalSettings.files),
         write=(home / "portal",),
-        connect=tuple(map(port_of, stores)),
+        connect=tuple(map(parse_port, stores)),
         is_server=True,
     )
 
     def check() -> None:
         _ok(f"{settings.portal_url}/health")
 
-    liveness = Liveness(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
+    liveness = LivenessPolicy(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
     needs = ("postgres", "s3")
     return _own(
         home, "portal", "feedback.run", confinement, check, needs, liveness=liveness, listen=settings.portal_url
     )
 
 
-def _model_server(home: Path, settings: Settings) -> Service:
+def _model_server(home: Path, settings: Settings) -> ManagedService:
     cache = home / "serve"
     confinement = Confinement(
         read=tuple(home / name for name in ModelServerSettings.files),
-        write=(home / "model-server", cache, *accelerator_files()),
+        write=(home / "model-server", cache, *find_accelerator_files()),
         # MLflow's client fetches large files from the store itself, by presigned addresses.
-        connect=(port_of(settings.mlflow_url), port_of(settings.s3_endpoint)),
+        connect=(parse_port(settings.mlflow_url), parse_port(settings.s3_endpoint)),
         is_server=True,
     )
 
     def check() -> None:
         _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
 
-    liveness = Liveness(lambda: check_health(f"{settings.model_server_url}/health"))
+    liveness = LivenessPolicy(lambda: check_health(f"{settings.model_server_url}/health"))
     return _own(
         home,
         "model-server",
@@ -206,14 +212,14 @@ def _model_server(home: Path, settings: Settings) -> Service:
     )
 
 
-def _dispatcher(home: Path, settings: Settings) -> Service:
+def _dispatcher(home: Path, settings: Settings) -> ManagedService:
     work = home / "dispatcher"
     sign, pool = home / DISPATCHER_SIGN, pool_files(settings)
     servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
     confinement = Confinement(
         read=(*(home / name for name in DispatcherSettings.files), *pool),
         write=(work,),
-        connect=None if pool else tuple(map(port_of, servers)),
+        connect=None if pool else tuple(map(parse_port, servers)),
         scope_signals=False,  # it ends what dead flows have left
     )
 
@@ -239,11 +245,11 @@ def _dispatcher(home: Path, settings: Settings) -> Service:
         ("prefect", "mlflow"),
         env={**prefect_environment(work, settings), **cluster_environment()},
         before=before,
-        liveness=Liveness(check_life),
+        liveness=LivenessPolicy(check_life),
     )
 
 
-def _worker(home: Path, settings: Settings) -> Service:
+def _worker(home: Path, settings: Settings) -> ManagedService:
     work, flow_log = home / "worker", home / "logs" / "flows.log"
     folders = tuple(home / name for name in ("runs", "eval", "work"))
     sign = home / WORKER_SIGN
@@ -267,10 +273,10 @@ def _worker(home: Path, settings: Settings) -> Service:
 
     confinement = Confinement(
         read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *pool_files(settings)),
-        write=(work, *folders, flow_log, Path(SHARED_MEMORY), *accelerator_files()),
+        write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files()),
         connect=None,  # ranks meet on ports that the system chooses
     )
-    return Service(
+    return ManagedService(
         name="worker",
         command=lambda: confinement.command(sys.executable, "-m", "flows.dispatcher.worker"),
         env={
@@ -282,7 +288,7 @@ def _worker(home: Path, settings: Settings) -> Service:
         cwd=work,
         before=before,
         check=check,
-        liveness=Liveness(check_life),
+        liveness=LivenessPolicy(check_life),
         needs=("prefect",),
     )
 
@@ -308,7 +314,7 @@ def cluster_environment() -> dict[str, str]:
 def main() -> None:
     """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
     configure_logging()
-    home = home_folder()
+    home = get_home_folder()
     config = leave_blocked_ports(home, load_config(home))
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     write_environment(home, config)

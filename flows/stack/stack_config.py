@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from infra.files import write_private
-from infra.keeper import marked
-from infra.listeners import listener_uids, user_name
-from infra.postgres import NO_CLEARTEXT
-from infra.settings import Settings, process_files, read_settings
+from infra.keeper import find_stack_pids
+from infra.listeners import describe_user, find_listener_uids
+from infra.postgres import REQUIRE_SCRAM_OPTION
+from infra.settings import Settings, read_settings, render_process_files
 
 log = logging.getLogger(__name__)
 
@@ -202,9 +202,9 @@ def port_holder(port: int, stack_id: str) -> str | None:
     while not is_free(port):
         if (holder := _process_with(port, stack_id)) is not None:
             return holder or None
-        users = listener_uids(f"tcp://127.0.0.1:{port}")
+        users = find_listener_uids(f"tcp://127.0.0.1:{port}")
         if users or time.monotonic() > end:
-            return "".join(f", held by {user_name(uid)}" for uid in sorted(users))
+            return "".join(f", held by {describe_user(uid)}" for uid in sorted(users))
         time.sleep(0.05)
     return None
 
@@ -220,7 +220,7 @@ def _process_with(port: int, stack_id: str) -> str | None:
         except OSError:
             continue
         if held & inodes:
-            is_own = int(process.name) in set(marked(stack_id))
+            is_own = int(process.name) in set(find_stack_pids(stack_id))
             return "" if is_own else f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
     return None
 
@@ -232,7 +232,7 @@ def _listening_inodes(port: int) -> set[str]:
 
 def is_free(port: int) -> bool:
     """Tell whether a server of this user can listen on a port, on which connections of an earlier one may linger."""
-    if listener_uids(f"tcp://127.0.0.1:{port}"):
+    if find_listener_uids(f"tcp://127.0.0.1:{port}"):
         return False
     with socket.socket() as probe:
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
@@ -253,7 +253,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
     ports, secret = config.ports, config.secrets
     values = {
         "STACK_ID": config.stack_id,
-        "DATABASE_URL": f"postgresql://cotrain:{secret['database']}@127.0.0.1:{ports['postgres']}/cotrain?{NO_CLEARTEXT}",
+        "DATABASE_URL": f"postgresql://cotrain:{secret['database']}@127.0.0.1:{ports['postgres']}/cotrain?{REQUIRE_SCRAM_OPTION}",
         "S3_ENDPOINT": f"http://127.0.0.1:{ports['s3']}",
         "S3_ACCESS_KEY": secret["s3_access_key"],
         "S3_SECRET_KEY": secret["s3_secret_key"],
@@ -272,5 +272,5 @@ def write_environment(home: Path, config: StackConfig) -> None:
     write_private(home / "env", "".join(f"COTRAIN_{name}={value}\n" for name, value in values.items()))
     settings = read_settings(Settings, home)
     (home / "settings").mkdir(exist_ok=True, mode=0o700)
-    for name, text in process_files(settings).items():
+    for name, text in render_process_files(settings).items():
         write_private(home / name, text)

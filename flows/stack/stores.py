@@ -12,13 +12,13 @@ from pydantic import SecretStr
 from feedback.accounts import ensure_operator
 from flows.stack.stack_config import WEED_PORTS, StackConfig, is_blocked, weed_socket
 from infra.certificates import ensure_certificate
-from infra.confinement import Confinement, built_environment
-from infra.database import migrate, open_engine, open_sessions
+from infra.confinement import Confinement, build_confined_environment
+from infra.database import make_session_factory, migrate_schema, open_engine
 from infra.files import write_private
-from infra.health import Liveness, check_answer
-from infra.keeper import Service
-from infra.listeners import user_name
-from infra.objects import open_objects
+from infra.health import LivenessPolicy, check_answer
+from infra.keeper import ManagedService
+from infra.listeners import describe_user
+from infra.objects import open_object_store
 from infra.postgres import Postgres
 from infra.settings import Settings, StoreAccess
 
@@ -26,23 +26,23 @@ MLFLOW_BUCKET = "mlflow"
 MIGRATIONS = Path(__file__).resolve().parents[2] / "feedback" / "migrations"
 
 
-def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> Service:
+def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     def after() -> None:
         postgres.ensure_database("cotrain", config.secrets["database"])
         engine = open_engine(settings)
-        migrate(engine, MIGRATIONS)
-        with open_sessions(engine).begin() as session:
+        migrate_schema(engine, MIGRATIONS)
+        with make_session_factory(engine).begin() as session:
             ensure_operator(session, settings.operator_token.get_secret_value())
         engine.dispose()
 
-    return Service(
+    return ManagedService(
         name="postgres",
         command=postgres.command,
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
         cwd=Path("/"),
         before=postgres.initialise,
         check=postgres.check,
-        liveness=Liveness(postgres.check_answer),
+        liveness=LivenessPolicy(postgres.check_answer),
         addresses=(postgres.address,),
         uids=(postgres.uid,),
         after=after,
@@ -50,7 +50,7 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
     )
 
 
-def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service:
+def weed_service(home: Path, config: StackConfig, settings: Settings) -> ManagedService:
     weed = str(Path(sysconfig.get_path("scripts")) / "weed")
     data, work, configuration = home / "s3", home / "weed", home / "weed-settings"
 
@@ -58,7 +58,7 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
     confinement = Confinement(
         read=(configuration,), write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports
     )
-    environment = built_environment(work)
+    environment = build_confined_environment(work)
 
     def before() -> None:
         for folder in (data, work, configuration):
@@ -76,14 +76,14 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Service
     flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
     flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={configuration}/identities.json"]
-    return Service(
+    return ManagedService(
         name="s3",
         command=lambda: confinement.command(weed, "-logtostderr=true", "mini", f"-dir={data}", *flags),
         env=environment,
         cwd=configuration,  # where it looks for security.toml
         before=before,
         check=lambda: _check_stores(config, settings),
-        liveness=Liveness(lambda: check_answer(settings.s3_endpoint)),
+        liveness=LivenessPolicy(lambda: check_answer(settings.s3_endpoint)),
         addresses=(settings.s3_endpoint,),
     )
 
@@ -98,7 +98,7 @@ def forget_weed_sockets(config: StackConfig) -> None:
         port = config.ports[name]
         if is_blocked(name, port):
             entry = weed_socket(name, port)
-            owner = user_name(entry.lstat().st_uid)
+            owner = describe_user(entry.lstat().st_uid)
             raise PermissionError(
                 f"{entry}, where the store needs its socket, belongs to {owner}; remove it, or run `cotrain down` and "
                 "`cotrain up`, which chooses another port"
@@ -144,6 +144,6 @@ def _check_stores(config: StackConfig, settings: Settings) -> None:
         s3_secret_key=SecretStr(config.secrets["s3_admin_secret_key"]),
     )
     for bucket in (settings.s3_bucket, MLFLOW_BUCKET):
-        store = open_objects(keeper, bucket, attempts=1)
+        store = open_object_store(keeper, bucket, attempts=1)
         store.ensure_bucket()
         store.check()

@@ -11,7 +11,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra.objects import Objects
+from infra.objects import ObjectStore
 from yuan.data.text import make_printable
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
@@ -33,7 +33,7 @@ Refused = tuple[str, bytes]  # a checkpoint's name and its manifest
 
 
 @contextlib.contextmanager
-def uploading(objects: Objects, run_id: str, folder: RunFolder) -> Iterator[None]:
+def uploading(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
     """Send every checkpoint that becomes real while the block runs, the last one before it ends."""
     over, refused = threading.Event(), set[Refused]()
 
@@ -51,7 +51,7 @@ def uploading(objects: Objects, run_id: str, folder: RunFolder) -> Iterator[None
     _send_quietly(objects, run_id, folder, refused)
 
 
-def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused] | None = None) -> list[str]:
+def send(objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[Refused] | None = None) -> list[str]:
     """Make the store's checkpoints those of the folder; the manifest goes last, and is removed first.
 
     Sent are the files that a manifest names, as it describes them, and nothing else that ranks have put there. A
@@ -98,7 +98,7 @@ def send(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]
     return sent
 
 
-def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
+def fetch(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
     """Bring back the newest whole checkpoint if the folder has none; its name.
 
     It is put together beside the run's folder, where no rank can write, and moved into it.
@@ -119,7 +119,7 @@ def fetch(objects: Objects, run_id: str, folder: RunFolder) -> str | None:
     return None
 
 
-def _download(objects: Objects, prefix: str, target: Path) -> bool:
+def _download(objects: ObjectStore, prefix: str, target: Path) -> bool:
     """Fetch a checkpoint; whether it is whole."""
     manifest = objects.get(f"{prefix}/{CHECKPOINT_MANIFEST_FILE}")
     try:
@@ -164,19 +164,19 @@ def files_of(manifest: bytes, name: str) -> dict[str, Any]:
     return files
 
 
-def _manifests(objects: Objects, run_id: str) -> set[str]:
+def _manifests(objects: ObjectStore, run_id: str) -> set[str]:
     keys = objects.keys(f"{PREFIX}/{run_id}/")
     names = {key.split("/")[-2] for key in keys if key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")}
     return {name for name in names if CHECKPOINT_NAME_PATTERN.fullmatch(name)}
 
 
-def _remove(objects: Objects, run_id: str, name: str) -> None:
+def _remove(objects: ObjectStore, run_id: str, name: str) -> None:
     objects.delete(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
     for key in objects.keys(f"{PREFIX}/{run_id}/{name}/"):
         objects.delete(key)
 
 
-def _send_quietly(objects: Objects, run_id: str, folder: RunFolder, refused: set[Refused]) -> None:
+def _send_quietly(objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[Refused]) -> None:
     """Training does not wait for the store; what could not be sent is sent the next time."""
     try:
         for name in send(objects, run_id, folder, refused):

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from infra.launchers.job import HOST, Cause, Ending
+from infra.launchers.job import HOST_NAME_PATTERN, JobEnding, JobEndingCause
 from yuan.data.text import make_printable
 from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
@@ -24,7 +24,7 @@ Kind = Literal[
     "unknown",
 ]
 
-LAUNCHERS: dict[Cause, Kind] = {
+LAUNCHERS: dict[JobEndingCause, Kind] = {
     "preempted": "preempted",
     "node lost": "lost device",
     "out of memory": "out of memory",
@@ -63,7 +63,7 @@ class Ended:
         object.__setattr__(self, "reason", "\n".join(make_printable(line, REASON_CHARACTERS) for line in lines))
 
 
-def classify(folder: RunFolder, ending: Ending, since: float) -> Ended:
+def classify(folder: RunFolder, ending: JobEnding, since: float) -> Ended:
     """Name the ending of a job that was started at `since`, in seconds since the epoch."""
     if folder.is_exported:
         return Ended(kind="finished", reason="the weights are exported")
@@ -107,7 +107,7 @@ def log_end(folder: RunFolder) -> str:
 
 def _told(folder: RunFolder, kind: Kind, note: ExitNote, since: float) -> Ended:
     if kind != "hung":
-        host = note.host if HOST.fullmatch(note.host) else None  # it will be in a batch script
+        host = note.host if HOST_NAME_PATTERN.fullmatch(note.host) else None  # it will be in a batch script
         return Ended(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank, host=host)
     silent = _silent(folder, since, note.time)
     who = f"; silent: rank {', '.join(map(str, silent))}" if silent else "; every rank gave signs of life"

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback import leases
 from feedback.tables import Lease
-from infra.error_text import told
-from infra.processes import identity
+from infra.error_text import describe_error
+from infra.processes import get_own_identity
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def held(
     """
     with sessions.begin() as session:
         asked = leases.request_lease(
-            session, pool, wanted, run_id=run_id, team=team, holder=identity(), priority=priority, ttl_s=ttl_s
+            session, pool, wanted, run_id=run_id, team=team, holder=get_own_identity(), priority=priority, ttl_s=ttl_s
         )
     over, lost = threading.Event(), threading.Event()
     beating = threading.Thread(target=_beat, args=(sessions, asked, over, lost), daemon=True, name="lease")
@@ -107,7 +107,7 @@ def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threadi
             lost.set()
             return
         except Exception as error:  # whatever it is, this thread must not end while its lease is held
-            log.warning("no beat for lease %s: %s", asked.id[:8], told(error))
+            log.warning("no beat for lease %s: %s", asked.id[:8], describe_error(error))
 
 
 def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from infra.launchers.job import Launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
-from infra.settings import PoolChoice
+from infra.settings import PoolSettings
 from yuan.config import Recipe
 from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
@@ -15,13 +15,13 @@ from yuan.plan.search import SizeLimits
 CLUSTER_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
 
 
-def launchers_of(settings: PoolChoice) -> dict[str, Launcher]:
+def launchers_of(settings: PoolSettings) -> dict[str, Launcher]:
     """The launchers of this installation's pools, by the pool's name."""
     pool = pool_of(settings)
     return {pool.name: launcher_of(pool)}
 
 
-def pool_of(settings: PoolChoice) -> Pool:
+def pool_of(settings: PoolSettings) -> Pool:
     """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
 
     Raises:

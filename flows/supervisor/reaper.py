@@ -8,7 +8,7 @@ from feedback import leases
 from feedback.tables import Lease
 from flows.supervisor.lease_holder import Sessions, job_name
 from infra.launchers.job import Launcher
-from infra.processes import identity, is_alive, is_dead, kill_identified
+from infra.processes import get_own_identity, is_known_alive, is_known_exited, kill_by_identity
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,11 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
     """
     with sessions.begin() as session:
         open_now = leases.find_open_leases(session)
-        dead = [lease.id for lease in open_now if is_dead(lease.holder)]
+        dead = [lease.id for lease in open_now if is_known_exited(lease.holder)]
         # One that lives here cannot reach the server, or is stopped; it keeps what it has for a while.
-        alive = [lease.id for lease in open_now if is_alive(lease.holder) and silence_s(lease) < PATIENCE * lease.ttl_s]
+        alive = [
+            lease.id for lease in open_now if is_known_alive(lease.holder) and silence_s(lease) < PATIENCE * lease.ttl_s
+        ]
         fenced = leases.fence_silent_leases(session, dead, alive)
     freed = []
     for lease in fenced:
@@ -44,15 +46,15 @@ def reap(sessions: Sessions, launchers: Mapping[str, Launcher]) -> list[str]:
 
 def _ended(lease: Lease, launcher: Launcher) -> bool:
     """End a dead lease's holder and then its job, so that nothing more can start; whether nothing is left."""
-    if lease.holder != identity():
-        kill_identified(lease.holder)
+    if lease.holder != get_own_identity():
+        kill_by_identity(lease.holder)
     if lease.devices is not None and not launcher.end(job_name(lease.id), END_WITHIN_S):
         return False
-    if lease.holder == identity() or is_dead(lease.holder):
+    if lease.holder == get_own_identity() or is_known_exited(lease.holder):
         return True
     # Of another machine, whose processes cannot be seen from here: its beats stopped, its job is ended, and what it
     # could start yet would leave by itself within this time.
-    return not is_alive(lease.holder) and silence_s(lease) > lease.ttl_s + ELSEWHERE_S
+    return not is_known_alive(lease.holder) and silence_s(lease) > lease.ttl_s + ELSEWHERE_S
 
 
 def silence_s(lease: Lease) -> float:

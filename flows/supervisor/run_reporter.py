@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import rounds
 from flows.context import Context
-from infra.error_text import told
+from infra.error_text import describe_error
 from yuan.data.text import make_printable
 from yuan.train.run_files import NotRegularFileError, read_file, replace_file
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, LogTail, RunFolder
@@ -70,7 +70,7 @@ class Reporter:
         # It takes its client seconds to give up, in which nobody watches the run.
         if time.monotonic() > self._track_after:
             self._track_after = time.monotonic() + TRACKER_PAUSE_S
-            with _outlived("the tracker"), self._context.tracker.impatiently():
+            with _outlived("the tracker"), self._context.tracker.use_short_timeout():
                 self._track()
                 self._track_after = 0.0
 
@@ -88,7 +88,7 @@ class Reporter:
 
     def planned(self) -> None:
         """The plan has changed: show the new one."""
-        with _outlived("the tracker"), self._context.tracker.impatiently():
+        with _outlived("the tracker"), self._context.tracker.use_short_timeout():
             self._log_plan(self._track())
 
     def _tell(self) -> None:
@@ -160,4 +160,4 @@ def _outlived(who: str) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        log.warning("%s does not answer, training goes on: %s", who, told(error))
+        log.warning("%s does not answer, training goes on: %s", who, describe_error(error))

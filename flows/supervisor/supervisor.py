@@ -18,11 +18,11 @@ from flows.supervisor.lease_holder import Held, held, job_name
 from flows.supervisor.pool_launcher import launcher_of, limits_on, pool_of
 from flows.supervisor.reaper import reap
 from flows.supervisor.run_reporter import Progress, Reporter
-from infra.confinement import built_environment
-from infra.error_text import Plain
-from infra.keeper import MARK
-from infra.launchers.job import Job, LauncherAway
-from infra.machine import has_room
+from infra.confinement import build_confined_environment
+from infra.error_text import SafeMessageError
+from infra.keeper import STACK_ID_VARIABLE
+from infra.launchers.job import Job, LauncherUnreachable
+from infra.machine import has_free_disk
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import make_printable
 from yuan.plan.plan_record import PipelinePlan
@@ -42,7 +42,7 @@ MAX_SHRINKS, SHRINK = 3, 0.85  # of the memory a plan may use, when one that sho
 PREEMPTED_PAUSE_S = 5.0
 
 
-class TrainingFailed(Plain, RuntimeError):
+class TrainingFailed(SafeMessageError, RuntimeError):
     """The run cannot go on; the reason is for people."""
 
 
@@ -118,17 +118,17 @@ class Supervisor:
             return Ended(kind="lost device", reason=str(error))
         except leases.LeaseLost as error:
             return Ended(kind="preempted", reason=str(error))
-        except LauncherAway as error:
+        except LauncherUnreachable as error:
             time.sleep(PREEMPTED_PAUSE_S)
             return Ended(kind="unknown", reason=str(error))
 
     def _watched(self, plan: PipelinePlan, lease: Held) -> Ended:
         placed = _placed(plan, lease.devices)
         settings = self.context.settings
-        environment = built_environment(
+        environment = build_confined_environment(
             self.folder.path,
             OMP_NUM_THREADS="1",
-            **{HOME_VARIABLE: str(settings.home), MARK: settings.stack_id},
+            **{HOME_VARIABLE: str(settings.home), STACK_ID_VARIABLE: settings.stack_id},
             **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # where nodes find the code
         )
         if self._is_local:  # batch systems choose the devices of a node themselves
@@ -199,7 +199,7 @@ class Supervisor:
         log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, make_printable(ended.reason, 300))
         if ended.kind in ("bad data", "numerical", "cancelled"):
             raise TrainingFailed(f"{ended.kind}: {ended.reason}")
-        if not has_room(self.folder.path):
+        if not has_free_disk(self.folder.path):
             raise OSError(f"the disk of {self.folder.path} is full; make room, and the run goes on from its checkpoint")
         if ended.kind == "out of memory":
             self.shrinks += 1

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 # What a rank needs of its supervisor's environment. Nothing else travels: batch systems keep it on their own disks.
-PASSED = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH")
-PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
+RANK_VARIABLES = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH")
+RANK_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
 
-HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-Cause = Literal["preempted", "node lost", "out of memory", "cancelled"]
+HOST_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+JobEndingCause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,54 +34,54 @@ class Job:
     avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_processes % self.nodes:
+        if self.num_processes % self.num_nodes:
             raise ValueError(
                 f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; put as many on "
                 "every node"
             )
-        if wrong := [host for host in self.avoid if not HOST.fullmatch(host)]:
+        if wrong := [host for host in self.avoid if not HOST_NAME_PATTERN.fullmatch(host)]:
             raise ValueError(f"machines to avoid are named as hosts are, got {wrong}")
 
     @property
-    def nodes(self) -> int:
+    def num_nodes(self) -> int:
         return -(-self.num_processes // self.processes_per_node)
 
     @property
-    def alive_file(self) -> Path:
+    def parent_heartbeat_file(self) -> Path:
         """What processes on other machines take for their supervisor's sign of life; see `infra.liveness`."""
         return self.folder / f".alive-{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
+class JobEnding:
     """How a job ended, as far as its launcher can tell: a status that is 0 if all is well, and a cause it knows."""
 
     status: int
-    cause: Cause | None = None
+    cause: JobEndingCause | None = None
     said: str = ""
 
 
-class Running(Protocol):
+class RunningJob(Protocol):
     """A job that was started."""
 
-    def wait(self, seconds: float) -> Ending | None:
+    def wait(self, seconds: float) -> JobEnding | None:
         """Wait for its end, at most so long; None if it runs still."""
 
 
 class Launcher(Protocol):
     """Starts jobs; none of a job's processes outlives the block that `run` opens."""
 
-    def run(self, job: Job) -> AbstractContextManager[Running]: ...
+    def run(self, job: Job) -> AbstractContextManager[RunningJob]: ...
 
     def end(self, name: str, within_s: float) -> bool:
         """End what there is of the job of this name; whether nothing is left of it in that time."""
 
 
-class LauncherAway(RuntimeError):
+class LauncherUnreachable(RuntimeError):
     """The batch system does not answer; the same may work later."""
 
 
-def polled(ask: Callable[[], Ending | None], seconds: float, pause_s: float) -> Ending | None:
+def poll_ending(ask: Callable[[], JobEnding | None], seconds: float, pause_s: float) -> JobEnding | None:
     """Ask until there is an ending, or the time is over; at least once."""
     end = time.monotonic() + seconds
     while True:
@@ -91,6 +91,10 @@ def polled(ask: Callable[[], Ending | None], seconds: float, pause_s: float) -> 
         time.sleep(min(pause_s, seconds))
 
 
-def passed(environment: Mapping[str, str]) -> dict[str, str]:
+def select_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Of an environment, what may travel to other machines."""
-    return {name: text for name, text in environment.items() if name in PASSED or name.startswith(PASSED_PREFIXES)}
+    return {
+        name: text
+        for name, text in environment.items()
+        if name in RANK_VARIABLES or name.startswith(RANK_VARIABLE_PREFIXES)
+    }

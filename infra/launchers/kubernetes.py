@@ -17,21 +17,29 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from infra.files import open_log, remove
-from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
-from infra.liveness import FILE_VARIABLE, renewed
+from infra.files import open_log, remove_path
+from infra.launchers.job import (
+    Job,
+    JobEnding,
+    JobEndingCause,
+    LauncherUnreachable,
+    RunningJob,
+    poll_ending,
+    select_rank_variables,
+)
+from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
 
 log = logging.getLogger(__name__)
 
-GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
-NAME_LABEL, INDEX_LABEL = "jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io/job-completion-index"
-REPLICATED, CONTAINER, PORT = "node", "trainer", 29_500
-MAX_NAME = 63
-END_WITHIN_S = 120.0
-ASK_S = 15.0
+JOBSET_API_GROUP, JOBSET_API_VERSION, JOBSET_PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
+JOBSET_NAME_LABEL, POD_INDEX_LABEL = "jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io/job-completion-index"
+REPLICATED_JOB_NAME, CONTAINER_NAME, RENDEZVOUS_PORT = "node", "trainer", 29_500
+MAX_POD_NAME_CHARACTERS = 63
+JOBSET_DELETE_TIMEOUT_S = 120.0
+KUBERNETES_REQUEST_TIMEOUT_S = 15.0
 # Reasons of the condition DisruptionTarget by which a pod is taken away for others; those of a node are its loss.
-NODE_REASONS = {"DeletionByTaintManager", "DeletionByPodGC", "NodeShutdown"}
-FAULTS = (ApiException, HTTPError, OSError)
+NODE_LOSS_REASONS = {"DeletionByTaintManager", "DeletionByPodGC", "NodeShutdown"}
+KUBERNETES_ERRORS = (ApiException, HTTPError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +74,7 @@ class KubernetesLauncher:
         self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
     @contextlib.contextmanager
-    def run(self, job: Job) -> Iterator[Running]:
+    def run(self, job: Job) -> Iterator[RunningJob]:
         """Create a job, and delete it with the block.
 
         Raises:
@@ -74,32 +82,38 @@ class KubernetesLauncher:
             LauncherAway: if the cluster does not answer.
             RuntimeError: if the cluster refuses it; its words are in the message.
         """
-        body = manifest(job, self._options)
-        running = _KubernetesRun(self._objects, self._core, self._options.namespace, job)
+        body = build_jobset(job, self._options)
+        running = _RunningJobSet(self._objects, self._core, self._options.namespace, job)
         follower = threading.Thread(target=running.follow, daemon=True, name="pod-log")
-        with renewed(job.alive_file):
+        with send_parent_heartbeats(job.parent_heartbeat_file):
             try:
-                self._create(job.name, body)
+                self._create_jobset(job.name, body)
                 follower.start()
                 yield running
             finally:  # one whose creation got no answer may be there too
-                while not self.end(job.name, END_WITHIN_S):
+                while not self.end(job.name, JOBSET_DELETE_TIMEOUT_S):
                     log.warning("%s has pods still; its devices are kept until it has none", job.name)
                 running.over.set()
-        remove(job.alive_file)
+        remove_path(job.parent_heartbeat_file)
 
-    def _create(self, name: str, body: dict[str, Any]) -> None:
+    def _create_jobset(self, name: str, body: dict[str, Any]) -> None:
         try:
             self._objects.create_namespaced_custom_object(
-                GROUP, VERSION, self._options.namespace, PLURAL, body, field_validation="Strict", _request_timeout=ASK_S
+                JOBSET_API_GROUP,
+                JOBSET_API_VERSION,
+                self._options.namespace,
+                JOBSET_PLURAL,
+                body,
+                field_validation="Strict",
+                _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
             )
         except ApiException as error:
             said = f"{error.status} {str(error.body)[:500]}"
             if error.status == 429 or error.status >= 500:
-                raise LauncherAway(f"the cluster does not take {name} now: {said}") from None
+                raise LauncherUnreachable(f"the cluster does not take {name} now: {said}") from None
             raise RuntimeError(f"the cluster refuses {name}: {said}") from None
         except (HTTPError, OSError) as error:
-            raise LauncherAway(f"the cluster does not answer: {str(error)[:200]}") from None
+            raise LauncherUnreachable(f"the cluster does not answer: {str(error)[:200]}") from None
 
     def end(self, name: str, within_s: float) -> bool:
         """Delete the job of a name; whether no pod of it is left."""
@@ -108,43 +122,58 @@ class KubernetesLauncher:
             try:
                 with contextlib.suppress(client.exceptions.NotFoundException):
                     self._objects.delete_namespaced_custom_object(
-                        GROUP, VERSION, namespace, PLURAL, name, propagation_policy="Foreground", _request_timeout=ASK_S
+                        JOBSET_API_GROUP,
+                        JOBSET_API_VERSION,
+                        namespace,
+                        JOBSET_PLURAL,
+                        name,
+                        propagation_policy="Foreground",
+                        _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
                     )
-                selector = f"{NAME_LABEL}={name}"
-                if not self._core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=ASK_S).items:
+                selector = f"{JOBSET_NAME_LABEL}={name}"
+                if not self._core.list_namespaced_pod(
+                    namespace, label_selector=selector, _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S
+                ).items:
                     return True
-            except FAULTS as error:
+            except KUBERNETES_ERRORS as error:
                 log.warning("the cluster does not answer: %s", str(error)[:150])
             time.sleep(1)
         return False
 
 
-class _KubernetesRun:
+class _RunningJobSet:
     """A job in the cluster, followed by its name."""
 
     def __init__(self, objects: Any, core: Any, namespace: str, job: Job) -> None:
         self._objects, self._core, self._namespace, self._job = objects, core, namespace, job
         self.over = threading.Event()
 
-    def wait(self, seconds: float) -> Ending | None:
-        return polled(self._ending, seconds, 1.0)
+    def wait(self, seconds: float) -> JobEnding | None:
+        return poll_ending(self._read_ending, seconds, 1.0)
 
-    def _ending(self) -> Ending | None:
+    def _read_ending(self) -> JobEnding | None:
         try:
             found = self._objects.get_namespaced_custom_object(
-                GROUP, VERSION, self._namespace, PLURAL, self._job.name, _request_timeout=ASK_S
+                JOBSET_API_GROUP,
+                JOBSET_API_VERSION,
+                self._namespace,
+                JOBSET_PLURAL,
+                self._job.name,
+                _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
             )
-            pods = self._pods()
+            pods = self._list_pods()
         except client.exceptions.NotFoundException:
-            return Ending(status=1, cause="cancelled", said=f"somebody deleted {self._job.name}")
-        except FAULTS as error:
+            return JobEnding(status=1, cause="cancelled", said=f"somebody deleted {self._job.name}")
+        except KUBERNETES_ERRORS as error:
             log.warning("the cluster does not answer: %s", str(error)[:150])
             return None
-        return ending_of(found.get("status", {}), pods)
+        return find_job_ending(found.get("status", {}), pods)
 
-    def _pods(self) -> list[Any]:
-        selector = f"{NAME_LABEL}={self._job.name}"
-        found = self._core.list_namespaced_pod(self._namespace, label_selector=selector, _request_timeout=ASK_S)
+    def _list_pods(self) -> list[Any]:
+        selector = f"{JOBSET_NAME_LABEL}={self._job.name}"
+        found = self._core.list_namespaced_pod(
+            self._namespace, label_selector=selector, _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S
+        )
         return list(found.items)
 
     def follow(self) -> None:
@@ -152,13 +181,15 @@ class _KubernetesRun:
         since = time.monotonic()
         while not self.over.wait(1):
             try:
-                first = next((p for p in self._pods() if (p.metadata.labels or {}).get(INDEX_LABEL) == "0"), None)
+                first = next(
+                    (p for p in self._list_pods() if (p.metadata.labels or {}).get(POD_INDEX_LABEL) == "0"), None
+                )
                 if first is None or first.status.phase == "Pending":
                     continue
                 lines = self._core.read_namespaced_pod_log(
                     first.metadata.name,
                     self._namespace,
-                    container=CONTAINER,
+                    container=CONTAINER_NAME,
                     follow=True,
                     since_seconds=max(1, int(time.monotonic() - since)),
                     _preload_content=False,
@@ -170,11 +201,11 @@ class _KubernetesRun:
                         since = time.monotonic()
                 if first.status.phase != "Running":
                     return
-            except FAULTS:  # not begun yet, silent for a minute, or away
+            except KUBERNETES_ERRORS:  # not begun yet, silent for a minute, or away
                 continue
 
 
-def ending_of(status: dict[str, Any], pods: list[Any]) -> Ending | None:
+def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None:
     """How a job ended, by its status and its pods; None if it waits or runs.
 
     The first pod that ended badly is the cause; the others lost their peer. A pod whose node is gone may stay for
@@ -183,16 +214,16 @@ def ending_of(status: dict[str, Any], pods: list[Any]) -> Ending | None:
     for pod in pods:
         for condition in pod.status.conditions or []:
             if condition.type == "DisruptionTarget" and condition.status == "True":
-                cause: Cause = "node lost" if condition.reason in NODE_REASONS else "preempted"
-                return Ending(status=1, cause=cause, said=f"pod {pod.metadata.name}: {condition.reason}")
+                cause: JobEndingCause = "node lost" if condition.reason in NODE_LOSS_REASONS else "preempted"
+                return JobEnding(status=1, cause=cause, said=f"pod {pod.metadata.name}: {condition.reason}")
         if pod.status.reason in ("Evicted", "NodeLost"):
             cause = "node lost" if pod.status.reason == "NodeLost" else "preempted"
-            return Ending(status=1, cause=cause, said=f"pod {pod.metadata.name}: {pod.status.reason}")
+            return JobEnding(status=1, cause=cause, said=f"pod {pod.metadata.name}: {pod.status.reason}")
     terminal = status.get("terminalState")
     if terminal is None:
         return None
     if terminal == "Completed":
-        return Ending(status=0)
+        return JobEnding(status=0)
     bad = [
         (state.terminated.finished_at, state.terminated, pod.metadata.name)
         for pod in pods
@@ -200,30 +231,34 @@ def ending_of(status: dict[str, Any], pods: list[Any]) -> Ending | None:
         if state.terminated is not None and state.terminated.exit_code
     ]
     if not bad:
-        return Ending(status=1, said="the cluster says that the job failed, and has no pod of it any more")
+        return JobEnding(status=1, said="the cluster says that the job failed, and has no pod of it any more")
     _, first, name = min(bad, key=lambda found: str(found[0]))
-    cause_of_first: Cause | None = "out of memory" if first.reason == "OOMKilled" else None
-    return Ending(status=first.exit_code, cause=cause_of_first, said=f"pod {name}: {first.reason}, {first.exit_code}")
+    cause_of_first: JobEndingCause | None = "out of memory" if first.reason == "OOMKilled" else None
+    return JobEnding(
+        status=first.exit_code, cause=cause_of_first, said=f"pod {name}: {first.reason}, {first.exit_code}"
+    )
 
 
-def manifest(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+def build_jobset(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     """The JobSet of a job.
 
     Raises:
         ValueError: if the names of its pods would be longer than a DNS label.
     """
-    if len(f"{job.name}-{REPLICATED}-0-{job.nodes - 1}-abcde") > MAX_NAME:
-        raise ValueError(f"{job.name!r} is too long a name for a job whose pods' names have {MAX_NAME} letters at most")
+    if len(f"{job.name}-{REPLICATED_JOB_NAME}-0-{job.num_nodes - 1}-abcde") > MAX_POD_NAME_CHARACTERS:
+        raise ValueError(
+            f"{job.name!r} is too long a name for a job whose pods' names have {MAX_POD_NAME_CHARACTERS} letters at most"
+        )
     labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     node = {
-        "parallelism": job.nodes,
-        "completions": job.nodes,
+        "parallelism": job.num_nodes,
+        "completions": job.num_nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "template": {"metadata": {"labels": {"cotrain/job": job.name}}, "spec": _pod(job, options)},
+        "template": {"metadata": {"labels": {"cotrain/job": job.name}}, "spec": _build_pod_spec(job, options)},
     }
     return {
-        "apiVersion": f"{GROUP}/{VERSION}",
+        "apiVersion": f"{JOBSET_API_GROUP}/{JOBSET_API_VERSION}",
         "kind": "JobSet",
         "metadata": {"name": job.name, "namespace": options.namespace, "labels": {"cotrain/job": job.name, **labels}},
         "spec": {
@@ -232,30 +267,30 @@ def manifest(job: Job, options: KubernetesOptions) -> dict[str, Any]:
             "successPolicy": {"operator": "All"},
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "ttlSecondsAfterFinished": 86_400,
-            "replicatedJobs": [{"name": REPLICATED, "replicas": 1, "template": {"spec": node}}],
+            "replicatedJobs": [{"name": REPLICATED_JOB_NAME, "replicas": 1, "template": {"spec": node}}],
         },
     }
 
 
-def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     """One node's pod: torchrun, told by its environment who is first and how many there are."""
-    per_node = job.num_processes // job.nodes
+    per_node = job.num_processes // job.num_nodes
     values = {
-        **passed(job.environment),
-        FILE_VARIABLE: str(job.alive_file),
-        "PET_NNODES": str(job.nodes),
+        **select_rank_variables(job.environment),
+        PARENT_FILE_VARIABLE: str(job.parent_heartbeat_file),
+        "PET_NNODES": str(job.num_nodes),
         "PET_NPROC_PER_NODE": str(per_node),
-        "PET_MASTER_ADDR": f"{job.name}-{REPLICATED}-0-0.{job.name}",
-        "PET_MASTER_PORT": str(PORT),
+        "PET_MASTER_ADDR": f"{job.name}-{REPLICATED_JOB_NAME}-0-0.{job.name}",
+        "PET_MASTER_PORT": str(RENDEZVOUS_PORT),
         "PET_MAX_RESTARTS": "0",
     }
-    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{INDEX_LABEL}']"}}
+    index = {"fieldRef": {"fieldPath": f"metadata.annotations['{POD_INDEX_LABEL}']"}}
     limits = {options.device_resource: str(per_node * options.devices_per_process)}
     if options.memory:
         limits["memory"] = options.memory
     apart = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"cotrain/job": job.name}}}
     container = {
-        "name": CONTAINER,
+        "name": CONTAINER_NAME,
         "image": options.image,
         "command": ["python", "-m", "torch.distributed.run", "-m", job.module, str(job.folder)],
         "env": [
@@ -263,7 +298,7 @@ def _pod(job: Job, options: KubernetesOptions) -> dict[str, Any]:
             {"name": "PET_NODE_RANK", "valueFrom": index},
             {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
         ],
-        "ports": [{"name": "rendezvous", "containerPort": PORT, "protocol": "TCP"}],
+        "ports": [{"name": "rendezvous", "containerPort": RENDEZVOUS_PORT, "protocol": "TCP"}],
         "resources": {"limits": limits},
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [

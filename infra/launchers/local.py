@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.confinement import SHARED_MEMORY, Confinement, accelerator_files
-from infra.launchers.job import Ending, Job, Running
-from infra.process_group import supervised, torchrun_command
-from infra.processes import carrying, kill_carrying
+from infra.confinement import SHARED_MEMORY_FOLDER, Confinement, find_accelerator_files
+from infra.launchers.job import Job, JobEnding, RunningJob
+from infra.process_group import build_torchrun_command, run_child
+from infra.processes import find_pids, kill_processes
 
 JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes
 
@@ -25,48 +25,48 @@ class LocalLauncher:
         self._confined = confined
 
     @contextlib.contextmanager
-    def run(self, job: Job) -> Iterator[Running]:
+    def run(self, job: Job) -> Iterator[RunningJob]:
         """Start a job.
 
         Raises:
             ValueError: if it wants more than one node.
         """
-        if job.nodes > 1:
-            raise ValueError(f"this machine is one node and {job.name} wants {job.nodes}; choose another launcher")
+        if job.num_nodes > 1:
+            raise ValueError(f"this machine is one node and {job.name} wants {job.num_nodes}; choose another launcher")
         mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since others may not see the environment
-        command = torchrun_command(job.num_processes, "-m", job.module, job.folder, mark)
+        command = build_torchrun_command(job.num_processes, "-m", job.module, job.folder, mark)
         environment = {**job.environment, JOB_VARIABLE: job.name}
         if self._confined:
-            folders = (job.folder, Path(SHARED_MEMORY), *accelerator_files())
+            folders = (job.folder, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files())
             command = Confinement(write=folders, signal="SIGKILL").command(*command)
-        with supervised(command, job.folder, environment, job.log_name) as process:
-            yield _LocalRun(process)
+        with run_child(command, job.folder, environment, job.log_name) as process:
+            yield _RunningLocalJob(process)
 
     def end(self, name: str, within_s: float) -> bool:
         """Kill what carries the job's name; whether nothing is left."""
-        kill_carrying(JOB_VARIABLE, name)
+        kill_processes(JOB_VARIABLE, name)
         end = time.monotonic() + within_s
-        while any(carrying(JOB_VARIABLE, name)):
+        while any(find_pids(JOB_VARIABLE, name)):
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
         return True
 
 
-class _LocalRun:
+class _RunningLocalJob:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process, self._killed = process, out_of_memory_kills()
+        self._process, self._oom_kills_at_start = process, count_oom_kills()
 
-    def wait(self, seconds: float) -> Ending | None:
+    def wait(self, seconds: float) -> JobEnding | None:
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
-        is_out_of_memory = status != 0 and out_of_memory_kills() > self._killed
-        return Ending(status=status, cause="out of memory" if is_out_of_memory else None)
+        is_out_of_memory = status != 0 and count_oom_kills() > self._oom_kills_at_start
+        return JobEnding(status=status, cause="out of memory" if is_out_of_memory else None)
 
 
-def out_of_memory_kills() -> int:
+def count_oom_kills() -> int:
     """How often the kernel has killed for want of memory since it started."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -16,17 +16,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.files import remove, replace_file
-from infra.launchers.job import Cause, Ending, Job, LauncherAway, Running, passed, polled
-from infra.liveness import FILE_VARIABLE, renewed
+from infra.files import remove_path, replace_file
+from infra.launchers.job import (
+    Job,
+    JobEnding,
+    JobEndingCause,
+    LauncherUnreachable,
+    RunningJob,
+    poll_ending,
+    select_rank_variables,
+)
+from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
 
 log = logging.getLogger(__name__)
 
-ASK_TIMEOUT_S = 30.0  # a controller that is away makes the tools wait for 18 s
-END_WITHIN_S = 60.0
-AWAY = ("unable to contact", "connection refused", "timed out", "zero bytes were transmitted", "connect failure")
+SLURM_COMMAND_TIMEOUT_S = 30.0  # a controller that is away makes the tools wait for 18 s
+SLURM_CANCEL_TIMEOUT_S = 60.0
+SLURM_UNREACHABLE_MESSAGES = (
+    "unable to contact",
+    "connection refused",
+    "timed out",
+    "zero bytes were transmitted",
+    "connect failure",
+)
 
-FINAL: dict[str, Cause | None] = {
+CAUSE_BY_FINAL_STATE: dict[str, JobEndingCause | None] = {
     "COMPLETED": None,
     "FAILED": None,
     "TIMEOUT": None,  # the site's limit: started again, and given up if no start reaches a checkpoint
@@ -64,7 +78,7 @@ class SlurmLauncher:
         self._options = options
 
     @contextlib.contextmanager
-    def run(self, job: Job) -> Iterator[Running]:
+    def run(self, job: Job) -> Iterator[RunningJob]:
         """Submit a job, and end it with the block.
 
         Raises:
@@ -77,73 +91,75 @@ class SlurmLauncher:
                 "sbatch is not on the PATH; run on a machine that can submit jobs, or choose another launcher"
             )
         script = job.folder / f".{job.name}.sh"
-        replace_file(script, rendered(job, self._options))
-        with renewed(job.alive_file):
+        replace_file(script, render_batch_script(job, self._options))
+        with send_parent_heartbeats(job.parent_heartbeat_file):
             try:
-                number = _submitted(job, script)
+                number = _submit_job(job, script)
                 log.info("submitted %s as job %s", job.name, number)
-                yield _SlurmRun(number)
+                yield _RunningSlurmJob(number)
             finally:  # one whose submission got no answer may be there too
-                while not self.end(job.name, END_WITHIN_S):
+                while not self.end(job.name, SLURM_CANCEL_TIMEOUT_S):
                     log.warning("%s has not ended yet; its devices are kept until it has", job.name)
-        remove(script)
-        remove(job.alive_file)
+        remove_path(script)
+        remove_path(job.parent_heartbeat_file)
 
     def end(self, name: str, within_s: float) -> bool:
         """Cancel the job of a name; whether nothing of it is left."""
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError):
-                if not _said("squeue", "--noheader", f"--name={name}", "--format=%i"):
+                if not _run_slurm_command("squeue", "--noheader", f"--name={name}", "--format=%i"):
                     return True
-                _said("scancel", f"--name={name}")
+                _run_slurm_command("scancel", f"--name={name}")
             time.sleep(0.5)
         return False
 
 
-class _SlurmRun:
+class _RunningSlurmJob:
     """A submitted job, followed by its number."""
 
     def __init__(self, number: str) -> None:
         self._number = number
 
-    def wait(self, seconds: float) -> Ending | None:
-        return polled(self._ending, seconds, 0.5)
+    def wait(self, seconds: float) -> JobEnding | None:
+        return poll_ending(self._read_ending, seconds, 0.5)
 
-    def _ending(self) -> Ending | None:
+    def _read_ending(self) -> JobEnding | None:
         try:
-            shown = _said("scontrol", "show", "job", "--oneliner", self._number)
+            shown = _run_slurm_command("scontrol", "show", "job", "--oneliner", self._number)
         except RuntimeError as error:
             if "Invalid job id" in str(error):  # the controller forgets ended jobs after MinJobAge
-                return Ending(status=1, said=f"Slurm no longer knows job {self._number}")
+                return JobEnding(status=1, said=f"Slurm no longer knows job {self._number}")
             log.warning("Slurm does not answer: %s", str(error)[:150])
             return None
-        return ending_of(shown)
+        return parse_job_ending(shown)
 
 
-def ending_of(shown: str) -> Ending | None:
+def parse_job_ending(shown: str) -> JobEnding | None:
     """How a job ended by what `scontrol show job --oneliner` says of it; None if it waits, runs, or is being ended.
 
-    >>> ending_of("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
-    >>> ending_of("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
+    >>> parse_job_ending("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
+    >>> parse_job_ending("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
     'node lost'
     """
     fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     state = fields["JobState"]
-    if state not in FINAL:
+    if state not in CAUSE_BY_FINAL_STATE:
         return None
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     status = int(code) or int(signal or 0) or int(state != "COMPLETED")
-    return Ending(
-        status=status, cause=FINAL[state], said=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}"
+    return JobEnding(
+        status=status,
+        cause=CAUSE_BY_FINAL_STATE[state],
+        said=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}",
     )
 
 
-def rendered(job: Job, options: SlurmOptions) -> str:
+def render_batch_script(job: Job, options: SlurmOptions) -> str:
     """The batch script of a job."""
     asked = {
         "job-name": job.name,
-        "nodes": job.nodes,
+        "nodes": job.num_nodes,
         "ntasks-per-node": 1,
         "output": job.folder / job.log_name,
         "chdir": job.folder,
@@ -157,10 +173,18 @@ def rendered(job: Job, options: SlurmOptions) -> str:
         "exclude": ",".join(job.avoid) or None,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
-    values = {**passed(job.environment), "PATH": os.environ["PATH"], FILE_VARIABLE: str(job.alive_file)}
+    values = {
+        **select_rank_variables(job.environment),
+        "PATH": os.environ["PATH"],
+        PARENT_FILE_VARIABLE: str(job.parent_heartbeat_file),
+    }
     exports = [f"export {name}={shlex.quote(text)}" for name, text in sorted(values.items())]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={job.nodes}", "--max-restarts=0"]
-    torchrun += [f"--nproc-per-node={job.num_processes // job.nodes}", "--rdzv-backend=c10d", "--rdzv-id=$SLURM_JOB_ID"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={job.num_nodes}", "--max-restarts=0"]
+    torchrun += [
+        f"--nproc-per-node={job.num_processes // job.num_nodes}",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=$SLURM_JOB_ID",
+    ]
     torchrun += [f"--rdzv-endpoint=$head:{options.rendezvous_port}", "-m", job.module, shlex.quote(str(job.folder))]
     return "\n".join(
         [
@@ -179,22 +203,22 @@ def rendered(job: Job, options: SlurmOptions) -> str:
     )
 
 
-def _submitted(job: Job, script: Path) -> str:
+def _submit_job(job: Job, script: Path) -> str:
     """Submit a job's script; its number.
 
     Raises:
         RuntimeError: if Slurm refuses it, in its words, and with the machines it was to avoid, which may be the cause.
     """
     try:
-        return _said("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
-    except LauncherAway:
+        return _run_slurm_command("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
+    except LauncherUnreachable:
         raise
     except RuntimeError as error:
         hint = f"; it was to avoid {', '.join(job.avoid)}, as devices of theirs are lost" if job.avoid else ""
         raise RuntimeError(f"{error}{hint}") from None
 
 
-def _said(*command: str) -> str:
+def _run_slurm_command(*command: str) -> str:
     """What a command of Slurm prints.
 
     Raises:
@@ -202,11 +226,13 @@ def _said(*command: str) -> str:
         RuntimeError: with its words, if it fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_COMMAND_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise LauncherAway(f"{command[0]} does not answer within {ASK_TIMEOUT_S:.0f} s") from None
+        raise LauncherUnreachable(f"{command[0]} does not answer within {SLURM_COMMAND_TIMEOUT_S:.0f} s") from None
     if done.returncode:
         words = (done.stderr or done.stdout).strip()[:500]
-        kind = LauncherAway if any(sign in words.lower() for sign in AWAY) else RuntimeError
+        kind = (
+            LauncherUnreachable if any(sign in words.lower() for sign in SLURM_UNREACHABLE_MESSAGES) else RuntimeError
+        )
         raise kind(f"{' '.join(command[:2])}: {words}")
     return done.stdout.strip()

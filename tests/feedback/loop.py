@@ -60,7 +60,7 @@ def promote(session, version, passed, *, parent=None):
 
 def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CASES):
     data = dump_rows(rows)
-    sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
+    sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     made = datasets.add_dataset(
         session,
         reporter,
@@ -93,7 +93,7 @@ def freeze(session, objects):
 
     def store(data):
         stored["data"] = data
-        return objects.put_named_by_content(snapshots.SNAPSHOTS_FOLDER, data)
+        return objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
 
     snapshot_id = snapshots.freeze_mixture(session, turn.id, objects.get, store)
     rounds.finish_round(session, turn.id, "failed", "test")

@@ -19,8 +19,8 @@ from feedback.api.app import make_app
 from feedback.tables import Dataset, IdempotencyKey
 from flows.stack.services import services
 from flows.stack.stack_config import load_config
-from infra.database import open_sessions
-from infra.keeper import MARK
+from infra.database import make_session_factory
+from infra.keeper import STACK_ID_VARIABLE
 from tests.conftest import start
 from tests.feedback.test_contributors import unfinished_upload
 from tests.serving import served
@@ -54,7 +54,7 @@ def peak_mib(process):
 
 
 def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, account, operator):
-    assert MARK in Path(f"/proc/{process.pid}/environ").read_text()  # not some parent of it
+    assert STACK_ID_VARIABLE in Path(f"/proc/{process.pid}/environ").read_text()  # not some parent of it
     before = peak_mib(process)
     files = [rows_of(50 * MIB, str(n)) for n in range(4)]
     with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
@@ -85,7 +85,7 @@ def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, accoun
     assert push(portal, data, account.headers, **key).json() == first.json()
     for name, body in (("rows", data + b"\n"), ("other", data)):
         assert push(portal, body, account.headers, name, **key).status_code == 409
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         kept = session.get_one(IdempotencyKey, (account.id, "k"))
     assert kept.request_digest == hashlib.sha256(b"POST\n/api/v1/datasets\nname=rows\n" + data).hexdigest()
 
@@ -139,7 +139,7 @@ def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator,
     assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in told
     assert "ask the operator" in told
     assert push(narrow, three, operator).status_code == 201
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
 
 

@@ -19,9 +19,9 @@ REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "abc", "mo
 def stranger(engine):
     from feedback.accounts import add_contributor
     from feedback.tables import new_id
-    from infra.database import open_sessions
+    from infra.database import make_session_factory
 
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         return {"Authorization": f"Bearer {add_contributor(session, f'stranger-{new_id()}')[1]}"}
 
 

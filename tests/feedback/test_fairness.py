@@ -10,7 +10,7 @@ from sqlalchemy import text
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import new_id
-from infra.database import open_engine, open_sessions
+from infra.database import make_session_factory, open_engine
 from tests.serving import served
 from tests.waiting import until
 
@@ -28,7 +28,7 @@ def url(stores, objects):
 
 @pytest.fixture
 def other(engine):
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         return {"Authorization": f"Bearer {add_contributor(session, f'other-{new_id()}')[1]}"}
 
 

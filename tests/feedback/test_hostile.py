@@ -9,7 +9,7 @@ import pytest
 from feedback.api.app import make_app
 from feedback.contracts import MIN_PART_SHARE
 from feedback.tables import Response, new_id
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.serving import served
 from yuan.data.mixture import compute_quotas
 
@@ -154,7 +154,7 @@ def test_a_method_that_is_not_there_names_those_that_are(portal, account):
 def response(engine, account, first_version):
     """A recorded answer of the test's contributor."""
     kept = {"id": new_id(), "prompt": "Reverse: abc", "response": "?", "model_version": first_version}
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         session.add(Response(contributor_id=account.id, **kept))
     return kept["id"]
 

@@ -124,7 +124,7 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
     objects.delete(f"{datasets.UPLOADS_FOLDER}/{gone.sha256}")
     session.expire_all()
     snapshot_id = snapshots.freeze_mixture(
-        session, start_round(session).id, objects.get, lambda data: objects.put_named_by_content("snapshots", data)
+        session, start_round(session).id, objects.get, lambda data: objects.put_by_sha256("snapshots", data)
     )
     assert snapshots.read_failed_count(session, snapshot_id) == 2
     num_train = len(here) - sum(map(is_drawn, here))
@@ -236,7 +236,7 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
 def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):
     good = b'{"prompt": "older %d", "answer": "b"}\n'
     data = b"".join(good % n for n in range(4))
-    sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
+    sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     made = datasets.add_dataset(
         session,
         reporter,

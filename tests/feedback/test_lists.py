@@ -13,7 +13,7 @@ from feedback.client import Client
 from feedback.items import note_reason
 from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.feedback.test_hostile import refused
 from tests.serving import served
 
@@ -22,7 +22,7 @@ LISTS = ("feedback", "datasets", "notices")
 
 def add_records(engine, account, count):
     """Give the account reports with all that a timeline shows, a notice of each, and datasets."""
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         for n in range(count):
             case = Case(
                 suite="reports", key=new_id(), prompt_key="p", prompt="p", expected="e", checker={}, role="train"

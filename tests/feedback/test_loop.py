@@ -183,7 +183,7 @@ def test_documents_are_never_removed_because_of_a_prompt(session, objects, repor
 def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, reporter):
     made = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
     data = b'{"prompt": "p0", "answer": "a"}\n{"prompt": " ", "answer": "b"}\n{"prompt": "p2", "answer": "a"}\n'
-    made.sha256 = objects.put_named_by_content(datasets.UPLOADS_FOLDER, data)
+    made.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = made.sha256, "checked"
     datasets.accept_dataset(session, made.id, objects.get, SALT, SHARE, MAX_CASES)

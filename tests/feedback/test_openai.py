@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from feedback import tables
 from feedback.api import openai
 from feedback.api.app import make_app
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.serving import served
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric, running
@@ -52,7 +52,7 @@ def portal_http(stores, engine, objects, model):
 
 
 def kept(engine, account):
-    with open_sessions(engine)() as session:
+    with make_session_factory(engine)() as session:
         found = session.scalars(select(tables.Response).where(tables.Response.contributor_id == account.id))
         return {row.id: (row.prompt, row.response) for row in found}
 

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from feedback import rounds
 from feedback.api.app import make_app
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.serving import served
 from tests.yuan.serving import TOKEN, make_served, running
 from yuan.serve.metrics import ModelServerMetrics
@@ -30,7 +30,7 @@ def address(stores, engine, objects, first_version):
         changes |= dict.fromkeys(("max_daily_reports", "max_daily_datasets"), 1_000_000)  # one account sends all
         with served(make_app(stores.model_copy(update=changes), engine, objects)) as url:
             yield url
-    with open_sessions(engine).begin() as session:
+    with make_session_factory(engine).begin() as session:
         if (turn := rounds.find_running_round(session)) is not None:
             rounds.finish_round(session, turn.id, "cancelled", "the test is over")
 

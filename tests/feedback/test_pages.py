@@ -7,7 +7,7 @@ import pytest
 from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.tables import Round, new_id
-from infra.database import open_sessions
+from infra.database import make_session_factory
 
 MARK = "a-held-out-prompt"
 
@@ -15,7 +15,7 @@ MARK = "a-held-out-prompt"
 @pytest.fixture
 def ended(engine):
     """Ends a round in the portal's database; every round is cancelled afterwards."""
-    sessions = open_sessions(engine)
+    sessions = make_session_factory(engine)
 
     def of(state, step="train", decision=None):
         with sessions.begin() as session:

@@ -6,7 +6,7 @@ import sys
 
 from flows.stack.services import services
 from flows.stack.stack_config import load_config
-from infra.keeper import marked, read_state
+from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
 
 PROBE = """
@@ -51,7 +51,7 @@ def probe_services(home):
     config = load_config(home)
     settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
     paths = [f"{path}/" if path.is_dir() else str(path) for path in (home, *home.iterdir(), *home.glob("*/*"))]
-    pids = [*marked(config.stack_id), read_state(home)["pid"]]
+    pids = [*find_stack_pids(config.stack_id), read_stack_state(home)["pid"]]
     port = str(config.ports["portal"])  # which no service may connect to, but the worker
     found = {}
     for service in services(home, config, settings):

@@ -21,8 +21,8 @@ from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
 from flows.supervisor.run_reporter import Reporter
 from flows.supervisor.supervisor import Supervisor
-from infra.database import open_engine, open_sessions
-from infra.keeper import marked, read_state
+from infra.database import make_session_factory, open_engine
+from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
 from tests.waiting import until
 from tests.yuan.runs import lay_out
@@ -54,7 +54,7 @@ class Stack:
         return Client(self.settings.portal_url, token)
 
     def pid(self, name):
-        return read_state(self.home)["services"][name]["pid"]
+        return read_stack_state(self.home)["services"][name]["pid"]
 
     def kill(self, name):
         os.kill(self.pid(name), signal.SIGKILL)
@@ -62,7 +62,7 @@ class Stack:
     def processes(self, word):
         """Of the stack's processes, those whose command has the word."""
         found = []
-        for pid in marked(load_config(self.home).stack_id):
+        for pid in find_stack_pids(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
                     found.append(pid)
@@ -107,7 +107,7 @@ def contributor(operator, stack):
 @pytest.fixture(scope="module")
 def sessions(stack):
     engine = open_engine(stack.settings)
-    yield open_sessions(engine)
+    yield make_session_factory(engine)
     engine.dispose()
 
 
@@ -121,7 +121,7 @@ def base(operator, stack, tmp_path_factory):
 @pytest.fixture
 def supervise(stores, engine, objects, portal, tmp_path):
     """Lays out a run in a round of its own and gives its supervisor, whose pool is whole."""
-    context, turns = Context(stores, open_sessions(engine), objects), []
+    context, turns = Context(stores, make_session_factory(engine), objects), []
 
     def of(made, recipe):
         with context.sessions.begin() as session:

@@ -9,7 +9,7 @@ import pytest
 
 from feedback.tables import new_id
 from flows.supervisor.checkpoint_sync import fetch, send, uploading
-from infra.objects import PART_BYTES
+from infra.objects import UPLOAD_PART_BYTES
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     MANIFEST_SCHEMA,
@@ -91,11 +91,11 @@ def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_
 
 def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path):
     file = tmp_path / "large"
-    content = bytes(range(256)) * (2 * PART_BYTES // 256) + b"the end"
+    content = bytes(range(256)) * (2 * UPLOAD_PART_BYTES // 256) + b"the end"
     file.write_bytes(content)
     client, bucket, key = objects._client, objects._bucket, f"{run_id}/large"
     upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content[:PART_BYTES])
+    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content[:UPLOAD_PART_BYTES])
     client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=2, Body=b"another content" * 400_000)
     sent = []
     client.meta.events.register(
@@ -163,7 +163,7 @@ def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects,
     assert send(objects, run_id, folder, refused) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("size", [100, 2 * PART_BYTES + 1])
+@pytest.mark.parametrize("size", [100, 2 * UPLOAD_PART_BYTES + 1])
 def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp_path, size):
     file = tmp_path / "file"
     file.write_bytes(bytes(size))

@@ -17,7 +17,7 @@ from flows.context import Context
 from flows.dispatcher.attempts import key_of
 from flows.dispatcher.dispatcher import duties_of
 from flows.duties import MAX_PAUSE_S, Duties, Standing, read_standings
-from infra.database import open_sessions
+from infra.database import make_session_factory
 
 PROMPT = "a prompt"
 NOWHERE = "http://127.0.0.1:9"
@@ -56,7 +56,7 @@ def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path)
 
 @pytest.mark.slow
 def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engine, objects, tmp_path):
-    sessions = open_sessions(engine)
+    sessions = make_session_factory(engine)
     with sessions.begin() as session:
         reporter, _ = add_contributor(session, new_id())
         form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")

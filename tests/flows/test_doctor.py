@@ -28,9 +28,9 @@ from flows.stack.doctor import silent_services, stack_faults
 from flows.stack.probes import last_known
 from flows.stack.probing import Finding, Probe, at, together
 from flows.stack.stack_config import load_config
-from infra.keeper import read_state
-from infra.keeper_lock import hold
-from infra.objects import open_objects
+from infra.keeper import read_stack_state
+from infra.keeper_lock import hold_keeper_lock
+from infra.objects import open_object_store
 from infra.settings import StoreAccess
 from infra.tracker import Tracker
 
@@ -110,14 +110,14 @@ def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothin
     port = load_config(stack.home).ports["postgres"]
     named = b"user\0stranger\0\0"
     stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
-    before = {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()}
+    before = {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
     with contextlib.ExitStack() as held:
         for _ in range(260):
             held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
         assert "PostgreSQL's connections are all taken: " in faults_of(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
-    assert {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()} == before
+    assert {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()} == before
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, opera
 def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack, sessions, tmp_path):
     secrets = load_config(stack.home).secrets
     keys = {"s3_access_key": secrets["mlflow_s3_access_key"], "s3_secret_key": secrets["mlflow_s3_secret_key"]}
-    store = open_objects(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
+    store = open_object_store(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
     for key in store.keys(""):
         if "/artifacts/model/" in key:
             store.delete(key)
@@ -303,7 +303,7 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
 
 def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tmp_path):
     states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
-    with hold(tmp_path, "id"):
+    with hold_keeper_lock(tmp_path, "id"):
         (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
         (found,) = [finding for finding in stack_faults(tmp_path) if finding.what == "mlflow"]
     assert (found.fault, found.succeeded_at, found.or_later) == ("mlflow is restarting: it ended", at(1_000), True)

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from flows.supervisor.exit_reason import classify
-from infra.launchers.job import Ending
+from infra.launchers.job import JobEnding
 from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
 from yuan.train.guard import NumericalError
 from yuan.train.run_folder import RunFolder, write_json
@@ -38,27 +38,27 @@ def beat(folder, rank, age_s):
 def test_the_error_that_began_it_names_the_ending(folder, error, kind):
     write_exit_note(folder.path, 1, ExitStatus.PEER_LOST, "RuntimeError: Connection closed by peer")
     write_exit_note(folder.path, 0, classify_error(error), str(error))
-    ended = classify(folder, Ending(status=1), since=0)
+    ended = classify(folder, JobEnding(status=1), since=0)
     assert (ended.kind, ended.rank) == (kind, 0)
 
 
 def test_a_lost_device_names_its_machine(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
     write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
-    assert classify(folder, Ending(status=1), since=0).host == "gpu-7"
+    assert classify(folder, JobEnding(status=1), since=0).host == "gpu-7"
 
 
 def test_a_machine_whose_name_is_none_is_not_believed(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
     write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
-    assert classify(folder, Ending(status=1), since=0).host is None
+    assert classify(folder, JobEnding(status=1), since=0).host is None
 
 
 def test_a_hanging_run_names_the_rank_that_was_silent(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
-    ended = classify(folder, Ending(status=1), since=time.time() - 60)
+    ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
     assert (ended.kind, ended.rank) == ("hung", 1) and "silent: rank 1" in ended.reason
 
 
@@ -66,13 +66,13 @@ def test_a_killed_rank_is_named_and_the_log_shown(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 10)
     write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
-    ended = classify(folder, Ending(status=1), since=time.time() - 60)
+    ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
     assert (ended.kind, ended.rank) == ("unknown", 1) and "the last words" in ended.reason
 
 
 def test_notes_of_an_earlier_start_do_not_count(folder):
     write_exit_note(folder.path, 0, ExitStatus.NUMERICAL, "long ago")
-    assert classify(folder, Ending(status=-9), since=time.time() + 1).kind == "unknown"
+    assert classify(folder, JobEnding(status=-9), since=time.time() + 1).kind == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_notes_of_an_earlier_start_do_not_count(folder):
 )
 def test_what_the_launcher_knows_comes_first(folder, cause, kind):
     write_exit_note(folder.path, 0, ExitStatus.UNKNOWN, "an effect")
-    assert classify(folder, Ending(status=1, cause=cause), since=0).kind == kind
+    assert classify(folder, JobEnding(status=1, cause=cause), since=0).kind == kind
 
 
 def test_exported_weights_are_the_end_whatever_the_status(folder):
     folder.export.mkdir()
     (folder.export / "manifest.json").write_text("{}")
-    assert classify(folder, Ending(status=1), since=0).kind == "finished"
+    assert classify(folder, JobEnding(status=1), since=0).kind == "finished"

@@ -11,7 +11,7 @@ from feedback.tables import Promotion, Round, new_id
 from flows.context import Context
 from flows.round import collect, evaluate, prepare_run
 from flows.stack.stack_config import load_config
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
@@ -70,7 +70,7 @@ def test_another_version_or_a_wrong_token_is_no_fault_of_a_prompt(model_server):
 
 
 def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, objects, portal, account):
-    context = Context(stores, open_sessions(engine), objects)
+    context = Context(stores, make_session_factory(engine), objects)
     ids = []
     for name in ("good", "gone", "fine"):
         content = b'{"prompt": "' + new_id().encode() + b'", "answer": "b"}'
@@ -94,7 +94,7 @@ def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, obj
 @pytest.fixture
 def context(model_server, engine, objects):
     """A context whose champion is the version that the model server serves; nobody's afterwards."""
-    context = Context(model_server, open_sessions(engine), objects)
+    context = Context(model_server, make_session_factory(engine), objects)
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
         turn = rounds.request_round(session, "test", RoundParameters(), new_id())

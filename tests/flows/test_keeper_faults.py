@@ -17,9 +17,9 @@ import pytest
 from dotenv import dotenv_values
 
 from flows.stack.stack_config import CONFIG_COPY, CONFIG_FILE, load_config, make_config
-from infra.confinement import port_of
-from infra.keeper import marked, read_state
-from infra.keeper_lock import KEEPER_SILENT_S, LOCK_FILE, find_holder, hold
+from infra.confinement import parse_port
+from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper_lock import KEEPER_HEARTBEAT_TIMEOUT_S, KEEPER_LOCK_FILE, find_keeper, hold_keeper_lock
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 
@@ -47,20 +47,20 @@ def test_a_damaged_config_is_named(tmp_path, text):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": "x"}', '{"pid": 1, "services": []}'])
 def test_a_damaged_state_file_is_no_state(tmp_path, text):
     (tmp_path / "stack.json").write_text(text)
-    assert read_state(tmp_path) == {}
+    assert read_stack_state(tmp_path) == {}
 
 
 def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
     make_config(tmp_path)
-    (tmp_path / LOCK_FILE).touch()
-    with (tmp_path / LOCK_FILE).open() as looking:
+    (tmp_path / KEEPER_LOCK_FILE).touch()
+    with (tmp_path / KEEPER_LOCK_FILE).open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
-        with hold(tmp_path, "an id"):
-            assert (find_holder(tmp_path).pid, find_holder(tmp_path).stack_id) == (os.getpid(), "an id")
-            with pytest.raises(BlockingIOError), hold(tmp_path, "another"):
+        with hold_keeper_lock(tmp_path, "an id"):
+            assert (find_keeper(tmp_path).pid, find_keeper(tmp_path).stack_id) == (os.getpid(), "an id")
+            with pytest.raises(BlockingIOError), hold_keeper_lock(tmp_path, "another"):
                 pass
-    assert find_holder(tmp_path) is None
+    assert find_keeper(tmp_path) is None
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack
     def try_to_take():
         while not is_over.is_set():
             for name, url in urls.items():
-                with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port_of(url))):
+                with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", parse_port(url))):
                     taken.append(name)
             time.sleep(0.001)
 
@@ -97,7 +97,7 @@ def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack
     assert statuses == dict.fromkeys(urls, 200)
 
     def all_new():
-        found = read_state(stack.home)["services"]
+        found = read_stack_state(stack.home)["services"]
         return found if all(found[n]["state"] == "ready" and found[n]["pid"] != before[n] for n in urls) else None
 
     stack.until(all_new, seconds=120)
@@ -105,7 +105,7 @@ def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack
 
 
 def restarts_of(stack):
-    return {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()}
+    return {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
 
 
 @pytest.mark.slow
@@ -125,24 +125,24 @@ def test_programs_that_have_the_stacks_addresses_in_their_environment_are_not_en
 @pytest.mark.slow
 def test_a_keeper_whose_lock_tells_nothing_is_stopped_by_its_state_file(stack):
     """As that of an older version, or one that started on a full disk."""
-    (stack.home / LOCK_FILE).write_bytes(b"")
+    (stack.home / KEEPER_LOCK_FILE).write_bytes(b"")
     stack.cotrain("down", check=True)
-    assert find_holder(stack.home) is None and not list(marked(load_config(stack.home).stack_id))
+    assert find_keeper(stack.home) is None and not list(find_stack_pids(load_config(stack.home).stack_id))
     stack.cotrain("up", check=True)
 
 
 @pytest.mark.slow
 def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
-    keeper = find_holder(stack.home)
+    keeper = find_keeper(stack.home)
     os.kill(keeper.pid, signal.SIGSTOP)
-    stack.until(lambda: find_holder(stack.home).is_silent, seconds=KEEPER_SILENT_S + 60)
+    stack.until(lambda: find_keeper(stack.home).is_silent, seconds=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
     for command in ("doctor", "status"):
         status, told = stack.cotrain(command)
         assert status == 1 and "has given no sign of life" in json.dumps(told)
     status, told = stack.cotrain("up")
     assert status == 1 and "run `cotrain down`, which ends it" in told
     assert stack.cotrain("down", check=True)[1]["stopped"]
-    assert find_holder(stack.home) is None and not list(marked(keeper.stack_id))
+    assert find_keeper(stack.home) is None and not list(find_stack_pids(keeper.stack_id))
     stack.cotrain("up", check=True)
 
 
@@ -154,7 +154,7 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
         assert f"{CONFIG_FILE}, which holds" in json.dumps(stack.cotrain(command)[1])
     assert not file.exists()
     stack.cotrain("down", check=True)
-    assert not list(marked(before.stack_id))
+    assert not list(find_stack_pids(before.stack_id))
     environment = (stack.home / "env").read_bytes()
     status, told = stack.cotrain("up")
     assert status == 1 and "put its copy back" in told

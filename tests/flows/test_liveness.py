@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from infra.keeper import read_state
+from infra.keeper import read_stack_state
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 # The dispatcher is given five minutes, since a duty may wait for servers; it hangs while the others have their turn.
@@ -13,11 +13,11 @@ SLOWEST, GROUPS = "dispatcher", (("postgres",), ("s3", "prefect"), ("mlflow", "p
 
 
 def restarts(stack):
-    return {name: state["restarts"] for name, state in read_state(stack.home)["services"].items()}
+    return {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
 
 
 def restarted(stack, name, before):
-    state = read_state(stack.home)["services"][name]
+    state = read_stack_state(stack.home)["services"][name]
     return state if state["restarts"] > before[name] and state["state"] == "ready" else None
 
 

@@ -17,8 +17,8 @@ from botocore.exceptions import ClientError
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
 from flows.stack.stack_config import ROTATED, WEED_CERTIFICATE, load_config
-from infra.keeper import read_state
-from infra.mlflow_rules import CONSUMER, READER
+from infra.keeper import read_stack_state
+from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +55,8 @@ def accounts(home):
         "prefect_database": database("prefect", "prefect", secret["prefect_database"]),
         "store": store,
         "mlflow": get(mlflow, auth=(settings.mlflow_username, secret["mlflow"])),
-        "consumer": get(mlflow, auth=(CONSUMER, secret["mlflow_consumer"])),
-        "reader": get(mlflow, auth=(READER, secret["mlflow_reader"])),
+        "consumer": get(mlflow, auth=(CONSUMER_ACCOUNT, secret["mlflow_consumer"])),
+        "reader": get(mlflow, auth=(READER_ACCOUNT, secret["mlflow_reader"])),
         "prefect": get(f"{settings.prefect_api_url}/deployments/name/cotrain-round/local",
                        auth=("cotrain", secret["prefect"])),
         "model server": get(f"{settings.model_server_url}/v1/models", headers=token),
@@ -111,7 +111,7 @@ def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, 
     with subprocess.Popen(command, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, cwd=ROOT) as process:
         time.sleep(seconds)
         process.kill()
-    if (found := read_state(stack.home)) and found.get("pid"):
+    if (found := read_stack_state(stack.home)) and found.get("pid"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(found["pid"], signal.SIGKILL)
     stack.cotrain("rotate", check=True)

@@ -15,9 +15,9 @@ import pytest
 from feedback.contracts import FeedbackIn, RoundParameters
 from flows.demo.demo_corpus import REPORTED_SKILLS
 from flows.stack.stack_config import load_config
-from infra.confinement import is_enforced
-from infra.keeper import marked, read_state
-from infra.keeper_lock import is_running
+from infra.confinement import is_landlock_enforced
+from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper_lock import is_keeper_running
 from tests.flows.confined_services import probe_services
 from yuan.data.skills import load_skills
 
@@ -41,13 +41,13 @@ def first(operator, stack, base):
 
 
 def test_a_second_up_changes_nothing(stack):
-    before = {name: s["pid"] for name, s in read_state(stack.home)["services"].items()}
+    before = {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()}
     _, said = stack.cotrain("up", check=True)
     assert said["seconds"] < 5
-    assert {name: s["pid"] for name, s in read_state(stack.home)["services"].items()} == before
+    assert {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()} == before
 
 
-@pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
+@pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
 def test_a_probe_in_each_services_place_reaches_nothing_of_the_others(stack):
     (stack.home / "env.local").touch()
     for name, found in probe_services(stack.home).items():
@@ -221,10 +221,10 @@ def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contribu
 
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):
     before = contributor.all_feedback()
-    keeper = read_state(stack.home)["pid"]
+    keeper = read_stack_state(stack.home)["pid"]
     os.kill(keeper, signal.SIGKILL)
-    stack.until(lambda: not is_running(stack.home))
-    assert read_state(stack.home) == {}  # what the dead keeper wrote is no news
+    stack.until(lambda: not is_keeper_running(stack.home))
+    assert read_stack_state(stack.home) == {}  # what the dead keeper wrote is no news
     stack.cotrain("up", check=True)
     assert contributor.all_feedback() == before
     assert operator.round(first.id).state == "promoted"
@@ -232,4 +232,4 @@ def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, ope
 
 def test_down_leaves_no_process(first, stack):
     stack.cotrain("down", check=True)
-    assert list(marked(load_config(stack.home).stack_id)) == []
+    assert list(find_stack_pids(load_config(stack.home).stack_id)) == []

@@ -12,7 +12,7 @@ from flows.cli.stack import take_down
 from flows.stack.doctor import setting_faults
 from flows.stack.stack_config import CONFIG_FILE, make_config, write_environment
 from infra.files import write_private
-from infra.keeper_lock import find_holder, hold
+from infra.keeper_lock import find_keeper, hold_keeper_lock
 from tests.flows.test_commands import ROOT, cotrain
 from tests.waiting import until
 
@@ -97,7 +97,7 @@ def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp
     state = f'{{"pid": {os.getpid()}, "services": {{"worker": {service}}}}}'.replace("'", '"').replace("None", "null")
     write_private(tmp_path / "stack.json", state)
     (tmp_path / "env.local").write_text(WRONG)
-    with hold(tmp_path, make_config(tmp_path).stack_id):
+    with hold_keeper_lock(tmp_path, make_config(tmp_path).stack_id):
         shown = cotrain("status", home=tmp_path)
         up = cotrain("up", home=tmp_path)
     (line,) = [line for line in shown.stdout.splitlines() if "worker" in line]
@@ -120,7 +120,7 @@ def test_down_speaks_when_the_keepers_process_has_ended(tmp_path):
     command = [sys.executable, "-c", SLOW_KEEPER, str(tmp_path), config.stack_id]
     with subprocess.Popen(command, cwd=ROOT) as keeper:
         try:
-            until(lambda: (holder := find_holder(tmp_path)) and holder.pid == keeper.pid, seconds=30)
+            until(lambda: (holder := find_keeper(tmp_path)) and holder.pid == keeper.pid, seconds=30)
             assert take_down(tmp_path)
             assert keeper.poll() == 0
         finally:

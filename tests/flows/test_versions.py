@@ -15,7 +15,7 @@ from flows.context import Context
 from flows.round import evaluate
 from flows.round.versions import copy_lost, fetch, require
 from flows.stack.stack_config import load_config
-from infra.database import open_sessions
+from infra.database import make_session_factory
 from infra.tracker import VersionLost
 from tests.conftest import start
 from tests.infra.mlflow import mlflow_service
@@ -33,7 +33,7 @@ def context(stores, engine, objects, tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     settings = stores.model_copy(update={"home": tmp_path})
-    return Context(settings, open_sessions(engine), objects)
+    return Context(settings, make_session_factory(engine), objects)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import uvicorn
 
-from infra.http_server import HttpProtocol, server_options
+from infra.http_server import HttpProtocol, make_server_options
 
 HEAD_LIMIT_S = 2.0
 LARGE_BYTES = 4 * 1024 * 1024  # more than the kernel takes for a caller who does not read
@@ -42,7 +42,7 @@ async def echo(receive, send):
 
 
 async def serve():
-    options = {**server_options(), "http": QuickProtocol}
+    options = {**make_server_options(), "http": QuickProtocol}
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
     running = asyncio.create_task(server.serve())
     while not server.started:

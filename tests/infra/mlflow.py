@@ -11,8 +11,8 @@ import httpx
 
 from flows.stack.services import services
 from flows.stack.stack_config import load_config
-from infra.mlflow_gate import CLOSED
-from infra.mlflow_rules import CONSUMER, READER
+from infra.mlflow_gate import MLFLOW_ROUTE_CLOSED_MESSAGE
+from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.tracker import Tracker
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -52,8 +52,8 @@ def callers(settings):
     """Return nobody, the consumer, the platform's reader and the administrator, with what each signs in with."""
     return {
         "nobody": None,
-        "consumer": (CONSUMER, settings.mlflow_consumer_password.get_secret_value()),
-        "reader": (READER, settings.mlflow_reader_password.get_secret_value()),
+        "consumer": (CONSUMER_ACCOUNT, settings.mlflow_consumer_password.get_secret_value()),
+        "reader": (READER_ACCOUNT, settings.mlflow_reader_password.get_secret_value()),
         "administrator": (settings.mlflow_username, settings.mlflow_password.get_secret_value()),
     }
 
@@ -61,7 +61,9 @@ def callers(settings):
 def is_refused_by_gate(answer):
     if answer.request.method == "HEAD":
         return answer.status_code in (401, 403)
-    return answer.status_code in (401, 403) and (CLOSED in answer.text or "sign in with one Basic" in answer.text)
+    return answer.status_code in (401, 403) and (
+        MLFLOW_ROUTE_CLOSED_MESSAGE in answer.text or "sign in with one Basic" in answer.text
+    )
 
 
 def walk(settings, routes):

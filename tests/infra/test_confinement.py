@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra import child
-from infra.confinement import CHILD, Confinement, built_environment, is_enforced
+from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of this one
 ORDINARY = 61_777
@@ -93,7 +93,7 @@ OWN_FILES = {"read own", "write own", "rename own"}
 OWN_CALLS = {"affinity of other", "limit own", "priority of own", "affinity of own", "udp", "unix"}
 NOT_A_SERVERS = {"unix datagrams", "unix to others", "session", "group"}
 needs_seccomp = pytest.mark.skipif(not child.has_seccomp(), reason="this kernel or architecture has no filter of calls")
-needs_landlock = pytest.mark.skipif(not is_enforced(), reason="this kernel has no Landlock")
+needs_landlock = pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
 
 
 @pytest.fixture(params=["this user", "an ordinary user"])
@@ -114,7 +114,7 @@ def probe(request, tmp_path_factory):
         (place / "file").write_text("secret")
     shutil.copy("/bin/true", own / "program")
     (shared / "probe.py").write_text(PROBE)
-    (shared / "child.py").write_text(CHILD.read_text())
+    (shared / "child.py").write_text(CHILD_PROGRAM.read_text())
     identity = {"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if is_ordinary else {}
     if is_ordinary:
         for path in (shared, *shared.rglob("*")):
@@ -184,7 +184,7 @@ def test_threads_that_are_bound_to_cores_start(tmp_path):
 
 
 @needs_landlock
-@pytest.mark.skipif(child.landlock_version() < 6, reason="this kernel confines no ports or signals")
+@pytest.mark.skipif(child.get_landlock_version() < 6, reason="this kernel confines no ports or signals")
 def test_ports_and_signals_are_open_where_they_are_granted(probe):
     run, own, port = probe
     found = run(Confinement(write=(own,), connect=(port,), bind=(0,), scope_signals=False))
@@ -196,7 +196,7 @@ def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_pat
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cotrain:secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    built = built_environment(tmp_path, COTRAIN_HOME="x")
+    built = build_confined_environment(tmp_path, COTRAIN_HOME="x")
     assert "secret" not in " ".join(built.values())
     assert (built["NCCL_SOCKET_IFNAME"], built["HOME"], built["COTRAIN_HOME"]) == ("eth0", str(tmp_path), "x")
 

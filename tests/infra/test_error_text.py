@@ -11,8 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from feedback.contracts import FeedbackIn
-from infra.error_text import Plain, frames, told
-from infra.logs import Formatter
+from infra.error_text import SafeMessageError, describe_error, format_redacted_traceback
+from infra.logs import RedactingFormatter
 
 MARK = "the secret prompt"
 
@@ -37,7 +37,11 @@ def query(engine, sql):
 def test_an_error_of_the_database_is_its_state(engine, sql):
     error = caught(query(engine, sql))
     assert isinstance(error, DBAPIError)
-    assert "SQLSTATE" in told(error) and MARK not in told(error) and MARK not in frames(error)
+    assert (
+        "SQLSTATE" in describe_error(error)
+        and MARK not in describe_error(error)
+        and MARK not in format_redacted_traceback(error)
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_an_error_of_the_database_is_its_state(engine, sql):
 )
 def test_an_error_about_a_text_does_not_quote_it(work):
     error = caught(work)
-    assert type(error).__name__ in told(error) and MARK not in told(error)
+    assert type(error).__name__ in describe_error(error) and MARK not in describe_error(error)
 
 
 def test_a_logged_traceback_has_places_and_kinds_but_no_text():
@@ -64,7 +68,7 @@ def test_a_logged_traceback_has_places_and_kinds_but_no_text():
 
     out = io.StringIO()
     log, handler = logging.getLogger("test-error-text"), logging.StreamHandler(out)
-    handler.setFormatter(Formatter())
+    handler.setFormatter(RedactingFormatter())
     log.addHandler(handler)
     log.propagate = False
     try:
@@ -78,11 +82,11 @@ def test_a_logged_traceback_has_places_and_kinds_but_no_text():
 
 def test_an_error_of_the_registry_says_what_it_refused():
     error = MlflowException("Model Version (name=yuan, version=1) not found", RESOURCE_DOES_NOT_EXIST)
-    assert told(error) == "MlflowException: Model Version (name=yuan, version=1) not found"
+    assert describe_error(error) == "MlflowException: Model Version (name=yuan, version=1) not found"
 
 
 def test_errors_that_are_all_ours_are_said_whole():
-    class Refused(Plain, ValueError):
+    class Refused(SafeMessageError, ValueError):
         pass
 
-    assert told(Refused("the mixture is 'empty'\nadd rows")) == "the mixture is 'empty'\nadd rows"
+    assert describe_error(Refused("the mixture is 'empty'\nadd rows")) == "the mixture is 'empty'\nadd rows"

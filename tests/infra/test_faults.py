@@ -6,7 +6,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from psycopg import errors
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError, ProgrammingError
 
-from infra.faults import is_of_one_item, is_passing
+from infra.faults import is_item_error, is_transient_error
 
 
 def of_http(status):
@@ -59,4 +59,4 @@ NEITHER = [
     ],
 )
 def test_a_fault_is_an_items_or_passes_or_neither(error, own, passing):
-    assert (is_of_one_item(error), is_passing(error)) == (own, passing)
+    assert (is_item_error(error), is_transient_error(error)) == (own, passing)

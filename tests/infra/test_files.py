@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from infra.files import copy_open, open_log, open_regular, read_end, read_regular, replace_file, write_private
-from infra.process_group import supervised
+from infra.files import copy_descriptor, open_log, open_regular, read_regular, read_tail, replace_file, write_private
+from infra.process_group import run_child
 
 
 def test_links_fifos_and_files_without_end_are_refused(tmp_path):
@@ -26,9 +26,9 @@ def test_links_fifos_and_files_without_end_are_refused(tmp_path):
 
 def test_a_copy_is_told_by_its_digest_and_overwrites_nothing(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
-    assert copy_open(open_regular(tmp_path / "file"), tmp_path / "copy") == hashlib.sha256(b"abc").hexdigest()
+    assert copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(FileExistsError):
-        copy_open(open_regular(tmp_path / "file"), tmp_path / "copy")
+        copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy")
 
 
 def test_a_link_at_the_place_of_a_private_file_is_replaced_and_not_followed(tmp_path):
@@ -56,7 +56,7 @@ def test_a_log_is_written_in_its_folder_whatever_lies_in_its_place(tmp_path, pla
     victim.write_text("mine\n")
     PLANTS[plant](place, victim)
     PLANTS[plant](tmp_path / "run" / ".parent", victim)
-    with supervised([sys.executable, "-c", "print('evil')"], place.parent, {}, place.name) as process:
+    with run_child([sys.executable, "-c", "print('evil')"], place.parent, {}, place.name) as process:
         assert process.wait() == 0
     assert victim.read_text() == "mine\n" and not (tmp_path / "new").exists()
     assert read_regular(place) == "evil\n"
@@ -66,17 +66,17 @@ def test_a_log_that_is_a_file_is_appended_to(tmp_path):
     for text in (b"one ", b"two"):
         with os.fdopen(open_log(tmp_path / "log"), "ab") as log:
             log.write(text)
-    assert read_end(tmp_path / "log", 100) == "one two" and read_end(tmp_path / "log", 3) == "two"
+    assert read_tail(tmp_path / "log", 100) == "one two" and read_tail(tmp_path / "log", 3) == "two"
 
 
 @pytest.mark.timeout(20)
 def test_of_a_file_without_end_its_last_bytes_are_read_and_of_a_link_none(tmp_path):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 40)
-    assert read_end(tmp_path / "sparse", 4) == "\0" * 4
+    assert read_tail(tmp_path / "sparse", 4) == "\0" * 4
     (tmp_path / "link").symlink_to(tmp_path / "sparse")
     with pytest.raises(OSError, match="link"):
-        read_end(tmp_path / "link", 4)
+        read_tail(tmp_path / "link", 4)
 
 
 @pytest.mark.parametrize("plant", PLANTS)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from flows.stack.stack_config import is_free, make_config
-from infra.confinement import refuses_calls
-from infra.health import Failures, Liveness, Unwell
-from infra.keeper import marked, read_state, sweep
-from infra.processes import computing_seconds
+from infra.confinement import is_seccomp_enforced
+from infra.health import LivenessMonitor, LivenessPolicy, ServiceUnhealthy
+from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
+from infra.processes import measure_cpu_demand_s
 from tests.infra.listening import ORDINARY, listening
 from tests.waiting import until
 
@@ -118,7 +118,7 @@ def keeping(folder, port, *program, listener="server"):
     finally:
         process.kill()
         process.wait()
-        sweep("keeper-test", spare=set())
+        kill_stack_processes("keeper-test", spare=set())
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def keeper(tmp_path):
 
 
 def state(folder):
-    return read_state(folder).get("services", {}).get("web", {})
+    return read_stack_state(folder).get("services", {}).get("web", {})
 
 
 def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
@@ -144,7 +144,7 @@ def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     assert state(folder)["restarts"] == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert not list(marked("keeper-test"))
+    assert not list(find_stack_pids("keeper-test"))
 
 
 def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(keeper):
@@ -193,7 +193,7 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tm
     assert is_free(port)
 
 
-@pytest.mark.skipif(not refuses_calls(), reason="this kernel or architecture has no filter of calls")
+@pytest.mark.skipif(not is_seccomp_enforced(), reason="this kernel or architecture has no filter of calls")
 @pytest.mark.parametrize("way", ["shut", "rob"])
 def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
     """It shuts the socket, or leaves a process that would accept callers."""
@@ -222,7 +222,7 @@ def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
         found = until(
             lambda: hidden.exists() and len(pids := [int(pid) for pid in hidden.read_text().split()]) == 2 and pids
         )
-        assert not set(found) & set(marked("keeper-test"))
+        assert not set(found) & set(find_stack_pids("keeper-test"))
         until(lambda: len(existing(found)) == 1)  # the one that ended is buried
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -251,28 +251,28 @@ def test_checks_count_only_in_a_row_and_over_the_time():
         if next(answers) == "bad":
             raise ConnectionError("refused\nsecond line")
 
-    failures = Failures(Liveness(check, failures=3, seconds=0.0), idle)
+    failures = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), idle)
     found = [failures.check() for _ in range(7)]
     assert found[:6] == [None] * 6 and found[6].endswith("ConnectionError: refused")
-    slow = Failures(Liveness(check, failures=1, seconds=30.0), idle)
+    slow = LivenessMonitor(LivenessPolicy(check, failures=1, seconds=30.0), idle)
     assert slow.check() is None
 
 
 @pytest.mark.parametrize(
     ("error", "busy_seconds", "is_restarted"),
-    [(TimeoutError(), 60.0, False), (TimeoutError(), 0.0, True), (Unwell("503 no token came"), 60.0, True)],
+    [(TimeoutError(), 60.0, False), (TimeoutError(), 0.0, True), (ServiceUnhealthy("503 no token came"), 60.0, True)],
 )
 def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_restarted):
     def check():
         raise error
 
     with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as process:
-        liveness = Liveness(check, failures=2, seconds=0.0, busy_seconds=busy_seconds)
-        failures = Failures(liveness, lambda: computing_seconds(process.pid))
+        liveness = LivenessPolicy(check, failures=2, seconds=0.0, busy_seconds=busy_seconds)
+        failures = LivenessMonitor(liveness, lambda: measure_cpu_demand_s(process.pid))
         try:
             assert failures.check() is None
-            began = computing_seconds(process.pid)
-            until(lambda: computing_seconds(process.pid) > began + 0.2)
+            began = measure_cpu_demand_s(process.pid)
+            until(lambda: measure_cpu_demand_s(process.pid) > began + 0.2)
             assert (failures.check() is not None) == is_restarted
         finally:
             process.kill()
@@ -289,9 +289,9 @@ def test_waiting_for_a_processor_counts_as_computing():
             )
             cleanup.callback(one.kill)
             one.stdout.readline()
-        began, computed = time.monotonic(), computing_seconds(one.pid)
+        began, computed = time.monotonic(), measure_cpu_demand_s(one.pid)
         time.sleep(3)
-        share = (computing_seconds(one.pid) - computed) / (time.monotonic() - began)
+        share = (measure_cpu_demand_s(one.pid) - computed) / (time.monotonic() - began)
         used = Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()
     assert share > 0.8
     assert sum(map(int, used[11:13])) / os.sysconf("SC_CLK_TCK") < 2, "it had a sixth of the processor"
@@ -302,4 +302,4 @@ def test_services_die_with_a_killed_keeper(keeper):
     until(lambda: state(folder).get("state") == "ready")
     process.kill()
     process.wait()
-    until(lambda: not list(marked("keeper-test")))
+    until(lambda: not list(find_stack_pids("keeper-test")))

@@ -7,7 +7,7 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from kubernetes import client
 
 from infra.launchers.job import Job
-from infra.launchers.kubernetes import KubernetesOptions, ending_of, manifest
+from infra.launchers.kubernetes import KubernetesOptions, build_jobset, find_job_ending
 
 OPTIONS = KubernetesOptions(image="registry/cotrain:1", claim="runs", mount_path="/home/cotrain", memory="64Gi")
 
@@ -26,7 +26,7 @@ def job(tmp_path):
 
 @pytest.mark.parametrize("queue", [None, "gpus"])
 def test_the_manifest_is_a_jobset_by_its_published_model(job, queue):
-    body = manifest(job, KubernetesOptions(**{**OPTIONS.__dict__, "queue": queue, "priority_class": "high"}))
+    body = build_jobset(job, KubernetesOptions(**{**OPTIONS.__dict__, "queue": queue, "priority_class": "high"}))
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body  # a key that the model does not know would be dropped
     # the models of JobSet take what they do not know inside of pods, those of the client do not
     client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"])
@@ -34,7 +34,7 @@ def test_the_manifest_is_a_jobset_by_its_published_model(job, queue):
 
 
 def test_pods_are_one_a_node_and_never_start_again_by_themselves(job):
-    body = manifest(job, OPTIONS)
+    body = build_jobset(job, OPTIONS)
     node = body["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = node["template"]["spec"]
     assert (node["completions"], node["backoffLimit"], pod["restartPolicy"]) == (2, 0, "Never")
@@ -43,7 +43,7 @@ def test_pods_are_one_a_node_and_never_start_again_by_themselves(job):
 
 
 def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
-    body = manifest(Job(**{**job.__dict__, "avoid": ("gpu-7", "gpu-9")}), OPTIONS)
+    body = build_jobset(Job(**{**job.__dict__, "avoid": ("gpu-7", "gpu-9")}), OPTIONS)
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body
     spec = client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"]).spec.template.spec
     (term,) = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution.node_selector_terms
@@ -57,7 +57,7 @@ def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
 
 
 def test_only_what_a_rank_needs_travels(job):
-    container = manifest(job, OPTIONS)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+    container = build_jobset(job, OPTIONS)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
         "containers"
     ][0]
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
@@ -67,7 +67,7 @@ def test_only_what_a_rank_needs_travels(job):
 
 def test_too_long_a_name_is_refused(job):
     with pytest.raises(ValueError, match="too long a name"):
-        manifest(Job(**{**job.__dict__, "name": "x" * 60}), OPTIONS)
+        build_jobset(Job(**{**job.__dict__, "name": "x" * 60}), OPTIONS)
 
 
 def test_processes_that_do_not_fill_their_nodes_are_refused(job):
@@ -108,5 +108,5 @@ def pod(name, code=None, reason=None, second=0, condition=None, status_reason=No
     ],
 )
 def test_every_end_has_its_class(status, pods, expected):
-    ending = ending_of(status, pods)
+    ending = find_job_ending(status, pods)
     assert (ending and (ending.status, ending.cause)) == expected

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from infra.http_server import choose_place, inherits_listener
-from infra.listeners import is_listening, listener_uids, open_listener, require_own_listener
+from infra.http_server import choose_listen_options, is_listening_descriptor
+from infra.listeners import find_listener_uids, is_listening, open_listener, require_own_listener
 from tests.infra.listening import ORDINARY, as_user, listening, port_of
 
 OWN = (os.geteuid(),)
@@ -31,12 +31,12 @@ def test_a_port_without_listener_is_refused():
 @pytest.mark.parametrize(("host", "family"), [("0.0.0.0", socket.AF_INET), ("::", socket.AF_INET6)])
 def test_a_listener_on_all_addresses_counts_where_none_is_bound_to_the_very_one(host, family):
     with listening(host, uid=ORDINARY, family=family) as server:
-        assert listener_uids(f"http://127.0.0.1:{port_of(server)}") == {ORDINARY}
+        assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == {ORDINARY}
 
 
 def test_a_listener_on_another_address_does_not_count():
     with listening() as server, listening("127.0.0.2", port_of(server), uid=ORDINARY):
-        assert listener_uids(f"http://127.0.0.1:{port_of(server)}") == set(OWN)
+        assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == set(OWN)
 
 
 def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
@@ -89,9 +89,9 @@ def test_an_address_that_is_not_of_this_machine_is_named():
 
 
 def test_a_server_without_an_inherited_listener_uses_its_url():
-    assert choose_place("http://127.0.0.1:8800/path") == {"host": "127.0.0.1", "port": 8800}
+    assert choose_listen_options("http://127.0.0.1:8800/path") == {"host": "127.0.0.1", "port": 8800}
     with listening() as server, socket.socket() as idle, open(os.devnull) as file:
-        assert inherits_listener(server.fileno())
-        assert not inherits_listener(idle.fileno()) and not inherits_listener(file.fileno())
+        assert is_listening_descriptor(server.fileno())
+        assert not is_listening_descriptor(idle.fileno()) and not is_listening_descriptor(file.fileno())
         assert server.getsockname() and idle.fileno() > 0, "they stay open"
-    assert not inherits_listener(10_000)
+    assert not is_listening_descriptor(10_000)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from infra.liveness import TEMPORARY_FAILURE, renewed
+from infra.liveness import EXIT_TEMPORARY_FAILURE, send_parent_heartbeats
 
 RANK = "import sys, pathlib, time; from infra.liveness import leave_when_silent; "
 RANK += "leave_when_silent(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
@@ -30,12 +30,12 @@ def test_a_rank_leaves_when_its_supervisor_was_killed(rank, tmp_path):
     assert rank.poll() is None
     writer.kill()
     writer.wait()
-    assert rank.wait(10) == TEMPORARY_FAILURE
+    assert rank.wait(10) == EXIT_TEMPORARY_FAILURE
 
 
 def test_a_rank_leaves_at_once_when_the_block_ends(rank, tmp_path):
-    with renewed(tmp_path / "alive"):
+    with send_parent_heartbeats(tmp_path / "alive"):
         pass
     begun = time.monotonic()
-    assert rank.wait(10) == TEMPORARY_FAILURE
+    assert rank.wait(10) == EXIT_TEMPORARY_FAILURE
     assert time.monotonic() - begun < 5

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from infra.mlflow_gate import read_credentials
-from infra.mlflow_requests import MAX_CONDITIONS, MAX_ORDER_BY
-from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, allows
+from infra.mlflow_requests import MAX_FILTER_CONDITIONS, MAX_ORDER_BY_ENTRIES
+from infra.mlflow_rules import ADMINISTRATOR_RULES, CONSUMER_RULES, PUBLIC_RULES, is_route_allowed
 from infra.throttle import MAX_ACCOUNT_FAILURES
 from infra.tracker import Tracker
 from tests.infra.mlflow import (
@@ -78,7 +78,7 @@ def test_every_route_is_closed_to_each_caller_unless_it_is_on_their_list(refused
         "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
     }
     reached = {asked for asked, is_refused in refused.items() if not is_refused}
-    listed = {asked for asked in refused if allows(lists[asked[0]], asked[1], fill_placeholders(asked[2]))}
+    listed = {asked for asked in refused if is_route_allowed(lists[asked[0]], asked[1], fill_placeholders(asked[2]))}
     assert reached - listed == set()
     assert {
         asked for asked in listed - reached if asked[1] != "HEAD"
@@ -281,7 +281,7 @@ def test_searches_show_a_consumer_only_what_they_may_read(clients, mlflow):
 def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(clients, mlflow):
     search, ask = "/api/2.0/mlflow/runs/search", clients["consumer"]
     orders = [f"params.`p{n}` ASC" for n in range(2000)]
-    conditions = " AND ".join(f"params.`p{n}` = 'x'" for n in range(MAX_CONDITIONS))
+    conditions = " AND ".join(f"params.`p{n}` = 'x'" for n in range(MAX_FILTER_CONDITIONS))
     body = {"experiment_ids": [mlflow.experiment]}
     aliases = "{" + " ".join(f"a{n}: __typename" for n in range(3000)) + "}"
     started = time.monotonic()
@@ -291,7 +291,7 @@ def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(c
         answer = ask.post("/graphql", json=refused)
         assert answer.status_code == 400 and answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
     assert time.monotonic() - started < 2
-    most = {**body, "order_by": orders[:MAX_ORDER_BY], "filter": conditions}
+    most = {**body, "order_by": orders[:MAX_ORDER_BY_ENTRIES], "filter": conditions}
     assert ask.post(search, json=most).status_code == 200
     assert time.monotonic() - started < 10
 

@@ -13,12 +13,12 @@ import pytest
 import uvicorn
 
 from infra import mlflow_rules
-from infra.lanes import Lane, LaneFull
-from infra.mlflow_gate import MAX_BODY_BYTES, MAX_INSIDE, MAX_WAITING, Gate
-from infra.mlflow_requests import MAX_ORDER_BY, MAX_RESULTS, Refused, check_graphql
-from infra.throttle import credential_digest
+from infra.lanes import LaneFull, RequestLane
+from infra.mlflow_gate import MAX_CONCURRENT_REQUESTS, MAX_MLFLOW_BODY_BYTES, MAX_WAITING_REQUESTS, MlflowGate
+from infra.mlflow_requests import MAX_ORDER_BY_ENTRIES, MAX_RESULTS, MlflowRequestRefused, check_graphql
+from infra.throttle import compute_credential_digest
 
-ADMINISTRATOR, CONSUMER, READER = ("root", "r" * 40), ("consumer", "c" * 40), (mlflow_rules.READER, "p" * 40)
+ADMINISTRATOR, CONSUMER, READER = ("root", "r" * 40), ("consumer", "c" * 40), (mlflow_rules.READER_ACCOUNT, "p" * 40)
 SEARCH, LOG = "/api/2.0/mlflow/runs/search", "/api/2.0/mlflow/runs/log-batch"
 UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
 
@@ -53,8 +53,8 @@ def behind():
 
 @pytest.fixture
 def port(behind):
-    digests = [credential_digest(*account) for account in (ADMINISTRATOR, CONSUMER, READER)]
-    gate = Gate(behind, ADMINISTRATOR[0], digests, pause_s=1)
+    digests = [compute_credential_digest(*account) for account in (ADMINISTRATOR, CONSUMER, READER)]
+    gate = MlflowGate(behind, ADMINISTRATOR[0], digests, pause_s=1)
     server = uvicorn.Server(uvicorn.Config(gate, port=0, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -93,7 +93,7 @@ def test_a_long_body_is_refused_before_it_is_read(port, behind, auth):
 
 
 def test_a_body_without_a_length_is_read_to_its_bound(port, behind):
-    chunks = (b"x" * 65536 for _ in range(MAX_BODY_BYTES // 65536 + 1))
+    chunks = (b"x" * 65536 for _ in range(MAX_MLFLOW_BODY_BYTES // 65536 + 1))
     try:
         answer = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
         assert answer.status_code == 413
@@ -111,7 +111,7 @@ def test_a_body_that_stalls_is_refused_and_one_that_breaks_off_is_dropped(port, 
 
 
 def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
-    stalled = [send_raw(port, SEARCH, 100, b"{") for _ in range(MAX_WAITING)]
+    stalled = [send_raw(port, SEARCH, 100, b"{") for _ in range(MAX_WAITING_REQUESTS)]
     try:
         assert httpx.get(f"http://127.0.0.1:{port}/", auth=CONSUMER).status_code == 200
         assert post("{}", auth=ADMINISTRATOR).status_code == 200
@@ -125,29 +125,29 @@ def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
 
 def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, behind, port):
     behind.may_answer.clear()
-    with ThreadPoolExecutor(MAX_INSIDE + MAX_WAITING + 9) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 9) as pool:
         url = f"http://127.0.0.1:{port}{SEARCH}"
         asked = [
             pool.submit(httpx.post, url, content="{}", auth=CONSUMER, timeout=30)
-            for _ in range(MAX_INSIDE + MAX_WAITING + 8)
+            for _ in range(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 8)
         ]
         while not any(one.done() for one in asked):
             time.sleep(0.05)
-        assert behind.most == MAX_INSIDE
+        assert behind.most == MAX_CONCURRENT_REQUESTS
         reading = pool.submit(httpx.post, url, content="{}", auth=READER, timeout=30)
-        while behind.most == MAX_INSIDE:
+        while behind.most == MAX_CONCURRENT_REQUESTS:
             time.sleep(0.05)
         assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
         behind.may_answer.set()
         statuses = [one.result().status_code for one in asked]
         assert reading.result().status_code == 200
-    assert statuses.count(429) == 8 and statuses.count(200) == MAX_INSIDE + MAX_WAITING
+    assert statuses.count(429) == 8 and statuses.count(200) == MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS
 
 
 def test_the_administrators_files_pass_as_they_come_and_its_json_is_bounded(post, port, behind):
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=ADMINISTRATOR) as client:
         assert client.put(UPLOAD, content=b"x" * 20 * 2**20).status_code == 200
-    assert post(b'{"a": "' + b"x" * 2 * MAX_BODY_BYTES + b'"}', LOG, ADMINISTRATOR).status_code == 200
+    assert post(b'{"a": "' + b"x" * 2 * MAX_MLFLOW_BODY_BYTES + b'"}', LOG, ADMINISTRATOR).status_code == 200
     with send_raw(port, LOG, 17 * 2**20, b"", ADMINISTRATOR) as connection:
         assert status_of(connection) == 413
     with send_raw(port, UPLOAD, 2**30, b"", ("root", "wrong"), "PUT") as connection:
@@ -173,8 +173,8 @@ def test_a_body_that_is_no_object_is_refused_in_mlflows_form(post, behind, body)
 @pytest.mark.parametrize(
     "form",
     [
-        {"order_by": ["start_time"] * (MAX_ORDER_BY + 1)},
-        {"orderBy": ["start_time"] * (MAX_ORDER_BY + 1)},
+        {"order_by": ["start_time"] * (MAX_ORDER_BY_ENTRIES + 1)},
+        {"orderBy": ["start_time"] * (MAX_ORDER_BY_ENTRIES + 1)},
         {"experiment_ids": ["1"] * 1001},
         {"filter": "x" * 10_001},
         {"filter": " AND ".join(["params.a = 'b'"] * 31)},
@@ -216,7 +216,7 @@ def test_parameters_of_an_address_have_the_same_bounds(port, behind):
     ids=lambda query: str(query)[:40],
 )
 def test_graphql_beyond_its_bounds_is_refused(query):
-    with pytest.raises(Refused):
+    with pytest.raises(MlflowRequestRefused):
         check_graphql({"query": query})
 
 
@@ -224,13 +224,13 @@ def test_graphql_beyond_its_bounds_is_refused(query):
 def test_graphql_takes_what_mlflow_reads(more):
     query = {"query": "query A($data: B!) {mlflowGetRun(input: $data) {run {info {runId}}}}"}
     check_graphql({**query, "variables": {"data": {"runId": "1"}}, "operationName": "A"})
-    with pytest.raises(Refused):
+    with pytest.raises(MlflowRequestRefused):
         check_graphql({**query, **more})
 
 
 def test_whoever_waits_too_long_for_a_lane_is_told_so():
     async def fill():
-        lane = Lane(1, 1, 0.05)
+        lane = RequestLane(1, 1, 0.05)
         async with lane.enter():
             with pytest.raises(LaneFull):
                 async with lane.enter():

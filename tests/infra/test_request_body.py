@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from infra import request_body
-from infra.request_body import BodyRefused, ClientLeft, read_body
+from infra.request_body import ClientDisconnected, RequestBodyRefused, read_body
 
 
 def read(*messages, headers=(), then=None, **limits):
@@ -28,25 +28,25 @@ def part(data, more=True):
 def test_a_body_is_read_whole_up_to_its_bound():
     assert read(part(b"01234"), part(b"56789", more=False)) == b"0123456789"
     for refused in ([part(b"01234"), part(b"56789x", more=False)], [part(b"x" * 11)]):
-        with pytest.raises(BodyRefused) as refusal:
+        with pytest.raises(RequestBodyRefused) as refusal:
             read(*refused)
         assert refusal.value.status == 413
 
 
 def test_a_body_that_is_announced_as_too_long_is_not_read():
-    with pytest.raises(BodyRefused) as refusal:
+    with pytest.raises(RequestBodyRefused) as refusal:
         read(part(b"", more=False), headers=[(b"content-length", b"11")])
     assert refusal.value.status == 413
 
 
 def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch):
-    monkeypatch.setattr(request_body, "BODY_S", 0.5)
+    monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.5)
     for pause in ({"pause_s": 0.1}, {"then": part(b"")}):  # without a byte, and with none that ends it
-        with pytest.raises(BodyRefused) as refusal:
+        with pytest.raises(RequestBodyRefused) as refusal:
             read(part(b"0"), **pause)
         assert refusal.value.status == 408
 
 
 def test_a_client_that_leaves_gets_no_answer():
-    with pytest.raises(ClientLeft):
+    with pytest.raises(ClientDisconnected):
         read(part(b"0"), {"type": "http.disconnect"})

@@ -12,7 +12,7 @@ from flows.stack.services import make_private, services
 from flows.stack.stack_config import make_config, write_environment
 from infra.listeners import open_listener
 from infra.postgres import SSL_REQUEST
-from infra.scram_only import LONGEST_MESSAGE, ScramOnly, require_scram
+from infra.scram_only import MAX_SIGN_IN_MESSAGE_BYTES, ScramOnlyProtocol, require_scram
 from infra.settings import Settings
 from tests.infra.listening import listening
 from tests.waiting import until
@@ -25,7 +25,7 @@ CLEARTEXT, MD5, KERBEROS, SIGNED_IN = 3, 5, 7, 0
 def scram_only(monkeypatch):
     monkeypatch.setattr(asyncpg.protocol, "Protocol", asyncpg.protocol.Protocol)
     require_scram()
-    assert asyncpg.protocol.Protocol is ScramOnly
+    assert asyncpg.protocol.Protocol is ScramOnlyProtocol
 
 
 def message(kind, content):
@@ -56,7 +56,7 @@ NOTICE = message(b"N", b"SNOTICE\0\0")
         (SCRAM + SCRAM, "got [10, 10]"),
         (message(b"R", b""), "got [0]"),
         (struct.pack("!ci", b"R", 3), "a message of 3 bytes"),
-        (struct.pack("!ci", b"N", LONGEST_MESSAGE + 1), "bytes while signing in"),
+        (struct.pack("!ci", b"N", MAX_SIGN_IN_MESSAGE_BYTES + 1), "bytes while signing in"),
     ],
 )
 def test_a_server_that_asks_for_anything_but_scram_gets_no_password(sent, refusal, size):

@@ -10,8 +10,8 @@ import pytest
 from flows.supervisor.pool_launcher import launcher_files
 from infra.confinement import Confinement
 from infra.launchers.job import Job
-from infra.launchers.slurm import SlurmLauncher, SlurmOptions, ending_of, rendered
-from infra.processes import carrying
+from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_ending, render_batch_script
+from infra.processes import find_pids
 from tests.infra.cluster import needs_slurm, said, slurm_cluster
 from tests.waiting import until
 
@@ -83,7 +83,7 @@ def test_leaving_the_block_ends_every_process(slurm, job):
     with SlurmLauncher().run(job):
         pids = started(job)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert not list(carrying("GLOO_MARK", job.folder.name))
+    assert not list(find_pids("GLOO_MARK", job.folder.name))
 
 
 @needs_slurm
@@ -139,7 +139,7 @@ def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
 
 
 def test_a_script_carries_no_secret_and_names_the_first_node(job):
-    script = rendered(job, SlurmOptions(gres="gpu:8", account="a b"))
+    script = render_batch_script(job, SlurmOptions(gres="gpu:8", account="a b"))
     assert "do not pass on" not in script and "--gres=gpu:8" in script
     assert "export OMP_NUM_THREADS=1" in script and "--rdzv-endpoint=$head:29500" in script
 
@@ -158,10 +158,10 @@ def test_a_script_carries_no_secret_and_names_the_first_node(job):
     ],
 )
 def test_every_final_state_has_its_class(state, code, cause, status):
-    ending = ending_of(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
+    ending = parse_job_ending(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
     assert (ending.cause, ending.status) == (cause, status)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING"])
 def test_a_job_under_way_has_no_ending(state):
-    assert ending_of(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None
+    assert parse_job_ending(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None

@@ -4,8 +4,8 @@ import os
 
 from flows.stack.services import services
 from flows.stack.stack_config import make_config, write_environment
-from infra.keeper import sweep
-from infra.objects import open_objects
+from infra.keeper import kill_stack_processes
+from infra.objects import open_object_store
 from infra.settings import Settings
 from tests.conftest import start
 
@@ -17,18 +17,18 @@ def test_a_torn_index_hides_no_object(tmp_path):
     store = next(service for service in services(tmp_path, config, settings) if service.name == "s3")
     process = start(store, config.stack_id)
     try:
-        objects = open_objects(settings)
+        objects = open_object_store(settings)
         kept = {f"kept/{n}": os.urandom(1000 + n) for n in range(20)}
         for key, data in kept.items():
             objects.put(key, data)
-        sweep(config.stack_id, spare={os.getpid()})
+        kill_stack_processes(config.stack_id, spare={os.getpid()})
         process.wait()
         indices = [file for file in (tmp_path / "s3").rglob("*.idx") if file.stat().st_size]
         assert indices
         for file in indices:
             os.truncate(file, file.stat().st_size // 2 + 3)  # entries have 16 bytes, so the last one is half there
         process = start(store, config.stack_id)
-        assert {key: open_objects(settings).get(key) for key in kept} == kept
+        assert {key: open_object_store(settings).get(key) for key in kept} == kept
     finally:
-        sweep(config.stack_id, spare={os.getpid()})
+        kill_stack_processes(config.stack_id, spare={os.getpid()})
         process.wait()

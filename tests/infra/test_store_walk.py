@@ -12,7 +12,7 @@ import pytest
 
 from feedback.tables import new_id
 from flows.stack.stack_config import WEED_PORTS, load_config
-from infra.keeper import marked
+from infra.keeper import find_stack_pids
 from tests.waiting import until
 
 PATHS = [
@@ -47,7 +47,9 @@ ACTIONS = ("ListUsers", "CreateUser", "CreateAccessKey", "PutUserPolicy", "Assum
 def weed(stores):
     """The store's configuration and process."""
     config = load_config(stores.home)
-    pids = [pid for pid in marked(config.stack_id) if Path(f"/proc/{pid}/exe").resolve().name.startswith("weed")]
+    pids = [
+        pid for pid in find_stack_pids(config.stack_id) if Path(f"/proc/{pid}/exe").resolve().name.startswith("weed")
+    ]
     assert len(pids) == 1
     return config, pids[0]
 

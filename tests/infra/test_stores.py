@@ -29,9 +29,9 @@ from flows.stack.stack_config import (
     write_environment,
 )
 from flows.stack.stores import forget_weed_sockets
-from infra.listeners import describe_callers, user_name
-from infra.objects import open_objects
-from infra.postgres import SIGN_IN_S, SSL_REQUEST, Postgres
+from infra.listeners import describe_callers, describe_user
+from infra.objects import open_object_store
+from infra.postgres import SIGN_IN_TIMEOUT_S, SSL_REQUEST, Postgres
 from infra.settings import Settings, StoreAccess
 from tests.infra.listening import ORDINARY, as_user, listening, port_of
 from tests.waiting import until
@@ -120,8 +120,8 @@ def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_tho
             server.ping()
         server.check_answer()
         assert connection.execute("select 1").fetchone() == (1,)
-        assert f"by {user_name(os.geteuid())}" in describe_callers(server.port)
-        until(lambda: answers(server), seconds=SIGN_IN_S + 60)  # who has not signed in by then is let go
+        assert f"by {describe_user(os.geteuid())}" in describe_callers(server.port)
+        until(lambda: answers(server), seconds=SIGN_IN_TIMEOUT_S + 60)  # who has not signed in by then is let go
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             server.check_answer()
@@ -148,7 +148,7 @@ def test_secrets_are_readable_by_their_owner_only(stores):
 
 
 def test_objects_come_back_and_missing_ones_are_missing(objects):
-    name = objects.put_named_by_content("test", b"bytes")
+    name = objects.put_by_sha256("test", b"bytes")
     assert objects.get(f"test/{name}") == b"bytes"
     assert objects.exists(f"test/{name}")
     assert not objects.exists("test/nothing")
@@ -222,8 +222,8 @@ def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, 
     secret = load_config(stores.home).secrets
     keys = {"s3_access_key": secret[f"{account}_access_key"], "s3_secret_key": secret[f"{account}_secret_key"]}
     access = StoreAccess(s3_endpoint=stores.s3_endpoint, **keys)
-    open_objects(access, own).check()
-    foreign = open_objects(access, other, attempts=1)
+    open_object_store(access, own).check()
+    foreign = open_object_store(access, other, attempts=1)
     for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.keys(""), foreign.ensure_bucket):
         with pytest.raises(ClientError, match="AccessDenied"):
             attempt()

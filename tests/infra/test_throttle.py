@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from infra.throttle import Throttle, credential_digest, is_machine_secret
+from infra.throttle import SignInThrottle, compute_credential_digest, is_machine_secret
 
 
 class Clock:
@@ -21,7 +21,7 @@ def clock():
 
 @pytest.fixture
 def throttle(clock):
-    return Throttle(max_account_failures=3, max_address_failures=10, window_s=60, max_entries=50, clock=clock)
+    return SignInThrottle(max_account_failures=3, max_address_failures=10, window_s=60, max_entries=50, clock=clock)
 
 
 def test_guesses_beyond_the_limit_wait_until_the_oldest_leaves_the_window(throttle, clock):
@@ -50,10 +50,10 @@ def test_one_address_that_guesses_many_names_is_limited(throttle):
 def test_right_passwords_never_lock_out_and_never_give_a_guesser_new_attempts(throttle):
     for _ in range(100):
         assert throttle.admit("ann", "10.0.0.1") == 0
-        throttle.succeed("ann", "10.0.0.1")
+        throttle.note_success("ann", "10.0.0.1")
     for _ in range(3):
         assert throttle.admit("ann", "10.0.0.1") == 0
-    throttle.succeed("bob", "10.0.0.1")
+    throttle.note_success("bob", "10.0.0.1")
     assert throttle.admit("ann", "10.0.0.1") > 0
 
 
@@ -83,7 +83,7 @@ def test_counters_are_bounded_and_the_least_recently_used_goes_first(throttle):
 
 
 def test_only_the_exact_generated_secret_is_recognised():
-    digests = [credential_digest("cotrain", "right"), credential_digest("consumer", "other")]
+    digests = [compute_credential_digest("cotrain", "right"), compute_credential_digest("consumer", "other")]
     assert is_machine_secret("cotrain", "right", digests)
     assert not is_machine_secret("cotrain", "other", digests)
     assert not is_machine_secret("consumer", "right", digests)

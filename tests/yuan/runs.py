@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from infra.process_group import supervised, torchrun_command
+from infra.process_group import build_torchrun_command, run_child
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, Recipe
 from yuan.data.mixture import find_unskipped_positions
@@ -78,8 +78,8 @@ def lay_out(folder, made, recipe=RECIPE, plan=None):
 def launch(folder, script=None):
     plan = folder.read_spec().plan
     program = ["-m", "yuan.train.run"] if script is None else [script]
-    command = torchrun_command(plan.num_ranks, *program, folder.path)
-    return supervised(command, folder.path, dict(os.environ), "train.log")
+    command = build_torchrun_command(plan.num_ranks, *program, folder.path)
+    return run_child(command, folder.path, dict(os.environ), "train.log")
 
 
 def run(folder, script=None):

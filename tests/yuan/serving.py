@@ -5,7 +5,7 @@ import sys
 import torch
 import uvicorn
 
-from infra.http_server import server_options
+from infra.http_server import make_server_options
 from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
@@ -53,5 +53,5 @@ if __name__ == "__main__":
         port=int(sys.argv[1]),
         log_level="error",
         timeout_keep_alive=60,
-        **server_options(),
+        **make_server_options(),
     )

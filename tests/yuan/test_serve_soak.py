@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from infra.process_group import free_port
+from infra.process_group import find_free_port
 from tests.waiting import until
 from tests.yuan.serving import TOKEN, make_served, metric
 from yuan.generate.answers import generate
@@ -30,7 +30,7 @@ INVALID = ({"prompt": "a\0"}, {"prompt": "a", "n": 0}, {"prompt": [10**6]}, {"to
 @pytest.fixture
 def server():
     """A model server in a process of its own: its pid and address."""
-    port = free_port()
+    port = find_free_port()
     process = subprocess.Popen([sys.executable, "-m", "tests.yuan.serving", str(port)], cwd=Path(__file__).parents[2])
     url = f"http://127.0.0.1:{port}"
     until(lambda: process.poll() is not None or answers(url))

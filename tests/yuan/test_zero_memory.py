@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.process_group import torchrun_command
+from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.pool import make_cpu_pool
@@ -36,7 +36,7 @@ def recipe(replicas):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_path):
-    command = torchrun_command(replicas, __file__, tmp_path)
+    command = build_torchrun_command(replicas, __file__, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from infra.logs import configure_logging
-from infra.process_group import leave_with_parent
+from infra.process_group import exit_with_parent
 from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker
@@ -86,7 +86,7 @@ def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
 
 def main() -> int:
     configure_logging()
-    leave_with_parent()
+    exit_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
     folder, cases_file, results_file = map(Path, sys.argv[2:5])
     model_dir = Path(sys.argv[1])

@@ -10,7 +10,7 @@ import threading
 import torch
 import uvicorn
 
-from infra.http_server import choose_place, server_options
+from infra.http_server import choose_listen_options, make_server_options
 from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
@@ -43,8 +43,8 @@ def main() -> None:
         log_config=None,
         access_log=False,
         timeout_keep_alive=MODEL_SERVER_KEEP_ALIVE_S,
-        **choose_place(settings.model_server_url),
-        **server_options(),
+        **choose_listen_options(settings.model_server_url),
+        **make_server_options(),
     )
 
 

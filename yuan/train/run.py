@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from infra.logs import configure_logging
-from infra.process_group import alone, leave_with_parent
+from infra.process_group import exit_with_parent, hold_file_lock
 from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
 from yuan.train.heartbeat import Heartbeat
 from yuan.train.run_folder import RunFolder
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     configure_logging()
-    leave_with_parent()
+    exit_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     folder = RunFolder(Path(sys.argv[1]).resolve())
     rank = int(os.environ["RANK"])
@@ -45,7 +45,7 @@ def train(folder: RunFolder, rank: int) -> None:
     """Be one rank of the run in a folder, from start to export."""
     spec = folder.read_spec()
     # A rank of an earlier start may be dying still; two of them must not write the same files.
-    with alone(folder.path / f".rank-{rank}.lock"):
+    with hold_file_lock(folder.path / f".rank-{rank}.lock"):
         heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)
         start_distributed(spec.plan.num_ranks)
         Trainer(folder, spec, heartbeat).run()
