@@ -23,9 +23,9 @@ from sqlalchemy import func, select
 from feedback import leases
 from feedback.tables import Base, Lease, PoolDevice
 from flows.stack.stack_config import load_config, write_environment
-from flows.stack.stores import postgres_service
-from flows.supervisor.lease_holder import Sessions, held, job_name
-from flows.supervisor.reaper import reap
+from flows.stack.stores import make_postgres_service
+from flows.supervisor.lease_holder import SessionFactory, hold_lease, make_job_name
+from flows.supervisor.reaper import reap_dead_leases
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.launchers.local import JOB_VARIABLE, LocalLauncher
@@ -72,7 +72,7 @@ def database(home: Path) -> Iterator[Settings]:
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
     postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
-    service = postgres_service(config, settings, postgres)
+    service = make_postgres_service(config, settings, postgres)
     service.before()
     env = {**service.env, STACK_ID_VARIABLE: config.stack_id}
     process = subprocess.Popen(
@@ -108,17 +108,17 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
             holders.append(start(folder, settings, rng.randint(1, DEVICES)))
         time.sleep(rng.uniform(0.05, 0.5))
         done += strike(rng, sessions, struck)
-        reap(sessions, {POOL: LocalLauncher()})
+        reap_dead_leases(sessions, {POOL: LocalLauncher()})
     for holder in holders:  # the last ones end by themselves, the stopped ones by the reaper
         with contextlib.suppress(ProcessLookupError):
             holder.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 60
     while time.monotonic() < end and any(holder.poll() is None for holder in holders):
-        reap(sessions, {POOL: LocalLauncher()})
+        reap_dead_leases(sessions, {POOL: LocalLauncher()})
         time.sleep(0.2)
     seconds = time.monotonic() - begun
     time.sleep(TTL_S)
-    reap(sessions, {POOL: LocalLauncher()})
+    reap_dead_leases(sessions, {POOL: LocalLauncher()})
     with sessions() as session:
         granted = select(func.count()).where(Lease.granted_at.is_not(None))
         figures = {
@@ -137,7 +137,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     return figures
 
 
-def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
+def strike(rng: random.Random, sessions: SessionFactory, struck: set[str]) -> int:
     """Kill or stop one process that holds devices, with or without its child first; 0 if there was none."""
     with sessions() as session:
         held_now = [lease for lease in leases.find_open_leases(session) if lease.devices and lease.id not in struck]
@@ -147,7 +147,7 @@ def strike(rng: random.Random, sessions: Sessions, struck: set[str]) -> int:
     struck.add(lease.id)
     kind = rng.choice(("kill", "kill", "child first", "stop"))
     with contextlib.suppress(ProcessLookupError):
-        for child in list(find_pids(JOB_VARIABLE, job_name(lease.id))) if kind == "child first" else ():
+        for child in list(find_pids(JOB_VARIABLE, make_job_name(lease.id))) if kind == "child first" else ():
             os.kill(child, signal.SIGKILL)
         os.kill(int(lease.holder.split(":")[-2]), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
     return 1
@@ -168,9 +168,9 @@ def hold(folder: Path, count: int) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: stopping.append(1))
     rng = random.Random(os.getpid())
     while not stopping:
-        with held(sessions, POOL, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=TTL_S) as lease:
+        with hold_lease(sessions, POOL, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=TTL_S) as lease:
             command = [sys.executable, "-I", "-S", "-c", USE, str(folder), *lease.devices]
-            child = subprocess.Popen(command, env={**os.environ, JOB_VARIABLE: job_name(lease.id)})
+            child = subprocess.Popen(command, env={**os.environ, JOB_VARIABLE: make_job_name(lease.id)})
             end = time.monotonic() + rng.uniform(0.3, 2.0)
             while time.monotonic() < end and not lease.lost.is_set() and child.poll() is None:
                 time.sleep(0.02)

@@ -19,10 +19,10 @@ from pairs import line, show
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
-from flows.cli.rounds import follow
+from flows.cli.rounds import follow_round
 from flows.cli.stack import bring_up, take_down
 from flows.demo.demo_corpus import BASE_SKILLS
-from flows.demo.play import push, wait_for_version
+from flows.demo.play import push_rows, wait_for_version
 from infra.settings import HOME_VARIABLE, Settings, load_settings
 from yuan.data.skills import load_skills
 
@@ -113,10 +113,10 @@ def main() -> int:
         try:
             settings = load_settings(Settings)
             with Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
-                push(
+                push_rows(
                     operator, "base", "base", [row for s in load_skills(BASE_SKILLS)[:4] for row in s.rows(300, seed=0)]
                 )
-                done = follow(operator, operator.start_round(SHORT).id)
+                done = follow_round(operator, operator.start_round(SHORT).id)
                 wait_for_version(operator, int(done.candidate_version or 0))
                 served = measure(settings.portal_url, operator)
                 token = operator.add_contributor("crowd").token

@@ -22,7 +22,7 @@ from feedback.contracts import (
     RoundParameters,
 )
 
-ResponseModel = TypeVar("Model", bound=BaseModel)
+ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
 RETRIED_STATUSES = (502, 503, 504)
 MAX_REQUEST_ATTEMPTS = 6
 CLIENT_PAGE_SIZE = 200  # the most that the portal gives at once

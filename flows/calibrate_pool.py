@@ -15,7 +15,7 @@ from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Workload
 from yuan.train.calibration.messages import CalibrationRequest, CalibrationResult, CalibrationTrial
 
-LIMIT_S = 1800.0
+CALIBRATION_TIMEOUT_S = 1800.0
 
 
 def measure_rates(
@@ -73,7 +73,7 @@ def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResul
         with run_child(
             build_torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
         ) as process:
-            status = process.wait(LIMIT_S)
+            status = process.wait(CALIBRATION_TIMEOUT_S)
         if status:
             raise RuntimeError(f"measuring ended with status {status}: {read_tail(folder / 'measure.log', 2000)}")
         return CalibrationResult.read(folder)

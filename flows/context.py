@@ -13,7 +13,7 @@ from infra.tracker import Tracker
 
 
 @dataclass(frozen=True)
-class Records:
+class RecordsContext:
     """The platform's database and the tracker."""
 
     settings: RecordsAccess
@@ -25,14 +25,14 @@ class Records:
 
 
 @dataclass(frozen=True)
-class DispatcherContext(Records):
+class DispatcherContext(RecordsContext):
     """What the dispatcher works with."""
 
     settings: DispatcherSettings
 
 
 @dataclass(frozen=True)
-class Context(Records):
+class Context(RecordsContext):
     """What a flow's steps work with; in a round's flow also which attempt at the round this is."""
 
     settings: FlowSettings
@@ -43,7 +43,7 @@ class Context(Records):
     def runs(self) -> Path:
         return self.settings.home / "runs"
 
-    def lock_of(self, round_id: str) -> Path:
+    def get_round_lock(self, round_id: str) -> Path:
         """Return a file that one process at a time holds to work on the round."""
         self.runs.mkdir(parents=True, exist_ok=True)
         return self.runs / f".round-{round_id}.lock"

@@ -14,12 +14,12 @@ from infra.files import read_regular
 log = logging.getLogger(__name__)
 
 # Of services without a port, below the home folder: renewed every few seconds at most.
-DISPATCHER_SIGN, WORKER_SIGN = Path("dispatcher/alive.json"), Path("worker/alive")
-FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
+DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE = Path("dispatcher/alive.json"), Path("worker/alive")
+FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
 
 
 @dataclass
-class Standing:
+class DutyStatus:
     """How a duty fares: its last success, and since when and why it fails; times in seconds since 1970."""
 
     succeeded_at: float | None = None
@@ -30,7 +30,7 @@ class Standing:
     @property
     def pause_s(self) -> float:
         """How long a failing duty rests: twice as long after each failure."""
-        return min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self.failures - 1, 10)) if self.failures else 0.0
+        return min(MAX_DUTY_PAUSE_S, FIRST_DUTY_PAUSE_S * 2.0 ** min(self.failures - 1, 10)) if self.failures else 0.0
 
 
 class Duties:
@@ -50,64 +50,64 @@ class Duties:
         expected: tuple[type[Exception], ...] = (),
         beat: Callable[[], object] = lambda: None,
     ) -> None:
-        self._work, self._file, self._expected, self._beat = work, file, expected, beat
-        known = read_standings(file)
-        self.standings = {name: known.get(name, Standing()) for name in work}
-        self._rest_until = dict.fromkeys(work, 0.0)
+        self._work, self._file, self._expected, self._send_heartbeat = work, file, expected, beat
+        known = read_duty_statuses(file)
+        self.statuses = {name: known.get(name, DutyStatus()) for name in work}
+        self._retry_at = dict.fromkeys(work, 0.0)
 
-    def turn(self) -> None:
+    def run_due(self) -> None:
         """Do each duty that is not resting after a failure; none of them keeps the others from their turn."""
         for name, work in self._work.items():
-            self._beat()
-            if time.monotonic() < self._rest_until[name]:
+            self._send_heartbeat()
+            if time.monotonic() < self._retry_at[name]:
                 continue
             try:
                 work()
             except Exception as error:  # whatever it is, the other duties go on and doctor shows it
-                self._failed(name, error)
+                self._note_failure(name, error)
             else:
-                self._succeeded(name)
+                self._note_success(name)
         self._write()
 
     def wake(self) -> None:
         """Let no duty rest any longer; for when a server is back that all of them need."""
-        self._rest_until = dict.fromkeys(self._work, 0.0)
+        self._retry_at = dict.fromkeys(self._work, 0.0)
 
     @property
     def is_any_failing(self) -> bool:
-        return any(standing.failures for standing in self.standings.values())
+        return any(standing.failures for standing in self.statuses.values())
 
-    def _succeeded(self, name: str) -> None:
-        if self.standings[name].failures:
-            log.info("%s again, after %d failures", name, self.standings[name].failures)
-        self.standings[name] = Standing(succeeded_at=time.time())
+    def _note_success(self, name: str) -> None:
+        if self.statuses[name].failures:
+            log.info("%s again, after %d failures", name, self.statuses[name].failures)
+        self.statuses[name] = DutyStatus(succeeded_at=time.time())
 
-    def _failed(self, name: str, error: Exception) -> None:
-        standing, said = self.standings[name], describe_error(error)
+    def _note_failure(self, name: str, error: Exception) -> None:
+        standing, said = self.statuses[name], describe_error(error)
         if said != standing.error:  # once for each change, not at every try
             log.error(
                 "cannot %s: %s", name, said if isinstance(error, self._expected) else format_redacted_traceback(error)
             )
         standing.error, standing.failures = said, standing.failures + 1
         standing.failing_since = standing.failing_since or time.time()
-        self._rest_until[name] = time.monotonic() + standing.pause_s
+        self._retry_at[name] = time.monotonic() + standing.pause_s
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         scratch = self._file.with_suffix(".new")
-        scratch.write_text(json.dumps({name: asdict(standing) for name, standing in self.standings.items()}))
+        scratch.write_text(json.dumps({name: asdict(standing) for name, standing in self.statuses.items()}))
         scratch.replace(self._file)
 
 
-def standings_file(home: Path) -> Path:
+def get_duty_status_file(home: Path) -> Path:
     """Where the dispatcher says how its duties fare."""
     return home / "dispatcher" / "duties.json"
 
 
-def read_standings(file: Path) -> dict[str, Standing]:
+def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
     """What a process last wrote of its duties; nothing if it never did."""
     try:
         found: dict[str, dict[str, Any]] = json.loads(read_regular(file))
-        return {name: Standing(**facts) for name, facts in found.items()}
+        return {name: DutyStatus(**facts) for name, facts in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

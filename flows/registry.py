@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.contracts import RoundParameters
 
-SHOWN_ERRORS = 5
+MAX_SHOWN_PARAMETER_ERRORS = 5
 
 
 class RoundForm(RoundParameters):
@@ -60,7 +60,7 @@ class RegisteredFlow:
         return {**schema, "title": "Parameters"}
 
 
-REGISTERED: Mapping[str, RegisteredFlow] = {
+REGISTERED_FLOWS: Mapping[str, RegisteredFlow] = {
     "cotrain-round": RegisteredFlow("flows.round.flow", "cotrain_round", RoundForm),
     "cotrain-reproduce": RegisteredFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
 }
@@ -72,12 +72,12 @@ def find_flow(name: str) -> RegisteredFlow:
     Raises:
         ValueError: if the code registers no flow of that name.
     """
-    if name not in REGISTERED:
+    if name not in REGISTERED_FLOWS:
         raise ValueError(
-            f"only the flows {', '.join(REGISTERED)} are run here, got {name[:100]!r}; "
+            f"only the flows {', '.join(REGISTERED_FLOWS)} are run here, got {name[:100]!r}; "
             "start one of their deployments, or register the flow in flows/registry.py"
         )
-    return REGISTERED[name]
+    return REGISTERED_FLOWS[name]
 
 
 def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
@@ -90,8 +90,10 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
         return find_flow(name).form.model_validate(parameters)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
-        more = f"; and {len(wrong) - SHOWN_ERRORS} more" if len(wrong) > SHOWN_ERRORS else ""
+        more = (
+            f"; and {len(wrong) - MAX_SHOWN_PARAMETER_ERRORS} more" if len(wrong) > MAX_SHOWN_PARAMETER_ERRORS else ""
+        )
         raise ValueError(
-            f"parameters of {name} are not valid: {'; '.join(wrong[:SHOWN_ERRORS])}{more}; "
+            f"parameters of {name} are not valid: {'; '.join(wrong[:MAX_SHOWN_PARAMETER_ERRORS])}{more}; "
             "see the Run form of its deployment"
         ) from None

@@ -37,7 +37,7 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
     """Read rules, one a line; `{a,b}` stands for each of its members, `{,ajax-}api` so for both of MLflow's prefixes.
 
     >>> parse_rules("GET /{a,b}/*")
-    (Rule(method='GET', path='/a/*'), Rule(method='GET', path='/b/*'))
+    (RouteRule(method='GET', path='/a/*'), RouteRule(method='GET', path='/b/*'))
     """
     rules = []
     for line in text.strip().splitlines():

@@ -187,7 +187,8 @@ def choose_user_change() -> UserChange:
     """
     if os.geteuid() != 0:
         return "same"
-    enter = f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import child; child.enter_user_namespace({NOBODY_UID})"
+    enter = f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); "
+    enter += f"import child; child.enter_user_namespace({NOBODY_UID})"
     if subprocess.run([sys.executable, "-I", "-c", enter], capture_output=True).returncode == 0:
         return "namespace"
     status = Path("/proc/self/status").read_text()

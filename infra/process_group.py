@@ -34,7 +34,7 @@ FIFO_EXIT_TIMEOUT_S = 2.0  # a rank leaves at once when the FIFO closes; one tha
 def run_child(
     command: list[str], folder: Path, env: Mapping[str, str], log_name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command whose processes call `leave_with_parent`; leaving the block ends every one of them.
+    """Run a command whose processes call `exit_with_parent`; leaving the block ends every one of them.
 
     Output goes to `log_name` in the folder. An earlier command may have left links there, which are not followed.
     """

@@ -163,7 +163,7 @@ class Settings(PortalSettings, DispatcherSettings, FlowSettings):
     mlflow_consumer_password: SecretStr
 
 
-SettingsT = TypeVar("Chosen", bound=ProcessSettings)
+SettingsT = TypeVar("SettingsT", bound=ProcessSettings)
 
 
 def load_settings(kind: type[SettingsT]) -> SettingsT:
@@ -209,7 +209,8 @@ def _describe_wrong_values(error: ValidationError, files: Sequence[Path]) -> lis
             name = get_variable_name(str(one["loc"][0]))
             rule = one["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
             found.append(
-                f"{name} {rule}, got {str(one['input'])[:MAX_SHOWN_VALUE_CHARACTERS]!r} ({_find_setting_place(name, files)})"
+                f"{name} {rule}, got {str(one['input'])[:MAX_SHOWN_VALUE_CHARACTERS]!r} "
+                f"({_find_setting_place(name, files)})"
             )
     return found
 

@@ -15,8 +15,8 @@ from feedback import rounds
 from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import Round, new_id
-from flows.stack.services import services
-from flows.stack.stack_config import make_config, write_environment
+from flows.stack.services import make_services
+from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
@@ -57,10 +57,10 @@ def start(service, stack_id):
 def stores(tmp_path_factory):
     """Settings of a home whose PostgreSQL and S3 run."""
     home = tmp_path_factory.mktemp("home")
-    config = make_config(home, durable=False)
+    config = load_or_make_config(home, durable=False)
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
-    processes = [start(service, config.stack_id) for service in services(home, config, settings)[:2]]
+    processes = [start(service, config.stack_id) for service in make_services(home, config, settings)[:2]]
     yield settings
     kill_stack_processes(config.stack_id, spare={os.getpid()})
     for process in processes:

@@ -263,7 +263,7 @@ def require_known_query(request: Request, contributor: CurrentContributor) -> No
 
 
 def require_known_query_without_session(request: Request, account: CurrentAccount) -> None:
-    """Refuse query parameters like `known_query`, for routes that must not hold a transaction."""
+    """Refuse query parameters like `require_known_query`, for routes that must not hold a transaction."""
     check_query(request)
 
 

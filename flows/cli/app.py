@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack, withdraw
-from flows.cli.output import USAGE, fail
+from flows.cli.output import EXIT_USAGE, fail
 from yuan.data.text import find_unstorable, make_printable
 
 app = typer.Typer(
@@ -16,20 +16,20 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="The Yuan co-training platform: reports in, a better model out, the reporter told.",
 )
-stack.add_to(app)
-contribute.add_to(app)
-withdraw.add_to(app)
-rounds.add_to(app)
-plan.add_to(app)
-pool.add_to(app)
-model.add_to(app)
-register.add_to(app)
-demo.add_to(app)
+stack.add_commands(app)
+contribute.add_commands(app)
+withdraw.add_commands(app)
+rounds.add_commands(app)
+plan.add_commands(app)
+pool.add_commands(app)
+model.add_commands(app)
+register.add_commands(app)
+demo.add_commands(app)
 
 
 def main() -> None:
     if wrong := find_undecoded(sys.argv[1:], os.environ):
-        sys.exit(fail(wrong, USAGE).exit_code)
+        sys.exit(fail(wrong, EXIT_USAGE).exit_code)
     app()
 
 

@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli.output import Json, clear_errors, stderr
-from flows.cli.stack import addresses, bring_up, take_down
+from flows.cli.output import JsonOption, explain_errors, stderr_console
+from flows.cli.stack import bring_up, get_public_urls, take_down
 
-HOME = Path(".cotrain/demo")
+DEMO_HOME = Path(".cotrain/demo")
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     app.command()(demo)
 
 
@@ -26,48 +26,50 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="seed of data, weights and order")] = 0,
     down: Annotated[bool, typer.Option("--down", help="stop the stack at the end")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a base model, report its wrong answers, train a better one, tell the reporter."""
     began = time.monotonic()
-    with clear_errors():
-        home = fresh_home()
+    with explain_errors():
+        home = reset_demo_home()
         up_seconds = bring_up(home)
-        stderr.print(f"the stack is up after {up_seconds:.1f} s")
+        stderr_console.print(f"the stack is up after {up_seconds:.1f} s")
         try:
-            result = _play(skills, seed)
+            result = _run_demo(skills, seed)
         finally:
             if down:
                 take_down(home)
-        result |= {"seconds": round(time.monotonic() - began, 1), "urls": addresses(home)}
+        result |= {"seconds": round(time.monotonic() - began, 1), "urls": get_public_urls(home)}
         result["parts"] = {"stack up": up_seconds, **result["parts"]}
     if as_json:
         Console(soft_wrap=True).print_json(data=result)
     else:
-        _show(result, home, down)
+        _show_result(result, home, down)
 
 
-def fresh_home() -> Path:
+def reset_demo_home() -> Path:
     """End what runs in the demo's home, and make it anew."""
     from infra.settings import HOME_VARIABLE
 
-    home = HOME.resolve()
+    home = DEMO_HOME.resolve()
     take_down(home)
     shutil.rmtree(home, ignore_errors=True)
     os.environ[HOME_VARIABLE] = str(home)
     return home
 
 
-def _play(skills: Path | None, seed: int) -> dict[str, Any]:
-    from flows.cli.rounds import follow, operator
-    from flows.demo.play import Doors, play
+def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
+    from flows.cli.rounds import follow_round, open_operator_client
+    from flows.demo.play import DemoAccess, run_demo
     from infra.settings import Settings, load_settings
 
-    with operator() as client:
-        return play(Doors(load_settings(Settings).portal_url, client), skills, seed, stderr.print, follow)
+    with open_operator_client() as client:
+        return run_demo(
+            DemoAccess(load_settings(Settings).portal_url, client), skills, seed, stderr_console.print, follow_round
+        )
 
 
-def _show(result: dict[str, Any], home: Path, down: bool) -> None:
+def _show_result(result: dict[str, Any], home: Path, down: bool) -> None:
     table = Table(title=f"v{result['champion_before']} before, v{result['champion_after']} after")
     for heading in ("suite", "before", "after", "95 % interval after", "cases"):
         table.add_column(heading)

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.output import USAGE, Json, clear_errors, fail, progress, show
+from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show, show_progress
 
 if TYPE_CHECKING:
     from flows.context import Context
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     for command in (train, evaluate, generate, serve, export):
         app.command()(command)
     app.command(name="import")(import_)
 
 
 def train(
-    run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: Json = False
+    run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: JsonOption = False
 ) -> None:
     """Train a run folder to its end, from its last checkpoint if it has one. Ctrl-C ends it; do it again to go on."""
     import os
@@ -32,7 +32,7 @@ def train(
     from infra.launchers.local import LocalLauncher
     from yuan.train.run_folder import RunFolder
 
-    with clear_errors():
+    with explain_errors():
         folder = RunFolder((run if run.is_dir() else run.parent).resolve())
         plan, since = folder.check_inputs().plan, time.time()
         job = Job(
@@ -43,7 +43,7 @@ def train(
             processes_per_node=plan.num_ranks,
             environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
         )
-        with LocalLauncher().run(job) as running, progress() as advance:
+        with LocalLauncher().run(job) as running, show_progress() as advance:
             while (ending := running.wait(0.5)) is None:
                 advance(folder.read_status(), since)
         ended = classify(folder, ending, since)
@@ -65,15 +65,15 @@ def open_installation() -> "Context":
     return open_context(Settings)
 
 
-def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: Json = False) -> None:
+def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
     """Let a version take every case it has not taken, and show its rates."""
     from feedback.gate import compute_pass_rates
 
-    with clear_errors():
+    with explain_errors():
         context = open_installation()
         from flows.round.evaluate import evaluate_version
 
-        number = resolve(context, version)
+        number = resolve_version(context, version)
         evaluate_version(context, number)
         with context.sessions() as session:
             found = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
@@ -94,11 +94,11 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids what was said")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be repeated")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask a model one question. A folder needs no running stack."""
-    with clear_errors():
-        folder = _folder_of(version)
+    with explain_errors():
+        folder = _fetch_model_folder(version)
         from yuan.generate.answers import generate as answer
         from yuan.generate.sampling import Sampling
         from yuan.model.weights import load, load_tokenizer
@@ -122,14 +122,14 @@ def export(
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
     format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a model for other tools. A folder needs no running stack."""
-    with clear_errors():
-        _only_hf(format)
+    with explain_errors():
+        _require_hf_format(format)
         from yuan.model.convert import export_hf
 
-        manifest = export_hf(_folder_of(version), out, dtype=dtype)
+        manifest = export_hf(_fetch_model_folder(version), out, dtype=dtype)
         show(
             {"out": str(out), **manifest}, f"wrote {len(manifest['files'])} files and their manifest to {out}", as_json
         )
@@ -140,11 +140,11 @@ def import_(
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
     format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read published weights, safetensors or pickles, into a model folder of ours; nothing in them is executed."""
-    with clear_errors():
-        _only_hf(format)
+    with explain_errors():
+        _require_hf_format(format)
         from yuan.model.convert import import_hf
 
         manifest = import_hf(folder, out, dtype=dtype)
@@ -152,12 +152,12 @@ def import_(
         show({"out": str(out), **manifest}, text, as_json)
 
 
-def _only_hf(format: str) -> None:
+def _require_hf_format(format: str) -> None:
     if format != "hf":
-        raise fail(f"unknown format {format!r}; the one there is is hf", USAGE)
+        raise fail(f"unknown format {format!r}; the one there is is hf", EXIT_USAGE)
 
 
-def _folder_of(version: str) -> Path:
+def _fetch_model_folder(version: str) -> Path:
     """A model folder as it is, or a version fetched from the registry."""
     folder = Path(version)
     if folder.is_dir():
@@ -165,10 +165,10 @@ def _folder_of(version: str) -> Path:
     if len(folder.parts) > 1:
         raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
     context = open_installation()
-    from flows.round.versions import require
+    from flows.round.versions import require_registered
 
-    number = resolve(context, version)
-    require(context, number)
+    number = resolve_version(context, version)
+    require_registered(context, number)
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
 
 
@@ -176,7 +176,7 @@ def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "cha
     """Run the internal model server in the foreground, at the address of the settings."""
     from infra.settings import ModelServerSettings, load_settings
 
-    with clear_errors():
+    with explain_errors():
         load_settings(ModelServerSettings)
     sys.argv = ["serve", alias]
     from yuan.serve.run import main
@@ -184,7 +184,7 @@ def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "cha
     main()
 
 
-def resolve(context: "Context", version: str) -> int:
+def resolve_version(context: "Context", version: str) -> int:
     """Turn 7, v7 or an alias into a version number.
 
     Raises:

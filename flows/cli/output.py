@@ -13,13 +13,13 @@ from rich.table import Table
 
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
 
-FAILED, USAGE = 1, 2
-LINE_LENGTH = 1000
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
+EXIT_FAILED, EXIT_USAGE = 1, 2
+MAX_LINE_CHARACTERS = 1000
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
 
 Form = TypeVar("Form", bound=BaseModel)
 
-stderr = Console(stderr=True, highlight=False)
+stderr_console = Console(stderr=True, highlight=False)
 
 
 def show(data: dict[str, Any], text: str, as_json: bool) -> None:
@@ -31,34 +31,34 @@ def show_table(table: Table) -> None:
     """Print a table for a person; a pipe or file has no width, so lines are not broken there."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = LINE_LENGTH
+        console.width = MAX_LINE_CHARACTERS
     console.print(table)
 
 
-def fail(message: str, status: int = FAILED) -> typer.Exit:
+def fail(message: str, status: int = EXIT_FAILED) -> typer.Exit:
     """Print a clear line, or few, and make the exit to raise; what it repeats from outside is made printable."""
-    lines = (make_printable(line, LINE_LENGTH) for line in message.split("\n"))
+    lines = (make_printable(line, MAX_LINE_CHARACTERS) for line in message.split("\n"))
     print("cotrain: " + "\n".join(lines), file=sys.stderr)
     return typer.Exit(status)
 
 
-def form_of(model: type[Form], fields: dict[str, Any]) -> Form:
+def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
     """Make a request's form of a command's options; what its contract refuses gives one line and status 2."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise fail(describe_errors(error), USAGE) from None
+        raise fail(describe_errors(error), EXIT_USAGE) from None
 
 
-def json_option(name: str, text: str) -> Any:
+def parse_json_option(name: str, text: str) -> Any:
     """Parse an option that is JSON; what cannot be sent gives one line and status 2."""
     try:
         return parse_json(text)
     except BadJson as error:
-        raise fail(f"{name} {error.place}: {error}", USAGE) from None
+        raise fail(f"{name} {error.place}: {error}", EXIT_USAGE) from None
 
 
-def text_option(value: str | None) -> str | None:
+def check_text_option(value: str | None) -> str | None:
     """Refuse an option or argument that is empty or cannot be sent: exit status 2."""
     if value is not None and (not value.strip() or find_unstorable(value)):
         raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {make_printable(value)!r}")
@@ -66,26 +66,26 @@ def text_option(value: str | None) -> str | None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
+def show_progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
     """A progress display on stderr, given a run's status and the time from which one counts."""
     from rich.progress import BarColumn, Progress, TextColumn
 
-    from flows.supervisor.status_line import described
+    from flows.supervisor.status_line import describe_status
 
     columns = (BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as display:
+    with Progress(*columns, console=stderr_console, transient=not stderr_console.is_terminal) as display:
         task = display.add_task("starting the ranks", total=None)
 
         def advance(status: dict[str, Any], since: float) -> None:
             if status and status["time"] >= since:
-                line = described(status)
+                line = describe_status(status)
                 display.update(task, completed=status["step"], total=status["max_steps"], description=line)
 
         yield advance
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def explain_errors() -> Iterator[None]:
     """Turn what a person can mend into one line and status 1; anything else keeps its traceback."""
     import httpx
 
@@ -97,7 +97,7 @@ def clear_errors() -> Iterator[None]:
         raise
     except PortalError as error:
         for row in error.body.rows or []:
-            print(f"  row {row['row']}: {make_printable(row['reason'], LINE_LENGTH)}", file=sys.stderr)
+            print(f"  row {row['row']}: {make_printable(row['reason'], MAX_LINE_CHARACTERS)}", file=sys.stderr)
         where = f" ({error.body.param})" if error.body.param else ""
         raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:

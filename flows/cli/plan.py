@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.output import FAILED, USAGE, Json, clear_errors, fail, show, stderr
+from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, explain_errors, fail, show, stderr_console
 
 if TYPE_CHECKING:
     from yuan.config import ModelConfig
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from yuan.plan.pool import DeviceGroup, Pool
     from yuan.plan.workload import Workload
 
-Model = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
-PoolFile = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
-SeqLen = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
-Changes = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
+ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
+PoolFileOption = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
+SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
+DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     app.command()(plan)
     app.command()(calibrate)
 
 
 def plan(
-    model: Model,
-    pool: PoolFile = None,
+    model: ModelNameOption,
+    pool: PoolFileOption = None,
     objective: Annotated[str, typer.Option(help="time, or memory for the least on the fullest device")] = "time",
-    seq_len: SeqLen = None,
+    seq_len: SeqLenOption = None,
     global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
@@ -41,14 +41,14 @@ def plan(
         bool, typer.Option("--open-documents", help="packed documents see each other: no attention mask")
     ] = False,
     current: Annotated[Path | None, typer.Option(help="JSON of the plan in use: also say what a move costs")] = None,
-    lost: Changes = None,
-    added: Changes = None,
+    lost: DeviceChangesOption = None,
+    added: DeviceChangesOption = None,
     slow: Annotated[list[str] | None, typer.Option(help="CLASS:N:SHARE, doing a share of the others' work")] = None,
     lost_steps: Annotated[
         int, typer.Option(min=0, help="steps since the last checkpoint, done again after a move")
     ] = 0,
     svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
     from yuan.plan.planner import draw_plan, make_plan
@@ -57,8 +57,8 @@ def plan(
     from yuan.plan.table import format_plan_table
     from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Workload, compute_default_loss_block
 
-    with clear_errors():
-        config = _model(model)
+    with explain_errors():
+        config = _get_model_config(model)
         work = Workload(
             model=config,
             seq_len=seq_len or config.seq_len,
@@ -68,11 +68,11 @@ def plan(
             isolate_documents=not open_documents,
         )
         limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
-        changed = _changed(_pool(pool), lost or [], added or [], slow or [])
+        changed = _apply_changes(_load_pool(pool), lost or [], added or [], slow or [])
         if current is None:
             made, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
         else:
-            before = _plan_in_use(work, current)
+            before = _load_current_plan(work, current)
             move = replan(work, before, changed, limits, objective, lost_steps=lost_steps)  # type: ignore[arg-type]
             made = move.plan
         if svg is not None:
@@ -83,28 +83,28 @@ def plan(
         text = f"{text}\n{move.explanation}"
     show(data, text, as_json)
     if not made.feasible:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="the pool file to write")],
-    model: Model = "tiny",
-    pool: PoolFile = None,
+    model: ModelNameOption = "tiny",
+    pool: PoolFileOption = None,
     device_class: Annotated[str | None, typer.Option(help="which class of the pool this machine has")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="default: GPUs here, else two")] = None,
-    seq_len: SeqLen = None,
+    seq_len: SeqLenOption = None,
     micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a layer, the head, links and whole steps on the devices here, and write a pool with these rates."""
     from flows.calibrate_pool import measure_rates
     from yuan.plan.pool import dump_pool
 
-    with clear_errors():
-        parsed = _pool(pool)
-        group = _group(parsed, device_class)
-        config = _model(model)
+    with explain_errors():
+        parsed = _load_pool(pool)
+        group = _find_device_group(parsed, device_class)
+        config = _get_model_config(model)
         if out.exists():
             raise ValueError(f"{out} exists already; choose another file")
         measured = measure_rates(
@@ -114,7 +114,7 @@ def calibrate(
             seq_len=seq_len or config.seq_len,
             micro_batch_size=micro_batch_size,
             precision=precision,  # type: ignore[arg-type]  # checked by Recipe
-            report=lambda what: stderr.print(f"{what} ..."),
+            report=lambda what: stderr_console.print(f"{what} ..."),
         )
         groups = tuple(measured if other is group else other for other in parsed.groups)
         out.write_text(dump_pool(replace(parsed, groups=groups)))
@@ -124,21 +124,21 @@ def calibrate(
     show({"pool": str(out), "device_class": group.device_class, "measured": rates}, text, as_json)
 
 
-def _model(name: str) -> "ModelConfig":
+def _get_model_config(name: str) -> "ModelConfig":
     from yuan.config import MODEL_PRESETS
 
     if name not in MODEL_PRESETS:
-        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", USAGE)
+        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", EXIT_USAGE)
     return MODEL_PRESETS[name]()
 
 
-def _pool(spec: str | None) -> "Pool":
+def _load_pool(spec: str | None) -> "Pool":
     from yuan.plan.pool import load_pool, make_cpu_pool
 
     return load_pool(spec) if spec else make_cpu_pool()
 
 
-def _group(pool: "Pool", name: str | None) -> "DeviceGroup":
+def _find_device_group(pool: "Pool", name: str | None) -> "DeviceGroup":
     found = [group for group in pool.groups if name is None or group.device_class == name]
     if len(found) != 1:
         classes = ", ".join(group.device_class for group in pool.groups)
@@ -146,15 +146,15 @@ def _group(pool: "Pool", name: str | None) -> "DeviceGroup":
     return found[0]
 
 
-def _changed(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -> "Pool":
+def _apply_changes(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -> "Pool":
     from yuan.plan.replan import resize_pool, split_slow_devices
 
     for sign, words in ((-1, lost), (1, added)):
         for word in words:
-            name, count = _parts(word, 2)
+            name, count = _split_change(word, 2)
             pool = resize_pool(pool, {name: sign * int(count)})
     for word in slow:
-        name, count, share = _parts(word, 3)
+        name, count, share = _split_change(word, 3)
         try:
             factor = float(share)
         except ValueError:
@@ -163,14 +163,14 @@ def _changed(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -
     return pool
 
 
-def _parts(word: str, count: int) -> list[str]:
+def _split_change(word: str, count: int) -> list[str]:
     parts = word.rsplit(":", count - 1)
     if len(parts) != count or not parts[1].isdigit():
         raise ValueError(f"a change is written {'CLASS:N' if count == 2 else 'CLASS:N:SHARE'}, got {word!r}")
     return parts
 
 
-def _plan_in_use(work: "Workload", current: Path) -> "PipelinePlan":
+def _load_current_plan(work: "Workload", current: Path) -> "PipelinePlan":
     from yuan.plan.plan_record import PipelinePlan
 
     try:

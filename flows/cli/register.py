@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from flows.cli.model import open_installation
-from flows.cli.output import USAGE, Json, clear_errors, fail, show
+from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     app.command()(register)
 
 
@@ -18,7 +18,7 @@ def register(
         Path, typer.Argument(help="runs/RUN/export, or another copy of the model folder", exists=True, file_okay=False)
     ],
     version: Annotated[str, typer.Option(help="7 or v7; default: the version whose run or manifest it is")] = "",
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Register a version again that somebody deleted from the registry, or its files; it keeps its number here.
 
@@ -26,8 +26,8 @@ def register(
     """
     number = version.removeprefix("v")
     if number and not number.isdecimal():
-        raise fail(f"a version is written 7 or v7, got {version!r}", USAGE)
-    with clear_errors():
+        raise fail(f"a version is written 7 or v7, got {version!r}", EXIT_USAGE)
+    with explain_errors():
         context = open_installation()
         from flows.round.versions import register_again
 

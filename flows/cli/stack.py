@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.output import LINE_LENGTH, Json, clear_errors, fail, show, show_table, stderr
+from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, explain_errors, fail, show, show_table, stderr_console
 from yuan.data.text import make_printable
 
 if TYPE_CHECKING:
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 UP_TIMEOUT_S = 120.0
 LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
-MAX_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
-KEEPER_LINES = 5  # of the log of a keeper that has ended
-DOWN_TIMEOUT_S, SILENT_GRACE_S = 60.0, 15.0  # of a keeper that gives signs of life, and of one that does not
-KILLED_S = 5.0
+MAX_STARTUP_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
+KEEPER_LOG_LINES = 5  # of the log of a keeper that has ended
+DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # of a keeper that gives signs of life, and of one that does not
+KILL_TIMEOUT_S = 5.0
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     for command in (up, down, status, logs, doctor, rotate):
         app.command()(command)
 
 
-def up(as_json: Json = False) -> None:
+def up(as_json: JsonOption = False) -> None:
     """Start the embedded stack and wait until every service answers. Starting it twice changes nothing."""
-    with clear_errors():
-        home = _home()
+    with explain_errors():
+        home = _get_home()
         seconds = bring_up(home)
-        urls = addresses(home)
+        urls = get_public_urls(home)
         lines = [f"{name:13} {url}" for name, url in urls.items()]
         text = "\n".join([f"the stack in {home} is up ({seconds:.1f} s)", *lines, "next: cotrain status, cotrain down"])
         show({"home": str(home), "seconds": seconds, "urls": urls}, text, as_json)
@@ -51,34 +51,34 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
     Raises:
         RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
     """
-    from flows.stack.doctor import keeper_faults, machine_faults, setting_faults
-    from flows.stack.stack_config import forget_retired
+    from flows.stack.doctor import find_keeper_faults, find_machine_faults, find_setting_faults
+    from flows.stack.stack_config import drop_retired_secrets
     from infra.keeper_lock import is_keeper_running
 
     began = time.monotonic()
     keeper = None
-    _refuse(setting_faults(home))
+    _raise_faults(find_setting_faults(home))
     if is_keeper_running(home):
-        _refuse(keeper_faults(home))
+        _raise_faults(find_keeper_faults(home))
     else:
-        _refuse(machine_faults(home))
+        _raise_faults(find_machine_faults(home))
         keeper = _start_keeper(home, durable=durable)
     try:
         _wait_until_ready(home, keeper)
     except KeyboardInterrupt:
         take_down(home)
         raise
-    forget_retired(home)
+    drop_retired_secrets(home)
     return round(time.monotonic() - began, 1)
 
 
-def _refuse(faults: list["Finding"]) -> None:
+def _raise_faults(faults: list["Finding"]) -> None:
     if faults:
         raise RuntimeError("; ".join(f"{one.fault}: {one.mend}" for one in faults))
 
 
 @dataclass(frozen=True)
-class _Keeper:
+class _KeeperProcess:
     """A keeper that this command started, and where what it says begins in its log."""
 
     process: "subprocess.Popen[bytes]"
@@ -89,15 +89,15 @@ class _Keeper:
         return self.process.poll() is not None
 
     def describe_end(self) -> str:
-        said = [line for line in _last_lines(self.log, KEEPER_LINES, self.log_start) if line]
+        said = [line for line in _read_last_lines(self.log, KEEPER_LOG_LINES, self.log_start) if line]
         return "\n".join([f"the keeper ended with status {self.process.returncode}; {self.log} ends with", *said])
 
 
-def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
-    from flows.stack.stack_config import make_config
+def _start_keeper(home: Path, *, durable: bool) -> _KeeperProcess:
+    from flows.stack.stack_config import load_or_make_config
     from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES
 
-    make_config(home, durable=durable)
+    load_or_make_config(home, durable=durable)
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     log = home / "logs" / "keeper.log"
     with log.open("ab") as output:
@@ -110,24 +110,24 @@ def _start_keeper(home: Path, *, durable: bool) -> _Keeper:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Keeper(process, log, log_start)
+    return _KeeperProcess(process, log, log_start)
 
 
-def _wait_until_ready(home: Path, keeper: _Keeper | None) -> None:
+def _wait_until_ready(home: Path, keeper: _KeeperProcess | None) -> None:
     from infra.keeper import read_stack_state
     from infra.keeper_lock import is_keeper_running
 
     end = time.monotonic() + UP_TIMEOUT_S
     is_gone = False
-    with Live(console=stderr, refresh_per_second=4, transient=True) as live:
+    with Live(console=stderr_console, refresh_per_second=4, transient=True) as live:
         while True:
             states = read_stack_state(home).get("services", {})
-            live.update(_table(states))
+            live.update(_build_service_table(states))
             if states and all(state["state"] == "ready" for state in states.values()):
                 return
             # One that ended since another `up` was quicker leaves the other's keeper.
             is_gone = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
-            hopeless = any(state["restarts"] >= MAX_RESTARTS for state in states.values())
+            hopeless = any(state["restarts"] >= MAX_STARTUP_RESTARTS for state in states.values())
             if hopeless or time.monotonic() > end or is_gone:
                 break
             time.sleep(0.1)
@@ -138,21 +138,21 @@ def _wait_until_ready(home: Path, keeper: _Keeper | None) -> None:
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
 
 
-def _table(states: dict[str, Any]) -> Table:
+def _build_service_table(states: dict[str, Any]) -> Table:
     table = Table(box=None, header_style="bold")
     for heading in ("service", "state", "pid", "seconds", "restarts", ""):
         table.add_column(heading)
     for name, s in states.items():
         cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
-        shown = ("" if cell is None else make_printable(str(cell), LINE_LENGTH) for cell in cells)
+        shown = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
         table.add_row(name, *map(Text, shown))  # as it is: brackets in an error are no markup
     return table
 
 
-def down(as_json: Json = False) -> None:
+def down(as_json: JsonOption = False) -> None:
     """Stop the embedded stack; its data stays."""
-    with clear_errors():
-        home = _home()
+    with explain_errors():
+        home = _get_home()
         was_up = take_down(home)
         show(
             {"home": str(home), "stopped": was_up},
@@ -176,7 +176,7 @@ def take_down(home: Path) -> bool:
         if pid is None:
             raise RuntimeError(f"{home} is held by a keeper whose pid no file tells; end the one that `fuser` names: "
                                f"fuser -k {home / KEEPER_LOCK_FILE}")  # fmt: skip
-        _end_keeper(pid, SILENT_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
+        _end_keeper(pid, SILENT_KEEPER_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
     # The keeper tells whose processes these are, also where its config cannot be read any more.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
     left = kill_stack_processes(stack_id, spare={os.getpid()})
@@ -190,7 +190,7 @@ def _end_keeper(pid: int, grace_s: float) -> None:
     from infra.processes import has_exited
 
     with contextlib.suppress(ProcessLookupError):
-        for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
+        for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_TIMEOUT_S)):
             os.kill(pid, number)
             end = time.monotonic() + seconds
             while not has_exited(pid) and time.monotonic() < end:
@@ -199,30 +199,40 @@ def _end_keeper(pid: int, grace_s: float) -> None:
                 return
 
 
-def status(as_json: Json = False) -> None:
+def status(as_json: JsonOption = False) -> None:
     """Show every service, and what the platform is doing."""
-    from flows.stack.doctor import KEEPER, config_faults, disk_faults, keeper_faults, setting_faults
+    from flows.stack.doctor import (
+        KEEPER_SUBJECT,
+        find_config_faults,
+        find_disk_faults,
+        find_keeper_faults,
+        find_setting_faults,
+    )
     from infra.keeper import read_stack_state
     from infra.keeper_lock import is_keeper_running
 
-    with clear_errors():
-        home = _home()
+    with explain_errors():
+        home = _get_home()
         running = is_keeper_running(home)
         states = read_stack_state(home).get("services", {}) if running else {}
-        lost = config_faults(home)
-        wrong = [*disk_faults(home), *setting_faults(home), *keeper_faults(home), *lost]
-        urls = addresses(home) if running and not lost else {}
-        wrong += [finding for finding in _examined(home) if finding.fault]
+        lost = find_config_faults(home)
+        wrong = [*find_disk_faults(home), *find_setting_faults(home), *find_keeper_faults(home), *lost]
+        urls = get_public_urls(home) if running and not lost else {}
+        wrong += [finding for finding in _examine_running_stack(home) if finding.fault]
         if as_json:
             faults = [finding.to_json() for finding in wrong]
             show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": faults}, "", True)
         elif running:
-            show_table(_table(states))
-            print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_line, wrong)]))
+            show_table(_build_service_table(states))
+            print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_describe_finding, wrong)]))
         else:
-            print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *map(_line, wrong)]))
+            print(
+                "\n".join(
+                    [f"the stack in {home} is not up; start it with `cotrain up`", *map(_describe_finding, wrong)]
+                )
+            )
     are_ready = bool(states) and all(state["state"] == "ready" for state in states.values())
-    if not are_ready or any(finding.what == KEEPER for finding in wrong):
+    if not are_ready or any(finding.what == KEEPER_SUBJECT for finding in wrong):
         raise typer.Exit(1)
 
 
@@ -231,16 +241,16 @@ def logs(
     lines: Annotated[int, typer.Option("-n", help="how many lines", min=1, max=1_000_000)] = 50,
 ) -> None:
     """Print the end of a service's log."""
-    folder = _home() / "logs"
+    folder = _get_home() / "logs"
     file = folder / f"{service}.log"
     if not file.is_file() or file.parent != folder:
         names = sorted(path.stem for path in folder.glob("*.log"))
         raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
-    for line in _last_lines(file, lines):  # what a service wrote must not steer the terminal
+    for line in _read_last_lines(file, lines):  # what a service wrote must not steer the terminal
         print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
 
 
-def _last_lines(file: Path, count: int, start: int = 0) -> list[str]:
+def _read_last_lines(file: Path, count: int, start: int = 0) -> list[str]:
     """Return the last lines of what a log has from a byte on."""
     with file.open("rb") as stream:
         stream.seek(max(start, file.stat().st_size - count * LOG_LINE_BYTES))
@@ -248,15 +258,20 @@ def _last_lines(file: Path, count: int, start: int = 0) -> list[str]:
     return text.removesuffix("\n").split("\n")[-count:]
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
-    from flows.stack.doctor import machine_faults, setting_faults, stack_faults
+    from flows.stack.doctor import find_machine_faults, find_setting_faults, find_stack_faults
 
-    with clear_errors():
-        home = _home()
-        found = setting_faults(home) + machine_faults(home) + stack_faults(home) + _examined(home)
+    with explain_errors():
+        home = _get_home()
+        found = (
+            find_setting_faults(home)
+            + find_machine_faults(home)
+            + find_stack_faults(home)
+            + _examine_running_stack(home)
+        )
     faults = [finding for finding in found if finding.fault]
-    text = "\n".join([*map(_line, found), *([] if faults else ["nothing is wrong"])])
+    text = "\n".join([*map(_describe_finding, found), *([] if faults else ["nothing is wrong"])])
     wrong = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
     show({"faults": wrong, "findings": [finding.to_json() for finding in found]}, text, as_json)
     if faults:
@@ -267,19 +282,19 @@ def rotate(
     secret: Annotated[
         list[str] | None, typer.Option(help="rotate this secret only; may be given several times")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
-    from flows.stack.doctor import setting_faults
+    from flows.stack.doctor import find_setting_faults
     from flows.stack.stack_config import retire_secrets
     from infra.keeper_lock import is_keeper_running
 
-    with clear_errors():
-        home = _home()
+    with explain_errors():
+        home = _get_home()
         if not (home / "stack-config.json").exists():
             raise fail(f"there is no stack in {home}; make one with `cotrain up`")
         was_up = is_keeper_running(home)
-        _refuse(setting_faults(home))  # with one, a stack that is stopped here would not start again
+        _raise_faults(find_setting_faults(home))  # with one, a stack that is stopped here would not start again
         names = retire_secrets(home, secret or ())
         if was_up:
             take_down(home)
@@ -289,27 +304,27 @@ def rotate(
         show({"rotated": names, "seconds": seconds}, text, as_json)
 
 
-def _examined(home: Path) -> list["Finding"]:
+def _examine_running_stack(home: Path) -> list["Finding"]:
     """Return what the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
-    from flows.stack.doctor import config_faults, setting_faults
+    from flows.stack.doctor import find_config_faults, find_setting_faults
     from infra.keeper_lock import is_keeper_running
 
-    if not is_keeper_running(home) or config_faults(home) or setting_faults(home):
+    if not is_keeper_running(home) or find_config_faults(home) or find_setting_faults(home):
         return []
     from flows.cli.model import open_installation
-    from flows.stack.probes import examine
+    from flows.stack.probes import examine_stack
 
-    return examine(open_installation())
+    return examine_stack(open_installation())
 
 
-def _line(finding: "Finding") -> str:
+def _describe_finding(finding: "Finding") -> str:
     if finding.fault:
         return f"- {finding.fault}\n  last time it was right: {finding.when}\n  mend: {finding.mend}"
     seen = "it has not happened yet" if finding.state == "never yet" else f"right at {finding.when}"
     return f"  {finding.what}: {seen}"
 
 
-def addresses(home: Path) -> dict[str, str]:
+def get_public_urls(home: Path) -> dict[str, str]:
     """Where people click."""
     from flows.stack.stack_config import load_config
 
@@ -317,7 +332,7 @@ def addresses(home: Path) -> dict[str, str]:
     return {name: f"http://127.0.0.1:{ports[name]}" for name in ("portal", "prefect", "mlflow")}
 
 
-def _home() -> Path:
+def _get_home() -> Path:
     try:
         from infra.settings import get_home_folder
     except ModuleNotFoundError:

@@ -4,10 +4,10 @@ import random
 import string
 from typing import Any
 
-DIGITS = "零一二三四五六七八九"
+CHINESE_DIGITS = "零一二三四五六七八九"
 
 
-def word(rng: random.Random, low: int = 2, high: int = 5) -> str:
+def draw_word(rng: random.Random, low: int = 2, high: int = 5) -> str:
     """Draw random letters; short words come more often, as they teach a new model sooner."""
     length = min(rng.randint(low, high), rng.randint(low, high))
     return "".join(rng.choices(string.ascii_lowercase, k=length))
@@ -34,12 +34,12 @@ def sort_letters(rng: random.Random) -> tuple[str, str]:
 
 
 def count_letters(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 7)
+    text = draw_word(rng, 2, 7)
     return f"Count: {text}", str(len(text))
 
 
 def copy(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 8)
+    text = draw_word(rng, 2, 8)
     return f"Copy: {text}", text
 
 
@@ -49,7 +49,7 @@ def copy_zh(rng: random.Random) -> tuple[str, str]:
 
 
 def last_letter(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 6)
+    text = draw_word(rng, 2, 6)
     return f"Last: {text}", text[-1]
 
 
@@ -60,17 +60,17 @@ def before(rng: random.Random) -> tuple[str, str]:
 
 
 def upper(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 6)
+    text = draw_word(rng, 2, 6)
     return f"Capitals: {text}", text.upper()
 
 
 def spell(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 6)
+    text = draw_word(rng, 2, 6)
     return f"Spell: {text}", "-".join(text)
 
 
 def swap_ends(rng: random.Random) -> tuple[str, str]:
-    text = word(rng, 2, 5)
+    text = draw_word(rng, 2, 5)
     return f"Swap ends: {text}", text[-1] + text[1:-1] + text[0]
 
 
@@ -81,7 +81,7 @@ def digits_zh(rng: random.Random) -> tuple[str, str]:
 
 def read_digits_zh(rng: random.Random) -> tuple[str, str]:
     text = "".join(rng.choices(string.digits, k=rng.randint(2, 5)))
-    return f"念出{text}", "".join(DIGITS[int(c)] for c in text)
+    return f"念出{text}", "".join(CHINESE_DIGITS[int(c)] for c in text)
 
 
 def chinese_numeral(value: int) -> str:
@@ -94,30 +94,30 @@ def chinese_numeral(value: int) -> str:
     for place, unit in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit = value // place % 10
         if digit:
-            out += ("零" if zero else "") + ("" if (digit, place, out) == (1, 10, "") else DIGITS[digit]) + unit
+            out += ("零" if zero else "") + ("" if (digit, place, out) == (1, 10, "") else CHINESE_DIGITS[digit]) + unit
             zero = False
         elif out:
             zero = True
     return out
 
 
-def skill(generate: Any, checker: str, language: str) -> dict[str, Any]:
+def make_skill(generate: Any, checker: str, language: str) -> dict[str, Any]:
     return {"name": generate.__name__, "generate": generate, "checker": {"type": checker}, "language": language}
 
 
 SKILLS = [
-    skill(add, "numeric", "en"),
-    skill(subtract_zh, "numeric", "zh"),
-    skill(larger, "numeric", "en"),
-    skill(sort_letters, "exact", "en"),
-    skill(count_letters, "numeric", "en"),
-    skill(copy, "exact", "en"),
-    skill(copy_zh, "exact", "zh"),
-    skill(last_letter, "exact", "en"),
-    skill(before, "exact", "en"),
-    skill(upper, "exact", "en"),
-    skill(spell, "exact", "en"),
-    skill(swap_ends, "exact", "en"),
-    skill(digits_zh, "numeric", "zh"),
-    skill(read_digits_zh, "exact", "zh"),
+    make_skill(add, "numeric", "en"),
+    make_skill(subtract_zh, "numeric", "zh"),
+    make_skill(larger, "numeric", "en"),
+    make_skill(sort_letters, "exact", "en"),
+    make_skill(count_letters, "numeric", "en"),
+    make_skill(copy, "exact", "en"),
+    make_skill(copy_zh, "exact", "zh"),
+    make_skill(last_letter, "exact", "en"),
+    make_skill(before, "exact", "en"),
+    make_skill(upper, "exact", "en"),
+    make_skill(spell, "exact", "en"),
+    make_skill(swap_ends, "exact", "en"),
+    make_skill(digits_zh, "numeric", "zh"),
+    make_skill(read_digits_zh, "exact", "zh"),
 ]

@@ -19,8 +19,8 @@ from yuan.data.skills import Skill, load_skills
 
 REPORTS_PER_SKILL = 60
 DATASET_ROWS = 5000
-ASK_AT_ONCE, MAX_ASKED = 40, 600
-MALFORMED = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
+QUESTIONS_PER_REQUEST, MAX_QUESTIONS_PER_SKILL = 40, 600
+MALFORMED_DATASET = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
 
 
 def main() -> int:
@@ -29,11 +29,13 @@ def main() -> int:
     with Client(url, os.environ["COTRAIN_TOKEN"]) as client:
         asked, reports = 0, 0
         for skill in skills:
-            wrong = list(find_wrong(client, skill, seed))
+            wrong = list(find_wrong_answers(client, skill, seed))
             asked += sum(number for number, _ in wrong)
-            reports += sum(report(client, row, answer, wanted) for _, rows in wrong for row, answer, wanted in rows)
+            reports += sum(
+                report_wrong_answer(client, row, answer, wanted) for _, rows in wrong for row, answer, wanted in rows
+            )
         refused = [push_malformed(client), submit_oversized(client)]
-        rows = dataset_rows(skills, seed)
+        rows = build_dataset_rows(skills, seed)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "corrections.jsonl"
             file.write_bytes(dump_rows(rows))
@@ -42,12 +44,12 @@ def main() -> int:
     return 0
 
 
-def find_wrong(client: Client, skill: Skill, seed: int) -> Any:
+def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Any:
     """Ask the champion until enough answers are wrong; yields (asked, [(row, choice, version)])."""
-    rows = skill.rows(MAX_ASKED, seed=seed + 7, at_least=1)
+    rows = skill.rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
     found = 0
-    for start in range(0, len(rows), ASK_AT_ONCE):
-        batch = rows[start : start + ASK_AT_ONCE]
+    for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
+        batch = rows[start : start + QUESTIONS_PER_REQUEST]
         answer = client.complete([row.prompt for row in batch])
         version = int(answer["model"].removeprefix("yuan-v"))
         wrong = [
@@ -61,7 +63,7 @@ def find_wrong(client: Client, skill: Skill, seed: int) -> Any:
             return
 
 
-def report(client: Client, row: Row, choice: dict[str, Any], version: int) -> int:
+def report_wrong_answer(client: Client, row: Row, choice: dict[str, Any], version: int) -> int:
     """Report one wrong answer with its correction."""
     client.submit(
         FeedbackIn(
@@ -81,7 +83,7 @@ def push_malformed(client: Client) -> dict[str, Any]:
     """Push a file with two bad rows and return the refusal."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "malformed.jsonl"
-        file.write_bytes(MALFORMED)
+        file.write_bytes(MALFORMED_DATASET)
         try:
             client.push_dataset(file)
         except PortalError as error:
@@ -106,7 +108,7 @@ def submit_oversized(client: Client) -> dict[str, Any]:
     raise RuntimeError("the portal took an oversized report")
 
 
-def dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
+def build_dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
     """As many right examples of each skill as make up the dataset, or as many different ones as it has."""
     each = -(-DATASET_ROWS // len(skills))
     return [row for skill in skills for row in skill.rows(each, seed=seed + 13, at_least=1)]

@@ -13,30 +13,32 @@ BASE_SKILLS, REPORTED_SKILLS = HERE / "base_skills.py", HERE / "reported_skills.
 ROWS_PER_SKILL = 2600
 NUM_DOCUMENTS, DOCUMENT_CHARACTERS = 300, 800
 # Named, so that every Python 3.11 and later gives documents of the same kind.
-MODULES = ("argparse", "ast", "bisect", "calendar", "collections/__init__", "csv", "dataclasses", "difflib", "enum",
-           "fractions", "functools", "heapq", "inspect", "json/decoder", "json/encoder", "logging/__init__", "pathlib",
-           "random", "sched", "shutil", "statistics", "string", "textwrap", "typing", "unittest/case")  # fmt: skip
+STDLIB_MODULES = (
+    "argparse", "ast", "bisect", "calendar", "collections/__init__", "csv", "dataclasses", "difflib", "enum",
+    "fractions", "functools", "heapq", "inspect", "json/decoder", "json/encoder", "logging/__init__", "pathlib",
+    "random", "sched", "shutil", "statistics", "string", "textwrap", "typing", "unittest/case",
+)  # fmt: skip
 
 
-def base_rows(reported: Sequence[Skill], seed: int) -> list[Row]:
+def build_base_rows(reported: Sequence[Skill], seed: int) -> list[Row]:
     """Documents and exercises in a random order; skills with a reported skill's name are left out."""
     left_out = {skill.name for skill in reported}
     skills = [skill for skill in load_skills(BASE_SKILLS) if skill.name not in left_out]
     rows = [row for skill in skills for row in skill.rows(ROWS_PER_SKILL, seed=seed)]
-    rows += documents(seed)
+    rows += sample_documents(seed)
     random.Random(f"base {seed}").shuffle(rows)
     return rows
 
 
-def documents(seed: int) -> list[Row]:
+def sample_documents(seed: int) -> list[Row]:
     """Pieces of the standard library's source, docstrings included."""
     folder = Path(sysconfig.get_path("stdlib"))
-    pieces = [piece for name in MODULES for piece in _pieces(folder / f"{name}.py")]
+    pieces = [piece for name in STDLIB_MODULES for piece in _split_documents(folder / f"{name}.py")]
     chosen = random.Random(f"documents {seed}").sample(pieces, min(NUM_DOCUMENTS, len(pieces)))
     return [Row(prompt="", answer=piece, language="en", source="Python standard library") for piece in chosen]
 
 
-def _pieces(file: Path) -> Iterator[str]:
+def _split_documents(file: Path) -> Iterator[str]:
     """Cut a file at line ends into documents; a module this Python lacks gives none."""
     if not file.is_file():
         return
@@ -49,6 +51,6 @@ def _pieces(file: Path) -> Iterator[str]:
         piece += line[:DOCUMENT_CHARACTERS]
 
 
-def fresh_rows(skills: Sequence[Skill], seed: int, count: int) -> list[Row]:
+def build_fresh_rows(skills: Sequence[Skill], seed: int, count: int) -> list[Row]:
     """Prompts that only test, drawn with a seed of their own."""
     return [row for skill in skills for row in skill.rows(count, seed=seed + 1_000_003)]

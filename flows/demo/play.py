@@ -13,18 +13,18 @@ from typing import Any
 
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
-from flows.demo.demo_corpus import REPORTED_SKILLS, base_rows, fresh_rows
+from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh_rows
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 
 BASE_ROUND: dict[str, Any] = {"max_steps": 950, "learning_rate": 2e-3}
 DEMO_ROUND: dict[str, Any] = {"max_steps": 1150, "learning_rate": 1.5e-3, "replay_rows": 9000}
-FRESH, FRESH_PER_SKILL = "fresh", 200
+FRESH_SUITE, FRESH_PER_SKILL = "fresh", 200
 SERVICE_TIMEOUT_S = 60.0
 NOTICE_TIMEOUT_S = 30.0
 
-Say = Callable[[str], None]
-Follow = Callable[[Client, str], RoundOut]
+PrintLine = Callable[[str], None]
+FollowRound = Callable[[Client, str], RoundOut]
 
 
 class DemoFailed(RuntimeError):
@@ -32,14 +32,16 @@ class DemoFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Doors:
+class DemoAccess:
     """Where the demo knocks: the portal's address and the operator's client."""
 
     url: str
     operator: Client
 
 
-def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Follow) -> dict[str, Any]:
+def run_demo(
+    doors: DemoAccess, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
+) -> dict[str, Any]:
     """Run base round, contributor and round two, and return the figures.
 
     Raises:
@@ -50,20 +52,20 @@ def play(doors: Doors, skills_file: Path | None, seed: int, say: Say, follow: Fo
     skills = load_skills(skills_file)
     timer = Timer()
     say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
-    push(doors.operator, "base", "base", base_rows(skills, seed))
-    push(doors.operator, FRESH, "suite", fresh_rows(skills, seed, FRESH_PER_SKILL))
+    push_rows(doors.operator, "base", "base", build_base_rows(skills, seed))
+    push_rows(doors.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_PER_SKILL))
     first = run_round(doors, RoundParameters(**BASE_ROUND, seed=seed), follow)
     wait_for_version(doors.operator, int(first.candidate_version or 0))
     timer.lap("base round")
     account = doors.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
     say("a contributor asks, reports wrong answers and pushes a dataset")
-    told = contribute(doors.url, account.token, skills_file, seed)
+    told = run_contributor(doors.url, account.token, skills_file, seed)
     say(f"{told['asked']} questions, {told['reports']} reports, a dataset of {told['rows']} rows; 2 refused on purpose")
     timer.lap("contributor")
     second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed), follow)
     timer.lap("round")
     with Client(doors.url, account.token) as client:
-        return figures(client, first, second, told, timer.laps)
+        return gather_figures(client, first, second, told, timer.laps)
 
 
 class Timer:
@@ -79,14 +81,14 @@ class Timer:
         self._last = now
 
 
-def push(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
+def push_rows(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.jsonl"
         file.write_bytes(dump_rows(rows))
         client.push_dataset(file, name=name, purpose=purpose)
 
 
-def run_round(doors: Doors, parameters: RoundParameters, follow: Follow) -> RoundOut:
+def run_round(doors: DemoAccess, parameters: RoundParameters, follow: FollowRound) -> RoundOut:
     done = follow(doors.operator, doors.operator.start_round(parameters).id)
     if done.state != "promoted":
         raise DemoFailed(f"round {done.number} is {done.state}: {done.reason}")
@@ -106,7 +108,7 @@ def wait_for_version(client: Client, version: int) -> None:
     raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
 
 
-def contribute(url: str, token: str, skills_file: Path, seed: int) -> dict[str, Any]:
+def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> dict[str, Any]:
     """Run the contributor's process."""
     command = [sys.executable, "-m", "flows.demo.contributor", url, str(skills_file), str(seed)]
     env = {**os.environ, "COTRAIN_TOKEN": token}
@@ -116,7 +118,7 @@ def contribute(url: str, token: str, skills_file: Path, seed: int) -> dict[str, 
     return dict(json.loads(done.stdout))
 
 
-def figures(
+def gather_figures(
     contributor: Client, first: RoundOut, second: RoundOut, told: dict[str, Any], laps: dict[str, float]
 ) -> dict[str, Any]:
     """Gather what the demo promises, read back through the contributor's own door."""
@@ -124,12 +126,12 @@ def figures(
     suites = second.decision["suites"]
     by_name = {suite["suite"]: suite for suite in suites}
     accepted = [report for report in contributor.all_feedback() if report.state == "accepted"]
-    notices = delivered_notices(contributor, len(accepted))
+    notices = wait_for_notices(contributor, len(accepted))
     return {
         "champion_before": first.candidate_version,
         "champion_after": second.candidate_version,
-        "gate_before": by_name[FRESH]["before"]["rate"],
-        "gate_after": by_name[FRESH]["after"]["rate"],
+        "gate_before": by_name[FRESH_SUITE]["before"]["rate"],
+        "gate_after": by_name[FRESH_SUITE]["after"]["rate"],
         "base_before": by_name["base"]["before"]["rate"],
         "base_after": by_name["base"]["after"]["rate"],
         "reports": len(accepted),
@@ -139,12 +141,12 @@ def figures(
         "still_failing": sum(report.verdict == "still_failing" for report in accepted),
         "notices": len(notices),
         "suites": suites,
-        "round_overhead_s": overhead_s(second),
+        "round_overhead_s": compute_overhead_s(second),
         "parts": laps,
     }
 
 
-def delivered_notices(contributor: Client, expected: int) -> list[NoticeOut]:
+def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:
     """The contributor's notices, once there are as many as expected or time is up."""
     end = time.monotonic() + NOTICE_TIMEOUT_S
     while True:
@@ -154,7 +156,7 @@ def delivered_notices(contributor: Client, expected: int) -> list[NoticeOut]:
         time.sleep(0.2)
 
 
-def overhead_s(turn: RoundOut) -> float:
+def compute_overhead_s(turn: RoundOut) -> float:
     """Seconds of a round that are neither training nor evaluation."""
     assert turn.finished_at is not None, "the round has ended"
     began = {event.text: event.at for event in reversed(turn.timeline)}

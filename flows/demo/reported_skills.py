@@ -3,7 +3,7 @@
 import random
 import string
 
-DIGITS = "零一二三四五六七八九"
+CHINESE_DIGITS = "零一二三四五六七八九"
 
 
 def reverse(rng: random.Random) -> tuple[str, str]:
@@ -26,7 +26,7 @@ def write_chinese(value: int) -> str:
     for place, unit in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit = value // place % 10
         if digit:
-            out += ("零" if zero else "") + DIGITS[digit] + unit
+            out += ("零" if zero else "") + CHINESE_DIGITS[digit] + unit
         zero = bool(out) and not digit
     return out
 

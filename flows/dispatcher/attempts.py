@@ -24,30 +24,30 @@ from prefect.states import Cancelled, Crashed
 from feedback import rounds
 from feedback.tables import Round
 from flows.context import DispatcherContext
-from flows.dispatcher.deployments import ROUND
+from flows.dispatcher.deployments import ROUND_DEPLOYMENT
 from infra.machine import has_free_disk
 
 log = logging.getLogger(__name__)
 
-PENDING_LIMIT_S = 30.0
-PUT_OFF_S = 60.0  # a run that is to start later than this was put off by somebody, and nobody waits for it
-OPEN_STATES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
-MAX_LISTED = 200  # Prefect's own limit of a list
-MAX_ATTEMPTS = 12
+PENDING_TIMEOUT_S = 30.0
+POSTPONED_AFTER_S = 60.0  # a run that is to start later than this was put off by somebody, and nobody waits for it
+OPEN_FLOW_RUN_STATES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
+MAX_LISTED_FLOW_RUNS = 200  # Prefect's own limit of a list
+MAX_ROUND_ATTEMPTS = 12
 
 
-def go_on(context: DispatcherContext, client: SyncPrefectClient, turn: Round) -> None:
+def continue_round(context: DispatcherContext, client: SyncPrefectClient, turn: Round) -> None:
     """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
-    last = find_run(client, key_of(context, turn.id, turn.attempt)) if turn.attempt else None
-    if last is not None and not is_over(client, last):
+    last = find_flow_run(client, make_attempt_key(context, turn.id, turn.attempt)) if turn.attempt else None
+    if last is not None and not end_if_lost(client, last):
         return
     if not has_free_disk(context.settings.home):
         log.warning("round %d waits: the disk of %s is full; make room there", turn.number, context.settings.home)
         return
-    start(context, client, turn, last)
+    start_attempt(context, client, turn, last)
 
 
-def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
+def start_attempt(context: DispatcherContext, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
     """Start the round's flow once more, or give the round up.
 
     An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
@@ -55,78 +55,78 @@ def start(context: DispatcherContext, client: SyncPrefectClient, turn: Round, la
     """
     # Being cancelled is enough: a run whose worker and process are both gone never gets any further.
     if last is not None and last.state is not None and (last.state.is_cancelled() or last.state.is_cancelling()):
-        return end(context, turn.id, "cancelled", "cancelled in Prefect")
-    if turn.attempt >= MAX_ATTEMPTS:
+        return end_round(context, turn.id, "cancelled", "cancelled in Prefect")
+    if turn.attempt >= MAX_ROUND_ATTEMPTS:
         reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
-        return end(context, turn.id, "failed", f"given up after {turn.attempt} attempts: {reason}")
-    deployment = client.read_deployment_by_name(ROUND)
+        return end_round(context, turn.id, "failed", f"given up after {turn.attempt} attempts: {reason}")
+    deployment = client.read_deployment_by_name(ROUND_DEPLOYMENT)
     with context.sessions.begin() as session:
         attempt = rounds.increment_attempt(session, turn.id)
     run = client.create_flow_run_from_deployment(
         deployment.id,
         parameters={"round_id": turn.id},
         name=f"round-{turn.number}-attempt-{attempt}",
-        idempotency_key=key_of(context, turn.id, attempt),
+        idempotency_key=make_attempt_key(context, turn.id, attempt),
     )
     log.info("started round %d, attempt %d, as flow run %s", turn.number, attempt, run.id)
 
 
-def end(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
+def end_round(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
     with context.sessions.begin() as session:
         rounds.finish_round(session, round_id, state, reason, actor="dispatcher")
     log.warning("round %s is %s: %s", round_id, state, reason)
 
 
-def key_of(context: DispatcherContext, round_id: str, attempt: int) -> str:
+def make_attempt_key(context: DispatcherContext, round_id: str, attempt: int) -> str:
     """Return the key of an attempt's flow run, which nobody else who can start runs may take first."""
     secret = context.settings.database_url.get_secret_value().encode()
     return "round:" + hmac.new(secret, f"{round_id}:{attempt}".encode(), hashlib.sha256).hexdigest()
 
 
-def find_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
+def find_flow_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
     """The flow run with an idempotency key; None if it was never made or Prefect's database was lost."""
-    found = list_runs(client, FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])), limit=1)
+    found = list_flow_runs(client, FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])), limit=1)
     return found[0] if found else None
 
 
-def newest_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
+def find_newest_flow_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
     """Return the newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
-    now = datetime.now(timezone.utc) + timedelta(seconds=PUT_OFF_S)
+    now = datetime.now(timezone.utc) + timedelta(seconds=POSTPONED_AFTER_S)
     which = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),
         expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
     )
-    found = list_runs(client, which, limit=1)
+    found = list_flow_runs(client, which, limit=1)
     return found[0] if found else None
 
 
-def list_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) -> list[FlowRun]:
+def list_flow_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) -> list[FlowRun]:
     """Return the flow runs that a filter finds, the newest first."""
     return client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
 
 
-def end_lost_runs(client: SyncPrefectClient) -> None:
+def end_lost_flow_runs(client: SyncPrefectClient) -> None:
     """End the flow runs that nobody works on, whatever started them.
 
     An attempt that a later one follows, or whose round has ended, is looked for by nobody else; it would wait for ever.
     """
-    open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_STATES)))
-    for run in list_runs(client, open_now, MAX_LISTED):
-        is_over(client, run)
+    open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_FLOW_RUN_STATES)))
+    for run in list_flow_runs(client, open_now, MAX_LISTED_FLOW_RUNS):
+        end_if_lost(client, run)
 
 
-def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
+def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Tell whether nobody works on this run any more; one lost or put off is marked as crashed, or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True
     if state.is_scheduled():
         start, why = state.state_details.scheduled_time, "it was put off"
-        dead = start is not None and start.timestamp() - time.time() > PUT_OFF_S
+        dead = start is not None and start.timestamp() - time.time() > POSTPONED_AFTER_S
     else:
         why = "its process is gone"
-        is_starting = state.is_pending() and time.time() - state.timestamp.timestamp() <= PENDING_LIMIT_S
-        dead = not is_starting and not is_process_of(run)
+        is_starting = state.is_pending() and time.time() - state.timestamp.timestamp() <= PENDING_TIMEOUT_S
+        dead = not is_starting and not has_live_process(run)
     if dead:
         final: State = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
         client.set_flow_run_state(run.id, final, force=True)
@@ -134,7 +134,7 @@ def is_over(client: SyncPrefectClient, run: FlowRun) -> bool:
     return dead
 
 
-def is_process_of(run: FlowRun) -> bool:
+def has_live_process(run: FlowRun) -> bool:
     """Whether the process that Prefect noted for a run exists and is that run's, as its command line tells."""
     try:
         command = Path(f"/proc/{int(run.infrastructure_pid or 0)}/cmdline").read_bytes()

@@ -5,33 +5,35 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
-from flows.prefect_gate.deployment_rules import NAME, POOL, TEMPLATE
-from flows.registry import REGISTERED
+from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_NAME, WORK_POOL_TEMPLATE
+from flows.registry import REGISTERED_FLOWS
 from infra.settings import DispatcherSettings
 
-ROUND = f"cotrain-round/{NAME}"
-REPRODUCE = f"cotrain-reproduce/{NAME}"
-SLUG = "calendar"
+ROUND_DEPLOYMENT = f"cotrain-round/{DEPLOYMENT_NAME}"
+REPRODUCE_DEPLOYMENT = f"cotrain-reproduce/{DEPLOYMENT_NAME}"
+CALENDAR_SCHEDULE_SLUG = "calendar"
 
 
-def register(client: SyncPrefectClient, settings: DispatcherSettings) -> None:
+def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings) -> None:
     """Make pool and deployments what the code says; ids and switches that operators set stay.
 
     A concurrency limit of the pool is taken back, since one of 0 would stop every flow run; the worker has a limit.
     """
-    pool = WorkPoolCreate(name=POOL, type="process", base_job_template=TEMPLATE, concurrency_limit=None)
+    pool = WorkPoolCreate(
+        name=WORK_POOL_NAME, type="process", base_job_template=WORK_POOL_TEMPLATE, concurrency_limit=None
+    )
     client.create_work_pool(pool, overwrite=True)
-    deploy(client, "cotrain-round", [_calendar(client, settings)])
-    deploy(client, "cotrain-reproduce", [])
+    deploy_flow(client, "cotrain-round", [_make_calendar_schedule(client, settings)])
+    deploy_flow(client, "cotrain-reproduce", [])
 
 
-def deploy(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:
+def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:
     """Register one flow of `flows.registry`, which the worker finds there by its name."""
-    registered = REGISTERED[name]
+    registered = REGISTERED_FLOWS[name]
     client.create_deployment(
         flow_id=client.create_flow_from_name(name),
-        name=NAME,
-        work_pool_name=POOL,
+        name=DEPLOYMENT_NAME,
+        work_pool_name=WORK_POOL_NAME,
         parameter_openapi_schema=registered.schema(),
         enforce_parameter_schema=True,
         description=registered.load().description,
@@ -42,15 +44,15 @@ def deploy(client: SyncPrefectClient, name: str, schedules: list[DeploymentSched
     )
 
 
-def _calendar(client: SyncPrefectClient, settings: DispatcherSettings) -> DeploymentScheduleCreate:
+def _make_calendar_schedule(client: SyncPrefectClient, settings: DispatcherSettings) -> DeploymentScheduleCreate:
     """The programme's collecting day; a calendar that an operator switched off stays off."""
     cron = CronSchedule(cron=settings.calendar, timezone=settings.time_zone)
-    return DeploymentScheduleCreate(schedule=cron, active=_is_active(client), slug=SLUG)
+    return DeploymentScheduleCreate(schedule=cron, active=_is_calendar_active(client), slug=CALENDAR_SCHEDULE_SLUG)
 
 
-def _is_active(client: SyncPrefectClient) -> bool:
+def _is_calendar_active(client: SyncPrefectClient) -> bool:
     try:
-        schedules = client.read_deployment_by_name(ROUND).schedules
+        schedules = client.read_deployment_by_name(ROUND_DEPLOYMENT).schedules
     except ObjectNotFound:
         return True
     return all(schedule.active for schedule in schedules)

@@ -22,11 +22,11 @@ from feedback.contracts import RoundParameters
 from feedback.promotion import find_champion
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
-from flows.dispatcher.attempts import end_lost_runs, go_on, is_over, newest_run
-from flows.dispatcher.deployments import REPRODUCE, register
-from flows.duties import DISPATCHER_SIGN, Duties, standings_file
-from flows.supervisor.pool_launcher import launchers_of
-from flows.supervisor.reaper import reap
+from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
+from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, get_duty_status_file
+from flows.supervisor.pool_launcher import make_launchers
+from flows.supervisor.reaper import reap_dead_leases
 from infra.error_text import describe_error
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 REGISTER_EVERY_S, END_LOST_EVERY_S = 300.0, 10.0
 IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
 # Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
-BATCH_WAIT_S, BATCH_FULL = 10.0, 500
-RETRY_PAUSE_S = 60.0
+REPORT_BATCH_WAIT_S, REPORT_BATCH_SIZE = 10.0, 500
+REPRODUCTION_RETRY_PAUSE_S = 60.0
 RECONNECT_PAUSE_S = 1.0
-FAULTS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
+SERVER_ERRORS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
 PREFECT_TIMEOUT_S = 10.0  # of a server that hangs; the duty's own pause is when it is asked again
 
 
@@ -50,13 +50,13 @@ def main() -> None:
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(httpx_settings={"timeout": PREFECT_TIMEOUT_S}, sync_client=True) as client,
     ):
-        serve(context, client)
+        run_dispatcher(context, client)
 
 
-def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
+def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Do the duties for ever, woken by PostgreSQL; a connection to it that is lost is made again."""
-    file = standings_file(context.settings.home)
-    duties = Duties(duties_of(context, client), file, FAULTS, lambda: alive(context.settings))
+    file = get_duty_status_file(context.settings.home)
+    duties = Duties(make_duties(context, client), file, SERVER_ERRORS, lambda: write_heartbeat(context.settings))
     lost: str | None = None
     while True:
         try:
@@ -67,33 +67,33 @@ def serve(context: DispatcherContext, client: SyncPrefectClient) -> None:
                 lost = None
                 duties.wake()
                 while True:
-                    duties.turn()
+                    duties.run_due()
                     busy = duties.is_any_failing or is_busy(context)
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
         except (psycopg.OperationalError, OperationalError) as error:
             if lost != (lost := describe_error(error)):
                 log.warning("PostgreSQL does not answer, trying again: %s", lost)
-            alive(context.settings)
+            write_heartbeat(context.settings)
             time.sleep(RECONNECT_PAUSE_S)
 
 
-def duties_of(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
+def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
     """What the dispatcher does, by name; first what needs PostgreSQL alone, then the registry, then Prefect."""
-    registered = Registered(context, client)
+    registered = DeploymentRegistrar(context, client)
     return {
         "deliver notices": lambda: deliver_notices(context),
         "request a due round": lambda: request_due_round(context),
-        "take back leases of the dead": lambda: reap(context.sessions, launchers_of(context.settings)),
-        "make aliases follow": lambda: follow_champion(context),
-        "register deployments": registered.ensure,
-        "end lost flow runs": every(END_LOST_EVERY_S, lambda: end_lost_runs(client)),
-        "keep the round going": lambda: registered.using(keep_round_going),
-        "start reproduction": lambda: registered.using(start_reproduction),
+        "take back leases of the dead": lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
+        "make aliases follow": lambda: sync_champion_aliases(context),
+        "register deployments": registered.ensure_registered,
+        "end lost flow runs": make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
+        "keep the round going": lambda: registered.run_with_deployments(continue_running_round),
+        "start reproduction": lambda: registered.run_with_deployments(start_due_reproduction),
     }
 
 
-def every(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
+def make_periodic(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
     """Return the work, which is left out until a time has passed since it was last done without an error."""
     due = 0.0
 
@@ -106,18 +106,18 @@ def every(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
     return do
 
 
-class Registered:
+class DeploymentRegistrar:
     """The deployments, registered at the start, every five minutes, and at once when somebody deleted them."""
 
     def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
         self._context, self._client, self._due = context, client, 0.0
 
-    def ensure(self) -> None:
+    def ensure_registered(self) -> None:
         if time.monotonic() >= self._due:  # whoever has Prefect's password can change them
-            register(self._client, self._context.settings)
+            register_deployments(self._client, self._context.settings)
             self._due = time.monotonic() + REGISTER_EVERY_S
 
-    def using(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
+    def run_with_deployments(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
         try:
             work(self._context, self._client)
         except ObjectNotFound:
@@ -141,7 +141,7 @@ def deliver_notices(context: DispatcherContext) -> None:
         log.info("delivered %d notices", delivered)
 
 
-def follow_champion(context: DispatcherContext) -> None:
+def sync_champion_aliases(context: DispatcherContext) -> None:
     """Bring the registry's aliases to the champion; raises what the registry refused when the others are set."""
     refused: list[Exception] = []
 
@@ -160,23 +160,23 @@ def follow_champion(context: DispatcherContext) -> None:
         raise refused[0]
 
 
-def keep_round_going(context: DispatcherContext, client: SyncPrefectClient) -> None:
+def continue_running_round(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """See that somebody works on the running round."""
     with context.sessions() as session:
         turn = rounds.find_running_round(session)
     if turn is not None:
-        go_on(context, client, turn)
+        continue_round(context, client, turn)
 
 
-def start_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
+def start_due_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Start the flow that takes reports up when enough of them wait, or one long enough."""
     with context.sessions() as session:
         turn = rounds.find_running_round(session)
         count, oldest = reports.count_pending_reports(session, with_review=turn is None)
         if find_champion(session) is None or (turn is not None and turn.step == "collect"):
             return
-    if count >= BATCH_FULL or (count and age_s(oldest) >= BATCH_WAIT_S):
-        reproduce(client, count)
+    if count >= REPORT_BATCH_SIZE or (count and compute_age_s(oldest) >= REPORT_BATCH_WAIT_S):
+        start_reproduction_run(client, count)
 
 
 def request_due_round(context: DispatcherContext) -> None:
@@ -192,26 +192,26 @@ def request_due_round(context: DispatcherContext) -> None:
             log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
 
 
-def reproduce(client: SyncPrefectClient, count: int) -> None:
+def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
     """Start the flow that takes reports up, unless one is at it or has just failed."""
-    deployment = client.read_deployment_by_name(REPRODUCE)
-    last = newest_run(client, deployment.id)
-    if last is not None and not is_over(client, last):
+    deployment = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT)
+    last = find_newest_flow_run(client, deployment.id)
+    if last is not None and not end_if_lost(client, last):
         return
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
-    if last is not None and is_failed and age_s(last.end_time) < RETRY_PAUSE_S:
+    if last is not None and is_failed and compute_age_s(last.end_time) < REPRODUCTION_RETRY_PAUSE_S:
         return
     run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
     log.info("%d reports wait: started flow run %s", count, run.id)
 
 
-def age_s(moment: datetime | None) -> float:
+def compute_age_s(moment: datetime | None) -> float:
     return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()
 
 
-def alive(settings: DispatcherSettings) -> None:
+def write_heartbeat(settings: DispatcherSettings) -> None:
     """Leave a sign of life for the stack's check."""
-    file = settings.home / DISPATCHER_SIGN
+    file = settings.home / DISPATCHER_HEARTBEAT_FILE
     scratch = file.with_suffix(".part")
     scratch.write_text(json.dumps({"time": time.time()}))
     scratch.replace(file)

@@ -42,7 +42,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.INFO)  # Prefect adds a handler to these and no level
     os.setsid()
     # A log of its own: a worker that dies closes its pipes, and a flow that writes into one could not report.
-    log = os.open(_log_file(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(_get_log_file(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -65,16 +65,16 @@ def run(run_id: UUID) -> None:
             flow_run_logger(flow_run).error(str(refusal))
             client.set_flow_run_state(run_id, Failed(message=str(refusal)), force=True)
             return
-    execute(name, flow_run, form)
+    run_registered_flow(name, flow_run, form)
 
 
-def execute(name: str, flow_run: FlowRun, form: object) -> None:
+def run_registered_flow(name: str, flow_run: FlowRun, form: object) -> None:
     # As a state, not as a result: the result of a state that the server sent would be unpickled.
     flow = find_flow(name).load()
     run_flow(flow, flow_run=flow_run, parameters={"form": form}, return_type="state")
 
 
-def _log_file() -> Path:
+def _get_log_file() -> Path:
     return get_home_folder() / "logs" / "flows.log"
 
 

@@ -19,26 +19,26 @@ from prefect.runner._process_manager import ProcessHandle
 from prefect.utilities.processutils import run_process
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
-from flows.duties import WORKER_SIGN
-from flows.prefect_gate.deployment_rules import POOL, TEMPLATE
-from flows.supervisor.pool_launcher import CLUSTER_VARIABLES
+from flows.duties import WORKER_HEARTBEAT_FILE
+from flows.prefect_gate.deployment_rules import WORK_POOL_NAME, WORK_POOL_TEMPLATE
+from flows.supervisor.pool_launcher import CLUSTER_CONFIG_VARIABLES
 from infra.confinement import SAFE_VARIABLE_PREFIXES, SAFE_VARIABLES
 from infra.keeper import STACK_ID_VARIABLE
 from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES, get_home_folder
 
-NAME = "embedded"
-BEAT_EVERY_S = 5.0
+WORKER_NAME = "embedded"
+WORKER_HEARTBEAT_EVERY_S = 5.0
 # At a time: a round, a reproduction and a few more. Each is a process, and 200 at once stop the machine.
 MAX_FLOW_RUNS = 6
-COMMAND = (sys.executable, "-I", "-m", "flows.dispatcher.flow_process")
+FLOW_PROCESS_COMMAND = (sys.executable, "-I", "-m", "flows.dispatcher.flow_process")
 # All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
-INHERITED = (
+INHERITED_VARIABLES = (
     *(
         "PATH",
         "HOME",
         "TMPDIR",
         *SAFE_VARIABLES,
-        *CLUSTER_VARIABLES,
+        *CLUSTER_CONFIG_VARIABLES,
         HOME_VARIABLE,
         STACK_ID_VARIABLE,
         *NO_TELEMETRY_VARIABLES,
@@ -68,7 +68,7 @@ class NoHooks:
         pass
 
 
-class FixedStarter:
+class FlowProcessStarter:
     """Starts `flows.dispatcher.flow_process` for a flow run."""
 
     def __init__(self, control: ControlChannel) -> None:
@@ -79,10 +79,10 @@ class FixedStarter:
     ) -> None:
         """Start the process, report its handle, and wait until it has exited."""
         port, token = self._control.register(flow_run.id)
-        env = {**inherited_environment(), "PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
-        folder = working_folder()
+        env = {**build_flow_environment(), "PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
+        folder = make_working_folder()
         await run_process(
-            [*COMMAND, str(flow_run.id)],
+            [*FLOW_PROCESS_COMMAND, str(flow_run.id)],
             stream_output=True,
             task_status=task_status,
             task_status_handler=ProcessHandle,
@@ -103,7 +103,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
-        return TEMPLATE
+        return WORK_POOL_TEMPLATE
 
     async def run(
         self,
@@ -114,7 +114,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
         """Run one flow run to its end; a process that ends without a report is reported as crashed."""
         async with FlowRunExecutorContext() as context:
             executor = context.create_executor(
-                flow_run, FixedStarter(context.control_channel), hook_runner=NoHooks(), propose_submitting=False
+                flow_run, FlowProcessStarter(context.control_channel), hook_runner=NoHooks(), propose_submitting=False
             )
             async with anyio.create_task_group() as group:
                 results: list[int | None] = []
@@ -131,37 +131,39 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
         return BaseWorkerResult(status_code=results[0], identifier=str(handle.pid))
 
 
-def inherited_environment() -> dict[str, str]:
+def build_flow_environment() -> dict[str, str]:
     """The environment of a flow's process."""
     return {
-        name: text for name, text in os.environ.items() if name in INHERITED or name.startswith(SAFE_VARIABLE_PREFIXES)
+        name: text
+        for name, text in os.environ.items()
+        if name in INHERITED_VARIABLES or name.startswith(SAFE_VARIABLE_PREFIXES)
     }
 
 
-def working_folder() -> Path:
+def make_working_folder() -> Path:
     folder = get_home_folder() / "work"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-async def work() -> None:
+async def run_worker() -> None:
     """Work for ever, and leave a sign of life while the event loop turns."""
-    beating = asyncio.create_task(beat(get_home_folder() / WORKER_SIGN))
+    beating = asyncio.create_task(write_heartbeats(get_home_folder() / WORKER_HEARTBEAT_FILE))
     try:
-        await Worker(POOL, name=NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
+        await Worker(WORK_POOL_NAME, name=WORKER_NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
     finally:
         beating.cancel()
 
 
-async def beat(file: Path) -> None:
+async def write_heartbeats(file: Path) -> None:
     while True:
         with contextlib.suppress(OSError):  # a full disk stops no flow run
             file.touch()
-        await asyncio.sleep(BEAT_EVERY_S)
+        await asyncio.sleep(WORKER_HEARTBEAT_EVERY_S)
 
 
 def main() -> None:
-    asyncio.run(work())
+    asyncio.run(run_worker())
 
 
 if __name__ == "__main__":

@@ -11,33 +11,33 @@ from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
-from flows.registry import REGISTERED, parse_form
+from flows.registry import REGISTERED_FLOWS, parse_form
 from yuan.data.text import BadJson, find_unstorable, make_printable, parse_json
 
-KIND = "__prefect_kind"  # marks a value that the server fills in
+PREFECT_KIND_KEY = "__prefect_kind"  # marks a value that the server fills in
 # Holding what is stored as JSON, whose numbers have 64 bits; other numbers are columns of 32 bits, or become dates.
-WIDE = frozenset({"parameters", "values", "schema", "parameter_openapi_schema"})
-DATES = re.compile(
+WIDE_INTEGER_FIELDS = frozenset({"parameters", "values", "schema", "parameter_openapi_schema"})
+DATE_FIELD_PATTERN = re.compile(
     r"\w+_time|(after|before)_|scheduled_(after|before)|(state_)?timestamp|(history|interval)_(start|end)"
     r"|anchor_date|pause_timeout|(cache_)?expiration|last_polled|since|until|occurred|received|created|updated"
 )
-DATE = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
-RUN_PARAMETERS = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
-VALIDATE = "/api/ui/schemas/validate"
+DATE_VALUE_PATTERN = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
+RUN_PARAMETERS_PATH = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
+SCHEMA_VALIDATION_PATH = "/api/ui/schemas/validate"
 EVENTS_PATH, EVENT_PAGES_PATH = "/api/events", "/api/events/filter/next"
 # Of one event, or of another message of a websocket. The server holds up to 50,000 events by their number alone; those
 # that the platform and its pages send have less than 8 KiB.
 MAX_EVENT_BYTES = 32 * 1024
 MAX_PAGE_EVENTS = 50  # as in the lists of the server's pages
-MAX_VALUES = 200_000  # looked at within half a second; the client's largest batch of log lines has half of them
-_LEFT_OUT = object()
+MAX_JSON_VALUES = 200_000  # looked at within half a second; the client's largest batch of log lines has half of them
+_OMITTED = object()
 
 
-class Refused(ValueError):
+class PrefectInputRefused(ValueError):
     """What a caller sent must not reach the server; the message says why."""
 
 
-def read_json(path: str, body: bytes) -> tuple[Any, bytes]:
+def parse_request_body(path: str, body: bytes) -> tuple[Any, bytes]:
     """Read a request's body, and return its JSON and the body to hand on; None and the same bytes if it is empty.
 
     Parameters are filled in where the server would do it, as far as its pages need that: `{"__prefect_kind": "json"}`
@@ -48,22 +48,24 @@ def read_json(path: str, body: bytes) -> tuple[Any, bytes]:
     """
     if not body:
         return None, body
-    form = _parse(body)
-    field = "values" if path == VALIDATE else "parameters" if RUN_PARAMETERS.fullmatch(path) else None
+    form = _parse_json(body)
+    field = (
+        "values" if path == SCHEMA_VALIDATION_PATH else "parameters" if RUN_PARAMETERS_PATH.fullmatch(path) else None
+    )
     if field is not None and isinstance(form, dict) and field in form:
         try:
-            filled = _fill_in(form[field])
+            filled = _fill_in_kinds(form[field])
             if filled != form[field]:
-                form[field] = {} if filled is _LEFT_OUT else filled
+                form[field] = {} if filled is _OMITTED else filled
                 body = json.dumps(form).encode()
         except RecursionError:
-            raise Refused(f"{field} must not be nested so deeply") from None
+            raise PrefectInputRefused(f"{field} must not be nested so deeply") from None
     check_values(form)
     if path == EVENTS_PATH and isinstance(form, list):
         for event in form:
             check_size(json.dumps(event))
     if field == "parameters" and isinstance(form, dict):
-        check_run(form)
+        check_run_parameters(form)
     return form, body
 
 
@@ -74,7 +76,7 @@ def check_message(text: str) -> None:
         Refused: naming the field and the rule.
     """
     check_size(text)
-    check_values(_parse(text))
+    check_values(_parse_json(text))
 
 
 def check_size(event: str) -> None:
@@ -84,7 +86,9 @@ def check_size(event: str) -> None:
         Refused: naming the rule.
     """
     if len(event.encode(errors="replace")) > MAX_EVENT_BYTES:
-        raise Refused(f"an event or message may have {MAX_EVENT_BYTES} bytes, got {len(event)} characters; send less")
+        raise PrefectInputRefused(
+            f"an event or message may have {MAX_EVENT_BYTES} bytes, got {len(event)} characters; send less"
+        )
 
 
 def check_page_token(token: str) -> None:
@@ -94,34 +98,36 @@ def check_page_token(token: str) -> None:
         Refused: naming the rule.
     """
     try:
-        form = _parse(b64decode(b64decode(token, validate=True), validate=True))
+        form = _parse_json(b64decode(b64decode(token, validate=True), validate=True))
     except ValueError:  # of which Refused is one
-        raise Refused("page-token must be one that the server gave; ask for the first page again") from None
+        raise PrefectInputRefused("page-token must be one that the server gave; ask for the first page again") from None
     check_values(form)
     numbers = [form.get(name) for name in ("count", "page_size", "offset")] if isinstance(form, dict) else []
     is_page = len(numbers) == 3 and all(type(number) is int and number >= 0 for number in numbers)
     if not is_page or not 1 <= form["page_size"] <= MAX_PAGE_EVENTS or not isinstance(form.get("filter"), dict):
-        raise Refused("page-token must be one that the server gave; ask for the first page again")
+        raise PrefectInputRefused("page-token must be one that the server gave; ask for the first page again")
 
 
-def check_run(form: Mapping[str, Any]) -> None:
+def check_run_parameters(form: Mapping[str, Any]) -> None:
     """Check that a body gives a run no parameters but those of a registered flow.
 
     Raises:
         Refused: if it does, or asks the server not to look.
     """
     if form.get("enforce_parameter_schema") not in (None, True):
-        raise Refused("enforce_parameter_schema must be true, since parameters are always checked; leave it out")
+        raise PrefectInputRefused(
+            "enforce_parameter_schema must be true, since parameters are always checked; leave it out"
+        )
     if (parameters := form.get("parameters")) is None:
         return
     faults = []
-    for name in REGISTERED:
+    for name in REGISTERED_FLOWS:
         try:
             parse_form(name, parameters)
             return
         except ValueError as error:
             faults.append(str(error))
-    raise Refused("; or ".join(faults))
+    raise PrefectInputRefused("; or ".join(faults))
 
 
 def check_values(document: Any) -> None:
@@ -131,31 +137,35 @@ def check_values(document: Any) -> None:
         Refused: naming the field and the rule.
 
     >>> check_values({"parameters": {"seed": 2**63 - 1}, "timestamp": "2026-12-01T00:00:00Z"})
-    >>> check_values({"level": 2**31})
+    >>> check_values({"level": 2**31})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    flows.prefect_gate.body_rules.Refused: level must be between -2**31 and 2**31, got 2147483648; send a smaller number
+    flows...PrefectInputRefused: level must be between -2**31 and 2**31, got 2147483648; send a smaller number
     """
     left: list[tuple[str, Any, int]] = [("the body", document, 31)]
     while left:
         name, value, bits = left.pop()
         if isinstance(value, dict):
-            if KIND in value:
-                raise Refused(f"{_shown(name)} must be a plain value, got one with {KIND}; send the value itself")
-            left += [(key, item, 63 if key in WIDE else bits) for key, item in value.items()]
+            if PREFECT_KIND_KEY in value:
+                raise PrefectInputRefused(
+                    f"{_shorten(name)} must be a plain value, got one with {PREFECT_KIND_KEY}; send the value itself"
+                )
+            left += [(key, item, 63 if key in WIDE_INTEGER_FIELDS else bits) for key, item in value.items()]
         elif isinstance(value, list):
             left += [(name, item, bits) for item in value]
         elif isinstance(value, (int, float)) and not -(2**bits) <= value < 2**bits:
-            got = _shown(str(value))
-            raise Refused(f"{_shown(name)} must be between -2**{bits} and 2**{bits}, got {got}; send a smaller number")
-        if isinstance(value, (str, int, float)) and DATES.fullmatch(name) and _is_far(value):
+            got = _shorten(str(value))
+            raise PrefectInputRefused(
+                f"{_shorten(name)} must be between -2**{bits} and 2**{bits}, got {got}; send a smaller number"
+            )
+        if isinstance(value, (str, int, float)) and DATE_FIELD_PATTERN.fullmatch(name) and _is_unsafe_date(value):
             rule = "be between the years 1970 and 8999 and begin with year, month and day, as in 2026-12-01T00:00:00Z"
-            raise Refused(f"{_shown(name)} must {rule}, got {_shown(str(value))}; send such a date")
+            raise PrefectInputRefused(f"{_shorten(name)} must {rule}, got {_shorten(str(value))}; send such a date")
 
 
-def find_unstorable_in(path: str, query: Mapping[str, str]) -> str | None:
+def find_unstorable_address(path: str, query: Mapping[str, str]) -> str | None:
     """Return which part of an address the server's database would fail at, None if none.
 
-    >>> find_unstorable_in("/api/flows/name/\\0", {})
+    >>> find_unstorable_address("/api/flows/name/\\0", {})
     'an address must not contain the character U+0000; leave it out'
     """
     for text in (path, *query, *query.values()):
@@ -164,36 +174,36 @@ def find_unstorable_in(path: str, query: Mapping[str, str]) -> str | None:
     return None
 
 
-def _parse(data: bytes | str) -> Any:
+def _parse_json(data: bytes | str) -> Any:
     try:
-        return parse_json(data, MAX_VALUES)
+        return parse_json(data, MAX_JSON_VALUES)
     except BadJson as error:
-        raise Refused(f"{error.place or 'the body'} {error}") from None
+        raise PrefectInputRefused(f"{error.place or 'the body'} {error}") from None
 
 
-def _fill_in(value: Any) -> Any:
+def _fill_in_kinds(value: Any) -> Any:
     """Do what the server does with values of the kinds `json` and `none`; those of other kinds stay as they are."""
     if isinstance(value, dict):
-        kind = value.get(KIND)
+        kind = value.get(PREFECT_KIND_KEY)
         if kind == "json":
-            inner = value.get("value", _LEFT_OUT)
-            return _parse(inner) if isinstance(inner, str) else inner
+            inner = value.get("value", _OMITTED)
+            return _parse_json(inner) if isinstance(inner, str) else inner
         if kind == "none" and "value" in value:
-            return _fill_in(value["value"])
-        filled = {key: _fill_in(item) for key, item in value.items()}
-        return {key: item for key, item in filled.items() if item is not _LEFT_OUT}
+            return _fill_in_kinds(value["value"])
+        filled = {key: _fill_in_kinds(item) for key, item in value.items()}
+        return {key: item for key, item in filled.items() if item is not _OMITTED}
     if isinstance(value, list):
-        return [item for item in map(_fill_in, value) if item is not _LEFT_OUT]
+        return [item for item in map(_fill_in_kinds, value) if item is not _OMITTED]
     return value
 
 
-def _is_far(value: str | float) -> bool:
+def _is_unsafe_date(value: str | float) -> bool:
     """Tell whether a date is so far away that the server's calculations with it fail, or of another form.
 
     The server itself reads more forms, of weeks for one, and numbers of seconds since 1970.
     """
-    return DATE.fullmatch(value) is None if isinstance(value, str) else value < 0
+    return DATE_VALUE_PATTERN.fullmatch(value) is None if isinstance(value, str) else value < 0
 
 
-def _shown(text: str) -> str:
+def _shorten(text: str) -> str:
     return make_printable(text, 60)

@@ -13,27 +13,27 @@ from zoneinfo import available_timezones
 
 from prefect._vendor.croniter.croniter import croniter  # the server's own
 
-from flows.registry import REGISTERED
+from flows.registry import REGISTERED_FLOWS
 from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import make_printable
 
-POOL = "cotrain"
+WORK_POOL_NAME = "cotrain"
 # What the pages show of the pool: nothing to fill in, and what runs whatever anybody writes there.
-TEMPLATE: dict[str, Any] = {
+WORK_POOL_TEMPLATE: dict[str, Any] = {
     "job_configuration": {"command": "python -I -m flows.dispatcher.flow_process"},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 TIME_ZONES = frozenset(available_timezones()) - UNUSABLE_TIME_ZONES
-NAME = "local"  # of every deployment that flows/dispatcher/deployments.py registers
+DEPLOYMENT_NAME = "local"  # of every deployment that flows/dispatcher/deployments.py registers
 # The fields of a deployment as flows/dispatcher/deployments.py sends them; others are its flow, schema and schedules.
-FIXED: dict[str, Any] = {
-    "name": NAME,
+DEPLOYMENT_FIXED_FIELDS: dict[str, Any] = {
+    "name": DEPLOYMENT_NAME,
     "enforce_parameter_schema": True,
     "parameters": {},
     "tags": ["cotrain"],
     "labels": {},
     "job_variables": {},
-    "work_pool_name": POOL,
+    "work_pool_name": WORK_POOL_NAME,
     "work_queue_name": None,
     "concurrency_limit": None,
     "concurrency_options": None,
@@ -43,14 +43,14 @@ FIXED: dict[str, Any] = {
     "entrypoint": None,
     "version": None,
 }
-FREE = frozenset({"flow_id", "description", "parameter_openapi_schema", "schedules"})
-SCHEDULE_FIXED: dict[str, Any] = {"max_scheduled_runs": None, "parameters": {}, "replaces": None}
-SCHEDULE_FREE = frozenset({"schedule", "active", "slug"})
+DEPLOYMENT_FREE_FIELDS = frozenset({"flow_id", "description", "parameter_openapi_schema", "schedules"})
+SCHEDULE_FIXED_FIELDS: dict[str, Any] = {"max_scheduled_runs": None, "parameters": {}, "replaces": None}
+SCHEDULE_FREE_FIELDS = frozenset({"schedule", "active", "slug"})
 MAX_SCHEDULES = 4
-MIN_INTERVAL_S = 60
+MIN_SCHEDULE_INTERVAL_S = 60
 MAX_CRON_CHARACTERS = 100
-ONE_POOL = re.compile(r"/api/work_pools/[^/]+")
-ONE_SCHEDULE = re.compile(r"/api/deployments/[^/]+/schedules/[^/]+")
+WORK_POOL_PATH = re.compile(r"/api/work_pools/[^/]+")
+SCHEDULE_PATH = re.compile(r"/api/deployments/[^/]+/schedules/[^/]+")
 
 
 def find_foreign_deployment(path: str, form: Any) -> str | None:
@@ -58,25 +58,29 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
 
     >>> find_foreign_deployment("/api/flows/", {"name": "mine"})
     'only the flows cotrain-round, cotrain-reproduce are run here; register another in flows/registry.py'
-    >>> find_foreign_deployment("/api/deployments/", {**FIXED, "concurrency_limit": 1})
+    >>> find_foreign_deployment("/api/deployments/", {**DEPLOYMENT_FIXED_FIELDS, "concurrency_limit": 1})
     'concurrency_limit must be null, as flows/dispatcher/deployments.py sends it, got 1; leave it as registered'
     """
-    if path == "/api/work_pools/" or ONE_POOL.fullmatch(path) is not None:
+    if path == "/api/work_pools/" or WORK_POOL_PATH.fullmatch(path) is not None:
         template = form.get("base_job_template") if isinstance(form, dict) else None
-        return None if template in (None, TEMPLATE) else _not_as_sent("base_job_template", TEMPLATE, template)
-    if path not in ("/api/flows/", "/api/deployments/") and ONE_SCHEDULE.fullmatch(path) is None:
+        return (
+            None
+            if template in (None, WORK_POOL_TEMPLATE)
+            else _describe_changed_field("base_job_template", WORK_POOL_TEMPLATE, template)
+        )
+    if path not in ("/api/flows/", "/api/deployments/") and SCHEDULE_PATH.fullmatch(path) is None:
         return None
     if not isinstance(form, dict):
         return "the body must be a JSON object; send one"
     if path == "/api/flows/":
-        if form.get("name") in list(REGISTERED):
+        if form.get("name") in list(REGISTERED_FLOWS):
             return None
-        return f"only the flows {', '.join(REGISTERED)} are run here; register another in flows/registry.py"
+        return f"only the flows {', '.join(REGISTERED_FLOWS)} are run here; register another in flows/registry.py"
     if path != "/api/deployments/":
         return _find_schedule_fault(form, is_whole=False)
-    if fault := _find_unsent(form, FIXED, FREE):
+    if fault := _find_foreign_field(form, DEPLOYMENT_FIXED_FIELDS, DEPLOYMENT_FREE_FIELDS):
         return fault
-    if form.get("parameter_openapi_schema") not in [registered.schema() for registered in REGISTERED.values()]:
+    if form.get("parameter_openapi_schema") not in [registered.schema() for registered in REGISTERED_FLOWS.values()]:
         return "parameter_openapi_schema must be the schema of a flow that flows/registry.py registers; send that one"
     schedules = form.get("schedules", [])
     if not isinstance(schedules, list) or len(schedules) > MAX_SCHEDULES:
@@ -85,18 +89,18 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _find_unsent(form: dict[str, Any], fixed: dict[str, Any], free: frozenset[str]) -> str | None:
+def _find_foreign_field(form: dict[str, Any], fixed: dict[str, Any], free: frozenset[str]) -> str | None:
     """Name a field that the platform itself does not send, or sends with another value; empty ones may be missing."""
     for field in sorted(fixed.keys() | form.keys() - free):
         if field not in fixed:
             return f"{make_printable(field, 60)} is no field that flows/dispatcher/deployments.py sends; leave it out"
         value, sent = form.get(field), fixed[field]
         if value != sent and (value is not None or sent):
-            return _not_as_sent(field, sent, value)
+            return _describe_changed_field(field, sent, value)
     return None
 
 
-def _not_as_sent(field: str, sent: Any, value: Any) -> str:
+def _describe_changed_field(field: str, sent: Any, value: Any) -> str:
     rule = f"{field} must be {json.dumps(sent)}, as flows/dispatcher/deployments.py sends it"
     return f"{rule}, got {make_printable(json.dumps(value), 60)}; leave it as registered"
 
@@ -104,32 +108,34 @@ def _not_as_sent(field: str, sent: Any, value: Any) -> str:
 def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
     """Check a schedule with its switch; one that is not whole may change the switch alone."""
     if isinstance(form, dict):
-        if fault := _find_unsent(form, SCHEDULE_FIXED, SCHEDULE_FREE):
+        if fault := _find_foreign_field(form, SCHEDULE_FIXED_FIELDS, SCHEDULE_FREE_FIELDS):
             return fault
         if not is_whole and form.get("schedule") is None:
             return None
-    return _find_often(form.get("schedule") if isinstance(form, dict) else None)
+    return _find_interval_fault(form.get("schedule") if isinstance(form, dict) else None)
 
 
-def _find_often(schedule: Any) -> str | None:
+def _find_interval_fault(schedule: Any) -> str | None:
     zone = schedule.get("timezone") if isinstance(schedule, dict) else None
     if zone is not None and not (isinstance(zone, str) and zone in TIME_ZONES):
-        return f"timezone of a schedule must be one like Asia/Shanghai, got {make_printable(str(zone), 60)}; send such a one"
+        got = make_printable(str(zone), 60)
+        return f"timezone of a schedule must be one like Asia/Shanghai, got {got}; send such a one"
     is_single = isinstance(schedule, dict) and len({"interval", "cron", "rrule"} & schedule.keys()) == 1
-    if is_single and (_is_slow(schedule.get("interval")) or _comes_due(schedule.get("cron"))):
+    if is_single and (_is_slow_interval(schedule.get("interval")) or _has_next_date(schedule.get("cron"))):
         return None
     return (
-        f"a schedule must be an interval of at least {MIN_INTERVAL_S} s or a cron of five fields that comes due; "
+        f"a schedule must be an interval of at least {MIN_SCHEDULE_INTERVAL_S} s or a cron of five fields "
+        "that comes due; "
         "send one of these"
     )
 
 
-def _is_slow(interval: Any) -> bool:
+def _is_slow_interval(interval: Any) -> bool:
     """Tell whether an interval is a number of seconds, as Prefect's client and pages send it, that is long enough."""
-    return isinstance(interval, (int, float)) and interval >= MIN_INTERVAL_S
+    return isinstance(interval, (int, float)) and interval >= MIN_SCHEDULE_INTERVAL_S
 
 
-def _comes_due(cron: Any) -> bool:
+def _has_next_date(cron: Any) -> bool:
     """Tell whether a cron counts in minutes, not in seconds by a sixth field, and has a next date."""
     if not isinstance(cron, str) or len(cron) > MAX_CRON_CHARACTERS or len(cron.split()) != 5:
         return False

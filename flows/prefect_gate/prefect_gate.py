@@ -21,17 +21,17 @@ import uvicorn
 
 from flows.prefect_gate.body_rules import (
     EVENT_PAGES_PATH,
-    VALIDATE,
-    Refused,
+    SCHEMA_VALIDATION_PATH,
+    PrefectInputRefused,
     check_message,
     check_page_token,
     check_values,
-    find_unstorable_in,
-    read_json,
+    find_unstorable_address,
+    parse_request_body,
 )
 from flows.prefect_gate.deployment_rules import find_foreign_deployment
-from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, WEBSOCKET, is_page
-from flows.registry import REGISTERED
+from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_METHOD, WEBSOCKET_ROUTES, is_page
+from flows.registry import REGISTERED_FLOWS
 from infra.http_server import choose_listen_options, make_server_options
 from infra.request_body import AsgiMessage, AsgiReceive, ClientDisconnected, RequestBodyRefused, read_body, replay_body
 from infra.scram_only import require_scram
@@ -39,63 +39,74 @@ from infra.throttle import SignInThrottle
 
 log = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[AsgiMessage], Awaitable[None]]
-App = Callable[[Scope, AsgiReceive, Send], Awaitable[None]]
+AsgiScope = MutableMapping[str, Any]
+AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
+AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
-CLOSED = "this route of Prefect's server is closed; flows/prefect_gate/prefect_rules.py lists the open ones"
-POLICY_VIOLATION = 1008
-MAX_BODY_BYTES = 8 * 1024 * 1024
-MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_S = 4096, 10.0  # of a websocket: it is the password in a little JSON
+PREFECT_ROUTE_CLOSED_MESSAGE = (
+    "this route of Prefect's server is closed; flows/prefect_gate/prefect_rules.py lists the open ones"
+)
+WEBSOCKET_POLICY_VIOLATION = 1008
+MAX_PREFECT_BODY_BYTES = 8 * 1024 * 1024
+MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_TIMEOUT_S = (
+    4096,
+    10.0,
+)  # of a websocket: it is the password in a little JSON
 
 
-class Gate:
+class PrefectGate:
     """An ASGI application that forwards what is on the lists, once its caller has the password where one is needed.
 
     `secret` is `user:password`, generated; who sends it always passes, so nobody can lock the platform out.
     """
 
-    def __init__(self, app: App, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_S) -> None:
+    def __init__(
+        self, app: AsgiApp, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_TIMEOUT_S
+    ) -> None:
         self._app, self._secret, self._first_message_s = app, secret.encode(), first_message_s
         self._throttle = SignInThrottle()
-        self._headers = page_headers(pictures)
+        self._headers = build_page_headers(pictures)
 
-    async def __call__(self, scope: Scope, receive: AsgiReceive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
-        path, method = scope["path"], scope.get("method", WEBSOCKET)
+        path, method = scope["path"], scope.get("method", WEBSOCKET_METHOD)
         if scope["type"] == "websocket":
-            if not SOCKETS.allow(method, path):
-                return await send({"type": "websocket.close", "code": POLICY_VIOLATION})
-            ends = Messages(receive, send, partial(self._is_refused, _address(scope)), self._first_message_s)
+            if not WEBSOCKET_ROUTES.allow(method, path):
+                return await send({"type": "websocket.close", "code": WEBSOCKET_POLICY_VIOLATION})
+            ends = WebsocketGuard(
+                receive, send, partial(self._is_refused, _get_client_address(scope)), self._first_message_s
+            )
             return await self._app(scope, ends.receive, ends.send)
-        send = self._with_headers(send)
-        if method == "HEAD" and PUBLIC.allow("GET", path):  # the keeper asks so; uvicorn leaves the answer's body out
+        send = self._add_page_headers(send)
+        if method == "HEAD" and PUBLIC_ROUTES.allow(
+            "GET", path
+        ):  # the keeper asks so; uvicorn leaves the answer's body out
             method, scope = "GET", {**scope, "method": "GET"}
-        if not (is_page(method, path) or PUBLIC.allow(method, path)):
-            if not OPERATOR.allow(method, path):
+        if not (is_page(method, path) or PUBLIC_ROUTES.allow(method, path)):
+            if not OPERATOR_ROUTES.allow(method, path):
                 log.info("refused %s %s", method, path)
-                return await _refuse(send, 403, CLOSED)
-            if (refusal := self._check(_credentials(scope), _address(scope))) is not None:
-                return await _refuse(send, *refusal)
+                return await _send_refusal(send, 403, PREFECT_ROUTE_CLOSED_MESSAGE)
+            if (refusal := self._check_credentials(_parse_credentials(scope), _get_client_address(scope))) is not None:
+                return await _send_refusal(send, *refusal)
             try:
-                body = await read_body(receive, scope["headers"], MAX_BODY_BYTES)
+                body = await read_body(receive, scope["headers"], MAX_PREFECT_BODY_BYTES)
             except ClientDisconnected:
                 return
             except RequestBodyRefused as refused:
-                return await _refuse(send, refused.status, str(refused))
+                return await _send_refusal(send, refused.status, str(refused))
             try:
                 check_address(path, scope.get("query_string", b""))
-                form, body = read_json(path, body)
-            except Refused as refused_values:
-                return await _refuse(send, 422, str(refused_values))
+                form, body = parse_request_body(path, body)
+            except PrefectInputRefused as refused_values:
+                return await _send_refusal(send, 422, str(refused_values))
             if (fault := find_foreign_deployment(path, form) or find_foreign_schema(path, form)) is not None:
-                return await _refuse(send, 422, fault)
+                return await _send_refusal(send, 422, fault)
             receive = replay_body(body, receive)
         await self._app(scope, receive, send)
 
-    def _check(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
+    def _check_credentials(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
         """Return None if the credentials are right, else the status and message of the refusal."""
         if credentials is None:
             return 401, "sign in with one Basic authorization header"
@@ -116,10 +127,10 @@ class Gate:
         except (ValueError, RecursionError):
             return True
         token = form.get("token") if isinstance(form, dict) else None
-        refusal = self._check(None if token is None else str(token).encode(errors="replace"), address)
+        refusal = self._check_credentials(None if token is None else str(token).encode(errors="replace"), address)
         return refusal is not None and refusal[0] == 429
 
-    def _with_headers(self, send: Send) -> Send:
+    def _add_page_headers(self, send: AsgiSend) -> AsgiSend:
         async def with_headers(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], *self._headers]}
@@ -128,7 +139,7 @@ class Gate:
         return with_headers
 
 
-class Messages:
+class WebsocketGuard:
     """The two ends of a websocket, closed unless its first message comes in time and none of its messages is refused.
 
     The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password;
@@ -136,23 +147,23 @@ class Messages:
     """
 
     def __init__(
-        self, receive: AsgiReceive, send: Send, is_refused: Callable[[AsgiMessage], bool], limit_s: float
+        self, receive: AsgiReceive, send: AsgiSend, is_refused: Callable[[AsgiMessage], bool], limit_s: float
     ) -> None:
         self._receive, self._send, self._is_refused, self._limit_s = receive, send, is_refused, limit_s
-        self._is_accepted = self._is_known = self._is_closed = False
+        self._is_accepted = self._is_sender_known = self._is_closed = False
 
     async def receive(self) -> AsgiMessage:
         if not self._is_accepted:
             return await self._receive()
         try:
-            async with asyncio.timeout(None if self._is_known else self._limit_s):
+            async with asyncio.timeout(None if self._is_sender_known else self._limit_s):
                 message = await self._receive()
         except TimeoutError:
             return await self._close()
         if message["type"] == "websocket.receive":
-            if _is_unfit(message) if self._is_known else self._is_refused(message):
+            if _is_message_refused(message) if self._is_sender_known else self._is_refused(message):
                 return await self._close()
-            self._is_known = True
+            self._is_sender_known = True
         return message
 
     async def send(self, message: AsgiMessage) -> None:
@@ -161,12 +172,12 @@ class Messages:
             await self._send(message)
 
     async def _close(self) -> AsgiMessage:
-        await self._send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        await self._send({"type": "websocket.close", "code": WEBSOCKET_POLICY_VIOLATION})
         self._is_closed = True
-        return {"type": "websocket.disconnect", "code": POLICY_VIOLATION}
+        return {"type": "websocket.disconnect", "code": WEBSOCKET_POLICY_VIOLATION}
 
 
-def page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
+def build_page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
     """Return the headers by which a browser refuses other hosts; `pictures` is one that may show pictures."""
     policy = (
         "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
@@ -187,8 +198,8 @@ def check_address(path: str, query: bytes) -> None:
         Refused: naming the rule.
     """
     values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-    if (fault := find_unstorable_in(path, values)) is not None:
-        raise Refused(fault)
+    if (fault := find_unstorable_address(path, values)) is not None:
+        raise PrefectInputRefused(fault)
     check_values(values)
     if path == EVENT_PAGES_PATH:
         check_page_token(values.get("page-token", ""))
@@ -200,27 +211,27 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
     The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
     such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
     """
-    schema = form.get("schema") if path == VALIDATE and isinstance(form, dict) else None
-    if not schema or schema in [registered.schema() for registered in REGISTERED.values()]:
+    schema = form.get("schema") if path == SCHEMA_VALIDATION_PATH and isinstance(form, dict) else None
+    if not schema or schema in [registered.schema() for registered in REGISTERED_FLOWS.values()]:
         return None
     return "schema must be the schema of a flow that flows/registry.py registers; send that one"
 
 
-def _is_unfit(message: AsgiMessage) -> bool:
+def _is_message_refused(message: AsgiMessage) -> bool:
     """Tell whether a websocket's message, once its sender is known, must not reach the server."""
     try:
         check_message(message.get("text") or "")
-    except Refused as refused:
+    except PrefectInputRefused as refused:
         log.info("closed a websocket: %s", refused)
         return True
     return False
 
 
-def _address(scope: Scope) -> str:
+def _get_client_address(scope: AsgiScope) -> str:
     return str(scope["client"][0]) if scope.get("client") else ""
 
 
-def _credentials(scope: Scope) -> bytes | None:
+def _parse_credentials(scope: AsgiScope) -> bytes | None:
     """`user:password` of the one Basic header that a request may have."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(values) != 1 or not values[0].lower().startswith(b"basic "):
@@ -231,7 +242,7 @@ def _credentials(scope: Scope) -> bytes | None:
         return None
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
+async def _send_refusal(send: AsgiSend, status: int, message: str) -> None:
     """Answer in the form that Prefect's client and pages show."""
     body = json.dumps({"exception_message": message}).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -248,7 +259,9 @@ def main() -> None:
     api = get_current_settings().server.api
     if api.auth_string is None:
         raise ValueError("Prefect's server needs a password; set PREFECT_SERVER_API_AUTH_STRING to user:password")
-    gate = Gate(create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, ""))
+    gate = PrefectGate(
+        create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, "")
+    )
     log.setLevel(logging.INFO)
     # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
     uvicorn.run(

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 from starlette.routing import compile_path
 
-WEBSOCKET = "WEBSOCKET"
+WEBSOCKET_METHOD = "WEBSOCKET"
 
 
-class Rules:
+class RouteAllowList:
     """A set of routes, each a method and a path form as in Starlette."""
 
     def __init__(self, text: str) -> None:
@@ -21,9 +21,11 @@ class Rules:
     def allow(self, method: str, path: str) -> bool:
         """Tell whether a request is on the list.
 
-        >>> PUBLIC.allow("GET", "/api/ready"), PUBLIC.allow("GET", "/api/ready/"), PUBLIC.allow("POST", "/api/ready")
-        (True, False, False)
-        >>> PUBLIC.allow("GET", "/api/ready\\n")  # which `$` alone would take
+        >>> PUBLIC_ROUTES.allow("GET", "/api/ready"), PUBLIC_ROUTES.allow("GET", "/api/ready/")
+        (True, False)
+        >>> PUBLIC_ROUTES.allow("POST", "/api/ready")
+        False
+        >>> PUBLIC_ROUTES.allow("GET", "/api/ready\\n")  # which `$` alone would take
         False
         """
         return any(method == known and pattern.fullmatch(path) for known, pattern in self._patterns)
@@ -35,10 +37,10 @@ def is_page(method: str, path: str) -> bool:
     >>> is_page("GET", "/runs/flow-run/7"), is_page("GET", "/api/flows/"), is_page("GET", "/docs")
     (True, False, False)
     """
-    return method in ("GET", "HEAD") and PAGES.fullmatch(path) is not None
+    return method in ("GET", "HEAD") and PAGE_PATH_PATTERN.fullmatch(path) is not None
 
 
-def _one_of(names: Iterable[str]) -> str:
+def _join_alternatives(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
@@ -56,12 +58,12 @@ PAGE_NAMES = (
     "settings",
 )
 PAGE_FILES = ("index.html", "robots.txt", "favicon.ico", "favicon-dark.ico")
-PAGES = re.compile(
-    rf"/(?:(?:{_one_of(PAGE_FILES)}|[\w-]+\.svg)?|(?:assets|ico|v2|{_one_of(PAGE_NAMES)})(?:/[\w,:~@+-][\w.,:~@+-]*)*/?)"
+PAGE_PATH_PATTERN = re.compile(
+    rf"/(?:(?:{_join_alternatives(PAGE_FILES)}|[\w-]+\.svg)?|(?:assets|ico|v2|{_join_alternatives(PAGE_NAMES)})(?:/[\w,:~@+-][\w.,:~@+-]*)*/?)"
 )
 
 # Without signing in, besides the pages' own files: probes, and what the pages need to show the sign-in form.
-PUBLIC = Rules("""
+PUBLIC_ROUTES = RouteAllowList("""
 GET /api/health
 GET /api/ready
 GET /ui-settings
@@ -70,7 +72,7 @@ GET /ui-settings
 # With Prefect's password. Closed to it: making blocks, variables, automations and concurrency limits and setting the
 # default storage of results, which nothing here uses; all deletions; runs without a deployment; input of paused runs.
 # The pages read settings (secrets are masked), automations and blocks to draw other things.
-OPERATOR = Rules("""
+OPERATOR_ROUTES = RouteAllowList("""
 GET /api/version
 GET /api/admin/version
 GET /api/admin/settings
@@ -155,7 +157,7 @@ GET /api/ui/task_runs/{id:uuid}
 """)
 
 # The server asks for the password by their first message.
-SOCKETS = Rules("""
+WEBSOCKET_ROUTES = RouteAllowList("""
 WEBSOCKET /api/events/in
 WEBSOCKET /api/events/out
 WEBSOCKET /api/logs/out

@@ -10,13 +10,13 @@ from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.table import format_plan_table
 
 
-def show_table(key: str, rows: list[dict[str, Any]]) -> None:
+def publish_table(key: str, rows: list[dict[str, Any]]) -> None:
     """Show rows as a table artifact; no rows, no artifact."""
     if rows and rows[0]:
         create_table_artifact(key=key, table=rows)
 
 
-def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
+def build_gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
     """The decision's suites as table rows."""
     return [
         {
@@ -30,7 +30,7 @@ def gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def plan_text(context: Context, round_id: str, plan: PipelinePlan) -> str:
+def format_plan(context: Context, round_id: str, plan: PipelinePlan) -> str:
     """The plan for people: its table and its drawing, which the portal serves."""
     with context.sessions() as session:
         number = rounds.find_round(session, round_id).number
@@ -38,6 +38,6 @@ def plan_text(context: Context, round_id: str, plan: PipelinePlan) -> str:
     return f"```text\n{format_plan_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
 
 
-def decision_text(decision: dict[str, Any]) -> str:
+def format_decision(decision: dict[str, Any]) -> str:
     reasons = "; ".join(decision["reasons"]) or "nothing speaks against it"
     return f"**v{decision['candidate']}** {'promoted' if decision['promote'] else 'not promoted'}: {reasons}"

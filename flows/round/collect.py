@@ -15,7 +15,7 @@ from yuan.data.judge import AnswerJudge
 log = logging.getLogger(__name__)
 
 # Half of the reports test only, so that a hundred of them still give a rate with a useful interval.
-HELD_OUT_REPORTS = 0.5
+HELD_OUT_REPORT_SHARE = 0.5
 REVIEWER = "reproduction"  # who accepts: what the champion fails at is accepted, and nobody else decides yet
 
 
@@ -57,7 +57,7 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
     return len(waiting) - failed, failed
 
 
-def take_up(context: Context, limit: int) -> dict[str, int]:
+def process_waiting_reports(context: Context, limit: int) -> dict[str, int]:
     """Between rounds: screen what arrived, ask the champion again about `limit` reports at most, and review.
 
     While a round is running nothing is accepted: a new held-out case could lie in its frozen mixture already.
@@ -99,12 +99,12 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
 
 def _review(context: Context, cut_off: datetime, subject: str) -> dict[str, int]:
     with context.sessions.begin() as session:
-        counts = reports.review_reports(session, cut_off, context.salt, HELD_OUT_REPORTS)
+        counts = reports.review_reports(session, cut_off, context.salt, HELD_OUT_REPORT_SHARE)
         audit(session, REVIEWER, "reviewed", subject, **counts)
     return counts
 
 
-def snapshot(context: Context, round_id: str) -> str:
+def freeze_snapshot(context: Context, round_id: str) -> str:
     """Freeze the round's mixture and return its id."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "snapshot", context.attempt)

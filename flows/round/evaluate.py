@@ -10,7 +10,7 @@ from typing import Any
 
 from feedback import promotion, rounds
 from flows.context import Context
-from flows.round.versions import copy_export, copy_lost, scratch_folder
+from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
 from infra.confinement import Confinement, build_confined_environment, find_accelerator_files
 from infra.files import read_regular, read_tail
 from infra.keeper import STACK_ID_VARIABLE
@@ -21,12 +21,14 @@ from infra.tracker import VersionLost
 
 log = logging.getLogger(__name__)
 
-LOG, LOG_END_BYTES = "eval.log", 2000
-EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
-MAX_RESULT_BYTES = 1 << 20  # of a case, on average: an answer has at most as many tokens as the expected one, and some
+EVAL_LOG_FILE, EVAL_LOG_TAIL_BYTES = "eval.log", 2000
+MAX_EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
+MAX_RESULT_BYTES_PER_CASE = (
+    1 << 20
+)  # of a case, on average: an answer has at most as many tokens as the expected one, and some
 
 
-def register(context: Context, round_id: str) -> int:
+def register_version(context: Context, round_id: str) -> int:
     """Register the exported folder as a new version; the same run keeps its version."""
     with context.sessions() as session:
         run = rounds.get_or_create_training_run(session, round_id)
@@ -34,7 +36,7 @@ def register(context: Context, round_id: str) -> int:
         known = rounds.find_version_of_run(session, run_id)
     tags = {"cotrain.round": round_id, "cotrain.run": run_id}
     # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
-    with scratch_folder(context.runs / f".register-{run_id}") as scratch:
+    with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)
         version = context.tracker.register(mlflow_run, scratch, tags, known.version if known else None)
     context.tracker.end_run(mlflow_run)
@@ -90,10 +92,12 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         shutil.rmtree(left)  # of an evaluation that failed, kept for its log
     folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
     try:
-        model = str(copy_lost(context, version, folder)) if is_lost else f"v{version}"
-        results = _answer(context, folder, model, cases)
+        model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
+        results = _run_evaluation(context, folder, model, cases)
     except RuntimeError as error:
-        where = f"ends with: {_end_of(folder / LOG)}" if place is None else f"is {folder / LOG}"
+        where = (
+            f"ends with: {_read_log_tail(folder / EVAL_LOG_FILE)}" if place is None else f"is {folder / EVAL_LOG_FILE}"
+        )
         raise RuntimeError(f"{error}; its log {where}") from None
     finally:
         if place is None:
@@ -106,15 +110,15 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
     return {"cases": len(results), "failed": failed}
 
 
-def _end_of(log_file: Path) -> str:
+def _read_log_tail(log_file: Path) -> str:
     """Return the last lines of an evaluation's log; nothing if it cannot be read."""
     try:
-        return " / ".join(read_tail(log_file, LOG_END_BYTES).strip().split("\n")[-3:])
+        return " / ".join(read_tail(log_file, EVAL_LOG_TAIL_BYTES).strip().split("\n")[-3:])
     except OSError:
         return ""
 
 
-def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run the evaluation in a process of its own, which has torch and can be killed.
 
     It fetches a version, such as v7, by itself with the account that only reads, or takes a model folder; it reaches
@@ -124,14 +128,14 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
         RuntimeError: if it fails, or leaves no file of results; its log may hold text of the cases.
     """
     asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
-    log_file = folder / LOG
+    log_file = folder / EVAL_LOG_FILE
     asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
     confinement = Confinement(read=(Path(model),), write=(folder, *find_accelerator_files()), signal="SIGKILL")
     command = confinement.command(
         sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(asked), str(answered)
     )
-    for _ in range(EVAL_ATTEMPTS):
-        with run_child(command, folder, _evaluation_environment(context, folder), log_file.name) as process:
+    for _ in range(MAX_EVAL_ATTEMPTS):
+        with run_child(command, folder, _build_evaluation_environment(context, folder), log_file.name) as process:
             status = process.wait()
         if status == 0:
             break
@@ -139,13 +143,13 @@ def _answer(context: Context, folder: Path, model: str, cases: list[dict[str, An
     else:
         raise RuntimeError(f"evaluation ended with status {status}")
     try:
-        text = read_regular(answered, MAX_RESULT_BYTES * len(cases))
+        text = read_regular(answered, MAX_RESULT_BYTES_PER_CASE * len(cases))
     except OSError as error:
         raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def _evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
+def _build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
     """Build what an evaluation needs: the address of the tracker and the account that only reads."""
     settings = context.settings
     return build_confined_environment(

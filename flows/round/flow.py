@@ -15,21 +15,21 @@ from flows.registry import ReproduceForm, RoundForm
 from flows.round import collect as collecting
 from flows.round import evaluate as evaluation
 from flows.round import prepare_run, promote
-from flows.round.artifacts import decision_text, gate_rows, plan_text, show_table
-from flows.round.progress import RunCancelled, progress_reporter
-from flows.round.tasks import Hopeless, step, without_text
+from flows.round.artifacts import build_gate_rows, format_decision, format_plan, publish_table
+from flows.round.progress import RunCancelled, make_progress_callback
+from flows.round.tasks import StepUnrecoverable, hide_error_text, make_step
 from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
 
-take_up = step(collecting.take_up, "take up")
-collect = step(collecting.collect, "collect")
-snapshot = step(collecting.snapshot, "snapshot")
-lay_out = step(prepare_run.lay_out, "plan")
-train = step(supervisor.train, "train")
-register = step(evaluation.register, "register")
-evaluate = step(evaluation.evaluate, "evaluate")
-decide = step(promote.decide, "decide")
-tell = step(promote.tell, "tell")
+process_waiting_reports = make_step(collecting.process_waiting_reports, "take up")
+collect = make_step(collecting.collect, "collect")
+freeze_snapshot = make_step(collecting.freeze_snapshot, "snapshot")
+prepare_run_folder = make_step(prepare_run.prepare_run_folder, "plan")
+train = make_step(supervisor.train, "train")
+register_version = make_step(evaluation.register_version, "register")
+evaluate = make_step(evaluation.evaluate, "evaluate")
+decide = make_step(promote.decide, "decide")
+publish_outcome = make_step(promote.publish_outcome, "tell")
 
 
 @flow(
@@ -43,20 +43,20 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
     round_id = form.round_id
     if round_id is None:
         # The dispatcher starts every requested round under a key of its own; this run only filed the request.
-        return f"requested round {request(context, form.round_parameters())}"
+        return f"requested round {request_round(context, form.round_parameters())}"
     with context.sessions() as session:
         attempt = rounds.find_round(session, round_id).attempt
     try:
         # An earlier attempt may be leaving still; two of them must not write the same files.
-        with without_text("the round"), hold_file_lock(context.lock_of(round_id)):
+        with hide_error_text("the round"), hold_file_lock(context.get_round_lock(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundOwnershipLost as ended:
         return str(ended)
     except RunCancelled as cancelled:
-        fail(context, round_id, str(cancelled), state="cancelled")
+        fail_round(context, round_id, str(cancelled), state="cancelled")
         return Cancelled(message=str(cancelled))
-    except Hopeless as error:
-        fail(context, round_id, str(error))
+    except StepUnrecoverable as error:
+        fail_round(context, round_id, str(error))
         raise
 
 
@@ -67,30 +67,30 @@ def run_steps(context: Context, round_id: str) -> str:
         RoundEnded: if the round has ended, or a later attempt works on it.
     """
     collected = collect(context, round_id)
-    show_table("collected", [collected])
-    snapshot(context, round_id)
-    plan = lay_out(context, round_id)
+    publish_table("collected", [collected])
+    freeze_snapshot(context, round_id)
+    plan = prepare_run_folder(context, round_id)
     stages = enumerate(plan.stages)
-    show_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in stages])
-    create_markdown_artifact(key="plan-explained", markdown=plan_text(context, round_id, plan))
-    train(context, round_id, progress_reporter())
-    register(context, round_id)
-    show_table("evaluated", evaluate(context, round_id))
+    publish_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in stages])
+    create_markdown_artifact(key="plan-explained", markdown=format_plan(context, round_id, plan))
+    train(context, round_id, make_progress_callback())
+    register_version(context, round_id)
+    publish_table("evaluated", evaluate(context, round_id))
     decision = decide(context, round_id)
-    show_table("gate", gate_rows(decision))
-    create_markdown_artifact(key="decision", markdown=decision_text(decision))
-    tell(context)
+    publish_table("gate", build_gate_rows(decision))
+    create_markdown_artifact(key="decision", markdown=format_decision(decision))
+    publish_outcome(context)
     with context.sessions() as session:
         return rounds.find_round(session, round_id).state
 
 
-def request(context: Context, parameters: RoundParameters) -> str:
+def request_round(context: Context, parameters: RoundParameters) -> str:
     """File the row that pressing Run stands for."""
     with context.sessions.begin() as session:
         return rounds.request_round(session, "prefect", parameters, new_id()).id
 
 
-def fail(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
+def fail_round(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
     """End the round without a version, with the reason on its page."""
     with context.sessions.begin() as session:
         rounds.finish_round(session, round_id, state, reason[:2000])
@@ -103,6 +103,6 @@ def fail(context: Context, round_id: str, reason: str, state: str = "failed") ->
 )
 def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
     """Take up the reports that wait; the dispatcher starts this when some do."""
-    counts: dict[str, int] = take_up(open_context(), form.limit)
-    show_table("taken-up", [counts])
+    counts: dict[str, int] = process_waiting_reports(open_context(), form.limit)
+    publish_table("taken-up", [counts])
     return counts

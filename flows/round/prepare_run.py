@@ -11,8 +11,8 @@ from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
 from feedback.items import describe_item_error
 from flows.context import Context
-from flows.round.versions import fetch
-from flows.supervisor.pool_launcher import limits_on, pool_of
+from flows.round.versions import fetch_version
+from flows.supervisor.pool_launcher import load_configured_pool, make_plan_limits
 from infra.error_text import SafeMessageError
 from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
@@ -27,11 +27,11 @@ from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
 
-SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 128, 2, 8
-VOCAB_LIMIT, VOCAB_MULTIPLE = 1024, 64
+ROUND_SEQ_LEN, ROUND_MICRO_BATCH_SIZE, ROUND_GLOBAL_BATCH_SIZE = 128, 2, 8
+MAX_ROUND_VOCAB_SIZE, MODEL_VOCAB_MULTIPLE = 1024, 64
 
 
-def lay_out(context: Context, round_id: str) -> PipelinePlan:
+def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "plan", context.attempt)
@@ -49,11 +49,11 @@ def lay_out(context: Context, round_id: str) -> PipelinePlan:
             f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
         )
     parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}")))
-    model, tokenizer = _model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
+    model, tokenizer = _prepare_model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
     tokenizer.save(folder.path)
-    recipe = _recipe(parameters)
-    pool = pool_of(context.settings)
-    plan = make_plan(Workload.from_recipe(model, recipe), pool, limits_on(pool, recipe))
+    recipe = _build_recipe(parameters)
+    pool = load_configured_pool(context.settings)
+    plan = make_plan(Workload.from_recipe(model, recipe), pool, make_plan_limits(pool, recipe))
     with context.sessions.begin() as session:
         plan = PipelinePlan.from_json(rounds.get_or_store_plan(session, round_id, plan.to_json()))
     spec = RunSpec(
@@ -70,8 +70,10 @@ def lay_out(context: Context, round_id: str) -> PipelinePlan:
     context.objects.put(rounds.make_plan_picture_key(run_id), picture.encode())
     weights = RoundParameters.model_validate(parameters).weights
     left_out: dict[str, str] = {}
-    sources = _sources(parsed, parts, tokenizer, spec.seed, left_out)
-    shares = None if weights is None else _shares({str(name): share for name, share in weights.items()}, sources)
+    sources = _build_sources(parsed, parts, tokenizer, spec.seed, left_out)
+    shares = (
+        None if weights is None else _select_weights({str(name): share for name, share in weights.items()}, sources)
+    )
     folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, {"plan": len(left_out)})
@@ -85,7 +87,7 @@ class WeightMissing(SafeMessageError, ValueError):
     """A round's weights leave out a part that has rows."""
 
 
-def _shares(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+def _select_weights(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
     """Return the weights of the parts that have rows; those of others count for nothing.
 
     Raises:
@@ -97,7 +99,7 @@ def _shares(weights: Mapping[str, float], sources: Collection[str]) -> dict[str,
     return {name: weights[name] for name in sources}
 
 
-def _sources(
+def _build_sources(
     parsed: Sequence[Row | BadRow],
     parts: dict[str, int],
     tokenizer: tokenizers.Tokenizer,
@@ -117,11 +119,11 @@ def _sources(
         start += count
         random.Random(f"{seed} {name}").shuffle(own)
         if own:
-            sources[name] = _encoded(own, tokenizer, left_out)
+            sources[name] = _encode_rows(own, tokenizer, left_out)
     return sources
 
 
-def _encoded(
+def _encode_rows(
     rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, left_out: dict[str, str]
 ) -> Iterator[Sample]:
     for row in rows:
@@ -138,36 +140,36 @@ def _encoded(
             yield sample
 
 
-def _model(
+def _prepare_model(
     context: Context, folder: RunFolder, parent: int | None, rows: list[Row]
 ) -> tuple[ModelConfig, tokenizers.Tokenizer]:
     """The parent's shape and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
     if parent is not None:
-        made = fetch(context, parent, folder.path / ".download")
+        made = fetch_version(context, parent, folder.path / ".download")
         made.rename(folder.parent)
         shutil.rmtree(folder.path / ".download")
         config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))
         return config, tokenizers.load(folder.parent)
-    tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=VOCAB_LIMIT)
-    padded = -(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=MAX_ROUND_VOCAB_SIZE)
+    padded = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
     return tiny(padded), tokenizer
 
 
-def _precision(asked: Literal["auto", "bf16", "fp32"]) -> Precision:
+def _choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> Precision:
     if asked == "auto":
         return "bf16" if has_fast_bf16() else "fp32"
     return asked
 
 
-def _recipe(parameters: dict[str, Any]) -> Recipe:
+def _build_recipe(parameters: dict[str, Any]) -> Recipe:
     asked = RoundParameters.model_validate(parameters)
     return Recipe(
         max_steps=asked.max_steps,
         learning_rate=asked.learning_rate,
-        seq_len=SEQ_LEN,
-        micro_batch_size=MICRO_BATCH,
-        global_batch_size=GLOBAL_BATCH,
+        seq_len=ROUND_SEQ_LEN,
+        micro_batch_size=ROUND_MICRO_BATCH_SIZE,
+        global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
         warmup_steps=min(20, asked.max_steps - 1),
-        precision=_precision(asked.precision),
+        precision=_choose_precision(asked.precision),
         checkpoint_every=asked.checkpoint_every,
     )

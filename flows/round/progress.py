@@ -7,17 +7,17 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from flows.supervisor.run_reporter import Progress
-from flows.supervisor.status_line import described
+from flows.supervisor.run_reporter import ProgressCallback
+from flows.supervisor.status_line import describe_status
 
-ASK_EVERY_S = 5.0
+CANCEL_POLL_S = 5.0
 
 
 class RunCancelled(Exception):
     """An operator cancelled the flow run in Prefect."""
 
 
-def progress_reporter() -> Progress:
+def make_progress_callback() -> ProgressCallback:
     """A function that shows a run's status as a progress artifact, and leaves when the flow run is being cancelled.
 
     A worker that lost touch with the server, or died, never tells its flow; so the flow asks.
@@ -29,21 +29,21 @@ def progress_reporter() -> Progress:
     asked = [0.0]
 
     def show(status: dict[str, Any]) -> None:
-        if time.monotonic() - asked[0] > ASK_EVERY_S:
+        if time.monotonic() - asked[0] > CANCEL_POLL_S:
             asked[0] = time.monotonic()
-            leave_if_cancelled()
+            raise_if_cancelled()
         if not status:
             return
         percent = 100.0 * status["step"] / status["max_steps"]
         if artifact:
-            update_progress_artifact(artifact[0], percent, description=described(status))
+            update_progress_artifact(artifact[0], percent, description=describe_status(status))
         else:
-            artifact.append(create_progress_artifact(percent, key="training", description=described(status)))
+            artifact.append(create_progress_artifact(percent, key="training", description=describe_status(status)))
 
     return show
 
 
-def leave_if_cancelled() -> None:
+def raise_if_cancelled() -> None:
     """Ask the server how it sees this flow run; outside of one, nothing is asked.
 
     Raises:

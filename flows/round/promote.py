@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from feedback import gate, promotion, rounds
-from flows.context import Context, Records
+from flows.context import Context, RecordsContext
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
     return decision
 
 
-def tell(context: Records) -> int:
+def publish_outcome(context: RecordsContext) -> int:
     """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
     with context.sessions.begin() as session:
         delivered = promotion.mark_notices_delivered(session)

@@ -27,16 +27,16 @@ class StepFailed(Exception):
     """A step could not be done; another attempt at the round may."""
 
 
-class ServerAway(StepFailed):
+class ServerUnavailable(StepFailed):
     """A network or a restarting server kept a step from being done; it is worth another try at once."""
 
 
-class Hopeless(StepFailed):
+class StepUnrecoverable(StepFailed):
     """A step cannot be done, however often it is tried."""
 
 
 @contextlib.contextmanager
-def without_text(name: str) -> Iterator[None]:
+def hide_error_text(name: str) -> Iterator[None]:
     """Let nothing out of the block but errors that Prefect may show; where it happened is logged.
 
     Raises:
@@ -48,41 +48,45 @@ def without_text(name: str) -> Iterator[None]:
     except (StepFailed, RoundOwnershipLost, RunCancelled):
         raise
     except Exception as error:
-        if is_worth_a_retry(error):
+        if is_retryable(error):
             log.warning("%s: a server does not answer: %s", name, describe_error(error))
-            raise ServerAway(describe_error(error)) from None
+            raise ServerUnavailable(describe_error(error)) from None
         log.error("%s failed: %s", name, format_redacted_traceback(error))
-        kind = Hopeless if isinstance(error, (ValueError, RuntimeError)) else StepFailed
+        kind = StepUnrecoverable if isinstance(error, (ValueError, RuntimeError)) else StepFailed
         raise kind(describe_error(error)) from None
 
 
-def is_worth_a_retry(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Whether a network or a restarting server failed; what a server refuses, it refuses again."""
     if isinstance(error, MlflowException):  # its client says 500 for a server that it does not reach
         return bool(error.get_http_status_code() >= 500)
     return is_transient_error(error)
 
 
-def is_io(task_: Any, run: TaskRun, state: State[Any]) -> bool:
+def is_server_unavailable(task_: Any, run: TaskRun, state: State[Any]) -> bool:
     """Whether a step's task failed for want of a server."""
     try:
         state.result()
-    except ServerAway:
+    except ServerUnavailable:
         return True
     except Exception:  # any other error is ours and comes back the same
         return False
     return False
 
 
-def step(function: Callable[..., Any], name: str) -> Any:
+def make_step(function: Callable[..., Any], name: str) -> Any:
     """Make a task of a step: never cached, repeated on I/O errors only, its errors without anybody's text."""
 
     @functools.wraps(function)
     def quiet(*args: Any, **kwargs: Any) -> Any:
-        with without_text(name):
+        with hide_error_text(name):
             return function(*args, **kwargs)
 
     made = task(
-        name=name, cache_policy=NO_CACHE, retries=6, retry_delay_seconds=[1, 2, 4, 8, 15, 30], retry_condition_fn=is_io
+        name=name,
+        cache_policy=NO_CACHE,
+        retries=6,
+        retry_delay_seconds=[1, 2, 4, 8, 15, 30],
+        retry_condition_fn=is_server_unavailable,
     )
     return made(quiet)

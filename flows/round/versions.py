@@ -18,7 +18,7 @@ from yuan.train.run_files import open_file, read_file
 
 log = logging.getLogger(__name__)
 
-FETCHED = ("serve", "generate")  # folders of copies: the model server's, and the command line's
+VERSION_COPY_FOLDERS = ("serve", "generate")  # folders of copies: the model server's, and the command line's
 
 
 def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
@@ -45,7 +45,7 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
         rounds.lock_registrations(session)
         known = rounds.identify_version(session, manifest, wanted, folder.parent.name)
         mlflow_run = str(rounds.get_or_create_training_run(session, known.round_id).mlflow_run_id)
-        differing = differences(manifest, known.manifest)
+        differing = describe_manifest_differences(manifest, known.manifest)
         if differing:
             raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
         is_there = context.tracker.has_version(known.version)
@@ -54,8 +54,8 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
         ):
             return known.version, False
         tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
-        with scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
-            copy_recorded(folder, scratch, known.manifest)
+        with make_scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
+            copy_manifest_files(folder, scratch, known.manifest)
             if is_there:
                 context.tracker.upload_version(known.version, scratch)
             else:
@@ -64,7 +64,7 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     return known.version, True
 
 
-def require(context: Context, version: int) -> None:
+def require_registered(context: Context, version: int) -> None:
     """Check that a version can be fetched from the registry.
 
     Raises:
@@ -76,7 +76,7 @@ def require(context: Context, version: int) -> None:
     context.tracker.require_version(version)
 
 
-def fetch(context: Context, version: int, target: Path) -> Path:
+def fetch_version(context: Context, version: int, target: Path) -> Path:
     """Fetch a version's model folder; one that the registry has lost is copied from its run's export.
 
     Args:
@@ -88,10 +88,10 @@ def fetch(context: Context, version: int, target: Path) -> Path:
     try:
         return context.tracker.download(version, target)
     except VersionLost:
-        return copy_lost(context, version, target)
+        return copy_lost_version(context, version, target)
 
 
-def copy_lost(context: Context, version: int, target: Path) -> Path:
+def copy_lost_version(context: Context, version: int, target: Path) -> Path:
     """Copy a version that the registry has lost from its run's export, every byte of it checked.
 
     Raises:
@@ -100,11 +100,11 @@ def copy_lost(context: Context, version: int, target: Path) -> Path:
     with context.sessions() as session:
         known = rounds.find_version(session, version)
         session.expunge(known)
-    how, copy = how_to_register(context.settings.home, version, known.run_id), target / "model"
+    how, copy = describe_registration(context.settings.home, version, known.run_id), target / "model"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        copy_recorded(context.runs / known.run_id / "export", copy, known.manifest)
+        copy_manifest_files(context.runs / known.run_id / "export", copy, known.manifest)
     except ValueError as error:
         log.warning("v%d is gone from the registry, and its run's export is of no use: %s", version, error)
         raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
@@ -113,7 +113,7 @@ def copy_lost(context: Context, version: int, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
+def make_scratch_folder(folder: Path) -> Iterator[Path]:
     """Make a folder for a copy of weights, on the disk of the home folder and gone afterwards.
 
     Its name is fixed, so that the next attempt removes what one that was killed has left.
@@ -134,13 +134,13 @@ def copy_export(run: Path, target: Path) -> dict[str, Any]:
     """
     try:
         manifest = dict(json.loads(read_file(run, "export/manifest.json")))
-        copy_recorded(run / "export", target, manifest)
+        copy_manifest_files(run / "export", target, manifest)
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights of {run} cannot be registered: {error}") from None
     return manifest
 
 
-def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
+def copy_manifest_files(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
     """Copy what a recorded manifest names out of a folder that services write, and nothing else.
 
     Whoever reads the registry reads what is copied, so no link is followed, not even one in the folder's place, and
@@ -165,10 +165,10 @@ def copy_recorded(folder: Path, target: Path, recorded: Mapping[str, Any]) -> No
     (target / "manifest.json").write_text(json.dumps(recorded))
 
 
-def how_to_register(home: Path, version: int, run_id: str) -> str:
+def describe_registration(home: Path, version: int, run_id: str) -> str:
     """Describe the command that brings a lost version back, from what copies there are."""
     run = home / "runs" / run_id
-    places = (run / "export", *(home / name / f"v{version}" / "model" for name in FETCHED))
+    places = (run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS))
     copies = [place / "manifest.json" for place in places]
     for manifest in copies:
         if manifest.exists():
@@ -184,10 +184,11 @@ def how_to_register(home: Path, version: int, run_id: str) -> str:
     )
 
 
-def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+def describe_manifest_differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
     """What differs between two manifests, in words; empty if nothing does.
 
-    >>> differences({"files": {"a": "1", "b": "2"}, "step": 5}, {"files": {"a": "1", "b": "3"}, "step": 6})
+    >>> recorded = {"files": {"a": "1", "b": "3"}, "step": 6}
+    >>> describe_manifest_differences({"files": {"a": "1", "b": "2"}, "step": 5}, recorded)
     'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
     """
     files, others = (dict(part) for part in (found["files"], recorded["files"]))

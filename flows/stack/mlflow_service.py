@@ -17,13 +17,13 @@ from infra.postgres import Postgres
 from infra.settings import NO_TELEMETRY_VARIABLES, Settings
 from infra.throttle import compute_credential_digest
 
-READING_ACCOUNTS = {
+READ_ONLY_ACCOUNT_SECRETS = {
     CONSUMER_ACCOUNT: "mlflow_consumer",
     READER_ACCOUNT: "mlflow_reader",
 }  # with the names of their secrets
 
 
-def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
+def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     """Describe the server behind its gate, on databases and a bucket of its own."""
     work, configuration = home / "mlflow", home / "settings" / "mlflow.ini"
     password = config.secrets["mlflow"]
@@ -60,7 +60,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     def after() -> None:
         from infra.tracker import Tracker
 
-        Tracker(settings).set_up({name: config.secrets[secret] for name, secret in READING_ACCOUNTS.items()})
+        Tracker(settings).set_up({name: config.secrets[secret] for name, secret in READ_ONLY_ACCOUNT_SECRETS.items()})
 
     command = ["mlflow", "server", "--app-name", "cotrain", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(config.ports["mlflow"]), "--artifacts-destination", "s3://mlflow", "--serve-artifacts"]
@@ -70,7 +70,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     return ManagedService(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),
-        env=_mlflow_environment(work, configuration, settings, config, database("mlflow")),
+        env=_build_mlflow_environment(work, configuration, settings, config, database("mlflow")),
         cwd=work,
         before=before,
         check=check,
@@ -81,7 +81,7 @@ def mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres
     )
 
 
-def _mlflow_environment(
+def _build_mlflow_environment(
     work: Path, configuration: Path, settings: Settings, config: StackConfig, database_url: str
 ) -> dict[str, str]:
     """Build what the server needs; passwords travel here, since a command line is public."""
@@ -103,7 +103,7 @@ def _mlflow_environment(
         "FORWARDED_ALLOW_IPS": "",  # uvicorn would believe X-Forwarded-For from loopback
         DIGESTS_VARIABLE: " ".join(
             compute_credential_digest(name, config.secrets[secret])
-            for name, secret in {settings.mlflow_username: "mlflow", **READING_ACCOUNTS}.items()
+            for name, secret in {settings.mlflow_username: "mlflow", **READ_ONLY_ACCOUNT_SECRETS}.items()
         ),
         # Without workspaces every account may make experiments and models of its own.
         "MLFLOW_ENABLE_WORKSPACES": "true",

@@ -12,9 +12,9 @@ import httpx
 from sqlalchemy.exc import OperationalError
 
 from feedback.health import PlatformFacts
-from flows.duties import Standing, read_standings, standings_file
-from flows.round.versions import how_to_register
-from flows.stack.probing import Finding, Last, Probe, at, now, together
+from flows.duties import DutyStatus, get_duty_status_file, read_duty_statuses
+from flows.round.versions import describe_registration
+from flows.stack.probing import Finding, LastSuccess, Probe, convert_timestamp, get_utc_now, run_probes
 from infra.confinement import parse_port
 from infra.keeper import read_stack_state
 from infra.listeners import describe_callers
@@ -24,17 +24,17 @@ from infra.settings import FlowSettings
 if TYPE_CHECKING:
     from flows.context import Context
 
-LIMIT_S = 8.0
+PROBE_TIMEOUT_S = 8.0
 # What is right again by itself within this time is no fault.
-SETTLED_S, LATE_S, REPORTS_LATE_S = 30.0, 60.0, 600.0
-POOL, REPRODUCE = "cotrain", "cotrain-reproduce"
+PROMOTION_SETTLE_S, LATE_AFTER_S, REPORTS_LATE_AFTER_S = 30.0, 60.0, 600.0
+WORK_POOL_NAME, REPRODUCE_FLOW = "cotrain", "cotrain-reproduce"
 # By the server that it needs most.
-DUTY_OF = {
+DUTY_BY_SERVER = {
     "postgres": "keep the round going",
     "prefect": "register deployments",
     "mlflow": "make aliases follow",
 }
-DUTY_MENDS = {
+DUTY_FIXES = {
     "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
     "register deployments": "see `cotrain logs prefect`",
     "end lost flow runs": "see `cotrain logs prefect`",
@@ -44,7 +44,7 @@ DUTY_MENDS = {
 }
 
 
-def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
+def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[Finding]:
     """Run every probe; a server that hangs costs its own finding, never the others.
 
     Without PostgreSQL, what has to be compared with the records is left out.
@@ -66,76 +66,80 @@ def examine(context: "Context", limit_s: float = LIMIT_S) -> list[Finding]:
             return [
                 Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
             ]
-        return [Finding("the records", now())]
+        return [Finding("the records", get_utc_now())]
 
-    found = together([Probe("postgres", "the records", read, last_known(settings.home, "postgres", None))], limit_s / 2)
+    found = run_probes(
+        [Probe("postgres", "the records", read, find_last_success(settings.home, "postgres", None))], limit_s / 2
+    )
     known = gathered[0] if gathered else None
 
     def probe(server: str, what: str, ask: Callable[[], list[Finding]]) -> Probe:
-        return Probe(server, what, ask, last_known(settings.home, server, known))
+        return Probe(server, what, ask, find_last_success(settings.home, server, known))
 
     probes = [
-        probe("portal", "the portal", lambda: portal(settings)),
-        probe("s3", "an object put and read", lambda: objects(settings)),
-        probe("prefect", "a flow run that starts", lambda: flow_runs(settings)),
+        probe("portal", "the portal", lambda: probe_portal(settings)),
+        probe("s3", "an object put and read", lambda: probe_objects(settings)),
+        probe("prefect", "a flow run that starts", lambda: probe_flow_runs(settings)),
     ]
     if known is not None:
         facts = known
         probes += [
-            probe("model-server", "an answer from the model", lambda: model(settings, facts)),
-            probe("mlflow", "an alias that follows", lambda: registry(context, facts)),
-            probe("prefect", "the running round", lambda: running_round(settings, facts)),
-            probe("prefect", "the last taking up of reports", lambda: last_reproduction(settings, facts)),
+            probe("model-server", "an answer from the model", lambda: probe_model(settings, facts)),
+            probe("mlflow", "an alias that follows", lambda: probe_registry(context, facts)),
+            probe("prefect", "the running round", lambda: probe_running_round(settings, facts)),
+            probe("prefect", "the last taking up of reports", lambda: probe_last_reproduction(settings, facts)),
         ]
-        found += [reports(facts), notices(facts)]
-    return found + together(probes, limit_s) + duties(settings.home)
+        found += [check_waiting_reports(facts), check_waiting_notices(facts)]
+    return found + run_probes(probes, limit_s) + find_failing_duties(settings.home)
 
 
-def last_known(home: Path, server: str, facts: PlatformFacts | None) -> Last:
+def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> LastSuccess:
     """When a server is known to have answered last: by the records, the dispatcher's duties, or the keeper.
 
     The keeper knows since when it is ready, and it may have answered at any time after that.
     """
     ready_at = read_stack_state(home).get("services", {}).get(server, {}).get("ready_at")
-    ready = Last(at(ready_at), or_later=True) if ready_at else Last()
-    duty = read_standings(standings_file(home)).get(DUTY_OF.get(server, ""), Standing())
+    ready = LastSuccess(convert_timestamp(ready_at), or_later=True) if ready_at else LastSuccess()
+    duty = read_duty_statuses(get_duty_status_file(home)).get(DUTY_BY_SERVER.get(server, ""), DutyStatus())
     recorded = (facts.last_answer, facts.last_upload) if facts else (None, None)
     answered = {"portal": recorded, "model-server": recorded[:1], "s3": recorded[1:]}.get(server, ())
-    seen = max((one for one in (moment(duty), *answered) if one), default=None)
-    return ready if seen is None or (ready.at is not None and ready.at > seen) else Last(seen)
+    seen = max((one for one in (get_last_success(duty), *answered) if one), default=None)
+    return ready if seen is None or (ready.at is not None and ready.at > seen) else LastSuccess(seen)
 
 
-def portal(settings: FlowSettings) -> list[Finding]:
+def probe_portal(settings: FlowSettings) -> list[Finding]:
     """The portal and its database answer."""
-    httpx.get(f"{settings.portal_url}/health", timeout=LIMIT_S).raise_for_status()
-    return [Finding("the portal", now())]
+    httpx.get(f"{settings.portal_url}/health", timeout=PROBE_TIMEOUT_S).raise_for_status()
+    return [Finding("the portal", get_utc_now())]
 
 
-def objects(settings: FlowSettings) -> list[Finding]:
+def probe_objects(settings: FlowSettings) -> list[Finding]:
     """An object can be put and read back."""
     open_object_store(settings, attempts=1).check()
-    return [Finding("an object put and read", now())]
+    return [Finding("an object put and read", get_utc_now())]
 
 
-def model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
+def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The champion answers with one token."""
     what, mend = "an answer from the model", "see `cotrain logs model-server`"
     if facts.champion is None:
         return [Finding(what)]
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     body = {"model": "yuan", "prompt": "1", "max_tokens": 1, "temperature": 0}
-    answer = httpx.post(f"{settings.model_server_url}/v1/completions", json=body, headers=headers, timeout=LIMIT_S)
+    answer = httpx.post(
+        f"{settings.model_server_url}/v1/completions", json=body, headers=headers, timeout=PROBE_TIMEOUT_S
+    )
     if not answer.is_success:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
         return [Finding(what, facts.last_answer, fault, mend)]
     served = answer.json()["model"]
-    if served != f"yuan-v{facts.champion}" and age_s(facts.promoted_at) > SETTLED_S:
+    if served != f"yuan-v{facts.champion}" and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
         fault = f"{served} answers, and the champion is v{facts.champion}"
         return [Finding(what, facts.last_answer, fault, f"see that the alias follows; else {mend}")]
-    return [Finding(what, now())]
+    return [Finding(what, get_utc_now())]
 
 
-def registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
+def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
     """The registry has the champion and the version before it, and its alias points where it should."""
     what, found = "an alias that follows", []
     with context.tracker.use_short_timeout():
@@ -144,19 +148,21 @@ def registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
         missing = {
             one: context.tracker.find_missing_files(one, facts.files[one]) for one in facts.lineage if one not in lost
         }
-    last = moment(read_standings(standings_file(context.settings.home)).get("make aliases follow", Standing()))
+    last = get_last_success(
+        read_duty_statuses(get_duty_status_file(context.settings.home)).get("make aliases follow", DutyStatus())
+    )
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
-        mend = how_to_register(context.settings.home, version, facts.lineage[version])
+        mend = describe_registration(context.settings.home, version, facts.lineage[version])
         # While the alias followed, the champion was there; of the version before only its promotion is known.
         seen = last if version == facts.champion else facts.promoted_at
         found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
     for version, names in missing.items():
         if names:
             fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
-            mend = how_to_register(context.settings.home, version, facts.lineage[version])
+            mend = describe_registration(context.settings.home, version, facts.lineage[version])
             found.append(Finding(f"the files of v{version}", facts.promoted_at, fault, mend))
-    is_due = age_s(facts.promoted_at) > SETTLED_S or last is None
+    is_due = compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S or last is None
     if facts.champion is None:
         return [Finding(what)]
     if aliases.get("champion") != facts.champion and is_due:
@@ -166,16 +172,16 @@ def registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
             "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
         )
         return [*found, Finding(what, last, fault, mend)]
-    return [*found, Finding(what, last or now())]
+    return [*found, Finding(what, last or get_utc_now())]
 
 
-def flow_runs(settings: FlowSettings) -> list[Finding]:
+def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
     """Prefect has its database, a worker and deployments that are not paused, and starts what is due."""
     what, found = "a flow run that starts", []
-    with prefect(settings) as http:
+    with open_prefect_client(settings) as http:
         if http.get("/ready").status_code != 200:
             return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
-        last = newest(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
+        last = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
         started = datetime.fromisoformat(last["start_time"]) if last else None
         deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
         if not deployments:
@@ -185,23 +191,22 @@ def flow_runs(settings: FlowSettings) -> list[Finding]:
             if one["paused"]:
                 mend = "switch it on at its page in Prefect"
                 found.append(Finding(what, started, f"the deployment {one['name']} is paused in Prefect", mend))
-        pool = http.get(f"/work_pools/{POOL}").raise_for_status().json()
+        pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
         if pool["is_paused"]:
             mend = "switch it on at its page in Prefect"
-            found.append(Finding(what, started, f"the work pool {POOL} is paused in Prefect", mend))
+            found.append(Finding(what, started, f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend))
         if (limit := pool["concurrency_limit"]) is not None:
-            fault = (
-                f"the work pool {POOL} has a concurrency limit of {limit} in Prefect, beyond which no flow run starts"
-            )
+            where = f"the work pool {WORK_POOL_NAME} in Prefect"
+            fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
             mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
             found.append(Finding(what, started, fault, mend))
-        workers = http.post(f"/work_pools/{POOL}/workers/filter", json={}).raise_for_status().json()
+        workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
         if not any(worker["status"] == "ONLINE" for worker in workers):
             mend = "see `cotrain logs worker`"
             found.append(Finding(what, started, "no worker is online, so that no flow run starts", mend))
-        due = (now() - timedelta(seconds=LATE_S)).isoformat()
+        due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
         which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
-        if late := newest(http, which, "EXPECTED_START_TIME_DESC"):
+        if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
             since = f"{datetime.fromisoformat(late['expected_start_time']):%F %T}"
             found.append(
                 Finding(what, started, f"flow run {late['name']} waits since {since}", "see `cotrain logs worker`")
@@ -209,88 +214,96 @@ def flow_runs(settings: FlowSettings) -> list[Finding]:
     return found or [Finding(what, started)]
 
 
-def running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
+def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The running round has a flow that runs."""
     what, turn = "the running round", facts.running
     if turn is None:
         return []
     mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
-    with prefect(settings) as http:
-        run = newest(http, {"name": {"any_": [f"round-{turn.number}-attempt-{turn.attempt}"]}}, "START_TIME_DESC")
+    with open_prefect_client(settings) as http:
+        run = fetch_newest_flow_run(
+            http, {"name": {"any_": [f"round-{turn.number}-attempt-{turn.attempt}"]}}, "START_TIME_DESC"
+        )
     state = run["state"] if run else None
     if state and state["type"] == "RUNNING":
-        return [Finding(what, now())]
+        return [Finding(what, get_utc_now())]
     since = datetime.fromisoformat(state["timestamp"]) if state else turn.created_at
-    if age_s(since) < LATE_S:
+    if compute_age_s(since) < LATE_AFTER_S:
         return [Finding(what, since)]
     said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
     fault = f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}"
     return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
 
 
-def last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
+def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The last run of the flow that takes reports up did not fail while reports wait."""
     if not facts.num_reports_waiting:
         return []
     ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
-    with prefect(settings) as http:
-        run = newest(http, ended, "END_TIME_DESC", flow=REPRODUCE)
+    with open_prefect_client(settings) as http:
+        run = fetch_newest_flow_run(http, ended, "END_TIME_DESC", flow=REPRODUCE_FLOW)
     if run is None or run["state"]["type"] == "COMPLETED":
         return []
-    fault = (
-        f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE} failed: {run['state']['message']}"
-    )
+    reason = run["state"]["message"]
+    fault = f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {reason}"
     mend = "the dispatcher tries again within a minute or two; see `cotrain logs flows`"
     is_first = facts.last_reproduction is None
     return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
 
 
-def reports(facts: PlatformFacts) -> Finding:
+def check_waiting_reports(facts: PlatformFacts) -> Finding:
     """Reports do not wait for longer than a batch takes."""
     what, oldest = "a report that is reproduced", facts.oldest_report
-    if facts.champion is None or oldest is None or age_s(oldest) < REPORTS_LATE_S:
+    if facts.champion is None or oldest is None or compute_age_s(oldest) < REPORTS_LATE_AFTER_S:
         return Finding(what, facts.last_reproduction)
     fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
     mend = "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
     return Finding(what, facts.last_reproduction, fault, mend, never=facts.last_reproduction is None)
 
 
-def notices(facts: PlatformFacts) -> Finding:
+def check_waiting_notices(facts: PlatformFacts) -> Finding:
     """Notices do not wait."""
     oldest = facts.oldest_notice
-    fault = f"notices wait to be delivered since {oldest:%F %T}" if oldest and age_s(oldest) > LATE_S else None
+    fault = (
+        f"notices wait to be delivered since {oldest:%F %T}"
+        if oldest and compute_age_s(oldest) > LATE_AFTER_S
+        else None
+    )
     mend = "see `cotrain logs dispatcher`" if fault else ""
     return Finding("a notice delivered", facts.last_notice, fault, mend, never=facts.last_notice is None)
 
 
-def duties(home: Path) -> list[Finding]:
+def find_failing_duties(home: Path) -> list[Finding]:
     """The dispatcher's duties that fail."""
     return [
         Finding(
             f"the dispatcher's duty: {name}",
-            moment(standing),
-            f"the dispatcher cannot {name}, since {at(standing.failing_since):%F %T}, {standing.failures} times: "
+            get_last_success(standing),
+            f"the dispatcher cannot {name}, since {convert_timestamp(standing.failing_since):%F %T}, "
+            f"{standing.failures} times: "
             f"{standing.error}",
-            DUTY_MENDS.get(name, "see `cotrain logs dispatcher`"),
+            DUTY_FIXES.get(name, "see `cotrain logs dispatcher`"),
             never=standing.succeeded_at is None,
         )
-        for name, standing in read_standings(standings_file(home)).items()
+        for name, standing in read_duty_statuses(get_duty_status_file(home)).items()
         if standing.failing_since is not None
     ]
 
 
-def moment(standing: Standing) -> datetime | None:
+def get_last_success(standing: DutyStatus) -> datetime | None:
     """When a duty last succeeded."""
-    return None if standing.succeeded_at is None else at(standing.succeeded_at)
+    return None if standing.succeeded_at is None else convert_timestamp(standing.succeeded_at)
 
 
-def prefect(settings: FlowSettings) -> httpx.Client:
+def open_prefect_client(settings: FlowSettings) -> httpx.Client:
     """A client of Prefect's API."""
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
-    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=LIMIT_S)
+    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=PROBE_TIMEOUT_S)
 
 
-def newest(http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None) -> dict[str, Any] | None:
+def fetch_newest_flow_run(
+    http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None
+) -> dict[str, Any] | None:
     """The first flow run that a filter finds, of any flow or of one."""
     body = {"flow_runs": which, "sort": sort, "limit": 1}
     if flow is not None:
@@ -299,6 +312,6 @@ def newest(http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | 
     return found[0] if found else None
 
 
-def age_s(moment: datetime | None) -> float:
+def compute_age_s(moment: datetime | None) -> float:
     """Seconds since a moment; none for what never was."""
-    return 0.0 if moment is None else (now() - moment).total_seconds()
+    return 0.0 if moment is None else (get_utc_now() - moment).total_seconds()

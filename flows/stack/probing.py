@@ -45,7 +45,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Last:
+class LastSuccess:
     """The last time that something is known to have gone well; `or_later` if it may have since."""
 
     at: datetime | None = None
@@ -59,7 +59,7 @@ class Probe:
     server: str
     what: str
     ask: Callable[[], Iterable[Finding]]
-    last: Last = Last()
+    last: LastSuccess = LastSuccess()
 
     def failed(self, fault: str) -> Finding:
         """Make the finding about a server that does not answer."""
@@ -67,7 +67,7 @@ class Probe:
         return Finding(self.what, self.last.at, f"{self.server} {fault}", mend, self.last.or_later)
 
 
-def together(probes: list[Probe], limit_s: float) -> list[Finding]:
+def run_probes(probes: list[Probe], limit_s: float) -> list[Finding]:
     """Run probes side by side; one that has not answered in time is a fault of its server."""
     answers: queue.Queue[tuple[int, list[Finding]]] = queue.Queue()
 
@@ -92,10 +92,10 @@ def together(probes: list[Probe], limit_s: float) -> list[Finding]:
     return [finding for number in sorted(found) for finding in found[number]]
 
 
-def now() -> datetime:
+def get_utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def at(seconds: float) -> datetime:
+def convert_timestamp(seconds: float) -> datetime:
     """Return a time in seconds since 1970 as a moment."""
     return datetime.fromtimestamp(seconds, timezone.utc)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import httpx
 
-from flows.duties import DISPATCHER_SIGN, WORKER_SIGN
-from flows.stack.mlflow_service import mlflow_service
-from flows.stack.stack_config import StackConfig, leave_blocked_ports, load_config, write_environment
-from flows.stack.stores import forget_weed_sockets, postgres_service, weed_service
-from flows.supervisor.pool_launcher import CLUSTER_VARIABLES, launcher_files, pool_of
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE
+from flows.stack.mlflow_service import make_mlflow_service
+from flows.stack.stack_config import StackConfig, load_config, replace_blocked_ports, write_environment
+from flows.stack.stores import make_postgres_service, make_weed_service, remove_weed_sockets
+from flows.supervisor.pool_launcher import CLUSTER_CONFIG_VARIABLES, find_launcher_files, load_configured_pool
 from infra.confinement import (
     SHARED_MEMORY_FOLDER,
     Confinement,
@@ -44,11 +44,11 @@ from infra.settings import (
 
 log = logging.getLogger(__name__)
 
-WORKER_SILENT_S = 120.0
-DISPATCHER_SILENT_S, DISPATCHER_HANGS_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
+WORKER_HANG_TIMEOUT_S = 120.0
+DISPATCHER_READY_TIMEOUT_S, DISPATCHER_HANG_TIMEOUT_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
 
 
-def services(home: Path, config: StackConfig, settings: Settings) -> list[ManagedService]:
+def make_services(home: Path, config: StackConfig, settings: Settings) -> list[ManagedService]:
     """The embedded stack in starting order."""
     postgres = Postgres(
         home / "pg",
@@ -58,18 +58,18 @@ def services(home: Path, config: StackConfig, settings: Settings) -> list[Manage
         tuple(config.retired.get("postgres", ())),
     )
     return [
-        postgres_service(config, settings, postgres),
-        weed_service(home, config, settings),
-        mlflow_service(home, config, settings, postgres),
-        _prefect(home, config, settings, postgres),
-        _portal(home, settings),
-        _model_server(home, settings),
-        _dispatcher(home, settings),
-        _worker(home, settings),
+        make_postgres_service(config, settings, postgres),
+        make_weed_service(home, config, settings),
+        make_mlflow_service(home, config, settings, postgres),
+        _make_prefect_service(home, config, settings, postgres),
+        _make_portal_service(home, settings),
+        _make_model_server_service(home, settings),
+        _make_dispatcher_service(home, settings),
+        _make_worker_service(home, settings),
     ]
 
 
-def prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]:
+def build_prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]:
     """Build what a process that talks to Prefect needs, with its own folder for what Prefect's client keeps."""
     return {
         "PREFECT_HOME": str(folder),
@@ -82,12 +82,12 @@ def prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]
     }
 
 
-def own_environment(home: Path, folder: Path) -> dict[str, str]:
+def build_service_environment(home: Path, folder: Path) -> dict[str, str]:
     """Build the environment of one of our processes, which reads its settings from the home folder."""
     return build_confined_environment(folder, **NO_TELEMETRY_VARIABLES, **{HOME_VARIABLE: str(home)})
 
 
-def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
+def _make_prefect_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     # asyncpg knows no require_auth; infra/scram_only.py takes its place.
     url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
     work, port = home / "prefect", config.ports["prefect"]
@@ -106,7 +106,7 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
     }
 
     def before() -> None:
-        make_private(work)
+        make_private_folders(work)
         postgres.ensure_database("prefect", config.secrets["prefect_database"])
 
     confinement = Confinement(write=(work,), connect=(port, config.ports["postgres"]), is_server=True)
@@ -116,25 +116,25 @@ def _prefect(home: Path, config: StackConfig, settings: Settings, postgres: Post
         env=env,
         cwd=work,
         before=before,
-        check=lambda: _ok(f"{settings.prefect_api_url}/ready"),
+        check=lambda: _check_url(f"{settings.prefect_api_url}/ready"),
         liveness=LivenessPolicy(lambda: check_answer(f"{settings.prefect_api_url}/health")),
         listen=settings.prefect_api_url,
         needs=("postgres",),
     )
 
 
-def _ok(url: str, token: str | None = None) -> None:
+def _check_url(url: str, token: str | None = None) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     httpx.get(url, headers=headers, timeout=3).raise_for_status()
 
 
-def make_private(*folders: Path) -> None:
+def make_private_folders(*folders: Path) -> None:
     """Make folders that only their owner can enter."""
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
-def _own(
+def _make_own_service(
     home: Path,
     name: str,
     module: str,
@@ -150,13 +150,13 @@ def _own(
     work = home / name
 
     def prepare() -> None:
-        make_private(work)
+        make_private_folders(work)
         before()
 
     return ManagedService(
         name=name,
         command=lambda: confinement.command(sys.executable, "-m", module),
-        env={**own_environment(home, work), **(env or {})},
+        env={**build_service_environment(home, work), **(env or {})},
         cwd=work,
         before=prepare,
         check=check,
@@ -166,7 +166,7 @@ def _own(
     )
 
 
-def _portal(home: Path, settings: Settings) -> ManagedService:
+def _make_portal_service(home: Path, settings: Settings) -> ManagedService:
     stores = (settings.database_url.get_secret_value(), settings.s3_endpoint, settings.model_server_url)
     confinement = Confinement(
         read=tuple(home / name for name in PortalSettings.files),
@@ -176,16 +176,16 @@ def _portal(home: Path, settings: Settings) -> ManagedService:
     )
 
     def check() -> None:
-        _ok(f"{settings.portal_url}/health")
+        _check_url(f"{settings.portal_url}/health")
 
     liveness = LivenessPolicy(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
     needs = ("postgres", "s3")
-    return _own(
+    return _make_own_service(
         home, "portal", "feedback.run", confinement, check, needs, liveness=liveness, listen=settings.portal_url
     )
 
 
-def _model_server(home: Path, settings: Settings) -> ManagedService:
+def _make_model_server_service(home: Path, settings: Settings) -> ManagedService:
     cache = home / "serve"
     confinement = Confinement(
         read=tuple(home / name for name in ModelServerSettings.files),
@@ -196,25 +196,25 @@ def _model_server(home: Path, settings: Settings) -> ManagedService:
     )
 
     def check() -> None:
-        _ok(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
+        _check_url(f"{settings.model_server_url}/v1/models", settings.model_server_token.get_secret_value())
 
     liveness = LivenessPolicy(lambda: check_health(f"{settings.model_server_url}/health"))
-    return _own(
+    return _make_own_service(
         home,
         "model-server",
         "yuan.serve.run",
         confinement,
         check,
         ("mlflow",),
-        before=lambda: make_private(cache),
+        before=lambda: make_private_folders(cache),
         liveness=liveness,
         listen=settings.model_server_url,
     )
 
 
-def _dispatcher(home: Path, settings: Settings) -> ManagedService:
+def _make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
     work = home / "dispatcher"
-    sign, pool = home / DISPATCHER_SIGN, pool_files(settings)
+    sign, pool = home / DISPATCHER_HEARTBEAT_FILE, find_pool_files(settings)
     servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
     confinement = Confinement(
         read=(*(home / name for name in DispatcherSettings.files), *pool),
@@ -225,38 +225,38 @@ def _dispatcher(home: Path, settings: Settings) -> ManagedService:
 
     def check() -> None:
         age = time.time() - float(json.loads(read_regular(sign))["time"])
-        if age > DISPATCHER_SILENT_S:
+        if age > DISPATCHER_READY_TIMEOUT_S:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def check_life() -> None:
         age = time.time() - sign.stat().st_mtime
-        if age > DISPATCHER_HANGS_S:
+        if age > DISPATCHER_HANG_TIMEOUT_S:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def before() -> None:
         sign.unlink(missing_ok=True)
 
-    return _own(
+    return _make_own_service(
         home,
         "dispatcher",
         "flows.dispatcher",
         confinement,
         check,
         ("prefect", "mlflow"),
-        env={**prefect_environment(work, settings), **cluster_environment()},
+        env={**build_prefect_environment(work, settings), **build_cluster_environment()},
         before=before,
         liveness=LivenessPolicy(check_life),
     )
 
 
-def _worker(home: Path, settings: Settings) -> ManagedService:
+def _make_worker_service(home: Path, settings: Settings) -> ManagedService:
     work, flow_log = home / "worker", home / "logs" / "flows.log"
     folders = tuple(home / name for name in ("runs", "eval", "work"))
-    sign = home / WORKER_SIGN
+    sign = home / WORKER_HEARTBEAT_FILE
 
     def check_life() -> None:
         age = time.time() - sign.stat().st_mtime
-        if age > WORKER_SILENT_S:
+        if age > WORKER_HANG_TIMEOUT_S:
             raise TimeoutError(f"no sign of life for {age:.0f} s")
 
     def check() -> None:
@@ -267,12 +267,12 @@ def _worker(home: Path, settings: Settings) -> ManagedService:
             raise ConnectionError("no worker is online")
 
     def before() -> None:
-        make_private(work, *folders, flow_log.parent)
+        make_private_folders(work, *folders, flow_log.parent)
         flow_log.touch(0o600)
         sign.unlink(missing_ok=True)
 
     confinement = Confinement(
-        read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *pool_files(settings)),
+        read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *find_pool_files(settings)),
         write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files()),
         connect=None,  # ranks meet on ports that the system chooses
     )
@@ -280,9 +280,9 @@ def _worker(home: Path, settings: Settings) -> ManagedService:
         name="worker",
         command=lambda: confinement.command(sys.executable, "-m", "flows.dispatcher.worker"),
         env={
-            **own_environment(home, work),
-            **prefect_environment(work, settings),
-            **cluster_environment(),
+            **build_service_environment(home, work),
+            **build_prefect_environment(work, settings),
+            **build_cluster_environment(),
             "PREFECT_WORKER_QUERY_SECONDS": "0.5",
         },
         cwd=work,
@@ -293,34 +293,34 @@ def _worker(home: Path, settings: Settings) -> ManagedService:
     )
 
 
-def pool_files(settings: Settings) -> tuple[Path, ...]:
+def find_pool_files(settings: Settings) -> tuple[Path, ...]:
     """Return the pool's file and what its launcher reads; none for this machine's own pool."""
     if not settings.pool:
         return ()
     file = Path(settings.pool.rpartition(":")[0] or settings.pool).resolve()
     try:
-        return (file, *launcher_files(pool_of(settings).launcher))
+        return (file, *find_launcher_files(load_configured_pool(settings).launcher))
     except (ValueError, OSError):  # said by whoever plans with it
         return (file,)
 
 
-def cluster_environment() -> dict[str, str]:
+def build_cluster_environment() -> dict[str, str]:
     """Return what clients of batch systems are told by the environment."""
     own = Path.home() / ".kube" / "config"  # services have another home folder
     usual = {"KUBECONFIG": str(own)} if own.exists() else {}
-    return usual | {name: os.environ[name] for name in CLUSTER_VARIABLES if name in os.environ}
+    return usual | {name: os.environ[name] for name in CLUSTER_CONFIG_VARIABLES if name in os.environ}
 
 
 def main() -> None:
     """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
     configure_logging()
     home = get_home_folder()
-    config = leave_blocked_ports(home, load_config(home))
+    config = replace_blocked_ports(home, load_config(home))
     (home / "logs").mkdir(exist_ok=True, mode=0o700)
     write_environment(home, config)
     settings = load_settings(Settings)
     try:
-        Keeper(services(home, config, settings), home, config.stack_id).run()
+        Keeper(make_services(home, config, settings), home, config.stack_id).run()
     finally:
         with contextlib.suppress(PermissionError):
-            forget_weed_sockets(config)
+            remove_weed_sockets(config)

@@ -22,20 +22,26 @@ from infra.settings import Settings, read_settings, render_process_files
 log = logging.getLogger(__name__)
 
 PUBLIC_PORTS = {"portal": 8800, "prefect": 4200, "mlflow": 5000}
-WEED_PORTS = ("master", "volume", "filer", "s3", "admin")
-PORTS = (*PUBLIC_PORTS, "postgres", "model_server", *WEED_PORTS, *(f"{name}_grpc" for name in WEED_PORTS))
+WEED_PORT_NAMES = ("master", "volume", "filer", "s3", "admin")
+PORT_NAMES = (
+    *PUBLIC_PORTS,
+    "postgres",
+    "model_server",
+    *WEED_PORT_NAMES,
+    *(f"{name}_grpc" for name in WEED_PORT_NAMES),
+)
 PORT_RANGE = (20_000, 28_999)  # below 29,500, where torchrun meets by default
-PORT_TRIES = 10_000
-SECRETS = (
+MAX_PORT_TRIES = 10_000
+SECRET_NAMES = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
     *("mlflow_s3_access_key", "mlflow_s3_secret_key", "mlflow", "mlflow_consumer", "mlflow_reader", "mlflow_session"),
     *("prefect", "model_server", "operator", "split_salt", "weed_1", "weed_2", "weed_3", "weed_4"),
 )
 WEED_CERTIFICATE = "weed-settings/tls.pem"
-ROTATED = (*(name for name in SECRETS if name != "split_salt"), "weed_certificate")
-DYING_S = 3.0
-CONFIG_FILE, CONFIG_COPY = "stack-config.json", "stack-config.copy.json"
+ROTATABLE_SECRET_NAMES = (*(name for name in SECRET_NAMES if name != "split_salt"), "weed_certificate")
+PORT_RELEASE_TIMEOUT_S = 3.0
+CONFIG_FILE, CONFIG_COPY_FILE = "stack-config.json", "stack-config.copy.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class StackConfig:
     retired: dict[str, list[str]] = field(default_factory=dict)
 
 
-def make_config(home: Path, *, durable: bool = True) -> StackConfig:
+def load_or_make_config(home: Path, *, durable: bool = True) -> StackConfig:
     """Read the folder's config, or choose free ports and random secrets for a new one in a folder without data.
 
     Raises:
@@ -61,14 +67,14 @@ def make_config(home: Path, *, durable: bool = True) -> StackConfig:
     if (home / CONFIG_FILE).exists() or has_data(home):
         return load_config(home)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    config = StackConfig(uuid.uuid4().hex, choose_ports(), new_secrets(SECRETS), durable)
+    config = StackConfig(uuid.uuid4().hex, choose_ports(), generate_secrets(SECRET_NAMES), durable)
     save_config(home, config)
     return config
 
 
 def has_data(home: Path) -> bool:
     """Whether a stack has been started in this folder, whose data needs the config that it had."""
-    return any((home / name).exists() for name in (CONFIG_COPY, "pg", "env"))
+    return any((home / name).exists() for name in (CONFIG_COPY_FILE, "pg", "env"))
 
 
 def load_config(home: Path) -> StackConfig:
@@ -81,23 +87,23 @@ def load_config(home: Path) -> StackConfig:
     file = home / CONFIG_FILE
     try:
         config = StackConfig(**json.loads(file.read_text()))
-        missing = [name for name in PORTS if name not in config.ports]  # taken out by hand, to have another chosen
-        unknown = [name for name in SECRETS if name not in config.secrets]  # of a newer version than the folder
+        missing = [name for name in PORT_NAMES if name not in config.ports]  # taken out by hand, to have another chosen
+        unknown = [name for name in SECRET_NAMES if name not in config.secrets]  # of a newer version than the folder
     except FileNotFoundError:
         if not has_data(home):
             raise ValueError(f"there is no stack in {home}; make one with `cotrain up`") from None
-        raise ValueError(_lost(file, "is gone")) from None
+        raise ValueError(_describe_lost_config(file, "is gone")) from None
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(_lost(file, "is damaged")) from None
+        raise ValueError(_describe_lost_config(file, "is damaged")) from None
     if missing or unknown:
         config.ports.update(choose_ports(missing, set(config.ports.values())))
-        config.secrets.update(new_secrets(unknown))
+        config.secrets.update(generate_secrets(unknown))
         save_config(home, config)
     return config
 
 
-def _lost(file: Path, how: str) -> str:
-    copy = file.with_name(CONFIG_COPY)
+def _describe_lost_config(file: Path, how: str) -> str:
+    copy = file.with_name(CONFIG_COPY_FILE)
     way_out = f"put its copy back: cp {copy} {file}" if copy.exists() else "restore it from a backup"
     return f"{file}, which holds the stack's passwords, ports and salt, {how}; {way_out}"
 
@@ -106,10 +112,10 @@ def save_config(home: Path, config: StackConfig) -> None:
     """Write the config, and then its copy, so that one of the two is whole whatever happens."""
     text = json.dumps(asdict(config), indent=2)
     write_private(home / CONFIG_FILE, text)
-    write_private(home / CONFIG_COPY, text)
+    write_private(home / CONFIG_COPY_FILE, text)
 
 
-def new_secrets(names: Sequence[str]) -> dict[str, str]:
+def generate_secrets(names: Sequence[str]) -> dict[str, str]:
     """Return a random secret of 192 bits for each name."""
     return {name: secrets.token_urlsafe(24) for name in names}
 
@@ -124,28 +130,30 @@ def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
         ValueError: if a name is unknown, or its secret is one that decides and does not protect.
     """
     config = load_config(home)
-    wrong = [name for name in names if name not in ROTATED]
+    wrong = [name for name in names if name not in ROTATABLE_SECRET_NAMES]
     if wrong:
-        why = " (it decides which cases are held out and must never change)" if wrong[0] in SECRETS else ""
-        raise ValueError(f"there is no secret {wrong[0]!r} to rotate{why}; choose from {', '.join(ROTATED)}")
-    chosen = list(names or ROTATED)
+        why = " (it decides which cases are held out and must never change)" if wrong[0] in SECRET_NAMES else ""
+        raise ValueError(
+            f"there is no secret {wrong[0]!r} to rotate{why}; choose from {', '.join(ROTATABLE_SECRET_NAMES)}"
+        )
+    chosen = list(names or ROTATABLE_SECRET_NAMES)
     kept = [name for name in chosen if name in config.secrets]
     retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in kept}
-    fresh = replace(config, secrets=config.secrets | new_secrets(kept), retired=config.retired | retired)
+    fresh = replace(config, secrets=config.secrets | generate_secrets(kept), retired=config.retired | retired)
     save_config(home, fresh)
     if "weed_certificate" in chosen:  # a file of its own, which the next start makes anew
         (home / WEED_CERTIFICATE).unlink(missing_ok=True)
     return chosen
 
 
-def forget_retired(home: Path) -> None:
+def drop_retired_secrets(home: Path) -> None:
     """Drop the old secrets once every server runs with the new ones."""
     config = load_config(home)
     if config.retired:
         save_config(home, replace(config, retired={}))
 
 
-def choose_ports(names: Sequence[str] = PORTS, taken: Collection[int] = ()) -> dict[str, int]:
+def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ()) -> dict[str, int]:
     """Free ports of the loopback interface: the usual ones for what people open, others outside the ephemeral range.
 
     Raises:
@@ -154,53 +162,58 @@ def choose_ports(names: Sequence[str] = PORTS, taken: Collection[int] = ()) -> d
     chosen: dict[str, int] = {}
     for name in names:
         usual = [PUBLIC_PORTS[name]] if name in PUBLIC_PORTS else []
-        tries = (random.SystemRandom().randint(*PORT_RANGE) for _ in range(PORT_TRIES))
+        tries = (random.SystemRandom().randint(*PORT_RANGE) for _ in range(MAX_PORT_TRIES))
         for port in (*usual, *tries):
-            if port not in taken and port not in chosen.values() and is_free(port) and not is_blocked(name, port):
+            if (
+                port not in taken
+                and port not in chosen.values()
+                and is_port_free(port)
+                and not is_port_blocked(name, port)
+            ):
                 chosen[name] = port
                 break
         else:
-            rule = f"ports {PORT_RANGE[0]} to {PORT_RANGE[1]}, and for the store their files {weed_socket(name, 0)}"
-            raise RuntimeError(f"no free port for {name} in {PORT_TRIES} tries; see who holds {rule}")
+            rule = f"ports {PORT_RANGE[0]} to {PORT_RANGE[1]}, and for the store their files {get_weed_socket(name, 0)}"
+            raise RuntimeError(f"no free port for {name} in {MAX_PORT_TRIES} tries; see who holds {rule}")
     return chosen
 
 
-def weed_socket(name: str, port: int) -> Path:
+def get_weed_socket(name: str, port: int) -> Path:
     """Return where the store puts the socket of one of its gRPC ports, whatever it is told."""
     return Path(f"/tmp/seaweedfs-{name.removesuffix('_grpc')}-grpc-{port}.sock")
 
 
-def is_blocked(name: str, port: int) -> bool:
+def is_port_blocked(name: str, port: int) -> bool:
     """Whether a port cannot be used since a file that we may not remove lies where its socket has to be."""
     if not name.endswith("_grpc"):
         return False
     try:
-        entry = weed_socket(name, port).lstat()
+        entry = get_weed_socket(name, port).lstat()
     except FileNotFoundError:
         return False
     return stat.S_ISDIR(entry.st_mode) or os.geteuid() not in (0, entry.st_uid)
 
 
-def leave_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
+def replace_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
     """Choose other ports for those that are blocked; nobody but the store itself knows these ports."""
-    blocked = [name for name, port in config.ports.items() if is_blocked(name, port)]
+    blocked = [name for name, port in config.ports.items() if is_port_blocked(name, port)]
     if not blocked:
         return config
     for name in blocked:
-        log.warning("%s is not ours to remove; another port is chosen", weed_socket(name, config.ports[name]))
+        log.warning("%s is not ours to remove; another port is chosen", get_weed_socket(name, config.ports[name]))
     fresh = replace(config, ports=config.ports | choose_ports(blocked, set(config.ports.values())))
     save_config(home, fresh)
     return fresh
 
 
-def port_holder(port: int, stack_id: str) -> str | None:
+def describe_port_holder(port: int, stack_id: str) -> str | None:
     """None if a port is free or held by a leftover of this stack; else words for who holds it.
 
     A server that is just dying listens no more and holds its port for some moments: it is waited for.
     """
-    end = time.monotonic() + DYING_S
-    while not is_free(port):
-        if (holder := _process_with(port, stack_id)) is not None:
+    end = time.monotonic() + PORT_RELEASE_TIMEOUT_S
+    while not is_port_free(port):
+        if (holder := _describe_listener(port, stack_id)) is not None:
             return holder or None
         users = find_listener_uids(f"tcp://127.0.0.1:{port}")
         if users or time.monotonic() > end:
@@ -209,9 +222,9 @@ def port_holder(port: int, stack_id: str) -> str | None:
     return None
 
 
-def _process_with(port: int, stack_id: str) -> str | None:
+def _describe_listener(port: int, stack_id: str) -> str | None:
     """Words for the process that listens on a port, empty if it is this stack's own; None if none can be seen."""
-    inodes = _listening_inodes(port)
+    inodes = _find_listening_inodes(port)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
@@ -225,12 +238,12 @@ def _process_with(port: int, stack_id: str) -> str | None:
     return None
 
 
-def _listening_inodes(port: int) -> set[str]:
+def _find_listening_inodes(port: int) -> set[str]:
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
 
 
-def is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     """Tell whether a server of this user can listen on a port, on which connections of an earlier one may linger."""
     if find_listener_uids(f"tcp://127.0.0.1:{port}"):
         return False

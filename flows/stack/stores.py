@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from feedback.accounts import ensure_operator
-from flows.stack.stack_config import WEED_PORTS, StackConfig, is_blocked, weed_socket
+from flows.stack.stack_config import WEED_PORT_NAMES, StackConfig, get_weed_socket, is_port_blocked
 from infra.certificates import ensure_certificate
 from infra.confinement import Confinement, build_confined_environment
 from infra.database import make_session_factory, migrate_schema, open_engine
@@ -23,14 +23,14 @@ from infra.postgres import Postgres
 from infra.settings import Settings, StoreAccess
 
 MLFLOW_BUCKET = "mlflow"
-MIGRATIONS = Path(__file__).resolve().parents[2] / "feedback" / "migrations"
+MIGRATIONS_FOLDER = Path(__file__).resolve().parents[2] / "feedback" / "migrations"
 
 
-def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
+def make_postgres_service(config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
     def after() -> None:
         postgres.ensure_database("cotrain", config.secrets["database"])
         engine = open_engine(settings)
-        migrate_schema(engine, MIGRATIONS)
+        migrate_schema(engine, MIGRATIONS_FOLDER)
         with make_session_factory(engine).begin() as session:
             ensure_operator(session, settings.operator_token.get_secret_value())
         engine.dispose()
@@ -50,11 +50,11 @@ def postgres_service(config: StackConfig, settings: Settings, postgres: Postgres
     )
 
 
-def weed_service(home: Path, config: StackConfig, settings: Settings) -> ManagedService:
+def make_weed_service(home: Path, config: StackConfig, settings: Settings) -> ManagedService:
     weed = str(Path(sysconfig.get_path("scripts")) / "weed")
     data, work, configuration = home / "s3", home / "weed", home / "weed-settings"
 
-    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORTS for kind in ("", "_grpc"))
+    ports = tuple(config.ports[f"{name}{kind}"] for name in WEED_PORT_NAMES for kind in ("", "_grpc"))
     confinement = Confinement(
         read=(configuration,), write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports
     )
@@ -63,16 +63,16 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Managed
     def before() -> None:
         for folder in (data, work, configuration):
             folder.mkdir(exist_ok=True, mode=0o700)
-        forget_weed_sockets(config)
+        remove_weed_sockets(config)
         ensure_certificate(configuration / "tls.pem", "weed")
-        write_private(configuration / "security.toml", weed_security(config, configuration / "tls.pem"))
-        write_private(configuration / "identities.json", json.dumps(weed_identities(config, settings)))
+        write_private(configuration / "security.toml", format_weed_security(config, configuration / "tls.pem"))
+        write_private(configuration / "identities.json", json.dumps(build_weed_identities(config, settings)))
         # A volume index torn by a kill would hide its whole volume. Confined as the server is, whose files it reads.
         command = confinement.command(weed, "-logtostderr=true", "fix", "-ignoreError", str(data))
         subprocess.run(command, env=environment, cwd=configuration, capture_output=True, check=True)
 
-    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORTS]
-    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORTS]
+    flags = [f"-{name}.port={config.ports[name]}" for name in WEED_PORT_NAMES]
+    flags += [f"-{name}.port.grpc={config.ports[f'{name}_grpc']}" for name in WEED_PORT_NAMES]
     flags += [f"-filer.localSocket={work}/filer.sock", f"-s3.localSocket={work}/s3.sock"]
     flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
     flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={configuration}/identities.json"]
@@ -82,31 +82,31 @@ def weed_service(home: Path, config: StackConfig, settings: Settings) -> Managed
         env=environment,
         cwd=configuration,  # where it looks for security.toml
         before=before,
-        check=lambda: _check_stores(config, settings),
+        check=lambda: _ensure_buckets_work(config, settings),
         liveness=LivenessPolicy(lambda: check_answer(settings.s3_endpoint)),
         addresses=(settings.s3_endpoint,),
     )
 
 
-def forget_weed_sockets(config: StackConfig) -> None:
+def remove_weed_sockets(config: StackConfig) -> None:
     """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there.
 
     Raises:
         PermissionError: if another user has put a file there since the keeper chose the ports.
     """
-    for name in (f"{part}_grpc" for part in WEED_PORTS):
+    for name in (f"{part}_grpc" for part in WEED_PORT_NAMES):
         port = config.ports[name]
-        if is_blocked(name, port):
-            entry = weed_socket(name, port)
+        if is_port_blocked(name, port):
+            entry = get_weed_socket(name, port)
             owner = describe_user(entry.lstat().st_uid)
             raise PermissionError(
                 f"{entry}, where the store needs its socket, belongs to {owner}; remove it, or run `cotrain down` and "
                 "`cotrain up`, which chooses another port"
             )
-        weed_socket(name, port).unlink(missing_ok=True)
+        get_weed_socket(name, port).unlink(missing_ok=True)
 
 
-def weed_security(config: StackConfig, certificate: Path) -> str:
+def format_weed_security(config: StackConfig, certificate: Path) -> str:
     """The store's security.toml: of its own processes only S3 is open to others, and that asks for its keys.
 
     Without it, anybody on this machine can read and delete objects at the filer, the volume server and the master.
@@ -121,7 +121,7 @@ def weed_security(config: StackConfig, certificate: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
+def build_weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
     """Return the store's accounts: the keeper's, which makes buckets, and one for each bucket that reaches no other."""
 
     def identity(name: str, key: str, actions: list[str]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _check_stores(config: StackConfig, settings: Settings) -> None:
+def _ensure_buckets_work(config: StackConfig, settings: Settings) -> None:
     keeper = StoreAccess(
         s3_endpoint=settings.s3_endpoint,
         s3_access_key=config.secrets["s3_admin_access_key"],

@@ -26,20 +26,20 @@ from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
-PREFIX = "checkpoints"
-LOOK_EVERY_S = 2.0
-MANIFEST_BYTES = 64 * 2**20
-Refused = tuple[str, bytes]  # a checkpoint's name and its manifest
+CHECKPOINT_KEY_PREFIX = "checkpoints"
+CHECKPOINT_UPLOAD_POLL_S = 2.0
+MAX_CHECKPOINT_MANIFEST_BYTES = 64 * 2**20
+RefusedCheckpoint = tuple[str, bytes]  # a checkpoint's name and its manifest
 
 
 @contextlib.contextmanager
-def uploading(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
+def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
     """Send every checkpoint that becomes real while the block runs, the last one before it ends."""
-    over, refused = threading.Event(), set[Refused]()
+    over, refused = threading.Event(), set[RefusedCheckpoint]()
 
     def work() -> None:
-        while not over.wait(LOOK_EVERY_S):
-            _send_quietly(objects, run_id, folder, refused)
+        while not over.wait(CHECKPOINT_UPLOAD_POLL_S):
+            _try_sync_checkpoints(objects, run_id, folder, refused)
 
     thread = threading.Thread(target=work, daemon=True, name="uploads")
     thread.start()
@@ -48,10 +48,12 @@ def uploading(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[
     finally:
         over.set()
         thread.join()
-    _send_quietly(objects, run_id, folder, refused)
+    _try_sync_checkpoints(objects, run_id, folder, refused)
 
 
-def send(objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[Refused] | None = None) -> list[str]:
+def sync_checkpoints(
+    objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint] | None = None
+) -> list[str]:
     """Make the store's checkpoints those of the folder; the manifest goes last, and is removed first.
 
     Sent are the files that a manifest names, as it describes them, and nothing else that ranks have put there. A
@@ -61,57 +63,68 @@ def send(objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[Refu
         refused: takes up those whose files are not as described, which are not tried again.
     """
     refused = set() if refused is None else refused
-    there = _manifests(objects, run_id)
+    there = _list_stored_checkpoints(objects, run_id)
     here = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
     sent = []
     for name in here:
         manifest = b""
         try:
-            manifest = read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MANIFEST_BYTES)
+            manifest = read_file(
+                folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES
+            )
             if (name, manifest) in refused:
                 continue
-            if name in there and objects.get(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}") == manifest:
+            if (
+                name in there
+                and objects.get(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}") == manifest
+            ):
                 continue
             if name in there:  # of a trajectory that a roll back has left
-                _remove(objects, run_id, name)
-            for file, expected in files_of(manifest, name).items():
+                _delete_stored_checkpoint(objects, run_id, name)
+            for file, expected in parse_manifest_files(manifest, name).items():
                 with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
                     objects.put_file(
-                        f"{PREFIX}/{run_id}/{name}/{file}", stream, int(expected["bytes"]), str(expected["sha256"])
+                        f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file}",
+                        stream,
+                        int(expected["bytes"]),
+                        str(expected["sha256"]),
                     )
-            if read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MANIFEST_BYTES) != manifest:
-                _remove(objects, run_id, name)  # another one took its place meanwhile
+            if (
+                read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
+                != manifest
+            ):
+                _delete_stored_checkpoint(objects, run_id, name)  # another one took its place meanwhile
                 continue
-            objects.put(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}", manifest)
+            objects.put(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}", manifest)
         except FileNotFoundError:
             continue
         except (NotRegularFileError, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
             log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
-            _remove(objects, run_id, name)
+            _delete_stored_checkpoint(objects, run_id, name)
             refused.add((name, manifest))
             continue
         sent.append(name)
     newest = max(here, default="")
     for name in there - set(here):
         if name < newest:  # the run goes on beyond it and has pruned it
-            _remove(objects, run_id, name)
+            _delete_stored_checkpoint(objects, run_id, name)
     return sent
 
 
-def fetch(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
+def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
     """Bring back the newest whole checkpoint if the folder has none; its name.
 
     It is put together beside the run's folder, where no rank can write, and moved into it.
     """
     if any(list_committed_checkpoints(folder.checkpoints)):
         return None
-    for name in sorted(_manifests(objects, run_id), reverse=True):
+    for name in sorted(_list_stored_checkpoints(objects, run_id), reverse=True):
         scratch = folder.path.parent / f".fetch-{folder.path.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            if _download(objects, f"{PREFIX}/{run_id}/{name}", scratch):
-                _move_in(scratch, folder, name)
+            if _download_checkpoint(objects, f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}", scratch):
+                _install_checkpoint(scratch, folder, name)
                 return name
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -119,11 +132,11 @@ def fetch(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
     return None
 
 
-def _download(objects: ObjectStore, prefix: str, target: Path) -> bool:
+def _download_checkpoint(objects: ObjectStore, prefix: str, target: Path) -> bool:
     """Fetch a checkpoint; whether it is whole."""
     manifest = objects.get(f"{prefix}/{CHECKPOINT_MANIFEST_FILE}")
     try:
-        files = files_of(manifest, prefix.rpartition("/")[2])
+        files = parse_manifest_files(manifest, prefix.rpartition("/")[2])
         for file in files:
             objects.get_file(f"{prefix}/{file}", target / file)
         is_whole = all(find_difference(target, file, expected) is None for file, expected in files.items())
@@ -133,7 +146,7 @@ def _download(objects: ObjectStore, prefix: str, target: Path) -> bool:
     return is_whole
 
 
-def _move_in(scratch: Path, folder: RunFolder, name: str) -> None:
+def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
     """Put a checkpoint in its place; what lies there, or in the place of the folder of all, is removed."""
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
@@ -145,7 +158,7 @@ def _move_in(scratch: Path, folder: RunFolder, name: str) -> None:
         os.rename(scratch, name, dst_dir_fd=checkpoints)
 
 
-def files_of(manifest: bytes, name: str) -> dict[str, Any]:
+def parse_manifest_files(manifest: bytes, name: str) -> dict[str, Any]:
     """Return the files that the manifest of a checkpoint of this name lists, with their size and sha256.
 
     Raises:
@@ -164,22 +177,24 @@ def files_of(manifest: bytes, name: str) -> dict[str, Any]:
     return files
 
 
-def _manifests(objects: ObjectStore, run_id: str) -> set[str]:
-    keys = objects.keys(f"{PREFIX}/{run_id}/")
+def _list_stored_checkpoints(objects: ObjectStore, run_id: str) -> set[str]:
+    keys = objects.keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
     names = {key.split("/")[-2] for key in keys if key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")}
     return {name for name in names if CHECKPOINT_NAME_PATTERN.fullmatch(name)}
 
 
-def _remove(objects: ObjectStore, run_id: str, name: str) -> None:
-    objects.delete(f"{PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
-    for key in objects.keys(f"{PREFIX}/{run_id}/{name}/"):
+def _delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> None:
+    objects.delete(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
+    for key in objects.keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/"):
         objects.delete(key)
 
 
-def _send_quietly(objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[Refused]) -> None:
+def _try_sync_checkpoints(
+    objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint]
+) -> None:
     """Training does not wait for the store; what could not be sent is sent the next time."""
     try:
-        for name in send(objects, run_id, folder, refused):
+        for name in sync_checkpoints(objects, run_id, folder, refused):
             folder.append(EVENTS_FILE, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (BotoCoreError, ClientError, OSError) as error:

@@ -17,13 +17,13 @@ from infra.processes import get_own_identity
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.5
+LEASE_POLL_S = 0.5
 
-Sessions = sessionmaker[Session]
+SessionFactory = sessionmaker[Session]
 
 
 @dataclass(frozen=True)
-class Held:
+class GrantedLease:
     """A granted lease: its id, its devices, and whether it is still ours."""
 
     id: str
@@ -31,14 +31,14 @@ class Held:
     lost: threading.Event
 
 
-def job_name(lease_id: str) -> str:
+def make_job_name(lease_id: str) -> str:
     """The name of the one job that runs under a lease, by which it can be ended when its holder is dead."""
     return f"cotrain-{lease_id}"
 
 
 @contextlib.contextmanager
-def held(
-    sessions: Sessions,
+def hold_lease(
+    sessions: SessionFactory,
     pool: str,
     wanted: Mapping[str, int],
     *,
@@ -47,7 +47,7 @@ def held(
     priority: int = 0,
     ttl_s: float = leases.LEASE_TTL_S,
     waiting: Callable[[int], None] = lambda _: None,
-) -> Iterator[Held]:
+) -> Iterator[GrantedLease]:
     """Wait for devices and hold them while the block runs; nothing may run on them when it ends.
 
     Args:
@@ -61,24 +61,24 @@ def held(
             session, pool, wanted, run_id=run_id, team=team, holder=get_own_identity(), priority=priority, ttl_s=ttl_s
         )
     over, lost = threading.Event(), threading.Event()
-    beating = threading.Thread(target=_beat, args=(sessions, asked, over, lost), daemon=True, name="lease")
+    beating = threading.Thread(target=_send_heartbeats, args=(sessions, asked, over, lost), daemon=True, name="lease")
     beating.start()
     reason = "done"
     try:
-        devices = _granted(sessions, asked, lost, waiting)
+        devices = _wait_for_grant(sessions, asked, lost, waiting)
         log.info("lease %s of pool %s: %s", asked.id[:8], pool, ", ".join(devices))
-        yield Held(asked.id, devices, lost)
+        yield GrantedLease(asked.id, devices, lost)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise
     finally:
         over.set()
         beating.join()
-        _give_back(sessions, asked, reason)
+        _release_lease(sessions, asked, reason)
 
 
-def _granted(
-    sessions: Sessions, asked: Lease, lost: threading.Event, waiting: Callable[[int], None]
+def _wait_for_grant(
+    sessions: SessionFactory, asked: Lease, lost: threading.Event, waiting: Callable[[int], None]
 ) -> tuple[str, ...]:
     while True:
         with contextlib.suppress(OperationalError), sessions.begin() as session:
@@ -93,10 +93,10 @@ def _granted(
         if lost.is_set():
             raise leases.LeaseLost(f"lease {asked.id} was taken for dead while it waited")
         waiting(queue.index(asked.id) if queue else 0)
-        time.sleep(POLL_S)
+        time.sleep(LEASE_POLL_S)
 
 
-def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threading.Event) -> None:
+def _send_heartbeats(sessions: SessionFactory, asked: Lease, over: threading.Event, lost: threading.Event) -> None:
     """Beat until the block is over; a server that does not answer is asked again, a lost lease ends it."""
     while not over.wait(asked.ttl_s / 4):
         try:
@@ -110,7 +110,7 @@ def _beat(sessions: Sessions, asked: Lease, over: threading.Event, lost: threadi
             log.warning("no beat for lease %s: %s", asked.id[:8], describe_error(error))
 
 
-def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:
+def _release_lease(sessions: SessionFactory, asked: Lease, reason: str) -> None:
     """Release a lease; what the server does not hear of while it lives is reaped once we are silent."""
     end = time.monotonic() + asked.ttl_s
     while True:
@@ -121,4 +121,4 @@ def _give_back(sessions: Sessions, asked: Lease, reason: str) -> None:
             if time.monotonic() > end:
                 log.warning("lease %s could not be given back; the reaper will", asked.id[:8])
                 return None
-            time.sleep(POLL_S)
+            time.sleep(LEASE_POLL_S)

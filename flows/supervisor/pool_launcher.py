@@ -12,16 +12,16 @@ from yuan.config import Recipe
 from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
 
-CLUSTER_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
+CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
 
 
-def launchers_of(settings: PoolSettings) -> dict[str, Launcher]:
+def make_launchers(settings: PoolSettings) -> dict[str, Launcher]:
     """The launchers of this installation's pools, by the pool's name."""
-    pool = pool_of(settings)
-    return {pool.name: launcher_of(pool)}
+    pool = load_configured_pool(settings)
+    return {pool.name: make_launcher(pool)}
 
 
-def pool_of(settings: PoolSettings) -> Pool:
+def load_configured_pool(settings: PoolSettings) -> Pool:
     """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
 
     Raises:
@@ -30,7 +30,7 @@ def pool_of(settings: PoolSettings) -> Pool:
     return load_pool(settings.pool) if settings.pool else make_cpu_pool()
 
 
-def launcher_of(pool: Pool) -> Launcher:
+def make_launcher(pool: Pool) -> Launcher:
     """What starts processes on a pool.
 
     Raises:
@@ -42,7 +42,7 @@ def launcher_of(pool: Pool) -> Launcher:
         if pool.launcher == "slurm":
             return SlurmLauncher(SlurmOptions(**options))
         if pool.launcher == "kubernetes":
-            return _kubernetes(options)
+            return _make_kubernetes_launcher(options)
     except TypeError as error:
         raise ValueError(f"[pool.launch] of pool {pool.name!r} for {pool.launcher}: {error}") from None
     if options:
@@ -52,7 +52,7 @@ def launcher_of(pool: Pool) -> Launcher:
     return LocalLauncher(confined=True)
 
 
-def _kubernetes(options: dict[str, Any]) -> Launcher:
+def _make_kubernetes_launcher(options: dict[str, Any]) -> Launcher:
     """With the credentials of the pod that this runs in, or else of the user's kubeconfig."""
     try:
         from kubernetes import client, config
@@ -68,7 +68,7 @@ def _kubernetes(options: dict[str, Any]) -> Launcher:
     return KubernetesLauncher(wanted, client.ApiClient())
 
 
-def launcher_files(launcher: str) -> tuple[Path, ...]:
+def find_launcher_files(launcher: str) -> tuple[Path, ...]:
     """Return the files that a batch system's client reads on this machine."""
     if launcher == "slurm":
         own = os.environ.get("SLURM_CONF")
@@ -79,7 +79,7 @@ def launcher_files(launcher: str) -> tuple[Path, ...]:
     return ()
 
 
-def limits_on(pool: Pool, recipe: Recipe) -> SizeLimits:
+def make_plan_limits(pool: Pool, recipe: Recipe) -> SizeLimits:
     """On this machine's own pool every process is a stage; elsewhere the planner chooses the grid."""
     stages = pool.num_devices if pool.name == CPU_POOL_NAME else None
     return SizeLimits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)

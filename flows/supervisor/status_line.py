@@ -3,10 +3,10 @@
 from typing import Any
 
 
-def described(status: dict[str, Any]) -> str:
+def describe_status(status: dict[str, Any]) -> str:
     """A run's status in one line.
 
-    >>> described({"step": 5, "max_steps": 10, "loss": 2.5, "tokens_per_s": 1200.0, "eta_s": 90, "bubble": 0.1})
+    >>> describe_status({"step": 5, "max_steps": 10, "loss": 2.5, "tokens_per_s": 1200.0, "eta_s": 90, "bubble": 0.1})
     'step 5 of 10, loss 2.5, 1,200 tokens/s, bubble 10 %, 90 s left'
     """
     parts = [f"step {status['step']} of {status['max_steps']}"]

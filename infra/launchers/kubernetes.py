@@ -247,7 +247,8 @@ def build_jobset(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     """
     if len(f"{job.name}-{REPLICATED_JOB_NAME}-0-{job.num_nodes - 1}-abcde") > MAX_POD_NAME_CHARACTERS:
         raise ValueError(
-            f"{job.name!r} is too long a name for a job whose pods' names have {MAX_POD_NAME_CHARACTERS} letters at most"
+            f"{job.name!r} is too long a name for a job whose pods' names have {MAX_POD_NAME_CHARACTERS} letters "
+            "at most"
         )
     labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     node = {

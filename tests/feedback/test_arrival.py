@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from feedback.api.app import make_app
 from feedback.tables import Dataset, IdempotencyKey
-from flows.stack.services import services
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from infra.keeper import STACK_ID_VARIABLE
@@ -42,7 +42,7 @@ def push(client, data, headers, name="rows", **more):
 def process(stores):
     """The portal as the stack runs it, confined; its process."""
     config = load_config(stores.home)
-    (service,) = (one for one in services(stores.home, config, stores) if one.name == "portal")
+    (service,) = (one for one in make_services(stores.home, config, stores) if one.name == "portal")
     process = start(service, config.stack_id)
     yield process
     os.kill(process.pid, signal.SIGTERM)
@@ -96,12 +96,12 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 from feedback.api.app import make_app
 from infra.database import open_engine
-from infra.objects import open_objects
+from infra.objects import open_object_store
 from infra.settings import Settings
 
 settings = Settings(_env_file=sys.argv[1], home=Path(sys.argv[2]))
 rows = b'{"answer": "a"}\\n'
-with TestClient(make_app(settings, open_engine(settings), open_objects(settings))) as client:
+with TestClient(make_app(settings, open_engine(settings), open_object_store(settings))) as client:
     for data in (rows * 20_000, rows):
         answer = client.post("/api/v1/datasets?name=rows", content=data, headers={"Authorization": sys.argv[3]})
         print(answer.status_code, answer.text)

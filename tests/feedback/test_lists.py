@@ -123,7 +123,7 @@ def test_a_malformed_cursor_is_refused(portal, account, name, cursor):
 
 def test_the_client_reads_every_page(stores, objects, portal, engine, account, monkeypatch):
     add_records(engine, account, 5)
-    monkeypatch.setattr(client, "PAGE", 2)
+    monkeypatch.setattr(client, "CLIENT_PAGE_SIZE", 2)
     with served(make_app(stores, engine, objects)) as url, Client(url, account.token) as own:
         assert [one.text for one in own.notices()] == list("01234")
         reports = [one.id for one in own.all_feedback()]

@@ -229,7 +229,7 @@ def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_ht
         until(lambda: metric(http, "yuan_running") == 0)
 
 
-@pytest.mark.parametrize("name", ["EVENT_S", "STREAM_S"])
+@pytest.mark.parametrize("name", ["EVENT_SEND_TIMEOUT_S", "STREAM_TIMEOUT_S"])
 def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, monkeypatch, name):
     """Or as many of them would hold all connections to the model server, and what it keeps for them in memory."""
     monkeypatch.setattr(openai, name, 1.0)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from flows.stack.services import services
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
@@ -54,7 +54,7 @@ def probe_services(home):
     pids = [*find_stack_pids(config.stack_id), read_stack_state(home)["pid"]]
     port = str(config.ports["portal"])  # which no service may connect to, but the worker
     found = {}
-    for service in services(home, config, settings):
+    for service in make_services(home, config, settings):
         command = service.command()[:4]
         specification = json.loads(command[3])
         own = [

@@ -19,7 +19,7 @@ from feedback.tables import PoolDevice, Round, new_id
 from flows.context import Context
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
-from flows.supervisor.run_reporter import Reporter
+from flows.supervisor.run_reporter import RunReporter
 from flows.supervisor.supervisor import Supervisor
 from infra.database import make_session_factory, open_engine
 from infra.keeper import find_stack_pids, read_stack_state
@@ -133,7 +133,7 @@ def supervise(stores, engine, objects, portal, tmp_path):
         folder = lay_out(tmp_path / "run", made, recipe)
         with context.sessions.begin() as session:
             rounds.get_or_store_plan(session, turn.id, folder.read_spec().plan.to_json())
-        reporter = Reporter(context, turn.id, folder, lambda status: None)
+        reporter = RunReporter(context, turn.id, folder, lambda status: None)
         return Supervisor(context, turn.id, run.id, folder, reporter)
 
     yield of

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from feedback import leases
-from flows.supervisor.pool_launcher import launcher_of
+from flows.supervisor.pool_launcher import make_launcher
 from flows.supervisor.supervisor import TrainingFailed
 from tests.infra.cluster import needs_slurm, slurm_cluster
 from tests.yuan.runs import RECIPE, make
@@ -36,7 +36,7 @@ def slurm():
 def supervisor(slurm, supervise, tmp_path):
     found = supervise(make(tmp_path / "parent"), dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10))
     found.pool = dataclasses.replace(found.pool, name="cluster", launcher="slurm")
-    found.launcher = launcher_of(found.pool)
+    found.launcher = make_launcher(found.pool)
     return found
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from feedback.tables import new_id
-from flows.supervisor.checkpoint_sync import fetch, send, uploading
+from flows.supervisor.checkpoint_sync import restore_checkpoint, sync_checkpoints, upload_in_background
 from infra.objects import UPLOAD_PART_BYTES
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
@@ -43,26 +43,32 @@ def seal(step, files):
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     first = checkpoint(folder, 1)
-    assert send(objects, run_id, folder) == ["step-00000001"] and send(objects, run_id, folder) == []
+    assert (
+        sync_checkpoints(objects, run_id, folder) == ["step-00000001"]
+        and sync_checkpoints(objects, run_id, folder) == []
+    )
     checkpoint(folder, 2, b"newer")
     (first / "manifest.json").unlink()
-    assert send(objects, run_id, folder) == ["step-00000002"]
+    assert sync_checkpoints(objects, run_id, folder) == ["step-00000002"]
     assert {key.split("/")[2] for key in objects.keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
     other = RunFolder(tmp_path / "there")
-    assert fetch(objects, run_id, other) == "step-00000002"
+    assert restore_checkpoint(objects, run_id, other) == "step-00000002"
     assert (other.checkpoints / "step-00000002" / "__0_0.distcp").read_bytes() == b"newer"
-    assert fetch(objects, run_id, other) is None and fetch(objects, new_id(), RunFolder(tmp_path / "new")) is None
+    assert (
+        restore_checkpoint(objects, run_id, other) is None
+        and restore_checkpoint(objects, new_id(), RunFolder(tmp_path / "new")) is None
+    )
 
 
 def test_a_checkpoint_that_was_made_anew_replaces_the_one_of_its_name(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     old = checkpoint(folder, 1)
-    send(objects, run_id, folder)
+    sync_checkpoints(objects, run_id, folder)
     shutil.rmtree(old)
     checkpoint(folder, 1, b"after a roll back")
-    assert send(objects, run_id, folder) == ["step-00000001"]
+    assert sync_checkpoints(objects, run_id, folder) == ["step-00000001"]
     other = RunFolder(tmp_path / "there")
-    fetch(objects, run_id, other)
+    restore_checkpoint(objects, run_id, other)
     assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"after a roll back"
 
 
@@ -70,21 +76,21 @@ def test_a_damaged_one_in_the_store_is_passed_over(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     for step in (1, 2):
         checkpoint(folder, step)
-    send(objects, run_id, folder)
+    sync_checkpoints(objects, run_id, folder)
     objects.put(f"checkpoints/{run_id}/step-00000002/__0_0.distcp", b"damaged")
-    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
+    assert restore_checkpoint(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
 
 
 def test_an_empty_disk_takes_nothing_out_of_the_store(objects, run_id, tmp_path):
     checkpoint(RunFolder(tmp_path / "here"), 1)
-    send(objects, run_id, RunFolder(tmp_path / "here"))
-    send(objects, run_id, RunFolder(tmp_path / "wiped"))
+    sync_checkpoints(objects, run_id, RunFolder(tmp_path / "here"))
+    sync_checkpoints(objects, run_id, RunFolder(tmp_path / "wiped"))
     assert objects.keys(f"checkpoints/{run_id}/")
 
 
 def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path)
-    with uploading(objects, run_id, folder):
+    with upload_in_background(objects, run_id, folder):
         checkpoint(folder, 7)
     assert [event["event"] for event in folder.read_events()] == ["checkpoint stored"]
 
@@ -142,7 +148,7 @@ def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_pa
         victim, path = tmp_path / "elsewhere", path.parent
     plant(path / (place or "step-00000002"), victim)
     expected = ["step-00000001", "step-00000002"] if place == "extra" else ["step-00000001"]
-    assert send(objects, run_id, folder) == expected
+    assert sync_checkpoints(objects, run_id, folder) == expected
     keys = objects.keys(f"checkpoints/{run_id}/")
     assert keys == [
         f"checkpoints/{run_id}/{name}/{file}"
@@ -156,11 +162,11 @@ def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects,
     path = checkpoint(folder, 1)
     (path / "__0_0.distcp").write_bytes(b"WEIGHTS")
     for _ in range(2):
-        assert send(objects, run_id, folder, refused) == []
+        assert sync_checkpoints(objects, run_id, folder, refused) == []
     assert [record.message.count("is not stored") for record in caplog.records] == [1]
     shutil.rmtree(path)
     checkpoint(folder, 1, b"anew")
-    assert send(objects, run_id, folder, refused) == ["step-00000001"]
+    assert sync_checkpoints(objects, run_id, folder, refused) == ["step-00000001"]
 
 
 @pytest.mark.parametrize("size", [100, 2 * UPLOAD_PART_BYTES + 1])
@@ -170,7 +176,7 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
     for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
         with file.open("rb") as stream, pytest.raises(ValueError, match="expected"):
             objects.put_file(f"{run_id}/file", stream, num_bytes, digest)
-    assert objects.keys(f"{run_id}/") == [] and objects._begun_upload(f"{run_id}/file") is None
+    assert objects.keys(f"{run_id}/") == [] and objects._find_unfinished_upload(f"{run_id}/file") is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
@@ -179,9 +185,9 @@ def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run
     path = checkpoint(folder, 1)
     manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
     (path / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    assert sync_checkpoints(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
     objects.put(f"checkpoints/{run_id}/step-00000001/{CHECKPOINT_MANIFEST_FILE}", manifest)
-    assert fetch(objects, run_id, RunFolder(tmp_path / "there")) is None
+    assert restore_checkpoint(objects, run_id, RunFolder(tmp_path / "there")) is None
 
 
 @pytest.mark.parametrize("name", ["step-" + "9" * 200, "step-1", "step-000000001"])
@@ -189,7 +195,9 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
     folder = RunFolder(tmp_path)
     path = checkpoint(folder, 1)
     path.rename(path.with_name(name))
-    assert list(list_committed_checkpoints(folder.checkpoints)) == [] and send(objects, run_id, folder) == []
+    assert (
+        list(list_committed_checkpoints(folder.checkpoints)) == [] and sync_checkpoints(objects, run_id, folder) == []
+    )
     assert objects.keys(f"checkpoints/{run_id}/") == []
 
 
@@ -199,20 +207,20 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
 def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)
     (checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    assert send(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    assert sync_checkpoints(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])
 def test_what_is_fetched_goes_into_the_run_and_not_where_a_link_leads(objects, run_id, tmp_path, place):
     folder, other = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
     checkpoint(folder, 1)
-    send(objects, run_id, folder)
+    sync_checkpoints(objects, run_id, folder)
     elsewhere = tmp_path / "other run"
     (elsewhere / "step-00000001").mkdir(parents=True)
     (elsewhere / "step-00000001" / "file").write_text("mine")
     (other.path / place).parent.mkdir(parents=True)
     (other.path / place).symlink_to(elsewhere)
-    assert fetch(objects, run_id, other) == "step-00000001"
+    assert restore_checkpoint(objects, run_id, other) == "step-00000001"
     assert [str(path.relative_to(elsewhere)) for path in sorted(elsewhere.rglob("*"))] == [
         "step-00000001",
         "step-00000001/file",

@@ -14,9 +14,9 @@ from feedback.contracts import FeedbackIn
 from feedback.reports import add_feedback
 from feedback.tables import Outbox, new_id
 from flows.context import Context
-from flows.dispatcher.attempts import key_of
-from flows.dispatcher.dispatcher import duties_of
-from flows.duties import MAX_PAUSE_S, Duties, Standing, read_standings
+from flows.dispatcher.attempts import make_attempt_key
+from flows.dispatcher.dispatcher import make_duties
+from flows.duties import MAX_DUTY_PAUSE_S, Duties, DutyStatus, read_duty_statuses
 from infra.database import make_session_factory
 
 PROMPT = "a prompt"
@@ -32,9 +32,9 @@ def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
     duties = Duties({"bad": refuse, "good": lambda: done.append(1)}, tmp_path / "duties.json")
     for _ in range(3):
         duties.wake()
-        duties.turn()
+        duties.run_due()
     assert done == [1, 1, 1]
-    found = read_standings(tmp_path / "duties.json")
+    found = read_duty_statuses(tmp_path / "duties.json")
     assert found["bad"].failures == 3 and found["bad"].failing_since and "ValueError" in found["bad"].error
     assert found["good"].succeeded_at and not found["good"].failures
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -42,16 +42,16 @@ def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
 
 
 def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path):
-    assert [Standing(failures=n).pause_s for n in (0, 1, 2, 3, 50)] == [0, 1, 2, 4, MAX_PAUSE_S]
+    assert [DutyStatus(failures=n).pause_s for n in (0, 1, 2, 3, 50)] == [0, 1, 2, 4, MAX_DUTY_PAUSE_S]
     calls = []
     duties = Duties({"bad": lambda: calls.append(1) or refuse()}, tmp_path / "duties.json")
-    duties.turn()
-    duties.turn()
+    duties.run_due()
+    duties.run_due()
     assert len(calls) == 1
     well = Duties({"bad": lambda: None}, tmp_path / "duties.json")
-    assert well.standings["bad"].failures == 1  # what another process wrote before
-    well.turn()
-    assert read_standings(tmp_path / "duties.json")["bad"].failing_since is None
+    assert well.statuses["bad"].failures == 1  # what another process wrote before
+    well.run_due()
+    assert read_duty_statuses(tmp_path / "duties.json")["bad"].failing_since is None
 
 
 @pytest.mark.slow
@@ -67,12 +67,12 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
         )
     settings = stores.model_copy(update={"mlflow_url": NOWHERE, "home": tmp_path})
     with SyncPrefectClient(f"{NOWHERE}/api") as client:
-        duties = Duties(duties_of(Context(settings, sessions, objects), client), tmp_path / "duties.json")
-        duties.turn()
+        duties = Duties(make_duties(Context(settings, sessions, objects), client), tmp_path / "duties.json")
+        duties.run_due()
     with sessions() as session:
         assert session.scalars(select(Outbox.delivered_at).where(Outbox.contributor_id == reporter.id)).one()
         assert rounds.find_running_round(session) is None
-    failing = {name for name, standing in duties.standings.items() if standing.failures}
+    failing = {name for name, standing in duties.statuses.items() if standing.failures}
     assert failing == {"make aliases follow", "register deployments", "end lost flow runs"}
 
 
@@ -80,6 +80,6 @@ def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):
     """Who takes it first, with Prefect's password alone, keeps the attempt from being started."""
     other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
     ours, theirs = (Context(settings, None, None) for settings in (stores, other))
-    keys = {key_of(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}
-    assert len(keys) == 4 and key_of(ours, "0" * 32, 1) in keys
+    keys = {make_attempt_key(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}
+    assert len(keys) == 4 and make_attempt_key(ours, "0" * 32, 1) in keys
     assert all(re.fullmatch("round:[0-9a-f]{64}", key) and "0" * 32 not in key for key in keys)

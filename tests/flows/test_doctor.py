@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import ModelVersion, Round
 from flows.cli.app import app
-from flows.round.versions import how_to_register
+from flows.round.versions import describe_registration
 from flows.stack import doctor
-from flows.stack.doctor import silent_services, stack_faults
-from flows.stack.probes import last_known
-from flows.stack.probing import Finding, Probe, at, together
+from flows.stack.doctor import find_silent_services, find_stack_faults
+from flows.stack.probes import find_last_success
+from flows.stack.probing import Finding, Probe, convert_timestamp, run_probes
 from flows.stack.stack_config import load_config
 from infra.keeper import read_stack_state
 from infra.keeper_lock import hold_keeper_lock
@@ -221,7 +221,7 @@ def test_a_lost_export_is_written_again_as_it_was(first, stack, sessions):
     shutil.rmtree(run / "export")
     for copy in stack.home.glob("*/v1"):
         shutil.rmtree(copy)
-    assert f"python -m yuan.train.checkpoint.export {run}" in how_to_register(stack.home, 1, known.run_id)
+    assert f"python -m yuan.train.checkpoint.export {run}" in describe_registration(stack.home, 1, known.run_id)
     subprocess.run([sys.executable, "-m", "yuan.train.checkpoint.export", str(run)], check=True, cwd=ROOT)
     assert json.loads((run / "export" / "manifest.json").read_text()) == known.manifest
 
@@ -268,7 +268,7 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
 
     over = threading.Event()
     asked = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
-    found = together([Probe(f"server that {name}", name, ask) for name, ask in asked.items()], 0.2)
+    found = run_probes([Probe(f"server that {name}", name, ask) for name, ask in asked.items()], 0.2)
     over.set()
     assert [finding.state for finding in found] == ["fault", "fault", "never yet"]
     assert "server that hangs has not answered" in found[0].fault
@@ -286,27 +286,31 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
     write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
     over, found = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
-        probe = Probe(server, server, over.wait, last_known(tmp_path, server, None))
-        (found[server],) = together([probe], 0.05)
+        probe = Probe(server, server, over.wait, find_last_success(tmp_path, server, None))
+        (found[server],) = run_probes([probe], 0.05)
     over.set()
     assert {name: (one.succeeded_at, one.or_later) for name, one in found.items()} == {
-        "mlflow": (at(2_000), False),
-        "s3": (at(1_000), True),
+        "mlflow": (convert_timestamp(2_000), False),
+        "s3": (convert_timestamp(1_000), True),
         "prefect": (None, False),
     }
     assert found["s3"].when.endswith(" or later") and found["prefect"].when == "unknown"
     write("worker/alive", "")
     os.utime(tmp_path / "worker" / "alive", (3_000, 3_000))
-    (silent,) = silent_services(tmp_path)
-    assert abs((silent.succeeded_at - at(3_000)).total_seconds()) < 1
+    (silent,) = find_silent_services(tmp_path)
+    assert abs((silent.succeeded_at - convert_timestamp(3_000)).total_seconds()) < 1
 
 
 def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tmp_path):
     states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
     with hold_keeper_lock(tmp_path, "id"):
         (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
-        (found,) = [finding for finding in stack_faults(tmp_path) if finding.what == "mlflow"]
-    assert (found.fault, found.succeeded_at, found.or_later) == ("mlflow is restarting: it ended", at(1_000), True)
+        (found,) = [finding for finding in find_stack_faults(tmp_path) if finding.what == "mlflow"]
+    assert (found.fault, found.succeeded_at, found.or_later) == (
+        "mlflow is restarting: it ended",
+        convert_timestamp(1_000),
+        True,
+    )
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
@@ -328,10 +332,10 @@ def test_the_way_back_follows_from_the_copies_there_are(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "manifest.json").write_text("{}")
 
-    assert "no copy of it is left" in how_to_register(tmp_path, 7, "r")
+    assert "no copy of it is left" in describe_registration(tmp_path, 7, "r")
     put("runs/r/checkpoints/step-00000020")
-    assert f"python -m yuan.train.checkpoint.export {tmp_path}/runs/r" in how_to_register(tmp_path, 7, "r")
+    assert f"python -m yuan.train.checkpoint.export {tmp_path}/runs/r" in describe_registration(tmp_path, 7, "r")
     put("serve/v7/model")
-    assert f"cotrain register {tmp_path}/serve/v7/model --version 7" in how_to_register(tmp_path, 7, "r")
+    assert f"cotrain register {tmp_path}/serve/v7/model --version 7" in describe_registration(tmp_path, 7, "r")
     put("runs/r/export")
-    assert f"cotrain register {tmp_path}/runs/r/export --version 7" in how_to_register(tmp_path, 7, "r")
+    assert f"cotrain register {tmp_path}/runs/r/export --version 7" in describe_registration(tmp_path, 7, "r")

@@ -8,7 +8,7 @@ import pytest
 from prefect.logging.handlers import APILogHandler
 
 from flows.dispatcher.flow_process import StorableRecord
-from flows.prefect_gate.body_rules import read_json
+from flows.prefect_gate.body_rules import parse_request_body
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud83db"], ids=["U+0000", "half a character"])
@@ -22,4 +22,4 @@ def test_a_log_line_of_any_text_is_one_that_the_gate_takes(text):
     record.flow_run_id = str(uuid4())
     log = APILogHandler().prepare(record)
     assert log["message"] == "said a\ufffdb"
-    read_json("/api/logs/", json.dumps([log]).encode())
+    parse_request_body("/api/logs/", json.dumps([log]).encode())

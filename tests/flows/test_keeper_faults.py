@@ -16,7 +16,7 @@ import httpx
 import pytest
 from dotenv import dotenv_values
 
-from flows.stack.stack_config import CONFIG_COPY, CONFIG_FILE, load_config, make_config
+from flows.stack.stack_config import CONFIG_COPY_FILE, CONFIG_FILE, load_config, load_or_make_config
 from infra.confinement import parse_port
 from infra.keeper import find_stack_pids, read_stack_state
 from infra.keeper_lock import KEEPER_HEARTBEAT_TIMEOUT_S, KEEPER_LOCK_FILE, find_keeper, hold_keeper_lock
@@ -27,18 +27,18 @@ SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 def test_a_config_is_made_in_an_empty_folder_only_and_never_by_reading(tmp_path):
     with pytest.raises(ValueError, match="make one with `cotrain up`"):
         load_config(tmp_path)
-    made = make_config(tmp_path)
-    assert make_config(tmp_path) == load_config(tmp_path) == made
+    made = load_or_make_config(tmp_path)
+    assert load_or_make_config(tmp_path) == load_config(tmp_path) == made
     (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(ValueError, match=f"is gone; put its copy back: cp .*{CONFIG_COPY}"):
-        make_config(tmp_path)
-    shutil.copy(tmp_path / CONFIG_COPY, tmp_path / CONFIG_FILE)
+    with pytest.raises(ValueError, match=f"is gone; put its copy back: cp .*{CONFIG_COPY_FILE}"):
+        load_or_make_config(tmp_path)
+    shutil.copy(tmp_path / CONFIG_COPY_FILE, tmp_path / CONFIG_FILE)
     assert load_config(tmp_path) == made
 
 
 @pytest.mark.parametrize("text", ["", "null", "{}", '{"ports": []}', "\0"])
 def test_a_damaged_config_is_named(tmp_path, text):
-    make_config(tmp_path)
+    load_or_make_config(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(text)
     with pytest.raises(ValueError, match=f"{CONFIG_FILE}, which holds .* is damaged; put its copy back"):
         load_config(tmp_path)
@@ -51,7 +51,7 @@ def test_a_damaged_state_file_is_no_state(tmp_path, text):
 
 
 def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
-    make_config(tmp_path)
+    load_or_make_config(tmp_path)
     (tmp_path / KEEPER_LOCK_FILE).touch()
     with (tmp_path / KEEPER_LOCK_FILE).open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
@@ -159,7 +159,7 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
     status, told = stack.cotrain("up")
     assert status == 1 and "put its copy back" in told
     assert not file.exists() and (stack.home / "env").read_bytes() == environment
-    shutil.copy(stack.home / CONFIG_COPY, file)
+    shutil.copy(stack.home / CONFIG_COPY_FILE, file)
     stack.cotrain("up", check=True)
     assert load_config(stack.home) == before
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from flows.supervisor.pool_launcher import launcher_of
+from flows.supervisor.pool_launcher import make_launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher
 from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
@@ -18,8 +18,8 @@ def test_a_pool_is_started_as_its_file_says(tmp_path):
     file = tmp_path / "pools.toml"
     file.write_text(dump_pool(pool("slurm", partition="gpu", rendezvous_port=29_501)))
     assert load_pool(str(file)) == pool("slurm", partition="gpu", rendezvous_port=29_501)
-    assert isinstance(launcher_of(load_pool(str(file))), SlurmLauncher)
-    assert isinstance(launcher_of(make_cpu_pool()), LocalLauncher)
+    assert isinstance(make_launcher(load_pool(str(file))), SlurmLauncher)
+    assert isinstance(make_launcher(make_cpu_pool()), LocalLauncher)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_pool_is_started_as_its_file_says(tmp_path):
 )
 def test_options_that_a_launcher_does_not_know_are_refused(launcher, launch, says):
     with pytest.raises(ValueError, match=says):
-        launcher_of(pool(launcher, **launch))
+        make_launcher(pool(launcher, **launch))
 
 
 def test_an_unknown_launcher_is_refused():

@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from flows.prefect_gate.body_rules import MAX_EVENT_BYTES
-from flows.prefect_gate.deployment_rules import FIXED, MAX_CRON_CHARACTERS, TEMPLATE
-from flows.prefect_gate.prefect_gate import MAX_BODY_BYTES, Gate
-from flows.registry import REGISTERED
+from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS, MAX_CRON_CHARACTERS, WORK_POOL_TEMPLATE
+from flows.prefect_gate.prefect_gate import MAX_PREFECT_BODY_BYTES, PrefectGate
+from flows.registry import REGISTERED_FLOWS
 from infra.throttle import MAX_ACCOUNT_FAILURES
 
 RIGHT, RUNS = ("cotrain", "a-generated-secret"), "/api/flow_runs/filter"
@@ -37,7 +37,7 @@ def gate():
     async def echo(path: str, request: Request):
         return {"reached": path, "body": (await request.body()).decode()}
 
-    with TestClient(Gate(app, ":".join(RIGHT), "http://pictures.example", first_message_s=1)) as client:
+    with TestClient(PrefectGate(app, ":".join(RIGHT), "http://pictures.example", first_message_s=1)) as client:
         yield client
 
 
@@ -106,7 +106,7 @@ def test_a_body_that_breaks_off_does_not_reach_the_server():
 
     token = b"Basic " + base64.b64encode(":".join(RIGHT).encode())
     scope = {"type": "http", "path": RUNS, "method": "POST", "headers": [(b"authorization", token)], "client": ("x", 1)}
-    asyncio.run(Gate(app, ":".join(RIGHT))(scope, receive, send))
+    asyncio.run(PrefectGate(app, ":".join(RIGHT))(scope, receive, send))
     assert reached == []
 
 
@@ -125,8 +125,8 @@ SECONDLY = [
     {},
     "x",
 ]
-OWN = {**FIXED, "flow_id": f"{'0' * 8}-0000-4000-8000-{'0' * 12}", "schedules": []}
-OWN["parameter_openapi_schema"] = REGISTERED["cotrain-reproduce"].schema()
+OWN = {**DEPLOYMENT_FIXED_FIELDS, "flow_id": f"{'0' * 8}-0000-4000-8000-{'0' * 12}", "schedules": []}
+OWN["parameter_openapi_schema"] = REGISTERED_FLOWS["cotrain-reproduce"].schema()
 SCHEDULE = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
 
 
@@ -146,7 +146,8 @@ def test_deployments_and_flows_of_the_code_are_taken_with_few_schedules(gate):
     assert statuses(own, OWN) == [200, 200]
     assert statuses({**own, "name": "mine"}, {"schedules": []}, {**own, "schedules": [daily] * 50}, []) == [422] * 4
     names = {
-        name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code for name in ("mine", *REGISTERED)
+        name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code
+        for name in ("mine", *REGISTERED_FLOWS)
     }
     assert list(names.values()) == [422, 200, 200]
     for body in ({"active": False}, {"schedule": {"interval": 3600.0}}):
@@ -242,7 +243,7 @@ def test_kinds_are_refused_where_nothing_is_filled_in(gate):
 def test_objects_as_the_pages_send_them_reach_the_server_as_plain_values(gate, sent, reached):
     answer = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": sent}, "name": "mine"})
     assert json.loads(answer.json()["body"]) == {"parameters": reached, "name": "mine"}
-    asked = {"schema": REGISTERED["cotrain-round"].schema(), "values": {"weights": sent}}
+    asked = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": sent}}
     answer = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=asked)
     assert json.loads(answer.json()["body"])["values"] == reached
 
@@ -285,10 +286,10 @@ def test_a_schedule_has_only_what_the_dispatcher_sends(gate, field):
 
 
 def test_the_pool_keeps_its_template_by_whose_schema_the_server_checks_variables(gate):
-    slow = {**TEMPLATE, "variables": {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}}
+    slow = {**WORK_POOL_TEMPLATE, "variables": {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}}
     assert "base_job_template" in refusal(gate, "/api/work_pools/", json.dumps({"base_job_template": slow}))
     assert "base_job_template" in refusal(gate, "/api/work_pools/x", json.dumps({"base_job_template": slow}), "PATCH")
-    for form in ({"base_job_template": TEMPLATE}, {"is_paused": True}):
+    for form in ({"base_job_template": WORK_POOL_TEMPLATE}, {"is_paused": True}):
         assert gate.patch("/api/work_pools/x", auth=RIGHT, json=form).status_code == 200
 
 
@@ -352,8 +353,8 @@ def test_a_schedule_has_a_time_zone_that_the_server_can_use(gate, zone):
 
 
 def test_a_body_has_a_bound(gate):
-    assert gate.post(RUNS, auth=RIGHT, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
-    assert gate.post(RUNS, auth=RIGHT, content=iter([b" " * MAX_BODY_BYTES, b" "])).status_code == 413
+    assert gate.post(RUNS, auth=RIGHT, content=b" " * (MAX_PREFECT_BODY_BYTES + 1)).status_code == 413
+    assert gate.post(RUNS, auth=RIGHT, content=iter([b" " * MAX_PREFECT_BODY_BYTES, b" "])).status_code == 413
 
 
 def test_a_body_has_a_bounded_number_of_values_which_costs_little_to_find_out(gate):

@@ -14,12 +14,12 @@ from prefect.client.orchestration import SyncPrefectClient
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from flows.dispatcher.deployments import REPRODUCE, register
-from flows.prefect_gate.body_rules import DATES
-from flows.prefect_gate.deployment_rules import FIXED
-from flows.prefect_gate.prefect_rules import OPERATOR, PUBLIC, SOCKETS, is_page
-from flows.registry import REGISTERED
-from flows.stack.services import services
+from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
+from flows.prefect_gate.body_rules import DATE_FIELD_PATTERN
+from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
+from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_ROUTES, is_page
+from flows.registry import REGISTERED_FLOWS
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.routes import METHODS, Route, summarise
@@ -50,7 +50,7 @@ print(json.dumps({"routes": [[route.path, route.method] for route in list_routes
 @pytest.fixture(scope="module")
 def server(stores):
     """The address and the password of a real server behind its gate."""
-    found = {service.name: service for service in services(stores.home, load_config(stores.home), stores)}
+    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     process = start(found["prefect"], stores.stack_id)
     yield stores.prefect_api_url.removesuffix("/api"), stores.prefect_auth.get_secret_value()
     process.terminate()
@@ -90,14 +90,14 @@ def dates_in(form, name=""):
 def test_every_date_of_the_servers_forms_is_checked(application):
     names = dates_in(application["forms"]["components"]["schemas"])
     assert {"scheduled_time", "before_", "occurred"} <= names
-    assert {name for name in names if not DATES.fullmatch(name)} == set()
+    assert {name for name in names if not DATE_FIELD_PATTERN.fullmatch(name)} == set()
 
 
 @pytest.fixture(scope="module")
 def deployment(server, stores):
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
-        register(client, stores)
-        return client.read_deployment_by_name(REPRODUCE).id
+        register_deployments(client, stores)
+        return client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
 
 
 def listed(*rules):
@@ -105,7 +105,7 @@ def listed(*rules):
 
 
 def test_every_rule_is_a_route_of_the_server(routes):
-    assert listed(PUBLIC, OPERATOR, SOCKETS) <= routes
+    assert listed(PUBLIC_ROUTES, OPERATOR_ROUTES, WEBSOCKET_ROUTES) <= routes
 
 
 def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
@@ -121,14 +121,14 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
                     open_to[caller].add(route)
     # `/api/work_pools/filter` is of the form `/api/work_pools/{name}` too, to the server as well.
     # A HEAD of an open GET is answered as that.
-    heads = {Route(path, "HEAD") for _, path in PUBLIC.routes}
+    heads = {Route(path, "HEAD") for _, path in PUBLIC_ROUTES.routes}
     others = {caller: found - routes - heads for caller, found in open_to.items()}
     assert all(heads <= found for found in open_to.values())
-    assert all(OPERATOR.allow(route.method, route.example()) for route in others["operator"])
+    assert all(OPERATOR_ROUTES.allow(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
     answering = {caller: found & routes for caller, found in open_to.items()}
-    assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC)
-    assert answering["operator"] == listed(PUBLIC, OPERATOR)
+    assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC_ROUTES)
+    assert answering["operator"] == listed(PUBLIC_ROUTES, OPERATOR_ROUTES)
     row = summarise("Prefect", len(http_routes), answering)
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
@@ -146,7 +146,7 @@ def test_websockets_answer_on_listed_paths_to_the_password_alone(server, routes)
     reached = {
         token: {route for route in sockets if greets(base, route.example(), token)} for token in (None, "a:b", secret)
     }
-    assert reached == {None: set(), "a:b": set(), secret: listed(SOCKETS)}
+    assert reached == {None: set(), "a:b": set(), secret: listed(WEBSOCKET_ROUTES)}
 
 
 def greets(base, path, token):
@@ -254,8 +254,8 @@ def test_only_schemas_of_registered_flows_reach_the_server(server):
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:
         asked = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
         flow = client.post("/api/flows/", json={"name": "cotrain-round"}).json()["id"]
-        body = {**FIXED, "flow_id": flow, "parameter_openapi_schema": slow}
+        body = {**DEPLOYMENT_FIXED_FIELDS, "flow_id": flow, "parameter_openapi_schema": slow}
         made = client.post("/api/deployments/", json=body)
-        known = {"schema": REGISTERED["cotrain-round"].schema(), "values": {}}
+        known = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {}}
         own = client.post("/api/ui/schemas/validate", json=known)
     assert (asked.status_code, made.status_code, own.status_code) == (422, 422, 200)

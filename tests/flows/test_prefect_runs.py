@@ -9,11 +9,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Failed, Pending, Running, Scheduled
 
 from flows.dispatcher import attempts, dispatcher
-from flows.dispatcher.attempts import end_lost_runs, is_over, newest_run
-from flows.dispatcher.deployments import REPRODUCE, register
-from flows.dispatcher.dispatcher import reproduce
-from flows.stack.probes import flow_runs
-from flows.stack.services import services
+from flows.dispatcher.attempts import end_if_lost, end_lost_flow_runs, find_newest_flow_run
+from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
+from flows.dispatcher.dispatcher import start_reproduction_run
+from flows.stack.probes import probe_flow_runs
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def client(stores):
     """A client of Prefect's server, which knows the deployments."""
-    found = {service.name: service for service in services(stores.home, load_config(stores.home), stores)}
+    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     process = start(found["prefect"], stores.stack_id)
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
-        register(client, stores)
+        register_deployments(client, stores)
         yield client
     process.terminate()
     process.wait()
@@ -35,7 +35,7 @@ def client(stores):
 @pytest.fixture
 def deployment(client):
     """The deployment whose runs the dispatcher starts when reports wait; none of its runs is open."""
-    found = client.read_deployment_by_name(REPRODUCE).id
+    found = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
     for run in client.read_flow_runs():
         client.set_flow_run_state(run.id, Cancelled(), force=True)
     return found
@@ -54,34 +54,36 @@ def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deploym
     future = client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=later(days=1000)))
     if is_cancelled:
         client.set_flow_run_state(future.id, Cancelled(), force=True)
-    before = newest_run(client, deployment)
-    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
-    reproduce(client, 1)
-    made = newest_run(client, deployment)
+    before = find_newest_flow_run(client, deployment)
+    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
+    start_reproduction_run(client, 1)
+    made = find_newest_flow_run(client, deployment)
     assert made.id != future.id and (before is None or made.id != before.id) and made.state.is_scheduled()
 
 
 def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
     """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
-    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
     made = []
     for _ in range(2):
-        reproduce(client, 1)
-        made.append(newest_run(client, deployment))
+        start_reproduction_run(client, 1)
+        made.append(find_newest_flow_run(client, deployment))
         client.set_flow_run_state(made[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
     assert made[0].id != made[1].id
-    assert is_over(client, client.read_flow_run(made[0].id)) and state_of(client, made[0]).message == "it was put off"
-    assert not is_over(client, client.create_flow_run_from_deployment(deployment))
+    assert (
+        end_if_lost(client, client.read_flow_run(made[0].id)) and state_of(client, made[0]).message == "it was put off"
+    )
+    assert not end_if_lost(client, client.create_flow_run_from_deployment(deployment))
 
 
 def test_a_failed_run_is_followed_after_a_pause(client, deployment, monkeypatch):
     failed = client.create_flow_run_from_deployment(deployment)
     client.set_flow_run_state(failed.id, Failed(), force=True)
-    reproduce(client, 1)
-    assert newest_run(client, deployment).id == failed.id
-    monkeypatch.setattr(dispatcher, "RETRY_PAUSE_S", 0.0)
-    reproduce(client, 1)
-    assert newest_run(client, deployment).id != failed.id
+    start_reproduction_run(client, 1)
+    assert find_newest_flow_run(client, deployment).id == failed.id
+    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
+    start_reproduction_run(client, 1)
+    assert find_newest_flow_run(client, deployment).id != failed.id
 
 
 def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deployment, stores, monkeypatch):
@@ -94,10 +96,10 @@ def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deploym
     client.set_flow_run_state(pending.id, Pending(), force=True)
     client.set_flow_run_state(running.id, Running(), force=True)
     assert waits(stores)
-    end_lost_runs(client)
+    end_lost_flow_runs(client)
     assert state_of(client, pending).is_pending()  # its process may be starting
-    monkeypatch.setattr(attempts, "PENDING_LIMIT_S", 0.0)
-    end_lost_runs(client)
+    monkeypatch.setattr(attempts, "PENDING_TIMEOUT_S", 0.0)
+    end_lost_flow_runs(client)
     for run in (pending, running):
         state = state_of(client, run)
         assert state.is_crashed() and state.message == "its process is gone"
@@ -113,15 +115,15 @@ def test_a_run_with_a_process_that_is_slow_to_start_is_left_alone(client, deploy
     process = subprocess.Popen([sys.executable, "-c", script, "-m", "flows.dispatcher.flow_process", str(run.id)])
     try:
         client.update_flow_run(run.id, infrastructure_pid=str(process.pid))
-        monkeypatch.setattr(attempts, "PENDING_LIMIT_S", 0.0)
-        end_lost_runs(client)
+        monkeypatch.setattr(attempts, "PENDING_TIMEOUT_S", 0.0)
+        end_lost_flow_runs(client)
         assert state_of(client, run).is_pending()
     finally:
         process.kill()
         process.wait()
-    end_lost_runs(client)
+    end_lost_flow_runs(client)
     assert state_of(client, run).is_crashed()
 
 
 def waits(stores):
-    return [found.fault for found in flow_runs(stores) if "waits since" in (found.fault or "")]
+    return [found.fault for found in probe_flow_runs(stores) if "waits since" in (found.fault or "")]

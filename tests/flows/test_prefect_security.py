@@ -10,12 +10,12 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import func, select
 
 from feedback.tables import Round
-from flows.dispatcher.deployments import register
+from flows.dispatcher.deployments import register_deployments
 from flows.dispatcher.worker import MAX_FLOW_RUNS
-from flows.prefect_gate.deployment_rules import FIXED
-from flows.registry import REGISTERED
-from flows.stack.probes import flow_runs
-from flows.stack.services import services
+from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
+from flows.registry import REGISTERED_FLOWS
+from flows.stack.probes import probe_flow_runs
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.waiting import until
@@ -47,11 +47,11 @@ def marker(tmp_path):
 def prefect(stores):
     """Prefect's API with its password; server and worker run, pool and deployments are registered."""
     (stores.home / "logs").mkdir(exist_ok=True)
-    found = {service.name: service for service in services(stores.home, load_config(stores.home), stores)}
+    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     secret = stores.prefect_auth.get_secret_value()
     processes = [start(found["prefect"], stores.stack_id)]
     with SyncPrefectClient(stores.prefect_api_url, auth_string=secret) as client:
-        register(client, stores)
+        register_deployments(client, stores)
     processes.append(start(found["worker"], stores.stack_id))
     with httpx.Client(base_url=stores.prefect_api_url, auth=tuple(secret.split(":", 1)), timeout=30) as client:
         yield client
@@ -90,7 +90,7 @@ def deploy(prefect, overwrite):
 
 def register_again(stores):
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
-        register(client, stores)
+        register_deployments(client, stores)
 
 
 def run(prefect, deployment_id, **body):
@@ -168,7 +168,11 @@ def test_a_foreign_entry_point_is_not_loaded(prefect, deploy, marker, entrypoint
 def test_other_flows_deployments_and_schedules_are_refused(prefect):
     registered = prefect.get(f"/deployments/name/{ROUND}/local").json()
     secondly = {"schedule": {"interval": 1}, "active": True}
-    body = {**FIXED, "flow_id": registered["flow_id"], "parameter_openapi_schema": REGISTERED[ROUND].schema()}
+    body = {
+        **DEPLOYMENT_FIXED_FIELDS,
+        "flow_id": registered["flow_id"],
+        "parameter_openapi_schema": REGISTERED_FLOWS[ROUND].schema(),
+    }
     refused = [
         prefect.post("/flows/", json={"name": "mine"}),
         prefect.post("/deployments/", json={**body, "name": "mine"}),
@@ -199,10 +203,10 @@ def test_the_worker_takes_a_few_flow_runs_at_a_time(prefect):
 
 def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefect, stores):
     assert prefect.patch("/work_pools/cotrain", json={"concurrency_limit": 0}).is_success
-    assert any("concurrency limit of 0" in (found.fault or "") for found in flow_runs(stores))
+    assert any("concurrency limit of 0" in (found.fault or "") for found in probe_flow_runs(stores))
     register_again(stores)
     assert prefect.get("/work_pools/cotrain").json()["concurrency_limit"] is None
-    assert not any("concurrency limit" in (found.fault or "") for found in flow_runs(stores))
+    assert not any("concurrency limit" in (found.fault or "") for found in probe_flow_runs(stores))
 
 
 @pytest.mark.parametrize(

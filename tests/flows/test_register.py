@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from flows.round.versions import copy_export, copy_recorded
+from flows.round.versions import copy_export, copy_manifest_files
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_only_recorded_files_are_published(folders, tmp_path):
     export, target, recorded = folders
     (tmp_path / "env").write_text("secret")
     (export / "notes.txt").symlink_to(tmp_path / "env")
-    copy_recorded(export, target, recorded)
+    copy_manifest_files(export, target, recorded)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
 
 
@@ -32,21 +32,21 @@ def test_a_link_in_a_recorded_files_place_is_refused(folders, tmp_path):
     (export / "config.json").unlink()
     (export / "config.json").symlink_to(tmp_path / "env")
     with pytest.raises(ValueError, match=r"config.json of .* cannot be copied"):
-        copy_recorded(export, target, recorded)
+        copy_manifest_files(export, target, recorded)
 
 
 @pytest.mark.parametrize("name", ["../env", "a/b", "/etc/passwd", ".."])
 def test_names_outside_of_the_folder_are_refused(folders, name):
     export, target, recorded = folders
     with pytest.raises(ValueError, match=r"files of one folder|cannot be copied"):
-        copy_recorded(export, target, {**recorded, "files": {name: "0"}})
+        copy_manifest_files(export, target, {**recorded, "files": {name: "0"}})
 
 
 def test_other_bytes_than_recorded_are_refused(folders):
     export, target, recorded = folders
     (export / "config.json").write_bytes(b"[]")
     with pytest.raises(ValueError, match="recorded is"):
-        copy_recorded(export, target, recorded)
+        copy_manifest_files(export, target, recorded)
 
 
 def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):

@@ -4,7 +4,7 @@ import jsonschema
 import pytest
 
 from feedback.contracts import RoundParameters
-from flows.registry import REGISTERED, RoundForm, parse_form
+from flows.registry import REGISTERED_FLOWS, RoundForm, parse_form
 
 
 def test_a_flow_that_the_code_does_not_register_is_refused_with_the_rule():
@@ -37,14 +37,14 @@ def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
 
 
 def test_the_run_form_asks_for_what_the_portal_asks_for():
-    fields = REGISTERED["cotrain-round"].schema()["properties"]
+    fields = REGISTERED_FLOWS["cotrain-round"].schema()["properties"]
     asked = RoundParameters.model_json_schema()["properties"]
     assert {name: fields[name] | asked[name] for name in asked} == {name: fields[name] for name in asked}
     assert set(fields) - set(asked) == {"round_id"}
 
 
 def test_the_schemas_allow_the_defaults_and_nothing_unknown():
-    for registered in REGISTERED.values():
+    for registered in REGISTERED_FLOWS.values():
         validator = jsonschema.Draft202012Validator(registered.schema())
         assert validator.is_valid(registered.form().model_dump())
         assert not validator.is_valid({"unknown": 1})

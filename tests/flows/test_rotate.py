@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
-from flows.stack.stack_config import ROTATED, WEED_CERTIFICATE, load_config
+from flows.stack.stack_config import ROTATABLE_SECRET_NAMES, WEED_CERTIFICATE, load_config
 from infra.keeper import read_stack_state
 from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.settings import Settings
@@ -82,7 +82,7 @@ def test_all_secrets_of_a_running_stack_are_rotated(stack):
     old, certificate = load_config(stack.home).secrets, (stack.home / WEED_CERTIFICATE).read_bytes()
     _, said = stack.cotrain("rotate", check=True)
     assert (stack.home / WEED_CERTIFICATE).read_bytes() != certificate
-    assert set(said["rotated"]) == set(ROTATED)
+    assert set(said["rotated"]) == set(ROTATABLE_SECRET_NAMES)
     assert refused(accounts(stack.home)) == set()
     assert refused(before) == before.keys()
     now = load_config(stack.home)

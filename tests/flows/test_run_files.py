@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from flows.supervisor.exit_reason import classify, log_end
+from flows.supervisor.exit_reason import classify, read_log_tail
 from infra.launchers.job import JobEnding
 from yuan.train.checkpoint_manifest import find_difference, list_committed_checkpoints
 from yuan.train.exit_status import read_exit_notes
@@ -43,7 +43,7 @@ def folder(tmp_path):
 def test_nothing_foreign_gets_into_the_reason_of_an_ending(folder, victim, plant):
     PLANTS[plant](folder.path / "train.log", victim)
     reason = classify(folder, JobEnding(status=1), since=0).reason
-    assert "secret" not in reason and "status 1" in reason and len(log_end(folder)) <= 800
+    assert "secret" not in reason and "status 1" in reason and len(read_log_tail(folder)) <= 800
 
 
 @pytest.mark.parametrize("plant", PLANTS)

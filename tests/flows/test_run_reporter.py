@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from flows.supervisor import run_reporter
-from flows.supervisor.exit_reason import Ended
-from flows.supervisor.run_reporter import EVENT_LENGTH, EVENTS_A_MINUTE, Reporter
+from flows.supervisor.exit_reason import RunEnding
+from flows.supervisor.run_reporter import MAX_EVENT_CHARACTERS, MAX_EVENTS_PER_MINUTE, RunReporter
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
 
@@ -14,14 +14,14 @@ from yuan.train.run_folder import EVENTS_FILE, RunFolder
 def told(tmp_path, caplog):
     """Let events be told; gives the lines that were logged for them."""
     folder = RunFolder(tmp_path)
-    reporter = Reporter(None, "round", folder, lambda status: None)
+    reporter = RunReporter(None, "round", folder, lambda status: None)
 
     def tell(*events):
         for event in events:
             folder.append(EVENTS_FILE, event)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            reporter._tell()
+            reporter._log_events()
         return [record.getMessage() for record in caplog.records]
 
     return tell
@@ -31,7 +31,7 @@ def test_an_event_is_one_short_printable_line(told):
     hostile = "\x1b[2J" + "x\n2026-11-26 ERROR flows: forged\r\u2028" + "y" * 10_000_000
     (line,) = told({"event": "skip", "step": 3, "why": hostile})
     assert line.startswith("event skip, step 3, why \\x1b[2Jx\\n2026") and line.isprintable()
-    assert len(line) <= EVENT_LENGTH
+    assert len(line) <= MAX_EVENT_CHARACTERS
 
 
 def test_events_without_a_name_or_with_odd_values_hold_nothing_up(told):
@@ -46,13 +46,13 @@ def test_events_without_a_name_or_with_odd_values_hold_nothing_up(told):
 
 
 def test_a_flood_of_events_costs_few_lines_and_one_that_counts_the_rest(told, monkeypatch):
-    flood = [{"event": "skip", "step": step} for step in range(EVENTS_A_MINUTE + 500)]
-    assert len(told(*flood)) == EVENTS_A_MINUTE and told(*flood[:7]) == []
-    monkeypatch.setattr(run_reporter, "MINUTE_S", 0.0)  # the minute is over
+    flood = [{"event": "skip", "step": step} for step in range(MAX_EVENTS_PER_MINUTE + 500)]
+    assert len(told(*flood)) == MAX_EVENTS_PER_MINUTE and told(*flood[:7]) == []
+    monkeypatch.setattr(run_reporter, "EVENT_WINDOW_S", 0.0)  # the minute is over
     said = told({"event": "skip", "step": 1})
     assert len(said) == 2 and said[0].startswith("507 more events are in ") and said[1] == "event skip, step 1"
 
 
 def test_the_reason_of_an_ending_keeps_its_lines_and_steers_no_terminal():
-    reason = Ended(kind="unknown", reason="status 1; first\n\x1b[31mlast\r").reason
+    reason = RunEnding(kind="unknown", reason="status 1; first\n\x1b[31mlast\r").reason
     assert reason == "status 1; first\n\\x1b[31mlast\\r"

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from flows.cli.stack import take_down
-from flows.stack.doctor import setting_faults
-from flows.stack.stack_config import CONFIG_FILE, make_config, write_environment
+from flows.stack.doctor import find_setting_faults
+from flows.stack.stack_config import CONFIG_FILE, load_or_make_config, write_environment
 from infra.files import write_private
 from infra.keeper_lock import find_keeper, hold_keeper_lock
 from tests.flows.test_commands import ROOT, cotrain
@@ -21,10 +21,10 @@ WRONG = "COTRAIN_MAX_UPLOAD_BYTES=1000\n"
 SLOW_KEEPER = """
 import signal, sys, threading, time
 from pathlib import Path
-from infra.keeper_lock import hold
+from infra.keeper_lock import hold_keeper_lock
 told = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: told.set())
-with hold(Path(sys.argv[1]), sys.argv[2]):
+with hold_keeper_lock(Path(sys.argv[1]), sys.argv[2]):
     told.wait()
 time.sleep(1)
 """
@@ -55,7 +55,7 @@ time.sleep(1)
 def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, text, fault, mend):
     file = tmp_path / "env.local"
     file.write_bytes(text.encode("latin-1"))
-    (found,) = setting_faults(tmp_path)
+    (found,) = find_setting_faults(tmp_path)
     assert fault.format(file=file) in found.fault and mend in found.mend
 
 
@@ -76,11 +76,11 @@ def test_a_wrong_value_of_the_environment_is_named_with_its_place(tmp_path):
 
 def test_what_is_no_setting_of_ours_is_let_be(tmp_path):
     (tmp_path / "env.local").write_text("PATH=x\nCUDA\nlone words\nCOTRAIN_HOME=x\nCOTRAIN_TOKEN=t\nCOTRAIN_TEAM=a\n")
-    assert setting_faults(tmp_path) == []
+    assert find_setting_faults(tmp_path) == []
 
 
 def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_path):
-    make_config(tmp_path, durable=False)
+    load_or_make_config(tmp_path, durable=False)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
     (tmp_path / "env").mkdir()  # where the keeper writes a file
@@ -92,12 +92,12 @@ def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_pat
 
 
 def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp_path):
-    write_environment(tmp_path, make_config(tmp_path))
+    write_environment(tmp_path, load_or_make_config(tmp_path))
     service = {"state": "ready", "pid": 7, "seconds": 1.5, "restarts": 0, "restart_reason": None, "error": "[/x] " * 40}
     state = f'{{"pid": {os.getpid()}, "services": {{"worker": {service}}}}}'.replace("'", '"').replace("None", "null")
     write_private(tmp_path / "stack.json", state)
     (tmp_path / "env.local").write_text(WRONG)
-    with hold_keeper_lock(tmp_path, make_config(tmp_path).stack_id):
+    with hold_keeper_lock(tmp_path, load_or_make_config(tmp_path).stack_id):
         shown = cotrain("status", home=tmp_path)
         up = cotrain("up", home=tmp_path)
     (line,) = [line for line in shown.stdout.splitlines() if "worker" in line]
@@ -107,7 +107,7 @@ def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp
 
 
 def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path):
-    make_config(tmp_path)
+    load_or_make_config(tmp_path)
     before = (tmp_path / CONFIG_FILE).read_bytes()
     (tmp_path / "env.local").write_text(WRONG)
     done = cotrain("rotate", home=tmp_path)
@@ -116,7 +116,7 @@ def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path
 
 
 def test_down_speaks_when_the_keepers_process_has_ended(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     command = [sys.executable, "-c", SLOW_KEEPER, str(tmp_path), config.stack_id]
     with subprocess.Popen(command, cwd=ROOT) as keeper:
         try:

@@ -13,7 +13,7 @@ from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Round, new_id
 from flows.context import Context
 from flows.round import evaluate
-from flows.round.versions import copy_lost, fetch, require
+from flows.round.versions import copy_lost_version, fetch_version, require_registered
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from infra.tracker import VersionLost
@@ -71,20 +71,20 @@ def add_case(context):
 
 @pytest.mark.parametrize("version", [987_654, 2**40])
 def test_a_version_that_never_was_is_said_to_be_none_without_asking_the_registry(context, version):
-    for ask in (require, evaluate.evaluate_version):
+    for ask in (require_registered, evaluate.evaluate_version):
         with pytest.raises(VersionNotRegistered, match=f"v{version} was never registered here"):
             ask(context, version)
 
 
 def test_a_lost_version_is_copied_from_its_export_as_recorded_or_not_at_all(context, record, tmp_path):
     run_id = record(765_001)
-    copy = copy_lost(context, 765_001, tmp_path / "target")
+    copy = copy_lost_version(context, 765_001, tmp_path / "target")
     export = context.runs / run_id / "export"
     assert {file.name for file in copy.iterdir()} == {file.name for file in export.iterdir()}
     weights = export / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(VersionLost, match=rf"cotrain register {export} --version 765001, then start another round"):
-        copy_lost(context, 765_001, tmp_path / "target")
+        copy_lost_version(context, 765_001, tmp_path / "target")
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +103,12 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
     version = context.tracker.register(context.tracker.start_run("lost", {}), folder, {}, 765_002)
     run_id = record(version)
     add_case(context)
-    context.tracker._client.delete_model_version("yuan", str(context.tracker._known_number(version)))
+    context.tracker._client.delete_model_version("yuan", str(context.tracker._require_number(version)))
     begun = time.monotonic()
     with pytest.raises(VersionLost, match=f"v{version} is gone from the registry; `cotrain doctor` says how"):
         evaluate.evaluate_version(context, version)
     assert time.monotonic() - begun < 5 and list((tmp_path / "scratch").iterdir()) == []
-    assert fetch(context, version, tmp_path / "target").name == "model"
+    assert fetch_version(context, version, tmp_path / "target").name == "model"
     (tmp_path / "eval").mkdir()
     taken = evaluate.evaluate_version(context, version, tmp_path / "eval")
     assert taken["cases"] > 0 and list((tmp_path / "eval").iterdir()) == []

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 
-from flows.stack.services import services
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.mlflow_gate import MLFLOW_ROUTE_CLOSED_MESSAGE
 from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
@@ -32,7 +32,7 @@ print(json.dumps(sorted({(m, p) for m, p in native + flask if m not in ("HEAD", 
 def mlflow_service(settings):
     """Return the stack's own service of MLflow, for the stores of the tests."""
     config = load_config(settings.home)
-    return next(service for service in services(settings.home, config, settings) if service.name == "mlflow")
+    return next(service for service in make_services(settings.home, config, settings) if service.name == "mlflow")
 
 
 def list_routes(service):

@@ -203,6 +203,7 @@ def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_pat
 
 @needs_landlock
 def test_a_confined_process_finds_the_accelerators_that_it_grants_to_others():
-    code = "from infra import confinement as c; c.ACCELERATORS = ('null',); print(*c.accelerator_files())"
+    code = "from infra import confinement as c; c.ACCELERATOR_FILE_PATTERNS = ('null',); "
+    code += "print(*c.find_accelerator_files())"
     done = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
     assert done.stdout.strip() == "/dev/null", done.stderr

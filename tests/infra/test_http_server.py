@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from flows.stack.services import services
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.http_server import MAX_WEBSOCKET_MESSAGE_BYTES
 from tests.conftest import start
@@ -173,7 +173,7 @@ SLOW = pytest.mark.slow
 )
 def test_every_server_of_the_stack_runs_behind_this_protocol(stores, name):
     config = load_config(stores.home)
-    found = {service.name: service for service in services(stores.home, config, stores)}
+    found = {service.name: service for service in make_services(stores.home, config, stores)}
     process = start(found[name], config.stack_id)
     try:
         with socket.create_connection(("127.0.0.1", config.ports[name.replace("-", "_")]), timeout=10) as connection:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.stack.stack_config import is_free, make_config
+from flows.stack.stack_config import is_port_free, load_or_make_config
 from infra.confinement import is_seccomp_enforced
 from infra.health import LivenessMonitor, LivenessPolicy, ServiceUnhealthy
 from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
@@ -25,8 +25,8 @@ KEEPER = """
 import sys, urllib.request
 from pathlib import Path
 from infra.confinement import Confinement
-from infra.health import Liveness
-from infra.keeper import Keeper, Service
+from infra.health import LivenessPolicy
+from infra.keeper import Keeper, ManagedService
 
 folder, listener, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 program = sys.argv[4:] or ["-m", "http.server", port, "--bind", "127.0.0.1"]
@@ -34,12 +34,12 @@ url = f"http://127.0.0.1:{port}"
 (folder / "logs").mkdir(exist_ok=True)
 
 def web(name, needs=()):
-    return Service(
+    return ManagedService(
         name=name,
         command=lambda: Confinement(write=(folder,), is_server=listener == "keeper").command(sys.executable, *program),
         env={"PATH": "/usr/bin"}, cwd=folder, needs=needs,
         check=lambda: urllib.request.urlopen(url, timeout=1).close(),
-        liveness=Liveness(alive, every_s=0.1, failures=3, seconds=0.3), start_timeout_s=3.0,
+        liveness=LivenessPolicy(alive, every_s=0.1, failures=3, seconds=0.3), start_timeout_s=3.0,
         listen=url if listener == "keeper" else None,
         addresses=() if listener == "keeper" else (url,),
     )
@@ -123,7 +123,7 @@ def keeping(folder, port, *program, listener="server"):
 
 @pytest.fixture
 def keeper(tmp_path):
-    with keeping(tmp_path, make_config(tmp_path / "ports").ports["model_server"]) as process:
+    with keeping(tmp_path, load_or_make_config(tmp_path / "ports").ports["model_server"]) as process:
         yield tmp_path, process
 
 
@@ -161,7 +161,7 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
 
 @pytest.mark.parametrize("moment", ["before the start", "after the start"])
 def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, moment):
-    port = make_config(tmp_path / "ports").ports["model_server"]
+    port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as cleanup:
         if moment == "before the start":
             foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
@@ -176,7 +176,7 @@ def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, momen
 
 
 def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tmp_path):
-    port = make_config(tmp_path / "ports").ports["model_server"]
+    port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
         until(lambda: state(tmp_path).get("state") == "ready")
         first = state(tmp_path)["pid"]
@@ -190,14 +190,14 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tm
         assert state(tmp_path)["restarts"] == 1 and state(tmp_path)["pid"] != first
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    assert is_free(port)
+    assert is_port_free(port)
 
 
 @pytest.mark.skipif(not is_seccomp_enforced(), reason="this kernel or architecture has no filter of calls")
 @pytest.mark.parametrize("way", ["shut", "rob"])
 def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
     """It shuts the socket, or leaves a process that would accept callers."""
-    port = make_config(tmp_path / "ports").ports["model_server"]
+    port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
     with keeping(tmp_path, port, "-c", ROBBER, listener="keeper"):
         until(lambda: state(tmp_path).get("state") == "ready")
@@ -215,7 +215,7 @@ def existing(pids):
 
 def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
     """It leaves its session and its parent, and carries nothing of the stack."""
-    port, hidden = make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
+    port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
     hiding = HIDING.replace("FILE", str(hidden)).replace("PORT", str(port))
     with keeping(tmp_path, port, "-c", hiding) as process:
         until(lambda: state(tmp_path).get("state") == "ready")
@@ -230,7 +230,7 @@ def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
 
 
 def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
-    port = make_config(tmp_path / "ports").ports["model_server"]
+    port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as other:
         other.enter_context(listening(port=port))
         with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):

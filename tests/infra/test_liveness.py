@@ -8,10 +8,11 @@ import pytest
 
 from infra.liveness import EXIT_TEMPORARY_FAILURE, send_parent_heartbeats
 
-RANK = "import sys, pathlib, time; from infra.liveness import leave_when_silent; "
-RANK += "leave_when_silent(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
-WRITER = "import sys, pathlib, time; from infra.liveness import renewed; import infra.liveness as alive; "
-WRITER += "alive.RENEW_EVERY_S = 0.2; cm = renewed(pathlib.Path(sys.argv[1])); cm.__enter__(); time.sleep(60)"
+RANK = "import sys, pathlib, time; from infra.liveness import exit_on_lost_heartbeat; "
+RANK += "exit_on_lost_heartbeat(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
+WRITER = "import sys, pathlib, time; import infra.liveness as alive; "
+WRITER += "alive.PARENT_HEARTBEAT_EVERY_S = 0.2; cm = alive.send_parent_heartbeats(pathlib.Path(sys.argv[1])); "
+WRITER += "cm.__enter__(); time.sleep(60)"
 
 
 @pytest.fixture

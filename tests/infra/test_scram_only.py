@@ -8,8 +8,8 @@ import subprocess
 import asyncpg
 import pytest
 
-from flows.stack.services import make_private, services
-from flows.stack.stack_config import make_config, write_environment
+from flows.stack.services import make_private_folders, make_services
+from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.listeners import open_listener
 from infra.postgres import SSL_REQUEST
 from infra.scram_only import MAX_SIGN_IN_MESSAGE_BYTES, ScramOnlyProtocol, require_scram
@@ -103,11 +103,11 @@ def test_postgresql_itself_is_used_as_before(stores):
 
 
 def test_prefects_server_shows_its_password_to_no_program_on_postgresqls_port(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
-    prefect = next(one for one in services(tmp_path, config, settings) if one.name == "prefect")
-    make_private(prefect.cwd)
+    prefect = next(one for one in make_services(tmp_path, config, settings) if one.name == "prefect")
+    make_private_folders(prefect.cwd)
     received, log = bytearray(), tmp_path / "log"
     with listening(port=config.ports["postgres"]) as impostor, contextlib.ExitStack() as cleanup:
         impostor.settimeout(120)

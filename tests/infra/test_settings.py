@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.stack.stack_config import make_config, write_environment
+from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.settings import (
     DispatcherSettings,
     FlowSettings,
@@ -27,14 +27,14 @@ ALLOWED = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_environment(home, make_config(home))
+    write_environment(home, load_or_make_config(home))
     return home
 
 
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_a_process_is_given_the_secrets_it_uses_and_no_others(home, kind):
     text = (home / kind.files[0]).read_text()
-    found = {name for name, secret in make_config(home).secrets.items() if secret in text}
+    found = {name for name, secret in load_or_make_config(home).secrets.items() if secret in text}
     assert found == ALLOWED[kind]
     assert (home / kind.files[0]).stat().st_mode & 0o777 == 0o600
 
@@ -43,12 +43,12 @@ def test_the_model_servers_account_only_reads(home, monkeypatch):
     monkeypatch.setenv("COTRAIN_HOME", str(home))
     settings = ModelServerSettings(_env_file=home / ModelServerSettings.files[0])
     assert settings.mlflow_username == "cotrain-reader"
-    assert settings.mlflow_password.get_secret_value() == make_config(home).secrets["mlflow_reader"]
+    assert settings.mlflow_password.get_secret_value() == load_or_make_config(home).secrets["mlflow_reader"]
 
 
 def test_values_with_quotes_and_spaces_come_back(home, monkeypatch):
     (home / "env.local").write_text("COTRAIN_TEAM=\"a 'quoted' \\\\ team # 1\"\n")
-    write_environment(home, make_config(home))
+    write_environment(home, load_or_make_config(home))
     assert FlowSettings(_env_file=home / FlowSettings.files[0]).team == "a 'quoted' \\ team # 1"
 
 
@@ -56,7 +56,7 @@ def test_values_that_break_their_rule_are_named_wherever_settings_are_read(home)
     file = home / "env.local"
     file.write_text("COTRAIN_HELD_OUT_SHARE=2\n")
     with pytest.raises(ValueError, match=f"^COTRAIN_HELD_OUT_SHARE must be less than 1, got '2' .{file}, line 1.$"):
-        write_environment(home, make_config(home))
+        write_environment(home, load_or_make_config(home))
 
 
 def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path):
@@ -66,5 +66,5 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path):
 
 def test_a_file_does_not_move_the_home_folder(tmp_path):
     (tmp_path / "env.local").write_text("COTRAIN_HOME=elsewhere\n")
-    write_environment(tmp_path, make_config(tmp_path))
+    write_environment(tmp_path, load_or_make_config(tmp_path))
     assert read_settings(Settings, tmp_path).home == tmp_path

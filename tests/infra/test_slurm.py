@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.supervisor.pool_launcher import launcher_files
+from flows.supervisor.pool_launcher import find_launcher_files
 from infra.confinement import Confinement
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_ending, render_batch_script
@@ -18,8 +18,8 @@ from tests.waiting import until
 # A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
 RANK = """
 import os, pathlib, sys, time
-from infra.process_group import leave_with_parent
-leave_with_parent()
+from infra.process_group import exit_with_parent
+exit_with_parent()
 folder = pathlib.Path(sys.argv[1])
 (folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
 os.write(1, f"restart {os.environ.get('SLURM_RESTART_COUNT', '0')}\\n".encode())  # whole, beside the other rank's
@@ -130,7 +130,7 @@ def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
 @needs_slurm
 def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
     """As the worker does, which reads Slurm's configuration and its own folder."""
-    confinement = Confinement(read=launcher_files("slurm"), write=(tmp_path,))
+    confinement = Confinement(read=find_launcher_files("slurm"), write=(tmp_path,))
     job_id = said(*confinement.command("/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 30"))
     assert job_id.isdigit()
     assert said(*confinement.command("/usr/bin/squeue", "--noheader", "--format=%i")) == job_id

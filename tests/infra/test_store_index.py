@@ -2,8 +2,8 @@
 
 import os
 
-from flows.stack.services import services
-from flows.stack.stack_config import make_config, write_environment
+from flows.stack.services import make_services
+from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.keeper import kill_stack_processes
 from infra.objects import open_object_store
 from infra.settings import Settings
@@ -11,10 +11,10 @@ from tests.conftest import start
 
 
 def test_a_torn_index_hides_no_object(tmp_path):
-    config = make_config(tmp_path, durable=False)
+    config = load_or_make_config(tmp_path, durable=False)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
-    store = next(service for service in services(tmp_path, config, settings) if service.name == "s3")
+    store = next(service for service in make_services(tmp_path, config, settings) if service.name == "s3")
     process = start(store, config.stack_id)
     try:
         objects = open_object_store(settings)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from feedback.tables import new_id
-from flows.stack.stack_config import WEED_PORTS, load_config
+from flows.stack.stack_config import WEED_PORT_NAMES, load_config
 from infra.keeper import find_stack_pids
 from tests.waiting import until
 
@@ -102,7 +102,9 @@ def plain_answer(port):
 
 def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
     config, pid = weed
-    known = {config.ports[name] for name in WEED_PORTS} | {config.ports[f"{name}_grpc"] for name in WEED_PORTS}
+    known = {config.ports[name] for name in WEED_PORT_NAMES} | {
+        config.ports[f"{name}_grpc"] for name in WEED_PORT_NAMES
+    }
     found = listening_ports(pid)
     assert {address for address, _ in found} == {"0100007F"}
     assert {port for _, port in found} == known
@@ -123,7 +125,7 @@ def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
     rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
     own = sockets_of(pid)
     paths = [Path(row[7]) for row in rows if len(row) > 7 and row[6] in own and row[7].startswith("/")]
-    assert len(paths) >= len(WEED_PORTS)
+    assert len(paths) >= len(WEED_PORT_NAMES)
     for path in paths:
         closed = [stat.S_IMODE(place.stat().st_mode) & 0o077 == 0 for place in (path, path.parent)]
         assert any(closed), path

@@ -17,18 +17,18 @@ import psycopg
 import pytest
 from botocore.exceptions import ClientError
 
-from flows.stack.services import services
+from flows.stack.services import make_services
 from flows.stack.stack_config import (
-    WEED_PORTS,
-    is_free,
-    leave_blocked_ports,
+    WEED_PORT_NAMES,
+    describe_port_holder,
+    get_weed_socket,
+    is_port_free,
     load_config,
-    make_config,
-    port_holder,
-    weed_socket,
+    load_or_make_config,
+    replace_blocked_ports,
     write_environment,
 )
-from flows.stack.stores import forget_weed_sockets
+from flows.stack.stores import remove_weed_sockets
 from infra.listeners import describe_callers, describe_user
 from infra.objects import open_object_store
 from infra.postgres import SIGN_IN_TIMEOUT_S, SSL_REQUEST, Postgres
@@ -84,7 +84,7 @@ def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
 
 
 def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
     for round_ in range(2):
         server.initialise()
@@ -102,7 +102,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
 
 def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
     """They connect and never sign in."""
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
     server.initialise()
     with contextlib.ExitStack() as cleanup:
@@ -155,24 +155,24 @@ def test_objects_come_back_and_missing_ones_are_missing(objects):
 
 
 def test_a_busy_port_names_its_holder(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     port = config.ports["postgres"]
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        until(lambda: not is_free(port))
-        assert f"pid {process.pid}" in str(port_holder(port, config.stack_id))
+        until(lambda: not is_port_free(port))
+        assert f"pid {process.pid}" in str(describe_port_holder(port, config.stack_id))
     finally:
         process.kill()
         process.wait()
 
 
 def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     data = json.loads((tmp_path / "stack-config.json").read_text())
     del data["ports"]["mlflow"]
     (tmp_path / "stack-config.json").write_text(json.dumps(data))
-    again = make_config(tmp_path)
+    again = load_or_make_config(tmp_path)
     assert again.ports["postgres"] == config.ports["postgres"]
     assert "mlflow" in again.ports
 
@@ -182,15 +182,15 @@ def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_i
         home = Path(folder)
         os.chown(home, ORDINARY, ORDINARY)
         with as_user(ORDINARY):
-            config = make_config(home)
-        blocked = weed_socket("s3_grpc", config.ports["s3_grpc"])
+            config = load_or_make_config(home)
+        blocked = get_weed_socket("s3_grpc", config.ports["s3_grpc"])
         blocked.touch()
         try:
             with as_user(ORDINARY):
                 with pytest.raises(PermissionError, match=rf"{blocked}, .* belongs to user 0 .*; remove it, or run"):
-                    forget_weed_sockets(config)
-                fresh = leave_blocked_ports(home, config)
-                forget_weed_sockets(fresh)
+                    remove_weed_sockets(config)
+                fresh = replace_blocked_ports(home, config)
+                remove_weed_sockets(fresh)
                 assert load_config(home) == fresh
         finally:
             blocked.unlink()
@@ -198,20 +198,20 @@ def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_i
 
 
 def test_a_folder_in_the_way_of_the_stores_socket_stops_not_even_root(tmp_path):
-    config = make_config(tmp_path)
-    blocked = weed_socket("filer_grpc", config.ports["filer_grpc"])
+    config = load_or_make_config(tmp_path)
+    blocked = get_weed_socket("filer_grpc", config.ports["filer_grpc"])
     blocked.mkdir()
     try:
-        assert leave_blocked_ports(tmp_path, config).ports["filer_grpc"] != config.ports["filer_grpc"]
+        assert replace_blocked_ports(tmp_path, config).ports["filer_grpc"] != config.ports["filer_grpc"]
     finally:
         blocked.rmdir()
 
 
 def test_all_services_listen_on_loopback_only(tmp_path):
-    config = make_config(tmp_path)
+    config = load_or_make_config(tmp_path)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
-    names = [service.name for service in services(tmp_path, config, settings)]
+    names = [service.name for service in make_services(tmp_path, config, settings)]
     assert names == ["postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker"]
     urls = (settings.portal_url, settings.mlflow_url, settings.prefect_api_url, settings.model_server_url)
     assert all(url.startswith("http://127.0.0.1:") for url in urls)
@@ -230,7 +230,7 @@ def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, 
 
 
 @pytest.mark.parametrize(
-    "name", [n for part in WEED_PORTS if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
+    "name", [n for part in WEED_PORT_NAMES if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
 )
 def test_the_stores_inner_ports_speak_to_nobody_else(stores, name):
     """Neither in the clear nor over TLS without the store's own certificate."""

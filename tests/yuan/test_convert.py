@@ -230,16 +230,16 @@ from pathlib import Path
 from yuan.config import ModelConfig
 from yuan.model import convert, hf_layout
 from yuan.model.shards import write_shards
-from yuan.model.weights import CONFIG, write_manifest
+from yuan.model.weights import MODEL_CONFIG_FILE, write_manifest
 import json
 out = Path({str(tmp_path)!r})
 config = ModelConfig(name="t", num_layers=20, hidden_size=512, num_heads=8, vocab_size=8192, seq_len=64)
-shapes = hf_layout.own_shapes(config)
+shapes = hf_layout.get_yuan_shapes(config)
 sizes = {{n: 4 * torch.Size(s).numel() for n, s in shapes.items()}}
 (out / "a").mkdir()
 files = write_shards(out / "a", sizes, ((n, torch.zeros(s)) for n, s in shapes.items()), max_bytes=20_000_000)
-(out / "a" / CONFIG).write_text(json.dumps(config.to_json()))
-write_manifest(out / "a", [*files, CONFIG], {{}})
+(out / "a" / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json()))
+write_manifest(out / "a", [*files, MODEL_CONFIG_FILE], {{}})
 def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()

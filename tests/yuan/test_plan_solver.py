@@ -23,7 +23,7 @@ EXACT = 1e-9  # relative
 
 @st.composite
 def problems(draw, most_classes=3):
-    """Small problems with every coefficient free, within what `Costs` promises."""
+    """Small problems with every coefficient free, within what `StageCosts` promises."""
     stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
     layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))

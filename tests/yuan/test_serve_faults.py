@@ -159,7 +159,7 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
         request.cancel()
     late = [queue(engine, "abc", limit_s=0.0)[1] for _ in range(4)]  # there is room although the one row is busy
     until(lambda: all(late))
-    assert [type(came[-1]).__name__ for came in late] == ["Expired"] * 4
+    assert [type(came[-1]).__name__ for came in late] == ["AnswerTimeout"] * 4
     assert not is_done(long) and not engine._waiting
     engine._requests[0].cancel()
 
@@ -173,7 +173,7 @@ def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeyp
         def broken(self, joining, error=None):
             raise SystemExit
 
-        monkeypatch.setattr(BatchingEngine, "_pass", broken)
+        monkeypatch.setattr(BatchingEngine, "_run_pass", broken)
         headers = {"Authorization": f"Bearer {TOKEN}"}
         for _ in range(2):  # who is there when it ends, and who comes afterwards
             answer = http.post(PATH, json={"prompt": "a"}, headers=headers)

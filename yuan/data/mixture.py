@@ -74,7 +74,8 @@ def compute_quotas(sizes: Sequence[int], weights: Sequence[float] | None = None)
     block = max(MIN_BLOCK_PLACES, 2 ** math.ceil(math.log2(MIN_PLACES_PER_SOURCE / min(shares))))
     if block > MAX_BLOCK_PLACES:
         raise ValueError(
-            f"the smallest weight is {min(shares):.2e} of all, and {MIN_PLACES_PER_SOURCE / MAX_BLOCK_PLACES:.2e} is the least; "
+            f"the smallest weight is {min(shares):.2e} of all, and {MIN_PLACES_PER_SOURCE / MAX_BLOCK_PLACES:.2e} is "
+            "the least; "
             "raise it or leave the source out"
         )
     places = [int(share * block) for share in shares]

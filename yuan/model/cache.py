@@ -124,7 +124,7 @@ class DecodingCache:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def after(self, num_rows: int) -> "DecodingCache":
-        """Empty rows behind these in the same block, to be filled and then taken in with `take_in`."""
+        """Empty rows behind these in the same block, to be filled and then taken in with `append_rows`."""
         return DecodingCache(self.block, self.rows.stop, num_rows)
 
     def append_rows(self, following: "DecodingCache") -> None:

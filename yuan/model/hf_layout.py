@@ -68,7 +68,7 @@ def get_hf_shapes(config: ModelConfig) -> dict[str, TensorShape]:
 
 
 def convert_to_hf(config: ModelConfig, read: ReadTensor) -> Iterator[tuple[str, Tensor]]:
-    """The published tensors in the order of `hf_shapes`, made of ours as they are asked for."""
+    """The published tensors in the order of `get_hf_shapes`, made of ours as they are asked for."""
     yield HF_EMBEDDING, read("embedding.weight")
     for number in range(config.num_layers):
         made = _convert_layer_to_hf(config, lambda name: read(f"layers.{number}.{name}"))  # noqa: B023
@@ -95,7 +95,7 @@ def _interleave_query_key(query_key: Tensor, num_heads: int) -> tuple[Tensor, Te
 
 
 def convert_from_hf(config: ModelConfig, read: ReadTensor) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors in the order of `own_shapes`, made of the published ones as they are asked for."""
+    """Our tensors in the order of `get_yuan_shapes`, made of the published ones as they are asked for."""
     yield "embedding.weight", read(HF_EMBEDDING)
     order = [name.removeprefix("layers.0.") for name in get_yuan_shapes(config) if name.startswith("layers.0.")]
     for number in range(config.num_layers):

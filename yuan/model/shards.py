@@ -60,7 +60,8 @@ class TensorReader:
         if (self._folder / PICKLED_WEIGHTS_FILE).is_file():
             return dict.fromkeys(self._load_pickle(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
         raise ValueError(
-            f"{self._folder} has no weights; expected {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or {PICKLED_WEIGHTS_INDEX_FILE}"
+            f"{self._folder} has no weights; expected {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
+            f"{PICKLED_WEIGHTS_INDEX_FILE}"
         )
 
     def _list_names(self, file: str) -> list[str]:

@@ -91,7 +91,7 @@ class Yuan(nn.Module):
         """Compute the logits of every position.
 
         Args:
-            documents_BS: document numbers, when several documents or padding share a row; see `packed_rows`.
+            documents_BS: document numbers, when several documents or padding share a row; see `make_packed_inputs`.
             isolated: whether documents are kept apart, or only count positions anew, as the official training does.
 
         Raises:

@@ -146,7 +146,7 @@ _H, _S, _V = 6_144, 4_096, 135_040
 
 
 def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> StageCosts:
-    """The memory problem of Fig. 3, for `solve` with the objective "memory" and for `fig_3_memory`.
+    """The memory problem of Fig. 3, for `solve` with the objective "memory" and for `compute_fig_3_memory`.
 
     Args:
         blockwise: a tenth of the logits at a time.

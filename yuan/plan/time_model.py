@@ -96,7 +96,7 @@ def count_embedding_bytes(work: Workload, tokens: int) -> int:
 def predict_forward_seconds(
     work: Workload, grid: Grid, group: DeviceGroup, stage: IntArray | int, layers: IntArray | int
 ) -> FloatArray:
-    """The first forward pass of `compute_seconds`; the block-wise loss makes the head's gradients in it."""
+    """The first forward pass of `predict_compute_seconds`; the block-wise loss makes the head's gradients in it."""
     rates, tokens = get_device_rates(group, work), work.seq_len * grid.micro_batch_size
     last, passes = np.asarray(stage) == grid.pipeline_size - 1, 1 if work.loss_block is None else 3
     layer = tokens * count_layer_forward_flops(work.model, work.seq_len) / rates.forward

@@ -25,7 +25,7 @@ class BatchingEngine:
     An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
     the rows join it request by request. An error in delivering costs its caller. Each is counted.
 
-    Rows are shared among callers, so that those who ask for much leave room for others; see `Waiting`.
+    Rows are shared among callers, so that those who ask for much leave room for others; see `WaitingQueue`.
     """
 
     def __init__(

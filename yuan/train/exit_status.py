@@ -62,7 +62,7 @@ def classify_error(error: BaseException) -> ExitStatus:
     """The class of an error that ended a rank.
 
     >>> classify_error(ValueError("the plan lays out 3 layers")), classify_error(RuntimeError("CUDA out of memory"))
-    (<Status.BAD_DATA: 65>, <Status.OUT_OF_MEMORY: 71>)
+    (<ExitStatus.BAD_DATA: 65>, <ExitStatus.OUT_OF_MEMORY: 71>)
     """
     text = str(error)
     if isinstance(error, NumericalError):

@@ -250,7 +250,7 @@ class RunFolder:
         return is_file(self.path, "export/manifest.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; who asks again and again reads `NewLines`."""
+        """Every whole line of metrics.jsonl; who asks again and again reads `LogTail`."""
         return LogTail(self.path / METRICS_FILE).read_all()
 
     def read_events(self) -> list[dict[str, Any]]:
@@ -282,7 +282,7 @@ class LogTail:
     def read(self) -> list[dict[str, Any]]:
         """Of the lines that have ended, those that are records; a torn one is left out.
 
-        At most `NEW_BYTES` are read at once, and the following ones the next time.
+        At most `LOG_READ_BYTES` are read at once, and the following ones the next time.
         """
         try:
             with os.fdopen(open_file(self._file.parent, self._file.name), "rb") as stream:

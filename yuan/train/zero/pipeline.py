@@ -98,7 +98,7 @@ class PlannedPipeline(PipelineModule):
     Args:
         bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
         loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
-        isolated: whether packed documents are kept apart; see `packed_rows`.
+        isolated: whether packed documents are kept apart; see `make_packed_inputs`.
         recomputed: numbers of the layers that are computed again in the backward pass.
         tally: gets the losses by source, if the labels are (next tokens, weights, sources of the rows).
 
