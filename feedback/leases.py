@@ -167,7 +167,8 @@ def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Itera
 
     Args:
         dead: ids of leases whose holders are known to be dead, however short their silence.
-        alive: ids of leases whose holders are known to live, however long their silence.
+        alive: ids of leases whose holders are known to live, however long their silence; those fenced before are not
+            spared, since their devices are being taken back.
 
     Once this is committed, end what runs under each, the holder included, and then `free` it. A server that was down
     heard nobody, so silence counts from its start.
@@ -176,7 +177,7 @@ def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Itera
     is_silent = func.clock_timestamp() - heard > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
     query = (
         update(Lease)
-        .where(Lease.released_at.is_(None), Lease.id.not_in(alive))
+        .where(Lease.released_at.is_(None), Lease.id.not_in(alive) | Lease.fenced_at.is_not(None))
         .where(is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(dead))
         .values(
             generation=case((Lease.fenced_at.is_(None), Lease.generation + 1), else_=Lease.generation),

@@ -40,10 +40,7 @@ def reproduce_answers(
 def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
     reply = _request_completions(http, prompts)
     if reply.status_code not in (*REFUSED_INPUT_STATUSES, SERVER_FAILURE_STATUS):
-        answer = reply.raise_for_status().json()
-        if answer["model"] != f"yuan-v{version}":
-            raise ConnectionError(f"v{version} was to be asked and {answer['model']} answered; try again")
-        return [choice["text"] for choice in answer["choices"]]
+        return [*_read_answers(reply, version)]
     if len(prompts) > 1:
         half = len(prompts) // 2
         return [*_answer_batch(http, prompts[:half], version), *_answer_batch(http, prompts[half:], version)]
@@ -52,12 +49,22 @@ def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> l
     return [PromptRefused(_parse_error_message(reply))]
 
 
+def _read_answers(reply: httpx.Response, version: int) -> list[str]:
+    answer = reply.raise_for_status().json()
+    if answer["model"] != f"yuan-v{version}":
+        raise ConnectionError(f"v{version} was to be asked and {answer['model']} answered; try again")
+    return [choice["text"] for choice in answer["choices"]]
+
+
 def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, reply: httpx.Response) -> str | ValueError:
     """A prompt on which the server fails again and again, while it answers another one, is at fault itself."""
     for _ in range(MAX_PROMPT_ATTEMPTS - 1):
         time.sleep(PROMPT_RETRY_PAUSE_S)
-        if _request_completions(http, [prompt]).status_code != SERVER_FAILURE_STATUS:
-            return _answer_batch(http, [prompt], version)[0]
+        reply = _request_completions(http, [prompt])
+        if reply.status_code in REFUSED_INPUT_STATUSES:
+            return PromptRefused(_parse_error_message(reply))
+        if reply.status_code != SERVER_FAILURE_STATUS:
+            return _read_answers(reply, version)[0]
     if not _request_completions(http, ["?"]).is_success:
         reply.raise_for_status()
     return PromptRefused(f"the model server fails on it: {_parse_error_message(reply)}")

@@ -135,7 +135,7 @@ class HttpProtocol(H11Protocol):
 
     A head may take `head_limit_s` from the connection's beginning, or from its first byte on a connection that was
     kept alive. While as many connections are open as the process may hold, each new one takes the place of another that
-    keeps the server waiting (see `WaitingConnections`), so short requests are answered however many idle connections arrive.
+    keeps the server waiting (see `WaitingConnections`), so short requests are answered however many idle ones arrive.
     """
 
     head_limit_s = 15.0

@@ -1,5 +1,6 @@
 """Processes of this machine: who they are, what they carry, and how to end them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -25,11 +26,15 @@ class ProcessInfo:
 
 
 def read_process(pid: int) -> ProcessInfo | None:
-    """Look at a process; None if there is none of this pid."""
+    """Look at a process; None if there is none of this pid.
+
+    Raises:
+        OSError: if it cannot be looked at, say for want of file descriptors; nothing is known of it then.
+    """
     try:
         # proc_pid_stat(5), after the name in brackets: state, ppid, pgrp, session, ..., utime to cstime, ..., starttime
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     ticks = sum(map(int, fields[11:15]))
     return ProcessInfo(pid, int(fields[1]), int(fields[3]), fields[0] in "ZX", fields[19], ticks)
@@ -38,8 +43,11 @@ def read_process(pid: int) -> ProcessInfo | None:
 def list_processes() -> Iterator[ProcessInfo]:
     """Yield every process of this machine."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (found := read_process(int(entry.name))) is not None:
-            yield found
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # one that cannot be looked at is left out; the next look may see it
+            if (found := read_process(int(entry.name))) is not None:
+                yield found
 
 
 def find_pids(variable: str, value: str) -> Iterator[int]:

@@ -97,11 +97,13 @@ def run_round(doors: DemoAccess, parameters: RoundParameters, follow: FollowRoun
 
 def wait_for_version(client: Client, version: int) -> None:
     """Wait until the portal answers with this version."""
-    end = time.monotonic() + SERVICE_TIMEOUT_S
+    end, reason = time.monotonic() + SERVICE_TIMEOUT_S, "it was not asked"
     while time.monotonic() < end:
         try:
-            if client.complete(["1+1"], max_tokens=1)["model"] == f"yuan-v{version}":
+            served = client.complete(["1+1"], max_tokens=1)["model"]
+            if served == f"yuan-v{version}":
                 return
+            reason = f"{served} answers"
         except Exception as error:  # not in service yet; the last reason is told below
             reason = str(error)
         time.sleep(0.3)

@@ -199,7 +199,7 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
     if last is not None and not end_if_lost(client, last):
         return
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
-    if last is not None and is_failed and compute_age_s(last.end_time) < REPRODUCTION_RETRY_PAUSE_S:
+    if last is not None and is_failed and compute_age_s(last.end_time or last.created) < REPRODUCTION_RETRY_PAUSE_S:
         return
     run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
     log.info("%d reports wait: started flow run %s", count, run.id)

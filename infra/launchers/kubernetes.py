@@ -211,6 +211,9 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
     The first pod that ended badly is the cause; the others lost their peer. A pod whose node is gone may stay for
     minutes without the job failing, so its condition counts at once.
     """
+    terminal = status.get("terminalState")
+    if terminal == "Completed":  # also if a pod was taken away after it had finished
+        return JobEnding(status=0)
     for pod in pods:
         for condition in pod.status.conditions or []:
             if condition.type == "DisruptionTarget" and condition.status == "True":
@@ -219,11 +222,8 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
         if pod.status.reason in ("Evicted", "NodeLost"):
             cause = "node lost" if pod.status.reason == "NodeLost" else "preempted"
             return JobEnding(status=1, cause=cause, said=f"pod {pod.metadata.name}: {pod.status.reason}")
-    terminal = status.get("terminalState")
     if terminal is None:
         return None
-    if terminal == "Completed":
-        return JobEnding(status=0)
     bad = [
         (state.terminated.finished_at, state.terminated, pod.metadata.name)
         for pod in pods

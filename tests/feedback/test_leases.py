@@ -131,6 +131,7 @@ def test_the_silent_who_are_known_to_live_are_left_alone(queue):
     silence(queue, lease, 1000)
     assert leases.fence_silent_leases(queue, alive=[lease.id]) == []
     assert leases.fence_silent_leases(queue, dead=[lease.id]) == [lease]
+    assert leases.fence_silent_leases(queue, alive=[lease.id]) == [lease]  # its devices are being taken back already
 
 
 def test_a_server_that_was_down_takes_nobody_for_dead(queue):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from sqlalchemy import delete, update
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from feedback import datasets, promotion, rounds
 from feedback.contracts import RoundParameters
@@ -48,6 +50,25 @@ def model_server(stores):
 
 def ask(settings, prompts, version=VERSION):
     return [answer for batch in reproduce_answers(settings, prompts, version) for answer in batch]
+
+
+@pytest.mark.parametrize("later", [200, 413, 500])
+def test_a_server_that_fails_now_and_then_is_asked_a_few_times(stores, later):
+    """Once after each failure: what a repeated question brings is its answer."""
+    asked = []
+
+    async def failing(scope, receive, send):
+        request = Request(scope, receive)
+        prompts = (await request.json())["prompt"]
+        asked.append(prompts)
+        status = 500 if prompts != ["?"] and len(asked) % 2 else later if prompts != ["?"] else 200
+        answer = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
+        await JSONResponse(answer, status)(scope, receive, send)
+
+    with served(failing) as url:
+        found = ask(stores.model_copy(update={"model_server_url": url}), ["j"])
+    expected = {200: "a", 413: "too long", 500: "the model server fails on it: too long"}
+    assert [str(one) for one in found] == [expected[later]] and len(asked) == (4 if later == 500 else 2)
 
 
 def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_answered(model_server):

@@ -98,6 +98,7 @@ def pod(name, code=None, reason=None, second=0, condition=None, status_reason=No
     [
         ({}, [pod("a")], None),
         ({"terminalState": "Completed"}, [pod("a", 0)], (0, None)),
+        ({"terminalState": "Completed"}, [pod("a", 0, condition="DeletionByPodGC")], (0, None)),
         ({"terminalState": "Failed"}, [pod("a", 1, "Error", 9), pod("b", 137, "OOMKilled", 3)], (137, "out of memory")),
         ({"terminalState": "Failed"}, [pod("a", 65, "Error")], (65, None)),
         ({"terminalState": "Failed"}, [], (1, None)),

@@ -49,6 +49,13 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
         assert not found[name]["passed"] and reason in found[name]["reason"]
 
 
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'"id"', b"{}", b"[" * 10_000])
+def test_a_line_that_names_no_case_costs_itself_alone(tmp_path, line):
+    (tmp_path / "cases.jsonl").write_bytes(line + b"\n" + json.dumps(GOOD[0]).encode() + b"\n")
+    cases, results = read_cases(tmp_path / "cases.jsonl")
+    assert [case.id for case in cases] == ["separator"] and results == []
+
+
 def test_one_sequence_that_is_not_finite_fails_alone(folder):
     model, tokenizer = load(folder), load_tokenizer(folder)
     j = tokenizer.encode("j")[0]

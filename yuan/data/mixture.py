@@ -16,7 +16,7 @@ from yuan.data.shuffle import Int64Array, derive_keys, permute
 PositionSpan = tuple[int, int]  # positions [first, end)
 
 MAX_BLOCK_PLACES = 2**20  # places of the largest block; a rarer source would be hard to tell from one that is left out
-MIN_PLACES_PER_SOURCE = 32  # so that rounding to whole places changes no weight by more than 1.6 %
+MIN_PLACES_PER_SOURCE = 32  # so that rounding to whole places changes a weight by some 3 % at most
 MIN_BLOCK_PLACES = 1024
 
 

@@ -80,8 +80,19 @@ def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
             try:
                 cases.append(EvalCase.model_validate_json(line))
             except ValidationError as error:
-                bad.append(make_failed_result(str(json.loads(line)["id"]), describe_errors(error)))
+                if (case_id := _find_case_id(line)) is not None:
+                    bad.append(make_failed_result(case_id, describe_errors(error)))
+                else:
+                    log.warning("a line of %s names no case, and has no result: %s", file, describe_errors(error))
     return cases, bad
+
+
+def _find_case_id(line: bytes) -> str | None:
+    """Return the id in a line that is no valid case; None if it has none."""
+    try:
+        return str(json.loads(line)["id"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def main() -> int:

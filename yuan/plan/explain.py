@@ -79,12 +79,18 @@ def _suggest_changes(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator
 
 
 def _find_least(is_enough: Callable[[int], bool], low: int, most: int) -> int | None:
-    """The least number that is enough, by doubling and then halving; None if even `most` is not."""
+    """Find the least number from `low` to `most` that is enough, by doubling and then halving.
+
+    Returns None if even `most` is not.
+
+    >>> _find_least(lambda n: n >= 40, 1, 48), _find_least(lambda n: n >= 49, 1, 48), _find_least(lambda n: True, 2, 3)
+    (40, None, 2)
+    """
     high = low
     while not is_enough(high):
-        low, high = high + 1, high * 2
-        if high > most:
+        if high == most:
             return None
+        low, high = high + 1, min(high * 2, most)
     return low + bisect_left(range(low, high), True, key=is_enough)
 
 

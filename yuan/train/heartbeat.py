@@ -36,16 +36,16 @@ class Heartbeat:
 
     def __init__(self, run: Path, rank: int, limit_s: float) -> None:
         self._run, self._rank, self._most_s = run, rank, limit_s
-        self._doing, self._since, self._step = "starting", time.monotonic(), 0
-        self._is_patient = True
+        self._step = 0
+        # What is done, since when, and whether it may take the most there is: one tuple, since a thread reads it.
+        self._progress = ("starting", time.monotonic(), True)
         self._steps: deque[float] = deque(maxlen=32)
         (run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
     def note_progress(self, doing: str, *, is_patient: bool = False) -> None:
         """Note progress: something else begins, which may take the most there is if it is no part of a step."""
-        self._is_patient = is_patient
-        self._doing, self._since = doing, time.monotonic()
+        self._progress = (doing, time.monotonic(), is_patient)
 
     def note_step(self, step: int, seconds: float) -> None:
         """Note that a step is done."""
@@ -53,20 +53,18 @@ class Heartbeat:
         self._steps.append(seconds)
         self.note_progress("between steps")
 
-    @property
-    def limit_s(self) -> float:
-        """Seconds that one instruction may take now."""
-        if self._is_patient or len(self._steps) < MIN_TIMED_STEPS:
+    def limit_s(self, is_patient: bool) -> float:
+        """Return the seconds that one instruction may take."""
+        if is_patient or len(self._steps) < MIN_TIMED_STEPS:
             return self._most_s
         return min(self._most_s, max(MIN_HANG_LIMIT_S, HANG_MEDIAN_RATIO * statistics.median(list(self._steps))))
 
     def _beat(self) -> None:
         while True:
-            silent_s, doing = time.monotonic() - self._since, self._doing
-            if silent_s > self.limit_s:
-                said = (
-                    f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {self.limit_s:.0f} s allowed"
-                )
+            doing, since, is_patient = self._progress
+            silent_s, limit_s = time.monotonic() - since, self.limit_s(is_patient)
+            if silent_s > limit_s:
+                said = f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {limit_s:.0f} s allowed"
                 write_exit_note(self._run, self._rank, ExitStatus.HUNG, said)
                 print(f"rank {self._rank}: {said}", file=sys.stderr, flush=True)
                 os._exit(ExitStatus.HUNG)  # the main thread is in a collective and cannot be asked

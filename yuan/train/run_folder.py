@@ -92,6 +92,10 @@ class RunSpec:
             ValueError: if a field is missing, unknown or contradicts another.
         """
         try:
+            if data["schema"] != cls.schema:
+                raise ValueError(
+                    f"run.json has schema {data['schema']}, this version reads {cls.schema}; prepare a new run"
+                )
             parts = {
                 "model": ModelConfig.from_json(data["model"]),
                 "plan": PipelinePlan.from_json(data["plan"]),

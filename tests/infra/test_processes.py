@@ -1,0 +1,34 @@
+"""Processes of this machine: what is known of them, and what is not."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from infra.processes import get_own_identity, is_known_alive, is_known_exited, list_processes
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
+    """Or the reaper would take the devices of a run that goes on."""
+    own, limits = get_own_identity(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for is_known in (is_known_exited, is_known_alive):
+            with pytest.raises(OSError, match="Too many open files"):
+                is_known(own)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert is_known_alive(own) and not is_known_exited(own)
+
+
+def test_a_process_that_has_ended_is_known_to_have_exited():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    host, _, _ = get_own_identity().rsplit(":", 2)
+    started = next(one.started for one in list_processes() if one.pid == process.pid)
+    name = f"{host}:{process.pid}:{started}"
+    assert is_known_alive(name)
+    process.communicate()
+    assert is_known_exited(name) and not is_known_alive(name)
+    assert not is_known_exited(f"another-host:{os.getpid()}:1")
