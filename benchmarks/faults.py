@@ -233,7 +233,7 @@ def stack() -> Iterator[tuple[Path, Client, bool]]:
         subprocess.run([*cotrain, "up"], env=env, check=True, stdout=sys.stderr)
         settings = Settings(_env_file=home / "env", home=home)
         with Client(settings.portal_url, settings.operator_token.get_secret_value()) as client:
-            rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+            rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
             (home / "rows.jsonl").write_bytes(dump_rows(rows))
             client.push_dataset(home / "rows.jsonl", name="base", purpose="base")
             yield home, client, mounted.returncode == 0

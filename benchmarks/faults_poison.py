@@ -216,7 +216,7 @@ def main() -> int:
     given = parser.parse_args()
     begun = time.monotonic()
     with stack() as settings, Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
-        base = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+        base = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
         (settings.home / "rows.jsonl").write_bytes(dump_rows(base))
         operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose="base")
         first = run_round(operator)

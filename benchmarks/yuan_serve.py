@@ -114,7 +114,10 @@ def main() -> int:
             settings = load_settings(Settings)
             with Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
                 push_rows(
-                    operator, "base", "base", [row for s in load_skills(BASE_SKILLS)[:4] for row in s.rows(300, seed=0)]
+                    operator,
+                    "base",
+                    "base",
+                    [row for s in load_skills(BASE_SKILLS)[:4] for row in s.make_rows(300, seed=0)],
                 )
                 done = follow_round(operator, operator.start_round(SHORT).id)
                 wait_for_version(operator, int(done.candidate_version or 0))

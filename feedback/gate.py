@@ -102,7 +102,7 @@ class AccountRegressions:
     total: Counter[str] = field(default_factory=Counter)
 
     @property
-    def counts(self) -> bool:
+    def is_significant(self) -> bool:
         """Tell whether the losses speak against a candidate.
 
         They do of an operator's reports, and where the champion passes at least half of the account's cases of the same
@@ -117,7 +117,7 @@ class AccountRegressions:
         return {
             "account": self.account,
             "name": self.name,
-            "counts": self.counts,
+            "counts": self.is_significant,
             "regressed": len(self.lost),
             "gained": self.gained,
             "p": sign_test(len(self.lost), self.gained),
@@ -189,7 +189,7 @@ def decide_promotion(session: Session, turn: Round) -> dict[str, Any]:
 
     The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
     points on the base; fail no report case that the champion passes; and there must be held-out cases to judge by.
-    Report cases that fail again count by account: see `Standing.counts`.
+    Report cases that fail again count by account: see `AccountRegressions.is_significant`.
     """
     assert turn.candidate_version is not None, "evaluation comes first"
     after = compute_pass_rates(session, turn.candidate_version)
@@ -200,7 +200,7 @@ def decide_promotion(session: Session, turn: Round) -> dict[str, Any]:
         if turn.parent_version
         else []
     )
-    telling = [one for one in owners if one.counts]
+    telling = [one for one in owners if one.is_significant]
     is_chance = bool(broken) and not telling
     reasons = _list_objections(before, after, telling, judges_reports=not is_chance)
     if turn.parent_version and not after:

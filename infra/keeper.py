@@ -66,7 +66,7 @@ class ManagedService:
     stop_signal: signal.Signals = signal.SIGTERM
     start_timeout_s: float = 90.0
 
-    def guard(self, check: Callable[[], None]) -> None:
+    def run_guarded_check(self, check: Callable[[], None]) -> None:
         """Run a check of this service, unless somebody else would receive what it sends.
 
         Raises:
@@ -131,7 +131,7 @@ class Keeper:
         while not self._stopping.wait(KEEPER_HEARTBEAT_EVERY_S):
             give_sign()
             if time.monotonic() >= bury_at:
-                orphans.collect({process.pid for process in self._processes.copy().values()})
+                orphans.reap({process.pid for process in self._processes.copy().values()})
                 bury_at = time.monotonic() + ORPHAN_REAP_EVERY_S
         for service in reversed(self.services):
             self._stop_process(service)
@@ -181,7 +181,7 @@ class Keeper:
             self._processes[service.name] = process
         self._update_state(service, pid=process.pid)
         self._wait_until_ready(service, process, began + service.start_timeout_s)
-        service.guard(service.after)
+        service.run_guarded_check(service.after)
         self._update_state(
             service, state="ready", seconds=round(time.monotonic() - began, 1), ready_at=time.time(), error=None
         )
@@ -215,7 +215,7 @@ class Keeper:
                     f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log"
                 )
             try:
-                return service.guard(service.check)
+                return service.run_guarded_check(service.check)
             except Exception as error:  # any refusal means not ready
                 reason = f"{type(error).__name__}: {get_first_line(error)}"
             if time.monotonic() > deadline:
@@ -227,7 +227,7 @@ class Keeper:
         process, liveness = self._processes.get(service.name), service.liveness
         if process is None or liveness is None:
             return f"it ended with status {process.wait() if process else None}"
-        guarded = replace(liveness, check=lambda: service.guard(liveness.check))
+        guarded = replace(liveness, check=lambda: service.run_guarded_check(liveness.check))
         failures = LivenessMonitor(guarded, lambda: measure_cpu_demand_s(process.pid))
         while True:
             try:

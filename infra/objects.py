@@ -96,7 +96,7 @@ class ObjectStore:
         self._client.download_file(self._bucket, key, str(scratch))
         scratch.replace(file)
 
-    def keys(self, prefix: str) -> list[str]:
+    def list_keys(self, prefix: str) -> list[str]:
         """Keys under a prefix, in order."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))

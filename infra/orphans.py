@@ -24,7 +24,7 @@ class OrphanReaper:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._zombies: set[int] = set()
 
-    def collect(self, own: Collection[int]) -> None:
+    def reap(self, own: Collection[int]) -> None:
         """Bury orphans that have died; call it now and then.
 
         A child that this process itself started belongs to who waits for it. Such a one is collected at once, so only
@@ -33,7 +33,7 @@ class OrphanReaper:
         Args:
             own: children that may stay dead for longer, since they are waited for later.
         """
-        dead = {one.pid for one in list_processes() if one.parent == os.getpid() and one.is_dead} - set(own)
+        dead = {one.pid for one in list_processes() if one.parent == os.getpid() and one.is_zombie} - set(own)
         for pid in dead & self._zombies:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)

@@ -16,7 +16,7 @@ class ProcessInfo:
     pid: int
     parent: int
     session: int
-    is_dead: bool
+    is_zombie: bool
     started: str  # clock ticks after the machine's start
     ticks: int  # of processor time, with that of collected children
 
@@ -59,7 +59,7 @@ def find_pids(variable: str, value: str) -> Iterator[int]:
     parents: dict[int, int] = {}
     marked: set[int] = set()
     for one in list_processes():
-        parents[one.pid] = 0 if one.is_dead else one.parent
+        parents[one.pid] = 0 if one.is_zombie else one.parent
         if mark in _read_null_separated(one.folder / "environ") or mark in _read_null_separated(one.folder / "cmdline"):
             marked.add(one.pid)
 
@@ -156,4 +156,4 @@ def has_exited(pid: int) -> bool:
 def _read_start_tick(pid: int) -> str | None:
     """The tick at which a process started; None if there is none, or a dead one that nobody has buried."""
     found = read_process(pid)
-    return None if found is None or found.is_dead else found.started
+    return None if found is None or found.is_zombie else found.started

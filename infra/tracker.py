@@ -87,7 +87,7 @@ class Tracker:
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._client.set_terminated(run_id, status)
 
-    def register(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
+    def register_version(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
         """Upload a model folder to a run and register it; the same run gives the same version again.
 
         Args:
@@ -164,7 +164,7 @@ class Tracker:
             raise VersionLost(f"v{version} is gone from the registry; `cotrain doctor` says how to register it again")
         return number
 
-    def aliases(self) -> dict[str, int]:
+    def read_aliases(self) -> dict[str, int]:
         """Alias to version, as MLflow has it now."""
         found = self._client.get_registered_model(REGISTERED_MODEL_NAME).aliases
         return {alias: self._get_version(int(number)) for alias, number in found.items()}

@@ -99,7 +99,7 @@ class CallerSlots:
     """Turns of one caller, so many at a time; `num_users` are those that have one or wait for one."""
 
     def __init__(self, turns: int) -> None:
-        self.room, self.num_users = asyncio.Semaphore(turns), 0
+        self.slots, self.num_users = asyncio.Semaphore(turns), 0
 
 
 class Transactions:
@@ -168,7 +168,7 @@ class Transactions:
             async with AsyncExitStack() as held:
                 try:
                     async with asyncio.timeout(CONNECTION_WAIT_TIMEOUT_S):
-                        await held.enter_async_context(turns.room)
+                        await held.enter_async_context(turns.slots)
                         await held.enter_async_context(self._connection_slots)
                 except TimeoutError:
                     raise PortalBusy(

@@ -78,7 +78,7 @@ async def _serve_completion(call: Request, path: str, form: CompletionIn | ChatI
     data = await _read_json_body(upstream)
     if upstream.is_success:
         memory.record_choices(data)
-        await memory.keep()
+        await memory.store_responses()
     return _relay_response(upstream, data)
 
 
@@ -131,13 +131,13 @@ class RecordedStream(StreamingResponse):
                 with contextlib.suppress(
                     *RESPONSE_STORE_ERRORS
                 ):  # _events has logged it, or nobody is there to be told
-                    await self._recorder.keep()
+                    await self._recorder.store_responses()
 
     async def _forward_events(self) -> AsyncIterator[bytes]:
         try:
             async for line in _read_lines(self._upstream):
                 if line == SSE_DONE_LINE:  # whoever reads this may report the answer at once
-                    await self._recorder.keep()
+                    await self._recorder.store_responses()
                 if line.startswith(SSE_DATA_PREFIX) and line != SSE_DONE_LINE:
                     line = (
                         SSE_DATA_PREFIX
@@ -149,7 +149,7 @@ class RecordedStream(StreamingResponse):
                     yield line + b"\n\n"
         except (httpx.RequestError, ModelServerUnavailable) as error:
             with contextlib.suppress(*RESPONSE_STORE_ERRORS):  # what came before the error may be reported too
-                await self._recorder.keep()
+                await self._recorder.store_responses()
             yield _format_error_event(
                 error if isinstance(error, ModelServerUnavailable) else _make_unreachable_error(error)
             )
@@ -211,7 +211,7 @@ class ResponseRecorder:
             raise ModelServerUnavailable("the model server gave no usable answer; tell the operator") from None
         return data
 
-    async def keep(self) -> None:
+    async def store_responses(self) -> None:
         """Store what was said, once."""
         if self._is_stored or not self._texts:
             return

@@ -192,7 +192,7 @@ def resolve_version(context: "Context", version: str) -> int:
     """
     if version.removeprefix("v").isdigit():
         return int(version.removeprefix("v"))
-    aliases = context.tracker.aliases()
+    aliases = context.tracker.read_aliases()
     if version not in aliases:
         raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")
     return aliases[version]

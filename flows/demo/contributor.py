@@ -46,7 +46,7 @@ def main() -> int:
 
 def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Any:
     """Ask the champion until enough answers are wrong; yields (asked, [(row, choice, version)])."""
-    rows = skill.rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
+    rows = skill.make_rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
     found = 0
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         batch = rows[start : start + QUESTIONS_PER_REQUEST]
@@ -111,7 +111,7 @@ def submit_oversized(client: Client) -> dict[str, Any]:
 def build_dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
     """As many right examples of each skill as make up the dataset, or as many different ones as it has."""
     each = -(-DATASET_ROWS // len(skills))
-    return [row for skill in skills for row in skill.rows(each, seed=seed + 13, at_least=1)]
+    return [row for skill in skills for row in skill.make_rows(each, seed=seed + 13, at_least=1)]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def build_base_rows(reported: Sequence[Skill], seed: int) -> list[Row]:
     """Documents and exercises in a random order; skills with a reported skill's name are left out."""
     left_out = {skill.name for skill in reported}
     skills = [skill for skill in load_skills(BASE_SKILLS) if skill.name not in left_out]
-    rows = [row for skill in skills for row in skill.rows(ROWS_PER_SKILL, seed=seed)]
+    rows = [row for skill in skills for row in skill.make_rows(ROWS_PER_SKILL, seed=seed)]
     rows += sample_documents(seed)
     random.Random(f"base {seed}").shuffle(rows)
     return rows
@@ -53,4 +53,4 @@ def _split_documents(file: Path) -> Iterator[str]:
 
 def build_fresh_rows(skills: Sequence[Skill], seed: int, count: int) -> list[Row]:
     """Prompts that only test, drawn with a seed of their own."""
-    return [row for skill in skills for row in skill.rows(count, seed=seed + 1_000_003)]
+    return [row for skill in skills for row in skill.make_rows(count, seed=seed + 1_000_003)]

@@ -153,7 +153,7 @@ def sync_champion_aliases(context: DispatcherContext) -> None:
             raise
 
     with context.tracker.use_short_timeout(), context.sessions.begin() as session:
-        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), put)
+        changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), put)
     if changed:
         log.info("set aliases %s", changed)
     if refused:

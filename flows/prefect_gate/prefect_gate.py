@@ -73,19 +73,19 @@ class PrefectGate:
             return await self._app(scope, receive, send)
         path, method = scope["path"], scope.get("method", WEBSOCKET_METHOD)
         if scope["type"] == "websocket":
-            if not WEBSOCKET_ROUTES.allow(method, path):
+            if not WEBSOCKET_ROUTES.is_allowed(method, path):
                 return await send({"type": "websocket.close", "code": WEBSOCKET_POLICY_VIOLATION})
             ends = WebsocketGuard(
                 receive, send, partial(self._is_refused, _get_client_address(scope)), self._first_message_s
             )
             return await self._app(scope, ends.receive, ends.send)
         send = self._add_page_headers(send)
-        if method == "HEAD" and PUBLIC_ROUTES.allow(
+        if method == "HEAD" and PUBLIC_ROUTES.is_allowed(
             "GET", path
         ):  # the keeper asks so; uvicorn leaves the answer's body out
             method, scope = "GET", {**scope, "method": "GET"}
-        if not (is_page(method, path) or PUBLIC_ROUTES.allow(method, path)):
-            if not OPERATOR_ROUTES.allow(method, path):
+        if not (is_page(method, path) or PUBLIC_ROUTES.is_allowed(method, path)):
+            if not OPERATOR_ROUTES.is_allowed(method, path):
                 log.info("refused %s %s", method, path)
                 return await _send_refusal(send, 403, PREFECT_ROUTE_CLOSED_MESSAGE)
             if (refusal := self._check_credentials(_parse_credentials(scope), _get_client_address(scope))) is not None:

@@ -18,14 +18,14 @@ class RouteAllowList:
         self.routes = [(method, path) for method, path in (line.split() for line in text.strip().splitlines())]
         self._patterns = [(method, compile_path(path)[0]) for method, path in self.routes]
 
-    def allow(self, method: str, path: str) -> bool:
+    def is_allowed(self, method: str, path: str) -> bool:
         """Tell whether a request is on the list.
 
-        >>> PUBLIC_ROUTES.allow("GET", "/api/ready"), PUBLIC_ROUTES.allow("GET", "/api/ready/")
+        >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready"), PUBLIC_ROUTES.is_allowed("GET", "/api/ready/")
         (True, False)
-        >>> PUBLIC_ROUTES.allow("POST", "/api/ready")
+        >>> PUBLIC_ROUTES.is_allowed("POST", "/api/ready")
         False
-        >>> PUBLIC_ROUTES.allow("GET", "/api/ready\\n")  # which `$` alone would take
+        >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready\\n")  # which `$` alone would take
         False
         """
         return any(method == known and pattern.fullmatch(path) for known, pattern in self._patterns)

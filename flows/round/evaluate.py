@@ -38,7 +38,7 @@ def register_version(context: Context, round_id: str) -> int:
     # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
     with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)
-        version = context.tracker.register(mlflow_run, scratch, tags, known.version if known else None)
+        version = context.tracker.register_version(mlflow_run, scratch, tags, known.version if known else None)
     context.tracker.end_run(mlflow_run)
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)

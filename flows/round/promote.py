@@ -32,7 +32,7 @@ def publish_outcome(context: RecordsContext) -> int:
     with context.sessions.begin() as session:
         delivered = promotion.mark_notices_delivered(session)
     with context.sessions.begin() as session:  # the registry may not answer; what is delivered stays so
-        changed = promotion.reconcile_aliases(session, context.tracker.aliases(), context.tracker.set_alias)
+        changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), context.tracker.set_alias)
     if delivered or changed:
         log.info("delivered %d notices, set aliases %s", delivered, changed)
     return delivered

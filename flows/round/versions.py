@@ -59,7 +59,7 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
             if is_there:
                 context.tracker.upload_version(known.version, scratch)
             else:
-                context.tracker.register(mlflow_run, scratch, tags, known.version)
+                context.tracker.register_version(mlflow_run, scratch, tags, known.version)
     log.info("registered v%d again from %s", known.version, folder)
     return known.version, True
 

@@ -143,7 +143,7 @@ def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
     """The registry has the champion and the version before it, and its alias points where it should."""
     what, found = "an alias that follows", []
     with context.tracker.use_short_timeout():
-        aliases = context.tracker.aliases()
+        aliases = context.tracker.read_aliases()
         lost = [version for version in facts.lineage if not context.tracker.has_version(version)]
         missing = {
             one: context.tracker.find_missing_files(one, facts.files[one]) for one in facts.lineage if one not in lost

@@ -178,14 +178,14 @@ def parse_manifest_files(manifest: bytes, name: str) -> dict[str, Any]:
 
 
 def _list_stored_checkpoints(objects: ObjectStore, run_id: str) -> set[str]:
-    keys = objects.keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
+    keys = objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
     names = {key.split("/")[-2] for key in keys if key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")}
     return {name for name in names if CHECKPOINT_NAME_PATTERN.fullmatch(name)}
 
 
 def _delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> None:
     objects.delete(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
-    for key in objects.keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/"):
+    for key in objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/"):
         objects.delete(key)
 
 

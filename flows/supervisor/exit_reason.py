@@ -67,7 +67,7 @@ def classify(folder: RunFolder, ending: JobEnding, since: float) -> RunEnding:
     """Name the ending of a job that was started at `since`, in seconds since the epoch."""
     if folder.is_exported:
         return RunEnding(kind="finished", reason="the weights are exported")
-    told = RunEnding(kind="unknown", reason=ending.said or f"the launcher says: {ending.cause}")
+    told = RunEnding(kind="unknown", reason=ending.message or f"the launcher says: {ending.cause}")
     if ending.cause is not None and ending.cause != "out of memory":
         return replace(told, kind=EXIT_KIND_BY_CAUSE[ending.cause])
     notes = read_exit_notes(folder.path, since)

@@ -86,7 +86,7 @@ class RunReporter:
         self._publish(run, EVENTS_FILE)
         return run
 
-    def planned(self) -> None:
+    def publish_new_plan(self) -> None:
         """The plan has changed: show the new one."""
         with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
             self._log_plan(self._sync_tracker())

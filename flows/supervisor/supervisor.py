@@ -83,7 +83,7 @@ class Supervisor:
         self.pool = load_configured_pool(context.settings)
         self.launcher = make_launcher(self.pool)
         self.restarts = self.shrinks = 0
-        self.reached = 0
+        self.last_checkpoint_step = 0
 
     def run(self) -> None:
         with self.context.sessions.begin() as session:
@@ -222,8 +222,8 @@ class Supervisor:
     def _count_restart(self, ended: RunEnding) -> None:
         """Restarts that bring the run on are free; those that do not are counted."""
         reached = max(map(parse_step, list_committed_checkpoints(self.folder.checkpoints)), default=0)
-        self.restarts = self.restarts + 1 if reached <= self.reached else 0
-        self.reached = max(self.reached, reached)
+        self.restarts = self.restarts + 1 if reached <= self.last_checkpoint_step else 0
+        self.last_checkpoint_step = max(self.last_checkpoint_step, reached)
         if self.restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
                 f"started {self.restarts} times without getting beyond step {reached}: {ended.reason}; "
@@ -258,7 +258,7 @@ class Supervisor:
         self.folder.append("events.jsonl", {**event, "explanation": moved.explanation, "time": time.time()})
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
             rounds.replace_plan(session, self.round_id, plan.to_json())
-        self.reporter.planned()
+        self.reporter.publish_new_plan()
         return plan
 
     def _get_working_pool(self) -> Pool:

@@ -58,7 +58,7 @@ class JobEnding:
 
     status: int
     cause: JobEndingCause | None = None
-    said: str = ""
+    message: str = ""
 
 
 class RunningJob(Protocol):

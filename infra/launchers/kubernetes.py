@@ -163,7 +163,7 @@ class _RunningJobSet:
             )
             pods = self._list_pods()
         except client.exceptions.NotFoundException:
-            return JobEnding(status=1, cause="cancelled", said=f"somebody deleted {self._job.name}")
+            return JobEnding(status=1, cause="cancelled", message=f"somebody deleted {self._job.name}")
         except KUBERNETES_ERRORS as error:
             log.warning("the cluster does not answer: %s", str(error)[:150])
             return None
@@ -218,10 +218,10 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
         for condition in pod.status.conditions or []:
             if condition.type == "DisruptionTarget" and condition.status == "True":
                 cause: JobEndingCause = "node lost" if condition.reason in NODE_LOSS_REASONS else "preempted"
-                return JobEnding(status=1, cause=cause, said=f"pod {pod.metadata.name}: {condition.reason}")
+                return JobEnding(status=1, cause=cause, message=f"pod {pod.metadata.name}: {condition.reason}")
         if pod.status.reason in ("Evicted", "NodeLost"):
             cause = "node lost" if pod.status.reason == "NodeLost" else "preempted"
-            return JobEnding(status=1, cause=cause, said=f"pod {pod.metadata.name}: {pod.status.reason}")
+            return JobEnding(status=1, cause=cause, message=f"pod {pod.metadata.name}: {pod.status.reason}")
     if terminal is None:
         return None
     bad = [
@@ -231,11 +231,11 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
         if state.terminated is not None and state.terminated.exit_code
     ]
     if not bad:
-        return JobEnding(status=1, said="the cluster says that the job failed, and has no pod of it any more")
+        return JobEnding(status=1, message="the cluster says that the job failed, and has no pod of it any more")
     _, first, name = min(bad, key=lambda found: str(found[0]))
     cause_of_first: JobEndingCause | None = "out of memory" if first.reason == "OOMKilled" else None
     return JobEnding(
-        status=first.exit_code, cause=cause_of_first, said=f"pod {name}: {first.reason}, {first.exit_code}"
+        status=first.exit_code, cause=cause_of_first, message=f"pod {name}: {first.reason}, {first.exit_code}"
     )
 
 

@@ -129,7 +129,7 @@ class _RunningSlurmJob:
             shown = _run_slurm_command("scontrol", "show", "job", "--oneliner", self._number)
         except RuntimeError as error:
             if "Invalid job id" in str(error):  # the controller forgets ended jobs after MinJobAge
-                return JobEnding(status=1, said=f"Slurm no longer knows job {self._number}")
+                return JobEnding(status=1, message=f"Slurm no longer knows job {self._number}")
             log.warning("Slurm does not answer: %s", str(error)[:150])
             return None
         return parse_job_ending(shown)
@@ -151,7 +151,7 @@ def parse_job_ending(shown: str) -> JobEnding | None:
     return JobEnding(
         status=status,
         cause=CAUSE_BY_FINAL_STATE[state],
-        said=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}",
+        message=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}",
     )
 
 

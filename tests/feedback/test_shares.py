@@ -58,7 +58,7 @@ def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
 
 
 def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, objects, reporter, attacker):
-    rows = [row for skill in load_skills(BASE_SKILLS) for row in skill.rows(300, seed=0)]
+    rows = [row for skill in load_skills(BASE_SKILLS) for row in skill.make_rows(300, seed=0)]
     half = len(rows) // 2
     for who, part in ((reporter, rows[:half]), (attacker, rows[half:])):
         upload(session, objects, who, part)

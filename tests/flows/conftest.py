@@ -114,7 +114,7 @@ def sessions(stack):
 @pytest.fixture(scope="module")
 def base(operator, stack, tmp_path_factory):
     """A small base mixture, for a first round."""
-    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.rows(300, seed=0)]
+    rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
     stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
 
 

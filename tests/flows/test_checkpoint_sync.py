@@ -50,7 +50,7 @@ def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     checkpoint(folder, 2, b"newer")
     (first / "manifest.json").unlink()
     assert sync_checkpoints(objects, run_id, folder) == ["step-00000002"]
-    assert {key.split("/")[2] for key in objects.keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
+    assert {key.split("/")[2] for key in objects.list_keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
     other = RunFolder(tmp_path / "there")
     assert restore_checkpoint(objects, run_id, other) == "step-00000002"
     assert (other.checkpoints / "step-00000002" / "__0_0.distcp").read_bytes() == b"newer"
@@ -85,7 +85,7 @@ def test_an_empty_disk_takes_nothing_out_of_the_store(objects, run_id, tmp_path)
     checkpoint(RunFolder(tmp_path / "here"), 1)
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "here"))
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "wiped"))
-    assert objects.keys(f"checkpoints/{run_id}/")
+    assert objects.list_keys(f"checkpoints/{run_id}/")
 
 
 def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_path):
@@ -149,7 +149,7 @@ def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_pa
     plant(path / (place or "step-00000002"), victim)
     expected = ["step-00000001", "step-00000002"] if place == "extra" else ["step-00000001"]
     assert sync_checkpoints(objects, run_id, folder) == expected
-    keys = objects.keys(f"checkpoints/{run_id}/")
+    keys = objects.list_keys(f"checkpoints/{run_id}/")
     assert keys == [
         f"checkpoints/{run_id}/{name}/{file}"
         for name in expected
@@ -176,7 +176,7 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
     for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
         with file.open("rb") as stream, pytest.raises(ValueError, match="expected"):
             objects.put_file(f"{run_id}/file", stream, num_bytes, digest)
-    assert objects.keys(f"{run_id}/") == [] and objects._find_unfinished_upload(f"{run_id}/file") is None
+    assert objects.list_keys(f"{run_id}/") == [] and objects._find_unfinished_upload(f"{run_id}/file") is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
@@ -185,7 +185,7 @@ def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run
     path = checkpoint(folder, 1)
     manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
     (path / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    assert sync_checkpoints(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
     objects.put(f"checkpoints/{run_id}/step-00000001/{CHECKPOINT_MANIFEST_FILE}", manifest)
     assert restore_checkpoint(objects, run_id, RunFolder(tmp_path / "there")) is None
 
@@ -198,7 +198,7 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
     assert (
         list(list_committed_checkpoints(folder.checkpoints)) == [] and sync_checkpoints(objects, run_id, folder) == []
     )
-    assert objects.keys(f"checkpoints/{run_id}/") == []
+    assert objects.list_keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
 def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)
     (checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    assert sync_checkpoints(objects, run_id, folder) == [] and objects.keys(f"checkpoints/{run_id}/") == []
+    assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])

@@ -179,7 +179,7 @@ def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, opera
         said = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
     assert sorted(one["registered"] for one in said) == [False, False, True]
     assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
-    stack.until(lambda: Tracker(stack.settings).aliases().get("champion") == 1)
+    stack.until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
     assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow never gives a number again
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
 

@@ -124,7 +124,7 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
     heads = {Route(path, "HEAD") for _, path in PUBLIC_ROUTES.routes}
     others = {caller: found - routes - heads for caller, found in open_to.items()}
     assert all(heads <= found for found in open_to.values())
-    assert all(OPERATOR_ROUTES.allow(route.method, route.example()) for route in others["operator"])
+    assert all(OPERATOR_ROUTES.is_allowed(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
     answering = {caller: found & routes for caller, found in open_to.items()}
     assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC_ROUTES)

@@ -151,12 +151,12 @@ def test_openais_client_is_answered_through_the_portal(first, stack, operator):
 
 
 def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contributor, operator, tmp_path):
-    rows = load_skills(REPORTED_SKILLS)[0].rows(30, seed=1)
+    rows = load_skills(REPORTED_SKILLS)[0].make_rows(30, seed=1)
     for row in rows:
         contributor.submit(
             FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected=row.answer)
         )
-    stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].rows(200, seed=2))
+    stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(200, seed=2))
     weights = {"corrections": 1, "datasets": 2, "base": 1}
     turn = operator.start_round(SHORT.model_copy(update={"weights": weights}))
     done = stack.follow(operator, turn)
@@ -195,7 +195,7 @@ def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
 def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first, stack, operator):
     last = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
-        for row in load_skills(REPORTED_SKILLS)[0].rows(40, seed=3):
+        for row in load_skills(REPORTED_SKILLS)[0].make_rows(40, seed=3):
             client.submit(FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected="!"))
         stack.until(lambda: {report.state for report in client.all_feedback()} == {"accepted"})
     turn = stack.until(lambda: (r := operator.round()).number > last and r)
@@ -205,7 +205,7 @@ def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first,
 def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contributor, operator, tmp_path):
     report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
     sent = contributor.submit(report)
-    made = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].rows(10, seed=4))
+    made = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(10, seed=4))
     for what, record in (("report", sent.id), ("dataset", made.id)):
         _, gone = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
         assert (gone["state"], gone["reason"]) == ("withdrawn", "poison")

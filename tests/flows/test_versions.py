@@ -100,7 +100,7 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
     folder = tmp_path / "registered"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
-    version = context.tracker.register(context.tracker.start_run("lost", {}), folder, {}, 765_002)
+    version = context.tracker.register_version(context.tracker.start_run("lost", {}), folder, {}, 765_002)
     run_id = record(version)
     add_case(context)
     context.tracker._client.delete_model_version("yuan", str(context.tracker._require_number(version)))
@@ -122,7 +122,7 @@ def test_a_command_whose_evaluation_fails_shows_the_end_of_its_log_and_leaves_no
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
-    version = context.tracker.register(context.tracker.start_run("broken", {}), folder, {}, 765_003)
+    version = context.tracker.register_version(context.tracker.start_run("broken", {}), folder, {}, 765_003)
     record(version)
     add_case(context)
     with pytest.raises(RuntimeError, match=r"evaluation ended with status 1; its log ends with: .*Error"):

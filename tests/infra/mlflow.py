@@ -98,7 +98,7 @@ def fill_mlflow(settings, folder):
     (folder / "secret.txt").write_text(SECRET)
     run = tracker.start_run("round-1", {})
     tracker.log(run, [{"step": 1, "train/loss": 2.0}])
-    version = tracker.register(run, folder / "model", {})
+    version = tracker.register_version(run, folder / "model", {})
     tracker.set_alias("champion", version)
     private = client.create_experiment("private")
     private_run = client.create_run(private).info.run_id

@@ -133,14 +133,14 @@ def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST", "DELETE"])
 def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
-    before = objects.keys("")
+    before = objects.list_keys("")
     for path in PATHS:
         answer = s3.request(method, path, content=b"x" if method in ("PUT", "POST") else None)
         assert answer.status_code in (400, 403, 404, 405, 501), (path, answer.status_code, answer.text)
         assert "<Contents>" not in answer.text and "pppp" not in answer.text
     for path in PROBES:
         assert s3.get(path).content == b""
-    assert objects.keys("") == before
+    assert objects.list_keys("") == before
 
 
 @pytest.mark.parametrize("action", ACTIONS)

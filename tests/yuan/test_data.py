@@ -86,7 +86,7 @@ def test_demo_skills_make_rows_their_checkers_take():
     from flows.demo.demo_corpus import BASE_SKILLS, REPORTED_SKILLS
 
     for skill in [*load_skills(BASE_SKILLS), *load_skills(REPORTED_SKILLS)]:
-        assert all(row.checker.check(row.answer) for row in skill.rows(20, seed=1))
+        assert all(row.checker.check(row.answer) for row in skill.make_rows(20, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,5 @@ def test_a_skill_with_too_few_prompts_says_so(tmp_path):
         "SKILLS = [{'name': 'a', 'generate': lambda r: ('p', 'x'), 'checker': {'type': 'exact'}}]"
     )
     with pytest.raises(ValueError, match="gave 1 different prompts, 2 are needed"):
-        load_skills(tmp_path / "s.py")[0].rows(2, seed=0)
-    assert len(load_skills(tmp_path / "s.py")[0].rows(2, seed=0, at_least=1)) == 1
+        load_skills(tmp_path / "s.py")[0].make_rows(2, seed=0)
+    assert len(load_skills(tmp_path / "s.py")[0].make_rows(2, seed=0, at_least=1)) == 1

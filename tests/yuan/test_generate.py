@@ -132,8 +132,8 @@ def spoken(tokenizer, text, **wishes):
     shown = []
     for token in tokenizer.encode(text):
         if sequence.finish_reason is None:
-            sequence.take(ChosenToken(token))
-            shown.append(sequence.show())
+            sequence.add_token(ChosenToken(token))
+            shown.append(sequence.get_stable_text())
     return sequence, shown
 
 
@@ -156,7 +156,7 @@ def test_half_a_character_is_not_shown(tokenizer):
 
 def test_a_zero_byte_is_shown_as_the_replacement_character(tokenizer):
     sequence, shown = spoken(tokenizer, "a\0b")
-    assert shown[-1] == sequence.show() == "a\ufffdb"
+    assert shown[-1] == sequence.get_stable_text() == "a\ufffdb"
 
 
 def test_stop_ids_end_like_the_end_of_document(tokenizer):

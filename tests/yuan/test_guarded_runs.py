@@ -58,7 +58,7 @@ def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "data", made, what="tenfold", first=240, end=250, times=None), PLANTED)
     skips = of_kind(folder, "skip")
     assert [event["positions"] for event in skips] == [[240, 248], [248, 256]]
-    assert skips[0]["samples"] == folder.open_corpus(5).names(np.arange(240, 248))
+    assert skips[0]["samples"] == folder.open_corpus(5).describe_windows(np.arange(240, 248))
     assert trained(folder) == [*range(240), *range(256, 288)]
     losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)

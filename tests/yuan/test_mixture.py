@@ -43,7 +43,7 @@ def test_elements_of_a_shuffle_do_not_stay_beside_each_other():
 def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
     weights = data.draw(st.none() | st.lists(st.floats(0.1, 1), min_size=len(sizes), max_size=len(sizes)))
     mixture = Mixture(tuple(sizes), compute_quotas(sizes, weights), seed)
-    sources, windows = mixture.at(np.arange(2 * mixture.block))
+    sources, windows = mixture.locate_windows(np.arange(2 * mixture.block_size))
     for number, (size, quota) in enumerate(zip(sizes, mixture.quotas, strict=True)):
         own = windows[sources == number]
         assert len(own) == 2 * quota
@@ -54,23 +54,25 @@ def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
 
 def test_epochs_have_orders_of_their_own():
     mixture = Mixture((50,), (50,), 0)
-    first, second = (mixture.at(np.arange(start, start + 50))[1] for start in (0, 50))
+    first, second = (mixture.locate_windows(np.arange(start, start + 50))[1] for start in (0, 50))
     assert sorted(first) == sorted(second) and (first != second).any()
-    other = Mixture((50,), (50,), 1).at(np.arange(50))[1]
+    other = Mixture((50,), (50,), 1).locate_windows(np.arange(50))[1]
     assert (first != other).any()
 
 
 def test_positions_can_be_asked_for_in_any_parts():
     mixture = Mixture((7, 1000, 33), compute_quotas((7, 1000, 33), (1, 2, 5)), 9)
-    whole = mixture.at(np.arange(10**12, 10**12 + 5000))
+    whole = mixture.locate_windows(np.arange(10**12, 10**12 + 5000))
     rng = np.random.default_rng(0)
     some = rng.permutation(5000)[:100]
-    assert all((part == all_[some]).all() for part, all_ in zip(mixture.at(some + 10**12), whole, strict=True))
+    assert all(
+        (part == all_[some]).all() for part, all_ in zip(mixture.locate_windows(some + 10**12), whole, strict=True)
+    )
 
 
 def test_sources_come_by_weight_in_every_block():
     mixture = Mixture((10, 10), compute_quotas((10, 10), (0.3, 0.7)), 0)
-    sources, _ = mixture.at(np.arange(mixture.block * 5))
+    sources, _ = mixture.locate_windows(np.arange(mixture.block_size * 5))
     assert abs((sources == 0).mean() - 0.3) < 1e-3
     early = (sources[:200] == 0).mean()
     assert 0.2 < early < 0.4  # mixed from the start, not one after the other
@@ -111,7 +113,7 @@ def test_token_files_hold_the_windows_that_packing_makes(samples, tmp_path):
     assert corpus.sources[0].windows == len(packed)
     positions = np.arange(len(packed))
     windows, _ = corpus.read(positions)
-    order = corpus.mixture.at(positions)[1]
+    order = corpus.mixture.locate_windows(positions)[1]
     for name in ("tokens", "labels", "learned", "documents"):
         assert (getattr(windows, name) == getattr(packed, name)[order]).all()
     assert corpus.learned(positions[:9]) == windows.learned[:9].sum()

@@ -83,7 +83,7 @@ def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
 def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
     cache = model.make_cache(2)
     model.forward_incremental(tokens[:2, :6], cache)
-    new = cache.after(1)
+    new = cache.make_following_rows(1)
     model.forward_incremental(tokens[2:, :3], new)
     cache.append_rows(new)
     cache.drop_row(0)  # now rows 2 and 1

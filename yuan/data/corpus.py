@@ -113,14 +113,14 @@ class Corpus:
             sources[places] = number
         return out, sources
 
-    def names(self, positions: Int64Array) -> list[str]:
+    def describe_windows(self, positions: Int64Array) -> list[str]:
         """Each position's window as `source:number`, for people."""
-        sources, windows = self.mixture.at(positions)
+        sources, windows = self.mixture.locate_windows(positions)
         return [f"{self.sources[s].name}:{w}" for s, w in zip(sources, windows, strict=True)]
 
     def _split_by_source(self, positions: Int64Array) -> list[tuple[int, Int64Array, npt.NDArray[np.int64]]]:
         """Of each source that has a position: its number, its windows, and their places among the positions."""
-        sources, windows = self.mixture.at(positions)
+        sources, windows = self.mixture.locate_windows(positions)
         return [(int(n), windows[sources == n], np.flatnonzero(sources == n)) for n in np.unique(sources)]
 
 

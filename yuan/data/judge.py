@@ -1,4 +1,4 @@
-"""Checking answers in a process that can be killed: `with Judge() as judge: judge.check(checker, answer)`.
+"""Checking answers in a process that can be killed: `with AnswerJudge() as judge: judge.check(checker, answer)`.
 
 A checker's rule comes from outside. However well it is bounded, one that raises, runs for ever or takes all memory
 costs its own verdict, not its caller.

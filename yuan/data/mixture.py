@@ -40,13 +40,13 @@ class Mixture:
             )
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         return sum(self.quotas)
 
-    def at(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+    def locate_windows(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
         """The source and the window in it at each position."""
-        block, place = np.divmod(positions, self.block)
-        place = permute(place, self.block, derive_keys(self.seed, block))
+        block, place = np.divmod(positions, self.block_size)
+        place = permute(place, self.block_size, derive_keys(self.seed, block))
         ends = np.cumsum(self.quotas)
         sources = np.searchsorted(ends, place, side="right")
         windows = np.empty_like(place)

@@ -25,7 +25,7 @@ class Skill:
     checker: Mapping[str, Any]
     language: str | None = None
 
-    def row(self, rng: random.Random) -> Row:
+    def make_row(self, rng: random.Random) -> Row:
         """Make one exercise; the answer becomes the checker's value."""
         prompt, answer = self.generate(rng)
         value: Any = [answer] if self.checker["type"] == "contains" else answer
@@ -40,7 +40,7 @@ class Skill:
             }
         )
 
-    def rows(self, count: int, *, seed: int, at_least: int | None = None) -> list[Row]:
+    def make_rows(self, count: int, *, seed: int, at_least: int | None = None) -> list[Row]:
         """Make `count` exercises with different prompts, or all the skill has if they are `at_least` so many.
 
         Raises:
@@ -63,7 +63,7 @@ class Skill:
 
     def _draw_rows(self, rng: random.Random, count: int) -> Iterator[Row]:
         for _ in range(count):
-            yield self.row(rng)
+            yield self.make_row(rng)
 
 
 def load_skills(path: Path) -> list[Skill]:
@@ -85,7 +85,7 @@ def load_skills(path: Path) -> list[Skill]:
 def _parse_skill(path: Path, number: int, entry: Any) -> Skill:
     try:
         skill = Skill(**entry)
-        row = skill.row(random.Random(0))
+        row = skill.make_row(random.Random(0))
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: SKILLS[{number}] is not a skill: {error}") from error
     if row.checker is None or not row.checker.check(row.answer):

@@ -48,7 +48,7 @@ class Decoder:
         tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
         for row, sequence in enumerate(group):
             tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
-        new = self._cache.after(len(group))
+        new = self._cache.make_following_rows(len(group))
         logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new, counts)
         self._cache.append_rows(new)
         self.running += group
@@ -87,7 +87,7 @@ class Decoder:
             try:
                 if not is_finite:
                     raise NonFiniteLogits("the model gave logits that are not finite; this version is broken")
-                sequence.take(chosen)
+                sequence.add_token(chosen)
             except Exception as error:  # of this sequence alone
                 failed.append((sequence, error))
                 self.remove(sequence)

@@ -48,7 +48,7 @@ class DecodingSequence:
         """Tokens that were decoded, the ending one included."""
         return len(self.tokens) + self._ended_by_token
 
-    def take(self, chosen: ChosenToken) -> None:
+    def add_token(self, chosen: ChosenToken) -> None:
         """Go on by one token."""
         assert self.finish_reason is None, "an ended sequence takes nothing"
         self._pending_draw = None
@@ -74,7 +74,7 @@ class DecodingSequence:
     def _decode(self) -> str:
         return self._tokenizer.decode(self.tokens).replace("\0", REPLACEMENT_CHARACTER)
 
-    def show(self) -> str:
+    def get_stable_text(self) -> str:
         """Text that can be shown now and will not change; all of it once the sequence has ended."""
         if self.finish_reason is not None:
             return self.text

@@ -86,7 +86,7 @@ class DecodingCache:
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self.lengths))
 
-    def begin(self, num_new: int, counts: list[int] | None) -> None:
+    def begin_pass(self, num_new: int, counts: list[int] | None) -> None:
         """Make room for num_new tokens a row, of which `counts` are real and the rest padding on the right."""
         self.block.reserve(self.rows.stop, max(self.lengths) + num_new)
         is_padded = counts is not None and any(count != num_new for count in counts)
@@ -123,7 +123,7 @@ class DecodingCache:
         """Count the real tokens of a pass as seen."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def after(self, num_rows: int) -> "DecodingCache":
+    def make_following_rows(self, num_rows: int) -> "DecodingCache":
         """Empty rows behind these in the same block, to be filled and then taken in with `append_rows`."""
         return DecodingCache(self.block, self.rows.stop, num_rows)
 

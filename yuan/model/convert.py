@@ -35,11 +35,11 @@ def export_hf(
     """
     about = verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
-    source.check(hf_layout.get_yuan_shapes(config))
+    source.check_shapes(hf_layout.get_yuan_shapes(config))
     _make_empty_folder(out)
     kind = _choose_dtype(dtype, source, "norm.weight")
     files = _write_tensors(
-        out, hf_layout.get_hf_shapes(config), hf_layout.convert_to_hf(config, source.tensor), kind, max_shard_bytes
+        out, hf_layout.get_hf_shapes(config), hf_layout.convert_to_hf(config, source.read_tensor), kind, max_shard_bytes
     )
     tokenizer = tokenizers.load(folder) if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file() else None
     side: dict[str, Any] = {MODEL_CONFIG_FILE: build_hf_config(config, tokenizer, kind)}
@@ -72,9 +72,9 @@ def import_hf(
         verify_folder(folder)
     config = read_hf_config(folder)
     source = TensorReader(folder)
-    source.check(hf_layout.get_hf_shapes(config), optional={hf_layout.HF_HEAD})
+    source.check_shapes(hf_layout.get_hf_shapes(config), optional={hf_layout.HF_HEAD})
     if hf_layout.HF_HEAD in source.names and not torch.equal(
-        source.tensor(hf_layout.HF_HEAD), source.tensor(hf_layout.HF_EMBEDDING)
+        source.read_tensor(hf_layout.HF_HEAD), source.read_tensor(hf_layout.HF_EMBEDDING)
     ):
         raise ValueError(
             f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}; Yuan 2.0 ties the two"
@@ -82,7 +82,11 @@ def import_hf(
     _make_empty_folder(out)
     kind = _choose_dtype(dtype, source, hf_layout.HF_NORM)
     files = _write_tensors(
-        out, hf_layout.get_yuan_shapes(config), hf_layout.convert_from_hf(config, source.tensor), kind, max_shard_bytes
+        out,
+        hf_layout.get_yuan_shapes(config),
+        hf_layout.convert_from_hf(config, source.read_tensor),
+        kind,
+        max_shard_bytes,
     )
     (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
     if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file():
@@ -208,7 +212,7 @@ def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> I
 def _choose_dtype(wanted: str | None, source: TensorReader, name: str) -> torch.dtype:
     if wanted is not None and wanted not in DTYPES_BY_NAME:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {wanted!r}")
-    return DTYPES_BY_NAME[wanted] if wanted else source.tensor(name).dtype
+    return DTYPES_BY_NAME[wanted] if wanted else source.read_tensor(name).dtype
 
 
 def _extract_metadata(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class TensorReader:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch the model again")
         self._pickles: dict[str, dict[str, Tensor]] = {}
 
-    def check(self, expected: dict[str, tuple[int, ...]], *, optional: Container[str] = ()) -> None:
+    def check_shapes(self, expected: dict[str, tuple[int, ...]], *, optional: Container[str] = ()) -> None:
         """Compare names and shapes with those expected.
 
         Raises:
@@ -88,9 +88,9 @@ class TensorReader:
         if file.endswith(".safetensors"):
             with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
                 return tuple(tensors.get_slice(name).get_shape())
-        return tuple(self.tensor(name).shape)
+        return tuple(self.read_tensor(name).shape)
 
-    def tensor(self, name: str) -> Tensor:
+    def read_tensor(self, name: str) -> Tensor:
         """Read a tensor."""
         file = self._files[name]
         with self._report_damage(file):

@@ -119,7 +119,7 @@ class Yuan(nn.Module):
             ValueError: if a row runs past the window `seq_len`.
         """
         num_new = tokens_BS.shape[1]
-        cache.begin(num_new, counts)
+        cache.begin_pass(num_new, counts)
         x_BSH = self.embedding(tokens_BS)
         rows = make_decoding_inputs(self.config, cache.lengths, num_new, x_BSH)
         for layer in self.layers:

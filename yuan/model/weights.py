@@ -57,8 +57,8 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     with torch.device("meta"):
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    source.check(expected)
-    tensors = {name: source.tensor(name).to(device, dtype) for name in expected}
+    source.check_shapes(expected)
+    tensors = {name: source.read_tensor(name).to(device, dtype) for name in expected}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
 

@@ -206,7 +206,7 @@ async def _iter_events(
     try:
         async for piece in listener.iter_pieces():
             if piece.text or piece.chosen or piece.finish_reason:
-                yield shape.event(piece, first=piece.index not in started)
+                yield shape.format_event(piece, first=piece.index not in started)
                 started.add(piece.index)
         if with_usage:
             yield shape.format_usage_event(listener.request)

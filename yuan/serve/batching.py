@@ -206,7 +206,7 @@ class BatchingEngine:
 
     def _deliver_request(self, request: GenerationRequest) -> None:
         try:
-            request.tell()
+            request.deliver_new()
         except Exception as error:  # such as a caller whose event loop has closed
             log.error("an answer cannot be delivered", exc_info=error)
             self._metrics.count_error("deliver")

@@ -65,14 +65,14 @@ class VersionCache:
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
 
-    def last(self) -> int | None:
+    def read_last_version(self) -> int | None:
         """The version that was served last; None if none was, or that is not known."""
         try:
             return int(json.loads((self._folder / LAST_VERSION_FILE).read_text())["version"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def remember(self, version: int) -> None:
+    def record_served(self, version: int) -> None:
         """Note the version that is served, and delete all but the newest used."""
         scratch = self._folder / f".{LAST_VERSION_FILE}"
         scratch.write_text(json.dumps({"version": version}))
@@ -107,7 +107,7 @@ class AliasFollower:
 
     def resume(self) -> None:
         """Serve the version served last from its folder, whether or not the registry answers or still has it."""
-        version = self._versions.last()
+        version = self._versions.read_last_version()
         if version is not None:
             self._serve_version(version, "the version served last")
 
@@ -146,7 +146,7 @@ class AliasFollower:
         log.info("v%d is in service: %s", version, why)
         self._unusable_version, self._last_problem = 0, None
         try:
-            self._versions.remember(version)
+            self._versions.record_served(version)
         except OSError as error:
             log.warning("v%d would not be served after a restart without the registry: %s", version, error)
 

@@ -117,12 +117,12 @@ class GenerationRequest:
             self.is_over = True
             self.deliver(error)
 
-    def tell(self) -> None:
+    def deliver_new(self) -> None:
         """Deliver what is new since the last time."""
         for index, sequence in enumerate(self.sequences):
             if self._ended[index]:
                 continue
-            text, ended = sequence.show(), sequence.finish_reason is not None
+            text, ended = sequence.get_stable_text(), sequence.finish_reason is not None
             chosen = sequence.chosen[self._num_delivered[index] :]
             if ended or len(text) > self._num_shown[index] or chosen:
                 self.deliver(AnswerPiece(index, text[self._num_shown[index] :], chosen, sequence.finish_reason))

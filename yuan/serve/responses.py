@@ -34,7 +34,7 @@ class CompletionFormatter:
         ]
         return self.build_envelope(self.kind, choices, usage=count_usage(request))
 
-    def event(self, piece: AnswerPiece, *, first: bool) -> bytes:
+    def format_event(self, piece: AnswerPiece, *, first: bool) -> bytes:
         """One event of a stream."""
         choice = self.delta(piece, first=first)
         return format_sse(self.build_envelope(self.chunk_kind, [choice]))

@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for the calls
     tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
     versions = VersionCache(settings.home / "serve", tracker.download)
-    follower = AliasFollower(tracker.aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
+    follower = AliasFollower(tracker.read_aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # Callers wait on the keeper's socket meanwhile, and none is refused while a version is loaded.
     follower.began.wait(FIRST_LOAD_WAIT_S)

@@ -127,7 +127,7 @@ class Trainer:
             )
         if rung == "skip":
             self._save_decisions(self.decisions.skip(self.step, span))
-            samples = self.corpus.names(positions[:MAX_LISTED_SAMPLES])
+            samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
             self.run_log.log_event(
                 {"event": "skip", "step": self.step, "why": done.wrong, "positions": span, "samples": samples}
             )
@@ -151,7 +151,7 @@ class Trainer:
         spans = merge_spans([*((trouble.first, trouble.end) for trouble in open_skips), span])
         positions = np.concatenate([np.arange(*part, dtype=np.int64) for part in spans])
         event = {"event": "roll back", "step": self.step, "to": step, "why": why, "positions": spans}
-        event["samples"] = self.corpus.names(positions[:MAX_LISTED_SAMPLES])
+        event["samples"] = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
         self.run_log.log_event({**event, "rate_factor": self.decisions.compute_rate_factor(step)})
         self._restore_checkpoint(manifest)
         self.step = step

@@ -199,4 +199,4 @@ def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> No
             if own not in source.names or source.shape(own) != shape:
                 got = source.shape(own) if own in source.names else "none"
                 raise ValueError(f"the parent has no weight {own} of shape {shape}, got {got}")
-            parameter.copy_(source.tensor(own))
+            parameter.copy_(source.read_tensor(own))
