@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,8 @@ def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
         return {name: DutyStatus(**facts) for name, facts in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def compute_age_s(moment: datetime | None) -> float:
+    """Return how long ago a moment was, in seconds; 0 of what never was."""
+    return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()

@@ -7,12 +7,16 @@ everybody who has its password can write.
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from prefect import Flow
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.contracts import RoundParameters
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+WORK_POOL_NAME = "cotrain"  # of the one work pool at Prefect
 
 MAX_SHOWN_PARAMETER_ERRORS = 5
 
@@ -48,7 +52,7 @@ class RegisteredFlow:
     function: str
     form: type[BaseModel]
 
-    def load(self) -> Flow[..., Any]:
+    def load(self) -> "Flow[..., Any]":
         flow: Flow[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return flow
 

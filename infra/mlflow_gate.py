@@ -14,9 +14,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from infra.lanes import LaneFull, RequestLane
 from infra.mlflow_requests import (
@@ -37,9 +36,12 @@ from infra.mlflow_rules import (
 )
 from infra.request_body import (
     MAX_BODY_PAUSE_S,
+    AsgiApp,
     AsgiHeaders,
     AsgiMessage,
     AsgiReceive,
+    AsgiScope,
+    AsgiSend,
     ClientDisconnected,
     RequestBodyRefused,
     has_body,
@@ -47,10 +49,6 @@ from infra.request_body import (
     replay_body,
 )
 from infra.throttle import SignInThrottle, is_machine_secret
-
-AsgiScope = MutableMapping[str, Any]
-AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
-AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 
 ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's own: the account that it makes at its first start
 DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which the throttle lets pass

@@ -6,6 +6,9 @@ from typing import Any
 
 AsgiMessage = MutableMapping[str, Any]
 AsgiReceive = Callable[[], Awaitable[AsgiMessage]]
+AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
+AsgiScope = MutableMapping[str, Any]
+AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 AsgiHeaders = list[tuple[bytes, bytes]]
 
 MAX_BODY_PAUSE_S = 10.0  # without a byte of the body

@@ -25,7 +25,7 @@ from feedback.api.access import (
 from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable
 from feedback.tables import new_id
 from yuan.data.text import make_storable
-from yuan.serve.schemas import ChatIn, CompletionIn
+from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
 
 router = APIRouter(
     prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(require_known_query_without_session)]
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 FORWARDED_HEADERS = ("x-yuan-version", "retry-after")
 SSE_DATA_PREFIX, SSE_DONE_LINE = b"data: ", b"data: [DONE]"
-CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among them
 RESPONSE_STORE_ERRORS = (*STORE_UNAVAILABLE_ERRORS, PortalBusy)
 # For a caller to take the next event, and all of them; the answer itself ends within 110 s. Meanwhile a stream has one
 # of the portal's connections to the model server, which keeps what is not taken in its memory.

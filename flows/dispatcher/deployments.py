@@ -5,8 +5,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
-from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_NAME, WORK_POOL_TEMPLATE
-from flows.registry import REGISTERED_FLOWS
+from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_TEMPLATE
+from flows.registry import REGISTERED_FLOWS, WORK_POOL_NAME
 from infra.settings import DispatcherSettings
 
 ROUND_DEPLOYMENT = f"cotrain-round/{DEPLOYMENT_NAME}"

@@ -7,13 +7,10 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 
-import httpx
 import psycopg
-from mlflow.exceptions import MlflowException
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from sqlalchemy.exc import OperationalError
 
@@ -24,9 +21,10 @@ from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
-from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, get_duty_status_file
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, compute_age_s, get_duty_status_file
 from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
+from flows.supervisor.run_reporter import SERVER_ERRORS
 from infra.error_text import describe_error
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
@@ -39,7 +37,6 @@ IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
 REPORT_BATCH_WAIT_S, REPORT_BATCH_SIZE = 10.0, 500
 REPRODUCTION_RETRY_PAUSE_S = 60.0
 RECONNECT_PAUSE_S = 1.0
-SERVER_ERRORS = (OperationalError, psycopg.OperationalError, httpx.HTTPError, PrefectHTTPStatusError, MlflowException)
 PREFECT_TIMEOUT_S = 10.0  # of a server that hangs; the duty's own pause is when it is asked again
 
 
@@ -203,10 +200,6 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
         return
     run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
     log.info("%d reports wait: started flow run %s", count, run.id)
-
-
-def compute_age_s(moment: datetime | None) -> float:
-    return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()
 
 
 def write_heartbeat(settings: DispatcherSettings) -> None:

@@ -23,10 +23,9 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed
 
 from flows.registry import find_flow, parse_form
+from infra.child import PR_SET_PDEATHSIG
 from infra.settings import get_home_folder
 from yuan.data.text import make_storable
-
-PR_SET_PDEATHSIG = 1
 
 
 class StorableRecord(logging.LogRecord):

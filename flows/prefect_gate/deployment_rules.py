@@ -13,11 +13,10 @@ from zoneinfo import available_timezones
 
 from prefect._vendor.croniter.croniter import croniter  # the server's own
 
-from flows.registry import REGISTERED_FLOWS
+from flows.registry import REGISTERED_FLOWS, WORK_POOL_NAME
 from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import make_printable
 
-WORK_POOL_NAME = "cotrain"
 # What the pages show of the pool: nothing to fill in, and what runs whatever anybody writes there.
 WORK_POOL_TEMPLATE: dict[str, Any] = {
     "job_configuration": {"command": "python -I -m flows.dispatcher.flow_process"},

@@ -12,7 +12,7 @@ import hmac
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -33,15 +33,22 @@ from flows.prefect_gate.deployment_rules import find_foreign_deployment
 from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_METHOD, WEBSOCKET_ROUTES, is_page
 from flows.registry import REGISTERED_FLOWS
 from infra.http_server import choose_listen_options, make_server_options
-from infra.request_body import AsgiMessage, AsgiReceive, ClientDisconnected, RequestBodyRefused, read_body, replay_body
+from infra.request_body import (
+    AsgiApp,
+    AsgiMessage,
+    AsgiReceive,
+    AsgiScope,
+    AsgiSend,
+    ClientDisconnected,
+    RequestBodyRefused,
+    read_body,
+    replay_body,
+)
 from infra.scram_only import require_scram
 from infra.throttle import SignInThrottle
 
 log = logging.getLogger(__name__)
 
-AsgiScope = MutableMapping[str, Any]
-AsgiSend = Callable[[AsgiMessage], Awaitable[None]]
-AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 PREFECT_ROUTE_CLOSED_MESSAGE = (

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from sqlalchemy.exc import OperationalError
 
-from feedback.health import PlatformFacts
-from flows.duties import DutyStatus, get_duty_status_file, read_duty_statuses
+from feedback.platform_facts import PlatformFacts
+from flows.duties import DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
+from flows.registry import WORK_POOL_NAME
 from flows.round.versions import describe_registration
 from flows.stack.probing import Finding, LastSuccess, Probe, convert_timestamp, get_utc_now, run_probes
 from infra.confinement import parse_port
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 8.0
 # What is right again by itself within this time is no fault.
 PROMOTION_SETTLE_S, LATE_AFTER_S, REPORTS_LATE_AFTER_S = 30.0, 60.0, 600.0
-WORK_POOL_NAME, REPRODUCE_FLOW = "cotrain", "cotrain-reproduce"
+REPRODUCE_FLOW = "cotrain-reproduce"
 # By the server that it needs most.
 DUTY_BY_SERVER = {
     "postgres": "keep the round going",
@@ -49,7 +50,7 @@ def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[
 
     Without PostgreSQL, what has to be compared with the records is left out.
     """
-    from feedback.health import read_platform_facts
+    from feedback.platform_facts import read_platform_facts
 
     settings = context.settings
     gathered: list[PlatformFacts] = []
@@ -310,8 +311,3 @@ def fetch_newest_flow_run(
         body["flows"] = {"name": {"any_": [flow]}}
     found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
     return found[0] if found else None
-
-
-def compute_age_s(moment: datetime | None) -> float:
-    """Seconds since a moment; none for what never was."""
-    return 0.0 if moment is None else (get_utc_now() - moment).total_seconds()

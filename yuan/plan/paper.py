@@ -18,8 +18,7 @@ from typing import Literal
 import numpy as np
 
 from yuan.plan.stage_costs import StageCosts
-
-GIGA, TERA = 1e9, 1e12
+from yuan.plan.time_model import GIGA, TERA
 
 
 @dataclass(frozen=True, kw_only=True)

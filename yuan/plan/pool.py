@@ -12,7 +12,7 @@ import tomli_w
 
 from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
 
-Launcher = Literal["local", "slurm", "kubernetes"]
+LauncherName = Literal["local", "slurm", "kubernetes"]
 
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0
@@ -107,16 +107,17 @@ class Pool:
 
     name: str
     groups: tuple[DeviceGroup, ...]
-    launcher: Launcher = "local"
+    launcher: LauncherName = "local"
     launch: tuple[tuple[str, str | int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise ValueError(f"pool {self.name!r} has no devices; add a [[pool.group]]")
         classes = [group.device_class for group in self.groups]
-        if self.launcher not in get_args(Launcher):
+        if self.launcher not in get_args(LauncherName):
             raise ValueError(
-                f"launcher of pool {self.name!r} must be one of {', '.join(get_args(Launcher))}, got {self.launcher!r}"
+                f"launcher of pool {self.name!r} must be one of {', '.join(get_args(LauncherName))}, "
+                f"got {self.launcher!r}"
             )
         if len(set(classes)) < len(classes):
             raise ValueError(f"pool {self.name!r} must name each device class once, got {classes}; add up their counts")

@@ -25,12 +25,12 @@ from yuan.serve.request import (
     ServedModel,
 )
 from yuan.serve.responses import STREAM_END_EVENT, ChatFormatter, CompletionFormatter, format_sse
-from yuan.serve.schemas import MAX_CHOICES, ChatIn, CompletionIn
+from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
 
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # after which a caller is told that the engine is silent, while a portal still waits
-VERSION_HEADER, CALLER_HEADER = "X-Yuan-Version", "X-Yuan-Caller"
+VERSION_HEADER = "X-Yuan-Version"
 
 
 def make_api(token: str, service: ModelService) -> FastAPI:

@@ -2,14 +2,14 @@
 
 from datetime import datetime, timedelta, timezone
 
-from feedback import health, reports
+from feedback import platform_facts, reports
 from feedback.accounts import add_contributor, audit
 from feedback.contracts import FeedbackIn
 from feedback.tables import new_id
 
 
 def test_what_has_never_happened_is_none(session):
-    facts = health.read_platform_facts(session)
+    facts = platform_facts.read_platform_facts(session)
     last = (facts.last_answer, facts.last_reproduction, facts.last_notice, facts.last_upload)
     assert (facts.champion, facts.running, facts.oldest_report, *last) == (None,) * 7
 
@@ -17,10 +17,10 @@ def test_what_has_never_happened_is_none(session):
 def test_a_review_counts_as_reproduction_when_it_decided_something(session):
     audit(session, "reproduction", "reviewed", "v1", accepted=0, rejected=0, disputed=0)
     session.flush()
-    assert health.read_platform_facts(session).last_reproduction is None
+    assert platform_facts.read_platform_facts(session).last_reproduction is None
     audit(session, "reproduction", "reviewed", "v1", accepted=0, rejected=2, disputed=0)
     session.flush()
-    assert health.read_platform_facts(session).last_reproduction is not None
+    assert platform_facts.read_platform_facts(session).last_reproduction is not None
 
 
 def test_reports_that_wait_are_counted_with_the_oldest(session):
@@ -29,6 +29,6 @@ def test_reports_that_wait_are_counted_with_the_oldest(session):
     for _ in range(2):
         reports.add_feedback(session, reporter, form, new_id())
     session.flush()
-    facts = health.read_platform_facts(session)
+    facts = platform_facts.read_platform_facts(session)
     assert facts.num_reports_waiting == 2
     assert datetime.now(timezone.utc) - facts.oldest_report < timedelta(minutes=5)

@@ -1,0 +1,47 @@
+"""One name, one thing: no module, class or constant name of the packages stands for two things."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "feedback", "yuan", "infra")
+# `run` and `app` are entries, nouns of `cli/` name commands, and the skill files of the demo have one interface.
+SHARED_MODULES = {"__init__", "__main__", "run", "app"}
+SHARED_NAMES = {"log", "router", "SKILLS", "CHINESE_DIGITS"}
+
+
+def modules():
+    """Return the files of the packages, without migrations, whose names are numbered."""
+    return [file for name in PACKAGES for file in (ROOT / name).rglob("*.py") if "migrations" not in file.parts]
+
+
+def defined_names(tree):
+    """Yield the classes and constants at the top of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    yield name.id
+
+
+def test_no_two_modules_have_one_name():
+    places = defaultdict(list)
+    for file in modules():
+        if file.stem not in SHARED_MODULES and "cli" not in file.parts:
+            places[file.stem].append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_no_two_classes_or_constants_have_one_name():
+    places = defaultdict(set)
+    for file in modules():
+        for name in defined_names(ast.parse(file.read_text())):
+            if name not in SHARED_NAMES:
+                places[name].add(str(file.relative_to(ROOT)))
+    assert {name: sorted(files) for name, files in places.items() if len(files) > 1} == {}
