@@ -275,7 +275,7 @@ class Talker:
             if wants_events and self.events:
                 answer = StreamingResponse(iter(self.events), media_type="text/event-stream")
             else:
-                answer = PlainTextResponse(self.format_response, self.status, media_type=self.kind)
+                answer = PlainTextResponse(self.whole, self.status, media_type=self.kind)
             await answer(scope, receive, send)
 
 

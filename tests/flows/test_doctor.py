@@ -189,7 +189,7 @@ def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack
     secrets = load_config(stack.home).secrets
     keys = {"s3_access_key": secrets["mlflow_s3_access_key"], "s3_secret_key": secrets["mlflow_s3_secret_key"]}
     store = open_object_store(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
-    for key in store.keys(""):
+    for key in store.list_keys(""):
         if "/artifacts/model/" in key:
             store.delete(key)
     with sessions() as session:

@@ -224,7 +224,7 @@ def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, 
     access = StoreAccess(s3_endpoint=stores.s3_endpoint, **keys)
     open_object_store(access, own).check()
     foreign = open_object_store(access, other, attempts=1)
-    for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.keys(""), foreign.ensure_bucket):
+    for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.list_keys(""), foreign.ensure_bucket):
         with pytest.raises(ClientError, match="AccessDenied"):
             attempt()
 
