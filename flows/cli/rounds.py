@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
+from flows.cli.fields import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable
@@ -34,26 +35,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 @round_.command()
+@add_field_options(RoundParameters)
 def start(
-    max_steps: Annotated[int, typer.Option(help="optimizer steps, 1 to 1,000,000")] = 600,
-    learning_rate: Annotated[float, typer.Option(help="peak learning rate, above 0 and below 1")] = 1.5e-3,
-    replay_rows: Annotated[int, typer.Option(help="base rows trained again, 0 to 100,000,000")] = 3000,
-    seed: Annotated[int, typer.Option(help="seed of data order and new weights, 0 to 2**63 - 1")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints, 1 to 1,000,000")] = 200,
-    priority: Annotated[int, typer.Option(help="in the queue for devices, -100 to 100")] = 0,
     wait: Annotated[bool, typer.Option(help="follow the round to its end")] = True,
     as_json: JsonOption = False,
+    **fields: Any,
 ) -> None:
     """Start a round and follow it. Ctrl-C stops following, not the round."""
-    fields = {
-        "max_steps": max_steps,
-        "learning_rate": learning_rate,
-        "replay_rows": replay_rows,
-        "seed": seed,
-        "checkpoint_every": checkpoint_every,
-        "priority": priority,
-    }
-    wanted = build_form(RoundParameters, fields)
+    wanted = build_form(RoundParameters, parse_fields(RoundParameters, fields))
     with explain_errors(), open_operator_client() as client:
         turn = client.start_round(wanted)
         if wait:

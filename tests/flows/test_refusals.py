@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from feedback.contracts import RoundParameters
 from flows.cli.app import app
 
 REPORT = ["submit", "--response", "r", "--token", "t", "--model-version", "1", "--prompt"]
@@ -20,6 +21,8 @@ START = ["round", "start"]
         ([*START, "--seed", str(2**70)], "seed: Input should be less than or equal to 9223372036854775807"),
         ([*START, "--replay-rows", "9" * 22], "replay_rows: Input should be less than or equal to 100000000"),
         ([*START, "--learning-rate", "inf"], "learning_rate: Input should be a finite number"),
+        ([*START, "--weights", "base=nan"], "weights.base: Input should be a finite number"),
+        ([*START, "--weights", "other=1"], "weights.other.[key]: Input should be 'corrections', 'datasets' or 'base'"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_with_its_field(argv, line):
@@ -33,3 +36,15 @@ def test_what_is_no_rounds_id_is_never_asked_for(round_id):
     done = CliRunner().invoke(app, ["round", "status", round_id])
     assert done.exit_code == 2
     assert "must be an id of 32 hexadecimal digits or latest" in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_a_round_has_an_option_for_each_of_its_parameters():
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*START, "--help"]).output
+    for name, field in RoundParameters.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown and field.description in shown
+
+
+@pytest.mark.parametrize("part", ["base", "base=", "=", "base=much"])
+def test_weights_are_names_with_numbers(part):
+    done = CliRunner().invoke(app, [*START, "--weights", "datasets=1", "--weights", part])
+    assert done.exit_code == 2 and "must be NAME=NUMBER" in done.stderr

@@ -1,0 +1,86 @@
+"""Options of a command made from the fields of a pydantic model, so that each field is written once."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def add_field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command one option for each field of a model; the command takes them as `**fields`.
+
+    Name, type, default and help come from the field. A field that is a mapping is an option `NAME=NUMBER` that may be
+    repeated; `parse_fields` puts it together again.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [_make_option(name, field) for name, field in model.model_fields.items()]
+        command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def parse_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a command's options as the model's fields, without mappings that were not given.
+
+    Raises:
+        BadParameter: if a part of a mapping is not `NAME=NUMBER`: exit status 2.
+    """
+    mappings = {name for name, field in model.model_fields.items() if _is_mapping(field)}
+    return {
+        name: _parse_mapping(name, value) if name in mappings else value
+        for name, value in fields.items()
+        if name not in mappings or value
+    }
+
+
+def _make_option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind: Any = list[str] | None if _is_mapping(field) else field.annotation
+    hint = f"{field.description}{_describe_bounds(field.metadata)}"
+    if _is_mapping(field):
+        hint += "; NAME=NUMBER, may be repeated"
+    option = Annotated[kind, typer.Option(help=hint)]
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=option)
+
+
+def _is_mapping(field: FieldInfo) -> bool:
+    kind = field.annotation
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return any(get_origin(one) is dict for one in kinds)
+
+
+def _describe_bounds(metadata: Sequence[Any]) -> str:
+    """Return the bounds of a number in words.
+
+    >>> from feedback.contracts import RoundParameters
+    >>> _describe_bounds(RoundParameters.model_fields["max_steps"].metadata)
+    ', 1 to 1,000,000'
+    >>> _describe_bounds(RoundParameters.model_fields["learning_rate"].metadata), _describe_bounds([])
+    (', above 0 and below 1', '')
+    """
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = {name: getattr(part, name) for part in metadata for name in words if hasattr(part, name)}
+    if {"ge", "le"} <= bounds.keys():
+        return f", {bounds['ge']:,} to {bounds['le']:,}"
+    named = [f"{word} {bounds[name]:,}" for name, word in words.items() if name in bounds]
+    return f", {' and '.join(named)}" if named else ""
+
+
+def _parse_mapping(name: str, parts: Sequence[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for part in parts:
+        key, _, number = part.partition("=")
+        try:
+            numbers[key] = float(number)
+        except ValueError:
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"must be NAME=NUMBER, got {part[:60]!r}", param_hint=option) from None
+    return numbers
