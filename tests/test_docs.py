@@ -1,0 +1,115 @@
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("flows", "feedback", "yuan", "infra")
+FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+IMPORT = re.compile(rf"^from ((?:{'|'.join(PACKAGES)})[\w.]*) import ([\w, ]+)$", re.MULTILINE)
+REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*")
+PYTHON_FILE = re.compile(r"[\w./*-]+\.py")
+DOTTED_NAME = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def read_prose(page):
+    """Return the page's text without its code blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def read_words(page):
+    """Return the words of all code spans, without arguments in brackets."""
+    return {word.split("(")[0].strip(",;:") for span in CODE_SPAN.findall(read_prose(page)) for word in span.split()}
+
+
+def make_anchor(heading):
+    """Return the anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def is_repository_path(name):
+    """Tell if a path exists, from the root or, for a Python file, from a folder of the repository."""
+    if any(ROOT.glob(name.rstrip("/"))):
+        return True
+    tails = (path for folder in FOLDERS for path in (ROOT / folder).rglob(Path(name).name))
+    return PYTHON_FILE.fullmatch(name) is not None and any(str(path).endswith("/" + name) for path in tails)
+
+
+@cache
+def read_members(path, class_name=None):
+    """Return the names that a module, or a class of it, defines or imports."""
+    body = ast.parse(path.read_text()).body
+    if class_name:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), [])
+    members = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            members.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            members |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            members |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return members
+
+
+def is_module_or_name(dotted):
+    """Tell if a dotted name is a package, a module, or a name or a class's member in one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        folder = ROOT.joinpath(*parts[:length])
+        module = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        if module.exists():
+            names = parts[length:]
+            if not names:
+                return True
+            if len(names) > 2 or names[0] not in read_members(module):
+                return False
+            return len(names) == 1 or names[1] in read_members(module, names[0])
+    return False
+
+
+@pages
+def test_every_path_of_the_repository_exists(page):
+    named = {word for word in read_words(page) if REPOSITORY_PATH.fullmatch(word) or PYTHON_FILE.fullmatch(word)}
+    assert not [name for name in sorted(named) if not is_repository_path(name)]
+
+
+@pages
+def test_every_link_has_its_target_and_heading(page):
+    broken = []
+    for link in LINK.findall(read_prose(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        anchors = [make_anchor(text) for text in HEADING.findall(read_prose(target))] if target.suffix == ".md" else []
+        if not target.exists() or (anchor and anchor not in anchors):
+            broken.append(link)
+    assert not broken
+
+
+@pages
+def test_every_module_and_name_exists(page):
+    dotted = {word for word in read_words(page) if DOTTED_NAME.fullmatch(word) and not word.endswith(".log")}
+    for module, names in IMPORT.findall(page.read_text()):
+        dotted |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    assert not [name for name in sorted(dotted) if not is_module_or_name(name)]
+
+
+def test_a_missing_path_link_or_name_is_found():
+    assert is_repository_path("yuan/model/loss.py") and is_repository_path("model/loss.py")
+    assert not is_repository_path("yuan/model/losses.py") and not is_repository_path("losses.py")
+    assert is_module_or_name("feedback.client.Client.submit") and is_module_or_name("yuan.plan")
+    assert not is_module_or_name("feedback.client.Client.send") and not is_module_or_name("yuan.plans")
+    assert make_anchor("What is wrong: `up`, or down?") == "what-is-wrong-up-or-down"
