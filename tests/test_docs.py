@@ -18,6 +18,7 @@ IMPORT = re.compile(rf"^from ((?:{'|'.join(PACKAGES)})[\w.]*) import ([\w, ]+)$"
 REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 PYTHON_FILE = re.compile(r"[\w./*-]+\.py")
 DOTTED_NAME = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
+CLASS_MEMBER = re.compile(r"[A-Z][a-z]\w*\.[a-z]\w*")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -79,6 +80,17 @@ def is_module_or_name(dotted):
     return False
 
 
+@cache
+def collect_classes():
+    """Return the members of every class of the packages, by the class's name."""
+    classes = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, set()).update(read_members(path, node.name))
+    return classes
+
+
 @pages
 def test_every_path_of_the_repository_exists(page):
     named = {word for word in read_words(page) if REPOSITORY_PATH.fullmatch(word) or PYTHON_FILE.fullmatch(word)}
@@ -105,6 +117,12 @@ def test_every_module_and_name_exists(page):
     for module, names in IMPORT.findall(page.read_text()):
         dotted |= {f"{module}.{name.strip()}" for name in names.split(",")}
     assert not [name for name in sorted(dotted) if not is_module_or_name(name)]
+
+
+@pages
+def test_every_member_of_a_class_exists(page):
+    named = [word.split(".") for word in read_words(page) if CLASS_MEMBER.fullmatch(word)]
+    assert not [name for name in named if name[1] not in collect_classes().get(name[0], ())]
 
 
 def test_a_missing_path_link_or_name_is_found():
