@@ -47,9 +47,15 @@ def is_repository_path(name):
 
 
 @cache
+def parse_module(path):
+    """Return the statements of a module."""
+    return ast.parse(path.read_text()).body
+
+
+@cache
 def read_members(path, class_name=None):
     """Return the names that a module, or a class of it, defines or imports."""
-    body = ast.parse(path.read_text()).body
+    body = parse_module(path)
     if class_name:
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), [])
     members = set()
@@ -85,7 +91,7 @@ def collect_classes():
     """Return the members of every class of the packages, by the class's name."""
     classes = {}
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
+        for node in parse_module(path):
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, set()).update(read_members(path, node.name))
     return classes
@@ -125,7 +131,7 @@ def test_every_member_of_a_class_exists(page):
     assert not [name for name in named if name[1] not in collect_classes().get(name[0], ())]
 
 
-def test_a_missing_path_link_or_name_is_found():
+def test_a_missing_path_or_name_is_found():
     assert is_repository_path("yuan/model/loss.py") and is_repository_path("model/loss.py")
     assert not is_repository_path("yuan/model/losses.py") and not is_repository_path("losses.py")
     assert is_module_or_name("feedback.client.Client.submit") and is_module_or_name("yuan.plan")
