@@ -1,1 +1,1 @@
-"""Services and machinery without domain words: settings, database, objects, tracker, services, processes."""
+"""Infrastructure that knows nothing of the domain: settings, database, object store, tracker, services, processes."""

@@ -1,4 +1,4 @@
-"""A certificate that one service shows to itself, so that nobody else on the machine can speak to its inner ports."""
+"""Create a certificate for mutual TLS of one service with itself: no other process can connect to its inner ports."""
 
 import datetime
 import ipaddress
@@ -11,13 +11,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from infra.files import write_private
 
-CERTIFICATE_YEARS = 20  # as long as a home folder may live; delete the file and start again to have another
+CERTIFICATE_YEARS = 20  # longer than a home folder is used; to renew it, delete the file and restart
 
 
 def ensure_certificate(file: Path, name: str) -> None:
-    """Write a self-signed certificate for 127.0.0.1 and its key into one PEM file (0600), unless it is there.
+    """Write a self-signed certificate for 127.0.0.1 and its key into one PEM file (0600), unless the file exists.
 
-    It is its own authority: whoever trusts this file alone, and shows it, speaks to nobody else.
+    The certificate is its own authority: a process that trusts only this file, and presents it, can connect only to
+    processes that hold the same file.
     """
     if file.exists():
         return

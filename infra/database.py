@@ -1,4 +1,4 @@
-"""The engine and sessions of the platform's PostgreSQL."""
+"""Create the SQLAlchemy engine and sessions of the platform's PostgreSQL, and migrate its schema."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from infra.settings import DatabaseAccess
 
 
 def open_engine(settings: DatabaseAccess, *, pool_size: int = 5) -> Engine:
-    """Connect lazily; a connection the server dropped is replaced before use. Errors do not show parameters."""
+    """Create an engine that connects lazily and replaces dropped connections before use; errors hide parameters."""
     url = settings.database_url.get_secret_value().replace("postgresql://", "postgresql+psycopg://", 1)
     return create_engine(
         url, pool_pre_ping=True, pool_size=pool_size, hide_parameters=True, connect_args={"connect_timeout": 5}
@@ -23,7 +23,7 @@ def make_session_factory(engine: Engine) -> sessionmaker[Session]:
 
 
 def migrate_schema(engine: Engine, scripts: Path) -> None:
-    """Bring the schema to the newest revision; does nothing when it is there."""
+    """Migrate the schema to the newest revision; do nothing if it has it already."""
     config = Config()
     config.set_main_option("script_location", str(scripts))
     with engine.begin() as connection:

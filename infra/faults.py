@@ -1,16 +1,16 @@
-"""Whose fault an error is: a server's, which passes, or what was asked, which comes back the same."""
+"""Classify errors: transient ones of a server or network, and permanent ones of a single item."""
 
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
 
-TRANSIENT_CLIENT_STATUSES = (408, 425, 429)  # client errors by number only
-REFUSED_INPUT_STATUSES = (400, 413, 422)  # a request refused for what is in it
-PROGRAM_LIMIT_SQLSTATE_CLASS = "54"  # class of SQL states: too long for an index, too deep, too many columns
+TRANSIENT_CLIENT_STATUSES = (408, 425, 429)  # 4xx by number, but a later retry may succeed
+REFUSED_INPUT_STATUSES = (400, 413, 422)  # a request rejected because of its content
+PROGRAM_LIMIT_SQLSTATE_CLASS = "54"  # SQLSTATE class 54: too long for an index, too deep, too many columns
 
 
 def is_transient_error(error: Exception) -> bool:
-    """Whether a network or a server failed, so that the same request may succeed later."""
+    """Tell whether a network or a server failed, so that the same request may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
         return _is_transient_status(error.response.status_code)
     if isinstance(error, ClientError):
@@ -21,9 +21,9 @@ def is_transient_error(error: Exception) -> bool:
 
 
 def is_item_error(error: Exception) -> bool:
-    """Whether an error that was met while working on one item says nothing about the others.
+    """Tell whether an error that occurred while processing one item concerns this item only.
 
-    Not so: what passes, a machine without room, a wrong password, a schema that lacks a table.
+    False for transient errors, a full disk or memory, a wrong password and a missing table: all items meet these.
     """
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in REFUSED_INPUT_STATUSES

@@ -1,7 +1,7 @@
-"""Files in folders that a confined service writes, handled by processes that are not confined.
+"""Read and write files safely in folders that a confined service can write, from processes that are not confined.
 
-A service that was taken over can leave there symbolic links to other people's files, FIFOs that never answer, and files
-without end. So nothing here follows a link, waits, or reads more than a limit.
+A compromised service can put symbolic links to other users' files there, FIFOs that block a reader, and endless files.
+So no function here follows a link, blocks, or reads more than a limit.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ def open_regular(file: Path) -> int:
     """Open a regular file for reading and return its descriptor.
 
     Raises:
-        OSError: if it is a link, a FIFO or anything else, or cannot be opened.
+        OSError: if it is not a regular file (a link, a FIFO, ...) or cannot be opened.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -33,7 +33,7 @@ def read_regular(file: Path, limit: int = MAX_REGULAR_FILE_BYTES) -> str:
     """Read the text of a small regular file.
 
     Raises:
-        OSError: if it is not one, or larger than the limit.
+        OSError: if it is not a regular file, or larger than the limit in bytes.
     """
     with os.fdopen(open_regular(file), "rb") as stream:
         data = stream.read(limit + 1)
@@ -43,10 +43,10 @@ def read_regular(file: Path, limit: int = MAX_REGULAR_FILE_BYTES) -> str:
 
 
 def read_tail(file: Path, limit: int) -> str:
-    """Read the last bytes of a regular file, such as a log, as text.
+    """Read the last `limit` bytes of a regular file, such as a log, as text.
 
     Raises:
-        OSError: if it is not one, or cannot be read.
+        OSError: if it is not a regular file, or cannot be read.
     """
     with os.fdopen(open_regular(file), "rb") as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
@@ -54,18 +54,18 @@ def read_tail(file: Path, limit: int) -> str:
 
 
 def open_log(file: Path) -> int:
-    """Open a log for appending and return its descriptor; whatever lies there that is no regular file is removed.
+    """Open a log for appending and return its descriptor; remove what has its name but is not a regular file.
 
-    A second name of a file elsewhere (a hard link) is removed as well: what is appended belongs to this folder alone.
+    A hard link is removed as well, so that nothing is appended to a file outside this folder.
 
     Raises:
-        OSError: if it cannot be opened or made.
+        OSError: if it cannot be opened or created.
     """
     append = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(OSError):  # a link, a FIFO, a folder, or nothing
         descriptor = os.open(file, append)
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             return descriptor
         os.close(descriptor)
     remove_path(file)
@@ -73,15 +73,15 @@ def open_log(file: Path) -> int:
 
 
 def remove_path(path: Path) -> None:
-    """Remove whatever a name stands for: a file, a link itself, or a folder with all that is in it; or nothing."""
+    """Remove a file, a link (not its target) or a folder with its content; do nothing if the path does not exist."""
     try:
         path.unlink(missing_ok=True)
-    except (IsADirectoryError, PermissionError):  # POSIX gives the latter for a folder
+    except (IsADirectoryError, PermissionError):  # POSIX reports PermissionError (EPERM) for a folder
         shutil.rmtree(path)
 
 
 def copy_descriptor(source: int, target: Path) -> str:
-    """Copy an open file, which is closed, to a new one, and return the sha256 of what was copied.
+    """Copy an open file to a new one, close the source, and return the sha256 of the copied bytes.
 
     Raises:
         OSError: if the target exists.
@@ -95,19 +95,19 @@ def copy_descriptor(source: int, target: Path) -> str:
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Replace a file in one step, with the usual permissions; no link is followed."""
+    """Replace a file atomically, with default permissions; no link is followed."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     remove_path(scratch)
-    with scratch.open("x") as out:  # O_EXCL: what somebody puts there meanwhile is an error
+    with scratch.open("x") as out:  # O_EXCL: fail if another process creates the path meanwhile
         out.write(text)
     scratch.replace(file)
 
 
 def write_private(file: Path, text: str) -> None:
-    """Write a file that only its owner can read, in one step; a link at its place is replaced, never followed."""
+    """Write a file with mode 0600 atomically; a link at its path is replaced, never followed."""
     descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600, O_EXCL, O_NOFOLLOW
     with os.fdopen(descriptor, "w") as out:
         out.write(text)
         out.flush()
-        os.fsync(out.fileno())  # or a power cut may leave the new name without its content
+        os.fsync(out.fileno())  # without it, a power cut may leave the new name with an empty file
     os.replace(scratch, file)

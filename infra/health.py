@@ -1,4 +1,4 @@
-"""Whether a service that runs is alive: the checks that decide on a restart."""
+"""Check the liveness of a running service, and decide when to restart it."""
 
 import functools
 import time
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import httpx
 
 HEALTH_CHECK_TIMEOUT_S = 10.0
-BUSY_CPU_SHARE = 0.3  # of one processor, had or waited for; a server that waits for something uses almost none
+BUSY_CPU_SHARE = 0.3  # of one CPU, used plus waited for; a server that is blocked on something uses almost none
 
 
 @dataclass(frozen=True)
 class LivenessPolicy:
-    """When a process that runs and does not answer is restarted.
+    """Define when a running process that does not respond is restarted.
 
-    `check` raises when the service itself cannot answer. It has time limits of its own, and asks nothing that needs
-    another service: while PostgreSQL is down, nobody else is restarted for it. A check counts only with `failures` in a
-    row over `seconds` at least, so that a slow machine, a pause or a long request restarts nothing. One that computes
-    all the while is loaded rather than hung, unless it says itself that it is unwell, and is given `busy_seconds`: a
-    restart would only take its callers' work away.
+    `check` raises when the service itself cannot respond. It has its own timeouts and requests nothing that needs
+    another service: while PostgreSQL is down, no other service is restarted because of it. The service is restarted
+    after at least `failures` failed checks in a row over at least `seconds`, so a slow machine, a pause or a long
+    request causes no restart. A service that uses the CPU all the time is loaded, not hung, unless it reports itself
+    unhealthy; the limit is then `busy_seconds`, since a restart would only lose its clients' requests.
     """
 
     check: Callable[[], None]
@@ -30,14 +30,14 @@ class LivenessPolicy:
 
 
 class ServiceUnhealthy(RuntimeError):
-    """A service answers, and says that it cannot do its work."""
+    """Report that a service responds with an unhealthy status."""
 
 
 class LivenessMonitor:
-    """Liveness checks of one process that failed in a row.
+    """Count consecutive failed liveness checks of one process.
 
     Args:
-        computing_s: processor time that the service has used so far or waited for, in seconds.
+        computing_s: returns the CPU time in seconds that the service has used or waited for so far.
     """
 
     def __init__(self, liveness: LivenessPolicy, computing_s: Callable[[], float]) -> None:
@@ -48,20 +48,23 @@ class LivenessMonitor:
         """Check once, and return the reason for a restart when enough checks have failed."""
         try:
             self._liveness.check()
-        except Exception as error:  # any refusal counts
+        except Exception as error:  # any error is a failed check
             if not self._num_failures:
                 self._failing_since, self._cpu_demand_at_first_failure_s = (
                     time.monotonic(),
                     self._measure_cpu_demand_s(),
                 )
             self._num_failures += 1
+
             seconds = time.monotonic() - self._failing_since
-            computed_s = self._measure_cpu_demand_s() - self._cpu_demand_at_first_failure_s
-            is_busy = not isinstance(error, ServiceUnhealthy) and computed_s > BUSY_CPU_SHARE * seconds
+            cpu_demand_s = self._measure_cpu_demand_s() - self._cpu_demand_at_first_failure_s
+            is_busy = not isinstance(error, ServiceUnhealthy) and cpu_demand_s > BUSY_CPU_SHARE * seconds
             limit_s = self._liveness.busy_seconds if is_busy else self._liveness.seconds
             if self._num_failures >= self._liveness.failures and seconds >= limit_s:
-                last = f"{type(error).__name__}: {get_first_line(error)}"
-                return f"it is not alive: {self._num_failures} checks failed in {seconds:.0f} s, the last with {last}"
+                last_error = f"{type(error).__name__}: {get_first_line(error)}"
+                return (
+                    f"it is not alive: {self._num_failures} checks failed in {seconds:.0f} s, last error: {last_error}"
+                )
         else:
             self._num_failures = 0
         return None
@@ -72,25 +75,25 @@ def get_first_line(error: Exception) -> str:
 
 
 def check_answer(url: str) -> None:
-    """Raise unless the server answers at all, whatever it says; for paths behind which nothing else is asked."""
+    """Raise unless the server sends any response, whatever its status; use a path that needs no other service."""
     _get_client().head(url)
 
 
 def check_health(url: str) -> None:
-    """Raise unless the server says that it is well, with the reason it gives.
+    """Raise unless the server reports itself healthy (status 2xx).
 
     Raises:
-        Unwell: if it says that it is not.
-        httpx.HTTPError: if it does not answer.
+        ServiceUnhealthy: if it responds with another status; the message has the status and the body's beginning.
+        httpx.HTTPError: if it does not respond.
     """
-    answer = _get_client().get(url)
-    if not answer.is_success:
-        raise ServiceUnhealthy(f"{answer.status_code} {answer.text[:200]}")
+    response = _get_client().get(url)
+    if not response.is_success:
+        raise ServiceUnhealthy(f"{response.status_code} {response.text[:200]}")
 
 
 @functools.cache
 def _get_client() -> httpx.Client:
-    """One for all checks, since making one reads every certificate; each check connects anew."""
+    """Return one client for all checks, since creating one loads every CA certificate; each check reconnects."""
     return httpx.Client(
         timeout=HEALTH_CHECK_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
     )

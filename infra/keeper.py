@@ -1,7 +1,7 @@
-"""Keep a list of services running: start in order, restart what dies, stop without leftovers.
+"""Keep a list of services running: start them in order, restart those that exit, and stop all of their processes.
 
-The keeper is one process; every service is its child, dies with it, and carries the stack's id
-in its environment, so that even the grandchildren of a killed stack are found.
+The keeper is one process. Every service is its child and is killed when the keeper exits. Each has the stack's id
+in its environment, so the grandchildren of a killed stack are found too.
 """
 
 import json
@@ -25,30 +25,32 @@ from infra.processes import find_pids, has_exited, kill_processes, measure_cpu_d
 
 log = logging.getLogger(__name__)
 
-STACK_ID_VARIABLE = "COTRAIN_KEPT_FOR"  # never in a file that people source, since what carries it is killed
+STACK_ID_VARIABLE = "COTRAIN_KEPT_FOR"  # never in a file that people source: every process that has it is killed
 SERVICE_STOP_GRACE_S = 12.0
 SERVICE_RESTART_PAUSE_S = 0.5
 KEEPER_HEARTBEAT_EVERY_S = 1.0
-ORPHAN_REAP_EVERY_S = 10.0  # a look at every process of the machine
+ORPHAN_REAP_EVERY_S = 10.0  # reaping reads every process of the machine
 
 
 def do_nothing() -> None:
-    """The step of a service that needs none."""
+    """Do nothing: the default `before` and `after` step of a service."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManagedService:
-    """One server process and what it takes to call it ready.
+    """Define one server process: its command, its readiness check and its liveness policy.
 
-    `before` runs ahead of every start, `check` raises until the service answers, `after` runs once it does. From
-    then on `liveness` decides whether a process that runs is alive; without it, one that runs is.
+    `before` runs before every start. `check` raises until the service responds. `after` runs once it does. From then
+    on `liveness` decides whether the running process is alive; without a policy, a running process counts as alive.
 
-    Another local user can take a server's port while it is down, and would get the passwords that its callers send. So
-    a server that can use a socket which it inherits has `listen`, the URL where the keeper listens from the server's
-    first start to its own end; the server finds the socket as its standard input, and its successor another one, with
-    none of the options that a server which was taken over may have set. Those that cannot have `addresses`,
-    where they listen themselves: `check`, `after` and `liveness` run only while the listener there belongs to `uids`,
-    by default to this user.
+    Another local user can bind a server's port while the server is down, and would receive the passwords that clients
+    send. There are two protections:
+
+    - A server that can inherit a socket sets `listen`, a URL. The keeper listens there from the server's first start
+      until the keeper exits. The server gets the socket as its standard input. After a restart the new process gets a
+      new socket, without any option that a compromised server may have set on the old one.
+    - A server that cannot inherit a socket sets `addresses`, the URLs where it listens itself. `check`, `after` and
+      `liveness` run only while the listener there belongs to one of `uids` (default: this user).
     """
 
     name: str
@@ -67,10 +69,11 @@ class ManagedService:
     start_timeout_s: float = 90.0
 
     def run_guarded_check(self, check: Callable[[], None]) -> None:
-        """Run a check of this service, unless somebody else would receive what it sends.
+        """Run a check of this service, but only if the service itself receives the requests of the check.
 
         Raises:
-            OSError: if nobody listens on an address, or somebody else does; and whatever the check raises.
+            OSError: if there is no listener on an address, or it belongs to another user.
+            Exception: any error that the check raises.
         """
         for url in self.addresses:
             require_own_listener(url, self.uids)
@@ -79,12 +82,12 @@ class ManagedService:
 
 @dataclass
 class ServiceState:
-    """What the keeper knows of a service; written to the state file for `up`, `status` and `doctor`."""
+    """Hold the state of one service; the keeper writes it to the state file for `up`, `status` and `doctor`."""
 
     state: str = "waiting"
     pid: int | None = None
     seconds: float | None = None
-    ready_at: float | None = None  # the last time that it became ready; in seconds since 1970, also while it is down
+    ready_at: float | None = None  # last time the service became ready, seconds since 1970; kept while it is down
     restarts: int = 0
     restart_reason: str | None = None
     error: str | None = None
@@ -92,7 +95,7 @@ class ServiceState:
 
 @dataclass
 class Keeper:
-    """Runs the services until told to stop. `run` blocks; signals end it."""
+    """Run the services until a stop signal arrives. `run` blocks."""
 
     services: Sequence[ManagedService]
     folder: Path
@@ -105,43 +108,50 @@ class Keeper:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def run(self) -> None:
-        """Hold the folder's lock, keep every service alive, and stop all of them on SIGTERM or SIGINT.
+        """Hold the folder's lock, keep every service running, and stop all of them on SIGTERM, SIGINT or SIGHUP.
 
         Raises:
-            BlockingIOError: if another keeper holds the folder.
+            BlockingIOError: if another keeper holds the folder's lock.
         """
-        with hold_keeper_lock(self.folder, self.stack_id) as give_sign:
+        with hold_keeper_lock(self.folder, self.stack_id) as send_heartbeat:
             orphans = OrphanReaper()
             kill_stack_processes(self.stack_id, spare={os.getpid()})
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda *_: self._stopping.set())
-            self._run_services(give_sign, orphans)
+            self._run_services(send_heartbeat, orphans)
 
-    def _run_services(self, give_sign: Callable[[], None], orphans: OrphanReaper) -> None:
+    def _run_services(self, send_heartbeat: Callable[[], None], orphans: OrphanReaper) -> None:
         self.states = {service.name: ServiceState() for service in self.services}
         self._ready = {service.name: threading.Event() for service in self.services}
         self._write_state_file()
+
         threads = [
             threading.Thread(target=self._keep_service_running, args=(s,), name=s.name, daemon=True)
             for s in self.services
         ]
         for thread in threads:
             thread.start()
-        bury_at = 0.0
+
+        next_reap_at = 0.0
         while not self._stopping.wait(KEEPER_HEARTBEAT_EVERY_S):
-            give_sign()
-            if time.monotonic() >= bury_at:
+            send_heartbeat()
+            if time.monotonic() >= next_reap_at:
                 orphans.reap({process.pid for process in self._processes.copy().values()})
-                bury_at = time.monotonic() + ORPHAN_REAP_EVERY_S
+                next_reap_at = time.monotonic() + ORPHAN_REAP_EVERY_S
+
         for service in reversed(self.services):
             self._stop_process(service)
         kill_stack_processes(self.stack_id, spare={os.getpid()})
-        if left := orphans.kill_all():
-            log.warning("killed %s, which no service had ended", left)
+        if killed_pids := orphans.kill_all():
+            log.warning("killed %s: these processes still ran after all services had stopped", killed_pids)
         (self.folder / "stack.json").unlink(missing_ok=True)
 
     def _keep_service_running(self, service: ManagedService) -> None:
-        """Life of one service. The thread stays, since a child's death signal hangs on the thread that started it."""
+        """Start one service after its dependencies, and restart it after every failure until the keeper stops.
+
+        Each service has one thread that never returns earlier: the kernel sends the parent death signal to a child
+        when the thread that started it exits, see prctl(2).
+        """
         for needed in service.needs:
             while not self._ready[needed].wait(0.1):
                 if self._stopping.is_set():
@@ -150,7 +160,7 @@ class Keeper:
             try:
                 self._start_service(service)
                 reason = self._wait_for_failure(service)
-            except Exception as error:  # whatever a service's own steps raise is its state, not the keeper's end
+            except Exception as error:  # an error in a service's own steps must not end the keeper
                 log.exception("starting %s failed", service.name)
                 reason = get_first_line(error)
                 self._update_state(service, state="failed", error=reason)
@@ -159,12 +169,14 @@ class Keeper:
             self._stopping.wait(SERVICE_RESTART_PAUSE_S)
 
     def _start_service(self, service: ManagedService) -> None:
-        began = time.monotonic()
+        started_at = time.monotonic()
         self._update_state(service, state="starting", error=None)
         for url in service.addresses:
-            refuse_foreign_listener(url, service.uids)  # the server would end with "address in use", naming nobody
+            # The server's own error, "address in use", would not name the user that holds the port.
+            refuse_foreign_listener(url, service.uids)
         listener = self._get_listener(service)
         service.before()
+
         with self._lock:
             if self._stopping.is_set():
                 return
@@ -180,66 +192,72 @@ class Keeper:
                 )
             self._processes[service.name] = process
         self._update_state(service, pid=process.pid)
-        self._wait_until_ready(service, process, began + service.start_timeout_s)
+
+        self._wait_until_ready(service, process, started_at + service.start_timeout_s)
         service.run_guarded_check(service.after)
         self._update_state(
-            service, state="ready", seconds=round(time.monotonic() - began, 1), ready_at=time.time(), error=None
+            service, state="ready", seconds=round(time.monotonic() - started_at, 1), ready_at=time.time(), error=None
         )
         self._ready[service.name].set()
 
     def _get_listener(self, service: ManagedService) -> socket.socket | None:
-        """Return the socket on which a server will listen."""
+        """Return the socket that the server will inherit, opened if needed; None if it listens itself."""
         if service.listen and service.name not in self._listeners:
             self._listeners[service.name] = open_listener(service.listen)
         return self._listeners.get(service.name)
 
     def _replace_listener(self, service: ManagedService) -> None:
-        """Replace a server's socket, without a moment in which another user could take the port.
+        """Replace a server's socket so that no other user can bind the port in between.
 
-        Callers that wait for the old one to accept them lose their connection, as those whom the dead server answered.
+        Clients in the old socket's accept queue are disconnected, as are the clients of the exited server.
         """
         old = self._listeners.pop(service.name, None)
         if old is not None and service.listen:
             try:
                 self._listeners[service.name] = open_listener(service.listen, replaces=old)
-            except OSError as error:  # the next start tries again, and says so
+            except OSError as error:  # the next start retries, and reports the error in the service's state
                 log.warning("%s: %s", service.name, error)
             old.close()
 
     def _wait_until_ready(self, service: ManagedService, process: subprocess.Popen[bytes], deadline: float) -> None:
-        """Poll the check until it passes; the process ending or the deadline is an error with the last reason."""
-        reason = "no answer yet"
+        """Poll the check until it passes.
+
+        Raises:
+            RuntimeError: if the process exits.
+            TimeoutError: at the deadline, with the last error of the check.
+        """
+        reason = "no response yet"
         while not self._stopping.is_set():
             if process.poll() is not None:
                 raise RuntimeError(
-                    f"{service.name} ended with status {process.returncode}; see logs/{service.name}.log"
+                    f"{service.name} exited with status {process.returncode}; see logs/{service.name}.log"
                 )
             try:
                 return service.run_guarded_check(service.check)
-            except Exception as error:  # any refusal means not ready
+            except Exception as error:  # any error means not ready
                 reason = f"{type(error).__name__}: {get_first_line(error)}"
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
             time.sleep(0.1)
 
     def _wait_for_failure(self, service: ManagedService) -> str:
-        """Wait until the process has ended, or is to be ended since it is not alive, and return the reason."""
+        """Wait until the process exits or its liveness checks fail, and return the reason for the restart."""
         process, liveness = self._processes.get(service.name), service.liveness
         if process is None or liveness is None:
-            return f"it ended with status {process.wait() if process else None}"
+            return f"it exited with status {process.wait() if process else None}"
         guarded = replace(liveness, check=lambda: service.run_guarded_check(liveness.check))
-        failures = LivenessMonitor(guarded, lambda: measure_cpu_demand_s(process.pid))
+        monitor = LivenessMonitor(guarded, lambda: measure_cpu_demand_s(process.pid))
         while True:
             try:
                 status = process.wait(None if self._stopping.is_set() else liveness.every_s)
-                return f"it ended with status {status}"
+                return f"it exited with status {status}"
             except subprocess.TimeoutExpired:
-                reason = None if self._stopping.is_set() else failures.check()
+                reason = None if self._stopping.is_set() else monitor.check()
             if reason is not None:
                 return reason
 
     def _stop_for_restart(self, service: ManagedService, reason: str) -> None:
-        """Leave nothing of a service's process before the next start."""
+        """End a service's process group, replace its socket and record the restart."""
         self._stop_process(service)
         self._replace_listener(service)
         self._update_state(
@@ -249,7 +267,7 @@ class Keeper:
             restarts=self.states[service.name].restarts + 1,
             restart_reason=reason,
         )
-        log.warning("starting %s again: %s", service.name, reason)
+        log.warning("restarting %s: %s", service.name, reason)
 
     def _stop_process(self, service: ManagedService) -> None:
         process = self._processes.get(service.name)
@@ -276,12 +294,12 @@ class Keeper:
         try:
             scratch.write_text(json.dumps({"pid": os.getpid(), "services": states}, indent=2))
             scratch.replace(self.folder / "stack.json")
-        except OSError as error:  # a full disk must not end this thread, with which its service would die
-            log.warning("the state file cannot be written: %s", error)
+        except OSError as error:  # a full disk must not end this thread: its service would be killed with it
+            log.warning("cannot write the state file: %s", error)
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Signal a process group of ours; one that is gone is fine."""
+    """Send a signal to a process group of this keeper; do nothing if the group has exited."""
     try:
         os.killpg(pid, number)
     except ProcessLookupError:
@@ -289,20 +307,24 @@ def signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def read_stack_state(folder: Path) -> dict[str, Any]:
-    """Read the keeper's state file; empty when there is none, it cannot be read, or a killed keeper left it behind."""
+    """Read the keeper's state file.
+
+    Returns:
+        The state; empty if there is no file, it cannot be read, or its keeper has exited.
+    """
     try:
         state = json.loads((folder / "stack.json").read_text())
-        is_of_living = not has_exited(int(state["pid"])) and isinstance(state["services"], dict)
+        is_current = not has_exited(int(state["pid"])) and isinstance(state["services"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return dict(state) if is_of_living else {}
+    return dict(state) if is_current else {}
 
 
 def find_stack_pids(stack_id: str) -> Iterator[int]:
-    """Pids of all processes that carry the stack's id."""
+    """Find all processes that have the stack's id in their environment or arguments, and their children."""
     return find_pids(STACK_ID_VARIABLE, stack_id)
 
 
 def kill_stack_processes(stack_id: str, spare: set[int]) -> list[int]:
-    """Kill what a stack left behind, and return the pids."""
+    """Kill all processes of a stack except those in `spare`, and return the pids of the killed ones."""
     return kill_processes(STACK_ID_VARIABLE, stack_id, spare)

@@ -1,4 +1,4 @@
-"""The lock by which one keeper holds a folder, with who it is and its sign of life."""
+"""Lock a folder for one keeper; the lock file holds the keeper's pid, and its mtime is the keeper's heartbeat."""
 
 import contextlib
 import fcntl
@@ -13,15 +13,15 @@ from typing import IO
 from infra.files import read_regular
 
 KEEPER_LOCK_FILE = "stack.lock"
-KEEPER_HEARTBEAT_TIMEOUT_S = 15.0  # it renews its sign of life every second
+KEEPER_HEARTBEAT_TIMEOUT_S = 15.0  # the keeper sends a heartbeat every second
 KEEPER_LOCK_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
 class KeeperLockHolder:
-    """The keeper that holds a folder: its process, the id of its stack, and for how long it has given no sign of life.
+    """Describe the keeper that holds a folder: its pid, its stack's id, and the seconds since its last heartbeat.
 
-    `pid` and `stack_id` are None if the file does not tell them.
+    `pid` and `stack_id` are None if they cannot be read from the lock file.
     """
 
     pid: int | None
@@ -35,22 +35,25 @@ class KeeperLockHolder:
 
 @contextlib.contextmanager
 def hold_keeper_lock(folder: Path, stack_id: str) -> Iterator[Callable[[], None]]:
-    """Hold the folder's lock while the block runs, which is given a function that renews the sign of life.
+    """Hold the folder's lock while the block runs.
+
+    Yields:
+        A function that sends one heartbeat: it renews the lock file's mtime.
 
     Raises:
-        BlockingIOError: if another keeper holds the folder.
+        BlockingIOError: if another keeper holds the folder's lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / KEEPER_LOCK_FILE).open("ab", buffering=0) as lock:
         _acquire_lock(lock)
-        with contextlib.suppress(OSError):  # on a full disk the stack runs all the same
+        with contextlib.suppress(OSError):  # a full disk must not stop the stack
             lock.truncate(0)
             lock.write(json.dumps({"pid": os.getpid(), "stack_id": stack_id}).encode())
         yield lambda: os.utime(lock.fileno())
 
 
 def _acquire_lock(lock: IO[bytes]) -> None:
-    """Lock the file for this process alone; one who looks whether it is locked has it for a moment."""
+    """Lock the file exclusively; retry for a second, since `find_keeper` takes a shared lock for an instant."""
     end = time.monotonic() + KEEPER_LOCK_TIMEOUT_S
     while True:
         try:
@@ -62,7 +65,7 @@ def _acquire_lock(lock: IO[bytes]) -> None:
 
 
 def find_keeper(folder: Path) -> KeeperLockHolder | None:
-    """Return the keeper that holds a folder; None if there is none."""
+    """Return the keeper that holds a folder's lock; None if there is none."""
     file = folder / KEEPER_LOCK_FILE
     try:
         with file.open("r") as lock:
@@ -73,12 +76,12 @@ def find_keeper(folder: Path) -> KeeperLockHolder | None:
     except BlockingIOError:
         silent_s = max(0.0, time.time() - file.stat().st_mtime)
     try:
-        told = json.loads(read_regular(file))
-        return KeeperLockHolder(int(told["pid"]), str(told["stack_id"]), silent_s)
+        content = json.loads(read_regular(file))
+        return KeeperLockHolder(int(content["pid"]), str(content["stack_id"]), silent_s)
     except (OSError, ValueError, KeyError, TypeError):
         return KeeperLockHolder(None, None, silent_s)
 
 
 def is_keeper_running(folder: Path) -> bool:
-    """Whether a keeper holds this folder, be it silent or not."""
+    """Tell whether a keeper holds this folder's lock, with or without a recent heartbeat."""
     return find_keeper(folder) is not None

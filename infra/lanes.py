@@ -1,4 +1,4 @@
-"""Limit how many requests a server works on at a time, and how many wait for that."""
+"""Limit how many requests a server processes at a time, and how many wait in the queue."""
 
 import asyncio
 import contextlib
@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 
 class LaneFull(Exception):
-    """Too many requests are waiting already, or one has waited for too long."""
+    """Report that the queue is full, or that a request has waited for too long."""
 
 
 class RequestLane:
-    """Let a few requests in at a time and make a bounded number wait, in their order."""
+    """Process at most `max_inside` requests at a time; at most `max_waiting` others queue in FIFO order."""
 
     def __init__(self, max_inside: int, max_waiting: int, max_wait_s: float) -> None:
         self._places = asyncio.Semaphore(max_inside)
@@ -19,10 +19,10 @@ class RequestLane:
 
     @contextlib.asynccontextmanager
     async def enter(self) -> AsyncIterator[None]:
-        """Hold a place inside.
+        """Hold one of the `max_inside` slots while the block runs.
 
         Raises:
-            LaneFull: at once if as many wait as may, else after the longest wait.
+            LaneFull: at once if the queue is full, else after `max_wait_s` seconds in the queue.
         """
         if self._places.locked():
             await self._wait()

@@ -1,4 +1,4 @@
-"""One logging format for every process entry."""
+"""Configure logging: one format for every process entry."""
 
 import logging
 from typing import Any
@@ -9,14 +9,14 @@ QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
 
 
 class RedactingFormatter(logging.Formatter):
-    """Tracebacks without the text that an error was about; logs are read by more people than reports are."""
+    """Format tracebacks without quoted data, since more people can read the logs than the reports."""
 
     def formatException(self, ei: Any) -> str:
         return format_redacted_traceback(ei[1])
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send log lines to stderr; call once, in a process entry."""
+    """Send log lines to stderr; call it once, in a process entry."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)

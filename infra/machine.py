@@ -1,4 +1,4 @@
-"""What this machine can compute with."""
+"""Measure this machine's hardware: bf16 support, free disk, available memory."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware."""
+    """Tell whether the CPU multiplies bf16 matrices in hardware."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -19,19 +19,19 @@ def has_fast_bf16() -> bool:
 
 
 def has_free_disk(folder: Path) -> bool:
-    """Whether the disk of a folder has room to work on; without, every writer there fails."""
+    """Tell whether the disk of a folder has at least `MIN_FREE_DISK_BYTES` free; below that, writers start to fail."""
     return shutil.disk_usage(folder).free >= MIN_FREE_DISK_BYTES
 
 
 def measure_available_memory_gib() -> float:
-    """Memory that is available now, in GiB: of the machine, or of this process's control group if that has less."""
+    """Return the memory available now, in GiB: the minimum of the machine's and of this process's cgroup limits."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return min([available, *_read_cgroup_headrooms()]) / 2**30
 
 
 def _read_cgroup_headrooms() -> Iterator[int]:
-    """Bytes that a container or a batch system still lets this process use, for each limit it set."""
+    """Yield the bytes that remain under each cgroup memory limit of a container or batch system."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -43,7 +43,8 @@ def _read_cgroup_headrooms() -> Iterator[int]:
         for folder in {top, top / path.lstrip("/")}:
             try:
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                room = int((folder / limit).read_text()) - int((folder / used).read_text())
-            except (OSError, ValueError):  # no such group in sight, or no limit
+                headroom = int((folder / limit).read_text()) - int((folder / used).read_text())
+            except (OSError, ValueError):  # the group is not visible here, or it has no limit
                 continue
-            yield room + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # dropped when needed
+            page_cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            yield headroom + page_cache  # the kernel drops inactive page cache when memory is needed

@@ -1,7 +1,7 @@
-"""Processes whose parents have ended come to the keeper, so that none of a stack outlives it.
+"""Adopt and reap orphaned processes, so that no process of a stack outlives its keeper.
 
-A service that was taken over can start a process that leaves its session and carries no mark of the stack. It cannot
-leave the tree of processes below the nearest ancestor that adopts orphans (prctl(2), PR_SET_CHILD_SUBREAPER).
+A compromised service can start a process that changes its session and drops the stack's id from its environment. It
+cannot leave the process tree below the nearest ancestor that adopts orphans (prctl(2), PR_SET_CHILD_SUBREAPER).
 """
 
 import contextlib
@@ -18,37 +18,38 @@ ORPHAN_KILL_TIMEOUT_S = 5.0
 
 
 class OrphanReaper:
-    """The orphans of one process, which adopts them from now on."""
+    """Make this process adopt orphaned descendants, reap them and kill them."""
 
     def __init__(self) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._zombies: set[int] = set()
 
     def reap(self, own: Collection[int]) -> None:
-        """Bury orphans that have died; call it now and then.
+        """Wait for orphans that have exited; call it periodically.
 
-        A child that this process itself started belongs to who waits for it. Such a one is collected at once, so only
-        what is dead at two calls is an orphan.
+        A child that this process started itself is waited for by its own code, normally at once. So only a process
+        that is a zombie at two calls in a row is an orphan.
 
         Args:
-            own: children that may stay dead for longer, since they are waited for later.
+            own: pids of children that may stay zombies for longer, since other code waits for them later.
         """
-        dead = {one.pid for one in list_processes() if one.parent == os.getpid() and one.is_zombie} - set(own)
-        for pid in dead & self._zombies:
+        children = [process for process in list_processes() if process.parent == os.getpid()]
+        zombies = {process.pid for process in children if process.is_zombie} - set(own)
+        for pid in zombies & self._zombies:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        self._zombies = dead
+        self._zombies = zombies
 
     def kill_all(self) -> list[int]:
-        """Kill all processes below this one, orphans or not, and return their pids; for a process that is ending."""
+        """Kill all descendants of this process, orphans or not, and return their pids; call it before exiting."""
         killed: list[int] = []
         end = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
-        while (left := find_descendants(os.getpid())) and time.monotonic() < end:
-            for pid in left:
+        while (descendants := find_descendants(os.getpid())) and time.monotonic() < end:
+            for pid in descendants:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
-            killed += [pid for pid in left if pid not in killed]
+            killed += [pid for pid in descendants if pid not in killed]
             time.sleep(0.02)
         return killed

@@ -1,8 +1,8 @@
 """Start and end groups of training processes on this machine.
 
-torchrun puts its ranks into sessions of their own and closes inherited descriptors, so no
-group kill and no plain pipe reaches them. A FIFO does: the supervisor holds it open, each
-rank opens it by name and leaves when the supervisor's end closes, however it died.
+torchrun puts its ranks into their own sessions and closes inherited descriptors, so neither a signal to the process
+group nor an inherited pipe reaches them. A FIFO does: the supervisor holds it open, each rank opens it by name, and
+exits when the supervisor's end closes, which the kernel guarantees however the supervisor exits.
 """
 
 import contextlib
@@ -27,21 +27,21 @@ log = logging.getLogger(__name__)
 
 PARENT_FIFO_VARIABLE = "COTRAIN_PARENT_FIFO"
 TERM_GRACE_S = 10.0
-FIFO_EXIT_TIMEOUT_S = 2.0  # a rank leaves at once when the FIFO closes; one that is stopped cannot
+FIFO_EXIT_TIMEOUT_S = 2.0  # a rank exits at once when the FIFO closes, unless it is stopped (SIGSTOP)
 
 
 @contextlib.contextmanager
 def run_child(
     command: list[str], folder: Path, env: Mapping[str, str], log_name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command whose processes call `exit_with_parent`; leaving the block ends every one of them.
+    """Run a command whose processes call `exit_with_parent`; all of them have exited when the block ends.
 
-    Output goes to `log_name` in the folder. An earlier command may have left links there, which are not followed.
+    Output goes to `log_name` in the folder. Symbolic links that an earlier command left there are not followed.
     """
     fifo = folder / ".parent"
     remove_path(fifo)
     os.mkfifo(fifo, 0o600)
-    held = os.open(fifo, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(fifo, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     process = None
     try:
         with os.fdopen(open_log(folder / log_name), "ab") as output:
@@ -54,7 +54,7 @@ def run_child(
             )
         yield process
     finally:
-        os.close(held)  # from here on the ranks leave by themselves
+        os.close(descriptor)  # the ranks see that the FIFO has no writer any more, and exit
         if process is not None:
             _wait_for_ranks_to_exit(process, fifo)
             end_process(process)
@@ -62,18 +62,21 @@ def run_child(
 
 
 def _wait_for_ranks_to_exit(process: subprocess.Popen[bytes], fifo: Path) -> None:
-    """Wait for the ranks to leave, and kill those that do not."""
+    """Wait for the ranks to exit, and kill those that do not."""
     end = time.monotonic() + FIFO_EXIT_TIMEOUT_S
     while set(find_pids(PARENT_FIFO_VARIABLE, str(fifo))) - {process.pid}:
         if time.monotonic() > end:
             killed = kill_processes(PARENT_FIFO_VARIABLE, str(fifo), spare={process.pid})
-            log.warning("killed %s, which did not leave by themselves", killed)
+            log.warning("killed %s, which did not exit by themselves within %.0f s", killed, FIFO_EXIT_TIMEOUT_S)
             return
         time.sleep(0.02)
 
 
 def build_torchrun_command(num_processes: int, *program: str | Path) -> list[str]:
-    """The command that runs a program, a script or `-m` and a module, in so many ranks of this machine.
+    """Return the torchrun command for `num_processes` ranks of a program on this machine.
+
+    Args:
+        program: a script, or `-m` and a module; then its arguments.
 
     >>> build_torchrun_command(2, "-m", "yuan.train.run", Path("runs/7"))[-3:]
     ['-m', 'yuan.train.run', 'runs/7']
@@ -83,8 +86,10 @@ def build_torchrun_command(num_processes: int, *program: str | Path) -> list[str
 
 
 def exit_with_parent() -> None:
-    """End this process when the one that started it ends: at once where it holds a FIFO, in half a minute where it
-    renews a file; with neither, no watch.
+    """Exit this process when its supervisor exits.
+
+    The environment names the supervisor's FIFO (exit at once) or its heartbeat file (exit within half a minute); with
+    neither of them, the supervisor is not watched.
     """
     if file := os.environ.get(PARENT_FILE_VARIABLE):
         exit_on_lost_heartbeat(Path(file))
@@ -95,7 +100,7 @@ def exit_with_parent() -> None:
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         os._exit(EXIT_TEMPORARY_FAILURE)
-    # A FIFO whose writer died before it was opened here never hangs up; but reading it tells.
+    # If the writer exited before this process opened the FIFO, poll reports no POLLHUP, but a read returns end of file.
     try:
         if not os.read(descriptor, 1):
             os._exit(EXIT_TEMPORARY_FAILURE)
@@ -108,11 +113,11 @@ def _watch_fifo(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     poll.poll()
-    os._exit(EXIT_TEMPORARY_FAILURE)  # a rank in a collective cannot be asked
+    os._exit(EXIT_TEMPORARY_FAILURE)  # a rank that is blocked in a collective cannot exit in any other way
 
 
 def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S) -> int:
-    """SIGTERM, then SIGKILL after the grace, and collect the exit status."""
+    """Send SIGTERM, then SIGKILL after the grace period, and return the exit status."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -124,14 +129,14 @@ def end_process(process: subprocess.Popen[bytes], grace_s: float = TERM_GRACE_S)
 
 
 def find_free_port() -> int:
-    """Ask the kernel for a port of the loopback interface that is free now."""
+    """Return a port of the loopback interface that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 @contextlib.contextmanager
 def hold_file_lock(lock_file: Path) -> Iterator[None]:
-    """Wait until no other process is inside this block on the same file; the kernel frees it at any death."""
+    """Hold an exclusive lock on a file while the block runs; the kernel releases it however the process exits."""
     with lock_file.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Processes of this machine: who they are, what they carry, and how to end them."""
+"""Find processes of this machine by pid, environment variable or parent, measure their CPU time, and kill them."""
 
 import contextlib
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process at one look; of one that is dead and not yet buried `is_dead` says so."""
+    """Hold one reading of `/proc/PID/stat`; `is_zombie` is true for an exited process that nobody has waited for."""
 
     pid: int
     parent: int
     session: int
     is_zombie: bool
-    started: str  # clock ticks after the machine's start
-    ticks: int  # of processor time, with that of collected children
+    started: str  # clock ticks from the machine's boot to the start of the process
+    ticks: int  # CPU time in clock ticks, including waited-for children
 
     @property
     def folder(self) -> Path:
@@ -26,13 +26,13 @@ class ProcessInfo:
 
 
 def read_process(pid: int) -> ProcessInfo | None:
-    """Look at a process; None if there is none of this pid.
+    """Read the state of a process; None if no process has this pid.
 
     Raises:
-        OSError: if it cannot be looked at, say for want of file descriptors; nothing is known of it then.
+        OSError: if it cannot be read, for example without a free file descriptor; its state is then unknown.
     """
     try:
-        # proc_pid_stat(5), after the name in brackets: state, ppid, pgrp, session, ..., utime to cstime, ..., starttime
+        # proc_pid_stat(5), fields after the name in parentheses: state, ppid, pgrp, session, ..., utime, ..., starttime
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -41,27 +41,28 @@ def read_process(pid: int) -> ProcessInfo | None:
 
 
 def list_processes() -> Iterator[ProcessInfo]:
-    """Yield every process of this machine."""
+    """Yield every readable process of this machine."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        with contextlib.suppress(OSError):  # one that cannot be looked at is left out; the next look may see it
-            if (found := read_process(int(entry.name))) is not None:
-                yield found
+        with contextlib.suppress(OSError):  # skip a process that cannot be read; a later call may read it
+            if (process := read_process(int(entry.name))) is not None:
+                yield process
 
 
 def find_pids(variable: str, value: str) -> Iterator[int]:
-    """Find the processes that have `variable=value` in their environment or as an argument, and all their children.
+    """Find the processes that have `variable=value` in their environment or as an argument, and all descendants.
 
-    The environment of a process that is confined apart from this one cannot be read; its arguments can.
+    The environment of a process in another confinement cannot be read, but its arguments can.
     """
     mark = f"{variable}={value}".encode()
     parents: dict[int, int] = {}
     marked: set[int] = set()
-    for one in list_processes():
-        parents[one.pid] = 0 if one.is_zombie else one.parent
-        if mark in _read_null_separated(one.folder / "environ") or mark in _read_null_separated(one.folder / "cmdline"):
-            marked.add(one.pid)
+    for process in list_processes():
+        parents[process.pid] = 0 if process.is_zombie else process.parent
+        environment = _read_null_separated(process.folder / "environ")
+        if mark in environment or mark in _read_null_separated(process.folder / "cmdline"):
+            marked.add(process.pid)
 
     def has_marked_parent(pid: int) -> bool:
         while pid in parents and pid not in marked:
@@ -72,29 +73,32 @@ def find_pids(variable: str, value: str) -> Iterator[int]:
 
 
 def find_descendants(ancestor: int) -> list[int]:
-    """Return the children of a process, their children, and so on."""
+    """Return the pids of all descendants of a process, parents before their children."""
     children: dict[int, list[int]] = {}
-    for one in list_processes():
-        children.setdefault(one.parent, []).append(one.pid)
-    found = children.get(ancestor, [])
-    for pid in found:  # which grows
-        found += children.get(pid, [])
-    return found
+    for process in list_processes():
+        children.setdefault(process.parent, []).append(process.pid)
+
+    descendants = children.get(ancestor, [])
+    for pid in descendants:  # the list grows during the loop: breadth-first search
+        descendants += children.get(pid, [])
+    return descendants
 
 
 def measure_cpu_demand_s(session: int) -> float:
-    """Add up, in seconds, the processor time that all processes of a session used and that they waited for.
+    """Sum the CPU time that all processes of a session have used or waited for, in seconds.
 
-    A session has its first process's pid. What a process used that has ended and was collected counts with its parent;
-    what it waited for does not. On a machine with more work than processors the wait is the larger part.
+    The session id is the pid of its first process. The CPU time of an exited child counts with its parent once the
+    parent has waited for it; the child's waiting time is lost. On an overloaded machine the waiting time is the larger
+    part.
     """
-    members = [one for one in list_processes() if one.session == session]
-    waited_ns = sum(_read_cpu_wait_ns(file) for one in members for file in one.folder.glob("task/*/schedstat"))
-    return sum(one.ticks for one in members) / os.sysconf("SC_CLK_TCK") + waited_ns / 1e9
+    members = [process for process in list_processes() if process.session == session]
+    schedstat_files = [file for process in members for file in process.folder.glob("task/*/schedstat")]
+    waited_ns = sum(_read_cpu_wait_ns(file) for file in schedstat_files)
+    return sum(process.ticks for process in members) / os.sysconf("SC_CLK_TCK") + waited_ns / 1e9
 
 
 def _read_cpu_wait_ns(file: Path) -> int:
-    """Return how long a thread was ready and had no processor; 0 if it has ended or the kernel does not count."""
+    """Return the nanoseconds that a thread was runnable without a CPU; 0 if it exited or the kernel has no count."""
     try:
         return int(file.read_text().split()[1])
     except (OSError, ValueError, IndexError):
@@ -109,7 +113,7 @@ def _read_null_separated(file: Path) -> list[bytes]:
 
 
 def kill_processes(variable: str, value: str, spare: Collection[int] = ()) -> list[int]:
-    """Kill them, and return the pids."""
+    """Kill the processes that `find_pids` finds, except those in `spare`, and return the pids of the killed ones."""
     killed = []
     for pid in find_pids(variable, value):
         if pid not in spare:
@@ -122,23 +126,27 @@ def kill_processes(variable: str, value: str, spare: Collection[int] = ()) -> li
 
 
 def get_own_identity() -> str:
-    """This process, as no other was or will be: host, pid, and the clock tick at which it started."""
+    """Return a unique identity of this process, `HOST:PID:START_TICK`; a reused pid has another start tick."""
     return f"{socket.gethostname()}:{os.getpid()}:{_read_start_tick(os.getpid())}"
 
 
 def is_known_exited(name: str) -> bool:
-    """Whether the process of an identity is known to be gone; nothing is known of another host's."""
+    """Tell whether the process of an identity has certainly exited; false for another host, whose state is unknown."""
     host, pid, started = name.rsplit(":", 2)
     return host == socket.gethostname() and _read_start_tick(int(pid)) != started
 
 
 def is_known_alive(name: str) -> bool:
-    """Whether the process of an identity is known to live; nothing is known of another host's."""
+    """Tell whether the process of an identity certainly runs; false for another host, whose state is unknown."""
     return name.rsplit(":", 2)[0] == socket.gethostname() and not is_known_exited(name)
 
 
 def kill_by_identity(name: str) -> bool:
-    """Kill the process of an identity if it lives; whether it is known to be gone, which of another host it is not."""
+    """Kill the process of an identity if it runs on this host.
+
+    Returns:
+        True if the process has certainly exited; always False for another host.
+    """
     host, pid, _ = name.rsplit(":", 2)
     if host == socket.gethostname() and not is_known_exited(name):
         try:
@@ -149,11 +157,11 @@ def kill_by_identity(name: str) -> bool:
 
 
 def has_exited(pid: int) -> bool:
-    """Tell whether no process has this pid, or a dead one that nobody has buried."""
+    """Tell whether no process has this pid, or only a zombie has it."""
     return _read_start_tick(pid) is None
 
 
 def _read_start_tick(pid: int) -> str | None:
-    """The tick at which a process started; None if there is none, or a dead one that nobody has buried."""
-    found = read_process(pid)
-    return None if found is None or found.is_zombie else found.started
+    """Return the clock tick at which a process started; None if there is no such process or it is a zombie."""
+    process = read_process(pid)
+    return None if process is None or process.is_zombie else process.started

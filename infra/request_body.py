@@ -1,4 +1,4 @@
-"""Read a request's body before the server behind a gate hears of the request."""
+"""Read a request's whole body before the request is forwarded to the server behind a gate."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,16 +11,16 @@ AsgiScope = MutableMapping[str, Any]
 AsgiApp = Callable[[AsgiScope, AsgiReceive, AsgiSend], Awaitable[None]]
 AsgiHeaders = list[tuple[bytes, bytes]]
 
-MAX_BODY_PAUSE_S = 10.0  # without a byte of the body
-BODY_TIMEOUT_S = 60.0  # for all of it
+MAX_BODY_PAUSE_S = 10.0  # between two parts of the body
+BODY_TIMEOUT_S = 60.0  # for the whole body
 
 
 class ClientDisconnected(Exception):
-    """The client left before the end of its body, after which nobody waits for an answer."""
+    """Report that the client disconnected before the end of its body; no response is needed."""
 
 
 class RequestBodyRefused(Exception):
-    """A body that is too long or does not come; `status` is the answer's."""
+    """Reject a body that is too long or too slow; `status` is the HTTP status of the response."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -29,8 +29,8 @@ class RequestBodyRefused(Exception):
 
 def has_body(headers: AsgiHeaders) -> bool:
     """Tell whether a request announces a body."""
-    named = dict(headers)
-    return b"transfer-encoding" in named or named.get(b"content-length", b"0").strip() != b"0"
+    header_by_name = dict(headers)
+    return b"transfer-encoding" in header_by_name or header_by_name.get(b"content-length", b"0").strip() != b"0"
 
 
 async def read_body(
@@ -39,12 +39,13 @@ async def read_body(
     """Read a whole body.
 
     Raises:
-        ClientLeft: before the end of the body.
-        BodyRefused: 413 if it has more than `max_bytes`, by its announcement before any is read; 408 if it pauses.
+        ClientDisconnected: if the client disconnects before the end of the body.
+        RequestBodyRefused: 413 if the body has more than `max_bytes` bytes, before reading if Content-Length says so;
+            408 if it takes longer than `BODY_TIMEOUT_S` or pauses longer than `pause_s`.
     """
     too_long = RequestBodyRefused(413, f"a request's body may have {max_bytes} bytes here; send less")
-    announced = dict(headers).get(b"content-length", b"0")
-    if announced.isdigit() and int(announced) > max_bytes:
+    content_length = dict(headers).get(b"content-length", b"0")
+    if content_length.isdigit() and int(content_length) > max_bytes:
         raise too_long
     body = bytearray()
     try:
@@ -61,18 +62,18 @@ async def read_body(
                     return bytes(body)
     except TimeoutError:
         rule = f"within {BODY_TIMEOUT_S:.0f} s and without pauses of {pause_s:.0f} s"
-        raise RequestBodyRefused(408, f"the body must come {rule}; send it again") from None
+        raise RequestBodyRefused(408, f"the body must arrive {rule}; send it again") from None
 
 
 def replay_body(body: bytes, receive: AsgiReceive) -> AsgiReceive:
-    """Return a `receive` that gives the body that was read, and then what comes after it."""
+    """Return a `receive` that yields the body that was read, and then the messages after it."""
     is_sent = False
 
-    async def replayed() -> AsgiMessage:
+    async def receive_replayed() -> AsgiMessage:
         nonlocal is_sent
         if is_sent:
             return await receive()
         is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replayed
+    return receive_replayed

@@ -1,1 +1,1 @@
-"""Ways to start a run's processes: on this machine, through Slurm, on Kubernetes; `job` is what they share."""
+"""Start a run's processes on this machine, through Slurm or on Kubernetes; `job` has the interface they share."""

@@ -1,4 +1,4 @@
-"""What every launcher takes and gives: a job of equal processes on some nodes, and how it ended."""
+"""Define the interface of every launcher: a job of equal processes on some nodes, and its ending."""
 
 import re
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-# What a rank needs of its supervisor's environment. Nothing else travels: batch systems keep it on their own disks.
+# What a rank needs of its supervisor's environment. Nothing else is passed: batch systems store it on their own disks.
 RANK_VARIABLES = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_PATH")
 RANK_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
 
@@ -18,10 +18,10 @@ JobEndingCause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Processes that run `module` on a folder which all nodes see, started by torchrun on each node.
+    """Describe a job: processes that run `module` on a folder shared by all nodes, started by torchrun on each node.
 
-    `name` is unlike that of every other job, and a DNS label. Output goes to `log_name` in the folder. Nothing is
-    started on the machines of `avoid`.
+    `name` is unique among all jobs and a DNS label. Output goes to `log_name` in the folder. No process is started
+    on the hosts in `avoid`.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Job:
     def __post_init__(self) -> None:
         if self.num_processes % self.num_nodes:
             raise ValueError(
-                f"{self.num_processes} processes do not fill nodes of {self.processes_per_node} evenly; put as many on "
-                "every node"
+                f"processes must fill their nodes evenly, got {self.num_processes} processes on nodes of "
+                f"{self.processes_per_node}; put the same number on every node"
             )
         if wrong := [host for host in self.avoid if not HOST_NAME_PATTERN.fullmatch(host)]:
-            raise ValueError(f"machines to avoid are named as hosts are, got {wrong}")
+            raise ValueError(f"avoid must hold valid host names, got {wrong}; correct or remove them")
 
     @property
     def num_nodes(self) -> int:
@@ -48,13 +48,13 @@ class Job:
 
     @property
     def parent_heartbeat_file(self) -> Path:
-        """What processes on other machines take for their supervisor's sign of life; see `infra.liveness`."""
+        """Return the file with the supervisor's heartbeat for processes on other machines; see `infra.liveness`."""
         return self.folder / f".alive-{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnding:
-    """How a job ended, as far as its launcher can tell: a status that is 0 if all is well, and a cause it knows."""
+    """Hold how a job ended: an exit status, 0 for success, and the cause if the launcher can determine it."""
 
     status: int
     cause: JobEndingCause | None = None
@@ -62,27 +62,31 @@ class JobEnding:
 
 
 class RunningJob(Protocol):
-    """A job that was started."""
+    """Represent a job that was started."""
 
     def wait(self, seconds: float) -> JobEnding | None:
-        """Wait for its end, at most so long; None if it runs still."""
+        """Wait at most so many seconds for the job to end; None if it still runs."""
 
 
 class Launcher(Protocol):
-    """Starts jobs; none of a job's processes outlives the block that `run` opens."""
+    """Start jobs; all processes of a job have exited when the block of `run` ends."""
 
     def run(self, job: Job) -> AbstractContextManager[RunningJob]: ...
 
     def end(self, name: str, within_s: float) -> bool:
-        """End what there is of the job of this name; whether nothing is left of it in that time."""
+        """End all processes of the job of this name.
+
+        Returns:
+            True if none remains within `within_s` seconds.
+        """
 
 
 class LauncherUnreachable(RuntimeError):
-    """The batch system does not answer; the same may work later."""
+    """Report that the batch system does not respond; the same call may succeed later."""
 
 
 def poll_ending(ask: Callable[[], JobEnding | None], seconds: float, pause_s: float) -> JobEnding | None:
-    """Ask until there is an ending, or the time is over; at least once."""
+    """Call `ask` until it returns an ending or the time is over; at least once."""
     end = time.monotonic() + seconds
     while True:
         ending = ask()
@@ -92,7 +96,7 @@ def poll_ending(ask: Callable[[], JobEnding | None], seconds: float, pause_s: fl
 
 
 def select_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of an environment, what may travel to other machines."""
+    """Select the environment variables that are passed to processes on other machines."""
     return {
         name: text
         for name, text in environment.items()

@@ -1,7 +1,7 @@
-"""Jobs on Kubernetes: a JobSet of one pod a node, through the official client.
+"""Run jobs on Kubernetes: a JobSet with one pod per node, through the official client.
 
-A JobSet rather than a Kubeflow TrainJob: a TrainJob has no place for restart limits and failure rules, and the
-supervisor must be the only one who starts a run again. The run folders lie on a volume that supervisor and pods share.
+The job is a JobSet and not a Kubeflow TrainJob, because a TrainJob has no fields for restart limits and failure rules,
+and only the supervisor may restart a run. The run folders are on a volume that the supervisor and the pods share.
 """
 
 import contextlib
@@ -37,17 +37,17 @@ REPLICATED_JOB_NAME, CONTAINER_NAME, RENDEZVOUS_PORT = "node", "trainer", 29_500
 MAX_POD_NAME_CHARACTERS = 63
 JOBSET_DELETE_TIMEOUT_S = 120.0
 KUBERNETES_REQUEST_TIMEOUT_S = 15.0
-# Reasons of the condition DisruptionTarget by which a pod is taken away for others; those of a node are its loss.
+# Reasons of the pod condition DisruptionTarget that mean a lost node; every other reason is a preemption.
 NODE_LOSS_REASONS = {"DeletionByTaintManager", "DeletionByPodGC", "NodeShutdown"}
 KUBERNETES_ERRORS = (ApiException, HTTPError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """What a site asks of its jobs.
+    """Hold a site's Kubernetes options.
 
-    `claim` is the volume claim with the run folders, mounted at `mount_path`, which is where the supervisor has them
-    too. With a `queue` of Kueue, jobs begin suspended and Kueue admits them.
+    `claim` is the persistent volume claim with the run folders, mounted at `mount_path`, the same path as at the
+    supervisor. With a `queue` of Kueue, jobs are created suspended and Kueue admits them.
     """
 
     image: str
@@ -63,10 +63,10 @@ class KubernetesOptions:
 
 
 class KubernetesLauncher:
-    """Pods of a cluster; they leave by themselves when this process dies, within half a minute.
+    """Run jobs as pods of a cluster; the pods exit by themselves within half a minute when this process exits.
 
     Args:
-        api: a configured client; `kubernetes.config` makes one inside of a cluster or from a kubeconfig.
+        api: a configured client; `kubernetes.config` creates one inside a cluster or from a kubeconfig.
     """
 
     def __init__(self, options: KubernetesOptions, api: client.ApiClient) -> None:
@@ -75,12 +75,12 @@ class KubernetesLauncher:
 
     @contextlib.contextmanager
     def run(self, job: Job) -> Iterator[RunningJob]:
-        """Create a job, and delete it with the block.
+        """Create a job, and delete it when the block ends.
 
         Raises:
             ValueError: if its pods' names would be too long.
-            LauncherAway: if the cluster does not answer.
-            RuntimeError: if the cluster refuses it; its words are in the message.
+            LauncherUnreachable: if the cluster does not respond.
+            RuntimeError: if the cluster rejects it; the message quotes the cluster's.
         """
         body = build_jobset(job, self._options)
         running = _RunningJobSet(self._objects, self._core, self._options.namespace, job)
@@ -90,9 +90,9 @@ class KubernetesLauncher:
                 self._create_jobset(job.name, body)
                 follower.start()
                 yield running
-            finally:  # one whose creation got no answer may be there too
+            finally:  # also after an unanswered creation, since the job may exist
                 while not self.end(job.name, JOBSET_DELETE_TIMEOUT_S):
-                    log.warning("%s has pods still; its devices are kept until it has none", job.name)
+                    log.warning("%s still has pods; keeping its devices leased until it has none", job.name)
                 running.over.set()
         remove_path(job.parent_heartbeat_file)
 
@@ -108,15 +108,15 @@ class KubernetesLauncher:
                 _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
             )
         except ApiException as error:
-            said = f"{error.status} {str(error.body)[:500]}"
+            response = f"{error.status} {str(error.body)[:500]}"
             if error.status == 429 or error.status >= 500:
-                raise LauncherUnreachable(f"the cluster does not take {name} now: {said}") from None
-            raise RuntimeError(f"the cluster refuses {name}: {said}") from None
+                raise LauncherUnreachable(f"the cluster cannot accept {name} now: {response}") from None
+            raise RuntimeError(f"the cluster rejects {name}: {response}") from None
         except (HTTPError, OSError) as error:
-            raise LauncherUnreachable(f"the cluster does not answer: {str(error)[:200]}") from None
+            raise LauncherUnreachable(f"the cluster does not respond: {str(error)[:200]}") from None
 
     def end(self, name: str, within_s: float) -> bool:
-        """Delete the job of a name; whether no pod of it is left."""
+        """Delete the job of a name; true if none of its pods remains within `within_s` seconds."""
         namespace, end = self._options.namespace, time.monotonic() + within_s
         while time.monotonic() < end:
             try:
@@ -136,13 +136,13 @@ class KubernetesLauncher:
                 ).items:
                     return True
             except KUBERNETES_ERRORS as error:
-                log.warning("the cluster does not answer: %s", str(error)[:150])
+                log.warning("the cluster does not respond: %s", str(error)[:150])
             time.sleep(1)
         return False
 
 
 class _RunningJobSet:
-    """A job in the cluster, followed by its name."""
+    """Poll a job in the cluster by its name."""
 
     def __init__(self, objects: Any, core: Any, namespace: str, job: Job) -> None:
         self._objects, self._core, self._namespace, self._job = objects, core, namespace, job
@@ -153,7 +153,7 @@ class _RunningJobSet:
 
     def _read_ending(self) -> JobEnding | None:
         try:
-            found = self._objects.get_namespaced_custom_object(
+            jobset = self._objects.get_namespaced_custom_object(
                 JOBSET_API_GROUP,
                 JOBSET_API_VERSION,
                 self._namespace,
@@ -165,55 +165,58 @@ class _RunningJobSet:
         except client.exceptions.NotFoundException:
             return JobEnding(status=1, cause="cancelled", message=f"somebody deleted {self._job.name}")
         except KUBERNETES_ERRORS as error:
-            log.warning("the cluster does not answer: %s", str(error)[:150])
+            log.warning("the cluster does not respond: %s", str(error)[:150])
             return None
-        return find_job_ending(found.get("status", {}), pods)
+        return find_job_ending(jobset.get("status", {}), pods)
 
     def _list_pods(self) -> list[Any]:
         selector = f"{JOBSET_NAME_LABEL}={self._job.name}"
-        found = self._core.list_namespaced_pod(
+        pods = self._core.list_namespaced_pod(
             self._namespace, label_selector=selector, _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S
         )
-        return list(found.items)
+        return list(pods.items)
 
     def follow(self) -> None:
-        """Copy what the first node prints into the job's log, until the block is over."""
-        since = time.monotonic()
+        """Copy the output of the first node's pod into the job's log, until the job's block ends."""
+        last_line_at = time.monotonic()
         while not self.over.wait(1):
             try:
-                first = next(
-                    (p for p in self._list_pods() if (p.metadata.labels or {}).get(POD_INDEX_LABEL) == "0"), None
+                first_pod = next(
+                    (pod for pod in self._list_pods() if (pod.metadata.labels or {}).get(POD_INDEX_LABEL) == "0"), None
                 )
-                if first is None or first.status.phase == "Pending":
+                if first_pod is None or first_pod.status.phase == "Pending":
                     continue
+
                 lines = self._core.read_namespaced_pod_log(
-                    first.metadata.name,
+                    first_pod.metadata.name,
                     self._namespace,
                     container=CONTAINER_NAME,
                     follow=True,
-                    since_seconds=max(1, int(time.monotonic() - since)),
+                    since_seconds=max(1, int(time.monotonic() - last_line_at)),
                     _preload_content=False,
                     _request_timeout=(3, 60),
                 )
                 with os.fdopen(open_log(self._job.folder / self._job.log_name), "ab") as out:
                     for line in lines:
                         out.write(line)
-                        since = time.monotonic()
-                if first.status.phase != "Running":
+                        last_line_at = time.monotonic()
+
+                if first_pod.status.phase != "Running":
                     return
-            except KUBERNETES_ERRORS:  # not begun yet, silent for a minute, or away
+            except KUBERNETES_ERRORS:  # the container has not started, printed nothing for 60 s, or is unreachable
                 continue
 
 
 def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None:
-    """How a job ended, by its status and its pods; None if it waits or runs.
+    """Determine a job's ending from its status and its pods; None if it is pending or running.
 
-    The first pod that ended badly is the cause; the others lost their peer. A pod whose node is gone may stay for
-    minutes without the job failing, so its condition counts at once.
+    The first pod that failed is the cause; the others failed because they lost their peer. A pod on a lost node can
+    remain for minutes before the job fails, so its condition is reported at once.
     """
     terminal = status.get("terminalState")
-    if terminal == "Completed":  # also if a pod was taken away after it had finished
+    if terminal == "Completed":  # also if a pod was evicted after it had finished
         return JobEnding(status=0)
+
     for pod in pods:
         for condition in pod.status.conditions or []:
             if condition.type == "DisruptionTarget" and condition.status == "True":
@@ -224,15 +227,16 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
             return JobEnding(status=1, cause=cause, message=f"pod {pod.metadata.name}: {pod.status.reason}")
     if terminal is None:
         return None
-    bad = [
+
+    failures = [
         (state.terminated.finished_at, state.terminated, pod.metadata.name)
         for pod in pods
         for state in [container.state for container in pod.status.container_statuses or []]
         if state.terminated is not None and state.terminated.exit_code
     ]
-    if not bad:
-        return JobEnding(status=1, message="the cluster says that the job failed, and has no pod of it any more")
-    _, first, name = min(bad, key=lambda found: str(found[0]))
+    if not failures:
+        return JobEnding(status=1, message="the cluster reports that the job failed, and no pod of it remains")
+    _, first, name = min(failures, key=lambda failure: str(failure[0]))
     cause_of_first: JobEndingCause | None = "out of memory" if first.reason == "OOMKilled" else None
     return JobEnding(
         status=first.exit_code, cause=cause_of_first, message=f"pod {name}: {first.reason}, {first.exit_code}"
@@ -240,15 +244,15 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
 
 
 def build_jobset(job: Job, options: KubernetesOptions) -> dict[str, Any]:
-    """The JobSet of a job.
+    """Build the JobSet manifest of a job.
 
     Raises:
         ValueError: if the names of its pods would be longer than a DNS label.
     """
     if len(f"{job.name}-{REPLICATED_JOB_NAME}-0-{job.num_nodes - 1}-abcde") > MAX_POD_NAME_CHARACTERS:
         raise ValueError(
-            f"{job.name!r} is too long a name for a job whose pods' names have {MAX_POD_NAME_CHARACTERS} letters "
-            "at most"
+            f"the names of a job's pods must have at most {MAX_POD_NAME_CHARACTERS} characters, got the job name "
+            f"{job.name!r}; use a shorter one"
         )
     labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
     node = {
@@ -274,7 +278,7 @@ def build_jobset(job: Job, options: KubernetesOptions) -> dict[str, Any]:
 
 
 def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
-    """One node's pod: torchrun, told by its environment who is first and how many there are."""
+    """Build one node's pod: it runs torchrun, which reads master address and node count from its environment."""
     per_node = job.num_processes // job.num_nodes
     values = {
         **select_rank_variables(job.environment),
@@ -308,7 +312,7 @@ def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         ],
     }
     affinity: dict[str, Any] = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
-    if job.avoid:  # by the node's name, which its hostname label need not be
+    if job.avoid:  # match the node's name, since its hostname label may differ
         away = [{"key": "metadata.name", "operator": "NotIn", "values": [host]} for host in job.avoid]
         terms = {"nodeSelectorTerms": [{"matchFields": away}]}
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": terms}

@@ -1,4 +1,4 @@
-"""Jobs on this machine, through torchrun."""
+"""Run jobs on this machine through torchrun."""
 
 import contextlib
 import subprocess
@@ -15,10 +15,10 @@ JOB_VARIABLE = "COTRAIN_JOB"  # in the environment of all of a job's processes
 
 
 class LocalLauncher:
-    """Processes of this machine; they leave when this process ends, however it does.
+    """Run a job's processes on this machine; they exit when this process exits, however it does.
 
     Args:
-        confined: whether they may write into the job's folder only, and read nothing but it and the code.
+        confined: restrict them to write into the job's folder only, and to read nothing but it and the code.
     """
 
     def __init__(self, *, confined: bool = False) -> None:
@@ -29,11 +29,13 @@ class LocalLauncher:
         """Start a job.
 
         Raises:
-            ValueError: if it wants more than one node.
+            ValueError: if it needs more than one node.
         """
         if job.num_nodes > 1:
-            raise ValueError(f"this machine is one node and {job.name} wants {job.num_nodes}; choose another launcher")
-        mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since others may not see the environment
+            raise ValueError(
+                f"a local job must have 1 node, got {job.num_nodes} for {job.name}; choose another launcher"
+            )
+        mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since other processes may not read the environment
         command = build_torchrun_command(job.num_processes, "-m", job.module, job.folder, mark)
         environment = {**job.environment, JOB_VARIABLE: job.name}
         if self._confined:
@@ -43,7 +45,7 @@ class LocalLauncher:
             yield _RunningLocalJob(process)
 
     def end(self, name: str, within_s: float) -> bool:
-        """Kill what carries the job's name; whether nothing is left."""
+        """Kill all processes of the job of this name; true if none remains within `within_s` seconds."""
         kill_processes(JOB_VARIABLE, name)
         end = time.monotonic() + within_s
         while any(find_pids(JOB_VARIABLE, name)):
@@ -67,6 +69,6 @@ class _RunningLocalJob:
 
 
 def count_oom_kills() -> int:
-    """How often the kernel has killed for want of memory since it started."""
+    """Count the kernel's OOM kills since boot (oom_kill in /proc/vmstat)."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -1,7 +1,7 @@
-"""Jobs through Slurm: `sbatch` of a script that starts torchrun on every node with `srun`.
+"""Run jobs through Slurm: submit a script with `sbatch` that starts torchrun on every node with `srun`.
 
-Slurm restarts a job itself when it preempted it or lost a node (`--requeue`), and the run goes on from its checkpoint.
-What ends a job for good is told to the supervisor, which decides.
+Slurm requeues a job itself after preemption or a node loss (`--requeue`), and the run resumes from its checkpoint.
+Every other ending is reported to the supervisor, which decides what to do.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
 
 log = logging.getLogger(__name__)
 
-SLURM_COMMAND_TIMEOUT_S = 30.0  # a controller that is away makes the tools wait for 18 s
+SLURM_COMMAND_TIMEOUT_S = 30.0  # the commands wait for 18 s if the controller is unreachable
 SLURM_CANCEL_TIMEOUT_S = 60.0
 SLURM_UNREACHABLE_MESSAGES = (
     "unable to contact",
@@ -43,7 +43,7 @@ SLURM_UNREACHABLE_MESSAGES = (
 CAUSE_BY_FINAL_STATE: dict[str, JobEndingCause | None] = {
     "COMPLETED": None,
     "FAILED": None,
-    "TIMEOUT": None,  # the site's limit: started again, and given up if no start reaches a checkpoint
+    "TIMEOUT": None,  # the site's limit: restarted, and failed if no start reaches a checkpoint
     "DEADLINE": None,
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node lost",
@@ -56,7 +56,7 @@ CAUSE_BY_FINAL_STATE: dict[str, JobEndingCause | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """What a site asks of its jobs; `gres` is of a node, such as `gpu:8`, `time_limit` Slurm's own form."""
+    """Hold a site's Slurm options; `gres` is per node, such as `gpu:8`, and `time_limit` is in Slurm's format."""
 
     partition: str | None = None
     account: str | None = None
@@ -69,9 +69,9 @@ class SlurmOptions:
 
 
 class SlurmLauncher:
-    """Processes on the nodes of a Slurm cluster that sees the run folders.
+    """Run jobs on the nodes of a Slurm cluster that mounts the run folders.
 
-    They leave by themselves when this process dies, within half a minute.
+    A job's processes exit by themselves within half a minute when this process exits.
     """
 
     def __init__(self, options: SlurmOptions = SlurmOptions()) -> None:
@@ -82,9 +82,9 @@ class SlurmLauncher:
         """Submit a job, and end it with the block.
 
         Raises:
-            OSError: if Slurm's commands are not there.
-            LauncherAway: if the controller does not answer.
-            RuntimeError: if Slurm refuses the job; its words are in the message.
+            OSError: if Slurm's commands are not installed.
+            LauncherUnreachable: if the controller does not respond.
+            RuntimeError: if Slurm rejects the job; the message quotes Slurm's.
         """
         if shutil.which("sbatch") is None:
             raise OSError(
@@ -97,14 +97,14 @@ class SlurmLauncher:
                 number = _submit_job(job, script)
                 log.info("submitted %s as job %s", job.name, number)
                 yield _RunningSlurmJob(number)
-            finally:  # one whose submission got no answer may be there too
+            finally:  # also after an unanswered submission, since the job may exist
                 while not self.end(job.name, SLURM_CANCEL_TIMEOUT_S):
-                    log.warning("%s has not ended yet; its devices are kept until it has", job.name)
+                    log.warning("%s has not ended yet; keeping its devices leased until it has", job.name)
         remove_path(script)
         remove_path(job.parent_heartbeat_file)
 
     def end(self, name: str, within_s: float) -> bool:
-        """Cancel the job of a name; whether nothing of it is left."""
+        """Cancel the job of a name; true if it is not in the queue any more."""
         end = time.monotonic() + within_s
         while time.monotonic() < end:
             with contextlib.suppress(RuntimeError):
@@ -116,7 +116,7 @@ class SlurmLauncher:
 
 
 class _RunningSlurmJob:
-    """A submitted job, followed by its number."""
+    """Poll a submitted job by its Slurm job number."""
 
     def __init__(self, number: str) -> None:
         self._number = number
@@ -126,17 +126,17 @@ class _RunningSlurmJob:
 
     def _read_ending(self) -> JobEnding | None:
         try:
-            shown = _run_slurm_command("scontrol", "show", "job", "--oneliner", self._number)
+            job_line = _run_slurm_command("scontrol", "show", "job", "--oneliner", self._number)
         except RuntimeError as error:
             if "Invalid job id" in str(error):  # the controller forgets ended jobs after MinJobAge
                 return JobEnding(status=1, message=f"Slurm no longer knows job {self._number}")
-            log.warning("Slurm does not answer: %s", str(error)[:150])
+            log.warning("Slurm does not respond: %s", str(error)[:150])
             return None
-        return parse_job_ending(shown)
+        return parse_job_ending(job_line)
 
 
 def parse_job_ending(shown: str) -> JobEnding | None:
-    """How a job ended by what `scontrol show job --oneliner` says of it; None if it waits, runs, or is being ended.
+    """Parse the output of `scontrol show job --oneliner`; None if the job is pending, running or completing.
 
     >>> parse_job_ending("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
     >>> parse_job_ending("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
@@ -151,13 +151,13 @@ def parse_job_ending(shown: str) -> JobEnding | None:
     return JobEnding(
         status=status,
         cause=CAUSE_BY_FINAL_STATE[state],
-        message=f"Slurm says {state}, {fields.get('Reason', '')}, {code}:{signal}",
+        message=f"Slurm reports {state}, {fields.get('Reason', '')}, {code}:{signal}",
     )
 
 
 def render_batch_script(job: Job, options: SlurmOptions) -> str:
-    """The batch script of a job."""
-    asked = {
+    """Render the batch script of a job."""
+    directives = {
         "job-name": job.name,
         "nodes": job.num_nodes,
         "ntasks-per-node": 1,
@@ -172,7 +172,7 @@ def render_batch_script(job: Job, options: SlurmOptions) -> str:
         "mem": options.memory_per_node,
         "exclude": ",".join(job.avoid) or None,
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     values = {
         **select_rank_variables(job.environment),
         "PATH": os.environ["PATH"],
@@ -190,13 +190,13 @@ def render_batch_script(job: Job, options: SlurmOptions) -> str:
         [
             "#!/bin/bash",
             *lines,
-            # a requeued job goes on in the same log
+            # a requeued job appends to the same log
             "#SBATCH --open-mode=append",
             "#SBATCH --requeue",
             *exports,
-            # SLURM_LAUNCH_NODE_IPADDR is where the job was submitted; the rendezvous is on the job's first node
+            # Not SLURM_LAUNCH_NODE_IPADDR, which is the submit host: the rendezvous is on the job's first node
             'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            # exec: the batch shell would die of the first signal and leave its children to nobody
+            # exec: the batch shell would exit at the first signal and orphan its children
             f"exec srun --kill-on-bad-exit=1 --export=ALL {' '.join(torchrun)}",
             "",
         ]
@@ -204,35 +204,34 @@ def render_batch_script(job: Job, options: SlurmOptions) -> str:
 
 
 def _submit_job(job: Job, script: Path) -> str:
-    """Submit a job's script; its number.
+    """Submit a job's script and return its job number.
 
     Raises:
-        RuntimeError: if Slurm refuses it, in its words, and with the machines it was to avoid, which may be the cause.
+        RuntimeError: if Slurm rejects it; the message quotes Slurm's and names the excluded hosts, a possible cause.
     """
     try:
         return _run_slurm_command("sbatch", "--parsable", "--export=NIL", str(script)).split(";")[0]
     except LauncherUnreachable:
         raise
     except RuntimeError as error:
-        hint = f"; it was to avoid {', '.join(job.avoid)}, as devices of theirs are lost" if job.avoid else ""
+        hint = f"; it excludes {', '.join(job.avoid)}, where devices were lost" if job.avoid else ""
         raise RuntimeError(f"{error}{hint}") from None
 
 
 def _run_slurm_command(*command: str) -> str:
-    """What a command of Slurm prints.
+    """Run a Slurm command and return its output.
 
     Raises:
-        LauncherAway: if it does not answer.
-        RuntimeError: with its words, if it fails.
+        LauncherUnreachable: if Slurm does not respond.
+        RuntimeError: if the command fails; the message quotes its error output.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_COMMAND_TIMEOUT_S, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_COMMAND_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise LauncherUnreachable(f"{command[0]} does not answer within {SLURM_COMMAND_TIMEOUT_S:.0f} s") from None
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip()[:500]
-        kind = (
-            LauncherUnreachable if any(sign in words.lower() for sign in SLURM_UNREACHABLE_MESSAGES) else RuntimeError
-        )
-        raise kind(f"{' '.join(command[:2])}: {words}")
-    return done.stdout.strip()
+        raise LauncherUnreachable(f"{command[0]} did not respond within {SLURM_COMMAND_TIMEOUT_S:.0f} s") from None
+    if process.returncode:
+        output = (process.stderr or process.stdout).strip()[:500]
+        is_unreachable = any(message in output.lower() for message in SLURM_UNREACHABLE_MESSAGES)
+        error_class = LauncherUnreachable if is_unreachable else RuntimeError
+        raise error_class(f"{' '.join(command[:2])}: {output}")
+    return process.stdout.strip()

@@ -66,12 +66,12 @@ def test_only_what_a_rank_needs_travels(job):
 
 
 def test_too_long_a_name_is_refused(job):
-    with pytest.raises(ValueError, match="too long a name"):
+    with pytest.raises(ValueError, match="use a shorter one"):
         build_jobset(Job(**{**job.__dict__, "name": "x" * 60}), OPTIONS)
 
 
 def test_processes_that_do_not_fill_their_nodes_are_refused(job):
-    with pytest.raises(ValueError, match="do not fill nodes of 8 evenly"):
+    with pytest.raises(ValueError, match="must fill their nodes evenly"):
         Job(**{**job.__dict__, "num_processes": 13})
 
 
