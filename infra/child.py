@@ -1,17 +1,17 @@
 """Run a program confined: `python -I child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
-In this order: change the user (`user`), drop every capability, set no_new_privs, restrict files, ports and signals with
-Landlock, ask the kernel for `signal` when the parent dies, refuse system calls that Landlock does not restrict with
-seccomp, and replace this process by the program.
+The steps, in this order: change the user (`user`), drop every capability, set no_new_privs, restrict files, ports and
+signals with Landlock, request `signal` for the parent's death, refuse with seccomp the system calls that Landlock does
+not restrict, and replace this process by the program.
 
-`user` says how root's privileges are given up, which PostgreSQL demands:
+`user` selects how root's privileges are dropped, which PostgreSQL requires:
 
-- `same`: the user stays; root loses its capabilities.
-- `namespace`: the process looks like `uid` inside a user namespace of its own, and is still the caller outside.
-- `search`, `override`: it becomes `uid` and keeps one capability, to enter folders that only root may enter; where user
-  namespaces are forbidden.
+- `same`: the user stays the same; root loses its capabilities.
+- `namespace`: the process has `uid` inside its own user namespace, and is still the calling user outside.
+- `search`, `override`: the process changes to `uid` and keeps one capability, to enter folders that only root may
+  enter; used where user namespaces are forbidden.
 
-This file runs alone, before any package is importable.
+This file runs alone, before any package can be imported.
 """
 
 import ctypes
@@ -39,17 +39,17 @@ GET_VERSION, PATH_BENEATH, NET_PORT = 1, 1, 2
 EXECUTE_RIGHT, WRITE_FILE_RIGHT, READ_FILE_RIGHT, READ_DIR_RIGHT = 1, 2, 4, 8
 CHANGE_RIGHTS = sum(
     1 << bit for bit in (4, 5, 7, 8, 9, 10, 12)
-)  # remove and make folders, files, sockets, FIFOs, links
-MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # make device files: never granted
+)  # remove and create folders, files, sockets, FIFOs, links
+MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # create device files: never granted
 MAKE_SOCKET_RIGHT = 1 << 9
 REFER_RIGHT, TRUNCATE_RIGHT, IOCTL_DEV_RIGHT = 1 << 13, 1 << 14, 1 << 15
 FILE_RIGHTS = (
     EXECUTE_RIGHT | WRITE_FILE_RIGHT | READ_FILE_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
-)  # what a rule about a single file may hold
+)  # the rights that a rule for a single file may contain
 READ_RIGHTS = EXECUTE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT
 WRITE_RIGHTS = (
     WRITE_FILE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT | CHANGE_RIGHTS | REFER_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
-)  # and no EXECUTE
+)  # without EXECUTE
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
 
@@ -85,9 +85,9 @@ BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_NOT_LESS, BPF_RETURN = (
     0x35,
     0x06,
 )  # BPF instructions on a 32-bit word
-SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # an errno of 0 is a call that returns 0 and does nothing
+SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # with errno 0 the call returns 0 and does nothing
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
-FIRST_X32_CALL = 0x40000000  # x86_64 calls by numbers of their own, from here on
+FIRST_X32_CALL = 0x40000000  # on x86_64, numbers from here on are the x32 ABI's
 ALL_BITS_MASK, SOCKET_TYPE_MASK, MSG_FASTOPEN = 0xFFFFFFFF, 0xF, 0x20000000
 PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
 
@@ -105,7 +105,7 @@ def check_result(result: int, what: str) -> int:
 
 
 def change_user(uid: int, capability: int) -> None:
-    """Change to uid and keep exactly one capability, across exec too."""
+    """Change to uid and keep exactly one capability, which survives an exec."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     check_result(libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "securebits")
@@ -120,9 +120,9 @@ def set_capabilities(bits: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities. With no_new_privs, an exec as root does not bring them back."""
+    """Drop all capabilities; with no_new_privs, an exec as root does not restore them."""
     for capability in range(LAST_CAPABILITY + 1):
-        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # refused where we may not, and then not needed
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails without CAP_SETPCAP, and is then not needed
     set_capabilities(0)
 
 
@@ -136,7 +136,7 @@ def enter_user_namespace(uid: int) -> None:
 
 
 def get_landlock_version() -> int:
-    """The kernel's Landlock ABI; 0 where it has none or it is switched off."""
+    """Return the kernel's Landlock ABI version; 0 if Landlock is missing or disabled."""
     return max(0, int(libc.syscall(CREATE_RULESET, None, 0, GET_VERSION)))
 
 
@@ -145,6 +145,8 @@ def apply_landlock(spec: dict[str, Any]) -> None:
     version = get_landlock_version()
     if version == 0:
         return
+
+    # The kernel rejects bits that its ABI version does not know.
     known = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     net = BIND_TCP | CONNECT_TCP if version >= 4 and spec["connect"] is not None else 0
     scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 else 0
@@ -153,6 +155,7 @@ def apply_landlock(spec: dict[str, Any]) -> None:
     handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & known
     attributes = struct.pack("=QQQ", handled, net, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = check_result(libc.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock ruleset")
+
     for path in spec["read"]:
         allow_path(ruleset, path, READ_RIGHTS & known)
     for path in spec["write"]:
@@ -166,6 +169,7 @@ def apply_landlock(spec: dict[str, Any]) -> None:
             for port in ports:
                 rule = struct.pack("=QQ", right, port)
                 check_result(libc.syscall(ADD_RULE, ruleset, NET_PORT, rule, 0), f"landlock port {port}")
+
     check_result(libc.syscall(RESTRICT_SELF, ruleset, 0), "landlock")
     os.close(ruleset)
 
@@ -186,7 +190,7 @@ def allow_path(ruleset: int, path: str, rights: int) -> None:
 
 
 def has_seccomp() -> bool:
-    """Whether the kernel takes filters of system calls and this file knows the architecture's numbers."""
+    """Tell whether the kernel supports seccomp filters and this file knows the architecture's call numbers."""
     machine = os.uname().machine
     if machine not in ARCHITECTURES or sys.byteorder != "little" or sys.maxsize < 1 << 32:
         return False
@@ -200,7 +204,7 @@ def get_call_number(name: str) -> int:
 
 
 def apply_seccomp(is_server: bool, system_v: bool) -> None:
-    """Set the filter of system calls for this process and all that it will start."""
+    """Install the system call filter for this process and its future children."""
     if not has_seccomp():
         return
     instructions = build_seccomp_program(is_server, system_v)
@@ -258,12 +262,12 @@ def build_seccomp_program(is_server: bool, system_v: bool) -> list[BpfInstructio
 
 
 def match_call(name: str, instructions: list[BpfInstruction]) -> list[BpfInstruction]:
-    """Run instructions, which end in a return, for one system call; expects the call's number to be loaded."""
+    """Run instructions, which end in a return, for one system call; the call's number must be loaded."""
     return [(BPF_EQUAL, 0, len(instructions), get_call_number(name)), *instructions]
 
 
 def allow_if(*tests: ArgumentTest, otherwise: int) -> list[BpfInstruction]:
-    """Allow the call if every test holds. Of an argument its low 32 bits are tested: these calls read no more."""
+    """Allow the call if every test holds. Only an argument's low 32 bits are tested: these calls read no more."""
     instructions: list[BpfInstruction] = []
     for index, bits, values in tests:
         instructions += [(BPF_LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * index), (BPF_AND, 0, 0, bits)]
@@ -273,7 +277,7 @@ def allow_if(*tests: ArgumentTest, otherwise: int) -> list[BpfInstruction]:
 
 
 def allow_sockets(otherwise: int, with_unix: bool) -> list[BpfInstruction]:
-    """Allow netlink sockets, perhaps Unix sockets, and of the internet's TCP and UDP."""
+    """Allow netlink sockets, TCP and UDP sockets over IPv4 and IPv6, and Unix sockets if `with_unix`."""
     families = (socket.AF_INET, socket.AF_INET6)
     types, protocols = (socket.SOCK_STREAM, socket.SOCK_DGRAM), (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
     return [
@@ -291,7 +295,7 @@ def allow_sockets(otherwise: int, with_unix: bool) -> list[BpfInstruction]:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files: a thousand callers need a thousand, and many systems grant fewer by default."""
+    """Raise the soft limit of open files: a thousand clients need a thousand, more than many systems' default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -302,14 +306,16 @@ def main() -> None:
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
     raise_file_limit()
     if spec["user"] == "namespace":
-        enter_user_namespace(spec["uid"])  # its capabilities count inside only, and end with the exec
+        enter_user_namespace(
+            spec["uid"]
+        )  # its capabilities are valid only inside the namespace, and are lost at the exec
     elif spec["user"] in CAPABILITIES:
         change_user(spec["uid"], CAPABILITIES[spec["user"]])
     elif os.geteuid() == 0:
         drop_capabilities()
     check_result(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     apply_landlock(spec)
-    # After the change of user, which clears it.
+    # After the change of user, since that clears the parent death signal.
     check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
     apply_seccomp(spec["is_server"], spec["system_v"])
     os.umask(0o077)

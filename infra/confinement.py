@@ -1,7 +1,7 @@
-"""What a process may reach: files, ports, processes, privileges; `infra/child.py` enforces it before the exec.
+"""Define what a process may access: files, ports, processes, privileges; `infra/child.py` enforces it before the exec.
 
-A service that is taken over can then read its own folder, the interpreter and the system's libraries, and nothing else:
-no other service's folder, settings or environment, whoever the user is.
+A compromised service can then read only its own folder, the interpreter and the system's libraries: no other service's
+folder, settings or environment, even if both run as the same user.
 """
 
 import json
@@ -22,7 +22,7 @@ CHILD_PROGRAM = Path(child.__file__)
 DISTRIBUTION_NAME = "cotrain"
 UserChange = Literal["same", "namespace", "search", "override"]
 
-# Of /etc what the C library, OpenSSL and Python ask for; no account's secret is among them.
+# Of /etc only what the C library, OpenSSL and Python read; none of these files holds a secret.
 SYSTEM_FILES = (
     *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/proc", "/sys"),
     *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/os-release"),
@@ -35,25 +35,26 @@ SHARED_MEMORY_FOLDER = "/dev/shm"  # collectives of several processes on one mac
 ACCELERATOR_FILE_PATTERNS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
-# What sites set for collectives and accelerators; nothing of the platform's own, and no account, begins so.
+# Variables that sites set for collectives and accelerators; no platform setting and no credential has these prefixes.
 SAFE_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX_", "FI_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Confinement:
-    """What one process and its children may use.
+    """Define what one process and its children may access.
 
     Attributes:
-        read: files and folders that may be read beside the interpreter, this code and the system.
+        read: files and folders that may be read, in addition to the interpreter, this code and the system.
         write: files and folders that may be read and changed; programs in them cannot be executed.
-        sockets: folders of others in which Unix sockets may be made, and nothing else.
-        bind, connect: TCP ports that may be listened on and connected to. None leaves the network alone.
-        is_server: whether it answers callers on a socket that it inherits. It can then neither hand it to others,
-            and so makes no Unix sockets, nor leave its process group.
-        system_v: whether it may use System V shared memory, which PostgreSQL needs to know that it runs once.
-        scope_signals: whether signals reach only processes that are confined together with this one.
-        signal: what the process gets when its parent dies, however that happens.
-        user, uid: how root's privileges are given up; see `infra/child.py`.
+        sockets: folders of other services where the process may create Unix sockets, and nothing else.
+        bind, connect: TCP ports on which it may listen, and to which it may connect. `connect=None` leaves the network
+            unrestricted.
+        is_server: true if it serves clients on an inherited socket. It then cannot pass the socket to other processes,
+            so it may not create Unix sockets, and cannot leave its process group.
+        system_v: true if it may use System V shared memory, which PostgreSQL needs to prevent a second instance.
+        scope_signals: true if it may send signals only to processes in the same confinement.
+        signal: the signal that the process receives when its parent exits for any reason.
+        user, uid: the way in which root's privileges are dropped; see `infra/child.py`.
     """
 
     read: tuple[Path, ...] = ()
@@ -74,7 +75,7 @@ class Confinement:
         specification = {
             "read": read,
             "write": [*DEVICE_FILES, *map(str, self.write)],
-            "list": ["/dev"],  # a confined process may confine others, and looks for the accelerators to grant them
+            "list": ["/dev"],  # a confined process that confines others must find the accelerator files to grant
             "sockets": [str(folder) for folder in self.sockets],
             "bind": self.bind,
             "connect": self.connect,
@@ -91,10 +92,10 @@ class Confinement:
 @cache
 def find_interpreter_folders() -> tuple[Path, ...]:
     """Return the folders of the running Python, its packages, and this project's packages."""
-    # By name, since the checkout, which may hold the home folder too, cannot be listed by a confined process.
+    # By name: a confined process cannot list the checkout, which may contain the home folder too.
     names = (metadata.distribution(DISTRIBUTION_NAME).read_text("top_level.txt") or "").split()
-    ours = [CHILD_PROGRAM.parents[1] / name for name in names]
-    folders = [Path(sys.prefix), Path(sys.base_prefix), *ours]
+    packages = [CHILD_PROGRAM.parents[1] / name for name in names]
+    folders = [Path(sys.prefix), Path(sys.base_prefix), *packages]
     return tuple(dict.fromkeys(folder.resolve() for folder in folders))
 
 
@@ -104,18 +105,18 @@ def find_accelerator_files() -> tuple[Path, ...]:
 
 
 def is_landlock_enforced() -> bool:
-    """Whether the kernel enforces confinement of files."""
+    """Tell whether the kernel enforces file confinement (Landlock)."""
     return child.get_landlock_version() > 0
 
 
 def is_seccomp_enforced() -> bool:
-    """Whether the kernel refuses the system calls that Landlock does not restrict."""
+    """Tell whether the kernel can refuse the system calls that Landlock does not restrict (seccomp)."""
     return child.has_seccomp()
 
 
 def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:
-    """Build the environment of a process whose own folder this is; of the caller's only harmless variables pass."""
-    passed = {
+    """Build the environment of a process with its own folder as home; only allow-listed variables are inherited."""
+    inherited = {
         name: text
         for name, text in os.environ.items()
         if name in SAFE_VARIABLES or name.startswith(SAFE_VARIABLE_PREFIXES)
@@ -128,11 +129,11 @@ def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",  # the code's folder is read-only here
         "PYTHONSAFEPATH": "1",  # modules come from installed packages, never from the working directory
     }
-    return {**passed, **own, **values}
+    return {**inherited, **own, **values}
 
 
 def parse_port(url: str) -> int:
-    """Return the port of an address.
+    """Return the port of a URL; without one, the scheme's default port.
 
     >>> parse_port("http://127.0.0.1:8333"), parse_port("https://store.example")
     (8333, 443)

@@ -1,6 +1,6 @@
-"""Limit what a connection may hold of an HTTP server; every server of the stack runs uvicorn with these options.
+"""Limit connections, request heads and waiting times of an HTTP server; every server of the stack uses these options.
 
-The subclass is of uvicorn's h11 protocol, which uvicorn chooses itself where httptools is not installed.
+`HttpProtocol` subclasses uvicorn's h11 protocol, which uvicorn itself uses if httptools is not installed.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ STDIN_DESCRIPTOR = 0
 
 
 class ServerOptions(TypedDict):
-    """Keyword arguments of `uvicorn.run` and `uvicorn.Config`."""
+    """Hold the keyword arguments of `uvicorn.run` and `uvicorn.Config`."""
 
     http: type[asyncio.Protocol]
     ws_max_size: int
@@ -38,7 +38,7 @@ class ServerOptions(TypedDict):
 
 
 def make_server_options() -> ServerOptions:
-    """Return the options for a server in this process."""
+    """Return the uvicorn options for a server in this process."""
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "http": HttpProtocol,
@@ -48,7 +48,7 @@ def make_server_options() -> ServerOptions:
 
 
 class ListenOptions(TypedDict, total=False):
-    """Keyword arguments of `uvicorn.run`: where it listens."""
+    """Hold the keyword arguments of `uvicorn.run` that say where it listens."""
 
     fd: int
     host: str
@@ -56,9 +56,10 @@ class ListenOptions(TypedDict, total=False):
 
 
 def choose_listen_options(url: str) -> ListenOptions:
-    """Return where a server listens: on the socket that is its standard input, if one is, else on a URL's address.
+    """Return where a server listens: on its standard input if that is a listening socket, else on a URL's address.
 
-    The keeper of the stack listens for its servers, so that nobody else can while one starts again; see `Service`.
+    The stack's keeper opens the socket, so that no other user can bind the port while the server restarts; see
+    `infra.keeper.ManagedService`.
     """
     if is_listening_descriptor(STDIN_DESCRIPTOR):
         return {"fd": STDIN_DESCRIPTOR}
@@ -67,10 +68,10 @@ def choose_listen_options(url: str) -> ListenOptions:
 
 
 def is_listening_descriptor(descriptor: int) -> bool:
-    """Tell whether a descriptor is a socket that listens."""
+    """Tell whether a descriptor is a listening socket."""
     try:
         inherited = socket.socket(fileno=descriptor)
-    except OSError:  # closed, or something else
+    except OSError:  # closed, or not a socket
         return False
     try:
         return is_listening(inherited)
@@ -79,9 +80,9 @@ def is_listening_descriptor(descriptor: int) -> bool:
 
 
 def format_uvicorn_options() -> str:
-    """Return the options for uvicorn's command line, where its standard input is the socket that listens.
+    """Return the options for uvicorn's command line, with standard input as the listening socket.
 
-    They are for a process that `infra.child` starts, with all files it may open.
+    They are for a process that `infra.child` starts with its file limit raised to the hard limit.
     """
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     protocol = f"{HttpProtocol.__module__}:{HttpProtocol.__qualname__}"
@@ -90,7 +91,7 @@ def format_uvicorn_options() -> str:
 
 
 def choose_connection_limit(open_files: int) -> int:
-    """Return how many connections a server may hold: at most half of its files, since its answers need some too.
+    """Return the maximum number of open connections: at most half of the file limit, since responses open files too.
 
     >>> choose_connection_limit(300), choose_connection_limit(65_536), choose_connection_limit(resource.RLIM_INFINITY)
     (150, 4000, 4000)
@@ -99,12 +100,12 @@ def choose_connection_limit(open_files: int) -> int:
 
 
 def choose_backlog(open_files: int) -> int:
-    """Return how many connections may wait to be accepted.
+    """Return the size of the accept queue (the backlog of listen(2)).
 
-    asyncio accepts all of them at once, before it reads from any. So they are at most a quarter of the limit: a
-    caller accepted among them is not closed for those behind it before its request is read. And three turns of the
-    loop pass before a connection beyond the limit is closed, so four times the backlog takes at most half of the files
-    that the limit leaves.
+    asyncio accepts all queued connections at once, before it reads from any. So the backlog is at most a quarter of
+    the connection limit: an accepted client is not closed in favour of those behind it before its request is read.
+    Three iterations of the event loop pass before a connection beyond the limit is closed, so four times the backlog
+    takes at most half of the files that the connection limit leaves.
 
     >>> choose_backlog(300), choose_backlog(20_000), choose_backlog(resource.RLIM_INFINITY)
     (18, 1000, 1000)
@@ -118,7 +119,8 @@ def choose_backlog(open_files: int) -> int:
 class StrictConnection(h11.Connection):
     """Refuse a request with both Content-Length and Transfer-Encoding, as RFC 9112, section 6.1 allows.
 
-    A proxy that believes the other of the two would take the body's rest for the next request.
+    A proxy that uses the other of the two headers would read the end of the body as the next request (request
+    smuggling).
     """
 
     def next_event(self) -> Any:
@@ -131,11 +133,11 @@ class StrictConnection(h11.Connection):
 
 
 class HttpProtocol(H11Protocol):
-    """Serve one connection, which is closed when its request's head takes too long, or for another when all are taken.
+    """Serve one connection; close it when a request head takes too long, or when a new connection needs its slot.
 
-    A head may take `head_limit_s` from the connection's beginning, or from its first byte on a connection that was
-    kept alive. While as many connections are open as the process may hold, each new one takes the place of another that
-    keeps the server waiting (see `WaitingConnections`), so short requests are answered however many idle ones arrive.
+    A head may take `head_limit_s` from the start of the connection, or from the head's first byte on a kept-alive
+    connection. At the connection limit, each new connection replaces one that keeps the server waiting (see
+    `WaitingConnections`), so short requests are served however many idle connections arrive.
     """
 
     head_limit_s = 15.0
@@ -167,7 +169,7 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # A body that goes on after its answer delays the next head, and no application counts it any more.
+        # A body that continues after its response delays the next head, and no application limits its time any more.
         is_answered_early = self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
         if self.conn.their_state is h11.IDLE or is_answered_early:
             self._start_head_timer()
@@ -188,7 +190,7 @@ class HttpProtocol(H11Protocol):
         self._update_group()
 
     def abort(self) -> None:
-        """Close the connection at once, whatever it waits for."""
+        """Close the connection at once, in any state."""
         self.connections.discard(self)
         self._move_to_group(None)
         self.transport.abort()
@@ -203,7 +205,7 @@ class HttpProtocol(H11Protocol):
             self._head_timer = None
 
     def _update_group(self) -> None:
-        """Note what the server waits for."""
+        """Move the connection to the group of what the server waits for, if it waits."""
         is_closing, state = self.transport.is_closing(), self.conn.their_state
         is_idle = is_closing or state is h11.IDLE
         if self.flow.write_paused or (is_idle and self.transport.get_write_buffer_size()):
@@ -231,10 +233,10 @@ ConnectionGroup = OrderedDict[HttpProtocol, None]
 
 
 class WaitingConnections:
-    """The connections of one server that keep it waiting, in three groups; those that wait longest come first.
+    """Hold the connections that keep one server waiting, in three groups, each ordered with the longest wait first.
 
-    The groups wait for a request's head, for the rest of its body, and for the caller to read the answer. One is closed
-    from the largest group, so that a flood of one kind does not close the others.
+    The server waits for a request head, for the remaining body, or for the client to read the response. The connection
+    to close is taken from the largest group, so that a flood of one kind does not close connections of other kinds.
     """
 
     def __init__(self, limit: int) -> None:
@@ -243,22 +245,24 @@ class WaitingConnections:
         self._warned_at = -CONNECTION_WARNING_PAUSE_S
 
     def close_one(self) -> None:
-        """Close the connection that waits longest in the largest group."""
+        """Close the longest-waiting connection of the largest group."""
         largest = max(self.without_head, self.without_body, self.unread, key=len)
         if largest:
             next(iter(largest)).abort()
-        if time.monotonic() - self._warned_at >= CONNECTION_WARNING_PAUSE_S:  # a line for each would fill the disk
+        if (
+            time.monotonic() - self._warned_at >= CONNECTION_WARNING_PAUSE_S
+        ):  # a line per closed connection would fill the disk
             self._warned_at = time.monotonic()
-            log.warning("all %d connections are taken; closing those that wait longest", self.limit)
+            log.warning("all %d connections are in use; closing those that wait longest", self.limit)
 
 
 _waiting_by_server: WeakKeyDictionary[ServerState, WaitingConnections] = WeakKeyDictionary()
 
 
 def get_waiting_connections(server_state: ServerState) -> WaitingConnections:
-    """Return the waiting connections of a server; uvicorn makes its protocols know one another by this state alone."""
-    crowd = _waiting_by_server.get(server_state)
-    if crowd is None:
+    """Return the waiting connections of a server; the `ServerState` is all that uvicorn's connections share."""
+    waiting = _waiting_by_server.get(server_state)
+    if waiting is None:
         open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        crowd = _waiting_by_server[server_state] = WaitingConnections(choose_connection_limit(open_files))
-    return crowd
+        waiting = _waiting_by_server[server_state] = WaitingConnections(choose_connection_limit(open_files))
+    return waiting

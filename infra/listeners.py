@@ -1,4 +1,4 @@
-"""Who listens on a TCP address of this machine, so that no secret is sent to a port that somebody else holds."""
+"""Find which user listens on a TCP address of this machine, so that no secret is sent to another user's listener."""
 
 import contextlib
 import errno
@@ -19,30 +19,28 @@ TCP_LISTEN, TCP_ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.socket:
     """Listen on the address of a URL, for a server that will inherit the socket.
 
-    What connects waits until a server accepts it. Servers send small parts at once, as asyncio's own sockets do.
+    Clients that connect wait until a server accepts them. TCP_NODELAY is set, as asyncio does on its own sockets.
 
     Args:
-        replaces: an opened listener of the same address, to be closed after this. No other user can take the port in
-            between: SO_REUSEPORT lets several sockets of the same user listen.
+        replaces: an open listener of the same address, which the caller closes afterwards. No other user can bind the
+            port in between: SO_REUSEPORT lets several sockets of the same user listen.
 
     Raises:
-        PermissionError: if somebody listens there already, with the user's number and name.
+        PermissionError: if another process listens there already; the message has its user's id and name.
         OSError: if the address cannot be used.
     """
     if replaces is None:
         refuse_foreign_listener(url, ())
     parts = urlsplit(url)
-    family, kind, protocol, _, place = socket.getaddrinfo(
-        parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
+    address_info = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(*address_info[:3])
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
-        listener.bind(place)
+        listener.bind(address_info[4])
         listener.listen()
-        # With it another user could listen there, should the server that inherits the socket stop to.
+        # With SO_REUSEADDR set, another user could bind the port if the inheriting server stopped listening.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         listener.close()
@@ -53,16 +51,16 @@ def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.
 
 
 def is_listening(opened: socket.socket) -> bool:
-    """Tell whether a socket listens."""
+    """Tell whether a socket is listening."""
     return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def require_own_listener(url: str, uids: Collection[int]) -> None:
-    """Raise unless one of these users listens on the address of a URL, which names its port.
+    """Raise unless one of these users listens on the address of a URL; the URL must have a port.
 
     Raises:
-        ConnectionRefusedError: if nobody listens there.
-        PermissionError: if somebody else does.
+        ConnectionRefusedError: if there is no listener.
+        PermissionError: if another user listens there.
     """
     if not (holders := find_listener_uids(url)):
         raise ConnectionRefusedError(f"nothing listens on {_get_host_and_port(url)} yet")
@@ -70,10 +68,10 @@ def require_own_listener(url: str, uids: Collection[int]) -> None:
 
 
 def refuse_foreign_listener(url: str, uids: Collection[int], holders: Collection[int] | None = None) -> None:
-    """Raise if somebody other than these users listens on the address of a URL.
+    """Raise if a user other than these listens on the address of a URL.
 
     Raises:
-        PermissionError: with the user's number and name.
+        PermissionError: with the other user's id and name.
     """
     foreign = set(find_listener_uids(url) if holders is None else holders) - set(uids)
     if foreign:
@@ -85,28 +83,27 @@ def refuse_foreign_listener(url: str, uids: Collection[int], holders: Collection
 
 
 def find_listener_uids(url: str) -> set[int]:
-    """Return the users whose sockets get the connections to the address of a URL; empty if nobody listens.
+    """Return the users whose sockets receive connections to the address of a URL; empty if there is no listener.
 
-    A socket bound to the very address gets them before one that is bound to all addresses.
+    A socket bound to the exact address takes precedence over one that is bound to all addresses.
     """
     parts = urlsplit(url)
-    found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
-    wanted = {ipaddress.ip_address(str(place[0])) for *_, place in found}
+    address_infos = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    wanted = {ipaddress.ip_address(str(socket_address[0])) for *_, socket_address in address_infos}
     listeners = [(address, uid) for address, port, uid in _read_listeners() if port == parts.port]
     exact = {uid for address, uid in listeners if address in wanted}
     return exact or {uid for address, uid in listeners if address.is_unspecified}
 
 
 def describe_callers(port: int) -> str:
-    """Return words for the users of this machine who hold connections to a port, those with most first."""
-    held = Counter(uid for uid, called in _read_callers() if called == port)
-    return (
-        ", ".join(f"{count} by {describe_user(uid)}" for uid, count in held.most_common()) or "none from this machine"
-    )
+    """Describe how many connections to a port each user of this machine holds, in descending order."""
+    counts = Counter(uid for uid, remote_port in _read_callers() if remote_port == port)
+    descriptions = [f"{count} by {describe_user(uid)}" for uid, count in counts.most_common()]
+    return ", ".join(descriptions) or "none from this machine"
 
 
 def describe_user(uid: int) -> str:
-    """Return words for a user: the number, and the name where it has one."""
+    """Describe a user by id, and by name if it has one."""
     with contextlib.suppress(KeyError):
         return f"user {uid} ({pwd.getpwuid(uid).pw_name})"
     return f"user {uid}"
@@ -124,13 +121,13 @@ def _read_listeners() -> Iterator[tuple[IpAddress, int, int]]:
 
 
 def _read_callers() -> Iterator[tuple[int, int]]:
-    """Yield user and port of the other end of every TCP connection."""
+    """Yield the local user and the remote port of every established TCP connection."""
     for fields in _read_sockets(TCP_ESTABLISHED):
         yield int(fields[7]), int(fields[2].rpartition(":")[2], 16)
 
 
 def _read_sockets(state: str) -> Iterator[list[str]]:
-    """Yield the fields of this machine's TCP sockets in a state, as proc_net_tcp describes them."""
+    """Yield the fields of this machine's TCP sockets in a state; for the fields see proc_net_tcp."""
     for name in ("tcp", "tcp6"):
         table = Path("/proc/net") / name
         if not table.exists():  # a kernel without IPv6
@@ -142,7 +139,7 @@ def _read_sockets(state: str) -> Iterator[list[str]]:
 
 
 def _parse_address(text: str) -> IpAddress:
-    """Read an address as the kernel writes it, in words of the machine's byte order; IPv4 inside IPv6 becomes IPv4.
+    """Parse an address in the kernel's hex format, 32-bit words in host byte order; unmap IPv4-mapped IPv6.
 
     >>> import sys
     >>> _parse_address("0100007F") if sys.byteorder == "little" else ipaddress.ip_address("127.0.0.1")

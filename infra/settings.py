@@ -1,8 +1,8 @@
-"""Where things are: addresses, secrets and limits, one class per process with the fields that process uses.
+"""Load addresses, secrets and limits: one settings class per process, with only the fields that the process uses.
 
 The embedded stack writes a file for each class, `$COTRAIN_HOME/settings/NAME.env`, which only that process can read.
-The operator's own commands read all of it, `$COTRAIN_HOME/env`, with the operator's values in `env.local` over it.
-Without these files, the variables of the environment count, as in `.env.example`; they win over files everywhere.
+The operator's commands read all settings, `$COTRAIN_HOME/env`, overridden by the operator's values in `env.local`.
+Environment variables override all files; without files they are the only source, as in `.env.example`.
 """
 
 import os
@@ -19,8 +19,8 @@ from infra.mlflow_rules import READER_ACCOUNT
 
 HOME_VARIABLE = "COTRAIN_HOME"
 SETTINGS_VARIABLE_PREFIX = "COTRAIN_"
-MAX_SHOWN_VALUE_CHARACTERS = 60  # of a wrong value
-# MLflow would also write into the user's home folder, at its import.
+MAX_SHOWN_VALUE_CHARACTERS = 60  # of a wrong value in an error message
+# With telemetry, MLflow also writes into the user's home folder at import.
 NO_TELEMETRY_VARIABLES = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
 
@@ -30,7 +30,7 @@ def get_home_folder() -> Path:
 
 
 class ProcessSettings(BaseSettings):
-    """What every process knows. Create settings in process entries only, with `load_settings`."""
+    """Hold the settings of every process. Create settings in process entries only, with `load_settings`."""
 
     model_config = SettingsConfigDict(env_prefix=SETTINGS_VARIABLE_PREFIX, extra="ignore")
     files: ClassVar[tuple[str, ...]] = ()
@@ -39,13 +39,13 @@ class ProcessSettings(BaseSettings):
 
 
 class DatabaseAccess(ProcessSettings):
-    """The platform's own database."""
+    """Give access to the platform's database."""
 
     database_url: SecretStr
 
 
 class StoreAccess(ProcessSettings):
-    """The object store."""
+    """Give access to the object store."""
 
     s3_endpoint: str
     s3_bucket: str = "cotrain"
@@ -54,7 +54,7 @@ class StoreAccess(ProcessSettings):
 
 
 class TrackerAccess(ProcessSettings):
-    """The tracking server, and the account to use there."""
+    """Give access to the tracking server: address and account."""
 
     mlflow_url: str
     mlflow_username: str = "cotrain-admin"
@@ -62,32 +62,32 @@ class TrackerAccess(ProcessSettings):
 
 
 class PrefectAccess(ProcessSettings):
-    """The Prefect server and its one account, `NAME:PASSWORD`."""
+    """Give access to the Prefect server: address and its only account, `NAME:PASSWORD`."""
 
     prefect_api_url: str
     prefect_auth: SecretStr
 
 
 class ModelServerAccess(ProcessSettings):
-    """The internal model server."""
+    """Give access to the internal model server."""
 
     model_server_url: str
     model_server_token: SecretStr
 
 
 class PoolSettings(ProcessSettings):
-    """The pool that runs are planned for, and whose device-hours they are."""
+    """Name the pool that runs are planned for, and the team that their device-hours are charged to."""
 
     pool: str = ""
     team: str = "programme"
 
 
 class RecordsAccess(DatabaseAccess, TrackerAccess, PoolSettings):
-    """What rounds are recorded in, and the devices they are planned for."""
+    """Give access to the database and tracker that record rounds, and name the device pool."""
 
 
 class PortalSettings(DatabaseAccess, StoreAccess, ModelServerAccess):
-    """The portal."""
+    """Configure the portal."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/portal.env",)
 
@@ -100,7 +100,7 @@ class PortalSettings(DatabaseAccess, StoreAccess, ModelServerAccess):
 
 
 class ModelServerSettings(TrackerAccess, ModelServerAccess):
-    """The model server; its account at MLflow only reads."""
+    """Configure the model server; its MLflow account is read-only."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/model-server.env",)
 
@@ -111,7 +111,7 @@ def _check_calendar(cron: str) -> str:
     return cron
 
 
-# Files of the time zone database that Python opens and Prefect's server fails at.
+# Files of the time zone database that Python opens but on which Prefect's server fails.
 UNUSABLE_TIME_ZONES = frozenset({"Factory", "localtime", "posixrules"})
 
 
@@ -126,7 +126,7 @@ def _check_time_zone(name: str) -> str:
 
 
 class DispatcherSettings(RecordsAccess, PrefectAccess):
-    """The dispatcher."""
+    """Configure the dispatcher."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/dispatcher.env",)
 
@@ -136,13 +136,13 @@ class DispatcherSettings(RecordsAccess, PrefectAccess):
 
 
 class WorkerSettings(PrefectAccess):
-    """Prefect's worker."""
+    """Configure Prefect's worker."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/worker.env",)
 
 
 class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess):
-    """A flow run: what a round and reproduction work with."""
+    """Configure a flow run: a round or a reproduction."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/flow.env",)
 
@@ -155,7 +155,7 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
 
 
 class Settings(PortalSettings, DispatcherSettings, FlowSettings):
-    """Everything: for the operator's commands and the keeper, never for a process that speaks to callers."""
+    """Hold all settings, for the operator's commands and the keeper; never for a process that serves clients."""
 
     files: ClassVar[tuple[str, ...]] = ("env", "env.local")
 
@@ -179,15 +179,15 @@ def read_settings(kind: type[SettingsT], home: Path) -> SettingsT:
     """Read the settings of a process from its files in a home folder and from the environment.
 
     Raises:
-        ValueError: naming the variables that are missing, and how to get them, or the values that break their rules.
+        ValueError: if variables are missing or values break their rules; the message names them and the fix.
     """
     files = [home / name for name in kind.files]
     try:
         return kind(_env_file=files, home=home)
     except ValidationError as error:
-        if wrong := _describe_wrong_values(error, files):
-            raise ValueError("; ".join(wrong)) from None
-        missing = ", ".join(get_variable_name(str(one["loc"][0])) for one in error.errors())
+        if descriptions := _describe_wrong_values(error, files):
+            raise ValueError("; ".join(descriptions)) from None
+        missing = ", ".join(get_variable_name(str(detail["loc"][0])) for detail in error.errors())
         raise ValueError(
             f"no usable settings in {home}: {missing}; run `cotrain up` or set them as in .env.example"
         ) from None
@@ -203,38 +203,37 @@ def find_wrong_values(file: Path) -> list[str]:
 
 
 def _describe_wrong_values(error: ValidationError, files: Sequence[Path]) -> list[str]:
-    found = []
-    for one in error.errors(include_url=False):
-        if one["type"] != "missing":
-            name = get_variable_name(str(one["loc"][0]))
-            rule = one["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
-            found.append(
-                f"{name} {rule}, got {str(one['input'])[:MAX_SHOWN_VALUE_CHARACTERS]!r} "
-                f"({_find_setting_place(name, files)})"
-            )
-    return found
+    descriptions = []
+    for detail in error.errors(include_url=False):
+        if detail["type"] != "missing":
+            name = get_variable_name(str(detail["loc"][0]))
+            rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
+            value = str(detail["input"])[:MAX_SHOWN_VALUE_CHARACTERS]
+            descriptions.append(f"{name} {rule}, got {value!r} ({_find_setting_place(name, files)})")
+    return descriptions
 
 
 def _find_setting_place(name: str, files: Sequence[Path]) -> str:
     if name in map(str.upper, os.environ):
         return "a variable of the environment"
-    return [
-        describe_variable_place(b, file)
+    places = [
+        describe_variable_place(binding, file)
         for file in files
-        for b in parse_variable_file(file)
-        if (b.key or "").upper() == name
-    ][-1]
+        for binding in parse_variable_file(file)
+        if (binding.key or "").upper() == name
+    ]
+    return places[-1]  # a later file overrides an earlier one
 
 
 def describe_variable_place(binding: Binding, file: Path) -> str:
-    """Say where a variable is set in a file; what is parsed begins with the empty lines before it."""
+    """Return the file and line where a variable is set; a parsed binding begins with the empty lines before it."""
     text = binding.original.string
     empty = text[: len(text) - len(text.lstrip())].count("\n")
     return f"{file}, line {binding.original.line + empty}"
 
 
 def parse_variable_file(file: Path) -> list[Binding]:
-    """Parse a file of variables as the settings do, line by line; none if there is no such file.
+    """Parse a file of variables in the same way as the settings; empty if the file does not exist.
 
     Raises:
         OSError: if it cannot be read.
@@ -247,12 +246,12 @@ def parse_variable_file(file: Path) -> list[Binding]:
 
 
 def get_variable_name(field: str) -> str:
-    """Return the variable of a field."""
+    """Return the name of a field's environment variable."""
     return f"{SETTINGS_VARIABLE_PREFIX}{field.upper()}"
 
 
 def render_process_files(settings: Settings) -> dict[str, str]:
-    """Return the settings file of each process, by its path in the home folder; a process gets the fields it uses."""
+    """Render the settings file of each process, keyed by its path in the home folder, with the fields it uses."""
     reader = settings.model_copy(
         update={"mlflow_username": READER_ACCOUNT, "mlflow_password": settings.mlflow_reader_password}
     )

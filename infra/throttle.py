@@ -18,13 +18,13 @@ MAX_THROTTLE_COUNTERS = 20_000
 class SignInThrottle:
     """Count failed sign-ins in memory and refuse more than a limit in any window.
 
-    An attempt counts as failed from `admit` until `succeed` takes it back, so that parallel guesses cannot pass between
-    check and count. A success takes back only its own attempt: somebody who signs in from the same address must not
-    give a guesser new attempts. Refused attempts do not count, so a lock-out ends by itself.
+    An attempt counts as failed from `admit` until `note_success` removes it, so that parallel guesses cannot pass
+    between check and count. A success removes only its own attempt: a user who signs in from the same address must not
+    give an attacker new attempts. Refused attempts do not count, so a lock-out ends by itself.
 
-    The address must be the connection's peer, never a forwarded header (uvicorn: `--no-proxy-headers`). Of an IPv6
-    address the /64 counts, since one machine owns all of it. At most `max_entries` counters are kept; the least
-    recently used goes first.
+    The address must be the connection's peer, never a forwarded header (uvicorn: `--no-proxy-headers`). IPv6 addresses
+    are counted per /64 network, since one machine owns all of it. At most `max_entries` counters are kept; the least
+    recently used is removed first.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class SignInThrottle:
     def admit(self, account: str, address: str) -> int:
         """Count an attempt and return 0, or return the seconds to wait (for Retry-After) if there were too many.
 
-        Ask before the password is checked, and refuse the attempt unchecked if the result is not 0: an answer that
-        depends on the password would let the guessing go on.
+        Call it before the password is checked, and refuse the attempt unchecked if the result is not 0: a response
+        that depends on the password would let the attacker continue guessing.
         """
         now = self._clock()
         with self._lock:
@@ -61,14 +61,14 @@ class SignInThrottle:
         return 0
 
     def note_success(self, account: str, address: str) -> None:
-        """Take back the attempt that was admitted last, since its password was right."""
+        """Remove the last admitted attempt from the count, since its password was correct."""
         with self._lock:
             for key in _make_counter_keys(account, address):
                 if self._failures.get(key):
                     self._failures[key].pop()
 
     def _get_counter(self, key: bytes, now: float) -> deque[float]:
-        """Return a counter without the failures that left the window."""
+        """Return a counter without the failures that are older than the window."""
         failures = self._failures.setdefault(key, deque())
         while failures and failures[0] <= now - self._window_s:
             failures.popleft()
@@ -79,7 +79,7 @@ class SignInThrottle:
 
 
 def _make_counter_keys(account: str, address: str) -> tuple[bytes, bytes]:
-    """Return the counters' keys, of a fixed size whatever a caller sends as a name."""
+    """Return the counters' keys, of a fixed size whatever name a client sends."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -97,15 +97,15 @@ def _make_counter_keys(account: str, address: str) -> tuple[bytes, bytes]:
 
 
 def compute_credential_digest(account: str, password: str) -> str:
-    """Return the sha256 by which a process recognises a machine's generated secret without holding it."""
+    """Return the sha256 with which a process recognises a generated secret without storing it."""
     return hashlib.sha256(f"{account}:{password}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_machine_secret(account: str, password: str, digests: Iterable[str]) -> bool:
-    """Tell, in constant time, whether a sign-in is one of the platform's own, which the throttle must let pass.
+    """Tell, in constant time, whether a sign-in uses a generated secret of the platform, exempt from the throttle.
 
-    Only for generated secrets of 128 bits or more: nobody can guess these, and without the exception anybody could
-    lock the platform out of its own services. For passwords that people choose this would be an oracle.
+    Only for generated secrets of 128 bits or more: these cannot be guessed, and without the exemption an attacker could
+    lock the platform out of its own services. For passwords that people choose, the exemption would be an oracle.
 
     >>> is_machine_secret("cotrain", "a", [compute_credential_digest("cotrain", "a")])
     True

@@ -91,7 +91,7 @@ def test_callers_are_answered_while_more_unfinished_requests_arrive_than_the_ser
         assert client.get("/health").text == "ok"
         seconds.append(time.monotonic() - began)
     assert max(seconds) < 2
-    assert log.stat().st_size < 2000 and "all 150 connections are taken" in log.read_text()
+    assert log.stat().st_size < 2000 and "all 150 connections are in use" in log.read_text()
 
 
 def test_a_flood_of_idle_connections_interrupts_no_upload_and_no_download(dial, client):

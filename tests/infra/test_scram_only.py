@@ -127,5 +127,5 @@ def test_prefects_server_shows_its_password_to_no_program_on_postgresqls_port(tm
         client.sendall(request(CLEARTEXT))
         with contextlib.suppress(ConnectionResetError):
             received += client.recv(1000)
-        until(lambda: "must ask for SCRAM" in log.read_text())
+        until(lambda: "must request SCRAM" in log.read_text())
     assert received == b""
