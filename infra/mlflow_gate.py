@@ -1,9 +1,9 @@
-"""The gate in front of MLflow: closed routes, limited password guessing, a page that finds its workspace.
+"""Filter requests to MLflow: route allow-lists, limited password guessing, bounded bodies, a default workspace.
 
-MLflow trusts every caller from loopback, and there any account could make it run commands (its assistant). So requests
-reach it only by the allow-lists of `infra.mlflow_rules`. It also reads bodies of any length into memory, and has one
-loop and a few threads for everybody: so they reach it whole, within the bounds of `infra.mlflow_requests`, and a few at
-a time. `mlflow server --app-name cotrain` loads `create_app`.
+MLflow trusts every client on loopback, where any account could make it run commands (its assistant). So it receives
+only requests on the allow-lists of `infra.mlflow_rules`. MLflow also reads bodies of any length into memory, and has
+one event loop and a few threads for all clients. So it receives only complete requests within the bounds of
+`infra.mlflow_requests`, and a few at a time. `mlflow server --app-name cotrain` loads `create_app`.
 """
 
 import asyncio
@@ -50,20 +50,22 @@ from infra.request_body import (
 )
 from infra.throttle import SignInThrottle, is_machine_secret
 
-ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's own: the account that it makes at its first start
-DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which the throttle lets pass
+ADMINISTRATOR_VARIABLE = (
+    "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's variable: the account that it creates at its first start
+)
+DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which are exempt from the throttle
 BASIC_CHALLENGE_HEADER = (b"www-authenticate", b'Basic realm="mlflow"')
 CONTROL_CHARACTER_PATTERN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MLFLOW_ROUTE_CLOSED_MESSAGE = "this route is not open to this account; see docs/security.md"
-MLFLOW_BUSY_MESSAGE = "MLflow has as many requests as it can work on; try again"
+MLFLOW_BUSY_MESSAGE = "MLflow is processing as many requests as it can; retry in a few seconds"
 RETRY_AFTER_HEADER = (b"retry-after", b"5")
 MAX_MLFLOW_BODY_BYTES, MAX_ADMINISTRATOR_BODY_BYTES = 2**20, 16 * 2**20
 MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S = 8, 64, 30.0  # MLflow has 40 threads
-SEND_TIMEOUT_S = 60.0  # for a client to take a part of an answer, which waits in memory
+SEND_TIMEOUT_S = 60.0  # for a client to read a part of a response, which is kept in memory meanwhile
 
-# MLflow's pages read the workspace from the address's fragment, which no server sees, and show nothing without it.
-# The stored values are their own switches, set where the visitor has not chosen: open no assistant, send no usage data,
-# show no advertisement of either, list runs rather than traces.
+# MLflow's pages read the workspace from the URL's fragment, which browsers do not send to servers, and show nothing
+# without it. The stored values are the pages' own settings, set only where the visitor has not chosen: do not open the
+# assistant, send no usage data, show no advertisement of either, list runs rather than traces.
 MLFLOW_PAGE_SCRIPT = """\
 var page = location.hash.length > 2 ? location.hash : "#/models";
 if (!/[?&]workspace=/.test(page))
@@ -78,7 +80,7 @@ var choices = {
 for (var name in choices)
   if (localStorage.getItem(name) === null) localStorage.setItem(name, JSON.stringify(choices[name]));
 """
-# The browser refuses what a page would load from other hosts.
+# With this policy the browser blocks all resources from other hosts.
 MLFLOW_PAGE_POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -96,7 +98,7 @@ MLFLOW_PAGE_POLICY = "; ".join(
 
 
 def create_app() -> AsgiApp:
-    """Return MLflow's server with basic authentication, behind the gate."""
+    """Return MLflow's server with Basic authentication, behind the gate."""
     from mlflow.server.auth import create_app as create_mlflow
 
     return MlflowGate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())
@@ -104,7 +106,7 @@ def create_app() -> AsgiApp:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Where requests of the same accounts wait for one another: while a body is read, and for their answers."""
+    """Limit the concurrent requests of a group of accounts: one lane for reading bodies, one for MLflow's responses."""
 
     bodies: RequestLane = field(default_factory=lambda: RequestLane(MAX_WAITING_REQUESTS, 0, 0))
     answers: RequestLane = field(
@@ -113,11 +115,11 @@ class Lanes:
 
 
 class MlflowGate:
-    """An ASGI application that forwards a request only if it is on its caller's list.
+    """Forward a request to an ASGI application only if it is on its caller's allow-list.
 
-    The name in the Basic header chooses the list, and the same header, rewritten by the gate, is all by which MLflow
-    can authenticate the request; so a false name gains nothing. Only the configured administrator has the wider list:
-    accounts that MLflow calls administrators besides have a consumer's.
+    The name in the Basic header selects the list. The same header, rewritten by the gate, is the only credential that
+    MLflow receives, so a false name gains nothing. Only the configured administrator has the longer list: other
+    accounts with administrator rights in MLflow have the list of a consumer.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class MlflowGate:
         self._machine_digests = tuple(machine_digests)
         self._pause_s = pause_s
         self._throttle = SignInThrottle()
-        # The administrator, which is the platform, waits in none of these; its reader waits for no other account.
+        # The administrator, which is the platform, uses no lane; the platform's reader account has its own lanes.
         self._visitors = RequestLane(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
         self._accounts, self._reader = Lanes(), Lanes()
 
@@ -160,7 +162,7 @@ class MlflowGate:
         return ADMINISTRATOR_RULES if caller.name == self._administrator else CONSUMER_RULES
 
     async def _forward_public(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
-        """Forward a request that needs no account; probes of its health wait for nobody."""
+        """Forward a request that needs no account; health probes never wait in a lane."""
         if has_body(scope["headers"]):
             raise MlflowRefusal(413, "this route takes no body")
         lane = None if scope["path"] == "/health" else self._visitors
@@ -169,39 +171,40 @@ class MlflowGate:
     async def _forward_signed_in(
         self, caller: "Credentials", scope: AsgiScope, receive: AsgiReceive, send: AsgiSend
     ) -> None:
-        """Forward a request with its caller's credentials, unless too many of them were wrong lately."""
+        """Forward a request with its caller's credentials, unless the throttle refuses the sign-in."""
         forwarded = _rewrite_headers(scope, caller)
-        answer = PageRewriter(send) if scope["path"] == "/" and scope["method"] == "GET" else send
+        send_response = PageRewriter(send) if scope["path"] == "/" and scope["method"] == "GET" else send
         if is_machine_secret(caller.name, caller.password, self._machine_digests):
             if caller.name == self._administrator:
                 if not is_route_allowed(UPLOAD_RULES, scope["method"], scope["path"]):
                     receive = await self._read_checked_body(
                         scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True
                     )
-                return await self._app(forwarded, receive, answer)
+                return await self._app(forwarded, receive, send_response)
             lanes = self._reader if caller.name == READER_ACCOUNT else self._accounts
             return await self._forward(
-                lanes.answers, forwarded, await self._check_request(lanes, scope, receive), answer
+                lanes.answers, forwarded, await self._check_request(lanes, scope, receive), send_response
             )
-        address = scope["client"][0]  # the connection's, since uvicorn is told to believe no forwarded header
+
+        address = scope["client"][0]  # the connection's peer: uvicorn is configured to ignore forwarded headers
         if wait_s := self._throttle.admit(caller.name, address):
-            message = f"too many wrong passwords; try again in {wait_s} s"
+            message = f"too many wrong passwords; retry in {wait_s} s"
             raise MlflowRefusal(429, message, (b"retry-after", str(wait_s).encode()))
 
         async def watch(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start" and message["status"] != 401:
                 self._throttle.note_success(caller.name, address)
-            await answer(message)
+            await send_response(message)
 
         try:
             receive = await self._check_request(self._accounts, scope, receive)
             await self._forward(self._accounts.answers, forwarded, receive, watch)
         except (MlflowRefusal, ClientDisconnected):
-            self._throttle.note_success(caller.name, address)  # the password was not looked at, so nothing was guessed
+            self._throttle.note_success(caller.name, address)  # MLflow did not check the password, so this was no guess
             raise
 
     async def _check_request(self, lanes: "Lanes", scope: AsgiScope, receive: AsgiReceive) -> AsgiReceive:
-        """Read and check what an account other than the administrator asks."""
+        """Read and check the parameters and the body of a request that is not the administrator's."""
         try:
             check_query_parameters(scope["query_string"])
         except MlflowRequestRefused as error:
@@ -215,7 +218,7 @@ class MlflowGate:
     async def _read_checked_body(
         self, scope: AsgiScope, receive: AsgiReceive, max_bytes: int, is_trusted: bool = False
     ) -> AsgiReceive:
-        """Read a body, and return what gives it to MLflow once it is a JSON object within its bounds."""
+        """Read a body, check that it is a JSON object within the bounds, and return a `receive` that replays it."""
         try:
             body = await read_body(receive, scope["headers"], max_bytes, self._pause_s)
             form = parse_json_object(body)
@@ -230,10 +233,10 @@ class MlflowGate:
         return replay_body(body, receive)
 
     async def _forward(self, lane: RequestLane | None, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
-        """Let MLflow answer, in its turn; a client that does not take its answer loses it, and its place."""
+        """Forward a request when the lane has a free slot; drop the response of a client that stops reading it."""
         is_stalled = False
 
-        async def send_soon(message: AsgiMessage) -> None:
+        async def send_within_timeout(message: AsgiMessage) -> None:
             nonlocal is_stalled
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -244,10 +247,10 @@ class MlflowGate:
 
         try:
             if lane is None:
-                return await self._app(scope, receive, send_soon)
+                return await self._app(scope, receive, send_within_timeout)
             with _refuse_when_full():
                 async with lane.enter():
-                    await self._app(scope, receive, send_soon)
+                    await self._app(scope, receive, send_within_timeout)
         except Exception:
             if not is_stalled:
                 raise
@@ -263,7 +266,7 @@ def _refuse_when_full() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Credentials:
-    """Account and password of a request."""
+    """Hold the account and password of a request."""
 
     name: str
     password: str = field(repr=False)
@@ -289,7 +292,7 @@ def read_credentials(headers: AsgiHeaders) -> Credentials | None:
 
 
 def is_plain_path(scope: AsgiScope) -> bool:
-    r"""Tell whether a path means the same to the gate and to every router behind it.
+    r"""Tell whether a path has the same meaning for the gate and for every router behind it.
 
     Refused: empty and dot segments, encoded slashes, a second layer of encoding, control characters, `\` and `;`.
     """
@@ -303,7 +306,7 @@ def is_plain_path(scope: AsgiScope) -> bool:
 
 
 def _rewrite_headers(scope: AsgiScope, caller: Credentials | None) -> AsgiScope:
-    """Return the scope with the gate's own Authorization header and without any other that MLflow could believe."""
+    """Return the scope with the gate's Authorization header and without other headers that MLflow could trust."""
     headers = [(name, value) for name, value in scope["headers"] if not _is_header_dropped(name, scope["path"])]
     if caller is not None:
         pair = f"{caller.name}:{caller.password}".encode()
@@ -312,7 +315,11 @@ def _rewrite_headers(scope: AsgiScope, caller: Credentials | None) -> AsgiScope:
 
 
 def _is_header_dropped(name: bytes, path: str) -> bool:
-    """Drop other credentials, names that WSGI folds into others, and for the page what makes its answer partial."""
+    """Tell whether to drop a header.
+
+    Dropped are other credentials, names that WSGI maps to other names, and for the page the headers with which the
+    response would not be the whole page (range and conditional requests).
+    """
     credentials = name in (b"authorization", b"cookie", b"x-mlflow-authorization", b"proxy-authorization")
     forwarded = name == b"forwarded" or name.startswith(b"x-forwarded-") or b"_" in name
     partial = path == "/" and (name == b"range" or name.startswith(b"if-"))
@@ -320,7 +327,7 @@ def _is_header_dropped(name: bytes, path: str) -> bool:
 
 
 class PageRewriter:
-    """Send the page of MLflow's interface with a policy for the browser and a script that chooses the workspace."""
+    """Send the page of MLflow's interface with a content security policy and a script that selects the workspace."""
 
     def __init__(self, send: AsgiSend) -> None:
         self._send, self._body = send, b""
@@ -347,14 +354,14 @@ _REPLACED_HEADERS = (b"content-length", b"etag", b"last-modified", b"cache-contr
 
 
 class MlflowRefusal(Exception):
-    """An answer of the gate's own, in MLflow's form, which its client library shows."""
+    """Refuse a request in MLflow's error format, whose message its client library shows."""
 
     def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
 
     async def send(self, send: AsgiSend, is_unread: bool) -> None:
-        """Answer, and close the connection if a body may still be coming, which nobody reads."""
+        """Send the response, and close the connection if a body may still arrive, since it is not read."""
         body = json.dumps({"error_code": _ERROR_CODE_BY_STATUS[self.status], "message": str(self)}).encode()
         head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self.headers]
         if is_unread:

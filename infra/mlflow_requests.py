@@ -1,7 +1,7 @@
-"""Bounds on what MLflow is asked: JSON bodies, query parameters and GraphQL.
+"""Check the bounds of requests to MLflow: JSON bodies, query parameters and GraphQL.
 
-MLflow itself bounds little: it makes a join of every entry of `order_by` and of every condition of a filter, checks a
-GraphQL query in a time that grows with the square of its fields, and answers malformed JSON with 500.
+MLflow itself limits little: it makes a join for every entry of `order_by` and for every condition of a filter, checks a
+GraphQL query in time quadratic in its fields, and responds with 500 to malformed JSON.
 """
 
 import json
@@ -14,21 +14,21 @@ MAX_ORDER_BY_ENTRIES = 10
 MAX_FILTER_CONDITIONS = 30  # of a filter
 MAX_JSON_ENTRIES = 1_000  # of any other list or object
 MAX_STRING_CHARACTERS = 10_000  # of a string
-MAX_RESULTS = 25_000  # the client library asks for as many points of a metric at a time
+MAX_RESULTS = 25_000  # the client library requests this number of metric points at a time
 MAX_JSON_DEPTH = 20
-MAX_GRAPHQL_CHARACTERS = 4_096  # of GraphQL; the pages' own have at most 1,500
+MAX_GRAPHQL_CHARACTERS = 4_096  # of a GraphQL query; those of MLflow's pages have at most 1,500
 MAX_GRAPHQL_TOKENS, MAX_GRAPHQL_FIELDS, MAX_GRAPHQL_ALIASES = 1_000, 200, 10
 
 
 class MlflowRequestRefused(ValueError):
-    """A request that is malformed or beyond a bound."""
+    """Report that a request is malformed or exceeds a bound."""
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Return the object that a body holds; an empty body is an empty object, as MLflow takes it.
+    """Parse a body that is a JSON object; an empty body is an empty object, as for MLflow.
 
     Raises:
-        Refused: if it is anything else.
+        MlflowRequestRefused: if it is anything else.
 
     >>> parse_json_object(b'{"a": 1}'), parse_json_object(b"")
     ({'a': 1}, {})
@@ -43,16 +43,16 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 
 def check_json_bounds(form: dict[str, Any]) -> None:
-    """Hold an object's lists, strings and numbers to the bounds, however deep they lie.
+    """Check an object's lists, strings and numbers against the bounds, at every depth.
 
     Raises:
-        Refused: naming the first that is beyond one.
+        MlflowRequestRefused: naming the first that exceeds a bound.
     """
     waiting: list[tuple[str, Any, int]] = [("the body", form, 0)]
     while waiting:
         name, value, depth = waiting.pop()
         if depth > MAX_JSON_DEPTH:
-            raise MlflowRequestRefused(f"JSON may be {MAX_JSON_DEPTH} levels deep; send it flatter")
+            raise MlflowRequestRefused(f"JSON may be {MAX_JSON_DEPTH} levels deep; reduce the nesting")
         if isinstance(value, (dict, list)):
             _check_count(name, len(value))
             entries = value.items() if isinstance(value, dict) else ((name, entry) for entry in value)
@@ -61,15 +61,15 @@ def check_json_bounds(form: dict[str, Any]) -> None:
 
 
 def check_query_parameters(query_string: bytes) -> None:
-    """Hold the parameters of an address to the same bounds.
+    """Check a URL's query parameters against the same bounds.
 
     Raises:
-        Refused: naming the first that is beyond one.
+        MlflowRequestRefused: naming the first that exceeds a bound.
     """
     try:
         pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_JSON_ENTRIES)
     except ValueError:
-        raise MlflowRequestRefused(f"an address may have {MAX_JSON_ENTRIES} parameters; ask for less") from None
+        raise MlflowRequestRefused(f"a URL may have {MAX_JSON_ENTRIES} parameters; request less") from None
     names = [name for name, _ in pairs]
     for name, text in pairs:
         _check_count(name, names.count(name) if _normalize_name(name) == "orderby" else 1)
@@ -77,12 +77,13 @@ def check_query_parameters(query_string: bytes) -> None:
 
 
 def check_graphql(form: dict[str, Any]) -> None:
-    """Hold a GraphQL request to the keys that MLflow reads, and its query to a size that takes milliseconds.
+    """Check a GraphQL request's keys, and limit its query to a size that MLflow checks within milliseconds.
 
     Raises:
-        Refused: naming what is wrong.
+        MlflowRequestRefused: naming the fault.
     """
-    from graphql import GraphQLError, parse  # MLflow's; slow to import for the keeper, which reads this module's gate
+    # A dependency of MLflow, imported here because it is slow to import and the keeper imports this module.
+    from graphql import GraphQLError, parse
 
     query, variables, name = (form.get(key) for key in ("query", "variables", "operationName"))
     if not isinstance(query, str) or not 0 < len(query) <= MAX_GRAPHQL_CHARACTERS:
@@ -96,14 +97,14 @@ def check_graphql(form: dict[str, Any]) -> None:
     try:
         document = parse(query, no_location=True, max_tokens=MAX_GRAPHQL_TOKENS)
     except GraphQLError as error:
-        raise MlflowRequestRefused(f"query is no GraphQL: {error.message[:200]}") from None
+        raise MlflowRequestRefused(f"query is not valid GraphQL: {error.message[:200]}") from None
     except RecursionError:
-        raise MlflowRequestRefused("query is nested too deep; send a flatter one") from None
+        raise MlflowRequestRefused("query is nested too deeply; reduce the nesting") from None
     nodes = list(_walk_nodes(document))
     fields = [node for node in nodes if node.kind == "field"]
     if len(fields) > MAX_GRAPHQL_FIELDS or sum(node.alias is not None for node in fields) > MAX_GRAPHQL_ALIASES:
         raise MlflowRequestRefused(
-            f"a query may have {MAX_GRAPHQL_FIELDS} fields and {MAX_GRAPHQL_ALIASES} aliases; ask for less"
+            f"a query may have {MAX_GRAPHQL_FIELDS} fields and {MAX_GRAPHQL_ALIASES} aliases; request less"
         )
     for node in nodes:
         if node.kind == "object_field":
@@ -111,9 +112,9 @@ def check_graphql(form: dict[str, Any]) -> None:
 
 
 def _check_argument(name: str, value: Any) -> None:
-    """Hold a literal of GraphQL to the bounds; a bounded list must be written out, since variables have other names."""
+    """Check a GraphQL argument against the bounds; it must be a literal, since variables can have any name."""
     if _normalize_name(name) in ("orderby", "maxresults", "filter") and value.kind == "variable":
-        raise MlflowRequestRefused(f"{name} must be written out in the query, or all of the input be one variable")
+        raise MlflowRequestRefused(f"{name} must be a literal in the query, or the whole input one variable")
     if value.kind == "list_value":
         _check_count(name, len(value.values))
     elif value.kind in ("int_value", "string_value"):
@@ -121,12 +122,12 @@ def _check_argument(name: str, value: Any) -> None:
 
 
 def _walk_nodes(root: Any) -> Iterator[Any]:
-    """Every node of a syntax tree, without recursion."""
+    """Yield every node of a syntax tree, without recursion."""
     waiting = [(root, 0)]
     while waiting:
         node, depth = waiting.pop()
         if depth > 4 * MAX_JSON_DEPTH:
-            raise MlflowRequestRefused("query is nested too deep; send a flatter one")
+            raise MlflowRequestRefused("query is nested too deeply; reduce the nesting")
         yield node
         for key in node.keys:
             child = getattr(node, key)
@@ -135,7 +136,7 @@ def _walk_nodes(root: Any) -> Iterator[Any]:
 
 
 def _normalize_name(name: str) -> str:
-    """Return a field's name in the one form that its spellings share: protobuf takes `order_by` and `orderBy`."""
+    """Normalise a field's name, since protobuf accepts both `order_by` and `orderBy`."""
     return name.replace("_", "").lower()
 
 
@@ -147,7 +148,7 @@ def _check_count(name: str, count: int) -> None:
 
 def _check_scalar(name: str, value: Any) -> None:
     if _normalize_name(name) == "maxresults" and _is_over_limit(value, MAX_RESULTS):
-        raise MlflowRequestRefused(f"{name} may be {MAX_RESULTS}; ask for less and for the next page")
+        raise MlflowRequestRefused(f"{name} may be {MAX_RESULTS}; request less, then the next page")
     if not isinstance(value, str):
         return
     if len(value) > MAX_STRING_CHARACTERS:
@@ -158,12 +159,12 @@ def _check_scalar(name: str, value: Any) -> None:
         _normalize_name(name) in ("filter", "filterstring")
         and len(re.findall(r"\band\b", value, re.I)) >= MAX_FILTER_CONDITIONS
     ):
-        raise MlflowRequestRefused(f"{name} may have {MAX_FILTER_CONDITIONS} conditions; ask for less")
+        raise MlflowRequestRefused(f"{name} may have {MAX_FILTER_CONDITIONS} conditions; request less")
 
 
 def _is_over_limit(value: Any, limit: int) -> bool:
-    """Tell whether a number, or a string that protobuf takes for one, is beyond a limit."""
+    """Tell whether a number, or a string that protobuf parses as one, exceeds a limit."""
     try:
         return float(value) > limit
     except (TypeError, ValueError, OverflowError):
-        return isinstance(value, int)  # beyond what a float holds; other things MLflow refuses itself
+        return isinstance(value, int)  # an integer too large for a float; MLflow itself refuses other types

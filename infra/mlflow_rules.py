@@ -1,4 +1,4 @@
-"""Allow-lists of the MLflow server: the routes that each kind of caller may reach; every other route is closed."""
+"""Define the MLflow server's allow-lists: the routes that each kind of caller may use; all others are closed."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RouteRule:
-    """One method on one form of path; in the path, `*` is one segment and `**` one or more."""
+    """Allow one method on one path pattern; `*` matches one segment and `**` one or more."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ def is_route_allowed(rules: Iterable[RouteRule], method: str, path: str) -> bool
 
 
 def parse_rules(text: str) -> tuple[RouteRule, ...]:
-    """Read rules, one a line; `{a,b}` stands for each of its members, `{,ajax-}api` so for both of MLflow's prefixes.
+    """Parse rules, one per line; `{a,b}` expands to each member, so `{,ajax-}api` means both of MLflow's prefixes.
 
     >>> parse_rules("GET /{a,b}/*")
     (RouteRule(method='GET', path='/a/*'), RouteRule(method='GET', path='/b/*'))
@@ -48,17 +48,17 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
 
 
 CONSUMER_ACCOUNT = "consumer"  # the read-only account that consumers of the model share
-READER_ACCOUNT = "cotrain-reader"  # the platform's own, which reads the same: for the model server and evaluations
+READER_ACCOUNT = "cotrain-reader"  # the platform's read-only account, for the model server and evaluations
 
-# Without signing in: what probes and the sign-in page need.
+# Without sign-in: routes for probes and the sign-in page.
 PUBLIC_RULES = parse_rules("""
 GET /health
 GET /static-files/**
 GET /{,ajax-}api/3.0/mlflow/server-info
 """)
 
-# Every account: read experiments, runs, versions, aliases and artifacts, by the client library and in the pages.
-# MLflow itself still decides which of them the account may read.
+# For every account: read experiments, runs, versions, aliases and artifacts, with the client library and in the pages.
+# MLflow itself still checks which of them the account may read.
 CONSUMER_RULES = parse_rules("""
 GET /
 GET /{,ajax-}api/2.0/mlflow/experiments/{get,get-by-name,search}
@@ -87,11 +87,12 @@ GET /{,ajax-}api/2.0/mlflow/users/current
 GET /{,ajax-}api/3.0/mlflow/users/current/permissions
 """)
 
-# Whose bodies are files of any size, which pass as they come.
+# Bodies of these requests are files of any size; they are streamed without checks.
 UPLOAD_RULES = parse_rules("PUT /{,ajax-}api/2.0/mlflow-artifacts/artifacts/**")
 
-# The platform's tracker and an operator's browser. Nobody may rename or delete a registered model, make another
-# administrator or workspace, or reach what runs code or calls other hosts: assistant, gateway, jobs, scorers, webhooks.
+# For the platform's tracker and an operator's browser. Nobody may rename or delete a registered model, create another
+# administrator or workspace, or use routes that run code or call other hosts: assistant, gateway, jobs, scorers,
+# webhooks.
 ADMINISTRATOR_RULES = CONSUMER_RULES + parse_rules("""
 POST /{,ajax-}api/2.0/mlflow/experiments/{create,update,delete,restore,set-experiment-tag,delete-experiment-tag}
 POST /{,ajax-}api/2.0/mlflow/runs/{create,update,delete,restore,set-tag,delete-tag}

@@ -1,4 +1,4 @@
-"""Bytes in S3: named once, never overwritten."""
+"""Store objects in S3 under keys that are never overwritten with other content."""
 
 import hashlib
 import os
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 PROBE_KEY, PROBE_BYTES = "probe", b"p" * 8192
-UPLOAD_PART_BYTES = 16 * 2**20  # of a multipart upload; S3 takes no less than 5 MiB and no more than 10,000 parts
+UPLOAD_PART_BYTES = 16 * 2**20  # of a multipart upload; S3 requires parts of at least 5 MiB and at most 10,000 parts
 MAX_UPLOAD_PARTS = 10_000
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
 
 
 class ObjectStore:
-    """One bucket. Keys are content hashes or ids, so writing one twice writes the same bytes."""
+    """Read and write one bucket. Keys are content hashes or ids, so writing one twice writes the same bytes."""
 
     def __init__(self, client: "S3Client", bucket: str) -> None:
         self._client, self._bucket = client, bucket
@@ -32,7 +32,7 @@ class ObjectStore:
         self._client.put_object(Bucket=self._bucket, Key=key, Body=data)
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
-        """Store all that an open file holds, read piece by piece."""
+        """Store the whole content of an open file, read in chunks."""
         stream.seek(0)
         self._client.put_object(Bucket=self._bucket, Key=key, Body=stream)
 
@@ -43,12 +43,12 @@ class ObjectStore:
         return name
 
     def put_file(self, key: str, stream: BinaryIO, size: int, sha256: str) -> None:
-        """Store an open file, a large one in parts; after an interruption only the parts that are missing are sent.
+        """Store an open file, a large one in parts; after an interruption only the missing parts are sent.
 
-        The object is there only if the bytes that were sent are the expected ones, whatever happens to the file.
+        The object is created only if the sent bytes have the expected sha256, even if the file changes meanwhile.
 
         Raises:
-            ValueError: if size or sha256 are others; the object is as it was.
+            ValueError: if size or sha256 differ from the expected ones; the object is unchanged.
         """
         if os.fstat(stream.fileno()).st_size != size:
             raise ValueError(f"{key} has {os.fstat(stream.fileno()).st_size} bytes, expected are {size}")
@@ -57,22 +57,24 @@ class ObjectStore:
             data = stream.read(size)
             _check_sha256(key, hashlib.sha256(data).hexdigest(), sha256)
             return self.put(key, data)
+
         upload = (
             self._find_unfinished_upload(key)
             or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
         )
-        there = self._list_parts(key, upload)
+        stored_tags = self._list_parts(key, upload)
         parts: list[CompletedPartTypeDef] = []
         digest = hashlib.sha256()
         for number in range(1, -(-size // part_bytes) + 1):
             data = stream.read(min(part_bytes, size - stream.tell()))
             digest.update(data)
-            tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # S3's name for a part's content
-            if there.get(number) != tag:
+            tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # the ETag that S3 computes for a part
+            if stored_tags.get(number) != tag:
                 tag = self._client.upload_part(
                     Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )["ETag"]
             parts.append({"PartNumber": number, "ETag": tag})
+
         try:
             _check_sha256(key, digest.hexdigest(), sha256)
         except ValueError:
@@ -83,21 +85,21 @@ class ObjectStore:
         )
 
     def _find_unfinished_upload(self, key: str) -> str | None:
-        begun = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", [])
-        return next((upload["UploadId"] for upload in begun if upload["Key"] == key), None)
+        uploads = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", [])
+        return next((upload["UploadId"] for upload in uploads if upload["Key"] == key), None)
 
     def _list_parts(self, key: str, upload: str) -> dict[int, str]:
         pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
 
     def get_file(self, key: str, file: Path) -> None:
-        """Fetch an object into a file, which is there whole or not at all."""
+        """Download an object into a file atomically: the file is complete or does not exist."""
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
         self._client.download_file(self._bucket, key, str(scratch))
         scratch.replace(file)
 
     def list_keys(self, prefix: str) -> list[str]:
-        """Keys under a prefix, in order."""
+        """List the keys under a prefix, sorted."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))
 
@@ -108,12 +110,12 @@ class ObjectStore:
         return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
     def presign_upload(self, key: str, num_bytes: int, content_type: str, valid_s: int) -> str:
-        """Return an address at which anybody may store this one object by PUT, without an account.
+        """Return a URL with which anybody may store this one object by PUT, without an account.
 
         The signature covers the method, the key, the headers Content-Length and Content-Type, and the time. A request
-        with another of these is refused (403), also one without a length (chunked) or with headers for copying or
-        metadata. The address works again until it expires, so name the key by an id of this upload and check the
-        content's hash afterwards.
+        that differs in any of these is rejected (403), also one without a length (chunked) or with headers for copying
+        or metadata. The URL can be used repeatedly until it expires, so use an id of this upload as the key and check
+        the content's hash afterwards.
 
         Args:
             num_bytes: exact size of the object, at most 5 GiB.
@@ -127,7 +129,7 @@ class ObjectStore:
         return self._presign("put_object", key, valid_s, ContentLength=num_bytes, ContentType=content_type)
 
     def presign_download(self, key: str, valid_s: int) -> str:
-        """Return an address at which anybody may read this one object by GET, for at most an hour.
+        """Return a URL with which anybody may read this one object by GET, for at most an hour.
 
         Raises:
             ValueError: if `valid_s` is not from 1 to 3600.
@@ -139,8 +141,8 @@ class ObjectStore:
             raise ValueError(
                 f"valid_s must be from 1 to {MAX_PRESIGNED_S}, got {valid_s}; presign again when it is needed"
             )
-        asked = {"Bucket": self._bucket, "Key": key, **signed}
-        return self._client.generate_presigned_url(operation, Params=asked, ExpiresIn=valid_s)
+        parameters = {"Bucket": self._bucket, "Key": key, **signed}
+        return self._client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
 
     def exists(self, key: str) -> bool:
         try:
@@ -159,10 +161,10 @@ class ObjectStore:
                 raise
 
     def check(self) -> None:
-        """Raise unless an object can be written and read back; a bucket answers seconds before its volumes."""
+        """Raise unless an object can be written and read back; a bucket responds seconds before its volumes do."""
         self.put(PROBE_KEY, PROBE_BYTES)
         if self.get(PROBE_KEY) != PROBE_BYTES:
-            raise OSError("the store returned other bytes than it was given")
+            raise OSError("the store returned other bytes than it received")
 
 
 def _check_sha256(key: str, found: str, expected: str) -> None:
@@ -182,7 +184,7 @@ def open_object_store(settings: StoreAccess, bucket: str | None = None, *, attem
         aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
         region_name="us-east-1",
         config=Config(
-            signature_version="s3v4",  # the older one, boto3's default for presigned addresses, covers no size
+            signature_version="s3v4",  # the older version, boto3's default for presigned URLs, does not sign the size
             s3={"addressing_style": "path"},
             retries={"mode": "standard", "max_attempts": attempts},
             connect_timeout=2,

