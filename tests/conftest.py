@@ -1,4 +1,4 @@
-"""Real services for the tests: embedded PostgreSQL and S3, started once."""
+"""Provide real services to the tests: embedded PostgreSQL and S3, started once per session."""
 
 import os
 import subprocess
@@ -23,20 +23,20 @@ from infra.listeners import open_listener
 from infra.objects import open_object_store
 from infra.settings import Settings
 
-settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.register_profile("untimed", deadline=None)  # no deadlines: a busy machine must not fail a test
 settings.load_profile("untimed")
 
 
 def start(service, stack_id):
-    """Start one service of the embedded stack and wait until it answers."""
+    """Start one service of the embedded stack and wait until its check passes."""
     service.before()
     (service.cwd / "log").parent.mkdir(exist_ok=True)
-    with open_listener(service.listen) if service.listen else open(os.devnull) as given:
+    with open_listener(service.listen) if service.listen else open(os.devnull) as stdin:
         process = subprocess.Popen(
             service.command(),
             env={**service.env, STACK_ID_VARIABLE: stack_id},
             cwd=service.cwd,
-            stdin=given,
+            stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -55,7 +55,7 @@ def start(service, stack_id):
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory):
-    """Settings of a home whose PostgreSQL and S3 run."""
+    """Return the settings of a home folder whose PostgreSQL and S3 run."""
     home = tmp_path_factory.mktemp("home")
     config = load_or_make_config(home, durable=False)
     write_environment(home, config)
@@ -76,7 +76,7 @@ def engine(stores):
 
 @pytest.fixture
 def session(engine):
-    """A session on empty tables whose work is rolled back."""
+    """Return a session on empty tables; its changes are rolled back."""
     with engine.connect() as connection:
         transaction = connection.begin()
         connection.execute(text('truncate contributor, "case", round, snapshot, device_pool, audit_event cascade'))
@@ -92,12 +92,12 @@ def objects(stores):
 
 @pytest.fixture(scope="session")
 def first_version(engine):
-    """The version that reports are about: number 1, registered by a round that has ended."""
+    """Return the version that reports refer to: number 1, registered by a finished training round."""
     with make_session_factory(engine).begin() as session:
-        turn = Round(number=1, requested_by="test", parameters={}, state="promoted")
-        session.add(turn)
+        training_round = Round(number=1, requested_by="test", parameters={}, state="promoted")
+        session.add(training_round)
         session.flush()
-        rounds.add_version(session, turn.id, 1, {})
+        rounds.add_version(session, training_round.id, 1, {})
     return 1
 
 
@@ -109,7 +109,7 @@ def portal(stores, engine, objects, first_version):
 
 @pytest.fixture
 def account(engine):
-    """A contributor of this test alone: id and headers."""
+    """Create a contributor for this test only; return its id, headers and token."""
     with make_session_factory(engine).begin() as session:
         contributor, token = add_contributor(session, f"test-{new_id()}")
         return SimpleNamespace(id=contributor.id, headers={"Authorization": f"Bearer {token}"}, token=token)

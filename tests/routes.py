@@ -1,4 +1,4 @@
-"""Walk a server's routes: which answer to whom, as a table."""
+"""List a server's routes, and summarise in a table which of them each caller may use."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """A method, or WEBSOCKET, and a path as the server writes it."""
+    """Hold a method, or WEBSOCKET, and the path template of the server's route."""
 
     path: str
     method: str
 
     def example(self, **values):
-        """A path of this form; an id that nothing has, and `x` for other parts."""
+        """Return a path that matches the template: `values`, an id that does not exist, and `x` for other parts."""
         parts = {"uuid": "00000000-0000-4000-8000-000000000000", "number": "1", **values}
         return re.sub(
             r"{(\w+)(?::(\w+))?}", lambda m: parts.get(m.group(1)) or parts.get(m.group(2) or "", "x"), self.path
@@ -24,17 +24,17 @@ class Route:
 
 
 def list_routes(app, prefix=""):
-    """Every route of an application, those of mounted and included ones and hidden ones too."""
-    found = []
+    """List every route of an application, including hidden routes and those of mounted and included applications."""
+    routes = []
     for route in _flatten(app.routes):
         path = prefix + route.path
         if isinstance(route, Mount):
-            found += list_routes(route.app, path) if hasattr(route.app, "routes") else [Route(path + "/x", "GET")]
+            routes += list_routes(route.app, path) if hasattr(route.app, "routes") else [Route(path + "/x", "GET")]
         elif isinstance(route, WebSocketRoute) or not getattr(route, "methods", None):
-            found.append(Route(path, "WEBSOCKET"))
+            routes.append(Route(path, "WEBSOCKET"))
         else:
-            found += [Route(path, method) for method in route.methods]
-    return found
+            routes += [Route(path, method) for method in route.methods]
+    return routes
 
 
 def _flatten(routes):
@@ -47,5 +47,6 @@ def _flatten(routes):
 
 
 def summarise(server, num_walked, open_to):
-    """One row of the table: how many of the walked methods and paths answer to each caller."""
-    return f"| {server} | {num_walked} | {', '.join(f'{caller} {len(found)}' for caller, found in open_to.items())} |"
+    """Return one row of the table: how many of the requested methods and paths each caller may use."""
+    counts = ", ".join(f"{caller} {len(routes)}" for caller, routes in open_to.items())
+    return f"| {server} | {num_walked} | {counts} |"

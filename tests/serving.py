@@ -1,4 +1,4 @@
-"""Serve an application by a real server on a thread."""
+"""Serve an application with a real server in a thread."""
 
 import threading
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from tests.waiting import until
 
 @contextmanager
 def served(app):
-    """The application behind a real server; gives its address."""
+    """Run the application behind a real server while the block runs; yield its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **make_server_options()))
     thread = threading.Thread(target=server.run)
     thread.start()

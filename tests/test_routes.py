@@ -1,4 +1,4 @@
-"""Every route of the portal and of the model server, hidden ones too, as each kind of caller."""
+"""Test every route of the portal and of the model server, including hidden ones, as each kind of caller."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -16,8 +16,8 @@ from yuan.serve.service import ModelService
 
 ROOT = Path(__file__).parents[1]
 
-# Who may use which route of the portal. `account` is any token; of `owner` too, but a record is found by its owner
-# alone; everybody else and every other method is refused.
+# The routes of the portal that each caller may use. `account` means any token. `owner` routes take any token too, but
+# only the record's owner finds the record. Every other caller and method is refused.
 PORTAL = {
     "open": {"GET /", "GET /docs", "GET /health", "GET /openapi.json", "GET /rounds/{number}/plan.svg"},
     "account": {
@@ -44,7 +44,7 @@ PORTAL = {
         "POST /api/v1/rounds/{round_id}/cancel",
     },
 }
-# HEAD of a route that Starlette itself makes comes with its GET.
+# A route that Starlette itself adds for GET allows HEAD too.
 HEADS = {"HEAD /openapi.json"}
 HEALTH = {"GET /health"}
 MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /metrics", "POST /v1/completions", "POST /v1/chat/completions"}
@@ -52,7 +52,7 @@ MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /metrics", "POST /v1/completions
 
 @pytest.fixture
 def other(engine):
-    """Another contributor."""
+    """Create another contributor and return its headers."""
     with make_session_factory(engine).begin() as session:
         _, token = add_contributor(session, f"test-{new_id()}")
         return {"Authorization": f"Bearer {token}"}
@@ -60,7 +60,7 @@ def other(engine):
 
 @pytest.fixture
 def records(portal, account):
-    """A report and a dataset of the account, as values for paths."""
+    """Create a report and a dataset of the account; return their ids as values for paths."""
     report = {"kind": "rating", "prompt": "1+1=", "response": "2", "model_version": 1, "rating": 5}
     feedback = portal.post("/api/v1/feedback", json=report, headers=account.headers).json()["id"]
     rows = b'{"prompt": "1+1=", "answer": "2"}\n'
@@ -69,19 +69,24 @@ def records(portal, account):
 
 
 def walk(client, app, callers, **values):
-    """The routes that answer to each caller: neither unknown or unauthorised, nor of a method that is not there."""
+    """Request every method of every route as each caller.
+
+    Returns:
+        The number of routes requested, and by caller those that are open: not refused (401, 403, 405), and not a 404
+        for a record of another account.
+    """
     open_to = defaultdict(set)
-    forms = {Route(route.path, method) for route in list_routes(app) for method in METHODS}
+    routes = {Route(route.path, method) for route in list_routes(app) for method in METHODS}
     for caller, headers in callers.items():
         open_to[caller] = set()
-        for route in forms:
+        for route in routes:
             body = {"reason": "a body that reaches the record"}
-            answer = client.request(route.method, route.example(**values), headers=headers, json=body)
-            refused = answer.status_code in (401, 403, 405)
-            foreign = answer.status_code == 404 and any(name in route.path for name in values)
+            response = client.request(route.method, route.example(**values), headers=headers, json=body)
+            refused = response.status_code in (401, 403, 405)
+            foreign = response.status_code == 404 and any(name in route.path for name in values)
             if not refused and not foreign:
                 open_to[caller].add(f"{route.method} {route.path}")
-    return len(forms), open_to
+    return len(routes), open_to
 
 
 def test_the_portal_answers_each_caller_as_its_table_says(portal, account, other, operator, records):

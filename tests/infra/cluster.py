@@ -1,4 +1,4 @@
-"""A real Slurm of one node in a folder, from Debian's packages, for the tests that need one."""
+"""Run a real one-node Slurm cluster in a folder, from Debian's packages, for the tests that need one."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.waiting import until
 
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
 needs_slurm = pytest.mark.skipif(
-    bool(MISSING), reason=f"no Slurm here: {', '.join(MISSING)} of Debian's slurm-wlm, munge"
+    bool(MISSING), reason=f"needs Slurm, missing: {', '.join(MISSING)} of Debian's slurm-wlm, munge"
 )
 
 CONFIG = """
@@ -53,16 +53,17 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
 
 
 def free_ports(count):
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in held]
-    for server in held:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
         server.close()
     return ports
 
 
 def slurm_cluster():
-    """Slurm's commands find it through SLURM_CONF."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name:  # munge wants a way to its socket that all can walk
+    """Start the cluster; Slurm's commands find it through SLURM_CONF."""
+    # munge requires that every user can enter the folders above its socket
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         yield from _cluster(Path(name))
 
 

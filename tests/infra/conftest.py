@@ -1,4 +1,4 @@
-"""The real MLflow server, for the tests of its gate and its pages."""
+"""Provide the real MLflow server to the tests of its gate and its pages."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.infra.mlflow import fill_mlflow, mlflow_service
 
 @pytest.fixture(scope="session")
 def mlflow(stores, tmp_path_factory):
-    """What lies in the MLflow of the stores, which runs; it starts in 6 s, so only slow tests use it."""
+    """Start and fill the MLflow server of the stores; it takes 6 s to start, so only slow tests use it."""
     process = start(mlflow_service(stores), load_config(stores.home).stack_id)
     yield fill_mlflow(stores, tmp_path_factory.mktemp("mlflow"))
     process.terminate()

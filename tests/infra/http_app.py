@@ -1,4 +1,4 @@
-"""A small application behind the stack's HTTP protocol: `python -m tests.infra.http_app OPEN_FILES`."""
+"""Serve a small application with the stack's HTTP protocol: `python -m tests.infra.http_app OPEN_FILES`."""
 
 import asyncio
 import resource
@@ -9,17 +9,17 @@ import uvicorn
 from infra.http_server import HttpProtocol, make_server_options
 
 HEAD_LIMIT_S = 2.0
-LARGE_BYTES = 4 * 1024 * 1024  # more than the kernel takes for a caller who does not read
+LARGE_BYTES = 4 * 1024 * 1024  # more than the kernel's buffers hold for a client that does not read
 
 
 class QuickProtocol(HttpProtocol):
-    """The stack's protocol with a limit that a test can wait for."""
+    """Shorten the protocol's head limit so that a test can wait for it."""
 
     head_limit_s = HEAD_LIMIT_S
 
 
 async def app(scope, receive, send):
-    """Answer /early before the body is read and everything else after it; /large with `LARGE_BYTES`."""
+    """Respond to /early before reading the body and to other paths after it; to /large with `LARGE_BYTES`."""
     if scope["type"] == "websocket":
         return await echo(receive, send)
     assert scope["type"] == "http"

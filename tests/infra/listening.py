@@ -11,7 +11,7 @@ ORDINARY = 61_777
 
 @contextlib.contextmanager
 def as_user(uid):
-    """Be another user, which only root can, while the block runs."""
+    """Run the block as another user; needs root."""
     own = os.geteuid()
     if own not in (0, uid):
         pytest.skip("only root can become another user")
@@ -24,7 +24,7 @@ def as_user(uid):
 
 @contextlib.contextmanager
 def listening(host="127.0.0.1", port=0, uid=None, family=socket.AF_INET):
-    """Give a listening socket of this user, or of another one, which only root can make."""
+    """Open a listening socket as this user, or as another one, which needs root."""
     with as_user(os.geteuid() if uid is None else uid):
         server = socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     with server:

@@ -1,4 +1,4 @@
-"""The real MLflow server for the tests of its gate, with an experiment that consumers may read and one they may not."""
+"""Fill and query the real MLflow server for the tests of its gate: one experiment is open to consumers, one is not."""
 
 import json
 import re
@@ -21,7 +21,7 @@ ROUTES = """
 import json
 from fastapi.routing import iter_route_contexts
 import mlflow.server.auth as auth
-contexts = iter_route_contexts(auth.create_app().routes)  # of included routers too, which app.routes holds back
+contexts = iter_route_contexts(auth.create_app().routes)  # includes the routes of included routers, unlike app.routes
 native = [(method, route.path) for route in contexts for method in getattr(route, "methods", None) or ()]
 flask = [(method, str(rule)) for rule in auth.app.url_map.iter_rules() for method in rule.methods]
 assert native and flask
@@ -30,26 +30,26 @@ print(json.dumps(sorted({(m, p) for m, p in native + flask if m not in ("HEAD", 
 
 
 def mlflow_service(settings):
-    """Return the stack's own service of MLflow, for the stores of the tests."""
+    """Return the stack's MLflow service for the stores of the tests."""
     config = load_config(settings.home)
     return next(service for service in make_services(settings.home, config, settings) if service.name == "mlflow")
 
 
 def list_routes(service):
-    """Ask the installed version itself for all its routes, as (method, path) with placeholders."""
+    """Read all routes from the installed MLflow version, as (method, path) with placeholders."""
     env = {**service.env, "_MLFLOW_SGI_NAME": "uvicorn"}
-    done = subprocess.run([sys.executable, "-c", ROUTES], env=env, cwd=service.cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [tuple(route) for route in json.loads(done.stdout.splitlines()[-1])]
+    process = subprocess.run([sys.executable, "-c", ROUTES], env=env, cwd=service.cwd, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return [tuple(route) for route in json.loads(process.stdout.splitlines()[-1])]
 
 
 def fill_placeholders(path):
-    """Return a path that the route matches: `{name:path}` and `<path:name>` take two segments."""
+    """Return a path that the route matches; `{name:path}` and `<path:name>` become two segments."""
     return re.sub(r"\{[^}]*\}|<[^>]*>", "x", re.sub(r"\{[^}]*:path\}|<path:[^>]*>", "x/y", path))
 
 
 def callers(settings):
-    """Return nobody, the consumer, the platform's reader and the administrator, with what each signs in with."""
+    """Return the credentials of each caller: nobody, the consumer, the platform's reader and the administrator."""
     return {
         "nobody": None,
         "consumer": (CONSUMER_ACCOUNT, settings.mlflow_consumer_password.get_secret_value()),
@@ -67,17 +67,21 @@ def is_refused_by_gate(answer):
 
 
 def walk(settings, routes):
-    """Send every method to every path as every caller; return {(caller, method, path): refused by the gate}."""
+    """Send every method to every path as every caller.
+
+    Returns:
+        Whether the gate refused it, by (caller, method, path).
+    """
     paths = sorted({path for _, path in routes})
     with httpx.Client(base_url=settings.mlflow_url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
 
-        def ask(asked):
-            caller, method, path = asked
-            answer = client.request(method, fill_placeholders(path), auth=callers(settings)[caller])
-            return asked, is_refused_by_gate(answer)
+        def send(request):
+            caller, method, path = request
+            response = client.request(method, fill_placeholders(path), auth=callers(settings)[caller])
+            return request, is_refused_by_gate(response)
 
-        asked = [(caller, method, path) for caller in callers(settings) for path in paths for method in METHODS]
-        return dict(pool.map(ask, asked))
+        requests = [(caller, method, path) for caller in callers(settings) for path in paths for method in METHODS]
+        return dict(pool.map(send, requests))
 
 
 def render_walk(refused, routes):
@@ -90,7 +94,7 @@ def render_walk(refused, routes):
 
 
 def fill_mlflow(settings, folder):
-    """Make a version whose run consumers may read, and a private run with an artifact, a metric and a logged model."""
+    """Create a version readable by consumers, and a private run with an artifact, a metric and a logged model."""
     tracker = Tracker(settings)
     client = tracker._client
     (folder / "model").mkdir()

@@ -1,4 +1,4 @@
-"""What a confined process can reach, as root and as an ordinary user."""
+"""Test what a confined process can access, as root and as an ordinary user."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from infra import child
 from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
 
-SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of this one
+SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of the running Python
 ORDINARY = 61_777
 PROBE = """
 import ctypes, json, os, resource, socket, subprocess, sys
@@ -98,7 +98,7 @@ needs_landlock = pytest.mark.skipif(not is_landlock_enforced(), reason="this ker
 
 @pytest.fixture(params=["this user", "an ordinary user"])
 def probe(request, tmp_path_factory):
-    """Return a function that runs the probe under a confinement; it prints what it could do."""
+    """Return a function that runs the probe under a confinement and returns the result of each attempt."""
     is_ordinary = request.param == "an ordinary user"
     if is_ordinary and (os.geteuid() != 0 or not Path(SYSTEM_PYTHON).exists()):
         pytest.skip("only root can become another user, and that one needs the system's Python")

@@ -1,4 +1,4 @@
-"""What is said of errors where others read."""
+"""Test that descriptions and logged tracebacks of errors contain no user data."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Whose fault an error is."""
+"""Test the classification of errors: of one item, transient, or neither."""
 
 import httpx
 import pytest

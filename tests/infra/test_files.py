@@ -1,4 +1,4 @@
-"""Files in folders that somebody hostile may write."""
+"""Test file functions in folders that an attacker can write."""
 
 import hashlib
 import os

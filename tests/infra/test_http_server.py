@@ -1,4 +1,4 @@
-"""Servers of the stack when callers open many connections, send slowly, or send what could be read in two ways."""
+"""Test servers against clients that open many connections, send slowly, or send ambiguous requests."""
 
 import socket
 import subprocess
@@ -18,7 +18,7 @@ from tests.conftest import start
 from tests.infra.http_app import HEAD_LIMIT_S, LARGE_BYTES
 
 OPEN_FILES = 300
-BURST = 15  # connections at once: a server with so few files lets 18 wait
+BURST = 15  # connections at once; with so few open files the server's backlog is 18
 HEALTH = b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n"
 TWO_LENGTHS = b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
 UNFINISHED = {
@@ -36,7 +36,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def port(log):
-    """The port of a server that may open few files."""
+    """Start a server that may open few files, and return its port."""
     command = [sys.executable, "-m", "tests.infra.http_app", str(OPEN_FILES)]
     with log.open("w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process:
         yield int(process.stdout.readline())
@@ -45,7 +45,7 @@ def port(log):
 
 @pytest.fixture
 def dial(port):
-    """Connect and send: a function of the bytes and of the size of the receive buffer, where a small one is needed."""
+    """Return a function that connects and sends bytes, optionally with a small receive buffer."""
     with ExitStack() as stack:
 
         def dial(data=b"", receive_bytes=None):
@@ -62,14 +62,14 @@ def dial(port):
 
 @pytest.fixture
 def client(port):
-    """A client that connects for each request."""
+    """Return a client that opens a new connection for each request."""
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", limits=limits) as client:
         yield client
 
 
 def read_all(connection):
-    """Return what comes until the server closes."""
+    """Read until the server closes the connection."""
     data = b""
     try:
         while piece := connection.recv(65_536):
@@ -108,7 +108,7 @@ def test_a_flood_of_idle_connections_interrupts_no_upload_and_no_download(dial, 
 
 
 def slow_connections(dial):
-    """Return connections whose next request never comes whole, by what they are, and what each sends on and on."""
+    """Open connections whose next request never completes; return each with the bytes that it keeps sending."""
     early = b"POST /early HTTP/1.1\r\nHost: test\r\nContent-Length: 99999\r\n\r\n"
     return {
         "silent": (dial(), b""),
@@ -156,7 +156,7 @@ def test_a_request_with_two_lengths_is_refused_and_ends_the_connection(dial):
 
 def test_a_websocket_takes_small_messages_and_is_closed_for_a_large_one(port):
     with connect(f"ws://127.0.0.1:{port}/", compression=None) as socket_:
-        time.sleep(1.5 * HEAD_LIMIT_S)  # its connection waits for no head any more
+        time.sleep(1.5 * HEAD_LIMIT_S)  # the head limit does not apply to a websocket connection
         socket_.send("small")
         assert socket_.recv(timeout=10) == "small"
         socket_.send("x" * (MAX_WEBSOCKET_MESSAGE_BYTES + 1))

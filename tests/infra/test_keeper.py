@@ -1,4 +1,4 @@
-"""The keeper, with real processes."""
+"""Test the keeper with real processes."""
 
 import contextlib
 import os
@@ -110,7 +110,7 @@ server.serve_forever()
 
 @contextlib.contextmanager
 def keeping(folder, port, *program, listener="server"):
-    """Run a keeper of one web server, or another program, for whom it listens or who listens itself."""
+    """Run a keeper of one web server or another program; `listener` says if the keeper or the server listens."""
     command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(folder), listener, str(port), *program]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
@@ -138,7 +138,7 @@ def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     assert abs(time.time() - ready_at) < 60
     os.kill(first, signal.SIGKILL)
     until(lambda: state(folder).get("state") == "restarting")
-    assert state(folder)["ready_at"] == ready_at  # the last time that it was right
+    assert state(folder)["ready_at"] == ready_at  # the last time that it became ready
     until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
     assert state(folder)["ready_at"] > ready_at
     assert state(folder)["restarts"] == 1
@@ -196,7 +196,7 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tm
 @pytest.mark.skipif(not is_seccomp_enforced(), reason="this kernel or architecture has no filter of calls")
 @pytest.mark.parametrize("way", ["shut", "rob"])
 def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
-    """It shuts the socket, or leaves a process that would accept callers."""
+    """Shut the socket down, or leave a process behind that would accept clients."""
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
     with keeping(tmp_path, port, "-c", ROBBER, listener="keeper"):
@@ -214,19 +214,19 @@ def existing(pids):
 
 
 def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
-    """It leaves its session and its parent, and carries nothing of the stack."""
+    """Start a process with another session and parent, and without the stack's id in its environment."""
     port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
     hiding = HIDING.replace("FILE", str(hidden)).replace("PORT", str(port))
     with keeping(tmp_path, port, "-c", hiding) as process:
         until(lambda: state(tmp_path).get("state") == "ready")
-        found = until(
-            lambda: hidden.exists() and len(pids := [int(pid) for pid in hidden.read_text().split()]) == 2 and pids
+        pids = until(
+            lambda: hidden.exists() and len(ids := [int(pid) for pid in hidden.read_text().split()]) == 2 and ids
         )
-        assert not set(found) & set(find_stack_pids("keeper-test"))
-        until(lambda: len(existing(found)) == 1)  # the one that ended is buried
+        assert not set(pids) & set(find_stack_pids("keeper-test"))
+        until(lambda: len(existing(pids)) == 1)  # the keeper has reaped the one that exited
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert existing(found) == []
+        assert existing(pids) == []
 
 
 def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
@@ -251,9 +251,9 @@ def test_checks_count_only_in_a_row_and_over_the_time():
         if next(answers) == "bad":
             raise ConnectionError("refused\nsecond line")
 
-    failures = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), idle)
-    found = [failures.check() for _ in range(7)]
-    assert found[:6] == [None] * 6 and found[6].endswith("ConnectionError: refused")
+    monitor = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), idle)
+    reasons = [monitor.check() for _ in range(7)]
+    assert reasons[:6] == [None] * 6 and reasons[6].endswith("ConnectionError: refused")
     slow = LivenessMonitor(LivenessPolicy(check, failures=1, seconds=30.0), idle)
     assert slow.check() is None
 
@@ -268,33 +268,33 @@ def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_r
 
     with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as process:
         liveness = LivenessPolicy(check, failures=2, seconds=0.0, busy_seconds=busy_seconds)
-        failures = LivenessMonitor(liveness, lambda: measure_cpu_demand_s(process.pid))
+        monitor = LivenessMonitor(liveness, lambda: measure_cpu_demand_s(process.pid))
         try:
-            assert failures.check() is None
+            assert monitor.check() is None
             began = measure_cpu_demand_s(process.pid)
             until(lambda: measure_cpu_demand_s(process.pid) > began + 0.2)
-            assert (failures.check() is not None) == is_restarted
+            assert (monitor.check() is not None) == is_restarted
         finally:
             process.kill()
 
 
 def test_waiting_for_a_processor_counts_as_computing():
-    """As on a machine with many more busy processes than processors."""
+    """Simulate a machine with many more busy processes than CPUs: pin six of them to one core."""
     core = min(os.sched_getaffinity(0))
     program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
     with contextlib.ExitStack() as cleanup:
         for _ in range(6):
-            one = cleanup.enter_context(
+            process = cleanup.enter_context(
                 subprocess.Popen([sys.executable, "-c", program], start_new_session=True, stdout=subprocess.PIPE)
             )
-            cleanup.callback(one.kill)
-            one.stdout.readline()
-        began, computed = time.monotonic(), measure_cpu_demand_s(one.pid)
+            cleanup.callback(process.kill)
+            process.stdout.readline()
+        started_at, demand_at_start_s = time.monotonic(), measure_cpu_demand_s(process.pid)
         time.sleep(3)
-        share = (measure_cpu_demand_s(one.pid) - computed) / (time.monotonic() - began)
-        used = Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()
+        share = (measure_cpu_demand_s(process.pid) - demand_at_start_s) / (time.monotonic() - started_at)
+        stat_fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     assert share > 0.8
-    assert sum(map(int, used[11:13])) / os.sysconf("SC_CLK_TCK") < 2, "it had a sixth of the processor"
+    assert sum(map(int, stat_fields[11:13])) / os.sysconf("SC_CLK_TCK") < 2, "it used a sixth of the CPU"
 
 
 def test_services_die_with_a_killed_keeper(keeper):

@@ -1,4 +1,4 @@
-"""JobSets held against the published models of their API, and endings read from the official client's records."""
+"""Check JobSets against the published models of their API, and job endings against the official client's objects."""
 
 from datetime import datetime, timezone
 
@@ -27,8 +27,8 @@ def job(tmp_path):
 @pytest.mark.parametrize("queue", [None, "gpus"])
 def test_the_manifest_is_a_jobset_by_its_published_model(job, queue):
     body = build_jobset(job, KubernetesOptions(**{**OPTIONS.__dict__, "queue": queue, "priority_class": "high"}))
-    assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body  # a key that the model does not know would be dropped
-    # the models of JobSet take what they do not know inside of pods, those of the client do not
+    assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body  # the model would drop an unknown key
+    # the JobSet models accept unknown keys inside pod specs; the client's models do not
     client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"])
     assert body["spec"].get("suspend", False) == (queue is not None)
 
@@ -47,7 +47,7 @@ def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body
     spec = client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"]).spec.template.spec
     (term,) = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution.node_selector_terms
-    # the API takes one value for each; all of a term hold
+    # the API allows one value per match field; a term requires all of its fields
     assert [(f.key, f.operator, f.values) for f in term.match_fields] == [
         ("metadata.name", "NotIn", ["gpu-7"]),
         ("metadata.name", "NotIn", ["gpu-9"]),

@@ -1,4 +1,4 @@
-"""Whose listener gets what is sent to a port."""
+"""Test which user's listener receives the connections to a port."""
 
 import contextlib
 import os
@@ -52,7 +52,7 @@ def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
         with accepted:
             assert accepted.recv(5) == b"early"
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    with open_listener(url):  # though a connection of the port's earlier server lingers
+    with open_listener(url):  # although a connection of the earlier server may be in TIME_WAIT
         pass
 
 
@@ -70,7 +70,7 @@ def test_nobody_else_listens_while_this_user_replaces_a_listener_or_has_shut_it(
 
 
 def is_taken(port):
-    """Tell whether another user can listen on a port, by any of the ways that share one."""
+    """Tell whether another user can listen on a port, with any combination of the socket options that share it."""
     for options in ([], [socket.SO_REUSEADDR], [socket.SO_REUSEPORT], [socket.SO_REUSEADDR, socket.SO_REUSEPORT]):
         for host in ("127.0.0.1", "0.0.0.0"):
             with as_user(ORDINARY), socket.socket() as other:

@@ -1,4 +1,4 @@
-"""Processes that leave when the file that stands for their supervisor is silent or says that it is over."""
+"""Test that processes exit when their supervisor's heartbeat file stops changing or holds the exit note."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ WRITER += "cm.__enter__(); time.sleep(60)"
 
 @pytest.fixture
 def rank(tmp_path):
-    """A process that watches `tmp_path/alive`, which is there."""
+    """Start a process that watches the existing file `tmp_path/alive`."""
     (tmp_path / "alive").write_text("0")
     process = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "alive")])
     yield process

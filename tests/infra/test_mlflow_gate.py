@@ -1,4 +1,4 @@
-"""What nobody, a consumer and the administrator reach of the real MLflow server."""
+"""Test what nobody, a consumer and the administrator can reach on the real MLflow server."""
 
 import base64
 import http.client
@@ -51,7 +51,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def clients(stores, mlflow):
-    """A client of each caller."""
+    """Return an HTTP client for each caller."""
     made = {
         name: httpx.Client(base_url=stores.mlflow_url, auth=auth, timeout=60) for name, auth in callers(stores).items()
     }
@@ -203,7 +203,7 @@ def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
     body = {"run_id": mlflow.private_run, "path": "secret.txt"}
     url = "/api/2.0/mlflow/artifacts/presigned-download-url"
     assert clients["consumer"].post(url, json=body).status_code == 403
-    # The same routes answer whoever may read the run.
+    # The same routes are open to callers that may read the run.
     assert clients["administrator"].get(*asked[0][:1], params=asked[0][1]).text == SECRET
     assert clients["consumer"].get(f"{proxied}/artifacts/{own}/model/config.json").json() == {"public": True}
     assert (

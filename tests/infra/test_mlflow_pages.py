@@ -1,4 +1,4 @@
-"""MLflow's pages as a consumer sees them in a browser."""
+"""Test MLflow's pages in a browser, signed in as a consumer."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def browser():
 
 @pytest.fixture
 def visit(stores, mlflow, browser):
-    """Open an address as the consumer, in a browser that has never been here; other hosts' addresses are kept."""
+    """Return a function that opens a path as the consumer in a fresh browser; fail on requests to other hosts."""
     name, password = callers(stores)["consumer"]
     context = browser.new_context(http_credentials={"username": name, "password": password})
     context.set_default_timeout(120_000)

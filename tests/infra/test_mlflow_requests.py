@@ -1,4 +1,4 @@
-"""What the gate in front of MLflow takes of a request, on a small server that says what reached it."""
+"""Test which requests MLflow's gate forwards, with a small application that records what reaches it."""
 
 import asyncio
 import base64
@@ -24,7 +24,7 @@ UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
 
 
 class Behind:
-    """What the gate forwards to: it keeps paths and the size of bodies, and answers consumers when it may."""
+    """Record forwarded paths and body sizes; respond to searches only while `may_answer` is set."""
 
     def __init__(self):
         self.reached, self.inside, self.most = [], 0, 0
@@ -127,11 +127,11 @@ def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, 
     behind.may_answer.clear()
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 9) as pool:
         url = f"http://127.0.0.1:{port}{SEARCH}"
-        asked = [
+        futures = [
             pool.submit(httpx.post, url, content="{}", auth=CONSUMER, timeout=30)
             for _ in range(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 8)
         ]
-        while not any(one.done() for one in asked):
+        while not any(future.done() for future in futures):
             time.sleep(0.05)
         assert behind.most == MAX_CONCURRENT_REQUESTS
         reading = pool.submit(httpx.post, url, content="{}", auth=READER, timeout=30)
@@ -139,7 +139,7 @@ def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, 
             time.sleep(0.05)
         assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
         behind.may_answer.set()
-        statuses = [one.result().status_code for one in asked]
+        statuses = [future.result().status_code for future in futures]
         assert reading.result().status_code == 200
     assert statuses.count(429) == 8 and statuses.count(200) == MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS
 

@@ -1,4 +1,4 @@
-"""Processes of this machine: what is known of them, and what is not."""
+"""Test when a process is known to run, known to have exited, or neither."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from infra.processes import get_own_identity, is_known_alive, is_known_exited, l
 
 
 def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
-    """Or the reaper would take the devices of a run that goes on."""
+    """Guard the devices of a running run, which the lease reaper would otherwise free."""
     own, limits = get_own_identity(), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
@@ -26,7 +26,7 @@ def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
 def test_a_process_that_has_ended_is_known_to_have_exited():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     host, _, _ = get_own_identity().rsplit(":", 2)
-    started = next(one.started for one in list_processes() if one.pid == process.pid)
+    started = next(info.started for info in list_processes() if info.pid == process.pid)
     name = f"{host}:{process.pid}:{started}"
     assert is_known_alive(name)
     process.communicate()

@@ -1,4 +1,4 @@
-"""How a gate reads a body: in time, up to its bound, or not at all."""
+"""Test how a gate reads a body: within the time limits and the size limit, or not at all."""
 
 import asyncio
 
@@ -9,12 +9,12 @@ from infra.request_body import ClientDisconnected, RequestBodyRefused, read_body
 
 
 def read(*messages, headers=(), then=None, **limits):
-    """Read a body that comes as these messages; without an end, `then` comes over and over, a moment apart."""
-    left = list(messages)
+    """Read a body that arrives as these messages; if it has no end, `then` is repeated every 10 ms."""
+    remaining = list(messages)
 
     async def receive():
-        if left:
-            return left.pop(0)
+        if remaining:
+            return remaining.pop(0)
         await asyncio.sleep(0.01 if then else 60)
         return then
 
@@ -41,7 +41,7 @@ def test_a_body_that_is_announced_as_too_long_is_not_read():
 
 def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch):
     monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.5)
-    for pause in ({"pause_s": 0.1}, {"then": part(b"")}):  # without a byte, and with none that ends it
+    for pause in ({"pause_s": 0.1}, {"then": part(b"")}):  # no further message, and messages without an end
         with pytest.raises(RequestBodyRefused) as refusal:
             read(part(b"0"), **pause)
         assert refusal.value.status == 408

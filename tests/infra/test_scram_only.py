@@ -1,4 +1,4 @@
-"""What Prefect's server tells a program that holds PostgreSQL's port."""
+"""Test that a program on PostgreSQL's port gets no password from Prefect's server."""
 
 import asyncio
 import contextlib
@@ -79,7 +79,7 @@ def test_a_server_that_asks_for_anything_but_scram_gets_no_password(sent, refusa
                 await asyncpg.connect(
                     host="127.0.0.1", port=port, user="prefect", password=PASSWORD, database="x", ssl=False
                 )
-            return "".join(f"{one}" for one in (refused.value, refused.value.__cause__))
+            return "".join(f"{error}" for error in (refused.value, refused.value.__cause__))
 
     text = asyncio.run(asyncio.wait_for(connect(), 60))
     assert refusal in text
@@ -106,16 +106,16 @@ def test_prefects_server_shows_its_password_to_no_program_on_postgresqls_port(tm
     config = load_or_make_config(tmp_path)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)
-    prefect = next(one for one in make_services(tmp_path, config, settings) if one.name == "prefect")
+    prefect = next(service for service in make_services(tmp_path, config, settings) if service.name == "prefect")
     make_private_folders(prefect.cwd)
     received, log = bytearray(), tmp_path / "log"
     with listening(port=config.ports["postgres"]) as impostor, contextlib.ExitStack() as cleanup:
         impostor.settimeout(120)
-        given = cleanup.enter_context(open_listener(prefect.listen))
+        listener = cleanup.enter_context(open_listener(prefect.listen))
         output = cleanup.enter_context(log.open("wb"))
         process = cleanup.enter_context(
             subprocess.Popen(
-                prefect.command(), env=prefect.env, cwd=prefect.cwd, stdin=given, stdout=output, stderr=output
+                prefect.command(), env=prefect.env, cwd=prefect.cwd, stdin=listener, stdout=output, stderr=output
             )
         )
         cleanup.callback(process.kill)

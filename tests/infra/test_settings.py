@@ -1,4 +1,4 @@
-"""Each process's settings: the fields it uses, and no secret besides."""
+"""Test that each process's settings have the fields it uses, and no other secret."""
 
 import pytest
 
@@ -34,8 +34,8 @@ def home(tmp_path_factory):
 @pytest.mark.parametrize("kind", ALLOWED)
 def test_a_process_is_given_the_secrets_it_uses_and_no_others(home, kind):
     text = (home / kind.files[0]).read_text()
-    found = {name for name, secret in load_or_make_config(home).secrets.items() if secret in text}
-    assert found == ALLOWED[kind]
+    secret_names = {name for name, secret in load_or_make_config(home).secrets.items() if secret in text}
+    assert secret_names == ALLOWED[kind]
     assert (home / kind.files[0]).stat().st_mode & 0o777 == 0o600
 
 

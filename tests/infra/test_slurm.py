@@ -15,14 +15,14 @@ from infra.processes import find_pids
 from tests.infra.cluster import needs_slurm, said, slurm_cluster
 from tests.waiting import until
 
-# A rank as the platform's: it leaves when its supervisor is silent, and does as the folder says.
+# A rank like the platform's: it exits when its supervisor's heartbeat stops, or with the status in the file `leave`.
 RANK = """
 import os, pathlib, sys, time
 from infra.process_group import exit_with_parent
 exit_with_parent()
 folder = pathlib.Path(sys.argv[1])
 (folder / f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
-os.write(1, f"restart {os.environ.get('SLURM_RESTART_COUNT', '0')}\\n".encode())  # whole, beside the other rank's
+os.write(1, f"restart {os.environ.get('SLURM_RESTART_COUNT', '0')}\\n".encode())  # one write: lines stay whole
 while not (folder / "leave").exists():
     time.sleep(0.05)
 sys.exit(int((folder / "leave").read_text()))
@@ -61,9 +61,9 @@ def started(job):
 
 def ended(running):
     end = time.monotonic() + 90
-    while (found := running.wait(0.2)) is None:
+    while (ending := running.wait(0.2)) is None:
         assert time.monotonic() < end, "did not end in time"
-    return found
+    return ending
 
 
 @needs_slurm
@@ -98,7 +98,7 @@ def test_a_job_that_somebody_cancels_says_so(slurm, job):
 def test_a_job_keeps_away_from_bad_machines(slurm, job):
     bad = Job(**{**job.__dict__, "avoid": (socket.gethostname().split(".")[0],)})
     with (
-        pytest.raises(RuntimeError, match=r"Requested node configuration is not available.*was to avoid"),
+        pytest.raises(RuntimeError, match=r"Requested node configuration is not available.*it excludes"),
         SlurmLauncher().run(bad),
     ):
         pass
@@ -129,7 +129,7 @@ def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
 
 @needs_slurm
 def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
-    """As the worker does, which reads Slurm's configuration and its own folder."""
+    """Submit like the worker, which may read only Slurm's configuration and its own folder."""
     confinement = Confinement(read=find_launcher_files("slurm"), write=(tmp_path,))
     job_id = said(*confinement.command("/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 30"))
     assert job_id.isdigit()

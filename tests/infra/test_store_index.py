@@ -1,4 +1,4 @@
-"""A volume index that a kill has torn is rebuilt at the next start, by a program that is confined like the server."""
+"""Test that a volume index truncated by a kill is rebuilt at the next start, by a program confined like the server."""
 
 import os
 
@@ -26,7 +26,7 @@ def test_a_torn_index_hides_no_object(tmp_path):
         indices = [file for file in (tmp_path / "s3").rglob("*.idx") if file.stat().st_size]
         assert indices
         for file in indices:
-            os.truncate(file, file.stat().st_size // 2 + 3)  # entries have 16 bytes, so the last one is half there
+            os.truncate(file, file.stat().st_size // 2 + 3)  # entries have 16 bytes, so the last one is incomplete
         process = start(store, config.stack_id)
         assert {key: open_object_store(settings).get(key) for key in kept} == kept
     finally:

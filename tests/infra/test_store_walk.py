@@ -1,4 +1,4 @@
-"""What callers without certificate or signature reach of the running store, and what presigned addresses allow."""
+"""Test what callers without certificate or signature can reach in the running store, and what presigned URLs allow."""
 
 import os
 import socket
@@ -38,14 +38,14 @@ PATHS = [
     ),
     *("/mlflow", "/cotrain/..%2fmlflow/probe", "/cotrain/probe?versionId=null", "/cotrain/probe?torrent"),
 ]
-PROBES = ("/healthz", "/readyz", "/status")  # S3 answers these with an empty body
+PROBES = ("/healthz", "/readyz", "/status")  # S3 responds to these with an empty body
 ACTIONS = ("ListUsers", "CreateUser", "CreateAccessKey", "PutUserPolicy", "AssumeRole", "AssumeRoleWithWebIdentity",
            "AssumeRoleWithLDAPIdentity", "GetCallerIdentity", "GetSessionToken", "GetFederationToken")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def weed(stores):
-    """The store's configuration and process."""
+    """Return the store's configuration and pid."""
     config = load_config(stores.home)
     pids = [
         pid for pid in find_stack_pids(config.stack_id) if Path(f"/proc/{pid}/exe").resolve().name.startswith("weed")
@@ -71,13 +71,12 @@ def listening_ports(pid):
         row.split() for family in ("tcp", "tcp6") for row in Path(f"/proc/net/{family}").read_text().splitlines()[1:]
     ]
     own = sockets_of(pid)
-    return sorted(
-        {(row[1].split(":")[0], int(row[1].split(":")[1], 16)) for row in rows if row[3] == "0A" and row[9] in own}
-    )
+    listeners = [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in own]
+    return sorted({(address, int(port, 16)) for address, port in listeners})
 
 
 def shakes_hands(port, version):
-    """Tell whether a caller without a certificate of the store is spoken to over TLS."""
+    """Tell whether a client without the store's certificate can exchange data over TLS."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
@@ -85,13 +84,13 @@ def shakes_hands(port, version):
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=10) as raw, context.wrap_socket(raw) as wrapped:
             wrapped.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
-            return wrapped.recv(1) != b""  # with TLS 1.3 the refusal comes only here
+            return wrapped.recv(1) != b""  # with TLS 1.3 the server refuses only after the handshake
     except (ssl.SSLError, ConnectionError):
         return False
 
 
 def plain_answer(port):
-    """Return what a caller without TLS is told."""
+    """Return the response to a client without TLS."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         try:
             raw.sendall(b"GET /dir/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -155,7 +154,7 @@ def test_nobody_makes_themselves_an_identity(s3, action):
 
 @pytest.fixture
 def upload(objects):
-    """A presigned upload of five bytes of text, and what it is for."""
+    """Return a key and its presigned URL for an upload of five bytes of text."""
     key = f"uploads/{new_id()}"
     yield key, objects.presign_upload(key, 5, "text/plain", 60)
     objects.delete(key)

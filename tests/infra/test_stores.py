@@ -1,4 +1,4 @@
-"""PostgreSQL and the store: kills, strangers, ports, files in the way, and what each account reaches."""
+"""Test PostgreSQL and the store: kills, unauthenticated clients, ports, blocking files, and each account's access."""
 
 import contextlib
 import json
@@ -50,11 +50,11 @@ def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(t
 
 
 def ask_for_the_password(impostor):
-    """Answer a client of PostgreSQL with AuthenticationCleartextPassword, and return what it sends then."""
+    """Send AuthenticationCleartextPassword to a client of PostgreSQL, and return its reply."""
     client, _ = impostor.accept()
     with client:
         client.settimeout(10)
-        if client.recv(1000) == SSL_REQUEST:  # it asks for encryption first
+        if client.recv(1000) == SSL_REQUEST:  # the client requests encryption first
             client.sendall(b"N")
             client.recv(1000)
         client.sendall(b"R" + struct.pack("!II", 8, 3))
@@ -63,7 +63,7 @@ def ask_for_the_password(impostor):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
-    """Neither to the server's user nor to the folders that it may write."""
+    """Check both the owners of the files and the folders that the server may write."""
     others = tmp_path / "others"
     others.mkdir()
     (others / "file").write_text("secret")
@@ -101,7 +101,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
 
 
 def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
-    """They connect and never sign in."""
+    """Open 260 connections that never authenticate."""
     config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
     server.initialise()
@@ -121,7 +121,7 @@ def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_tho
         server.check_answer()
         assert connection.execute("select 1").fetchone() == (1,)
         assert f"by {describe_user(os.geteuid())}" in describe_callers(server.port)
-        until(lambda: answers(server), seconds=SIGN_IN_TIMEOUT_S + 60)  # who has not signed in by then is let go
+        until(lambda: answers(server), seconds=SIGN_IN_TIMEOUT_S + 60)  # the server closes unauthenticated connections
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             server.check_answer()
@@ -233,7 +233,7 @@ def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, 
     "name", [n for part in WEED_PORT_NAMES if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
 )
 def test_the_stores_inner_ports_speak_to_nobody_else(stores, name):
-    """Neither in the clear nor over TLS without the store's own certificate."""
+    """Connect in plain text, and over TLS without the store's certificate."""
     port = load_config(stores.home).ports[name]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""The limit on password guessing, under a clock of the test's own."""
+"""Test the limit on password guessing with a fake clock."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""The tracker's client against a server that takes connections and never answers."""
+"""Test the tracker's client against a server that accepts connections and never responds."""
 
 import os
 import socket
