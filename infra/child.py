@@ -215,45 +215,54 @@ def apply_seccomp(is_server: bool, system_v: bool) -> None:
 
 
 def build_seccomp_program(is_server: bool, system_v: bool) -> list[BpfInstruction]:
-    """Write the BPF program that decides on each system call.
+    """Build the BPF program that decides on each system call.
 
-    Landlock has no rule for these: limits and priorities of other processes of the same user, of which
-    RLIMIT_CPU ends one; TCP connections by other ways than connect and bind on a TCP socket (MPTCP, SMC, SCTP,
-    MSG_FASTOPEN); io_uring, which makes calls that no filter sees; System V memory, semaphores and queues, which all
-    processes of a user share, for all but PostgreSQL; and calls that no service needs and that reach other processes or
-    large parts of the kernel.
+    It refuses what Landlock has no rule for:
 
-    A server inherits the socket that it listens on, which its successor will use. So it may not make Unix sockets that
-    reach others, by which it could hand the socket to them, nor leave its process group, with which it is ended.
+    - changing limits and priorities of other processes of the same user (RLIMIT_CPU can kill a process);
+    - TCP connections other than by connect and bind on a TCP socket: MPTCP, SMC, SCTP, MSG_FASTOPEN;
+    - io_uring, whose operations bypass seccomp filters;
+    - System V memory, semaphores and queues, which all processes of a user share; PostgreSQL may use them;
+    - calls that no service needs and that give access to other processes or to large parts of the kernel.
+
+    A server inherits its listening socket, which may also be used by the next process of the service. So it may not
+    create Unix sockets that other processes can reach, through which it could pass the socket on, and it may not leave
+    its process group, by which the keeper ends it.
     """
     machine = os.uname().machine
     refused, missing, done = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS, SECCOMP_ERRNO
     program: list[BpfInstruction] = [
         (BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET),
-        (BPF_EQUAL, 1, 0, ARCHITECTURES[machine]),  # the numbers of 32-bit programs mean other calls
+        (BPF_EQUAL, 1, 0, ARCHITECTURES[machine]),  # in 32-bit programs the same numbers mean other calls
         (BPF_RETURN, 0, 0, refused),
         (BPF_LOAD, 0, 0, NUMBER_OFFSET),
     ]
     if machine == "x86_64":
         program += [(BPF_NOT_LESS, 0, 1, FIRST_X32_CALL), (BPF_RETURN, 0, 0, refused)]
+
+    # Limits, scheduling and priorities: only of the calling process, whose pid argument is 0.
     itself = (0, ALL_BITS_MASK, (0,))
     for name in ("prlimit64", "sched_setscheduler", "sched_setparam", "sched_setattr"):
         program += match_call(name, allow_if(itself, otherwise=refused))
-    # The C library names a new thread by its id here. An error would end programs that bind their threads to cores
-    # (OMP_PROC_BIND), so the threads stay unbound instead.
+    # The C library passes the id of a new thread here, not 0. An error would end programs that bind their threads to
+    # cores (OMP_PROC_BIND), so the call succeeds without effect and the threads stay unbound.
     program += match_call("sched_setaffinity", allow_if(itself, otherwise=done))
     for name, process in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
         program += match_call(
             name, allow_if((0, ALL_BITS_MASK, (process,)), (1, ALL_BITS_MASK, (0,)), otherwise=refused)
         )
+
+    # Sockets and process groups.
     program += match_call("socket", allow_sockets(refused, with_unix=not is_server))
     if is_server:
-        # A pair of another type can be connected anew, to a path.
+        # A socket of a datagram pair can be reconnected to the path of another process's socket.
         program += match_call("socketpair", allow_if((1, SOCKET_TYPE_MASK, (socket.SOCK_STREAM,)), otherwise=refused))
         for name in ("setsid", "setpgid"):
             program += match_call(name, [(BPF_RETURN, 0, 0, refused)])
     for name, index in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
         program += match_call(name, allow_if((index, MSG_FASTOPEN, (0,)), otherwise=refused))
+
+    # Calls that are refused with any argument; ENOSYS for io_uring, so that programs fall back to other calls.
     for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
         program += match_call(name, [(BPF_RETURN, 0, 0, missing)])
     for name in REFUSED_CALLS if system_v else (*REFUSED_CALLS, *SYSTEM_V_CALLS):

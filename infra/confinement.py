@@ -121,7 +121,7 @@ def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:
         for name, text in os.environ.items()
         if name in SAFE_VARIABLES or name.startswith(SAFE_VARIABLE_PREFIXES)
     }
-    own: Mapping[str, str] = {
+    fixed: Mapping[str, str] = {
         "PATH": f"{sysconfig.get_path('scripts')}:{SYSTEM_PATH}",
         "HOME": str(folder),
         "TMPDIR": str(folder),
@@ -129,7 +129,7 @@ def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",  # the code's folder is read-only here
         "PYTHONSAFEPATH": "1",  # modules come from installed packages, never from the working directory
     }
-    return {**inherited, **own, **values}
+    return {**inherited, **fixed, **values}
 
 
 def parse_port(url: str) -> int:

@@ -221,11 +221,11 @@ class MlflowGate:
         """Read a body, check that it is a JSON object within the bounds, and return a `receive` that replays it."""
         try:
             body = await read_body(receive, scope["headers"], max_bytes, self._pause_s)
-            form = parse_json_object(body)
+            payload = parse_json_object(body)
             if not is_trusted:
-                check_json_bounds(form)
+                check_json_bounds(payload)
             if scope["path"] == "/graphql":
-                check_graphql(form)
+                check_graphql(payload)
         except MlflowRequestRefused as error:
             raise MlflowRefusal(400, str(error)) from None
         except RequestBodyRefused as error:

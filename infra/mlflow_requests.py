@@ -34,12 +34,12 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     ({'a': 1}, {})
     """
     try:
-        form = json.loads(body) if body else {}
+        payload = json.loads(body) if body else {}
     except (ValueError, RecursionError):
         raise MlflowRequestRefused("the body must be JSON; send one object") from None
-    if not isinstance(form, dict):
-        raise MlflowRequestRefused(f"the body must be a JSON object, got {type(form).__name__}; send one object")
-    return form
+    if not isinstance(payload, dict):
+        raise MlflowRequestRefused(f"the body must be a JSON object, got {type(payload).__name__}; send one object")
+    return payload
 
 
 def check_json_bounds(form: dict[str, Any]) -> None:
@@ -48,15 +48,17 @@ def check_json_bounds(form: dict[str, Any]) -> None:
     Raises:
         MlflowRequestRefused: naming the first that exceeds a bound.
     """
-    waiting: list[tuple[str, Any, int]] = [("the body", form, 0)]
-    while waiting:
-        name, value, depth = waiting.pop()
+    stack: list[tuple[str, Any, int]] = [
+        ("the body", form, 0)
+    ]  # name, value, depth; no recursion, so no RecursionError
+    while stack:
+        name, value, depth = stack.pop()
         if depth > MAX_JSON_DEPTH:
             raise MlflowRequestRefused(f"JSON may be {MAX_JSON_DEPTH} levels deep; reduce the nesting")
         if isinstance(value, (dict, list)):
             _check_count(name, len(value))
             entries = value.items() if isinstance(value, dict) else ((name, entry) for entry in value)
-            waiting += [(key, entry, depth + 1) for key, entry in entries]
+            stack += [(key, entry, depth + 1) for key, entry in entries]
         _check_scalar(name, value)
 
 
@@ -100,6 +102,7 @@ def check_graphql(form: dict[str, Any]) -> None:
         raise MlflowRequestRefused(f"query is not valid GraphQL: {error.message[:200]}") from None
     except RecursionError:
         raise MlflowRequestRefused("query is nested too deeply; reduce the nesting") from None
+
     nodes = list(_walk_nodes(document))
     fields = [node for node in nodes if node.kind == "field"]
     if len(fields) > MAX_GRAPHQL_FIELDS or sum(node.alias is not None for node in fields) > MAX_GRAPHQL_ALIASES:
@@ -123,16 +126,16 @@ def _check_argument(name: str, value: Any) -> None:
 
 def _walk_nodes(root: Any) -> Iterator[Any]:
     """Yield every node of a syntax tree, without recursion."""
-    waiting = [(root, 0)]
-    while waiting:
-        node, depth = waiting.pop()
+    stack = [(root, 0)]  # node, depth
+    while stack:
+        node, depth = stack.pop()
         if depth > 4 * MAX_JSON_DEPTH:
             raise MlflowRequestRefused("query is nested too deeply; reduce the nesting")
         yield node
         for key in node.keys:
             child = getattr(node, key)
             children = child if isinstance(child, (list, tuple)) else [child]
-            waiting += [(entry, depth + 1) for entry in children if hasattr(entry, "kind")]
+            stack += [(entry, depth + 1) for entry in children if hasattr(entry, "kind")]
 
 
 def _normalize_name(name: str) -> str:

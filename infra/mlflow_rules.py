@@ -19,8 +19,8 @@ class RouteRule:
 
 
 @functools.cache
-def _compile_path_pattern(form: str) -> re.Pattern[str]:
-    return re.compile(re.escape(form).replace(r"\*\*", "[^/]+(?:/[^/]+)*").replace(r"\*", "[^/]+"))
+def _compile_path_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*\*", "[^/]+(?:/[^/]+)*").replace(r"\*", "[^/]+"))
 
 
 def is_route_allowed(rules: Iterable[RouteRule], method: str, path: str) -> bool:
@@ -41,9 +41,10 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
     """
     rules = []
     for line in text.strip().splitlines():
-        method, form = line.split()
-        parts = [part.split(",") for part in re.split(r"[{}]", form)]
-        rules += [RouteRule(method, "".join(choice)) for choice in itertools.product(*parts)]
+        method, pattern = line.split()
+        # Text outside braces is a list of one alternative.
+        alternatives = [part.split(",") for part in re.split(r"[{}]", pattern)]
+        rules += [RouteRule(method, "".join(choice)) for choice in itertools.product(*alternatives)]
     return tuple(rules)
 
 

@@ -228,10 +228,10 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
     if terminal is None:
         return None
 
+    states = [(pod.metadata.name, container.state) for pod in pods for container in pod.status.container_statuses or []]
     failures = [
-        (state.terminated.finished_at, state.terminated, pod.metadata.name)
-        for pod in pods
-        for state in [container.state for container in pod.status.container_statuses or []]
+        (state.terminated.finished_at, state.terminated, name)
+        for name, state in states
         if state.terminated is not None and state.terminated.exit_code
     ]
     if not failures:
