@@ -110,7 +110,7 @@ class ObjectStore:
         return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
     def presign_upload(self, key: str, num_bytes: int, content_type: str, valid_s: int) -> str:
-        """Return a URL with which anybody may store this one object by PUT, without an account.
+        """Return a URL with which any client may store this one object by PUT, without an account.
 
         The signature covers the method, the key, the headers Content-Length and Content-Type, and the time. A request
         that differs in any of these is rejected (403), also one without a length (chunked) or with headers for copying
@@ -129,7 +129,7 @@ class ObjectStore:
         return self._presign("put_object", key, valid_s, ContentLength=num_bytes, ContentType=content_type)
 
     def presign_download(self, key: str, valid_s: int) -> str:
-        """Return a URL with which anybody may read this one object by GET, for at most an hour.
+        """Return a URL with which any client may read this one object by GET, for at most an hour.
 
         Raises:
             ValueError: if `valid_s` is not from 1 to 3600.

@@ -163,7 +163,7 @@ class _RunningJobSet:
             )
             pods = self._list_pods()
         except client.exceptions.NotFoundException:
-            return JobEnding(status=1, cause="cancelled", message=f"somebody deleted {self._job.name}")
+            return JobEnding(status=1, cause="cancelled", message=f"{self._job.name} was deleted from the cluster")
         except KUBERNETES_ERRORS as error:
             log.warning("the cluster does not respond: %s", str(error)[:150])
             return None
