@@ -37,19 +37,17 @@ LAST_CAPABILITY = 63
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 GET_VERSION, PATH_BENEATH, NET_PORT = 1, 1, 2
 EXECUTE_RIGHT, WRITE_FILE_RIGHT, READ_FILE_RIGHT, READ_DIR_RIGHT = 1, 2, 4, 8
-CHANGE_RIGHTS = sum(
-    1 << bit for bit in (4, 5, 7, 8, 9, 10, 12)
-)  # remove and create folders, files, sockets, FIFOs, links
+CHANGE_RIGHTS = sum(1 << bit for bit in (4, 5, 7, 8, 9, 10, 12))  # remove and create folders, files, sockets, ...
 MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # create device files: never granted
 MAKE_SOCKET_RIGHT = 1 << 9
 REFER_RIGHT, TRUNCATE_RIGHT, IOCTL_DEV_RIGHT = 1 << 13, 1 << 14, 1 << 15
-FILE_RIGHTS = (
-    EXECUTE_RIGHT | WRITE_FILE_RIGHT | READ_FILE_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
-)  # the rights that a rule for a single file may contain
+# The rights that a rule for a single file may contain.
+FILE_RIGHTS = EXECUTE_RIGHT | WRITE_FILE_RIGHT | READ_FILE_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
 READ_RIGHTS = EXECUTE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT
+# Without EXECUTE_RIGHT: programs in a writable folder cannot be executed.
 WRITE_RIGHTS = (
     WRITE_FILE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT | CHANGE_RIGHTS | REFER_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
-)  # without EXECUTE
+)
 BIND_TCP, CONNECT_TCP = 1, 2
 SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
 
@@ -78,13 +76,8 @@ SYSTEM_V_CALLS = (
     *("msgget", "msgctl", "msgsnd", "msgrcv"),
 )
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
-BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_NOT_LESS, BPF_RETURN = (
-    0x20,
-    0x54,
-    0x15,
-    0x35,
-    0x06,
-)  # BPF instructions on a 32-bit word
+# BPF instructions on a 32-bit word.
+BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_NOT_LESS, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # with errno 0 the call returns 0 and does nothing
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
 FIRST_X32_CALL = 0x40000000  # on x86_64, numbers from here on are the x32 ABI's

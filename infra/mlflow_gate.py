@@ -50,9 +50,7 @@ from infra.request_body import (
 )
 from infra.throttle import SignInThrottle, is_machine_secret
 
-ADMINISTRATOR_VARIABLE = (
-    "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's variable: the account that it creates at its first start
-)
+ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's variable: the account it creates at its first start
 DIGESTS_VARIABLE = "COTRAIN_MACHINE_SECRET_DIGESTS"  # of generated secrets, which are exempt from the throttle
 BASIC_CHALLENGE_HEADER = (b"www-authenticate", b'Basic realm="mlflow"')
 CONTROL_CHARACTER_PATTERN = re.compile(r"[\x00-\x1f\x7f-\x9f]")

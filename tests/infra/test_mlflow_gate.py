@@ -29,9 +29,8 @@ from tests.infra.mlflow import (
     walk,
 )
 
-pytestmark = (
-    pytest.mark.slow
-)  # the server takes 6 s to start; the quick tests attack the one of tests/flows/test_stack.py
+# Slow, since the server takes 6 s to start; fast tests attack the server of tests/flows/test_stack.py.
+pytestmark = pytest.mark.slow
 READ_ALL = """
 import sys, mlflow
 client = mlflow.MlflowClient()
