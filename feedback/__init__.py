@@ -1,1 +1,1 @@
-"""The community loop: who reports what, what became of it, which version fixed it."""
+"""The feedback service: reports, datasets, training rounds, and the model version that fixed each report."""

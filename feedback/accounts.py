@@ -13,11 +13,11 @@ from yuan.data.text import make_printable
 
 OPERATOR_ROLE = "operator"
 DAY_S = 24 * 3600
-SETTINGS_TOKEN_NAME = "settings"  # the name of the token that an installation's settings hold
+SETTINGS_TOKEN_NAME = "settings"  # name of the operator token that comes from the installation's settings
 
 
 class NotFound(LookupError):
-    """There is no such record, or it is somebody else's; `param` is the field that names it, if one does."""
+    """The record does not exist or belongs to another account; `param` is the request field that names it, if any."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class NotFound(LookupError):
 
 
 class InvalidField(ValueError):
-    """A value that contradicts what is recorded, or a rule of ours; `param` is its field."""
+    """A value contradicts a stored record or breaks a validation rule; `param` is its field."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -33,40 +33,41 @@ class InvalidField(ValueError):
 
 
 class Conflict(ValueError):
-    """The request contradicts what is stored."""
+    """The request conflicts with the stored state."""
 
 
 def digest_token(token: str) -> str:
+    """Return the sha256 hex digest under which a token is stored."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def find_contributor_by_token(session: Session, token: str) -> Contributor | None:
-    """The account a token belongs to, unless it was revoked."""
-    found = session.get(ApiToken, digest_token(token))
-    return found.contributor if found is not None and found.revoked_at is None else None
+    """Return the account that owns a token; None if the token is unknown or revoked."""
+    api_token = session.get(ApiToken, digest_token(token))
+    return api_token.contributor if api_token is not None and api_token.revoked_at is None else None
 
 
 def find_account(session: Session, name_or_id: str) -> Contributor:
-    """Find an account by its id, else by its name.
+    """Return an account by its id, else by its name.
 
     Raises:
         NotFound: if there is none.
     """
-    found = session.get(Contributor, name_or_id)
-    found = found or session.scalar(select(Contributor).where(Contributor.name == name_or_id))
-    if found is None:
+    account = session.get(Contributor, name_or_id)
+    account = account or session.scalar(select(Contributor).where(Contributor.name == name_or_id))
+    if account is None:
         raise NotFound(f"there is no account with the id or name {make_printable(name_or_id)}", "account")
-    return found
+    return account
 
 
 def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
-    """Make an account and its first token.
+    """Create an account and its first token; return both.
 
     Raises:
         Conflict: if the name is taken.
     """
-    fresh = insert(Contributor).values(name=name).on_conflict_do_nothing().returning(Contributor)
-    contributor = session.scalar(fresh)
+    insertion = insert(Contributor).values(name=name).on_conflict_do_nothing().returning(Contributor)
+    contributor = session.scalar(insertion)
     if contributor is None:
         raise Conflict(f"a contributor named {name!r} exists; choose another name")
     token = f"ct_{secrets.token_urlsafe(32)}"
@@ -75,29 +76,37 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
 
 
 def ensure_operator(session: Session, token: str) -> None:
-    """Make the installation's operator account with the token of its settings, and revoke the tokens before it."""
+    """Create the installation's operator account with the token from its settings; revoke its earlier ones."""
     session.execute(insert(Contributor).values(name=OPERATOR_ROLE, role=OPERATOR_ROLE).on_conflict_do_nothing())
     operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR_ROLE)).one()
     row = {"digest": digest_token(token), "contributor_id": operator.id, "name": SETTINGS_TOKEN_NAME}
     session.execute(insert(ApiToken).values(row).on_conflict_do_nothing())
-    former = (ApiToken.name == SETTINGS_TOKEN_NAME) & (ApiToken.digest != row["digest"]) & ApiToken.revoked_at.is_(None)
-    session.execute(update(ApiToken).where(former).values(revoked_at=func.now()))
+    outdated = (
+        (ApiToken.name == SETTINGS_TOKEN_NAME) & (ApiToken.digest != row["digest"]) & ApiToken.revoked_at.is_(None)
+    )
+    session.execute(update(ApiToken).where(outdated).values(revoked_at=func.now()))
 
 
 def claim_idempotency_key(
     session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str
 ) -> str | None:
-    """Bind an idempotency key to a new record, or return the record it was bound to before.
+    """Bind an idempotency key to a new record.
 
-    Two requests with one key wait for each other here, since the row is unique.
+    The row is unique, so a second request with the same key blocks here until the first commits or rolls back.
+
+    Returns:
+        None if the key is new; otherwise the id of the record to which an earlier request bound it.
 
     Raises:
         Conflict: if the key was used for another request.
     """
     row = {"contributor_id": contributor.id, "key": key, "request_digest": request_digest, "record_id": record_id}
-    made = session.execute(insert(IdempotencyKey).values(row).on_conflict_do_nothing().returning(IdempotencyKey.key))
-    if made.first() is not None:
+    inserted = session.execute(
+        insert(IdempotencyKey).values(row).on_conflict_do_nothing().returning(IdempotencyKey.key)
+    )
+    if inserted.first() is not None:
         return None
+
     first = session.get_one(IdempotencyKey, (contributor.id, key))
     if first.request_digest != request_digest:
         raise Conflict("this Idempotency-Key was used for another request; use a new key")
@@ -105,18 +114,23 @@ def claim_idempotency_key(
 
 
 def is_key_claimed(session: Session, contributor_id: str, key: str) -> bool:
-    """Tell whether an account's idempotency key is bound to a record already."""
+    """Return True if an account's idempotency key is already bound to a record."""
     return session.get(IdempotencyKey, (contributor_id, key)) is not None
 
 
 def compute_quota_wait_s(
     session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int
 ) -> float | None:
-    """Return the seconds until an account may send one more of `limit` in 24 hours; None if it may now."""
-    newest = select(DAY_S - func.extract("epoch", func.now() - table.created_at)).order_by(table.created_at.desc())
-    oldest_that_counts = newest.where(table.contributor_id == contributor_id).offset(limit - 1).limit(1)
-    left = session.scalar(oldest_that_counts)
-    return float(left) if left is not None and left > 0 else None
+    """Return the seconds until an account may send one more record under a limit; None if it may send one now.
+
+    Args:
+        limit: the number of records that one account may send in any 24 hours.
+    """
+    # The account may send again when the limit-th newest record is a day old.
+    remaining_s = DAY_S - func.extract("epoch", func.now() - table.created_at)
+    newest_first = select(remaining_s).where(table.contributor_id == contributor_id).order_by(table.created_at.desc())
+    wait_s = session.scalar(newest_first.offset(limit - 1).limit(1))
+    return float(wait_s) if wait_s is not None and wait_s > 0 else None
 
 
 def audit(session: Session, actor: str, action: str, subject: str, **detail: Any) -> None:

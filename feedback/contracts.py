@@ -1,4 +1,4 @@
-"""What travels between the portal and its clients: requests, answers, errors."""
+"""Schemas of the portal's HTTP API: requests, responses, errors."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -9,13 +9,13 @@ from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
-# Strict: `true` and "3" are no numbers. The largest number of a column of integers is 2**31 - 1.
+# Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
 VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
-# The finest share that yuan.data.mixture lays out: 32 places of a block of 2**20.
+# The smallest share that yuan.data.mixture can represent: 32 positions of a block of 2**20.
 MIN_PART_SHARE = 32 / 2**20
 PartWeight = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
-# What each kind of report needs, beside what all have.
+# Fields that each kind of report needs, in addition to the fields that every report needs.
 REQUIRED_FIELDS_BY_KIND: dict[str, tuple[str, ...]] = {
     "correction": ("expected",),
     "preference": ("chosen", "rejected"),
@@ -26,7 +26,7 @@ Purpose = Literal["mixture", "base", "suite"]
 
 
 class Example(BaseModel):
-    """A further prompt on which a reported problem shows."""
+    """Another prompt on which a reported problem occurs."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,7 +35,7 @@ class Example(BaseModel):
 
 
 class FeedbackIn(BaseModel):
-    """A report about one answer of one version."""
+    """A report about one response of one model version."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -55,14 +55,16 @@ class FeedbackIn(BaseModel):
     )
 
     kind: Literal["correction", "preference", "problem", "rating"]
-    prompt: ReportText = Field(description="what the model was asked")
-    response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(description="what it answered")
-    response_id: Annotated[str, TextRule(100)] | None = Field(
-        default=None, description="id of the answer from /v1, if it came from there"
+    prompt: ReportText = Field(description="the prompt that the model received")
+    response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(
+        description="the response that the model returned"
     )
-    model_version: VersionNumber = Field(description="version that answered")
+    response_id: Annotated[str, TextRule(100)] | None = Field(
+        default=None, description="response_id from /v1, if the response came from there"
+    )
+    model_version: VersionNumber = Field(description="version of the model that responded")
     expected: ReportText | None = Field(default=None, description="correction: the right answer")
-    checker: Checker | None = Field(default=None, description="how an answer is judged; default: equal to expected")
+    checker: Checker | None = Field(default=None, description="rule that judges an answer; default: equal to expected")
     chosen: ReportText | None = Field(default=None, description="preference: the better answer")
     rejected: ReportText | None = Field(default=None, description="preference: the worse answer")
     rating: Annotated[int, Field(strict=True, ge=1, le=5)] | None = Field(default=None, description="rating: 1 to 5")
@@ -86,19 +88,19 @@ class FeedbackIn(BaseModel):
                 "checker", f"an expected answer beyond {MAX_CHECKER_VALUE_CHARS} characters needs a checker"
             )
         if not self.rule.check(self.expected):
-            raise make_rule_error("expected", "the checker refuses the expected answer itself; correct one of the two")
+            raise make_rule_error("expected", "the checker rejects the expected answer itself; correct one of the two")
         if self.kind == "correction" and self.rule.check(self.response):
-            raise make_rule_error("response", "the checker takes this response as right; there is nothing to correct")
+            raise make_rule_error("response", "the checker accepts this response as right; there is nothing to correct")
         return self
 
     @property
     def rule(self) -> Checker:
-        """The checker in force."""
+        """Return the checker that judges answers: the report's own, else equality with `expected`."""
         return self.checker or Exact(value=(self.expected or "x")[:MAX_CHECKER_VALUE_CHARS])
 
 
-def _is_same_text(one: str, other: str) -> bool:
-    return fold_forms(one).strip() == fold_forms(other).strip()
+def _is_same_text(first: str, second: str) -> bool:
+    return fold_forms(first).strip() == fold_forms(second).strip()
 
 
 class Event(BaseModel):
@@ -109,7 +111,7 @@ class Event(BaseModel):
 
 
 class FeedbackOut(BaseModel):
-    """A report and what became of it."""
+    """A report with its state, newest verdict and timeline."""
 
     id: str
     kind: str
@@ -123,9 +125,9 @@ class FeedbackOut(BaseModel):
 
 
 class NoticeOut(BaseModel):
-    """What a contributor was told about a report."""
+    """A notice to a contributor about a report."""
 
-    number: int = Field(description="grows with time; `after` takes it")
+    number: int = Field(description="number of the notice, increasing with time; use it as `after`")
     feedback_id: str
     version: int
     verdict: str
@@ -134,22 +136,22 @@ class NoticeOut(BaseModel):
 
 
 class WithdrawalIn(BaseModel):
-    """Why a report or a dataset is taken back."""
+    """A request to withdraw a report or a dataset."""
 
     model_config = ConfigDict(extra="forbid")
 
-    reason: Annotated[str, TextRule(500)] = Field(description="shown on its timeline")
+    reason: Annotated[str, TextRule(500)] = Field(description="reason, shown on its timeline")
 
 
 class AccountWithdrawalIn(WithdrawalIn):
-    """Which account's reports and datasets are taken back, and why."""
+    """A request to withdraw an account's reports and datasets."""
 
     account: Annotated[str, TextRule(80)] = Field(description="id or name of a contributor's account")
     kind: Literal["reports", "datasets"] | None = Field(default=None, description="only these; empty: both")
 
 
 class AccountWithdrawalOut(BaseModel):
-    """How many of an account's reports and datasets were withdrawn; repeat the request until it is none."""
+    """The numbers of an account's reports and datasets withdrawn; repeat the request until both are zero."""
 
     account: str = Field(description="id of the account")
     name: str
@@ -158,7 +160,7 @@ class AccountWithdrawalOut(BaseModel):
 
 
 class DatasetOut(BaseModel):
-    """An uploaded dataset and what became of it."""
+    """An uploaded dataset with its state and timeline."""
 
     id: str
     name: str
@@ -169,14 +171,16 @@ class DatasetOut(BaseModel):
     num_rows: int
     num_duplicates: int
     num_closed_out: int = Field(
-        description="train rows that the newest round left out, since their prompts are those of held-out cases"
+        description="train rows that the newest round excluded because held-out cases have the same prompts"
     )
-    bad_rows: list[dict[str, Any]] = Field(description="those that refused the file; in a list, the first 20")
+    bad_rows: list[dict[str, Any]] = Field(
+        description="malformed rows, for which the file was refused; in a list, the first 20"
+    )
     timeline: list[Event]
 
 
 class ContributorIn(BaseModel):
-    """A new account."""
+    """A request to create an account."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -184,7 +188,7 @@ class ContributorIn(BaseModel):
 
 
 class ContributorOut(BaseModel):
-    """A new account's id and its token, which is shown this once."""
+    """A new account's id and its token; the token is shown only once."""
 
     id: str
     name: str
@@ -192,7 +196,7 @@ class ContributorOut(BaseModel):
 
 
 class RoundParameters(BaseModel):
-    """What an operator may choose about a round; the rest follows from the model."""
+    """Parameters of a round that an operator may set; the others follow from the model."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -201,28 +205,28 @@ class RoundParameters(BaseModel):
         default=1.5e-3, description="peak learning rate"
     )
     replay_rows: Annotated[int, Field(strict=True, ge=0, le=100_000_000)] = Field(
-        default=3000, description="rows of the base mixture trained again, against forgetting"
+        default=3000, description="rows of the base mixture to train on again, against forgetting"
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)] = Field(
-        default=0, description="seed of data order and new weights"
+        default=0, description="seed of the data order and of newly initialised weights"
     )
     weights: dict[Literal["corrections", "datasets", "base"], PartWeight] | None = Field(
         default=None,
         min_length=1,
-        description="how much of the trained windows is of each part that has rows; empty: every window once an epoch",
+        description="relative weight of each part that has rows in training; empty: every window once an epoch",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="auto: bf16 where it is fast; fp32 runs repeat to the bit"
+        default="auto", description="auto: bf16 where the device is fast at it; fp32 runs are bit-reproducible"
     )
     checkpoint_every: StepCount = Field(default=200, description="steps between checkpoints")
     priority: int = Field(
-        default=0, strict=True, ge=-100, le=100, description="in the queue for devices; waiting adds to it"
+        default=0, strict=True, ge=-100, le=100, description="priority in the device queue; waiting time adds to it"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_policy(cls, fields: Any) -> Any:
-        """Take what clients before 0.3 send: it was recorded, and decided nothing."""
+        """Drop the field `policy`, which clients before 0.3 send; it was stored but had no effect."""
         return (
             {name: value for name, value in fields.items() if name != "policy"} if isinstance(fields, dict) else fields
         )
@@ -231,13 +235,13 @@ class RoundParameters(BaseModel):
     def _check_min_weight(self) -> "RoundParameters":
         if self.weights and min(self.weights.values()) < MIN_PART_SHARE * sum(self.weights.values()):
             raise make_rule_error(
-                "weights", f"the smallest must be at least {MIN_PART_SHARE:.2e} of their sum, or left out"
+                "weights", f"the smallest must be at least {MIN_PART_SHARE:.2e} of their sum; raise it or leave it out"
             )
         return self
 
 
 class RoundOut(BaseModel):
-    """A round and how far it is."""
+    """A training round with its progress."""
 
     id: str
     number: int
@@ -248,7 +252,9 @@ class RoundOut(BaseModel):
     candidate_version: int | None
     snapshot_id: str | None
     decision: dict[str, Any] | None
-    failed_items: dict[str, int] = Field(description="items that could not be processed, by step; the others went on")
+    failed_items: dict[str, int] = Field(
+        description="number of items that could not be processed, by step; the other items were processed"
+    )
     status: dict[str, Any] | None
     created_at: datetime
     finished_at: datetime | None
@@ -256,7 +262,7 @@ class RoundOut(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The one shape of every error."""
+    """The error object of every error response."""
 
     message: str
     type: str
@@ -265,4 +271,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorOut(BaseModel):
+    """The body of every error response."""
+
     error: ErrorBody

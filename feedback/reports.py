@@ -1,4 +1,4 @@
-"""Reports: taking them in, screening, acceptance, and what became of them."""
+"""Reports: intake, screening, reproduction, review, and their public records."""
 
 import hmac
 from collections import defaultdict
@@ -48,7 +48,7 @@ def add_feedback(session: Session, contributor: Contributor, report: FeedbackIn,
 
 
 def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -> Feedback:
-    """One of the contributor's reports.
+    """Return one of the contributor's reports.
 
     Raises:
         NotFound: if there is none with this id, or it is somebody else's.
@@ -60,23 +60,23 @@ def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -
 
 
 def list_feedback(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Feedback]:
-    """A page of the contributor's reports, oldest first; see `read_page`."""
+    """Return a page of the contributor's reports, oldest first; see `read_page`."""
     query = select(Feedback).options(joinedload(Feedback.case))
     return read_page(session, query, Feedback, contributor, limit, after)
 
 
 def screen_reports(session: Session, cut_off: datetime) -> tuple[int, int]:
-    """Screen what arrived before the cut-off; reports that cannot become a case wait for a reviewer.
+    """Screen the reports received up to the cut-off; those that cannot become a case wait for a reviewer.
 
     Returns:
-        How many reports are screened now, and how many of them could not be processed.
+        The number of reports processed, and the number of those that failed.
     """
     rows = session.scalars(
         select(Feedback).where(Feedback.state == "received", Feedback.created_at <= cut_off).with_for_update()
     ).all()
 
     def screen_one(row: Feedback) -> None:
-        FeedbackIn.model_validate(row.body)  # today's rules may be tighter than those it came in under
+        FeedbackIn.model_validate(row.body)  # the rules may be stricter now than when the report was received
         row.state = "in_review"
         row.screening = "checkable" if row.kind == "correction" else "needs a reviewer"
 
@@ -90,8 +90,8 @@ def _record_report_failure(
 ) -> None:
     """Record why a report could not be processed.
 
-    One that is malformed is rejected. Any other stays in review with the reason: it was this version, or this release,
-    that could not process it, so the next champion is asked about it again.
+    A malformed report is rejected. Any other stays in review with the reason: this model version or this release could
+    not process it, so reproduction is retried with the next champion.
     """
     row.reason = note_fault(session, row.id, step, error)
     is_malformed = isinstance(error, ValidationError)
@@ -103,27 +103,30 @@ def _record_report_failure(
 
 
 def count_pending_reports(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
-    """How many reports wait to be screened or reproduced, or to be reviewed if asked, and since when.
+    """Count the reports that wait for screening or reproduction; return the count and the oldest one's time of receipt.
 
-    A report that the champion could not be asked about waits for the next one, and is not counted.
+    A report whose reproduction failed with the current champion waits for the next one, and is not counted.
+
+    Args:
+        with_review: also count the reports that wait for review.
     """
     checkable = (Feedback.state == "in_review") & (Feedback.screening == "checkable")
-    waits = (Feedback.state == "received") | (checkable & _is_unanswered_by(find_champion(session)))
+    is_pending = (Feedback.state == "received") | (checkable & _is_unanswered_by(find_champion(session)))
     if with_review:
-        waits |= (Feedback.state == "in_review") & Feedback.reproduction.is_not(None)
-    count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(waits)).one()
+        is_pending |= (Feedback.state == "in_review") & Feedback.reproduction.is_not(None)
+    count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(is_pending)).one()
     return count, oldest
 
 
 def _is_unanswered_by(version: int | None) -> ColumnElement[bool]:
-    """Reports about which this version was not asked; with no version, none ever was."""
+    """Select reports whose newest reproduction used another version, or none; without a version, only the latter."""
     if version is None:
         return Feedback.reproduced_version.is_(None)
     return Feedback.reproduced_version.is_distinct_from(version)
 
 
 def count_accepted_since(session: Session, moment: datetime | None) -> int:
-    """How many reports were accepted after a moment, or ever."""
+    """Count the reports accepted after a moment; with None, all accepted reports."""
     query = select(func.count()).select_from(Feedback).where(Feedback.state == "accepted")
     return session.scalars(query if moment is None else query.where(Feedback.decided_at > moment)).one()
 
@@ -131,7 +134,7 @@ def count_accepted_since(session: Session, moment: datetime | None) -> int:
 def find_unreproduced_reports(
     session: Session, cut_off: datetime, version: int, limit: int | None = None
 ) -> Sequence[Feedback]:
-    """Checkable reports in review that the version has not answered yet, oldest first."""
+    """Return the checkable reports in review that the version has not answered yet, oldest first."""
     query = select(Feedback).where(
         Feedback.state == "in_review",
         Feedback.screening == "checkable",
@@ -141,34 +144,35 @@ def find_unreproduced_reports(
     return session.scalars(query.order_by(Feedback.created_at, Feedback.id).limit(limit)).all()
 
 
-ReproducedAnswer = tuple[str, str | ValueError]  # a report's id, and the answer or why there is none
+ReproducedAnswer = tuple[str, str | ValueError]  # a report's id, and the answer or the error in its place
 AnswerCheck = Callable[[Checker, str], bool]
 
 
 def note_reproductions(session: Session, version: int, answered: Iterable[ReproducedAnswer], check: AnswerCheck) -> int:
-    """Record what the version answers to reports' prompts, judged by their checkers; what is decided stays.
+    """Record the version's answers to reports' prompts, judged by the reports' checkers; skip decided reports.
 
     Args:
-        check: whether a checker takes an answer; what it raises is that one report's fault.
+        check: returns True if a checker accepts an answer; an error that it raises fails only that report.
 
     Returns:
-        How many reports could not be processed.
+        The number of reports that failed.
     """
 
-    def note(one: ReproducedAnswer) -> None:
-        row, answer = _lock_report(session, one[0]), one[1]
+    def note(reproduced: ReproducedAnswer) -> None:
+        feedback_id, answer = reproduced
+        row = _lock_report(session, feedback_id)
         if row.state != "in_review":
             return
         if isinstance(answer, ValueError):
             raise answer
-        right = check(FeedbackIn.model_validate(row.body).rule, answer)
+        is_right = check(FeedbackIn.model_validate(row.body).rule, answer)
         row.reproduced_version, row.reproduced_response = version, make_storable_text(answer, MAX_TEXT_CHARS)
         row.reproduced_at = transaction_time()
-        row.reproduction = f"already fixed in v{version}" if right else "reproduced"
+        row.reproduction = f"already fixed in v{version}" if is_right else "reproduced"
         row.reason = None
 
-    def blame(one: ReproducedAnswer, error: Exception) -> None:
-        _record_report_failure(session, _lock_report(session, one[0]), "reproduce", error, version)
+    def blame(reproduced: ReproducedAnswer, error: Exception) -> None:
+        _record_report_failure(session, _lock_report(session, reproduced[0]), "reproduce", error, version)
 
     return process_each(session, answered, note, blame)
 
@@ -178,9 +182,16 @@ def _lock_report(session: Session, feedback_id: str) -> Feedback:
 
 
 def review_reports(session: Session, cut_off: datetime, salt: str, share: float) -> dict[str, int]:
-    """Accept the reports that reproduced, reject those that did not, and hold contradictions as disputed.
+    """Accept the reproduced reports, reject the others, and mark contradictions as disputed.
 
-    An accepted report gets a case, its own or that of an equal earlier one. Each case's role is fixed here, once.
+    An accepted report gets a new case, or the existing one of an equal report. Each case's role is set here, once.
+
+    Args:
+        salt: secret from which case roles are derived; see `choose_case_role`.
+        share: the fraction of prompts to hold out, in [0, 1].
+
+    Returns:
+        The number of reports by new state: accepted, rejected, disputed, and failed.
     """
     query = select(Feedback).where(
         Feedback.state == "in_review", Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
@@ -189,7 +200,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
 
     def review_one(row: Feedback) -> None:
         _decide_report(session, row, salt, share)
-        session.flush()  # what the database refuses is not counted
+        session.flush()  # raise before counting if the database refuses the row
         counts[row.state] += 1
 
     rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
@@ -202,7 +213,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
 def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:
     report = FeedbackIn.model_validate(row.body)
     sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
-    rival = session.scalar(
+    contradicting_case_id = session.scalar(
         select(Case.id)
         .where(Case.suite == REPORTS_SUITE, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
         .where(Case.withdrawn_at.is_(None))
@@ -211,7 +222,7 @@ def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> 
     row.decided_at = transaction_time()
     if row.reproduction != "reproduced":
         row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
-    elif rival is not None:
+    elif contradicting_case_id is not None:
         row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
         row.disputed_key = sample.prompt_key
     else:
@@ -227,20 +238,22 @@ def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> 
 
 
 def _is_trained(session: Session, prompt_key: str) -> bool:
-    """Tell whether an accepted dataset trains a prompt already.
+    """Return True if a prompt is already in an accepted dataset's train rows, and in no held-out case.
 
-    Then a report about it cannot test, since models have learned the prompt, and must not close out the dataset's row.
+    A report about such a prompt becomes a train case: models have been trained on the prompt, so it cannot test them,
+    and a held-out case would remove the dataset's row from training.
     """
     rows = select(DatasetRow.number).join(Dataset).where(DatasetRow.prompt_key == prompt_key)
     rows = rows.where(DatasetRow.role == "train", Dataset.state == "accepted", Dataset.purpose != "suite")
-    tested = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == "held_out", Case.withdrawn_at.is_(None))
-    return session.scalar(select(rows.exists() & ~tested.exists())) is True
+    held_out = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == "held_out")
+    held_out = held_out.where(Case.withdrawn_at.is_(None))
+    return session.scalar(select(rows.exists() & ~held_out.exists())) is True
 
 
 def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> None:
-    """Make the cases of checkable rows in a suite; keys the suite has already keep their case and role.
+    """Create a case in a suite for each row that has a checker; existing keys keep their case and role.
 
-    A case from which all had withdrawn counts again.
+    An existing case that was withdrawn becomes active again.
     """
     values = [
         {
@@ -258,71 +271,74 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> N
         if row.checker is not None
     ]
     if values:
-        made = insert(Case).on_conflict_do_update(index_elements=["suite", "key"], set_={"withdrawn_at": None})
-        session.execute(made, values)
+        upsert = insert(Case).on_conflict_do_update(index_elements=["suite", "key"], set_={"withdrawn_at": None})
+        session.execute(upsert, values)
 
 
 def choose_case_role(prompt_key: str, salt: str, share: float) -> str:
-    """Fix a case's role by a salted hash of its prompt: the same prompt always gets the same role, whatever the answer.
+    """Choose a case's role by a salted hash of its prompt: `held_out` for a fraction `share` of prompts, else `train`.
 
-    So nobody can choose it, also not by withdrawing a report and expecting another answer.
+    The same prompt always gets the same role, whatever the answer. So no contributor can choose the role, not even by
+    withdrawing a report and sending it again with another expected answer.
     """
     return "held_out" if compute_salted_fraction(prompt_key, salt) < share else "train"
 
 
 def compute_salted_fraction(key: str, salt: str) -> float:
-    """A number in [0, 1) that only the salt's owner can foresee."""
+    """Return a number in [0, 1) derived from a key, which nobody can predict without the salt."""
     return int.from_bytes(hmac.digest(salt.encode(), key.encode(), "sha256")[:6]) / 2**48
 
 
 def derive_verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
-    """Name what each version, in order, did to a case.
+    """Derive a case's verdict for each version from (version, passed) pairs in version order.
 
     >>> derive_verdicts([(5, False), (6, True), (7, True), (9, False)])
     [(5, 'failing'), (6, 'fixed'), (7, 'passing'), (9, 'regressed')]
     """
-    named: list[tuple[int, str]] = []
-    before: bool | None = None
+    verdicts: list[tuple[int, str]] = []
+    passed_before: bool | None = None
     for version, passed in results:
         if passed:
-            named.append((version, "fixed" if before is False else "passing"))
+            verdicts.append((version, "fixed" if passed_before is False else "passing"))
         else:
-            named.append((version, "regressed" if before else "failing"))
-        before = passed
-    return named
+            verdicts.append((version, "regressed" if passed_before else "failing"))
+        passed_before = passed
+    return verdicts
 
 
 def describe_report(session: Session, row: Feedback) -> FeedbackOut:
-    """Compose a report's public record with its timeline."""
+    """Build a report's public record with its timeline."""
     return describe_reports(session, [row])[0]
 
 
 def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut]:
-    """Compose the public records of reports, in as many queries as for one."""
+    """Build the public records of reports, with the same number of queries as for one report."""
     ids = [row.id for row in rows]
-    faults, withdrawals = find_faults_by_subject(session, ids), find_withdrawal_events(session, rows)
+    faults = find_faults_by_subject(session, ids)
+    withdrawals = find_withdrawal_events(session, rows)
     notices: defaultdict[str, list[Outbox]] = defaultdict(list)
     for notice in session.scalars(select(Outbox).where(Outbox.feedback_id.in_(ids)).order_by(Outbox.version)):
         notices[notice.feedback_id].append(notice)
     results = _read_case_results(session, {row.case_id for row in rows if row.case_id})
-    described = []
+
+    records = []
     for row in rows:
         later = [Event(at=at, text=text) for at, text in faults[row.id]]
         if row.state in ("rejected", "disputed"):
             later.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
-        later += [Event(at=n.delivered_at, text=n.text) for n in notices[row.id] if n.delivered_at]
+        later += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]
         later += [withdrawals[row.id]] if row.id in withdrawals else []
-        facts = derive_verdicts(results[row.case_id]) if row.case_id else []
+        verdicts = derive_verdicts(results[row.case_id]) if row.case_id else []
         timeline = sorted(_list_first_events(row) + later, key=lambda event: event.at)
-        described.append(_build_report_record(row, timeline, notices[row.id], facts))
-    return described
+        records.append(_build_report_record(row, timeline, notices[row.id], verdicts))
+    return records
 
 
 def _list_first_events(row: Feedback) -> list[Event]:
-    """What the report itself says of its way: received, reproduced, accepted."""
+    """Return the events that the report's own row records: received, reproduced, accepted."""
     events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
     if row.reproduction:
-        at = row.reproduced_at or row.decided_at or row.created_at  # older records lack the first
+        at = row.reproduced_at or row.decided_at or row.created_at  # older rows have no reproduced_at
         events.append(Event(at=at, text=f"v{row.reproduced_version} was asked again: {row.reproduction}"))
     if row.decided_at and row.case:
         role = {"train": "train: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
@@ -331,11 +347,11 @@ def _list_first_events(row: Feedback) -> list[Event]:
 
 
 def _build_report_record(
-    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], facts: Sequence[tuple[int, str]]
+    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], verdicts: Sequence[tuple[int, str]]
 ) -> FeedbackOut:
-    is_withdrawn = row.state == WITHDRAWN  # without a verdict from then on, also without one that was told
+    is_withdrawn = row.state == WITHDRAWN  # a withdrawn report shows no verdict, not even one already delivered
     newest = notices[-1] if notices and not is_withdrawn else None
-    named = [] if is_withdrawn else [f"{word} in v{version}" for version, word in facts if word != "passing"]
+    changes = [f"{verdict} in v{version}" for version, verdict in verdicts if verdict != "passing"]
     return FeedbackOut(
         id=row.id,
         kind=row.kind,
@@ -344,13 +360,13 @@ def _build_report_record(
         role=row.case.role if row.case else None,
         verdict=newest.verdict if newest else None,
         verdict_version=newest.version if newest else None,
-        summary=", ".join(named) or row.state,
+        summary=row.state if is_withdrawn else ", ".join(changes) or row.state,
         timeline=timeline,
     )
 
 
 def _read_case_results(session: Session, case_ids: Collection[str]) -> defaultdict[str, list[tuple[int, bool]]]:
-    """What each version, in order, did to these cases."""
+    """Return (version, passed) pairs by case id, in version order."""
     results: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
     query = select(CaseResult.case_id, CaseResult.version, CaseResult.passed).where(CaseResult.case_id.in_(case_ids))
     for case_id, version, passed in session.execute(query.order_by(CaseResult.version)):

@@ -1,4 +1,4 @@
-"""Rounds: one at a time, each a row that remembers how far it is."""
+"""Training rounds: at most one runs at a time; each is a row that stores its progress."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -15,20 +15,20 @@ from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Ro
 from infra.error_text import SafeMessageError
 
 NOTIFY_CHANNEL = "cotrain"
-MAX_VERSION_NUMBER = 2**31 - 1  # of an integer column
-REGISTRATIONS_LOCK = 7_310_212  # any number that no other lock here has
+MAX_VERSION_NUMBER = 2**31 - 1  # the largest value of a PostgreSQL integer column
+REGISTRATIONS_LOCK = 7_310_212  # arbitrary; must differ from the other advisory lock numbers
 STEP_BEGUN_ACTION = "step begun"
 ROUND_STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
 
 
 def request_round(session: Session, actor: str, parameters: RoundParameters, round_id: str) -> Round:
-    """Start a round; the dispatcher, woken by this transaction's commit, runs its flow.
+    """Create a round; this transaction's commit wakes the dispatcher, which runs the round's flow.
 
     Raises:
         Conflict: if a round is running.
     """
     number = (session.scalar(select(func.max(Round.number))) or 0) + 1
-    turn = Round(
+    training_round = Round(
         id=round_id,
         number=number,
         requested_by=actor,
@@ -37,15 +37,15 @@ def request_round(session: Session, actor: str, parameters: RoundParameters, rou
     )
     try:
         with session.begin_nested():
-            session.add(turn)
+            session.add(training_round)
     except IntegrityError:
         running = find_running_round(session)
         name = f"round {running.number}" if running else "another round"
         raise Conflict(f"{name} is running; wait for it or cancel it with `cotrain round cancel`") from None
-    audit(session, actor, "round requested", turn.id)
+    audit(session, actor, "round requested", training_round.id)
     notify_dispatcher(session)
-    session.refresh(turn)
-    return turn
+    session.refresh(training_round)
+    return training_round
 
 
 def notify_dispatcher(session: Session) -> None:
@@ -54,80 +54,88 @@ def notify_dispatcher(session: Session) -> None:
 
 
 def find_running_round(session: Session) -> Round | None:
+    """Return the running round; None if no round is running."""
     return session.scalar(select(Round).where(Round.state == "running"))
 
 
 def find_newest_round(session: Session) -> Round | None:
+    """Return the round with the highest number; None if there is no round."""
     return session.scalars(select(Round).order_by(Round.number.desc()).limit(1)).first()
 
 
 def find_round(session: Session, round_id: str) -> Round:
-    """A round by id, or the newest by `latest`.
+    """Return the round with this id, or the newest round if the id is `latest`.
 
     Raises:
         NotFound: if there is none.
     """
-    turn = find_newest_round(session) if round_id == "latest" else session.get(Round, round_id)
-    if turn is None:
+    training_round = find_newest_round(session) if round_id == "latest" else session.get(Round, round_id)
+    if training_round is None:
         raise NotFound(f"there is no round {round_id}")
-    return turn
+    return training_round
 
 
 class RoundOwnershipLost(Exception):
-    """The round has ended, or a later attempt works on it; whoever meets this leaves."""
+    """The round has ended, or a later attempt owns it; the attempt that gets this error must exit."""
 
 
-def check_attempt(turn: Round, attempt: int) -> None:
-    """Keep out an attempt that was taken for dead and is not: the newest one owns the round.
+def check_attempt(training_round: Round, attempt: int) -> None:
+    """Check that an attempt still owns the round.
+
+    An attempt may be declared dead and replaced while it is still running; only the newest attempt owns the round.
 
     Raises:
-        RoundEnded: if the round is not running, or not this attempt's.
+        RoundOwnershipLost: if the round is not running, or not this attempt's.
     """
-    if turn.state != "running":
-        raise RoundOwnershipLost(f"the round is {turn.state}")
-    if turn.attempt != attempt:
-        raise RoundOwnershipLost(f"attempt {turn.attempt} has taken over from attempt {attempt}")
+    if training_round.state != "running":
+        raise RoundOwnershipLost(f"the round is {training_round.state}")
+    if training_round.attempt != attempt:
+        raise RoundOwnershipLost(f"attempt {training_round.attempt} has taken over from attempt {attempt}")
 
 
 def begin_step(session: Session, round_id: str, step: str, attempt: int) -> bool:
-    """Note that an attempt begins a step; false when the round is past it, so that a rerun passes it by.
+    """Record that an attempt begins a step; return False if the round is past the step, so that a rerun skips it.
 
     Raises:
-        RoundEnded: if the round is not running, or not this attempt's.
+        RoundOwnershipLost: if the round is not running, or not this attempt's.
     """
-    turn = session.get_one(Round, round_id, with_for_update=True)
-    check_attempt(turn, attempt)
-    if ROUND_STEPS.index(turn.step) > ROUND_STEPS.index(step):
+    training_round = session.get_one(Round, round_id, with_for_update=True)
+    check_attempt(training_round, attempt)
+    if ROUND_STEPS.index(training_round.step) > ROUND_STEPS.index(step):
         return False
-    turn.step = step
+    training_round.step = step
     audit(session, "round", STEP_BEGUN_ACTION, round_id, step=step)
     return True
 
 
 def increment_attempt(session: Session, round_id: str) -> int:
-    """Count one more start of the round's flow."""
-    turn = session.get_one(Round, round_id, with_for_update=True)
-    turn.attempt += 1
-    return turn.attempt
+    """Increment the number of starts of the round's flow and return it, as the new attempt's number."""
+    training_round = session.get_one(Round, round_id, with_for_update=True)
+    training_round.attempt += 1
+    return training_round.attempt
 
 
 def finish_round(session: Session, round_id: str, state: str, reason: str, actor: str = "round") -> None:
-    """End a running round; ending it twice changes nothing."""
-    turn = session.get_one(Round, round_id, with_for_update=True)
-    if turn.state == "running":
-        turn.state, turn.reason, turn.step = state, reason, "done" if state == "promoted" else turn.step
-        turn.finished_at = datetime.now(timezone.utc)
+    """Set the final state of a running round; do nothing if it has ended already."""
+    training_round = session.get_one(Round, round_id, with_for_update=True)
+    if training_round.state == "running":
+        training_round.state, training_round.reason, training_round.step = (
+            state,
+            reason,
+            "done" if state == "promoted" else training_round.step,
+        )
+        training_round.finished_at = datetime.now(timezone.utc)
         audit(session, actor, f"round {state}", round_id, reason=reason)
 
 
 def record_failed_items(session: Session, round_id: str, counts: Mapping[str, int]) -> None:
-    """Keep how many items failed alone in steps of a round; a step that runs again counts anew."""
-    turn = session.get_one(Round, round_id, with_for_update=True)
-    turn.failed_items = {**turn.failed_items, **counts}
+    """Store the number of failed items for each step of a round; a rerun of a step replaces its count."""
+    training_round = session.get_one(Round, round_id, with_for_update=True)
+    training_round.failed_items = {**training_round.failed_items, **counts}
 
 
 def get_or_store_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Store the round's plan, or return the one it has."""
+    """Store the round's plan if it has none; return the stored plan."""
     plan = session.scalar(select(Plan).where(Plan.round_id == round_id))
     if plan is None:
         plan = Plan(round_id=round_id, body=body)
@@ -136,25 +144,25 @@ def get_or_store_plan(session: Session, round_id: str, body: dict[str, Any]) -> 
 
 
 def replace_plan(session: Session, round_id: str, body: dict[str, Any]) -> None:
-    """Store the plan with which a round's run goes on, since its pool has changed."""
+    """Replace the plan of a round whose device pool has changed; the run resumes with the new plan."""
     plan = session.scalars(select(Plan).where(Plan.round_id == round_id)).one()
     audit(session, "supervisor", "re-planned", round_id, stages=[stage["layers"] for stage in body["stages"]])
     plan.body = body
 
 
 def make_plan_picture_key(run_id: str) -> str:
-    """Where the object store keeps the drawing of a run's plan."""
+    """Return the object store key of the picture of a run's plan."""
     return f"plans/{run_id}.svg"
 
 
 def find_planned_run(session: Session, number: int) -> str | None:
-    """The training run of a round that has a plan; None if there is no such round, or no plan yet."""
+    """Return the training run id of a round, given by number; None if there is no such round, or it has no plan yet."""
     query = select(TrainingRun.id).join(Plan, Plan.round_id == TrainingRun.round_id).join(Round)
     return session.scalar(query.where(Round.number == number))
 
 
 def get_or_create_training_run(session: Session, round_id: str) -> TrainingRun:
-    """The round's training run, made at the first call."""
+    """Return the round's training run; the first call creates it."""
     run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == round_id))
     if run is None:
         run = TrainingRun(round_id=round_id)
@@ -164,7 +172,7 @@ def get_or_create_training_run(session: Session, round_id: str) -> TrainingRun:
 
 
 def add_version(session: Session, round_id: str, version: int, manifest: dict[str, Any]) -> None:
-    """Record the candidate that the tracker registered under this number."""
+    """Record the round's candidate under the version number that the tracker registered for it."""
     if session.get(ModelVersion, version) is None:
         run = get_or_create_training_run(session, round_id)
         session.add(ModelVersion(version=version, round_id=round_id, run_id=run.id, manifest=manifest))
@@ -172,53 +180,58 @@ def add_version(session: Session, round_id: str, version: int, manifest: dict[st
 
 
 def find_version_of_run(session: Session, run_id: str) -> ModelVersion | None:
-    """The version that a training run became; None if it has not been registered."""
+    """Return the model version that a training run produced; None if it has not been registered."""
     return session.scalar(select(ModelVersion).where(ModelVersion.run_id == run_id))
 
 
 def lock_registrations(session: Session) -> None:
-    """Let no other transaction register a lost version until this one ends, or there would be several of it."""
+    """Block other transactions from registering a lost version until this one ends, so that it is registered once."""
     session.execute(select(func.pg_advisory_xact_lock(REGISTRATIONS_LOCK)))
 
 
 class VersionNotRegistered(SafeMessageError, ValueError):
-    """There is no version of this number, and there never was."""
+    """No version was ever registered under this number."""
 
 
 def find_version(session: Session, version: int) -> ModelVersion:
-    """Find the record of a version.
+    """Return the record of a version.
 
     Raises:
-        NeverRegistered: if there is none.
+        VersionNotRegistered: if there is none.
     """
-    found = session.get(ModelVersion, version) if version <= MAX_VERSION_NUMBER else None
-    if found is None:
+    record = session.get(ModelVersion, version) if version <= MAX_VERSION_NUMBER else None
+    if record is None:
         raise VersionNotRegistered(f"v{version} was never registered here; `cotrain round status` names the newest")
-    return found
+    return record
 
 
 def identify_version(session: Session, manifest: dict[str, Any], wanted: int | None, run_id: str) -> ModelVersion:
-    """The version that a model folder is a copy of: the one wanted, that of the run, or the one with this manifest.
+    """Return the version of which a model folder is a copy.
+
+    Args:
+        wanted: the version number, if the caller knows it.
+        run_id: the training run, searched if `wanted` is None; the last resort is an equal manifest.
 
     Raises:
-        ValueError: if no version was recorded so, or several were.
+        VersionNotRegistered: if `wanted` was never registered.
+        ValueError: if no version, or more than one, has this manifest.
     """
     if wanted is not None:
         return find_version(session, wanted)
-    own = find_version_of_run(session, run_id)
-    if own is not None:
-        return own
-    same = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest)).all()
-    if len(same) != 1:
-        names = ", ".join(f"v{one.version}" for one in same) or "no version"
+    version_of_run = find_version_of_run(session, run_id)
+    if version_of_run is not None:
+        return version_of_run
+    matches = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest)).all()
+    if len(matches) != 1:
+        names = ", ".join(f"v{match.version}" for match in matches) or "no version"
         raise ValueError(f"{names} has this folder's manifest; say which version it is with --version")
-    return same[0]
+    return matches[0]
 
 
 def find_untested_cases(session: Session, version: int) -> Sequence[Case]:
-    """Cases the version has not taken yet."""
-    taken = select(CaseResult.case_id).where(CaseResult.version == version)
-    query = select(Case).where(Case.withdrawn_at.is_(None), Case.id.not_in(taken))
+    """Return the active cases for which the version has no result yet."""
+    tested = select(CaseResult.case_id).where(CaseResult.version == version)
+    query = select(Case).where(Case.withdrawn_at.is_(None), Case.id.not_in(tested))
     return session.scalars(query.order_by(Case.id)).all()
 
 
@@ -232,40 +245,43 @@ STEP_ACTIVITIES = {
 }
 
 
-def describe_round_end(turn: Round) -> str | None:
-    """What anybody may know of how a round ended, in a sentence; `reason` is for operators."""
-    if turn.state == "failed":
-        return f"failed while {STEP_ACTIVITIES.get(turn.step, turn.step)}; operators see why"
-    if turn.state == "rejected":
-        broken = len((turn.decision or {}).get("regressions", ()))
-        return "did not pass the gate" + (f": {broken} reports that passed before fail again" if broken else "")
-    return {"promoted": f"v{turn.candidate_version} is the champion", "cancelled": "cancelled"}.get(turn.state)
-
-
-def describe_round(session: Session, turn: Round) -> RoundOut:
-    """Compose a round's public record."""
-    run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == turn.id))
-    return RoundOut(
-        id=turn.id,
-        number=turn.number,
-        state=turn.state,
-        step=turn.step,
-        reason=turn.reason,
-        parent_version=turn.parent_version,
-        candidate_version=turn.candidate_version,
-        snapshot_id=turn.snapshot_id,
-        decision=turn.decision,
-        failed_items=turn.failed_items,
-        status=run.status if run else None,
-        created_at=turn.created_at,
-        finished_at=turn.finished_at,
-        timeline=_read_timeline(session, turn),
+def describe_round_end(training_round: Round) -> str | None:
+    """Return a one-sentence public summary of how a round ended, None while it runs; only operators see `reason`."""
+    if training_round.state == "failed":
+        return f"failed while {STEP_ACTIVITIES.get(training_round.step, training_round.step)}; operators see why"
+    if training_round.state == "rejected":
+        num_regressions = len((training_round.decision or {}).get("regressions", ()))
+        detail = f": {num_regressions} reports that passed before fail again" if num_regressions else ""
+        return f"did not pass the gate{detail}"
+    return {"promoted": f"v{training_round.candidate_version} is the champion", "cancelled": "cancelled"}.get(
+        training_round.state
     )
 
 
-def _read_timeline(session: Session, turn: Round) -> list[Event]:
-    """When each step began; one that began again after a kill appears again."""
-    query = select(AuditEvent).where(AuditEvent.subject == turn.id, AuditEvent.action == STEP_BEGUN_ACTION)
+def describe_round(session: Session, training_round: Round) -> RoundOut:
+    """Build a round's public record."""
+    run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == training_round.id))
+    return RoundOut(
+        id=training_round.id,
+        number=training_round.number,
+        state=training_round.state,
+        step=training_round.step,
+        reason=training_round.reason,
+        parent_version=training_round.parent_version,
+        candidate_version=training_round.candidate_version,
+        snapshot_id=training_round.snapshot_id,
+        decision=training_round.decision,
+        failed_items=training_round.failed_items,
+        status=run.status if run else None,
+        created_at=training_round.created_at,
+        finished_at=training_round.finished_at,
+        timeline=_read_timeline(session, training_round),
+    )
+
+
+def _read_timeline(session: Session, training_round: Round) -> list[Event]:
+    """Return the start time of each step; a step that was restarted after a kill appears once per start."""
+    query = select(AuditEvent).where(AuditEvent.subject == training_round.id, AuditEvent.action == STEP_BEGUN_ACTION)
     return [
         Event(at=event.created_at, text=str(event.detail["step"]))
         for event in session.scalars(query.order_by(AuditEvent.id))
