@@ -1,4 +1,4 @@
-"""Datasets: checking uploads and accepting their rows."""
+"""Datasets: checks of uploaded files, acceptance of their rows, and their public records."""
 
 import os
 import re
@@ -26,8 +26,8 @@ from yuan.data.rows import BadRow, Row, parse_rows
 UPLOADS_FOLDER = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
 MAX_DATASET_LINES = 500_000
-MAX_HELD_OUT_ROWS_PER_DATASET = 1000  # of a dataset
-MAX_HELD_OUT_ANSWERS_PER_PROMPT = 4  # to one prompt, of a dataset
+MAX_HELD_OUT_ROWS_PER_DATASET = 1000  # per dataset
+MAX_HELD_OUT_ANSWERS_PER_PROMPT = 4  # per prompt and dataset
 INSERT_BATCH_ROWS = 5000
 READ_CHUNK_BYTES = 2**20
 
@@ -39,7 +39,7 @@ FetchObject = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class FileCheckResult:
-    """What the check of an uploaded file found; `reason` says why it is refused, None if it is not."""
+    """The result of checking an uploaded file; `reason` says why it is refused, None if it is not."""
 
     num_bytes: int
     num_rows: int
@@ -57,10 +57,10 @@ def add_dataset(
     file: FileCheckResult,
     sha256: str,
 ) -> Dataset:
-    """Record an uploaded file whose rows were checked, and whose bytes are stored unless one of them is bad.
+    """Record an uploaded file after its check; its bytes are in the object store unless the check refused it.
 
     Raises:
-        Refused: if it is a suite and its name is none that a suite may have.
+        InvalidField: if it is a suite and its name is not allowed for a suite.
     """
     if purpose == "suite":
         check_suite_name(name)
@@ -84,14 +84,16 @@ def add_dataset(
 
 
 def check_file(file: BinaryIO) -> FileCheckResult:
-    """Check a file row by row, in memory and time that a hostile one cannot multiply.
+    """Check a file row by row, with bounded memory and time even for a hostile file.
 
-    No more is read after 1,000 bad rows.
+    Reading stops at 1,000 malformed rows; a file of more than 500,000 lines is refused before any row is parsed.
     """
-    num_bytes, num_lines = file.seek(0, os.SEEK_END), _count_lines(file)
+    num_bytes = file.seek(0, os.SEEK_END)
+    num_lines = _count_lines(file)
     if num_lines > MAX_DATASET_LINES:
         reason = f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"
         return FileCheckResult(num_bytes, 0, [], reason)
+
     num_rows, bad = 0, list[BadRow]()
     file.seek(0)
     for row in parse_rows(file):
@@ -101,6 +103,7 @@ def check_file(file: BinaryIO) -> FileCheckResult:
         if len(bad) == MAX_LISTED_BAD_ROWS:
             reason = f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
             return FileCheckResult(num_bytes, num_rows, bad, reason)
+
     if bad:
         return FileCheckResult(num_bytes, num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
     return FileCheckResult(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
@@ -108,11 +111,11 @@ def check_file(file: BinaryIO) -> FileCheckResult:
 
 def _count_lines(file: BinaryIO) -> int:
     file.seek(0)
-    return sum(piece.count(b"\n") for piece in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
+    return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
 
 
 def count_stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:
-    """How many bytes of an account's files are stored, each content counted once, but for one sha256."""
+    """Return the stored bytes of an account's files, each content counted once, without the content of one sha256."""
     files = select(Dataset.sha256, Dataset.num_stored_bytes).where(
         Dataset.contributor_id == contributor_id, Dataset.num_stored_bytes > 0, Dataset.sha256 != besides
     )
@@ -121,21 +124,24 @@ def count_stored_bytes(session: Session, contributor_id: str, *, besides: str) -
 
 
 def check_suite_name(name: str) -> None:
-    """Keep suites apart from the gate's own and from paths.
+    """Check that a suite's name differs from the platform's own suites and is safe as a path component.
 
     Raises:
-        Refused: if the name is reserved or has other characters.
+        InvalidField: if the name is reserved or has other characters.
     """
     if name.lower() in RESERVED_SUITES:
         raise InvalidField(
             f"the suites {', '.join(RESERVED_SUITES)} are made by the platform; choose another name", "name"
         )
     if not SUITE_NAME_PATTERN.fullmatch(name):
-        raise InvalidField("the name of a suite is of letters a to z, digits, dot, dash and underscore", "name")
+        raise InvalidField(
+            "the name of a suite may have letters a to z, digits, dots, dashes and underscores; choose another name",
+            "name",
+        )
 
 
 def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> Dataset:
-    """One of the contributor's datasets.
+    """Return one of the contributor's datasets.
 
     Raises:
         NotFound: if there is none with this id, or it is somebody else's.
@@ -147,42 +153,43 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
 
 
 def list_datasets(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Dataset]:
-    """A page of the contributor's datasets, oldest first and without their bad rows; see `read_page`."""
+    """Return a page of the contributor's datasets, oldest first, without their bad rows; see `read_page`."""
     query = select(Dataset).options(defer(Dataset.bad_rows, raiseload=True))
     return read_page(session, query, Dataset, contributor, limit, after)
 
 
 def describe_dataset(session: Session, row: Dataset) -> DatasetOut:
-    """Compose a dataset's public record with its timeline."""
+    """Build a dataset's public record with its timeline."""
     return _build_dataset_records(session, [row], {row.id: row.bad_rows})[0]
 
 
 def describe_datasets(session: Session, rows: Sequence[Dataset]) -> list[DatasetOut]:
-    """Compose the public records of datasets, in as many queries as for one, with the first 20 bad rows of each."""
-    first = cast(f"$[0 to {MAX_NAMED_ROWS - 1}]", JSONPATH)
-    named = select(Dataset.id, func.jsonb_path_query_array(Dataset.bad_rows, first, type_=JSONB))
-    bad_rows = session.execute(named.where(Dataset.id.in_([row.id for row in rows])))
+    """Build the public records of datasets, with a constant number of queries and the first 20 bad rows of each."""
+    first_rows = cast(f"$[0 to {MAX_NAMED_ROWS - 1}]", JSONPATH)
+    query = select(Dataset.id, func.jsonb_path_query_array(Dataset.bad_rows, first_rows, type_=JSONB))
+    bad_rows = session.execute(query.where(Dataset.id.in_([row.id for row in rows])))
     return _build_dataset_records(session, rows, {dataset_id: bad for dataset_id, bad in bad_rows})
 
 
 def _build_dataset_records(
     session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]
 ) -> list[DatasetOut]:
-    faults, withdrawals = (
-        find_faults_by_subject(session, [row.id for row in rows]),
-        find_withdrawal_events(session, rows),
-    )
-    described = []
+    faults = find_faults_by_subject(session, [row.id for row in rows])
+    withdrawals = find_withdrawal_events(session, rows)
+
+    records = []
     for row in rows:
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
-        decided_at = row.decided_at or row.created_at  # a file with bad rows is rejected when it comes
+        decided_at = (
+            row.decided_at or row.created_at
+        )  # a file with bad rows is rejected on arrival and has no decided_at
         if row.state == "accepted":
             events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
         events += [Event(at=at, text=text) for at, text in faults[row.id]]
         events += [withdrawals[row.id]] if row.id in withdrawals else []
         if row.state == "rejected":
             events.append(Event(at=decided_at, text=f"rejected: {row.reason}"))
-        described.append(
+        records.append(
             DatasetOut(
                 id=row.id,
                 name=row.name,
@@ -197,11 +204,11 @@ def _build_dataset_records(
                 timeline=sorted(events, key=lambda event: event.at),
             )
         )
-    return described
+    return records
 
 
 def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
-    """Ids of datasets that passed the check and wait to be accepted."""
+    """Return the ids of datasets that passed the check and wait for acceptance, oldest first."""
     query = select(Dataset.id).where(Dataset.state == "checked", Dataset.created_at <= cut_off)
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
@@ -209,37 +216,48 @@ def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
 def accept_dataset(
     session: Session, dataset_id: str, fetch: FetchObject, salt: str, share: float, max_cases: int
 ) -> None:
-    """Enter a dataset's rows: each is of the train split, held out as a case, or a duplicate of an earlier row.
+    """Assign a role to each row of a dataset: train, held out as a case, or duplicate of an earlier row.
 
-    A row that was taken in under older rules and breaks today's gets no entry, and is named on the owner's timeline.
+    A row that an older release accepted and today's rules refuse gets no entry, and is named on the owner's timeline.
 
     Args:
-        share: of the prompts of checkable rows, how many are held out.
-        max_cases: how many rows of one account are held out, suites and operators apart; what is beyond is trained.
+        fetch: returns the bytes of an object by its key.
+        salt: secret from which the choice of held-out prompts is derived.
+        share: fraction of the checkable rows' prompts to hold out, in [0, 1].
+        max_cases: the number of rows of one account that may be held out, except for suites and operators; the
+            remaining rows are train rows.
     """
     lock_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
+
     numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
     note_faulty_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
+
+    # Duplicates are found among all accepted datasets and among the earlier rows of this one.
     keys = [(row.key, row.prompt_key) for _, row in numbered]
     known = _find_accepted_keys(session, [key for key, _ in keys])
-    fresh: dict[int, str] = {}  # prompt keys of the checkable rows that are no duplicates, by their numbers
+    testable: dict[int, str] = {}  # prompt keys of the checkable rows that are not duplicates, by row number
     entries = []
     for (number, row), (key, prompt_key) in zip(numbered, keys, strict=True):
         is_duplicate = key in known
         known.add(key)
         if not is_duplicate and row.checker is not None and row.prompt:
-            fresh[number] = prompt_key
+            testable[number] = prompt_key
         role = "duplicate" if is_duplicate else "train"
         dataset.num_duplicates += is_duplicate
         entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
-    most = _compute_held_out_limit(session, dataset, max_cases)
-    held_out = set(fresh) if dataset.purpose == "suite" else _draw_held_out_rows(fresh, salt, share, most)
+
+    max_rows = _compute_held_out_limit(session, dataset, max_cases)
+    if dataset.purpose == "suite":
+        held_out = set(testable)
+    else:
+        held_out = _draw_held_out_rows(testable, salt, share, max_rows)
     for entry in entries:
         if entry["number"] in held_out:
             entry["role"] = "held_out"
+
     add_cases(session, get_suite_name(dataset), [row for number, row in numbered if number in held_out], "held_out")
     for start in range(0, len(entries), INSERT_BATCH_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_BATCH_ROWS])
@@ -247,7 +265,7 @@ def accept_dataset(
 
 
 def record_acceptance_failure(session: Session, dataset_id: str, error: Exception) -> None:
-    """Record why a dataset could not be accepted: rejected for what it is, and tried again after a fault of ours."""
+    """Record why a dataset could not be accepted: reject it if its content is at fault, else leave it for a retry."""
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != "checked":
         return
@@ -256,33 +274,34 @@ def record_acceptance_failure(session: Session, dataset_id: str, error: Exceptio
         dataset.state, dataset.decided_at = "rejected", transaction_time()
 
 
-def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, most: int) -> set[int]:
-    """Choose the numbers of the rows to hold out: those whose prompt's salted hash lies below the share, lowest first.
+def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, max_rows: int) -> set[int]:
+    """Choose the numbers of the rows to hold out: those whose prompt's salted hash is below the share, lowest first.
 
-    So a prompt is held out for everybody or for nobody, whoever brings it and with however many answers, and nobody
-    closes more than the share of the prompts of others.
+    So a prompt is held out for all accounts or for none, whoever uploads it and with however many answers, and no
+    account can exclude more than the share of other accounts' prompts from training.
 
     Args:
-        prompts: prompt keys of the rows, by their numbers.
-        most: how many rows at most.
+        prompts: prompt keys of the rows, by row number.
+        max_rows: upper limit of the number of rows.
     """
     fractions = {prompt: compute_salted_fraction(prompt, salt) for prompt in set(prompts.values())}
-    answers = Counter[str]()
+    num_answers = Counter[str]()
     drawn: list[int] = []
     for number, prompt in sorted(prompts.items(), key=lambda row: (fractions[row[1]], row[0])):
-        if fractions[prompt] < share and answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
-            answers[prompt] += 1
+        if fractions[prompt] < share and num_answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
+            num_answers[prompt] += 1
             drawn.append(number)
-    return set(drawn[:most])
+    return set(drawn[:max_rows])
 
 
 def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) -> int:
-    """Return how many rows of a dataset may be held out, by itself and by what its account has already."""
+    """Return the number of a dataset's rows that may be held out, by the limits per dataset and per account."""
     if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR_ROLE:
         return MAX_HELD_OUT_ROWS_PER_DATASET
     cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == "held_out")
-    own = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
-    return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, max_cases - session.scalars(own).one()))
+    of_account = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
+    remaining = max_cases - session.scalars(of_account).one()
+    return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, remaining))
 
 
 def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:
@@ -292,7 +311,7 @@ def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:
 
 
 def parse_stored_rows(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
-    """Read a stored file: its rows, and those that only older rules took, both with their numbers from 0."""
+    """Parse a stored file; return its rows and the rows that today's rules refuse, both with numbers from 0."""
     rows, bad = [], {}
     for number, row in enumerate(parse_rows(data)):
         if isinstance(row, Row):

@@ -1,7 +1,7 @@
-"""The gate: what a candidate must show before it may replace the champion.
+"""The promotion gate: the conditions under which a candidate may replace the champion.
 
-Only held-out cases count in rates; a train case only guards against failing what the champion passed. A case from
-which all who stood for it have withdrawn does neither.
+Pass rates use held-out cases only; a train case is used only to detect regressions. A case that all its owners have
+withdrawn is used for neither.
 """
 
 import math
@@ -20,31 +20,34 @@ from feedback.withdrawal import WITHDRAWN
 BASE_SUITE = "base"
 MAX_BASE_RATE_DROP = 0.02
 Z_95 = 1.959963984540054
-SIGNIFICANCE_LEVEL = 0.05  # what is at least as probable may be chance
-MAX_DECISION_ENTRIES = 20  # accounts of a decision, and reports of an account
+SIGNIFICANCE_LEVEL = 0.05  # losses with this probability or more may be chance
+MAX_DECISION_ENTRIES = 20  # accounts per decision, and reports per account
 
 
 @dataclass(frozen=True)
 class PassRate:
-    """Passed of total, with its 95 % Wilson interval."""
+    """Passed cases out of total, with the 95 % Wilson interval."""
 
     passed: int
     total: int
 
     @property
     def value(self) -> float:
+        """Return passed / total; 0 if there is no case."""
         return self.passed / self.total if self.total else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of the rate."""
         return compute_wilson_interval(self.passed, self.total)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the rate with its counts and interval, for a decision's JSON."""
         return {**asdict(self), "rate": self.value, "interval": list(self.interval)}
 
 
 def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
-    """95 % score interval of a proportion. Source: Wilson 1927.
+    """Return the 95 % score interval of a proportion; (0, 1) if total is 0. Source: Wilson 1927.
 
     >>> tuple(round(x, 3) for x in compute_wilson_interval(8, 10))
     (0.49, 0.943)
@@ -58,7 +61,7 @@ def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
 
 
 def compute_pass_rates(session: Session, version: int) -> dict[str, PassRate]:
-    """A version's rate on the held-out cases of each suite, and of each capability as `suite/capability`."""
+    """Compute a version's held-out pass rate for each suite, and for each capability as `suite/capability`."""
     query = (
         select(Case.suite, Case.capability, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Case.id)
@@ -66,30 +69,35 @@ def compute_pass_rates(session: Session, version: int) -> dict[str, PassRate]:
     )
     passed: dict[str, int] = defaultdict(int)
     total: dict[str, int] = defaultdict(int)
-    for suite, capability, ok in session.execute(query):
+    for suite, capability, is_passed in session.execute(query):
         for name in (suite, f"{suite}/{capability}") if capability else (suite,):
             total[name] += 1
-            passed[name] += ok
+            passed[name] += is_passed
     return {name: PassRate(passed[name], total[name]) for name in sorted(total)}
 
 
 def find_regressions(session: Session, champion: int, candidate: int) -> list[str]:
-    """Report cases that the champion passes and the candidate fails."""
-    was = select(CaseResult.case_id).where(CaseResult.version == champion, CaseResult.passed)
-    now = select(CaseResult.case_id).where(CaseResult.version == candidate, ~CaseResult.passed)
+    """Return the ids of the report cases that the champion passes and the candidate fails."""
+    passed_before = select(CaseResult.case_id).where(CaseResult.version == champion, CaseResult.passed)
+    failed_after = select(CaseResult.case_id).where(CaseResult.version == candidate, ~CaseResult.passed)
     query = select(Case.id).where(Case.suite == REPORTS_SUITE, Case.withdrawn_at.is_(None))
-    query = query.where(Case.id.in_(was), Case.id.in_(now))
+    query = query.where(Case.id.in_(passed_before), Case.id.in_(failed_after))
     return list(session.scalars(query.order_by(Case.id)))
 
 
 @dataclass
 class AccountRegressions:
-    """What a candidate changes in the report cases of one account.
+    """The changes from champion to candidate in the report cases of one account.
 
-    `lost` has the cases that the champion passes and the candidate fails, with their roles, and `reports` the account's
-    reports of them. Of the cases that were there when the champion was promoted, `gained` are those that the candidate
-    passes newly, and `passed` and `total` what the champion passes and what there are, by role. What the account has
-    withdrawn counts in `total`, and in `gained`, unless the champion passes it.
+    Attributes:
+        lost: roles by id of the cases that the champion passes and the candidate fails.
+        reports: ids of the account's reports of the lost cases.
+        gained: number of cases that the champion fails and the candidate passes.
+        passed: number of cases that the champion passes, by role.
+        total: number of cases, by role.
+
+    `gained`, `passed` and `total` count only the cases that existed when the champion was promoted. A case that the
+    account has withdrawn counts in `total` and `gained` unless the champion passes it.
     """
 
     account: str
@@ -103,17 +111,18 @@ class AccountRegressions:
 
     @property
     def is_significant(self) -> bool:
-        """Tell whether the losses speak against a candidate.
+        """Return True if the losses count against a candidate.
 
-        They do of an operator's reports, and where the champion passes at least half of the account's cases of the same
-        role: models do learn what they ask for. Otherwise they must be more than chance explains. Answers to senseless
-        prompts pass senseless checkers by chance, in one version these and in the next others; without this rule
-        whoever reports enough of them could keep every candidate from being promoted.
+        Losses always count for an operator's reports, and where the champion passes at least half of the account's
+        cases of the same role, since models do learn what these reports ask for. Otherwise they must exceed what chance
+        explains: answers to meaningless prompts pass meaningless checkers by chance, different ones in each version.
+        Without this rule, an account that reports enough of them could block the promotion of every candidate.
         """
         is_learned = any(2 * self.passed[role] >= self.total[role] for role in self.lost.values())
         return self.role == OPERATOR_ROLE or is_learned or sign_test(len(self.lost), self.gained) < SIGNIFICANCE_LEVEL
 
     def to_json(self) -> dict[str, Any]:
+        """Return the account's counts for a decision's JSON, with its first 20 reports."""
         return {
             "account": self.account,
             "name": self.name,
@@ -126,7 +135,7 @@ class AccountRegressions:
 
 
 def sign_test(lost: int, gained: int) -> float:
-    """Return the probability of so many losses or more if each changed case were lost or gained by a coin's throw.
+    """Return the probability of at least `lost` losses if each changed case is lost or gained with probability 1/2.
 
     Source: the exact one-sided sign test, Dixon and Mood 1946.
 
@@ -140,79 +149,94 @@ def sign_test(lost: int, gained: int) -> float:
 def count_account_regressions(
     session: Session, champion: int, candidate: int, broken: Sequence[str]
 ) -> list[AccountRegressions]:
-    """Count what the candidate changes for each account whose reports fail again, those with the most first.
+    """Count the candidate's changes for each account whose reports fail again, those with the most losses first.
 
-    Gains count among the cases that were there when the champion was promoted. It failed those that came later, or they
-    would not have been accepted: they can only be gained, and would hide losses.
+    Gains are counted only among the cases that existed when the champion was promoted. The champion failed every later
+    case, or its report would not have been accepted: such cases can only be gained, and would hide losses.
+
+    Args:
+        broken: ids of the cases that the champion passes and the candidate fails.
     """
     accepted = select(Feedback.id, Case.id, Case.role, Contributor).join(Case, Case.id == Feedback.case_id)
     accepted = accepted.join(Contributor, Contributor.id == Feedback.contributor_id)
     accepted = accepted.where(Feedback.state == "accepted", Case.id.in_(broken))
-    found: dict[str, AccountRegressions] = {}
+    accounts: dict[str, AccountRegressions] = {}
     for report_id, case_id, role, owner in session.execute(accepted.order_by(Feedback.created_at, Feedback.id)):
-        one = found.setdefault(owner.id, AccountRegressions(owner.id, owner.name, owner.role))
-        one.lost[case_id] = role
-        one.reports.append(report_id)
+        regressions = accounts.setdefault(owner.id, AccountRegressions(owner.id, owner.name, owner.role))
+        regressions.lost[case_id] = role
+        regressions.reports.append(report_id)
+
+    # Cases of active reports, grouped by account, role and the results of both versions.
     promoted_at = select(func.min(Promotion.created_at)).where(Promotion.version == champion).scalar_subquery()
-    was, now = aliased(CaseResult), aliased(CaseResult)
-    query = select(Feedback.contributor_id, Case.role, was.passed, now.passed, func.count(Case.id.distinct()))
+    before, after = aliased(CaseResult), aliased(CaseResult)
+    query = select(Feedback.contributor_id, Case.role, before.passed, after.passed, func.count(Case.id.distinct()))
     query = query.join(Case, Case.id == Feedback.case_id)
-    query = query.join(was, (was.case_id == Case.id) & (was.version == champion))
-    query = query.join(now, (now.case_id == Case.id) & (now.version == candidate))
-    query = query.where(Feedback.state == "accepted", Feedback.contributor_id.in_(found), Case.withdrawn_at.is_(None))
+    query = query.join(before, (before.case_id == Case.id) & (before.version == champion))
+    query = query.join(after, (after.case_id == Case.id) & (after.version == candidate))
+    query = query.where(
+        Feedback.state == "accepted", Feedback.contributor_id.in_(accounts), Case.withdrawn_at.is_(None)
+    )
     query = query.where(Case.created_at <= promoted_at)
-    groups = query.group_by(Feedback.contributor_id, Case.role, was.passed, now.passed)
-    for account, role, passed, passes, count in session.execute(groups):
-        one = found[account]
-        one.total[role] += count
-        one.passed[role] += count if passed else 0
-        one.gained += count if passes and not passed else 0
-    # Withdrawn: as if the champion failed them and the candidate passed them, or whoever withdraws what fails would be
-    # left with what passes by chance.
-    gone = select(Feedback.contributor_id, Case.role, func.count(Case.id.distinct()))
-    gone = gone.join(Case, Case.id == Feedback.case_id).where(Case.created_at <= promoted_at)
-    gone = gone.where(Feedback.state == WITHDRAWN, Feedback.contributor_id.in_(found))
+    groups = query.group_by(Feedback.contributor_id, Case.role, before.passed, after.passed)
+    for account, role, passed_before, passed_after, count in session.execute(groups):
+        regressions = accounts[account]
+        regressions.total[role] += count
+        regressions.passed[role] += count if passed_before else 0
+        regressions.gained += count if passed_after and not passed_before else 0
+
+    # Withdrawn cases count as failed by the champion and passed by the candidate. Otherwise an account that withdraws
+    # its failing reports would keep only those that pass by chance, and its losses would count.
+    withdrawn = select(Feedback.contributor_id, Case.role, func.count(Case.id.distinct()))
+    withdrawn = withdrawn.join(Case, Case.id == Feedback.case_id).where(Case.created_at <= promoted_at)
+    withdrawn = withdrawn.where(Feedback.state == WITHDRAWN, Feedback.contributor_id.in_(accounts))
     kept = aliased(Feedback)
     is_kept = exists().where(
         kept.case_id == Case.id, kept.contributor_id == Feedback.contributor_id, kept.state == "accepted"
     )
-    passes_now = exists().where(was.case_id == Case.id, was.version == champion, was.passed)
-    gone = gone.where(~is_kept, ~passes_now).group_by(Feedback.contributor_id, Case.role)
-    for account, role, count in session.execute(gone):
-        found[account].total[role] += count
-        found[account].gained += count
-    return sorted(found.values(), key=lambda one: (-len(one.lost), one.name))
+    passes_champion = exists().where(before.case_id == Case.id, before.version == champion, before.passed)
+    withdrawn = withdrawn.where(~is_kept, ~passes_champion).group_by(Feedback.contributor_id, Case.role)
+    for account, role, count in session.execute(withdrawn):
+        accounts[account].total[role] += count
+        accounts[account].gained += count
+
+    return sorted(accounts.values(), key=lambda regressions: (-len(regressions.lost), regressions.name))
 
 
-def decide_promotion(session: Session, turn: Round) -> dict[str, Any]:
-    """Compare candidate and champion, and say whether the candidate may be promoted and why.
+def decide_promotion(session: Session, training_round: Round) -> dict[str, Any]:
+    """Compare candidate and champion; return the decision as JSON, with the reasons against a promotion.
 
-    The first version has nobody to beat. A later one must pass more held-out report cases, or as many; lose at most two
-    points on the base; fail no report case that the champion passes; and there must be held-out cases to judge by.
-    Report cases that fail again count by account: see `AccountRegressions.is_significant`.
+    The first version has no champion to compare with. A later one must pass at least the champion's rate of held-out
+    report cases, lose at most two percentage points on the base suite, fail no report case that the champion passes,
+    and be tested on at least one held-out case. Report cases that fail again count by account; see
+    `AccountRegressions.is_significant`.
     """
-    assert turn.candidate_version is not None, "evaluation comes first"
-    after = compute_pass_rates(session, turn.candidate_version)
-    before = compute_pass_rates(session, turn.parent_version) if turn.parent_version else {}
-    broken = find_regressions(session, turn.parent_version, turn.candidate_version) if turn.parent_version else []
-    owners = (
-        count_account_regressions(session, turn.parent_version, turn.candidate_version, broken)
-        if turn.parent_version
-        else []
-    )
-    telling = [one for one in owners if one.is_significant]
-    is_chance = bool(broken) and not telling
-    reasons = _list_objections(before, after, telling, judges_reports=not is_chance)
-    if turn.parent_version and not after:
-        reasons.append("no held-out case is left to judge it by; push rows with checkers, or a suite, and start anew")
+    assert training_round.candidate_version is not None, "the round's candidate is evaluated before the decision"
+    after = compute_pass_rates(session, training_round.candidate_version)
+    before = compute_pass_rates(session, training_round.parent_version) if training_round.parent_version else {}
+
+    broken: list[str] = []
+    accounts: list[AccountRegressions] = []
+    if training_round.parent_version:
+        broken = find_regressions(session, training_round.parent_version, training_round.candidate_version)
+        accounts = count_account_regressions(
+            session, training_round.parent_version, training_round.candidate_version, broken
+        )
+    significant = [account for account in accounts if account.is_significant]
+    is_chance = bool(broken) and not significant
+
+    reasons = _list_objections(before, after, significant, judges_reports=not is_chance)
+    if training_round.parent_version and not after:
+        reasons.append(
+            "no held-out case is left to judge it by; push rows with checkers, or a suite, and start a round"
+        )
     return {
         "promote": not reasons,
         "reasons": reasons,
-        "champion": turn.parent_version,
-        "candidate": turn.candidate_version,
+        "champion": training_round.parent_version,
+        "candidate": training_round.candidate_version,
         "regressions": broken,
         "regressions_may_be_chance": is_chance,
-        "regressions_by_account": [one.to_json() for one in owners[:MAX_DECISION_ENTRIES]],
+        "regressions_by_account": [account.to_json() for account in accounts[:MAX_DECISION_ENTRIES]],
         "suites": [
             {
                 "suite": name,
@@ -227,25 +251,30 @@ def decide_promotion(session: Session, turn: Round) -> dict[str, Any]:
 def _list_objections(
     before: dict[str, PassRate],
     after: dict[str, PassRate],
-    telling: Sequence[AccountRegressions],
+    significant: Sequence[AccountRegressions],
     *,
     judges_reports: bool,
 ) -> list[str]:
-    """List what speaks against a candidate.
+    """List the reasons against promoting a candidate.
 
     Args:
-        telling: the accounts whose reports that fail again count.
-        judges_reports: whether the rate on held-out reports counts; it falls only where a report fails again.
+        before: the champion's pass rates by suite.
+        after: the candidate's pass rates by suite.
+        significant: the accounts whose regressions count.
+        judges_reports: if True, the rate on held-out reports counts; it falls only where a report fails again.
     """
     reasons = []
-    nothing = PassRate(0, 0)
-    old, new = before.get(BASE_SUITE, nothing), after.get(BASE_SUITE, nothing)
+    no_cases = PassRate(0, 0)
+
+    old, new = before.get(BASE_SUITE, no_cases), after.get(BASE_SUITE, no_cases)
     if old.total and new.value < old.value - MAX_BASE_RATE_DROP:
         reasons.append(f"base fell from {old.value:.3f} to {new.value:.3f}, more than {MAX_BASE_RATE_DROP}")
-    old, new = before.get(REPORTS_SUITE, nothing), after.get(REPORTS_SUITE, nothing)
+
+    old, new = before.get(REPORTS_SUITE, no_cases), after.get(REPORTS_SUITE, no_cases)
     if judges_reports and old.total and new.value < old.value:
         reasons.append(f"held-out reports fell from {old.value:.3f} to {new.value:.3f}")
-    if telling:
-        lost = {case for one in telling for case in one.lost}
-        reasons.append(f"reports that pass in the champion fail again: {len(lost)}, of {len(telling)} account(s)")
+
+    if significant:
+        lost = {case for account in significant for case in account.lost}
+        reasons.append(f"reports that pass in the champion fail again: {len(lost)}, of {len(significant)} account(s)")
     return reasons

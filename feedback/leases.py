@@ -1,9 +1,9 @@
-"""Who may use which devices: leases, all devices of a plan or none, in one queue that nothing starves in.
+"""Device leases: a lease grants all devices of a plan or none, from one queue per pool without starvation.
 
-A lease is a row. It waits, is granted, and ends when its holder gives it back or is found dead. Whoever waits grants
-for all: the pool's row is locked, and the queue is served in order of priority plus waiting time. A holder that stays
-silent is fenced first (its generation changes, so it can do nothing more with the lease), its processes are ended, and
-only then do its devices go to others.
+A lease is a row. It waits, is granted, and ends when its holder releases it or is declared dead. Every waiting process
+serves the whole queue: it locks the pool's row and grants leases in the order of priority plus waiting time. A holder
+whose heartbeats stop is fenced first (its lease's generation changes, so it can no longer use the lease), then its
+processes are terminated, and only then its devices are granted to others.
 """
 
 from collections import Counter
@@ -19,43 +19,45 @@ from feedback.tables import DevicePool, Lease, PoolDevice
 from infra.launchers.job import HOST_NAME_PATTERN
 from yuan.plan.pool import Pool
 
-LEASE_TTL_S = 60.0  # of silence after which a holder is taken for dead
-WAIT_S_PER_PRIORITY_POINT = 600.0  # seconds of waiting that weigh as much as one point of priority
+LEASE_TTL_S = 60.0  # without a heartbeat, after which a holder is declared dead
+WAIT_S_PER_PRIORITY_POINT = 600.0  # seconds of waiting that count as one point of priority
 MAX_LEASE_PRIORITY = 100
 NOT_IN_POOL_FILE_REASON = "no longer in the pool's file"
 
 
 class NoCapacity(Exception):
-    """The pool could not serve this even if nobody else used it."""
+    """The pool has too few working devices for this request, even if no lease held any."""
 
 
 class LeaseLost(Exception):
-    """The lease is no longer this holder's; its processes must end."""
+    """The holder has lost the lease; its processes must exit."""
 
 
 def register_pool(session: Session, pool: Pool) -> None:
-    """Make a pool's devices what its file says; those it no longer names are lost, those in use stay leased."""
+    """Update a pool's devices to match its file; devices not in it become lost, but stay leased if in use."""
     values = insert(DevicePool).values(name=pool.name, launcher=pool.launcher)
     session.execute(values.on_conflict_do_update(index_elements=["name"], set_={"launcher": pool.launcher}))
-    named = [
+    devices = [
         {"pool": pool.name, "id": f"{group.device_class}/{n}", "device_class": group.device_class, "node": node}
         for group in pool.groups
         for n in range(group.count)
         for node in [f"{group.device_class}-node-{n // group.devices_per_node}"]
     ]
-    new = insert(PoolDevice).values(named)
+    new = insert(PoolDevice).values(devices)
     session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_={"node": new.excluded.node}))
-    own, is_named = PoolDevice.pool == pool.name, PoolDevice.id.in_([device["id"] for device in named])
+
+    in_pool = PoolDevice.pool == pool.name
+    is_listed = PoolDevice.id.in_([device["id"] for device in devices])
     session.execute(
         update(PoolDevice)
-        .where(own, ~is_named, PoolDevice.lost_reason.is_(None))
+        .where(in_pool, ~is_listed, PoolDevice.lost_reason.is_(None))
         .values(lost_reason=NOT_IN_POOL_FILE_REASON)
     )
-    # their machine may no longer be one of the site's, and Slurm refuses jobs that avoid what it does not know
-    session.execute(update(PoolDevice).where(own, ~is_named).values(lost_host=None))
+    # Their host may have left the cluster, and Slurm refuses a job that excludes a host it does not know.
+    session.execute(update(PoolDevice).where(in_pool, ~is_listed).values(lost_host=None))
     session.execute(
         update(PoolDevice)
-        .where(own, is_named, PoolDevice.lost_reason == NOT_IN_POOL_FILE_REASON)
+        .where(in_pool, is_listed, PoolDevice.lost_reason == NOT_IN_POOL_FILE_REASON)
         .values(lost_reason=None)
     )
 
@@ -71,18 +73,23 @@ def request_lease(
     priority: int = 0,
     ttl_s: float = LEASE_TTL_S,
 ) -> Lease:
-    """Queue for devices of a pool, so many of each class.
+    """Add a lease request to a pool's queue.
 
     Args:
-        holder: the process that asks, as `infra.processes.identity` names it; it must beat while it waits, too.
+        wanted: the number of devices by device class, each at least 1.
+        holder: the requesting process, as `infra.processes.identity` names it; it must send heartbeats while it waits.
+        priority: points, from -100 to 100; WAIT_S_PER_PRIORITY_POINT seconds of waiting add one.
+        ttl_s: seconds without a heartbeat after which the holder is declared dead.
 
     Raises:
         NotFound: if there is no such pool.
-        NoCapacity: if the pool has too few devices that work, whoever uses them; what it has is listed.
-        ValueError: if nothing is wanted, or the priority is out of range.
+        NoCapacity: if the pool has too few working devices, free or in use; the message lists them.
+        ValueError: if `wanted` is empty or has a count below 1, or the priority is out of range.
     """
     if not wanted or min(wanted.values()) < 1:
-        raise ValueError(f"a lease is of at least one device of each class it names, got {dict(wanted)}")
+        raise ValueError(
+            f"a lease needs at least one device of each class that it names, got {dict(wanted)}; use counts from 1"
+        )
     if not -MAX_LEASE_PRIORITY <= priority <= MAX_LEASE_PRIORITY:
         raise ValueError(f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}")
     if session.get(DevicePool, pool) is None:
@@ -98,20 +105,22 @@ def request_lease(
 
 
 def grant_leases(session: Session, pool: str) -> list[Lease]:
-    """Give free devices to those who wait, in order; returns the leases granted now.
+    """Grant free devices to the waiting leases in queue order; return the leases granted by this call.
 
-    One that cannot be served yet keeps the classes it wants from all behind it, so no stream of small requests can
-    hold a large one up; requests for other classes pass it by.
+    A lease that does not fit yet reserves the device classes it wants against all leases behind it, so a stream of
+    small requests cannot starve a large one; requests for other classes may overtake it.
     """
     session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
     free = find_free_devices(session, pool)
-    kept: set[str] = set()
+    reserved: set[str] = set()
     granted = []
+
     for lease in session.scalars(select_waiting_leases(pool).with_for_update()):
         fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.wanted.items())
-        if not fits or kept & lease.wanted.keys():
-            kept |= lease.wanted.keys()
+        if not fits or reserved & lease.wanted.keys():
+            reserved |= lease.wanted.keys()
             continue
+
         chosen = [
             device
             for name, count in lease.wanted.items()
@@ -121,25 +130,26 @@ def grant_leases(session: Session, pool: str) -> list[Lease]:
         lease.devices = sorted(device.id for device in chosen)
         lease.granted_at = lease.heartbeat_at = session.scalars(select(func.clock_timestamp())).one()
         granted.append(lease)
+
     session.flush()
     return granted
 
 
 def select_waiting_leases(pool: str) -> Select[tuple[Lease]]:
-    """Those who wait, whose turn is next first."""
-    waits = Lease.granted_at.is_(None) & Lease.released_at.is_(None) & Lease.fenced_at.is_(None)
-    query = select(Lease).where(Lease.pool == pool, waits)
+    """Build the query of a pool's waiting leases, in the order in which they are to be granted."""
+    is_waiting = Lease.granted_at.is_(None) & Lease.released_at.is_(None) & Lease.fenced_at.is_(None)
+    query = select(Lease).where(Lease.pool == pool, is_waiting)
     return query.order_by(score().desc(), Lease.asked_at, Lease.id)
 
 
 def score() -> ColumnElement[float]:
-    """Priority, and a point for every POINT_S seconds of waiting."""
+    """Return a lease's queue score: its priority plus one point per WAIT_S_PER_PRIORITY_POINT seconds of waiting."""
     waited = func.extract("epoch", func.clock_timestamp() - Lease.asked_at)
     return cast(Lease.priority, Float) + cast(waited, Float) / WAIT_S_PER_PRIORITY_POINT
 
 
 def record_lease_heartbeat(session: Session, lease_id: str, generation: int) -> Lease:
-    """Say that the holder lives.
+    """Record a heartbeat of the holder; return the current lease.
 
     Raises:
         LeaseLost: if the lease was fenced or has ended.
@@ -147,34 +157,35 @@ def record_lease_heartbeat(session: Session, lease_id: str, generation: int) -> 
     query = update(Lease).where(_is_current_lease(lease_id, generation)).values(heartbeat_at=func.clock_timestamp())
     lease = session.scalars(query.returning(Lease), execution_options={"populate_existing": True}).first()
     if lease is None:
-        raise LeaseLost(f"lease {lease_id} of generation {generation} is gone; end what runs under it")
+        raise LeaseLost(f"lease {lease_id} of generation {generation} is lost; end the processes that run under it")
     return lease
 
 
 def release_lease(session: Session, lease_id: str, generation: int, reason: str) -> None:
-    """Give the devices back, once nothing runs on them; a lease that was lost is left as it is."""
+    """Release the lease once nothing runs on its devices; do nothing if the lease was lost."""
     values = {"released_at": func.clock_timestamp(), "end_reason": reason}
     session.execute(update(Lease).where(_is_current_lease(lease_id, generation)).values(values))
 
 
 def find_open_leases(session: Session) -> list[Lease]:
-    """Those that wait or are held."""
+    """Return all leases that wait or are held."""
     return list(session.scalars(select(Lease).where(Lease.released_at.is_(None))))
 
 
 def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ()) -> list[Lease]:
-    """Change the generation of leases whose holders have been silent too long; those fenced before come again.
+    """Fence the leases without a heartbeat within their TTL; return these and the ones fenced earlier.
+
+    Fencing increments the lease's generation. After the commit, terminate the processes under each returned lease, the
+    holder included, and then call `free_fenced_lease`. The database receives no heartbeats while it is down, so the TTL
+    counts from its start at the earliest.
 
     Args:
-        dead: ids of leases whose holders are known to be dead, however short their silence.
-        alive: ids of leases whose holders are known to live, however long their silence; those fenced before are not
-            spared, since their devices are being taken back.
-
-    Once this is committed, end what runs under each, the holder included, and then `free` it. A server that was down
-    heard nobody, so silence counts from its start.
+        dead: ids of leases whose holders are known to have exited; fenced before their TTL ends.
+        alive: ids of leases whose holders are known to run; not fenced after their TTL. Leases fenced earlier are
+            returned nevertheless, since their devices are being reclaimed.
     """
-    heard = func.greatest(Lease.heartbeat_at, func.pg_postmaster_start_time())
-    is_silent = func.clock_timestamp() - heard > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
+    last_heartbeat = func.greatest(Lease.heartbeat_at, func.pg_postmaster_start_time())
+    is_silent = func.clock_timestamp() - last_heartbeat > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
     query = (
         update(Lease)
         .where(Lease.released_at.is_(None), Lease.id.not_in(alive) | Lease.fenced_at.is_not(None))
@@ -188,7 +199,7 @@ def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Itera
 
 
 def free_fenced_lease(session: Session, lease: Lease) -> None:
-    """Give back the devices of a fenced lease under which nothing runs any more."""
+    """Release a fenced lease once no process runs under it."""
     values = {"released_at": func.clock_timestamp(), "end_reason": "its holder died"}
     query = update(Lease).where(Lease.id == lease.id, Lease.fenced_at.is_not(None), Lease.released_at.is_(None))
     if session.scalar(query.values(values).returning(Lease.id)) is not None:
@@ -196,57 +207,61 @@ def free_fenced_lease(session: Session, lease: Lease) -> None:
 
 
 def set_device_lost(session: Session, pool: str, device: str, reason: str | None, host: str | None = None) -> list[str]:
-    """Take a device that does not work out of use, or, without a reason, put a mended one back.
+    """Mark a faulty device as lost, or, with no reason, return a repaired one to the pool.
 
-    A lease that has it keeps it until it ends.
+    A lease that holds the device keeps it until the lease ends.
 
     Args:
-        host: the machine of a batch system that the device was in. Which of the machine's devices a job gets nobody
-            can say there, so all of a node goes, once for a machine, and jobs avoid it; all of it comes back together.
+        reason: why the device is lost; None to return it to the pool.
+        host: the batch system's machine that has the device. A job cannot choose among a machine's devices there, so
+            one loss marks the whole node as lost, once per machine, and jobs avoid the machine; all of the machine's
+            devices return to the pool together.
 
     Returns:
-        The devices that this was done to; none, if the machine's loss was known.
+        The ids of the changed devices; empty if the loss of the machine was known already.
 
     Raises:
         NotFound: if the pool has no such device.
-        ValueError: if the host is not named as hosts are.
+        ValueError: if the host is not a valid host name.
     """
     if host and not HOST_NAME_PATTERN.fullmatch(host):
-        raise ValueError(f"a machine is named as a host is, by letters, digits, dots and hyphens, got {host!r}")
-    found = session.get(PoolDevice, (pool, device))
-    if found is None:
+        raise ValueError(
+            f"a host name has letters, digits, dots and hyphens only, got {host!r}; give the name from the batch system"
+        )
+    record = session.get(PoolDevice, (pool, device))
+    if record is None:
         raise NotFound(f"pool {pool!r} has no device {device!r}")
-    which = PoolDevice.id == device
+    is_affected = PoolDevice.id == device
     if reason and host:
-        if host in find_lost_hosts(session, pool):  # by another run, or one that was queued before
+        if host in find_lost_hosts(session, pool):  # reported before by another run, or by a queued one
             return []
-        which = (PoolDevice.node == found.node) & PoolDevice.lost_reason.is_(None) | which
-    elif not reason and found.lost_host:
-        which = PoolDevice.lost_host == found.lost_host
-    new = {"lost_reason": reason, "lost_host": func.coalesce(PoolDevice.lost_host, host) if reason else None}
-    query = update(PoolDevice).where(PoolDevice.pool == pool, which).values(new)
+        is_affected = (PoolDevice.node == record.node) & PoolDevice.lost_reason.is_(None) | is_affected
+    elif not reason and record.lost_host:
+        is_affected = PoolDevice.lost_host == record.lost_host
+    values = {"lost_reason": reason, "lost_host": func.coalesce(PoolDevice.lost_host, host) if reason else None}
+    query = update(PoolDevice).where(PoolDevice.pool == pool, is_affected).values(values)
     changed = sorted(session.scalars(query.returning(PoolDevice.id)))
-    for name in changed:
-        what = "device lost" if reason else "device returned"
-        audit(session, "pool", what, f"{pool}/{name}", reason=reason, host=host)
+    action = "device lost" if reason else "device returned"
+    for device_id in changed:
+        audit(session, "pool", action, f"{pool}/{device_id}", reason=reason, host=host)
     return changed
 
 
 def find_lost_hosts(session: Session, pool: str) -> list[str]:
-    """Machines of a batch system on which devices were lost and have not been returned."""
+    """Return the batch system's machines that have lost devices not yet returned to the pool."""
     is_lost = PoolDevice.lost_reason.is_not(None) & PoolDevice.lost_host.is_not(None)
     query = select(PoolDevice.lost_host).where(PoolDevice.pool == pool, is_lost).distinct()
     return sorted(host for host in session.scalars(query) if host is not None)
 
 
 def count_working_devices(session: Session, pool: str) -> Counter[str]:
-    """How many devices of each class work, used or not."""
+    """Count a pool's working devices by class, free or in use."""
     query = select(PoolDevice.device_class).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None))
     return Counter(session.scalars(query))
 
 
 def list_devices(session: Session, pool: str) -> list[dict[str, Any]]:
-    """Every device of a pool: its class, node, why it is lost, and the run that has it.
+    """Return every device of a pool: its class, node, reason of loss, and the run that holds it.
 
     Raises:
         NotFound: if there is no such pool.
@@ -269,13 +284,13 @@ def list_devices(session: Session, pool: str) -> list[dict[str, Any]]:
 
 
 def find_lost_devices(session: Session, pool: str, devices: Iterable[str]) -> dict[str, str]:
-    """Those of some devices that no longer work, and why."""
+    """Return the reasons of loss of those of some devices that are lost, by device id."""
     query = select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.id.in_(devices))
     return {device.id: device.lost_reason for device in session.scalars(query) if device.lost_reason is not None}
 
 
 def compute_device_hours(session: Session, by: str = "run_id") -> dict[str, float]:
-    """Device-hours that each run, or each `team`, has held so far."""
+    """Return the device-hours held so far by each `run_id`, `team` or `pool`."""
     key = {"run_id": Lease.run_id, "team": Lease.team, "pool": Lease.pool}[by]
     held = func.coalesce(Lease.released_at, func.clock_timestamp()) - Lease.granted_at
     hours = func.sum(func.jsonb_array_length(Lease.devices) * cast(func.extract("epoch", held), Float)) / 3600
@@ -286,19 +301,25 @@ def compute_device_hours(session: Session, by: str = "run_id") -> dict[str, floa
 
 
 def check_capacity(session: Session, pool: str, wanted: Mapping[str, int]) -> None:
-    has = count_working_devices(session, pool)
-    if any(has[name] < count for name, count in wanted.items()):
+    """Check that a pool has enough working devices, free or in use.
+
+    Raises:
+        NoCapacity: if not; the message lists up to 8 lost devices.
+    """
+    working = count_working_devices(session, pool)
+    if any(working[name] < count for name, count in wanted.items()):
         lost = session.scalars(
             select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_not(None))
         ).all()
-        said = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
+        losses = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
         raise NoCapacity(
-            f"pool {pool!r} has {dict(has)} devices that work, and {dict(wanted)} are wanted{said}; plan for fewer, "
-            "or return devices to the pool"
+            f"pool {pool!r} has {dict(working)} working devices, and {dict(wanted)} are wanted{losses}; "
+            "plan for fewer, or return devices to the pool"
         )
 
 
 def find_free_devices(session: Session, pool: str) -> list[PoolDevice]:
+    """Return a pool's working devices that no lease holds, in the order of their ids."""
     held = select(func.jsonb_array_elements_text(Lease.devices)).where(
         Lease.pool == pool, Lease.granted_at.is_not(None), Lease.released_at.is_(None)
     )
@@ -313,12 +334,16 @@ def _filter_device_class(devices: list[PoolDevice], device_class: str) -> list[P
 
 
 def _choose_few_nodes(devices: list[PoolDevice], count: int) -> list[PoolDevice]:
-    """So many devices on few nodes: of one that just has them, else of the freest."""
-    nodes = Counter(device.node for device in devices)
-    whole = [node for node, room in nodes.items() if room >= count]
-    order = sorted(nodes, key=lambda node: nodes[node] if whole else -nodes[node])
-    ranked = [node for node in order if not whole or node in whole]
-    return sorted((d for d in devices if d.node in ranked), key=lambda d: ranked.index(d.node))[:count]
+    """Choose a number of devices on few nodes: best fit on one node, else from the nodes with the most free devices."""
+    num_free = Counter(device.node for device in devices)
+    single_nodes = [node for node, free in num_free.items() if free >= count]
+
+    # Best fit (fewest free devices first) if one node suffices, else the most free devices first.
+    order = sorted(num_free, key=lambda node: num_free[node] if single_nodes else -num_free[node])
+    ranked = [node for node in order if not single_nodes or node in single_nodes]
+
+    candidates = (device for device in devices if device.node in ranked)
+    return sorted(candidates, key=lambda device: ranked.index(device.node))[:count]
 
 
 def _is_current_lease(lease_id: str, generation: int) -> ColumnElement[bool]:

@@ -1,4 +1,4 @@
-"""One contributor's records a page at a time, oldest first."""
+"""Paging through one contributor's records, oldest first."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -16,26 +16,27 @@ Record = TypeVar("Record", Feedback, Dataset)
 def read_page(
     session: Session, query: Select[tuple[Record]], kind: type[Record], who: Contributor, limit: int, after: str | None
 ) -> Sequence[Record]:
-    """Read the account's records that follow one of them, in the order (created_at, id).
+    """Return up to `limit` of the account's records after the one with id `after`, ordered by (created_at, id).
 
     Raises:
-        Refused: if `after` is the id of no record of this account.
+        InvalidField: if this account has no record with the id `after`.
     """
     query = query.where(kind.contributor_id == who.id)
     if after is not None:
-        place = select(kind.created_at, kind.id).where(kind.id == after, kind.contributor_id == who.id)
-        seen = session.execute(place).first()
-        if seen is None:
+        cursor = select(kind.created_at, kind.id).where(kind.id == after, kind.contributor_id == who.id)
+        last_seen = session.execute(cursor).first()
+        if last_seen is None:
             raise make_cursor_error()
-        query = query.where(tuple_(kind.created_at, kind.id) > tuple_(literal(seen.created_at), literal(seen.id)))
+        position = tuple_(literal(last_seen.created_at), literal(last_seen.id))
+        query = query.where(tuple_(kind.created_at, kind.id) > position)
     return session.scalars(query.order_by(kind.created_at, kind.id).limit(limit)).all()
 
 
 def read_notices(session: Session, who: Contributor, limit: int, after: int | None) -> Sequence[Outbox]:
-    """Read the account's delivered notices that follow one of them, in the order of their numbers.
+    """Return up to `limit` of the account's delivered notices with a number above `after`, ordered by number.
 
     Raises:
-        Refused: if `after` is the number of no such notice.
+        InvalidField: if this account has no delivered notice with the number `after`.
     """
     query = select(Outbox).where(Outbox.contributor_id == who.id, Outbox.delivered_at.is_not(None))
     if after is not None:
@@ -46,5 +47,5 @@ def read_notices(session: Session, who: Contributor, limit: int, after: int | No
 
 
 def make_cursor_error() -> InvalidField:
-    """The same answer for what is nobody's and what is somebody else's."""
-    return InvalidField("your list has no such item; give the last one that you have seen, or leave it out", "after")
+    """Return the error for an unknown cursor; it is the same whether no record has the id or another account's has."""
+    return InvalidField("your list has no such item; use the last item of the previous page, or leave it out", "after")

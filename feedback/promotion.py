@@ -1,4 +1,4 @@
-"""Promotion: champion, verdicts and notices in one transaction; notices and aliases follow it."""
+"""Promotion: one transaction sets the champion, verdicts and notices; delivery and registry aliases follow it."""
 
 import logging
 from collections import defaultdict
@@ -33,14 +33,14 @@ NOTICE_TEXTS = {
 
 
 def find_champion(session: Session) -> int | None:
-    """The version in service."""
+    """Return the version in service; None before the first promotion."""
     return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
 
 
 def store_results(session: Session, version: int, results: Sequence[dict[str, Any]]) -> None:
-    """Keep what a version answered; a case it has already taken keeps its first result.
+    """Store a version's results; a case that already has a result for the version keeps it.
 
-    An answer that cannot be stored is a failed case with the reason.
+    A result that the database refuses is stored as a failed case with the reason.
     """
     rows = [
         {
@@ -52,8 +52,8 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
         for result in results
     ]
 
-    def store(part: Sequence[dict[str, Any]]) -> None:
-        session.execute(insert(CaseResult).on_conflict_do_nothing(), list(part))
+    def store(batch: Sequence[dict[str, Any]]) -> None:
+        session.execute(insert(CaseResult).on_conflict_do_nothing(), list(batch))
 
     unjudged = {row["case_id"]: str(row["reason"]) for row in rows if row["reason"] is not None}
 
@@ -67,43 +67,47 @@ def store_results(session: Session, version: int, results: Sequence[dict[str, An
 
 
 def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
-    """Put on the timelines of reports and datasets which of their cases could not be judged, one line each."""
-    query = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
-    rows = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
-    rows = rows.where(Case.id.in_(unjudged), DatasetRow.role == "held_out")
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for owner, case_id in (*session.execute(query), *session.execute(rows)):
-        reasons[owner].append(unjudged[str(case_id)])
-    for owner, found in reasons.items():
-        more = f"{len(found)} cases, of which the first: " if len(found) > 1 else ""
-        note_reason(session, owner, f"evaluate v{version}", f"{more}{found[0]}")
+    """Record on the timelines of reports and datasets which of their cases could not be judged, one line each."""
+    reports = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
+    datasets = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
+    datasets = datasets.where(Case.id.in_(unjudged), DatasetRow.role == "held_out")
+
+    reasons_by_subject: dict[str, list[str]] = defaultdict(list)
+    for subject, case_id in (*session.execute(reports), *session.execute(datasets)):
+        reasons_by_subject[subject].append(unjudged[str(case_id)])
+
+    for subject, reasons in reasons_by_subject.items():
+        prefix = f"{len(reasons)} cases, of which the first: " if len(reasons) > 1 else ""
+        note_reason(session, subject, f"evaluate v{version}", f"{prefix}{reasons[0]}")
 
 
-def promote_candidate(session: Session, turn: Round, decision: dict[str, Any]) -> int:
-    """Make the round's candidate the champion, with a verdict and a notice for every accepted report.
+def promote_candidate(session: Session, training_round: Round, decision: dict[str, Any]) -> int:
+    """Make the round's candidate the champion, and write the verdicts and notices for accepted reports.
 
-    All of it is in the caller's transaction, so it happens once or not at all. Returns how many reports could not be
-    told; the reason is on their timelines.
+    All of it is in the caller's transaction, so it is atomic.
+
+    Returns:
+        The number of reports whose notice could not be written; the reasons are on their timelines.
     """
     version = decision["candidate"]
     assert isinstance(version, int), "a decision names its candidate"
     session.add(
         Promotion(
             version=version,
-            previous=turn.parent_version,
-            round_id=turn.id,
+            previous=training_round.parent_version,
+            round_id=training_round.id,
             actor="round",
-            reason="first version" if turn.parent_version is None else "passed the gate",
+            reason="first version" if training_round.parent_version is None else "passed the gate",
         )
     )
-    session.execute(update(Round).where(Round.id == turn.id).values(decision=decision))
-    untold = _write_notices(session, turn.parent_version, version)
-    audit(session, "round", "promoted", turn.id, version=version, previous=turn.parent_version)
-    return untold
+    session.execute(update(Round).where(Round.id == training_round.id).values(decision=decision))
+    num_failed = _write_notices(session, training_round.parent_version, version)
+    audit(session, "round", "promoted", training_round.id, version=version, previous=training_round.parent_version)
+    return num_failed
 
 
 def _write_notices(session: Session, before: int | None, after: int) -> int:
-    """Write one notice for each accepted report whose standing this version settles or changes; how many failed."""
+    """Write one notice for each accepted report that has none yet or does not still pass; return the number of failures."""
     query = (
         select(Feedback, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Feedback.case_id)
@@ -114,10 +118,15 @@ def _write_notices(session: Session, before: int | None, after: int) -> int:
         session.scalars(select(CaseResult.case_id).where(CaseResult.version == before, CaseResult.passed))
     )
 
-    def tell(found: Row[tuple[Feedback, bool]]) -> None:
-        report, passed = found
-        was = report.case_id in passed_before
-        verdict = {(0, 1): "fixed", (0, 0): "still_failing", (1, 0): "regressed", (1, 1): "passing"}[(was, passed)]
+    def notify(result: Row[tuple[Feedback, bool]]) -> None:
+        report, passes_after = result
+        passes_before = report.case_id in passed_before
+        verdict = {
+            (False, True): "fixed",
+            (False, False): "still_failing",
+            (True, False): "regressed",
+            (True, True): "passing",
+        }[(passes_before, passes_after)]
         if verdict == "passing" and _has_notice(session, report.id):
             return
         values = {
@@ -129,10 +138,10 @@ def _write_notices(session: Session, before: int | None, after: int) -> int:
         }
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
 
-    def blame(found: Row[tuple[Feedback, bool]], error: Exception) -> None:
-        note_fault(session, found[0].id, "tell", error)
+    def blame(result: Row[tuple[Feedback, bool]], error: Exception) -> None:
+        note_fault(session, result[0].id, "tell", error)
 
-    return process_each(session, session.execute(query).all(), tell, blame)
+    return process_each(session, session.execute(query).all(), notify, blame)
 
 
 def _has_notice(session: Session, feedback_id: str) -> bool:
@@ -140,44 +149,50 @@ def _has_notice(session: Session, feedback_id: str) -> bool:
 
 
 def mark_notices_delivered(session: Session) -> int:
-    """Put waiting notices on their reporters' timelines, each once.
+    """Deliver the waiting notices to their reporters' timelines, each once; return the number delivered.
 
-    Delivery is the row's own mark, so it and the notice cannot come apart.
+    `delivered_at` is a column of the notice's own row, so a notice and its delivery cannot become inconsistent.
     """
     waiting = select(Outbox.id).where(Outbox.delivered_at.is_(None)).with_for_update(skip_locked=True)
-    done = session.execute(
+    delivered = session.execute(
         update(Outbox)
         .where(Outbox.id.in_(waiting))
         .values(delivered_at=datetime.now(timezone.utc))
         .returning(Outbox.id)
     )
-    return len(done.all())
+    return len(delivered.all())
 
 
 def reconcile_aliases(
     session: Session, actual: dict[str, int], set_alias: Callable[[str, int | None], None]
 ) -> dict[str, int | None]:
-    """Make the registry's aliases those of the newest promotion and round; an alias moved by hand is put back.
+    """Set the registry's aliases by the newest promotion and round; an alias that was moved manually is reset.
 
-    One that the registry refuses, such as one of a version that was deleted there, keeps no other from its place; it is
-    tried again at the next call.
+    An alias that the registry refuses, for example because its version was deleted there, does not block the others; it
+    is retried at the next call.
+
+    Args:
+        actual: the registry's current version by alias.
+        set_alias: sets an alias in the registry, or removes it if the version is None.
 
     Returns:
-        The aliases that were changed.
+        The aliases that were changed, with their versions.
     """
     wanted = _find_wanted_aliases(session)
     changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
     refused: list[str] = []
 
-    def put(alias: str) -> None:
+    def set_one(alias: str) -> None:
         audit(session, "reconciler", "alias set", alias, version=changed[alias], found=actual.get(alias))
         set_alias(alias, changed[alias])
 
     def blame(alias: str, error: Exception) -> None:
-        log.warning("the registry does not let %s be v%s: %s", alias, changed[alias], describe_error_place(error))
+        log.warning(
+            "the registry refused to set alias %s to v%s: %s", alias, changed[alias], describe_error_place(error)
+        )
         refused.append(alias)
 
-    process_each(session, changed, put, blame)
+    process_each(session, changed, set_one, blame)
     return {alias: version for alias, version in changed.items() if alias not in refused}
 
 

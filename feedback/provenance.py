@@ -1,4 +1,4 @@
-"""Check that a report is about something that exists: a version, and an answer that its reporter was given."""
+"""Check that a report refers to a registered version and to a response that its reporter received."""
 
 from sqlalchemy.orm import Session
 
@@ -11,22 +11,27 @@ COMPARED_FIELDS = ("prompt", "response", "model_version")
 
 
 def check_provenance(session: Session, contributor: Contributor, report: FeedbackIn) -> None:
-    """Compare a report with the version and the recorded response it names.
+    """Compare a report with the version and the recorded response that it names.
 
-    A report without `response_id` may be about any answer of any registered version.
+    A report without `response_id` may be about any response of any registered version.
 
     Raises:
-        NotFound: if the version was never registered, or the contributor was given no answer with this id.
-        Refused: if prompt, response or version differ from the recorded ones.
+        NotFound: if the version was never registered, or the contributor received no response with this id.
+        InvalidField: if prompt, response or version differ from the recorded ones.
     """
     if session.get(ModelVersion, report.model_version) is None:
-        raise NotFound(f"there is no version {report.model_version}; /v1 names the answering one", "model_version")
+        raise NotFound(
+            f"there is no version {report.model_version}; use the version that the /v1 response names", "model_version"
+        )
     if report.response_id is None:
         return
     recorded = session.get(Response, report.response_id)
     if recorded is None or recorded.contributor_id != contributor.id:
-        raise NotFound(f"you were given no response {make_printable(report.response_id)}", "response_id")
+        raise NotFound(
+            f"you received no response {make_printable(report.response_id)}; use a response_id from your /v1 responses",
+            "response_id",
+        )
     for name in COMPARED_FIELDS:
         stored, sent = getattr(recorded, name), getattr(report, name)
         if sent != (make_storable(stored) if isinstance(stored, str) else stored):
-            raise InvalidField(f"differs from the {name} of response {recorded.id}; send it as it was", name)
+            raise InvalidField(f"differs from the {name} of response {recorded.id}; send the recorded text", name)

@@ -1,4 +1,4 @@
-"""Entry of the portal: `python -m feedback.run`."""
+"""Entry point of the portal process: `python -m feedback.run`."""
 
 import uvicorn
 
@@ -11,6 +11,7 @@ from infra.settings import PortalSettings, load_settings
 
 
 def main() -> None:
+    """Serve the portal until the process is terminated."""
     configure_logging()
     settings = load_settings(PortalSettings)
     app = make_app(settings, open_engine(settings, pool_size=16), open_object_store(settings))

@@ -1,6 +1,7 @@
-"""The records of the platform: SQLAlchemy tables.
+"""The platform's database tables, as SQLAlchemy classes.
 
-Stored states are few; what can be derived (failing, fixed in vN, regressed in vN) is derived from case results.
+Only states that cannot be derived are stored; verdicts (failing, fixed in vN, regressed in vN) are derived from case
+results.
 """
 
 import uuid
@@ -12,7 +13,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 JsonbObject = dict[str, Any]
-REPORTS_SUITE = "reports"  # the suite of the cases that reports became
+REPORTS_SUITE = "reports"  # the suite of the cases made from reports
 
 
 class Base(DeclarativeBase):
@@ -20,12 +21,12 @@ class Base(DeclarativeBase):
 
 
 def new_id() -> str:
-    """A random id; unguessable, so an id in an address tells nothing about other records."""
+    """Return a random id; it cannot be guessed, so an id in a URL reveals nothing about other records."""
     return uuid.uuid4().hex
 
 
 def transaction_time() -> Any:
-    """Return an expression for the moment at which the transaction began, by the database's clock as all others."""
+    """Return an SQL expression for the start time of the transaction, by the database's clock like all stored times."""
     return func.now()
 
 
@@ -41,7 +42,7 @@ class Contributor(Created, Base):
 
 
 class ApiToken(Created, Base):
-    """A token, kept as sha256: it has 256 random bits, so nothing slower is needed."""
+    """An API token, stored as its sha256; it has 256 random bits, so a slow password hash is not needed."""
 
     __tablename__ = "api_token"
     digest: Mapped[str] = mapped_column(primary_key=True)
@@ -52,7 +53,7 @@ class ApiToken(Created, Base):
 
 
 class IdempotencyKey(Created, Base):
-    """The first answer to a request, given again when the same contributor repeats its key."""
+    """The record that the first request with a key created; a repeated request returns the same record."""
 
     __tablename__ = "idempotency_key"
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"), primary_key=True)
@@ -62,7 +63,7 @@ class IdempotencyKey(Created, Base):
 
 
 class Response(Created, Base):
-    """An answer the champion gave through /v1."""
+    """A response that the champion returned through /v1."""
 
     __tablename__ = "response"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -73,7 +74,7 @@ class Response(Created, Base):
 
 
 class Feedback(Created, Base):
-    """One report; `body` is the contract's JSON as sent."""
+    """One report; `body` is its `FeedbackIn` JSON."""
 
     __tablename__ = "feedback"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -98,7 +99,7 @@ class Feedback(Created, Base):
 
 
 class Dataset(Created, Base):
-    """An uploaded file of rows; the bytes, unless refused, lie in the store under `uploads/sha256`."""
+    """An uploaded file of rows; the bytes, unless refused, are in the object store under `uploads/SHA256`."""
 
     __tablename__ = "dataset"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -119,7 +120,7 @@ class Dataset(Created, Base):
 
 
 class DatasetRow(Base):
-    """Place and keys of one row of an accepted dataset; its text stays in the store."""
+    """Position and keys of one row of an accepted dataset; its text stays in the object store."""
 
     __tablename__ = "dataset_row"
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
@@ -131,7 +132,10 @@ class DatasetRow(Base):
 
 
 class Case(Created, Base):
-    """A checked question that every later model takes, until all who stand for it withdraw. Its role is fixed once."""
+    """A prompt with a checker, on which every later version is tested until all its owners withdraw it.
+
+    Its role never changes.
+    """
 
     __tablename__ = "case"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -148,7 +152,7 @@ class Case(Created, Base):
 
 
 class ModelVersion(Created, Base):
-    """A registered version; the number is the one that MLflow gave it first."""
+    """A registered version; its number is the one that MLflow assigned at the first registration."""
 
     __tablename__ = "model_version"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -158,7 +162,7 @@ class ModelVersion(Created, Base):
 
 
 class CaseResult(Created, Base):
-    """What one version answered to one case."""
+    """The result of one version on one case."""
 
     __tablename__ = "case_result"
     case_id: Mapped[str] = mapped_column(ForeignKey("case.id"), primary_key=True)
@@ -178,7 +182,7 @@ class Snapshot(Created, Base):
 
 
 class Round(Created, Base):
-    """One turn of the loop; at most one is running."""
+    """One training round, from the collection of reports to the decision; at most one is running."""
 
     __tablename__ = "round"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -202,6 +206,8 @@ class Round(Created, Base):
 
 
 class Plan(Created, Base):
+    """The parallelism plan of a round's training run."""
+
     __tablename__ = "plan"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
@@ -209,7 +215,7 @@ class Plan(Created, Base):
 
 
 class TrainingRun(Created, Base):
-    """One training run of a round; its folder is `runs/ID` in the home folder."""
+    """The training run of a round; its folder is `runs/ID` in the home folder."""
 
     __tablename__ = "training_run"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -219,7 +225,7 @@ class TrainingRun(Created, Base):
 
 
 class DevicePool(Created, Base):
-    """Devices that runs are scheduled on; its row is locked while the queue is served."""
+    """A pool of devices for training runs; its row is locked while leases are granted."""
 
     __tablename__ = "device_pool"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -237,7 +243,7 @@ class PoolDevice(Base):
 
 
 class Lease(Base):
-    """Devices for one run: waiting until granted, held until released. What it held adds up in the ledger."""
+    """Devices for one run: waits until granted, held until released; device-hours are summed over all leases."""
 
     __tablename__ = "lease"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -272,7 +278,7 @@ class Promotion(Created, Base):
 
 
 class Outbox(Created, Base):
-    """A notice to one contributor about one report and one version; the unique key makes it exactly one."""
+    """A notice to one contributor about one report and one version; the unique key prevents a second one."""
 
     __tablename__ = "outbox"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -286,7 +292,7 @@ class Outbox(Created, Base):
 
 
 class AuditEvent(Created, Base):
-    """Who did what to which record; append-only."""
+    """An action of an actor on a record; append-only."""
 
     __tablename__ = "audit_event"
     id: Mapped[int] = mapped_column(primary_key=True)

@@ -1,4 +1,4 @@
-"""Withdrawing reports and datasets: they leave mixture, gate and notices, and stay on record."""
+"""Withdrawal of reports and datasets: removal from mixture, gate and notices; their records stay."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,17 @@ from feedback.contracts import Event
 from feedback.tables import REPORTS_SUITE, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
-INACTIVE_STATES = (WITHDRAWN, "rejected")  # states of what is in no mixture, test or notice
-WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # of an account, withdrawn in one transaction
-DATASETS_LOCK = 7_310_211  # any number that no other lock here has
+INACTIVE_STATES = (WITHDRAWN, "rejected")  # records in these states are in no mixture, case or notice
+WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # records of an account per transaction
+DATASETS_LOCK = 7_310_211  # arbitrary; must differ from the other advisory lock numbers
 
 
 def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason: str) -> Feedback:
-    """Withdraw a report of one's own, or any as an operator; one that is withdrawn stays as it is.
+    """Withdraw a report: one's own, or any as an operator; do nothing if it is withdrawn already.
 
-    From then on it has no verdict and no notice. Its case leaves tests and gate, and its correction the mixture, unless
-    another accepted report shares them. A round whose mixture is frozen goes on without it.
+    A withdrawn report has no verdict and gets no notice. Its case leaves tests and gate, and its correction leaves the
+    mixture, unless another accepted report shares them. A round that has frozen its mixture continues with the frozen
+    rows, but is no longer judged by the case.
 
     Raises:
         NotFound: if there is no such report, or it is somebody else's.
@@ -41,10 +42,10 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
 
 
 def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason: str) -> Dataset:
-    """Withdraw a dataset of one's own, or any as an operator; one that is withdrawn stays as it is.
+    """Withdraw a dataset: one's own, or any as an operator; do nothing if it is withdrawn already.
 
-    Its rows leave the next mixture and its cases tests and gate. Where another accepted dataset has the same row, which
-    was left out as a duplicate, that one takes the row's place.
+    Its rows leave the next mixture, and its cases leave tests and gate. Where another accepted dataset has the same row
+    as a duplicate, the duplicate takes over the row's role.
 
     Raises:
         NotFound: if there is no such dataset, or it is somebody else's.
@@ -71,7 +72,7 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
 
 @dataclass(frozen=True)
 class WithdrawalBatch:
-    """How many of an account's reports and datasets one transaction withdrew; none: nothing is left."""
+    """The numbers of an account's reports and datasets that one call withdrew; both are 0 once none remain."""
 
     reports: int = 0
     datasets: int = 0
@@ -80,22 +81,22 @@ class WithdrawalBatch:
 def withdraw_account(
     session: Session, who: Contributor, account: Contributor, reason: str, kinds: Collection[str]
 ) -> WithdrawalBatch:
-    """Withdraw, as an operator, the oldest 200 reports or else 10 datasets of an account; what is rejected stays so.
+    """Withdraw, as an operator, the oldest 200 reports or else 10 datasets of an account; skip rejected ones.
 
-    Called until nothing is left, since everything at once could hold locks for minutes.
+    Repeat the call until none remain; withdrawing everything in one transaction could hold locks for minutes.
 
     Args:
-        kinds: of `reports` and `datasets`.
+        kinds: one or both of `reports` and `datasets`.
 
     Raises:
-        Refused: if it is an operator's account, which holds the base and the suites.
+        InvalidField: if it is an operator's account, which holds the base and the suites.
     """
     if account.role == OPERATOR_ROLE:
         raise InvalidField(
             f"{account.name} is an operator's account; withdraw its reports and datasets one by one", "account"
         )
     if "reports" in kinds:
-        # All are locked before the first case is, in the order of a review, or the two could wait for each other.
+        # Lock all reports before the first case, in the order in which a review locks them, to prevent a deadlock.
         reports = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_STATES))
         reports = (
             reports.order_by(Feedback.created_at, Feedback.id)
@@ -118,75 +119,81 @@ def withdraw_account(
 
 
 def lock_datasets(session: Session) -> None:
-    """Let no other transaction accept or withdraw a dataset until this one ends: both say whose duplicate a row is."""
+    """Block other transactions from accepting or withdrawing datasets until this one ends; both set duplicate roles."""
     session.execute(select(func.pg_advisory_xact_lock(DATASETS_LOCK)))
 
 
 def get_suite_name(dataset: Dataset) -> str:
-    """The suite in which a dataset's held-out rows test."""
+    """Return the name of the suite to which a dataset's held-out rows belong."""
     return dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
 
 
 def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
-    """The lines of withdrawals on the timelines of those records that were withdrawn."""
+    """Return the withdrawal event of each withdrawn record, by record id."""
     withdrawn = {row.id: row for row in rows if row.state == WITHDRAWN}
     if not withdrawn:
         return {}
     query = select(AuditEvent).where(AuditEvent.subject.in_(withdrawn), AuditEvent.action == WITHDRAWN)
-    lines: dict[str, Event] = {}
+    events: dict[str, Event] = {}
     for event in session.scalars(query.order_by(AuditEvent.id)):
         row = withdrawn[event.subject]
-        by = "you" if event.actor == row.contributor_id else "an operator"
-        lines.setdefault(row.id, Event(at=event.created_at, text=f"withdrawn by {by}: {row.reason}"))
-    return lines
+        actor = "you" if event.actor == row.contributor_id else "an operator"
+        events.setdefault(row.id, Event(at=event.created_at, text=f"withdrawn by {actor}: {row.reason}"))
+    return events
 
 
-def _check_ownership(who: Contributor, row: Feedback | Dataset | None, what: str, record_id: str) -> None:
+def _check_ownership(who: Contributor, row: Feedback | Dataset | None, kind: str, record_id: str) -> None:
     if row is None or (who.role != OPERATOR_ROLE and row.contributor_id != who.id):
         raise NotFound(
-            f"there is no {what} {record_id}" if who.role == OPERATOR_ROLE else f"you have no {what} {record_id}"
+            f"there is no {kind} {record_id}" if who.role == OPERATOR_ROLE else f"you have no {kind} {record_id}"
         )
 
 
 def _withdraw_cases(session: Session, which: ColumnElement[bool], *, unless: ColumnElement[bool]) -> None:
-    """Let cases leave tests and gate, but for those that somebody else stands for."""
-    session.execute(select(Case.id).where(which).with_for_update())  # and see who has come to stand for them
-    leaving = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
-    leaving = leaving.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
-    left = session.execute(leaving, execution_options={"synchronize_session": False}).all()
-    settled = {prompt_key for suite, prompt_key in left if suite == REPORTS_SUITE}
-    if settled:  # who contradicted them is reviewed again
-        disputed = update(Feedback).where(Feedback.state == "disputed", Feedback.disputed_key.in_(settled))
+    """Remove the selected cases from tests and gate, except those that have another owner."""
+    # Lock first, so that the condition below sees owners added by transactions that just committed.
+    session.execute(select(Case.id).where(which).with_for_update())
+    withdrawal = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
+    withdrawal = withdrawal.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
+    withdrawn = session.execute(withdrawal, execution_options={"synchronize_session": False}).all()
+
+    # Reports that contradicted a withdrawn case are reviewed again.
+    undisputed_keys = {prompt_key for suite, prompt_key in withdrawn if suite == REPORTS_SUITE}
+    if undisputed_keys:
+        disputed = update(Feedback).where(Feedback.state == "disputed", Feedback.disputed_key.in_(undisputed_keys))
         session.execute(disputed.values(state="in_review", reason=None, disputed_key=None))
 
 
 def _is_same_suite(row: Dataset) -> ColumnElement[bool]:
-    same = Dataset.purpose == row.purpose
-    return same & (Dataset.name == row.name) if row.purpose == "suite" else same
+    is_same_purpose = Dataset.purpose == row.purpose
+    return is_same_purpose & (Dataset.name == row.name) if row.purpose == "suite" else is_same_purpose
 
 
 def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
-    """Give each row's role to the earliest duplicate in an accepted dataset; a test of another suite is trained."""
-    own = aliased(DatasetRow)
-    heirs = (
+    """Set each row's role on its earliest duplicate in an accepted dataset; a duplicate in another suite becomes train."""
+    withdrawn = aliased(DatasetRow)
+    successors = (
         select(
             DatasetRow.dataset_id,
             DatasetRow.number,
-            case((_is_same_suite(row), own.role), else_="train").label("role"),
+            case((_is_same_suite(row), withdrawn.role), else_="train").label("role"),
         )
         .join(Dataset, Dataset.id == DatasetRow.dataset_id)
-        .join(own, (own.key == DatasetRow.key) & (own.dataset_id == row.id) & (own.role != "duplicate"))
+        .join(
+            withdrawn,
+            (withdrawn.key == DatasetRow.key) & (withdrawn.dataset_id == row.id) & (withdrawn.role != "duplicate"),
+        )
         .where(Dataset.state == "accepted", DatasetRow.role == "duplicate")
         .distinct(DatasetRow.key)
         .order_by(DatasetRow.key, Dataset.created_at, Dataset.id, DatasetRow.number)
         .subquery()
     )
-    inheriting = (
+    transfer = (
         update(DatasetRow)
-        .where(DatasetRow.dataset_id == heirs.c.dataset_id, DatasetRow.number == heirs.c.number)
-        .values(role=heirs.c.role)
+        .where(DatasetRow.dataset_id == successors.c.dataset_id, DatasetRow.number == successors.c.number)
+        .values(role=successors.c.role)
     )
-    session.execute(inheriting, execution_options={"synchronize_session": False})
+    session.execute(transfer, execution_options={"synchronize_session": False})
 
 
 def _audit_withdrawal(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
