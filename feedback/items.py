@@ -1,4 +1,4 @@
-"""One item fails alone: it has its own savepoint, its fault is recorded where its owner looks, the others go on."""
+"""Fault isolation per item: each item has its own savepoint, and a failure is recorded on its owner's timeline."""
 
 import logging
 from collections import defaultdict
@@ -29,15 +29,15 @@ Item = TypeVar("Item")
 def process_each(
     session: Session, items: Iterable[Item], work: Callable[[Item], object], blame: Callable[[Item, Exception], object]
 ) -> int:
-    """Work on every item in a savepoint of its own; where one fails, undo that much and blame it.
+    """Process each item in its own savepoint; if one fails, roll back its savepoint and call `blame` for it.
 
     Returns:
-        How many failed.
+        The number of items that failed.
 
     Raises:
-        Exception: what is no item's fault, such as a database that does not answer; see `infra.faults`.
+        Exception: any error not caused by an item, such as an unreachable database; see `infra.faults`.
     """
-    failed = 0
+    num_failed = 0
     for item in items:
         try:
             with session.begin_nested():
@@ -46,8 +46,8 @@ def process_each(
             if not is_item_error(error):
                 raise
             blame(item, error)
-            failed += 1
-    return failed
+            num_failed += 1
+    return num_failed
 
 
 def process_in_bulk(
@@ -56,10 +56,10 @@ def process_in_bulk(
     work: Callable[[Sequence[Item]], object],
     blame: Callable[[Item, Exception], object],
 ) -> int:
-    """Work on all items in one statement, and where it fails, halve them until those that fail are alone.
+    """Process all items in one call; if it fails, halve the batch until each failing item is alone.
 
     Returns:
-        How many failed.
+        The number of items that failed.
     """
     if len(items) <= 1:
         return process_each(session, items, lambda item: work([item]), blame)
@@ -70,22 +70,21 @@ def process_in_bulk(
         if not is_item_error(error):
             raise
         half = len(items) // 2
-        return sum(process_in_bulk(session, part, work, blame) for part in (items[:half], items[half:]))
+        return sum(process_in_bulk(session, batch, work, blame) for batch in (items[:half], items[half:]))
     return 0
 
 
 def note_fault(session: Session, subject: str, step: str, error: Exception) -> str:
-    """Record why an item could not be processed in a step, for its timeline; return the reason."""
+    """Record on an item's timeline why a step could not process it; return the reason."""
     reason = describe_item_error(error)
     note_reason(session, subject, step, reason)
-    log.warning(
-        "%s: %s %s (%s)", step, subject, ITEM_FAULT_ACTION, describe_error_place(error)
-    )  # no reason: it may quote the item
+    # The log has no reason, since it may quote the item's text.
+    log.warning("%s: %s %s (%s)", step, subject, ITEM_FAULT_ACTION, describe_error_place(error))
     return reason
 
 
 def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
-    """Record for an item's timeline why it, or a part of it, could not be processed in a step."""
+    """Record on an item's timeline why a step could not process it or a part of it."""
     audit(
         session,
         "platform",
@@ -97,34 +96,34 @@ def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
 
 
 def note_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
-    """Record once, for its timeline, which of an item's rows a step left out and why; the first 20 are named."""
+    """Record once on an item's timeline which of its rows a step left out and why, listing the first 20."""
     if not faults:
         return
     more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
-    reason = (
-        make_storable_text(
-            f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}", MAX_ITEM_REASON_CHARACTERS
-        )
-        + more
-    )
+    summary = f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
+    reason = make_storable_text(summary, MAX_ITEM_REASON_CHARACTERS) + more
     note_new_reasons(session, step, {subject: reason})
 
 
 def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) -> None:
-    """Record reasons by their items for these items' timelines, but for those that are there: each round meets them."""
-    told = find_faults_by_subject(session, list(reasons))
+    """Record each item's reason on its timeline, unless it is there already, since the same fault recurs every round.
+
+    Args:
+        reasons: reason by item id.
+    """
+    recorded = find_faults_by_subject(session, list(reasons))
     for subject, reason in reasons.items():
-        if all(reason not in text for _, text in told[subject]):
+        if all(reason not in text for _, text in recorded[subject]):
             note_reason(session, subject, step, reason)
 
 
 def find_faults(session: Session, subject: str) -> list[tuple[datetime, str]]:
-    """When and why an item could not be processed, oldest first."""
+    """Return (time, reason) of each failure to process an item, oldest first."""
     return find_faults_by_subject(session, [subject])[subject]
 
 
 def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
-    """When and why each of these items could not be processed, oldest first."""
+    """Return (time, reason) of each failure to process these items, by item id, oldest first."""
     faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)
     query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == ITEM_FAULT_ACTION)
     for event in session.scalars(query.order_by(AuditEvent.id)):
@@ -134,25 +133,25 @@ def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> default
 
 
 def describe_item_error(error: Exception) -> str:
-    """An error in one line that can be stored and shown to the item's owner."""
+    """Return an error as one line that can be stored and shown to the item's owner."""
     if isinstance(error, ValidationError):
         return describe_errors(error)[:MAX_ITEM_REASON_CHARACTERS]
     if isinstance(error, DBAPIError):
         return make_storable_text(f"the database refuses it: {str(error.orig).splitlines()[0]}")
     if isinstance(error, ClientError):
-        return "its bytes are gone from the object store"
+        return "its bytes are missing in the object store"
     return make_storable_text(str(error) or type(error).__name__)
 
 
 def make_storable_text(text: str, limit: int = MAX_ITEM_REASON_CHARACTERS) -> str:
-    """A text with what PostgreSQL does not store replaced, and cut at the limit."""
+    """Replace what PostgreSQL cannot store in a text, and cut it at `limit` characters."""
     return make_storable(text)[:limit]
 
 
 def describe_error_place(error: Exception) -> str:
-    """An error's type and the line that raised it, without its message."""
+    """Return an error's type and the file and line that raised it, without its message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    where = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-    return f"{type(error).__name__}{where}"
+    location = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}{location}"

@@ -107,7 +107,7 @@ def promote_candidate(session: Session, training_round: Round, decision: dict[st
 
 
 def _write_notices(session: Session, before: int | None, after: int) -> int:
-    """Write one notice for each accepted report that has none yet or does not still pass; return the number of failures."""
+    """Write a notice for each accepted report, unless it has one and still passes; return the number of failures."""
     query = (
         select(Feedback, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Feedback.case_id)

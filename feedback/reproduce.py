@@ -1,4 +1,4 @@
-"""Ask the champion reports' questions again, over HTTP."""
+"""Reproduction of reports: send their prompts to the champion again over HTTP."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,25 +11,25 @@ from infra.settings import ModelServerAccess
 
 REPRODUCTION_BATCH_PROMPTS = 64
 MAX_REPRODUCTION_TOKENS = 64
-SERVER_FAILURE_STATUS = 500  # what the server says when it fails on a request that it took
-MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # at a single prompt on which it fails
+SERVER_FAILURE_STATUS = 500  # the server's status when it fails on a request that it accepted
+MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # for a single prompt on which the server fails
 
 
 class PromptRefused(ValueError):
-    """The model server cannot answer this prompt; the message says why."""
+    """The model server cannot answer this prompt; the message has the reason."""
 
 
 def reproduce_answers(
     settings: ModelServerAccess, prompts: Sequence[str], version: int
 ) -> Iterator[list[str | ValueError]]:
-    """Answers of the version in service to each prompt, without chance, a batch of prompts at a time.
+    """Yield the answers of the version in service to the prompts, at temperature 0, one batch of prompts at a time.
 
-    A batch that is refused is halved until the prompts that are at fault are alone; each of those has a `Refused` in
-    place of an answer, and the others are answered.
+    A refused batch is halved until each faulty prompt is alone. A faulty prompt has a `PromptRefused` in place of its
+    answer; the others are answered.
 
     Raises:
-        httpx.HTTPError: if the model server does not answer; try again.
-        ConnectionError: if another version is in service for the moment; try again.
+        httpx.HTTPError: if the model server does not answer; retry.
+        ConnectionError: if another version is in service at present; retry.
     """
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     with httpx.Client(base_url=settings.model_server_url, timeout=120, headers=headers) as http:
@@ -38,36 +38,38 @@ def reproduce_answers(
 
 
 def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
-    reply = _request_completions(http, prompts)
-    if reply.status_code not in (*REFUSED_INPUT_STATUSES, SERVER_FAILURE_STATUS):
-        return [*_read_answers(reply, version)]
+    response = _request_completions(http, prompts)
+    if response.status_code not in (*REFUSED_INPUT_STATUSES, SERVER_FAILURE_STATUS):
+        return _read_answers(response, version)
     if len(prompts) > 1:
         half = len(prompts) // 2
         return [*_answer_batch(http, prompts[:half], version), *_answer_batch(http, prompts[half:], version)]
-    if reply.status_code == SERVER_FAILURE_STATUS:
-        return [_retry_single_prompt(http, prompts[0], version, reply)]
-    return [PromptRefused(_parse_error_message(reply))]
+    if response.status_code == SERVER_FAILURE_STATUS:
+        return [_retry_single_prompt(http, prompts[0], version, response)]
+    return [PromptRefused(_parse_error_message(response))]
 
 
-def _read_answers(reply: httpx.Response, version: int) -> list[str]:
-    answer = reply.raise_for_status().json()
-    if answer["model"] != f"yuan-v{version}":
-        raise ConnectionError(f"v{version} was to be asked and {answer['model']} answered; try again")
-    return [choice["text"] for choice in answer["choices"]]
+def _read_answers(response: httpx.Response, version: int) -> list[str | ValueError]:
+    completion = response.raise_for_status().json()
+    if completion["model"] != f"yuan-v{version}":
+        raise ConnectionError(f"the request was for v{version}, and {completion['model']} answered; retry")
+    return [choice["text"] for choice in completion["choices"]]
 
 
-def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, reply: httpx.Response) -> str | ValueError:
-    """A prompt on which the server fails again and again, while it answers another one, is at fault itself."""
+def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, response: httpx.Response) -> str | ValueError:
+    """Retry a prompt on which the server failed; refuse it if it fails every time while another prompt succeeds."""
     for _ in range(MAX_PROMPT_ATTEMPTS - 1):
         time.sleep(PROMPT_RETRY_PAUSE_S)
-        reply = _request_completions(http, [prompt])
-        if reply.status_code in REFUSED_INPUT_STATUSES:
-            return PromptRefused(_parse_error_message(reply))
-        if reply.status_code != SERVER_FAILURE_STATUS:
-            return _read_answers(reply, version)[0]
+        response = _request_completions(http, [prompt])
+        if response.status_code in REFUSED_INPUT_STATUSES:
+            return PromptRefused(_parse_error_message(response))
+        if response.status_code != SERVER_FAILURE_STATUS:
+            return _read_answers(response, version)[0]
+
+    # If the server fails on any prompt, this prompt is not at fault.
     if not _request_completions(http, ["?"]).is_success:
-        reply.raise_for_status()
-    return PromptRefused(f"the model server fails on it: {_parse_error_message(reply)}")
+        response.raise_for_status()
+    return PromptRefused(f"the model server fails on it: {_parse_error_message(response)}")
 
 
 def _request_completions(http: httpx.Client, prompts: Sequence[str]) -> httpx.Response:
@@ -75,9 +77,9 @@ def _request_completions(http: httpx.Client, prompts: Sequence[str]) -> httpx.Re
     return http.post("/v1/completions", json=body)
 
 
-def _parse_error_message(reply: httpx.Response) -> str:
+def _parse_error_message(response: httpx.Response) -> str:
     try:
-        found: Any = reply.json()["error"]["message"]
+        message: Any = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return f"the model server refuses it with {reply.status_code}"
-    return str(found)
+        return f"the model server refuses it with {response.status_code}"
+    return str(message)

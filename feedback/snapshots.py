@@ -1,4 +1,4 @@
-"""Snapshots: what a round trains on, frozen under the digest of its content."""
+"""Snapshots: a round's training mixture, frozen and stored under the sha256 of its content."""
 
 import random
 from collections import Counter, defaultdict
@@ -15,90 +15,98 @@ from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, 
 from yuan.data.rows import Row, dump_rows
 
 SNAPSHOTS_FOLDER = "snapshots"
-SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # of a snapshot, in the order of its rows
+SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # in the order of a snapshot's rows
 
-OwnedRow = tuple[str, Row]  # a row and the id of the dataset or case that it is of
+OwnedRow = tuple[str, Row]  # a row with the id of its dataset or case
 
 
 def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: Callable[[bytes], str]) -> str:
-    """Freeze the round's mixture: rows and corrections of the train split, and a replay share of the base.
+    """Freeze the round's mixture: train rows, train corrections, and a replay sample of the base; return its id.
 
-    With no parent version all of the base is taken. Rows whose prompt is that of a held-out case stay out: the
-    fire-wall. How many they are is told to their owners; which they are is not, since that says which prompts test.
-    Documents have no prompt and always stay. The same records always give the same bytes and so the same id.
-    A dataset that cannot be read and a correction that is no row any more are left out, with the reason on their
-    owners' timelines; `counts` has how many.
+    Without a parent version, all base rows are included. Rows that have the prompt of a held-out case are excluded
+    (decontamination). Their owners are told the number of excluded rows, but not which ones, since that would reveal
+    the test prompts. Documents have no prompt and are always included. The same records always result in the same
+    bytes and so in the same id. A dataset that cannot be read, or a correction that is no longer a valid row, is left
+    out, with the reason on its owner's timeline; the snapshot's `counts` has the numbers.
+
+    Args:
+        fetch: returns the bytes of an object by its key.
+        store: stores the snapshot's bytes and returns their sha256.
 
     Raises:
-        ValueError: if nothing is left to train on.
+        ValueError: if the mixture is empty.
     """
-    turn = session.get_one(Round, round_id)
-    if turn.snapshot_id is not None:
-        return turn.snapshot_id
-    rows, counts = _collect_mixture(session, turn, fetch)
+    training_round = session.get_one(Round, round_id)
+    if training_round.snapshot_id is not None:
+        return training_round.snapshot_id
+    rows, counts = _collect_mixture(session, training_round, fetch)
     if not rows:
         raise ValueError("the mixture is empty; accept reports or push a dataset, then start a round")
     snapshot_id = store(dump_rows(rows))
     values = {"id": snapshot_id, "num_rows": len(rows), "counts": counts}
     session.execute(upsert(Snapshot).values(values).on_conflict_do_nothing())
-    turn.snapshot_id = snapshot_id
+    training_round.snapshot_id = snapshot_id
     return snapshot_id
 
 
 def read_part_sizes(session: Session, snapshot_id: str) -> dict[str, int]:
-    """Return how many rows each part of a snapshot has, in the order in which they follow each other."""
+    """Return the number of rows of each part of a snapshot, in the order of the parts."""
     counts = session.get_one(Snapshot, snapshot_id).counts
     return {name: int(counts[name]) for name in SNAPSHOT_PARTS}
 
 
 def read_failed_count(session: Session, snapshot_id: str) -> int:
-    """Return how many datasets and corrections could not be read for a snapshot."""
+    """Return the number of datasets, dataset rows and corrections that could not be read for a snapshot."""
     return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
 
 
-def _collect_mixture(session: Session, turn: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
+def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
     held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
-    closed = set(session.scalars(held_out))
-    found = (
-        _collect_corrections(session, turn.cut_off),
+    closed_prompts = set(session.scalars(held_out))
+    parts = (
+        _collect_corrections(session, training_round.cut_off),
         _collect_train_rows(session, ("mixture",), fetch),
         _collect_train_rows(session, ("base",), fetch),
     )
+
     kept: list[Row] = []
-    counts = {"failed": sum(bad for _, bad in found)}
-    for name, (part, _) in zip(SNAPSHOT_PARTS, found, strict=True):
-        open_rows, left_out = _split_closed_rows(part, closed)
-        if name == "base" and turn.parent_version is not None:
-            replay = min(int(turn.parameters["replay_rows"]), len(open_rows))
-            open_rows = random.Random(f"replay {turn.parameters['seed']}").sample(open_rows, replay)
-        counts |= {name: len(open_rows), f"{name}_closed_out": len(left_out)}
+    counts = {"failed": sum(num_failed for _, num_failed in parts)}
+    for name, (part, _) in zip(SNAPSHOT_PARTS, parts, strict=True):
+        open_rows, closed_owners = _split_closed_rows(part, closed_prompts)
+        if name == "base" and training_round.parent_version is not None:
+            num_replay = min(int(training_round.parameters["replay_rows"]), len(open_rows))
+            open_rows = random.Random(f"replay {training_round.parameters['seed']}").sample(open_rows, num_replay)
+        counts |= {name: len(open_rows), f"{name}_closed_out": len(closed_owners)}
         kept += open_rows
         if name == "corrections":
-            _note_closed_corrections(session, left_out)
+            _note_closed_corrections(session, closed_owners)
         else:
-            _note_closed_rows(session, Counter(owner for owner, _ in part), Counter(left_out))
+            _note_closed_rows(session, Counter(owner for owner, _ in part), Counter(closed_owners))
     return kept, counts
 
 
-def _split_closed_rows(part: Sequence[OwnedRow], closed: Set[str]) -> tuple[list[Row], list[str]]:
-    """Divide a part into the rows that stay, and what those are of whose prompt is closed."""
+def _split_closed_rows(part: Sequence[OwnedRow], closed_prompts: Set[str]) -> tuple[list[Row], list[str]]:
+    """Return the rows whose prompt is not held out, and the owner ids of the other rows, one entry per row."""
     kept: list[Row] = []
-    left_out: list[str] = []
+    closed_owners: list[str] = []
     for owner, row in part:
-        if row.prompt and row.prompt_key in closed:
-            left_out.append(owner)
+        if row.prompt and row.prompt_key in closed_prompts:
+            closed_owners.append(owner)
         else:
             kept.append(row)
-    return kept, left_out
+    return kept, closed_owners
 
 
 def _note_closed_rows(session: Session, num_rows: Counter[str], closed: Counter[str]) -> None:
-    """Tell datasets' owners how many of their train rows held-out cases keep out of training."""
+    """Record for datasets' owners the number of their train rows excluded by held-out cases."""
     for dataset_id in num_rows:
-        counted = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
-        session.execute(counted.values(num_closed_out=closed[dataset_id]))
-    why = "their prompts are those of held-out cases, which only test"
-    reasons = {one: f"rows left out, {count:,} of {num_rows[one]:,}: {why}" for one, count in closed.items()}
+        changed = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
+        session.execute(changed.values(num_closed_out=closed[dataset_id]))
+    cause = "their prompts are those of held-out cases, which only test"
+    reasons = {
+        dataset_id: f"rows left out, {count:,} of {num_rows[dataset_id]:,}: {cause}"
+        for dataset_id, count in closed.items()
+    }
     note_new_reasons(session, "snapshot", reasons)
 
 
@@ -111,39 +119,39 @@ def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
 
 
 def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[OwnedRow], int]:
-    """Collect the right answers of train cases, one row a case, and how many could not be made one."""
+    """Return the expected answers of train cases, one row per case, and the number of cases that failed."""
     accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
     query = (
         select(Case).where(Case.suite == REPORTS_SUITE, Case.role == "train", Case.id.in_(accepted)).order_by(Case.key)
     )
     rows: list[OwnedRow] = []
 
-    def correct(case: Case) -> None:
-        text = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS_SUITE}
-        rows.append((case.id, Row.model_validate({**text, "checker": case.checker})))
+    def add_row(case: Case) -> None:
+        fields = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS_SUITE, "checker": case.checker}
+        rows.append((case.id, Row.model_validate(fields)))
 
     def blame(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
             note_fault(session, owner, "snapshot", error)
 
-    failed = process_each(session, session.scalars(query).all(), correct, blame)
+    failed = process_each(session, session.scalars(query).all(), add_row, blame)
     return rows, failed
 
 
 def _collect_train_rows(session: Session, purposes: tuple[str, ...], fetch: FetchObject) -> tuple[list[OwnedRow], int]:
-    """Collect the train rows of accepted datasets, and how many of these, or of their rows, could not be read."""
+    """Return the train rows of accepted datasets, and the number of datasets and of rows that could not be read."""
     query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
     rows: list[OwnedRow] = []
     num_bad = 0
 
     def read(dataset: Dataset) -> None:
         nonlocal num_bad
-        chosen = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "train")
-        numbers = set(session.scalars(chosen))
-        found, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-        faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in numbers]
+        train = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "train")
+        train_numbers = set(session.scalars(train))
+        numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
+        faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in train_numbers]
         note_faulty_rows(session, dataset.id, "snapshot", faults)
-        rows.extend([(dataset.id, row) for number, row in found if number in numbers])
+        rows.extend([(dataset.id, row) for number, row in numbered if number in train_numbers])
         num_bad += len(faults)
 
     def blame(dataset: Dataset, error: Exception) -> None:
@@ -154,15 +162,22 @@ def _collect_train_rows(session: Session, purposes: tuple[str, ...], fetch: Fetc
 
 
 def note_left_out_rows(session: Session, step: str, reasons: Mapping[str, str]) -> None:
-    """Record on their owners' timelines which rows of a mixture, by their keys, a later step left out and why."""
-    wanted = any_(literal(list(reasons), ARRAY(String)))
+    """Record on the owners' timelines which mixture rows a later step left out.
+
+    Args:
+        reasons: why a row was left out, by row key.
+    """
+    any_left_out = any_(literal(list(reasons), ARRAY(String)))
     faults: defaultdict[str, list[str]] = defaultdict(list)
+
     rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
-    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "train", DatasetRow.key == wanted)
+    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "train", DatasetRow.key == any_left_out)
     for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
         faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
-    corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == wanted)
+
+    corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == any_left_out)
     for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS_SUITE, Case.role == "train")):
         faults[feedback_id].append(f"its correction: {reasons[key]}")
-    for subject, named in faults.items():
-        note_faulty_rows(session, subject, step, named)
+
+    for subject, subject_faults in faults.items():
+        note_faulty_rows(session, subject, step, subject_faults)

@@ -170,7 +170,7 @@ def _is_same_suite(row: Dataset) -> ColumnElement[bool]:
 
 
 def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
-    """Set each row's role on its earliest duplicate in an accepted dataset; a duplicate in another suite becomes train."""
+    """Transfer each row's role to its earliest accepted duplicate; a duplicate in another suite becomes train."""
     withdrawn = aliased(DatasetRow)
     successors = (
         select(

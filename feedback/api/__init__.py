@@ -1,1 +1,1 @@
-"""The portal: JSON API, OpenAI doorway and pages."""
+"""The portal: JSON API, OpenAI-compatible API, and web pages."""

@@ -1,4 +1,4 @@
-"""Who is asking, in which transaction, and how the answer to a repeated request is found."""
+"""Authentication, database transactions per caller, upload limits, and idempotency of requests."""
 
 import asyncio
 import hashlib
@@ -27,14 +27,12 @@ from feedback.accounts import (
 from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, make_printable, parse_json
 
-MAX_UPLOADS_PER_ACCOUNT = 2  # of one account at a time
-MAX_PARALLEL_FILE_CHECKS = 2  # of files at a time; each keeps a processor, which all other requests share
-MAX_CACHED_TOKENS = 10_000  # that are remembered
-ANONYMOUS_CALLER, TOKEN_LOOKUP_CALLER = (
-    "",
-    "look up",
-)  # callers that are no account: all without a known token, and the look-up of tokens
-CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a connection
+MAX_UPLOADS_PER_ACCOUNT = 2  # per account at the same time
+MAX_PARALLEL_FILE_CHECKS = 2  # at the same time; each uses a CPU core that all other requests share
+MAX_CACHED_TOKENS = 10_000  # in memory
+# Callers that are not accounts: all requests without a known token, and the lookup of tokens.
+ANONYMOUS_CALLER, TOKEN_LOOKUP_CALLER = "", "look up"
+CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a database connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 
 RecordIdPath = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
@@ -42,15 +40,15 @@ RoundIdPath = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description
 
 
 class Unauthorized(Exception):
-    """No token, or one that is not known."""
+    """The request has no token, or an unknown or revoked one."""
 
 
 class Forbidden(Exception):
-    """The account may not do this."""
+    """The account has no permission for the request."""
 
 
 class TooManyRequests(Exception):
-    """More at once, or in a day, than one account may send; `retry_after_s` says when there is room again."""
+    """The account exceeds a limit per day or of parallel requests; it may retry after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -58,15 +56,18 @@ class TooManyRequests(Exception):
 
 
 class StorageQuotaExceeded(Exception):
-    """More bytes than one account may have stored."""
+    """The account would exceed its limit of stored bytes."""
 
 
 class PortalBusy(Exception):
-    """More callers than can be served."""
+    """The portal has no free capacity at present."""
 
 
 class InvalidJsonBody(HTTPException):
-    """A body that is no JSON, or has a value no field may hold; FastAPI lets only this kind pass while it reads one."""
+    """The body is not JSON, or has a value that no field may have.
+
+    An HTTPException, since FastAPI replaces every other exception that is raised while it reads a body.
+    """
 
     def __init__(self, error: BadJson) -> None:
         super().__init__(422, str(error))
@@ -74,7 +75,7 @@ class InvalidJsonBody(HTTPException):
 
 
 class StrictRequest(Request):
-    """A request whose JSON is read by `yuan.data.text.parse_json`."""
+    """A request whose JSON body is parsed by `yuan.data.text.parse_json`."""
 
     async def json(self) -> Any:
         try:
@@ -84,45 +85,45 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route of `StrictRequest`s."""
+    """A route that parses its requests as `StrictRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
-        async def strict(request: Request) -> Response:
+        async def handle_strict(request: Request) -> Response:
             return await handler(StrictRequest(request.scope, request.receive))
 
-        return strict
+        return handle_strict
 
 
 class CallerSlots:
-    """Turns of one caller, so many at a time; `num_users` are those that have one or wait for one."""
+    """The parallel transactions that one caller may have; `num_users` counts the requests that hold or await a slot."""
 
-    def __init__(self, turns: int) -> None:
-        self.slots, self.num_users = asyncio.Semaphore(turns), 0
+    def __init__(self, num_slots: int) -> None:
+        self.slots, self.num_users = asyncio.Semaphore(num_slots), 0
 
 
 class Transactions:
-    """Transactions of requests, never more at a time than connections, and of one account never more than a quarter.
+    """The database transactions of requests: at most one per connection, and at most a quarter of them per account.
 
-    A request works in several short turns on the server's threads. Without the limit, those that wait for a connection
-    would hold every thread, and those that have one would get none to finish on. Without the quarter, one account's
-    slow requests would be waited for by everybody. All callers whose token is not known share one quarter, or tokens
-    that somebody makes up would each have their own.
+    A request runs in several short steps on the server's threads. Without the limit, requests that wait for a
+    connection would hold every thread, and those that have a connection would get no thread to finish on. Without the
+    quarter, one account's slow requests would block all others. All callers without a known token share one quarter;
+    otherwise each invented token would get its own.
     """
 
     def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
         self._sessions, self._connection_slots = sessions, asyncio.Semaphore(connections)
         self._slots_per_caller = max(1, connections // 4)
         self._slots_by_caller: dict[str, CallerSlots] = {}
-        self._account_ids_by_digest: dict[str, str] = {}  # ids by the digests of their tokens
+        self._account_ids_by_digest: dict[str, str] = {}  # account ids by the digests of their tokens
 
     @asynccontextmanager
     async def begin(self, request: Request) -> AsyncIterator[Session]:
-        """A session, committed at the end and rolled back after an error; its work belongs on a thread.
+        """Open a session, committed at the end and rolled back after an error; use it on a worker thread only.
 
         Raises:
-            Busy: if there is no room within 20 s.
+            PortalBusy: if no connection is free within 20 s.
         """
         async with self._open_session(await self._identify_caller(request)) as session:
             yield session
@@ -135,59 +136,60 @@ class Transactions:
                 yield session
                 await run_in_threadpool(session.commit)
             finally:
-                with anyio.CancelScope(shield=True):  # also for a caller that has hung up
+                with anyio.CancelScope(shield=True):  # also after the caller has disconnected
                     await run_in_threadpool(session.close)
 
     async def _identify_caller(self, request: Request) -> str:
-        """Return the id of the account of the request's token, which is looked up at the first request of a token.
+        """Return the account id of the request's token, looked up at the token's first request and then cached.
 
-        Whether the token still holds is for the route to say; what is remembered here only shares out connections.
+        The cached id is used only to share out connections; the route itself checks that the token is still valid.
         """
         scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
         if scheme.lower() != "bearer" or not token:
             return ANONYMOUS_CALLER
         digest = digest_token(token)
-        known = self._account_ids_by_digest.get(digest)
-        if known is None:
-            # These are short, and have turns of their own: slow requests without a token do not hold them up.
+        account_id = self._account_ids_by_digest.get(digest)
+        if account_id is None:
+            # Lookups are short and have their own slots, so that slow requests without a token do not block them.
             async with self._open_session(TOKEN_LOOKUP_CALLER) as session:
-                known = await run_in_threadpool(_find_account_id, session, token)
-            if known is None:
+                account_id = await run_in_threadpool(_find_account_id, session, token)
+            if account_id is None:
                 return ANONYMOUS_CALLER
             if len(self._account_ids_by_digest) >= MAX_CACHED_TOKENS:
                 self._account_ids_by_digest.clear()
-            self._account_ids_by_digest[digest] = known
-        return known
+            self._account_ids_by_digest[digest] = account_id
+        return account_id
 
     @asynccontextmanager
     async def _hold_slot(self, caller: str) -> AsyncIterator[None]:
-        """Wait for a turn of the caller's own first, so that few of one caller stand in everybody's queue."""
-        turns = self._slots_by_caller.setdefault(caller, CallerSlots(self._slots_per_caller))
-        turns.num_users += 1
+        """Hold a slot of the caller and a connection slot.
+
+        Waits for the caller's own slot first, so that one caller has few requests in the queue that all share.
+        """
+        caller_slots = self._slots_by_caller.setdefault(caller, CallerSlots(self._slots_per_caller))
+        caller_slots.num_users += 1
         try:
-            async with AsyncExitStack() as held:
+            async with AsyncExitStack() as stack:
                 try:
                     async with asyncio.timeout(CONNECTION_WAIT_TIMEOUT_S):
-                        await held.enter_async_context(turns.slots)
-                        await held.enter_async_context(self._connection_slots)
+                        await stack.enter_async_context(caller_slots.slots)
+                        await stack.enter_async_context(self._connection_slots)
                 except TimeoutError:
-                    raise PortalBusy(
-                        "more requests wait than the portal can serve; try again in a few seconds"
-                    ) from None
+                    raise PortalBusy("more requests wait than the portal can serve; retry in a few seconds") from None
                 yield
         finally:
-            turns.num_users -= 1
-            if not turns.num_users:
+            caller_slots.num_users -= 1
+            if not caller_slots.num_users:
                 del self._slots_by_caller[caller]
 
 
 def _find_account_id(session: Session, token: str) -> str | None:
-    found = find_contributor_by_token(session, token)
-    return None if found is None else found.id
+    contributor = find_contributor_by_token(session, token)
+    return None if contributor is None else contributor.id
 
 
 class UploadLimiter:
-    """Files that are arriving or being checked, so many of each account at a time; `checks` limits the checking."""
+    """Limits of parallel uploads per account; `checks` limits the file checks of all accounts together."""
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
@@ -195,14 +197,14 @@ class UploadLimiter:
 
     @contextmanager
     def begin(self, contributor_id: str) -> Iterator[None]:
-        """Count one more while the block runs.
+        """Count one more upload of the account while the block runs.
 
         Raises:
-            TooMany: if the account has as many as it may.
+            TooManyRequests: if the account has the maximum of parallel uploads.
         """
         if self._running[contributor_id] >= MAX_UPLOADS_PER_ACCOUNT:
             raise TooManyRequests(
-                f"{MAX_UPLOADS_PER_ACCOUNT} uploads of yours are under way; send the next when one has ended"
+                f"{MAX_UPLOADS_PER_ACCOUNT} uploads of yours are in progress; send the next when one has ended"
             )
         self._running[contributor_id] += 1
         try:
@@ -212,11 +214,12 @@ class UploadLimiter:
 
 
 async def open_session(request: Request) -> AsyncIterator[Session]:
+    """Open the request's session as a FastAPI dependency; see `Transactions.begin`."""
     async with request.app.state.transactions.begin(request) as session:
         yield session
 
 
-# Committed before the answer starts, so that a 201 is never followed by a failed commit.
+# Scope "function" commits before the response starts, so that a 201 is never followed by a failed commit.
 SessionDep = Annotated[Session, Depends(open_session, scope="function")]
 
 
@@ -227,30 +230,30 @@ BearerToken = Annotated[
 
 
 def authenticate_contributor(session: SessionDep, bearer: BearerToken = None) -> Contributor:
-    """The account of the bearer token.
+    """Return the account of the bearer token.
 
     Raises:
         Unauthorized: if there is no token or it is not known.
     """
-    found = find_contributor_by_token(session, bearer.credentials) if bearer is not None else None
-    if found is None:
+    contributor = find_contributor_by_token(session, bearer.credentials) if bearer is not None else None
+    if contributor is None:
         raise Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
-    return found
+    return contributor
 
 
 @dataclass(frozen=True)
 class AuthenticatedAccount:
-    """Who asks, outside of a transaction."""
+    """The caller's account, for use outside of a transaction."""
 
     id: str
     role: str
 
 
 async def authenticate_account(request: Request, bearer: BearerToken = None) -> AuthenticatedAccount:
-    """The account of the bearer token, for routes that wait for others and must not hold a transaction meanwhile."""
+    """Return the account of the bearer token, for routes that do slow I/O and must not hold a transaction meanwhile."""
     async with request.app.state.transactions.begin(request) as session:
-        found = await run_in_threadpool(authenticate_contributor, session, bearer)
-        return AuthenticatedAccount(found.id, found.role)
+        contributor = await run_in_threadpool(authenticate_contributor, session, bearer)
+        return AuthenticatedAccount(contributor.id, contributor.role)
 
 
 CurrentAccount = Annotated[AuthenticatedAccount, Depends(authenticate_account)]
@@ -263,15 +266,15 @@ def require_known_query(request: Request, contributor: CurrentContributor) -> No
 
 
 def require_known_query_without_session(request: Request, account: CurrentAccount) -> None:
-    """Refuse query parameters like `require_known_query`, for routes that must not hold a transaction."""
+    """Refuse unknown query parameters as `require_known_query` does, for routes that must not hold a transaction."""
     check_query(request)
 
 
 def check_query(request: Request) -> None:
-    """Refuse query parameters that the route does not have, since a misspelt one would go unnoticed.
+    """Refuse query parameters that the route does not have, since a misspelt one would be ignored silently.
 
     Raises:
-        Refused: naming the first one, or if the query is not in UTF-8.
+        InvalidField: naming the first one, or if the query is not in UTF-8.
     """
     try:
         unquote_to_bytes(request.url.query).decode()
@@ -284,7 +287,7 @@ def check_query(request: Request) -> None:
 
 
 def require_operator(contributor: CurrentContributor) -> Contributor:
-    """The account, if it is an operator's.
+    """Return the account if it is an operator's.
 
     Raises:
         Forbidden: if it is not.
@@ -305,10 +308,10 @@ class IdempotentRequest:
     request_digest: str
 
     def claim(self, session: Session, contributor: Contributor) -> tuple[str, bool]:
-        """The id for the record to make, and whether an earlier request has made it."""
-        fresh = new_id()
-        first = claim_idempotency_key(session, contributor, self.key, self.request_digest, fresh)
-        return (fresh, False) if first is None else (first, True)
+        """Return the id for the record, and True if an earlier request has created the record already."""
+        record_id = new_id()
+        earlier_id = claim_idempotency_key(session, contributor, self.key, self.request_digest, record_id)
+        return (record_id, False) if earlier_id is None else (earlier_id, True)
 
 
 IdempotencyKeyHeader = Annotated[
@@ -316,20 +319,20 @@ IdempotencyKeyHeader = Annotated[
     Header(
         max_length=200,
         pattern="^[!-~]+$",
-        description="repeat a request safely with the same key; of visible ASCII characters",
+        description="key to repeat a request safely; visible ASCII characters only",
     ),
 ]
 
 
 async def read_idempotent_request(request: Request, idempotency_key: IdempotencyKeyHeader = None) -> IdempotentRequest:
-    """Read the key, and digest what was asked; without a key every request is its own."""
+    """Read the idempotency key and digest the request; a request without a key gets a random one."""
     digest = begin_digest(request)
     digest.update(await request.body())
     return IdempotentRequest(idempotency_key or new_id(), digest.hexdigest())
 
 
 def begin_digest(request: Request) -> "hashlib._Hash":
-    """Begin the digest of a request, which goes on with its body."""
+    """Start the digest of a request with its method, path and query; the caller adds the body."""
     return hashlib.sha256("\n".join((request.method, request.url.path, request.url.query, "")).encode())
 
 

@@ -1,4 +1,4 @@
-"""The portal's application: routes, limits and the resources they share."""
+"""The portal's FastAPI application: routes, limits and shared resources."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +22,7 @@ from infra.objects import ObjectStore
 from infra.settings import PortalSettings
 
 MODEL_SERVER_TIMEOUT_S = 120.0
-# More idle connections would be looked through for each request.
+# The pool is searched linearly for each request, so few idle connections are kept.
 MODEL_SERVER_CONNECTION_LIMITS = httpx.Limits(max_connections=512, max_keepalive_connections=32, keepalive_expiry=5.0)
 
 
@@ -33,22 +33,22 @@ async def _close_model_server(app: FastAPI) -> AsyncIterator[None]:
 
 
 def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> FastAPI:
-    """Build the portal on an open engine and store."""
+    """Build the portal's application on an open database engine and object store."""
     app = FastAPI(
         title="Yuan co-training portal",
         version="1",
-        description="Report, contribute, follow what became of it.",
-        docs_url=None,  # FastAPI's pages run scripts from other people's servers; pages.docs is ours
+        description="Send reports and datasets, and follow their state.",
+        docs_url=None,  # FastAPI's pages load scripts from third-party servers; pages.docs does not
         redoc_url=None,
         lifespan=_close_model_server,
-        redirect_slashes=False,  # a record without an id is no record, not the list
+        redirect_slashes=False,  # a path of a record without an id is 404, not the list of records
     )
-    assert isinstance(engine.pool, QueuePool), "open_engine makes no other"
+    assert isinstance(engine.pool, QueuePool), "open_engine makes only QueuePool engines"
     app.state.transactions = Transactions(make_session_factory(engine), engine.pool.size())
     app.state.uploads = UploadLimiter()
     app.state.objects = objects
-    app.state.round_ends = {}  # of the front page, by the rounds' ids
-    app.state.docs_page = None  # rendered when it is first asked for
+    app.state.round_ends = {}  # cache of the front page, by round id
+    app.state.docs_page = None  # rendered at the first request
     app.state.max_account_bytes = settings.max_account_bytes
     app.state.max_daily_reports = settings.max_daily_reports
     app.state.max_daily_datasets = settings.max_daily_datasets
@@ -68,11 +68,11 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
     app.add_middleware(
         BodyLimitMiddleware, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
     )
-    app.add_middleware(InternalErrorMiddleware)  # added last, so around all others
+    app.add_middleware(InternalErrorMiddleware)  # added last, so it wraps all others
 
     @app.get("/health", include_in_schema=False)
     def health() -> dict[str, Any]:
-        """Whether the portal and its database answer."""
+        """Return ok if the portal and its database respond."""
         with engine.connect() as connection:
             connection.execute(text("select 1"))
         return {"ok": True}

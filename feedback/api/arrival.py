@@ -1,4 +1,4 @@
-"""A large body, kept in an unnamed file while it arrives, so that memory holds a piece of it at a time."""
+"""Receipt of large request bodies into an unnamed file, so that memory holds only one chunk at a time."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class ReceivedBody:
-    """What a body and its request are known by."""
+    """The digests of a received body and of its request, and the body's size."""
 
     sha256: str
     request_digest: str
@@ -27,10 +27,10 @@ class ReceivedBody:
 
 @contextmanager
 def open_scratch_file(folder: Path) -> Iterator[BinaryIO]:
-    """Open a file without a name in a folder; it is gone when the block ends, or the process.
+    """Open an unnamed temporary file in a folder; it is deleted when the block ends or the process exits.
 
     Raises:
-        Busy: if the disk is full.
+        PortalBusy: if the disk is full.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -38,17 +38,15 @@ def open_scratch_file(folder: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        raise PortalBusy(
-            "the portal's disk has no room for the file now; try again later, or tell the operator"
-        ) from None
+        raise PortalBusy("the portal's disk has no room for the file now; retry later, or tell the operator") from None
 
 
 async def receive_body(request: Request, file: BinaryIO) -> ReceivedBody:
-    """Write a body into a file as it arrives; what comes at once is small, so no thread is needed."""
-    content, asked, num_bytes = hashlib.sha256(), begin_digest(request), 0
-    async for piece in request.stream():
-        content.update(piece)
-        asked.update(piece)
-        file.write(piece)
-        num_bytes += len(piece)
-    return ReceivedBody(content.hexdigest(), asked.hexdigest(), num_bytes)
+    """Write a body to a file as it arrives; chunks are small, so the writes need no thread."""
+    content, request_digest, num_bytes = hashlib.sha256(), begin_digest(request), 0
+    async for chunk in request.stream():
+        content.update(chunk)
+        request_digest.update(chunk)
+        file.write(chunk)
+        num_bytes += len(chunk)
+    return ReceivedBody(content.hexdigest(), request_digest.hexdigest(), num_bytes)

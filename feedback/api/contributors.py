@@ -48,33 +48,37 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="how many at most")]
+PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
     str | None,
-    Query(pattern=ID_PATTERN, description="id of the last item that you have seen; the page begins after it"),
+    Query(pattern=ID_PATTERN, description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
     int | None,
-    Query(ge=1, le=2**31 - 1, description="number of the last item that you have seen; the page begins after it"),
+    Query(ge=1, le=2**31 - 1, description="number of the last item of the previous page; the page starts after it"),
 ]
 NEXT_LINK_HEADER = {
-    "description": 'where the list goes on, `<...>; rel="next"`; without it this is the last page',
+    "description": 'URL of the next page, `<...>; rel="next"`; absent on the last page',
     "schema": {"type": "string"},
 }
 PAGED_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"headers": {"Link": NEXT_LINK_HEADER}}}
 
 
 def set_next_link(response: Response, path: str, limit: int, names: Sequence[str | int]) -> None:
-    """Say where the list goes on, if one item more than the page takes was found."""
+    """Set the Link header to the next page if the query found more than `limit` items.
+
+    Args:
+        names: ids or numbers of the items found, at most limit + 1.
+    """
     if len(names) > limit:
         response.headers["Link"] = f'<{path}?limit={limit}&after={names[limit - 1]}>; rel="next"'
 
 
 def make_rows_schema() -> dict[str, Any]:
-    """A file of rows: an array whose items are lines."""
+    """Return the OpenAPI schema of a JSONL file of rows: an array whose items are the lines."""
     row = Row.model_json_schema(ref_template="#/components/schemas/{model}")
-    del row["$defs"]  # the checkers, which FeedbackIn has too
-    return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object a line"}
+    del row["$defs"]  # the checkers; FeedbackIn brings their schemas already
+    return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object per line"}
 
 
 @router.post("/feedback", status_code=201, responses=document_errors(404, 409, 429))
@@ -85,9 +89,9 @@ def submit(
     session: SessionDep,
     repeat: IdempotentRequestDep,
 ) -> FeedbackOut:
-    """Report an answer. Every accepted report becomes a test for all later versions."""
-    feedback_id, seen = repeat.claim(session, contributor)
-    if not seen:
+    """Report a response. Every accepted report becomes a test for all later versions."""
+    feedback_id, exists = repeat.claim(session, contributor)
+    if not exists:
         if contributor.role != OPERATOR_ROLE:
             _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
         provenance.check_provenance(session, contributor, form)
@@ -104,7 +108,7 @@ def list_feedback(
     limit: PageLimit = DEFAULT_PAGE_SIZE,
     after: AfterId = None,
 ) -> list[FeedbackOut]:
-    """Your reports, oldest first, a page at a time."""
+    """List your reports, oldest first, one page at a time."""
     rows = reports.list_feedback(session, contributor, limit + 1, after)
     set_next_link(response, "/api/v1/feedback", limit, [row.id for row in rows])
     return reports.describe_reports(session, rows[:limit])
@@ -112,7 +116,7 @@ def list_feedback(
 
 @router.get("/feedback/{feedback_id}", responses=document_errors(404))
 def get_feedback(feedback_id: RecordIdPath, contributor: CurrentContributor, session: SessionDep) -> FeedbackOut:
-    """One of your reports with its timeline."""
+    """Return one of your reports with its timeline."""
     return reports.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
 
 
@@ -124,7 +128,7 @@ def notices(
     limit: PageLimit = DEFAULT_PAGE_SIZE,
     after: AfterNumber = None,
 ) -> list[NoticeOut]:
-    """What you were told about your reports, oldest first, a page at a time."""
+    """List the notices about your reports, oldest first, one page at a time."""
     rows = paging.read_notices(session, contributor, limit + 1, after)
     set_next_link(response, "/api/v1/notices", limit, [row.id for row in rows])
     return [
@@ -151,14 +155,13 @@ def notices(
 )
 async def push_dataset(
     request: Request,
-    name: Annotated[str, TextRule(100), Query(description="what you call it; a suite's: letters, digits, . _ -")],
+    name: Annotated[str, TextRule(100), Query(description="name of the dataset; for a suite: letters, digits, . _ -")],
     account: CurrentAccount,
     purpose: Purpose = "mixture",
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> DatasetOut | JSONResponse:
-    """Upload a JSONL file of rows. One malformed row refuses the file; the answer lists every such row."""
-    # The file arrives and is checked before a transaction begins: others must not wait for a caller who is slow, never
-    # ends, or sends much to check.
+    """Upload a JSONL file of rows. A file with a malformed row is refused; the response lists the malformed rows."""
+    # Receive and check the file outside of a transaction, so that a slow or large upload does not block others.
     if purpose != "mixture" and account.role != OPERATOR_ROLE:
         raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
     if purpose == "suite":
@@ -170,8 +173,9 @@ async def push_dataset(
                 await run_in_threadpool(
                     _check_daily_datasets, session, account, idempotency_key, state.max_daily_datasets
                 )
+
         body = await receive_body(request, file)
-        repeated = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
+        repeat = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
         checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
         if checked.reason is None:
             if account.role != OPERATOR_ROLE:
@@ -180,30 +184,30 @@ async def push_dataset(
             await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS_FOLDER}/{body.sha256}", file)
         async with state.transactions.begin(request) as session:
             sha256 = body.sha256
-            return await run_in_threadpool(_record_dataset, session, account, repeated, name, purpose, checked, sha256)
+            return await run_in_threadpool(_record_dataset, session, account, repeat, name, purpose, checked, sha256)
 
 
 def _check_daily_limit(
-    session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int, what: str
+    session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int, noun: str
 ) -> None:
-    """Refuse one more than an account may send within 24 hours; a few that arrive side by side may pass together."""
+    """Refuse a record beyond the account's limit in 24 hours; a few parallel requests may exceed it together."""
     wait_s = compute_quota_wait_s(session, table, contributor_id, limit)
     if wait_s is not None:
         raise TooManyRequests(
-            f"an account may send {limit:,} {what} within 24 hours, and you have; "
+            f"an account may send {limit:,} {noun} within 24 hours, and you have; "
             f"send the next in {math.ceil(wait_s / 60):,} min, or ask the operator for a higher limit",
             math.ceil(wait_s),
         )
 
 
 def _check_daily_datasets(session: Session, account: AuthenticatedAccount, key: str | None, limit: int) -> None:
-    """Refuse a dataset beyond the day's before it arrives, but for the repetition of one that was taken."""
+    """Refuse a dataset beyond the daily limit before it arrives, unless it repeats a request that succeeded."""
     if key is None or not is_key_claimed(session, account.id, key):
         _check_daily_limit(session, Dataset, account.id, limit, "datasets")
 
 
 def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: ReceivedBody, limit: int) -> None:
-    """Refuse a file for which the account has no room; what arrives beside it is not counted yet."""
+    """Refuse a file beyond the account's storage limit; other uploads in progress are not counted yet."""
     stored = datasets.count_stored_bytes(session, account.id, besides=body.sha256)
     if stored + body.num_bytes > limit:
         raise StorageQuotaExceeded(
@@ -222,15 +226,15 @@ def _record_dataset(
     sha256: str,
 ) -> DatasetOut | JSONResponse:
     contributor = session.get_one(Contributor, account.id)
-    dataset_id, seen = repeat.claim(session, contributor)
-    if not seen:
+    dataset_id, exists = repeat.claim(session, contributor)
+    if not exists:
         datasets.add_dataset(
             session, contributor, dataset_id=dataset_id, name=name, purpose=purpose, file=file, sha256=sha256
         )
         audit(session, contributor.id, "dataset pushed", dataset_id)
     row = datasets.get_dataset(session, contributor, dataset_id)
     if row.bad_rows or not row.num_rows:
-        message = f"dataset {row.id}: {row.reason}; none was taken, correct them and push again"
+        message = f"dataset {row.id}: {row.reason}; no row was accepted, correct the file and push it again"
         return make_error_response(422, "malformed", message, rows=row.bad_rows)
     return datasets.describe_dataset(session, row)
 
@@ -243,7 +247,7 @@ def list_datasets(
     limit: PageLimit = DEFAULT_PAGE_SIZE,
     after: AfterId = None,
 ) -> list[DatasetOut]:
-    """Your datasets, oldest first, a page at a time, each with the first 20 of its bad rows."""
+    """List your datasets, oldest first, one page at a time, each with its first 20 bad rows."""
     rows = datasets.list_datasets(session, contributor, limit + 1, after)
     set_next_link(response, "/api/v1/datasets", limit, [row.id for row in rows])
     return datasets.describe_datasets(session, rows[:limit])
@@ -251,5 +255,5 @@ def list_datasets(
 
 @router.get("/datasets/{dataset_id}", responses=document_errors(404))
 def get_dataset(dataset_id: RecordIdPath, contributor: CurrentContributor, session: SessionDep) -> DatasetOut:
-    """One of your datasets with its timeline and, if it was refused, its bad rows."""
+    """Return one of your datasets with its timeline and, if it was refused, its bad rows."""
     return datasets.describe_dataset(session, datasets.get_dataset(session, contributor, dataset_id))

@@ -1,4 +1,4 @@
-"""One handler from exception to status, and one JSON shape."""
+"""Mapping of exceptions to HTTP statuses and one JSON error format, and the middlewares that send such errors."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class BodyReadAborted(Exception):
-    """A body is above its limit, or stopped arriving."""
+    """A body exceeds its limit, or stopped arriving."""
 
 
 class ModelServerUnavailable(Exception):
@@ -43,7 +43,7 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     ModelServerUnavailable: (503, "unavailable"),
     PortalBusy: (503, "unavailable"),
 }
-COMMON_ERROR_STATUSES = (401, 408, 413, 422, 503)  # what any route of the API may answer
+COMMON_ERROR_STATUSES = (401, 408, 413, 422, 503)  # statuses that any API route may return
 HTTP_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 MAX_ERROR_MESSAGE_CHARACTERS = 1000
 PORTAL_BODY_STALL_TIMEOUT_S = 30.0
@@ -51,7 +51,7 @@ STORE_UNAVAILABLE_ERRORS = (OperationalError, InterfaceError, BotoCoreError, Cli
 
 
 def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for its OpenAPI description."""
+    """Return the error responses of a route for its OpenAPI description."""
     return {status: {"model": ErrorOut, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
@@ -63,7 +63,7 @@ def make_error_response(
     rows: list[dict[str, Any]] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Put an error into its shape; what it repeats of the request is made printable."""
+    """Build an error response; text that it quotes from the request is made printable."""
     shown = make_printable(message, MAX_ERROR_MESSAGE_CHARACTERS)
     body = ErrorOut(error=ErrorBody(message=shown, type=kind, param=param and make_printable(param), rows=rows))
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
@@ -71,23 +71,22 @@ def make_error_response(
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Register the handlers of every error a route can raise."""
+    """Register the handlers of every error that a route can raise."""
 
-    def known(request: Request, error: Exception) -> JSONResponse:
+    def handle_known(request: Request, error: Exception) -> JSONResponse:
         status, kind = next(STATUS_BY_ERROR[base] for base in type(error).__mro__ if base in STATUS_BY_ERROR)
         headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TooManyRequests) else None
         return make_error_response(status, kind, str(error), getattr(error, "param", None), headers=headers)
 
-    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    def handle_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["loc"] == ("body",):
             return make_error_response(422, "invalid", *describe_body_error(request, first))
-        place = get_field_path(
-            {**first, "loc": first["loc"][1:]}
-        )  # the first part says where: body, query, path, header
-        return make_error_response(422, "invalid", first["msg"], param=place or None)
+        # The first part of loc is the location: body, query, path or header.
+        param = get_field_path({**first, "loc": first["loc"][1:]})
+        return make_error_response(422, "invalid", first["msg"], param=param or None)
 
-    def http(request: Request, error: HTTPException) -> JSONResponse:
+    def handle_http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {}) | (
             {"Allow": find_allowed_methods(request)} if error.status_code == 405 else {}
         )
@@ -96,52 +95,50 @@ def add_error_handlers(app: FastAPI) -> None:
             error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers
         )
 
-    def store(request: Request, error: Exception) -> JSONResponse:
-        log.warning("a store does not answer: %s", describe_error(error))
-        return make_error_response(
-            503, "unavailable", "a store does not answer now; repeat the request in a few seconds"
-        )
+    def handle_store(request: Request, error: Exception) -> JSONResponse:
+        log.warning("a store does not respond: %s", describe_error(error))
+        return make_error_response(503, "unavailable", "a store does not respond now; retry in a few seconds")
 
     for kind in STATUS_BY_ERROR:
-        app.add_exception_handler(kind, known)
+        app.add_exception_handler(kind, handle_known)
     for fault in STORE_UNAVAILABLE_ERRORS:
-        app.add_exception_handler(fault, store)
-    app.add_exception_handler(RequestValidationError, invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, http)  # type: ignore[arg-type]
+        app.add_exception_handler(fault, handle_store)
+    app.add_exception_handler(RequestValidationError, handle_invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, handle_http)  # type: ignore[arg-type]
 
 
 def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
-    """Say what is wrong with a body as a whole, and the header at fault if one is."""
-    kind = request.headers.get("content-type", "")
+    """Return the error message for a body as a whole, and the name of the faulty header or field, if any."""
+    content_type = request.headers.get("content-type", "")
     if error["type"] == "missing":
-        form = request.scope["route"].dependant.body_params[0].field_info.annotation
-        needed = [name for name, field in form.model_fields.items() if field.is_required()]
-        fields = f" with {', '.join(needed)}" if needed else ""
+        schema = request.scope["route"].dependant.body_params[0].field_info.annotation
+        required = [name for name, field in schema.model_fields.items() if field.is_required()]
+        fields = f" with {', '.join(required)}" if required else ""
         return f"the body must be a JSON object{fields}, under the header Content-Type: application/json", None
-    if not is_json_content_type(kind):
-        got = make_printable(kind) or "no such header"
+    if not is_json_content_type(content_type):
+        got = make_printable(content_type) or "no such header"
         return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
     return str(error["msg"]), get_field_path({**error, "loc": ()}) or None
 
 
 def is_json_content_type(content_type: str) -> bool:
-    """Tell whether FastAPI reads a body of this type as JSON."""
-    main, _, kind = content_type.partition(";")[0].strip().lower().partition("/")
-    return main == "application" and (kind == "json" or kind.endswith("+json"))
+    """Return True if FastAPI parses a body of this type as JSON."""
+    main_type, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return main_type == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
 def find_allowed_methods(request: Request) -> str:
-    """The methods of a path, which its routes share."""
+    """Return the methods that the routes of the request's path allow, as an Allow header."""
     routes = request.app.router.routes
     scopes = [(method, {**request.scope, "method": method}) for method in HTTP_METHODS]
     return ", ".join(method for method, scope in scopes if any(r.matches(scope)[0] == Match.FULL for r in routes))
 
 
 class InternalErrorMiddleware:
-    """Answer any exception that nothing else handles with 500, and keep the caller's connection.
+    """Respond with 500 to any exception that nothing else handles, and keep the caller's connection open.
 
-    An exception that reaches the server closes the connection, and the caller's next request fails too. The log gets
-    the exception's type and place, not its message, which may hold a contributor's text.
+    An exception that reaches the HTTP server closes the connection, so the caller's next request would fail too. The
+    log has the exception's type and traceback, but not its message, which may contain a contributor's text.
     """
 
     def __init__(self, app: Any) -> None:
@@ -150,30 +147,32 @@ class InternalErrorMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         has_started = False
 
-        async def watched(event: Any) -> None:
+        async def send_and_mark_started(event: Any) -> None:
             nonlocal has_started
             has_started = True
             await send(event)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send_and_mark_started)
         except ClientDisconnect:
             log.info(
-                "%s %s: the caller left before the request was whole", scope["method"], make_printable(scope["path"])
+                "%s %s: the caller disconnected before the request was complete",
+                scope["method"],
+                make_printable(scope["path"]),
             )
         except Exception as error:
             if scope["type"] != "http" or has_started:
-                raise  # half an answer must not look like a whole one
-            place = "".join(traceback.format_tb(error.__traceback__))
+                raise  # a partial response must not look like a complete one
+            frames = "".join(traceback.format_tb(error.__traceback__))
             log.error(
-                "%s %s raised %s\n%s", scope["method"], make_printable(scope["path"]), type(error).__name__, place
+                "%s %s raised %s\n%s", scope["method"], make_printable(scope["path"]), type(error).__name__, frames
             )
-            message = "this is our fault and is in the portal's log; nothing was changed"
+            message = "the portal failed, nothing was changed; tell the operator, the error is in the portal's log"
             await make_error_response(500, "internal", message)(scope, receive, send)
 
 
 class BodyLimitMiddleware:
-    """Refuse bodies above the limit of their path, or that stop arriving, before anything is parsed or stored."""
+    """Refuse bodies that exceed the limit of their path or stop arriving, before they are parsed or stored."""
 
     def __init__(self, app: Any, limits: dict[str, int], default: int) -> None:
         self._app, self._limits, self._default = app, limits, default
@@ -188,35 +187,36 @@ class BodyLimitMiddleware:
         if declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
             await make_error_response(413, "too_large", message)(scope, receive, send)
             return
-        seen, is_whole = 0, False
+
+        num_received, is_complete = 0, False
         fault: tuple[int, str, str] | None = None
 
-        async def counted() -> Any:
-            nonlocal seen, is_whole, fault
+        async def receive_limited() -> Any:
+            nonlocal num_received, is_complete, fault
             try:
-                async with asyncio.timeout(None if is_whole else PORTAL_BODY_STALL_TIMEOUT_S):
+                async with asyncio.timeout(None if is_complete else PORTAL_BODY_STALL_TIMEOUT_S):
                     event = await receive()
             except TimeoutError:
                 fault = (
                     408,
                     "too_slow",
-                    f"no more of the body came for {PORTAL_BODY_STALL_TIMEOUT_S:.0f} s; send it again",
+                    f"the body stopped arriving for {PORTAL_BODY_STALL_TIMEOUT_S:.0f} s; send it again",
                 )
                 raise BodyReadAborted from None
-            is_whole = not event.get("more_body", False)
-            seen += len(event.get("body", b""))
-            if seen > limit:
+            is_complete = not event.get("more_body", False)
+            num_received += len(event.get("body", b""))
+            if num_received > limit:
                 fault = (413, "too_large", message)
                 raise BodyReadAborted
             return event
 
-        async def watched(event: Any) -> None:
-            if fault is None:  # FastAPI turns any fault while reading a body into an answer of its own
+        async def send_unless_fault(event: Any) -> None:
+            if fault is None:  # drop FastAPI's own response to an error while it reads the body
                 await send(event)
 
         try:
-            await self._app(scope, counted, watched)
+            await self._app(scope, receive_limited, send_unless_fault)
         except BodyReadAborted:
-            assert fault is not None, "set with it"
+            assert fault is not None, "every BodyReadAborted sets it"
         if fault is not None:
             await make_error_response(*fault, headers={"Connection": "close"})(scope, receive, send)

@@ -1,4 +1,4 @@
-"""`/v1`: the OpenAI API of the champion; every answer is remembered as a Response."""
+"""`/v1`: the OpenAI-compatible API of the champion; every completion is stored as a Response."""
 
 import asyncio
 import contextlib
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 FORWARDED_HEADERS = ("x-yuan-version", "retry-after")
 SSE_DATA_PREFIX, SSE_DONE_LINE = b"data: ", b"data: [DONE]"
 RESPONSE_STORE_ERRORS = (*STORE_UNAVAILABLE_ERRORS, PortalBusy)
-# For a caller to take the next event, and all of them; the answer itself ends within 110 s. Meanwhile a stream has one
-# of the portal's connections to the model server, which keeps what is not taken in its memory.
+# Limits for a caller to read the next event, and to read the whole stream; generation itself ends within 110 s. A
+# stream holds one of the portal's connections to the model server, which buffers unread events in memory.
 EVENT_SEND_TIMEOUT_S, STREAM_TIMEOUT_S = 30.0, 180.0
 CompletionJson = dict[str, Any]
-# Besides JSON, where `stream` is true; the schema is of one event, as in every OpenAPI before 3.2.
+# In addition to JSON, for `stream: true`; the schema describes one event, since OpenAPI before 3.2 has no streams.
 SSE_EVENT_SCHEMA = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 STREAMING_RESPONSES: dict[int | str, CompletionJson] = {
     200: {"content": {"text/event-stream": {"schema": SSE_EVENT_SCHEMA}}}
@@ -49,70 +49,71 @@ STREAMING_RESPONSES: dict[int | str, CompletionJson] = {
 
 @router.get("/models")
 async def models(call: Request, account: CurrentAccount) -> Response:
-    """The models in service."""
-    answer = await _request_model_server(call, "GET", "/v1/models")
-    return _relay_response(answer, await _read_json_body(answer))
+    """List the models in service."""
+    upstream = await _request_model_server(call, "GET", "/v1/models")
+    return _relay_response(upstream, await _read_json_body(upstream))
 
 
 @router.post("/completions", responses=STREAMING_RESPONSES)
 async def completions(form: CompletionIn, call: Request, account: CurrentAccount) -> Response:
-    """Complete one prompt or a list of them; each choice carries its `response_id`, which a report may name."""
+    """Complete one prompt or a list of prompts; each choice has a `response_id`, to which a report may refer."""
     return await _serve_completion(call, "/v1/completions", form, account.id)
 
 
 @router.post("/chat/completions", responses=STREAMING_RESPONSES)
 async def chat(form: ChatIn, call: Request, account: CurrentAccount) -> Response:
-    """Answer a conversation."""
+    """Complete a chat conversation."""
     return await _serve_completion(call, "/v1/chat/completions", form, account.id)
 
 
 async def _serve_completion(call: Request, path: str, form: CompletionIn | ChatIn, contributor_id: str) -> Response:
-    memory = ResponseRecorder(call, contributor_id, form)
-    # The bytes as they came: the model server reads them by the same form, and knows whether they fit its model.
+    recorder = ResponseRecorder(call, contributor_id, form)
+    # Forward the bytes as received: the model server validates them by the same schema, and also against its model.
     upstream = await _request_until_disconnect(call, path, await call.body(), contributor_id)
     if upstream is None:
         return Response(status_code=499)
     if upstream.headers.get("content-type", "").startswith("text/event-stream"):
-        return RecordedStream(upstream, memory)
+        return RecordedStream(upstream, recorder)
     data = await _read_json_body(upstream)
     if upstream.is_success:
-        memory.record_choices(data)
-        await memory.store_responses()
+        recorder.record_choices(data)
+        await recorder.store_responses()
     return _relay_response(upstream, data)
 
 
 async def _request_until_disconnect(
     call: Request, path: str, body: bytes, contributor_id: str
 ) -> httpx.Response | None:
-    """Send a request on, and return the answer's beginning; None when the caller leaves before it."""
-    asked = asyncio.ensure_future(_request_model_server(call, "POST", path, body, contributor_id))
-    left = asyncio.ensure_future(_wait_for_disconnect(call))
+    """Forward a request and return the response with its headers read; None if the caller disconnects first."""
+    request = asyncio.ensure_future(_request_model_server(call, "POST", path, body, contributor_id))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(call))
     try:
-        await asyncio.wait([asked, left], return_when=asyncio.FIRST_COMPLETED)
-        return asked.result() if asked.done() else None
+        await asyncio.wait([request, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        return request.result() if request.done() else None
     finally:
-        asked.cancel()  # the model server sees the connection close, and frees the rows
-        left.cancel()
+        request.cancel()  # the model server sees the closed connection and frees the request's rows
+        disconnect.cancel()
 
 
 async def _wait_for_disconnect(call: Request) -> None:
-    """Wait until the caller leaves."""
+    """Wait until the caller disconnects."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
 
 
 class RecordedStream(StreamingResponse):
-    """A stream passed on event by event, and kept as Responses before its end is.
+    """A stream that is forwarded event by event and stored as Responses before its final event is sent.
 
-    What a caller saw before hanging up is kept too, since it may be reported; and however this ends, also before the
-    first event, the model server's connection is given back. A caller who does not read is left after a while.
+    The text that a caller received before it disconnected is stored too, since it may be reported. The connection to
+    the model server is released however the stream ends, even before the first event. A caller that does not read
+    within EVENT_SEND_TIMEOUT_S per event, or STREAM_TIMEOUT_S in total, is disconnected.
     """
 
-    def __init__(self, upstream: httpx.Response, memory: "ResponseRecorder") -> None:
+    def __init__(self, upstream: httpx.Response, recorder: "ResponseRecorder") -> None:
         super().__init__(
             self._forward_events(), media_type="text/event-stream", headers=_get_forwarded_headers(upstream)
         )
-        self._upstream, self._recorder = upstream, memory
+        self._upstream, self._recorder = upstream, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(event: Message) -> None:
@@ -127,40 +128,34 @@ class RecordedStream(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._upstream.aclose()
-                with contextlib.suppress(
-                    *RESPONSE_STORE_ERRORS
-                ):  # _events has logged it, or nobody is there to be told
+                # _forward_events has logged the error, or the caller has disconnected.
+                with contextlib.suppress(*RESPONSE_STORE_ERRORS):
                     await self._recorder.store_responses()
 
     async def _forward_events(self) -> AsyncIterator[bytes]:
         try:
             async for line in _read_lines(self._upstream):
-                if line == SSE_DONE_LINE:  # whoever reads this may report the answer at once
+                if line == SSE_DONE_LINE:  # the caller may report the response as soon as it reads this
                     await self._recorder.store_responses()
                 if line.startswith(SSE_DATA_PREFIX) and line != SSE_DONE_LINE:
-                    line = (
-                        SSE_DATA_PREFIX
-                        + json.dumps(
-                            self._recorder.record_choices(_parse_json_object(line.removeprefix(SSE_DATA_PREFIX)))
-                        ).encode()
-                    )
+                    data = _parse_json_object(line.removeprefix(SSE_DATA_PREFIX))
+                    line = SSE_DATA_PREFIX + json.dumps(self._recorder.record_choices(data)).encode()
                 if line:
                     yield line + b"\n\n"
         except (httpx.RequestError, ModelServerUnavailable) as error:
-            with contextlib.suppress(*RESPONSE_STORE_ERRORS):  # what came before the error may be reported too
+            with contextlib.suppress(*RESPONSE_STORE_ERRORS):  # the text before the error may be reported too
                 await self._recorder.store_responses()
-            yield _format_error_event(
-                error if isinstance(error, ModelServerUnavailable) else _make_unreachable_error(error)
-            )
+            unavailable = error if isinstance(error, ModelServerUnavailable) else _make_unreachable_error(error)
+            yield _format_error_event(unavailable)
         except RESPONSE_STORE_ERRORS as error:
-            log.warning("a streamed answer cannot be kept: %s", type(error).__name__)
+            log.warning("a streamed response cannot be stored: %s", type(error).__name__)
             yield _format_error_event(
-                ModelServerUnavailable("the answer could not be stored, so it cannot be reported; ask again")
+                ModelServerUnavailable("the response could not be stored, so it cannot be reported; retry")
             )
 
 
 async def _read_lines(upstream: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines of a stream of events, which end with a newline and nothing else."""
+    """Yield the lines of an event stream, split at newlines only, without them."""
     rest = b""
     async for data in upstream.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
@@ -174,7 +169,7 @@ def _format_error_event(error: ModelServerUnavailable) -> bytes:
 
 
 class ResponseRecorder:
-    """The choices of one answer, as they come, until they are kept as Responses."""
+    """Collects the choices of one completion as they arrive, and stores them as Responses."""
 
     def __init__(self, call: Request, contributor_id: str, form: CompletionIn | ChatIn) -> None:
         self._call = call
@@ -190,12 +185,12 @@ class ResponseRecorder:
         self._version, self._is_stored = 0, False
 
     def record_choices(self, data: CompletionJson) -> CompletionJson:
-        """Take in an answer or a piece of one, and give each choice its `response_id`.
+        """Record a completion or a chunk of one; return it with a `response_id` in each choice.
 
-        Text that cannot be stored is replaced in what is returned too, so that a report quotes what is stored.
+        Characters that cannot be stored are replaced in the returned text too, so that a report quotes the stored text.
 
         Raises:
-            Upstream: if it is not shaped as an answer is.
+            ModelServerUnavailable: if the data does not have the format of a completion.
         """
         try:
             for choice in data.get("choices", ()):
@@ -207,14 +202,14 @@ class ResponseRecorder:
                 self._prompts[index] = make_storable(self._request_prompts[index // self._choices_per_prompt])
                 self._version = int(data["model"].removeprefix("yuan-v"))
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
-            raise ModelServerUnavailable("the model server gave no usable answer; tell the operator") from None
+            raise ModelServerUnavailable("the model server returned no usable answer; tell the operator") from None
         return data
 
     async def store_responses(self) -> None:
-        """Store what was said, once."""
+        """Store the recorded choices; later calls do nothing."""
         if self._is_stored or not self._texts:
             return
-        said = [
+        responses = [
             tables.Response(
                 id=self._ids[index],
                 contributor_id=self._contributor_id,
@@ -224,15 +219,16 @@ class ResponseRecorder:
             )
             for index, text in self._texts.items()
         ]
-        with anyio.CancelScope(shield=True):  # or a caller who leaves now leaves it open whether this was stored
+        with anyio.CancelScope(shield=True):  # a disconnect must not cancel a commit with unknown result
             async with self._transactions.begin(self._call) as session:
-                session.add_all(said)
+                session.add_all(responses)
             self._is_stored = True
 
 
 def _find_text_field(choice: CompletionJson) -> tuple[CompletionJson, str]:
-    said = choice.get("message") or choice.get("delta")
-    return (said, "content") if said is not None else (choice, "text")
+    """Return the object that contains a choice's text, and its key: `content` for chat, `text` for completions."""
+    message = choice.get("message") or choice.get("delta")
+    return (message, "content") if message is not None else (choice, "text")
 
 
 async def _request_model_server(
@@ -256,37 +252,35 @@ async def _read_json_body(upstream: httpx.Response) -> CompletionJson:
 
 
 def _parse_json_object(data: bytes) -> CompletionJson:
-    """Read an object of the model server's.
+    """Parse a JSON object from the model server.
 
     Raises:
-        Upstream: if it is none.
+        ModelServerUnavailable: if the data is not a JSON object.
     """
     try:
-        found = json.loads(data, parse_constant=_reject_constant)
+        data_object = json.loads(data, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ModelServerUnavailable("the model server gave no usable answer; tell the operator")
-    return found
+        data_object = None
+    if not isinstance(data_object, dict):
+        raise ModelServerUnavailable("the model server returned no usable answer; tell the operator")
+    return data_object
 
 
 def _reject_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _make_unreachable_error(error: Exception) -> ModelServerUnavailable:
-    return ModelServerUnavailable(
-        f"the model server does not answer ({type(error).__name__}); try again in a few seconds"
-    )
+    return ModelServerUnavailable(f"the model server does not respond ({type(error).__name__}); retry in a few seconds")
 
 
-def _relay_response(answer: httpx.Response, data: CompletionJson) -> Response:
-    """The model server's answer, in ASCII as the events are; what is not the caller's fault is said as 503."""
-    if answer.status_code in (401, 403):
-        raise ModelServerUnavailable("the model server does not know this portal; tell the operator")
-    status = 503 if answer.status_code >= 500 else answer.status_code
-    return Response(json.dumps(data), status, _get_forwarded_headers(answer), "application/json")
+def _relay_response(upstream: httpx.Response, data: CompletionJson) -> Response:
+    """Relay the model server's response, in ASCII as the events are; errors that are not the caller's become 503."""
+    if upstream.status_code in (401, 403):
+        raise ModelServerUnavailable("the model server refuses the portal's token; tell the operator")
+    status = 503 if upstream.status_code >= 500 else upstream.status_code
+    return Response(json.dumps(data), status, _get_forwarded_headers(upstream), "application/json")
 
 
-def _get_forwarded_headers(answer: httpx.Response) -> dict[str, str]:
-    return {name: answer.headers[name] for name in FORWARDED_HEADERS if name in answer.headers}
+def _get_forwarded_headers(upstream: httpx.Response) -> dict[str, str]:
+    return {name: upstream.headers[name] for name in FORWARDED_HEADERS if name in upstream.headers}

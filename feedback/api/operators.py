@@ -1,4 +1,4 @@
-"""Routes of operators: accounts, rounds, and what is withdrawn."""
+"""Routes of operators: accounts, rounds, and withdrawals."""
 
 from fastapi import APIRouter, Depends
 
@@ -39,7 +39,7 @@ router = APIRouter(
 
 @router.post("/contributors", status_code=201, responses=document_errors(409))
 def make_contributor(form: ContributorIn, operator: CurrentOperator, session: SessionDep) -> ContributorOut:
-    """Make an account; its token is shown this once."""
+    """Create an account; its token is shown only once."""
     contributor, token = add_contributor(session, form.name)
     audit(session, operator.id, "contributor added", contributor.id)
     return ContributorOut(id=contributor.id, name=contributor.name, token=token)
@@ -47,7 +47,7 @@ def make_contributor(form: ContributorIn, operator: CurrentOperator, session: Se
 
 @router.post("/contributors/withdraw", responses=document_errors(404))
 def withdraw_all(form: AccountWithdrawalIn, operator: CurrentOperator, session: SessionDep) -> AccountWithdrawalOut:
-    """Withdraw an account's reports and datasets, a batch at each request, oldest first, until none is left."""
+    """Withdraw a batch of an account's reports or datasets, oldest first; repeat until both numbers are 0."""
     account = find_account(session, form.account)
     batch = withdraw_account(
         session, operator, account, form.reason, [form.kind] if form.kind else [*WITHDRAWAL_BATCH_SIZES]
@@ -60,31 +60,34 @@ def start_round(
     form: RoundParameters, operator: CurrentOperator, session: SessionDep, repeat: IdempotentRequestDep
 ) -> RoundOut:
     """Request a round; the dispatcher starts its flow."""
-    round_id, seen = repeat.claim(session, operator)
-    turn = rounds.find_round(session, round_id) if seen else rounds.request_round(session, operator.id, form, round_id)
-    return rounds.describe_round(session, turn)
+    round_id, exists = repeat.claim(session, operator)
+    if exists:
+        training_round = rounds.find_round(session, round_id)
+    else:
+        training_round = rounds.request_round(session, operator.id, form, round_id)
+    return rounds.describe_round(session, training_round)
 
 
 @router.get("/rounds/{round_id}", responses=document_errors(404))
 def get_round(round_id: RoundIdPath, operator: CurrentOperator, session: SessionDep) -> RoundOut:
-    """One round, or the newest as `latest`."""
+    """Return one round by id, or the newest one by `latest`."""
     return rounds.describe_round(session, rounds.find_round(session, round_id))
 
 
 @router.post("/rounds/{round_id}/cancel", responses=document_errors(404))
 def cancel_round(round_id: RoundIdPath, operator: CurrentOperator, session: SessionDep) -> RoundOut:
     """Cancel a running round; its training ends within seconds."""
-    turn = rounds.find_round(session, round_id)
-    rounds.finish_round(session, turn.id, "cancelled", "cancelled by an operator", actor=operator.id)
+    training_round = rounds.find_round(session, round_id)
+    rounds.finish_round(session, training_round.id, "cancelled", "cancelled by an operator", actor=operator.id)
     rounds.notify_dispatcher(session)
-    return rounds.describe_round(session, turn)
+    return rounds.describe_round(session, training_round)
 
 
 @router.post("/feedback/{feedback_id}/withdraw", responses=document_errors(404))
 def withdraw_feedback(
     feedback_id: RecordIdPath, form: WithdrawalIn, who: CurrentContributor, session: SessionDep
 ) -> FeedbackOut:
-    """Withdraw a report of yours, or any as an operator: it leaves training, tests and notices, and stays on record."""
+    """Withdraw one of your reports, or any as an operator: no more training, tests or notices; the record stays."""
     return reports.describe_report(session, withdraw_report(session, who, feedback_id, form.reason))
 
 
@@ -92,5 +95,5 @@ def withdraw_feedback(
 def withdraw_rows(
     dataset_id: RecordIdPath, form: WithdrawalIn, who: CurrentContributor, session: SessionDep
 ) -> DatasetOut:
-    """Withdraw a dataset of yours, or any as an operator: its rows leave training and tests, and it stays on record."""
+    """Withdraw one of your datasets, or any as an operator: no more training or tests; the record stays."""
     return datasets.describe_dataset(session, withdraw_dataset(session, who, dataset_id, form.reason))

@@ -1,4 +1,4 @@
-"""The portal's open pages: rounds and versions, nothing of any submission, and the API for people."""
+"""The portal's public pages: rounds and versions, without any submission, and the API documentation."""
 
 import html
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))
 MAX_FRONT_PAGE_ROUNDS = 50
 PRIVATE_SUITE_PREFIX = "datasets/"
-PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the page that is kept
+PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the cached page
 RoundNumberPath = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
 class RoundEnd:
-    """What anybody may know of how a round ended."""
+    """The public part of a round's result."""
 
     headline: str | None
-    suites: list[dict[str, Any]]  # rates, without those by capability of contributors' rows, whose names are theirs
+    suites: list[dict[str, Any]]  # rates, without those by capability of datasets, whose names contributors chose
 
 
 @dataclass(frozen=True)
 class FrontPage:
-    """What the template index.html is given: rounds, what anybody may know of their ends, and which have a plan."""
+    """The data of the template index.html: the rounds, their public results by round id, and the rounds with a plan."""
 
     champion: int | None
     rounds: list[Round]
@@ -47,25 +47,25 @@ class FrontPage:
 
 @router.get("/", response_class=HTMLResponse)
 def index(request: Request, session: SessionDep) -> HTMLResponse:
-    """The state of the programme for anybody."""
+    """Show the champion and the newest rounds; public."""
     page = build_front_page(session, request.app.state.round_ends)
     return templates.TemplateResponse(request, "index.html", {"page": page})
 
 
 @router.get("/rounds/{number}/plan.svg")
 def plan_picture(number: RoundNumberPath, request: Request, session: SessionDep) -> Response:
-    """How a round's training was laid out: memory of each stage and a step of its pipeline. Open, as the front page."""
+    """Show a round's plan: the memory of each pipeline stage and the schedule of one step; public."""
     run_id = find_planned_run(session, number)
     objects: ObjectStore = request.app.state.objects
     if run_id is None or not objects.exists(make_plan_picture_key(run_id)):
-        raise NotFound(f"round {number} has no plan yet; see the front page for the rounds there are")
-    drawn = objects.get(make_plan_picture_key(run_id))
-    return Response(drawn, media_type="image/svg+xml", headers={"Content-Security-Policy": "default-src 'none'"})
+        raise NotFound(f"round {number} has no plan; see the front page for the rounds that have one")
+    picture = objects.get(make_plan_picture_key(run_id))
+    return Response(picture, media_type="image/svg+xml", headers={"Content-Security-Policy": "default-src 'none'"})
 
 
 @router.get("/docs", response_class=HTMLResponse)
 def docs(request: Request) -> HTMLResponse:
-    """The API for people, made of its OpenAPI description: once, but for the address at which it is read."""
+    """Show the API documentation, rendered once from the OpenAPI description; only the base URL differs by request."""
     state = request.app.state
     if state.docs_page is None:
         facts = {"api": request.app.openapi(), "url": PLACEHOLDER_BASE_URL}
@@ -74,25 +74,26 @@ def docs(request: Request) -> HTMLResponse:
 
 
 def build_front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
-    """Gather the front page.
+    """Collect the data of the front page.
 
     Args:
-        ends: those that are known; the others are read, once, since decisions grow with what contributors send.
+        ends: cache of results by round id; missing ones are read and added. Decisions grow with the number of reports,
+            so each is read only once.
     """
     newest = select(Round).options(defer(Round.decision)).order_by(Round.number.desc()).limit(MAX_FRONT_PAGE_ROUNDS)
     rounds = session.scalars(newest).all()
-    for one in rounds:
-        if one.state != "running" and one.id not in ends:
-            ends[one.id] = read_round_end(session, one)
-    planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_([one.id for one in rounds])))
+    for training_round in rounds:
+        if training_round.state != "running" and training_round.id not in ends:
+            ends[training_round.id] = read_round_end(session, training_round)
+    round_ids = [training_round.id for training_round in rounds]
+    planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_(round_ids)))
     return FrontPage(find_champion(session), list(rounds), ends, set(planned))
 
 
-def read_round_end(session: Session, turn: Round) -> RoundEnd:
-    """Read the public part of a decision that will not change any more."""
-    suites = (turn.decision or {}).get("suites", ())
-    end = RoundEnd(
-        describe_round_end(turn), [one for one in suites if not one["suite"].startswith(PRIVATE_SUITE_PREFIX)]
-    )
-    session.expire(turn, ["decision"])  # at most one of them in memory
+def read_round_end(session: Session, training_round: Round) -> RoundEnd:
+    """Read the public part of an ended round's decision, which no longer changes."""
+    suites = (training_round.decision or {}).get("suites", ())
+    public_suites = [suite for suite in suites if not suite["suite"].startswith(PRIVATE_SUITE_PREFIX)]
+    end = RoundEnd(describe_round_end(training_round), public_suites)
+    session.expire(training_round, ["decision"])  # keep at most one decision in memory
     return end

@@ -134,7 +134,7 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
         "base": 0,
     }
     only_it_failed(session, rows, one, "checker")
-    assert "its bytes are gone" in datasets.describe_dataset(session, gone).timeline[-1].text
+    assert "its bytes are missing" in datasets.describe_dataset(session, gone).timeline[-1].text
 
 
 def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):

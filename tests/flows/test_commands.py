@@ -129,7 +129,7 @@ def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
     ("url", "token", "message"),
     [
         ("127.0.0.1:9", "t", "must begin with http://"),
-        ("http://127.0.0.1:9", "t\nx", "a token is of visible ASCII characters"),
+        ("http://127.0.0.1:9", "t\nx", "a token has visible ASCII characters only"),
     ],
 )
 def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, url, token, message):
