@@ -339,10 +339,10 @@ def _list_first_events(row: Feedback) -> list[Event]:
     events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
     if row.reproduction:
         at = row.reproduced_at or row.decided_at or row.created_at  # older rows have no reproduced_at
-        events.append(Event(at=at, text=f"v{row.reproduced_version} was asked again: {row.reproduction}"))
+        events.append(Event(at=at, text=f"prompt retried with v{row.reproduced_version}: {row.reproduction}"))
     if row.decided_at and row.case:
-        role = {"train": "train: it trains and guards", "held_out": "held out: it only tests"}[row.case.role]
-        events.append(Event(at=row.decided_at, text=f"accepted as a case, {role}"))
+        use = {"train": "train: for training and regression tests", "held_out": "held out: for tests only"}
+        events.append(Event(at=row.decided_at, text=f"accepted as a case, {use[row.case.role]}"))
     return events
 
 

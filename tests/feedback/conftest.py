@@ -1,4 +1,4 @@
-"""Who reports, and when."""
+"""Fixtures: a reporter and a cut-off time."""
 
 from datetime import datetime, timedelta, timezone
 

@@ -1,4 +1,4 @@
-"""From accepted report to notice, step by step, on a rolled-back session."""
+"""Helpers for the steps from report to notice, on a session that is rolled back."""
 
 import io
 
@@ -21,8 +21,8 @@ def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
 
 def accept_all(session, later, *, share=0.5, right=False):
     reports.screen_reports(session, later)
-    found = reports.find_unreproduced_reports(session, later, 1)
-    reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in found])
+    pending = reports.find_unreproduced_reports(session, later, 1)
+    reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in pending])
     return reports.review_reports(session, later, SALT, share)
 
 
@@ -34,8 +34,8 @@ def start_round(session):
     return rounds.request_round(session, "test", RoundParameters(), new_id())
 
 
-def add_candidate(session, turn, version):
-    rounds.add_version(session, turn.id, version, {})
+def add_candidate(session, training_round, version):
+    rounds.add_version(session, training_round.id, version, {})
     session.flush()
 
 
@@ -46,14 +46,14 @@ def answer(session, version, passed):
 
 
 def promote(session, version, passed, *, parent=None):
-    turn = start_round(session)
-    turn.parent_version = parent
-    add_candidate(session, turn, version)
+    training_round = start_round(session)
+    training_round.parent_version = parent
+    add_candidate(session, training_round, version)
     answer(session, version, passed)
-    decision = gate.decide_promotion(session, turn)
+    decision = gate.decide_promotion(session, training_round)
     if decision["promote"]:
-        promotion.promote_candidate(session, turn, decision)
-    rounds.finish_round(session, turn.id, "promoted" if decision["promote"] else "rejected", "test")
+        promotion.promote_candidate(session, training_round, decision)
+    rounds.finish_round(session, training_round.id, "promoted" if decision["promote"] else "rejected", "test")
     session.flush()
     return decision
 
@@ -61,7 +61,7 @@ def promote(session, version, passed, *, parent=None):
 def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CASES):
     data = dump_rows(rows)
     sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
-    made = datasets.add_dataset(
+    dataset = datasets.add_dataset(
         session,
         reporter,
         dataset_id=new_id(),
@@ -70,9 +70,9 @@ def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CA
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    datasets.accept_dataset(session, made.id, objects.get, SALT, SHARE, max_cases)
+    datasets.accept_dataset(session, dataset.id, objects.get, SALT, SHARE, max_cases)
     session.flush()
-    return made
+    return dataset
 
 
 def checked_rows(prefix, count):
@@ -83,19 +83,19 @@ def checked_rows(prefix, count):
 
 
 def is_drawn(row):
-    """Whether a row's prompt is one of those that are held out."""
+    """Return True if a row's prompt is held out."""
     return reports.choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
 
 
 def freeze(session, objects):
-    turn = start_round(session)
+    training_round = start_round(session)
     stored = {}
 
     def store(data):
         stored["data"] = data
         return objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
 
-    snapshot_id = snapshots.freeze_mixture(session, turn.id, objects.get, store)
-    rounds.finish_round(session, turn.id, "failed", "test")
+    snapshot_id = snapshots.freeze_mixture(session, training_round.id, objects.get, store)
+    rounds.finish_round(session, training_round.id, "failed", "test")
     session.flush()
     return snapshot_id, stored["data"]

@@ -1,4 +1,4 @@
-"""Uploaded files: streamed to disk, stored only when they are taken, and no more of an account than its quota."""
+"""Uploaded files: streamed to disk, stored only when accepted, and limited by the account's quota."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 def rows_of(num_bytes, mark=""):
-    """A file of rows, about so large, that no other mark has."""
+    """Return a file of rows of about `num_bytes`, unique for each mark."""
     line = json.dumps({"prompt": mark, "answer": "x" * 15_000}).encode() + b"\n"
     return line * (num_bytes // len(line) + 1)
 
@@ -40,9 +40,9 @@ def push(client, data, headers, name="rows", **more):
 
 @pytest.fixture
 def process(stores):
-    """The portal as the stack runs it, confined; its process."""
+    """Start the portal as the stack does, confined; yield its process."""
     config = load_config(stores.home)
-    (service,) = (one for one in make_services(stores.home, config, stores) if one.name == "portal")
+    (service,) = (service for service in make_services(stores.home, config, stores) if service.name == "portal")
     process = start(service, config.stack_id)
     yield process
     os.kill(process.pid, signal.SIGTERM)
@@ -54,7 +54,9 @@ def peak_mib(process):
 
 
 def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, account, operator):
-    assert STACK_ID_VARIABLE in Path(f"/proc/{process.pid}/environ").read_text()  # not some parent of it
+    assert (
+        STACK_ID_VARIABLE in Path(f"/proc/{process.pid}/environ").read_text()
+    )  # the portal itself, not a parent process
     before = peak_mib(process)
     files = [rows_of(50 * MIB, str(n)) for n in range(4)]
     with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
@@ -65,18 +67,18 @@ def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, accoun
 
 def test_a_file_that_is_arriving_has_no_name(stores, engine, objects, account):
     app, folder = make_app(stores, engine, objects), stores.home / "portal"
-    kept = set(os.listdir(folder))
+    names_before = set(os.listdir(folder))
     with served(app) as url, unfinished_upload(url, account.headers):
         assert httpx.get(f"{url}/health", timeout=30).is_success
-        assert set(os.listdir(folder)) == kept
+        assert set(os.listdir(folder)) == names_before
 
 
 def test_a_refused_file_is_recorded_and_not_stored(portal, account, objects, engine):
     for data in (b'{"answer": "a"}\noops ' + os.urandom(8).hex().encode(), b"\n" * 3, b"1\n" * 500_001):
         assert push(portal, data, account.headers).status_code == 422
-        kept = portal.get("/api/v1/datasets", headers=account.headers).json()[-1]
-        assert (kept["state"], kept["sha256"]) == ("rejected", hashlib.sha256(data).hexdigest())
-        assert not objects.exists(f"uploads/{kept['sha256']}")
+        record = portal.get("/api/v1/datasets", headers=account.headers).json()[-1]
+        assert (record["state"], record["sha256"]) == ("rejected", hashlib.sha256(data).hexdigest())
+        assert not objects.exists(f"uploads/{record['sha256']}")
 
 
 def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, account, engine):
@@ -86,8 +88,8 @@ def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, accoun
     for name, body in (("rows", data + b"\n"), ("other", data)):
         assert push(portal, body, account.headers, name, **key).status_code == 409
     with make_session_factory(engine).begin() as session:
-        kept = session.get_one(IdempotencyKey, (account.id, "k"))
-    assert kept.request_digest == hashlib.sha256(b"POST\n/api/v1/datasets\nname=rows\n" + data).hexdigest()
+        claim = session.get_one(IdempotencyKey, (account.id, "k"))
+    assert claim.request_digest == hashlib.sha256(b"POST\n/api/v1/datasets\nname=rows\n" + data).hexdigest()
 
 
 FULL_DISK = """
@@ -116,15 +118,15 @@ def test_a_full_disk_is_answered_and_leaves_room_for_the_next_file(stores, accou
         pytest.skip("this machine lets nobody mount a small disk in a namespace of his own")
     script = [sys.executable, "-c", FULL_DISK, stores.home / "env", tmp_path, account.headers["Authorization"]]
     inside = [*mounting, f'{mount}; exec "$@"', "sh", *script]
-    done = subprocess.run(inside, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    full, taken, left = done.stdout.splitlines()
+    result = subprocess.run(inside, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    full, accepted, names = result.stdout.splitlines()
     assert full.startswith("503 ") and "the portal's disk has no room for the file now" in full
-    assert taken.startswith("201 ") and left == "[]"
+    assert accepted.startswith("201 ") and names == "[]"
 
 
 @pytest.fixture
 def narrow(stores, engine, objects, first_version):
-    """A portal where an account may have 100,000 bytes stored."""
+    """Serve a portal with a storage limit of 100,000 bytes per account."""
     changes = {"max_account_bytes": 100_000}
     with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
         yield client
@@ -135,9 +137,9 @@ def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator,
     assert [push(narrow, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
     answer = push(narrow, three, account.headers)
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
-    told = answer.json()["error"]["message"]
-    assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in told
-    assert "ask the operator" in told
+    message = answer.json()["error"]["message"]
+    assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in message
+    assert "ask the operator" in message
     assert push(narrow, three, operator).status_code == 201
     with make_session_factory(engine).begin() as session:
         assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
@@ -146,7 +148,7 @@ def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator,
 def test_refused_files_do_not_count_and_withdrawn_ones_do(narrow, account):
     large, bad = rows_of(60_000, account.id), rows_of(60_000, account.id) + b"oops"
     assert push(narrow, bad, account.headers).status_code == 422
-    made = push(narrow, large, account.headers).json()
-    narrow.post(f"/api/v1/datasets/{made['id']}/withdraw", json={"reason": "mine"}, headers=account.headers)
+    dataset = push(narrow, large, account.headers).json()
+    narrow.post(f"/api/v1/datasets/{dataset['id']}/withdraw", json={"reason": "mine"}, headers=account.headers)
     assert push(narrow, rows_of(60_000, "other"), account.headers).status_code == 413
     assert push(narrow, large, account.headers).status_code == 201

@@ -1,4 +1,4 @@
-"""The portal's doors for contributors."""
+"""The portal's API for contributors."""
 
 import contextlib
 import json
@@ -85,7 +85,7 @@ def test_too_large_bodies_are_refused(portal, account, stores):
     assert answer.status_code == 413
     assert "send less" in answer.json()["error"]["message"]
 
-    def chunks():  # no Content-Length: counted while it arrives
+    def chunks():  # no Content-Length, so the portal counts the bytes as they arrive
         for _ in range(stores.max_report_bytes // 1000 + 2):
             yield b"x" * 1000
 
@@ -107,18 +107,18 @@ def test_a_malformed_file_is_refused_whole_and_stays_visible(portal, account):
     answer = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)
     assert answer.status_code == 422
     assert [row["row"] for row in answer.json()["error"]["rows"]] == [2, 3]
-    kept = portal.get("/api/v1/datasets", headers=account.headers).json()[0]
-    assert kept["state"] == "rejected"
-    assert kept["reason"] == "2 of 3 rows are malformed"
-    assert len(kept["bad_rows"]) == 2
+    dataset = portal.get("/api/v1/datasets", headers=account.headers).json()[0]
+    assert dataset["state"] == "rejected"
+    assert dataset["reason"] == "2 of 3 rows are malformed"
+    assert len(dataset["bad_rows"]) == 2
 
 
 def test_a_dataset_is_stored_as_sent(portal, account, objects):
     data = json.dumps({"prompt": "a", "answer": "b"}).encode() + b"\n"
-    made = portal.post("/api/v1/datasets?name=good", content=data, headers=account.headers)
-    assert made.status_code == 201
-    assert made.json()["num_rows"] == 1
-    assert objects.get(f"uploads/{made.json()['sha256']}") == data
+    response = portal.post("/api/v1/datasets?name=good", content=data, headers=account.headers)
+    assert response.status_code == 201
+    assert response.json()["num_rows"] == 1
+    assert objects.get(f"uploads/{response.json()['sha256']}") == data
 
 
 def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator):
@@ -161,7 +161,7 @@ def test_more_callers_than_connections_are_all_answered(portal, account):
 
 @contextlib.contextmanager
 def unfinished_upload(url, headers):
-    """A connection on which an upload has begun and does not go on."""
+    """Open a connection on which an upload has started and then stalls."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /api/v1/datasets?name=d HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"

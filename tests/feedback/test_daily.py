@@ -1,4 +1,4 @@
-"""How much one account may send within 24 hours."""
+"""Limits of what one account may send within 24 hours."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -11,7 +11,7 @@ ROWS = b'{"prompt": "%d", "answer": "a"}\n'
 
 @pytest.fixture
 def narrow(stores, engine, objects, first_version):
-    """A portal that takes two reports and two datasets of an account within 24 hours."""
+    """Serve a portal that accepts two reports and two datasets per account within 24 hours."""
     changes = {"max_daily_reports": 2, "max_daily_datasets": 2}
     with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
         yield client

@@ -1,4 +1,4 @@
-"""One account's requests do not hold up those of others."""
+"""Requests of one account do not block those of other accounts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ CONNECTIONS, FLOOD = 16, 40
 
 @pytest.fixture
 def url(stores, objects):
-    """A portal with as many connections as in the stack."""
+    """Serve a portal with the number of database connections that the stack uses."""
     engine = open_engine(stores, pool_size=CONNECTIONS)
     with served(make_app(stores, engine, objects)) as url:
         yield url
@@ -34,7 +34,7 @@ def other(engine):
 
 @contextmanager
 def closed_table(engine, table):
-    """Let every query of a table wait until the block ends."""
+    """Block every query of a table until the `with` block ends."""
     with engine.begin() as connection:
         connection.execute(text(f"lock table {table} in access exclusive mode"))
         yield
@@ -56,7 +56,7 @@ def test_others_are_served_while_one_account_floods_the_portal_with_slow_request
             until(lambda: waiting_for(engine, "outbox") >= CONNECTIONS // 4)
             assert all(ask("datasets", other) == 200 for _ in range(20))
             assert httpx.get(url, timeout=60).status_code == 200
-            assert not any(one.done() for one in flood)
+            assert not any(request.done() for request in flood)
             assert waiting_for(engine, "outbox") == CONNECTIONS // 4
         assert {one.result() for one in flood} == {200}
 
@@ -67,7 +67,7 @@ def test_callers_without_a_token_share_one_part_of_the_connections(engine, url, 
             flood = [callers.submit(httpx.get, url, timeout=60) for _ in range(FLOOD)]
             until(lambda: waiting_for(engine, "promotion") >= CONNECTIONS // 4)
             assert httpx.get(f"{url}/api/v1/feedback", headers=account.headers, timeout=60).status_code == 200
-            assert not any(one.done() for one in flood)
+            assert not any(request.done() for request in flood)
         assert {one.result().status_code for one in flood} == {200}
 
 
@@ -84,8 +84,8 @@ def test_tokens_that_somebody_made_up_share_one_part_of_the_connections(engine, 
             flood = [callers.submit(ask, number) for number in range(FLOOD)]
             until(lambda: waiting_for(engine, "promotion") >= CONNECTIONS // 4)
             assert list_feedback(account.headers) == 200
-            assert list_feedback(other) == 200  # also one whose token has never come before
-            assert not any(one.done() for one in flood)
+            assert list_feedback(other) == 200  # also for an account whose token the portal has not seen before
+            assert not any(request.done() for request in flood)
             assert waiting_for(engine, "promotion") == CONNECTIONS // 4
         assert {one.result() for one in flood} == {200}
     assert list_feedback({"Authorization": "Bearer ct_made_up_0"}) == 401

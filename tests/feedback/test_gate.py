@@ -1,4 +1,4 @@
-"""Reports that fail again: when they stop a candidate, and who is named."""
+"""Reports that fail again: when they block a candidate, and which accounts the decision names."""
 
 from datetime import timedelta
 
@@ -19,7 +19,7 @@ def others(session):
 
 
 def report(session, who, prefix, count, later):
-    """Accepted reports; the ids of their cases."""
+    """Submit and accept reports; return the ids of their cases."""
     rows = [submit(session, who, f"{prefix} {n}", "7") for n in range(count)]
     accept_all(session, later)
     return [row.case_id for row in rows]
@@ -40,7 +40,7 @@ def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter
 
 @pytest.mark.parametrize("lost", [1, 8])
 def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, reporter, later, lost):
-    """What is left passes in the champion by selection."""
+    """The remaining reports pass in the champion only because the failing ones were withdrawn."""
     good = report(session, reporter, "good", 10, later)
     junk = report(session, others[0], "junk", 160, later)
     promote(session, 1, passed=[])
@@ -57,7 +57,7 @@ def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, rep
     [(40, 5, 0, False), (40, 4, 0, True), (40, 8, 1, False), (60, 20, 15, True), (1, 1, 0, False), (7, 4, 2, False)],
 )
 def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, total, lost, gained, is_promoted):
-    """And always where the champion passes at least half of its reports."""
+    """They always count where the champion passes at least half of the account's reports."""
     cases = report(session, reporter, "good", total, later)
     session.execute(update(Case).where(Case.id.in_(cases)).values(role="held_out"))
     promote(session, 1, passed=[])
@@ -68,7 +68,7 @@ def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, 
 
 
 def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session, reporter, later):
-    """Whoever sends senseless reports has half of them trained on, which then pass."""
+    """Half of an account's meaningless reports become train cases, which pass after training."""
     train, held_out = report(session, reporter, "train", 80, later), report(session, reporter, "tests", 80, later)
     for cases, role in ((train, "train"), (held_out, "held_out")):
         session.execute(update(Case).where(Case.id.in_(cases)).values(role=role))
@@ -98,7 +98,7 @@ def test_regressions_of_two_accounts_count_each(session, others, later):
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert "reports that pass in the champion fail again: 2, of 2 account(s)" in decision["reasons"]
-    assert {one["account"] for one in decision["regressions_by_account"]} == {who.id for who in others}
+    assert {entry["account"] for entry in decision["regressions_by_account"]} == {who.id for who in others}
 
 
 def test_a_case_that_two_accounts_share_counts(session, others, later):
@@ -123,11 +123,11 @@ def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, 
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
-    assert [len(one["reports"]) for one in decision["regressions_by_account"]] == [20, 20]
+    assert [len(entry["reports"]) for entry in decision["regressions_by_account"]] == [20, 20]
     lines = describe_regressions(decision)
     assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
     for who in others:
         withdraw_account(session, reporter, who, "senseless", ["reports"])
-    turn = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
-    assert gate.decide_promotion(session, turn)["regressions"] == []
+    training_round = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
+    assert gate.decide_promotion(session, training_round)["regressions"] == []

@@ -1,4 +1,4 @@
-"""What may not come in through the portal: characters, numbers, names and reports about nothing."""
+"""Inputs that the portal must refuse: characters, numbers, names, and reports about unknown versions or responses."""
 
 import http.client
 import json
@@ -137,8 +137,8 @@ def test_a_query_of_other_bytes_than_utf8_is_refused(portal, account):
 def test_one_name_asked_for_many_times_at_once_makes_one_account(portal, operator):
     form = {"name": f"twin-{new_id()}"}
     with ThreadPoolExecutor(8) as callers:
-        made = callers.map(lambda _: portal.post("/api/v1/contributors", json=form, headers=operator), range(8))
-        assert sorted(answer.status_code for answer in made) == [201] + [409] * 7
+        responses = callers.map(lambda _: portal.post("/api/v1/contributors", json=form, headers=operator), range(8))
+        assert sorted(answer.status_code for answer in responses) == [201] + [409] * 7
 
 
 def test_a_path_without_its_record_is_not_the_list(portal, account):
@@ -152,11 +152,11 @@ def test_a_method_that_is_not_there_names_those_that_are(portal, account):
 
 @pytest.fixture
 def response(engine, account, first_version):
-    """A recorded answer of the test's contributor."""
-    kept = {"id": new_id(), "prompt": "Reverse: abc", "response": "?", "model_version": first_version}
+    """Record a response to the test's contributor and return its id."""
+    fields = {"id": new_id(), "prompt": "Reverse: abc", "response": "?", "model_version": first_version}
     with make_session_factory(engine).begin() as session:
-        session.add(Response(contributor_id=account.id, **kept))
-    return kept["id"]
+        session.add(Response(contributor_id=account.id, **fields))
+    return fields["id"]
 
 
 def test_a_report_about_a_recorded_response_repeats_it(portal, account, response):
@@ -199,7 +199,7 @@ def test_a_connection_outlives_an_unexpected_fault_and_no_text_is_logged(stores,
 
     with served(app) as url:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-        connection.auto_open = 0  # a closed connection is an error, never opened again
+        connection.auto_open = 0  # a closed connection is an error; do not reconnect
         connection.connect()
         for _ in range(2):
             connection.request("GET", "/fault")

@@ -1,4 +1,4 @@
-"""One item fails alone, in every step of the loop: the others go on, and its owner is told why."""
+"""Fault isolation in every step of the loop: one item fails, the others are processed, and its owner sees why."""
 
 import io
 import random
@@ -30,13 +30,13 @@ HOW_MANY = 9
 
 @pytest.fixture
 def many(session, reporter):
-    """Reports, and one of them."""
+    """Return submitted reports, and one of them."""
     rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(HOW_MANY)]
     return rows, random.Random(0).choice(rows)
 
 
 def refuse(session, table, column, value):
-    """Let the database refuse one row of a table, by a trigger that is rolled back with the test."""
+    """Make the database refuse one row of a table, by a trigger that is rolled back with the test."""
     session.flush()
     body = (
         f"begin if new.{column} = '{value}' then raise 'a planted fault' using errcode = '22000'; end if; return new;"
@@ -47,9 +47,9 @@ def refuse(session, table, column, value):
 
 
 def only_it_failed(session, rows, one, reason):
-    found = {row.id: find_faults(session, row.id) for row in rows}
-    assert [feedback_id for feedback_id, faults in found.items() if faults] == [one.id]
-    assert reason in found[one.id][0][1]
+    faults_by_report = {row.id: find_faults(session, row.id) for row in rows}
+    assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [one.id]
+    assert reason in faults_by_report[one.id][0][1]
     assert any(reason in event.text for event in reports.describe_report(session, one).timeline)
 
 
@@ -142,8 +142,8 @@ def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
     accept_all(session, later)
     refuse(session, "case_result", "passed and new.case_id", one.case_id)
     promote(session, 1, passed=[row.case_id for row in rows])
-    found = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
-    assert found == [(one.case_id, "the database refuses it: a planted fault")]
+    failures = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
+    assert failures == [(one.case_id, "the database refuses it: a planted fault")]
     only_it_failed(session, rows, one, "a planted fault")
     assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
 
@@ -152,8 +152,8 @@ def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(se
     rows, one = many
     accept_all(session, later)
     dataset = upload(session, objects, reporter, checked_rows("d", 20))
-    turn = start_round(session)
-    add_candidate(session, turn, 1)
+    training_round = start_round(session)
+    add_candidate(session, training_round, 1)
     held_out = session.scalars(select(Case).where(Case.suite == "datasets")).all()
     unjudged = {case.id for case in held_out} | {one.case_id}
     cases = session.scalars(select(Case.id)).all()
@@ -161,8 +161,8 @@ def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(se
     results = [{"case_id": case, "answer": "", "passed": False, "reason": reasons[case]} for case in cases]
     promotion.store_results(session, 1, results)
     only_it_failed(session, rows, one, "the prompt has 301 tokens")
-    told = [event.text for event in datasets.describe_dataset(session, dataset).timeline]
-    assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in told), told
+    texts = [event.text for event in datasets.describe_dataset(session, dataset).timeline]
+    assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in texts), texts
 
 
 def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):
@@ -212,32 +212,32 @@ def test_a_fault_of_the_database_itself_is_nobodys(session, many):
 
 
 def test_counts_of_failed_items_are_kept_with_the_round(session):
-    turn = start_round(session)
-    rounds.record_failed_items(session, turn.id, {"screen": 1, "reproduce": 5})
-    rounds.record_failed_items(session, turn.id, {"reproduce": 2})
+    training_round = start_round(session)
+    rounds.record_failed_items(session, training_round.id, {"screen": 1, "reproduce": 5})
+    rounds.record_failed_items(session, training_round.id, {"reproduce": 2})
     session.flush()
-    assert rounds.describe_round(session, turn).failed_items == {"screen": 1, "reproduce": 2}
+    assert rounds.describe_round(session, training_round).failed_items == {"screen": 1, "reproduce": 2}
 
 
 def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, objects, reporter, many, later):
     rows, one = many
     accept_all(session, later, share=0.0)
-    made = upload(session, objects, reporter, checked_rows("left", 30))
+    dataset = upload(session, objects, reporter, checked_rows("left", 30))
     keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "train"))
     reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
-    for _ in range(2):  # a step that runs again says it once
+    for _ in range(2):  # a repeated step records it once
         snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     only_it_failed(session, rows, one, "its correction: a planted fault")
-    (found,) = [text for _, text in find_faults(session, made.id)]
+    (reason,) = [text for _, text in find_faults(session, dataset.id)]
     num_train = len(reasons) - 1
-    assert f"(plan): rows left out, {num_train}: row " in found and found.endswith(f"; and {num_train - 20} more")
+    assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")
 
 
 def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):
     good = b'{"prompt": "older %d", "answer": "b"}\n'
     data = b"".join(good % n for n in range(4))
     sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
-    made = datasets.add_dataset(
+    dataset = datasets.add_dataset(
         session,
         reporter,
         dataset_id=new_id(),
@@ -247,10 +247,10 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
         sha256=sha256,
     )
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
-    datasets.accept_dataset(session, made.id, objects.get, SALT, 0.0, MAX_CASES)
+    datasets.accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
-    texts = [text for _, text in find_faults(session, made.id)]
+    texts = [text for _, text in find_faults(session, dataset.id)]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
     assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]

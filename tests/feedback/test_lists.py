@@ -1,4 +1,4 @@
-"""Lists in pages: whole, in order, at a cost that does not grow with what was sent before."""
+"""Paged lists: complete, in order, and with a cost that does not grow with the number of older records."""
 
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -21,7 +21,7 @@ LISTS = ("feedback", "datasets", "notices")
 
 
 def add_records(engine, account, count):
-    """Give the account reports with all that a timeline shows, a notice of each, and datasets."""
+    """Add datasets and reports with every kind of timeline event, and one notice per report, to the account."""
     with make_session_factory(engine).begin() as session:
         for n in range(count):
             case = Case(
@@ -75,7 +75,7 @@ def name_of(item):
 @pytest.mark.parametrize("name", LISTS)
 def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engine, account, first_version, name):
     counts = []
-    portal.get(f"/api/v1/{name}", headers=account.headers)  # the first request of a token looks its account up
+    portal.get(f"/api/v1/{name}", headers=account.headers)  # the first request of a token also looks up its account
     for more in (1, 4, 25):
         add_records(engine, account, more)
         with counted_statements(engine) as statements:
@@ -89,7 +89,7 @@ def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engin
 @pytest.mark.parametrize("name", LISTS)
 def test_pages_put_together_are_the_list_in_its_order(portal, engine, account, first_version, name):
     add_records(engine, account, 7)
-    add_records(engine, account, 3)  # of another moment
+    add_records(engine, account, 3)  # with another creation time
     (whole,) = read_pages(portal, name, account.headers, 200)
     assert len({name_of(item) for item in whole}) == 10
     for limit in (1, 3, 5, 10):

@@ -1,4 +1,4 @@
-"""From accepted report to notice, on a rolled-back session."""
+"""The steps from report to notice, on a session that is rolled back."""
 
 import pytest
 from sqlalchemy import select
@@ -53,7 +53,7 @@ def test_a_duplicate_shares_the_case_and_a_contradiction_is_disputed(session, re
 
 
 def test_a_dispute_is_reviewed_again_once_the_other_answer_is_withdrawn(session, reporter, later):
-    """Or whoever reports a wrong answer first would keep all right ones out, also after being withdrawn."""
+    """Otherwise a wrong answer that was reported first would block all right ones, even after its withdrawal."""
     other, _ = add_contributor(session, new_id())
     first = submit(session, other, expected="bad")
     accept_all(session, later)
@@ -118,23 +118,23 @@ def test_one_round_at_a_time(session):
 
 
 def test_steps_that_are_passed_are_passed_by(session):
-    turn = start_round(session)
-    assert rounds.begin_step(session, turn.id, "train", 0)
-    assert rounds.begin_step(session, turn.id, "train", 0)
-    assert not rounds.begin_step(session, turn.id, "collect", 0)
-    rounds.finish_round(session, turn.id, "cancelled", "by hand")
+    training_round = start_round(session)
+    assert rounds.begin_step(session, training_round.id, "train", 0)
+    assert rounds.begin_step(session, training_round.id, "train", 0)
+    assert not rounds.begin_step(session, training_round.id, "collect", 0)
+    rounds.finish_round(session, training_round.id, "cancelled", "manually")
     with pytest.raises(rounds.RoundOwnershipLost, match="is cancelled"):
-        rounds.begin_step(session, turn.id, "train", 0)
+        rounds.begin_step(session, training_round.id, "train", 0)
 
 
 def test_an_attempt_that_was_taken_over_is_kept_out(session):
-    turn = start_round(session)
-    first = rounds.increment_attempt(session, turn.id)
-    assert rounds.begin_step(session, turn.id, "collect", first)
-    second = rounds.increment_attempt(session, turn.id)
+    training_round = start_round(session)
+    first = rounds.increment_attempt(session, training_round.id)
+    assert rounds.begin_step(session, training_round.id, "collect", first)
+    second = rounds.increment_attempt(session, training_round.id)
     with pytest.raises(rounds.RoundOwnershipLost, match="attempt 2 has taken over from attempt 1"):
-        rounds.begin_step(session, turn.id, "snapshot", first)
-    assert rounds.begin_step(session, turn.id, "snapshot", second)
+        rounds.begin_step(session, training_round.id, "snapshot", first)
+    assert rounds.begin_step(session, training_round.id, "snapshot", second)
 
 
 def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, later):
@@ -173,7 +173,7 @@ def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, 
 
 def test_documents_are_never_removed_because_of_a_prompt(session, objects, reporter):
     blank = Row.model_construct(prompt=" ", answer="a", checker=checked_rows("", 1)[0].checker)
-    reports.add_cases(session, "older", [blank], "held_out")  # older rules took it
+    reports.add_cases(session, "older", [blank], "held_out")  # older releases accepted it
     upload(session, objects, reporter, [Row(answer=f"document {n}") for n in range(5)])
     snapshot_id, _ = freeze(session, objects)
     counts = session.get_one(Snapshot, snapshot_id).counts
@@ -181,12 +181,12 @@ def test_documents_are_never_removed_because_of_a_prompt(session, objects, repor
 
 
 def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, reporter):
-    made = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
+    dataset = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
     data = b'{"prompt": "p0", "answer": "a"}\n{"prompt": " ", "answer": "b"}\n{"prompt": "p2", "answer": "a"}\n'
-    made.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
+    dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
-    again.sha256, again.state = made.sha256, "checked"
-    datasets.accept_dataset(session, made.id, objects.get, SALT, SHARE, MAX_CASES)
+    again.sha256, again.state = dataset.sha256, "checked"
+    datasets.accept_dataset(session, dataset.id, objects.get, SALT, SHARE, MAX_CASES)
     _, snapshot = freeze(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 
@@ -226,7 +226,7 @@ def test_aliases_follow_the_champion_and_hand_moves_are_put_back(session, report
 
 
 def test_versions_belong_to_their_round(session):
-    turn = start_round(session)
-    add_candidate(session, turn, 7)
-    add_candidate(session, turn, 7)
-    assert session.get_one(ModelVersion, 7).round_id == turn.id
+    training_round = start_round(session)
+    add_candidate(session, training_round, 7)
+    add_candidate(session, training_round, 7)
+    assert session.get_one(ModelVersion, 7).round_id == training_round.id

@@ -1,4 +1,4 @@
-"""`/v1` of the portal: any body, any character, a model server that talks nonsense, and callers who leave."""
+"""The portal's `/v1`: any body, any character, a faulty model server, and callers that disconnect."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @contextlib.contextmanager
 def door(stores, engine, objects, model_url):
-    """The portal before a model server of one's own."""
+    """Serve the portal in front of the model server at a URL; yield an HTTP client of the portal."""
     changes = {"model_server_url": model_url, "model_server_token": SecretStr(TOKEN)}
     app = make_app(stores.model_copy(update=changes), engine, objects)
     with served(app) as url, httpx.Client(base_url=url, timeout=30) as http:
@@ -53,8 +53,8 @@ def portal_http(stores, engine, objects, model):
 
 def kept(engine, account):
     with make_session_factory(engine)() as session:
-        found = session.scalars(select(tables.Response).where(tables.Response.contributor_id == account.id))
-        return {row.id: (row.prompt, row.response) for row in found}
+        responses = session.scalars(select(tables.Response).where(tables.Response.contributor_id == account.id))
+        return {row.id: (row.prompt, row.response) for row in responses}
 
 
 BODIES = [
@@ -205,10 +205,10 @@ def test_bytes_that_are_no_text_are_named(portal_http, account):
 
 
 def test_the_portal_describes_these_bodies_and_loads_no_torch():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", "import sys, feedback.api.app; assert 'torch' not in sys.modules"], check=False
     )
-    assert done.returncode == 0
+    assert result.returncode == 0
 
 
 def test_several_prompts_and_choices_are_kept_each_with_its_prompt(portal_http, engine, account):
@@ -223,15 +223,15 @@ def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_ht
     with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as answer:
         lines = answer.iter_lines()
         first = json.loads(next(lines).removeprefix("data: "))
-    found = until(lambda: kept(engine, account))
-    assert first["choices"][0]["response_id"] in found and len(found) <= 2
+    stored = until(lambda: kept(engine, account))
+    assert first["choices"][0]["response_id"] in stored and len(stored) <= 2
     with httpx.Client(base_url=model, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
         until(lambda: metric(http, "yuan_running") == 0)
 
 
 @pytest.mark.parametrize("name", ["EVENT_SEND_TIMEOUT_S", "STREAM_TIMEOUT_S"])
 def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, monkeypatch, name):
-    """Or as many of them would hold all connections to the model server, and what it keeps for them in memory."""
+    """Otherwise such callers could hold all connections to the model server, and the memory of its buffered events."""
     monkeypatch.setattr(openai, name, 1.0)
     sent, ended = [], threading.Event()
 
@@ -241,7 +241,7 @@ def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, mo
                 while True:
                     sent.append(1)
                     yield event("a" * 10_000)
-                    await asyncio.sleep(0)  # or nobody would notice that the caller leaves
+                    await asyncio.sleep(0)  # lets the server notice the disconnect
             finally:
                 ended.set()
 
@@ -265,7 +265,7 @@ ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
 
 
 class Talker:
-    """A model server that says what a test has it say."""
+    """A model server that returns the responses that a test sets."""
 
     whole, status, kind, events = b"", 200, "application/json", ()
 
@@ -281,7 +281,7 @@ class Talker:
 
 @pytest.fixture(scope="module")
 def talk(stores, engine, objects):
-    """The portal before a talker, asked for a whole answer or a stream."""
+    """Serve the portal in front of a `Talker`; yield a function that requests a completion or a stream from it."""
     talker = Talker()
     with served(talker) as url, door(stores, engine, objects, url) as http:
 
@@ -305,11 +305,11 @@ def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(
     pieces = [stream[start : start + 7] for start in range(0, len(stream), 7)]
     answer = talk(account, stream=True, events=pieces)
     lines = answer.content.split(b"\n\n")
-    said = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in lines[:3]]
-    assert [choice["text"] for choice in said] == [ODD, "\ufffd", "\ufffd"]
+    choices = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in lines[:3]]
+    assert [choice["text"] for choice in choices] == [ODD, "\ufffd", "\ufffd"]
     assert lines[3:] == [b"data: [DONE]", b""]
-    assert kept(engine, account) == {said[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
-    assert answer.text.splitlines() == answer.text.split("\n")[:-1]  # nor does a client cut elsewhere
+    assert kept(engine, account) == {choices[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
+    assert answer.text.splitlines() == answer.text.split("\n")[:-1]  # a client splits at the same places
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The OpenAPI description against the real portal: schemathesis makes requests of it and checks every answer."""
+"""The OpenAPI description against the real portal: schemathesis generates requests and checks every response."""
 
 import os
 import subprocess
@@ -22,17 +22,19 @@ SEED, EXAMPLES = 15, 500
 
 @pytest.fixture(scope="module")
 def address(stores, engine, objects, first_version):
-    """The portal before a real model server."""
+    """Serve the portal in front of a real model server."""
     service = ModelService(ModelServerMetrics())
     service.swap_in(make_served(1))
     with running(service) as model:
         changes = {"model_server_url": model, "model_server_token": SecretStr(TOKEN)}
-        changes |= dict.fromkeys(("max_daily_reports", "max_daily_datasets"), 1_000_000)  # one account sends all
+        changes |= dict.fromkeys(
+            ("max_daily_reports", "max_daily_datasets"), 1_000_000
+        )  # one account sends all requests
         with served(make_app(stores.model_copy(update=changes), engine, objects)) as url:
             yield url
     with make_session_factory(engine).begin() as session:
-        if (turn := rounds.find_running_round(session)) is not None:
-            rounds.finish_round(session, turn.id, "cancelled", "the test is over")
+        if (training_round := rounds.find_running_round(session)) is not None:
+            rounds.finish_round(session, training_round.id, "cancelled", "the test is over")
 
 
 def explore(address, headers, scratch, examples, *options):
@@ -40,11 +42,11 @@ def explore(address, headers, scratch, examples, *options):
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG, "run", f"{address}/openapi.json"]
     command += ["--max-examples", examples, "--seed", SEED, "--header", f"Authorization: {headers['Authorization']}"]
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(CONFIG.with_name("exploring.py"))}
-    done = subprocess.run(
+    result = subprocess.run(
         [*map(str, command), *options], cwd=scratch, env=environment, capture_output=True, text=True, check=False
     )
-    report = "\n".join(line[:300] for line in (done.stdout + done.stderr).splitlines())
-    assert done.returncode == 0, report
+    report = "\n".join(line[:300] for line in (result.stdout + result.stderr).splitlines())
+    assert result.returncode == 0, report
     return report
 
 

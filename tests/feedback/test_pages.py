@@ -1,4 +1,4 @@
-"""The open pages: what anybody may know, and nothing of what people sent."""
+"""The public pages: rounds and versions, and nothing of any submission."""
 
 import time
 
@@ -14,27 +14,27 @@ MARK = "a-held-out-prompt"
 
 @pytest.fixture
 def ended(engine):
-    """Ends a round in the portal's database; every round is cancelled afterwards."""
+    """Return a function that ends a round in the portal's database; cancel every running round afterwards."""
     sessions = make_session_factory(engine)
 
-    def of(state, step="train", decision=None):
+    def end_round(state, step="train", decision=None):
         with sessions.begin() as session:
-            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-            turn.step, turn.decision, turn.candidate_version = step, decision, 7
-            rounds.finish_round(session, turn.id, state, f"DataError: {MARK}\nTraceback: select {MARK}")
-            return turn
+            training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+            training_round.step, training_round.decision, training_round.candidate_version = step, decision, 7
+            rounds.finish_round(session, training_round.id, state, f"DataError: {MARK}\nTraceback: select {MARK}")
+            return training_round
 
-    yield of
+    yield end_round
     with sessions.begin() as session:
         session.query(Round).filter(Round.state == "running").update({"state": "cancelled"})
 
 
 def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(portal, operator, ended):
-    turn = ended("failed")
+    training_round = ended("failed")
     page = portal.get("/").text
     assert MARK not in page and "Traceback" not in page
     assert "failed while training; operators see why" in page
-    assert MARK in portal.get(f"/api/v1/rounds/{turn.id}", headers=operator).json()["reason"]
+    assert MARK in portal.get(f"/api/v1/rounds/{training_round.id}", headers=operator).json()["reason"]
 
 
 def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal, ended):
@@ -54,14 +54,14 @@ def test_every_step_has_words_for_failing_in_it(step):
 
 
 def cpu_seconds(portal, path):
-    """The least that 20 requests for a path take of this process, of a few tries."""
-    taken = []
+    """Return the CPU seconds of this process for 20 requests of a path, the minimum of five measurements."""
+    measurements = []
     for _ in range(5):
         start = time.process_time()
         for _ in range(20):
             assert portal.get(path).status_code == 200
-        taken.append(time.process_time() - start)
-    return min(taken)
+        measurements.append(time.process_time() - start)
+    return min(measurements)
 
 
 def test_the_api_page_costs_no_more_to_give_again_than_any_answer(portal):

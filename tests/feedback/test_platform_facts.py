@@ -1,4 +1,4 @@
-"""What the records tell of the platform's health, on a rolled-back session."""
+"""The platform's health facts from the database, on a session that is rolled back."""
 
 from datetime import datetime, timedelta, timezone
 

@@ -1,4 +1,4 @@
-"""What one account's cases take from the others: a share of the prompts, whatever it sends, and owners are told."""
+"""Held-out prompts across accounts: no account can exclude more than the share of others' prompts; owners see it."""
 
 import pytest
 from sqlalchemy import select
@@ -30,7 +30,7 @@ def attacker(session):
 
 
 def variants(rows, answers):
-    """Each row's prompt with many wrong answers, which their checkers take."""
+    """Return rows with each row's prompt and many wrong answers, which the rows' checkers accept."""
     return [
         Row.model_validate({"prompt": row.prompt, "answer": answer, "checker": {"type": "exact", "value": answer}})
         for row in rows
@@ -49,12 +49,12 @@ def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
 ):
     rows = checked_rows("honest ", HONEST)
     sent = [(reporter, rows), (attacker, variants(rows, answers))]
-    made = {who.id: upload(session, objects, who, own) for who, own in (reversed(sent) if is_first else sent)}
+    uploads = {who.id: upload(session, objects, who, own) for who, own in (reversed(sent) if is_first else sent)}
     _, snapshot = freeze(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
     assert all((row.key in trained) is not is_drawn(row) for row in rows)
     assert len(trained & {row.key for row in rows}) > 0.8 * HONEST
-    assert roles_of(session, made[attacker.id]).count("held_out") <= 4 * sum(map(is_drawn, rows))
+    assert roles_of(session, uploads[attacker.id]).count("held_out") <= 4 * sum(map(is_drawn, rows))
 
 
 def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, objects, reporter, attacker):
@@ -102,9 +102,9 @@ def test_owners_are_told_how_many_of_their_rows_were_closed_out(session, objects
         session.refresh(honest)
         assert datasets.describe_dataset(session, honest).num_closed_out == closed
         assert session.get_one(Snapshot, snapshot_id).counts["datasets_closed_out"] == closed
-    told = [event.text for event in datasets.describe_dataset(session, honest).timeline if "left out" in event.text]
+    texts = [event.text for event in datasets.describe_dataset(session, honest).timeline if "left out" in event.text]
     sentence = f"(snapshot): rows left out, {num_drawn} of 101: their prompts are those of held-out cases"
-    assert len(told) == 2 and sentence in told[-1]  # beside how many duplicates it has
+    assert len(texts) == 2 and sentence in texts[-1]  # beside how many duplicates it has
     assert len(datasets.describe_dataset(session, untouched).timeline) == 2
 
 
@@ -115,8 +115,8 @@ def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, r
     upload(session, objects, attacker, [Row(answer="a document")])
     for _ in range(2):
         freeze(session, objects)
-    told = [event.text for event in reports.describe_report(session, row).timeline if "left out" in event.text]
-    assert len(told) == 1 and "its correction is left out: its prompt is that of a held-out case" in told[0]
+    texts = [event.text for event in reports.describe_report(session, row).timeline if "left out" in event.text]
+    assert len(texts) == 1 and "its correction is left out: its prompt is that of a held-out case" in texts[0]
 
 
 def test_rows_beyond_an_accounts_cases_are_trained(session, objects, reporter, attacker):

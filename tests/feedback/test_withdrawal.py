@@ -1,4 +1,4 @@
-"""Reports and datasets that are taken back: out of mixture, tests, gate and notices, and on record."""
+"""Withdrawn reports and datasets: removed from mixture, tests, gate and notices; their records stay."""
 
 from contextlib import ExitStack
 
@@ -41,24 +41,24 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
     assert [case.id for case in rounds.find_untested_cases(session, 1)] == [stays.case_id]
     promote(session, 1, passed=[])
     assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
-    told = reports.describe_report(session, goes)
-    assert (told.state, told.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
+    record = reports.describe_report(session, goes)
+    assert (record.state, record.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
 
 
 def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):
     row, other = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=1.0)
     promote(session, 1, passed=[row.case_id])
-    turn = start_round(session)
-    turn.parent_version = 1
-    add_candidate(session, turn, 2)
+    training_round = start_round(session)
+    training_round.parent_version = 1
+    add_candidate(session, training_round, 2)
     answer(session, 2, passed=[])
-    assert gate.decide_promotion(session, turn)["regressions"] == [row.case_id]
+    assert gate.decide_promotion(session, training_round)["regressions"] == [row.case_id]
     withdraw_report(session, reporter, row.id, "mistaken")
-    decision = gate.decide_promotion(session, turn)
+    decision = gate.decide_promotion(session, training_round)
     assert decision["promote"] and [suite["after"]["total"] for suite in decision["suites"]] == [1]
     withdraw_report(session, reporter, other.id, "mistaken too")
-    assert "no held-out case is left to judge it by" in gate.decide_promotion(session, turn)["reasons"][0]
+    assert "no held-out case is left to judge it by" in gate.decide_promotion(session, training_round)["reasons"][0]
 
 
 def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):
@@ -106,9 +106,9 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
         promotion.mark_notices_delivered(session)
     assert reports.describe_report(session, row).summary == "failing in v1"
     withdraw_report(session, reporter, row.id, "mistaken")
-    gone = reports.describe_report(session, row)
-    assert (gone.summary, gone.verdict, gone.verdict_version) == ("withdrawn", None, None)
-    assert any("failing in v" in event.text for event in gone.timeline) is is_told
+    record = reports.describe_report(session, row)
+    assert (record.summary, record.verdict, record.verdict_version) == ("withdrawn", None, None)
+    assert any("failing in v" in event.text for event in record.timeline) is is_told
 
 
 def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):
@@ -129,8 +129,8 @@ def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, report
     again = upload(session, objects, reporter, checked_rows("same", 20), purpose=purpose)
     assert again.num_duplicates == 20
     withdraw_dataset(session, reporter, first.id, "mine alone")
-    found = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
-    assert (found.count("held_out"), found.count("train")) == (num_drawn, 20 - num_drawn)
+    roles = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
+    assert (roles.count("held_out"), roles.count("train")) == (num_drawn, 20 - num_drawn)
     assert len(rounds.find_untested_cases(session, 1)) == num_drawn
 
 
@@ -144,9 +144,9 @@ def test_withdrawing_twice_changes_nothing(session, reporter, later):
 
 
 def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):
-    row, made = submit(session, reporter), upload(session, objects, reporter, checked_rows("x", 10))
+    row, dataset = submit(session, reporter), upload(session, objects, reporter, checked_rows("x", 10))
     stranger = add_contributor(session, new_id())[0]
-    for withdraw, record in ((withdraw_report, row), (withdraw_dataset, made)):
+    for withdraw, record in ((withdraw_report, row), (withdraw_dataset, dataset)):
         with pytest.raises(NotFound, match=f"you have no .* {record.id}"):
             withdraw(session, stranger, record.id, "envy")
         stranger.role = "operator"
@@ -162,11 +162,11 @@ def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, repo
     refused = rows.pop()
     refused.state, refused.reason = "rejected", "not reproduced"
     accept_all(session, later)
-    made = [
+    uploads = [
         upload(session, objects, stranger, checked_rows(f"junk{n} ", 5))
         for n in range(WITHDRAWAL_BATCH_SIZES["datasets"] + 1)
     ]
-    kept = submit(session, reporter, "good", "7")
+    other = submit(session, reporter, "good", "7")
     batches = []
     while not batches or batches[-1] != WithdrawalBatch():
         assert len(batches) < 9
@@ -178,10 +178,10 @@ def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, repo
         WithdrawalBatch(0, 1),
         WithdrawalBatch(),
     ]
-    assert {row.state for row in (*rows, *made)} == {"withdrawn"}
-    assert (refused.state, kept.state) == ("rejected", "received")
+    assert {row.state for row in (*rows, *uploads)} == {"withdrawn"}
+    assert (refused.state, other.state) == ("rejected", "received")
     assert rounds.find_untested_cases(session, 1) == []
-    for one in (reports.describe_report(session, rows[-1]), datasets.describe_dataset(session, made[-1])):
+    for one in (reports.describe_report(session, rows[-1]), datasets.describe_dataset(session, uploads[-1])):
         assert one.timeline[-1].text == "withdrawn by an operator: junk"
 
 
@@ -199,11 +199,11 @@ def test_the_route_that_withdraws_an_account(stores, engine, objects, first_vers
         mine = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
         sent = [own.submit(body).id for _ in range(3)]
         (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "p", "answer": "a"}')
-        made = own.push_dataset(tmp_path / "rows.jsonl")
+        dataset = own.push_dataset(tmp_path / "rows.jsonl")
         name = mine.withdraw_account(account.id, "junk", "datasets").name
-        assert (own.dataset(made.id).state, own.feedback(sent[0]).state) == ("withdrawn", "received")
-        gone = mine.withdraw_account(name, "junk")
-        assert (gone.account, gone.reports, gone.datasets) == (account.id, 3, 0)
+        assert (own.dataset(dataset.id).state, own.feedback(sent[0]).state) == ("withdrawn", "received")
+        withdrawal = mine.withdraw_account(name, "junk")
+        assert (withdrawal.account, withdrawal.reports, withdrawal.datasets) == (account.id, 3, 0)
         assert {own.feedback(one).reason for one in sent} == {"junk"}
         again = mine.withdraw_account(name, "twice")
         assert (again.reports, again.datasets, own.feedback(sent[0]).reason) == (0, 0, "junk")
@@ -218,8 +218,8 @@ def test_routes_of_withdrawal(portal, account, operator):
     sent = portal.post("/api/v1/feedback", json=body.model_dump(exclude_none=True), headers=account.headers).json()
     url = f"/api/v1/feedback/{sent['id']}/withdraw"
     assert portal.post(url, json={"reason": ""}, headers=account.headers).status_code == 422
-    gone = portal.post(url, json={"reason": "poison"}, headers=operator)
-    assert (gone.status_code, gone.json()["state"]) == (200, "withdrawn")
+    response = portal.post(url, json={"reason": "poison"}, headers=operator)
+    assert (response.status_code, response.json()["state"]) == (200, "withdrawn")
     assert portal.get(f"/api/v1/feedback/{sent['id']}", headers=account.headers).json()["reason"] == "poison"
     for kind in ("feedback", "datasets"):
         missing = portal.post(f"/api/v1/{kind}/{new_id()}/withdraw", json={"reason": "r"}, headers=operator)
