@@ -133,7 +133,7 @@ def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator
 def test_the_model_server_being_away_is_a_clear_503(portal, account):
     answer = portal.post("/v1/completions", json={"prompt": "x"}, headers=account.headers)
     assert answer.status_code == 503
-    assert "try again" in answer.json()["error"]["message"]
+    assert "retry" in answer.json()["error"]["message"]
 
 
 def test_the_front_page_shows_no_submission(portal, account):

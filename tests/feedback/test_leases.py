@@ -106,7 +106,7 @@ def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue)
     leases.grant_leases(queue, "p")
     silence(queue, dead, 1000)
     assert leases.fence_silent_leases(queue) == [dead]
-    with pytest.raises(leases.LeaseLost, match="end what runs under it"):
+    with pytest.raises(leases.LeaseLost, match="end the processes that run under it"):
         leases.record_lease_heartbeat(queue, dead.id, 1)
     leases.record_lease_heartbeat(queue, alive.id, 1)
     waiting = ask(queue, A=1)

@@ -65,7 +65,7 @@ def test_an_operator_sees_and_changes_the_pool(stack):
     _, returned = stack.cotrain("pool", "return", "cpu-process/1", check=True)
     assert returned["devices"] == ["cpu-process/0", "cpu-process/1"]
     status, said = stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "a,b")
-    assert status == 1 and "named as a host is" in said
+    assert status == 1 and "a host name has letters" in said
     status, said = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
     assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in said
 
