@@ -144,7 +144,7 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
     """Return one of the contributor's datasets.
 
     Raises:
-        NotFound: if there is none with this id, or it is somebody else's.
+        NotFound: if there is none with this id, or it belongs to another account.
     """
     row = session.get(Dataset, dataset_id)
     if row is None or row.contributor_id != contributor.id:

@@ -51,7 +51,7 @@ def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -
     """Return one of the contributor's reports.
 
     Raises:
-        NotFound: if there is none with this id, or it is somebody else's.
+        NotFound: if there is none with this id, or it belongs to another account.
     """
     row = session.get(Feedback, feedback_id)
     if row is None or row.contributor_id != contributor.id:

@@ -25,7 +25,7 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
     rows, but is no longer judged by the case.
 
     Raises:
-        NotFound: if there is no such report, or it is somebody else's.
+        NotFound: if there is no such report, or it belongs to another account.
     """
     row = session.get(Feedback, feedback_id, with_for_update=True)
     _check_ownership(who, row, "report", feedback_id)
@@ -48,7 +48,7 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     as a duplicate, the duplicate takes over the row's role.
 
     Raises:
-        NotFound: if there is no such dataset, or it is somebody else's.
+        NotFound: if there is no such dataset, or it belongs to another account.
     """
     lock_datasets(session)
     row = session.get(Dataset, dataset_id, with_for_update=True)
