@@ -16,7 +16,7 @@ START = ["round", "start"]
         ([*REPORT, " ", "--expected", "x"], "prompt: must not be empty or only white space"),
         ([*REPORT, "a\udcff", "--expected", "x"], "prompt: must not contain half a character"),
         ([*REPORT, "p"], "expected: a correction needs expected"),
-        ([*REPORT, "p", "--expected", "r"], "response: the checker takes this response as right"),
+        ([*REPORT, "p", "--expected", "r"], "response: the checker accepts this response as right"),
         ([*REPORT, "p", "--expected", "x", "--checker", '{"value": NaN}'], "--checker value: must be a finite number"),
         ([*START, "--seed", str(2**70)], "seed: Input should be less than or equal to 9223372036854775807"),
         ([*START, "--replay-rows", "9" * 22], "replay_rows: Input should be less than or equal to 100000000"),
