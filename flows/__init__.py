@@ -1,1 +1,1 @@
-"""Prefect flows, the dispatcher and the command line: the only importers of Prefect."""
+"""Prefect flows, the dispatcher and the command line: the only packages that import Prefect."""

@@ -1,4 +1,4 @@
-"""Measure the rates of a pool's devices, in the processes that a training would have."""
+"""Measure the rates of a pool's devices, in the same process layout as a training run."""
 
 import os
 import tempfile
@@ -28,16 +28,16 @@ def measure_rates(
     precision: Precision,
     report: Callable[[str], None],
 ) -> DeviceGroup:
-    """Measure pipelines of one layer on each process, and turn the answer into rates.
+    """Measure a pipeline with one layer per process, and fit the device group's rates to it.
 
     Args:
-        processes: of this machine; None: one for each of its GPUs, or two.
-        report: is told what is measured, when it begins.
+        processes: number of processes on this machine; None: one per GPU, or two without GPUs.
+        report: called with a description of each measurement before it starts.
     """
     import torch
 
     ranks = processes or torch.cuda.device_count() or 2
-    one_each = replace(config, num_layers=ranks)
+    one_layer_per_rank = replace(config, num_layers=ranks)
     recipe = Recipe(
         max_steps=1,
         warmup_steps=0,
@@ -47,20 +47,20 @@ def measure_rates(
         global_batch_size=micro_batch_size,
         precision=precision,
     )
-    work = Workload.from_recipe(one_each, recipe)
+    work = Workload.from_recipe(one_layer_per_rank, recipe)
     bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
     trials = tuple(CalibrationTrial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
     shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
     report(f"measuring {shape} ...")
-    answer = run_measurement(
-        CalibrationRequest(model=one_each, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
+    result = run_measurement(
+        CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
     )
-    steps = list(zip(accums, answer.step_s, strict=True))
-    return calibrate_group(group, work, micro_batch_size, answer, steps, f"{shape} on {answer.device}")
+    steps = list(zip(accums, result.step_s, strict=True))
+    return calibrate_group(group, work, micro_batch_size, result, steps, f"{shape} on {result.device}")
 
 
 def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResult:
-    """Measure on so many ranks of this machine, of one thread each unless OMP_NUM_THREADS says otherwise.
+    """Run a measurement on `ranks` processes of this machine, with one thread each unless OMP_NUM_THREADS is set.
 
     Raises:
         RuntimeError: with the end of the log, if the ranks fail.

@@ -1,4 +1,4 @@
-"""What a flow's steps and the dispatcher work with, opened once per process."""
+"""Settings and connections of flow steps and the dispatcher, opened once per process."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from infra.tracker import Tracker
 
 @dataclass(frozen=True)
 class RecordsContext:
-    """The platform's database and the tracker."""
+    """Connections to the platform's database and the tracker."""
 
     settings: RecordsAccess
     sessions: sessionmaker[Session]
@@ -26,14 +26,14 @@ class RecordsContext:
 
 @dataclass(frozen=True)
 class DispatcherContext(RecordsContext):
-    """What the dispatcher works with."""
+    """Settings and connections of the dispatcher."""
 
     settings: DispatcherSettings
 
 
 @dataclass(frozen=True)
 class Context(RecordsContext):
-    """What a flow's steps work with; in a round's flow also which attempt at the round this is."""
+    """Settings and connections of a flow's steps; in a round's flow also the number of the attempt."""
 
     settings: FlowSettings
     objects: ObjectStore
@@ -44,7 +44,7 @@ class Context(RecordsContext):
         return self.settings.home / "runs"
 
     def get_round_lock(self, round_id: str) -> Path:
-        """Return a file that one process at a time holds to work on the round."""
+        """Return the lock file that a process must hold to work on the round."""
         self.runs.mkdir(parents=True, exist_ok=True)
         return self.runs / f".round-{round_id}.lock"
 
@@ -54,7 +54,7 @@ class Context(RecordsContext):
 
 
 def open_context(kind: type[FlowSettings] = FlowSettings) -> Context:
-    """Read the settings and connect; for process entries. Commands of an operator name `Settings`."""
+    """Read the settings and connect; for process entries. Operators' commands pass `Settings`."""
     settings = load_settings(kind)
     return Context(settings, make_session_factory(open_engine(settings)), open_object_store(settings))
 

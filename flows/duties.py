@@ -1,4 +1,4 @@
-"""Duties: what a process does over and over, each of which fails alone."""
+"""Duties: periodic tasks of a process, each of which fails independently of the others."""
 
 import json
 import logging
@@ -14,14 +14,14 @@ from infra.files import read_regular
 
 log = logging.getLogger(__name__)
 
-# Of services without a port, below the home folder: renewed every few seconds at most.
+# Heartbeat files of services without a port, below the home folder; written every few seconds.
 DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE = Path("dispatcher/alive.json"), Path("worker/alive")
 FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
 
 
 @dataclass
 class DutyStatus:
-    """How a duty fares: its last success, and since when and why it fails; times in seconds since 1970."""
+    """Status of a duty: its last success, the start of its failures and the last error; times in seconds since 1970."""
 
     succeeded_at: float | None = None
     failing_since: float | None = None
@@ -30,18 +30,18 @@ class DutyStatus:
 
     @property
     def pause_s(self) -> float:
-        """How long a failing duty rests: twice as long after each failure."""
+        """Compute the backoff of a failing duty, doubled after each failure."""
         return min(MAX_DUTY_PAUSE_S, FIRST_DUTY_PAUSE_S * 2.0 ** min(self.failures - 1, 10)) if self.failures else 0.0
 
 
 class Duties:
-    """A table of duties, and a file that says how each fares, for `status` and `doctor`.
+    """Duties and their status file, which `status` and `doctor` read.
 
     Args:
-        work: what is done, by the name of the duty, in this order.
-        file: written after every turn and read at the start, so that a restart forgets no success.
-        expected: errors of servers that do not answer, which are logged without their traceback.
-        beat: called before each duty, since one may take as long as a server that hangs is waited for.
+        work: functions by the name of the duty, called in this order.
+        file: written after every pass and read at the start, so that a restart keeps the last successes.
+        expected: errors of servers that do not answer, which are logged without traceback.
+        beat: called before each duty, since a duty may block until the timeout of a server that hangs.
     """
 
     def __init__(
@@ -52,31 +52,31 @@ class Duties:
         beat: Callable[[], object] = lambda: None,
     ) -> None:
         self._work, self._file, self._expected, self._send_heartbeat = work, file, expected, beat
-        known = read_duty_statuses(file)
-        self.statuses = {name: known.get(name, DutyStatus()) for name in work}
+        saved = read_duty_statuses(file)
+        self.statuses = {name: saved.get(name, DutyStatus()) for name in work}
         self._retry_at = dict.fromkeys(work, 0.0)
 
     def run_due(self) -> None:
-        """Do each duty that is not resting after a failure; none of them keeps the others from their turn."""
+        """Run each duty that is not in backoff after a failure; the failure of one does not stop the others."""
         for name, work in self._work.items():
             self._send_heartbeat()
             if time.monotonic() < self._retry_at[name]:
                 continue
             try:
                 work()
-            except Exception as error:  # whatever it is, the other duties go on and doctor shows it
+            except Exception as error:  # of any kind: the other duties continue, and doctor shows the error
                 self._note_failure(name, error)
             else:
                 self._note_success(name)
         self._write()
 
     def wake(self) -> None:
-        """Let no duty rest any longer; for when a server is back that all of them need."""
+        """End the backoff of all duties; call it when a server that all of them need is back."""
         self._retry_at = dict.fromkeys(self._work, 0.0)
 
     @property
     def is_any_failing(self) -> bool:
-        return any(standing.failures for standing in self.statuses.values())
+        return any(status.failures for status in self.statuses.values())
 
     def _note_success(self, name: str) -> None:
         if self.statuses[name].failures:
@@ -84,32 +84,31 @@ class Duties:
         self.statuses[name] = DutyStatus(succeeded_at=time.time())
 
     def _note_failure(self, name: str, error: Exception) -> None:
-        standing, said = self.statuses[name], describe_error(error)
-        if said != standing.error:  # once for each change, not at every try
-            log.error(
-                "cannot %s: %s", name, said if isinstance(error, self._expected) else format_redacted_traceback(error)
-            )
-        standing.error, standing.failures = said, standing.failures + 1
-        standing.failing_since = standing.failing_since or time.time()
-        self._retry_at[name] = time.monotonic() + standing.pause_s
+        status, message = self.statuses[name], describe_error(error)
+        if message != status.error:  # logged once per change, not at every retry
+            details = message if isinstance(error, self._expected) else format_redacted_traceback(error)
+            log.error("cannot %s: %s", name, details)
+        status.error, status.failures = message, status.failures + 1
+        status.failing_since = status.failing_since or time.time()
+        self._retry_at[name] = time.monotonic() + status.pause_s
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         scratch = self._file.with_suffix(".new")
-        scratch.write_text(json.dumps({name: asdict(standing) for name, standing in self.statuses.items()}))
+        scratch.write_text(json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
         scratch.replace(self._file)
 
 
 def get_duty_status_file(home: Path) -> Path:
-    """Where the dispatcher says how its duties fare."""
+    """Return the file to which the dispatcher writes the status of its duties."""
     return home / "dispatcher" / "duties.json"
 
 
 def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
-    """What a process last wrote of its duties; nothing if it never did."""
+    """Return the statuses that a process last wrote; empty if there are none or the file is invalid."""
     try:
-        found: dict[str, dict[str, Any]] = json.loads(read_regular(file))
-        return {name: DutyStatus(**facts) for name, facts in found.items()}
+        saved: dict[str, dict[str, Any]] = json.loads(read_regular(file))
+        return {name: DutyStatus(**fields) for name, fields in saved.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -1,7 +1,7 @@
-"""The flows that a worker may run, and what a run of each may be asked for.
+"""The flows that a worker may run, and the parameters of each.
 
-A flow run names its flow; code, module and parameters' types come from here, never from Prefect's server, where
-everybody who has its password can write.
+A flow run only names its flow; module, function and parameter types come from here, never from Prefect's server, since
+everybody who has its password can write there.
 """
 
 import importlib
@@ -46,7 +46,7 @@ class ReproduceForm(BaseModel):
 
 @dataclass(frozen=True)
 class RegisteredFlow:
-    """Where a flow's function is, which takes one `form`, and the form's type."""
+    """Module and name of a flow's function, which takes one `form`, and the form's type."""
 
     module: str
     function: str
@@ -57,7 +57,7 @@ class RegisteredFlow:
         return flow
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema by which Prefect refuses wrong parameters, and from which its pages make the Run form."""
+        """Return the JSON schema by which Prefect validates parameters and from which its UI builds the Run form."""
         schema = self.form.model_json_schema(ref_template="#/definitions/{model}")
         for position, field in enumerate(schema["properties"].values()):
             field["position"] = position
@@ -74,7 +74,7 @@ def find_flow(name: str) -> RegisteredFlow:
     """Look up a flow by its name.
 
     Raises:
-        ValueError: if the code registers no flow of that name.
+        ValueError: if no flow of that name is registered.
     """
     if name not in REGISTERED_FLOWS:
         raise ValueError(
@@ -85,7 +85,7 @@ def find_flow(name: str) -> RegisteredFlow:
 
 
 def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
-    """Check a run's parameters.
+    """Validate a run's parameters.
 
     Raises:
         ValueError: in one line, naming every wrong or unknown parameter.
@@ -93,11 +93,11 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
     try:
         return find_flow(name).form.model_validate(parameters)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
+        faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
         more = (
-            f"; and {len(wrong) - MAX_SHOWN_PARAMETER_ERRORS} more" if len(wrong) > MAX_SHOWN_PARAMETER_ERRORS else ""
+            f"; and {len(faults) - MAX_SHOWN_PARAMETER_ERRORS} more" if len(faults) > MAX_SHOWN_PARAMETER_ERRORS else ""
         )
         raise ValueError(
-            f"parameters of {name} are not valid: {'; '.join(wrong[:MAX_SHOWN_PARAMETER_ERRORS])}{more}; "
+            f"parameters of {name} are not valid: {'; '.join(faults[:MAX_SHOWN_PARAMETER_ERRORS])}{more}; "
             "see the Run form of its deployment"
         ) from None

@@ -1,4 +1,4 @@
-"""The command line's root: `cotrain NOUN ...`."""
+"""Root of the command line: `cotrain NOUN ...`."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
-    help="The Yuan co-training platform: reports in, a better model out, the reporter told.",
+    help="The Yuan co-training platform: collect reports, train a better model, notify the reporters.",
 )
 stack.add_commands(app)
 contribute.add_commands(app)
@@ -28,25 +28,26 @@ demo.add_commands(app)
 
 
 def main() -> None:
-    if wrong := find_undecoded(sys.argv[1:], os.environ):
-        sys.exit(fail(wrong, EXIT_USAGE).exit_code)
+    if fault := find_undecoded(sys.argv[1:], os.environ):
+        sys.exit(fail(fault, EXIT_USAGE).exit_code)
     app()
 
 
 def find_undecoded(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Name the first argument or variable of ours that is not UTF-8, and so can be neither sent nor stored nor shown.
+    """Describe the first argument or COTRAIN_ variable that is not UTF-8, which cannot be sent, stored or printed.
 
     >>> find_undecoded(["withdraw", "--reason", os.fsdecode(b"\\xff")], {})
     'argument 3, after --reason, must be text in UTF-8, got \\\\xff; write or rename it with a program that uses UTF-8'
     """
-    places = {f"variable {name}": value for name, value in environment.items() if name.startswith("COTRAIN_")}
+    texts = {f"variable {name}": value for name, value in environment.items() if name.startswith("COTRAIN_")}
     for number, text in enumerate(arguments):
         option = f", after {arguments[number - 1]}," if number and arguments[number - 1].startswith("-") else ""
-        places[f"argument {number + 1}{option}"] = text
-    for place, text in places.items():
+        texts[f"argument {number + 1}{option}"] = text
+
+    for place, text in texts.items():
         if find_unstorable(text):
-            shown = make_printable(os.fsencode(text).decode(errors="backslashreplace"))
-            return f"{place} must be text in UTF-8, got {shown}; write or rename it with a program that uses UTF-8"
+            printable = make_printable(os.fsencode(text).decode(errors="backslashreplace"))
+            return f"{place} must be text in UTF-8, got {printable}; write or rename it with a program that uses UTF-8"
     return None
 
 

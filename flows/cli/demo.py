@@ -1,4 +1,4 @@
-"""`cotrain demo`: one whole round in a home of its own."""
+"""`cotrain demo`: run the complete loop in a separate home folder."""
 
 import os
 import shutil
@@ -22,14 +22,15 @@ def add_commands(app: typer.Typer) -> None:
 
 def demo(
     skills: Annotated[
-        Path | None, typer.Option(help="skill file to report instead of the default two", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(help="file of skills to report instead of the default two", exists=True, dir_okay=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of data, weights and order")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the data, the weights and the data order")] = 0,
     down: Annotated[bool, typer.Option("--down", help="stop the stack at the end")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a base model, report its wrong answers, train a better one, tell the reporter."""
-    began = time.monotonic()
+    """Train a base model, report its wrong answers, train a better model, notify the reporter."""
+    started_at = time.monotonic()
     with explain_errors():
         home = reset_demo_home()
         up_seconds = bring_up(home)
@@ -39,7 +40,7 @@ def demo(
         finally:
             if down:
                 take_down(home)
-        result |= {"seconds": round(time.monotonic() - began, 1), "urls": get_public_urls(home)}
+        result |= {"seconds": round(time.monotonic() - started_at, 1), "urls": get_public_urls(home)}
         result["parts"] = {"stack up": up_seconds, **result["parts"]}
     if as_json:
         Console(soft_wrap=True).print_json(data=result)
@@ -48,7 +49,7 @@ def demo(
 
 
 def reset_demo_home() -> Path:
-    """End what runs in the demo's home, and make it anew."""
+    """Stop the stack in the demo's home folder, delete the folder, and return its path."""
     from infra.settings import HOME_VARIABLE
 
     home = DEMO_HOME.resolve()
@@ -84,13 +85,13 @@ def _show_result(result: dict[str, Any], home: Path, down: bool) -> None:
             str(after["total"]),
         )
     console = Console(highlight=False)
-    if not console.is_terminal:  # a log file has no width of its own
+    if not console.is_terminal:  # a log file has no width
         console.width = 120
     console.print(table)
-    told = f"{result['reports']} reports accepted: {result['fixed']} fixed, {result['still_failing']} still failing"
-    console.print(f"{told}; {result['notices']} notices on the reporter's timeline")
+    verdicts = f"{result['reports']} reports accepted: {result['fixed']} fixed, {result['still_failing']} still failing"
+    console.print(f"{verdicts}; {result['notices']} notices on the reporter's timeline")
     for refusal in result["refused"]:
-        console.print(f"refused as it should be: {refusal['what']} with {refusal['status']}: {refusal['reason']}")
+        console.print(f"refused as expected: {refusal['what']} with {refusal['status']}: {refusal['reason']}")
     console.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["parts"].items()))
     console.print(f"{result['seconds']:.0f} s in all")
     if not down:

@@ -1,4 +1,4 @@
-"""`cotrain train | evaluate | generate | serve | export | import`: models and what is done with them."""
+"""`cotrain train | evaluate | generate | serve | export | import`: work with models."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def add_commands(app: typer.Typer) -> None:
 def train(
     run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: JsonOption = False
 ) -> None:
-    """Train a run folder to its end, from its last checkpoint if it has one. Ctrl-C ends it; do it again to go on."""
+    """Train a run to completion, from its last checkpoint if there is one. Ctrl-C stops it; rerun to resume."""
     import os
     import time
 
@@ -46,14 +46,15 @@ def train(
         with LocalLauncher().run(job) as running, show_progress() as advance:
             while (ending := running.wait(0.5)) is None:
                 advance(folder.read_status(), since)
-        ended = classify(folder, ending, since)
-        if ended.kind != "finished":
-            raise fail(f"training ended, {ended.kind}: {ended.reason}; the log is {folder.path / 'train.log'}")
+        run_ending = classify(folder, ending, since)
+        if run_ending.kind != "finished":
+            log_file = folder.path / "train.log"
+            raise fail(f"training ended, {run_ending.kind}: {run_ending.reason}; the log is {log_file}")
         show(folder.read_status(), f"trained: {folder.export}", as_json)
 
 
 def open_installation() -> "Context":
-    """Connect to the installation; the tracker's client is told to keep to itself before it is imported."""
+    """Connect to the installation; turn off the MLflow client's telemetry before the client is imported."""
     import os
 
     from infra.settings import NO_TELEMETRY_VARIABLES
@@ -66,7 +67,7 @@ def open_installation() -> "Context":
 
 
 def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
-    """Let a version take every case it has not taken, and show its rates."""
+    """Evaluate a version on every case that it has no result for, and show its pass rates."""
     from feedback.gate import compute_pass_rates
 
     with explain_errors():
@@ -76,27 +77,27 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
         number = resolve_version(context, version)
         evaluate_version(context, number)
         with context.sessions() as session:
-            found = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
+            pass_rates = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
     lines = [
         f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
-        for name, r in found.items()
+        for name, r in pass_rates.items()
     ]
-    show({"version": number, "suites": found}, "\n".join([f"v{number}", *lines]), as_json)
+    show({"version": number, "suites": pass_rates}, "\n".join([f"v{number}", *lines]), as_json)
 
 
 def generate(
     version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
-    prompt: Annotated[str, typer.Option(help="what to ask; default: standard input")] = "",
+    prompt: Annotated[str, typer.Option(help="prompt text; default: standard input")] = "",
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="keep this many tokens; 0 all")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="keep tokens up to this probability")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids what was said")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be repeated")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="sample from the k likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="keep tokens up to this total probability")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids tokens that occurred before")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="stop before this text; may be repeated")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a model one question. A folder needs no running stack."""
+    """Generate a completion of one prompt. A model folder needs no running stack."""
     with explain_errors():
         folder = _fetch_model_folder(version)
         from yuan.generate.answers import generate as answer
@@ -113,8 +114,8 @@ def generate(
             stop=tuple(stop or ()),
             seed=seed,
         )
-        done = answer(load(folder), load_tokenizer(folder), [text], sampling)[0]
-        show({"text": done.text, "finish_reason": done.finish_reason}, done.text, as_json)
+        completion = answer(load(folder), load_tokenizer(folder), [text], sampling)[0]
+        show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
 
 
 def export(
@@ -124,7 +125,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model for other tools. A folder needs no running stack."""
+    """Write a model in a format that other tools read. A model folder needs no running stack."""
     with explain_errors():
         _require_hf_format(format)
         from yuan.model.convert import export_hf
@@ -142,7 +143,7 @@ def import_(
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read published weights, safetensors or pickles, into a model folder of ours; nothing in them is executed."""
+    """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
     with explain_errors():
         _require_hf_format(format)
         from yuan.model.convert import import_hf
@@ -154,11 +155,11 @@ def import_(
 
 def _require_hf_format(format: str) -> None:
     if format != "hf":
-        raise fail(f"unknown format {format!r}; the one there is is hf", EXIT_USAGE)
+        raise fail(f"unknown format {format!r}; use hf, the only one", EXIT_USAGE)
 
 
 def _fetch_model_folder(version: str) -> Path:
-    """A model folder as it is, or a version fetched from the registry."""
+    """Return a model folder unchanged, or fetch a version from the registry."""
     folder = Path(version)
     if folder.is_dir():
         return folder
@@ -172,8 +173,8 @@ def _fetch_model_folder(version: str) -> Path:
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
 
 
-def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "champion") -> None:
-    """Run the internal model server in the foreground, at the address of the settings."""
+def serve(alias: Annotated[str, typer.Option(help="registry alias whose version is served")] = "champion") -> None:
+    """Run the internal model server in the foreground, at the URL from the settings."""
     from infra.settings import ModelServerSettings, load_settings
 
     with explain_errors():
@@ -185,10 +186,10 @@ def serve(alias: Annotated[str, typer.Option(help="the alias to follow")] = "cha
 
 
 def resolve_version(context: "Context", version: str) -> int:
-    """Turn 7, v7 or an alias into a version number.
+    """Resolve 7, v7 or an alias to a version number.
 
     Raises:
-        ValueError: if there is no such alias; the message lists those there are.
+        ValueError: if there is no such alias; the message lists the existing aliases.
     """
     if version.removeprefix("v").isdigit():
         return int(version.removeprefix("v"))

@@ -1,4 +1,4 @@
-"""How commands speak: one JSON object on stdout with --json, lines for people without; errors in one line."""
+"""Command output: one JSON object on stdout with --json, readable lines otherwise; errors in one line on stderr."""
 
 import json
 import sys
@@ -23,12 +23,12 @@ stderr_console = Console(stderr=True, highlight=False)
 
 
 def show(data: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print a command's result for a program or for a person."""
+    """Print a command's result, as JSON for a program or as text for a person."""
     print(json.dumps(data, ensure_ascii=False, default=str) if as_json else text)
 
 
 def show_table(table: Table) -> None:
-    """Print a table for a person; a pipe or file has no width, so lines are not broken there."""
+    """Print a table; a pipe or file has no width, so lines are not wrapped there."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = MAX_LINE_CHARACTERS
@@ -36,14 +36,14 @@ def show_table(table: Table) -> None:
 
 
 def fail(message: str, status: int = EXIT_FAILED) -> typer.Exit:
-    """Print a clear line, or few, and make the exit to raise; what it repeats from outside is made printable."""
+    """Print an error message and return the exception to raise; text from outside is made printable."""
     lines = (make_printable(line, MAX_LINE_CHARACTERS) for line in message.split("\n"))
     print("cotrain: " + "\n".join(lines), file=sys.stderr)
     return typer.Exit(status)
 
 
 def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
-    """Make a request's form of a command's options; what its contract refuses gives one line and status 2."""
+    """Build a request body from a command's options; a value that violates the schema gives one line and status 2."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -51,7 +51,7 @@ def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
 
 
 def parse_json_option(name: str, text: str) -> Any:
-    """Parse an option that is JSON; what cannot be sent gives one line and status 2."""
+    """Parse a JSON option; JSON that is malformed or cannot be sent gives one line and status 2."""
     try:
         return parse_json(text)
     except BadJson as error:
@@ -59,7 +59,7 @@ def parse_json_option(name: str, text: str) -> Any:
 
 
 def check_text_option(value: str | None) -> str | None:
-    """Refuse an option or argument that is empty or cannot be sent: exit status 2."""
+    """Reject an option or argument that is empty or cannot be sent: exit status 2."""
     if value is not None and (not value.strip() or find_unstorable(value)):
         raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {make_printable(value)!r}")
     return value
@@ -67,7 +67,7 @@ def check_text_option(value: str | None) -> str | None:
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
-    """A progress display on stderr, given a run's status and the time from which one counts."""
+    """Show a progress bar on stderr; yield a function that takes a run's status and the earliest valid status time."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     from flows.supervisor.status_line import describe_status
@@ -86,24 +86,24 @@ def show_progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Turn what a person can mend into one line and status 1; anything else keeps its traceback."""
+    """Turn an error that the user can fix into one line and status 1; other errors keep their traceback."""
     import httpx
 
     from feedback.client import PortalError
 
     try:
         yield
-    except typer.Exit:  # a RuntimeError by birth
+    except typer.Exit:  # a subclass of RuntimeError, which is caught below
         raise
     except PortalError as error:
         for row in error.body.rows or []:
             print(f"  row {row['row']}: {make_printable(row['reason'], MAX_LINE_CHARACTERS)}", file=sys.stderr)
-        where = f" ({error.body.param})" if error.body.param else ""
-        raise fail(f"refused with {error.status}: {error.body.message}{where}") from None
+        field = f" ({error.body.param})" if error.body.param else ""
+        raise fail(f"refused with {error.status}: {error.body.message}{field}") from None
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise fail(f"the portal's address must begin with http:// or https:// ({error}); see --url") from None
+        raise fail(f"the portal's URL must begin with http:// or https:// ({error}); see --url") from None
     except httpx.LocalProtocolError as error:
-        raise fail(f"this cannot be sent ({error}); see that token and address have no line breaks") from None
+        raise fail(f"the request cannot be sent ({error}); remove line breaks from token and URL") from None
     except httpx.TransportError as error:
         raise fail(f"the portal does not answer ({error}); is the stack up? see `cotrain status`") from None
     except ValidationError as error:
@@ -111,6 +111,7 @@ def explain_errors() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         raise fail(str(error)) from None
     except Exception as error:
-        if not type(error).__module__.startswith("mlflow."):  # by its name, since the library takes long to import
+        # Compared by the module's name, since importing MLflow takes seconds.
+        if not type(error).__module__.startswith("mlflow."):
             raise
-        raise fail(f"MLflow refuses: {str(error).splitlines()[0]}; see `cotrain doctor`") from None
+        raise fail(f"MLflow refused the request: {str(error).splitlines()[0]}; see `cotrain doctor`") from None

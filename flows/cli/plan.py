@@ -1,4 +1,4 @@
-"""`cotrain plan | calibrate`: how a model lies on a pool, and how fast the devices at hand are."""
+"""`cotrain plan | calibrate`: plan the parallel layout of a model on a pool, and measure this machine's devices."""
 
 import json
 from dataclasses import asdict, replace
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from yuan.plan.workload import Workload
 
 ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
-PoolFileOption = Annotated[str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes here")]
+PoolFileOption = Annotated[
+    str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
+]
 SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
 DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
 
@@ -29,28 +31,36 @@ def add_commands(app: typer.Typer) -> None:
 def plan(
     model: ModelNameOption,
     pool: PoolFileOption = None,
-    objective: Annotated[str, typer.Option(help="time, or memory for the least on the fullest device")] = "time",
+    objective: Annotated[
+        str, typer.Option(help="minimize step time (time) or the peak memory of the fullest device (memory)")
+    ] = "time",
     seq_len: SeqLenOption = None,
     global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     data_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
-    full_logits: Annotated[bool, typer.Option("--full-logits", help="the plain loss, for comparison")] = False,
-    open_documents: Annotated[
-        bool, typer.Option("--open-documents", help="packed documents see each other: no attention mask")
+    full_logits: Annotated[
+        bool, typer.Option("--full-logits", help="loss on full logits instead of blocks, for comparison")
     ] = False,
-    current: Annotated[Path | None, typer.Option(help="JSON of the plan in use: also say what a move costs")] = None,
+    open_documents: Annotated[
+        bool, typer.Option("--open-documents", help="no attention mask between packed documents")
+    ] = False,
+    current: Annotated[
+        Path | None, typer.Option(help="JSON of the current plan: also compute the cost of moving to the new one")
+    ] = None,
     lost: DeviceChangesOption = None,
     added: DeviceChangesOption = None,
-    slow: Annotated[list[str] | None, typer.Option(help="CLASS:N:SHARE, doing a share of the others' work")] = None,
-    lost_steps: Annotated[
-        int, typer.Option(min=0, help="steps since the last checkpoint, done again after a move")
-    ] = 0,
-    svg: Annotated[Path | None, typer.Option(help="also draw memory and a step into this file")] = None,
+    slow: Annotated[
+        list[str] | None, typer.Option(help="CLASS:N:SHARE, N devices at SHARE of the speed of the others")
+    ] = None,
+    lost_steps: Annotated[int, typer.Option(min=0, help="steps since the last checkpoint, which a move repeats")] = 0,
+    svg: Annotated[
+        Path | None, typer.Option(help="also draw memory and the schedule of a step to this SVG file")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Lay a model over a pool: sizes, layers, recomputation, memory and time of each pipeline stage."""
+    """Plan a model on a pool: parallel sizes, and layers, recomputation, memory and time of each pipeline stage."""
     from yuan.plan.planner import draw_plan, make_plan
     from yuan.plan.replan import replan
     from yuan.plan.search import SizeLimits
@@ -70,19 +80,19 @@ def plan(
         limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
         changed = _apply_changes(_load_pool(pool), lost or [], added or [], slow or [])
         if current is None:
-            made, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
+            new_plan, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
         else:
             before = _load_current_plan(work, current)
             move = replan(work, before, changed, limits, objective, lost_steps=lost_steps)  # type: ignore[arg-type]
-            made = move.plan
+            new_plan = move.plan
         if svg is not None:
-            svg.write_text(draw_plan(work, changed, made))
-    data, text = made.to_json(), format_plan_table(made)
+            svg.write_text(draw_plan(work, changed, new_plan))
+    data, text = new_plan.to_json(), format_plan_table(new_plan)
     if move is not None:
         data["move"] = {key: value for key, value in asdict(move).items() if key != "plan"}
         text = f"{text}\n{move.explanation}"
     show(data, text, as_json)
-    if not made.feasible:
+    if not new_plan.feasible:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -90,14 +100,14 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="the pool file to write")],
     model: ModelNameOption = "tiny",
     pool: PoolFileOption = None,
-    device_class: Annotated[str | None, typer.Option(help="which class of the pool this machine has")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="default: GPUs here, else two")] = None,
+    device_class: Annotated[str | None, typer.Option(help="device class of the pool that this machine has")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="default: one per GPU of this machine, else two")] = None,
     seq_len: SeqLenOption = None,
     micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a layer, the head, links and whole steps on the devices here, and write a pool with these rates."""
+    """Measure a layer, the head, links and complete steps on this machine, and write a pool file with these rates."""
     from flows.calibrate_pool import measure_rates
     from yuan.plan.pool import dump_pool
 
@@ -139,11 +149,11 @@ def _load_pool(spec: str | None) -> "Pool":
 
 
 def _find_device_group(pool: "Pool", name: str | None) -> "DeviceGroup":
-    found = [group for group in pool.groups if name is None or group.device_class == name]
-    if len(found) != 1:
+    groups = [group for group in pool.groups if name is None or group.device_class == name]
+    if len(groups) != 1:
         classes = ", ".join(group.device_class for group in pool.groups)
-        raise ValueError(f"pool {pool.name!r} has {classes}; say with --device-class which of them this machine has")
-    return found[0]
+        raise ValueError(f"pool {pool.name!r} has {classes}; pass the class of this machine with --device-class")
+    return groups[0]
 
 
 def _apply_changes(pool: "Pool", lost: list[str], added: list[str], slow: list[str]) -> "Pool":
@@ -179,8 +189,8 @@ def _load_current_plan(work: "Workload", current: Path) -> "PipelinePlan":
         raise ValueError(f"{current} is not JSON: {error}") from None
     data.pop("move", None)
     before: PipelinePlan = PipelinePlan.from_json(data)
-    asked = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
-    made = (before.model, before.sequence_length, before.global_batch_size, before.precision)
-    if asked != made:
-        raise ValueError(f"{current} is a plan for {made}, and asked is {asked}; ask for the same training")
+    requested = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
+    planned = (before.model, before.sequence_length, before.global_batch_size, before.precision)
+    if requested != planned:
+        raise ValueError(f"{current} is a plan for {planned}, got a request for {requested}; request the same training")
     return before

@@ -1,4 +1,4 @@
-"""`cotrain round start | status | cancel`: what operators do with rounds."""
+"""`cotrain round start | status | cancel`: commands for operators to control training rounds."""
 
 import re
 import time
@@ -15,11 +15,11 @@ from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable
 
 ROUND_POLL_S = 0.5
-MAX_SHOWN_REPORTS = 5  # of an account; --json has twenty
+MAX_SHOWN_REPORTS = 5  # per account; --json has twenty
 
 
 def check_round_id(value: str) -> str:
-    """Refuse what can be no round's id, since it becomes part of an address: exit status 2."""
+    """Reject a malformed round id, since it becomes part of a URL: exit status 2."""
     if not re.fullmatch("[0-9a-f]{32}|latest", value):
         raise typer.BadParameter(f"must be an id of 32 hexadecimal digits or latest, got {make_printable(value)!r}")
     return value
@@ -27,7 +27,7 @@ def check_round_id(value: str) -> str:
 
 RoundIdArgument = Annotated[str, typer.Argument(help="id of a round, or latest", callback=check_round_id)]
 
-round_ = typer.Typer(no_args_is_help=True, help="Rounds: one turn of the loop each.")
+round_ = typer.Typer(no_args_is_help=True, help="Start, show and cancel training rounds.")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -37,17 +37,17 @@ def add_commands(app: typer.Typer) -> None:
 @round_.command()
 @add_field_options(RoundParameters)
 def start(
-    wait: Annotated[bool, typer.Option(help="follow the round to its end")] = True,
+    wait: Annotated[bool, typer.Option(help="follow the round until it ends")] = True,
     as_json: JsonOption = False,
     **fields: Any,
 ) -> None:
     """Start a round and follow it. Ctrl-C stops following, not the round."""
-    wanted = build_form(RoundParameters, parse_fields(RoundParameters, fields))
+    parameters = build_form(RoundParameters, parse_fields(RoundParameters, fields))
     with explain_errors(), open_operator_client() as client:
-        turn = client.start_round(wanted)
+        training_round = client.start_round(parameters)
         if wait:
-            turn = follow_round(client, turn.id)
-        _show_round(turn, as_json)
+            training_round = follow_round(client, training_round.id)
+        _show_round(training_round, as_json)
 
 
 @round_.command()
@@ -71,7 +71,7 @@ def cancel(
 
 
 def open_operator_client() -> Client:
-    """A client with the operator's token of this installation's settings."""
+    """Return a client with the operator's token from this installation's settings."""
     from infra.settings import Settings, load_settings
 
     settings = load_settings(Settings)
@@ -84,37 +84,41 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
     with Progress(*columns, console=stderr_console, transient=True) as progress:
         bar = progress.add_task("round", total=None, facts="")
         while True:
-            turn = client.round(round_id)
-            if turn.state != "running":
-                return turn
-            s = turn.status if turn.step == "train" else None
+            training_round = client.round(round_id)
+            if training_round.state != "running":
+                return training_round
+            s = training_round.status if training_round.step == "train" else None
             facts = describe_status(s) if s else ""
             if s:
                 progress.update(bar, total=s["max_steps"], completed=s["step"])
-            progress.update(bar, description=f"round {turn.number}: {turn.step}", facts=facts)
+            progress.update(bar, description=f"round {training_round.number}: {training_round.step}", facts=facts)
             time.sleep(ROUND_POLL_S)
 
 
 def describe_regressions(decision: dict[str, Any]) -> list[str]:
-    """Describe whose reports fail again, a line for each account, and what can be done about them."""
+    """Describe the accounts whose reports fail again, one line per account, and what the operator can do."""
     lines = []
-    for one in decision.get("regressions_by_account", ()):
-        named, count = one["reports"][:MAX_SHOWN_REPORTS], one["regressed"]
-        more = ", ..." if len(one["reports"]) > len(named) else ""
-        changed = f"{count} reports fail again, {one['gained']} earlier ones pass now (p = {one['p']:.2g})"
-        weight = "" if one["counts"] else ", which may be chance and does not count"
-        lines.append(f"  {one['name']}: {changed}{weight}: {', '.join(named)}{more}")
+    for account in decision.get("regressions_by_account", ()):
+        shown_reports, count = account["reports"][:MAX_SHOWN_REPORTS], account["regressed"]
+        more = ", ..." if len(account["reports"]) > len(shown_reports) else ""
+        change = f"{count} reports fail again, {account['gained']} earlier ones pass now (p = {account['p']:.2g})"
+        weight = "" if account["counts"] else ", which may be chance and does not count"
+        lines.append(f"  {account['name']}: {change}{weight}: {', '.join(shown_reports)}{more}")
     if lines and not decision["regressions_may_be_chance"]:
-        lines.append("  if an account's are senseless: cotrain withdraw account NAME --reason TEXT")
+        lines.append("  if the reports of an account are invalid: cotrain withdraw account NAME --reason TEXT")
     return lines
 
 
-def _show_round(turn: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
-    """Show a round; the exit status is 1 if it ended in another way than the one wanted."""
-    text = f"round {turn.number} ({turn.id}) is {turn.state}"
-    text += f" at {turn.step}" if turn.state == "running" else f": {turn.reason}"
-    failed = sum(turn.failed_items.values())
+def _show_round(training_round: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
+    """Show a round; the exit status is 1 if it ended in another state than the wanted one."""
+    text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
+    text += f" at {training_round.step}" if training_round.state == "running" else f": {training_round.reason}"
+    failed = sum(training_round.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
-    show(turn.model_dump(mode="json"), "\n".join([text, *describe_regressions(turn.decision or {})]), as_json)
-    if turn.state in ("failed", "cancelled", "rejected") and turn.state != wanted:
+    show(
+        training_round.model_dump(mode="json"),
+        "\n".join([text, *describe_regressions(training_round.decision or {})]),
+        as_json,
+    )
+    if training_round.state in ("failed", "cancelled", "rejected") and training_round.state != wanted:
         raise typer.Exit(EXIT_FAILED)

@@ -1,4 +1,4 @@
-"""`cotrain up | down | status | logs | doctor`: the embedded stack."""
+"""`cotrain up | down | status | logs | doctor | rotate`: control the embedded stack."""
 
 import contextlib
 import os
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from flows.stack.probing import Finding
 
 UP_TIMEOUT_S = 120.0
-LOG_LINE_BYTES = 2000  # of a log's end that are read for each line asked for
-MAX_STARTUP_RESTARTS = 3  # a service that died this often while starting will not come up by waiting
-KEEPER_LOG_LINES = 5  # of the log of a keeper that has ended
-DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # of a keeper that gives signs of life, and of one that does not
+LOG_LINE_BYTES = 2000  # bytes read from the end of a log per requested line
+MAX_STARTUP_RESTARTS = 3  # a service that exited this often at startup will not become ready by waiting
+KEEPER_LOG_LINES = 5  # shown from the log of a keeper that has exited
+DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # for a keeper with a heartbeat, and for one without
 KILL_TIMEOUT_S = 5.0
 
 
@@ -35,7 +35,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def up(as_json: JsonOption = False) -> None:
-    """Start the embedded stack and wait until every service answers. Starting it twice changes nothing."""
+    """Start the embedded stack and wait until every service is ready. Idempotent."""
     with explain_errors():
         home = _get_home()
         seconds = bring_up(home)
@@ -46,16 +46,16 @@ def up(as_json: JsonOption = False) -> None:
 
 
 def bring_up(home: Path, *, durable: bool = True) -> float:
-    """Start the keeper if none runs, wait for its services with a live display, and return the seconds it took.
+    """Start the keeper if none runs, wait for its services with a live display, and return the elapsed seconds.
 
     Raises:
-        RuntimeError: with one line for each fault and its mend, if the machine or a service does not play along.
+        RuntimeError: if the machine has a fault or a service does not start; the message has each fault and its fix.
     """
     from flows.stack.doctor import find_keeper_faults, find_machine_faults, find_setting_faults
     from flows.stack.stack_config import drop_retired_secrets
     from infra.keeper_lock import is_keeper_running
 
-    began = time.monotonic()
+    started_at = time.monotonic()
     keeper = None
     _raise_faults(find_setting_faults(home))
     if is_keeper_running(home):
@@ -69,17 +69,17 @@ def bring_up(home: Path, *, durable: bool = True) -> float:
         take_down(home)
         raise
     drop_retired_secrets(home)
-    return round(time.monotonic() - began, 1)
+    return round(time.monotonic() - started_at, 1)
 
 
 def _raise_faults(faults: list["Finding"]) -> None:
     if faults:
-        raise RuntimeError("; ".join(f"{one.fault}: {one.mend}" for one in faults))
+        raise RuntimeError("; ".join(f"{finding.fault}: {finding.mend}" for finding in faults))
 
 
 @dataclass(frozen=True)
 class _KeeperProcess:
-    """A keeper that this command started, and where what it says begins in its log."""
+    """A keeper that this command started, its log, and the byte offset where its output begins there."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
@@ -89,8 +89,8 @@ class _KeeperProcess:
         return self.process.poll() is not None
 
     def describe_end(self) -> str:
-        said = [line for line in _read_last_lines(self.log, KEEPER_LOG_LINES, self.log_start) if line]
-        return "\n".join([f"the keeper ended with status {self.process.returncode}; {self.log} ends with", *said])
+        lines = [line for line in _read_last_lines(self.log, KEEPER_LOG_LINES, self.log_start) if line]
+        return "\n".join([f"the keeper ended with status {self.process.returncode}; {self.log} ends with", *lines])
 
 
 def _start_keeper(home: Path, *, durable: bool) -> _KeeperProcess:
@@ -125,7 +125,7 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None) -> None:
             live.update(_build_service_table(states))
             if states and all(state["state"] == "ready" for state in states.values()):
                 return
-            # One that ended since another `up` was quicker leaves the other's keeper.
+            # Our keeper may have exited because another `up` started its keeper first; that one counts.
             is_gone = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
             hopeless = any(state["restarts"] >= MAX_STARTUP_RESTARTS for state in states.values())
             if hopeless or time.monotonic() > end or is_gone:
@@ -133,8 +133,8 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None) -> None:
             time.sleep(0.1)
     if is_gone and keeper is not None:
         raise RuntimeError(f"the stack did not come up: {keeper.describe_end()}")
-    wrong = [f"{name}: {s['error'] or s['state']}" for name, s in states.items() if s["state"] != "ready"]
-    detail = "; ".join(wrong) or ("the keeper has ended" if is_gone else "no service has started")
+    not_ready = [f"{name}: {s['error'] or s['state']}" for name, s in states.items() if s["state"] != "ready"]
+    detail = "; ".join(not_ready) or ("the keeper has ended" if is_gone else "no service has started")
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
 
 
@@ -144,13 +144,13 @@ def _build_service_table(states: dict[str, Any]) -> Table:
         table.add_column(heading)
     for name, s in states.items():
         cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
-        shown = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
-        table.add_row(name, *map(Text, shown))  # as it is: brackets in an error are no markup
+        texts = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
+        table.add_row(name, *map(Text, texts))  # as Text, so that brackets in an error are not parsed as markup
     return table
 
 
 def down(as_json: JsonOption = False) -> None:
-    """Stop the embedded stack; its data stays."""
+    """Stop the embedded stack; its data is kept."""
     with explain_errors():
         home = _get_home()
         was_up = take_down(home)
@@ -162,7 +162,7 @@ def down(as_json: JsonOption = False) -> None:
 
 
 def take_down(home: Path) -> bool:
-    """Stop keeper and services and wait until no process of the stack is left; false if nothing ran."""
+    """Stop the keeper and its services, and wait until all processes of the stack have exited; false if none ran."""
     from flows.stack.stack_config import CONFIG_FILE, load_config
     from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
     from infra.keeper_lock import KEEPER_LOCK_FILE, find_keeper
@@ -171,22 +171,22 @@ def take_down(home: Path) -> bool:
     if keeper is None and not (home / CONFIG_FILE).exists():
         return False
     if keeper is not None:
-        # The state file tells the pid too, of a keeper whose lock does not, as those of older versions.
+        # Keepers of older versions write their pid only to the state file, not to the lock file.
         pid = keeper.pid or read_stack_state(home).get("pid")
         if pid is None:
-            raise RuntimeError(f"{home} is held by a keeper whose pid no file tells; end the one that `fuser` names: "
+            raise RuntimeError(f"{home} is locked by a keeper whose pid is in no file; end the lock's holder: "
                                f"fuser -k {home / KEEPER_LOCK_FILE}")  # fmt: skip
         _end_keeper(pid, SILENT_KEEPER_GRACE_S if keeper.is_silent else DOWN_TIMEOUT_S)
-    # The keeper tells whose processes these are, also where its config cannot be read any more.
+    # The keeper's lock has the stack id even if the config can no longer be read.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
-    left = kill_stack_processes(stack_id, spare={os.getpid()})
+    killed = kill_stack_processes(stack_id, spare={os.getpid()})
     while any(pid != os.getpid() for pid in find_stack_pids(stack_id)):
         time.sleep(0.05)
-    return keeper is not None or bool(left)
+    return keeper is not None or bool(killed)
 
 
 def _end_keeper(pid: int, grace_s: float) -> None:
-    """Stop the keeper and wait until its process is gone; one that hangs is killed, and its services die with it."""
+    """Stop the keeper and wait until its process has exited; kill one that hangs, which also ends its services."""
     from infra.processes import has_exited
 
     with contextlib.suppress(ProcessLookupError):
@@ -200,7 +200,7 @@ def _end_keeper(pid: int, grace_s: float) -> None:
 
 
 def status(as_json: JsonOption = False) -> None:
-    """Show every service, and what the platform is doing."""
+    """Show the state of every service, and the faults found."""
     from flows.stack.doctor import (
         KEEPER_SUBJECT,
         find_config_faults,
@@ -215,30 +215,30 @@ def status(as_json: JsonOption = False) -> None:
         home = _get_home()
         running = is_keeper_running(home)
         states = read_stack_state(home).get("services", {}) if running else {}
-        lost = find_config_faults(home)
-        wrong = [*find_disk_faults(home), *find_setting_faults(home), *find_keeper_faults(home), *lost]
-        urls = get_public_urls(home) if running and not lost else {}
-        wrong += [finding for finding in _examine_running_stack(home) if finding.fault]
+        config_faults = find_config_faults(home)
+        faults = [*find_disk_faults(home), *find_setting_faults(home), *find_keeper_faults(home), *config_faults]
+        urls = get_public_urls(home) if running and not config_faults else {}
+        faults += [finding for finding in _examine_running_stack(home) if finding.fault]
         if as_json:
-            faults = [finding.to_json() for finding in wrong]
-            show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": faults}, "", True)
+            faults_json = [finding.to_json() for finding in faults]
+            show({"home": str(home), "up": running, "services": states, "urls": urls, "faults": faults_json}, "", True)
         elif running:
             show_table(_build_service_table(states))
-            print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_describe_finding, wrong)]))
+            print("\n".join([*(f"{name:13} {url}" for name, url in urls.items()), *map(_describe_finding, faults)]))
         else:
             print(
                 "\n".join(
-                    [f"the stack in {home} is not up; start it with `cotrain up`", *map(_describe_finding, wrong)]
+                    [f"the stack in {home} is not up; start it with `cotrain up`", *map(_describe_finding, faults)]
                 )
             )
     are_ready = bool(states) and all(state["state"] == "ready" for state in states.values())
-    if not are_ready or any(finding.what == KEEPER_SUBJECT for finding in wrong):
+    if not are_ready or any(finding.what == KEEPER_SUBJECT for finding in faults):
         raise typer.Exit(1)
 
 
 def logs(
-    service: Annotated[str, typer.Argument(help="service, or `flows` or `keeper`")] = "keeper",
-    lines: Annotated[int, typer.Option("-n", help="how many lines", min=1, max=1_000_000)] = 50,
+    service: Annotated[str, typer.Argument(help="name of a service, or `flows` or `keeper`")] = "keeper",
+    lines: Annotated[int, typer.Option("-n", help="number of lines", min=1, max=1_000_000)] = 50,
 ) -> None:
     """Print the end of a service's log."""
     folder = _get_home() / "logs"
@@ -246,12 +246,12 @@ def logs(
     if not file.is_file() or file.parent != folder:
         names = sorted(path.stem for path in folder.glob("*.log"))
         raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
-    for line in _read_last_lines(file, lines):  # what a service wrote must not steer the terminal
+    for line in _read_last_lines(file, lines):  # escaped, so that a log cannot send control codes to the terminal
         print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
 
 
 def _read_last_lines(file: Path, count: int, start: int = 0) -> list[str]:
-    """Return the last lines of what a log has from a byte on."""
+    """Return the last lines of a log, reading no byte before `start`."""
     with file.open("rb") as stream:
         stream.seek(max(start, file.stat().st_size - count * LOG_LINE_BYTES))
         text = stream.read(count * LOG_LINE_BYTES).decode(errors="replace")
@@ -259,32 +259,30 @@ def _read_last_lines(file: Path, count: int, start: int = 0) -> list[str]:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Try what users would notice, and name what is wrong with this machine or the stack, each with its mend."""
+    """Check this machine and the stack, as users experience it, and print each fault with its fix."""
     from flows.stack.doctor import find_machine_faults, find_setting_faults, find_stack_faults
 
     with explain_errors():
         home = _get_home()
-        found = (
+        findings = (
             find_setting_faults(home)
             + find_machine_faults(home)
             + find_stack_faults(home)
             + _examine_running_stack(home)
         )
-    faults = [finding for finding in found if finding.fault]
-    text = "\n".join([*map(_describe_finding, found), *([] if faults else ["nothing is wrong"])])
-    wrong = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
-    show({"faults": wrong, "findings": [finding.to_json() for finding in found]}, text, as_json)
+    faults = [finding for finding in findings if finding.fault]
+    text = "\n".join([*map(_describe_finding, findings), *([] if faults else ["no faults found"])])
+    faults_json = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
+    show({"faults": faults_json, "findings": [finding.to_json() for finding in findings]}, text, as_json)
     if faults:
         raise typer.Exit(1)
 
 
 def rotate(
-    secret: Annotated[
-        list[str] | None, typer.Option(help="rotate this secret only; may be given several times")
-    ] = None,
+    secret: Annotated[list[str] | None, typer.Option(help="rotate only this secret; may be repeated")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replace the stack's secrets by new ones; a running stack is restarted, and a running round continues."""
+    """Replace the stack's secrets by new ones; a running stack is restarted, and a running round resumes."""
     from flows.stack.doctor import find_setting_faults
     from flows.stack.stack_config import retire_secrets
     from infra.keeper_lock import is_keeper_running
@@ -294,18 +292,18 @@ def rotate(
         if not (home / "stack-config.json").exists():
             raise fail(f"there is no stack in {home}; make one with `cotrain up`")
         was_up = is_keeper_running(home)
-        _raise_faults(find_setting_faults(home))  # with one, a stack that is stopped here would not start again
+        _raise_faults(find_setting_faults(home))  # checked first: with a fault the stopped stack would not restart
         names = retire_secrets(home, secret or ())
         if was_up:
             take_down(home)
         seconds = bring_up(home) if was_up else None
-        restarted = f"the stack is up again ({seconds:.1f} s)" if was_up else "they count from the next `cotrain up`"
-        text = f"rotated {', '.join(names)}; {restarted}; accounts and tokens are in {home / 'env'}"
+        effect = f"the stack is up again ({seconds:.1f} s)" if was_up else "they take effect at the next `cotrain up`"
+        text = f"rotated {', '.join(names)}; {effect}; accounts and tokens are in {home / 'env'}"
         show({"rotated": names, "seconds": seconds}, text, as_json)
 
 
 def _examine_running_stack(home: Path) -> list["Finding"]:
-    """Return what the probes find of a running stack; nothing if there is none, or if its settings cannot be read."""
+    """Return the probes' findings about a running stack; none if no stack runs or its settings cannot be read."""
     from flows.stack.doctor import find_config_faults, find_setting_faults
     from infra.keeper_lock import is_keeper_running
 
@@ -319,13 +317,13 @@ def _examine_running_stack(home: Path) -> list["Finding"]:
 
 def _describe_finding(finding: "Finding") -> str:
     if finding.fault:
-        return f"- {finding.fault}\n  last time it was right: {finding.when}\n  mend: {finding.mend}"
-    seen = "it has not happened yet" if finding.state == "never yet" else f"right at {finding.when}"
-    return f"  {finding.what}: {seen}"
+        return f"- {finding.fault}\n  last success: {finding.when}\n  fix: {finding.mend}"
+    outcome = "not yet observed" if finding.state == "never yet" else f"ok at {finding.when}"
+    return f"  {finding.what}: {outcome}"
 
 
 def get_public_urls(home: Path) -> dict[str, str]:
-    """Where people click."""
+    """Return the URLs of the web interfaces by service."""
     from flows.stack.stack_config import load_config
 
     ports = load_config(home).ports
@@ -339,5 +337,5 @@ def _get_home() -> Path:
         raise fail("the embedded stack needs the extra [platform]: pip install 'cotrain[platform]'") from None
     home = get_home_folder()
     if home.exists() and not home.is_dir():
-        raise fail(f"COTRAIN_HOME must be a folder, and {home} is a file; name another")
+        raise fail(f"COTRAIN_HOME must be a folder, got the file {home}; choose another path")
     return home

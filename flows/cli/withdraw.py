@@ -1,4 +1,4 @@
-"""`cotrain withdraw report | dataset | account`: what is taken back, by an operator or by who sent it."""
+"""`cotrain withdraw report | dataset | account`: withdraw feedback, as an operator or as its contributor."""
 
 import re
 from enum import Enum
@@ -14,14 +14,14 @@ from yuan.data.text import make_printable
 
 
 def check_record_id(text: str) -> str:
-    """Refuse what cannot be the id of a record: exit status 2."""
+    """Reject a malformed record id: exit status 2."""
     if not re.fullmatch("[0-9a-f]{32}", text):
-        raise typer.BadParameter(f"an id has 32 hexadecimal digits, got {make_printable(text, 60)!r}")
+        raise typer.BadParameter(f"an id must have 32 hexadecimal digits, got {make_printable(text, 60)!r}")
     return text
 
 
 class WithdrawalKind(str, Enum):
-    """What an account sends."""
+    """Kinds of records that an account sends."""
 
     REPORTS = "reports"
     DATASETS = "datasets"
@@ -33,10 +33,10 @@ AccountNameArgument = Annotated[
     str, typer.Argument(metavar="NAME_OR_ID", help="a contributor's account", callback=check_text_option)
 ]
 WithdrawalKindOption = Annotated[
-    WithdrawalKind | None, typer.Option(help="only these; default: both", show_default=False)
+    WithdrawalKind | None, typer.Option(help="withdraw only this kind; default: both", show_default=False)
 ]
 WithdrawalReasonOption = Annotated[
-    str, typer.Option(help="why; it is shown to who sent it", callback=check_text_option)
+    str, typer.Option(help="reason; it is shown to the contributor", callback=check_text_option)
 ]
 WithdrawalTokenOption = Annotated[
     str,
@@ -45,7 +45,7 @@ WithdrawalTokenOption = Annotated[
     ),
 ]
 
-withdraw = typer.Typer(no_args_is_help=True, help="Take a report or a dataset out of training, tests and notices.")
+withdraw = typer.Typer(no_args_is_help=True, help="Remove a report or a dataset from training, tests and notices.")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -60,10 +60,10 @@ def report(
     token: WithdrawalTokenOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Withdraw a report, also from a running round. Doing it twice changes nothing."""
+    """Withdraw a report, also from a running round. Idempotent."""
     with explain_errors(), _open_client(url, token) as client:
-        gone = client.withdraw_feedback(report_id, reason)
-        show(gone.model_dump(mode="json"), f"report {gone.id} is {gone.state}: {gone.reason}", as_json)
+        feedback = client.withdraw_feedback(report_id, reason)
+        show(feedback.model_dump(mode="json"), f"report {feedback.id} is {feedback.state}: {feedback.reason}", as_json)
 
 
 @withdraw.command()
@@ -74,10 +74,11 @@ def dataset(
     token: WithdrawalTokenOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Withdraw a dataset, also from a running round. Doing it twice changes nothing."""
+    """Withdraw a dataset, also from a running round. Idempotent."""
     with explain_errors(), _open_client(url, token) as client:
-        gone = client.withdraw_dataset(dataset_id, reason)
-        show(gone.model_dump(mode="json"), f"dataset {gone.id} is {gone.state}: {gone.reason}", as_json)
+        withdrawn = client.withdraw_dataset(dataset_id, reason)
+        text = f"dataset {withdrawn.id} is {withdrawn.state}: {withdrawn.reason}"
+        show(withdrawn.model_dump(mode="json"), text, as_json)
 
 
 @withdraw.command()
@@ -89,11 +90,12 @@ def account(
     token: WithdrawalTokenOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Withdraw everything of an account, also from a running round; operators only. Doing it twice changes nothing."""
+    """Withdraw all records of an account, also from a running round; operators only. Idempotent."""
     with explain_errors(), _open_client(url, token) as client:
-        gone = client.withdraw_account(name_or_id, reason, kind.value if kind else None)
-        text = f"withdrawn of {gone.name} ({gone.account}): {gone.reports:,} reports, {gone.datasets:,} datasets"
-        show(gone.model_dump(mode="json"), text, as_json)
+        counts = client.withdraw_account(name_or_id, reason, kind.value if kind else None)
+        records = f"{counts.reports:,} reports, {counts.datasets:,} datasets"
+        text = f"withdrawn of {counts.name} ({counts.account}): {records}"
+        show(counts.model_dump(mode="json"), text, as_json)
 
 
 def _open_client(url: str, token: str) -> Client:

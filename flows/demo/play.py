@@ -158,9 +158,9 @@ def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:
         time.sleep(0.2)
 
 
-def compute_overhead_s(turn: RoundOut) -> float:
+def compute_overhead_s(training_round: RoundOut) -> float:
     """Seconds of a round that are neither training nor evaluation."""
-    assert turn.finished_at is not None, "the round has ended"
-    began = {event.text: event.at for event in reversed(turn.timeline)}
-    spent = (began["train"] - turn.created_at) + (turn.finished_at - began["decide"])
+    assert training_round.finished_at is not None, "the round has ended"
+    began = {event.text: event.at for event in reversed(training_round.timeline)}
+    spent = (began["train"] - training_round.created_at) + (training_round.finished_at - began["decide"])
     return round(spent.total_seconds(), 1)

@@ -1,4 +1,4 @@
-"""Attempts at a round: each is one flow run, started by the dispatcher, and followed by the next when it is lost."""
+"""Attempts at a round: each is one flow run, started by the dispatcher; a lost one is followed by the next."""
 
 import hashlib
 import hmac
@@ -30,45 +30,55 @@ from infra.machine import has_free_disk
 log = logging.getLogger(__name__)
 
 PENDING_TIMEOUT_S = 30.0
-POSTPONED_AFTER_S = 60.0  # a run that is to start later than this was put off by somebody, and nobody waits for it
+POSTPONED_AFTER_S = 60.0  # a run scheduled later than this was postponed in Prefect and counts as lost
 OPEN_FLOW_RUN_STATES = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
-MAX_LISTED_FLOW_RUNS = 200  # Prefect's own limit of a list
+MAX_LISTED_FLOW_RUNS = 200  # Prefect's limit for a list
 MAX_ROUND_ATTEMPTS = 12
 
 
-def continue_round(context: DispatcherContext, client: SyncPrefectClient, turn: Round) -> None:
-    """See that somebody works on a running round: start its next attempt if the last one is over or lost."""
-    last = find_flow_run(client, make_attempt_key(context, turn.id, turn.attempt)) if turn.attempt else None
+def continue_round(context: DispatcherContext, client: SyncPrefectClient, training_round: Round) -> None:
+    """Start the next attempt at a running round if the last one has ended or is lost."""
+    last = (
+        find_flow_run(client, make_attempt_key(context, training_round.id, training_round.attempt))
+        if training_round.attempt
+        else None
+    )
     if last is not None and not end_if_lost(client, last):
         return
     if not has_free_disk(context.settings.home):
-        log.warning("round %d waits: the disk of %s is full; make room there", turn.number, context.settings.home)
+        log.warning(
+            "round %d waits: the disk of %s is full; make room there", training_round.number, context.settings.home
+        )
         return
-    start_attempt(context, client, turn, last)
+    start_attempt(context, client, training_round, last)
 
 
-def start_attempt(context: DispatcherContext, client: SyncPrefectClient, turn: Round, last: FlowRun | None) -> None:
-    """Start the round's flow once more, or give the round up.
+def start_attempt(
+    context: DispatcherContext, client: SyncPrefectClient, training_round: Round, last: FlowRun | None
+) -> None:
+    """Start the round's next attempt, or end the round if it was cancelled or has used all attempts.
 
-    An attempt is counted before its run is made. If this process dies between the two, the run is missing and the next
-    attempt follows; the key keeps two dispatchers from starting one attempt twice.
+    The attempt is counted before its flow run is created. If this process exits between the two, the run is missing and
+    the next attempt follows; the idempotency key prevents two dispatchers from starting one attempt twice.
     """
-    # Being cancelled is enough: a run whose worker and process are both gone never gets any further.
+    # A run whose worker and process have both exited stays in "cancelling" for ever, so that state is final here.
     if last is not None and last.state is not None and (last.state.is_cancelled() or last.state.is_cancelling()):
-        return end_round(context, turn.id, "cancelled", "cancelled in Prefect")
-    if turn.attempt >= MAX_ROUND_ATTEMPTS:
+        return end_round(context, training_round.id, "cancelled", "cancelled in Prefect")
+    if training_round.attempt >= MAX_ROUND_ATTEMPTS:
         reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
-        return end_round(context, turn.id, "failed", f"given up after {turn.attempt} attempts: {reason}")
+        return end_round(
+            context, training_round.id, "failed", f"given up after {training_round.attempt} attempts: {reason}"
+        )
     deployment = client.read_deployment_by_name(ROUND_DEPLOYMENT)
     with context.sessions.begin() as session:
-        attempt = rounds.increment_attempt(session, turn.id)
+        attempt = rounds.increment_attempt(session, training_round.id)
     run = client.create_flow_run_from_deployment(
         deployment.id,
-        parameters={"round_id": turn.id},
-        name=f"round-{turn.number}-attempt-{attempt}",
-        idempotency_key=make_attempt_key(context, turn.id, attempt),
+        parameters={"round_id": training_round.id},
+        name=f"round-{training_round.number}-attempt-{attempt}",
+        idempotency_key=make_attempt_key(context, training_round.id, attempt),
     )
-    log.info("started round %d, attempt %d, as flow run %s", turn.number, attempt, run.id)
+    log.info("started round %d, attempt %d, as flow run %s", training_round.number, attempt, run.id)
 
 
 def end_round(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
@@ -78,13 +88,13 @@ def end_round(context: DispatcherContext, round_id: str, state: str, reason: str
 
 
 def make_attempt_key(context: DispatcherContext, round_id: str, attempt: int) -> str:
-    """Return the key of an attempt's flow run, which nobody else who can start runs may take first."""
+    """Return the idempotency key of an attempt's flow run; secret, so that no other Prefect user can use it first."""
     secret = context.settings.database_url.get_secret_value().encode()
     return "round:" + hmac.new(secret, f"{round_id}:{attempt}".encode(), hashlib.sha256).hexdigest()
 
 
 def find_flow_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
-    """The flow run with an idempotency key; None if it was never made or Prefect's database was lost."""
+    """Return the flow run with an idempotency key; None if it was never created or Prefect's database was lost."""
     found = list_flow_runs(client, FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])), limit=1)
     return found[0] if found else None
 
@@ -101,14 +111,14 @@ def find_newest_flow_run(client: SyncPrefectClient, deployment_id: UUID) -> Flow
 
 
 def list_flow_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) -> list[FlowRun]:
-    """Return the flow runs that a filter finds, the newest first."""
+    """Return the flow runs that match a filter, newest first."""
     return client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
 
 
 def end_lost_flow_runs(client: SyncPrefectClient) -> None:
-    """End the flow runs that nobody works on, whatever started them.
+    """End the open flow runs without a live process, whatever started them.
 
-    An attempt that a later one follows, or whose round has ended, is looked for by nobody else; it would wait for ever.
+    No other code checks an attempt that was superseded or whose round has ended; it would stay open for ever.
     """
     open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_FLOW_RUN_STATES)))
     for run in list_flow_runs(client, open_now, MAX_LISTED_FLOW_RUNS):
@@ -116,26 +126,26 @@ def end_lost_flow_runs(client: SyncPrefectClient) -> None:
 
 
 def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Tell whether nobody works on this run any more; one lost or put off is marked as crashed, or cancelled."""
+    """Check whether a run has ended; mark one that is lost or postponed as crashed or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True
     if state.is_scheduled():
-        start, why = state.state_details.scheduled_time, "it was put off"
-        dead = start is not None and start.timestamp() - time.time() > POSTPONED_AFTER_S
+        start, why = state.state_details.scheduled_time, "it was postponed"
+        is_lost = start is not None and start.timestamp() - time.time() > POSTPONED_AFTER_S
     else:
-        why = "its process is gone"
+        why = "its process has exited"
         is_starting = state.is_pending() and time.time() - state.timestamp.timestamp() <= PENDING_TIMEOUT_S
-        dead = not is_starting and not has_live_process(run)
-    if dead:
+        is_lost = not is_starting and not has_live_process(run)
+    if is_lost:
         final: State = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
         client.set_flow_run_state(run.id, final, force=True)
         log.warning("ended flow run %s: %s", run.name, why)
-    return dead
+    return is_lost
 
 
 def has_live_process(run: FlowRun) -> bool:
-    """Whether the process that Prefect noted for a run exists and is that run's, as its command line tells."""
+    """Check whether the process recorded in Prefect for a run exists and, by its command line, belongs to the run."""
     try:
         command = Path(f"/proc/{int(run.infrastructure_pid or 0)}/cmdline").read_bytes()
     except (OSError, ValueError):

@@ -15,9 +15,9 @@ CALENDAR_SCHEDULE_SLUG = "calendar"
 
 
 def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings) -> None:
-    """Make pool and deployments what the code says; ids and switches that operators set stay.
+    """Register the work pool and the deployments as defined in code; ids and operators' pause switches are kept.
 
-    A concurrency limit of the pool is taken back, since one of 0 would stop every flow run; the worker has a limit.
+    A concurrency limit of the pool is removed, since a limit of 0 would stop every flow run; the worker has a limit.
     """
     pool = WorkPoolCreate(
         name=WORK_POOL_NAME, type="process", base_job_template=WORK_POOL_TEMPLATE, concurrency_limit=None
@@ -28,7 +28,7 @@ def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings
 
 
 def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:
-    """Register one flow of `flows.registry`, which the worker finds there by its name."""
+    """Register a deployment of one flow of `flows.registry`, which the worker looks up by name."""
     registered = REGISTERED_FLOWS[name]
     client.create_deployment(
         flow_id=client.create_flow_from_name(name),
@@ -45,7 +45,7 @@ def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[Deployment
 
 
 def _make_calendar_schedule(client: SyncPrefectClient, settings: DispatcherSettings) -> DeploymentScheduleCreate:
-    """The programme's collecting day; a calendar that an operator switched off stays off."""
+    """Make the cron schedule of rounds from the settings; a schedule that an operator disabled stays disabled."""
     cron = CronSchedule(cron=settings.calendar, timezone=settings.time_zone)
     return DeploymentScheduleCreate(schedule=cron, active=_is_calendar_active(client), slug=CALENDAR_SCHEDULE_SLUG)
 

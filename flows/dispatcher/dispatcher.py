@@ -1,6 +1,6 @@
-"""The dispatcher: starts the flow that is due, and sees that decided rounds are told.
+"""The dispatcher: start due flows, restart lost ones, and publish the outcome of rounds.
 
-It waits on PostgreSQL's NOTIFY with a poll, so nothing outside flows has to know Prefect.
+It listens to PostgreSQL's NOTIFY and also polls, so that no package outside flows needs Prefect.
 """
 
 import json
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 REGISTER_EVERY_S, END_LOST_EVERY_S = 300.0, 10.0
 IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
-# Reports are taken up together: a moment after the first of them arrived, or at once when they are many.
+# Reports are processed in batches: REPORT_BATCH_WAIT_S after the first arrived, or at once from REPORT_BATCH_SIZE on.
 REPORT_BATCH_WAIT_S, REPORT_BATCH_SIZE = 10.0, 500
 REPRODUCTION_RETRY_PAUSE_S = 60.0
 RECONNECT_PAUSE_S = 1.0
-PREFECT_TIMEOUT_S = 10.0  # of a server that hangs; the duty's own pause is when it is asked again
+PREFECT_TIMEOUT_S = 10.0  # for a server that hangs; the duty's backoff sets the time of the retry
 
 
 def main() -> None:
@@ -51,17 +51,17 @@ def main() -> None:
 
 
 def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> None:
-    """Do the duties for ever, woken by PostgreSQL; a connection to it that is lost is made again."""
+    """Run the duties for ever, woken by PostgreSQL; reconnect when the connection is lost."""
     file = get_duty_status_file(context.settings.home)
     duties = Duties(make_duties(context, client), file, SERVER_ERRORS, lambda: write_heartbeat(context.settings))
-    lost: str | None = None
+    last_error: str | None = None
     while True:
         try:
             with psycopg.connect(
                 context.settings.database_url.get_secret_value(), autocommit=True, connect_timeout=5
             ) as listener:
                 listener.execute(f"listen {rounds.NOTIFY_CHANNEL}")
-                lost = None
+                last_error = None
                 duties.wake()
                 while True:
                     duties.run_due()
@@ -69,48 +69,48 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
         except (psycopg.OperationalError, OperationalError) as error:
-            if lost != (lost := describe_error(error)):
-                log.warning("PostgreSQL does not answer, trying again: %s", lost)
+            if last_error != (last_error := describe_error(error)):
+                log.warning("PostgreSQL does not answer, retrying: %s", last_error)
             write_heartbeat(context.settings)
             time.sleep(RECONNECT_PAUSE_S)
 
 
 def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
-    """What the dispatcher does, by name; first what needs PostgreSQL alone, then the registry, then Prefect."""
-    registered = DeploymentRegistrar(context, client)
+    """Return the duties by name: first those that need only PostgreSQL, then the registry, then Prefect."""
+    registrar = DeploymentRegistrar(context, client)
     return {
         "deliver notices": lambda: deliver_notices(context),
         "request a due round": lambda: request_due_round(context),
         "take back leases of the dead": lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
         "make aliases follow": lambda: sync_champion_aliases(context),
-        "register deployments": registered.ensure_registered,
+        "register deployments": registrar.ensure_registered,
         "end lost flow runs": make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
-        "keep the round going": lambda: registered.run_with_deployments(continue_running_round),
-        "start reproduction": lambda: registered.run_with_deployments(start_due_reproduction),
+        "keep the round going": lambda: registrar.run_with_deployments(continue_running_round),
+        "start reproduction": lambda: registrar.run_with_deployments(start_due_reproduction),
     }
 
 
 def make_periodic(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
-    """Return the work, which is left out until a time has passed since it was last done without an error."""
-    due = 0.0
+    """Wrap a function so that calls within `pause_s` after its last success do nothing."""
+    next_run_at = 0.0
 
-    def do() -> None:
-        nonlocal due
-        if time.monotonic() >= due:
+    def run_if_due() -> None:
+        nonlocal next_run_at
+        if time.monotonic() >= next_run_at:
             work()
-            due = time.monotonic() + pause_s
+            next_run_at = time.monotonic() + pause_s
 
-    return do
+    return run_if_due
 
 
 class DeploymentRegistrar:
-    """The deployments, registered at the start, every five minutes, and at once when somebody deleted them."""
+    """Registers the deployments at the start, every five minutes, and at the next call after they were deleted."""
 
     def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
         self._context, self._client, self._due = context, client, 0.0
 
     def ensure_registered(self) -> None:
-        if time.monotonic() >= self._due:  # whoever has Prefect's password can change them
+        if time.monotonic() >= self._due:  # repeated, since everybody who has Prefect's password can change them
             register_deployments(self._client, self._context.settings)
             self._due = time.monotonic() + REGISTER_EVERY_S
 
@@ -123,15 +123,15 @@ class DeploymentRegistrar:
 
 
 def is_busy(context: DispatcherContext) -> bool:
-    """Whether a round is running or reports wait, so that it is worth looking more often."""
+    """Check whether a round runs or reports wait, for which the dispatcher polls more often."""
     with context.sessions() as session:
-        turn = rounds.find_running_round(session)
-        count, _ = reports.count_pending_reports(session, with_review=turn is None)
-        return turn is not None or (count > 0 and find_champion(session) is not None)
+        training_round = rounds.find_running_round(session)
+        count, _ = reports.count_pending_reports(session, with_review=training_round is None)
+        return training_round is not None or (count > 0 and find_champion(session) is not None)
 
 
 def deliver_notices(context: DispatcherContext) -> None:
-    """Bring notices to their reporters."""
+    """Deliver notices to their reporters."""
     with context.sessions.begin() as session:
         delivered = promotion.mark_notices_delivered(session)
     if delivered:
@@ -139,58 +139,58 @@ def deliver_notices(context: DispatcherContext) -> None:
 
 
 def sync_champion_aliases(context: DispatcherContext) -> None:
-    """Bring the registry's aliases to the champion; raises what the registry refused when the others are set."""
-    refused: list[Exception] = []
+    """Set the registry's aliases to the champion; the first error is raised after all other aliases are set."""
+    errors: list[Exception] = []
 
-    def put(alias: str, version: int | None) -> None:
+    def set_alias(alias: str, version: int | None) -> None:
         try:
             context.tracker.set_alias(alias, version)
         except Exception as error:
-            refused.append(error)
+            errors.append(error)
             raise
 
     with context.tracker.use_short_timeout(), context.sessions.begin() as session:
-        changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), put)
+        changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), set_alias)
     if changed:
         log.info("set aliases %s", changed)
-    if refused:
-        raise refused[0]
+    if errors:
+        raise errors[0]
 
 
 def continue_running_round(context: DispatcherContext, client: SyncPrefectClient) -> None:
-    """See that somebody works on the running round."""
+    """Start the running round's next attempt if no attempt works on it."""
     with context.sessions() as session:
-        turn = rounds.find_running_round(session)
-    if turn is not None:
-        continue_round(context, client, turn)
+        training_round = rounds.find_running_round(session)
+    if training_round is not None:
+        continue_round(context, client, training_round)
 
 
 def start_due_reproduction(context: DispatcherContext, client: SyncPrefectClient) -> None:
-    """Start the flow that takes reports up when enough of them wait, or one long enough."""
+    """Start the reproduction flow when REPORT_BATCH_SIZE reports wait, or one for REPORT_BATCH_WAIT_S."""
     with context.sessions() as session:
-        turn = rounds.find_running_round(session)
-        count, oldest = reports.count_pending_reports(session, with_review=turn is None)
-        if find_champion(session) is None or (turn is not None and turn.step == "collect"):
+        training_round = rounds.find_running_round(session)
+        count, oldest = reports.count_pending_reports(session, with_review=training_round is None)
+        if find_champion(session) is None or (training_round is not None and training_round.step == "collect"):
             return
     if count >= REPORT_BATCH_SIZE or (count and compute_age_s(oldest) >= REPORT_BATCH_WAIT_S):
         start_reproduction_run(client, count)
 
 
 def request_due_round(context: DispatcherContext) -> None:
-    """File a round when enough reports were accepted since the last one ended; while one runs, none is accepted."""
-    enough = context.settings.round_after_reports
+    """Request a round when `round_after_reports` reports were accepted since the last round ended."""
+    min_reports = context.settings.round_after_reports
     with context.sessions.begin() as session:
         last = rounds.find_newest_round(session)
-        if not enough or last is None or last.state == "running":
+        if not min_reports or last is None or last.state == "running":
             return
         accepted = reports.count_accepted_since(session, last.finished_at)
-        if accepted >= enough:
+        if accepted >= min_reports:
             rounds.request_round(session, "dispatcher", RoundParameters(), new_id())
             log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
 
 
 def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
-    """Start the flow that takes reports up, unless one is at it or has just failed."""
+    """Start the reproduction flow, unless a run of it is active or failed less than REPRODUCTION_RETRY_PAUSE_S ago."""
     deployment = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT)
     last = find_newest_flow_run(client, deployment.id)
     if last is not None and not end_if_lost(client, last):
@@ -198,12 +198,14 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
     if last is not None and is_failed and compute_age_s(last.end_time or last.created) < REPRODUCTION_RETRY_PAUSE_S:
         return
-    run = client.create_flow_run_from_deployment(deployment.id)  # by no key, which a run put off could keep for ever
+    run = client.create_flow_run_from_deployment(
+        deployment.id
+    )  # no idempotency key, which a postponed run could block for ever
     log.info("%d reports wait: started flow run %s", count, run.id)
 
 
 def write_heartbeat(settings: DispatcherSettings) -> None:
-    """Leave a sign of life for the stack's check."""
+    """Write the heartbeat file, which the keeper's checks read."""
     file = settings.home / DISPATCHER_HEARTBEAT_FILE
     scratch = file.with_suffix(".part")
     scratch.write_text(json.dumps({"time": time.time()}))

@@ -1,9 +1,9 @@
 """Entry of a flow run's process: `python -I -m flows.dispatcher.flow_process RUN_ID`, started by the worker.
 
-Of what Prefect's server says about the run, only the flow's name and the JSON parameters count: the name is looked up
-in `flows.registry`, the parameters are checked by its form. The deployment's entry point, pull steps, job variables and
+Of the run's data on Prefect's server only the flow's name and the JSON parameters are used: the name is looked up in
+`flows.registry`, the parameters are validated by its form. The deployment's entry point, pull steps, job variables and
 stored results are never read, since everybody who has Prefect's password can write them.
-The flow dies with its worker, and reports itself crashed.
+The process is terminated when its worker exits, and reports the run as crashed.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from yuan.data.text import make_storable
 
 
 class StorableRecord(logging.LogRecord):
-    """A log record whose text Prefect's server can store; it refuses a whole batch of lines for one that it cannot."""
+    """A log record whose text Prefect's server can store; for one invalid line it rejects the whole batch."""
 
     def getMessage(self) -> str:
         return make_storable(super().getMessage())
@@ -40,21 +40,21 @@ def main() -> None:
     for name in ("flows", "feedback", "yuan", "infra"):
         logging.getLogger(name).setLevel(logging.INFO)  # Prefect adds a handler to these and no level
     os.setsid()
-    # A log of its own: a worker that dies closes its pipes, and a flow that writes into one could not report.
+    # A separate log file: an exited worker closes its pipes, and a flow that writes to one could not report its end.
     log = os.open(_get_log_file(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() == 1:
-        sys.exit("the worker is gone")
+        sys.exit("the worker has exited")
     run_id = UUID(sys.argv[1])
-    configure_from_env()  # the worker's channel, by which a cancelled flow is told from a crashed one
+    configure_from_env()  # the worker's control channel, which distinguishes a cancelled flow from a crashed one
     with handle_engine_signals(run_id):
         run(run_id)
 
 
 def run(run_id: UUID) -> None:
-    """Run the registered flow that a flow run names; a run that names another, or has wrong parameters, is failed."""
+    """Run the registered flow that a flow run names; fail a run with an unknown flow or invalid parameters."""
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(run_id)
         name = client.read_flow(flow_run.flow_id).name
@@ -68,7 +68,7 @@ def run(run_id: UUID) -> None:
 
 
 def run_registered_flow(name: str, flow_run: FlowRun, form: object) -> None:
-    # As a state, not as a result: the result of a state that the server sent would be unpickled.
+    # return_type="state", since Prefect would unpickle the result of a state that the server sent.
     flow = find_flow(name).load()
     run_flow(flow, flow_run=flow_run, parameters={"form": form}, return_type="state")
 

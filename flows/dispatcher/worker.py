@@ -1,7 +1,7 @@
 """The worker: `python -m flows.dispatcher.worker` starts a process for each flow run of the work pool.
 
 Prefect's own worker takes command, environment and working folder from job variables of pool, deployment and flow run,
-so that Prefect's password is a shell. This one fixes all three in code; of a flow run it passes the id on.
+so that Prefect's password allows arbitrary commands. This worker fixes all three in code and passes only the run's id.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES, get_home_folde
 
 WORKER_NAME = "embedded"
 WORKER_HEARTBEAT_EVERY_S = 5.0
-# At a time: a round, a reproduction and a few more. Each is a process, and 200 at once stop the machine.
+# Concurrent runs: a round, a reproduction and four more. Each is a process; 200 at once would overload the machine.
 MAX_FLOW_RUNS = 6
 FLOW_PROCESS_COMMAND = (sys.executable, "-I", "-m", "flows.dispatcher.flow_process")
-# All that a flow's process inherits. `-I` ignores PYTHON variables, and modules of the working folder.
+# The only variables that a flow's process inherits. `-I` ignores PYTHON variables and modules in the working folder.
 INHERITED_VARIABLES = (
     *(
         "PATH",
@@ -50,7 +50,7 @@ INHERITED_VARIABLES = (
 
 
 class FixedJob(BaseJobConfiguration):
-    """What is the same for every flow run; the server's template and variables are not read."""
+    """Job configuration that is the same for every flow run; the server's template and variables are not read."""
 
     @classmethod
     async def resolve_for_flow_run(cls, flow_run: FlowRun, **sources: Any) -> "FixedJob":
@@ -60,7 +60,7 @@ class FixedJob(BaseJobConfiguration):
 
 
 class NoHooks:
-    """Our flows have no hooks; Prefect would load the deployment's code to look for them."""
+    """Hook runner that does nothing: our flows have no hooks, and Prefect would load the deployment's code for them."""
 
     async def run_cancellation_hooks(self, flow_run: FlowRun, state: State[Any]) -> None:
         pass
@@ -100,7 +100,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
 
     @staticmethod
     def __dispatch_key__() -> str:
-        return "cotrain"  # Prefect's own worker keeps its place in the registry of types
+        return "cotrain"  # a key of our own, so that Prefect's process worker stays registered
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
         configuration: FixedJob,
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> BaseWorkerResult:
-        """Run one flow run to its end; a process that ends without a report is reported as crashed."""
+        """Run one flow run to completion; a process that exits without a report is reported as crashed."""
         async with FlowRunExecutorContext() as context:
             executor = context.create_executor(
                 flow_run, FlowProcessStarter(context.control_channel), hook_runner=NoHooks(), propose_submitting=False
@@ -133,7 +133,7 @@ class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
 
 
 def build_flow_environment() -> dict[str, str]:
-    """The environment of a flow's process."""
+    """Build the environment of a flow's process."""
     return {
         name: text
         for name, text in os.environ.items()
@@ -148,12 +148,12 @@ def make_working_folder() -> Path:
 
 
 async def run_worker() -> None:
-    """Work for ever, and leave a sign of life while the event loop turns."""
-    beating = asyncio.create_task(write_heartbeats(get_home_folder() / WORKER_HEARTBEAT_FILE))
+    """Run the worker for ever, and write heartbeats while the event loop is responsive."""
+    heartbeats = asyncio.create_task(write_heartbeats(get_home_folder() / WORKER_HEARTBEAT_FILE))
     try:
         await Worker(WORK_POOL_NAME, name=WORKER_NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()
     finally:
-        beating.cancel()
+        heartbeats.cancel()
 
 
 async def write_heartbeats(file: Path) -> None:

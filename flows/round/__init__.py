@@ -1,1 +1,1 @@
-"""What happens in a round: the flows, their steps, and the model folders of versions."""
+"""Training rounds: the flows, their steps, and the model folders of versions."""

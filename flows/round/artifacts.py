@@ -11,13 +11,13 @@ from yuan.plan.table import format_plan_table
 
 
 def publish_table(key: str, rows: list[dict[str, Any]]) -> None:
-    """Show rows as a table artifact; no rows, no artifact."""
+    """Create a table artifact of the rows, if there are any."""
     if rows and rows[0]:
         create_table_artifact(key=key, table=rows)
 
 
 def build_gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
-    """The decision's suites as table rows."""
+    """Build table rows of the decision's suites."""
     return [
         {
             "suite": suite["suite"],
@@ -31,7 +31,7 @@ def build_gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def format_plan(context: Context, round_id: str, plan: PipelinePlan) -> str:
-    """The plan for people: its table and its drawing, which the portal serves."""
+    """Format the plan as Markdown: its table and a link to its drawing, which the portal serves."""
     with context.sessions() as session:
         number = rounds.find_round(session, round_id).number
     picture = f"{context.settings.portal_url}/rounds/{number}/plan.svg"
@@ -39,5 +39,5 @@ def format_plan(context: Context, round_id: str, plan: PipelinePlan) -> str:
 
 
 def format_decision(decision: dict[str, Any]) -> str:
-    reasons = "; ".join(decision["reasons"]) or "nothing speaks against it"
+    reasons = "; ".join(decision["reasons"]) or "all gate conditions are met"
     return f"**v{decision['candidate']}** {'promoted' if decision['promote'] else 'not promoted'}: {reasons}"

@@ -1,4 +1,4 @@
-"""First half of a round, and what happens to reports between rounds: from uploads to a frozen mixture."""
+"""Collect uploads into a frozen mixture, in a round's first steps; process reports between rounds."""
 
 import logging
 from datetime import datetime, timezone
@@ -14,9 +14,9 @@ from yuan.data.judge import AnswerJudge
 
 log = logging.getLogger(__name__)
 
-# Half of the reports test only, so that a hundred of them still give a rate with a useful interval.
+# Half of the reports are held out, so that a hundred reports still give a pass rate with a useful interval.
 HELD_OUT_REPORT_SHARE = 0.5
-REVIEWER = "reproduction"  # who accepts: what the champion fails at is accepted, and nobody else decides yet
+REVIEWER = "reproduction"  # actor in the audit log: a report is accepted if the champion fails on it
 
 
 def collect(context: Context, round_id: str) -> dict[str, Any]:
@@ -24,13 +24,18 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
     with context.sessions.begin() as session:
         if not rounds.begin_step(session, round_id, "collect", context.attempt):
             return {}
-        turn = rounds.find_round(session, round_id)
-        cut_off, parent = turn.cut_off, turn.parent_version
-    screened, unscreened = _screen(context, cut_off)
-    unasked = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
+        training_round = rounds.find_round(session, round_id)
+        cut_off, parent = training_round.cut_off, training_round.parent_version
+    screened, not_screened = _screen(context, cut_off)
+    not_reproduced = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
     counts = _review(context, cut_off, round_id)
-    accepted, refused = _accept_datasets(context, cut_off)
-    failed = {"screen": unscreened, "reproduce": unasked, "review": counts.pop("failed"), "accept": refused}
+    accepted, not_accepted = _accept_datasets(context, cut_off)
+    failed = {
+        "screen": not_screened,
+        "reproduce": not_reproduced,
+        "review": counts.pop("failed"),
+        "accept": not_accepted,
+    }
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, failed)
     counts |= {"screened": screened, "datasets": accepted, "failed": sum(failed.values())}
@@ -39,12 +44,12 @@ def collect(context: Context, round_id: str) -> dict[str, Any]:
 
 
 def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
-    """Accept what passed the check, each in a transaction of its own; how many were, and how many could not be."""
+    """Accept checked datasets, each in its own transaction; return the numbers accepted and failed."""
     share, max_cases = context.settings.held_out_share, context.settings.max_account_cases
     with context.sessions() as session:
-        waiting = datasets.find_checked_datasets(session, cut_off)
+        dataset_ids = datasets.find_checked_datasets(session, cut_off)
     failed = 0
-    for dataset_id in waiting:
+    for dataset_id in dataset_ids:
         try:
             with context.sessions.begin() as session:
                 datasets.accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
@@ -54,26 +59,26 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
             failed += 1
             with context.sessions.begin() as session:
                 datasets.record_acceptance_failure(session, dataset_id, error)
-    return len(waiting) - failed, failed
+    return len(dataset_ids) - failed, failed
 
 
 def process_waiting_reports(context: Context, limit: int) -> dict[str, int]:
-    """Between rounds: screen what arrived, ask the champion again about `limit` reports at most, and review.
+    """Screen new reports, reproduce at most `limit` of them against the champion, and review them.
 
-    While a round is running nothing is accepted: a new held-out case could lie in its frozen mixture already.
+    No report is accepted while a round runs: a new held-out case could already be in its frozen mixture.
     """
     now = datetime.now(timezone.utc)
     with context.sessions() as session:
         version = find_champion(session)
     if version is None:
         return {}
-    screened, unscreened = _screen(context, now)
-    asked, unasked = _reproduce(context, now, version, limit)
+    screened, not_screened = _screen(context, now)
+    reproduced, not_reproduced = _reproduce(context, now, version, limit)
     with context.sessions() as session:
         is_running = rounds.find_running_round(session) is not None
     counts = {} if is_running else _review(context, now, f"v{version}")
-    failed = unscreened + unasked + counts.pop("failed", 0)
-    return {"screened": screened, "asked_again": asked, **counts, "failed": failed}
+    failed = not_screened + not_reproduced + counts.pop("failed", 0)
+    return {"screened": screened, "asked_again": reproduced, **counts, "failed": failed}
 
 
 def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
@@ -82,19 +87,20 @@ def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
 
 
 def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | None) -> tuple[int, int]:
-    """Ask the version about reports, each batch kept before the next is asked; how many, and how many could not be."""
+    """Query the version with the prompts of reports, and store each batch; return the numbers queried and failed."""
     with context.sessions() as session:
-        found = reports.find_unreproduced_reports(session, cut_off, version, limit)
-        ids, prompts = [row.id for row in found], [str(row.body.get("prompt", "")) for row in found]
-    done = failed = 0
+        rows = reports.find_unreproduced_reports(session, cut_off, version, limit)
+        ids, prompts = [row.id for row in rows], [str(row.body.get("prompt", "")) for row in rows]
+
+    num_queried = failed = 0
     with AnswerJudge() as judge:
         for answers in reproduce_answers(context.settings, prompts, version):
-            batch = list(zip(ids[done:], answers, strict=False))
+            batch = list(zip(ids[num_queried:], answers, strict=False))
             with context.sessions.begin() as session:
                 failed += reports.note_reproductions(session, version, batch, judge.check)
-            done += len(answers)
-    log.info("asked v%d again about %d reports, %d could not be processed", version, done, failed)
-    return done, failed
+            num_queried += len(answers)
+    log.info("reproduced %d reports against v%d, %d could not be processed", num_queried, version, failed)
+    return num_queried, failed
 
 
 def _review(context: Context, cut_off: datetime, subject: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Register what a round trained as a version, and let it and the champion take the cases."""
+"""Register a round's trained model as a version, and evaluate it and the champion on the cases."""
 
 import json
 import logging
@@ -22,20 +22,19 @@ from infra.tracker import VersionLost
 log = logging.getLogger(__name__)
 
 EVAL_LOG_FILE, EVAL_LOG_TAIL_BYTES = "eval.log", 2000
-MAX_EVAL_ATTEMPTS = 3  # one that was killed is no verdict on the model
-MAX_RESULT_BYTES_PER_CASE = (
-    1 << 20
-)  # of a case, on average: an answer has at most as many tokens as the expected one, and some
+MAX_EVAL_ATTEMPTS = 3  # an evaluation that was killed says nothing about the model
+# On average: an answer has at most as many tokens as the expected one, plus a margin.
+MAX_RESULT_BYTES_PER_CASE = 1 << 20
 
 
 def register_version(context: Context, round_id: str) -> int:
-    """Register the exported folder as a new version; the same run keeps its version."""
+    """Register the exported folder as a new version, and return its number; a retry for a run reuses its version."""
     with context.sessions() as session:
         run = rounds.get_or_create_training_run(session, round_id)
         run_id, mlflow_run = run.id, str(run.mlflow_run_id)
         known = rounds.find_version_of_run(session, run_id)
     tags = {"cotrain.round": round_id, "cotrain.run": run_id}
-    # Ranks wrote the folder, and consumers read what is registered: so only copies of what its manifest names.
+    # Ranks can write the folder and consumers read the registry, so only verified copies of manifest files go there.
     with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)
         version = context.tracker.register_version(mlflow_run, scratch, tags, known.version if known else None)
@@ -47,30 +46,31 @@ def register_version(context: Context, round_id: str) -> int:
 
 
 def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
-    """Let candidate and champion take the cases they have not taken: how many each took and could not be judged on."""
+    """Evaluate candidate and champion on cases without a result; return the numbers of cases and failures of each."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "evaluate", context.attempt)
-        turn = rounds.find_round(session, round_id)
-        versions = [v for v in (turn.candidate_version, turn.parent_version) if v is not None]
+        training_round = rounds.find_round(session, round_id)
+        versions = [v for v in (training_round.candidate_version, training_round.parent_version) if v is not None]
     place = context.settings.home / "eval"
     place.mkdir(exist_ok=True)
-    taken = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
+    counts = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
+    num_failed = sum(version_counts["failed"] for version_counts in counts)
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, {"evaluate": sum(one["failed"] for one in taken)})
-    return taken
+        rounds.record_failed_items(session, round_id, {"evaluate": num_failed})
+    return counts
 
 
 def evaluate_version(context: Context, version: int, place: Path | None = None) -> dict[str, int]:
-    """Let a version take every case it has not taken yet: `cases` it took, `failed` those without a judgement.
+    """Evaluate a version on all cases without a result; return the numbers of `cases` and of those `failed` to judge.
 
     Args:
-        place: where a scratch folder is made, which stays for its log if this fails, and where a round's version may be
-            one that the registry has lost. None, for an operator's command: in the system's folder for these, where no
-            service writes and nothing stays.
+        place: parent of the scratch folder, which is kept for its log on failure; with it, a version lost from the
+            registry is evaluated from its run's export. None, for an operator's command: the system's temporary
+            folder, where no service writes; the scratch folder is always removed.
 
     Raises:
         NeverRegistered: if there never was such a version.
-        VersionLost: if the version is gone from the registry, and for a round has no whole export either.
+        VersionLost: if the version is lost from the registry and, with `place`, its run has no complete export.
         RuntimeError: if its evaluation fails.
     """
     with context.sessions() as session:
@@ -88,8 +88,8 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         if place is None:
             raise
         is_lost = True
-    for left in place.glob(f"v{version}-*") if place else ():
-        shutil.rmtree(left)  # of an evaluation that failed, kept for its log
+    for old_folder in place.glob(f"v{version}-*") if place else ():
+        shutil.rmtree(old_folder)  # kept for the log of a failed evaluation
     folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
     try:
         model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
@@ -106,7 +106,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         promotion.store_results(session, version, results)
     shutil.rmtree(folder, ignore_errors=True)
     failed = sum(result["reason"] is not None for result in results)
-    log.info("v%d took %d cases, of which %d could not be judged", version, len(results), failed)
+    log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(results), failed)
     return {"cases": len(results), "failed": failed}
 
 
@@ -119,20 +119,20 @@ def _read_log_tail(log_file: Path) -> str:
 
 
 def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run the evaluation in a process of its own, which has torch and can be killed.
+    """Run the evaluation in a separate confined process, which imports torch and can be killed.
 
-    It fetches a version, such as v7, by itself with the account that only reads, or takes a model folder; it reaches
-    nothing but that and its own folder.
+    `model` is a version such as v7, which the process fetches with the read-only account, or a model folder; the
+    process can access only that and its own folder.
 
     Raises:
-        RuntimeError: if it fails, or leaves no file of results; its log may hold text of the cases.
+        RuntimeError: if it fails, or writes no results file; its log may contain text of the cases.
     """
-    asked, answered = folder / "cases.jsonl", folder / "results.jsonl"
+    cases_file, results_file = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / EVAL_LOG_FILE
-    asked.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
+    cases_file.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
     confinement = Confinement(read=(Path(model),), write=(folder, *find_accelerator_files()), signal="SIGKILL")
     command = confinement.command(
-        sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(asked), str(answered)
+        sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(cases_file), str(results_file)
     )
     for _ in range(MAX_EVAL_ATTEMPTS):
         with run_child(command, folder, _build_evaluation_environment(context, folder), log_file.name) as process:
@@ -143,14 +143,14 @@ def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict
     else:
         raise RuntimeError(f"evaluation ended with status {status}")
     try:
-        text = read_regular(answered, MAX_RESULT_BYTES_PER_CASE * len(cases))
+        text = read_regular(results_file, MAX_RESULT_BYTES_PER_CASE * len(cases))
     except OSError as error:
         raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
     return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
-    """Build what an evaluation needs: the address of the tracker and the account that only reads."""
+    """Build the environment of an evaluation: the tracker's URL and its read-only account."""
     settings = context.settings
     return build_confined_environment(
         folder,

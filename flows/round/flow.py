@@ -1,4 +1,4 @@
-"""The flows of Prefect: the round, which is the table of contents of the loop, and what comes between rounds."""
+"""The Prefect flows: the training round, and the processing of reports between rounds."""
 
 from dataclasses import replace
 
@@ -34,20 +34,20 @@ publish_outcome = make_step(promote.publish_outcome, "tell")
 
 @flow(
     name="cotrain-round",
-    description="One turn of the loop: screen, reproduce, freeze, plan, train, evaluate, decide, tell.",
+    description="One training round: screen, reproduce, freeze, plan, train, evaluate, decide, notify.",
     validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
 )
 def cotrain_round(form: RoundForm) -> str | State[str]:
-    """Run a round to its end and return its final state; a round that has ended is left as it is."""
+    """Run a round to completion and return its final state; a round that has ended is not changed."""
     context = open_context()
     round_id = form.round_id
     if round_id is None:
-        # The dispatcher starts every requested round under a key of its own; this run only filed the request.
+        # This run only files the request; the dispatcher starts the round in another flow run, under its own key.
         return f"requested round {request_round(context, form.round_parameters())}"
     with context.sessions() as session:
         attempt = rounds.find_round(session, round_id).attempt
     try:
-        # An earlier attempt may be leaving still; two of them must not write the same files.
+        # An earlier attempt may still be exiting; two attempts must not write the same files.
         with hide_error_text("the round"), hold_file_lock(context.get_round_lock(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundOwnershipLost as ended:
@@ -61,10 +61,10 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
 
 
 def run_steps(context: Context, round_id: str) -> str:
-    """Take a round through its steps; those it has passed are passed by.
+    """Run the steps of a round; steps that are complete are skipped.
 
     Raises:
-        RoundEnded: if the round has ended, or a later attempt works on it.
+        RoundOwnershipLost: if the round has ended, or a later attempt works on it.
     """
     collected = collect(context, round_id)
     publish_table("collected", [collected])
@@ -85,24 +85,24 @@ def run_steps(context: Context, round_id: str) -> str:
 
 
 def request_round(context: Context, parameters: RoundParameters) -> str:
-    """File the row that pressing Run stands for."""
+    """Store a request for a round and return its id."""
     with context.sessions.begin() as session:
         return rounds.request_round(session, "prefect", parameters, new_id()).id
 
 
 def fail_round(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
-    """End the round without a version, with the reason on its page."""
+    """End the round without a promoted version; the portal shows the reason."""
     with context.sessions.begin() as session:
         rounds.finish_round(session, round_id, state, reason[:2000])
 
 
 @flow(
     name="cotrain-reproduce",
-    description="Between rounds: screen new reports, ask the champion again, accept what reproduced.",
+    description="Between rounds: screen new reports, reproduce them against the champion, accept those it fails on.",
     validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
 )
 def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
-    """Take up the reports that wait; the dispatcher starts this when some do."""
+    """Process waiting reports; the dispatcher starts this flow when there are some."""
     counts: dict[str, int] = process_waiting_reports(open_context(), form.limit)
     publish_table("taken-up", [counts])
     return counts

@@ -1,4 +1,4 @@
-"""The run folder of a round, laid out from its snapshot, and the pool it is planned for."""
+"""Prepare the run folder of a round from its snapshot, with a plan for the configured pool."""
 
 import json
 import logging
@@ -32,12 +32,16 @@ MAX_ROUND_VOCAB_SIZE, MODEL_VOCAB_MULTIPLE = 1024, 64
 
 
 def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
-    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Done once."""
+    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Return the plan. Idempotent."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "plan", context.attempt)
-        turn = rounds.find_round(session, round_id)
+        training_round = rounds.find_round(session, round_id)
         run_id = rounds.get_or_create_training_run(session, round_id).id
-        snapshot_id, parent, parameters = str(turn.snapshot_id), turn.parent_version, turn.parameters
+        snapshot_id, parent, parameters = (
+            str(training_round.snapshot_id),
+            training_round.parent_version,
+            training_round.parameters,
+        )
         parts = snapshots.read_part_sizes(session, snapshot_id)
     folder = RunFolder(context.runs / run_id)
     if (folder.path / "run.json").exists():
@@ -46,7 +50,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     folder.path.mkdir(parents=True)
     if not context.objects.exists(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}"):
         raise ValueError(
-            f"snapshot {snapshot_id} is gone from the object store; start a new round, which freezes another"
+            f"snapshot {snapshot_id} is missing in the object store; start a new round, which freezes a new one"
         )
     parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}")))
     model, tokenizer = _prepare_model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
@@ -79,23 +83,23 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
         rounds.record_failed_items(session, round_id, {"plan": len(left_out)})
         snapshots.note_left_out_rows(session, "plan", left_out)
     folder.write_spec(spec)
-    log.info("laid out run %s: %d rows, left out %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
+    log.info("prepared run %s: %d rows, excluded %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
     return plan
 
 
 class WeightMissing(SafeMessageError, ValueError):
-    """A round's weights leave out a part that has rows."""
+    """A round's weights lack a part that has rows."""
 
 
 def _select_weights(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
-    """Return the weights of the parts that have rows; those of others count for nothing.
+    """Return the weights of the parts that have rows; the weights of empty parts are ignored.
 
     Raises:
-        WeightMissing: if such a part has none.
+        WeightMissing: if a part with rows has no weight.
     """
     missing = sorted(set(sources) - set(weights))
     if missing:
-        raise WeightMissing(f"the round's weights leave out {', '.join(missing)}, which have rows; give each a weight")
+        raise WeightMissing(f"the round's weights lack {', '.join(missing)}, which have rows; give each a weight")
     return {name: weights[name] for name in sources}
 
 
@@ -106,20 +110,20 @@ def _build_sources(
     seed: int,
     left_out: dict[str, str],
 ) -> dict[str, Iterator[Sample]]:
-    """The mixture's parts, as they follow each other in the snapshot, each packed in an order of its own.
+    """Build an iterator of samples for each part of the mixture, in the snapshot's order; each part is shuffled.
 
     Args:
-        left_out: is given the key and the reason of each row that cannot be encoded; a line of the snapshot that is no
-            row any more has its number for a key.
+        left_out: receives the key and the reason of each row that cannot be encoded; the key of a snapshot line that
+            can no longer be parsed is its line number.
     """
     sources: dict[str, Iterator[Sample]] = {}
     start = 0
     for name, count in parts.items():
-        own = list(parsed[start : start + count])
+        part_rows = list(parsed[start : start + count])
         start += count
-        random.Random(f"{seed} {name}").shuffle(own)
-        if own:
-            sources[name] = _encode_rows(own, tokenizer, left_out)
+        random.Random(f"{seed} {name}").shuffle(part_rows)
+        if part_rows:
+            sources[name] = _encode_rows(part_rows, tokenizer, left_out)
     return sources
 
 
@@ -143,33 +147,33 @@ def _encode_rows(
 def _prepare_model(
     context: Context, folder: RunFolder, parent: int | None, rows: list[Row]
 ) -> tuple[ModelConfig, tokenizers.Tokenizer]:
-    """The parent's shape and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
+    """Return the parent's config and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
     if parent is not None:
-        made = fetch_version(context, parent, folder.path / ".download")
-        made.rename(folder.parent)
+        downloaded = fetch_version(context, parent, folder.path / ".download")
+        downloaded.rename(folder.parent)
         shutil.rmtree(folder.path / ".download")
         config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))
         return config, tokenizers.load(folder.parent)
     tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=MAX_ROUND_VOCAB_SIZE)
-    padded = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
-    return tiny(padded), tokenizer
+    padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
+    return tiny(padded_vocab_size), tokenizer
 
 
-def _choose_precision(asked: Literal["auto", "bf16", "fp32"]) -> Precision:
-    if asked == "auto":
+def _choose_precision(requested: Literal["auto", "bf16", "fp32"]) -> Precision:
+    if requested == "auto":
         return "bf16" if has_fast_bf16() else "fp32"
-    return asked
+    return requested
 
 
 def _build_recipe(parameters: dict[str, Any]) -> Recipe:
-    asked = RoundParameters.model_validate(parameters)
+    requested = RoundParameters.model_validate(parameters)
     return Recipe(
-        max_steps=asked.max_steps,
-        learning_rate=asked.learning_rate,
+        max_steps=requested.max_steps,
+        learning_rate=requested.learning_rate,
         seq_len=ROUND_SEQ_LEN,
         micro_batch_size=ROUND_MICRO_BATCH_SIZE,
         global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
-        warmup_steps=min(20, asked.max_steps - 1),
-        precision=_choose_precision(asked.precision),
-        checkpoint_every=asked.checkpoint_every,
+        warmup_steps=min(20, requested.max_steps - 1),
+        precision=_choose_precision(requested.precision),
+        checkpoint_every=requested.checkpoint_every,
     )

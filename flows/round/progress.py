@@ -1,4 +1,4 @@
-"""A run's progress in Prefect, and Prefect's wish to end it."""
+"""Show a run's progress in Prefect, and poll Prefect for a cancellation."""
 
 import time
 from typing import Any
@@ -18,19 +18,19 @@ class RunCancelled(Exception):
 
 
 def make_progress_callback() -> ProgressCallback:
-    """A function that shows a run's status as a progress artifact, and leaves when the flow run is being cancelled.
+    """Return a function that shows a run's status as a progress artifact and checks for a cancellation.
 
-    A worker that lost touch with the server, or died, never tells its flow; so the flow asks.
+    The flow polls Prefect itself, since a worker that exited or is disconnected never notifies its flow.
 
     Raises:
         RunCancelled: from the function, once an operator has cancelled.
     """
     artifact: list[Any] = []
-    asked = [0.0]
+    polled_at = [0.0]
 
     def show(status: dict[str, Any]) -> None:
-        if time.monotonic() - asked[0] > CANCEL_POLL_S:
-            asked[0] = time.monotonic()
+        if time.monotonic() - polled_at[0] > CANCEL_POLL_S:
+            polled_at[0] = time.monotonic()
             raise_if_cancelled()
         if not status:
             return
@@ -44,15 +44,15 @@ def make_progress_callback() -> ProgressCallback:
 
 
 def raise_if_cancelled() -> None:
-    """Ask the server how it sees this flow run; outside of one, nothing is asked.
+    """Fetch the state of this flow run from Prefect; do nothing outside of a flow run.
 
     Raises:
         RunCancelled: if it is being cancelled, or was.
     """
-    own = flow_run.id
-    if own is None:
+    run_id = flow_run.id
+    if run_id is None:
         return
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(own).state
+        state = client.read_flow_run(run_id).state
     if state is not None and (state.is_cancelling() or state.is_cancelled()):
         raise RunCancelled("cancelled in Prefect")

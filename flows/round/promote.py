@@ -1,4 +1,4 @@
-"""Last part of a round: decide on the candidate, and tell reporters and the registry."""
+"""Last steps of a round: decide on the candidate, notify reporters and update the registry's aliases."""
 
 import logging
 from typing import Any
@@ -10,17 +10,17 @@ log = logging.getLogger(__name__)
 
 
 def decide(context: Context, round_id: str) -> dict[str, Any]:
-    """Judge the candidate; promotion, verdicts, notices and the round's end are one transaction."""
+    """Decide on the candidate's promotion; promotion, verdicts, notices and round end are one transaction."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "decide", context.attempt)
-        turn = rounds.find_round(session, round_id)
-        decision = gate.decide_promotion(session, turn)
+        training_round = rounds.find_round(session, round_id)
+        decision = gate.decide_promotion(session, training_round)
         if decision["promote"]:
-            untold = promotion.promote_candidate(session, turn, decision)
-            rounds.record_failed_items(session, round_id, {"tell": untold})
+            num_failed_notices = promotion.promote_candidate(session, training_round, decision)
+            rounds.record_failed_items(session, round_id, {"tell": num_failed_notices})
             rounds.finish_round(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
         else:
-            turn.decision = decision
+            training_round.decision = decision
             rounds.finish_round(session, round_id, "rejected", "; ".join(decision["reasons"]))
         rounds.notify_dispatcher(session)
     log.info("decided: promote=%s %s", decision["promote"], decision["reasons"])
@@ -28,10 +28,12 @@ def decide(context: Context, round_id: str) -> dict[str, Any]:
 
 
 def publish_outcome(context: RecordsContext) -> int:
-    """Bring notices to their reporters and the registry's aliases to the champion. Any process may, at any time."""
+    """Deliver notices to reporters and set the registry's aliases to the champion. Safe to call from any process."""
     with context.sessions.begin() as session:
         delivered = promotion.mark_notices_delivered(session)
-    with context.sessions.begin() as session:  # the registry may not answer; what is delivered stays so
+    with (
+        context.sessions.begin() as session
+    ):  # a separate transaction: an outage of the registry must not undo deliveries
         changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), context.tracker.set_alias)
     if delivered or changed:
         log.info("delivered %d notices, set aliases %s", delivered, changed)

@@ -1,7 +1,7 @@
-"""How a plain function becomes a step of a flow.
+"""Turn plain functions into steps (tasks) of a flow.
 
-What a flow raises, Prefect stores and shows to everybody who has its password, with the traceback; so steps raise
-errors of this module, which say what went wrong without the text that was worked on.
+Prefect stores the errors that a flow raises, with traceback, and shows them to everybody who has its password. So steps
+raise the errors of this module, whose messages do not contain the processed text.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ log = logging.getLogger(__name__)
 
 
 class StepFailed(Exception):
-    """A step could not be done; another attempt at the round may."""
+    """A step failed; another attempt at the round may succeed."""
 
 
 class ServerUnavailable(StepFailed):
-    """A network or a restarting server kept a step from being done; it is worth another try at once."""
+    """A step failed because a server is unreachable or restarting; the task is retried."""
 
 
 class StepUnrecoverable(StepFailed):
-    """A step cannot be done, however often it is tried."""
+    """A step failed with an error that retries cannot fix."""
 
 
 @contextlib.contextmanager
 def hide_error_text(name: str) -> Iterator[None]:
-    """Let nothing out of the block but errors that Prefect may show; where it happened is logged.
+    """Convert errors of the block to errors that Prefect may show; the redacted traceback is logged.
 
     Raises:
-        RoundEnded, RunCancelled: as they are.
-        StepFailed: for anything else.
+        RoundOwnershipLost, RunCancelled: unchanged.
+        StepFailed: for any other error.
     """
     try:
         yield
@@ -57,36 +57,36 @@ def hide_error_text(name: str) -> Iterator[None]:
 
 
 def is_retryable(error: Exception) -> bool:
-    """Whether a network or a restarting server failed; what a server refuses, it refuses again."""
-    if isinstance(error, MlflowException):  # its client says 500 for a server that it does not reach
+    """Check whether a network or server outage caused the error; a request that a server rejects is not retried."""
+    if isinstance(error, MlflowException):  # its client reports status 500 for an unreachable server
         return bool(error.get_http_status_code() >= 500)
     return is_transient_error(error)
 
 
 def is_server_unavailable(task_: Any, run: TaskRun, state: State[Any]) -> bool:
-    """Whether a step's task failed for want of a server."""
+    """Check whether a step's task failed because a server was unavailable."""
     try:
         state.result()
     except ServerUnavailable:
         return True
-    except Exception:  # any other error is ours and comes back the same
+    except Exception:  # any other error is our own and would repeat
         return False
     return False
 
 
 def make_step(function: Callable[..., Any], name: str) -> Any:
-    """Make a task of a step: never cached, repeated on I/O errors only, its errors without anybody's text."""
+    """Make a Prefect task of a step: never cached, retried on I/O errors only, errors without processed text."""
 
     @functools.wraps(function)
-    def quiet(*args: Any, **kwargs: Any) -> Any:
+    def step(*args: Any, **kwargs: Any) -> Any:
         with hide_error_text(name):
             return function(*args, **kwargs)
 
-    made = task(
+    make_task = task(
         name=name,
         cache_policy=NO_CACHE,
         retries=6,
         retry_delay_seconds=[1, 2, 4, 8, 15, 30],
         retry_condition_fn=is_server_unavailable,
     )
-    return made(quiet)
+    return make_task(step)

@@ -1,4 +1,4 @@
-"""Model folders of versions: copied out of a run, fetched, and registered again when the registry lost them."""
+"""Model folders of versions: copy them from a run, fetch them, and re-register those that the registry lost."""
 
 import contextlib
 import json
@@ -22,21 +22,21 @@ VERSION_COPY_FOLDERS = ("serve", "generate")  # folders of copies: the model ser
 
 
 def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
-    """Bring back a version that was deleted from the registry, or its files, from a copy of its model folder.
+    """Restore a version, or its files, that was deleted from the registry, from a copy of its model folder.
 
     Args:
         folder: `runs/RUN/export`, or any other copy, such as the model server's.
-        wanted: which version it is; None: the one whose run or whose manifest it is.
+        wanted: the version's number; None: identify it by its run or its manifest.
 
     Returns:
-        The version, and whether it, or its files, had to be brought back; one that is whole is left alone.
+        The version, and whether it, or its files, had to be restored; a complete version is not changed.
 
     Raises:
-        ValueError: if the folder is not whole, or not the version's; the message says what differs.
+        ValueError: if the folder is incomplete, or not that of the version; the message lists the differences.
     """
     from yuan.model.weights import parse_manifest
 
-    folder = folder.resolve()  # the operator's own links are followed, and none in what they lead to
+    folder = folder.resolve()  # links in the operator's path are followed, but none inside the folder
     try:
         manifest = parse_manifest(read_file(folder, "manifest.json"))
     except (OSError, ValueError) as error:
@@ -69,7 +69,7 @@ def require_registered(context: Context, version: int) -> None:
 
     Raises:
         NeverRegistered: if there never was such a version.
-        VersionLost: if it, or its files, are gone from the registry.
+        VersionLost: if it, or its files, are lost from the registry.
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
@@ -77,13 +77,13 @@ def require_registered(context: Context, version: int) -> None:
 
 
 def fetch_version(context: Context, version: int, target: Path) -> Path:
-    """Fetch a version's model folder; one that the registry has lost is copied from its run's export.
+    """Fetch a version's model folder and return its path; a lost version is copied from its run's export.
 
     Args:
-        target: a folder, made if it is not there, in which the model folder is put.
+        target: parent folder of the model folder; created if missing.
 
     Raises:
-        VersionLost: if it is gone from the registry and the export is not as recorded; the message says what to do.
+        VersionLost: if the registry has lost it and the export is not as recorded; the message says what to do.
     """
     try:
         return context.tracker.download(version, target)
@@ -92,7 +92,7 @@ def fetch_version(context: Context, version: int, target: Path) -> Path:
 
 
 def copy_lost_version(context: Context, version: int, target: Path) -> Path:
-    """Copy a version that the registry has lost from its run's export, every byte of it checked.
+    """Copy a version that the registry has lost from its run's export, and verify every byte.
 
     Raises:
         VersionLost: if the export is not as recorded; the message says what to do.
@@ -106,7 +106,7 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
     try:
         copy_manifest_files(context.runs / known.run_id / "export", copy, known.manifest)
     except ValueError as error:
-        log.warning("v%d is gone from the registry, and its run's export is of no use: %s", version, error)
+        log.warning("v%d is gone from the registry, and its run's export is not usable: %s", version, error)
         raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
     log.warning("v%d is gone from the registry, and its run's export is used; %s", version, how)
     return copy
@@ -114,9 +114,9 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
 
 @contextlib.contextmanager
 def make_scratch_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder for a copy of weights, on the disk of the home folder and gone afterwards.
+    """Make a temporary folder for a copy of weights, on the disk of the home folder.
 
-    Its name is fixed, so that the next attempt removes what one that was killed has left.
+    Its name is fixed, so that the next attempt removes the folder of a killed attempt.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
@@ -127,10 +127,10 @@ def make_scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def copy_export(run: Path, target: Path) -> dict[str, Any]:
-    """Copy what the manifest of a run's exported weights names, and return the manifest.
+    """Copy the files that the manifest of a run's exported weights lists, and return the manifest.
 
     Raises:
-        ValueError: if the weights are not what the manifest says, or no regular files of the run's own folder.
+        ValueError: if the files differ from the manifest, or are not regular files in the run's own folder.
     """
     try:
         manifest = dict(json.loads(read_file(run, "export/manifest.json")))
@@ -141,32 +141,32 @@ def copy_export(run: Path, target: Path) -> dict[str, Any]:
 
 
 def copy_manifest_files(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
-    """Copy what a recorded manifest names out of a folder that services write, and nothing else.
+    """Copy only the files that a recorded manifest lists, from a folder that services can write.
 
-    Whoever reads the registry reads what is copied, so no link is followed, not even one in the folder's place, and
-    every byte is compared.
+    The copy is published in the registry, so no link is followed, not even in place of the folder, and the sha256 of
+    every file is verified.
 
     Raises:
-        ValueError: if a file is not the recorded one.
+        ValueError: if a file differs from the recorded one.
     """
     for name, expected in recorded["files"].items():
         if Path(name).name != name or name == "..":
-            raise ValueError(f"a manifest names files of one folder, got {make_printable(name)}")
+            raise ValueError(f"a manifest must list files of one folder, got {make_printable(name)}")
         try:
             source = open_file(folder.parent, f"{folder.name}/{name}")
             if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse
                 os.close(source)
                 raise OSError(f"it has {size} bytes, and the disk has less room")
-            found = copy_descriptor(source, target / name)
+            sha256 = copy_descriptor(source, target / name)
         except OSError as error:
             raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
-        if found != expected:
-            raise ValueError(f"{name} of {folder} has the sha256 {found}, recorded is {expected}; give another copy")
+        if sha256 != expected:
+            raise ValueError(f"{name} of {folder} has the sha256 {sha256}, recorded is {expected}; give another copy")
     (target / "manifest.json").write_text(json.dumps(recorded))
 
 
 def describe_registration(home: Path, version: int, run_id: str) -> str:
-    """Describe the command that brings a lost version back, from what copies there are."""
+    """Describe the command that restores a lost version, from the first copy that exists on this machine."""
     run = home / "runs" / run_id
     places = (run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS))
     copies = [place / "manifest.json" for place in places]
@@ -185,22 +185,22 @@ def describe_registration(home: Path, version: int, run_id: str) -> str:
 
 
 def describe_manifest_differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    """What differs between two manifests, in words; empty if nothing does.
+    """Describe the differences between two manifests; empty if there are none.
 
     >>> recorded = {"files": {"a": "1", "b": "3"}, "step": 6}
     >>> describe_manifest_differences({"files": {"a": "1", "b": "2"}, "step": 5}, recorded)
     'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
     """
     files, others = (dict(part) for part in (found["files"], recorded["files"]))
-    said = [
+    differences = [
         f"{name} has the sha256 {files.get(name, 'of no file')}, recorded is {others.get(name, 'no such file')}"
         for name in sorted(files | others)
         if files.get(name) != others.get(name)
     ]
     rest = sorted((found.keys() | recorded.keys()) - {"files"})
-    said += [
+    differences += [
         f"{key} is {found.get(key)}, recorded is {recorded.get(key)}"
         for key in rest
         if found.get(key) != recorded.get(key)
     ]
-    return "; ".join(said)
+    return "; ".join(differences)

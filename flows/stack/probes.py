@@ -217,22 +217,24 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
 
 def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """The running round has a flow that runs."""
-    what, turn = "the running round", facts.running
-    if turn is None:
+    what, training_round = "the running round", facts.running
+    if training_round is None:
         return []
     mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
     with open_prefect_client(settings) as http:
         run = fetch_newest_flow_run(
-            http, {"name": {"any_": [f"round-{turn.number}-attempt-{turn.attempt}"]}}, "START_TIME_DESC"
+            http,
+            {"name": {"any_": [f"round-{training_round.number}-attempt-{training_round.attempt}"]}},
+            "START_TIME_DESC",
         )
     state = run["state"] if run else None
     if state and state["type"] == "RUNNING":
         return [Finding(what, get_utc_now())]
-    since = datetime.fromisoformat(state["timestamp"]) if state else turn.created_at
+    since = datetime.fromisoformat(state["timestamp"]) if state else training_round.created_at
     if compute_age_s(since) < LATE_AFTER_S:
         return [Finding(what, since)]
     said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
-    fault = f"round {turn.number} is at {turn.step} and {said} since {since:%F %T}"
+    fault = f"round {training_round.number} is at {training_round.step} and {said} since {since:%F %T}"
     return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
 
 

@@ -1,1 +1,1 @@
-"""What keeps a run alive: devices, processes, checkpoints elsewhere, and how an end is answered."""
+"""Run supervision: device leases, rank processes, checkpoint uploads, exit classification and restarts."""

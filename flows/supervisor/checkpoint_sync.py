@@ -1,4 +1,4 @@
-"""Checkpoints of a run in the object store: sent while it trains, fetched when the disk that had them is gone."""
+"""Sync a run's checkpoints with the object store: upload during training, restore after the loss of a disk."""
 
 import contextlib
 import logging
@@ -34,11 +34,11 @@ RefusedCheckpoint = tuple[str, bytes]  # a checkpoint's name and its manifest
 
 @contextlib.contextmanager
 def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
-    """Send every checkpoint that becomes real while the block runs, the last one before it ends."""
-    over, refused = threading.Event(), set[RefusedCheckpoint]()
+    """Upload every checkpoint that is committed while the block runs, the last one before the block ends."""
+    stop, refused = threading.Event(), set[RefusedCheckpoint]()
 
     def work() -> None:
-        while not over.wait(CHECKPOINT_UPLOAD_POLL_S):
+        while not stop.wait(CHECKPOINT_UPLOAD_POLL_S):
             _try_sync_checkpoints(objects, run_id, folder, refused)
 
     thread = threading.Thread(target=work, daemon=True, name="uploads")
@@ -46,7 +46,7 @@ def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         thread.join()
     _try_sync_checkpoints(objects, run_id, folder, refused)
 
@@ -54,19 +54,20 @@ def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -
 def sync_checkpoints(
     objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint] | None = None
 ) -> list[str]:
-    """Make the store's checkpoints those of the folder; the manifest goes last, and is removed first.
+    """Mirror the folder's checkpoints to the store; a manifest is uploaded last and deleted first.
 
-    Sent are the files that a manifest names, as it describes them, and nothing else that ranks have put there. A
-    checkpoint that the run prunes meanwhile is left out. Returns the names of those sent now.
+    Only files that a manifest lists are uploaded, and only if size and sha256 match; other files that ranks wrote are
+    ignored. A checkpoint that the run prunes during the upload is skipped. Returns the names uploaded by this call.
 
     Args:
-        refused: takes up those whose files are not as described, which are not tried again.
+        refused: collects checkpoints whose files differ from their manifest; these are not retried.
     """
     refused = set() if refused is None else refused
-    there = _list_stored_checkpoints(objects, run_id)
-    here = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
-    sent = []
-    for name in here:
+    stored_names = _list_stored_checkpoints(objects, run_id)
+    local_names = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
+
+    uploaded = []
+    for name in local_names:
         manifest = b""
         try:
             manifest = read_file(
@@ -75,11 +76,11 @@ def sync_checkpoints(
             if (name, manifest) in refused:
                 continue
             if (
-                name in there
+                name in stored_names
                 and objects.get(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}") == manifest
             ):
                 continue
-            if name in there:  # of a trajectory that a roll back has left
+            if name in stored_names:  # from a trajectory that a roll back has discarded
                 _delete_stored_checkpoint(objects, run_id, name)
             for file, expected in parse_manifest_files(manifest, name).items():
                 with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
@@ -93,28 +94,30 @@ def sync_checkpoints(
                 read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
                 != manifest
             ):
-                _delete_stored_checkpoint(objects, run_id, name)  # another one took its place meanwhile
+                _delete_stored_checkpoint(objects, run_id, name)  # replaced by another one during the upload
                 continue
             objects.put(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}", manifest)
         except FileNotFoundError:
             continue
-        except (NotRegularFileError, ValueError) as error:  # damaged, or not made by our ranks; the others are sent
+        # Damaged, or not written by our ranks; the other checkpoints are uploaded.
+        except (NotRegularFileError, ValueError) as error:
             log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
             _delete_stored_checkpoint(objects, run_id, name)
             refused.add((name, manifest))
             continue
-        sent.append(name)
-    newest = max(here, default="")
-    for name in there - set(here):
-        if name < newest:  # the run goes on beyond it and has pruned it
+        uploaded.append(name)
+
+    newest = max(local_names, default="")
+    for name in stored_names - set(local_names):
+        if name < newest:  # the run has passed this step and pruned it
             _delete_stored_checkpoint(objects, run_id, name)
-    return sent
+    return uploaded
 
 
 def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
-    """Bring back the newest whole checkpoint if the folder has none; its name.
+    """Restore the newest complete checkpoint if the folder has none, and return its name; None if none was restored.
 
-    It is put together beside the run's folder, where no rank can write, and moved into it.
+    The checkpoint is assembled beside the run's folder, where no rank can write, and then moved into it.
     """
     if any(list_committed_checkpoints(folder.checkpoints)):
         return None
@@ -128,12 +131,12 @@ def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> 
                 return name
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        log.warning("checkpoint %s of run %s is damaged in the store; trying the one before", name, run_id)
+        log.warning("checkpoint %s of run %s is damaged in the store; trying the previous one", name, run_id)
     return None
 
 
 def _download_checkpoint(objects: ObjectStore, prefix: str, target: Path) -> bool:
-    """Fetch a checkpoint; whether it is whole."""
+    """Download a checkpoint; return whether all its files match the manifest."""
     manifest = objects.get(f"{prefix}/{CHECKPOINT_MANIFEST_FILE}")
     try:
         files = parse_manifest_files(manifest, prefix.rpartition("/")[2])
@@ -147,7 +150,7 @@ def _download_checkpoint(objects: ObjectStore, prefix: str, target: Path) -> boo
 
 
 def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
-    """Put a checkpoint in its place; what lies there, or in the place of the folder of all, is removed."""
+    """Move a checkpoint to its final path; removes what is there, and a link in place of the checkpoints folder."""
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
         remove_entry(folder.path, f"checkpoints/{name}")
@@ -162,18 +165,21 @@ def parse_manifest_files(manifest: bytes, name: str) -> dict[str, Any]:
     """Return the files that the manifest of a checkpoint of this name lists, with their size and sha256.
 
     Raises:
-        ValueError: if it is not as a run writes it, is of another checkpoint, or names no files or those of others.
+        ValueError: if its checksum is wrong, it belongs to another checkpoint, or it lists no files or files outside
+            its folder.
     """
-    found = parse_sealed_manifest(manifest)
-    if found is None or found.get("step") != parse_step(Path(name)):
-        raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is not as a run writes it, or of another checkpoint")
+    content = parse_sealed_manifest(manifest)
+    if content is None or content.get("step") != parse_step(Path(name)):
+        raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is damaged, or of another checkpoint")
+
     try:
-        files = {str(file): dict(about) for file, about in found["files"].items()}
-        is_ours = bool(files) and all(int(one["bytes"]) >= 0 and str(one["sha256"]) for one in files.values())
+        files = {str(file): dict(entry) for file, entry in content["files"].items()}
+        is_valid = bool(files) and all(int(entry["bytes"]) >= 0 and str(entry["sha256"]) for entry in files.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest of a checkpoint: {error!r}") from None
-    if not is_ours or any(Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE) for file in files):
-        raise ValueError("a manifest names files of its own folder, with their size and sha256")
+
+    if not is_valid or any(Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE) for file in files):
+        raise ValueError("a manifest must list files of its own folder, with their size and sha256")
     return files
 
 
@@ -192,7 +198,7 @@ def _delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> N
 def _try_sync_checkpoints(
     objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint]
 ) -> None:
-    """Training does not wait for the store; what could not be sent is sent the next time."""
+    """Sync, and log a store that does not answer: training does not wait for it, and the next call retries."""
     try:
         for name in sync_checkpoints(objects, run_id, folder, refused):
             folder.append(EVENTS_FILE, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})

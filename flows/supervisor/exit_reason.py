@@ -1,4 +1,4 @@
-"""Why a run's processes ended: one class and the reason, out of what ranks, heartbeats and launcher say."""
+"""Classify the exit of a run's processes, from the ranks' exit notes, their heartbeats and the launcher's status."""
 
 import time
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ EXIT_KIND_BY_CAUSE: dict[JobEndingCause, ExitKind] = {
     "out of memory": "out of memory",
     "cancelled": "cancelled",
 }
-# What a rank says of itself, the plainest first: a lost device makes its peers hang or lose their peer.
+# By a rank's own exit status, the root cause first: a lost device makes the other ranks hang or lose their peer.
 EXIT_KIND_BY_RANK_STATUS: dict[ExitStatus, ExitKind] = {
     ExitStatus.DEVICE_LOST: "lost device",
     ExitStatus.OUT_OF_MEMORY: "out of memory",
@@ -39,8 +39,8 @@ EXIT_KIND_BY_RANK_STATUS: dict[ExitStatus, ExitKind] = {
     ExitStatus.BAD_DATA: "bad data",
     ExitStatus.HUNG: "hung",
 }
-RANK_HEARTBEAT_TIMEOUT_S = 4.0  # a rank's heartbeat comes every second
-RANK_EXIT_GRACE_S = 3.0  # for ranks that can, to leave by themselves
+RANK_HEARTBEAT_TIMEOUT_S = 4.0  # a rank writes a heartbeat every second
+RANK_EXIT_GRACE_S = 3.0  # time for ranks to exit by themselves
 LOG_TAIL_CHARACTERS = 800
 LOG_TAIL_BYTES = 4 * LOG_TAIL_CHARACTERS
 MAX_REASON_CHARACTERS = 3000
@@ -48,9 +48,9 @@ MAX_REASON_CHARACTERS = 3000
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnding:
-    """The class of an ending, why, and the rank it began with and its machine if they are known.
+    """The class and reason of a run's end, and the rank that failed first and its host if they are known.
 
-    The reason may quote ranks; its lines are made printable here, since it goes to logs and pages.
+    The reason may quote output of ranks; its lines are made printable here, since it goes to logs and web pages.
     """
 
     kind: ExitKind
@@ -64,33 +64,36 @@ class RunEnding:
 
 
 def classify(folder: RunFolder, ending: JobEnding, since: float) -> RunEnding:
-    """Name the ending of a job that was started at `since`, in seconds since the epoch."""
+    """Classify the ending of a job that was started at `since`, in seconds since the epoch."""
     if folder.is_exported:
         return RunEnding(kind="finished", reason="the weights are exported")
-    told = RunEnding(kind="unknown", reason=ending.message or f"the launcher says: {ending.cause}")
+    # The launcher knows best, except for a kill by the OOM killer, which may have hit other processes of the host.
+    launcher_report = RunEnding(kind="unknown", reason=ending.message or f"the launcher reports: {ending.cause}")
     if ending.cause is not None and ending.cause != "out of memory":
-        return replace(told, kind=EXIT_KIND_BY_CAUSE[ending.cause])
+        return replace(launcher_report, kind=EXIT_KIND_BY_CAUSE[ending.cause])
+
+    # A rank's own status, by priority; a hang counts less than the OOM kill that may have caused it.
     notes = read_exit_notes(folder.path, since)
     for status, kind in EXIT_KIND_BY_RANK_STATUS.items():
-        if (
-            status == ExitStatus.HUNG and ending.cause == "out of memory"
-        ):  # others on the machine may have been killed, too
-            return replace(told, kind="out of memory")
+        if status == ExitStatus.HUNG and ending.cause == "out of memory":
+            return replace(launcher_report, kind="out of memory")
         note = next((note for note in notes if note.status == status), None)
         if note is not None:
             return _classify_note(folder, kind, note, since)
+
     errors = [note for note in notes if note.status == ExitStatus.UNKNOWN]
     if errors:
         return RunEnding(kind="unknown", reason=f"rank {errors[0].rank}: {errors[0].message}", rank=errors[0].rank)
-    silent = _find_silent_ranks(folder, since, time.time())
-    who = f"rank {silent[0]} was killed or its machine is gone; " if len(silent) == 1 else ""
-    return RunEnding(
-        kind="unknown", reason=f"{who}status {ending.status}; {read_log_tail(folder)}", rank=_get_single_rank(silent)
-    )
+
+    # No rank left a note: the one whose heartbeat stopped first was killed.
+    silent_ranks = _find_silent_ranks(folder, since, time.time())
+    prefix = f"rank {silent_ranks[0]} was killed or its machine is lost; " if len(silent_ranks) == 1 else ""
+    reason = f"{prefix}status {ending.status}; {read_log_tail(folder)}"
+    return RunEnding(kind="unknown", reason=reason, rank=_get_single_rank(silent_ranks))
 
 
 def has_hung_rank(folder: RunFolder, since: float) -> bool:
-    """Whether a rank left a while ago because there was no progress, so that the others hang and will not leave."""
+    """Check whether a rank exited for lack of progress more than RANK_EXIT_GRACE_S ago; the others then hang too."""
     return any(
         note.status == ExitStatus.HUNG and time.time() - note.time > RANK_EXIT_GRACE_S
         for note in read_exit_notes(folder.path, since)
@@ -98,7 +101,7 @@ def has_hung_rank(folder: RunFolder, since: float) -> bool:
 
 
 def read_log_tail(folder: RunFolder) -> str:
-    """The last lines of what the processes printed."""
+    """Return the last lines of the processes' output."""
     try:
         return read_file_end(folder.path, "train.log", LOG_TAIL_BYTES).decode(errors="replace")[-LOG_TAIL_CHARACTERS:]
     except FileNotFoundError:
@@ -109,18 +112,21 @@ def read_log_tail(folder: RunFolder) -> str:
 
 def _classify_note(folder: RunFolder, kind: ExitKind, note: ExitNote, since: float) -> RunEnding:
     if kind != "hung":
-        host = note.host if HOST_NAME_PATTERN.fullmatch(note.host) else None  # it will be in a batch script
+        host = note.host if HOST_NAME_PATTERN.fullmatch(note.host) else None  # it is written into a batch script
         return RunEnding(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank, host=host)
-    silent = _find_silent_ranks(folder, since, note.time)
-    who = f"; silent: rank {', '.join(map(str, silent))}" if silent else "; every rank gave signs of life"
-    return RunEnding(kind=kind, reason=f"rank {note.rank}: {note.message}{who}", rank=_get_single_rank(silent))
+    silent_ranks = _find_silent_ranks(folder, since, note.time)
+    liveness = (
+        f"without heartbeat: rank {', '.join(map(str, silent_ranks))}" if silent_ranks else "all ranks were alive"
+    )
+    reason = f"rank {note.rank}: {note.message}; {liveness}"
+    return RunEnding(kind=kind, reason=reason, rank=_get_single_rank(silent_ranks))
 
 
 def _find_silent_ranks(folder: RunFolder, since: float, at: float) -> list[int]:
-    """Ranks that had given no sign of life for a while, and so were stopped or dead."""
-    beats = {rank: beat["time"] for rank, beat in read_heartbeats(folder.path).items() if beat["time"] >= since}
-    newest = max(beats.values(), default=at)
-    return [rank for rank, last in beats.items() if min(newest, at) - last > RANK_HEARTBEAT_TIMEOUT_S]
+    """Return the ranks without a heartbeat for RANK_HEARTBEAT_TIMEOUT_S at a time, which were stopped or had exited."""
+    times = {rank: beat["time"] for rank, beat in read_heartbeats(folder.path).items() if beat["time"] >= since}
+    newest = max(times.values(), default=at)
+    return [rank for rank, last in times.items() if min(newest, at) - last > RANK_HEARTBEAT_TIMEOUT_S]
 
 
 def _get_single_rank(ranks: list[int]) -> int | None:

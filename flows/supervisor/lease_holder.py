@@ -1,4 +1,4 @@
-"""Hold a lease: wait for it in the queue, beat for it, and give it back."""
+"""Hold a lease: wait for it in the queue, send its heartbeats, and release it."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ SessionFactory = sessionmaker[Session]
 
 @dataclass(frozen=True)
 class GrantedLease:
-    """A granted lease: its id, its devices, and whether it is still ours."""
+    """A granted lease: its id, its devices, and an event that is set when it is lost."""
 
     id: str
     devices: tuple[str, ...]
@@ -32,7 +32,7 @@ class GrantedLease:
 
 
 def make_job_name(lease_id: str) -> str:
-    """The name of the one job that runs under a lease, by which it can be ended when its holder is dead."""
+    """Return the name of the one job that runs under a lease; the reaper ends the job by it when its holder exits."""
     return f"cotrain-{lease_id}"
 
 
@@ -48,77 +48,80 @@ def hold_lease(
     ttl_s: float = leases.LEASE_TTL_S,
     waiting: Callable[[int], None] = lambda _: None,
 ) -> Iterator[GrantedLease]:
-    """Wait for devices and hold them while the block runs; nothing may run on them when it ends.
+    """Wait for devices and hold them while the block runs; no process may use them when the block ends.
 
     Args:
-        waiting: called while waiting, with how many are before us; may raise to give up.
+        waiting: called while waiting, with the number of leases ahead in the queue; may raise to give up.
 
     Raises:
-        NoCapacity: if the pool cannot serve this, now or after a device was lost while we waited.
+        NoCapacity: if the pool cannot grant this, now or after a device was lost during the wait.
+        LeaseLost: if the lease was reaped during the wait.
     """
     with sessions.begin() as session:
-        asked = leases.request_lease(
+        lease = leases.request_lease(
             session, pool, wanted, run_id=run_id, team=team, holder=get_own_identity(), priority=priority, ttl_s=ttl_s
         )
-    over, lost = threading.Event(), threading.Event()
-    beating = threading.Thread(target=_send_heartbeats, args=(sessions, asked, over, lost), daemon=True, name="lease")
-    beating.start()
+    stop, lost = threading.Event(), threading.Event()
+    heartbeats = threading.Thread(
+        target=_send_heartbeats, args=(sessions, lease, stop, lost), daemon=True, name="lease"
+    )
+    heartbeats.start()
     reason = "done"
     try:
-        devices = _wait_for_grant(sessions, asked, lost, waiting)
-        log.info("lease %s of pool %s: %s", asked.id[:8], pool, ", ".join(devices))
-        yield GrantedLease(asked.id, devices, lost)
+        devices = _wait_for_grant(sessions, lease, lost, waiting)
+        log.info("lease %s of pool %s: %s", lease.id[:8], pool, ", ".join(devices))
+        yield GrantedLease(lease.id, devices, lost)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise
     finally:
-        over.set()
-        beating.join()
-        _release_lease(sessions, asked, reason)
+        stop.set()
+        heartbeats.join()
+        _release_lease(sessions, lease, reason)
 
 
 def _wait_for_grant(
-    sessions: SessionFactory, asked: Lease, lost: threading.Event, waiting: Callable[[int], None]
+    sessions: SessionFactory, lease: Lease, lost: threading.Event, waiting: Callable[[int], None]
 ) -> tuple[str, ...]:
     while True:
         with contextlib.suppress(OperationalError), sessions.begin() as session:
-            leases.grant_leases(session, asked.pool)
-            mine = session.get_one(Lease, asked.id)
-            if mine.devices is not None:
-                return tuple(mine.devices)
-            leases.check_capacity(session, asked.pool, asked.wanted)
-            queue = [lease.id for lease in session.scalars(leases.select_waiting_leases(asked.pool))]
-            if asked.id not in queue:
+            leases.grant_leases(session, lease.pool)
+            current = session.get_one(Lease, lease.id)
+            if current.devices is not None:
+                return tuple(current.devices)
+            leases.check_capacity(session, lease.pool, lease.wanted)
+            queue = [waiting_lease.id for waiting_lease in session.scalars(leases.select_waiting_leases(lease.pool))]
+            if lease.id not in queue:
                 lost.set()
         if lost.is_set():
-            raise leases.LeaseLost(f"lease {asked.id} was taken for dead while it waited")
-        waiting(queue.index(asked.id) if queue else 0)
+            raise leases.LeaseLost(f"lease {lease.id} was reaped while it waited")
+        waiting(queue.index(lease.id) if queue else 0)
         time.sleep(LEASE_POLL_S)
 
 
-def _send_heartbeats(sessions: SessionFactory, asked: Lease, over: threading.Event, lost: threading.Event) -> None:
-    """Beat until the block is over; a server that does not answer is asked again, a lost lease ends it."""
-    while not over.wait(asked.ttl_s / 4):
+def _send_heartbeats(sessions: SessionFactory, lease: Lease, stop: threading.Event, lost: threading.Event) -> None:
+    """Send heartbeats until `stop` is set or the lease is lost; retry while the server does not answer."""
+    while not stop.wait(lease.ttl_s / 4):
         try:
             with sessions.begin() as session:
-                leases.record_lease_heartbeat(session, asked.id, asked.generation)
+                leases.record_lease_heartbeat(session, lease.id, lease.generation)
         except leases.LeaseLost as error:
             log.warning("%s", error)
             lost.set()
             return
-        except Exception as error:  # whatever it is, this thread must not end while its lease is held
-            log.warning("no beat for lease %s: %s", asked.id[:8], describe_error(error))
+        except Exception as error:  # of any kind: this thread must not end while its lease is held
+            log.warning("no heartbeat sent for lease %s: %s", lease.id[:8], describe_error(error))
 
 
-def _release_lease(sessions: SessionFactory, asked: Lease, reason: str) -> None:
-    """Release a lease; what the server does not hear of while it lives is reaped once we are silent."""
-    end = time.monotonic() + asked.ttl_s
+def _release_lease(sessions: SessionFactory, lease: Lease, reason: str) -> None:
+    """Release a lease; retry for its time to live, after which the reaper frees it for lack of heartbeats."""
+    end = time.monotonic() + lease.ttl_s
     while True:
         try:
             with sessions.begin() as session:
-                return leases.release_lease(session, asked.id, asked.generation, reason)
+                return leases.release_lease(session, lease.id, lease.generation, reason)
         except OperationalError:
             if time.monotonic() > end:
-                log.warning("lease %s could not be given back; the reaper will", asked.id[:8])
+                log.warning("lease %s could not be released; the reaper frees it", lease.id[:8])
                 return None
             time.sleep(LEASE_POLL_S)

@@ -1,4 +1,4 @@
-"""The pool that runs are planned for, its launcher by what its file says, and what a plan on it may choose."""
+"""The configured pool, the launcher that its file selects, and the sizes that a plan on it may choose."""
 
 import os
 from pathlib import Path
@@ -12,29 +12,29 @@ from yuan.config import Recipe
 from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
 
-CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # by which clients of batch systems find their configuration
+CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # name the configuration files of batch systems' clients
 
 
 def make_launchers(settings: PoolSettings) -> dict[str, Launcher]:
-    """The launchers of this installation's pools, by the pool's name."""
+    """Make the launchers of this installation's pools, keyed by the pool's name."""
     pool = load_configured_pool(settings)
     return {pool.name: make_launcher(pool)}
 
 
 def load_configured_pool(settings: PoolSettings) -> Pool:
-    """The pool that runs are planned for: the file that the settings name, else two processes of this machine.
+    """Load the pool that runs are planned for: the file named in the settings, else two processes on this machine.
 
     Raises:
-        ValueError: if the file is wrong; the message says where.
+        ValueError: if the file is invalid; the message names the place.
     """
     return load_pool(settings.pool) if settings.pool else make_cpu_pool()
 
 
 def make_launcher(pool: Pool) -> Launcher:
-    """What starts processes on a pool.
+    """Make the launcher that starts processes on a pool.
 
     Raises:
-        ValueError: if [pool.launch] has a key that its launcher does not know, or lacks one.
+        ValueError: if [pool.launch] has a key that its launcher does not know, or lacks a required one.
         OSError: if the launcher's library is not installed.
     """
     options: dict[str, Any] = dict(pool.launch)
@@ -47,39 +47,41 @@ def make_launcher(pool: Pool) -> Launcher:
         raise ValueError(f"[pool.launch] of pool {pool.name!r} for {pool.launcher}: {error}") from None
     if options:
         raise ValueError(
-            f"[pool.launch] of pool {pool.name!r}: processes of this machine take no options, got {options}"
+            f"[pool.launch] of pool {pool.name!r}: a local launcher takes no options, got {options}; remove them"
         )
     return LocalLauncher(confined=True)
 
 
 def _make_kubernetes_launcher(options: dict[str, Any]) -> Launcher:
-    """With the credentials of the pod that this runs in, or else of the user's kubeconfig."""
+    """Make a launcher with the credentials of the pod that this process runs in, else of the user's kubeconfig."""
     try:
         from kubernetes import client, config
     except ImportError:
         raise OSError("the kubernetes client is not installed; install cotrain[kubernetes]") from None
     from infra.launchers.kubernetes import KubernetesLauncher, KubernetesOptions
 
-    wanted = KubernetesOptions(**options)
+    launcher_options = KubernetesOptions(**options)
     try:
         config.load_incluster_config()
     except config.ConfigException:
         config.load_kube_config()
-    return KubernetesLauncher(wanted, client.ApiClient())
+    return KubernetesLauncher(launcher_options, client.ApiClient())
 
 
 def find_launcher_files(launcher: str) -> tuple[Path, ...]:
     """Return the files that a batch system's client reads on this machine."""
     if launcher == "slurm":
-        own = os.environ.get("SLURM_CONF")
-        return (Path("/etc/slurm"), Path("/etc/slurm-llnl"), *([Path(own).parent] if own else []))
+        config_file = os.environ.get("SLURM_CONF")
+        config_folders = [Path(config_file).parent] if config_file else []
+        return (Path("/etc/slurm"), Path("/etc/slurm-llnl"), *config_folders)
     if launcher == "kubernetes":
-        own = os.environ.get("KUBECONFIG")
-        return (Path("/var/run/secrets/kubernetes.io"), Path(own) if own else Path.home() / ".kube")
+        config_file = os.environ.get("KUBECONFIG")
+        config_path = Path(config_file) if config_file else Path.home() / ".kube"
+        return (Path("/var/run/secrets/kubernetes.io"), config_path)
     return ()
 
 
 def make_plan_limits(pool: Pool, recipe: Recipe) -> SizeLimits:
-    """On this machine's own pool every process is a stage; elsewhere the planner chooses the grid."""
+    """Fix one stage per process on the default local pool; on other pools the planner chooses the grid."""
     stages = pool.num_devices if pool.name == CPU_POOL_NAME else None
     return SizeLimits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)

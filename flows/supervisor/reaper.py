@@ -1,4 +1,4 @@
-"""End what the dead holders of leases have left, and free their devices."""
+"""Reap leases of exited holders: end their jobs and free their devices."""
 
 import logging
 from collections.abc import Mapping
@@ -12,29 +12,29 @@ from infra.processes import get_own_identity, is_known_alive, is_known_exited, k
 
 log = logging.getLogger(__name__)
 
-LIVE_HOLDER_GRACE_TTLS = (
-    5  # times to live for which a silent holder is left alone while its process lives on this machine
-)
+# In times to live: a holder without heartbeats whose process still runs on this machine keeps its lease this long.
+LIVE_HOLDER_GRACE_TTLS = 5
 REMOTE_HOLDER_GRACE_S = 60.0
-REAPED_JOB_STOP_TIMEOUT_S = 5.0  # a fenced lease comes again, so nobody waits long for it
+REAPED_JOB_STOP_TIMEOUT_S = 5.0  # short, since the next call retries a fenced lease
 
 
 def reap_dead_leases(sessions: SessionFactory, launchers: Mapping[str, Launcher]) -> list[str]:
-    """Take back what dead holders have: fence, end their jobs, free; ids of the leases freed.
+    """Fence leases of exited holders, end their jobs, free their devices; return the ids of the freed leases.
 
     Args:
-        launchers: by the name of their pool; the leases of other pools are left to others.
+        launchers: by the name of their pool; leases of other pools are ignored.
     """
     with sessions.begin() as session:
-        open_now = leases.find_open_leases(session)
-        dead = [lease.id for lease in open_now if is_known_exited(lease.holder)]
-        # One that lives here cannot reach the server, or is stopped; it keeps what it has for a while.
-        alive = [
+        open_leases = leases.find_open_leases(session)
+        exited_ids = [lease.id for lease in open_leases if is_known_exited(lease.holder)]
+        # A live holder on this machine is stopped or cannot reach the server; it keeps its lease for a grace period.
+        live_ids = [
             lease.id
-            for lease in open_now
+            for lease in open_leases
             if is_known_alive(lease.holder) and compute_lease_silence_s(lease) < LIVE_HOLDER_GRACE_TTLS * lease.ttl_s
         ]
-        fenced = leases.fence_silent_leases(session, dead, alive)
+        fenced = leases.fence_silent_leases(session, exited_ids, live_ids)
+
     freed = []
     for lease in fenced:
         launcher = launchers.get(lease.pool)
@@ -49,17 +49,18 @@ def reap_dead_leases(sessions: SessionFactory, launchers: Mapping[str, Launcher]
 
 
 def _end_lease_processes(lease: Lease, launcher: Launcher) -> bool:
-    """End a dead lease's holder and then its job, so that nothing more can start; whether nothing is left."""
+    """End a lease's holder first, so that it starts no more processes, then its job; return whether all have exited."""
     if lease.holder != get_own_identity():
         kill_by_identity(lease.holder)
     if lease.devices is not None and not launcher.end(make_job_name(lease.id), REAPED_JOB_STOP_TIMEOUT_S):
         return False
     if lease.holder == get_own_identity() or is_known_exited(lease.holder):
         return True
-    # Of another machine, whose processes cannot be seen from here: its beats stopped, its job is ended, and what it
-    # could start yet would leave by itself within this time.
+    # The holder is on another machine, whose processes are not visible here: its heartbeats stopped and its job has
+    # ended; a process that it could still start would exit by itself within this grace period.
     return not is_known_alive(lease.holder) and compute_lease_silence_s(lease) > lease.ttl_s + REMOTE_HOLDER_GRACE_S
 
 
 def compute_lease_silence_s(lease: Lease) -> float:
+    """Compute the seconds since the lease's last heartbeat."""
     return (datetime.now(timezone.utc) - lease.heartbeat_at).total_seconds()

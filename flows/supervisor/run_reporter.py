@@ -1,4 +1,4 @@
-"""What a run says of itself, carried to the round's record, the tracker and Prefect; none of them can hold it up."""
+"""Report a run's status to the round's record, the tracker and Prefect; an outage of these never blocks the run."""
 
 import contextlib
 import dataclasses
@@ -35,15 +35,15 @@ REPORTED_EVENTS = (
     "ended",
 )
 
-MAX_EVENTS_PER_MINUTE, EVENT_WINDOW_S, MAX_EVENT_CHARACTERS = 20, 60.0, 300  # of a run, in the logs of the stack
-TRACKER_RETRY_PAUSE_S = 30.0  # after it did not answer
+MAX_EVENTS_PER_MINUTE, EVENT_WINDOW_S, MAX_EVENT_CHARACTERS = 20, 60.0, 300  # per run, in the stack's logs
+TRACKER_RETRY_PAUSE_S = 30.0  # after a failed request
 MAX_PUBLISHED_BYTES = 64 * 2**20
 
 ProgressCallback = Callable[[dict[str, Any]], None]
 
 
 class RunReporter:
-    """Carries status and metrics outward; what a server that is down did not get, it gets when it is back.
+    """Reports status and metrics; data that a server missed while it was down is sent when it is back.
 
     Raises:
         RoundEnded: from `report`, when the round has ended or a later attempt works on it.
@@ -59,7 +59,7 @@ class RunReporter:
         self._minute_began, self._num_logged, self._num_suppressed = time.monotonic(), 0, 0
 
     def report(self) -> None:
-        """Bring everybody up to date, as far as they answer."""
+        """Send the current status and new metrics to every server that answers."""
         status = self._folder.read_status()
         with _tolerate_outage("the round's record"), self._context.sessions.begin() as session:
             rounds.get_or_create_training_run(session, self._round_id).status = status or None
@@ -67,7 +67,7 @@ class RunReporter:
         self._log_events()
         with _tolerate_outage("Prefect"):
             self._progress(status)
-        # It takes its client seconds to give up, in which nobody watches the run.
+        # MLflow's client takes seconds to time out, during which the run is not watched; hence the pause.
         if time.monotonic() > self._tracker_retry_at:
             self._tracker_retry_at = time.monotonic() + TRACKER_RETRY_PAUSE_S
             with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
@@ -75,7 +75,7 @@ class RunReporter:
                 self._tracker_retry_at = 0.0
 
     def finish(self) -> str:
-        """Send what is left, and return the tracker's run; here a server that is down is an error.
+        """Send the remaining metrics and return the tracker's run id; here a server that is down is an error.
 
         Raises:
             MlflowException: if the tracker does not answer.
@@ -87,18 +87,18 @@ class RunReporter:
         return run
 
     def publish_new_plan(self) -> None:
-        """The plan has changed: show the new one."""
+        """Upload the run's changed plan to the tracker."""
         with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
             self._log_plan(self._sync_tracker())
 
     def _log_events(self) -> None:
-        """Log what happened, in lines that ranks can neither forge nor make many of or long; they write the events."""
+        """Log the run's events. Ranks write them, so lines are made printable and limited in number and length."""
         if time.monotonic() - self._minute_began > EVENT_WINDOW_S:
             self._log_suppressed_count()
             self._minute_began, self._num_logged = time.monotonic(), 0
         for event in self._events.read():
             name, step = event.get("event"), event.get("to")
-            if name == "roll back" and isinstance(step, int):  # those steps are trained again, and told again
+            if name == "roll back" and isinstance(step, int):  # these steps are repeated and reported again
                 self._sent_step = min(self._sent_step, step)
             if name not in REPORTED_EVENTS:
                 continue
@@ -106,8 +106,8 @@ class RunReporter:
                 self._num_suppressed += 1
                 continue
             self._num_logged += 1
-            said = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
-            log.warning("%s", make_printable(said, MAX_EVENT_CHARACTERS))
+            text = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
+            log.warning("%s", make_printable(text, MAX_EVENT_CHARACTERS))
 
     def _log_suppressed_count(self) -> None:
         if self._num_suppressed:
@@ -126,14 +126,14 @@ class RunReporter:
         return run
 
     def _start_tracker_run(self) -> str:
-        """The tracker's run, with plan, snapshot id and configuration as its artifacts."""
+        """Start the tracker's run, with plan, snapshot id and configuration, and return its id."""
         spec, tracker = self._folder.read_spec(), self._context.tracker
         with self._context.sessions() as session:
             run_id = rounds.get_or_create_training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
         run = tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
-        about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
-        tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **about})
+        provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
+        tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **provenance})
         self._log_plan(run)
         with self._context.sessions.begin() as session:
             rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = run
@@ -146,7 +146,7 @@ class RunReporter:
             self._publish(run, name)
 
     def _publish(self, run: str, name: str) -> None:
-        """Copy a text of the run folder, in which ranks write, to the tracker, where consumers read it."""
+        """Upload a text file of the run folder, which ranks can write, to the tracker, where consumers read it."""
         try:
             text = read_file(self._folder.path, name, MAX_PUBLISHED_BYTES).decode(errors="replace")
         except (FileNotFoundError, NotRegularFileError) as error:
@@ -156,8 +156,8 @@ class RunReporter:
 
 
 @contextlib.contextmanager
-def _tolerate_outage(who: str) -> Iterator[None]:
+def _tolerate_outage(server: str) -> Iterator[None]:
     try:
         yield
     except SERVER_ERRORS as error:
-        log.warning("%s does not answer, training goes on: %s", who, describe_error(error))
+        log.warning("%s does not answer, training continues: %s", server, describe_error(error))

@@ -1,13 +1,13 @@
-"""A run's status in words, for terminals, Prefect and logs."""
+"""Format a run's status for terminals, Prefect and logs."""
 
 from typing import Any
 
 
 def describe_status(status: dict[str, Any]) -> str:
-    """A run's status in one line.
+    """Format a run's status in one line.
 
     >>> describe_status({"step": 5, "max_steps": 10, "loss": 2.5, "tokens_per_s": 1200.0, "eta_s": 90, "bubble": 0.1})
-    'step 5 of 10, loss 2.5, 1,200 tokens/s, bubble 10 %, 90 s left'
+    'step 5 of 10, loss 2.5, 1,200 tokens/s, bubble 10 %, 90 s remaining'
     """
     parts = [f"step {status['step']} of {status['max_steps']}"]
     if status.get("loss") is not None:
@@ -21,5 +21,5 @@ def describe_status(status: dict[str, Any]) -> str:
     for rank, slower in (status.get("stragglers") or {}).items():
         parts.append(f"rank {rank} is {slower:.2f} times as slow as planned")
     if status.get("eta_s"):
-        parts.append(f"{status['eta_s']:.0f} s left")
+        parts.append(f"{status['eta_s']:.0f} s remaining")
     return ", ".join(parts)

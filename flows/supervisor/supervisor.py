@@ -1,4 +1,4 @@
-"""The supervisor of a run: devices, processes, and what is done when they end before the run does."""
+"""Supervise a run: lease devices, start the ranks, and restart, re-plan or fail when they exit early."""
 
 import contextlib
 import logging
@@ -37,22 +37,22 @@ from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 log = logging.getLogger(__name__)
 
 RUN_REPORT_EVERY_S = 2.0
-MAX_RESTARTS_WITHOUT_PROGRESS = 5  # without a new checkpoint between them
-MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, when one that should fit did not
+MAX_RESTARTS_WITHOUT_PROGRESS = 5  # consecutive restarts without a new checkpoint
+MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
 RUN_RESTART_PAUSE_S = 5.0
 
 
 class TrainingFailed(SafeMessageError, RuntimeError):
-    """The run cannot go on; the reason is for people."""
+    """The run cannot continue; the message is the reason, as shown to users."""
 
 
 def train(context: Context, round_id: str, progress: ProgressCallback) -> None:
-    """See a round's run through to its exported weights.
+    """Run a round's training until its weights are exported.
 
     Raises:
-        RoundEnded: if the round was ended meanwhile; the processes are gone.
-        TrainingFailed: if the run cannot go on.
-        OSError: if the disk is full; the dispatcher starts the next attempt when there is room.
+        RoundOwnershipLost: if the round ended or a later attempt took over; the processes have exited.
+        TrainingFailed: if the run cannot continue.
+        OSError: if the disk is full; the dispatcher starts the next attempt when there is free space.
     """
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "train", context.attempt)
@@ -67,7 +67,7 @@ def train(context: Context, round_id: str, progress: ProgressCallback) -> None:
 
 
 class Supervisor:
-    """One run under supervision: restarted, planned anew, or given up, until it has finished."""
+    """Supervises one run: restarts or re-plans it until it has finished, or fails it."""
 
     def __init__(
         self,
@@ -88,21 +88,20 @@ class Supervisor:
     def run(self) -> None:
         with self.context.sessions.begin() as session:
             leases.register_pool(session, self.pool)
-        reap_dead_leases(
-            self.context.sessions, {self.pool.name: self.launcher}
-        )  # what the attempt before held, if it was killed
-        brought = restore_checkpoint(self.context.objects, self.run_id, self.folder)
-        if brought:
-            log.info("brought %s of run %s back from the store", brought, self.run_id)
+        # The previous attempt may have been killed while it held a lease.
+        reap_dead_leases(self.context.sessions, {self.pool.name: self.launcher})
+        restored = restore_checkpoint(self.context.objects, self.run_id, self.folder)
+        if restored:
+            log.info("restored checkpoint %s of run %s from the store", restored, self.run_id)
         while not self.folder.is_exported:
-            ended = self._run_once()
+            ending = self._run_once()
             self.folder.append(
-                "events.jsonl", {"event": "ended", "kind": ended.kind, "why": ended.reason[:500], "time": time.time()}
+                "events.jsonl", {"event": "ended", "kind": ending.kind, "why": ending.reason[:500], "time": time.time()}
             )
-            self._handle_ending(ended)
+            self._handle_ending(ending)
 
     def _run_once(self) -> RunEnding:
-        """Take devices and run the processes once, from the last checkpoint to whatever end."""
+        """Lease devices and run the processes once, from the last checkpoint until they exit; return the ending."""
         plan = self._ensure_plan_fits()
         settings = self.context.settings
         try:
@@ -116,7 +115,7 @@ class Supervisor:
                 waiting=lambda _: self.reporter.report(),
             ) as lease:
                 return self._watch_run(plan, lease)
-        except leases.NoCapacity as error:  # a device was lost while we waited
+        except leases.NoCapacity as error:  # a device was lost while waiting for the lease
             return RunEnding(kind="lost device", reason=str(error))
         except leases.LeaseLost as error:
             return RunEnding(kind="preempted", reason=str(error))
@@ -125,21 +124,21 @@ class Supervisor:
             return RunEnding(kind="unknown", reason=str(error))
 
     def _watch_run(self, plan: PipelinePlan, lease: GrantedLease) -> RunEnding:
-        placed = _assign_devices(plan, lease.devices)
+        rank_devices = _assign_devices(plan, lease.devices)
         settings = self.context.settings
         environment = build_confined_environment(
             self.folder.path,
             OMP_NUM_THREADS="1",
             **{HOME_VARIABLE: str(settings.home), STACK_ID_VARIABLE: settings.stack_id},
-            **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # where nodes find the code
+            **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # import path on the nodes
         )
         if self._is_local:  # batch systems choose the devices of a node themselves
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in placed)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in rank_devices)
         job = Job(
             name=make_job_name(lease.id),
             module="yuan.train.run",
             folder=self.folder.path,
-            num_processes=len(placed),
+            num_processes=len(rank_devices),
             processes_per_node=self._compute_processes_per_node(plan),
             environment=environment,
             avoid=() if self._is_local else self._find_bad_hosts(),
@@ -147,24 +146,24 @@ class Supervisor:
         since = time.time()
         with self.launcher.run(job) as running:
             while True:
-                ending = running.wait(RUN_REPORT_EVERY_S)
-                if ending is not None:
+                job_ending = running.wait(RUN_REPORT_EVERY_S)
+                if job_ending is not None:
                     break
                 self.reporter.report()
                 if self._is_local and has_hung_rank(self.folder, since):
-                    # torchrun would wait half a minute for a rank that is stopped and cannot hear that it shall leave
+                    # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
                     self.launcher.end(job.name, RUN_REPORT_EVERY_S)
                     continue
                 if lease.lost.is_set():
-                    return RunEnding(kind="preempted", reason="the lease was taken away")
+                    return RunEnding(kind="preempted", reason="the lease was revoked")
                 if lost := self._find_lost_devices(lease):
                     return RunEnding(
                         kind="lost device", reason="; ".join(f"{name}: {why}" for name, why in lost.items())
                     )
-        ended = classify(self.folder, ending, since)
-        if ended.kind == "lost device" and ended.rank is not None:
-            self._mark_device_lost(placed[ended.rank], ended)
-        return ended
+        ending = classify(self.folder, job_ending, since)
+        if ending.kind == "lost device" and ending.rank is not None:
+            self._mark_device_lost(rank_devices[ending.rank], ending)
+        return ending
 
     @property
     def _is_local(self) -> bool:
@@ -175,113 +174,121 @@ class Supervisor:
             return tuple(leases.find_lost_hosts(session, self.pool.name))
 
     def _compute_processes_per_node(self, plan: PipelinePlan) -> int:
-        """As many as fit on the smallest node of the plan's devices, the same on every node."""
+        """Compute the largest divisor of the number of ranks that fits on the smallest node of the plan's devices."""
         classes = {stage.device_class for stage in plan.stages}
-        smallest = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
-        return next(n for n in range(min(plan.num_ranks, smallest), 0, -1) if plan.num_ranks % n == 0)
+        smallest_node = min(group.devices_per_node for group in self.pool.groups if group.device_class in classes)
+        return next(n for n in range(min(plan.num_ranks, smallest_node), 0, -1) if plan.num_ranks % n == 0)
 
     def _find_lost_devices(self, lease: GrantedLease) -> dict[str, str]:
-        """Devices of ours that were taken out of use meanwhile."""
+        """Return the leased devices that were taken out of use since, with their reasons."""
         try:
             with self.context.sessions() as session:
                 return leases.find_lost_devices(session, self.pool.name, lease.devices)
         except OperationalError:
             return {}
 
-    def _mark_device_lost(self, device: str, ended: RunEnding) -> None:
-        """Here the device; of a batch system a whole node, and the machine it was in, to be avoided."""
-        host = None if self._is_local else ended.host
+    def _mark_device_lost(self, device: str, ending: RunEnding) -> None:
+        """Take the device out of use; in a batch system its whole node, and record the host, which jobs then avoid."""
+        host = None if self._is_local else ending.host
         with self.context.sessions.begin() as session:
-            leases.set_device_lost(session, self.pool.name, device, ended.reason[:300], host)
+            leases.set_device_lost(session, self.pool.name, device, ending.reason[:300], host)
 
-    def _handle_ending(self, ended: RunEnding) -> None:
-        """Decide how to go on; returns to start the processes again.
+    def _handle_ending(self, ending: RunEnding) -> None:
+        """Decide how to continue; return if the processes are to be restarted.
 
         Raises:
-            TrainingFailed: if starting again would change nothing.
+            TrainingFailed: if a restart would not help.
+            OSError: if the disk is full.
         """
-        log.warning("the processes of run %s ended, %s: %s", self.run_id, ended.kind, make_printable(ended.reason, 300))
-        if ended.kind in ("bad data", "numerical", "cancelled"):
-            raise TrainingFailed(f"{ended.kind}: {ended.reason}")
+        kind, reason = ending.kind, ending.reason
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, kind, make_printable(reason, 300))
+        if kind in ("bad data", "numerical", "cancelled"):
+            raise TrainingFailed(f"{kind}: {reason}")
         if not has_free_disk(self.folder.path):
-            raise OSError(f"the disk of {self.folder.path} is full; make room, and the run goes on from its checkpoint")
-        if ended.kind == "out of memory":
+            raise OSError(
+                f"the disk of {self.folder.path} is full; free space, and the run resumes from its checkpoint"
+            )
+
+        if kind == "out of memory":
             self.shrinks += 1
             if self.shrinks > MAX_MEMORY_SHRINKS:
-                raise TrainingFailed(
-                    f"out of memory with {MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS:.0%} of it planned for: "
-                    f"{ended.reason}"
-                )
-            self._replan(f"{ended.reason}; planning with {MEMORY_SHRINK_FACTOR**self.shrinks:.0%} of the memory")
-        elif ended.kind == "preempted":
-            self.reporter.report()  # leaves if the round is another attempt's by now
+                share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
+                raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {reason}")
+            self._replan(f"{reason}; planning with {MEMORY_SHRINK_FACTOR**self.shrinks:.0%} of the memory")
+        elif kind == "preempted":
+            self.reporter.report()  # raises if a later attempt has taken over the round
             time.sleep(RUN_RESTART_PAUSE_S)
-        elif ended.kind != "finished":
-            self._count_restart(ended)
+        elif kind != "finished":
+            self._count_restart(ending)
 
-    def _count_restart(self, ended: RunEnding) -> None:
-        """Restarts that bring the run on are free; those that do not are counted."""
-        reached = max(map(parse_step, list_committed_checkpoints(self.folder.checkpoints)), default=0)
-        self.restarts = self.restarts + 1 if reached <= self.last_checkpoint_step else 0
-        self.last_checkpoint_step = max(self.last_checkpoint_step, reached)
+    def _count_restart(self, ending: RunEnding) -> None:
+        """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
+        newest_step = max(map(parse_step, list_committed_checkpoints(self.folder.checkpoints)), default=0)
+        self.restarts = self.restarts + 1 if newest_step <= self.last_checkpoint_step else 0
+        self.last_checkpoint_step = max(self.last_checkpoint_step, newest_step)
         if self.restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
-                f"started {self.restarts} times without getting beyond step {reached}: {ended.reason}; "
+                f"started {self.restarts} times without getting beyond step {newest_step}: {ending.reason}; "
                 f"{read_log_tail(self.folder)}"
             )
 
     def _ensure_plan_fits(self) -> PipelinePlan:
-        """The run's plan, made anew if its devices are no longer there; everything is checked before devices are taken.
+        """Return the run's plan, or a new one if its devices are no longer available; validate before leasing devices.
 
         Raises:
-            ValueError: if the folder was changed, or nothing fits what is left of the pool.
+            ValueError: if the folder's inputs were changed.
+            TrainingFailed: if no plan fits the remaining devices.
         """
         plan = self.folder.check_inputs().plan
         with self.context.sessions() as session:
             working = leases.count_working_devices(session, self.pool.name)
         if Counter(plan.device_counts) <= working:
             return plan
-        return self._replan(f"the plan wants {plan.device_counts} and {dict(working)} work")
+        return self._replan(f"the plan needs {plan.device_counts}, and {dict(working)} are available")
 
     def _replan(self, why: str) -> PipelinePlan:
-        """Plan for the devices that work and the memory that is left, and put the plan into the run folder."""
+        """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
         spec = self.folder.read_spec()
         pool = self._get_working_pool()
         work = Workload.from_recipe(spec.model, spec.recipe)
-        moved = replan(work, spec.plan, pool, make_plan_limits(pool, spec.recipe))
-        if not moved.plan.feasible:
-            raise TrainingFailed(f"{why}; {moved.plan.explanation}")
-        plan = moved.plan
+        move = replan(work, spec.plan, pool, make_plan_limits(pool, spec.recipe))
+        if not move.plan.feasible:
+            raise TrainingFailed(f"{why}; {move.plan.explanation}")
+
+        plan = move.plan
         self.folder.write_spec(replace(spec, plan=plan))
         replace_file(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
         event = {"event": "re-plan", "why": why[:500], "bounds": plan.bounds, "data_size": plan.data_size}
-        self.folder.append("events.jsonl", {**event, "explanation": moved.explanation, "time": time.time()})
+        self.folder.append("events.jsonl", {**event, "explanation": move.explanation, "time": time.time()})
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
             rounds.replace_plan(session, self.round_id, plan.to_json())
         self.reporter.publish_new_plan()
         return plan
 
     def _get_working_pool(self) -> Pool:
-        """The pool's devices that work, with as much memory as plans may still use.
+        """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
 
         Raises:
-            TrainingFailed: if none works.
+            TrainingFailed: if no device works.
         """
         with self.context.sessions() as session:
             working = leases.count_working_devices(session, self.pool.name)
         if not working:
             raise TrainingFailed(f"pool {self.pool.name!r} has lost all its devices; return some to it")
-        left = resize_pool(self.pool, {g.device_class: working[g.device_class] - g.count for g in self.pool.groups})
+        changes = {group.device_class: working[group.device_class] - group.count for group in self.pool.groups}
+        resized = resize_pool(self.pool, changes)
         share = MEMORY_SHRINK_FACTOR**self.shrinks
-        return replace(left, groups=tuple(replace(group, memory_gib=group.memory_gib * share) for group in left.groups))
+        groups = tuple(replace(group, memory_gib=group.memory_gib * share) for group in resized.groups)
+        return replace(resized, groups=groups)
 
 
 def _assign_devices(plan: PipelinePlan, devices: Sequence[str]) -> list[str]:
-    """The device of each rank, of its stage's class; ranks are numbered stage by stage."""
-    left = sorted(devices)
-    placed = []
+    """Return the device of each rank, of its stage's device class; ranks are numbered stage by stage."""
+    free = sorted(devices)
+    rank_devices = []
     for stage in plan.stages:
-        own = [device for device in left if device.rpartition("/")[0] == stage.device_class][: plan.data_size]
-        left = [device for device in left if device not in own]
-        placed += own
-    return placed
+        matching = [device for device in free if device.rpartition("/")[0] == stage.device_class]
+        stage_devices = matching[: plan.data_size]
+        free = [device for device in free if device not in stage_devices]
+        rank_devices += stage_devices
+    return rank_devices

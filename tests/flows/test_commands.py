@@ -112,10 +112,18 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
         (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
         (["dataset", "push", "/dev/zero", "--token", "t"], 2, "is a regular file, and /dev/zero is none"),
-        (["withdraw", "report", "a\x1b\n", "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
+        (
+            ["withdraw", "report", "a\x1b\n", "--reason", "r", "--token", "t"],
+            2,
+            "an id must have 32 hexadecimal digits",
+        ),
         (["withdraw", "report", "0" * 32, "--reason", " ", "--token", "t"], 2, "must be text, not white space alone"),
         (["withdraw", "account", " ", "--reason", "r", "--token", "t"], 2, "must be text, not white space alone"),
-        (["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"], 2, "an id has 32 hexadecimal digits"),
+        (
+            ["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"],
+            2,
+            "an id must have 32 hexadecimal digits",
+        ),
     ],
 )
 def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):

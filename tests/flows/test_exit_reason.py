@@ -59,7 +59,7 @@ def test_a_hanging_run_names_the_rank_that_was_silent(folder):
     beat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
     ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
-    assert (ended.kind, ended.rank) == ("hung", 1) and "silent: rank 1" in ended.reason
+    assert (ended.kind, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.reason
 
 
 def test_a_killed_rank_is_named_and_the_log_shown(folder):

@@ -27,7 +27,7 @@ def test_a_pool_is_started_as_its_file_says(tmp_path):
     [
         ("slurm", {"partitions": "gpu"}, "unexpected keyword argument 'partitions'"),
         ("kubernetes", {"image": "i"}, "missing 2 required keyword-only arguments: 'claim' and 'mount_path'"),
-        ("local", {"partition": "gpu"}, "take no options"),
+        ("local", {"partition": "gpu"}, "takes no options"),
     ],
 )
 def test_options_that_a_launcher_does_not_know_are_refused(launcher, launch, says):

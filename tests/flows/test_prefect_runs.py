@@ -71,7 +71,8 @@ def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
         client.set_flow_run_state(made[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
     assert made[0].id != made[1].id
     assert (
-        end_if_lost(client, client.read_flow_run(made[0].id)) and state_of(client, made[0]).message == "it was put off"
+        end_if_lost(client, client.read_flow_run(made[0].id))
+        and state_of(client, made[0]).message == "it was postponed"
     )
     assert not end_if_lost(client, client.create_flow_run_from_deployment(deployment))
 
@@ -102,7 +103,7 @@ def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deploym
     end_lost_flow_runs(client)
     for run in (pending, running):
         state = state_of(client, run)
-        assert state.is_crashed() and state.message == "its process is gone"
+        assert state.is_crashed() and state.message == "its process has exited"
     assert state_of(client, waiting).is_scheduled()
     client.set_flow_run_state(waiting.id, Cancelled(), force=True)
     assert not waits(stores)
