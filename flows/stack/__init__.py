@@ -1,1 +1,1 @@
-"""The embedded stack: its services and stores, what one home folder keeps of it, and what can be wrong with it."""
+"""The embedded stack: its services and stores, the configuration in its home folder, and its health checks."""

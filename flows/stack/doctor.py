@@ -1,6 +1,6 @@
-"""What can be wrong with a machine or a stack, and the mend for each.
+"""Find faults of the machine and the stack, each with its fix.
 
-What its servers do is tried in `flows.stack.probes`.
+The servers' functions are tested in `flows.stack.probes`.
 """
 
 import difflib
@@ -35,27 +35,27 @@ NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     None,
     "this kernel has no Landlock, so every service can read the others' folders and secrets",
-    "use a kernel of 5.13 or later with landlock in its `lsm=` list; docs/security.md says what is not promised",
+    "use a kernel of 5.13 or later with landlock in its `lsm=` list; docs/security.md lists what is not guaranteed",
 )
 NO_SECCOMP_FINDING = Finding(
     MACHINE_SUBJECT,
     None,
-    "this kernel or processor has no filter of system calls, so a service that is taken over can end the keeper and "
-    "reach every port of this machine",
-    "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md says what is not promised",
+    "this kernel or processor has no seccomp filter, so a compromised service can kill the keeper and connect to every "
+    "port of this machine",
+    "use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md lists what is not guaranteed",
 )
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
-FULL_DISK_BYTES = 64 * 2**20  # with less, PostgreSQL and the store begin to refuse
+FULL_DISK_BYTES = 64 * 2**20  # with less free space, PostgreSQL and the store begin to reject writes
 HEARTBEAT_FILES = {"dispatcher": DISPATCHER_HEARTBEAT_FILE, "worker": WORKER_HEARTBEAT_FILE}
 SERVICE_HEARTBEAT_TIMEOUT_S = 30.0
-# What may stand in env.local: the settings, and a variable that commands take from a shell which reads the file.
+# Names allowed in env.local: the settings, and the token, which commands read if a shell sources the file.
 KNOWN_VARIABLES = {*map(get_variable_name, Settings.model_fields), get_variable_name("token")}
 
 
 def find_setting_faults(home: Path) -> list[Finding]:
-    """Lines of `env.local` that set nothing, names that no setting has, and values that break a setting's rule.
+    """Find lines of `env.local` without a value, unknown setting names, and invalid values.
 
-    Variables of the environment count too, since they win over the file; names without the prefix are not ours.
+    Environment variables are checked too, since they override the file; names without the prefix are ignored.
     """
     file = home / "env.local"
     try:
@@ -87,7 +87,7 @@ def find_setting_faults(home: Path) -> list[Finding]:
 
 
 def find_machine_faults(home: Path) -> list[Finding]:
-    """Disk, permissions, memory and busy ports; a full disk first, since it may be the reason of all else."""
+    """Check disk, permissions, memory and ports; a full disk comes first, since it may cause the other faults."""
     found = find_disk_faults(home)
     place = find_existing_folder(home)
     if not os.access(place, os.W_OK):
@@ -102,24 +102,24 @@ def find_machine_faults(home: Path) -> list[Finding]:
 
 
 def find_disk_faults(home: Path) -> list[Finding]:
-    """Look for a disk that is full, or will be soon."""
+    """Check whether the disk is full or nearly full."""
     place = find_existing_folder(home)
     free = shutil.disk_usage(place).free
     if free >= MIN_DISK_GIB * 2**30:
         return []
-    said = "is full" if free < FULL_DISK_BYTES else "is nearly full"
-    fault = f"the disk of {place} {said}: {free} bytes are free there, {MIN_DISK_GIB * 2**30:.0f} are needed"
-    mend = "make room on that disk (`du -xh --max-depth=2` shows what takes it); what failed for it goes on by itself"
+    state = "is full" if free < FULL_DISK_BYTES else "is nearly full"
+    fault = f"the disk of {place} {state}: {free} bytes are free there, {MIN_DISK_GIB * 2**30:.0f} are needed"
+    mend = "make room on that disk (`du -xh --max-depth=2` shows the usage); failed work then resumes by itself"
     return [Finding(MACHINE_SUBJECT, None, fault, mend)]
 
 
 def find_existing_folder(home: Path) -> Path:
-    """Return the folder itself, or the first above it that is there."""
+    """Return the folder itself, or its nearest existing parent."""
     return next(path for path in (home, *home.parents) if path.exists())
 
 
 def find_busy_ports(home: Path) -> list[Finding]:
-    """Ports that this folder remembered and another program holds."""
+    """Find ports of this folder's config that another program uses."""
     if not (home / CONFIG_FILE).exists() or find_config_faults(home):
         return []
     config = load_config(home)
@@ -132,7 +132,7 @@ def find_busy_ports(home: Path) -> list[Finding]:
 
 
 def find_stack_faults(home: Path) -> list[Finding]:
-    """A lost config, a keeper or services that give no sign of life, and a kernel that does not confine them."""
+    """Check for a lost config, missing heartbeats of keeper or services, and a kernel that cannot confine them."""
     found = find_config_faults(home)
     if not is_keeper_running(home):
         is_expected = not found and (home / CONFIG_FILE).exists()
@@ -155,7 +155,7 @@ def find_stack_faults(home: Path) -> list[Finding]:
 
 
 def find_config_faults(home: Path) -> list[Finding]:
-    """A config that is lost or cannot be read, or is not that of the stack which runs."""
+    """Check for a config that is lost, unreadable, or not that of the running stack."""
     file = home / CONFIG_FILE
     keeper = find_keeper(home)
     if not file.exists() and keeper is None and not has_data(home):
@@ -171,28 +171,28 @@ def find_config_faults(home: Path) -> list[Finding]:
 
 
 def find_keeper_faults(home: Path) -> list[Finding]:
-    """A keeper that hangs: its services may run, and nobody restarts one that does not."""
+    """Check for a keeper that hangs: its services may run, but failed ones are not restarted."""
     keeper = find_keeper(home)
     if keeper is None or not keeper.is_silent:
         return []
     fault = (
-        f"the keeper (pid {keeper.pid}) has given no sign of life for {keeper.silent_s:.0f} s; it restarts nothing now"
+        f"the keeper (pid {keeper.pid}) has sent no heartbeat for {keeper.silent_s:.0f} s; it restarts no service now"
     )
     mend = "run `cotrain down`, which ends it, then `cotrain up`; see `cotrain logs keeper`"
     return [Finding(KEEPER_SUBJECT, convert_timestamp(time.time() - keeper.silent_s), fault, mend)]
 
 
 def find_silent_services(home: Path) -> list[Finding]:
-    """Services without a port that are ready and have given no sign of life lately."""
+    """Find ready services without a port whose heartbeat is older than SERVICE_HEARTBEAT_TIMEOUT_S."""
     found: list[Finding] = []
     services = read_stack_state(home).get("services", {})
     for name, sign in HEARTBEAT_FILES.items():
         try:
             silent_s = time.time() - (home / sign).lstat().st_mtime
-        except OSError:  # it has yet to give one; without it the keeper does not call the dispatcher ready
+        except OSError:  # no heartbeat yet; without one the keeper does not report the dispatcher as ready
             continue
         if services.get(name, {}).get("state") == "ready" and silent_s > SERVICE_HEARTBEAT_TIMEOUT_S:
-            mend = f"the keeper restarts it if this goes on; see `cotrain logs {name}`"
-            fault = f"the {name} has given no sign of life for {silent_s:.0f} s"
+            mend = f"the keeper restarts it if this continues; see `cotrain logs {name}`"
+            fault = f"the {name} has sent no heartbeat for {silent_s:.0f} s"
             found.append(Finding(f"the {name}", convert_timestamp(time.time() - silent_s), fault, mend))
     return found

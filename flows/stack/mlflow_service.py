@@ -24,7 +24,7 @@ READ_ONLY_ACCOUNT_SECRETS = {
 
 
 def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
-    """Describe the server behind its gate, on databases and a bucket of its own."""
+    """Describe the MLflow server behind its gate, with its own databases and bucket."""
     work, configuration = home / "mlflow", home / "settings" / "mlflow.ini"
     password = config.secrets["mlflow"]
 
@@ -84,7 +84,7 @@ def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, pos
 def _build_mlflow_environment(
     work: Path, configuration: Path, settings: Settings, config: StackConfig, database_url: str
 ) -> dict[str, str]:
-    """Build what the server needs; passwords travel here, since a command line is public."""
+    """Build the server's environment; passwords are passed here, since command lines are visible to other users."""
     return {
         **build_confined_environment(work, LC_ALL="C.UTF-8"),
         "MLFLOW_AUTH_CONFIG_PATH": str(configuration),
@@ -105,7 +105,7 @@ def _build_mlflow_environment(
             compute_credential_digest(name, config.secrets[secret])
             for name, secret in {settings.mlflow_username: "mlflow", **READ_ONLY_ACCOUNT_SECRETS}.items()
         ),
-        # Without workspaces every account may make experiments and models of its own.
+        # Without workspaces every account may create experiments and models.
         "MLFLOW_ENABLE_WORKSPACES": "true",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "GIT_PYTHON_REFRESH": "quiet",
@@ -113,7 +113,7 @@ def _build_mlflow_environment(
 
 
 def change_admin_password(settings: Settings, retired: list[str], new: str) -> None:
-    """Give MLflow's administrator the password that a rotation has chosen, if a retired one is in force."""
+    """Set the password of MLflow's administrator to the rotated one, if a retired one is still valid."""
     url = f"{settings.mlflow_url}/api/2.0/mlflow/users/update-password"
     for old in retired:
         body = {"username": settings.mlflow_username, "password": new, "current_password": old}

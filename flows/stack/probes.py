@@ -1,6 +1,6 @@
-"""What users would notice, really tried: each probe asks one server, side by side, within a time limit.
+"""End-to-end probes of the stack's functions: each queries one server, concurrently and within a time limit.
 
-Prefect is asked over HTTP, since its library takes longer to import than all probes to answer.
+Prefect is queried over HTTP, since importing its library takes longer than all probes together.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from flows.context import Context
 
 PROBE_TIMEOUT_S = 8.0
-# What is right again by itself within this time is no fault.
+# A condition that clears by itself within this time is not a fault.
 PROMOTION_SETTLE_S, LATE_AFTER_S, REPORTS_LATE_AFTER_S = 30.0, 60.0, 600.0
 REPRODUCE_FLOW = "cotrain-reproduce"
-# By the server that it needs most.
+# The duty whose success shows that a server answers.
 DUTY_BY_SERVER = {
     "postgres": "keep the round going",
     "prefect": "register deployments",
@@ -39,16 +39,16 @@ DUTY_FIXES = {
     "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
     "register deployments": "see `cotrain logs prefect`",
     "end lost flow runs": "see `cotrain logs prefect`",
-    "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` gives the round up",
+    "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
     "start reproduction": "see `cotrain logs prefect`",
     "take back leases of the dead": "see that the file which COTRAIN_POOL names can be read",
 }
 
 
 def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[Finding]:
-    """Run every probe; a server that hangs costs its own finding, never the others.
+    """Run every probe; a server that hangs affects only its own finding.
 
-    Without PostgreSQL, what has to be compared with the records is left out.
+    Without PostgreSQL, the probes that compare with the records are skipped.
     """
     from feedback.platform_facts import read_platform_facts
 
@@ -63,7 +63,7 @@ def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[
             if "too many clients" not in str(error.orig):
                 raise
             callers = describe_callers(parse_port(settings.database_url.get_secret_value()))
-            fault = f"PostgreSQL's connections are all taken: {callers}"
+            fault = f"all connections of PostgreSQL are in use: {callers}"
             return [
                 Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
             ]
@@ -95,9 +95,9 @@ def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[
 
 
 def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> LastSuccess:
-    """When a server is known to have answered last: by the records, the dispatcher's duties, or the keeper.
+    """Return the last known success of a server, from the records, the dispatcher's duties or the keeper.
 
-    The keeper knows since when it is ready, and it may have answered at any time after that.
+    The keeper's time is the start of readiness; the server may have answered at any time after that.
     """
     ready_at = read_stack_state(home).get("services", {}).get(server, {}).get("ready_at")
     ready = LastSuccess(convert_timestamp(ready_at), or_later=True) if ready_at else LastSuccess()
@@ -109,19 +109,19 @@ def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> L
 
 
 def probe_portal(settings: FlowSettings) -> list[Finding]:
-    """The portal and its database answer."""
+    """Check that the portal and its database answer."""
     httpx.get(f"{settings.portal_url}/health", timeout=PROBE_TIMEOUT_S).raise_for_status()
     return [Finding("the portal", get_utc_now())]
 
 
 def probe_objects(settings: FlowSettings) -> list[Finding]:
-    """An object can be put and read back."""
+    """Check that an object can be put and read back."""
     open_object_store(settings, attempts=1).check()
     return [Finding("an object put and read", get_utc_now())]
 
 
 def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
-    """The champion answers with one token."""
+    """Check that the champion generates one token."""
     what, mend = "an answer from the model", "see `cotrain logs model-server`"
     if facts.champion is None:
         return [Finding(what)]
@@ -141,7 +141,7 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
 
 
 def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
-    """The registry has the champion and the version before it, and its alias points where it should."""
+    """Check that the registry has the champion and its predecessor, and that the alias points at the champion."""
     what, found = "an alias that follows", []
     with context.tracker.use_short_timeout():
         aliases = context.tracker.read_aliases()
@@ -155,7 +155,7 @@ def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
         mend = describe_registration(context.settings.home, version, facts.lineage[version])
-        # While the alias followed, the champion was there; of the version before only its promotion is known.
+        # The champion existed when its alias was last set; of its predecessor only the promotion time is known.
         seen = last if version == facts.champion else facts.promoted_at
         found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
     for version, names in missing.items():
@@ -177,7 +177,7 @@ def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
 
 
 def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
-    """Prefect has its database, a worker and deployments that are not paused, and starts what is due."""
+    """Check that Prefect has its database, an online worker and active deployments, and starts due runs."""
     what, found = "a flow run that starts", []
     with open_prefect_client(settings) as http:
         if http.get("/ready").status_code != 200:
@@ -216,7 +216,7 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
 
 
 def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
-    """The running round has a flow that runs."""
+    """Check that the running round has a running flow run."""
     what, training_round = "the running round", facts.running
     if training_round is None:
         return []
@@ -233,13 +233,13 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
     since = datetime.fromisoformat(state["timestamp"]) if state else training_round.created_at
     if compute_age_s(since) < LATE_AFTER_S:
         return [Finding(what, since)]
-    said = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
-    fault = f"round {training_round.number} is at {training_round.step} and {said} since {since:%F %T}"
+    run_state = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
+    fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
     return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
 
 
 def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
-    """The last run of the flow that takes reports up did not fail while reports wait."""
+    """Check that the last reproduction flow run did not fail while reports wait."""
     if not facts.num_reports_waiting:
         return []
     ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
@@ -249,13 +249,13 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
         return []
     reason = run["state"]["message"]
     fault = f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {reason}"
-    mend = "the dispatcher tries again within a minute or two; see `cotrain logs flows`"
+    mend = "the dispatcher retries within two minutes; see `cotrain logs flows`"
     is_first = facts.last_reproduction is None
     return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
 
 
 def check_waiting_reports(facts: PlatformFacts) -> Finding:
-    """Reports do not wait for longer than a batch takes."""
+    """Check that no report waits longer than REPORTS_LATE_AFTER_S."""
     what, oldest = "a report that is reproduced", facts.oldest_report
     if facts.champion is None or oldest is None or compute_age_s(oldest) < REPORTS_LATE_AFTER_S:
         return Finding(what, facts.last_reproduction)
@@ -265,7 +265,7 @@ def check_waiting_reports(facts: PlatformFacts) -> Finding:
 
 
 def check_waiting_notices(facts: PlatformFacts) -> Finding:
-    """Notices do not wait."""
+    """Check that no notice waits longer than LATE_AFTER_S."""
     oldest = facts.oldest_notice
     fault = (
         f"notices wait to be delivered since {oldest:%F %T}"
@@ -277,7 +277,7 @@ def check_waiting_notices(facts: PlatformFacts) -> Finding:
 
 
 def find_failing_duties(home: Path) -> list[Finding]:
-    """The dispatcher's duties that fail."""
+    """Find the dispatcher's failing duties."""
     return [
         Finding(
             f"the dispatcher's duty: {name}",
@@ -294,12 +294,12 @@ def find_failing_duties(home: Path) -> list[Finding]:
 
 
 def get_last_success(standing: DutyStatus) -> datetime | None:
-    """When a duty last succeeded."""
+    """Return the time of a duty's last success."""
     return None if standing.succeeded_at is None else convert_timestamp(standing.succeeded_at)
 
 
 def open_prefect_client(settings: FlowSettings) -> httpx.Client:
-    """A client of Prefect's API."""
+    """Open a client of Prefect's API."""
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
     return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=PROBE_TIMEOUT_S)
 
@@ -307,7 +307,7 @@ def open_prefect_client(settings: FlowSettings) -> httpx.Client:
 def fetch_newest_flow_run(
     http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None
 ) -> dict[str, Any] | None:
-    """The first flow run that a filter finds, of any flow or of one."""
+    """Fetch the first flow run that matches a filter, of any flow or of the given one."""
     body = {"flow_runs": which, "sort": sort, "limit": 1}
     if flow is not None:
         body["flows"] = {"name": {"any_": [flow]}}

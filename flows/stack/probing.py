@@ -1,4 +1,4 @@
-"""Probes of servers, run side by side within a limit, and what they find."""
+"""Run probes of servers concurrently within a time limit, and collect their findings."""
 
 import queue
 import threading
@@ -13,10 +13,10 @@ from infra.error_text import describe_error
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that users would notice: when it last went well, and what is wrong with it if something is.
+    """Result of one check: its last success, and its fault if there is one.
 
-    `or_later` says that it may have gone well after `succeeded_at` too. A fault without a time is of something that
-    never went well by the records, if `never` says so; otherwise the last time is not known.
+    `or_later`: it may also have succeeded after `succeeded_at`. For a fault without a time, `never` says that it has
+    never succeeded according to the records; otherwise the last success is unknown.
     """
 
     what: str
@@ -32,13 +32,13 @@ class Finding:
 
     @property
     def when(self) -> str:
-        """Describe the last time that it went well."""
+        """Describe the time of the last success."""
         if self.succeeded_at is None:
             return "never" if self.never else "unknown"
         return f"{self.succeeded_at.astimezone():%F %T}{' or later' if self.or_later else ''}"
 
     def to_json(self) -> dict[str, Any]:
-        """The finding as data."""
+        """Return the finding as JSON data."""
         at = self.succeeded_at.isoformat(timespec="seconds") if self.succeeded_at else None
         rest = {"or_later": self.or_later, "fault": self.fault, "mend": self.mend}
         return {"what": self.what, "state": self.state, "succeeded_at": at, **rest}
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LastSuccess:
-    """The last time that something is known to have gone well; `or_later` if it may have since."""
+    """Time of the last known success; `or_later` if it may have succeeded again since."""
 
     at: datetime | None = None
     or_later: bool = False
@@ -54,7 +54,7 @@ class LastSuccess:
 
 @dataclass(frozen=True)
 class Probe:
-    """One probe: whom it asks, what of, and when the server is known to have answered last."""
+    """One probe: the server, the subject, the check function, and the server's last known success."""
 
     server: str
     what: str
@@ -62,34 +62,35 @@ class Probe:
     last: LastSuccess = LastSuccess()
 
     def failed(self, fault: str) -> Finding:
-        """Make the finding about a server that does not answer."""
+        """Make the finding for a server that does not answer."""
         mend = f"see `cotrain logs {self.server}`"
         return Finding(self.what, self.last.at, f"{self.server} {fault}", mend, self.last.or_later)
 
 
 def run_probes(probes: list[Probe], limit_s: float) -> list[Finding]:
-    """Run probes side by side; one that has not answered in time is a fault of its server."""
+    """Run probes concurrently; a probe that exceeds the limit is a fault of its server. Findings keep the order."""
     answers: queue.Queue[tuple[int, list[Finding]]] = queue.Queue()
 
     def run(number: int, probe: Probe) -> None:
         try:
             answers.put((number, list(probe.ask())))
-        except Exception as error:  # any refusal is what was to be found
+        except Exception as error:  # of any kind: an error is the probe's finding
             answers.put((number, [probe.failed(f"does not answer: {describe_error(error)}")]))
 
     for number, probe in enumerate(probes):
         threading.Thread(target=run, args=(number, probe), daemon=True).start()
-    end, found = time.monotonic() + limit_s, dict[int, list[Finding]]()
-    while len(found) < len(probes):
+    end, findings_by_probe = time.monotonic() + limit_s, dict[int, list[Finding]]()
+    while len(findings_by_probe) < len(probes):
         try:
             number, findings = answers.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
             break
-        found[number] = findings
+        findings_by_probe[number] = findings
+
     for number, probe in enumerate(probes):
-        if number not in found:
-            found[number] = [probe.failed(f"has not answered within {limit_s:.0f} s")]
-    return [finding for number in sorted(found) for finding in found[number]]
+        if number not in findings_by_probe:
+            findings_by_probe[number] = [probe.failed(f"has not answered within {limit_s:.0f} s")]
+    return [finding for number in sorted(findings_by_probe) for finding in findings_by_probe[number]]
 
 
 def get_utc_now() -> datetime:
@@ -97,5 +98,5 @@ def get_utc_now() -> datetime:
 
 
 def convert_timestamp(seconds: float) -> datetime:
-    """Return a time in seconds since 1970 as a moment."""
+    """Convert a time in seconds since 1970 to a datetime in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc)

@@ -1,4 +1,4 @@
-"""The embedded stack: its services, and the keeper's entry."""
+"""The services of the embedded stack, and the keeper's entry point."""
 
 import contextlib
 import json
@@ -45,11 +45,11 @@ from infra.settings import (
 log = logging.getLogger(__name__)
 
 WORKER_HANG_TIMEOUT_S = 120.0
-DISPATCHER_READY_TIMEOUT_S, DISPATCHER_HANG_TIMEOUT_S = 30.0, 300.0  # not ready; ended, since no duty takes so long
+DISPATCHER_READY_TIMEOUT_S, DISPATCHER_HANG_TIMEOUT_S = 30.0, 300.0  # heartbeat age for not ready, and for a restart
 
 
 def make_services(home: Path, config: StackConfig, settings: Settings) -> list[ManagedService]:
-    """The embedded stack in starting order."""
+    """Describe the services of the embedded stack, in start order."""
     postgres = Postgres(
         home / "pg",
         config.ports["postgres"],
@@ -70,7 +70,7 @@ def make_services(home: Path, config: StackConfig, settings: Settings) -> list[M
 
 
 def build_prefect_environment(folder: Path, settings: PrefectAccess) -> dict[str, str]:
-    """Build what a process that talks to Prefect needs, with its own folder for what Prefect's client keeps."""
+    """Build the environment of a process that uses Prefect's client, which keeps its files in the given folder."""
     return {
         "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": settings.prefect_api_url,
@@ -88,7 +88,7 @@ def build_service_environment(home: Path, folder: Path) -> dict[str, str]:
 
 
 def _make_prefect_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
-    # asyncpg knows no require_auth; infra/scram_only.py takes its place.
+    # asyncpg has no require_auth option; infra/scram_only.py replaces it.
     url = postgres.url("prefect", "prefect", config.secrets["prefect_database"]).partition("?")[0]
     work, port = home / "prefect", config.ports["prefect"]
     env = build_confined_environment(work, **NO_TELEMETRY_VARIABLES) | {
@@ -129,7 +129,7 @@ def _check_url(url: str, token: str | None = None) -> None:
 
 
 def make_private_folders(*folders: Path) -> None:
-    """Make folders that only their owner can enter."""
+    """Make folders that only their owner can access."""
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -146,7 +146,7 @@ def _make_own_service(
     liveness: LivenessPolicy | None = None,
     listen: str | None = None,
 ) -> ManagedService:
-    """Describe a service of our own code, whose folder has its name."""
+    """Describe a service of our own code, with a working folder of the same name."""
     work = home / name
 
     def prepare() -> None:
@@ -178,7 +178,9 @@ def _make_portal_service(home: Path, settings: Settings) -> ManagedService:
     def check() -> None:
         _check_url(f"{settings.portal_url}/health")
 
-    liveness = LivenessPolicy(lambda: check_answer(f"{settings.portal_url}/health"))  # a HEAD there asks no database
+    liveness = LivenessPolicy(
+        lambda: check_answer(f"{settings.portal_url}/health")
+    )  # a HEAD request does not query the database
     needs = ("postgres", "s3")
     return _make_own_service(
         home, "portal", "feedback.run", confinement, check, needs, liveness=liveness, listen=settings.portal_url
@@ -190,7 +192,7 @@ def _make_model_server_service(home: Path, settings: Settings) -> ManagedService
     confinement = Confinement(
         read=tuple(home / name for name in ModelServerSettings.files),
         write=(home / "model-server", cache, *find_accelerator_files()),
-        # MLflow's client fetches large files from the store itself, by presigned addresses.
+        # MLflow's client fetches large files directly from the store, by presigned URLs.
         connect=(parse_port(settings.mlflow_url), parse_port(settings.s3_endpoint)),
         is_server=True,
     )
@@ -220,18 +222,18 @@ def _make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
         read=(*(home / name for name in DispatcherSettings.files), *pool),
         write=(work,),
         connect=None if pool else tuple(map(parse_port, servers)),
-        scope_signals=False,  # it ends what dead flows have left
+        scope_signals=False,  # it kills processes that exited flows left behind
     )
 
     def check() -> None:
         age = time.time() - float(json.loads(read_regular(sign))["time"])
         if age > DISPATCHER_READY_TIMEOUT_S:
-            raise TimeoutError(f"no sign of life for {age:.0f} s")
+            raise TimeoutError(f"no heartbeat for {age:.0f} s")
 
     def check_life() -> None:
         age = time.time() - sign.stat().st_mtime
         if age > DISPATCHER_HANG_TIMEOUT_S:
-            raise TimeoutError(f"no sign of life for {age:.0f} s")
+            raise TimeoutError(f"no heartbeat for {age:.0f} s")
 
     def before() -> None:
         sign.unlink(missing_ok=True)
@@ -257,7 +259,7 @@ def _make_worker_service(home: Path, settings: Settings) -> ManagedService:
     def check_life() -> None:
         age = time.time() - sign.stat().st_mtime
         if age > WORKER_HANG_TIMEOUT_S:
-            raise TimeoutError(f"no sign of life for {age:.0f} s")
+            raise TimeoutError(f"no heartbeat for {age:.0f} s")
 
     def check() -> None:
         user, _, password = settings.prefect_auth.get_secret_value().partition(":")
@@ -274,7 +276,7 @@ def _make_worker_service(home: Path, settings: Settings) -> ManagedService:
     confinement = Confinement(
         read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *find_pool_files(settings)),
         write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files()),
-        connect=None,  # ranks meet on ports that the system chooses
+        connect=None,  # ranks connect on ports that the system chooses
     )
     return ManagedService(
         name="worker",
@@ -294,25 +296,25 @@ def _make_worker_service(home: Path, settings: Settings) -> ManagedService:
 
 
 def find_pool_files(settings: Settings) -> tuple[Path, ...]:
-    """Return the pool's file and what its launcher reads; none for this machine's own pool."""
+    """Return the pool's file and the files that its launcher reads; none for the default local pool."""
     if not settings.pool:
         return ()
     file = Path(settings.pool.rpartition(":")[0] or settings.pool).resolve()
     try:
         return (file, *find_launcher_files(load_configured_pool(settings).launcher))
-    except (ValueError, OSError):  # said by whoever plans with it
+    except (ValueError, OSError):  # reported when a round is planned
         return (file,)
 
 
 def build_cluster_environment() -> dict[str, str]:
-    """Return what clients of batch systems are told by the environment."""
-    own = Path.home() / ".kube" / "config"  # services have another home folder
-    usual = {"KUBECONFIG": str(own)} if own.exists() else {}
-    return usual | {name: os.environ[name] for name in CLUSTER_CONFIG_VARIABLES if name in os.environ}
+    """Build the variables by which clients of batch systems find their configuration."""
+    kubeconfig = Path.home() / ".kube" / "config"  # named explicitly, since services have another home folder
+    default = {"KUBECONFIG": str(kubeconfig)} if kubeconfig.exists() else {}
+    return default | {name: os.environ[name] for name in CLUSTER_CONFIG_VARIABLES if name in os.environ}
 
 
 def main() -> None:
-    """Entry of the keeper: `python -m flows.stack`, on `$COTRAIN_HOME`."""
+    """Run the keeper on `$COTRAIN_HOME`: `python -m flows.stack`."""
     configure_logging()
     home = get_home_folder()
     config = replace_blocked_ports(home, load_config(home))

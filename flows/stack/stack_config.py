@@ -1,4 +1,4 @@
-"""What one home folder keeps of the embedded stack: its id, ports, secrets and the settings file made of them."""
+"""Configuration of the embedded stack in its home folder: id, ports, secrets, and the settings files."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ PORT_NAMES = (
     *WEED_PORT_NAMES,
     *(f"{name}_grpc" for name in WEED_PORT_NAMES),
 )
-PORT_RANGE = (20_000, 28_999)  # below 29,500, where torchrun meets by default
+PORT_RANGE = (20_000, 28_999)  # below 29,500, torchrun's default rendezvous port
 MAX_PORT_TRIES = 10_000
 SECRET_NAMES = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
@@ -48,7 +48,7 @@ CONFIG_FILE, CONFIG_COPY_FILE = "stack-config.json", "stack-config.copy.json"
 class StackConfig:
     """Ports and secrets of one home folder, chosen at the first start and kept.
 
-    `retired` holds the secrets that rotations replaced, oldest first, until every server has taken the new ones.
+    `retired` holds the secrets that rotations replaced, oldest first, until every server uses the new ones.
     """
 
     stack_id: str
@@ -73,22 +73,22 @@ def load_or_make_config(home: Path, *, durable: bool = True) -> StackConfig:
 
 
 def has_data(home: Path) -> bool:
-    """Whether a stack has been started in this folder, whose data needs the config that it had."""
+    """Check whether a stack has been started in this folder; its data needs the original config."""
     return any((home / name).exists() for name in (CONFIG_COPY_FILE, "pg", "env"))
 
 
 def load_config(home: Path) -> StackConfig:
-    """Read the folder's config; ports and secrets that it lacks are chosen and kept.
+    """Read the folder's config; missing ports and secrets are chosen and saved.
 
     Raises:
-        ValueError: if it is gone or cannot be read. It is never made anew here: with it go the passwords of the data
-            beside it and the salt that decides which cases are held out.
+        ValueError: if it is missing or unreadable. It is never recreated here: it holds the passwords of the existing
+            data and the salt that decides which cases are held out.
     """
     file = home / CONFIG_FILE
     try:
         config = StackConfig(**json.loads(file.read_text()))
-        missing = [name for name in PORT_NAMES if name not in config.ports]  # taken out by hand, to have another chosen
-        unknown = [name for name in SECRET_NAMES if name not in config.secrets]  # of a newer version than the folder
+        missing = [name for name in PORT_NAMES if name not in config.ports]  # removed manually, to choose another port
+        unknown = [name for name in SECRET_NAMES if name not in config.secrets]  # added by a newer version of the code
     except FileNotFoundError:
         if not has_data(home):
             raise ValueError(f"there is no stack in {home}; make one with `cotrain up`") from None
@@ -109,7 +109,7 @@ def _describe_lost_config(file: Path, how: str) -> str:
 
 
 def save_config(home: Path, config: StackConfig) -> None:
-    """Write the config, and then its copy, so that one of the two is whole whatever happens."""
+    """Write the config, and then its copy, so that one of the two is always complete."""
     text = json.dumps(asdict(config), indent=2)
     write_private(home / CONFIG_FILE, text)
     write_private(home / CONFIG_COPY_FILE, text)
@@ -121,13 +121,13 @@ def generate_secrets(names: Sequence[str]) -> dict[str, str]:
 
 
 def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
-    """Replace secrets, all that can be if none is named, and keep the old ones until the next start has used them.
+    """Replace the named secrets, or all that can be rotated, and keep the old ones until the next start; return names.
 
-    Servers take new secrets when they start; those that keep them in a database are then asked with the retired ones,
-    of which there are several if a rotation was interrupted and repeated.
+    Servers read new secrets when they start. Those that store them in a database are then updated by signing in with
+    the retired ones, of which there are several if a rotation was interrupted and repeated.
 
     Raises:
-        ValueError: if a name is unknown, or its secret is one that decides and does not protect.
+        ValueError: if a name is unknown, or is the split salt, which must never change.
     """
     config = load_config(home)
     wrong = [name for name in names if name not in ROTATABLE_SECRET_NAMES]
@@ -141,20 +141,20 @@ def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
     retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in kept}
     fresh = replace(config, secrets=config.secrets | generate_secrets(kept), retired=config.retired | retired)
     save_config(home, fresh)
-    if "weed_certificate" in chosen:  # a file of its own, which the next start makes anew
+    if "weed_certificate" in chosen:  # a separate file, which the next start recreates
         (home / WEED_CERTIFICATE).unlink(missing_ok=True)
     return chosen
 
 
 def drop_retired_secrets(home: Path) -> None:
-    """Drop the old secrets once every server runs with the new ones."""
+    """Delete the retired secrets; call it when every server runs with the new ones."""
     config = load_config(home)
     if config.retired:
         save_config(home, replace(config, retired={}))
 
 
 def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ()) -> dict[str, int]:
-    """Free ports of the loopback interface: the usual ones for what people open, others outside the ephemeral range.
+    """Choose free loopback ports: the default ones for web interfaces, others outside the ephemeral range.
 
     Raises:
         RuntimeError: if none is found.
@@ -179,12 +179,12 @@ def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ())
 
 
 def get_weed_socket(name: str, port: int) -> Path:
-    """Return where the store puts the socket of one of its gRPC ports, whatever it is told."""
+    """Return the path, fixed in the store, of the socket of one of its gRPC ports."""
     return Path(f"/tmp/seaweedfs-{name.removesuffix('_grpc')}-grpc-{port}.sock")
 
 
 def is_port_blocked(name: str, port: int) -> bool:
-    """Whether a port cannot be used since a file that we may not remove lies where its socket has to be."""
+    """Check whether a port is unusable because a file that we cannot remove is at the path of its socket."""
     if not name.endswith("_grpc"):
         return False
     try:
@@ -195,7 +195,7 @@ def is_port_blocked(name: str, port: int) -> bool:
 
 
 def replace_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
-    """Choose other ports for those that are blocked; nobody but the store itself knows these ports."""
+    """Choose other ports for blocked ones and save the config; only the store itself uses these ports."""
     blocked = [name for name, port in config.ports.items() if is_port_blocked(name, port)]
     if not blocked:
         return config
@@ -207,9 +207,9 @@ def replace_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
 
 
 def describe_port_holder(port: int, stack_id: str) -> str | None:
-    """None if a port is free or held by a leftover of this stack; else words for who holds it.
+    """Describe the process that holds a port; None if the port is free or held by a process of this stack.
 
-    A server that is just dying listens no more and holds its port for some moments: it is waited for.
+    A server that is exiting no longer listens but holds its port; wait PORT_RELEASE_TIMEOUT_S for it.
     """
     end = time.monotonic() + PORT_RELEASE_TIMEOUT_S
     while not is_port_free(port):
@@ -223,7 +223,7 @@ def describe_port_holder(port: int, stack_id: str) -> str | None:
 
 
 def _describe_listener(port: int, stack_id: str) -> str | None:
-    """Words for the process that listens on a port, empty if it is this stack's own; None if none can be seen."""
+    """Describe the process that listens on a port; empty if it belongs to this stack, None if none is visible."""
     inodes = _find_listening_inodes(port)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -244,7 +244,7 @@ def _find_listening_inodes(port: int) -> set[str]:
 
 
 def is_port_free(port: int) -> bool:
-    """Tell whether a server of this user can listen on a port, on which connections of an earlier one may linger."""
+    """Check whether a server of this user can listen on a port, even with lingering connections of an earlier one."""
     if find_listener_uids(f"tcp://127.0.0.1:{port}"):
         return False
     with socket.socket() as probe:
@@ -261,7 +261,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
     """Write `$COTRAIN_HOME/env` for the operator's commands, and the settings file of each process.
 
     Raises:
-        ValueError: if a value of the operator's breaks its rule.
+        ValueError: if one of the operator's values is invalid.
     """
     ports, secret = config.ports, config.secrets
     values = {

@@ -67,7 +67,7 @@ def make_weed_service(home: Path, config: StackConfig, settings: Settings) -> Ma
         ensure_certificate(configuration / "tls.pem", "weed")
         write_private(configuration / "security.toml", format_weed_security(config, configuration / "tls.pem"))
         write_private(configuration / "identities.json", json.dumps(build_weed_identities(config, settings)))
-        # A volume index torn by a kill would hide its whole volume. Confined as the server is, whose files it reads.
+        # A volume index damaged by a kill would hide its whole volume. Confined like the server, whose files it reads.
         command = confinement.command(weed, "-logtostderr=true", "fix", "-ignoreError", str(data))
         subprocess.run(command, env=environment, cwd=configuration, capture_output=True, check=True)
 
@@ -89,7 +89,7 @@ def make_weed_service(home: Path, config: StackConfig, settings: Settings) -> Ma
 
 
 def remove_weed_sockets(config: StackConfig) -> None:
-    """Remove the sockets that weed puts into /tmp, whatever it is told, and leaves there.
+    """Remove the sockets that weed always creates in /tmp and does not delete.
 
     Raises:
         PermissionError: if another user has put a file there since the keeper chose the ports.
@@ -107,9 +107,9 @@ def remove_weed_sockets(config: StackConfig) -> None:
 
 
 def format_weed_security(config: StackConfig, certificate: Path) -> str:
-    """The store's security.toml: of its own processes only S3 is open to others, and that asks for its keys.
+    """Format the store's security.toml, with which only its S3 interface accepts other clients, and only with keys.
 
-    Without it, anybody on this machine can read and delete objects at the filer, the volume server and the master.
+    Without it, every user of this machine can read and delete objects at the filer, volume server and master.
     """
     jwt = zip(("signing", "signing.read", "filer_signing", "filer_signing.read"), range(1, 5), strict=True)
     lines = [f'[jwt.{name}]\nkey = "{config.secrets[f"weed_{n}"]}"\nexpires_after_seconds = 60' for name, n in jwt]
@@ -122,7 +122,7 @@ def format_weed_security(config: StackConfig, certificate: Path) -> str:
 
 
 def build_weed_identities(config: StackConfig, settings: Settings) -> dict[str, Any]:
-    """Return the store's accounts: the keeper's, which makes buckets, and one for each bucket that reaches no other."""
+    """Build the store's accounts: the keeper's, which creates buckets, and one per bucket, limited to that bucket."""
 
     def identity(name: str, key: str, actions: list[str]) -> dict[str, Any]:
         pair = {"accessKey": config.secrets[f"{key}_access_key"], "secretKey": config.secrets[f"{key}_secret_key"]}

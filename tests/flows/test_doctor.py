@@ -114,7 +114,7 @@ def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothin
     with contextlib.ExitStack() as held:
         for _ in range(260):
             held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
-        assert "PostgreSQL's connections are all taken: " in faults_of(stack)
+        assert "all connections of PostgreSQL are in use: " in faults_of(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
     assert {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()} == before

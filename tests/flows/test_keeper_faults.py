@@ -138,7 +138,7 @@ def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
     stack.until(lambda: find_keeper(stack.home).is_silent, seconds=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
     for command in ("doctor", "status"):
         status, told = stack.cotrain(command)
-        assert status == 1 and "has given no sign of life" in json.dumps(told)
+        assert status == 1 and "has sent no heartbeat" in json.dumps(told)
     status, told = stack.cotrain("up")
     assert status == 1 and "run `cotrain down`, which ends it" in told
     assert stack.cotrain("down", check=True)[1]["stopped"]
@@ -168,7 +168,7 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
 def test_a_service_without_a_port_that_hangs_is_named_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
-    told = [f"the {name} has given no sign of life" for name in ("dispatcher", "worker")]
+    told = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]
     assert stack.until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in told), 60)
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGCONT)

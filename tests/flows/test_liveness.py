@@ -40,5 +40,5 @@ def test_services_that_hang_are_restarted_and_nobody_else_is(stack):
         expected = {name: count + (name in group) for name, count in before.items()}
         assert {**restarts(stack), SLOWEST: 0} == expected
     state = stack.until(lambda: restarted(stack, SLOWEST, start), seconds=600, pause=1)
-    assert "no sign of life" in state["restart_reason"]
+    assert "no heartbeat" in state["restart_reason"]
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=200, pause=1)
