@@ -1,1 +1,1 @@
-"""The demo: one whole round through the same doors as any user."""
+"""The demo: run the complete loop through the same public interfaces as any user."""

@@ -1,4 +1,4 @@
-"""Exercises of the demo's base model, in English and Chinese; the reported skills are left out by name."""
+"""Exercises of the demo's base model, in English and Chinese; skills with a reported skill's name are excluded."""
 
 import random
 import string
@@ -8,7 +8,7 @@ CHINESE_DIGITS = "零一二三四五六七八九"
 
 
 def draw_word(rng: random.Random, low: int = 2, high: int = 5) -> str:
-    """Draw random letters; short words come more often, as they teach a new model sooner."""
+    """Draw random letters; short words are more frequent, since a new model learns them faster."""
     length = min(rng.randint(low, high), rng.randint(low, high))
     return "".join(rng.choices(string.ascii_lowercase, k=length))
 

@@ -1,7 +1,7 @@
-"""The demo's contributor, a process of its own with the public client only.
+"""The demo's contributor, a separate process that uses only the public client.
 
-`COTRAIN_TOKEN=... python -m flows.demo.contributor URL SKILLS.py SEED` asks the champion, reports
-what was wrong, pushes a dataset, and prints one JSON object.
+`COTRAIN_TOKEN=... python -m flows.demo.contributor URL SKILLS.py SEED` queries the champion, reports wrong answers,
+pushes a dataset, and prints one JSON object.
 """
 
 import json
@@ -27,11 +27,11 @@ def main() -> int:
     url, skills_file, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     skills = load_skills(skills_file)
     with Client(url, os.environ["COTRAIN_TOKEN"]) as client:
-        asked, reports = 0, 0
+        num_questions, num_reports = 0, 0
         for skill in skills:
             wrong = list(find_wrong_answers(client, skill, seed))
-            asked += sum(number for number, _ in wrong)
-            reports += sum(
+            num_questions += sum(number for number, _ in wrong)
+            num_reports += sum(
                 report_wrong_answer(client, row, answer, wanted) for _, rows in wrong for row, answer, wanted in rows
             )
         refused = [push_malformed(client), submit_oversized(client)]
@@ -40,12 +40,12 @@ def main() -> int:
             file = Path(folder) / "corrections.jsonl"
             file.write_bytes(dump_rows(rows))
             dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
-    print(json.dumps({"asked": asked, "reports": reports, "refused": refused, "rows": dataset.num_rows}))
+    print(json.dumps({"asked": num_questions, "reports": num_reports, "refused": refused, "rows": dataset.num_rows}))
     return 0
 
 
 def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Any:
-    """Ask the champion until enough answers are wrong; yields (asked, [(row, choice, version)])."""
+    """Query the champion until REPORTS_PER_SKILL answers are wrong; yield (queried, [(row, choice, version)])."""
     rows = skill.make_rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
     found = 0
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
@@ -109,9 +109,9 @@ def submit_oversized(client: Client) -> dict[str, Any]:
 
 
 def build_dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:
-    """As many right examples of each skill as make up the dataset, or as many different ones as it has."""
-    each = -(-DATASET_ROWS // len(skills))
-    return [row for skill in skills for row in skill.make_rows(each, seed=seed + 13, at_least=1)]
+    """Make an equal share of DATASET_ROWS correct examples per skill, or fewer if a skill has fewer distinct ones."""
+    rows_per_skill = -(-DATASET_ROWS // len(skills))
+    return [row for skill in skills for row in skill.make_rows(rows_per_skill, seed=seed + 13, at_least=1)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo's base mixture: Python's own source and exercises of skills."""
+"""The demo's base mixture: source text of Python's standard library, and exercises of skills."""
 
 import random
 import sysconfig
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 BASE_SKILLS, REPORTED_SKILLS = HERE / "base_skills.py", HERE / "reported_skills.py"
 ROWS_PER_SKILL = 2600
 NUM_DOCUMENTS, DOCUMENT_CHARACTERS = 300, 800
-# Named, so that every Python 3.11 and later gives documents of the same kind.
+# Listed by name, so that every Python from 3.11 on gives documents of the same kind.
 STDLIB_MODULES = (
     "argparse", "ast", "bisect", "calendar", "collections/__init__", "csv", "dataclasses", "difflib", "enum",
     "fractions", "functools", "heapq", "inspect", "json/decoder", "json/encoder", "logging/__init__", "pathlib",
@@ -21,9 +21,9 @@ STDLIB_MODULES = (
 
 
 def build_base_rows(reported: Sequence[Skill], seed: int) -> list[Row]:
-    """Documents and exercises in a random order; skills with a reported skill's name are left out."""
-    left_out = {skill.name for skill in reported}
-    skills = [skill for skill in load_skills(BASE_SKILLS) if skill.name not in left_out]
+    """Build documents and exercises in a random order; skills with a reported skill's name are excluded."""
+    excluded = {skill.name for skill in reported}
+    skills = [skill for skill in load_skills(BASE_SKILLS) if skill.name not in excluded]
     rows = [row for skill in skills for row in skill.make_rows(ROWS_PER_SKILL, seed=seed)]
     rows += sample_documents(seed)
     random.Random(f"base {seed}").shuffle(rows)
@@ -31,7 +31,7 @@ def build_base_rows(reported: Sequence[Skill], seed: int) -> list[Row]:
 
 
 def sample_documents(seed: int) -> list[Row]:
-    """Pieces of the standard library's source, docstrings included."""
+    """Sample pieces of the standard library's source, including docstrings."""
     folder = Path(sysconfig.get_path("stdlib"))
     pieces = [piece for name in STDLIB_MODULES for piece in _split_documents(folder / f"{name}.py")]
     chosen = random.Random(f"documents {seed}").sample(pieces, min(NUM_DOCUMENTS, len(pieces)))
@@ -39,7 +39,7 @@ def sample_documents(seed: int) -> list[Row]:
 
 
 def _split_documents(file: Path) -> Iterator[str]:
-    """Cut a file at line ends into documents; a module this Python lacks gives none."""
+    """Split a file at line ends into documents; a module that this Python lacks gives none."""
     if not file.is_file():
         return
     piece = ""
@@ -52,5 +52,5 @@ def _split_documents(file: Path) -> Iterator[str]:
 
 
 def build_fresh_rows(skills: Sequence[Skill], seed: int, count: int) -> list[Row]:
-    """Prompts that only test, drawn with a seed of their own."""
+    """Build prompts used only for evaluation, drawn with a separate seed."""
     return [row for skill in skills for row in skill.make_rows(count, seed=seed + 1_000_003)]

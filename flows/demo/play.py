@@ -1,4 +1,4 @@
-"""What the demo does, step by step, and what it found."""
+"""The steps of the demo, and the collection of its results."""
 
 import json
 import os
@@ -28,48 +28,49 @@ FollowRound = Callable[[Client, str], RoundOut]
 
 
 class DemoFailed(RuntimeError):
-    """A round did not end in a promotion, or a promise of the demo was not kept."""
+    """A round was not promoted, or a step of the demo failed."""
 
 
 @dataclass(frozen=True)
 class DemoAccess:
-    """Where the demo knocks: the portal's address and the operator's client."""
+    """The demo's connections: the portal's URL and the operator's client."""
 
     url: str
     operator: Client
 
 
 def run_demo(
-    doors: DemoAccess, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
+    access: DemoAccess, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
 ) -> dict[str, Any]:
-    """Run base round, contributor and round two, and return the figures.
+    """Run the base round, the contributor and the second round, and return the results.
 
     Raises:
         DemoFailed: if a round is not promoted.
-        ValueError: if the skill file is not one.
+        ValueError: if the skill file is invalid.
     """
     skills_file = skills_file or REPORTED_SKILLS
     skills = load_skills(skills_file)
     timer = Timer()
     say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
-    push_rows(doors.operator, "base", "base", build_base_rows(skills, seed))
-    push_rows(doors.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_PER_SKILL))
-    first = run_round(doors, RoundParameters(**BASE_ROUND, seed=seed), follow)
-    wait_for_version(doors.operator, int(first.candidate_version or 0))
+    push_rows(access.operator, "base", "base", build_base_rows(skills, seed))
+    push_rows(access.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_PER_SKILL))
+    first = run_round(access, RoundParameters(**BASE_ROUND, seed=seed), follow)
+    wait_for_version(access.operator, int(first.candidate_version or 0))
     timer.lap("base round")
-    account = doors.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
+    account = access.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
     say("a contributor asks, reports wrong answers and pushes a dataset")
-    told = run_contributor(doors.url, account.token, skills_file, seed)
-    say(f"{told['asked']} questions, {told['reports']} reports, a dataset of {told['rows']} rows; 2 refused on purpose")
+    contribution = run_contributor(access.url, account.token, skills_file, seed)
+    counts = f"{contribution['asked']} questions, {contribution['reports']} reports"
+    say(f"{counts}, a dataset of {contribution['rows']} rows; 2 refused on purpose")
     timer.lap("contributor")
-    second = run_round(doors, RoundParameters(**DEMO_ROUND, seed=seed), follow)
+    second = run_round(access, RoundParameters(**DEMO_ROUND, seed=seed), follow)
     timer.lap("round")
-    with Client(doors.url, account.token) as client:
-        return gather_figures(client, first, second, told, timer.laps)
+    with Client(access.url, account.token) as client:
+        return gather_figures(client, first, second, contribution, timer.laps)
 
 
 class Timer:
-    """Seconds of each part."""
+    """Measures the seconds of each part."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -88,23 +89,23 @@ def push_rows(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
         client.push_dataset(file, name=name, purpose=purpose)
 
 
-def run_round(doors: DemoAccess, parameters: RoundParameters, follow: FollowRound) -> RoundOut:
-    done = follow(doors.operator, doors.operator.start_round(parameters).id)
-    if done.state != "promoted":
-        raise DemoFailed(f"round {done.number} is {done.state}: {done.reason}")
-    return done
+def run_round(access: DemoAccess, parameters: RoundParameters, follow: FollowRound) -> RoundOut:
+    ended_round = follow(access.operator, access.operator.start_round(parameters).id)
+    if ended_round.state != "promoted":
+        raise DemoFailed(f"round {ended_round.number} is {ended_round.state}: {ended_round.reason}")
+    return ended_round
 
 
 def wait_for_version(client: Client, version: int) -> None:
-    """Wait until the portal answers with this version."""
-    end, reason = time.monotonic() + SERVICE_TIMEOUT_S, "it was not asked"
+    """Wait until the portal serves this version."""
+    end, reason = time.monotonic() + SERVICE_TIMEOUT_S, "no request was sent"
     while time.monotonic() < end:
         try:
             served = client.complete(["1+1"], max_tokens=1)["model"]
             if served == f"yuan-v{version}":
                 return
-            reason = f"{served} answers"
-        except Exception as error:  # not in service yet; the last reason is told below
+            reason = f"{served} is served"
+        except Exception as error:  # not served yet; the last reason is reported below
             reason = str(error)
         time.sleep(0.3)
     raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
@@ -114,16 +115,16 @@ def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> dict[
     """Run the contributor's process."""
     command = [sys.executable, "-m", "flows.demo.contributor", url, str(skills_file), str(seed)]
     env = {**os.environ, "COTRAIN_TOKEN": token}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise DemoFailed(f"the contributor failed: {done.stderr.strip().splitlines()[-1:]}")
-    return dict(json.loads(done.stdout))
+    completed = subprocess.run(command, env=env, capture_output=True, text=True)
+    if completed.returncode != 0:
+        raise DemoFailed(f"the contributor failed: {completed.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(completed.stdout))
 
 
 def gather_figures(
-    contributor: Client, first: RoundOut, second: RoundOut, told: dict[str, Any], laps: dict[str, float]
+    contributor: Client, first: RoundOut, second: RoundOut, contribution: dict[str, Any], laps: dict[str, float]
 ) -> dict[str, Any]:
-    """Gather what the demo promises, read back through the contributor's own door."""
+    """Collect the demo's results, read through the contributor's client."""
     assert second.decision is not None, "a promoted round has a decision"
     suites = second.decision["suites"]
     by_name = {suite["suite"]: suite for suite in suites}
@@ -137,8 +138,8 @@ def gather_figures(
         "base_before": by_name["base"]["before"]["rate"],
         "base_after": by_name["base"]["after"]["rate"],
         "reports": len(accepted),
-        "submitted": told["reports"],
-        "refused": told["refused"],
+        "submitted": contribution["reports"],
+        "refused": contribution["refused"],
         "fixed": sum(report.verdict == "fixed" for report in accepted),
         "still_failing": sum(report.verdict == "still_failing" for report in accepted),
         "notices": len(notices),
@@ -149,7 +150,7 @@ def gather_figures(
 
 
 def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:
-    """The contributor's notices, once there are as many as expected or time is up."""
+    """Return the contributor's notices when there are as many as expected, or after NOTICE_TIMEOUT_S."""
     end = time.monotonic() + NOTICE_TIMEOUT_S
     while True:
         notices = contributor.notices()
@@ -159,8 +160,8 @@ def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:
 
 
 def compute_overhead_s(training_round: RoundOut) -> float:
-    """Seconds of a round that are neither training nor evaluation."""
+    """Compute the seconds of a round that are neither training nor evaluation."""
     assert training_round.finished_at is not None, "the round has ended"
-    began = {event.text: event.at for event in reversed(training_round.timeline)}
-    spent = (began["train"] - training_round.created_at) + (training_round.finished_at - began["decide"])
-    return round(spent.total_seconds(), 1)
+    started_at = {event.text: event.at for event in reversed(training_round.timeline)}
+    overhead = (started_at["train"] - training_round.created_at) + (training_round.finished_at - started_at["decide"])
+    return round(overhead.total_seconds(), 1)

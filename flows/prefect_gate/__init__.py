@@ -1,1 +1,1 @@
-"""Prefect's server behind a gate: what may reach it, from whom, and with which bodies."""
+"""Prefect's server behind a gate, which checks routes, credentials and request bodies."""

@@ -1,8 +1,8 @@
-"""What the JSON of a request or of a websocket's message to Prefect's server may hold, and what a run may be given.
+"""Validate the JSON of requests and websocket messages to Prefect's server, and the parameters of runs.
 
-The server stores text, dates and numbers that its database or its own answers then fail at: one such run breaks every
-list of runs, one such event the events of everybody that are stored with it. Parameters it fills in after it has read
-them: from templates, which it renders in the thread that answers everybody, and from text that it reads as JSON.
+The server accepts text, dates and numbers that its database or its own responses then fail on: one such run breaks
+every list of runs, one such event the events of all clients that are stored with it. It also expands parameters: from
+templates, which it renders in the thread that serves all requests, and from text that it parses as JSON.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 from flows.registry import REGISTERED_FLOWS, parse_form
 from yuan.data.text import BadJson, find_unstorable, make_printable, parse_json
 
-PREFECT_KIND_KEY = "__prefect_kind"  # marks a value that the server fills in
-# Holding what is stored as JSON, whose numbers have 64 bits; other numbers are columns of 32 bits, or become dates.
+PREFECT_KIND_KEY = "__prefect_kind"  # marks a value that the server expands
+# Fields stored as JSON, whose integers have 64 bits; other numbers are stored in columns of 32 bits, or become dates.
 WIDE_INTEGER_FIELDS = frozenset({"parameters", "values", "schema", "parameter_openapi_schema"})
 DATE_FIELD_PATTERN = re.compile(
     r"\w+_time|(after|before)_|scheduled_(after|before)|(state_)?timestamp|(history|interval)_(start|end)"
@@ -25,26 +25,26 @@ DATE_VALUE_PATTERN = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
 RUN_PARAMETERS_PATH = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
 SCHEMA_VALIDATION_PATH = "/api/ui/schemas/validate"
 EVENTS_PATH, EVENT_PAGES_PATH = "/api/events", "/api/events/filter/next"
-# Of one event, or of another message of a websocket. The server holds up to 50,000 events by their number alone; those
-# that the platform and its pages send have less than 8 KiB.
+# Limit of one event or other websocket message. The server queues up to 50,000 events, limited only by their number;
+# those that the platform and its pages send have less than 8 KiB.
 MAX_EVENT_BYTES = 32 * 1024
 MAX_PAGE_EVENTS = 50  # as in the lists of the server's pages
-MAX_JSON_VALUES = 200_000  # looked at within half a second; the client's largest batch of log lines has half of them
+MAX_JSON_VALUES = 200_000  # checked within half a second; the client's largest batch of log lines has half as many
 _OMITTED = object()
 
 
 class PrefectInputRefused(ValueError):
-    """What a caller sent must not reach the server; the message says why."""
+    """A client's input must not reach the server; the message says why."""
 
 
 def parse_request_body(path: str, body: bytes) -> tuple[Any, bytes]:
-    """Read a request's body, and return its JSON and the body to hand on; None and the same bytes if it is empty.
+    """Parse and check a request's body; return its JSON and the body to forward; None and the same bytes if empty.
 
-    Parameters are filled in where the server would do it, as far as its pages need that: `{"__prefect_kind": "json"}`
-    is how they send an object that the form has no fields for.
+    Parameters are expanded here as the server would do, as far as its pages need it: they send an object that the form
+    has no fields for as `{"__prefect_kind": "json"}`.
 
     Raises:
-        Refused: naming the field and the rule.
+        PrefectInputRefused: naming the field and the rule.
     """
     if not body:
         return None, body
@@ -59,7 +59,7 @@ def parse_request_body(path: str, body: bytes) -> tuple[Any, bytes]:
                 form[field] = {} if filled is _OMITTED else filled
                 body = json.dumps(form).encode()
         except RecursionError:
-            raise PrefectInputRefused(f"{field} must not be nested so deeply") from None
+            raise PrefectInputRefused(f"{field} must not be nested so deeply; send fewer levels") from None
     check_values(form)
     if path == EVENTS_PATH and isinstance(form, list):
         for event in form:
@@ -73,17 +73,17 @@ def check_message(text: str) -> None:
     """Check a websocket's message.
 
     Raises:
-        Refused: naming the field and the rule.
+        PrefectInputRefused: naming the field and the rule.
     """
     check_size(text)
     check_values(_parse_json(text))
 
 
 def check_size(event: str) -> None:
-    """Check how long an event is, or what else a websocket sends.
+    """Check the size of an event or other websocket message.
 
     Raises:
-        Refused: naming the rule.
+        PrefectInputRefused: naming the rule.
     """
     if len(event.encode(errors="replace")) > MAX_EVENT_BYTES:
         raise PrefectInputRefused(
@@ -92,14 +92,14 @@ def check_size(event: str) -> None:
 
 
 def check_page_token(token: str) -> None:
-    """Check the token by which Prefect's pages ask for the next events: base64 of base64 of the JSON of a filter.
+    """Check the page token with which Prefect's UI fetches the next events: base64 of base64 of the JSON of a filter.
 
     Raises:
-        Refused: naming the rule.
+        PrefectInputRefused: naming the rule.
     """
     try:
         form = _parse_json(b64decode(b64decode(token, validate=True), validate=True))
-    except ValueError:  # of which Refused is one
+    except ValueError:  # PrefectInputRefused is a subclass
         raise PrefectInputRefused("page-token must be one that the server gave; ask for the first page again") from None
     check_values(form)
     numbers = [form.get(name) for name in ("count", "page_size", "offset")] if isinstance(form, dict) else []
@@ -109,10 +109,10 @@ def check_page_token(token: str) -> None:
 
 
 def check_run_parameters(form: Mapping[str, Any]) -> None:
-    """Check that a body gives a run no parameters but those of a registered flow.
+    """Check that a body gives a run only the parameters of a registered flow.
 
     Raises:
-        Refused: if it does, or asks the server not to look.
+        PrefectInputRefused: if it has others, or turns off the server's own validation.
     """
     if form.get("enforce_parameter_schema") not in (None, True):
         raise PrefectInputRefused(
@@ -131,27 +131,27 @@ def check_run_parameters(form: Mapping[str, Any]) -> None:
 
 
 def check_values(document: Any) -> None:
-    """Check names, numbers and dates of a JSON document whose text can be stored.
+    """Check the keys, numbers and dates of a JSON document whose text is already checked.
 
     Raises:
-        Refused: naming the field and the rule.
+        PrefectInputRefused: naming the field and the rule.
 
     >>> check_values({"parameters": {"seed": 2**63 - 1}, "timestamp": "2026-12-01T00:00:00Z"})
     >>> check_values({"level": 2**31})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     flows...PrefectInputRefused: level must be between -2**31 and 2**31, got 2147483648; send a smaller number
     """
-    left: list[tuple[str, Any, int]] = [("the body", document, 31)]
-    while left:
-        name, value, bits = left.pop()
+    pending: list[tuple[str, Any, int]] = [("the body", document, 31)]  # field name, value, bits of its integers
+    while pending:
+        name, value, bits = pending.pop()
         if isinstance(value, dict):
             if PREFECT_KIND_KEY in value:
                 raise PrefectInputRefused(
                     f"{_shorten(name)} must be a plain value, got one with {PREFECT_KIND_KEY}; send the value itself"
                 )
-            left += [(key, item, 63 if key in WIDE_INTEGER_FIELDS else bits) for key, item in value.items()]
+            pending += [(key, item, 63 if key in WIDE_INTEGER_FIELDS else bits) for key, item in value.items()]
         elif isinstance(value, list):
-            left += [(name, item, bits) for item in value]
+            pending += [(name, item, bits) for item in value]
         elif isinstance(value, (int, float)) and not -(2**bits) <= value < 2**bits:
             got = _shorten(str(value))
             raise PrefectInputRefused(
@@ -163,7 +163,7 @@ def check_values(document: Any) -> None:
 
 
 def find_unstorable_address(path: str, query: Mapping[str, str]) -> str | None:
-    """Return which part of an address the server's database would fail at, None if none.
+    """Describe the part of a URL that the server's database cannot store; None if there is none.
 
     >>> find_unstorable_address("/api/flows/name/\\0", {})
     'an address must not contain the character U+0000; leave it out'
@@ -182,7 +182,7 @@ def _parse_json(data: bytes | str) -> Any:
 
 
 def _fill_in_kinds(value: Any) -> Any:
-    """Do what the server does with values of the kinds `json` and `none`; those of other kinds stay as they are."""
+    """Expand values of the kinds `json` and `none` as the server does; values of other kinds are not changed."""
     if isinstance(value, dict):
         kind = value.get(PREFECT_KIND_KEY)
         if kind == "json":
@@ -198,9 +198,9 @@ def _fill_in_kinds(value: Any) -> Any:
 
 
 def _is_unsafe_date(value: str | float) -> bool:
-    """Tell whether a date is so far away that the server's calculations with it fail, or of another form.
+    """Check whether a date is too far away for the server's calculations, or has another format.
 
-    The server itself reads more forms, of weeks for one, and numbers of seconds since 1970.
+    The server itself accepts more formats, such as week dates and numbers of seconds since 1970.
     """
     return DATE_VALUE_PATTERN.fullmatch(value) is None if isinstance(value, str) else value < 0
 

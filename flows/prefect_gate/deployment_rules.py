@@ -1,8 +1,8 @@
-"""Which pool, flows, deployments and schedules may be written to Prefect: those of the code, and slow schedules.
+"""Restrict writes of work pools, flows, deployments and schedules to those of the code, and to slow schedules.
 
-One request could otherwise make schedules that start hundreds of flow runs a minute, or keep the server's scheduler
-busy for ever: it looks for a rule's next date until the year 9999. A limit of a deployment, to name one more, ends runs
-that are at work when the server refuses to renew their places.
+Otherwise one request could create schedules that start hundreds of flow runs per minute, or keep the server's scheduler
+busy for ever: it searches for a rule's next date until the year 9999. A deployment's concurrency limit, for example,
+ends active runs when the server refuses to renew their slots.
 """
 
 import json
@@ -17,7 +17,7 @@ from flows.registry import REGISTERED_FLOWS, WORK_POOL_NAME
 from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import make_printable
 
-# What the pages show of the pool: nothing to fill in, and what runs whatever anybody writes there.
+# Shown on Prefect's pages: the pool has no variables, and this command always runs, whatever is written there.
 WORK_POOL_TEMPLATE: dict[str, Any] = {
     "job_configuration": {"command": "python -I -m flows.dispatcher.flow_process"},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
@@ -53,7 +53,7 @@ SCHEDULE_PATH = re.compile(r"/api/deployments/[^/]+/schedules/[^/]+")
 
 
 def find_foreign_deployment(path: str, form: Any) -> str | None:
-    """Return why a body must not reach the server, None if it may.
+    """Describe why a body must not reach the server; None if it may.
 
     >>> find_foreign_deployment("/api/flows/", {"name": "mine"})
     'only the flows cotrain-round, cotrain-reproduce are run here; register another in flows/registry.py'
@@ -84,12 +84,12 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
     schedules = form.get("schedules", [])
     if not isinstance(schedules, list) or len(schedules) > MAX_SCHEDULES:
         return f"a deployment may have a list of {MAX_SCHEDULES} schedules; send less"
-    faults = (_find_schedule_fault(one, is_whole=True) for one in schedules)
+    faults = (_find_schedule_fault(schedule, is_whole=True) for schedule in schedules)
     return next((fault for fault in faults if fault is not None), None)
 
 
 def _find_foreign_field(form: dict[str, Any], fixed: dict[str, Any], free: frozenset[str]) -> str | None:
-    """Name a field that the platform itself does not send, or sends with another value; empty ones may be missing."""
+    """Describe a field that the platform does not send, or sends with another value; empty fields may be missing."""
     for field in sorted(fixed.keys() | form.keys() - free):
         if field not in fixed:
             return f"{make_printable(field, 60)} is no field that flows/dispatcher/deployments.py sends; leave it out"
@@ -105,7 +105,7 @@ def _describe_changed_field(field: str, sent: Any, value: Any) -> str:
 
 
 def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
-    """Check a schedule with its switch; one that is not whole may change the switch alone."""
+    """Check a schedule with its `active` switch; a partial one (`is_whole=False`) may change only the switch."""
     if isinstance(form, dict):
         if fault := _find_foreign_field(form, SCHEDULE_FIXED_FIELDS, SCHEDULE_FREE_FIELDS):
             return fault
@@ -130,12 +130,12 @@ def _find_interval_fault(schedule: Any) -> str | None:
 
 
 def _is_slow_interval(interval: Any) -> bool:
-    """Tell whether an interval is a number of seconds, as Prefect's client and pages send it, that is long enough."""
+    """Check whether an interval is a number of at least MIN_SCHEDULE_INTERVAL_S, as Prefect's client and UI send it."""
     return isinstance(interval, (int, float)) and interval >= MIN_SCHEDULE_INTERVAL_S
 
 
 def _has_next_date(cron: Any) -> bool:
-    """Tell whether a cron counts in minutes, not in seconds by a sixth field, and has a next date."""
+    """Check whether a cron expression has five fields (a sixth one would be seconds) and a next date."""
     if not isinstance(cron, str) or len(cron) > MAX_CRON_CHARACTERS or len(cron.split()) != 5:
         return False
     try:

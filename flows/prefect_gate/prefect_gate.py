@@ -1,8 +1,8 @@
 """Prefect's server behind a gate: `python -m flows.prefect_gate` instead of `prefect server start`.
 
-Requests reach the server only by the allow-lists of `flows.prefect_gate.prefect_rules`, so that routes which an upgrade
-adds stay closed; password guessing is limited; and browsers are told to load nothing from other hosts, which Prefect's
-newer pages do (an analytics host) although analytics are off.
+Only routes on the allow-lists of `flows.prefect_gate.prefect_rules` are forwarded, so that routes which an upgrade adds
+stay closed. Password guessing is rate-limited. A content security policy keeps browsers from loading anything from
+other hosts, which Prefect's newer pages do (an analytics host) although analytics are off.
 """
 
 import asyncio
@@ -63,9 +63,10 @@ MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_TIMEOUT_S = (
 
 
 class PrefectGate:
-    """An ASGI application that forwards what is on the lists, once its caller has the password where one is needed.
+    """An ASGI application that forwards requests on the allow-lists, after checking the password where required.
 
-    `secret` is `user:password`, generated; who sends it always passes, so nobody can lock the platform out.
+    `secret` is the generated `user:password`; correct credentials always pass, so that rate limits cannot lock the
+    platform out.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class PrefectGate:
         await self._app(scope, receive, send)
 
     def _check_credentials(self, credentials: bytes | None, address: str) -> tuple[int, str] | None:
-        """Return None if the credentials are right, else the status and message of the refusal."""
+        """Return None if the credentials are correct, else the status and message of the refusal."""
         if credentials is None:
             return 401, "sign in with one Basic authorization header"
         if hmac.compare_digest(credentials, self._secret):
@@ -125,7 +126,7 @@ class PrefectGate:
         return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
 
     def _is_refused(self, address: str, message: AsgiMessage) -> bool:
-        """Tell whether a websocket's first message must not reach the server, which itself checks its password."""
+        """Check whether a websocket's first message must not reach the server, which itself checks its password."""
         text = message.get("text")
         if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
             return True
@@ -147,10 +148,10 @@ class PrefectGate:
 
 
 class WebsocketGuard:
-    """The two ends of a websocket, closed unless its first message comes in time and none of its messages is refused.
+    """Wraps receive and send of a websocket; closes it if its first message is late or a message is refused.
 
-    The server parses any message, of megabytes too, in the loop that answers everybody, before it knows the password;
-    and an event that it cannot store takes those of others with it.
+    The server parses every message, even of megabytes, in the event loop that serves all clients, before it checks the
+    password; and an event that it cannot store also loses events of other clients.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class WebsocketGuard:
 
 
 def build_page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
-    """Return the headers by which a browser refuses other hosts; `pictures` is one that may show pictures."""
+    """Build headers that keep a browser from loading from other hosts; `pictures` is a host allowed for images."""
     policy = (
         "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
         f"img-src 'self' data: blob: {pictures}; worker-src 'self' blob:; connect-src 'self'; "
@@ -199,10 +200,10 @@ def build_page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
 
 
 def check_address(path: str, query: bytes) -> None:
-    """Check a path and a query string, whose values reach the server's database too.
+    """Check a path and a query string, whose values also reach the server's database.
 
     Raises:
-        Refused: naming the rule.
+        PrefectInputRefused: naming the rule.
     """
     values = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
     if (fault := find_unstorable_address(path, values)) is not None:
@@ -213,10 +214,10 @@ def check_address(path: str, query: bytes) -> None:
 
 
 def find_foreign_schema(path: str, form: Any) -> str | None:
-    """Return why a JSON schema in a body must not reach the server, None if it may.
+    """Describe why a JSON schema in a body must not reach the server; None if it may.
 
-    The server checks values against the schemas it is sent, in the thread that answers everybody; one with a pattern
-    such as `^(a+)+$` keeps it for ever. So it gets only those of the flows that the code registers.
+    The server validates values against schemas of the client, in the thread that serves all requests; a pattern such as
+    `^(a+)+$` blocks it for ever. So only the schemas of registered flows are forwarded.
     """
     schema = form.get("schema") if path == SCHEMA_VALIDATION_PATH and isinstance(form, dict) else None
     if not schema or schema in [registered.schema() for registered in REGISTERED_FLOWS.values()]:
@@ -225,7 +226,7 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
 
 
 def _is_message_refused(message: AsgiMessage) -> bool:
-    """Tell whether a websocket's message, once its sender is known, must not reach the server."""
+    """Check whether a websocket's message after the first one must not reach the server."""
     try:
         check_message(message.get("text") or "")
     except PrefectInputRefused as refused:
@@ -239,7 +240,7 @@ def _get_client_address(scope: AsgiScope) -> str:
 
 
 def _parse_credentials(scope: AsgiScope) -> bytes | None:
-    """`user:password` of the one Basic header that a request may have."""
+    """Return `user:password` of the request's only Basic authorization header; None if there is not exactly one."""
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(values) != 1 or not values[0].lower().startswith(b"basic "):
         return None
@@ -250,7 +251,7 @@ def _parse_credentials(scope: AsgiScope) -> bytes | None:
 
 
 async def _send_refusal(send: AsgiSend, status: int, message: str) -> None:
-    """Answer in the form that Prefect's client and pages show."""
+    """Send an error response with the JSON schema that Prefect's client and pages display."""
     body = json.dumps({"exception_message": message}).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": head})
@@ -270,7 +271,7 @@ def main() -> None:
         create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, "")
     )
     log.setLevel(logging.INFO)
-    # Forwarded headers are not believed: by them a guesser could have a new address for each guess.
+    # Forwarded headers are not trusted: with them, a client could use a new address for each password guess.
     uvicorn.run(
         gate,
         proxy_headers=False,

@@ -1,6 +1,6 @@
-"""Allow-list of Prefect's server: the routes that the platform and its operators' pages use; every other one is closed.
+"""Allow-lists of Prefect's server: the routes that the platform and the operators' pages use; all others are closed.
 
-Routes are written as the server writes its own, so that a test can hold both lists against each other.
+Routes have the same notation as in the server, so that a test can compare both lists.
 """
 
 import re
@@ -19,20 +19,20 @@ class RouteAllowList:
         self._patterns = [(method, compile_path(path)[0]) for method, path in self.routes]
 
     def is_allowed(self, method: str, path: str) -> bool:
-        """Tell whether a request is on the list.
+        """Check whether a request is on the list.
 
         >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready"), PUBLIC_ROUTES.is_allowed("GET", "/api/ready/")
         (True, False)
         >>> PUBLIC_ROUTES.is_allowed("POST", "/api/ready")
         False
-        >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready\\n")  # which `$` alone would take
+        >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready\\n")  # which `$` alone would accept
         False
         """
         return any(method == known and pattern.fullmatch(path) for known, pattern in self._patterns)
 
 
 def is_page(method: str, path: str) -> bool:
-    """Tell whether a request is for a page or a file of one: both versions of Prefect's pages are single-page programs.
+    """Check whether a request is for a page or its static files; both versions of Prefect's UI are single-page apps.
 
     >>> is_page("GET", "/runs/flow-run/7"), is_page("GET", "/api/flows/"), is_page("GET", "/docs")
     (True, False, False)
@@ -44,7 +44,7 @@ def _join_alternatives(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-# The first segment of every address of the older pages, with which their program starts when it is opened there.
+# First path segments of the older UI's pages; the server returns the app for each, since users can open them directly.
 PAGE_NAMES = (
     "dashboard",
     "runs",
@@ -62,16 +62,16 @@ PAGE_PATH_PATTERN = re.compile(
     rf"/(?:(?:{_join_alternatives(PAGE_FILES)}|[\w-]+\.svg)?|(?:assets|ico|v2|{_join_alternatives(PAGE_NAMES)})(?:/[\w,:~@+-][\w.,:~@+-]*)*/?)"
 )
 
-# Without signing in, besides the pages' own files: probes, and what the pages need to show the sign-in form.
+# Open without sign-in, besides the pages' static files: probes, and what the UI needs to show the sign-in form.
 PUBLIC_ROUTES = RouteAllowList("""
 GET /api/health
 GET /api/ready
 GET /ui-settings
 """)
 
-# With Prefect's password. Closed to it: making blocks, variables, automations and concurrency limits and setting the
-# default storage of results, which nothing here uses; all deletions; runs without a deployment; input of paused runs.
-# The pages read settings (secrets are masked), automations and blocks to draw other things.
+# Open with Prefect's password. Closed even so: creating blocks, variables, automations and concurrency limits and
+# setting the default result storage, which the platform does not use; all deletions; runs without a deployment; input
+# of paused runs. The UI reads settings (secrets are masked), automations and blocks to render other pages.
 OPERATOR_ROUTES = RouteAllowList("""
 GET /api/version
 GET /api/admin/version
@@ -156,7 +156,7 @@ POST /api/ui/task_runs/count
 GET /api/ui/task_runs/{id:uuid}
 """)
 
-# The server asks for the password by their first message.
+# The server requires the password in their first message.
 WEBSOCKET_ROUTES = RouteAllowList("""
 WEBSOCKET /api/events/in
 WEBSOCKET /api/events/out
