@@ -104,14 +104,14 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
-        (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version is a number"),
+        (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version must be a number"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "1"], 2, "a correction needs expected"),
         (["round", "status"], 1, "run `cotrain up`"),
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
         (["status"], 1, "is not up"),
         (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
         (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
-        (["dataset", "push", "/dev/zero", "--token", "t"], 2, "is a regular file, and /dev/zero is none"),
+        (["dataset", "push", "/dev/zero", "--token", "t"], 2, "must be a regular file, got /dev/zero"),
         (
             ["withdraw", "report", "a\x1b\n", "--reason", "r", "--token", "t"],
             2,
@@ -173,7 +173,7 @@ def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
     (tmp_path / "file").touch()
     done = cotrain(command, home=tmp_path / "file")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "is a file" in done.stdout + done.stderr
+    assert "got the file" in done.stdout + done.stderr
 
 
 def test_no_portal_is_one_clear_line(tmp_path):
