@@ -211,7 +211,7 @@ def test_train_refuses_what_was_edited_in_one_line(laid_out):
     (laid_out.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
     done = cotrain("train", str(laid_out.path))
     (laid_out.path / "run.json").write_text(text)
-    assert done.returncode == 1 and "somebody edited it" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1 and "it was edited manually" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_logs_print_the_last_lines_and_steer_no_terminal(tmp_path):

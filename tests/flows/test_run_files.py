@@ -62,7 +62,7 @@ def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
     (victim.parent.parent / "elsewhere" / "step-00000001").mkdir(parents=True)
     (victim.parent.parent / "elsewhere" / "step-00000001" / "manifest.json").write_text("{}")
     assert not is_file(folder.path, "data/flow.env") and list_names(folder.path, "exits") == []
-    with pytest.raises(NotRegularFileError, match="lies in no folder of its own"):
+    with pytest.raises(NotRegularFileError, match="has a link or a file as a parent folder"):
         read_file(folder.path, "data/flow.env")
     (folder.path / "checkpoints").unlink()
     (folder.path / "checkpoints").symlink_to(victim.parent.parent / "elsewhere")
@@ -119,5 +119,5 @@ def test_a_file_of_another_size_is_not_hashed(folder):
 
 def test_a_run_json_that_is_a_link_is_said_to_be_one(folder, victim):
     (folder.path / "run.json").symlink_to(victim)
-    with pytest.raises(ValueError, match=r"run.json is no regular file; lay out a new run"):
+    with pytest.raises(ValueError, match=r"run.json is not a regular file; prepare a new run"):
         folder.read_spec()

@@ -92,7 +92,7 @@ def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
 def test_an_edited_folder_is_refused_before_anything_starts(supervisor):
     file = supervisor.folder.path / "run.json"
     file.write_text(file.read_text().replace('"seed": 5', '"seed": 6'))
-    with pytest.raises(ValueError, match="somebody edited it"):
+    with pytest.raises(ValueError, match="it was edited manually"):
         supervisor.run()
     assert not (supervisor.folder.path / "train.log").exists()
 

@@ -131,7 +131,7 @@ def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
     assert store.find_newest()["step"] == 1
-    assert events[-1] == {"event": "checkpoint damaged", "step": 2, "what": "manifest.json is not as it was written"}
+    assert events[-1] == {"event": "checkpoint damaged", "step": 2, "what": "manifest.json differs from its seal"}
 
 
 def test_a_checkpoint_without_a_tensor_names_it(store):

@@ -154,13 +154,13 @@ def test_an_edited_run_is_refused(made, tmp_path):
     folder = lay_out(tmp_path / "edited", made)
     text = (folder.path / "run.json").read_text()
     (folder.path / "run.json").write_text(text.replace('"learning_rate": 0.003', '"learning_rate": 0.3'))
-    with pytest.raises(ValueError, match="somebody edited it"):
+    with pytest.raises(ValueError, match="it was edited manually"):
         folder.read_spec()
     (folder.path / "run.json").write_text(text)
     assert folder.check_inputs() == folder.read_spec()
     tokens = folder.data / "1" / "tokens.bin"
     tokens.write_bytes(b"1234" + tokens.read_bytes()[4:])
-    with pytest.raises(ValueError, match=r"data/1/tokens\.bin is not as it was laid out"):
+    with pytest.raises(ValueError, match=r"data/1/tokens\.bin differs from its seal"):
         folder.check_inputs()
 
 

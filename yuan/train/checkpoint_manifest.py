@@ -1,4 +1,4 @@
-"""Manifests of checkpoints: which files there are, what is in them, and whether it still is. No torch."""
+"""Manifests of checkpoints: list the files with size and sha256, and verify them. Does not import torch."""
 
 import hashlib
 import json
@@ -11,20 +11,19 @@ from typing import Any
 from yuan.train.run_files import is_file, list_names, open_file, read_file
 
 CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
-CHECKPOINT_NAME_PATTERN = re.compile(
-    r"step-[0-9]{8}"
-)  # as yuan.train.checkpoint.checkpoints names them; no run has as many steps
+# Matches the names that yuan.train.checkpoint.checkpoints writes; no run reaches 10**8 steps.
+CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")
 
 
 def compute_digest(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
+    """Return the size and sha256 of a file."""
     with os.fdopen(open_file(file.parent, file.name), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def compute_digest_or_error(file: Path) -> dict[str, Any]:
-    """The digest; what went wrong if the file cannot be read, so that other ranks can hear of it."""
+    """Return the digest, or the error if the file cannot be read, so that other ranks receive the error."""
     try:
         return compute_digest(file)
     except OSError as error:
@@ -32,13 +31,13 @@ def compute_digest_or_error(file: Path) -> dict[str, Any]:
 
 
 def compute_seal(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest without its seal; what was edited or flipped has another."""
-    rest = {key: value for key, value in manifest.items() if key != MANIFEST_SEAL_KEY}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of a manifest without its seal; an edit or a flipped bit changes it."""
+    unsealed = {key: value for key, value in manifest.items() if key != MANIFEST_SEAL_KEY}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
 def read_sealed_manifest(file: Path) -> dict[str, Any] | None:
-    """A manifest as it was written; None if it is not."""
+    """Read and verify a manifest; return None if it is missing or does not match its seal."""
     try:
         return parse_sealed_manifest(read_file(file.parent, file.name))
     except OSError:
@@ -46,7 +45,7 @@ def read_sealed_manifest(file: Path) -> dict[str, Any] | None:
 
 
 def parse_sealed_manifest(text: bytes) -> dict[str, Any] | None:
-    """Read the manifest that a file holds; None if it is not as it was written."""
+    """Parse and verify the text of a manifest; return None if it does not match its seal."""
     try:
         manifest = json.loads(text)
         return (
@@ -59,7 +58,7 @@ def parse_sealed_manifest(text: bytes) -> dict[str, Any] | None:
 
 
 def list_committed_checkpoints(folder: Path) -> Iterator[Path]:
-    """Checkpoints with a manifest, oldest first; links are none."""
+    """List the checkpoints that have a manifest, oldest first; symbolic links are ignored."""
     names = [name for name in list_names(folder.parent, folder.name) if CHECKPOINT_NAME_PATTERN.fullmatch(name)]
     return (
         folder / name for name in names if is_file(folder.parent, f"{folder.name}/{name}/{CHECKPOINT_MANIFEST_FILE}")
@@ -67,26 +66,27 @@ def list_committed_checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def parse_step(path: Path) -> int:
+    """Return the step from a checkpoint's folder name."""
     return int(path.name.removeprefix("step-"))
 
 
 def find_damage(path: Path, manifest: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    """Describe how a checkpoint's files differ from its manifest; return None if they match."""
     return format_differences(find_differences(path, manifest, manifest["files"]))
 
 
 def find_differences(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """What is wrong with some of a checkpoint's files, by name."""
-    return {name: bad for name in names if (bad := find_difference(path, name, manifest["files"][name]))}
+    """Describe how some of a checkpoint's files differ from its manifest, by file name."""
+    return {name: message for name in names if (message := find_difference(path, name, manifest["files"][name]))}
 
 
-def format_differences(wrong: Mapping[str, str]) -> str | None:
-    """Differences in one line; None if there are none."""
-    return "; ".join(f"{name} {bad}" for name, bad in sorted(wrong.items())) or None
+def format_differences(differences: Mapping[str, str]) -> str | None:
+    """Join differences into one line; return None if there are none."""
+    return "; ".join(f"{name} {message}" for name, message in sorted(differences.items())) or None
 
 
 def find_difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file below a trusted folder, in words; one of another size is not read."""
+    """Describe how a file below a trusted folder differs from its digest; a file of another size is not read."""
     try:
         with os.fdopen(open_file(folder, name), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size

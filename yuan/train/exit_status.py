@@ -1,4 +1,4 @@
-"""Why a rank ended: exit statuses by class, and the note that a rank leaves, since torchrun hides statuses."""
+"""Exit statuses of a rank by error class, and the exit note that a rank writes, since torchrun hides statuses."""
 
 import errno
 import json
@@ -15,11 +15,11 @@ from yuan.train.run_files import list_names, read_file
 from yuan.train.run_folder import write_json
 
 EXIT_NOTES_FOLDER = "exits"
-HOST_NAME_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # a batch system's own name for this machine
+HOST_NAME_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # names of this machine set by Slurm and Kubernetes
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses of a rank; from sysexits.h where one fits."""
+    """Exit statuses of a rank; the values of sysexits.h where one fits."""
 
     FINISHED = 0
     UNKNOWN = 1
@@ -30,10 +30,10 @@ class ExitStatus(IntEnum):
     NUMERICAL = 72
     HUNG = 73
     DISK_FULL = 74
-    PARENT_GONE = 75  # of infra.process_group: the supervisor closed the run, or died
+    PARENT_GONE = 75  # set by infra.process_group: the supervisor closed the run or exited
 
 
-# What CUDA, NCCL and gloo say; a lost device is looked for before a lost peer, which is its effect elsewhere.
+# Messages of CUDA, NCCL and gloo. A lost device is matched before a lost peer, since one causes the other.
 OUT_OF_MEMORY_PATTERN = re.compile(r"out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 DEVICE_LOST_PATTERN = re.compile(
     r"uncorrectable ECC|device is lost|fallen off the bus|unspecified launch failure|no CUDA-capable device"
@@ -49,7 +49,7 @@ PEER_LOST_PATTERN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class ExitNote:
-    """What a rank says of its end, and on which machine it was."""
+    """Exit report of a rank: status, message, time, and the machine it ran on."""
 
     rank: int
     status: int
@@ -59,15 +59,17 @@ class ExitNote:
 
 
 def classify_error(error: BaseException) -> ExitStatus:
-    """The class of an error that ended a rank.
+    """Map an error that ended a rank to an exit status.
 
-    >>> classify_error(ValueError("the plan lays out 3 layers")), classify_error(RuntimeError("CUDA out of memory"))
+    >>> classify_error(ValueError("the plan splits 3 layers")), classify_error(RuntimeError("CUDA out of memory"))
     (<ExitStatus.BAD_DATA: 65>, <ExitStatus.OUT_OF_MEMORY: 71>)
     """
     text = str(error)
     if isinstance(error, NumericalError):
         return ExitStatus.NUMERICAL
-    if isinstance(error, ValueError | FileNotFoundError):  # before the words, which a name of a file may have
+    if isinstance(
+        error, ValueError | FileNotFoundError
+    ):  # before the patterns: a file name in the message could match one
         return ExitStatus.BAD_DATA
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_PATTERN.search(text):
         return ExitStatus.OUT_OF_MEMORY
@@ -81,12 +83,12 @@ def classify_error(error: BaseException) -> ExitStatus:
 
 
 def get_host_name() -> str:
-    """This machine, as its batch system names it; else as it names itself."""
+    """Return the name that the batch system gives this machine, else its host name."""
     return next((os.environ[name] for name in HOST_NAME_VARIABLES if os.environ.get(name)), socket.gethostname())
 
 
 def write_exit_note(run: Path, rank: int, status: ExitStatus, message: str) -> None:
-    """Say why this rank ends; without room on the disk nothing is said."""
+    """Write why this rank exits; writes nothing if the disk is full."""
     try:
         (run / EXIT_NOTES_FOLDER).mkdir(exist_ok=True)
         note = ExitNote(rank=rank, status=int(status), message=message[:2000], time=time.time(), host=get_host_name())
@@ -96,13 +98,13 @@ def write_exit_note(run: Path, rank: int, status: ExitStatus, message: str) -> N
 
 
 def read_exit_notes(run: Path, since: float) -> list[ExitNote]:
-    """The notes left at or after a time, the earliest first."""
-    found = []
+    """Return the exit notes written at or after a time, earliest first; unreadable notes are ignored."""
+    notes = []
     for name in list_names(run, EXIT_NOTES_FOLDER):
         if not name.endswith(".json"):
             continue
         try:
-            found.append(ExitNote(**json.loads(read_file(run, f"{EXIT_NOTES_FOLDER}/{name}"))))
+            notes.append(ExitNote(**json.loads(read_file(run, f"{EXIT_NOTES_FOLDER}/{name}"))))
         except (ValueError, TypeError, OSError):
             continue
-    return sorted((note for note in found if note.time >= since), key=lambda note: note.time)
+    return sorted((note for note in notes if note.time >= since), key=lambda note: note.time)

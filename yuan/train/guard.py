@@ -1,12 +1,16 @@
-"""What is done about a step that looks wrong: the same step again, then ever more.
+"""Detect faulty training steps (non-finite values, loss spikes) and decide: repeat, skip, roll back, or stop.
 
-A step is judged before its update, by its loss and gradient norm beside those of the last good steps. A wrong one is
-computed again at once; if the repeat is clean, it was the machine, and the update is the one that would have been made.
-If it is wrong again, it is the data or the model: its update is left out; after `max_skips` of those the run goes back
-to the last checkpoint before them and their data is left out; the second time the learning rate is halved too; after
-`max_rollbacks` the run stops. A quiet stretch resets the count.
+Each step is checked before its update: its loss and gradient norm are compared with those of the last good steps.
 
-Everything here is a function of numbers that all ranks share, so all ranks decide alike.
+1. A faulty step is repeated at once. If the repeat is clean, the cause was the machine, and the update is applied.
+2. If the repeat is faulty too, the cause is the data or the model, and the update is skipped.
+3. After `max_skips` skips, the run rolls back to the last checkpoint before them and never uses their data again; from
+   the second roll back on, the learning rate is halved as well.
+4. After `max_rollbacks` roll backs, the run stops.
+
+TROUBLE_MEMORY_STEPS steps without a fault reset the counts.
+
+Every decision is a function of numbers that all ranks share, so all ranks make the same decision.
 """
 
 import json
@@ -23,23 +27,23 @@ from yuan.data.mixture import PositionSpan
 
 GuardAction = Literal["skip", "roll back", "stop"]
 
-GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; OLMo-core's number
-MIN_GOOD_STEPS = 16  # good steps before a finite value is judged at all
-TROUBLE_MEMORY_STEPS = 256  # steps without trouble after which earlier ones no longer count
-# Ratios to the median that are never too much, however calm the run was. A clipped gradient of 35 times the usual norm
-# was seen, step after step, in the first hundred steps of a run that went on well without help.
+GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; the value of OLMo-core
+MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
+TROUBLE_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no longer count
+# Ratios to the median that are always accepted, however small the recent variation. One run had gradient norms of 35
+# times the median (clipped) at step after step of its first hundred steps and then converged without intervention.
 LOSS_RATIO_FLOOR, NORM_RATIO_FLOOR = 2.0, 100.0
-LEARNING_RATE_CUT = 0.5  # of the learning rate, at each roll back but the first
-SIGMA_PER_MAD = 1.4826  # of a normal distribution
+LEARNING_RATE_CUT = 0.5  # factor on the learning rate at each roll back except the first
+SIGMA_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for a normal distribution
 
 
 class NumericalError(RuntimeError):
-    """The guard has done all it may; a person has to look."""
+    """A step is faulty and the guard has no action left; an engineer has to look at the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTrouble:
-    """A step that was wrong twice, the positions of its data, and what was done."""
+    """A step that was faulty twice, its data positions [first, end), and the action taken."""
 
     step: int
     first: int
@@ -49,9 +53,9 @@ class StepTrouble:
 
 @dataclass(frozen=True)
 class GuardDecisions:
-    """What the guard has decided in this run; it outlives every roll back and restart.
+    """All decisions of the guard in a run; kept across roll backs and restarts.
 
-    `skipped` are spans of positions that no step uses; `cuts` the steps from which the learning rate is halved.
+    `skipped` are spans of positions that no step uses; `cuts` are the steps from which the learning rate is halved.
     """
 
     skipped: tuple[PositionSpan, ...] = ()
@@ -59,46 +63,48 @@ class GuardDecisions:
     troubles: tuple[StepTrouble, ...] = field(default=())
 
     def compute_rate_factor(self, step: int) -> float:
-        """What the learning rate of a step is multiplied with."""
+        """Return the factor on the learning rate of a step."""
         return LEARNING_RATE_CUT ** sum(cut <= step for cut in self.cuts)
 
     def choose_action(self, step: int, recipe: Recipe) -> GuardAction:
-        """What is next for a step that was wrong twice."""
+        """Choose the action for a step that was faulty twice."""
         recent = self._find_recent_troubles(step)
-        backs = sum(trouble.did == "roll back" for trouble in recent)
-        since = [trouble for trouble in recent if trouble.did == "skip"]
-        if len(since) < recipe.max_skips:
+        num_rollbacks = sum(trouble.did == "roll back" for trouble in recent)
+        num_skips = sum(trouble.did == "skip" for trouble in recent)
+        if num_skips < recipe.max_skips:
             return "skip"
-        return "roll back" if backs < recipe.max_rollbacks else "stop"
+        return "roll back" if num_rollbacks < recipe.max_rollbacks else "stop"
 
     def skip(self, step: int, span: PositionSpan) -> "GuardDecisions":
+        """Return the decisions with this step skipped."""
         trouble = StepTrouble(step=step, first=span[0], end=span[1], did="skip")
         return replace(self, troubles=(*self.troubles, trouble))
 
     def drop_skips_from(self, step: int) -> "GuardDecisions":
-        """What is left when the steps from this one on are trained again: their skips are decided anew."""
+        """Drop the skips from this step on, since those steps are trained and checked again."""
         kept = tuple(t for t in self.troubles if t.did != "skip" or t.step < step)
         return replace(self, troubles=kept)
 
     def list_open_skips(self, step: int) -> list[StepTrouble]:
-        """The steps that were left out in the present trouble, the first one first."""
+        """List the recent skips that no roll back has handled yet, in order of steps."""
         return sorted(
             (t for t in self._find_recent_troubles(step) if t.did == "skip"), key=lambda trouble: trouble.step
         )
 
     def roll_back(self, step: int, to: int, span: PositionSpan) -> "GuardDecisions":
-        """Leave the data of the present trouble out, this step's with it, from the step `to` on."""
-        is_first = not any(trouble.did == "roll back" for trouble in self._find_recent_troubles(step))
-        spent = {trouble for trouble in self._find_recent_troubles(step) if trouble.did == "skip"}
-        kept = tuple(trouble for trouble in self.troubles if trouble not in spent)
+        """Exclude the data of this step and of the recent skips from the step `to` on."""
+        recent = self._find_recent_troubles(step)
+        is_first = not any(trouble.did == "roll back" for trouble in recent)
+        handled_skips = {trouble for trouble in recent if trouble.did == "skip"}
+        kept = tuple(trouble for trouble in self.troubles if trouble not in handled_skips)
         return GuardDecisions(
-            skipped=merge_spans((*self.skipped, *((t.first, t.end) for t in spent), span)),
+            skipped=merge_spans((*self.skipped, *((t.first, t.end) for t in handled_skips), span)),
             cuts=self.cuts if is_first else (*self.cuts, to),
             troubles=(*kept, StepTrouble(step=to, first=span[0], end=span[1], did="roll back")),
         )
 
     def _find_recent_troubles(self, step: int) -> list[StepTrouble]:
-        """Troubles of the present stretch: none of them further than QUIET steps from the next."""
+        """Return the newest troubles, each at most TROUBLE_MEMORY_STEPS before the next one or before `step`."""
         recent: list[StepTrouble] = []
         for trouble in reversed(self.troubles):
             if step - trouble.step > TROUBLE_MEMORY_STEPS:
@@ -113,7 +119,7 @@ class GuardDecisions:
 
     @classmethod
     def read(cls, file: Path, otherwise: str | None = None) -> "GuardDecisions":
-        """Those of a run; without the file those given as `to_json` gave them, or none."""
+        """Read the decisions of a run; without the file, parse `otherwise` (from `to_json`), else return none."""
         try:
             text = file.read_text()
         except FileNotFoundError:
@@ -126,22 +132,22 @@ class GuardDecisions:
 
 
 def merge_spans(spans: Iterable[PositionSpan]) -> tuple[PositionSpan, ...]:
-    """Spans in rising order, those that touch or overlap made one.
+    """Sort spans and merge those that touch or overlap.
 
     >>> merge_spans([(5, 7), (1, 2), (2, 3)])
     ((1, 3), (5, 7))
     """
-    out: list[PositionSpan] = []
+    merged: list[PositionSpan] = []
     for first, end in sorted(spans):
-        if out and first <= out[-1][1]:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
-            out.append((first, end))
-    return tuple(out)
+            merged.append((first, end))
+    return tuple(merged)
 
 
 class StepJudge:
-    """Compares a step with the last good ones, on a logarithmic scale, where losses and norms scatter alike."""
+    """Compare a step with the last good steps, on a log scale, where losses and norms have a similar spread."""
 
     def __init__(self, sigmas: float) -> None:
         self._sigmas = sigmas
@@ -149,12 +155,12 @@ class StepJudge:
         self._norms: deque[float] = deque(maxlen=GUARD_WINDOW_STEPS)
 
     def add_good_step(self, loss: float, norm: float) -> None:
-        """Take up a good step."""
+        """Add the loss and gradient norm of a good step."""
         self._losses.append(loss)
         self._norms.append(norm)
 
     def find_fault(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step, in words; None if nothing is."""
+        """Describe what is wrong with a step; return None if nothing is."""
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return f"its {name} is {value}"
@@ -163,13 +169,19 @@ class StepJudge:
         )
 
     def _find_outlier(self, name: str, value: float, good: deque[float], floor: float) -> str | None:
+        """Describe a value above exp(median + max(sigmas * sigma, log floor)) of the logs of the good values."""
         logs = [math.log(number) for number in good if number > 0]
         if len(logs) < MIN_GOOD_STEPS:
             return None
-        middle = statistics.median(logs)
-        sigma = SIGMA_PER_MAD * statistics.median(abs(number - middle) for number in logs)
-        limit = math.exp(middle + max(self._sigmas * sigma, math.log(floor)))
+
+        # Median and MAD instead of mean and deviation: earlier outliers must not raise the limit.
+        median = statistics.median(logs)
+        sigma = SIGMA_PER_MAD * statistics.median(abs(number - median) for number in logs)
+
+        limit = math.exp(median + max(self._sigmas * sigma, math.log(floor)))
         if value <= limit:
             return None
-        usual = f"the median of {len(logs)} good steps being {math.exp(middle):.4g}"
-        return f"its {name} {value:.4g} is above {limit:.4g}, {usual}"
+        return (
+            f"its {name} {value:.4g} is above {limit:.4g}, the median of {len(logs)} good steps is "
+            f"{math.exp(median):.4g}"
+        )

@@ -1,7 +1,7 @@
-"""Signs of life of a rank, who reads them, and an end to a rank that makes no progress.
+"""Heartbeats of training ranks: write, read, and exit a rank that makes no progress.
 
-A rank that hangs is as dead as one that crashed, and its peers wait for it for ever. Each rank says every second what
-it is at; one that has been at the same instruction for too long ends itself, and torchrun ends the others.
+A rank that hangs blocks its peers forever, as a crashed one does. Each rank writes its current instruction every
+second; a rank that stays in one instruction past the limit exits, and torchrun then stops the other ranks.
 """
 
 import json
@@ -21,69 +21,71 @@ from yuan.train.run_folder import write_json
 
 HEARTBEATS_FOLDER, HEARTBEAT_NAME_PATTERN = "heartbeats", re.compile(r"[0-9]{1,6}\.json")
 RANK_HEARTBEAT_INTERVAL_S = 1.0
-HANG_MEDIAN_RATIO = 20.0  # times the median step after which a rank hangs, and
-MIN_HANG_LIMIT_S = 20.0  # seconds at least, since a busy machine stalls for some of them
-MIN_TIMED_STEPS = 5  # steps before their median counts
+HANG_MEDIAN_RATIO = 20.0  # an instruction that takes this many median steps counts as a hang, but
+MIN_HANG_LIMIT_S = 20.0  # never in less than this, since a busy machine can stall for several seconds
+MIN_TIMED_STEPS = 5  # steps needed before the median is used
 
 
 class Heartbeat:
-    """Writes what this rank is at, once a second, and ends the process when that has not changed for too long.
+    """Write this rank's current instruction every second, and exit the process if it does not change within the limit.
 
     Args:
         run: the run folder.
-        limit_s: how long one instruction may take until the run knows its own pace.
+        limit_s: longest time for one instruction; the only limit until MIN_TIMED_STEPS steps are measured.
     """
 
     def __init__(self, run: Path, rank: int, limit_s: float) -> None:
-        self._run, self._rank, self._most_s = run, rank, limit_s
+        self._run, self._rank, self._max_limit_s = run, rank, limit_s
         self._step = 0
-        # What is done, since when, and whether it may take the most there is: one tuple, since a thread reads it.
+        # Instruction, start time, use of the longest limit: one tuple, so that the thread reads a consistent state.
         self._progress = ("starting", time.monotonic(), True)
         self._steps: deque[float] = deque(maxlen=32)
         (run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
     def note_progress(self, doing: str, *, is_patient: bool = False) -> None:
-        """Note progress: something else begins, which may take the most there is if it is no part of a step."""
+        """Record that an instruction begins; `is_patient` (not part of a step) allows it the longest limit."""
         self._progress = (doing, time.monotonic(), is_patient)
 
     def note_step(self, step: int, seconds: float) -> None:
-        """Note that a step is done."""
+        """Record that a step is complete."""
         self._step = step
         self._steps.append(seconds)
         self.note_progress("between steps")
 
     def limit_s(self, is_patient: bool) -> float:
-        """Return the seconds that one instruction may take."""
+        """Return the time limit for one instruction, in seconds."""
         if is_patient or len(self._steps) < MIN_TIMED_STEPS:
-            return self._most_s
-        return min(self._most_s, max(MIN_HANG_LIMIT_S, HANG_MEDIAN_RATIO * statistics.median(list(self._steps))))
+            return self._max_limit_s
+        return min(self._max_limit_s, max(MIN_HANG_LIMIT_S, HANG_MEDIAN_RATIO * statistics.median(list(self._steps))))
 
     def _beat(self) -> None:
         while True:
             doing, since, is_patient = self._progress
             silent_s, limit_s = time.monotonic() - since, self.limit_s(is_patient)
             if silent_s > limit_s:
-                said = f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {limit_s:.0f} s allowed"
-                write_exit_note(self._run, self._rank, ExitStatus.HUNG, said)
-                print(f"rank {self._rank}: {said}", file=sys.stderr, flush=True)
-                os._exit(ExitStatus.HUNG)  # the main thread is in a collective and cannot be asked
+                message = (
+                    f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {limit_s:.0f} s allowed"
+                )
+                write_exit_note(self._run, self._rank, ExitStatus.HUNG, message)
+                print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
+                os._exit(ExitStatus.HUNG)  # the main thread is blocked in a collective and cannot raise
             beat = {"pid": os.getpid(), "time": time.time(), "step": self._step, "doing": doing, "silent_s": silent_s}
             try:
                 write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", beat)
-            except OSError:  # a full disk is for the main thread to meet
+            except OSError:  # a full disk is reported by the main thread
                 pass
             time.sleep(RANK_HEARTBEAT_INTERVAL_S)
 
 
 def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
-    """By rank: its pid, the time, the step after which and the instruction in which it was."""
-    found = {}
+    """Return the heartbeat of each rank: pid, time, last complete step, current instruction and its seconds."""
+    heartbeats = {}
     for name in list_names(run, HEARTBEATS_FOLDER):
         if not HEARTBEAT_NAME_PATTERN.fullmatch(name):
             continue
         try:
-            found[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}"))
+            heartbeats[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}"))
         except (ValueError, OSError):
             continue
-    return found
+    return heartbeats

@@ -1,7 +1,7 @@
 """Entry of one training rank: `torchrun -m yuan.train.run RUN_DIR`.
 
-A run can be killed at any instant and started again on the same folder; it goes on from the last
-committed checkpoint with the same order of data.
+A run can be killed at any time and restarted on the same folder; it resumes from the last committed
+checkpoint with the same order of data.
 """
 
 import logging
@@ -34,7 +34,7 @@ def main() -> int:
         status = classify_error(error)
         log.exception("rank %d ends: %s", rank, status.name.lower().replace("_", " "))
         write_exit_note(folder.path, rank, status, f"{type(error).__name__}: {error}")
-        # at once: leaving the groups would wait for peers who may wait for this rank
+        # Exit without destroying the process groups: that would wait for peers that may wait for this rank.
         logging.shutdown()
         os._exit(status)
     write_exit_note(folder.path, rank, ExitStatus.FINISHED, "")
@@ -42,9 +42,9 @@ def main() -> int:
 
 
 def train(folder: RunFolder, rank: int) -> None:
-    """Be one rank of the run in a folder, from start to export."""
+    """Train one rank of the run in a folder, from start to export."""
     spec = folder.read_spec()
-    # A rank of an earlier start may be dying still; two of them must not write the same files.
+    # The same rank of an earlier start may not have exited yet; two of them must not write the same files.
     with hold_file_lock(folder.path / f".rank-{rank}.lock"):
         heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)
         start_distributed(spec.plan.num_ranks)

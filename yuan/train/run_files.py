@@ -1,7 +1,7 @@
-"""Files of a run folder, opened by processes that trust the folder and not what its ranks have put into it.
+"""Open files of a run folder safely: the caller trusts the folder, but not the entries that its ranks created in it.
 
-A rank that was taken over can leave links to the files of others there, FIFOs that never answer, and files without end.
-So no link is followed, in the last part of a name or in one before it; nothing waits; and what is read has a limit.
+A compromised rank can create links to other files, FIFOs that block a reader, and files of unlimited size. So no link
+is followed, in any component of a path; no open blocks; and every read has a limit.
 """
 
 import errno
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MAX_SMALL_FILE_BYTES = 16 * 2**20  # of a small file: a status, a note, a manifest
+MAX_SMALL_FILE_BYTES = 16 * 2**20  # limit for a status, an exit note or a manifest
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class NotRegularFileError(OSError):
-    """A link, a FIFO or a folder lies where a file belongs, or a file that is too large."""
+    """The path is a link, a FIFO, a folder or a file that is too large, where a regular file was expected."""
 
-    def __init__(self, path: Path, why: str = "is no regular file") -> None:
+    def __init__(self, path: Path, why: str = "is not a regular file") -> None:
         super().__init__(errno.EINVAL, why, str(path))
 
 
@@ -28,19 +28,19 @@ def open_folder(root: Path, name: str = ".") -> Iterator[int]:
     """Open a folder below a trusted one, for use as `dir_fd`.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        NotRegular: if it, or a folder on the way, is a link or no folder.
+        FileNotFoundError: if it does not exist.
+        NotRegularFileError: if it, or a parent folder below `root`, is a link or not a folder.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for part in Path(name).parts:
             if part in ("..", "/"):
-                raise NotRegularFileError(root / name, "lies outside of its folder")
+                raise NotRegularFileError(root / name, "is outside of its folder")
             try:
                 inner = os.open(part, FOLDER_FLAGS, dir_fd=descriptor)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                    raise NotRegularFileError(root / name, "lies in no folder of its own") from None
+                    raise NotRegularFileError(root / name, "has a link or a file as a parent folder") from None
                 raise
             os.close(descriptor)
             descriptor = inner
@@ -53,8 +53,8 @@ def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     """Open a regular file below a trusted folder and return its descriptor.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        NotRegular: if it is anything else, or a folder on the way is a link.
+        FileNotFoundError: if it does not exist.
+        NotRegularFileError: if it is anything else, or a parent folder is a link.
     """
     with open_folder(root, str(Path(name).parent)) as folder:
         try:
@@ -62,7 +62,7 @@ def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
                 Path(name).name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder
             )
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # the last: a FIFO that nobody reads
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # ENXIO: a FIFO without a reader
                 raise NotRegularFileError(root / name) from None
             raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -72,7 +72,7 @@ def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
 
 
 def is_file(root: Path, name: str) -> bool:
-    """Whether a name below a trusted folder is a regular file that can be opened."""
+    """Check that a name below a trusted folder is a regular file that can be opened."""
     try:
         os.close(open_file(root, name))
     except OSError:
@@ -84,8 +84,8 @@ def read_file(root: Path, name: str, limit: int = MAX_SMALL_FILE_BYTES) -> bytes
     """Read a small file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        NotRegular: if it is no regular file, or larger than the limit.
+        FileNotFoundError: if it does not exist.
+        NotRegularFileError: if it is not a regular file, or larger than the limit.
     """
     with os.fdopen(open_file(root, name), "rb") as stream:
         data = stream.read(limit + 1)
@@ -98,7 +98,7 @@ def read_file_end(root: Path, name: str, limit: int) -> bytes:
     """Read the last bytes of a file of any size.
 
     Raises:
-        OSError: if it is no regular file, or not there.
+        OSError: if it does not exist, or is not a regular file.
     """
     with os.fdopen(open_file(root, name), "rb") as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
@@ -106,7 +106,7 @@ def read_file_end(root: Path, name: str, limit: int) -> bytes:
 
 
 def open_to_append(root: Path, name: str) -> int:
-    """Open a file for appending and reading; what is no regular file of one name in its place is removed."""
+    """Open a file for appending and reading; remove an entry that is not a regular file or has further hard links."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     try:
         descriptor = open_file(root, name, flags)
@@ -120,7 +120,7 @@ def open_to_append(root: Path, name: str) -> int:
 
 
 def replace_file(root: Path, name: str, data: bytes) -> None:
-    """Put a file in place in one step, so that a reader never sees half of it; no link is followed."""
+    """Replace a file atomically, so that a reader never sees a partial file; no link is followed."""
     scratch = f".{Path(name).name}.{os.getpid()}"
     inner = str(Path(name).parent / scratch)
     remove_entry(root, inner)
@@ -135,10 +135,10 @@ def replace_file(root: Path, name: str, data: bytes) -> None:
 
 
 def remove_entry(root: Path, name: str) -> None:
-    """Remove a file, a link itself, or a folder with all that is in it; or nothing, if there is nothing.
+    """Remove a file, a link itself, or a folder with its contents; do nothing if it does not exist.
 
     Raises:
-        NotRegular: if a folder on the way is a link.
+        NotRegularFileError: if a parent folder is a link.
     """
     with open_folder(root, str(Path(name).parent)) as folder:
         try:
@@ -150,7 +150,7 @@ def remove_entry(root: Path, name: str) -> None:
 
 
 def list_names(root: Path, name: str) -> list[str]:
-    """Names in a folder below a trusted one, in order; none if it is missing, a link, no folder, or closed."""
+    """List a folder below a trusted one, sorted; return [] if it is missing, a link, no folder, or unreadable."""
     try:
         with open_folder(root, name) as folder:
             return sorted(os.listdir(folder))

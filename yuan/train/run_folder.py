@@ -1,4 +1,4 @@
-"""The run folder: what goes in, what comes out, and which files hold it (design: a run is a folder)."""
+"""The run folder: inputs, outputs, and the files that hold them (design: a run is a folder)."""
 
 import hashlib
 import json
@@ -24,16 +24,16 @@ from yuan.train.run_files import NotRegularFileError, is_file, open_file, open_t
 RUN_KINDS = ("pretrain", "continue", "finetune")
 RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"
 METRICS_FILE, EVENTS_FILE, PLAN_PICTURE_FILE = "metrics.jsonl", "events.jsonl", "plan.svg"
-LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # of a log: read at once, and how often for the whole of it
-PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: what run.json was until it was replaced
+LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # bytes of one read of a log, and the most reads of a whole log
+PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """run.json, read and checked.
+    """Validated content of run.json.
 
-    `snapshot` and `parent` are ids for people and lineage; the bytes lie beside run.json in data/, tokenizer.model and,
-    if there is a parent, parent/.
+    `snapshot` and `parent` are ids for display and lineage; the bytes are beside run.json in data/, tokenizer.model
+    and, if there is a parent, parent/.
     """
 
     kind: str
@@ -52,18 +52,20 @@ class RunSpec:
             raise ValueError(f"a pretrain run has no parent and the others have one, got {self.kind}, {self.parent}")
         if self.plan.bounds[-1] != self.model.num_layers:
             raise ValueError(
-                f"the plan lays out {self.plan.bounds[-1]} layers and the model has {self.model.num_layers}; plan again"
+                f"the plan splits {self.plan.bounds[-1]} layers and the model has {self.model.num_layers}; plan again"
             )
         if not self.plan.feasible:
             raise ValueError(f"the plan is not feasible: {self.plan.explanation}")
         planned = (self.plan.sequence_length, self.plan.global_batch_size, self.plan.micro_batch_size)
-        asked = (self.recipe.seq_len, self.recipe.global_batch_size, self.recipe.micro_batch_size)
-        if planned != asked:
-            raise ValueError(f"plan and recipe differ in (seq_len, global, micro batch): {planned} and {asked}")
+        requested = (self.recipe.seq_len, self.recipe.global_batch_size, self.recipe.micro_batch_size)
+        if planned != requested:
+            raise ValueError(
+                f"plan and recipe differ in (seq_len, global, micro batch): {planned} and {requested}; plan again"
+            )
 
     @property
     def order(self) -> dict[str, Any]:
-        """What decides which window is trained when; no plan has a part in it."""
+        """Return the fields that determine the order of data; it does not depend on the plan."""
         recipe = self.recipe
         return {
             "snapshot": self.snapshot,
@@ -108,7 +110,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and small files of one training run."""
+    """Paths and small files of one training run's folder."""
 
     path: Path
 
@@ -132,23 +134,23 @@ class RunFolder:
         """Read run.json.
 
         Raises:
-            ValueError: if it is missing, not as it was written, or contradicts itself.
+            ValueError: if it is missing, differs from its seal, or contradicts itself.
         """
         try:
             text = read_file(self.path, RUN_SPEC_FILE)
         except FileNotFoundError:
-            raise ValueError(f"{self.path} has no {RUN_SPEC_FILE}; lay the run out first") from None
+            raise ValueError(f"{self.path} has no {RUN_SPEC_FILE}; prepare the run first") from None
         except NotRegularFileError as error:
-            raise ValueError(f"{self.path / RUN_SPEC_FILE} {error.strerror}; lay out a new run") from None
-        known = [
+            raise ValueError(f"{self.path / RUN_SPEC_FILE} {error.strerror}; prepare a new run") from None
+        accepted_digests = [
             entry.get("sha256")
             for name, entry in self._read_seal().items()
             if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY)
         ]
-        if hashlib.sha256(text).hexdigest() not in known:
+        if hashlib.sha256(text).hexdigest() not in accepted_digests:
             raise ValueError(
-                f"{self.path / RUN_SPEC_FILE} is not as it was laid out: somebody edited it; put it back, or lay out "
-                "a new run with the settings that are wanted"
+                f"{self.path / RUN_SPEC_FILE} differs from its seal: it was edited manually; restore it, or prepare "
+                "a new run with the new settings"
             )
         return RunSpec.from_json(json.loads(text))
 
@@ -160,11 +162,11 @@ class RunFolder:
         pad: int,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Lay out a run's inputs beside its tokenizer; run.json comes last, so that a folder that has it is whole.
+        """Write a run's inputs beside its tokenizer; run.json is written last, so a folder that has it is complete.
 
         Args:
             sources: the samples of each source; see `write_corpus`.
-            pad: the token that fills windows up.
+            pad: id of the padding token that fills windows.
         """
         self.write_inputs(spec, sources, pad=pad, weights=weights)
         self.write_spec(spec)
@@ -177,13 +179,13 @@ class RunFolder:
         pad: int,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """Lay out a run's inputs like `write`, and leave it to the caller to make the folder whole by `write_spec`."""
+        """Write a run's inputs like `prepare`, without run.json; the caller completes the folder with `write_spec`."""
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
         files = [*list_corpus_files(self.data), self.path / TOKENIZER_FILE]
         self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:
-        """Replace run.json, for another plan; the seal knows both, so a kill between the two writes does no harm."""
+        """Replace run.json, for another plan; the seal accepts both, so a kill between the two writes does no harm."""
         text = json.dumps(spec.to_json(), indent=2)
         digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         before = (
@@ -195,39 +197,39 @@ class RunFolder:
         write_json(self.path / RUN_SPEC_FILE, spec.to_json())
 
     def check_inputs(self) -> RunSpec:
-        """Read every input and compare it with what was laid out; for those who are about to take devices.
+        """Read every input and compare it with the seal; call this before devices are allocated.
 
         Raises:
-            ValueError: naming each file that is missing or another.
+            ValueError: if files are missing or differ; the message names each of them.
         """
         spec = self.read_spec()
-        wrong = []
+        problems = []
         for name, expected in self._read_seal().items():
-            if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY):  # compared above
+            if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY):  # verified by read_spec
                 continue
-            bad = find_difference(self.path, name, expected)
-            if bad:
-                wrong.append(f"{name} {bad if bad.startswith('cannot') else 'is not as it was laid out'}")
-        wrong += self._find_foreign_checkpoints(spec)
-        # May be a link that the operator made to a model folder; nothing of it is read here.
+            difference = find_difference(self.path, name, expected)
+            if difference:
+                problems.append(f"{name} {difference if difference.startswith('cannot') else 'differs from its seal'}")
+        problems += self._find_foreign_checkpoints(spec)
+        # The operator may have linked parent/ to a model folder; nothing of it is read here.
         if spec.parent is not None and not (self.parent / "manifest.json").is_file():
-            wrong.append(f"parent/ has no manifest of {spec.parent}")
-        if wrong:
-            raise ValueError(f"the run folder {self.path} has changed: {'; '.join(wrong)}; lay out a new run")
+            problems.append(f"parent/ has no manifest of {spec.parent}")
+        if problems:
+            raise ValueError(f"the run folder {self.path} has changed: {'; '.join(problems)}; prepare a new run")
         return spec
 
     def _find_foreign_checkpoints(self, spec: RunSpec) -> list[str]:
-        """Checkpoints of another model or another order of data; a damaged manifest is for the ranks to pass over."""
-        wrong = []
+        """List checkpoints of another model or data order; the ranks themselves skip damaged manifests."""
+        problems = []
         for path in list_committed_checkpoints(self.checkpoints):
             manifest = read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)
             if manifest is None:
                 continue
             if manifest["model"] != spec.model.to_json():
-                wrong.append(f"checkpoint {path.name} is of the model {manifest['model']}")
+                problems.append(f"checkpoint {path.name} is of the model {manifest['model']}")
             elif any(manifest["order"].get(key) != value for key, value in spec.order.items()):
-                wrong.append(f"checkpoint {path.name} is of another order of data, {manifest['order']}")
-        return wrong
+                problems.append(f"checkpoint {path.name} is of another order of data, {manifest['order']}")
+        return problems
 
     def open_corpus(self, seed: int) -> Corpus:
         return Corpus(self.data, seed)
@@ -242,7 +244,7 @@ class RunFolder:
         write_json(self.path / SEAL_FILE, dict(files))
 
     def read_status(self) -> dict[str, Any]:
-        """The newest status.json; empty before the first step, and if it is no file of ours."""
+        """Read status.json; return an empty dict before the first step, and if the file is not valid."""
         try:
             return dict(json.loads(read_file(self.path, "status.json")))
         except (FileNotFoundError, NotRegularFileError, ValueError):
@@ -250,69 +252,69 @@ class RunFolder:
 
     @property
     def is_exported(self) -> bool:
-        """Whether the weights are exported."""
+        """Return True if the weights are exported."""
         return is_file(self.path, "export/manifest.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; who asks again and again reads `LogTail`."""
+        """Read all complete lines of metrics.jsonl; use `LogTail` to poll."""
         return LogTail(self.path / METRICS_FILE).read_all()
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Every whole line of events.jsonl."""
+        """Read all complete lines of events.jsonl."""
         return LogTail(self.path / EVENTS_FILE).read_all()
 
     def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Put these in place of all metrics, in one step."""
+        """Replace all metrics atomically."""
         replace_file(self.path, METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a line to a log; after one that a full disk has torn, on a line of its own."""
+        """Append a line to a log; after a partial line, which a full disk leaves, begin a new line."""
         with os.fdopen(open_to_append(self.path, name), "ab+") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"
+                is_partial = file.read(1) != b"\n"
             else:
-                torn = False
-            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+                is_partial = False
+            file.write(b"\n" * is_partial + json.dumps(record).encode() + b"\n")
 
 
 class LogTail:
-    """The records of a log that have come since one asked last; from the start again once the file was replaced."""
+    """Read the new records of a log since the last read; restart at the beginning if the file was replaced."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._inode, self._offset = file, 0, 0
-        self.has_more = False  # whether the last reading ended before the file did
+        self.has_more = False  # True if the last read stopped before the end of the file
 
     def read(self) -> list[dict[str, Any]]:
-        """Of the lines that have ended, those that are records; a torn one is left out.
+        """Return the records of the new complete lines; lines that are not JSON objects are dropped.
 
-        At most `LOG_READ_BYTES` are read at once, and the following ones the next time.
+        Reads at most `LOG_READ_BYTES`; the next call continues there.
         """
         try:
             with os.fdopen(open_file(self._file.parent, self._file.name), "rb") as stream:
-                found = os.fstat(stream.fileno())
-                if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._inode, self._offset = found.st_ino, 0
+                file_stat = os.fstat(stream.fileno())
+                if file_stat.st_ino != self._inode or file_stat.st_size < self._offset:
+                    self._inode, self._offset = file_stat.st_ino, 0
                 stream.seek(self._offset)
                 new = stream.read(LOG_READ_BYTES)
         except (FileNotFoundError, NotRegularFileError):
             self.has_more = False
             return []
         self.has_more = len(new) == LOG_READ_BYTES
-        whole = new[: new.rfind(b"\n") + 1]
-        if self.has_more and not whole:  # no line of ours is as long
-            whole = new
-        self._offset += len(whole)
-        return [row for line in whole.split(b"\n") if (row := _parse_record(line))]
+        complete = new[: new.rfind(b"\n") + 1]
+        if self.has_more and not complete:  # longer than any line that a run writes: skip it
+            complete = new
+        self._offset += len(complete)
+        return [row for line in complete.split(b"\n") if (row := _parse_record(line))]
 
     def read_all(self) -> list[dict[str, Any]]:
-        """Read to the end; of a log of more than 4 GiB, which no run writes, the rest is left out."""
-        found = self.read()
+        """Read to the end, but at most 4 GiB, which no log of a run reaches."""
+        records = self.read()
         for _ in range(MAX_LOG_READS - 1):
             if not self.has_more:
                 break
-            found += self.read()
-        return found
+            records += self.read()
+        return records
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
@@ -323,5 +325,5 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Replace a JSON file in one step, so that a reader never sees half of it."""
+    """Replace a JSON file atomically, so that a reader never sees a partial file."""
     replace_file(path.parent, path.name, json.dumps(data, indent=2).encode())

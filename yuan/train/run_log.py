@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: status.json, metrics.jsonl and events.jsonl, written by rank 0."""
+"""Status, metrics and events of a running run: status.json, metrics.jsonl, events.jsonl, written by rank 0."""
 
 import math
 import os
@@ -16,21 +16,22 @@ STATUS_INTERVAL_S = 2.0
 
 
 class RunLog:
-    """The files of one run; on other ranks than the first, nothing is written."""
+    """Write the log files of one run; ranks other than 0 write nothing."""
 
     def __init__(self, folder: RunFolder, rank: int, sources: list[str], max_steps: int) -> None:
         self._folder, self._writes = folder, rank == 0
         self._sources, self._max_steps = sources, max_steps
-        self._shown = -math.inf
+        self._status_time = -math.inf
 
     def log_event(self, event: Mapping[str, Any]) -> None:
+        """Append an event with the time to events.jsonl."""
         if self._writes:
             self._folder.append(EVENTS_FILE, {**event, "time": time.time()})
 
     def log_step(
         self, step: int, done: StepResult, rate: float, positions: Int64Array, pacer: ThroughputMeter, bounds: list[int]
     ) -> None:
-        """Record a step whose update was made, and the status every few seconds."""
+        """Append the metrics of a step that was applied; replace status.json every STATUS_INTERVAL_S seconds."""
         if not self._writes:
             return
         pace = pacer.compute_pace()
@@ -54,8 +55,8 @@ class RunLog:
             "data/end_position": int(positions[-1]) + 1,
         }
         self._folder.append(METRICS_FILE, record)
-        if time.monotonic() - self._shown > STATUS_INTERVAL_S or step == self._max_steps:
-            self._shown = time.monotonic()
+        if time.monotonic() - self._status_time > STATUS_INTERVAL_S or step == self._max_steps:
+            self._status_time = time.monotonic()
             more = {"grad_norm": done.norm, "eta_s": (self._max_steps - step) * pace.step_seconds, **asdict(pace)}
             self.write_status("training", step, done.loss, {**more, "bounds": bounds})
 

@@ -1,4 +1,4 @@
-"""How fast a run goes beside its plan: tokens, bubble, MFU, and who is slower than planned."""
+"""Throughput of a run compared with its plan: tokens/s, bubble, MFU, and stragglers."""
 
 import statistics
 from collections import deque
@@ -11,17 +11,17 @@ from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
 
-PACE_WINDOW_STEPS = 32  # steps
-STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # times as slow as planned, beside the others
+PACE_WINDOW_STEPS = 32  # last steps whose medians are reported
+STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Medians of the last steps.
+    """Medians over the last PACE_WINDOW_STEPS steps.
 
-    `stages` has for each stage the seconds it computed in a step on its slowest replica, those of the plan, and the
-    memory of the fullest. `bubble` is the share of the step in which ranks did not compute; `mfu` is None where a
-    device's peak is unknown, as a CPU's.
+    `stages` holds for each stage the compute seconds per step of its slowest replica, the planned seconds, and the peak
+    memory of its fullest replica, measured and planned. `bubble` is the fraction of the step in which ranks do not
+    compute; `mfu` (model FLOPs utilization) is None if a device's peak is unknown, as for CPUs.
     """
 
     step_seconds: float
@@ -33,9 +33,9 @@ class Pace:
 
 
 class ThroughputMeter:
-    """Keeps the times of the last steps, of all ranks.
+    """Measure the throughput over the last steps, from the times of all ranks.
 
-    Ranks are numbered as DeepSpeed does: stage · data_size + replica.
+    Rank numbers are those of DeepSpeed: stage · data_size + replica.
     """
 
     def __init__(self, model: ModelConfig, plan: PipelinePlan) -> None:
@@ -48,10 +48,10 @@ class ThroughputMeter:
         self._straggling: dict[int, float] = {}
 
     def add(self, seconds: float, computed: Sequence[float], memory: Sequence[float]) -> list[dict[str, Any]]:
-        """Take up a step: its wall time, and of each rank the seconds computed and the peak bytes.
+        """Add a step: its wall time, and the compute seconds and peak memory bytes of each rank.
 
         Returns:
-            Events: who has begun to straggle, and who has caught up.
+            Events: ranks that became stragglers, and stragglers that caught up.
         """
         self._steps.append(seconds)
         self._computed.append(computed)
@@ -59,15 +59,18 @@ class ThroughputMeter:
         return self._update_stragglers() if len(self._steps) == PACE_WINDOW_STEPS else []
 
     def compute_pace(self) -> Pace:
-        """The pace now; needs a step."""
+        """Compute the medians over the last steps.
+
+        MFU is the model's FLOPs per second over the peak FLOPs per second of all devices. Needs at least one step.
+        """
         seconds, medians = statistics.median(self._steps), self._compute_medians()
-        peaks = [DEVICE_SPECS.get(stage.device_class) for stage in self._plan.stages]
-        total = sum(peak.peak_tflops for peak in peaks if peak) * 1e12 * self._plan.data_size
+        specs = [DEVICE_SPECS.get(stage.device_class) for stage in self._plan.stages]
+        peak_flops = sum(spec.peak_tflops for spec in specs if spec) * 1e12 * self._plan.data_size
         return Pace(
             step_seconds=seconds,
             tokens_per_s=self._tokens / seconds,
             bubble=max(0.0, 1 - sum(medians) / (len(medians) * seconds)),
-            mfu=self._flops / seconds / total if all(peaks) else None,
+            mfu=self._flops / seconds / peak_flops if all(specs) else None,
             stages=self._describe_stages(medians),
             stragglers=dict(self._straggling),
         )
@@ -76,7 +79,7 @@ class ThroughputMeter:
         return [statistics.median(times) for times in zip(*self._computed, strict=True)]
 
     def _describe_stages(self, medians: list[float]) -> list[dict[str, float]]:
-        d = self._plan.data_size
+        d = self._plan.data_size  # ranks n d to (n + 1) d are the replicas of stage n
         return [
             {
                 "compute_seconds": max(medians[n * d : (n + 1) * d]),
@@ -88,15 +91,17 @@ class ThroughputMeter:
         ]
 
     def _update_stragglers(self) -> list[dict[str, Any]]:
-        """Compare each rank's time over its plan's with that of the others: the lower median, since two ranks have no
-        middle.
+        """Update the stragglers: compare each rank's ratio of measured to planned time with the lower median of all.
+
+        The lower median, since of two ranks the faster one is the reference.
         """
         planned = [s.compute_seconds for s in self._plan.stages for _ in range(self._plan.data_size)]
         ratios = [time / plan for time, plan in zip(self._compute_medians(), planned, strict=True)]
-        usual = sorted(ratios)[(len(ratios) - 1) // 2]
+        lower_median = sorted(ratios)[(len(ratios) - 1) // 2]
+
         events = []
         for rank, ratio in enumerate(ratios):
-            slower = ratio / usual
+            slower = ratio / lower_median
             if rank not in self._straggling and slower > STRAGGLER_RATIO:
                 self._straggling[rank] = slower
                 events.append(

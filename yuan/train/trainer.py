@@ -1,4 +1,4 @@
-"""The training loop of one rank: data, steps under guard, checkpoints, and the exported weights at the end."""
+"""Training loop of one rank: read data, run guarded steps, write checkpoints, export the final weights."""
 
 import functools
 import logging
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 KEEP_CHECKPOINTS = 2
 GUARD_DECISIONS_FILE = "guard.json"
-MAX_LISTED_SAMPLES = 64  # samples that an event lists; the rest follow from the positions
+MAX_LISTED_SAMPLES = 64  # samples listed in an event; the others can be derived from its positions
 
 
 class Trainer:
-    """One rank of one run, from its folder to its exported weights."""
+    """Train one rank of a run, from its folder to the exported weights."""
 
     def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: Heartbeat) -> None:
         self.folder, self.spec, self.recipe, self.heartbeat = folder, spec, spec.recipe, heartbeat
@@ -56,9 +56,8 @@ class Trainer:
         self.engine, self.optimizer = start_engine(
             self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
         )
-        collect_pieces(
-            self.engine, spec.model.num_layers
-        )  # makes the moments, so that even the first update can be left out
+        # Creates the optimizer moments, so that even the first update can be skipped.
+        collect_pieces(self.engine, spec.model.num_layers)
         self.stepper = StepRunner(
             self.engine, tally, StageTimer(self.engine, heartbeat.note_progress), self._find_fault
         )
@@ -69,13 +68,13 @@ class Trainer:
         self.checkpoints = CheckpointStore(
             folder.checkpoints, about, keep=KEEP_CHECKPOINTS, event=self.run_log.log_event
         )
-        self._losses: list[float] = []  # since the last checkpoint
+        self._losses: list[float] = []  # of the good steps since the last checkpoint
         self.step = self._resume()
         if self.step == 0:
-            self._save_checkpoint()  # for the guard to go back to
+            self._save_checkpoint()  # so that the guard can roll back to step 0
 
     def run(self) -> None:
-        """Train to the last step and export; does nothing again that is already done."""
+        """Train to the last step and export the weights; steps that a checkpoint holds are not repeated."""
         while self.step < self.recipe.max_steps:
             if not self._train_step():
                 continue
@@ -85,27 +84,31 @@ class Trainer:
         self.checkpoints.close()
 
     def _train_step(self) -> bool:
-        """One step under guard; false if the run went back to a checkpoint instead."""
+        """Run one guarded step; return False if the run rolled back to a checkpoint instead."""
         size = self.recipe.global_batch_size
         positions = find_unskipped_positions(self.step * size, size, self.decisions.skipped)
         rate = compute_learning_rate(self.step, self.recipe) * self.decisions.compute_rate_factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        done = self._run_pass(positions)
-        if done.wrong is not None:
-            self.run_log.log_event({"event": "repeat", "step": self.step, "why": done.wrong})
-            first, done = done, self._run_pass(positions)
-            if done.wrong is None:
+
+        # Repeat a faulty step once: a clean repeat means that the machine caused the fault, not the data.
+        result = self._run_pass(positions)
+        if result.wrong is not None:
+            self.run_log.log_event({"event": "repeat", "step": self.step, "why": result.wrong})
+            first, result = result, self._run_pass(positions)
+            if result.wrong is None:
                 self.run_log.log_event({"event": "repeat was clean", "step": self.step, "why": first.wrong})
-        if done.wrong is not None:
-            return self._handle_trouble(positions, done)
-        self.judge.add_good_step(done.loss, done.norm)
-        self._losses.append(done.loss)
+        if result.wrong is not None:
+            return self._handle_trouble(positions, result)
+
+        self.judge.add_good_step(result.loss, result.norm)
+        self._losses.append(result.loss)
         self.step += 1
-        for event in self.pacer.add(done.seconds, done.computed, done.memory):
+
+        for event in self.pacer.add(result.seconds, result.computed, result.memory):
             self.run_log.log_event({**event, "step": self.step})
-        self.run_log.log_step(self.step, done, rate, positions, self.pacer, self.module.actual_bounds)
-        self.heartbeat.note_step(self.step, done.seconds)
+        self.run_log.log_step(self.step, result, rate, positions, self.pacer, self.module.actual_bounds)
+        self.heartbeat.note_step(self.step, result.seconds)
         return True
 
     def _run_pass(self, positions: Int64Array) -> StepResult:
@@ -115,37 +118,40 @@ class Trainer:
     def _find_fault(self, loss: float, norm: float) -> str | None:
         return self.judge.find_fault(loss, norm)
 
-    def _handle_trouble(self, positions: Int64Array, done: StepResult) -> bool:
-        """Do what is next for a step that was wrong twice; false if the run went back."""
+    def _handle_trouble(self, positions: Int64Array, result: StepResult) -> bool:
+        """Skip, roll back or stop after a step that was faulty twice; return False if the run rolled back."""
         span = (int(positions[0]), int(positions[-1]) + 1)
-        rung = self.decisions.choose_action(self.step, self.recipe)
-        if rung == "stop":
-            self.run_log.log_event({"event": "stop", "step": self.step, "why": done.wrong})
+        action = self.decisions.choose_action(self.step, self.recipe)
+        if action == "stop":
+            self.run_log.log_event({"event": "stop", "step": self.step, "why": result.wrong})
             raise NumericalError(
-                f"step {self.step} is wrong, {done.wrong}, after {self.recipe.max_rollbacks} roll backs; look at the "
+                f"step {self.step} is wrong, {result.wrong}, after {self.recipe.max_rollbacks} roll backs; look at the "
                 f"data at positions {span} and at the learning rate, then start a new run from a checkpoint"
             )
-        if rung == "skip":
+        if action == "skip":
             self._save_decisions(self.decisions.skip(self.step, span))
             samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
             self.run_log.log_event(
-                {"event": "skip", "step": self.step, "why": done.wrong, "positions": span, "samples": samples}
+                {"event": "skip", "step": self.step, "why": result.wrong, "positions": span, "samples": samples}
             )
             self.step += 1
-            self.heartbeat.note_step(self.step, done.seconds)
+            self.heartbeat.note_step(self.step, result.seconds)
             return True
-        self._roll_back(span, str(done.wrong))
+        self._roll_back(span, str(result.wrong))
         return False
 
     def _roll_back(self, span: PositionSpan, why: str) -> None:
-        """Go back to the checkpoint before the trouble began, and leave its data out from then on."""
+        """Restore the last checkpoint before the first open skip, and exclude the data of the faulty steps."""
         self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
         open_skips = self.decisions.list_open_skips(self.step)
         manifest = self.checkpoints.find_newest(until=open_skips[0].step if open_skips else self.step)
         if manifest is None:
-            raise NumericalError(f"step {self.step} is wrong, {why}, and no whole checkpoint is older; start a new run")
+            raise NumericalError(
+                f"step {self.step} is wrong, {why}, and no complete checkpoint is older; start a new run"
+            )
         step = int(manifest["step"])
-        # first: with the decision and without the drop, a killed run would take up a checkpoint of the old order
+        # Drop before the decision is saved: a run killed between the two in the other order would resume from a
+        # checkpoint of the old data order.
         self.checkpoints.drop_after(step)
         self._save_decisions(self.decisions.roll_back(self.step, step, span))
         spans = merge_spans([*((trouble.first, trouble.end) for trouble in open_skips), span])
@@ -157,7 +163,7 @@ class Trainer:
         self.step = step
 
     def _save_decisions(self, decisions: GuardDecisions) -> None:
-        """Keep a decision, on disk before anything follows from it."""
+        """Write the decisions to disk before any step depends on them."""
         self.decisions = decisions
         if self.rank == 0:
             scratch = self.folder.path / f".{GUARD_DECISIONS_FILE}"
@@ -166,22 +172,23 @@ class Trainer:
         dist.barrier()
 
     def _save_checkpoint(self) -> None:
-        """Copy this rank's pieces; they are written while training goes on."""
-        self.heartbeat.note_progress("copying a checkpoint", is_patient=True)  # it waits for the one before
-        own, updates = collect_state(self.engine, self.spec.model.num_layers)
+        """Copy this rank's pieces; a thread writes them while training continues."""
+        self.heartbeat.note_progress("copying a checkpoint", is_patient=True)  # waits for the previous checkpoint
+        pieces, updates = collect_state(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
         state = {"updates": updates, "loss": loss, "decisions": self.decisions.to_json()}
-        self.checkpoints.save(self.step, own, state)
+        self.checkpoints.save(self.step, pieces, state)
         self.heartbeat.note_progress("between steps")
 
     def _resume(self) -> int:
-        """Take up the newest whole checkpoint, whatever plan wrote it; the step after which it was made."""
+        """Resume from the newest complete checkpoint, written under any plan; return its step, or 0 without one."""
         manifest = self.checkpoints.find_newest()
-        kept = None if manifest is None else manifest.get("decisions")  # for a disk that was lost with its guard.json
-        self.decisions = GuardDecisions.read(self.folder.path / GUARD_DECISIONS_FILE, kept)
+        # The checkpoint's copy of the decisions is used if guard.json was lost with the disk.
+        saved_decisions = None if manifest is None else manifest.get("decisions")
+        self.decisions = GuardDecisions.read(self.folder.path / GUARD_DECISIONS_FILE, saved_decisions)
         step = 0 if manifest is None else int(manifest["step"])
         self._save_decisions(self.decisions.drop_skips_from(step))
         if manifest is None:
@@ -194,7 +201,7 @@ class Trainer:
         return step
 
     def _restore_checkpoint(self, manifest: dict[str, Any]) -> None:
-        """Set weights, optimizer and the judge's memory to a checkpoint's."""
+        """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""
         step = int(manifest["step"])
         self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
         read = functools.partial(self.checkpoints.load, step)
@@ -206,20 +213,20 @@ class Trainer:
             self.judge.add_good_step(loss, norm)
 
     def _read_good_steps(self) -> list[tuple[float, float]]:
-        """Loss and norm of the last good steps, as the first rank finds them recorded."""
-        said: list[Any] = [None]
+        """Read (loss, gradient norm) of the last good steps on rank 0, and broadcast them."""
+        good_steps: list[Any] = [None]
         if self.rank == 0:
-            said = [
+            good_steps = [
                 [
                     (row["train/loss"], row["train/grad_norm"])
                     for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]
                 ]
             ]
-        dist.broadcast_object_list(said, src=0)
-        return list(said[0])
+        dist.broadcast_object_list(good_steps, src=0)
+        return list(good_steps[0])
 
     def _export(self) -> None:
-        """The first rank makes a model folder of the last checkpoint."""
+        """Export the last checkpoint as a model folder, on rank 0."""
         self.heartbeat.note_progress("exporting", is_patient=True)
         manifest = self.checkpoints.find_newest()
         if manifest is None or int(manifest["step"]) != self.step:

@@ -1,1 +1,1 @@
-"""Measure how fast devices compute and send, for the planner: an entry of its own, apart from training."""
+"""Measure compute and link rates of devices for the planner; a separate entry point, not part of training."""

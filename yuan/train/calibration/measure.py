@@ -1,7 +1,7 @@
-"""How fast the devices at hand are: a layer, the head, links, and whole steps of pipelines, by the clock.
+"""Measure the wall time of a layer, the head, the embedding, a link, and whole pipeline steps on the local devices.
 
-`measure.json` in a folder asks, `measured.json` answers: see `yuan.train.calibration.run`. Every rank measures at
-once, so that what they share (memory bandwidth, power) is shared as in training.
+Reads the request `measure.json` and writes the result `measured.json`: see `yuan.train.calibration.run`. All ranks
+measure at the same time, so that they share resources (memory bandwidth, power) as in training.
 
 Shape letters: B micro-batch, S sequence, H hidden, V vocabulary.
 """
@@ -34,16 +34,13 @@ from yuan.train.zero.engine import build_deepspeed_config, start_distributed, st
 from yuan.train.zero.pipeline import PlannedPipeline
 from yuan.train.zero.tied_embedding import EmbeddingStage
 
-MIN_TIMING_REPEATS, MIN_TIMING_S = 5, 1.0  # a timing is the median of this many, or of as many as fit the time
-NUM_MEASURED_LAYERS = 4  # layers of a measured stack: one alone would find its weights and activations in the caches
-SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = (
-    2**10,
-    2**22,
-)  # bytes of the two messages that tell a link's latency from its bandwidth
+MIN_TIMING_REPEATS, MIN_TIMING_S = 5, 1.0  # a timing is the median of at least this many calls over at least this time
+NUM_MEASURED_LAYERS = 4  # layers of a measured stack: a single one would have its weights and activations in the caches
+SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 2**10, 2**22  # two sizes, to separate a link's latency from its bandwidth
 
 
 def measure(folder: Path) -> None:
-    """Measure what the folder asks for; rank 0 writes the answer."""
+    """Measure what the request in the folder asks for; rank 0 writes the result."""
     request = CalibrationRequest.read(folder)
     if not torch.cuda.is_available():
         cores = sorted(os.sched_getaffinity(0))
@@ -56,7 +53,7 @@ def measure(folder: Path) -> None:
     head, embedding = _measure_head_seconds(request, device), _measure_embedding_seconds(request, device)
     steps = tuple(min(_measure_step_seconds(request, trial, device)) for trial in request.trials)
     if dist.get_rank() == 0:
-        answer = CalibrationResult(
+        result = CalibrationResult(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             forward_s=forward,
             backward_s=backward,
@@ -66,7 +63,7 @@ def measure(folder: Path) -> None:
             bandwidth=bandwidth,
             step_s=steps,
         )
-        write_json(folder / CALIBRATION_RESULT_FILE, asdict(answer))
+        write_json(folder / CALIBRATION_RESULT_FILE, asdict(result))
 
 
 def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) -> tuple[float, float]:
@@ -114,12 +111,12 @@ def _measure_embedding_seconds(request: CalibrationRequest, device: torch.device
 
 
 def _measure_link(device: torch.device) -> tuple[float, float]:
-    """Latency and bandwidth from the first rank to the second, from messages there and back."""
+    """Measure latency (s) and bandwidth (bytes/s) of the link between ranks 0 and 1, from round trips of messages."""
 
-    def there_and_back(size: int) -> float:
+    def time_one_way(size: int) -> float:
         message = torch.zeros(size, dtype=torch.uint8, device=device)
 
-        def once() -> None:
+        def round_trip() -> None:
             if dist.get_rank() == 0:
                 dist.send(message, 1)
                 dist.recv(message, 1)
@@ -127,15 +124,16 @@ def _measure_link(device: torch.device) -> tuple[float, float]:
                 dist.recv(message, 0)
                 dist.send(message, 0)
 
-        return _time_calls(once, device, least_s=0.0, repeats=50, of=min) / 2
+        return _time_calls(round_trip, device, min_s=0.0, repeats=50, of=min) / 2
 
-    return fit_link(there_and_back(SMALL_MESSAGE_BYTES), there_and_back(LARGE_MESSAGE_BYTES))
+    return fit_link(time_one_way(SMALL_MESSAGE_BYTES), time_one_way(LARGE_MESSAGE_BYTES))
 
 
 def fit_link(small_s: float, large_s: float) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes a second, from how long a small and a large message take.
+    """Compute latency (s) and bandwidth (bytes/s) from the times of a small and a large message.
 
-    On a machine that others use the small one can take as long; the bandwidth is then at least what the large one saw.
+    On a shared machine the small message can take as long as the large one; the bandwidth is then that of the large
+    message alone, a lower bound.
 
     >>> latency, bandwidth = fit_link(50e-6, 50e-6 + (LARGE_MESSAGE_BYTES - SMALL_MESSAGE_BYTES) / 1e9)
     >>> round(latency * 1e6), round(bandwidth / 1e9, 3)
@@ -151,7 +149,7 @@ def fit_link(small_s: float, large_s: float) -> tuple[float, float]:
 
 
 def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, device: torch.device) -> list[float]:
-    """Seconds of some steps through the training engine itself."""
+    """Return the seconds of the timed steps of a trial, run with the training engine itself."""
     recipe = replace(request.recipe, global_batch_size=trial.accum * request.recipe.micro_batch_size)
     recomputed = {
         first + n for first, redone in zip(trial.bounds[:-1], trial.recompute, strict=True) for n in range(redone)
@@ -165,19 +163,19 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
         recomputed=recomputed,
     )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
-    found = []
+    seconds = []
     for step in range(request.steps + 1):
         engine.reset_activation_shape()
         dist.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         engine.train_batch(_make_batches(request, trial.accum, engine.device))
         _synchronize_device(device)
-        if step:  # the first allocates
-            found.append(time.perf_counter() - begun)
+        if step:  # the first step allocates memory and is not counted
+            seconds.append(time.perf_counter() - start)
     engine.destroy()
     del engine, module
     gc.collect()  # engine, module and hooks refer to each other
-    return found
+    return seconds
 
 
 def _make_batches(request: CalibrationRequest, accum: int, device: torch.device) -> Iterator[Any]:
@@ -190,7 +188,7 @@ def _make_batches(request: CalibrationRequest, accum: int, device: torch.device)
 
 
 def _make_documents(batch: int, length: int) -> Tensor:
-    """Two documents a row."""
+    """Make document numbers with two documents per row."""
     return (torch.arange(length) >= length // 2).long().expand(batch, length).contiguous()
 
 
@@ -198,22 +196,22 @@ def _time_calls(
     work: Callable[[], object],
     device: torch.device,
     *,
-    least_s: float = MIN_TIMING_S,
+    min_s: float = MIN_TIMING_S,
     repeats: int = MIN_TIMING_REPEATS,
     of: Callable[[list[float]], float] = statistics.median,
 ) -> float:
-    """Median, or another figure, of the seconds of calls, after one that does not count."""
+    """Return the median (or `of`) of the seconds of calls, after one warm-up call."""
     dist.barrier()
     work()
-    found: list[float] = []
-    end = time.perf_counter() + least_s
-    while len(found) < repeats or time.perf_counter() < end:
+    seconds: list[float] = []
+    end = time.perf_counter() + min_s
+    while len(seconds) < repeats or time.perf_counter() < end:
         _synchronize_device(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         _synchronize_device(device)
-        found.append(time.perf_counter() - begun)
-    return of(found)
+        seconds.append(time.perf_counter() - start)
+    return of(seconds)
 
 
 def _synchronize_device(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The two files of a measurement: what is asked for, and what was measured. No torch."""
+"""The two files of a calibration: the request and the result. Does not import torch."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ CALIBRATION_REQUEST_FILE, CALIBRATION_RESULT_FILE = "measure.json", "measured.js
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTrial:
-    """A pipeline whose step is wanted: its stage bounds, recomputed layers of each stage, micro-batches a step."""
+    """A pipeline whose step time is measured: stage bounds, recomputed layers per stage, micro-batches per step."""
 
     bounds: tuple[int, ...]
     recompute: tuple[int, ...]
@@ -22,8 +22,10 @@ class CalibrationTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRequest:
-    """What is to be measured, and with how many steps a trial after the first one, of which the least counts: what else
-    a machine does only adds.
+    """The model, recipe and trials to measure.
+
+    `steps` is the number of timed steps per trial, after one untimed step; the trial's result is their minimum, since
+    other load on the machine only adds time.
     """
 
     model: ModelConfig
@@ -48,7 +50,7 @@ class CalibrationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationResult(DeviceTimings):
-    """What the clock said, the link being that of the first two ranks; the device's name, and each trial's step."""
+    """Measured times; the link is between the first two ranks, `step_s` has the step time of each trial."""
 
     device: str
     step_s: tuple[float, ...]

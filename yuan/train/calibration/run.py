@@ -1,4 +1,4 @@
-"""Entry of one rank of a measurement: `torchrun -m yuan.train.calibration.run FOLDER`."""
+"""Entry of one rank of a calibration: `torchrun -m yuan.train.calibration.run FOLDER`."""
 
 import os
 import sys

@@ -1,1 +1,1 @@
-"""Checkpoints of a run, which any plan can read, and the weights exported from them."""
+"""Write and read checkpoints, which are independent of the plan, and export their weights."""

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: pieces of tensors by name, which any plan can read, made real by a manifest written last.
+"""Checkpoints of a run: pieces of tensors by name, readable under any plan, committed by a manifest written last.
 
-The files are torch.distributed.checkpoint's. A checkpoint is a folder `step-NNNNNNNN`; it counts only with its
-`manifest.json`, which holds the size and sha256 of every file and of itself. Saving copies the pieces and returns; a
-thread of each rank writes, hashes and waits for the others.
+The file format is that of torch.distributed.checkpoint. A checkpoint is a folder `step-NNNNNNNN`; it is valid only with
+its `manifest.json`, which holds the size and sha256 of every file, and a sha256 of itself. `save` copies the pieces and
+returns; a thread of each rank writes the files, hashes them and waits for the other ranks.
 """
 
 import logging
@@ -38,29 +38,28 @@ EventCallback = Callable[[dict[str, Any]], None]
 
 
 class CheckpointStore:
-    """The checkpoints of one run, as one of its ranks sees them.
+    """Save, find and load the checkpoints of one run, on one of its ranks.
 
     Args:
         folder: shared by all ranks.
-        about: facts of the run that every checkpoint repeats and must agree with when it is read; JSON.
-        keep: whole checkpoints that stay, the newest; the one with the lowest `loss` in its state stays too.
-        event: called on rank 0 with what happened, once a checkpoint is real, damaged or failed.
+        about: properties of the run, stored in every manifest and compared when a checkpoint is read; JSON.
+        keep: number of newest checkpoints to keep; the one with the lowest `loss` in its state is kept as well.
+        event: called on rank 0 with an event when a checkpoint is committed, found damaged, or has failed.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], *, keep: int, event: EventCallback) -> None:
         self.folder, self.about, self.keep, self.event = folder, dict(about), keep, event
-        # a group of its own, and of gloo on GPUs too: the threads talk while the step uses the others
+        # An own gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.rollback_step: int | None = (
-            None  # a step to which the run may have to go back: the newest one until it stays
-        )
+        # The newest checkpoint up to this step is kept, since the run may have to roll back to it.
+        self.rollback_step: int | None = None
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._pending_write: Future[None] | None = None
-        self._copies: dict[str, TensorPiece] = {}  # kept, since memory that is new must be mapped page by page
+        self._copies: dict[str, TensorPiece] = {}  # reused, since new memory has to be mapped page by page
 
     def save(self, step: int, pieces: Mapping[str, TensorPiece], state: Mapping[str, Any]) -> None:
-        """Copy the pieces and write them behind the step's back; waits for the checkpoint before, if it is not done."""
+        """Copy the pieces and write them in the background; wait first for the previous checkpoint."""
         self.wait()
         if self._copies.keys() != pieces.keys():
             empty = {key: torch.empty_like(piece.values, device="cpu") for key, piece in pieces.items()}
@@ -70,53 +69,52 @@ class CheckpointStore:
         self._pending_write = self._executor.submit(self._write, step, dict(state))
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is real, or has failed; a failure is an event, not an error."""
+        """Wait until the pending checkpoint is committed or has failed; a failure is an event, not an exception."""
         if self._pending_write is not None:
             self._pending_write.result()
             self._pending_write = None
 
     def find_newest(self, *, until: int | None = None) -> dict[str, Any] | None:
-        """The manifest of the newest whole checkpoint; a damaged one is passed over, and an event says so.
+        """Return the manifest of the newest valid checkpoint; damaged ones are skipped, with an event for each.
 
         Args:
-            until: leave out those of later steps.
+            until: ignore checkpoints of later steps.
 
         Raises:
             ValueError: if it is of another run: another model, or another order of data.
         """
         self.wait()
-        # as the first rank sees them: it writes the manifests, after the others are done with their part
-        said = [
+        # Rank 0 lists them for all ranks: it writes the manifests, after the other ranks have written their files.
+        listing = [
             [
                 (path.name, read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE))
                 for path in list_committed_checkpoints(self.folder)
             ]
         ]
-        dist.broadcast_object_list(said, src=0, group=self.group)
-        for path, manifest in ((self.folder / name, manifest) for name, manifest in reversed(said[0])):
+        dist.broadcast_object_list(listing, src=0, group=self.group)
+        for path, manifest in ((self.folder / name, manifest) for name, manifest in reversed(listing[0])):
             if until is not None and parse_step(path) > until:
                 continue
-            bad = (
-                self._find_damage(path, manifest)
-                if manifest
-                else f"{CHECKPOINT_MANIFEST_FILE} is not as it was written"
+            damage = (
+                self._find_damage(path, manifest) if manifest else f"{CHECKPOINT_MANIFEST_FILE} differs from its seal"
             )
-            if manifest and bad is None:
+            if manifest and damage is None:
                 self._check_same_run(path, manifest)
                 return manifest
-            log.warning("checkpoint %s is damaged: %s", path, bad)
-            self._emit_event({"event": "checkpoint damaged", "step": parse_step(path), "what": bad})
+            log.warning("checkpoint %s is damaged: %s", path, damage)
+            self._emit_event({"event": "checkpoint damaged", "step": parse_step(path), "what": damage})
         return None
 
     def load(self, step: int, wanted: Mapping[str, TensorPiece]) -> None:
-        """Fill the pieces from a checkpoint, whatever plan wrote it.
+        """Fill the pieces from a checkpoint, written under any plan.
 
         Raises:
-            ValueError: if it lacks one, or has it in another size.
+            ValueError: if a piece is missing, or has another size.
         """
         read_pieces(self._build_path(step), wanted)
 
     def close(self) -> None:
+        """Wait for the pending checkpoint and stop the writer thread."""
         self.wait()
         self._executor.shutdown()
 
@@ -124,12 +122,14 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def drop_after(self, step: int) -> None:
-        """Forget checkpoints of later steps, which a roll back takes back; all ranks call this."""
+        """Delete the checkpoints of later steps, for a roll back; all ranks have to call this."""
         self.wait()
         if self.rank == 0:
             for path in list_committed_checkpoints(self.folder):
                 if parse_step(path) > step:
-                    (path / CHECKPOINT_MANIFEST_FILE).unlink()  # first, so that a kill leaves no half that counts
+                    (
+                        path / CHECKPOINT_MANIFEST_FILE
+                    ).unlink()  # first, so that no partial checkpoint stays valid after a kill
                     shutil.rmtree(path)
         dist.barrier(group=self.group)
 
@@ -140,10 +140,10 @@ class CheckpointStore:
                 self._clear(path)
             dist.barrier(group=self.group)
             write_pieces(path, self._copies, self.group)
-            own = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
-            files = self._gather({file.name: compute_digest_or_error(file) for file in own})
-            if unread := [name for name, digest in files.items() if "error" in digest]:
-                raise OSError(f"{unread[0]} was written but cannot be read: {files[unread[0]]['error']}")
+            rank_files = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
+            files = self._gather({file.name: compute_digest_or_error(file) for file in rank_files})
+            if unreadable := [name for name, digest in files.items() if "error" in digest]:
+                raise OSError(f"{unreadable[0]} was written but cannot be read: {files[unreadable[0]]['error']}")
             if self.rank == 0:
                 manifest = {"schema": MANIFEST_SCHEMA, "step": step, **self.about, **state, "files": files}
                 write_json(path / CHECKPOINT_MANIFEST_FILE, {**manifest, MANIFEST_SEAL_KEY: compute_seal(manifest)})
@@ -151,26 +151,28 @@ class CheckpointStore:
                     _fsync(entry)
                 self._prune()
                 self._emit_event({"event": "checkpoint", "step": step})
-        except (OSError, CheckpointException) as error:  # a full disk: the run goes on, with the one before
+        except (OSError, CheckpointException) as error:  # a full disk: the run continues, with the previous checkpoint
             log.warning("checkpoint of step %d failed: %s", step, error)
             self._emit_event({"event": "checkpoint failed", "step": step, "what": str(error)[:500]})
 
     def _clear(self, path: Path) -> None:
-        """Make room for a checkpoint; halves of others, from before a kill, go too."""
-        for half in {path, *self.folder.glob("step-*")} - set(list_committed_checkpoints(self.folder)) | {path}:
-            shutil.rmtree(half, ignore_errors=True)
+        """Remove a folder of the same step, and all partial checkpoints, which a kill leaves."""
+        for partial in {path, *self.folder.glob("step-*")} - set(list_committed_checkpoints(self.folder)) | {path}:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Remove what is neither among the newest nor the best."""
-        real = list(list_committed_checkpoints(self.folder))
-        found = [
+        """Remove checkpoints that are not among the newest, not the best, and not needed for a roll back."""
+        committed = list(list_committed_checkpoints(self.folder))
+        losses = [
             (manifest.get("loss"), path)
-            for path in real
+            for path in committed
             if (manifest := read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE))
         ]
-        _, best = min(((float(loss), path) for loss, path in found if loss is not None), default=(0.0, None))
-        back = [path for path in real if self.rollback_step is not None and parse_step(path) <= self.rollback_step][-1:]
-        for old in set(real[: -self.keep]) - {best, *back}:
+        _, best = min(((float(loss), path) for loss, path in losses if loss is not None), default=(0.0, None))
+        rollback = [
+            path for path in committed if self.rollback_step is not None and parse_step(path) <= self.rollback_step
+        ][-1:]
+        for old in set(committed[: -self.keep]) - {best, *rollback}:
             (old / CHECKPOINT_MANIFEST_FILE).unlink()
             shutil.rmtree(old)
 
@@ -178,28 +180,28 @@ class CheckpointStore:
         if self.rank == 0:
             self.event(event)
 
-    def _gather(self, own: dict[str, Any]) -> dict[str, Any]:
-        """What every rank says, put together."""
-        said: list[dict[str, Any]] = [{}] * self.ranks
-        dist.all_gather_object(said, own, group=self.group)
-        return {name: value for part in said for name, value in part.items()}
+    def _gather(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Merge the dicts of all ranks."""
+        parts: list[dict[str, Any]] = [{}] * self.ranks
+        dist.all_gather_object(parts, part, group=self.group)
+        return {name: value for each in parts for name, value in each.items()}
 
     def _find_damage(self, path: Path, manifest: dict[str, Any]) -> str | None:
-        """What is wrong with its files; the ranks share the reading and agree."""
-        own = sorted(manifest["files"])[self.rank :: self.ranks]
-        return format_differences(self._gather(find_differences(path, manifest, own)))
+        """Describe damaged files; each rank reads a part of the files, and all get the same result."""
+        names = sorted(manifest["files"])[self.rank :: self.ranks]
+        return format_differences(self._gather(find_differences(path, manifest, names)))
 
     def _check_same_run(self, path: Path, manifest: dict[str, Any]) -> None:
         for key, value in self.about.items():
             if manifest.get(key) != value:
                 raise ValueError(
                     f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
-                    f"{value!r}; take it out of the folder, or start in a new one"
+                    f"{value!r}; remove it from the folder, or start a run in a new folder"
                 )
 
 
 def _fsync(path: Path) -> None:
-    """Make a file or a folder's entries last through a power cut."""
+    """Flush a file or a folder's entries to disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Pieces of flat tensors in files of torch.distributed.checkpoint, which finds the overlaps when others are read."""
+"""Write and read pieces of flat tensors with torch.distributed.checkpoint, which resolves overlapping pieces."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class TensorPiece:
 
 
 def write_pieces(folder: Path, pieces: Mapping[str, TensorPiece], group: dist.ProcessGroup) -> None:
-    """Write this rank's pieces beside those of the others of the group, who all call this; files are synced.
+    """Write this rank's pieces and sync the files; all ranks of the group have to call this.
 
     Raises:
         CheckpointException: on all ranks, if one of them cannot write.
@@ -50,10 +50,10 @@ def write_pieces(folder: Path, pieces: Mapping[str, TensorPiece], group: dist.Pr
 
 
 def read_pieces(folder: Path, wanted: Mapping[str, TensorPiece]) -> None:
-    """Fill pieces from whatever was written; reads nothing else.
+    """Fill pieces from a checkpoint, cut in any way; only the overlapping parts are read.
 
     Raises:
-        ValueError: if a tensor was not written, or has another size.
+        ValueError: if a tensor is missing, or has another size.
     """
     reader, planner = FileSystemReader(folder), _PieceLoadPlanner(wanted)
     metadata = reader.read_metadata()
@@ -63,13 +63,13 @@ def read_pieces(folder: Path, wanted: Mapping[str, TensorPiece]) -> None:
 
 
 class _PieceSavePlanner(SavePlanner):
-    """Each piece is a shard of a flat tensor."""
+    """Save each piece as a shard of a flat tensor."""
 
     def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
         self._pieces = pieces
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing: the pieces are all there is."""
+        """Do nothing: the pieces are given in the constructor."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan([_make_write_item(key, piece) for key, piece in self._pieces.items()])
@@ -85,7 +85,7 @@ class _PieceSavePlanner(SavePlanner):
 
 
 class _PieceLoadPlanner(LoadPlanner):
-    """Reads what overlaps with the wanted pieces."""
+    """Read the parts of shards that overlap with the wanted pieces."""
 
     def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
         self._pieces = pieces
@@ -118,7 +118,7 @@ class _PieceLoadPlanner(LoadPlanner):
         return values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: what `resolve_tensor` gave is a view."""
+        """Do nothing: `resolve_tensor` returns a view, which is filled in place."""
 
 
 def _make_chunk(piece: TensorPiece) -> ChunkStorageMetadata:

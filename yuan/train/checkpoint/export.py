@@ -31,22 +31,20 @@ log = logging.getLogger(__name__)
 
 
 def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None:
-    """Write the weights of a checkpoint, one tensor at a time, as a model folder that is there whole or not at all.
+    """Write the weights of a checkpoint, one tensor at a time, as a model folder, atomically.
 
     Raises:
         ValueError: if the checkpoint is damaged, or of another model.
     """
     manifest = read_sealed_manifest(checkpoint / CHECKPOINT_MANIFEST_FILE)
-    bad = (
-        f"{CHECKPOINT_MANIFEST_FILE} is not as it was written"
-        if manifest is None
-        else find_damage(checkpoint, manifest)
+    damage = (
+        f"{CHECKPOINT_MANIFEST_FILE} differs from its seal" if manifest is None else find_damage(checkpoint, manifest)
     )
-    if manifest is None or bad:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: {bad}; export another one")
+    if manifest is None or damage:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; export another one")
     spec = folder.read_spec()
     if manifest["model"] != spec.model.to_json():
-        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest['model']}, and the run's is {spec.model}")
+        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest['model']}, but the run's is {spec.model}")
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Yuan(spec.model).state_dict().items()}
 
@@ -67,15 +65,15 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
 
 
 def find_checkpoint(folder: RunFolder, which: str) -> Path:
-    """A checkpoint of a run: `last`, `best`, or the number of its step.
+    """Find a checkpoint of a run by name: `last`, `best` (lowest training loss), or the number of its step.
 
     Raises:
-        ValueError: if the run has none of that name; the message lists those it has.
+        ValueError: if the run has no such checkpoint; the message lists the steps it has.
     """
-    real = list(list_committed_checkpoints(folder.checkpoints))
+    committed = list(list_committed_checkpoints(folder.checkpoints))
     manifests = {
         path: manifest
-        for path in real
+        for path in committed
         if (manifest := read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)) is not None
     }
     steps = {str(manifest["step"]): path for path, manifest in manifests.items()}
@@ -92,13 +90,15 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description="write a checkpoint's weights as a model folder")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--checkpoint", default="last", help="last, best, or a step's number")
-    parser.add_argument("--out", type=Path, help="default: RUN/export")
-    given = parser.parse_args()
-    folder = RunFolder(given.run.resolve())
-    target = given.out or folder.export
+    parser.add_argument(
+        "--checkpoint", default="last", help="last, best (lowest training loss), or the number of a step"
+    )
+    parser.add_argument("--out", type=Path, help="model folder to write; default: RUN/export")
+    args = parser.parse_args()
+    folder = RunFolder(args.run.resolve())
+    target = args.out or folder.export
     try:
-        path = find_checkpoint(folder, given.checkpoint)
+        path = find_checkpoint(folder, args.checkpoint)
         export_checkpoint(folder, path, target.resolve())
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)

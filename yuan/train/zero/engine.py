@@ -1,4 +1,4 @@
-"""The processes of a run and DeepSpeed's engine on them, computed from a recipe."""
+"""Start the processes of a run and DeepSpeed's engine; compute its configuration and learning rate from a recipe."""
 
 import math
 import os
@@ -12,21 +12,22 @@ from yuan.config import Recipe
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
 
-DEEPSPEED_VERSION = "0.19.8"  # whose private names were checked; they are listed in this package's docstring
+DEEPSPEED_VERSION = "0.19.8"  # the version whose private names were checked; see this package's docstring
 REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 
 def check_deepspeed() -> None:
-    """Refuse a DeepSpeed whose private names were not checked.
+    """Reject a DeepSpeed version whose private names were not checked.
 
     Raises:
         ValueError: if another version is installed.
     """
-    found = deepspeed.__version__.partition("+")[0]  # a build may add its own part
-    if found != DEEPSPEED_VERSION:
+    version = deepspeed.__version__.partition("+")[0]  # without a local build suffix
+    if version != DEEPSPEED_VERSION:
         raise ValueError(
-            f"training uses private names of DeepSpeed {DEEPSPEED_VERSION}, got {found}; "
-            f"pip install deepspeed=={DEEPSPEED_VERSION}, or check the list in yuan/train/zero/__init__.py for {found}"
+            f"training uses private names of DeepSpeed {DEEPSPEED_VERSION}, got {version}; "
+            f"pip install deepspeed=={DEEPSPEED_VERSION}, or check the list in yuan/train/zero/__init__.py for "
+            f"{version}"
         )
 
 
@@ -34,38 +35,38 @@ def start_distributed(planned: int) -> None:
     """Join the process group that torchrun prepared.
 
     Raises:
-        ValueError: if the number of processes is not that of the plan, or DeepSpeed is of another version.
+        ValueError: if the number of processes differs from the plan, or DeepSpeed is of another version.
     """
     check_deepspeed()
     world = int(os.environ["WORLD_SIZE"])
     if world != planned:
-        raise ValueError(f"the plan needs {planned} processes, got {world}; start with --nproc-per-node {planned}")
-    # DeepSpeed would compile a shared-memory op at this point, which needs a compiler; gloo does without.
+        raise ValueError(f"the plan needs {planned} processes, got {world}; restart with --nproc-per-node {planned}")
+    # DeepSpeed would compile a shared-memory op here, which needs a compiler; gloo works without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", dist_init_required=True)
 
 
 def stop_distributed() -> None:
-    """Leave together; a rank that exits alone can take its peers' last messages with it."""
+    """Wait for all ranks and destroy the groups; a rank that exits early can lose its peers' last messages."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
-    """Compute DeepSpeed's JSON from a recipe; the only place where it is written."""
+    """Compute DeepSpeed's JSON configuration from a recipe; no other code sets it."""
     bf16 = recipe.precision == "bf16"
     return {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": recipe.global_batch_size // recipe.micro_batch_size // data_size,
         "gradient_clipping": recipe.grad_clip,
-        # Gradients are reduced once, after the last micro-batch: there is nothing to gather them in a buffer for.
-        # Those of fp32 replicas are copied to be reduced, so many at once; the planner counts no room for more.
+        # Gradients are reduced once, after the last micro-batch, so a contiguous buffer would not help.
+        # fp32 replicas copy gradients in buckets of this size to reduce them; the planner counts memory for one bucket.
         "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
         "bf16": {"enabled": bf16},
-        # Without this, bf16 gradients of the micro-batches would be added up in bf16.
+        # Without this, gradients of the micro-batches would be accumulated in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
-        # And without this, the sums would be rounded to bf16 to be added up over the replicas.
+        # Without this, the sums would be rounded to bf16 before the all-reduce over replicas.
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -73,11 +74,14 @@ def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
 
 
 def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
-    """DeepSpeed's engine and optimizer; matrices decay, biases and norms do not (official optimizer/__init__.py)."""
+    """Return DeepSpeed's engine and optimizer.
+
+    Weight decay applies to matrices, not to biases and norms. Source: official repository, optimizer/__init__.py.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def adam(groups: Any) -> torch.optim.Optimizer:
-        """Fused: one pass over memory where the plain one makes a temporary for every operation."""
+        """Create a fused AdamW: one pass over memory; the default one allocates a temporary per operation."""
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
 
     engine, optimizer, _, _ = deepspeed.initialize(
@@ -95,7 +99,7 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
 
 
 def compute_learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to final_lr_ratio of the peak; a pure function of the step.
+    """Compute linear warm-up, then a cosine to final_lr_ratio of the peak; a pure function of the step.
 
     >>> r = Recipe(max_steps=10, learning_rate=1.0, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=2)
     >>> [round(compute_learning_rate(s, r), 3) for s in (0, 1, 6, 10)]
@@ -103,6 +107,6 @@ def compute_learning_rate(step: int, recipe: Recipe) -> float:
     """
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / (recipe.max_steps - recipe.warmup_steps)
+    progress = (step - recipe.warmup_steps) / (recipe.max_steps - recipe.warmup_steps)
     low = recipe.final_lr_ratio
-    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

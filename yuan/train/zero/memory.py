@@ -1,12 +1,12 @@
-"""DeepSpeed's ZeRO-1 without the copies that full precision, or a single replica, has no need of.
+"""Remove the copies of DeepSpeed's ZeRO-1 that fp32 training, or a single replica, does not need.
 
-ZeRO keeps a master of every weight in fp32 beside the weight, and reduces gradients from one place to another. Weights
-that are fp32 are their own masters; and with one replica there is nothing to reduce. It saves 4/D bytes a parameter for
-the masters and, with one replica, four for the gradients' copy, and the time to make them: that goes less into copying
-values than into the pages that the system has to clear for each new tensor.
+ZeRO keeps an fp32 master copy of every weight, and reduces gradients from one buffer into another. fp32 weights are
+their own masters, and one replica has nothing to reduce. With D replicas this saves 4/D bytes per parameter for the
+masters and, with one replica, 4 more for the copy of the gradients. It also saves time: less for copying values than
+for the pages that the kernel has to clear for each new tensor.
 
-DeepSpeed's own checkpoints would write, with several replicas, all masters for every rank's share of them, since views
-are saved with all that they are views of; ours are written from pieces.
+With several replicas, DeepSpeed's own checkpoints would now write all masters for each rank's share, since torch saves
+a view with its whole storage; our checkpoints are written from pieces.
 """
 
 import resource
@@ -17,19 +17,19 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-# Elements whose norm is taken at once: in fp64 1 MiB, which a CPU's allocator has at hand, and 128 MiB.
+# Elements of one block of a norm: 1 MiB in fp64 on a CPU, which its allocator reuses, and 128 MiB on a GPU.
 NORM_BLOCK_CPU_ELEMENTS, NORM_BLOCK_GPU_ELEMENTS = 2**17, 2**24
 
 
 def share_storage(engine: Any) -> None:
-    """Take away the copies of an engine that was just made."""
-    optimizer, is_alone = engine.optimizer, engine.grid.get_data_parallel_world_size() == 1
+    """Remove the redundant copies of a new engine."""
+    optimizer, is_single_replica = engine.optimizer, engine.grid.get_data_parallel_world_size() == 1
     if isinstance(optimizer, BF16_Optimizer):
-        if is_alone:  # its sums, in fp32, lie in one piece already
+        if is_single_replica:  # its fp32 sums are in one flat buffer already: nothing to reduce
             engine.buffered_allreduce_fallback = lambda *arguments, **named: None
         return
     _use_weights_as_masters(optimizer)
-    if is_alone:
+    if is_single_replica:
         _accumulate_in_flat_gradient(optimizer)
     _measure_norms_in_blocks(
         optimizer, NORM_BLOCK_CPU_ELEMENTS if engine.device.type == "cpu" else NORM_BLOCK_GPU_ELEMENTS
@@ -39,51 +39,55 @@ def share_storage(engine: Any) -> None:
 def _use_weights_as_masters(optimizer: Any) -> None:
     for group, master in enumerate(optimizer.single_partition_of_fp32_groups):
         rank = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group])
-        # DeepSpeed copies the one to the other after an update, which torch leaves out for views of the same values
+        # DeepSpeed copies the master to the weight after an update; torch skips copies onto the same storage.
         master.data = optimizer.parallel_partitioned_bit16_groups[group][rank].data
-    optimizer._link_all_hp_params()  # what it keeps by parameter were views of the copies
+    optimizer._link_all_hp_params()  # the fragments of each parameter were views of the copies
 
 
 def _accumulate_in_flat_gradient(optimizer: Any) -> None:
-    """Let every parameter's gradient be a part of the flat one that the inner optimizer takes."""
-    kept = {
+    """Make every parameter's gradient a view of the flat gradient that the inner optimizer uses."""
+    flat_gradients = {
         group: optimizer._build_compact_grad_partition_buffer(group) for group in range(len(optimizer.bit16_groups))
     }
-    own = [
+    parameter_gradients = [
         (parameter, gradient)
-        for group, gradients in kept.items()
+        for group, gradients in flat_gradients.items()
         for parameter, gradient in zip(optimizer.params_in_partition[group], _drop_padding(gradients), strict=True)
     ]
 
     def zero_grad(set_to_none: bool = True) -> None:
-        for gradients in kept.values():
+        for gradients in flat_gradients.values():
             gradients.flat_partition.zero_()
-        for parameter, gradient in own:
+        for parameter, gradient in parameter_gradients:
             parameter.grad = gradient
 
     def reduce_gradients(**named: Any) -> None:
-        for parameter, gradient in own:
-            assert parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr(), "added up elsewhere"
-        optimizer.averaged_gradients.update(kept)
+        for parameter, gradient in parameter_gradients:
+            assert parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr(), (
+                "gradient is accumulated in another tensor"
+            )
+        optimizer.averaged_gradients.update(flat_gradients)
 
     optimizer.zero_grad, optimizer.reduce_gradients = zero_grad, reduce_gradients
     zero_grad()
 
 
 def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
-    """DeepSpeed makes a copy of a gradient in fp64 to measure it; make that of a block at a time."""
+    """Compute gradient norms block by block: DeepSpeed copies a gradient to fp64 for its norm."""
     measure = optimizer.get_grad_norm_direct
 
-    def of_blocks(gradients: Iterable[Tensor], parameters: Iterable[Tensor], norm_type: float = 2) -> Tensor:
+    def measure_blocks(gradients: Iterable[Tensor], parameters: Iterable[Tensor], norm_type: float = 2) -> Tensor:
         blocks = [
             (block, parameter)
-            for gradient, parameter in zip(_drop_padding(gradients), parameters, strict=False)  # padding may come last
+            for gradient, parameter in zip(
+                _drop_padding(gradients), parameters, strict=False
+            )  # padding, if any, is last
             for block in gradient.detach().reshape(-1).split(size)
         ]
         norm: Tensor = measure([block for block, _ in blocks], [owner for _, owner in blocks], norm_type)
         return norm
 
-    optimizer.get_grad_norm_direct = of_blocks
+    optimizer.get_grad_norm_direct = measure_blocks
 
 
 def _drop_padding(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -91,7 +95,7 @@ def _drop_padding(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def read_peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: of its GPU, or of its process."""
+    """Return the peak memory of this rank: allocated on its GPU, else resident in its process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

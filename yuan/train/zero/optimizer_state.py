@@ -1,7 +1,7 @@
-"""Where ZeRO keeps master weights and moments, each piece under its parameter's own name.
+"""Read and restore ZeRO's master weights and moments, as pieces named after their parameter in the model.
 
-ZeRO-1 lays the parameters of a stage one after the other and gives each replica a slice; a replica has a piece of
-some parameters. Names, and so everything that is saved under them, do not depend on stages or replicas.
+ZeRO-1 concatenates the parameters of a stage and assigns each replica a slice, so a replica has pieces of some
+parameters. The names, and so the saved pieces, do not depend on stages or replicas.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,54 +18,59 @@ WEIGHT_KIND, MOMENT_KINDS = "weight", ("exp_avg", "exp_avg_sq")
 
 
 def collect_pieces(engine: Any, num_layers: int) -> dict[str, TensorPiece]:
-    """Views, fp32, of this rank's part of `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
+    """Return fp32 views of this rank's part of `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
 
     The last stage has the embedding too, an equal copy of the first stage's.
     """
-    found = {}
+    pieces = {}
     for name, parameter in _iter_named_parameters(engine.module, num_layers):
         mapping = parameter._hp_mapping
-        if mapping is None:  # another replica has all of it
+        if mapping is None:  # other replicas hold all of it
             continue
         flat = _get_base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
-        inside, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        in_slice, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
         tensors = {WEIGHT_KIND: flat.detach(), **_get_moments(engine, flat)}
         for kind, tensor in tensors.items():
-            values = tensor.narrow(0, inside.start, inside.numel)
-            found[f"{kind}/{name}"] = TensorPiece(own.start, parameter.numel(), values)
-    return found
+            values = tensor.narrow(0, in_slice.start, in_slice.numel)
+            pieces[f"{kind}/{name}"] = TensorPiece(in_parameter.start, parameter.numel(), values)
+    return pieces
 
 
 def collect_state(engine: Any, num_layers: int) -> tuple[dict[str, TensorPiece], int]:
-    """The pieces that this rank saves, and how often the optimizer has changed the weights.
+    """Return the pieces that this rank saves, and the number of updates of the optimizer so far.
 
-    The embedding is the first stage's to save; the last has an equal copy.
+    The embedding is saved by the first stage only; the last stage has an equal copy.
     """
-    own = collect_pieces(engine, num_layers)
+    pieces = collect_pieces(engine, num_layers)
     if engine.stage_id > 0:
-        own = {key: piece for key, piece in own.items() if not key.endswith(f"/{TIED_WEIGHT_NAME}")}
+        pieces = {key: piece for key, piece in pieces.items() if not key.endswith(f"/{TIED_WEIGHT_NAME}")}
     states = _get_base_optimizer(engine).state.values()
-    return own, next((int(state["step"]) for state in states if "step" in state), 0)
+    return pieces, next((int(state["step"]) for state in states if "step" in state), 0)
 
 
 def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, TensorPiece]], None], updates: int) -> None:
-    """Set weights and optimizer of this rank from what was saved, by whatever plan.
+    """Restore weights and optimizer of this rank from a checkpoint, written under any plan.
 
     Args:
         read: fills pieces from a checkpoint.
-        updates: how often the optimizer had changed the weights; Adam's bias correction counts by it.
+        updates: number of optimizer updates before the checkpoint, for Adam's bias correction.
     """
-    own = collect_pieces(engine, num_layers)
+    pieces = collect_pieces(engine, num_layers)
+
+    # A rank reads the whole weight of each of its parameters, but only its own slice of the moments.
     whole = {
         f"{WEIGHT_KIND}/{name}": torch.empty(p.numel()) for name, p in _iter_named_parameters(engine.module, num_layers)
     }
-    moments = {key: piece for key, piece in own.items() if key not in whole}
+    moments = {key: piece for key, piece in pieces.items() if key not in whole}
     read(moments | {key: TensorPiece(0, len(values), values) for key, values in whole.items()})
-    for key in own.keys() & whole.keys():
-        own[key].values.copy_(whole[key].narrow(0, own[key].start, len(own[key].values)))
+
+    for key in pieces.keys() & whole.keys():
+        piece = pieces[key]
+        piece.values.copy_(whole[key].narrow(0, piece.start, len(piece.values)))
     with torch.no_grad():
         for name, parameter in _iter_named_parameters(engine.module, num_layers):
             parameter.copy_(whole[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
+
     for group in _get_base_optimizer(engine).param_groups:
         _get_base_optimizer(engine).state[group["params"][0]]["step"].fill_(float(updates))
 
@@ -76,12 +81,12 @@ def _iter_named_parameters(module: Any, num_layers: int) -> Iterator[tuple[str, 
 
 
 def _get_base_optimizer(engine: Any) -> Any:
-    """Torch's optimizer inside of DeepSpeed's."""
+    """Return torch's optimizer, which DeepSpeed's optimizer wraps."""
     return engine.optimizer.optimizer
 
 
 def _get_moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """The moments of a slice, made if the optimizer, which makes them in its first step, has not made them yet."""
+    """Return the moments of a slice; create them if the optimizer has not made its first step."""
     state = _get_base_optimizer(engine).state[flat]
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)

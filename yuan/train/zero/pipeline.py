@@ -1,6 +1,6 @@
-"""Yuan as a DeepSpeed pipeline whose stage bounds are those of the plan.
+"""Yuan as a DeepSpeed pipeline with the stage bounds of the plan.
 
-A micro-batch travels between stages as (hidden states, document numbers).
+Stages pass a micro-batch on as (hidden states, document numbers).
 """
 
 import re
@@ -23,7 +23,7 @@ StageBatch = tuple[Tensor, Tensor]
 
 
 class StageRows:
-    """The rows of the micro-batch that passes through a stage, made once for all its layers."""
+    """Compute the attention inputs of a micro-batch once for all layers of a stage."""
 
     def __init__(self, config: ModelConfig, isolated: bool) -> None:
         self.config, self.isolated = config, isolated
@@ -37,7 +37,7 @@ class StageRows:
 
 
 class LayerStage(nn.Module):
-    """One transformer layer on a travelling micro-batch; recomputed, it keeps nothing but its input for backward."""
+    """Run one transformer layer of the pipeline; if recomputed, keep only its input for the backward pass."""
 
     def __init__(self, config: ModelConfig, rows: StageRows, recomputed: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LayerStage(nn.Module):
 
 
 class NormStage(nn.Module):
-    """The final norm; document numbers end here."""
+    """Apply the final norm; drops the document numbers, which later layers do not need."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,40 +69,41 @@ class NormStage(nn.Module):
 
 
 class SourceLossTally:
-    """Losses of the learned tokens of each source of data, added up on the last stage.
+    """Sum the losses of the target tokens of each data source, on the last stage.
 
     Args:
-        num_sources: how many there are; a micro-batch names its rows' by number.
+        num_sources: number of sources; each row of a micro-batch has a source index below it.
     """
 
     def __init__(self, num_sources: int) -> None:
         self.sums, self.counts = torch.zeros(num_sources), torch.zeros(num_sources)
 
     def add(self, losses_BS: Tensor, learned_BS: Tensor, sources_B: Tensor) -> None:
+        """Add a micro-batch; `learned_BS` is the loss mask."""
         if self.sums.device != losses_BS.device:
             self.sums, self.counts = self.sums.to(losses_BS.device), self.counts.to(losses_BS.device)
         self.sums.index_add_(0, sources_B, (losses_BS * learned_BS).sum(dim=1))
         self.counts.index_add_(0, sources_B, learned_BS.sum(dim=1, dtype=torch.float32))
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Sums of losses and numbers of tokens since the last call."""
-        taken = self.sums.clone(), self.counts.clone()
+        """Return the sums of losses and the numbers of tokens since the last call, and reset them."""
+        totals = self.sums.clone(), self.counts.clone()
         self.sums.zero_()
         self.counts.zero_()
-        return taken
+        return totals
 
 
 class PlannedPipeline(PipelineModule):
-    """A pipeline cut where the plan says, not where DeepSpeed would.
+    """A DeepSpeed pipeline with explicit stage bounds.
 
     Args:
-        bounds: transformer-layer numbers at which stages begin, and the end, as `Plan.bounds`.
-        loss_block: rows of logits at a time on the last stage; None: see `head_loss`.
-        isolated: whether packed documents are kept apart; see `make_packed_inputs`.
-        recomputed: numbers of the layers that are computed again in the backward pass.
-        tally: gets the losses by source, if the labels are (next tokens, weights, sources of the rows).
+        bounds: first transformer layer of each stage, and the end, as `PipelinePlan.bounds`.
+        loss_block: rows of logits computed at a time on the last stage; for None see `head_loss`.
+        isolated: whether attention is limited to the own packed document; see `make_packed_inputs`.
+        recomputed: numbers of the layers that are recomputed in the backward pass.
+        tally: sums the losses by source; the labels are then (next tokens, weights, sources of the rows).
 
-    DeepSpeed has no parameter for an explicit partition (its request #2974), so the hook it calls is overridden.
+    DeepSpeed has no parameter for an explicit partition (its request #2974), so its partition hook is overridden.
     """
 
     def __init__(
@@ -117,18 +118,18 @@ class PlannedPipeline(PipelineModule):
         tally: SourceLossTally | None = None,
     ) -> None:
 
-        def loss_of(outputs: StageBatch, labels: tuple[Tensor, ...]) -> Tensor:
-            """The loss of one micro-batch: outputs are (hidden states, head)."""
+        def compute_loss(outputs: StageBatch, labels: tuple[Tensor, ...]) -> Tensor:
+            """Compute the loss of one micro-batch; outputs are (hidden states, head weight)."""
             labels_BS, weights_BS, *sources = labels
             losses_BS = torch.zeros_like(weights_BS)
-            summed = self.tied_modules["embedding"].get_gradient if torch.is_grad_enabled() else None
+            get_gradient = self.tied_modules["embedding"].get_gradient if torch.is_grad_enabled() else None
             loss = head_loss(
                 *outputs,
                 labels_BS,
                 weights_BS,
                 block=loss_block,
                 losses_BS=losses_BS,
-                head_sum=summed() if summed else None,
+                head_sum=get_gradient() if get_gradient else None,
                 upstream=self._upstream,
             )
             if tally is not None:
@@ -136,8 +137,9 @@ class PlannedPipeline(PipelineModule):
             return loss
 
         rows = StageRows(config, isolated)
-        last = config.num_layers + 3  # embedding, layers, norm, head
-        self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), last]
+        num_modules = config.num_layers + 3  # embedding, layers, norm, head
+        # The embedding is module 0, so layer n is module n + 1; the last stage also has norm and head.
+        self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), num_modules]
         super().__init__(
             layers=[
                 TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME),
@@ -148,12 +150,12 @@ class PlannedPipeline(PipelineModule):
                 ),
             ],
             num_stages=len(bounds) - 1,
-            loss_fn=loss_of,
+            loss_fn=compute_loss,
             base_seed=seed,
-            seed_layers=True,  # a layer's weights depend on its number, not on the stage it lies in
+            seed_layers=True,  # a layer's initial weights depend on its number, not on its stage
         )
         self._upstream = 1.0
-        self.seed_layers = False  # or every layer would seed every generator again in every forward pass
+        self.seed_layers = False  # else every layer would seed all generators in every forward pass
 
     def _partition_layers(self, method: str = "explicit") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
@@ -161,19 +163,22 @@ class PlannedPipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def accumulate_gradients_in(self, engine: Any) -> None:
-        """Add the tied weight's gradients to the engine's sum of them, instead of making one a micro-batch."""
+        """Add the tied weight's gradients directly to the engine's sum, instead of one gradient per micro-batch."""
         for stage in self.tied_modules.values():
             stage.get_gradient = make_gradient_getter(engine.optimizer, stage.weight)
         self._upstream = 1.0 / engine.gradient_accumulation_steps()  # DeepSpeed's scaling of a micro-batch's loss
 
     @property
     def actual_bounds(self) -> list[int]:
-        """The layer bounds DeepSpeed holds, in the plan's numbers."""
+        """Return DeepSpeed's layer bounds in the plan's layer numbers."""
         return [0, *(part - 1 for part in self.parts[1:-1]), self.parts[-1] - 3]
 
 
 def translate_parameter_name(name: str, num_layers: int) -> str | None:
-    """Translate a pipeline parameter's name to the name it has in `Yuan`; None for the head's copy.
+    """Translate a pipeline parameter's name to its name in `Yuan`.
+
+    Raises:
+        ValueError: if the name is not that of a pipeline parameter.
 
     >>> translate_parameter_name("2.layer.ffn.up.weight", 5), translate_parameter_name("6.norm.weight", 5)
     ('layers.1.ffn.up.weight', 'norm.weight')
@@ -188,15 +193,15 @@ def translate_parameter_name(name: str, num_layers: int) -> str | None:
 
 
 def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> None:
-    """Copy a model's weights into this rank's part of the pipeline, reading only those.
+    """Copy a model's weights into this rank's part of the pipeline; reads only the weights of this rank.
 
     Raises:
         ValueError: if a weight is missing or has another shape.
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            own, shape = str(translate_parameter_name(name, num_layers)), tuple(parameter.shape)
-            if own not in source.names or source.shape(own) != shape:
-                got = source.shape(own) if own in source.names else "none"
-                raise ValueError(f"the parent has no weight {own} of shape {shape}, got {got}")
-            parameter.copy_(source.read_tensor(own))
+            model_name, shape = str(translate_parameter_name(name, num_layers)), tuple(parameter.shape)
+            if model_name not in source.names or source.shape(model_name) != shape:
+                got = source.shape(model_name) if model_name in source.names else "none"
+                raise ValueError(f"the parent has no weight {model_name} of shape {shape}, got {got}")
+            parameter.copy_(source.read_tensor(model_name))

@@ -1,4 +1,4 @@
-"""The time that a stage's computing takes, without the time it waits for its neighbours."""
+"""Measure the compute time of a pipeline stage, without the time it waits for its neighbours."""
 
 import time
 from collections.abc import Callable
@@ -13,23 +13,27 @@ COMPUTE_INSTRUCTIONS = (schedule.ForwardPass, schedule.BackwardPass)
 
 
 class StageTimer:
-    """Adds up the time an engine computes, without the time it waits for its neighbours; on a GPU by its own clock."""
+    """Sum the compute time of an engine's forward and backward passes; measured with CUDA events on a GPU.
+
+    Args:
+        at: called with the name of each instruction before it runs.
+    """
 
     def __init__(self, engine: Any, at: Callable[[str], None]) -> None:
         self._on_gpu = engine.device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
-        known = PipelineEngine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = {kind: self._wrap_instruction(kind, known[kind], at) for kind in known}
+        methods = PipelineEngine._INSTRUCTION_MAP
+        engine._INSTRUCTION_MAP = {kind: self._wrap_instruction(kind, methods[kind], at) for kind in methods}
 
     def take(self) -> float:
-        """Seconds computed since the last call; waits for the GPU."""
+        """Return the compute seconds since the last call, and reset them; waits for the GPU."""
         if self._events:
             torch.cuda.synchronize()
-            self._seconds += sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events.clear()
-        taken, self._seconds = self._seconds, 0.0
-        return taken
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _wrap_instruction(
         self, kind: type, method: Callable[..., Any], at: Callable[[str], None]
@@ -42,11 +46,11 @@ class StageTimer:
             if kind not in COMPUTE_INSTRUCTIONS:
                 bound(**arguments)
             elif self._on_gpu:
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begun.record()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
                 bound(**arguments)
-                ended.record()
-                self._events.append((begun, ended))
+                end.record()
+                self._events.append((start, end))
             else:
                 started = time.perf_counter()
                 bound(**arguments)

@@ -1,4 +1,4 @@
-"""One pass over a step's data, judged by all ranks before the optimizer changes anything."""
+"""Run one training step; all ranks check it for faults before the optimizer updates the weights."""
 
 import math
 import time
@@ -20,10 +20,11 @@ FaultCheck = Callable[[float, float], str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What all ranks know of a step: the loss over its learned tokens, that of each source (NaN for one without), the
-    gradient's norm before clipping, what is wrong with it, and of each rank the seconds computed and the peak bytes.
+    """Result of a step, the same on all ranks.
 
-    The update was made if nothing is wrong.
+    `loss` is the mean over the target tokens, `source_losses` that of each source (NaN for a source without tokens),
+    `norm` the gradient norm before clipping. `wrong` describes the fault; if it is None, the update was applied.
+    `computed` and `memory` hold the compute seconds and the peak memory bytes of each rank.
     """
 
     loss: float
@@ -36,37 +37,39 @@ class StepResult:
 
 
 class StepRunner:
-    """Runs DeepSpeed's schedule and stands between it and the optimizer.
+    """Run DeepSpeed's schedule, and call its optimizer only for steps without a fault.
 
-    DeepSpeed reduces, measures and clips the gradients and then calls the optimizer inside of it; that call is where a
-    step is judged, so nothing is computed twice, and clearing up afterwards is DeepSpeed's as ever.
+    DeepSpeed reduces the gradients, computes their norm, clips them and then calls the inner optimizer. The step is
+    checked in that call, so nothing is computed twice, and DeepSpeed clears the gradients afterwards as usual.
 
     Args:
-        wrong: says what is wrong with a loss and a norm; the same on every rank.
+        wrong: returns a description of what is wrong with a loss and a norm, or None; the same on every rank.
     """
 
     def __init__(self, engine: Any, tally: SourceLossTally, timer: StageTimer, wrong: FaultCheck) -> None:
         self._engine, self._tally, self._timer, self._find_fault = engine, tally, timer, wrong
-        self._shared: list[float] | None = None
+        self._reduced: list[float] | None = None  # see _reduce_over_ranks
         self._norm = math.inf
         self._verdict: str | None = None
         inner = engine.optimizer.optimizer
         self._update = inner.step
         inner.step = self._update_unless_faulty
-        # DeepSpeed would broadcast the loss once more, after the update
+        # DeepSpeed would broadcast the loss again, after the update.
         engine._aggregate_total_loss = MethodType(lambda _: torch.zeros(()), engine)
 
     def run(self, batches: Iterator[Any]) -> StepResult:
-        """Go forward and backward over a step's micro-batches, and update the weights if nothing is wrong."""
-        self._shared = self._verdict = None
+        """Run forward and backward over a step's micro-batches, and update the weights if nothing is wrong."""
+        self._reduced = self._verdict = None
         began = time.perf_counter()
         self._engine.reset_activation_shape()
         self._engine.train_batch(batches)
-        if self._shared is None:  # DeepSpeed itself refuses a norm that is not finite
+        if self._reduced is None:  # DeepSpeed itself skips the optimizer if the norm is not finite
             self._judge()
-        assert self._shared is not None, "every rank has judged"
+        assert self._reduced is not None, "every rank has judged"
+
+        # [loss, norm, loss sum of each source, tokens of each source, seconds of each rank, bytes of each rank]
         sources, ranks = len(self._tally.sums), dist.get_world_size()
-        loss, rest = self._shared[0], self._shared[2:]
+        loss, rest = self._reduced[0], self._reduced[2:]
         sums, counts, rest = rest[:sources], rest[sources : 2 * sources], rest[2 * sources :]
         return StepResult(
             loss=loss,
@@ -79,28 +82,34 @@ class StepRunner:
         )
 
     def _update_unless_faulty(self, *arguments: Any, **named: Any) -> Any:
-        """In place of the optimizer's step, which some of DeepSpeed's wrappers call once for each parameter group."""
-        if self._shared is None:
+        """Replace the optimizer's step; some of DeepSpeed's wrappers call it once for each parameter group."""
+        if self._reduced is None:
             self._judge()
         return None if self._verdict else self._update(*arguments, **named)
 
     def _judge(self) -> None:
-        self._shared = self._reduce_over_ranks()
-        self._norm = self._shared[1]
-        self._verdict = self._find_fault(self._shared[0], self._norm)
+        self._reduced = self._reduce_over_ranks()
+        self._norm = self._reduced[1]
+        self._verdict = self._find_fault(self._reduced[0], self._norm)
 
     def _reduce_over_ranks(self) -> list[float]:
-        """Add up over all ranks, in one message, what each has its own places for."""
+        """Sum loss, norm, source losses, compute seconds and peak bytes over all ranks, in one all-reduce.
+
+        Each rank sets only its own entries and leaves the others zero, so the sum collects them.
+        """
         engine, rank, ranks = self._engine, dist.get_rank(), dist.get_world_size()
         sums, counts = self._tally.take()
         computed, memory = torch.zeros(ranks), torch.zeros(ranks)
         computed[rank], memory[rank] = self._timer.take(), read_peak_memory_bytes(engine.device)
+
         loss: Tensor = torch.zeros(())
         if engine.is_last_stage():
             loss = engine.total_loss / engine.gradient_accumulation_steps() / engine.grid.get_data_parallel_world_size()
-        # of the first rank alone: replicas get it over other groups, whose last bits may differ
-        own = engine.optimizer._global_grad_norm if rank == 0 else 0.0
-        norm = torch.tensor([math.inf if own is None else float(own)])
+
+        # The norm of rank 0 only: replicas reduce it in other groups, so their last bits may differ.
+        rank_norm = engine.optimizer._global_grad_norm if rank == 0 else 0.0
+        norm = torch.tensor([math.inf if rank_norm is None else float(rank_norm)])
+
         parts = [loss.reshape(1), norm, sums, counts, computed, memory]
         message = torch.cat([part.to(engine.device, torch.float64) for part in parts])
         dist.all_reduce(message)

@@ -1,8 +1,8 @@
-"""The embedding that both ends of a pipeline hold, and the one place where its gradient is added up.
+"""The tied embedding of the first and last stage, and the accumulation of its gradient.
 
-Left to autograd, every micro-batch makes a dense gradient of the whole vocabulary, at the front and at the head, scales
-it and adds it to the step's: at 135,040 words of 2,048 numbers gigabytes of traffic, for the few rows that were looked
-up. Both ends add what they have to the step's gradient instead.
+With autograd, every micro-batch creates a dense gradient of the whole vocabulary, in the embedding and in the head,
+scales it and adds it to the step's gradient: with 135,040 tokens of 2,048 values gigabytes of memory traffic, for the
+few rows that were looked up. Here both stages add directly to the step's gradient instead.
 
 Shape letters: B micro-batch, S sequence, H hidden, V vocabulary.
 """
@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from yuan.config import ModelConfig
 from yuan.model.transformer import initialise_weights
 
-TIED_WEIGHT_NAME = "embedding.weight"  # of Yuan; on the first and the last stage
+TIED_WEIGHT_NAME = "embedding.weight"  # name in Yuan; the first and the last stage have it
 GradientGetter = Callable[[], Tensor]
 
 
 class EmbeddingStage(nn.Module):
-    """Token embedding at the front; the same weight makes the logits at the end.
+    """Embed tokens on the first stage; the same weight computes the logits on the last stage.
 
-    `summed` gives the weight's gradient of the step so far, (V, H), to be added to in place; without it, autograd has
-    the gradient.
+    `get_gradient` returns the weight's gradient of the step so far, (V, H), to be added to in place; if it is None,
+    autograd computes the gradient.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -37,7 +37,7 @@ class EmbeddingStage(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The tied weight, under the name by which DeepSpeed looks for it."""
+        """Return the tied weight, under the name that DeepSpeed expects."""
         return self.embedding.weight
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -49,17 +49,17 @@ class EmbeddingStage(nn.Module):
 
 
 def pass_head_weight(stage: EmbeddingStage, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
-    """Hand the tied embedding to the loss, which makes logits of a block at a time."""
+    """Pass the tied embedding to the loss, which computes the logits block by block."""
     return x_BSH, stage.weight
 
 
 class _EmbeddingLookup(torch.autograd.Function):
-    """Look rows up; backward adds to the gradients of those rows alone."""
+    """Look up rows; the backward pass adds only to the gradients of those rows."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VH: Tensor, tokens_BS: Tensor, summed: GradientGetter) -> Tensor:
+    def forward(ctx: Any, weight_VH: Tensor, tokens_BS: Tensor, get_gradient: GradientGetter) -> Tensor:
         ctx.save_for_backward(tokens_BS)
-        ctx.get_gradient = summed
+        ctx.get_gradient = get_gradient
         return F.embedding(tokens_BS, weight_VH)
 
     @staticmethod
@@ -68,34 +68,34 @@ class _EmbeddingLookup(torch.autograd.Function):
         sum_VH = ctx.get_gradient()
         rows, grads = tokens_BS.flatten(), upstream[0].flatten(0, 1).to(sum_VH.dtype)
         if sum_VH.device.type == "cuda":
-            sum_VH.index_put_((rows,), grads, accumulate=True)  # sorts, where index_add_ adds in any order
+            sum_VH.index_put_((rows,), grads, accumulate=True)  # deterministic: sorts the rows; index_add_ does not
         else:
             sum_VH.index_add_(0, rows, grads)
         return None, None, None
 
 
 def make_gradient_getter(optimizer: Any, weight: Tensor) -> GradientGetter:
-    """How to get at the gradient of a weight that DeepSpeed's optimizer adds up over a step, in fp32."""
+    """Return a function that returns a weight's gradient as DeepSpeed's optimizer accumulates it, in fp32."""
     if not isinstance(optimizer, BF16_Optimizer):
 
-        def own() -> Tensor:
+        def get_weight_gradient() -> Tensor:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             return weight.grad
 
-        return own
+        return get_weight_gradient
 
     group, index = next(
-        (number, place)
+        (number, position)
         for number, parameters in enumerate(optimizer.bf16_groups)
-        for place, parameter in enumerate(parameters)
+        for position, parameter in enumerate(parameters)
         if parameter is weight
     )
 
-    def high() -> Tensor:
+    def get_fp32_gradient() -> Tensor:
         total = optimizer.fp32_groups_gradients[group][index]
         optimizer.fp32_groups_has_gradients[group][index] = True
-        weight._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed looks to add the two ends up
+        weight._hp_grad = total  # type: ignore[attr-defined]  # DeepSpeed sums the two stages' gradients here
         return total.view_as(weight)
 
-    return high
+    return get_fp32_gradient
