@@ -82,7 +82,7 @@ def test_a_new_plan_says_what_the_move_costs(tmp_path):
     change = ["--current", str(tmp_path / "plan.json"), "--lost", "A100-80:1", "--svg", str(tmp_path / "plan.svg")]
     done = cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
     move = json.loads(done.stdout)["move"]
-    assert move["kept_step_seconds"] is None and "cannot go on" in move["explanation"]
+    assert move["kept_step_seconds"] is None and "no longer fits" in move["explanation"]
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 

@@ -73,7 +73,7 @@ def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
 
 @pytest.mark.parametrize("name", ["../settings/flow.env", "/etc/passwd", "a/../../settings/flow.env", "..", ""])
 def test_names_that_lead_out_of_the_folder_are_refused(folder, victim, name):
-    with pytest.raises(OSError, match=r"lies|no regular|No such"):
+    with pytest.raises(OSError, match=r"outside of its folder|not a regular|No such"):
         read_file(folder.path, name)
 
 

@@ -1,1 +1,1 @@
-"""Pools, plans and the split of layers over pipeline stages, without torch."""
+"""Device pools, parallelism plans and the split of layers over pipeline stages; does not import torch."""

@@ -1,4 +1,4 @@
-"""From what the clock says of the devices at hand to the rates that the time model uses."""
+"""Compute the rates of the time model from measured times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from yuan.plan.score import score
 from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES_PER_PARAMETER, TERA, count_embedding_bytes
 from yuan.plan.workload import Grid, Workload
 
-UNLIMITED_OPTIMIZER_GB_S = 1e5  # GB/s: an optimizer that costs nothing, while its true rate is being found
+UNLIMITED_OPTIMIZER_GB_S = 1e5  # placeholder that makes the optimizer cost nothing, while its rate is being computed
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTimings:
-    """Seconds of one micro-batch: a layer forward and backward, the head with its loss and the embedding with both.
+    """Seconds of one micro-batch: forward and backward of a layer, both passes of the head with loss and the embedding.
 
-    `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None where there is but one.
+    `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None with a single device.
     """
 
     forward_s: float
@@ -38,15 +38,15 @@ def calibrate_group(
     steps: Sequence[tuple[int, float]],
     what: str,
 ) -> DeviceGroup:
-    """The group with measured rates.
+    """Return the group with measured rates.
 
-    Layers, head and links are taken as measured. From the two steps follow what a stage spends on a micro-batch besides
-    (the slope over what the model says) and what follows the last one (the rest).
+    Layers, head and links are used as measured. Two steps of different length give the overhead of a stage per
+    micro-batch (measured minus predicted slope) and the optimizer's rate (the remaining time of the shorter step).
 
     Args:
-        work: a model of as many layers as there are devices.
-        steps: (micro-batches, seconds) of steps of different length, of a pipeline with one layer on each device.
-        what: a sentence on what was measured.
+        work: a model with as many layers as there are devices.
+        steps: (micro-batches, seconds) of steps of different length, of a pipeline with one layer per device.
+        what: a sentence that describes the measurement.
     """
     stages, tokens = work.model.num_layers, micro_batch * work.seq_len
     forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
@@ -66,14 +66,18 @@ def calibrate_group(
             devices_per_node=max(group.devices_per_node, stages),
         )
     group = replace(group, measured=measured, sustained_tflops=_compute_sustained_tflops(group, measured))
+
+    # Overhead per micro-batch: the measured slope of a step over micro-batches minus the predicted one.
     (few, short), *_, (many, long) = sorted(steps)
     slope = (long - short) / (many - few)
-    modelled = [_predict_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
-    overhead = max(0.0, slope - (modelled[1] - modelled[0]) / (many - few))
-    rest = short - (modelled[0] + (stages + few - 1) * overhead)
+    predicted = [_predict_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
+    overhead = max(0.0, slope - (predicted[1] - predicted[0]) / (many - few))
+
+    # Optimizer: the remaining time of the short step, for the stage with the most parameters.
+    optimizer_s = short - (predicted[0] + (stages + few - 1) * overhead)
     grid = _make_one_layer_grid(work, micro_batch, few)
     parameters = int(count_stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
-    rate = OPTIMIZER_BYTES_PER_PARAMETER * parameters / max(rest, 1e-6) / GIGA
+    rate = OPTIMIZER_BYTES_PER_PARAMETER * parameters / max(optimizer_s, 1e-6) / GIGA
     return replace(
         group,
         measured=replace(measured, optimizer_gb_s=min(rate, UNLIMITED_OPTIMIZER_GB_S), overhead_us=overhead / MICRO),
@@ -81,7 +85,8 @@ def calibrate_group(
 
 
 def _compute_sustained_tflops(group: DeviceGroup, measured: MeasuredRates) -> float:
-    """The mean rate of a layer, which other precisions and shapes go by."""
+    """Return the mean rate of a layer over both passes, for other precisions and shapes."""
+    # 3 F FLOPs take F / forward + 2 F / backward seconds.
     rate = 3 / (1 / measured.forward_tflops + 2 / measured.backward_tflops)
     return rate if group.peak_tflops is None else min(rate, group.peak_tflops)
 
@@ -92,6 +97,6 @@ def _make_one_layer_grid(work: Workload, micro_batch: int, accum: int) -> Grid:
 
 
 def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch: int, accum: int) -> float:
-    none, one = [0] * work.model.num_layers, [1] * work.model.num_layers
+    zeros, ones = [0] * work.model.num_layers, [1] * work.model.num_layers
     grid = _make_one_layer_grid(work, micro_batch, accum)
-    return score(work, grid, (group,), layers=one, classes=none, redone=none).layout.seconds
+    return score(work, grid, (group,), layers=ones, classes=zeros, redone=zeros).layout.seconds

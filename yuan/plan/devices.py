@@ -1,8 +1,7 @@
-"""Known device classes, so that a pool file need only name them.
+"""Specifications of known device classes, so that a pool file only has to name them.
 
-Book values: memory as the driver reports it to programs, dense bf16 peaks and bandwidths from the makers' data
-sheets. A sustained rate is what a large transformer is known to reach; `cotrain calibrate` replaces it by what was
-measured.
+Memory is what the driver reports to programs; dense bf16 peaks and bandwidths are from the vendors' data sheets. The
+sustained rate is what large transformers are known to reach; `cotrain calibrate` replaces it with a measured rate.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
-    """One device: GiB that programs can use, TFLOP/s in bf16 and fp32, GB/s of its memory and to its node's others."""
+    """One device: usable memory in GiB, TFLOP/s in bf16 and fp32, GB/s of its memory and of its link inside a node."""
 
     memory_gib: float
     peak_tflops: float
@@ -20,7 +19,7 @@ class DeviceSpec:
     intra_node_gb_s: float
 
 
-# 55 % of peak reproduces the paper's Table 6 on A100-80; 45 % is what public runs on Hopper reach.
+# Sustained over peak: 55 % reproduces the paper's Table 6 on A100-80; public runs on Hopper reach 45 %.
 DEVICE_SPECS: dict[str, DeviceSpec] = {
     "A100-80": DeviceSpec(
         memory_gib=79.1,
@@ -88,5 +87,5 @@ DEVICE_SPECS: dict[str, DeviceSpec] = {
     ),
 }
 
-# Asked for, but they cannot multiply bf16, in which Yuan is trained.
+# Rejected with a specific message: they do not support bf16 matrix multiplication, which Yuan's training needs.
 DEVICES_WITHOUT_BF16 = {"V100-32", "V100-16", "T4", "RTX-2080Ti"}

@@ -1,10 +1,10 @@
-"""The dynamic programs over stages: under limits on time, how many layers fit, and the least sum of times.
+"""Dynamic programs over stages: the most layers that fit and the minimum sum of times, under limits on time.
 
-One limit is on what the stage that sets the pace adds to the sum of all (`critical`), the other on what follows the
-last micro-batch. What a stage adds depends on the stages behind it only through the sum of their times, and rises with
-it; so the least sum is the best that a stage can have behind it, and the programs are exact.
+One limit (wait) is on the time that the bottleneck stage adds to the sum of all (see `critical_path`), the other
+(finish) on the time after the last micro-batch. The time that a stage adds depends on later stages only through the sum
+of their times, and rises with it; so the minimum sum is optimal for every earlier stage, and the programs are exact.
 
-Letters: P stages, C device classes, L places; K sizes of the counts of stages by class, one class left out.
+Letters: P stages, C device classes, L places; K sizes of the counts of stages by class, without one class.
 """
 
 import numpy as np
@@ -15,20 +15,20 @@ from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
 from yuan.plan.time_model import FloatArray
 
-TIE_TOLERANCE = 1e-12  # relative; sums in another order differ by this much
-MAX_CELLS_AT_ONCE = 30_000  # of a table and its numbers of places, looked at together
+TIE_TOLERANCE = 1e-12  # relative; sums in a different order differ by less
+MAX_CELLS_AT_ONCE = 30_000  # most cells of one vectorised operation (table times numbers of places)
 
 
 def count_states(costs: StageCosts) -> int:
-    """Cells that the exact program visits."""
+    """Count the cells that the exact program visits."""
     counts = int(np.prod([_compute_axis_size(costs, c) for c in _select_counted_classes(costs)], dtype=np.int64))
     return counts * costs.num_stages * costs.num_classes**3 * (costs.num_places + 1)
 
 
 def _select_counted_classes(costs: StageCosts) -> tuple[int, ...]:
-    """The classes whose stages are counted: all but the one with the most room, which has the rest."""
-    most = max(range(costs.num_classes), key=costs.slots.__getitem__)
-    return tuple(c for c in range(costs.num_classes) if c != most)
+    """Return the classes whose stages are counted: all but the one with the most slots, which takes the others."""
+    largest = max(range(costs.num_classes), key=costs.slots.__getitem__)
+    return tuple(c for c in range(costs.num_classes) if c != largest)
 
 
 def _compute_axis_size(costs: StageCosts, c: int) -> int:
@@ -36,49 +36,49 @@ def _compute_axis_size(costs: StageCosts, c: int) -> int:
 
 
 class DynamicProgram:
-    """The dynamic programs over one problem."""
+    """Dynamic programs over the stages of one problem."""
 
     def __init__(self, costs: StageCosts) -> None:
         self.costs = costs
         self.axes = {counted: axis for axis, counted in enumerate(_select_counted_classes(costs))}
         self.counts = tuple(_compute_axis_size(costs, counted) for counted in self.axes)
         self.counted = np.sum(np.indices(self.counts), axis=0) if self.counts else np.zeros((), np.int64)
-        # the class of the stage before matters only for the link to it: not at all if all links to a class are alike
+
+        # The class of the previous stage only determines the link to it: drop it if all links to a class are equal.
         c, is_alike = costs.num_classes, bool((costs.link_s == costs.link_s[:, :1]).all())
         before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])[:, : 1 if is_alike else c]
-        self.previous = [0 if is_alike else n for n in range(c)]  # where the tables have the class of the stage before
-        # (P, previous, own, next, places): a stage's time for a micro-batch with both links
+        self.previous = [0 if is_alike else n for n in range(c)]  # index of a class on the axis of the previous stage
+
+        # Time of a stage per micro-batch with both links, (P, previous, own, next, places).
         links = before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
-        rhythm = costs.seconds[:, None, :, None, :] + links
-        self.finite = np.isfinite(rhythm)
+        period = costs.seconds[:, None, :, None, :] + links
+        self.finite = np.isfinite(period)
         self.full = count_steady_batches(costs.num_stages, costs.accum)
         ahead = count_filling_batches(costs.num_stages, costs.accum)[:, None, None, None, None]
-        busy = self.full[:, None, None, None, None] * np.where(self.finite, rhythm, 0.0)
-        # what a stage adds to the sum of all, without and with those behind it, of which only the links are counted
+        busy = self.full[:, None, None, None, None] * np.where(self.finite, period, 0.0)
+
+        # Time that a stage adds to the sum: alone, and with the links (not the compute time) of later stages.
         self.alone = busy + ahead * (costs.longer[:, None, :, None, :] + links / 2)
         self.ahead = busy + costs.link_s[:, None, :, :, None] + costs.return_s[:, None, None, None, None]
 
     def compute_max_places(self, wait: float, finish: float) -> IntArray:
-        """The most places of a stage under both limits, (P, previous, own, next), whatever lies behind it."""
+        """Return the most places of each stage under both limits, for any later stages, (P, previous, own, next)."""
         allowed = self.finite & (self.alone <= wait) & (self.costs.finish[:, None, :, None, :] <= finish)
         return compute_max_places(self.costs, allowed, self.ahead, wait)
 
     def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
-        """False only if nothing keeps both limits; with no limit on the wait, exactly."""
+        """Return False only if no layout satisfies both limits; exact without a limit on the wait."""
         room = self.compute_room(self.compute_max_places(wait, finish))[0]
         return bool(self._read_first_stage(room, -np.inf).max() >= self.costs.num_places)
 
     def compute_room(self, most: IntArray) -> list[FloatArray]:
-        """For each stage, how many places it and its followers can take at most, (K..., previous, own)."""
+        """Return for each stage the most places that it and all later stages can take, (K..., previous, own)."""
         tables: list[FloatArray] = []
         for stage in reversed(range(self.costs.num_stages)):
             own = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
             if not tables:
-                tables.append(
-                    self._mask_impossible_counts(
-                        np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2])), stage
-                    )
-                )
+                last = np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2]))
+                tables.append(self._mask_impossible_counts(last, stage))
                 continue
             follows = [
                 own[..., n] + self._shift_counts(tables[-1][..., n], n, -np.inf)[..., None, :]
@@ -88,13 +88,14 @@ class DynamicProgram:
         return tables[::-1]
 
     def compute_least_sums(self, wait: float, most: IntArray) -> list[FloatArray]:
-        """For each stage, the least time of it and its followers by places left, (K..., previous, own, L + 1).
+        """Return for each stage the minimum time of it and all later stages, by remaining places.
 
-        Only numbers of places that the stages before and behind can take off are computed; the rest is infinite.
+        Shape (K..., previous, own, L + 1). Numbers of places that the earlier or later stages cannot take are not
+        computed; their entries are infinite.
         """
         costs, tables = self.costs, list[FloatArray]()
         caps = most.max(axis=(1, 2, 3))
-        before, behind = np.cumsum(caps) - caps, np.cumsum(caps[::-1])[::-1]
+        before, behind = np.cumsum(caps) - caps, np.cumsum(caps[::-1])[::-1]  # `behind` includes the stage itself
         shape = (*self.counts, *most.shape[1:3], costs.num_places + 1)
         for stage in reversed(range(costs.num_stages)):
             low = max(costs.num_stages - stage, costs.num_places - int(before[stage]))
@@ -115,32 +116,32 @@ class DynamicProgram:
     def _minimize_over_sizes(
         self, wait: float, most: IntArray, stage: int, following: int, follows: FloatArray, left: IntArray
     ) -> FloatArray:
-        """The least sums with one class behind, by places left, over all numbers of places of this stage."""
+        """Return the minimum sums over the places of a stage, for one class of the next stage, by remaining places."""
         price, room = self._compute_stage_price(most, stage, following), self._compute_allowance(wait, stage, following)
         best = np.full((*self.counts, *most.shape[1:3], len(left)), np.inf)
         at_once = max(1, MAX_CELLS_AT_ONCE // best.size)
         for first in range(0, int(most[stage, :, :, following].max()), at_once):
             sizes = np.arange(first, min(first + at_once, int(most[stage, :, :, following].max())))
-            behind = follows[..., None, :, np.maximum(left[:, None] - sizes - 1, 0)]  # nothing left is never feasible
+            behind = follows[..., None, :, np.maximum(left[:, None] - sizes - 1, 0)]  # entry 0, no places, is infinite
             sums = np.where(behind <= room[:, :, None, sizes], behind, np.inf) + price[:, :, None, sizes]
             np.minimum(best, sums.min(axis=-1), out=best)
         return best
 
     def _compute_stage_price(self, most: IntArray, stage: int, following: int) -> FloatArray:
-        """Time of a stage and the link behind it, (previous, own, places); infinite where it may not hold so many."""
+        """Return the time of a stage and the link behind it, infinite beyond `most` places, (previous, own, places)."""
         seconds = self.costs.seconds[stage] + self.costs.link_s[stage, :, following, None]
         allowed = most[stage].max(axis=-1) if stage == self.costs.num_stages - 1 else most[stage, :, :, following]
         return np.where(self.costs.places <= allowed[..., None], seconds, np.inf)
 
     def _compute_allowance(self, wait: float, stage: int, following: int) -> FloatArray:
-        """What may lie behind a stage, (previous, own, places), so that it does not add more than `wait`."""
+        """Return the most time of later stages so that a stage adds at most `wait`, (previous, own, places)."""
         ahead = self.ahead[stage, :, :, following]
         return wait - ahead if self.full[stage] else np.full_like(ahead, np.inf)
 
     def walk(
         self, tables: list[FloatArray], wait: float, most: IntArray
     ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Places and classes of the lexicographically first of the least sums; None if there is none."""
+        """Return places and classes of the lexicographically first path with the minimum sum; None without a path."""
         costs = self.costs
         start = self._read_first_stage(tables[0], np.inf)[:, costs.num_places]
         if not np.isfinite(start.min()):
@@ -149,6 +150,7 @@ class DynamicProgram:
         counts = tuple(int(own == n) for n in self.axes)
         previous, left, places, classes = 0, costs.num_places, [], [own]
         for stage in range(costs.num_stages - 1):
+            # Mark all (places, next class) that reach the minimum, and take the first.
             goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE_TOLERANCE)
             sizes = costs.places[costs.places < left]
             good = np.zeros((len(sizes), costs.num_classes), bool)
@@ -156,10 +158,11 @@ class DynamicProgram:
                 state = self._add_stage(counts, n)
                 if state is not None:
                     behind = tables[stage + 1][(*state, self.previous[own], n)][left - sizes]
-                    may = behind <= self._compute_allowance(wait, stage, n)[previous, own, : len(sizes)]
+                    is_allowed = behind <= self._compute_allowance(wait, stage, n)[previous, own, : len(sizes)]
                     price = self._compute_stage_price(most, stage, n)[previous, own, : len(sizes)]
-                    good[:, n] = may & (price + behind <= goal)
+                    good[:, n] = is_allowed & (price + behind <= goal)
             at, n = divmod(int(good.argmax()), costs.num_classes)
+
             counts = self._add_stage(counts, n) or counts
             left -= int(sizes[at])
             previous, own = self.previous[own], n
@@ -168,18 +171,18 @@ class DynamicProgram:
         return (*places, left), tuple(classes)
 
     def find_roomiest_classes(self, rooms: list[FloatArray], most: IntArray) -> tuple[int, ...]:
-        """Classes of a sequence of stages that takes the most places."""
+        """Return the classes of the sequence of stages that takes the most places."""
         start = self._read_first_stage(rooms[0], -np.inf)
         own = int(start.argmax())
         counts, previous, classes = tuple(int(own == n) for n in self.axes), 0, [own]
         for stage in range(self.costs.num_stages - 1):
-            rest = [
+            rooms_by_class = [
                 most[stage, previous, own, n] + rooms[stage + 1][(*state, self.previous[own], n)]
                 if (state := self._add_stage(counts, n)) is not None
                 else -np.inf
                 for n in self._iter_classes()
             ]
-            n = int(np.argmax(rest))
+            n = int(np.argmax(rooms_by_class))
             counts = self._add_stage(counts, n) or counts
             previous, own = self.previous[own], n
             classes.append(n)
@@ -189,7 +192,7 @@ class DynamicProgram:
         return range(self.costs.num_classes)
 
     def _add_stage(self, counts: tuple[int, ...], following: int) -> tuple[int, ...] | None:
-        """Counts after one more stage of a class; None if the class has no room."""
+        """Return the counts with one more stage of a class; None if the class has no slot."""
         axis = self.axes.get(following)
         if axis is None:
             return counts
@@ -198,28 +201,28 @@ class DynamicProgram:
         return tuple(count + (n == axis) for n, count in enumerate(counts))
 
     def _read_first_stage(self, table: FloatArray, bad: float) -> FloatArray:
-        """The first stage's entries by class."""
-        found = []
+        """Return the entries of the first stage by class; `bad` for a class without slots."""
+        entries = []
         for own in self._iter_classes():
             at = tuple(int(own == n) for n in self.axes)
             inside = all(index < size for index, size in zip(at, self.counts, strict=True))
             entry = table[(*at, 0, own)] if inside else np.full(table.shape[len(self.counts) + 2 :], bad)
-            found.append(entry)
-        return np.array(found)
+            entries.append(entry)
+        return np.array(entries)
 
     def _shift_counts(self, table: FloatArray, following: int, bad: float) -> FloatArray:
-        """The next stage's table as seen by one whose follower is of a class: there, that class has one more stage."""
+        """Shift the next stage's table by one count: with a next stage of this class, it has one more stage there."""
         axis = self.axes.get(following)
         if axis is None:
             return table
-        moved = np.full_like(table, bad)
+        shifted = np.full_like(table, bad)
         ahead, here = [slice(None)] * table.ndim, [slice(None)] * table.ndim
         ahead[axis], here[axis] = slice(1, None), slice(None, -1)
-        moved[tuple(here)] = table[tuple(ahead)]
-        return moved
+        shifted[tuple(here)] = table[tuple(ahead)]
+        return shifted
 
     def _mask_impossible_counts(self, table: FloatArray, stage: int, tail: int = 2, bad: float = -np.inf) -> FloatArray:
-        """Rule out counts that cannot be: more stages than there are so far, or too many of the class not counted."""
-        rest = stage + 1 - self.counted
-        wrong = (rest < 0) | (rest > max(self.costs.slots))
-        return np.where(wrong[(...,) + (None,) * tail], bad, table)
+        """Mask impossible counts: more stages than there are so far, or too many of the class that is not counted."""
+        uncounted = stage + 1 - self.counted
+        is_impossible = (uncounted < 0) | (uncounted > max(self.costs.slots))
+        return np.where(is_impossible[(...,) + (None,) * tail], bad, table)

@@ -1,4 +1,4 @@
-"""What a pipeline stage keeps in a device's memory, in bytes, term by term.
+"""Predict the peak memory of a pipeline stage, in bytes, term by term.
 
 Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden, V vocabulary.
 """
@@ -12,14 +12,13 @@ from yuan.plan.workload import Grid, Workload
 GIB = 2**30
 IntArray = npt.NDArray[np.int64]
 
-# Values a layer keeps for its backward pass, in units of S·B·H: inputs and outputs of two norms 6, filter 5, queries,
-# keys and values 6, attention 2, residual 2, SwiGLU 32 (half of each is bytes in bf16). Source: facts of the
-# architecture, counted tensor by tensor; flash attention keeps no S by S matrix.
+# Values that a layer saves for its backward pass, in units of S·B·H. In bytes of bf16: inputs and outputs of two norms
+# 6, filter 5, queries, keys and values 6, attention 2, residual 2, SwiGLU 32. Source: the architecture, counted tensor
+# by tensor; flash attention saves no S by S matrix.
 ACTIVATION_VALUES_PER_LAYER = 53 / 2
-BACKWARD_WORKSPACE_VALUES = (
-    10  # values of gradients that are alive at once inside a layer's backward pass: 8H of the gates, 2H
-)
-BYTES_PER_LOGIT = 10  # a logit without blocks: bf16, fp32 and its gradient in fp32
+# Gradient values that exist at once inside a layer's backward pass, in units of S·B·H: 8 of the gates, and 2.
+BACKWARD_WORKSPACE_VALUES = 10
+BYTES_PER_LOGIT = 10  # without block-wise loss: bf16, fp32 and its gradient in fp32
 
 
 def compute_memory_terms(
@@ -30,19 +29,18 @@ def compute_memory_terms(
     layers: IntArray | int,
     recompute: IntArray | int,
 ) -> dict[str, IntArray]:
-    """The terms of a stage's peak under 1F1B with ZeRO-1; each is affine in layers and recomputed layers.
+    """Compute the terms of a stage's peak memory under 1F1B with ZeRO-1; each is affine in (recomputed) layers.
 
-    Weights, gradients and optimizer follow DeepSpeed's law for bf16 with fp32 accumulation: 2 + 2 + 4 + 12/D bytes a
-    parameter, the fp32 gradients not being sharded. In fp32, where weights are their own masters, 4 + 4 + 8/D, and
-    with replicas 4/D for the copy of a replica's share that the optimizer is given. Stage s of P
-    holds the activations of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps what it
-    received and a clone).
+    Weights, gradients and optimizer follow DeepSpeed's bf16 mode with fp32 accumulation: 2 + 2 + 4 + 12/D bytes per
+    parameter; the fp32 gradients are not sharded. In fp32, weights are their own masters: 4 + 4 + 8/D, and with several
+    replicas 4/D more for the copy of a replica's share that the optimizer receives. Stage s of P holds the activations
+    of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps the received tensor and a clone).
 
     Args:
         stage, layers, recompute: numbers, or arrays that broadcast together.
 
     Returns:
-        Bytes by name, in the arguments' common shape; their sum is the peak, the device's reserve included.
+        Bytes by name, in the broadcast shape of the arguments; their sum is the peak, including the device's reserve.
 
     Source: DeepSpeed 0.19.8, bf16_optimizer.py and pipe/engine.py; yuan/train/zero/memory.py; Yuan 2.0 paper,
     section 3.4 and Fig. 3.
@@ -79,7 +77,7 @@ def compute_memory_terms(
 
 
 def count_stage_parameters(work: Workload, grid: Grid, stage: IntArray, layers: IntArray | int) -> IntArray:
-    """Parameters of a stage: its layers, and at the ends the tied embedding, of which each end has a copy."""
+    """Count the parameters of a stage: its layers, the tied embedding on first and last stage, and the final norm."""
     model = work.model
     last = stage == grid.pipeline_size - 1
     ends = model.vocab_size * model.hidden_size * ((stage == 0) | last)

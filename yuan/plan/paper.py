@@ -1,15 +1,15 @@
-"""The Yuan 2.0 paper's own cost and memory models, for comparison with ours: equations 1 to 4 and Fig. 3.
+"""The cost and memory models of the Yuan 2.0 paper, for comparison with ours: equations 1 to 4 and Fig. 3.
 
-Letters: A micro-batches a step, B micro-batch, S sequence, H hidden, L layers, V vocabulary, N parameters; P
+Letters: A micro-batches per step, B micro-batch, S sequence, H hidden, L layers, V vocabulary, N parameters; P
 pipeline, T tensor, D data size; F sustained FLOP/s of a device. Method 1 is tensor with pipeline and data
 parallelism, method 2 pipeline with data parallelism and a sharded optimizer.
 
-Misprints, found by evaluating the equations beside the paper's tables:
+Misprints, found by comparing the equations with the paper's tables:
 
 - the attention term is printed as 1/(6H) and must be S/(6H); Table 5 was made with the misprint, Table 6 without;
-- equations 3 and 4 leave A out of T0 and T1;
+- equations 3 and 4 omit A in T0 and T1;
 - Table 6 needs 128 and 12 as method 1's coefficients of T3 and T4, where equation 2 prints 64 and 4;
-- Table 6's row of 100 GB/s counts the true parameters, the others 16 L H² + V H.
+- Table 6's row of 100 GB/s uses the true parameter count, the others 16 L H² + V H.
 """
 
 from dataclasses import dataclass
@@ -46,11 +46,11 @@ class PaperSetting:
 def compute_method_1(
     s: PaperSetting, model: Literal["gpt", "yuan"], *, parameters: float, as_printed: bool = False
 ) -> list[float]:
-    """T0 computing, T1 bubble, T2 pipeline, T3 tensor, T4 data traffic, in seconds: equations 1 and 2.
+    """Compute T0 compute, T1 bubble, T2 pipeline, T3 tensor, T4 data traffic, in seconds: equations 1 and 2.
 
     Args:
         parameters: N.
-        as_printed: with the coefficients of equation 2 and not those behind Table 6.
+        as_printed: use the coefficients of equation 2, not those of Table 6.
     """
     is_yuan = model == "yuan"
     tensor_traffic, data_traffic = (48, 4) if not is_yuan else (64, 4) if as_printed else (128, 12)
@@ -66,21 +66,21 @@ def compute_method_1(
 
 
 def compute_method_2(s: PaperSetting, model: Literal["gpt", "yuan"], *, parameters: float) -> list[float]:
-    """T0 computing, T1 bubble, T2 pipeline, T3 optimizer, T4 data traffic, in seconds: equations 3 and 4, with A."""
+    """Compute T0 compute, T1 bubble, T2 pipeline, T3 optimizer, T4 data traffic, in seconds: equations 3, 4, with A."""
     t0 = _count_step_flops(s, model) / (s.pipeline * s.flops)
     shared = parameters * (s.data - 1) / s.data / (s.pipeline * s.between_nodes)
     return [t0, t0 * (s.pipeline - 1) / s.accum, 8 * s.tokens * s.hidden / s.inside_node, 8 * shared, 4 * shared]
 
 
 def _count_step_flops(s: PaperSetting, model: Literal["gpt", "yuan"]) -> float:
-    """FLOPs of a step in one replica: forward 2, backward 4, recomputation 2 a weight; convolutions left out."""
+    """Count FLOPs of a step in one replica: forward 2, backward 4, recomputation 2 per weight, without convolutions."""
     if model == "gpt":
         return 96 * s.tokens * s.layers * s.hidden**2 * (1 + 1 / (6 * s.hidden))  # as in Table 5
     return 128 * s.tokens * s.layers * s.hidden**2 * (1 + s.seq_len / (8 * s.hidden))
 
 
 def compute_table_5() -> list[float]:
-    """T0 to T4 of Yuan 1.0-245B on 2,128 devices; the paper says 36.666, 2.826, 2.643, 2.602, 0.455."""
+    """Compute T0 to T4 of Yuan 1.0-245B on 2,128 devices; the paper has 36.666, 2.826, 2.643, 2.602, 0.455."""
     s = PaperSetting(
         layers=76,
         hidden=16_384,
@@ -98,7 +98,7 @@ def compute_table_5() -> list[float]:
     return compute_method_1(s, "gpt", parameters=n)
 
 
-TABLE_6 = {  # (devices, GB/s between devices of a node): seconds a step of method 1 and of method 2, Yuan 2.0-102B
+TABLE_6 = {  # (devices, GB/s between devices of a node): seconds per step of method 1 and of method 2, Yuan 2.0-102B
     (96, 100): (584.28, 239.06),
     (96, 200): (405.45, 238.40),
     (96, 400): (316.32, 238.10),
@@ -110,10 +110,10 @@ YUAN_102B_PARAMETERS, YUAN_102B_SHORT_PARAMETERS = 102_577_954_816, 16 * 84 * 81
 
 
 def compute_table_6(devices: int, link: int, *, parameters: float | None = None) -> tuple[float, float]:
-    """One row's two cells, computed.
+    """Compute the two cells of a row: seconds per step of method 1 and of method 2.
 
     Args:
-        parameters: N for every row; default: the row's own.
+        parameters: N; by default the N that the paper used for the row.
     """
     n = parameters if parameters is not None else YUAN_102B_PARAMETERS if link == 100 else YUAN_102B_SHORT_PARAMETERS
     data, accum = (3, 384) if devices == 96 else (8, 144)
@@ -138,18 +138,18 @@ def compute_table_6(devices: int, link: int, *, parameters: float | None = None)
     )
 
 
-# Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that fit the figure: 20 a parameter (nothing
-# sharded), 34 S·B·H a layer and micro-batch in flight, 10 a logit.
+# Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that match the figure: 20 per parameter
+# (nothing sharded), 34 S·B·H per layer and live micro-batch, 10 per logit.
 FIG_3_LAYERS, FIG_3_STAGES, FIG_3_SPLIT = 24, 8, (2, 2, 3, 3, 4, 4, 4, 2)
 _H, _S, _V = 6_144, 4_096, 135_040
 
 
 def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> StageCosts:
-    """The memory problem of Fig. 3, for `solve` with the objective "memory" and for `compute_fig_3_memory`.
+    """Build the memory problem of Fig. 3, for `solve` with the objective "memory" and `compute_fig_3_memory`.
 
     Args:
-        blockwise: a tenth of the logits at a time.
-        recompute: a layer may keep its input alone, 2 S·B·H.
+        blockwise: keep a tenth of the logits at a time.
+        recompute: allow layers to keep only their input, 2 S·B·H.
     """
     p = FIG_3_STAGES
     live, zero, no_time = np.arange(p, 0, -1)[:, None], np.zeros((p, 1), np.int64), np.zeros((p, 1))
@@ -181,7 +181,7 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
 
 
 def compute_fig_3_memory(layers: tuple[int, ...], costs: StageCosts) -> list[float]:
-    """Decimal GB of each stage, nothing recomputed."""
+    """Compute the memory of each stage in GB (10**9 bytes), without recomputation."""
     return [costs.compute_bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
 
 

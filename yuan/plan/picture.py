@@ -1,4 +1,4 @@
-"""A plan as a picture: what each stage keeps in memory, and a step of 1F1B on a time axis; SVG without scripts."""
+"""Draw a plan as SVG without scripts: memory of each stage, and the timeline of a 1F1B step."""
 
 from collections.abc import Iterator
 from html import escape
@@ -9,7 +9,7 @@ from yuan.plan.pool import Pool
 from yuan.plan.simulate import Timeline
 
 PICTURE_WIDTH_PX, LEFT_MARGIN_PX, ROW_HEIGHT_PX, ROW_GAP_PX = 960, 120, 18, 4
-MAX_BOXES = 3000  # micro-batches in the middle of a longer step are left out
+MAX_BOXES = 3000  # boxes of the timeline; a longer step shows only its first micro-batches
 TERM_COLOURS = (
     "#4878a8",
     "#78a8c8",
@@ -26,7 +26,7 @@ FORWARD_COLOUR, BACKWARD_COLOUR = "#4878a8", "#d89048"
 
 
 def draw(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:
-    """Both parts, one below the other; colours are named in the picture, and every box says what it is."""
+    """Draw memory and timeline, one below the other, with a legend of colours and a title on every box."""
     memory, timing = list(_draw_memory(plan, pool)), list(_draw_timeline(plan, timeline))
     rows = len(plan.stages) * ROW_HEIGHT_PX
     second = rows + 90
@@ -46,16 +46,16 @@ def draw(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:
 
 
 def _draw_memory(plan: PipelinePlan, pool: Pool) -> Iterator[str]:
-    room = {group.device_class: group.memory_gib for group in pool.groups}
-    scale = (PICTURE_WIDTH_PX - LEFT_MARGIN_PX - 60) / max(*room.values(), plan.peak_memory_bytes / GIB)
+    limits_gib = {group.device_class: group.memory_gib for group in pool.groups}
+    scale = (PICTURE_WIDTH_PX - LEFT_MARGIN_PX - 60) / max(*limits_gib.values(), plan.peak_memory_bytes / GIB)
     names = sorted(
         {name for stage in plan.stages for name in stage.memory_terms}, key=lambda n: -_sum_term_bytes(plan, n)
     )
     colours = {name: TERM_COLOURS[min(n, len(TERM_COLOURS) - 1)] for n, name in enumerate(names)}
     yield f'<text x="{LEFT_MARGIN_PX}" y="14" font-size="13">Memory of a device of each stage, GiB</text>'
     x: float = LEFT_MARGIN_PX
-    shown = {name: colours[name] for name in names[: len(TERM_COLOURS) - 1]}
-    for name, colour in [*shown.items(), *([("others", TERM_COLOURS[-1])] if len(names) > len(shown) else [])]:
+    legend = {name: colours[name] for name in names[: len(TERM_COLOURS) - 1]}
+    for name, colour in [*legend.items(), *([("others", TERM_COLOURS[-1])] if len(names) > len(legend) else [])]:
         yield f'<rect x="{x}" y="22" width="9" height="9" fill="{colour}"/>'
         yield f'<text x="{x + 12}" y="30" font-size="9">{name.replace("_", " ")}</text>'
         x += 22 + 5 * len(name)
@@ -69,27 +69,27 @@ def _draw_memory(plan: PipelinePlan, pool: Pool) -> Iterator[str]:
                 yield _draw_box(at, y, width, colours[name], f"{name.replace('_', ' ')}: {width / scale:.2f} GiB")
             at += width
         yield f'<text x="{at + 4:.1f}" y="{y + 11}">{stage.memory_bytes / GIB:.1f}</text>'
-        limit = LEFT_MARGIN_PX + room[stage.device_class] * scale
+        limit = LEFT_MARGIN_PX + limits_gib[stage.device_class] * scale
         yield f'<path d="M{limit:.1f} {y - ROW_GAP_PX / 2} v{ROW_HEIGHT_PX}" stroke="#c03030" stroke-width="2"/>'
 
 
 def _draw_timeline(plan: PipelinePlan, timeline: Timeline) -> Iterator[str]:
     stages, accum = timeline.forward_end.shape
-    kept = min(accum, max(2 * stages, MAX_BOXES // (2 * stages)))
-    end = float(timeline.backward_end[:, :kept].max())
+    num_shown = min(accum, max(2 * stages, MAX_BOXES // (2 * stages)))
+    end = float(timeline.backward_end[:, :num_shown].max())
     scale = (PICTURE_WIDTH_PX - LEFT_MARGIN_PX - 10) / end
-    left_out = f", its first {kept} of {accum} micro-batches" if kept < accum else ""
-    title = f"One step{left_out}: {end:.4g} s of {timeline.seconds:.4g} s"
+    note = f", its first {num_shown} of {accum} micro-batches" if num_shown < accum else ""
+    title = f"One step{note}: {end:.4g} s of {timeline.seconds:.4g} s"
     yield f'<text x="{LEFT_MARGIN_PX}" y="0" font-size="13">{title}</text>'
     for x, colour, word in (
         (LEFT_MARGIN_PX, FORWARD_COLOUR, "forward"),
-        (LEFT_MARGIN_PX + 70, BACKWARD_COLOUR, "backward, recomputing included"),
+        (LEFT_MARGIN_PX + 70, BACKWARD_COLOUR, "backward, with recomputation"),
     ):
         yield f'<rect x="{x}" y="8" width="9" height="9" fill="{colour}"/><text x="{x + 12}" y="16">{word}</text>'
     for n, stage in enumerate(plan.stages):
         y = 24 + n * ROW_HEIGHT_PX
         yield _draw_label(y, n, stage)
-        for batch in range(kept):
+        for batch in range(num_shown):
             for colour, starts, ends in (
                 (FORWARD_COLOUR, timeline.forward_start, timeline.forward_end),
                 (BACKWARD_COLOUR, timeline.backward_start, timeline.backward_end),
@@ -114,8 +114,8 @@ def _draw_label(y: float, number: int, stage: Stage) -> str:
     return f'<text x="4" y="{y + 11}" font-size="10">{number}: {stage.layers} layers{redone}</text>'
 
 
-def _draw_box(x: float, y: float, width: float, colour: str, says: str) -> str:
+def _draw_box(x: float, y: float, width: float, colour: str, title: str) -> str:
     return (
         f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{ROW_HEIGHT_PX - ROW_GAP_PX}" fill="{colour}">'
-        f"<title>{escape(says)}</title></rect>"
+        f"<title>{escape(title)}</title></rect>"
     )

@@ -1,4 +1,4 @@
-"""A plan: the record that the planner writes and the engine reads."""
+"""The plan record, which the planner writes and the training engine reads."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ PLAN_SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One pipeline stage: layers [first_layer, first_layer + layers), their device class and what they need.
+    """One pipeline stage: layers [first_layer, first_layer + layers), their device class, memory and compute time.
 
     `memory_terms` are bytes by name and add up to `memory_bytes`, the peak. `compute_seconds` is one micro-batch
     forward and backward, recomputation included.
@@ -26,11 +26,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
-    """How a run is laid over a pool; `to_json` is what the engine and people read.
+    """Assignment of a run to a pool: sizes, stages, predicted time and memory.
 
-    `step_seconds` is the time model's; no layout of the same work on the pool is faster than `lower_bound`, and `gap`
-    is how far the plan may be above it. `bubble_fraction` is the share of the devices' time in which they do not
-    compute. A plan that is not feasible shows the layout that comes nearest to fitting.
+    `step_seconds` is predicted by the time model; no layout of the same workload on the pool is faster than
+    `lower_bound`, and `gap` is `step_seconds / lower_bound - 1`. `bubble_fraction` is the fraction of the devices' time
+    in which they do not compute. A plan that is not feasible has the layout that is nearest to fitting.
     """
 
     model: str
@@ -58,7 +58,7 @@ class PipelinePlan:
 
     @property
     def bounds(self) -> list[int]:
-        """Layer numbers at which stages begin, and the end: [0, 3, 5] is three layers and two."""
+        """Return the first layer of each stage, and the end: [0, 3, 5] is three layers and two."""
         return [stage.first_layer for stage in self.stages] + [self.stages[-1].first_layer + self.stages[-1].layers]
 
     @property
@@ -67,12 +67,12 @@ class PipelinePlan:
 
     @property
     def device_counts(self) -> dict[str, int]:
-        """How many devices of each class it takes."""
+        """Count the devices of each class that the plan uses."""
         return dict(Counter(stage.device_class for stage in self.stages for _ in range(self.data_size)))
 
     @property
     def recomputed(self) -> set[int]:
-        """Numbers of the layers that are recomputed: the first of each stage, whose activations live longest."""
+        """Return the recomputed layers: the first ones of each stage, whose activations are kept longest."""
         return {stage.first_layer + n for stage in self.stages for n in range(stage.recompute_layers)}
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class PipelinePlan:
         """Rebuild a plan from its JSON.
 
         Raises:
-            ValueError: if the schema is another, or a field is missing or unknown; it is named.
+            ValueError: if the schema differs, or a field is missing or unknown; the message names it.
         """
         if data.get("schema") != PLAN_SCHEMA:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Lay a model over a pool: the best grid and layout, scored again by simulation and explained."""
+"""Plan the training of a model on a pool: search grids and layouts, simulate the best ones, explain the result."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from yuan.plan.time_model import predict_compute_seconds, predict_forward_second
 from yuan.plan.workload import Grid, Workload
 
 Objective = Literal["time", "memory"]
-UNLIMITED_GIB = 900_000.0  # below what a pool file may say at most
+UNLIMITED_GIB = 900_000.0  # below pool.MAX_PLAUSIBLE_VALUE
 
 
 def make_plan(
@@ -29,19 +29,21 @@ def make_plan(
     explained: bool = True,
     kept: int = MAX_SIMULATED_CANDIDATES,
 ) -> PipelinePlan:
-    """The best way to train `work` on `pool`: sizes, layers, recomputed layers and device class of each stage.
+    """Compute the best plan to train `work` on `pool`: sizes, and layers, recomputed layers and device of each stage.
 
-    Minimised is the step's time, ties broken by peak memory and then lexicographically; with the objective "memory" the
-    fullest device, and then time. One and two device classes are solved exactly; beyond, `gap` says how far the plan
-    may be from the best. The best ten are simulated, and the fastest in that is taken.
+    The objective "time" minimises the step's time, ties broken by peak memory and then lexicographically; the objective
+    "memory" minimises the memory of the fullest device, and then time. One and two device classes are solved exactly;
+    with more, `gap` bounds the distance to the optimum. The `kept` best candidates are simulated, and the fastest in
+    simulation is returned.
 
     Args:
-        limits: pipeline, data or micro-batch size where it must be a given one.
-        kept: how many of the best are simulated.
-        explained: whether to also work out what an even split would cost and what a change of the pool would bring.
+        limits: fixed pipeline, data or micro-batch size, if any.
+        kept: number of best candidates to simulate.
+        explained: also compute what changes of the pool would gain.
 
     Returns:
-        A plan; if nothing fits, one with `feasible` False that shows the nearest layout and the smallest way out.
+        A plan; if nothing fits, one with `feasible` False that has the nearest layout and the smallest changes that
+        would make it fit.
 
     Raises:
         ValueError: if the objective is unknown or the limits contradict the model, the batch or the pool.
@@ -49,14 +51,17 @@ def make_plan(
     if objective not in get_args(Objective):
         raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
     check_limits(work, pool, limits)
-    found = search(work, pool, limits, objective, kept=kept)
-    if not found.candidates:
+    result = search(work, pool, limits, objective, kept=kept)
+    if not result.candidates:
         return _build_infeasible_plan(work, pool, limits, objective)
-    first = chosen = found.candidates[0]
+
+    first = chosen = result.candidates[0]
     if objective == "time":
-        simulated = [simulate_step_seconds(work, candidate) for candidate in found.candidates]
-        chosen = found.candidates[simulated.index(min(simulated))]
-    lower_bound = found.lower_bound if objective == "time" else None  # a bound on seconds, which are not minimised then
+        simulated = [simulate_step_seconds(work, candidate) for candidate in result.candidates]
+        chosen = result.candidates[simulated.index(min(simulated))]
+
+    # The bound is in seconds, which the objective "memory" does not minimise.
+    lower_bound = result.lower_bound if objective == "time" else None
     plan = build_plan(work, pool, chosen, objective, lower_bound=lower_bound)
     binding, text = explain(work, pool, limits, chosen, what_if=explained)
     if chosen is not first:
@@ -71,13 +76,13 @@ def make_plan(
 def make_plan_from_bounds(
     work: Workload, group: DeviceGroup, bounds: Sequence[int], *, data_size: int = 1, micro_batch_size: int = 1
 ) -> PipelinePlan:
-    """A layout that somebody chose, on devices of one class, as a plan: not searched, not explained.
+    """Build a plan from given stage bounds, on devices of one class, without search and explanation.
 
     Args:
-        bounds: layer numbers at which stages begin, and the end.
+        bounds: first layer of each stage, and the end.
 
     Raises:
-        ValueError: if the bounds are not those of the model's layers, or the batch does not divide.
+        ValueError: if the bounds do not cover the model's layers, or the batch does not divide.
     """
     stages, layers = len(bounds) - 1, [end - first for first, end in pairwise(bounds)]
     pool = Pool(name="given", groups=(replace(group, count=stages * data_size),))
@@ -88,8 +93,8 @@ def make_plan_from_bounds(
         micro_batch_size=micro_batch_size,
         grad_accum_steps=work.global_batch_size // data_size // micro_batch_size,
     )
-    none = [0] * stages
-    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=none, redone=none))
+    zeros = [0] * stages
+    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=zeros, redone=zeros))
 
 
 def build_plan(
@@ -100,10 +105,10 @@ def build_plan(
     *,
     lower_bound: float | None = None,
 ) -> PipelinePlan:
-    """A candidate as a plan, not yet explained."""
+    """Build a plan from a candidate, without explanation."""
     grid, layout = chosen.grid, chosen.layout
     stages = [_build_stage(work, chosen, s) for s in range(grid.pipeline_size)]
-    busy = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
+    compute_seconds = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
     return PipelinePlan(
         model=work.model.name,
         pool=pool.name,
@@ -119,7 +124,7 @@ def build_plan(
         stages=stages,
         step_seconds=layout.seconds,
         tokens_per_s=work.global_batch_size * work.seq_len / layout.seconds,
-        bubble_fraction=1 - busy / (grid.pipeline_size * layout.seconds),
+        bubble_fraction=1 - compute_seconds / (grid.pipeline_size * layout.seconds),
         peak_memory_bytes=layout.peak_bytes,
         lower_bound=lower_bound,
         gap=None if lower_bound is None else layout.seconds / lower_bound - 1,
@@ -130,28 +135,28 @@ def build_plan(
 
 
 def simulate_candidate(work: Workload, chosen: PlanCandidate) -> Timeline:
-    """A step of a candidate, event by event."""
+    """Simulate a step of a candidate, event by event."""
     grid, groups = chosen.grid, chosen.stage_groups
-    places = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
-    forward = [float(predict_forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in places]
-    whole = [
-        float(predict_compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in places
+    stages = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
+    forward = [float(predict_forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in stages]
+    both_passes = [
+        float(predict_compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in stages
     ]
-    links = [predict_transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]
-    backward = [all_ - first for all_, first in zip(whole, forward, strict=True)]
+    backward = [both - first for both, first in zip(both_passes, forward, strict=True)]
+    links = [predict_transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]  # one way
     return simulate(forward, backward, links, grid.grad_accum_steps)
 
 
 def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
-    """A plan's layout with its times and memory on a pool, which may have changed since.
+    """Compute times and memory of a plan's layout on a pool, which may have changed since it was planned.
 
     Raises:
-        ValueError: if the plan lays its stages on a class that the pool does not have.
+        ValueError: if the plan uses a device class that the pool does not have.
     """
     classes = {group.device_class: c for c, group in enumerate(pool.groups)}
     missing = sorted({stage.device_class for stage in plan.stages} - classes.keys())
     if missing:
-        raise ValueError(f"pool {pool.name!r} has no device class {missing}, on which the plan lies; plan again")
+        raise ValueError(f"pool {pool.name!r} has no device class {missing}, which the plan uses; plan again")
     grid = Grid(
         pipeline_size=plan.pipeline_size,
         data_size=plan.data_size,
@@ -169,12 +174,12 @@ def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
 
 
 def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
-    """Memory of each stage and a simulated step, as SVG."""
+    """Draw the memory of each stage and a simulated step, as SVG."""
     return draw(plan, pool, simulate_candidate(work, score_plan(work, pool, plan)))
 
 
 def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:
-    """A step's pipeline by simulation, and what follows it by the time model."""
+    """Return the seconds of a step: the pipeline by simulation, the part after it by the time model."""
     return simulate_candidate(work, candidate).seconds + candidate.predict_finish_seconds(work)
 
 
@@ -194,7 +199,7 @@ def _build_stage(work: Workload, chosen: PlanCandidate, s: int) -> Stage:
 
 
 def _build_infeasible_plan(work: Workload, pool: Pool, limits: SizeLimits, objective: Objective) -> PipelinePlan:
-    """The layout that needs the least memory, and what would make it possible."""
+    """Build a plan with the layout that needs the least memory, and explain what would make it fit."""
     nearest = search(work, _make_unlimited_pool(pool), limits, "memory").candidates
     if not nearest:
         raise ValueError(explain_infeasible(work, pool, limits))
@@ -205,7 +210,4 @@ def _build_infeasible_plan(work: Workload, pool: Pool, limits: SizeLimits, objec
 
 
 def _make_unlimited_pool(pool: Pool) -> Pool:
-    def grown(group: DeviceGroup) -> DeviceGroup:
-        return replace(group, memory_gib=UNLIMITED_GIB)
-
-    return replace(pool, groups=tuple(grown(group) for group in pool.groups))
+    return replace(pool, groups=tuple(replace(group, memory_gib=UNLIMITED_GIB) for group in pool.groups))

@@ -1,4 +1,4 @@
-"""Pools of devices, read from TOML."""
+"""Device pools: read, validate and write them as TOML."""
 
 import difflib
 import math
@@ -16,15 +16,16 @@ LauncherName = Literal["local", "slurm", "kubernetes"]
 
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0
-MAX_PLAUSIBLE_VALUE = 1e6  # GiB, TFLOP/s or GB/s that no device has; such a number is in another unit
+MAX_PLAUSIBLE_VALUE = 1e6  # GiB, TFLOP/s or GB/s above those of any device; a larger number is in a wrong unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRates:
-    """Rates of one device class as `cotrain calibrate` found them, for one shape of work.
+    """Rates of one device class measured by `cotrain calibrate`, for one model and batch shape.
 
-    Forward and backward of a layer and head with loss (forward and backward) in TFLOP/s, embedding and optimizer in
-    GB/s of the bytes they must touch, and what a stage spends on a micro-batch beside computing.
+    TFLOP/s of a layer's forward and backward pass, and of the head with loss (both passes); GB/s of the bytes that
+    embedding and optimizer read and write; and the overhead of a stage per micro-batch in microseconds. `what`
+    describes the measurement.
 
     Raises:
         ValueError: if a rate is not positive.
@@ -48,12 +49,12 @@ class MeasuredRates:
 class DeviceGroup:
     """Devices of one class, on nodes of `devices_per_node`.
 
-    Memory is what one device's programs can use, of which `reserve_gib` is left alone. `sustained_tflops` is for bf16,
-    `fp32_tflops` for fp32; `memory_gb_s` is the device's own memory. Links: GB/s and latency in microseconds, in one
-    direction, of a device inside its node and of a whole node to other nodes.
+    `memory_gib` is the memory that programs on one device can use, of which `reserve_gib` stays unused.
+    `sustained_tflops` is for bf16, `fp32_tflops` for fp32; `memory_gb_s` is the bandwidth of the device's memory.
+    Links: GB/s and latency in microseconds, one direction, of a device inside its node and of a node to other nodes.
 
     Raises:
-        ValueError: if a value is not a positive number, or the sustained rate lies above the peak.
+        ValueError: if a value is not a positive number, or the sustained rate is above the peak.
     """
 
     device_class: str
@@ -97,9 +98,9 @@ class DeviceGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """A named set of device groups that one run may be laid over.
+    """A named set of device groups for one run.
 
-    `launcher` is how processes are started on it, with what `launch` says to that launcher.
+    `launcher` names the launcher that starts the processes, `launch` holds its settings.
 
     Raises:
         ValueError: if there is no group, two have the same device class, or the launcher is unknown.
@@ -128,7 +129,7 @@ class Pool:
 
 
 def make_cpu_pool() -> Pool:
-    """Two training processes on this machine, one core each; the embedded stack's own pool."""
+    """Return the default pool of a local stack: two training processes on this machine, one core each."""
     group = DeviceGroup(
         device_class="cpu-process",
         count=2,
@@ -146,7 +147,7 @@ def load_pool(spec: str) -> Pool:
     """Read one pool from `FILE` or `FILE:NAME`.
 
     Raises:
-        ValueError: if the file, the name or a field is wrong; the message lists what is there.
+        ValueError: if the file, the name or a field is wrong; the message lists the valid ones.
     """
     file, _, name = spec.partition(":")
     try:
@@ -156,17 +157,17 @@ def load_pool(spec: str) -> Pool:
     _check_keys(data, {"pool"}, f"{file}")
     entries = data.get("pool", [])
     names = [str(entry.get("name")) for entry in entries]
-    chosen = [entry for entry in entries if not name or entry.get("name") == name]
-    if len(chosen) != 1:
+    matches = [entry for entry in entries if not name or entry.get("name") == name]
+    if len(matches) != 1:
         raise ValueError(f"{file} has the pools {names}; choose one as {file}:NAME{_suggest_nearest(name, names)}")
-    return parse_pool(chosen[0])
+    return parse_pool(matches[0])
 
 
 def parse_pool(entry: Mapping[str, Any]) -> Pool:
-    """One [[pool]] as a Pool; what a group leaves out comes from the known device of its class.
+    """Parse one [[pool]]; missing values of a group are taken from the known device of its class.
 
     Raises:
-        ValueError: if a key is unknown, with the nearest that is known, or a value is missing or wrong.
+        ValueError: if a key is unknown (the message suggests the nearest known one), or a value is missing or wrong.
     """
     _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
     if "name" not in entry:
@@ -189,7 +190,7 @@ def dump_pool(pool: Pool) -> str:
 
 
 def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is not given, for which TOML has no value."""
+    """Drop None values, which TOML cannot represent."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -200,14 +201,14 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
         raise ValueError(
             f"device class {name} cannot multiply bf16, in which Yuan is trained; use one of {_format_known_classes()}"
         )
-    book = asdict(DEVICE_SPECS[name]) if name in DEVICE_SPECS else {}
-    values = {**book, **entry}
+    defaults = asdict(DEVICE_SPECS[name]) if name in DEVICE_SPECS else {}
+    values = {**defaults, **entry}
     missing = {"device_class", "count", "memory_gib", "sustained_tflops"} - values.keys()
     if missing:
-        near = _suggest_nearest(name, list(DEVICE_SPECS))
+        suggestion = _suggest_nearest(name, list(DEVICE_SPECS))
         raise ValueError(
             f"a [[pool.group]] of device class {name!r} needs {', '.join(sorted(missing))}; known classes need only a "
-            f"count: {_format_known_classes()}{near}"
+            f"count: {_format_known_classes()}{suggestion}"
         )
     if "measured" in values:
         _check_keys(values["measured"], {field.name for field in fields(MeasuredRates)}, "[pool.group.measured]")
@@ -231,8 +232,8 @@ def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
 
 
 def _suggest_nearest(word: str, words: list[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {found[0]!r}?" if word and found else ""
+    matches = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {matches[0]!r}?" if word and matches else ""
 
 
 def _check_positive(what: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""What a given layout takes, whoever made it: straight from the memory and time models, without the solver."""
+"""Compute step time and peak memory of a given layout from the memory and time models, without the solver."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,30 +26,32 @@ def score(
     classes: Sequence[int],
     redone: Sequence[int],
 ) -> PlanCandidate:
-    """A layout with its step's seconds and its peak, whether it fits or not.
+    """Score a layout: step seconds and peak bytes, also for a layout that does not fit.
 
     Args:
         layers, classes, redone: for each stage its layers, the index of its group, and its recomputed layers.
 
     Raises:
-        ValueError: if the numbers of stages or layers are not those of the grid and the model.
+        ValueError: if the numbers of stages or layers differ from the grid and the model.
     """
     if not len(layers) == len(classes) == len(redone) == grid.pipeline_size or sum(layers) != work.model.num_layers:
         raise ValueError(
-            f"a layout of {grid.pipeline_size} stages and {work.model.num_layers} layers is needed, got {list(layers)}"
+            f"a layout needs {grid.pipeline_size} stages and {work.model.num_layers} layers, got {list(layers)}"
         )
-    placed = list(zip(range(grid.pipeline_size), [groups[c] for c in classes], layers, redone, strict=True))
-    own = [float(predict_compute_seconds(work, grid, group, s, n, r)) for s, group, n, r in placed]
+    stages = list(zip(range(grid.pipeline_size), [groups[c] for c in classes], layers, redone, strict=True))
+    compute = [float(predict_compute_seconds(work, grid, group, s, n, r)) for s, group, n, r in stages]
     links = [predict_transfer_seconds(work, grid, groups[a], groups[b]) for a, b in pairwise(classes)]
-    forward = [float(predict_forward_seconds(work, grid, group, s, n)) for s, group, n, _ in placed]
-    longer = [max(first, all_ - first) for first, all_ in zip(forward, own, strict=True)]
+    forward = [float(predict_forward_seconds(work, grid, group, s, n)) for s, group, n, _ in stages]
+    longer = [max(first, both - first) for first, both in zip(forward, compute, strict=True)]
     cheapest = min(predict_transfer_seconds(work, grid, a, b) for a in groups for b in groups)
-    returns = [cheapest * max(grid.pipeline_size - 2 - s, 0) for s, *_ in placed]
-    finish = max(float(predict_finish_seconds(work, grid, group, s, n)) for s, group, n, _ in placed)
-    seconds = sum(own) + sum(links) + max(compute_waits(own, longer, links, returns, grid.grad_accum_steps)) + finish
+    returns = [cheapest * max(grid.pipeline_size - 2 - s, 0) for s, *_ in stages]
+    finish = max(float(predict_finish_seconds(work, grid, group, s, n)) for s, group, n, _ in stages)
+    wait = max(compute_waits(compute, longer, links, returns, grid.grad_accum_steps))
+    seconds = sum(compute) + sum(links) + wait + finish
+
     peak = max(
         sum(int(size) for size in compute_memory_terms(work, grid, group, s, n, r).values())
-        for s, group, n, r in placed
+        for s, group, n, r in stages
     )
     layout = Layout(
         layers=tuple(layers),

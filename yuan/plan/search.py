@@ -1,4 +1,4 @@
-"""The best grid and layout for a model on a pool: every pipeline, data and micro-batch size, the promising first."""
+"""Search all grids (pipeline, data and micro-batch size) for the best layout, in order of their lower bounds."""
 
 import heapq
 from collections.abc import Iterator
@@ -13,17 +13,16 @@ from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import predict_compute_seconds, predict_finish_seconds
 from yuan.plan.workload import Grid, Workload
 
-MAX_SIMULATED_CANDIDATES = 10  # candidates that a simulation may score again
-MAX_SIMULATED_SLOWDOWN = (
-    1.03  # a plan slower by more than this cannot win by simulation, which agrees with the time model within it
-)
-NUM_GRIDS_BOUNDED_FIRST = 32  # grids that are bounded before one of them is solved
+MAX_SIMULATED_CANDIDATES = 10  # candidates returned for simulation
+# Time model and simulation agree within this factor, so a candidate slower by more cannot be the fastest in simulation.
+MAX_SIMULATED_SLOWDOWN = 1.03
+NUM_GRIDS_BOUNDED_FIRST = 32  # grids to bound before the first one is solved
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class PlanCandidate:
-    """A grid with its best layout."""
+    """A grid with a layout of it, usually its best."""
 
     grid: Grid
     layout: Layout
@@ -31,18 +30,18 @@ class PlanCandidate:
 
     @property
     def stage_groups(self) -> list[DeviceGroup]:
-        """The group that each stage lies on."""
+        """Return the device group of each stage."""
         return [self.groups[c] for c in self.layout.classes]
 
     def predict_finish_seconds(self, work: Workload) -> float:
-        """What follows the last backward pass, on the stage where it takes longest."""
-        placed = enumerate(zip(self.stage_groups, self.layout.layers, strict=True))
-        return max(float(predict_finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in placed)
+        """Return the seconds after the last backward pass, of the stage where they are most."""
+        stages = enumerate(zip(self.stage_groups, self.layout.layers, strict=True))
+        return max(float(predict_finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in stages)
 
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """What the sizes may be; None leaves them open."""
+    """Fixed sizes for the search; None leaves a size open."""
 
     pipeline_size: int | None = None
     data_size: int | None = None
@@ -51,14 +50,14 @@ class SizeLimits:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Candidates, best first, and a bound below which no layout on any grid lies."""
+    """Candidates, best first, and a lower bound on a step's seconds over all layouts on all grids."""
 
     candidates: tuple[PlanCandidate, ...]
     lower_bound: float
 
 
 def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
-    """Refuse sizes that no layout can have.
+    """Reject sizes that no layout can have.
 
     Raises:
         ValueError: if a size is not positive, there are more stages than layers, more processes than devices, or the
@@ -97,32 +96,32 @@ def search(
     cutoff: float = float("inf"),
     kept: int = MAX_SIMULATED_CANDIDATES,
 ) -> SearchResult:
-    """Lay a model over a pool in the best way.
+    """Search the best layouts of a model on a pool, by branch and bound over grids.
 
-    A grid is bounded by its arithmetic, then by `bounds`, and solved only if both lie below what was found.
+    A grid is bounded by its FLOPs, then by `yuan.plan.bounds`; it is solved only if both bounds are below the cutoff.
 
     Args:
         cutoff: seconds (bytes for the objective "memory") that a layout must be below.
-        kept: how many candidates are wanted.
+        kept: number of candidates to return.
 
     Returns:
-        The best candidate and those that come after it and are close; none if nothing fits.
+        The best candidate and the next best ones that are close to it; none if nothing fits.
     """
-    found = _GridSearch(work, pool.groups, objective, cutoff, kept)
-    bounded = sorted((found.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
+    grids = _GridSearch(work, pool.groups, objective, cutoff, kept)
+    bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
     for n, (bound, _, grid) in enumerate(bounded):
-        if bound >= found.cutoff:
+        if bound >= grids.cutoff:
             break
-        found.consider(grid)
+        grids.consider(grid)
         if n == NUM_GRIDS_BOUNDED_FIRST:
-            found.solve_next()
-    while found.pending:
-        found.solve_next()
-    return found.result()
+            grids.solve_next()
+    while grids.pending:
+        grids.solve_next()
+    return grids.result()
 
 
 def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLimits()) -> bool:
-    """Whether any layout fits; a smaller micro-batch never needs more memory, so only the smallest is tried."""
+    """Return True if any layout fits; only the smallest micro-batch is tried, since it never needs more memory."""
     smallest = replace(limits, micro_batch_size=limits.micro_batch_size or 1)
     for grid in sorted(iter_grids(work, pool, smallest), key=lambda grid: -grid.pipeline_size):
         costs = build_stage_costs(work, grid, pool.groups)
@@ -132,36 +131,38 @@ def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLim
 
 
 class _GridSearch:
-    """Grids waiting to be solved, the most promising first, and the best candidates so far."""
+    """A queue of grids to solve, lowest bound first, and the best candidates so far."""
 
     def __init__(
         self, work: Workload, groups: tuple[DeviceGroup, ...], objective: str, cutoff: float, kept: int
     ) -> None:
-        self.work, self.groups, self.objective, self.below, self.kept = work, groups, objective, cutoff, kept
+        self.work, self.groups, self.objective, self.max_value, self.kept = work, groups, objective, cutoff, kept
         self.pending: list[tuple[float, int, Grid, StageCosts]] = []
         self.best: list[tuple[tuple[object, ...], PlanCandidate, StageCosts]] = []
-        self.seen = 0
-        self.floor = float("inf")  # seconds below which no layout lies on any grid that was solved
+        self.num_queued = 0  # breaks ties in the queue
+        self.floor = float("inf")  # lower bound over the grids that were solved
 
     @property
     def cutoff(self) -> float:
-        """What a grid must be able to beat: the last of the kept, or what is close enough to the first."""
+        """Return the value that a grid has to beat: that of the last kept candidate, or the first with slack."""
         if not self.best:
-            return self.below
+            return self.max_value
         values = [self._get_objective_value(candidate.layout) for _, candidate, _ in self.best]
         return min(
-            self.below, values[0] * MAX_SIMULATED_SLOWDOWN, values[-1] if len(values) == self.kept else float("inf")
+            self.max_value, values[0] * MAX_SIMULATED_SLOWDOWN, values[-1] if len(values) == self.kept else float("inf")
         )
 
     @property
     def fastest(self) -> float:
-        """Seconds of the best so far, for the objective "time"."""
+        """Return the seconds of the best candidate so far; infinite without one or for the objective "memory"."""
         return self.best[0][1].layout.seconds if self.best and self.objective == "time" else float("inf")
 
     def bound_grid(self, grid: Grid) -> float:
+        """Return a cheap lower bound of a grid's objective, without its stage costs."""
         return _bound_by_arithmetic(self.work, grid, self.groups) if self.objective == "time" else 0.0
 
     def consider(self, grid: Grid) -> None:
+        """Queue a grid unless its lower bound is not below the cutoff."""
         costs = build_stage_costs(self.work, grid, self.groups)
         if self.objective == "time":
             bound = bound_step_seconds(costs, self.cutoff)
@@ -169,11 +170,11 @@ class _GridSearch:
             peak = bound_peak_bytes(costs, self.cutoff)
             bound = float("inf") if peak is None else peak
         if bound < self.cutoff:
-            self.seen += 1
-            heapq.heappush(self.pending, (bound, self.seen, grid, costs))
+            self.num_queued += 1
+            heapq.heappush(self.pending, (bound, self.num_queued, grid, costs))
 
     def solve_next(self) -> None:
-        """Solve the most promising of the grids that wait; forget all if even that cannot be good enough."""
+        """Solve the queued grid with the lowest bound; clear the queue if that bound is not below the cutoff."""
         if not self.pending:
             return
         bound, _, grid, costs = heapq.heappop(self.pending)
@@ -189,7 +190,7 @@ class _GridSearch:
             self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
 
     def result(self) -> SearchResult:
-        """The candidates; of the best, the layout with the least peak among equally fast ones."""
+        """Return the candidates; of the best grid, the layout with the lowest peak memory among equally fast ones."""
         candidates = [candidate for _, candidate, _ in self.best]
         if candidates:
             first = candidates[0]
@@ -206,10 +207,10 @@ class _GridSearch:
 
 
 def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]:
-    """Every grid that devices and batch allow: A · B · D is the batch, and all replicas of a stage are of one class."""
+    """Yield all grids for the devices and the batch: A · B · D is the batch, replicas of a stage are of one class."""
     sizes = (limits.micro_batch_size,) if limits.micro_batch_size else MICRO_BATCH_SIZES
-    most = max(group.count for group in pool.groups)
-    for data in [limits.data_size] if limits.data_size else range(1, most + 1):
+    max_data = max(group.count for group in pool.groups)
+    for data in [limits.data_size] if limits.data_size else range(1, max_data + 1):
         slots = sum(group.count // data for group in pool.groups)
         stages = range(1, min(slots, work.model.num_layers) + 1)
         for micro in sizes:
@@ -222,33 +223,41 @@ def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]
 
 
 def _bound_by_arithmetic(work: Workload, grid: Grid, groups: tuple[DeviceGroup, ...]) -> float:
-    """No layout on the grid takes a shorter step: the fastest devices, all of them used to the full, nothing sent."""
+    """Return a lower bound on a step of the grid: the fastest devices, fully used, without communication."""
 
     def seconds(group: DeviceGroup, stage: int, layers: int) -> float:
         return float(predict_compute_seconds(work, grid, group, stage, layers, 0))
 
+    # Seconds of one layer on each class, and the fastest devices that the grid has stages for.
     last = grid.pipeline_size - 1
     layer = {group: seconds(group, last, 1) - seconds(group, last, 0) for group in groups}
     fastest = sorted(groups, key=layer.__getitem__)
     devices = [group for group in fastest for _ in range(group.count // grid.data_size)][: grid.pipeline_size]
+
+    # Σ c: all layers on the fastest class, and the head.
     head = min(seconds(group, last, 0) for group in groups)
     total = work.model.num_layers * layer[fastest[0]] + head
     if grid.grad_accum_steps == 1:
         return total
-    done = work.model.num_layers + head / layer[fastest[-1]]  # in layers
-    return total + done / compute_layers_per_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
+
+    # μ: the work of a micro-batch, in layers, over the most layers that fit per second of μ.
+    num_layers = work.model.num_layers + head / layer[fastest[-1]]
+    return total + num_layers / compute_layers_per_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
 
 
 def compute_layers_per_wait(rates: list[float], accum: int) -> float:
-    """The most layers that stages of these rates, fastest first, can do for a micro-batch, by second of the wait.
+    """Return the most layers per micro-batch and second of μ that stages with these rates, fastest first, can take.
 
-    Of a wait μ (`critical`) a full stage can have c <= (μ - what lies behind it) / f, so that the best is linear in
-    what is left of μ: each stage takes all it can or nothing. The fastest first is the best order: two neighbours in
-    the other order can change places, with their times if the first has less, else without. A stage that is never full
-    has at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
+    Under a limit μ (see `critical_path`) a full stage has c <= (μ - Σ u of the later stages) / f, so the optimum is
+    linear in the remaining μ: each stage takes the most it can or nothing. Fastest first is the best order: two
+    neighbours in the other order can be swapped, with their times if the first has less time, else without. A stage
+    that is never full has c of at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
     """
-    full = [int(f) for f in count_steady_batches(len(rates), accum) if f > 0]
-    best, never = 0.0, (len(rates) - len(full)) * rates[0] * 2 / (accum - 1)
-    for rate, f in zip(rates, full, strict=False):
+    steady_counts = [int(f) for f in count_steady_batches(len(rates), accum) if f > 0]
+    num_never_full = len(rates) - len(steady_counts)
+    never_full = num_never_full * rates[0] * 2 / (accum - 1)
+
+    best = 0.0
+    for rate, f in zip(rates, steady_counts, strict=False):
         best = max(best, best + (rate - best) / f)
-    return best + never
+    return best + never_full

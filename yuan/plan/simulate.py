@@ -1,7 +1,7 @@
-"""A step of 1F1B, event by event: when each stage computes which micro-batch.
+"""Simulate a step of 1F1B, event by event: when each stage computes each micro-batch.
 
-The order of work is DeepSpeed's: at tick t a stage whose number has the parity of t runs a forward pass, the others a
-backward pass; before it, neighbours hand over a gradient and an activation, and both wait until that is done.
+The order is that of DeepSpeed: at tick t a stage whose number has the parity of t runs a forward pass, the others a
+backward pass; before it, neighbours exchange a gradient and an activation, and both block until that is done.
 
 Letters: P stages, A micro-batches; x the time to send an activation, and as much for its gradient.
 """
@@ -16,7 +16,7 @@ from yuan.plan.time_model import FloatArray
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each stage begins and ends each micro-batch's passes, in seconds: four arrays (P, A)."""
+    """Start and end of the passes of each micro-batch on each stage, in seconds: four arrays (P, A)."""
 
     forward_start: FloatArray
     forward_end: FloatArray
@@ -25,18 +25,18 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first forward pass to the last backward pass."""
+        """Return the seconds from the first forward pass to the last backward pass."""
         return float(self.backward_end.max())
 
     @property
     def idle_share(self) -> float:
-        """The share of all stages' time in which they compute nothing."""
+        """Return the fraction of all stages' time in which they do not compute."""
         busy = (self.forward_end - self.forward_start).sum() + (self.backward_end - self.backward_start).sum()
         return float(1 - busy / (self.seconds * len(self.forward_start)))
 
 
 def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequence[float], accum: int) -> Timeline:
-    """Run A micro-batches through P stages.
+    """Simulate A micro-batches on P stages.
 
     Args:
         forward, backward: seconds of a micro-batch on each stage, recomputation within the backward pass.
@@ -53,17 +53,21 @@ def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequenc
     x = np.array(links, np.float64)
     numbers, clock = np.arange(stages), np.zeros(stages)
     starts, ends = np.zeros((2, stages, accum)), np.zeros((2, stages, accum))
+
     for tick in range(2 * (accum + stages - 1)):
         kind = (tick + numbers) % 2  # 0 forward, 1 backward
         batch = np.where(kind == 0, (tick - numbers) // 2, (tick + numbers + 1) // 2 - stages)
-        works = (batch >= 0) & (batch < accum)
-        left = numbers[:-1][
-            kind[:-1] == 1
-        ]  # the pairs that meet: a stage before its backward pass, the next before a forward
-        sent = works[left].astype(np.int64) + works[left + 1]
-        meets = left[sent > 0]
-        clock[meets] = clock[meets + 1] = np.maximum(clock[meets], clock[meets + 1]) + x[meets] * sent[sent > 0]
-        at = numbers[works]
+        is_active = (batch >= 0) & (batch < accum)
+
+        # Pairs (s, s + 1) exchange tensors if s has a backward pass next and s + 1 a forward pass; both wait for the
+        # later one, and then for one transfer per active stage.
+        senders = numbers[:-1][kind[:-1] == 1]
+        num_transfers = is_active[senders].astype(np.int64) + is_active[senders + 1]
+        pairs = senders[num_transfers > 0]
+        ready = np.maximum(clock[pairs], clock[pairs + 1])
+        clock[pairs] = clock[pairs + 1] = ready + x[pairs] * num_transfers[num_transfers > 0]
+
+        at = numbers[is_active]
         starts[kind[at], at, batch[at]] = clock[at]
         clock[at] += seconds[kind[at], at]
         ends[kind[at], at, batch[at]] = clock[at]

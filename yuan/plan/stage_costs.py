@@ -1,4 +1,4 @@
-"""A problem of laying layers over stages, in numbers only: what the solver sees.
+"""The input of the solver: costs of pipeline stages as numeric coefficients.
 
 Every cost is affine in a stage's layers and recomputed layers, with coefficients for each stage and device class.
 Letters: P stages, C device classes, L layers.
@@ -21,22 +21,24 @@ from yuan.plan.time_model import (
 )
 from yuan.plan.workload import Grid, Workload
 
-DOES_NOT_FIT = -1  # of recomputed layers: the stage does not fit at all
+DOES_NOT_FIT = -1  # value of `redone` for a stage that does not fit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageCosts:
-    """Coefficients (P, C), links, and how many stages each class has room for.
+    """Coefficients (P, C), links, and the number of stages (`slots`) that each class can hold.
 
     A stage of l layers, r of them recomputed, takes fixed_bytes + l · layer_bytes - r · saved_bytes, and extra_bytes if
-    r > 0; a micro-batch fixed_s + l · layer_s + r · redo_s, of which the forward pass is forward_fixed_s +
-    l · forward_layer_s; and after the last one finish_fixed_s + l · finish_layer_s.
-    No layer saves more than it needs, so what fits with some layers fits with fewer. A bare stage may have no layer, as
-    the last, which holds norm and head. Places count its layers and one more, so that every stage has at least one
-    place. (The first stage needs a layer: DeepSpeed reduces gradient norms group by group, and an embedding alone has
-    no group of parameters without decay.)
-    link_s (P, C, C) is between a stage of the first class and the next stage of the second; the last row is zero.
-    return_s (P,) is what the links behind the next stage take together, at the least.
+    r > 0; a micro-batch takes fixed_s + l · layer_s + r · redo_s, of which the forward pass is forward_fixed_s +
+    l · forward_layer_s; and the finish after the last micro-batch takes finish_fixed_s + l · finish_layer_s.
+
+    Recomputing a layer never saves more memory than the layer needs, so a stage that fits also fits with fewer layers.
+    A bare stage may have no layer, as the last one, which holds norm and head. Its places count its layers plus one, so
+    that every stage has at least one place. (The first stage needs a layer: DeepSpeed reduces gradient norms group by
+    group, and an embedding alone has no group of parameters without decay.)
+
+    link_s (P, C, C) is the time between a stage of the first class and the next stage of the second; the last row is
+    zero. return_s (P,) is a lower bound on the time of all links behind the next stage.
     """
 
     num_layers: int
@@ -68,7 +70,7 @@ class StageCosts:
 
     @property
     def has_places(self) -> bool:
-        """Whether there is a layer for every stage that needs one, and a device for every stage."""
+        """Return True if there are enough layers and devices for all stages."""
         return self.num_stages <= min(self.num_places, sum(self.slots))
 
     @property
@@ -77,17 +79,17 @@ class StageCosts:
 
     @cached_property
     def places(self) -> IntArray:
-        """The numbers of places a stage may have: 1 up to what leaves one for every other stage."""
+        """Return the possible numbers of places of a stage: from 1 up to all but one place per other stage."""
         return np.arange(1, max(self.num_places - self.num_stages + 2, 1))
 
     @cached_property
     def layers(self) -> IntArray:
-        """The numbers of layers that go with `places`, (P, 1, places)."""
+        """Return the numbers of layers for `places`, (P, 1, places)."""
         return (self.places - np.array(self.bare, np.int64)[:, None])[:, None, :]
 
     @cached_property
     def redone(self) -> IntArray:
-        """The fewest layers to recompute so that a stage fits, (P, C, places); NEVER if it does not."""
+        """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT, (P, C, places)."""
         need = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * self.layers - self.capacity[..., None]
         need_more, saved = need + self.extra_bytes[..., None], np.maximum(self.saved_bytes, 1)[..., None]
         redone = np.where(need <= 0, 0, -(-need_more // saved))
@@ -96,19 +98,19 @@ class StageCosts:
 
     @cached_property
     def seconds(self) -> FloatArray:
-        """One micro-batch on a stage, (P, C, places); infinite where the stage does not fit."""
+        """Return the seconds of one micro-batch on a stage, infinite if it does not fit, (P, C, places)."""
         seconds = self.fixed_s[..., None] + self.layer_s[..., None] * self.layers + self.redo_s[..., None] * self.redone
         return np.where(self.redone == DOES_NOT_FIT, np.inf, seconds)
 
     @cached_property
     def longer(self) -> FloatArray:
-        """The longer of a stage's two passes, (P, C, places); the forward pass where the stage does not fit."""
+        """Return the longer of a stage's two passes, the forward pass if it does not fit, (P, C, places)."""
         forward = self.forward_fixed_s[..., None] + self.forward_layer_s[..., None] * self.layers
         passes: FloatArray = np.maximum(forward, np.where(self.redone == DOES_NOT_FIT, 0.0, self.seconds) - forward)
         return passes
 
     def bound_seconds_behind(self, most: IntArray) -> FloatArray:
-        """For each stage, Σ (c + x) of the later ones at the least, if stages hold no more than `most` places, (P,)."""
+        """Return a lower bound on Σ (c + x) of all later stages, if stages hold at most `most` places, (P,)."""
         usable = np.array(self.slots) > 0
         bare = np.array(self.bare, np.int64)
         fixed = self.fixed_s[:, usable].min(axis=1)
@@ -118,30 +120,33 @@ class StageCosts:
 
     @cached_property
     def finish(self) -> FloatArray:
-        """What follows the last micro-batch, (P, C, places)."""
+        """Return the seconds of a stage after the last micro-batch, (P, C, places)."""
         return self.finish_fixed_s[..., None] + self.finish_layer_s[..., None] * self.layers
 
     def count_places(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Convert layers per stage to places per stage."""
         return tuple(n + is_bare for n, is_bare in zip(layers, self.bare, strict=True))
 
     def count_layers(self, places: Sequence[int]) -> tuple[int, ...]:
+        """Convert places per stage to layers per stage."""
         return tuple(n - is_bare for n, is_bare in zip(places, self.bare, strict=True))
 
     def get_fewest_redone(self, stage: int, device: int, layers: int) -> int:
-        """The fewest layers to recompute so that a stage fits; NEVER if it does not."""
+        """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT."""
         return int(self.redone[stage, device, layers - 1 + self.bare[stage]])
 
     def compute_bytes(self, stage: int, device: int, layers: int, redone: int) -> int:
+        """Return the memory of a stage on a device class, in bytes."""
         at = (stage, device)
         kept = int(self.fixed_bytes[at]) + layers * int(self.layer_bytes[at]) - redone * int(self.saved_bytes[at])
         return kept + (int(self.extra_bytes[at]) if redone else 0)
 
     def cap_memory(self, most: int) -> "StageCosts":
-        """The same with no more than `most` bytes on any device."""
+        """Return the costs with at most `most` bytes on any device."""
         return replace(self, capacity=np.minimum(self.capacity, most))
 
     def fix_classes(self, classes: Sequence[int]) -> "StageCosts":
-        """What is left when each stage's class is decided."""
+        """Return the costs with the class of each stage fixed, as a problem with a single class."""
         rows, columns = np.arange(self.num_stages), np.asarray(classes)
         following = np.append(columns[1:], columns[-1])
         changes: dict[str, IntArray | FloatArray] = {
@@ -157,7 +162,7 @@ class StageCosts:
 
 
 def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> StageCosts:
-    """The coefficients of a grid over device classes, read off the memory and time models at their corners."""
+    """Compute the coefficients of a grid, from values of the affine memory and time models at 0, 1 and 2 layers."""
     stages = np.arange(grid.pipeline_size)[:, None]
 
     def memory(layers: Sequence[int], redone: Sequence[int]) -> IntArray:
@@ -176,8 +181,10 @@ def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup])
     def link(a: DeviceGroup, b: DeviceGroup) -> float:
         return predict_transfer_seconds(work, grid, a, b)
 
-    links = np.zeros((grid.pipeline_size, len(groups), len(groups)))
+    links = np.zeros((grid.pipeline_size, len(groups), len(groups)))  # the last stage has no link behind it
     links[:-1] = [[link(a, b) for b in groups] for a in groups]
+
+    # Memory at (layers, recomputed) = (0, 0), (1, 0), (1, 1), (2, 1), (2, 2), each (P, C).
     nothing, one, one_redone, two, two_redone = np.moveaxis(memory((0, 1, 1, 2, 2), (0, 0, 1, 1, 2)), -1, 0)
     fixed_s, layer_s, redone_s = np.moveaxis(time((0, 1, 1), (0, 0, 1)), -1, 0)
     forward, finish = each(predict_forward_seconds), each(predict_finish_seconds)
@@ -204,7 +211,7 @@ def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup])
 
 
 def bound_return_seconds(links: FloatArray) -> FloatArray:
-    """For each stage, what the links behind the next stage take together if each is the cheapest."""
+    """Return for each stage the time of all links behind the next stage if each is the cheapest, (P,)."""
     cheapest = links.min(axis=(1, 2))
     behind: FloatArray = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0.0)
     return behind

@@ -1,13 +1,13 @@
-"""A plan as text for people."""
+"""Format a plan as a text table."""
 
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan, Stage
 
-BAR_WIDTH_CHARS = 20  # characters
+BAR_WIDTH_CHARS = 20
 
 
 def format_plan_table(plan: PipelinePlan) -> str:
-    """The plan's sizes, its figures, a line a stage and the explanation."""
+    """Return the plan's sizes, predicted figures, one line per stage, and the explanation."""
     fullest = max(stage.memory_bytes for stage in plan.stages)
     memory_width = BAR_WIDTH_CHARS + 8
     head = [
@@ -17,7 +17,7 @@ def format_plan_table(plan: PipelinePlan) -> str:
         f"{plan.step_seconds:.4g} s a step, {plan.tokens_per_s:,.0f} tokens/s, idle {plan.bubble_fraction:.1%}, "
         f"fullest device {plan.peak_memory_bytes / GIB:.1f} GiB, {_format_optimality(plan)}",
         "",
-        f"{'stage':>5}  {'layers':<12} {'redone':>6}  {'device':<12} {'memory, GiB':<{memory_width}} "
+        f"{'stage':>5}  {'layers':<12} {'recomputed':>10}  {'device':<12} {'memory, GiB':<{memory_width}} "
         f"{'s/micro-batch':>13}",
     ]
     lines = [_format_stage_line(n, stage, fullest) for n, stage in enumerate(plan.stages)]
@@ -29,8 +29,8 @@ def _format_optimality(plan: PipelinePlan) -> str:
     if not plan.feasible:
         return "does not fit"
     if plan.gap is None:
-        return "least possible" if plan.objective == "memory" else "no bound"
-    return "proven best" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the best"
+        return "minimum memory" if plan.objective == "memory" else "no bound"
+    return "proven optimal" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the optimum"
 
 
 def _format_stage_line(number: int, stage: Stage, fullest: int) -> str:
@@ -38,7 +38,7 @@ def _format_stage_line(number: int, stage: Stage, fullest: int) -> str:
     layers = f"{stage.first_layer}-{last} ({stage.layers})"
     bar = "#" * max(1, round(BAR_WIDTH_CHARS * stage.memory_bytes / fullest))
     return (
-        f"{number:>5}  {layers:<12} {stage.recompute_layers:>6}  {stage.device_class:<12} "
+        f"{number:>5}  {layers:<12} {stage.recompute_layers:>10}  {stage.device_class:<12} "
         f"{stage.memory_bytes / GIB:7.1f} {bar:<{BAR_WIDTH_CHARS}} {stage.compute_seconds:13.4g}"
     )
 

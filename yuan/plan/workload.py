@@ -1,4 +1,4 @@
-"""What is to be laid out: a model, its batches, and the grid of pipeline, data and micro-batch size."""
+"""The workload to plan: a model, its batches, and the grid of pipeline, data and micro-batch size."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -6,15 +6,19 @@ from typing import get_args
 from yuan.config import ModelConfig, Precision, Recipe
 
 LOSS_BLOCK_BYTES = 512 * 2**20
-PUBLISHED_BATCH_SIZES = {"2b": 384, "51b": 1152, "102b": 1152}  # samples a step; examples of the official repository
+PUBLISHED_BATCH_SIZES = {
+    "2b": 384,
+    "51b": 1152,
+    "102b": 1152,
+}  # samples per step, from the examples of the official repository
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model and the samples of one optimizer step.
 
-    `loss_block` is the number of rows of logits that exist at a time on the last stage; None is the plain loss, which
-    keeps all of them (for comparison: the engine never does). `isolate_documents` costs an attention mask.
+    `loss_block` is the number of rows of logits in memory at a time on the last stage; None is the plain loss, which
+    keeps all rows (for comparison only: the engine never does). `isolate_documents` needs memory for an attention mask.
 
     Raises:
         ValueError: if a number is not positive.
@@ -37,7 +41,7 @@ class Workload:
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":
-        """What a recipe asks for, with block-wise loss."""
+        """Build the workload of a recipe, with block-wise loss."""
         return cls(
             model=model,
             seq_len=recipe.seq_len,
@@ -53,7 +57,7 @@ class Workload:
 
 
 def compute_default_loss_block(model: ModelConfig) -> int:
-    """Rows whose logits take 512 MiB in fp32."""
+    """Return the number of rows whose fp32 logits take LOSS_BLOCK_BYTES (512 MiB)."""
     return max(1, LOSS_BLOCK_BYTES // (4 * model.vocab_size))
 
 

@@ -49,7 +49,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], *, keep: int, event: EventCallback) -> None:
         self.folder, self.about, self.keep, self.event = folder, dict(about), keep, event
-        # An own gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
+        # A separate gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         # The newest checkpoint up to this step is kept, since the run may have to roll back to it.

@@ -99,7 +99,7 @@ class PlannedPipeline(PipelineModule):
     Args:
         bounds: first transformer layer of each stage, and the end, as `PipelinePlan.bounds`.
         loss_block: rows of logits computed at a time on the last stage; for None see `head_loss`.
-        isolated: whether attention is limited to the own packed document; see `make_packed_inputs`.
+        isolated: whether attention stays within each packed document; see `make_packed_inputs`.
         recomputed: numbers of the layers that are recomputed in the backward pass.
         tally: sums the losses by source; the labels are then (next tokens, weights, sources of the rows).
 
