@@ -1,4 +1,4 @@
-"""Runs of a small model for the tests of training: laid out, launched, and the same training as a plain loop."""
+"""Prepare and launch runs of a small model for the training tests, and repeat them as a plain loop."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ WEIGHTS = {"long": 3.0, "short": 1.0}
 
 
 def make(parent):
-    """A parent model and two sources of unequal documents."""
+    """Make a parent model and two sources of documents of different lengths."""
     tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
     config = ModelConfig(name="test", num_layers=3, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
     torch.manual_seed(1)
@@ -51,7 +51,7 @@ def make(parent):
 
 
 def two_stages(config, recipe):
-    """The plan for two processes, its first layer recomputed as if memory were short."""
+    """Return a plan for two processes that recomputes its first layer, as if memory were short."""
     limits = SizeLimits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
     plan = make_plan(Workload.from_recipe(config, recipe), make_cpu_pool(), limits)
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
@@ -60,7 +60,7 @@ def two_stages(config, recipe):
 def lay_out(folder, made, recipe=RECIPE, plan=None):
     parent, config, sources = made
     folder.mkdir(parents=True)
-    shutil.copytree(parent, folder / "parent")  # confined ranks read their own folder alone
+    shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
     (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     spec = RunSpec(
         kind="finetune",
@@ -89,7 +89,7 @@ def run(folder, script=None):
 
 
 def plain_steps(made, finished, recipe=RECIPE):
-    """Loss and norm of each step of the same training as a loop anybody can read: one process, torch alone."""
+    """Return loss and gradient norm of each step of the same training as a plain loop: one process, only torch."""
     parent, config, _ = made
     corpus = finished.open_corpus(seed=5)
     model = Yuan(config)
@@ -118,5 +118,5 @@ def plain_steps(made, finished, recipe=RECIPE):
 
 
 def trained_steps(folder):
-    """The same of a run."""
+    """Return loss and gradient norm of each step of a run."""
     return [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]

@@ -1,4 +1,4 @@
-"""Checkpoints: what is real, what is damaged, and pieces read in other cuts than they were written."""
+"""Test checkpoints: commit, damage, and pieces read in other cuts than they were written."""
 
 import json
 
@@ -21,7 +21,7 @@ def events():
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(tmp_path_factory):
-    """A process group of one; many ranks are in test_training."""
+    """Start a process group of one rank; test_training covers several ranks."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/met", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Names of DeepSpeed that are no documented interface: each is listed, each is there."""
+"""Check that each undocumented DeepSpeed name that is used is listed, and that it exists."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ SOURCES = [Path(file) for file in Path(zero.__file__).parent.glob("*.py")]
 
 
 def listed():
-    """Return place and name of each entry of the list in the package's docstring."""
+    """Return location and name of each entry of the list in the package's docstring."""
     place, entries = None, []
     for row in inspect.getdoc(zero).splitlines():
         if re.fullmatch(r"deepspeed[\w.]+", row):
@@ -27,7 +27,7 @@ def listed():
 
 
 def source_of(place):
-    """Return the code of a module, or of a class with those that it is made from."""
+    """Return the source of a module, or of a class with its base classes in DeepSpeed."""
     try:
         return inspect.getsource(importlib.import_module(place))
     except ModuleNotFoundError:
@@ -37,7 +37,7 @@ def source_of(place):
 
 
 def is_own(name, tree):
-    """Whether a private name is one that the module itself defines."""
+    """Return True if the module itself defines a private name."""
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stored = {
         node.attr

@@ -1,4 +1,4 @@
-"""The guard: what it takes for wrong, and how far it goes."""
+"""Test the guard: which steps it judges faulty, and which action it chooses."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def test_before_enough_steps_only_what_is_not_finite_is_wrong():
 
 
 def climb(decisions, step, recipe=RECIPE):
-    """Take a step that is wrong twice through the ladder; what was done, and the decisions then."""
+    """Apply the guard's action to a step that is faulty twice; return the action and the new decisions."""
     rung, span = decisions.choose_action(step, recipe), (8 * step, 8 * step + 8)
     if rung == "skip":
         return rung, decisions.skip(step, span)

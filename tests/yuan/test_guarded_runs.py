@@ -1,4 +1,4 @@
-"""Runs that go wrong on purpose: what the guard and the watch make of them."""
+"""Test how guard and heartbeat handle runs with injected faults."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def spoilt(folder, made, recipe=LONG, **plant):
 
 
 def trained(folder):
-    """Positions that the run's steps were trained on, in their order."""
+    """Return the data positions of the run's steps, in order."""
     skipped = GuardDecisions.read(folder.path / "guard.json").skipped
     spans = [(row["data/first_position"], row["data/end_position"]) for row in folder.read_metrics()]
     return [p for first, end in spans for p in range(first, end) if not any(a <= p < b for a, b in skipped)]

@@ -1,4 +1,4 @@
-"""Configurations, pools and plans."""
+"""Test configurations, pools and plans."""
 
 import dataclasses
 from itertools import product

@@ -1,4 +1,4 @@
-"""Rates found from the clock."""
+"""Test the rates computed from measured times."""
 
 import dataclasses
 

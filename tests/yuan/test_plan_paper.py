@@ -1,4 +1,4 @@
-"""The paper's models against the paper's figures."""
+"""Compare the paper's models with the paper's figures."""
 
 import pytest
 

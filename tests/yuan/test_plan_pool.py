@@ -1,4 +1,4 @@
-"""Pool files."""
+"""Test pool files."""
 
 import pytest
 

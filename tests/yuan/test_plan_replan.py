@@ -1,4 +1,4 @@
-"""New plans for changed pools."""
+"""Test new plans for changed pools."""
 
 import dataclasses
 
@@ -48,7 +48,8 @@ def test_a_lost_device_ends_the_old_plan(current):
 
 def test_a_slow_device_gets_less_work():
     pool = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 4}]})
-    limited = dataclasses.replace(WORK, global_batch_size=63)  # no even data size divides it: a pipeline of four
+    # No even data size divides this batch, so the pipeline has four stages.
+    limited = dataclasses.replace(WORK, global_batch_size=63)
     before = make_plan(limited, pool, explained=False)
     slow = split_slow_devices(pool, "A100-80", 1, 0.5)
     new = replan(limited, before, slow)

@@ -1,4 +1,4 @@
-"""The simulator beside DeepSpeed's own schedule, and the time model beside the simulator."""
+"""Compare the simulator with DeepSpeed's schedule, and the time model with the simulator."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ RECEIVES = {"RecvActivation": -1, "RecvGrad": 1}
 
 
 def replayed(forward, backward, links, accum):
-    """Seconds until the last backward pass, by DeepSpeed's instructions; a send and its receive wait for each other."""
+    """Return the seconds to the last backward pass by DeepSpeed's instructions; a send blocks until its receive."""
     stages = len(forward)
     streams = [
         [command for step in schedule.TrainSchedule(accum, stages, s).steps() for command in step]
@@ -68,7 +68,7 @@ def test_no_stage_does_two_things_at_once():
 
 
 def closed_form(forward, backward, links, accum):
-    """The time model's step, less what follows it; `links` are one direction."""
+    """Return the time model's step without the finish; `links` are one direction."""
     both = [2 * x for x in links]
     own, longer = forward + backward, np.maximum(forward, backward)
     returns = [sum(both[k + 1 :]) for k in range(len(own))]
@@ -77,7 +77,7 @@ def closed_form(forward, backward, links, accum):
 
 @st.composite
 def pipelines(draw, most_spread):
-    """Passes of stages whose times differ by up to `most_spread` of the least, links, and micro-batches."""
+    """Draw passes of stages whose times exceed the minimum by up to `most_spread`, links, and micro-batches."""
     rng, stages = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 12))
     own = 1 + rng.uniform(0, most_spread, stages)
     forward = own * rng.uniform(0.2, 0.4, stages)

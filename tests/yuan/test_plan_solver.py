@@ -1,4 +1,4 @@
-"""The solver beside an enumeration of every layout, and an integer program."""
+"""Compare the solver with an enumeration of all layouts, and with an integer program."""
 
 import dataclasses
 from itertools import pairwise, product
@@ -23,7 +23,7 @@ EXACT = 1e-9  # relative
 
 @st.composite
 def problems(draw, most_classes=3):
-    """Small problems with every coefficient free, within what `StageCosts` promises."""
+    """Draw small problems with free coefficients, within the guarantees of `StageCosts`."""
     stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
     layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -35,7 +35,7 @@ def problems(draw, most_classes=3):
     link = rng.integers(0, 4, (stages, classes, classes)) / 4
     link[-1] = 0
     if draw(st.booleans()):
-        link[:, 1:] = link[:, :1]  # all links to a class alike
+        link[:, 1:] = link[:, :1]  # all links to a class are equal
     fixed_s, layer_s = whole(0, 4) / 2, whole(1, 6) / 2 + np.zeros((1, classes))
     forward = rng.integers(1, 4) / 4  # of a stage's time without recomputation
     return StageCosts(
@@ -61,7 +61,7 @@ def problems(draw, most_classes=3):
 
 
 def layouts(costs):
-    """Every layout with as few recomputed layers as fit: seconds, peak, layers, classes, Σ, wait, finish."""
+    """List all layouts with the fewest recomputed layers: seconds, peak, layers, classes, Σ, wait, finish."""
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         redone = [
@@ -86,7 +86,7 @@ def layouts(costs):
 
 
 def added(costs, k, own, links, forward):
-    """What stage k adds if it sets the pace, from the definition; links[i] lies before stage i."""
+    """Return the seconds that stage k adds as the bottleneck, by definition; links[i] is before stage i."""
     later = len(own) - 1 - k
     both = links[k] + links[k + 1]
     passes = min(later, costs.accum - 1) * (max(forward, own[k] - forward) + both / 2)
@@ -97,7 +97,7 @@ def added(costs, k, own, links, forward):
 
 
 def assignments(costs):
-    """Every way to give each stage layers and a class that has room."""
+    """Yield all assignments of layers and a class with a free slot to each stage."""
     for classes in product(range(costs.num_classes), repeat=costs.num_stages):
         if all(classes.count(c) <= slots for c, slots in enumerate(costs.slots)):
             for layers in product(range(costs.num_layers + 1), repeat=costs.num_stages):
@@ -106,7 +106,7 @@ def assignments(costs):
 
 
 def least_peaks(costs):
-    """The peak of every assignment that fits, whatever is recomputed."""
+    """Yield the peak of each assignment that fits, with any recomputation."""
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         least = [min(costs.compute_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
@@ -198,7 +198,7 @@ def test_beyond_the_exact_size_the_bound_holds(costs):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_middle_sizes_equal_an_integer_program(seed):
-    """Binary variables for stage, class and layers, and two maxima; links are free, or it would be quadratic."""
+    """Build binary variables for stage, class and layers, and two maxima; links cost nothing, else it is quadratic."""
     rng = np.random.default_rng(seed)
     stages, layers = int(rng.integers(5, 9)), int(rng.integers(12, 19))
     model = ModelConfig(name="m", num_layers=layers, hidden_size=2048, num_heads=16, vocab_size=64_000, seq_len=2048)
@@ -223,11 +223,11 @@ def test_middle_sizes_equal_an_integer_program(seed):
 
 
 def integer_program(costs):
-    """The least step by scipy's branch and cut; None if there is none."""
+    """Return the minimum step by scipy's branch and cut; None if no layout fits."""
     stages, classes, _ = costs.seconds.shape
     fits = np.isfinite(costs.seconds)
     seconds, layers = np.where(fits, costs.seconds, 0), np.broadcast_to(costs.layers, fits.shape)
-    x = fits.size  # then the longest wait and the longest finish
+    x = fits.size  # followed by the maximum wait and the maximum finish
     objective = np.concatenate([seconds.ravel(), [1, 1]])
     rows = []
     for stage in range(stages):

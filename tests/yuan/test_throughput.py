@@ -1,4 +1,4 @@
-"""The pace of a run beside its plan."""
+"""Test the throughput of a run compared with its plan."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def plan():
 
 
 def as_planned(plan, slow=(1, 1, 1, 1)):
-    """Seconds that each rank computes in a step, some of them slower than planned."""
+    """Return the compute seconds of each rank in a step, with some ranks slower than planned."""
     ranks = [stage.compute_seconds * plan.grad_accum_steps for stage in plan.stages for _ in range(plan.data_size)]
     return [seconds * factor for seconds, factor in zip(ranks, slow, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The pipeline of two processes against a plain loop in one."""
+"""Compare the pipeline of two processes with a plain loop in one."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
 
 
 def test_bf16_adds_up_the_same_gradients(made, finished, tmp_path):
-    """Of the tied embedding too, which both ends add to DeepSpeed's fp32 sums by themselves."""
+    """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
     folder = run(lay_out(tmp_path / "bf16", made, dataclasses.replace(RECIPE, max_steps=4, precision="bf16")))
     norms, exact = ([row["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finish
     )
     spec = dataclasses.replace(finished.read_spec(), plan=plan)
     folder.write_spec(spec)
-    shutil.rmtree(folder.checkpoints / "step-00000012")  # so that two steps are trained with the new plan
+    shutil.rmtree(folder.checkpoints / "step-00000012")  # so that the new plan trains two steps
     run(folder)
     events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [10]
@@ -118,7 +118,7 @@ def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.01)
         rank = folder.read_status()["pid"]
-        process.send_signal(signal.SIGKILL)  # torchrun alone; its ranks are in sessions of their own
+        process.send_signal(signal.SIGKILL)  # only torchrun; its ranks run in their own sessions
     end = time.monotonic() + 10
     while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:
         time.sleep(0.02)
@@ -129,7 +129,7 @@ def test_a_torn_line_hides_no_other(tmp_path):
     folder = RunFolder(tmp_path)
     folder.append("metrics.jsonl", {"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # what a full disk leaves
+        file.write('{"step": 2, "lo')  # as a full disk leaves it
     folder.append("metrics.jsonl", {"step": 3})
     assert folder.read_metrics() == [{"step": 1}, {"step": 3}]
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, f
         manifest.write_text(json.dumps({**other, MANIFEST_SEAL_KEY: compute_seal(other)}))
         with pytest.raises(ValueError, match=f"{manifest.parent.name} {says}"):
             folder.check_inputs()
-        manifest.write_text(json.dumps(other))  # damaged, which is for the ranks to pass over
+        manifest.write_text(json.dumps(other))  # damaged: the ranks skip it
         assert folder.check_inputs() == folder.read_spec()
 
 
@@ -184,7 +184,7 @@ def test_a_kill_between_seal_and_run_json_does_no_harm(made, tmp_path):
     before, spec = (folder.path / "run.json").read_bytes(), folder.read_spec()
     for seed in (6, 7):
         folder.write_spec(dataclasses.replace(spec, seed=seed))
-        (folder.path / "run.json").write_bytes(before)  # as if the kill had come first
+        (folder.path / "run.json").write_bytes(before)  # as if the run was killed before the second write
         assert folder.check_inputs() == spec
 
 

@@ -1,4 +1,4 @@
-"""What an engine really keeps for every parameter, counted in its own processes."""
+"""Count the bytes that an engine keeps per parameter, in its own processes."""
 
 import json
 import math
@@ -47,14 +47,15 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
     kept = ranks[0]
     assert kept["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
     assert kept["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
-    states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12  # the rest: copies while it updates
+    # With several replicas a third of the term is copies that exist only during the update.
+    states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12
     assert kept["moments"] == pytest.approx(int(states), rel=0.01)
     if replicas == 1:
         assert kept["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
 
 
 def count(folder):
-    """Bytes of this rank's storages, those of the gradients as the optimizer is given them; their norm, in blocks."""
+    """Return the bytes of this rank's storages, those of the optimizer's gradients, and the blockwise gradient norm."""
     memory.NORM_BLOCK_CPU_ELEMENTS = 1000
     replicas = int(os.environ["WORLD_SIZE"])
     start_distributed(replicas)
