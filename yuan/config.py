@@ -1,4 +1,4 @@
-"""What a model and its training are: frozen, checked records with published presets."""
+"""Model and training configuration: frozen, validated dataclasses, and the published presets."""
 
 import json
 import math
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Yuan 2.0 network.
+    """Describe the shape of a Yuan 2.0 network.
 
     Every layer holds 18 H² + 4.5 H parameters: attention 4 H², the two filter
     convolutions 2 H² + 1.5 H, SwiGLU 12 H², three norms 3 H. The embedding is also
     the output head.
 
     `rope_precision` "bf16" rounds the rotary angles as the official training does, "fp32" keeps them exact.
-    `local_filter` is "two_convs_norm" for Yuan; the others are the rows of the paper's Table 1, for that ablation.
+    `local_filter` is "two_convs_norm" for Yuan; the other values are the rows of the paper's Table 1, for the ablation.
 
     Raises:
         ValueError: if a width is not positive, the heads do not divide the width evenly, or a choice is unknown.
@@ -64,7 +64,7 @@ class ModelConfig:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer: attention and feed-forward 16 H², two norms 2 H, and the filter."""
+        """Count the parameters of one layer: attention and feed-forward 16 H², two norms 2 H, and the filter."""
         h = self.hidden_size
         return 16 * h**2 + 2 * h + self._filter_parameters
 
@@ -79,7 +79,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters in all, the tied embedding counted once.
+        """Count all parameters; the tied embedding counts once.
 
         >>> yuan_2b().num_parameters
         2088724480
@@ -91,18 +91,22 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
-        """Rebuild a config from its JSON; an unknown or missing field is named."""
+        """Rebuild a config from its JSON.
+
+        Raises:
+            ValueError: if a field is unknown or missing; the message names it.
+        """
         return _from_json(cls, data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a run trains: batch, schedule, optimiser.
+    """Configure a run's training: batch, learning-rate schedule, optimizer.
 
     The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak. Packed documents do
-    not see each other; with `isolate_documents` off they do, and only positions restart, as in the official training.
-    `spike_sigmas`, `max_skips` and `max_rollbacks` are the guard's (`yuan.train.guard`); a rank that makes no progress
-    for `step_limit_s` seconds ends itself.
+    not attend to each other; with `isolate_documents` off they do, and only positions restart, as in the official
+    training. `spike_sigmas`, `max_skips` and `max_rollbacks` configure the loss guard (`yuan.train.guard`); a rank that
+    makes no progress for `step_limit_s` seconds exits.
 
     Raises:
         ValueError: if a value is out of range or the batches do not divide.
@@ -145,10 +149,10 @@ class Recipe:
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
         if self.global_batch_size % self.micro_batch_size:
-            fitting = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
+            divisors = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
             raise ValueError(
                 f"micro_batch_size must divide global_batch_size, got {self.micro_batch_size} and "
-                f"{self.global_batch_size}; use one of {fitting}"
+                f"{self.global_batch_size}; use one of {divisors}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -156,7 +160,11 @@ class Recipe:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Recipe":
-        """Rebuild a recipe from its JSON; an unknown or missing field is named."""
+        """Rebuild a recipe from its JSON.
+
+        Raises:
+            ValueError: if a field is unknown or missing; the message names it.
+        """
         return _from_json(cls, data)
 
 
@@ -168,24 +176,24 @@ def _from_json(cls: type[T], data: dict[str, Any]) -> T:
 
 
 def yuan_2b() -> ModelConfig:
-    """Yuan 2.0-2.1B; examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
+    """Return the config of Yuan 2.0-2.1B. Source: examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
     return _make_published_config("2b", num_layers=24, hidden_size=2048, num_heads=32, seq_len=8192)
 
 
 def yuan_51b() -> ModelConfig:
-    """Yuan 2.0-51B; examples/pretrain_yuan2.0_51B.sh of the official repository."""
+    """Return the config of Yuan 2.0-51B. Source: examples/pretrain_yuan2.0_51B.sh of the official repository."""
     return _make_published_config("51b", num_layers=42, hidden_size=8192, num_heads=64, seq_len=4096)
 
 
 def yuan_102b() -> ModelConfig:
-    """Yuan 2.0-102B; examples/pretrain_yuan2.0_102B.sh of the official repository."""
+    """Return the config of Yuan 2.0-102B. Source: examples/pretrain_yuan2.0_102B.sh of the official repository."""
     return _make_published_config("102b", num_layers=84, hidden_size=8192, num_heads=64, seq_len=4096)
 
 
 def _make_published_config(
     name: str, *, num_layers: int, hidden_size: int, num_heads: int, seq_len: int
 ) -> ModelConfig:
-    """The published vocabulary, and the rotary angles its weights were trained with."""
+    """Fill in the published vocabulary size and the rotary precision that the published weights were trained with."""
     return ModelConfig(
         name=name,
         num_layers=num_layers,
@@ -198,7 +206,7 @@ def _make_published_config(
 
 
 def tiny(vocab_size: int = 1024) -> ModelConfig:
-    """The true architecture at a size that learns in minutes on two cores."""
+    """Return the full architecture at a size that trains in minutes on two CPU cores."""
     return ModelConfig(name="tiny", num_layers=3, hidden_size=160, num_heads=4, vocab_size=vocab_size, seq_len=256)
 
 

@@ -17,19 +17,19 @@ SPECIAL_TOKENS = (
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
 TOKENIZER_MODEL_FILE = "tokenizer.model"
-EMBEDDING_ROWS_MULTIPLE = 128  # to which the published vocabulary is padded
+EMBEDDING_ROWS_MULTIPLE = 128  # the published vocabulary is padded to a multiple of this
 PieceKind = Literal["char", "bpe"]
 
 
 class Tokenizer:
-    """A SentencePiece model and the ids of its special tokens, by name in `special`.
+    """Encode and decode text with a SentencePiece model; `special` maps each special token to its id.
 
-    Special tokens that are pieces of the model keep their ids; the others follow the last piece, as the official code
-    adds them. They never come out of text: somebody who writes `<sep>` in a prompt gets its characters, not the
-    separator. Nor do they, or rows of the embedding that stand for nothing, go into text.
+    Special tokens that are pieces of the model keep their ids; the others get ids after the last piece, as in the
+    official code. Encoding text never yields a special token: `<sep>` in a prompt is encoded as its characters, not as
+    the separator. Decoding never writes special tokens or unused embedding rows into text.
 
     Raises:
-        ValueError: if the bytes are no SentencePiece model, or it lacks `<eod>`, `<sep>` or `<pad>`.
+        ValueError: if the bytes are not a SentencePiece model, or it lacks `<eod>`, `<sep>` or `<pad>`.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -41,12 +41,12 @@ class Tokenizer:
         self.num_pieces = int(self._pieces.get_piece_size())
         self.special: dict[str, int] = {}
         for token in SPECIAL_TOKENS:
-            number = int(self._pieces.piece_to_id(token))
-            is_piece = number != self._pieces.unk_id()
+            piece_id = int(self._pieces.piece_to_id(token))
+            is_piece = piece_id != self._pieces.unk_id()
             if not is_piece and token in (EOD, SEP, PAD):
                 raise ValueError(f"the tokenizer lacks the special token {token}; train it with yuan.tokenizer.train")
-            appended = sum(other >= self.num_pieces for other in self.special.values())
-            self.special[token] = number if is_piece else self.num_pieces + appended
+            num_appended = sum(other_id >= self.num_pieces for other_id in self.special.values())
+            self.special[token] = piece_id if is_piece else self.num_pieces + num_appended
         self.eod, self.sep, self.pad = (self.special[token] for token in (EOD, SEP, PAD))
         self._special_ids = set(self.special.values())
 
@@ -55,34 +55,41 @@ class Tokenizer:
 
     @property
     def padded_size(self) -> int:
-        """Rows of a model's embedding: the tokens, filled up to a multiple of 128."""
+        """Return the number of embedding rows: the vocabulary size, rounded up to a multiple of 128."""
         return -(-len(self) // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Where the model begins texts with a space, so does every part encoded on its own, as
-        the official code's "legacy" rule has it: also the answer after `<sep>`."""
+        """Return the token ids of a text.
+
+        If the SentencePiece model prefixes texts with a space, every separately encoded part gets that space, also the
+        answer after `<sep>`; this is the official code's "legacy" rule.
+        """
         ids = list(self._pieces.encode(text))
         if self._special_ids.isdisjoint(ids):
             return ids
-        return [part for number in ids for part in (self._spell(number) if number in self._special_ids else [number])]
 
-    def _spell(self, number: int) -> list[int]:
-        """A special token that a text happened to contain, character by character."""
-        return [int(self._pieces.piece_to_id(letter)) for letter in self._pieces.id_to_piece(number)]
+        safe_ids: list[int] = []
+        for token_id in ids:
+            safe_ids += self._spell(token_id) if token_id in self._special_ids else [token_id]
+        return safe_ids
+
+    def _spell(self, token_id: int) -> list[int]:
+        """Encode the name of a special token, found in text, character by character."""
+        return [int(self._pieces.piece_to_id(letter)) for letter in self._pieces.id_to_piece(token_id)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special ones and rows that stand for nothing are left out."""
+        """Return the text of token ids, without special tokens and unused embedding rows."""
         return str(self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._special_ids]))
 
     def check_fits(self, vocab_size: int) -> None:
-        """Compare with a model's vocabulary.
+        """Check that the tokenizer fits a model's embedding.
 
         Raises:
-            ValueError: if there are more pieces than rows of the embedding.
+            ValueError: if the tokenizer has more ids than the embedding has rows.
         """
         if len(self) > vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(self)} pieces and the model {vocab_size} rows; take the model's own tokenizer"
+                f"the tokenizer has {len(self)} pieces and the model {vocab_size} rows; use the model's own tokenizer"
             )
 
     def save(self, folder: Path) -> None:
@@ -93,7 +100,7 @@ def load(folder: Path) -> Tokenizer:
     """Load `tokenizer.model` from a model folder.
 
     Raises:
-        ValueError: if there is none, or it lacks a special token.
+        ValueError: if the file is missing, or lacks a special token.
     """
     try:
         return Tokenizer((folder / TOKENIZER_MODEL_FILE).read_bytes())
@@ -102,13 +109,13 @@ def load(folder: Path) -> Tokenizer:
 
 
 def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") -> Tokenizer:
-    """Train a tokenizer with byte fallback on a corpus; any text round-trips.
+    """Train a tokenizer with byte fallback on a corpus, so that any text round-trips.
 
     Args:
-        vocab_size: upper bound, special tokens and the 256 bytes included.
-        pieces: "bpe" merges characters into longer pieces, as the published tokenizer; "char" does not, so that a
-            small model that must spell, reverse and count letters sees them (docs/decisions/0003-characters.md has the
-            numbers).
+        vocab_size: upper bound, including special tokens and the 256 bytes.
+        pieces: "bpe" merges characters into longer pieces, as the published tokenizer does; "char" keeps single
+            characters, so that a small model can spell, reverse and count letters (numbers:
+            docs/decisions/0003-characters.md).
 
     Raises:
         ValueError: if vocab_size leaves no room for characters.

@@ -110,6 +110,6 @@ def test_a_skill_with_too_few_prompts_says_so(tmp_path):
     (tmp_path / "s.py").write_text(
         "SKILLS = [{'name': 'a', 'generate': lambda r: ('p', 'x'), 'checker': {'type': 'exact'}}]"
     )
-    with pytest.raises(ValueError, match="gave 1 different prompts, 2 are needed"):
+    with pytest.raises(ValueError, match="generated 1 different prompts, 2 are needed"):
         load_skills(tmp_path / "s.py")[0].make_rows(2, seed=0)
     assert len(load_skills(tmp_path / "s.py")[0].make_rows(2, seed=0, at_least=1)) == 1

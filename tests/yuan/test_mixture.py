@@ -131,7 +131,7 @@ def test_files_of_two_writings_are_refused(samples, tmp_path):
     write_corpus(tmp_path, {"a": samples}, seq_len=32, pad=7)
     with (tmp_path / "0" / "tokens.bin").open("ab") as file:
         file.write(b"1234")
-    with pytest.raises(ValueError, match="not of one writing"):
+    with pytest.raises(ValueError, match="the files do not match"):
         Corpus(tmp_path, seed=0)
 
 

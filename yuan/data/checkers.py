@@ -1,4 +1,4 @@
-"""Checkers: rules that say whether an answer is right, shared by portal, evaluation and gate."""
+"""Checkers: rules that decide if an answer is correct, shared by portal, evaluation and gate."""
 
 import re
 from abc import ABC, abstractmethod
@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
-MAX_CHECKER_VALUE_CHARS = 2_000  # characters
+MAX_CHECKER_VALUE_CHARS = 2_000
 CheckerValue = Annotated[str, TextRule(MAX_CHECKER_VALUE_CHARS)]
 
-# Before and after the point; arithmetic with so many digits can neither overflow nor take long.
+# Digits before and after the decimal point; arithmetic within this bound neither overflows nor takes long.
 MAX_NUMBER_DIGITS = 50
 CheckerNumber = Annotated[
     Decimal,
@@ -29,9 +29,9 @@ class _CheckerBase(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def check(self, answer: str) -> bool:
-        """Judge an answer, whatever it holds: never raise, and take time linear in its length.
+        """Return true if the answer is correct; any text is safe: never raises, time linear in the text's length.
 
-        An answer beyond 20,000 characters is wrong.
+        An answer of more than 20,000 characters is wrong.
         """
         return len(answer) <= MAX_TEXT_CHARS and self._accepts(_fold(answer))
 
@@ -40,7 +40,7 @@ class _CheckerBase(BaseModel, ABC):
 
 
 class Exact(_CheckerBase):
-    """The whole answer equals the value, apart from Unicode forms and outer white space."""
+    """Accept an answer that equals the value, ignoring Unicode compatibility forms and outer white space."""
 
     type: Literal["exact"] = "exact"
     value: CheckerValue
@@ -50,9 +50,10 @@ class Exact(_CheckerBase):
 
 
 class Numeric(_CheckerBase):
-    """The last number of the answer equals the value within the tolerance.
+    """Accept an answer whose last number equals the value within the tolerance.
 
-    The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or size never passes.
+    The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or order of magnitude
+    never passes.
     """
 
     type: Literal["numeric"] = "numeric"
@@ -76,7 +77,7 @@ class Numeric(_CheckerBase):
 
 
 class Choice(_CheckerBase):
-    """The answer names one option letter, and it is the value."""
+    """Accept an answer that names exactly one option letter, equal to the value."""
 
     type: Literal["choice"] = "choice"
     value: Annotated[str, Field(pattern="^[A-Z]$")]
@@ -86,7 +87,7 @@ class Choice(_CheckerBase):
 
 
 class Contains(_CheckerBase):
-    """Every value occurs in the answer."""
+    """Accept an answer in which every value occurs."""
 
     type: Literal["contains"] = "contains"
     values: Annotated[list[CheckerValue], Field(min_length=1, max_length=20)]

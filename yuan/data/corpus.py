@@ -1,4 +1,4 @@
-"""The data of a run: a folder of sources as token files, and the batch at any place of their mixture."""
+"""Training data of a run: a folder of sources as token files, and random access to their mixture by position."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ CORPUS_INDEX_FILE, CORPUS_SCHEMA = "data.json", 1
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """A source in numbers; `quota` is its places in a block of the mixture, `learned` its predictions that count."""
+    """Count the contents of a source: `quota` is its windows in a mixture block, `learned` its target tokens."""
 
     name: str
     quota: int
@@ -37,13 +37,13 @@ def write_corpus(
     pad: int,
     weights: Mapping[str, float] | None = None,
 ) -> list[CorpusSource]:
-    """Write every source's token files, each in a folder named by its number, and the index last.
+    """Write every source's token files into a folder named by the source's number, then write the index.
 
     Args:
-        weights: of each source, in windows; None: every window has the same.
+        weights: share of windows by source; None gives every window the same weight.
 
     Raises:
-        ValueError: if a source has nothing to learn, or the weights are not those of the sources.
+        ValueError: if a source has no target token, or the names of weights and sources differ.
     """
     if weights is not None and weights.keys() != sources.keys():
         raise ValueError(f"the weights are of {sorted(weights)} and the sources are {sorted(sources)}; name the same")
@@ -53,20 +53,25 @@ def write_corpus(
     quotas = compute_quotas(
         [len(part) for part in parts], None if weights is None else [weights[name] for name in sources]
     )
-    found = [
+    corpus_sources = [
         CorpusSource(name=name, quota=quota, windows=len(part), tokens=part.num_tokens, learned=int(part.learned.sum()))
         for name, quota, part in zip(sources, quotas, parts, strict=True)
     ]
-    index = {"schema": CORPUS_SCHEMA, "seq_len": seq_len, "pad": pad, "sources": [asdict(source) for source in found]}
+    index = {
+        "schema": CORPUS_SCHEMA,
+        "seq_len": seq_len,
+        "pad": pad,
+        "sources": [asdict(source) for source in corpus_sources],
+    }
     (folder / CORPUS_INDEX_FILE).write_text(json.dumps(index, indent=2))
-    return found
+    return corpus_sources
 
 
 class Corpus:
-    """What a folder of sources has at each position of its mixture under a seed.
+    """Read the windows of a corpus folder by position in the mixture, under a seed.
 
     Raises:
-        ValueError: if the folder is not one, or its files do not fit its index.
+        ValueError: if the folder has no readable index, or its files do not match the index.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -74,7 +79,7 @@ class Corpus:
             index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
             self.sources = [CorpusSource(**source) for source in index["sources"]]
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} has no readable {CORPUS_INDEX_FILE} ({error}); lay the run out again") from None
+            raise ValueError(f"{folder} has no readable {CORPUS_INDEX_FILE} ({error}); prepare the run again") from None
         self.seq_len = int(index["seq_len"])
         self._parts = [
             TokenFiles(folder / str(number), seq_len=self.seq_len, pad=index["pad"])
@@ -84,48 +89,50 @@ class Corpus:
             if (len(part), part.num_tokens) != (source.windows, source.tokens):
                 raise ValueError(
                     f"source {source.name!r} in {folder} has {len(part)} windows of {part.num_tokens} tokens, and its "
-                    f"index says {source.windows} and {source.tokens}; lay the run out again"
+                    f"index says {source.windows} and {source.tokens}; prepare the run again"
                 )
         self.mixture = Mixture(tuple(s.windows for s in self.sources), tuple(s.quota for s in self.sources), seed)
 
     @property
     def order(self) -> dict[str, Any]:
-        """What decides, beside the seed, which window lies where; JSON."""
+        """Return what determines, together with the seed, the window at each position; JSON-serializable."""
         return {source.name: [source.windows, source.tokens, source.quota] for source in self.sources}
 
     def learned(self, positions: Int64Array) -> int:
-        """How many predictions at these positions are learned; reads no token."""
+        """Count the target tokens at these positions, without reading any token."""
         return sum(
             int(self._parts[number].learned[windows].sum()) for number, windows, _ in self._split_by_source(positions)
         )
 
     def read(self, positions: Int64Array) -> tuple[PackedWindows, Int64Array]:
-        """The windows at these positions, and the number of each one's source."""
+        """Return the windows at these positions, and the source number of each window."""
         shape = (len(positions), self.seq_len)
         out = PackedWindows(
             np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_), np.empty(shape, np.int32)
         )
         sources = np.empty(len(positions), np.int64)
+
         for number, windows, places in self._split_by_source(positions):
             part = self._parts[number].read(windows)
             for name in ("tokens", "labels", "learned", "documents"):
                 getattr(out, name)[places] = getattr(part, name)
             sources[places] = number
+
         return out, sources
 
     def describe_windows(self, positions: Int64Array) -> list[str]:
-        """Each position's window as `source:number`, for people."""
+        """Return each position's window as `source:number`, for log messages and reports."""
         sources, windows = self.mixture.locate_windows(positions)
         return [f"{self.sources[s].name}:{w}" for s, w in zip(sources, windows, strict=True)]
 
     def _split_by_source(self, positions: Int64Array) -> list[tuple[int, Int64Array, npt.NDArray[np.int64]]]:
-        """Of each source that has a position: its number, its windows, and their places among the positions."""
+        """Return, for each source that occurs: its number, its windows, and their indices in `positions`."""
         sources, windows = self.mixture.locate_windows(positions)
         return [(int(n), windows[sources == n], np.flatnonzero(sources == n)) for n in np.unique(sources)]
 
 
 def list_corpus_files(folder: Path) -> list[Path]:
-    """Every file of a corpus, its index first."""
+    """Return the paths of every file of a corpus, the index first."""
     index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
     numbers = range(len(index["sources"]))
     return [

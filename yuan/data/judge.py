@@ -1,7 +1,7 @@
-"""Checking answers in a process that can be killed: `with AnswerJudge() as judge: judge.check(checker, answer)`.
+"""Run checkers in a child process that can be killed: `with AnswerJudge() as judge: judge.check(checker, answer)`.
 
-A checker's rule comes from outside. However well it is bounded, one that raises, runs for ever or takes all memory
-costs its own verdict, not its caller.
+A checker's rule is untrusted input. One that raises, never returns or exhausts memory fails its own check only; the
+calling process is not affected.
 """
 
 import json
@@ -18,17 +18,17 @@ from pydantic import TypeAdapter
 from yuan.data.checkers import Checker
 
 CHECK_TIMEOUT_S = 5.0  # for one check
-JUDGE_START_TIMEOUT_S = 60.0  # for the process to start, on a busy machine too
+JUDGE_START_TIMEOUT_S = 60.0  # for the process to start, also on a heavily loaded machine
 JUDGE_MEMORY_BYTES = 1 << 30
 _CHECKER_ADAPTER: TypeAdapter[Checker] = TypeAdapter(Checker)
 
 
 class CheckFailed(ValueError):
-    """A checker gave no verdict; the message says why."""
+    """Report that a checker gave no verdict; the message has the reason."""
 
 
 class AnswerJudge:
-    """Checks answers, one at a time, in a process that starts with the first and again after one that was killed."""
+    """Check answers one at a time in a child process, started at the first check and restarted after a kill."""
 
     def __init__(self, limit_s: float = CHECK_TIMEOUT_S) -> None:
         self._limit_s = limit_s
@@ -43,7 +43,7 @@ class AnswerJudge:
         self._kill_process()
 
     def check(self, checker: Checker, answer: str) -> bool:
-        """Whether the checker takes the answer.
+        """Return true if the checker accepts the answer.
 
         Raises:
             CheckFailed: if the checker raises, exceeds 1 GiB, or has no verdict within the limit.
@@ -52,22 +52,22 @@ class AnswerJudge:
         end = time.monotonic() + self._limit_s
         try:
             _send(process, {"checker": checker.model_dump(mode="json"), "answer": answer}, end)
-            said = _receive(process, end)
+            response = _receive(process, end)
         except TimeoutError:
             self._kill_process()
             raise CheckFailed(f"the checker gave no verdict within {self._limit_s:g} s") from None
         except (BrokenPipeError, EOFError):
             self._kill_process()
             raise CheckFailed("the checker ended the process that ran it") from None
-        if "passed" not in said:
-            raise CheckFailed(f"the checker raised {said['raised']}")
-        return bool(said["passed"])
+        if "passed" not in response:
+            raise CheckFailed(f"the checker raised {response['raised']}")
+        return bool(response["passed"])
 
     def _start_process(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "yuan.data.judge"]
         self._process = subprocess.Popen(
             command,
-            env={"LC_ALL": "C.UTF-8"},  # none of the caller's accounts
+            env={"LC_ALL": "C.UTF-8"},  # none of the caller's credentials
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -78,7 +78,7 @@ class AnswerJudge:
             _receive(self._process, time.monotonic() + JUDGE_START_TIMEOUT_S)
         except (TimeoutError, EOFError):
             self._kill_process()
-            raise RuntimeError("the process that checks answers does not start; its error is in this log") from None
+            raise RuntimeError("the process that checks answers does not start; see its error in this log") from None
         return self._process
 
     def _kill_process(self) -> None:
@@ -106,15 +106,15 @@ def _receive(process: subprocess.Popen[bytes], end: float) -> dict[str, object]:
     while not line.endswith(b"\n"):
         if not select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
             raise TimeoutError
-        new = os.read(process.stdout.fileno(), 4096)
-        if not new:
+        chunk = os.read(process.stdout.fileno(), 4096)
+        if not chunk:
             raise EOFError
-        line += new
+        line += chunk
     return dict(json.loads(line))
 
 
 def main() -> None:
-    """Judge what comes line by line on standard input, until it ends."""
+    """Check the answers that arrive on standard input, one JSON object a line, until end of file."""
     resource.setrlimit(resource.RLIMIT_AS, (JUDGE_MEMORY_BYTES, JUDGE_MEMORY_BYTES))
     write_message({"ready": True})
     for line in sys.stdin.buffer:
@@ -122,7 +122,7 @@ def main() -> None:
         try:
             checker = _CHECKER_ADAPTER.validate_python(message["checker"])
             write_message({"passed": checker.check(message["answer"])})
-        except Exception as error:  # of the rule, which is somebody else's
+        except Exception as error:  # the rule is untrusted and may raise anything
             write_message({"raised": f"{type(error).__name__}: {str(error)[:300]}"})
 
 

@@ -1,8 +1,8 @@
-"""Which window comes when: sources mixed by weight, a fresh order each epoch, all of it a function of the position.
+"""Data order: sources mixed by weight, reshuffled each epoch, as a pure function of the position.
 
-A run's data is an endless sequence of windows, and its whole state is one integer, the position. It is cut into blocks
-in each of which every source has its quota of places, in an order of the block's own; a source's places go through its
-windows, epoch after epoch, each in an order of its own.
+A run's data is an endless sequence of windows, and its whole state is one integer, the position. The sequence consists
+of blocks. In each block every source has its quota of places, shuffled for that block. A source's places iterate over
+its windows, epoch after epoch, reshuffled for each epoch.
 """
 
 import math
@@ -15,14 +15,14 @@ from yuan.data.shuffle import Int64Array, derive_keys, permute
 
 PositionSpan = tuple[int, int]  # positions [first, end)
 
-MAX_BLOCK_PLACES = 2**20  # places of the largest block; a rarer source would be hard to tell from one that is left out
-MIN_PLACES_PER_SOURCE = 32  # so that rounding to whole places changes a weight by some 3 % at most
+MAX_BLOCK_PLACES = 2**20  # places of the largest block; a rarer source would hardly differ from a missing one
+MIN_PLACES_PER_SOURCE = 32  # so that rounding to whole places changes a weight by about 3 % at most
 MIN_BLOCK_PLACES = 1024
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Windows of each source, its places in a block, and the seed of all orders.
+    """Map positions to windows, from each source's number of windows, its places in a block, and the shuffle seed.
 
     Raises:
         ValueError: if there is no source, or one has no window or no place.
@@ -44,24 +44,27 @@ class Mixture:
         return sum(self.quotas)
 
     def locate_windows(self, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """The source and the window in it at each position."""
+        """Return, for each position, the source number and the window number within that source."""
         block, place = np.divmod(positions, self.block_size)
         place = permute(place, self.block_size, derive_keys(self.seed, block))
+
+        # Consecutive ranges of shuffled places belong to the sources, one quota each.
         ends = np.cumsum(self.quotas)
         sources = np.searchsorted(ends, place, side="right")
+
         windows = np.empty_like(place)
         for number, (size, quota, end) in enumerate(zip(self.sizes, self.quotas, ends, strict=True)):
-            own = sources == number
-            epoch, index = np.divmod(block[own] * quota + place[own] - (end - quota), size)
-            windows[own] = permute(index, size, derive_keys(self.seed ^ (number + 1) << 32, epoch))
+            is_source = sources == number
+            epoch, index = np.divmod(block[is_source] * quota + place[is_source] - (end - quota), size)
+            windows[is_source] = permute(index, size, derive_keys(self.seed ^ (number + 1) << 32, epoch))
         return sources.astype(np.int64), windows
 
 
 def compute_quotas(sizes: Sequence[int], weights: Sequence[float] | None = None) -> tuple[int, ...]:
-    """Places of each source in a block, by weight; without weights every window has one, so a block is an epoch.
+    """Return each source's places in a block, by weight; without weights each window has one, so a block is an epoch.
 
     Raises:
-        ValueError: if a weight is not a positive number, or too small beside the others.
+        ValueError: if a weight is not a positive number, or too small compared with the others.
 
     >>> compute_quotas((10, 20)), compute_quotas((10, 20), (1, 3))
     ((10, 20), (256, 768))
@@ -70,26 +73,28 @@ def compute_quotas(sizes: Sequence[int], weights: Sequence[float] | None = None)
         return tuple(sizes)
     if len(weights) != len(sizes) or not all(math.isfinite(w) and w > 0 for w in weights):
         raise ValueError(f"every source needs a positive weight, got {list(weights)} for {len(sizes)} sources")
+
     shares = [weight / sum(weights) for weight in weights]
     block = max(MIN_BLOCK_PLACES, 2 ** math.ceil(math.log2(MIN_PLACES_PER_SOURCE / min(shares))))
     if block > MAX_BLOCK_PLACES:
         raise ValueError(
-            f"the smallest weight is {min(shares):.2e} of all, and {MIN_PLACES_PER_SOURCE / MAX_BLOCK_PLACES:.2e} is "
-            "the least; "
-            "raise it or leave the source out"
+            f"the smallest weight is {min(shares):.2e} of the total, the minimum is "
+            f"{MIN_PLACES_PER_SOURCE / MAX_BLOCK_PLACES:.2e}; raise it or leave the source out"
         )
+
+    # Largest-remainder rounding: round down, then give the remaining places to the largest fractions.
     places = [int(share * block) for share in shares]
-    rest = sorted(range(len(shares)), key=lambda n: places[n] - shares[n] * block)
-    for number in rest[: block - sum(places)]:
+    by_remainder = sorted(range(len(shares)), key=lambda n: places[n] - shares[n] * block)
+    for number in by_remainder[: block - sum(places)]:
         places[number] += 1
     return tuple(places)
 
 
 def find_unskipped_positions(start: int, count: int, skipped: Sequence[PositionSpan]) -> Int64Array:
-    """The `count` positions from the start-th on that lie in no skipped span.
+    """Return `count` positions, beginning with the start-th one that is in no skipped span.
 
     Args:
-        skipped: spans in rising order that do not overlap.
+        skipped: spans in ascending order that do not overlap.
 
     >>> find_unskipped_positions(1, 4, [(2, 4)]).tolist()
     [1, 4, 5, 6]

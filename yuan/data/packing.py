@@ -1,7 +1,4 @@
-"""Token sequences packed into constant-length windows.
-
-Everything here is a pure function of its arguments.
-"""
+"""Pack token sequences into constant-length windows; every function here is pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ Int32Array = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackedWindows:
-    """Packed windows, each array (windows, S): inputs, next tokens, whether they count, and document numbers."""
+    """Hold packed windows, each array (windows, S): inputs, next tokens, loss mask, and document numbers."""
 
     tokens: Int32Array
     labels: Int32Array
@@ -29,7 +26,7 @@ class PackedWindows:
 
 
 def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> PackedWindows:
-    """Pack samples in memory; `yuan.data.tokens` does it in files.
+    """Pack samples in memory; `yuan.data.tokens` does the same in files.
 
     Document numbers restart in each window; padding is document -1.
 
@@ -44,10 +41,10 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
 
 
 def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
-    """Lay samples one after another into windows of seq_len predictions.
+    """Pack samples in order into windows of seq_len predictions.
 
-    A sample that does not fit the space left opens a new window; one longer than a window is cut into pieces that
-    fill windows of their own.
+    A sample that does not fit the remaining space starts a new window; a sample longer than a window is cut into pieces
+    that each start a window.
 
     Raises:
         ValueError: if there is no sample.
@@ -55,38 +52,38 @@ def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list
     window: list[Sample] = []
     room = seq_len
     for piece in chain.from_iterable(_cut_sample(sample, seq_len) for sample in samples):
-        need = len(piece.tokens) - 1
-        if need > room:
+        num_predictions = len(piece.tokens) - 1
+        if num_predictions > room:
             yield window
             window, room = [], seq_len
         window.append(piece)
-        room -= need
+        room -= num_predictions
     if not window:
-        raise ValueError("nothing to pack: no sample has anything to learn; accept reports or datasets first")
+        raise ValueError("nothing to pack: no sample has target tokens; accept reports or datasets first")
     yield window
 
 
 def build_windows(
     windows: Sequence[Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]], seq_len: int, pad: int
 ) -> PackedWindows:
-    """Windows of pieces, each its tokens and which of them are learned, as arrays."""
+    """Convert windows of pieces, each piece its tokens and their loss mask, into arrays padded to seq_len."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
     learned, documents = np.zeros(shape, np.bool_), np.full(shape, -1, np.int32)
     for w, window in enumerate(windows):
         start = 0
-        for number, (piece, is_learned) in enumerate(window):
+        for number, (piece, loss_mask) in enumerate(window):
             end = start + len(piece) - 1
             tokens[w, start:end] = piece[:-1]
             labels[w, start:end] = piece[1:]
-            learned[w, start:end] = is_learned[1:]
+            learned[w, start:end] = loss_mask[1:]
             documents[w, start:end] = number
             start = end
     return PackedWindows(tokens, labels, learned, documents)
 
 
 def _cut_sample(sample: Sample, seq_len: int) -> list[Sample]:
-    """Cut a sample into pieces of at most seq_len predictions; neighbours share one token."""
+    """Cut a sample into pieces of at most seq_len predictions; consecutive pieces share one token."""
     cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
     pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.learned[cut : cut + seq_len + 1]) for cut in cuts]
     return [piece for piece in pieces if any(piece.learned[1:])]

@@ -1,4 +1,4 @@
-"""The row, the unit of training data: prompt, answer and how an answer is checked."""
+"""The row, the unit of training data: prompt, answer and checker; read and written as JSONL."""
 
 import hashlib
 import io
@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yuan.data.checkers import Checker
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, fold_forms
 
-# All fields of a row have some 81,000 characters at most, and JSON writes one with 12 bytes at most, as two `\uXXXX`.
+# All fields of a row have about 81,000 characters at most, and JSON writes one in 12 bytes at most, as two `\uXXXX`.
 MAX_LINE_BYTES = 2**20
 
 
 class Row(BaseModel):
-    """One sample. Without a prompt the answer is a plain document, learned whole."""
+    """Hold one sample. Without a prompt the answer is a plain document, and all its tokens are targets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,14 +26,14 @@ class Row(BaseModel):
     answer: Annotated[str, TextRule(MAX_TEXT_CHARS)] = Field(description="what it should answer")
     checker: Checker | None = Field(default=None, description="how another answer to the prompt is judged")
     capability: Annotated[str, TextRule(100)] | None = Field(
-        default=None, description="what the row teaches, e.g. reverse"
+        default=None, description="capability that the row trains, e.g. reverse"
     )
     language: Annotated[str, TextRule(20)] | None = Field(default=None, description="language tag, e.g. zh or en")
     source: Annotated[str, TextRule(200)] | None = Field(default=None, description="where the row comes from")
 
     @property
     def key(self) -> str:
-        """Rows with equal keys are duplicates: same normalised prompt and answer."""
+        """Return the deduplication key; rows with the same normalised prompt and answer have equal keys."""
         return hash_texts(normalise(self.prompt), normalise(self.answer))
 
     @property
@@ -42,14 +42,14 @@ class Row(BaseModel):
 
 
 class BadRow(BaseModel):
-    """A line that is not a row, by its number from 1, with the reason."""
+    """Report a line that is not a row: its number, counted from 1, and the reason."""
 
     row: int
     reason: str
 
 
 def normalise(text: str) -> str:
-    """Fold Unicode forms, case and white space, and nothing else: numbers and names stay.
+    """Fold Unicode forms, case and white space, and nothing else; numbers and names stay as they are.
 
     >>> normalise("  What is\\tＡ + 1? ")
     'what is a + 1?'
@@ -58,15 +58,15 @@ def normalise(text: str) -> str:
 
 
 def hash_texts(*parts: str) -> str:
-    """sha256 over the parts' lengths and texts, so that their borders count."""
+    """Return the sha256 of a list of texts; the boundaries between the texts are part of the hash."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
 def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
-    """Read JSONL, one row or one named fault for each non-empty line, holding one line at a time.
+    """Read JSONL and yield a row or a described error for each non-empty line; holds one line in memory at a time.
 
     Args:
-        data: the bytes, or a file, which is read from where it stands.
+        data: the bytes, or a file, which is read from its current position.
     """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     for number, line in enumerate(_read_lines(stream), start=1):
@@ -80,7 +80,7 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
-    """The lines, cut at \\n alone; None for one that is too long, which is read past in pieces."""
+    """Yield lines split at \\n only; None for a line that is too long, which is skipped in chunks."""
     while piece := stream.readline(MAX_LINE_BYTES + 1):
         line: bytes | None = piece
         while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
@@ -89,7 +89,7 @@ def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 def dump_rows(rows: list[Row]) -> bytes:
-    """Write rows as JSONL with sorted keys; the same rows always give the same bytes."""
+    """Serialize rows as JSONL with sorted keys; equal rows always give equal bytes."""
     return b"".join(_dump_line(row.model_dump(mode="json", exclude_none=True)) for row in rows)
 
 

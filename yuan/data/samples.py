@@ -1,7 +1,7 @@
-"""Rows, conversations and documents as token sequences with the mask of what is learned.
+"""Encode rows, conversations and documents as token sequences with a loss mask.
 
-The mask is made for each sample before packing, so no window's edge can change it. The official code makes it after
-packing, from the first separator of each segment; docs/model.md names what goes wrong there.
+The mask is computed for each sample before packing, so a window boundary cannot change it. The official code computes
+it after packing, from the first separator of each segment; docs/model.md describes the resulting errors.
 """
 
 import random
@@ -18,7 +18,7 @@ TURN_SEPARATOR = "<n>"  # between turns, as text: the published chat template
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids and, for each, whether predicting it is learned."""
+    """Hold token ids and their loss mask: `learned` is true for the target tokens."""
 
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
@@ -26,17 +26,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class ConversationTurn:
-    """One turn of a conversation."""
+    """Hold one turn of a conversation."""
 
     role: Literal["user", "assistant"]
     text: str
 
 
 def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
-    """Encode `prompt <sep> answer <eod>` and mark the answer and its end as learned.
+    """Encode `prompt <sep> answer <eod>`; the target tokens are the answer and `<eod>`.
 
-    A row without a prompt is a document: no separator, everything learned.
-    Source: Yuan 2.0 paper, section 3.5; the mask is built for each sample before packing.
+    A row without a prompt is a document: no separator, and every token is a target.
+    Source: Yuan 2.0 paper, section 3.5; the mask is computed for each sample before packing.
     """
     answer = [*tokenizer.encode(row.answer), tokenizer.eod]
     if not row.prompt:
@@ -50,11 +50,11 @@ def encode_conversation(
     """Encode a conversation: turns joined by `<n>`, the separator before the last answer, `<eod>` after it.
 
     Args:
-        learn: "last" learns the last answer; "all" learns every answer in one sample; "each" makes a sample of every
-            answer with what came before it, so that each is learned in the form in which it is asked for.
+        learn: the answers that are targets. "last": the last answer; "all": every answer, in one sample; "each": every
+            answer, in a sample of its own with the turns before it, so that training and inference use the same format.
 
     Raises:
-        ValueError: if turns do not alternate, from the user's first to the assistant's last.
+        ValueError: if turns do not alternate, starting with the user and ending with the assistant.
     """
     roles = [turn.role for turn in turns]
     if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
@@ -62,12 +62,13 @@ def encode_conversation(
     if learn == "each":
         ends = range(2, len(turns) + 1, 2)
         return [encode_conversation(turns[:end], tokenizer, learn="last", system=system)[0] for end in ends]
+
     parts: list[tuple[list[int], bool]] = [(tokenizer.encode(f"{system}\n"), False)] if system else []
     for turn in turns[:-1]:
-        ends_asking = turn is turns[-2]
-        is_learned = learn == "all" and turn.role == "assistant"
-        parts.append((tokenizer.encode(turn.text), is_learned))
-        parts.append(([tokenizer.sep] if ends_asking else tokenizer.encode(TURN_SEPARATOR), False))
+        is_last_question = turn is turns[-2]
+        is_target = learn == "all" and turn.role == "assistant"
+        parts.append((tokenizer.encode(turn.text), is_target))
+        parts.append(([tokenizer.sep] if is_last_question else tokenizer.encode(TURN_SEPARATOR), False))
     parts.append(([*tokenizer.encode(turns[-1].text), tokenizer.eod], True))
     return [_join_parts(parts)]
 
@@ -75,17 +76,18 @@ def encode_conversation(
 def encode_fill_in_middle(
     text: str, tokenizer: Tokenizer, *, rate: float, spm_share: float = 0.5, seed: object = 0
 ) -> Sample:
-    """Encode a document, with probability `rate` rearranged so that its middle is predicted from both sides.
+    """Encode a document for fill-in-the-middle (FIM): with probability `rate`, move the middle to the end.
 
     Two uniform cuts between characters give prefix, middle and suffix. PSM: prefix-id, prefix, suffix-id, suffix,
-    middle-id, middle. SPM: prefix-id, suffix-id, suffix, middle-id, prefix, middle. Everything is learned. A function
-    of its arguments, so the same on every rank and after every resume. Never for fine-tuning: it would cut answers.
+    middle-id, middle. SPM: prefix-id, suffix-id, suffix, middle-id, prefix, middle. Every token is a target. The result
+    depends on the arguments only, so it is the same on every rank and after every resume. Do not use it for
+    fine-tuning: it would cut answers.
 
     Args:
-        seed: anything with a stable text, such as (run seed, document number).
+        seed: any object with a stable repr, such as (run seed, document number).
 
     Raises:
-        ValueError: if a rate is not a share.
+        ValueError: if `rate` or `spm_share` is not between 0 and 1.
 
     Source: Yuan 2.0, megatron/data/gpt_dataset.py; Bavarian et al. 2022, sections 3 and 4.
     """
@@ -95,18 +97,21 @@ def encode_fill_in_middle(
     draw = random.Random(f"fill in the middle {seed!r}")
     if draw.random() >= rate or not text:
         return _join_parts([([*tokenizer.encode(text), tokenizer.eod], True)])
+
     first, second = sorted(draw.randint(0, len(text)) for _ in range(2))
     prefix, middle, suffix = (
         tokenizer.encode(part) if part else [] for part in (text[:first], text[first:second], text[second:])
     )
-    mark = tokenizer.special
+
+    special = tokenizer.special
     if draw.random() < spm_share:
-        tokens = [mark[FIM_PREFIX], mark[FIM_SUFFIX], *suffix, mark[FIM_MIDDLE], *prefix, *middle]
+        tokens = [special[FIM_PREFIX], special[FIM_SUFFIX], *suffix, special[FIM_MIDDLE], *prefix, *middle]
     else:
-        tokens = [mark[FIM_PREFIX], *prefix, mark[FIM_SUFFIX], *suffix, mark[FIM_MIDDLE], *middle]
+        tokens = [special[FIM_PREFIX], *prefix, special[FIM_SUFFIX], *suffix, special[FIM_MIDDLE], *middle]
     return _join_parts([([*tokens, tokenizer.eod], True)])
 
 
 def _join_parts(parts: Sequence[tuple[list[int], bool]]) -> Sample:
     tokens = tuple(token for ids, _ in parts for token in ids)
-    return Sample(tokens, tuple(learned for ids, learned in parts for _ in ids))
+    loss_mask = tuple(is_target for ids, is_target in parts for _ in ids)
+    return Sample(tokens, loss_mask)

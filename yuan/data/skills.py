@@ -1,9 +1,8 @@
-"""Skill files: Python files that say how to make exercises and how to check their answers.
+"""Skill files: Python files that generate exercises and define the checkers of their answers.
 
-A skill file has a list `SKILLS`; each entry is a mapping with `name`, `generate` (takes a
-`random.Random`, gives a prompt and its answer) and `checker` (a checker without its value,
-such as `{"type": "exact"}`), and optionally `language`. The file is the operator's own
-code and runs as such; contributors send rows, never skill files.
+A skill file has a list `SKILLS`; each entry is a mapping with `name`, `generate` (takes a `random.Random`, returns a
+prompt and its answer), `checker` (a checker without its value, such as `{"type": "exact"}`), and optionally `language`.
+The file is the operator's own code and runs without a sandbox; contributors send rows, never skill files.
 """
 
 import random
@@ -18,7 +17,7 @@ from yuan.data.rows import Row
 
 @dataclass(frozen=True)
 class Skill:
-    """A named maker of checked exercises."""
+    """Generate exercises of one capability, each with a checker."""
 
     name: str
     generate: Callable[[random.Random], tuple[str, str]]
@@ -26,7 +25,7 @@ class Skill:
     language: str | None = None
 
     def make_row(self, rng: random.Random) -> Row:
-        """Make one exercise; the answer becomes the checker's value."""
+        """Generate one exercise; the answer becomes the checker's value."""
         prompt, answer = self.generate(rng)
         value: Any = [answer] if self.checker["type"] == "contains" else answer
         field = "values" if self.checker["type"] == "contains" else "value"
@@ -41,10 +40,10 @@ class Skill:
         )
 
     def make_rows(self, count: int, *, seed: int, at_least: int | None = None) -> list[Row]:
-        """Make `count` exercises with different prompts, or all the skill has if they are `at_least` so many.
+        """Generate `count` exercises with different prompts; fewer are accepted if there are at least `at_least`.
 
         Raises:
-            ValueError: if the skill cannot make that many different prompts.
+            ValueError: if the skill generates too few different prompts in 50 * count + 1000 draws.
         """
         seen: set[str] = set()
         rows: list[Row] = []
@@ -58,7 +57,7 @@ class Skill:
         if len(rows) >= needed:
             return rows
         raise ValueError(
-            f"skill {self.name!r} gave {len(rows)} different prompts, {needed} are needed; widen its generator"
+            f"skill {self.name!r} generated {len(rows)} different prompts, {needed} are needed; widen its generator"
         )
 
     def _draw_rows(self, rng: random.Random, count: int) -> Iterator[Row]:
@@ -67,10 +66,11 @@ class Skill:
 
 
 def load_skills(path: Path) -> list[Skill]:
-    """Run a skill file and read its `SKILLS`.
+    """Run a skill file and return its `SKILLS`.
 
     Raises:
-        ValueError: if the file has no such list, or an entry misses a field or makes a row its checker refuses.
+        ValueError: if the file has no such list, an entry lacks a field, or an entry generates a row that its own
+            checker rejects.
     """
     entries = runpy.run_path(str(path)).get("SKILLS")
     if not isinstance(entries, list) or not entries:
@@ -89,5 +89,7 @@ def _parse_skill(path: Path, number: int, entry: Any) -> Skill:
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: SKILLS[{number}] is not a skill: {error}") from error
     if row.checker is None or not row.checker.check(row.answer):
-        raise ValueError(f"{path}: skill {skill.name!r} made an answer its own checker refuses: {row.answer!r}")
+        raise ValueError(
+            f"{path}: skill {skill.name!r} generated an answer that its own checker rejects: {row.answer!r}"
+        )
     return skill

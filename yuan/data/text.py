@@ -1,7 +1,7 @@
-"""Text and JSON from outside: one validated type, and how unfit characters are shown or replaced.
+"""Validate untrusted text and JSON, and escape or replace characters that cannot be stored.
 
-PostgreSQL stores no U+0000, UTF-8 has no lone surrogates (JSON can write one, as `"\\ud83d"`), and white space alone
-asks and answers nothing.
+PostgreSQL cannot store U+0000, UTF-8 has no lone surrogates (JSON can write one, as `"\\ud83d"`), and white space alone
+is not a prompt or an answer.
 """
 
 import json
@@ -29,10 +29,10 @@ _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
 
 @dataclass(frozen=True)
 class TextRule:
-    """Annotate a `str` with it: at most `max_length` characters, each one storable.
+    """Validate an annotated `str`: at most `max_length` characters, all of which can be stored.
 
-    `allow` says what else than real text may stand there: nothing else ("text"), no character at all ("empty"), or
-    white space too ("blank").
+    `allow` sets the values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty
+    string and white space ("blank").
     """
 
     max_length: int
@@ -43,8 +43,8 @@ class TextRule:
         return core_schema.no_info_before_validator_function(self._check_text, text)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        least = {"minLength": 1} if self.allow == "text" else {}
-        return {**handler(schema), **least, "pattern": _JSON_SCHEMA_PATTERNS[self.allow]}
+        min_length = {"minLength": 1} if self.allow == "text" else {}
+        return {**handler(schema), **min_length, "pattern": _JSON_SCHEMA_PATTERNS[self.allow]}
 
     def _check_text(self, value: object) -> object:
         if not isinstance(value, str):
@@ -59,14 +59,14 @@ class TextRule:
 
 
 def find_unstorable(text: str) -> str | None:
-    """Name the first character that cannot be stored.
+    """Describe the first character that cannot be stored; None if all can.
 
     >>> find_unstorable("a\\0b"), find_unstorable("加")
     ('the character U+0000', None)
     """
     if "\0" not in text:
         try:
-            text.encode()  # ten times as fast as the pattern
+            text.encode()  # ten times as fast as the regular expression
         except UnicodeEncodeError as error:
             return f"half a character, the lone surrogate U+{ord(text[error.start]):04X}"
         return None
@@ -74,7 +74,7 @@ def find_unstorable(text: str) -> str | None:
 
 
 def make_storable(text: str) -> str:
-    """Replace characters that cannot be stored by U+FFFD, in text that a model generated.
+    """Replace characters that cannot be stored by U+FFFD; for text that a model generated.
 
     >>> make_storable("a\\0b\\ud83d")
     'a\ufffdb\ufffd'
@@ -83,34 +83,36 @@ def make_storable(text: str) -> str:
 
 
 def make_printable(text: str, limit: int = MAX_PRINTED_CHARS) -> str:
-    """Show text from outside within a message: one line, of limited length, unprintable characters escaped.
+    """Escape untrusted text for a message: one line, of limited length, without unprintable characters.
 
     >>> make_printable("加\\0\\n\\ud83d")
     '加\\\\x00\\\\n\\\\ud83d'
     """
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+    escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
 
 
 def describe_errors(error: ValidationError) -> str:
-    """Put a validation error into one printable line: field and rule, for the first three."""
-    found = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
-    return "; ".join(f"{make_printable(get_field_path(one)) or 'line'}: {make_printable(one['msg'])}" for one in found)
+    """Format a validation error as one printable line: field and rule of the first three entries."""
+    entries = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
+    return "; ".join(
+        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(entry['msg'])}" for entry in entries
+    )
 
 
 def get_field_path(error: Any) -> str:
-    """The dotted path of the field that an entry of `ValidationError.errors()` is about, empty for the whole."""
-    named = error.get("ctx", {}).get("param")
-    return ".".join(str(part) for part in (*error["loc"], *([named] if named else ())))
+    """Return the dotted field path of an entry of `ValidationError.errors()`; empty for the whole document."""
+    param = error.get("ctx", {}).get("param")
+    return ".".join(str(part) for part in (*error["loc"], *([param] if param else ())))
 
 
 def make_rule_error(param: str, message: str) -> PydanticCustomError:
-    """The error of a rule that spans fields, blamed on one of them."""
+    """Make the error of a rule that spans several fields, reported for one of them."""
     return PydanticCustomError("rule", "{message}", {"message": message, "param": param})
 
 
 class BadJson(ValueError):
-    """A document that is no JSON, or has a value no field may hold; `place` is the value's dotted path."""
+    """Report a document that is not JSON, or has a value that is not allowed; `place` is the value's dotted path."""
 
     def __init__(self, message: str, place: str = "") -> None:
         super().__init__(message)
@@ -118,13 +120,16 @@ class BadJson(ValueError):
 
 
 def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
-    """Parse JSON from outside by RFC 8259, without Python's extensions, of so many values in lists and objects at most.
+    """Parse untrusted JSON by RFC 8259, without Python's extensions.
+
+    Args:
+        max_values: limit on the values in lists and objects together; None for no limit.
 
     Returns:
         A value in which every number is finite and every string and key can be stored.
 
     Raises:
-        BadJson: if it is no JSON in UTF-8, nested too deeply, or has another value.
+        BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
     try:
         value = json.loads(data if isinstance(data, str) else data.decode())
@@ -134,28 +139,28 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
         raise BadJson("must not be nested so deeply") from None
     except json.JSONDecodeError as error:
         raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}") from None
-    except ValueError:  # Python reads integers of 4,300 digits at most
+    except ValueError:  # Python parses integers of 4,300 digits at most
         raise BadJson("must not have numbers of so many digits") from None
     _check_values(value, max_values)
     return value
 
 
 def _check_values(document: Any, max_values: int | None) -> None:
-    left: list[tuple[str, Any]] = [("", document)]
+    unchecked: list[tuple[str, Any]] = [("", document)]
     count = 0
-    while left:
-        place, value = left.pop()
+    while unchecked:
+        place, value = unchecked.pop()
         if isinstance(value, (dict, list)):
             count += len(value)
-            if max_values is not None and count > max_values:  # before the time for them is spent
+            if max_values is not None and count > max_values:  # before time is spent on them
                 raise BadJson(f"must not have more than {max_values} values; send less at a time")
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
                     raise BadJson(f"a name must not contain {fault}", _extend_path(place, key))
-                left.append((_extend_path(place, key), item))
+                unchecked.append((_extend_path(place, key), item))
         elif isinstance(value, list):
-            left += [(_extend_path(place, str(number)), item) for number, item in enumerate(value)]
+            unchecked += [(_extend_path(place, str(number)), item) for number, item in enumerate(value)]
         elif isinstance(value, str):
             if fault := find_unstorable(value):
                 raise BadJson(f"must not contain {fault}; leave it out", place)
@@ -170,8 +175,8 @@ def _extend_path(place: str, key: str) -> str:
 def fold_forms(text: str) -> str:
     """Fold Unicode compatibility forms (NFKC) in linear time.
 
-    Python sorts the marks of a letter by insertion, which takes seconds for a letter with 20,000; those beyond 30,
-    which no script has, are left out.
+    Python sorts a letter's combining marks by insertion, which takes seconds for 20,000 marks; marks beyond 30, which
+    no script uses, are dropped.
 
     >>> fold_forms("Ａ１")
     'A1'

@@ -1,8 +1,8 @@
-"""A source as token files: its samples one after another, memory-mapped, and the windows they are packed into.
+"""Token files of a source: its samples in sequence, memory-mapped, and the windows they are packed into.
 
-`tokens.bin` holds a token in four bytes, the highest bit saying that predicting it is learned. `pieces.npy` says where
-in it each piece of a window begins and how many tokens it has, `windows.npy` which pieces a window has, `learned.npy`
-how many of its predictions are learned. Nothing is read but what a batch asks for.
+`tokens.bin` stores a token in four bytes; the highest bit is the loss mask. `pieces.npy` stores each piece's offset in
+that file and its number of tokens, `windows.npy` the range of pieces of each window, `learned.npy` each window's number
+of target tokens. Only the windows of a requested batch are read.
 """
 
 from array import array
@@ -21,33 +21,34 @@ LOSS_MASK_BIT = 1 << 31
 
 
 def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> None:
-    """Pack samples, in their order, into windows of seq_len predictions; takes memory for the index alone.
+    """Pack samples in order into windows of seq_len predictions; only the index is held in memory.
 
     Raises:
         ValueError: if there is no sample.
     """
     folder.mkdir(parents=True)
-    pieces, windows, learned = array("q"), array("q", [0]), array("q")
+    pieces, windows, target_counts = array("q"), array("q", [0]), array("q")
     start = 0
     with (folder / TOKENS_FILE).open("wb") as file:
         for window in split_into_windows(samples, seq_len):
             for piece in window:
-                marks = np.asarray(piece.learned, np.uint32) * np.uint32(LOSS_MASK_BIT)
-                file.write((np.asarray(piece.tokens, np.uint32) | marks).tobytes())
+                mask_bits = np.asarray(piece.learned, np.uint32) * np.uint32(LOSS_MASK_BIT)
+                file.write((np.asarray(piece.tokens, np.uint32) | mask_bits).tobytes())
                 pieces.extend((start, len(piece.tokens)))
                 start += len(piece.tokens)
             windows.append(len(pieces) // 2)
-            learned.append(sum(sum(piece.learned[1:]) for piece in window))
+            target_counts.append(sum(sum(piece.learned[1:]) for piece in window))
+
     np.save(folder / PIECES_FILE, np.frombuffer(pieces, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
-    np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(learned, np.int64))
+    np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(target_counts, np.int64))
 
 
 class TokenFiles:
-    """The windows of one source.
+    """Read the windows of one source.
 
     Raises:
-        ValueError: if the files do not belong together.
+        ValueError: if the files do not match each other.
     """
 
     def __init__(self, folder: Path, *, seq_len: int, pad: int) -> None:
@@ -57,11 +58,11 @@ class TokenFiles:
             np.load(folder / name, mmap_mode="r", allow_pickle=False)
             for name in (PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
         )
-        last = self._pieces[-1].sum() if len(self._pieces) else -1
-        if last != len(self._tokens) or self._windows[-1] != len(self._pieces):
+        pieces_end = self._pieces[-1].sum() if len(self._pieces) else -1
+        if pieces_end != len(self._tokens) or self._windows[-1] != len(self._pieces):
             raise ValueError(
-                f"{folder} has {len(self._tokens)} tokens and its pieces end at {last}; the files are not of one "
-                "writing, lay the run out again"
+                f"{folder} has {len(self._tokens)} tokens and its pieces end at {pieces_end}; the files do not match, "
+                "prepare the run again"
             )
 
     def __len__(self) -> int:
@@ -72,12 +73,14 @@ class TokenFiles:
         return len(self._tokens)
 
     def read(self, numbers: npt.NDArray[np.int64]) -> PackedWindows:
-        """The windows with these numbers."""
+        """Return the windows with these numbers."""
         return build_windows([self._read_window(int(number)) for number in numbers], self.seq_len, self.pad)
 
     def _read_window(self, number: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
-        found = []
+        window = []
         for start, length in self._pieces[self._windows[number] : self._windows[number + 1]]:
-            marked = self._tokens[start : start + length]
-            found.append(((marked & np.uint32(LOSS_MASK_BIT - 1)).astype(np.int32), marked >= LOSS_MASK_BIT))
-        return found
+            stored = self._tokens[start : start + length]
+            tokens = (stored & np.uint32(LOSS_MASK_BIT - 1)).astype(np.int32)
+            loss_mask = stored >= LOSS_MASK_BIT
+            window.append((tokens, loss_mask))
+        return window
