@@ -105,7 +105,7 @@ def test_a_second_backward_is_refused(batch):
     x, head, labels, weights = batch
     loss = head_loss(x.requires_grad_(), head, labels, weights)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gives its gradients once"):
+    with pytest.raises(RuntimeError, match="allows one backward"):
         loss.backward()
 
 

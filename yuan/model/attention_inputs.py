@@ -1,4 +1,4 @@
-"""What every layer has to know about the rows of a batch: positions, and which tokens may see which.
+"""Inputs of attention that all layers share: rotary angles, attention masks and document boundaries.
 
 Shape letters: B batch, S new tokens, K all tokens, D head dim.
 """
@@ -15,11 +15,11 @@ from yuan.model.rotary import compute_rotary
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Rotary angles (S, D) or (B, 1, S, D), an attention mask (B, 1, S, K) and the edges of documents (B, S, 1).
+    """Hold rotary angles (S, D) or (B, 1, S, D), an attention mask (B, 1, S, K) and document boundaries (B, S, 1).
 
-    The mask is added to the scores, 0 or minus infinity in their dtype, so that attention need not convert it for every
-    layer. No mask means plain causal attention; `continues` is true where a token continues its predecessor's
-    document, None where the filter knows no documents.
+    The mask is additive, 0 or minus infinity in the dtype of the scores, so that attention does not convert it in every
+    layer. Without a mask attention is causal (or full, if `is_causal` is false). `continues` is true where a token
+    continues its predecessor's document; None where the filter ignores document boundaries.
     """
 
     cos: Tensor
@@ -30,7 +30,7 @@ class AttentionInputs:
 
 
 def make_causal_inputs(config: ModelConfig, length: int, like: Tensor) -> AttentionInputs:
-    """Rows of one document each, from its beginning."""
+    """Make inputs for rows of one document each, starting at position 0."""
     cos, sin = compute_rotary(torch.arange(length, device=like.device), config, like.dtype)
     return AttentionInputs(cos, sin)
 
@@ -38,35 +38,43 @@ def make_causal_inputs(config: ModelConfig, length: int, like: Tensor) -> Attent
 def make_packed_inputs(
     config: ModelConfig, document_BS: Tensor, like: Tensor, *, isolated: bool = True
 ) -> AttentionInputs:
-    """Rows of several documents; equal neighbouring numbers are one document, and each counts its positions from 0.
+    """Make inputs for rows of several documents, whose positions each start at 0.
 
-    Isolated, no token sees another document, neither in attention nor through the filter; padding is one more document,
-    on whatever side it lies. Not isolated, only the positions restart: what the official training does
-    (--reset-position-ids without --reset-attention-mask).
+    Adjacent tokens with equal document numbers are one document. If isolated, no token attends to another document or
+    sees it through the filter; padding is one more document, on the left or on the right. If not isolated, only the
+    positions restart, as in the official training (--reset-position-ids without --reset-attention-mask).
     """
     length = document_BS.shape[1]
-    continues = F.pad(document_BS[:, 1:] == document_BS[:, :-1], (1, 0))
-    place = torch.arange(length, device=document_BS.device).expand_as(document_BS)
-    begins = torch.where(continues, 0, place).cummax(dim=1).values
-    cos, sin = compute_rotary((place - begins)[:, None], config, like.dtype)
+    continues_BS = F.pad(document_BS[:, 1:] == document_BS[:, :-1], (1, 0))
+
+    # The start of a token's document is the largest start at or before the token.
+    index_BS = torch.arange(length, device=document_BS.device).expand_as(document_BS)
+    start_BS = torch.where(continues_BS, 0, index_BS).cummax(dim=1).values
+    cos, sin = compute_rotary((index_BS - start_BS)[:, None], config, like.dtype)
     if not isolated:
         return AttentionInputs(cos, sin)
-    mask = (begins[:, :, None] == begins[:, None, :]) & (place[:, :, None] >= place[:, None, :])
-    return AttentionInputs(cos, sin, _make_additive_mask(mask, like), is_causal=False, continues=continues[..., None])
+
+    # Tokens of one document have the same start.
+    same_document_BSS = start_BS[:, :, None] == start_BS[:, None, :]
+    causal_BSS = index_BS[:, :, None] >= index_BS[:, None, :]
+    mask = _make_additive_mask(same_document_BSS & causal_BSS, like)
+    return AttentionInputs(cos, sin, mask, is_causal=False, continues=continues_BS[..., None])
 
 
 def make_decoding_inputs(config: ModelConfig, lengths: list[int], num_new: int, like: Tensor) -> AttentionInputs:
-    """Rows that go on after `lengths` tokens each, of one document each."""
+    """Make inputs for num_new tokens a row that follow `lengths` cached tokens; each row is one document."""
     device = like.device
     if len(set(lengths)) == 1:
         cos, sin = compute_rotary(torch.arange(lengths[0], lengths[0] + num_new, device=device), config, like.dtype)
-        if lengths[0] == 0 or num_new == 1:  # a single new token sees all there is
+        if lengths[0] == 0 or num_new == 1:  # a single new token attends to all tokens: no mask needed
             return AttentionInputs(cos, sin, is_causal=num_new > 1)
-    place = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_new, device=device)
-    cos, sin = compute_rotary(place[:, None], config, like.dtype)
-    seen = torch.arange(max(lengths) + num_new, device=device)
-    return AttentionInputs(cos, sin, _make_additive_mask(seen <= place[..., None], like), is_causal=False)
+
+    position_BS = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_new, device=device)
+    cos, sin = compute_rotary(position_BS[:, None], config, like.dtype)
+    key_position_K = torch.arange(max(lengths) + num_new, device=device)
+    visible_BSK = key_position_K <= position_BS[..., None]
+    return AttentionInputs(cos, sin, _make_additive_mask(visible_BSK, like), is_causal=False)
 
 
-def _make_additive_mask(seen_BSK: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(seen_BSK, dtype=like.dtype).masked_fill_(~seen_BSK, -torch.inf)[:, None]
+def _make_additive_mask(visible_BSK: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(visible_BSK, dtype=like.dtype).masked_fill_(~visible_BSK, -torch.inf)[:, None]

@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has seen, for decoding: keys, values, and the filter's two rows.
+"""Decoding cache of past tokens: attention keys and values, and two vectors of the local filter.
 
 Shape letters: R rows of the block, B rows in use, N heads, S new tokens, K capacity, D head dim, H hidden.
 """
@@ -14,13 +14,13 @@ INITIAL_CAPACITY_TOKENS = 64
 
 
 class CacheBlock:
-    """The memory itself, one tensor of each kind a layer; rows and length grow by doubling.
+    """Store the cache tensors, one of each kind per layer; rows and length grow by doubling.
 
-    Its tensors come from `_zeros` alone and are ordinary ones without gradients, so that every change of the cache
-    works inside and outside of inference mode: a tensor made in that mode could not be changed outside of it.
+    All tensors come from `_make_zeros` and are ordinary tensors without gradients, so that the cache can be changed
+    inside and outside of inference mode: a tensor created in that mode cannot be changed outside of it.
 
-    Keys and values are (R, N, K, D). `shares1` (R, 1, H/2) and `shares2` (R, 1, H) are what the last token of a row
-    gives to the output after it in the filter's two convolutions. With these two rows the filter is exact everywhere.
+    Keys and values are (R, N, K, D). `shares1` (R, 1, H/2) and `shares2` (R, 1, H) are the contributions of a row's
+    last token to the next output of the filter's two convolutions. With these two, incremental filtering is exact.
     """
 
     def __init__(self, config: ModelConfig, like: Tensor) -> None:
@@ -37,26 +37,29 @@ class CacheBlock:
             yield from group
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room.
+        """Grow the tensors to at least `rows` rows of `length` tokens.
 
         Raises:
-            ValueError: if the window is shorter than `length`.
+            ValueError: if `length` exceeds the window.
         """
         limit = self.config.seq_len
         if length > limit:
             raise ValueError(f"the window holds {limit} tokens, got {length}; shorten the prompt or the answer")
-        has_rows, _, has_length, _ = self.keys[0].shape
-        if rows <= has_rows and length <= has_length:
+        old_rows, _, old_length, _ = self.keys[0].shape
+        if rows <= old_rows and length <= old_length:
             return
-        wants_rows = has_rows if rows <= has_rows else max(2 * has_rows, rows)
-        wants_length = (
-            has_length if length <= has_length else min(limit, max(INITIAL_CAPACITY_TOKENS, 2 * has_length, length))
-        )
-        keys = [_grow(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.keys]
-        values = [_grow(t, (wants_rows, t.shape[1], wants_length, t.shape[3])) for t in self.values]
-        shares1 = [_grow(t, (wants_rows, *t.shape[1:])) for t in self.shares1]
-        shares2 = [_grow(t, (wants_rows, *t.shape[1:])) for t in self.shares2]
-        # Only once all are there: without memory for the last of them, the block stays as it is.
+
+        new_rows, new_length = old_rows, old_length
+        if rows > old_rows:
+            new_rows = max(2 * old_rows, rows)
+        if length > old_length:
+            new_length = min(limit, max(INITIAL_CAPACITY_TOKENS, 2 * old_length, length))
+
+        keys = [_grow(t, (new_rows, t.shape[1], new_length, t.shape[3])) for t in self.keys]
+        values = [_grow(t, (new_rows, t.shape[1], new_length, t.shape[3])) for t in self.values]
+        shares1 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares1]
+        shares2 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares2]
+        # Assign only after every allocation succeeded: out of memory must leave the block unchanged.
         self.keys, self.values, self.shares1, self.shares2 = keys, values, shares1, shares2
 
 
@@ -72,7 +75,7 @@ def _grow(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class DecodingCache:
-    """Neighbouring rows of a block, each with a length of its own."""
+    """Access a contiguous range of a block's rows, each with its own length."""
 
     def __init__(self, block: CacheBlock, first: int = 0, num_rows: int = 0) -> None:
         self.block, self.first = block, first
@@ -87,13 +90,13 @@ class DecodingCache:
         return slice(self.first, self.first + len(self.lengths))
 
     def begin_pass(self, num_new: int, counts: list[int] | None) -> None:
-        """Make room for num_new tokens a row, of which `counts` are real and the rest padding on the right."""
+        """Reserve num_new tokens a row; `counts` of each row are real, the rest is padding on the right."""
         self.block.reserve(self.rows.stop, max(self.lengths) + num_new)
         is_padded = counts is not None and any(count != num_new for count in counts)
         self._last_real_index = torch.tensor(counts, device=self.block.like.device) - 1 if is_padded else None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, N, S, D), and return all of them to the longest row's end."""
+        """Write a layer's new keys and values (B, N, S, D), and return all up to the end of the longest row."""
         num_new = keys.shape[2]
         end = max(self.lengths) + num_new
         all_keys, all_values = (t[layer][self.rows, :, :end] for t in (self.block.keys, self.block.values))
@@ -101,43 +104,44 @@ class DecodingCache:
             all_keys[:, :, -num_new:] = keys
             all_values[:, :, -num_new:] = values
         else:
+            # Rows of different length: write each row's tokens behind its own last one, by index (B, 1) and (B, S).
             row = torch.arange(len(self.lengths), device=keys.device)[:, None]
-            place = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_new, device=keys.device)
-            all_keys[row, :, place] = keys.transpose(1, 2)
-            all_values[row, :, place] = values.transpose(1, 2)
+            index = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_new, device=keys.device)
+            all_keys[row, :, index] = keys.transpose(1, 2)
+            all_values[row, :, index] = values.transpose(1, 2)
         return all_keys, all_values
 
     def shares(self, layer: int) -> tuple[Tensor, Tensor]:
-        """What the last tokens give to a layer's two convolutions."""
+        """Return the contributions of each row's last token to a layer's two convolutions."""
         return self.block.shares1[layer][self.rows], self.block.shares2[layer][self.rows]
 
     def store_shares(self, layer: int, new1: Tensor, new2: Tensor) -> None:
-        """Remember, of the shares (B, S, ...) of new tokens, those of each row's last real one."""
-        for kept, new in zip(self.shares(layer), (new1, new2), strict=True):
+        """Store the contributions of each row's last real token, out of those (B, S, ...) of all new tokens."""
+        for stored, new in zip(self.shares(layer), (new1, new2), strict=True):
             if self._last_real_index is None:
-                kept.copy_(new[:, -1:])
+                stored.copy_(new[:, -1:])
             else:
-                kept.copy_(new[torch.arange(len(new), device=new.device), self._last_real_index][:, None])
+                stored.copy_(new[torch.arange(len(new), device=new.device), self._last_real_index][:, None])
 
     def advance(self, counts: list[int]) -> None:
-        """Count the real tokens of a pass as seen."""
+        """Add a pass's numbers of real tokens to the rows' lengths."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def make_following_rows(self, num_rows: int) -> "DecodingCache":
-        """Empty rows behind these in the same block, to be filled and then taken in with `append_rows`."""
+        """Return empty rows after these in the same block; fill them, then add them with `append_rows`."""
         return DecodingCache(self.block, self.rows.stop, num_rows)
 
     def append_rows(self, following: "DecodingCache") -> None:
-        """Make the rows that follow these part of these."""
-        assert following.block is self.block and following.first == self.rows.stop, "only neighbours join"
+        """Add the rows of a cache made by `make_following_rows` to this one."""
+        assert following.block is self.block and following.first == self.rows.stop, "rows must be adjacent"
         self.lengths += following.lengths
 
     def keep_first_rows(self, num_rows: int) -> None:
-        """Forget all rows behind the first ones."""
+        """Drop all rows after the first num_rows."""
         del self.lengths[num_rows:]
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+        """Drop a row and move the last row into its place."""
         last = len(self.lengths) - 1
         if row != last:
             for tensor in self.block.iter_tensors():

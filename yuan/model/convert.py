@@ -1,4 +1,4 @@
-"""Model folders of ours to the published Hugging Face layout and back, one tensor at a time."""
+"""Conversion of model folders between our layout and the published Hugging Face layout, one tensor at a time."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,10 @@ GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE = "generation_config.json", "token
 def export_hf(
     folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, Any]:
-    """Write a model folder of ours in the published layout; memory stays near one shard.
+    """Export one of our model folders to the published layout; peak memory stays near one shard.
 
     Args:
-        dtype: "bf16" or "fp32"; default: as stored.
+        dtype: "bf16" or "fp32"; default: the stored dtype.
 
     Returns:
         The manifest of the new folder.
@@ -33,7 +33,7 @@ def export_hf(
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit, or `out` has files.
     """
-    about = verify_folder(folder)
+    manifest = verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
     source.check_shapes(hf_layout.get_yuan_shapes(config))
     _make_empty_folder(out)
@@ -42,31 +42,32 @@ def export_hf(
         out, hf_layout.get_hf_shapes(config), hf_layout.convert_to_hf(config, source.read_tensor), kind, max_shard_bytes
     )
     tokenizer = tokenizers.load(folder) if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file() else None
-    side: dict[str, Any] = {MODEL_CONFIG_FILE: build_hf_config(config, tokenizer, kind)}
-    side[GENERATION_CONFIG_FILE] = {name: side[MODEL_CONFIG_FILE][f"{name}_token_id"] for name in ("bos", "eos", "pad")}
-    side[GENERATION_CONFIG_FILE] = {f"{name}_token_id": value for name, value in side[GENERATION_CONFIG_FILE].items()}
+
+    hf_config = build_hf_config(config, tokenizer, kind)
+    generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
     if tokenizer is not None:
         tokenizer.save(out)
-        side[TOKENIZER_CONFIG_FILE] = _build_tokenizer_config(config)
+        json_files[TOKENIZER_CONFIG_FILE] = _build_tokenizer_config(config)
         files.append(tokenizers.TOKENIZER_MODEL_FILE)
-    for name, data in side.items():
+    for name, data in json_files.items():
         (out / name).write_text(json.dumps(data, indent=2))
-    return write_manifest(out, [*files, *side], {**_extract_metadata(about), "format": "hf"})
+    return write_manifest(out, [*files, *json_files], {**_extract_metadata(manifest), "format": "hf"})
 
 
 def import_hf(
     folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, Any]:
-    """Write a published folder, safetensors or pickles, as one of ours; memory stays near one shard.
+    """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
 
-    A tokenizer beside the weights is taken along if there is one.
+    A tokenizer beside the weights is copied, if there is one.
 
     Returns:
         The manifest of the new folder.
 
     Raises:
-        ValueError: if a file is missing or damaged, the configuration is not a Yuan's, a tensor is missing, extra or
-            has another shape, or `out` has files. Every such tensor is named.
+        ValueError: if a file is missing or damaged, the configuration is not of a Yuan model, a tensor is missing,
+            unknown or of another shape (the message names every one), or `out` has files.
     """
     if (folder / MODEL_MANIFEST_FILE).is_file():
         verify_folder(folder)
@@ -98,7 +99,7 @@ def import_hf(
 
 
 def build_hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The published config.json of a model; `rope_precision` and `local_filter` are ours and ignored by others."""
+    """Build the published config.json of a model; other software ignores our `rope_precision` and `local_filter`."""
     eod = tokenizer.eod if tokenizer else PUBLISHED_TOKEN_IDS["eod"]
     sep = tokenizer.sep if tokenizer else PUBLISHED_TOKEN_IDS["sep"]
     return {
@@ -136,7 +137,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """Read a published config.json; without `rope_precision` the angles are those of the official training.
 
     Raises:
-        ValueError: if it is missing, or not a Yuan 2.0's.
+        ValueError: if it is missing, or not of a Yuan 2.0 model.
     """
     try:
         data = json.loads((folder / MODEL_CONFIG_FILE).read_text())
@@ -154,7 +155,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         )
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} has no {MODEL_CONFIG_FILE}; fetch it beside the weights, the shapes are in it"
+            f"{folder} has no {MODEL_CONFIG_FILE}, which defines the shapes; download it next to the weights"
         ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan: {error!r}") from None
@@ -168,7 +169,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 
 def _apply_preset_name(config: ModelConfig) -> ModelConfig:
-    """Call a model by its preset's name if it has its shape."""
+    """Rename a config after the preset that has the same shape, if there is one."""
     shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size)
     for name, preset in MODEL_PRESETS.items():
         other = preset()
@@ -178,7 +179,7 @@ def _apply_preset_name(config: ModelConfig) -> ModelConfig:
 
 
 def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
-    """How transformers loads the tokenizer: as the official code does, with the legacy space rule."""
+    """Build the tokenizer_config.json for transformers: as in the official code, with the legacy space rule."""
     return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": True,
@@ -205,7 +206,7 @@ def _write_tensors(
 
 def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        # A copy of its own: parts of one matrix would share memory, which safetensors refuses.
+        # Clone: parts of one matrix would share memory, which safetensors rejects.
         yield name, tensor.to(kind).contiguous().clone()
 
 

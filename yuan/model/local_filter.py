@@ -1,4 +1,4 @@
-"""Localized filtering: what queries and keys see of a token's neighbours.
+"""Localized filtering: short causal convolutions applied before queries and keys.
 
 Shape letters: B batch, S sequence, H hidden, O outputs.
 """
@@ -14,18 +14,18 @@ from yuan.model.cache import DecodingCache
 
 
 class CausalConv(nn.Module):
-    """A convolution over time that looks back only; before the first row lies zero. (B, S, H) in, (B, S, O) out.
+    """Apply a causal convolution over time, zero-padded on the left. (B, S, H) in, (B, S, O) out.
 
-    The weight (kernel, O, H), oldest tap first, is one linear map that gives each row's share in its own and the
-    following outputs; the shares are shifted and added. So no input is copied, and to go on decoding, the last row's
-    share is all there is to keep.
+    The weight (kernel, O, H), oldest tap first, is applied as one linear map. It gives each token's contribution
+    ("share") to its own and the following outputs; the shares are shifted and added. So no input is copied, and
+    incremental decoding must only keep the last token's share.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs))
-        bound = 1 / math.sqrt(inputs * kernel)  # torch's default for a convolution
+        bound = 1 / math.sqrt(inputs * kernel)  # PyTorch's default for a convolution
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -34,29 +34,34 @@ class CausalConv(nn.Module):
         out = shares[-1] + self.bias
         inside = continues
         for lag, share in enumerate(reversed(shares[:-1]), start=1):
-            moved = F.pad(share[:, :-lag], (0, 0, lag, 0))
-            if continues is not None and inside is not None:  # a share must not pass the beginning of a document
+            shifted = F.pad(share[:, :-lag], (0, 0, lag, 0))
+            if continues is not None and inside is not None:  # a share must not cross into the next document
                 inside = inside & F.pad(continues[:, : continues.shape[1] - lag + 1], (0, 0, lag - 1, 0))
-                moved = moved * inside
-            out = out + moved
+                shifted = shifted * inside
+            out = out + shifted
         return out
 
     def forward_incremental(self, x_BSH: Tensor, carried_B1O: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs after rows seen before, and every row's share in the output that follows it; kernel 2 only."""
+        """Return the outputs of new tokens, and each token's share in the output after it; kernel 2 only.
+
+        Args:
+            carried_B1O: share of the last cached token.
+        """
         older, newer = self.shares(x_BSH)
         before = carried_B1O if x_BSH.shape[1] == 1 else torch.cat([carried_B1O, older[:, :-1]], dim=1)
         return newer + self.bias + before, older
 
     def shares(self, x_BSH: Tensor) -> tuple[Tensor, ...]:
-        both = F.linear(x_BSH, self.weight.flatten(0, 1))
-        return both.chunk(self.weight.shape[0], dim=-1)
+        all_taps = F.linear(x_BSH, self.weight.flatten(0, 1))
+        return all_taps.chunk(self.weight.shape[0], dim=-1)
 
 
 class LocalFilter(nn.Module):
     """Mix each token with its two predecessors: two convolutions of kernel 2, H to H/2 to H, a residual and a norm.
 
-    Source: Yuan 2.0 paper, section 3.1, Fig. 1b; both convolutions have biases, and the row before the first is zero
-    for each of them.
+    Both convolutions have biases, and each is zero-padded by one row on the left.
+
+    Source: Yuan 2.0 paper, section 3.1, Fig. 1b.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -72,7 +77,7 @@ class LocalFilter(nn.Module):
         return filtered
 
     def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
-        """Filter tokens that follow those in the cache, and remember them there."""
+        """Filter tokens that follow those in the cache, and update the cache."""
         before1, before2 = cache.shares(layer)
         mid, shares1 = self.conv1.forward_incremental(x_BSH, before1)
         out, shares2 = self.conv2.forward_incremental(mid, before2)
@@ -82,7 +87,7 @@ class LocalFilter(nn.Module):
 
 
 class SingleFilter(nn.Module):
-    """One convolution and a residual: rows "kernel 1, 2, 3, 7" of the paper's Table 1, for that ablation."""
+    """Apply one convolution and a residual: rows "kernel 1, 2, 3, 7" of the paper's Table 1, for the ablation."""
 
     def __init__(self, config: ModelConfig, kernel: int) -> None:
         super().__init__()
@@ -93,27 +98,27 @@ class SingleFilter(nn.Module):
         return out
 
     def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
-        """Not offered.
+        """Raise an error: the ablation's variants are trained and measured, not served.
 
         Raises:
-            ValueError: always; the ablation's variants are trained and measured, not served.
+            ValueError: always.
         """
         raise ValueError("a model with a single convolution is for training only; decode local_filter two_convs_norm")
 
 
 class NoFilter(nn.Module):
-    """Basic attention: queries and keys see what values see."""
+    """Pass the input through unchanged, for attention without a local filter."""
 
     def forward(self, x_BSH: Tensor, continues: Tensor | None = None) -> Tensor:
         return x_BSH
 
     def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
-        """Pass tokens through."""
+        """Return the input unchanged."""
         return x_BSH
 
 
 def make_filter(config: ModelConfig) -> LocalFilter | SingleFilter | NoFilter:
-    """The filter that the configuration names."""
+    """Make the filter that `config.local_filter` names."""
     if config.local_filter == "none":
         return NoFilter()
     if config.local_filter.startswith("conv"):

@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy: block by block over a fused head, and plainly over given logits.
+"""Token-weighted cross-entropy: block-wise with a fused output head, and directly from given logits.
 
 Shape letters: N tokens, H hidden, V vocabulary.
 """
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# A block's probabilities in fp32; with the head's gradient this is all the memory the loss takes.
+# A block's probabilities in fp32; the loss allocates nothing else of this size except the head's gradient.
 LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 512 * 2**20
 LOSS_TILE_BYTES_CPU, MIN_LOSS_TILE_COLUMNS = 2**21, 64
 
 
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
-    """Sum of weight times negative log-probability over all tokens, in fp32.
+    """Return the sum of weight times negative log-probability over all tokens, in fp32.
 
-    The weights carry the normalisation: with 1/n for each of the n learned tokens of a whole step the result is the
-    mean over the step, whatever rows and micro-batches they lie in. Rows without weight cost nothing.
+    The weights include the normalisation: with 1/n for each of the n target tokens of a whole step the result is the
+    mean over the step, independent of their split into rows and micro-batches. Tokens of weight 0 are not computed.
     """
-    learned = weights_BS != 0
-    losses = F.cross_entropy(logits_BSV[learned].float(), labels_BS[learned], reduction="none")
-    return (losses * weights_BS[learned]).sum()
+    is_target = weights_BS != 0
+    losses = F.cross_entropy(logits_BSV[is_target].float(), labels_BS[is_target], reduction="none")
+    return (losses * weights_BS[is_target]).sum()
 
 
 def head_loss(
@@ -37,16 +37,16 @@ def head_loss(
     head_sum: Tensor | None = None,
     upstream: float = 1.0,
 ) -> Tensor:
-    """`weighted_cross_entropy` of the logits `x @ head.T`, of which never more than one block of rows exists.
+    """Compute `weighted_cross_entropy` of the logits `x @ head.T`, with only one block of rows in memory at a time.
 
-    The gradients are made in the same pass, block by block, and accumulated in fp32; backward only scales them. The
-    arithmetic of the plain loss is kept, so value and gradients are equal up to rounding.
+    The gradients are computed in the same pass, block by block, and accumulated in fp32; backward only scales them.
+    Value and gradients equal those of the direct loss up to rounding.
 
     Args:
         block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 512 MiB on a GPU.
-        losses_BS: where to leave each learned token's own loss, without its weight.
-        head_sum: fp32 (V, H), to which the head's gradient is added at once, and given to nobody else: for many
-            micro-batches that share one sum.
+        losses_BS: output tensor for each target token's own loss, without its weight.
+        head_sum: fp32 (V, H) accumulator, to which forward adds the head's gradient; backward then returns none for the
+            head. For many micro-batches that share one sum.
         upstream: with head_sum, the factor by which backward will scale this loss.
 
     Raises:
@@ -64,25 +64,26 @@ def head_loss(
     rows = compute_default_block_rows(head_VH) if block is None else block
     if rows < 1:
         raise ValueError(f"block must be at least 1 row, got {rows}")
-    learned = weights_BS != 0
-    losses_N = torch.empty(int(learned.sum()), device=x_BSH.device)
-    target = None if head_sum is None else (head_sum, upstream)
+
+    is_target = weights_BS != 0
+    losses_N = torch.empty(int(is_target.sum()), device=x_BSH.device)
+    accumulator = None if head_sum is None else (head_sum, upstream)
     loss: Tensor = _HeadLoss.apply(
-        x_BSH[learned], head_VH, labels_BS[learned], weights_BS[learned].float(), rows, losses_N, target
+        x_BSH[is_target], head_VH, labels_BS[is_target], weights_BS[is_target].float(), rows, losses_N, accumulator
     )
     if losses_BS is not None:
-        losses_BS[learned] = losses_N
+        losses_BS[is_target] = losses_N
     return loss
 
 
 def compute_default_block_rows(head_VH: Tensor) -> int:
-    """Rows of logits that fit the block's memory on the head's device."""
+    """Return the number of rows of logits that fit a block's memory limit on the head's device."""
     limit = LOSS_BLOCK_BYTES_CPU if head_VH.device.type == "cpu" else LOSS_BLOCK_BYTES_GPU
     return max(1, limit // (4 * head_VH.shape[0]))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss, and both gradients with it."""
+    """Compute the loss and, in the same forward pass, both gradients."""
 
     @staticmethod
     def forward(
@@ -93,42 +94,44 @@ class _HeadLoss(torch.autograd.Function):
         weights_N: Tensor,
         rows: int,
         losses_N: Tensor,
-        target: tuple[Tensor, float] | None,
+        accumulator: tuple[Tensor, float] | None,
     ) -> Tensor:
-        wants_x, wants_head = ctx.needs_input_grad[:2]
-        dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if wants_x else None
-        dhead_VH, scale = target or (torch.empty_like(head_VH, dtype=torch.float32) if wants_head else None, 1.0)
-        if dhead_VH is not None and not target and not len(x_NH):
-            dhead_VH.zero_()
+        needs_dx, needs_dhead = ctx.needs_input_grad[:2]
+        dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if needs_dx else None
+        dhead_VH, scale = accumulator or (torch.empty_like(head_VH, dtype=torch.float32) if needs_dhead else None, 1.0)
+        if dhead_VH is not None and not accumulator and not len(x_NH):
+            dhead_VH.zero_()  # without target tokens no block writes it
+
         loss = torch.zeros((), device=x_NH.device)
         block = _LogitBlock(head_VH, min(rows, len(x_NH)))
         for start in range(0, len(x_NH), rows):
             part = slice(start, start + rows)
             losses_N[part] = block.losses(x_NH[part], labels_N[part], weights_N[part])
             loss += (losses_N[part] * weights_N[part]).sum()
-            if wants_x or wants_head:
-                adds = target is not None or start > 0
+            if needs_dx or needs_dhead:
+                adds = accumulator is not None or start > 0  # the first block overwrites the uninitialized gradient
                 block.gradients(None if dx_NH is None else dx_NH[part], dhead_VH, adds=adds, scale=scale)
-        ctx.gradients = (dx_NH, None if target else dhead_VH)
+
+        ctx.gradients = (dx_NH, None if accumulator else dhead_VH)
         ctx.dtypes = (x_NH.dtype, head_VH.dtype)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        made, ctx.gradients = ctx.gradients, None  # scaled in place, so that a second backward has nothing to give
-        if made is None:
-            raise RuntimeError("head_loss gives its gradients once; compute the loss again for another backward")
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so a second backward cannot use them
+        if gradients is None:
+            raise RuntimeError("head_loss allows one backward, got a second; recompute the loss before it")
         dx, dhead = (
             None if grad is None else grad.mul_(upstream[0]).to(dtype)
-            for grad, dtype in zip(made, ctx.dtypes, strict=True)
+            for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return dx, dhead, None, None, None, None, None
 
 
 class _LogitBlock:
-    """Logits of some rows, tile by tile over the vocabulary, turned in place into probabilities and gradients.
+    """Compute the logits of a block of rows in tiles over the vocabulary, then convert them in place to gradients.
 
-    On a CPU a tile is worked on while it lies in a core's cache; on a GPU the whole block is one tile.
+    On a CPU a tile fits a core's cache; on a GPU the whole block is one tile.
     """
 
     def __init__(self, head_VH: Tensor, rows: int) -> None:
@@ -140,28 +143,34 @@ class _LogitBlock:
         self.buffer = torch.empty(rows * vocab, dtype=torch.float32, device=head_VH.device)
 
     def losses(self, x_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
-        """Loss of each row, without its weight; every tile is left as exp(logit - the maximum so far)."""
+        """Return the loss of each row, without its weight; leave in each tile exp(logit - the running maximum)."""
         self.x, self.labels, self.weights = x_NH, labels_N, weights_N
         maximum = torch.full(labels_N.shape, -torch.inf, device=x_NH.device)
         total = torch.zeros_like(maximum)
         self.maxima: list[Tensor] = []
+
+        # Online softmax: rescale the sum of exponentials whenever a tile raises the running maximum.
         for part, tile in self._iter_tiles():
             _multiply_into(tile, x_NH, self.head[part].T)
-            newest = torch.maximum(maximum, tile.amax(dim=1))
-            total *= (maximum - newest).exp_()
-            total += tile.sub_(newest[:, None]).exp_().sum(dim=1)
-            self.maxima.append(newest)
-            maximum = newest
+            new_maximum = torch.maximum(maximum, tile.amax(dim=1))
+            total *= (maximum - new_maximum).exp_()
+            total += tile.sub_(new_maximum[:, None]).exp_().sum(dim=1)
+            self.maxima.append(new_maximum)
+            maximum = new_maximum
+
+        # Loss = log(sum of exp(logits)) - logit of the label.
         self.log_total = maximum + total.log()
-        right = (x_NH.float() * self.head[labels_N].float()).sum(dim=1)
-        return self.log_total - right
+        label_logits = (x_NH.float() * self.head[labels_N].float()).sum(dim=1)
+        return self.log_total - label_logits
 
     def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, adds: bool, scale: float) -> None:
-        """Write the gradient of the rows; write that of the head, or add to what is there, times the scale."""
+        """Write the gradient of the rows, and write (or add, if `adds`) that of the head times the scale."""
         for (part, tile), maximum in zip(self._iter_tiles(), self.maxima, strict=True):
+            # d loss / d logit = weight * (probability - 1 at the label).
             tile.mul_(((maximum - self.log_total).exp_() * self.weights)[:, None])
             rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
             tile[rows, self.labels[rows] - part.start] -= self.weights[rows]
+
             grad = tile.to(self.x.dtype)
             if dx is not None:
                 _multiply_into(dx, grad, self.head[part], adds=part.start > 0)
@@ -175,7 +184,7 @@ class _LogitBlock:
 
 
 def _multiply_into(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
-    """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 whatever the factors are."""
+    """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 for factors of any dtype."""
     if left.dtype == torch.float32:
         target.addmm_(left, right, beta=float(adds), alpha=scale)
         return

@@ -1,4 +1,4 @@
-"""Tensors in files: read one at a time from safetensors or published pickles, written in shards of bounded size."""
+"""Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
 import pickle
@@ -13,13 +13,13 @@ from torch import Tensor
 WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE, PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
-IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files carry
+IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
 
 class TensorReader:
-    """The tensors of a folder by name, each read when asked for.
+    """Read the tensors of a folder by name, each on request.
 
-    Pickles are read with torch's restricted unpickler, which runs no code, and mapped into memory, not copied.
+    Pickles are read with torch's restricted unpickler, which runs no code, and memory-mapped, not copied.
 
     Raises:
         ValueError: if the folder has no weights, or a file is missing or damaged; each is named.
@@ -34,19 +34,19 @@ class TensorReader:
         self._pickles: dict[str, dict[str, Tensor]] = {}
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]], *, optional: Container[str] = ()) -> None:
-        """Compare names and shapes with those expected.
+        """Check that the folder has exactly the expected tensors, with the expected shapes.
 
         Raises:
-            ValueError: naming every tensor that is missing, extra or of another shape.
+            ValueError: if a tensor is missing, unknown or has another shape; the message names every one.
         """
         names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
-        wrong = [f"{name} is missing" for name in expected if name not in names and name not in optional]
-        wrong += [f"{name} is unknown" for name in sorted(names - set(expected))]
+        problems = [f"{name} is missing" for name in expected if name not in names and name not in optional]
+        problems += [f"{name} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
             if name in names and self.shape(name) != expected[name]:
-                wrong.append(f"{name} has shape {self.shape(name)} and should have {expected[name]}")
-        if wrong:
-            raise ValueError(f"the weights in {self._folder} do not fit its config.json: {'; '.join(wrong)}")
+                problems.append(f"{name} has shape {self.shape(name)} and should have {expected[name]}")
+        if problems:
+            raise ValueError(f"the weights in {self._folder} do not fit its config.json: {'; '.join(problems)}")
 
     def _find_files(self) -> dict[str, str]:
         for index in (WEIGHTS_INDEX_FILE, PICKLED_WEIGHTS_INDEX_FILE):
@@ -83,7 +83,7 @@ class TensorReader:
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it where the file allows."""
+        """Return a tensor's shape; reads only the header of a safetensors file."""
         file = self._files[name]
         if file.endswith(".safetensors"):
             with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
@@ -91,7 +91,7 @@ class TensorReader:
         return tuple(self.read_tensor(name).shape)
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read a tensor."""
+        """Read one tensor."""
         file = self._files[name]
         with self._report_damage(file):
             if file.endswith(".safetensors"):
@@ -103,7 +103,7 @@ class TensorReader:
 
 
 class DamageReporter:
-    """Turns what a damaged file raises into one clear error that names it."""
+    """Convert the errors that a damaged file raises into one ValueError that names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -122,27 +122,28 @@ class DamageReporter:
 def write_shards(
     folder: Path, sizes: dict[str, int], tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int = MAX_SHARD_BYTES
 ) -> list[str]:
-    """Write tensors into files of at most max_bytes (or one tensor), never holding more than one file's worth.
+    """Write tensors into files of at most max_bytes (or one tensor); only one file's tensors are held in memory.
 
     Args:
-        sizes: bytes of every tensor, in the order in which they come; shards are numbered from it beforehand.
+        sizes: bytes of every tensor, in the order of `tensors`; the number of shards is computed from it.
 
     Returns:
-        The names of the files, the index among them if there are several shards.
+        The names of the files, including the index if there are several shards.
     """
     groups = _group_into_shards(sizes, max_bytes)
-    coming = iter(tensors)
+    remaining = iter(tensors)
     names: list[str] = []
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        shard = dict(next(coming) for _ in group)
+        shard = dict(next(remaining) for _ in group)
         assert list(shard) == group, "tensors come in the order of their sizes"
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(group, file)
+        weight_map |= dict.fromkeys(group, file)
         names.append(file)
+
     if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
         names.append(WEIGHTS_INDEX_FILE)
     return names
@@ -150,11 +151,11 @@ def write_shards(
 
 def _group_into_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
-    filled = 0
+    shard_bytes = 0
     for name, size in sizes.items():
-        if groups[-1] and filled + size > max_bytes:
+        if groups[-1] and shard_bytes + size > max_bytes:
             groups.append([])
-            filled = 0
+            shard_bytes = 0
         groups[-1].append(name)
-        filled += size
+        shard_bytes += size
     return groups

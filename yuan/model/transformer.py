@@ -16,7 +16,7 @@ from yuan.model.rotary import rotate
 
 
 class Attention(nn.Module):
-    """Causal attention whose queries and keys read the filtered input, and whose values read it unfiltered.
+    """Compute causal attention: queries and keys from the filtered input, values from the unfiltered input.
 
     Source: Yuan 2.0 paper, section 3.1; the projections have no bias.
     """
@@ -32,12 +32,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, rows: AttentionInputs, cache: DecodingCache | None) -> Tensor:
         if cache is None:
-            filtered = self.filter(x_BSH, rows.continues)
+            filtered_BSH = self.filter(x_BSH, rows.continues)
         else:
-            filtered = self.filter.forward_incremental(x_BSH, cache, self.number)
-        both = self.query_key(filtered).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
-        q_BNSD, k_BNSD = rotate(both, rows.cos, rows.sin).chunk(2, dim=1)
+            filtered_BSH = self.filter.forward_incremental(x_BSH, cache, self.number)
+
+        # One projection gives queries and keys: (B, S, 2H) -> (B, 2N, S, D).
+        query_key = self.query_key(filtered_BSH).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
+        q_BNSD, k_BNSD = rotate(query_key, rows.cos, rows.sin).chunk(2, dim=1)
         v_BNSD = self.value(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
         if cache is not None:
             k_BNSD, v_BNSD = cache.append(self.number, k_BNSD, v_BNSD)
         out = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=rows.mask, is_causal=rows.is_causal)
@@ -45,7 +48,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward of inner width 4H; SiLU acts on the first half of `up`. Source: paper, section 3.2."""
+    """Apply a gated feed-forward of inner width 4H; SiLU acts on the first half of `up`. Source: paper, section 3.2."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """One pre-norm block: attention and feed-forward, each added to its input."""
+    """Apply one pre-norm block: attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, number: int = 0) -> None:
         super().__init__()
@@ -73,10 +76,10 @@ class Layer(nn.Module):
 
 
 class Yuan(nn.Module):
-    """The whole network: token ids (B, S) in, logits (B, S, V) out.
+    """Compute logits (B, S, V) from token ids (B, S).
 
-    Weights are drawn as published: normal with deviation 0.02, the layers' output maps scaled by 1/sqrt(2L), the
-    convolutions by their default.
+    Weights are initialized as published: normal with standard deviation 0.02, the layers' output projections scaled by
+    1/sqrt(2L), the convolutions by their default.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,7 +95,8 @@ class Yuan(nn.Module):
 
         Args:
             documents_BS: document numbers, when several documents or padding share a row; see `make_packed_inputs`.
-            isolated: whether documents are kept apart, or only count positions anew, as the official training does.
+            isolated: true isolates documents from each other; false only restarts positions at each document, as the
+                official training does.
 
         Raises:
             ValueError: if a row is longer than the window `seq_len`.
@@ -100,51 +104,56 @@ class Yuan(nn.Module):
         length = tokens_BS.shape[1]
         if length > self.config.seq_len:
             raise ValueError(f"the window holds {self.config.seq_len} tokens, got {length}; shorten the row")
+
         x_BSH = self.embedding(tokens_BS)
         if documents_BS is None:
             rows = make_causal_inputs(self.config, length, x_BSH)
         else:
             rows = make_packed_inputs(self.config, documents_BS, x_BSH, isolated=isolated)
+
         for layer in self.layers:
             x_BSH = layer(x_BSH, rows)
         return self.compute_logits(x_BSH)
 
     def forward_incremental(self, tokens_BS: Tensor, cache: DecodingCache, counts: list[int] | None = None) -> Tensor:
-        """Compute the logits (B, V) that follow each row's last token, and remember the tokens in the cache.
+        """Compute the logits (B, V) after each row's last token, and append the tokens to the cache.
 
         Args:
             counts: real tokens of each row, at least 1, when rows of unequal length are padded on the right.
 
         Raises:
-            ValueError: if a row runs past the window `seq_len`.
+            ValueError: if a row exceeds the window `seq_len`.
         """
         num_new = tokens_BS.shape[1]
         cache.begin_pass(num_new, counts)
+
         x_BSH = self.embedding(tokens_BS)
         rows = make_decoding_inputs(self.config, cache.lengths, num_new, x_BSH)
         for layer in self.layers:
             x_BSH = layer(x_BSH, rows, cache)
+
         if counts is None:
             last_BH = x_BSH[:, -1]
         else:
             last_BH = x_BSH[range(len(counts)), [count - 1 for count in counts]]
+
         cache.advance(counts or [num_new] * len(tokens_BS))
         return self.compute_logits(last_BH)
 
     def compute_logits(self, x: Tensor) -> Tensor:
-        """The tied head on hidden states (..., H)."""
+        """Apply the final norm and the tied output head to hidden states (..., H)."""
         return F.linear(self.norm(x), self.embedding.weight)
 
     def make_cache(self, num_rows: int = 0) -> DecodingCache:
-        """An empty memory for some rows."""
+        """Make an empty cache for num_rows rows."""
         return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_rows)
 
 
 def initialise_weights(module: nn.Module, config: ModelConfig) -> None:
-    """Draw a module's matrices in place; see `Yuan`. Convolutions draw their own."""
-    scaled = 0.02 / math.sqrt(2 * config.num_layers)
+    """Initialize a module's matrices in place; see `Yuan`. Convolutions initialize their own weights."""
+    output_std = 0.02 / math.sqrt(2 * config.num_layers)
     for name, parameter in module.named_parameters():
         if name.endswith(("attention.output.weight", "ffn.down.weight")):
-            nn.init.normal_(parameter, std=scaled)
+            nn.init.normal_(parameter, std=output_std)
         elif parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)

@@ -21,7 +21,7 @@ MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE = "config.json", "manifest.json"
 def save(
     folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, about: dict[str, Any]
 ) -> None:
-    """Write a model folder; the manifest, with every file's sha256 and `about`, comes last."""
+    """Write a model folder; the manifest, with every file's sha256 and the fields of `about`, is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     files = write_shards(folder, {name: t.nbytes for name, t in weights.items()}, weights.items())
     write_config(folder, config, tokenizer, files, about)
@@ -30,14 +30,14 @@ def save(
 def write_config(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer, files: Iterable[str], about: dict[str, Any]
 ) -> None:
-    """Write what a model folder has beside its weights, whose files are given; the manifest comes last."""
+    """Write configuration and tokenizer beside the given weight files; the manifest is written last."""
     (folder / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
     tokenizer.save(folder)
     write_manifest(folder, [*files, MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE], about)
 
 
 def write_manifest(folder: Path, files: Iterable[str], about: dict[str, Any]) -> dict[str, Any]:
-    """Write and return the manifest, after which a folder is whole."""
+    """Write and return the manifest, which marks a folder as complete."""
     manifest = {"schema": 1, "files": {name: hash_file(folder / name) for name in sorted(files)}, **about}
     (folder / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
     return manifest
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, files: Iterable[str], about: dict[str, Any]) ->
 def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Yuan:
     """Load a model folder into a module in evaluation mode, every file checked against the manifest.
 
-    Tensors are taken as stored, or cast to `dtype` one at a time, so memory stays near the model's own size.
+    Tensors keep their stored dtype, or are cast to `dtype` one at a time, so peak memory stays near the model's size.
 
     Raises:
         ValueError: if a file is missing or damaged, or the tensors do not fit the configuration.
@@ -64,7 +64,7 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """A model folder's configuration."""
+    """Return a model folder's configuration."""
     return ModelConfig.from_json(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
 
 
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Load a model folder's tokenizer.
 
     Raises:
-        ValueError: if it has none, or one that does not fit the model's vocabulary.
+        ValueError: if the folder has no tokenizer, or one that does not fit the model's vocabulary.
     """
     folder = Path(folder)
     tokenizer = tokenizers.load(folder)
@@ -100,10 +100,10 @@ def verify_folder(folder: Path) -> dict[str, Any]:
 
 
 def parse_manifest(text: str | bytes) -> dict[str, Any]:
-    """Read a model folder's manifest.
+    """Parse a model folder's manifest.
 
     Raises:
-        ValueError: if it is none: an object whose `files` are sha256 sums by the names of files of one folder.
+        ValueError: if it is not an object whose `files` maps file names, without folders, to sha256 sums.
 
     >>> parse_manifest('{"files": {"config.json": 5}}')
     Traceback (most recent call last):
@@ -111,10 +111,10 @@ def parse_manifest(text: str | bytes) -> dict[str, Any]:
     """
     manifest = json.loads(text)
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    is_whole = isinstance(files, dict) and all(
+    is_valid = isinstance(files, dict) and all(
         isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
     )
-    if not files or not is_whole:
+    if not files or not is_valid:
         raise ValueError("it has no `files` with a sha256 for each name; fetch the model again")
     return dict(manifest)
 
