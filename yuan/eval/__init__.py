@@ -1,1 +1,1 @@
-"""Suites of checked prompts, answered by a model and scored."""
+"""Evaluation: a model answers cases, and checkers score the answers."""

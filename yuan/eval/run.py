@@ -1,8 +1,8 @@
-"""Entry of an evaluation: `python -m yuan.eval.run MODEL FOLDER CASES.jsonl RESULTS.jsonl`.
+"""Entry point of an evaluation: `python -m yuan.eval.run MODEL FOLDER CASES.jsonl RESULTS.jsonl`.
 
-MODEL is a model folder, or a version such as v7, which is fetched from the tracker into FOLDER with the account in the
-environment. Cases are rows with an id; results give each case's answer and whether its checker takes it. A case that
-cannot be asked, answered or judged has failed, with the reason; the others go on.
+MODEL is a model folder, or a version such as v7, which is downloaded from the tracker into FOLDER with the credentials
+in the environment. Cases are rows with an id; a result has the case's answer and the checker's verdict. A case that
+cannot be read, answered or judged fails with the reason; the other cases are not affected.
 """
 
 import json
@@ -33,7 +33,7 @@ EvalResult = dict[str, object]
 
 
 class EvalCase(BaseModel):
-    """One question of an evaluation."""
+    """Define one case of an evaluation."""
 
     id: str
     prompt: str
@@ -42,10 +42,10 @@ class EvalCase(BaseModel):
 
 
 def evaluate(model_dir: Path, cases: list[EvalCase], judge: AnswerJudge) -> list[EvalResult]:
-    """Answer every case without chance and judge the answers."""
+    """Answer every case with greedy decoding and judge the answers."""
     model, tokenizer = load(model_dir), load_tokenizer(model_dir)
-    longest = max((_count_tokens(case.expected, tokenizer) for case in cases), default=0)
-    sampling = Sampling(max_tokens=longest + MAX_EXTRA_TOKENS)
+    longest_expected = max((_count_tokens(case.expected, tokenizer) for case in cases), default=0)
+    sampling = Sampling(max_tokens=longest_expected + MAX_EXTRA_TOKENS)
     answers = answer_each(model, tokenizer, [case.prompt for case in cases], sampling)
     return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
 
@@ -58,7 +58,7 @@ def _count_tokens(text: str, tokenizer: Tokenizer) -> int:
 
 
 def judge_answer(case: EvalCase, answer: Completion | Exception, judge: AnswerJudge) -> EvalResult:
-    """The result of one case."""
+    """Return the result of one case."""
     if isinstance(answer, Exception):
         return make_failed_result(case.id, str(answer))
     try:
@@ -73,22 +73,22 @@ def make_failed_result(case_id: str, reason: str, answer: str = "") -> EvalResul
 
 
 def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
-    """The cases of a file, and the results of those that are none."""
-    cases, bad = [], []
+    """Read a file of cases; return the valid ones, and a failed result for each invalid line that has an id."""
+    cases, failed_results = [], []
     for line in file.read_bytes().split(b"\n"):
         if line:
             try:
                 cases.append(EvalCase.model_validate_json(line))
             except ValidationError as error:
                 if (case_id := _find_case_id(line)) is not None:
-                    bad.append(make_failed_result(case_id, describe_errors(error)))
+                    failed_results.append(make_failed_result(case_id, describe_errors(error)))
                 else:
-                    log.warning("a line of %s names no case, and has no result: %s", file, describe_errors(error))
-    return cases, bad
+                    log.warning("skipped a line without a case id in %s: %s", file, describe_errors(error))
+    return cases, failed_results
 
 
 def _find_case_id(line: bytes) -> str | None:
-    """Return the id in a line that is no valid case; None if it has none."""
+    """Return the id in a line that is not a valid case; None if it has none."""
     try:
         return str(json.loads(line)["id"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -109,9 +109,9 @@ def main() -> int:
     scratch = results_file.with_suffix(".part")
     scratch.write_bytes(b"".join(json.dumps(result).encode() + b"\n" for result in results))
     scratch.replace(results_file)
-    passed = sum(bool(result["passed"]) for result in results)
-    unjudged = sum(result["reason"] is not None for result in results)
-    log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), passed, unjudged)
+    num_passed = sum(bool(result["passed"]) for result in results)
+    num_unjudged = sum(result["reason"] is not None for result in results)
+    log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), num_passed, num_unjudged)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Answers to a list of prompts."""
+"""Generate answers to a list of prompts."""
 
 from collections.abc import Sequence as Prompts
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MAX_BATCH_ROWS = 128
 
 @dataclass(frozen=True)
 class Completion:
-    """Text after the separator, why it ended (`stop` or `length`), and token counts."""
+    """Hold the generated text, the finish reason (`stop` or `length`), and token counts."""
 
     text: str
     finish_reason: str
@@ -23,45 +23,52 @@ class Completion:
 
 
 def generate(model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling: Sampling) -> list[Completion]:
-    """Answer each prompt until it ends, max_tokens or the end of the window.
+    """Answer each prompt until a stop, max_tokens, or the end of the window.
 
     Raises:
-        ValueError: if a prompt leaves no room in the window, or the model gives logits that are not finite.
+        ValueError: if a prompt leaves no room in the window, or the model returns logits that are not finite.
     """
     completions = []
-    for done in answer_each(model, tokenizer, prompts, sampling):
-        if isinstance(done, Exception):
-            raise done
-        completions.append(done)
+    for answer in answer_each(model, tokenizer, prompts, sampling):
+        if isinstance(answer, Exception):
+            raise answer
+        completions.append(answer)
     return completions
 
 
 def answer_each(
     model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling: Sampling
 ) -> list[Completion | Exception]:
-    """Answer each prompt as `generate` does; one that cannot be answered has the reason in its place.
+    """Answer each prompt as `generate` does; return the exception in place of an answer that failed.
 
-    Up to 128 run together, and another joins as soon as one has ended; an answer does not depend on its company.
+    Up to 128 sequences are decoded together, and waiting ones join as rows become free; an answer does not depend on
+    the other sequences of its batch.
     """
-    made = [_make_sequence(model, tokenizer, prompt, sampling) for prompt in prompts]
-    sequences = [one for one in made if isinstance(one, DecodingSequence)]
-    reasons: dict[DecodingSequence, Exception] = {}
+    sequences_or_errors = [_make_sequence(model, tokenizer, prompt, sampling) for prompt in prompts]
+    sequences = [entry for entry in sequences_or_errors if isinstance(entry, DecodingSequence)]
+    errors: dict[DecodingSequence, Exception] = {}
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt), reverse=True)
     decoder = Decoder(model)
+
     while waiting or decoder.running:
         free = MAX_BATCH_ROWS - len(decoder.running)
+        # A prefill of many prompts costs less than many small ones, so wait until a quarter of the rows is free.
         if waiting and free >= min(len(waiting), MAX_BATCH_ROWS // 4):
             joining, waiting = waiting[-free:], waiting[:-free]
             failed = decoder.add(joining)
         else:
             failed = decoder.step()
-        reasons.update(failed)
-    return [
-        one
-        if isinstance(one, Exception)
-        else reasons.get(one) or Completion(one.text, str(one.finish_reason), len(one.prompt), one.num_tokens)
-        for one in made
-    ]
+        errors.update(failed)
+
+    answers: list[Completion | Exception] = []
+    for entry in sequences_or_errors:
+        if isinstance(entry, Exception):
+            answers.append(entry)
+        elif entry in errors:
+            answers.append(errors[entry])
+        else:
+            answers.append(Completion(entry.text, str(entry.finish_reason), len(entry.prompt), entry.num_tokens))
+    return answers
 
 
 def _make_sequence(model: Yuan, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> DecodingSequence | ValueError:

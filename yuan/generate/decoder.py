@@ -1,4 +1,4 @@
-"""Sequences decoded together: any may join or leave between two tokens."""
+"""Batched decoding of sequences, which can be added and removed between two tokens."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from yuan.generate.sampling import choose_tokens
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 
-MAX_PREFILL_TOKENS = 8192  # of one pass over new prompts, padding included
+MAX_PREFILL_TOKENS = 8192  # of one forward pass over new prompts, including padding
 
 
 class NonFiniteLogits(ValueError):
-    """The model gave logits that are not numbers."""
+    """Report that the model returned logits that are not finite."""
 
 
 class Decoder:
-    """A model and the sequences that run on it, one cache row each."""
+    """Decode running sequences with a model, one cache row each."""
 
     def __init__(self, model: Yuan) -> None:
         self.model = model
@@ -25,21 +25,22 @@ class Decoder:
 
     @torch.inference_mode()
     def add(self, sequences: list[DecodingSequence]) -> list[tuple[DecodingSequence, Exception]]:
-        """Read what new sequences have, prompt and tokens, and choose the next token of each.
+        """Prefill new sequences, prompt and tokens so far, and choose the next token of each.
 
         Returns:
-            Sequences that failed, with the reason; they are not running.
+            Sequences that failed, with the error; they are not running.
 
         Raises:
-            Exception: whatever a pass raises; then none of these is running, and the others are as before.
+            Exception: any error of a forward pass; then none of these sequences is running, and the others are
+                unchanged.
         """
-        before, failed = len(self.running), []
+        num_before, failed = len(self.running), []
         try:
             for group in _group_by_length(sequences):
                 failed += self._prefill(group)
         except Exception:
-            del self.running[before:]
-            self._cache.keep_first_rows(before)
+            del self.running[num_before:]
+            self._cache.keep_first_rows(num_before)
             raise
         return failed
 
@@ -48,18 +49,22 @@ class Decoder:
         tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
         for row, sequence in enumerate(group):
             tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
-        new = self._cache.make_following_rows(len(group))
-        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new, counts)
-        self._cache.append_rows(new)
+
+        new_rows = self._cache.make_following_rows(len(group))
+        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new_rows, counts)
+        self._cache.append_rows(new_rows)
         self.running += group
         return self._choose(group, logits_BV)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[DecodingSequence, Exception]]:
-        """Choose one more token of every running sequence; those that end leave. Returns those that failed.
+        """Choose one more token for every running sequence; finished sequences are removed.
+
+        Returns:
+            Sequences that failed, with the error; they are not running.
 
         Raises:
-            Exception: whatever the pass raises; then this decoder is of no use, and its sequences belong in another.
+            Exception: any error of the forward pass; then discard this decoder and add its sequences to a new one.
         """
         if not self.running:
             return []
@@ -67,14 +72,14 @@ class Decoder:
         return self._choose(self.running, self.model.forward_incremental(last, self._cache))
 
     def remove(self, sequence: DecodingSequence) -> None:
-        """Let a sequence leave; its row goes to another."""
+        """Remove a running sequence; the last one takes its row."""
         row = self.running.index(sequence)
         self._cache.drop_row(row)
         self.running[row] = self.running[-1]
         self.running.pop()
 
     def _choose(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[tuple[DecodingSequence, Exception]]:
-        group = list(group)
+        group = list(group)  # a copy: `remove` changes self.running during the loop
         finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
         choices = choose_tokens(
             logits_BV.nan_to_num(),
@@ -82,13 +87,14 @@ class Decoder:
             [sequence.seen if sequence.sampling.repetition_penalty != 1 else () for sequence in group],
             [sequence.draw() for sequence in group],
         )
+
         failed: list[tuple[DecodingSequence, Exception]] = []
         for sequence, chosen, is_finite in zip(group, choices, finite, strict=True):
             try:
                 if not is_finite:
-                    raise NonFiniteLogits("the model gave logits that are not finite; this version is broken")
+                    raise NonFiniteLogits("the model returned logits that are not finite; this version is broken")
                 sequence.add_token(chosen)
-            except Exception as error:  # of this sequence alone
+            except Exception as error:  # affects this sequence only
                 failed.append((sequence, error))
                 self.remove(sequence)
             else:
@@ -98,7 +104,7 @@ class Decoder:
 
 
 def _group_by_length(sequences: list[DecodingSequence]) -> list[list[DecodingSequence]]:
-    """Sequences of like length together, so that little padding is read."""
+    """Group sequences of similar length, to limit padding."""
     groups: list[list[DecodingSequence]] = []
     for sequence in sorted(sequences, key=lambda s: len(s.seen)):
         length = len(sequence.seen)

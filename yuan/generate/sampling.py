@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits.
+"""Sampling: choose the next token from logits.
 
 Shape letters: B rows, V vocabulary.
 """
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
 
-MIN_TEMPERATURE = 1e-30  # a lower temperature is 0 in fp32, and the likeliest token's logit over it not a number
+MIN_TEMPERATURE = 1e-30  # a lower temperature can be 0 in fp32; the largest logit would become 0 / 0, not a number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a request asks of decoding.
+    """Set the decoding parameters of a request.
 
-    Temperature 0 takes the likeliest token. `top_k` 0 and `top_p` 1 keep all tokens. A repetition penalty above 1
+    Temperature 0 chooses the most likely token. `top_k` 0 and `top_p` 1 keep all tokens. A repetition penalty above 1
     divides positive logits of tokens seen before, in prompt or answer, and multiplies negative ones (CTRL, section
-    4.1). Text ends before the first stop string and before a stop id or `<eod>`. `logprobs` asks for that many
-    alternatives beside each token's log-probability; None for none. The same seed gives the same answer, whatever else
-    is decoded beside it.
+    4.1). Text ends before the first stop string and before a stop id or `<eod>`. `logprobs` is the number of
+    alternatives to report with each token's log-probability; None reports no log-probabilities. The same seed gives the
+    same answer, independent of the other sequences of the batch.
 
     Raises:
         ValueError: if a value is out of range.
@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChosenToken:
-    """A token, its log-probability under the model, and the likeliest alternatives with theirs."""
+    """Hold a chosen token, its log-probability under the model, and the most likely alternatives with theirs."""
 
     token: int
     logprob: float | None = None
@@ -65,14 +65,17 @@ class ChosenToken:
 def choose_tokens(
     logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]], draws: Sequence[float]
 ) -> list[ChosenToken]:
-    """Choose a token for each row; `seen` are the row's tokens so far and `draws` numbers in [0, 1)."""
+    """Choose a token for each row; `seen` are each row's tokens so far, `draws` are random numbers in [0, 1)."""
     logits_BV = logits_BV.float()
-    weighed = _penalise_repetition(logits_BV, samplings, seen)
-    tokens = weighed.argmax(dim=-1)
-    sampled = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if sampled:
-        some = [samplings[row] for row in sampled]
-        tokens[sampled] = _sample(weighed[sampled], some, [draws[row] for row in sampled])
+    penalised_BV = _penalise_repetition(logits_BV, samplings, seen)
+
+    tokens = penalised_BV.argmax(dim=-1)
+    sampled_rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if sampled_rows:
+        row_samplings = [samplings[row] for row in sampled_rows]
+        row_draws = [draws[row] for row in sampled_rows]
+        tokens[sampled_rows] = _sample(penalised_BV[sampled_rows], row_samplings, row_draws)
+
     return [
         _make_chosen_token(logits_BV[row], token, samplings[row].logprobs) for row, token in enumerate(tokens.tolist())
     ]
@@ -82,46 +85,56 @@ def _penalise_repetition(logits_BV: Tensor, samplings: Sequence[Sampling], seen:
     rows = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     if not rows:
         return logits_BV
-    weighed = logits_BV.clone()
+    penalised_BV = logits_BV.clone()
     for row in rows:
         index = torch.tensor(sorted(set(seen[row])), device=logits_BV.device)
-        old, penalty = weighed[row, index], samplings[row].repetition_penalty
-        weighed[row, index] = torch.where(old > 0, old / penalty, old * penalty)
-    return weighed
+        old, penalty = penalised_BV[row, index], samplings[row].repetition_penalty
+        penalised_BV[row, index] = torch.where(old > 0, old / penalty, old * penalty)
+    return penalised_BV
 
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
-    """Draw from the tempered distribution, cut by top_k and then top_p, by inverting its cumulated sum."""
-    heat = torch.tensor([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], device=logits_BV.device)
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / heat[:, None]
-    is_cut = any(sampling.top_k or sampling.top_p < 1 for sampling in samplings)
+    """Sample with temperature, top_k and then top_p, by inverting the cumulative distribution."""
+    temperatures = [max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings]
+    temperature_B = torch.tensor(temperatures, device=logits_BV.device)
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B[:, None]
+
+    # top_k and top_p need sorted logits; `order` maps sorted places back to tokens.
+    is_truncated = any(sampling.top_k or sampling.top_p < 1 for sampling in samplings)
     order = None
-    if is_cut:
+    if is_truncated:
         logits_BV, order = logits_BV.sort(dim=-1, descending=True, stable=True)
         logits_BV = logits_BV.masked_fill(_mask_excluded(logits_BV, samplings), -torch.inf)
-    cumulated = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
-    height = torch.tensor(draws, device=logits_BV.device, dtype=torch.double)[:, None] * cumulated[:, -1:]
-    place = torch.searchsorted(cumulated, height, right=True).clamp_(max=logits_BV.shape[1] - 1)
-    return (place if order is None else order.gather(1, place))[:, 0]
+
+    # The first token whose cumulative probability exceeds the draw; scaled, as rounding keeps the total from being 1.
+    cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    threshold_B1 = torch.tensor(draws, device=logits_BV.device, dtype=torch.double)[:, None] * cumulative_BV[:, -1:]
+    index_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
+    return (index_B1 if order is None else order.gather(1, index_B1))[:, 0]
 
 
 def _mask_excluded(sorted_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """What top_k and top_p leave out of logits in falling order; the first always stays."""
+    """Mark the tokens that top_k and top_p exclude, in logits of descending order; the first is never excluded."""
     vocab = sorted_BV.shape[1]
     ranks = torch.arange(vocab, device=sorted_BV.device)
-    keep = torch.tensor([sampling.top_k or vocab for sampling in samplings], device=sorted_BV.device)
-    beyond = ranks >= keep[:, None]
-    kept = sorted_BV.masked_fill(beyond, -torch.inf).softmax(dim=-1)
-    limit = torch.tensor([sampling.top_p for sampling in samplings], device=sorted_BV.device)
-    beyond |= (kept.cumsum(dim=-1) - kept) >= limit[:, None]  # what comes before already has top_p
-    beyond[:, 0] = False
-    return beyond
+    top_k_B = torch.tensor([sampling.top_k or vocab for sampling in samplings], device=sorted_BV.device)
+    excluded_BV = ranks >= top_k_B[:, None]
+
+    # Nucleus: exclude a token if the tokens before it already have a probability of top_p.
+    probability_BV = sorted_BV.masked_fill(excluded_BV, -torch.inf).softmax(dim=-1)
+    top_p_B = torch.tensor([sampling.top_p for sampling in samplings], device=sorted_BV.device)
+    excluded_BV |= (probability_BV.cumsum(dim=-1) - probability_BV) >= top_p_B[:, None]
+    excluded_BV[:, 0] = False
+    return excluded_BV
 
 
-def _make_chosen_token(logits_V: Tensor, token: int, wanted: int | None) -> ChosenToken:
-    if wanted is None:
+def _make_chosen_token(logits_V: Tensor, token: int, num_alternatives: int | None) -> ChosenToken:
+    if num_alternatives is None:
         return ChosenToken(token)
     logprobs_V = logits_V.log_softmax(dim=-1)
-    values, tokens = logprobs_V.topk(min(wanted, len(logprobs_V))) if wanted else (logprobs_V[:0], logprobs_V[:0])
+    if num_alternatives:
+        values, tokens = logprobs_V.topk(min(num_alternatives, len(logprobs_V)))
+    else:
+        values, tokens = logprobs_V[:0], logprobs_V[:0]
     top = tuple(zip([int(t) for t in tokens.tolist()], values.tolist(), strict=True))
     return ChosenToken(token, float(logprobs_V[token]), top)

@@ -1,4 +1,4 @@
-"""One answer in the making: its tokens, its text so far, and whether it has ended."""
+"""State of one sequence during decoding: its tokens, its text so far, and its finish reason."""
 
 import random
 from collections.abc import Sequence as Tokens
@@ -6,15 +6,15 @@ from collections.abc import Sequence as Tokens
 from yuan.generate.sampling import ChosenToken, Sampling
 from yuan.tokenizer import Tokenizer
 
-REPLACEMENT_CHARACTER = "\ufffd"  # what bytes of half a character decode to
+REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete UTF-8 character decodes to it
 
 
 class DecodingSequence:
-    """Prompt tokens, what was chosen after them, and the text that may be shown.
+    """Hold prompt tokens, generated tokens, and the text that can be streamed.
 
-    `finish_reason` is None while it runs, then "stop" or "length". What `show` gives holds back half a character and
-    what may become a stop string, so it only ever grows. A U+0000 of the model's, which no database takes as text, is
-    shown as U+FFFD.
+    `finish_reason` is None while the sequence runs, then "stop" or "length". `get_stable_text` holds back incomplete
+    characters and text that may become a stop string, so text is only ever appended. A U+0000 that the model generates,
+    which databases do not accept as text, is replaced by U+FFFD.
     """
 
     def __init__(self, prompt: Tokens[int], sampling: Sampling, tokenizer: Tokenizer, window: int) -> None:
@@ -34,7 +34,7 @@ class DecodingSequence:
         self._end_ids = {tokenizer.eod, *sampling.stop_ids}
 
     def draw(self) -> float:
-        """Return a number in [0, 1) for the next token, of this sequence alone; the same one until a token is taken."""
+        """Return this sequence's random number in [0, 1) for the next token; the same until a token is added."""
         if self._pending_draw is None:
             self._pending_draw = self._random.random()
         return self._pending_draw
@@ -45,12 +45,12 @@ class DecodingSequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were decoded, the ending one included."""
+        """Return the number of decoded tokens, including the stop token."""
         return len(self.tokens) + self._ended_by_token
 
     def add_token(self, chosen: ChosenToken) -> None:
-        """Go on by one token."""
-        assert self.finish_reason is None, "an ended sequence takes nothing"
+        """Append a token, and finish the sequence if it ends there."""
+        assert self.finish_reason is None, "the sequence has finished"
         self._pending_draw = None
         if chosen.token in self._end_ids:
             self._ended_by_token = True
@@ -63,10 +63,10 @@ class DecodingSequence:
             self._finish("length")
 
     def _stop_at_stop_string(self, text: str) -> bool:
-        places = [place for word in self.sampling.stop if (place := text.find(word)) >= 0]
-        if places:
-            self.text, self.finish_reason = text[: min(places)], "stop"
-        return bool(places)
+        starts = [start for word in self.sampling.stop if (start := text.find(word)) >= 0]
+        if starts:
+            self.text, self.finish_reason = text[: min(starts)], "stop"
+        return bool(starts)
 
     def _finish(self, reason: str) -> None:
         self.text, self.finish_reason = self._decode(), reason
@@ -75,7 +75,7 @@ class DecodingSequence:
         return self._tokenizer.decode(self.tokens).replace("\0", REPLACEMENT_CHARACTER)
 
     def get_stable_text(self) -> str:
-        """Text that can be shown now and will not change; all of it once the sequence has ended."""
+        """Return the text that will not change any more; all of it once the sequence has finished."""
         if self.finish_reason is not None:
             return self.text
         text = self._decode().rstrip(REPLACEMENT_CHARACTER)
