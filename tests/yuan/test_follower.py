@@ -108,7 +108,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_and_is_said_once(
         caplog.clear()
         for _ in range(3):
             follower.check_alias()
-    assert [r.message.split(":")[0] for r in caplog.records] == ["the registry cannot be asked; v1 stays in service"]
+    assert [r.message.split(":")[0] for r in caplog.records] == ["the registry does not respond; v1 stays in service"]
 
 
 def test_the_folder_of_the_version_in_service_is_kept_whatever_its_age(registry, started, tmp_path):
@@ -166,7 +166,7 @@ def test_without_a_version_the_server_answers_and_says_why(serve):
     with serve(is_registry_silent=False) as http:
         answer = http.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503 and answer.headers["retry-after"] == "60"
-    assert "the registry does not answer; repeat in a minute" in answer.json()["error"]["message"]
+    assert "the registry does not respond; retry in a minute" in answer.json()["error"]["message"]
 
 
 def refusal(service):
@@ -191,7 +191,7 @@ def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
 
     follower._versions._download = watched
     follower.check_alias()
-    assert told == [("v1 is being loaded; repeat in a few seconds", 5)]
+    assert told == [("v1 is being loaded; retry in a few seconds", 5)]
     message, retry_after_s = refusal(service)
     assert "v1 cannot be loaded" in message and retry_after_s == 60
     registry.alias = None  # deleted from the registry, which drops its alias

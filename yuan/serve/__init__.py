@@ -1,1 +1,1 @@
-"""The internal model server: the OpenAI API over one model folder."""
+"""The internal model server: the OpenAI API for one model folder."""

@@ -1,4 +1,4 @@
-"""Refuse calls without the token, and bodies that are too large, before any of the body is read."""
+"""Reject calls without the token before the body is read, and bodies that are too large."""
 
 import hmac
 
@@ -7,15 +7,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yuan.serve.metrics import ModelServerMetrics
 
-# The largest legal prompt, a report's of 64 KiB, takes six times that when every character is escaped; many prompts in
-# one call share the limit. Parsing costs 0.2 s for each MiB of the worst JSON, and every other call waits meanwhile.
+# The largest valid prompt, a report's of 64 KiB, takes six times that if every character is escaped; all prompts of a
+# call share the limit. Parsing takes 0.2 s for each MiB of the worst JSON and blocks the event loop for that time.
 MAX_MODEL_CALL_BYTES = 1024 * 1024
 PUBLIC_PATH = "/health"
-UNKNOWN_ROUTE_LABEL = "any"  # in metrics: strangers choose the paths, and each label that is new is kept for good
+UNKNOWN_ROUTE_LABEL = "any"  # in metrics: unauthenticated callers choose the path, and each new label is never freed
 
 
 class AdmissionMiddleware:
-    """An ASGI middleware that lets a request through once its token is right and its body is there."""
+    """ASGI middleware: forward a request after its token is verified and its body is read."""
 
     def __init__(self, app: ASGIApp, token: str, metrics: ModelServerMetrics) -> None:
         self._app, self._expected, self._metrics = app, f"Bearer {token}".encode(), metrics
@@ -42,26 +42,26 @@ class AdmissionMiddleware:
 
 
 def is_declared_too_large(scope: Scope) -> bool:
-    """Whether the Content-Length, where there is one, is beyond the limit."""
-    declared = dict(scope["headers"]).get(b"content-length", b"0")
-    return declared.isdigit() and int(declared) > MAX_MODEL_CALL_BYTES
+    """Return true if the request has a Content-Length above the limit."""
+    content_length = dict(scope["headers"]).get(b"content-length", b"0")
+    return content_length.isdigit() and int(content_length) > MAX_MODEL_CALL_BYTES
 
 
 async def read_call_body(receive: Receive) -> bytes | None:
-    """Read a request's body; None if it is too large. Of one whose caller leaves, what came is returned."""
-    pieces, size = [], 0
+    """Read a request's body; None if it is too large. If the caller disconnects, return the part received so far."""
+    chunks, size = [], 0
     while True:
         message = await receive()
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
         if size > MAX_MODEL_CALL_BYTES:
             return None
         if not message.get("more_body", False):
-            return b"".join(pieces)
+            return b"".join(chunks)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body as one message, and then what else comes."""
+    """Return a `receive` that first returns the body as one message, then the messages of the given `receive`."""
     is_sent = False
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""The OpenAI API over the model in service. Internal: only the portal holds its token."""
+"""The OpenAI API of the model in service. Internal: only the portal has its token."""
 
 import asyncio
 import time
@@ -29,18 +29,18 @@ from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
 
 ANSWER_TIMEOUT_S = 110.0
-ENGINE_GRACE_S = 5.0  # after which a caller is told that the engine is silent, while a portal still waits
+ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
 VERSION_HEADER = "X-Yuan-Version"
 
 
 def make_api(token: str, service: ModelService) -> FastAPI:
-    """Build the server's application over a service."""
+    """Build the server's FastAPI application for a service."""
     app = FastAPI(title="Yuan model server", openapi_url=None)
     app.add_middleware(AdmissionMiddleware, token=token, metrics=service.metrics)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether answers can be expected, to anybody; before the first promotion that is so for want of a question."""
+        """Report to any caller, without a token, if the server can answer; true also before the first promotion."""
         fault = service.fault()
         reason = fault or ("ok" if service.served else service.absence_reason[0])
         return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
@@ -76,13 +76,13 @@ def make_api(token: str, service: ModelService) -> FastAPI:
 
 
 def get_caller(call: Call) -> str:
-    """Return for whom the portal asks; empty for the platform itself."""
+    """Return the caller on whose behalf the portal calls; empty for the platform itself."""
     return call.headers.get(CALLER_HEADER, "")
 
 
 def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes: Any) -> Sampling:
-    """Return what a form asks of decoding."""
-    wishes = {
+    """Build the decoding parameters of a request; `changes` override its fields."""
+    parameters = {
         "max_tokens": form.max_tokens,
         "temperature": form.temperature,
         "top_k": form.top_k,
@@ -93,11 +93,11 @@ def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes:
         "stop_ids": tuple(form.stop_token_ids),
         "logprobs": logprobs,
     }
-    return Sampling(**{**wishes, **changes})
+    return Sampling(**{**parameters, **changes})
 
 
 class AnswerReceiver:
-    """One call's ear at the engine: pieces cross from its thread into this event loop."""
+    """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
 
     def __init__(self, service: ModelService, sampling: Sampling, num_choices: int, caller: str) -> None:
         self._service, self._sampling, self._num_choices, self._caller = service, sampling, num_choices, caller
@@ -106,10 +106,10 @@ class AnswerReceiver:
         self._loop = asyncio.get_running_loop()
 
     def submit(self, prompts_of: Callable[[ServedModel], list[list[int]]]) -> None:
-        """Queue the prompts at the model in service.
+        """Queue the prompts for the model in service.
 
         Raises:
-            LookupError, Busy, Broken, ValueError: see `Service.submit`.
+            NoModelInService, QueueFull, EngineStopped, ValueError: see `ModelService.submit`.
         """
 
         def make(served: ServedModel) -> GenerationRequest:
@@ -123,37 +123,37 @@ class AnswerReceiver:
             )
 
         self.request = self._service.submit(make)
-        silent = EngineStopped("the engine is silent; try again in a minute")
+        stalled = EngineStopped("the engine does not respond; try again in a minute")
         self.metrics.change_open_calls(+1)
-        self._timer = self._loop.call_later(ANSWER_TIMEOUT_S + ENGINE_GRACE_S, self._pieces.put_nowait, silent)
+        self._timer = self._loop.call_later(ANSWER_TIMEOUT_S + ENGINE_GRACE_S, self._pieces.put_nowait, stalled)
         self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
 
     def _deliver(self, piece: AnswerPiece | Exception) -> None:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def close(self) -> None:
-        """Free the rows; nobody listens any more. Called once."""
+        """Cancel the request, which frees its rows. Call it exactly once."""
         self.metrics.change_open_calls(-1)
         self._timer.cancel()
         self.request.cancel()
 
     async def iter_pieces(self) -> AsyncIterator[AnswerPiece]:
-        """Pieces as they come, until every choice has ended."""
-        missing, is_first = len(self.request.sequences), True
-        while missing:
+        """Yield pieces as they arrive, until every choice has finished."""
+        num_unfinished, is_first = len(self.request.sequences), True
+        while num_unfinished:
             piece = await self._pieces.get()
             if isinstance(piece, Exception):
                 raise piece
             if is_first:
                 self.metrics.observe_first_token(time.monotonic() - self.request.began)
                 is_first = False
-            missing -= piece.finish_reason is not None
+            num_unfinished -= piece.finish_reason is not None
             yield piece
         self.metrics.observe_request(time.monotonic() - self.request.began)
 
 
 class EventStream(StreamingResponse):
-    """Events of an answer; the rows are free however this ends, also when the caller left before the first event."""
+    """Stream the events of an answer; rows are always freed, also if the caller disconnects before the first event."""
 
     def __init__(self, listener: AnswerReceiver, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -169,27 +169,29 @@ class EventStream(StreamingResponse):
 async def respond(
     listener: AnswerReceiver, shape: CompletionFormatter, form: CompletionIn | ChatIn, call: Call
 ) -> Response:
-    """Answer whole or as a stream."""
+    """Return the answer as one response or as an event stream."""
     headers = {VERSION_HEADER: str(listener.version)}
     listener.metrics.count_request(call.url.path, 200)
     if form.stream:
         with_usage = form.stream_options is not None and form.stream_options.include_usage
         return EventStream(listener, _iter_events(listener, shape, with_usage=with_usage), headers)
-    answered, left = asyncio.ensure_future(_drain_pieces(listener)), asyncio.ensure_future(_wait_for_disconnect(call))
+
+    answer = asyncio.ensure_future(_drain_pieces(listener))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(call))
     try:
-        await asyncio.wait([answered, left], return_when=asyncio.FIRST_COMPLETED)
-        if not answered.done():
+        await asyncio.wait([answer, disconnect], return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
             return Response(status_code=499)
-        answered.result()
+        answer.result()
     finally:
-        answered.cancel()
-        left.cancel()
+        answer.cancel()
+        disconnect.cancel()
         listener.close()
     return JSONResponse(shape.format_response(listener.request), headers=headers)
 
 
 async def _wait_for_disconnect(call: Call) -> None:
-    """Wait until the caller leaves."""
+    """Wait until the caller disconnects."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
 
@@ -211,7 +213,7 @@ async def _iter_events(
         if with_usage:
             yield shape.format_usage_event(listener.request)
         yield STREAM_END_EVENT
-    except Exception as error:  # the status is long sent, so the error travels as the last event
+    except Exception as error:  # the status is already sent, so send the error as the last event
         status, kind, message = _describe_error(error)
         yield format_sse({"error": {"message": message, "type": kind, "code": status}})
 
@@ -223,7 +225,7 @@ def _describe_error(error: Exception) -> tuple[int, str, str]:
         return 500, "internal", str(error)
     if isinstance(error, ValueError):
         return 400, "invalid", str(error)
-    return 500, "internal", "this is the server's fault; the reason is in the model server's log"
+    return 500, "internal", "internal error; the reason is in the model server's log"
 
 
 def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
@@ -249,8 +251,8 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
     async def invalid(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
-        place = get_field_path({**first, "loc": first["loc"][1:]})
-        return refuse(call, 422, "invalid", first["msg"], make_printable(place))
+        field_path = get_field_path({**first, "loc": first["loc"][1:]})
+        return refuse(call, 422, "invalid", first["msg"], make_printable(field_path))
 
     for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
         app.add_exception_handler(kind, known)

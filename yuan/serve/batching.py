@@ -1,4 +1,4 @@
-"""Requests of many callers, decoded together: each joins and leaves between two tokens."""
+"""Continuous batching: requests of many callers are decoded together and join or leave between two tokens."""
 
 import logging
 import threading
@@ -14,18 +14,17 @@ from yuan.serve.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
-ENGINE_STALL_TIMEOUT_S = (
-    300.0  # longer than any request may take, so that a slow machine is not taken for a hanging one
-)
+ENGINE_STALL_TIMEOUT_S = 300.0  # longer than any request may take, so that a slow machine does not count as stalled
 
 
 class BatchingEngine:
-    """One model in service, in a thread of its own, until it is told to finish what it has.
+    """Run one model in its own thread until it is drained.
 
-    An error of a pass costs the requests whose own rows bring it about, and nobody else: the decoder is built anew, and
-    the rows join it request by request. An error in delivering costs its caller. Each is counted.
+    If a forward pass raises, only the requests whose own rows cause the error fail: the decoder is rebuilt, and the
+    rows of each request are added to it separately. If a delivery raises, only its request fails. Every error is
+    counted in the metrics.
 
-    Rows are shared among callers, so that those who ask for much leave room for others; see `WaitingQueue`.
+    Rows are shared fairly among callers; see `WaitingQueue`.
     """
 
     def __init__(
@@ -44,13 +43,13 @@ class BatchingEngine:
 
     @property
     def is_drained(self) -> bool:
-        """Whether it was told to finish what it has, and is done."""
+        """Return true if the engine was drained and its thread has ended."""
         return not self._thread.is_alive() and not self._has_crashed
 
     def fault(self) -> str | None:
-        """Say in words why this engine cannot be expected to answer; None when it can.
+        """Describe why this engine cannot answer; None if it can.
 
-        It can when it computed a token lately, or is idle and its thread alive.
+        It can if it made progress within ENGINE_STALL_TIMEOUT_S, or is idle and its thread is alive.
         """
         silent_s = time.monotonic() - self._progress_at
         if self.is_drained:
@@ -60,17 +59,17 @@ class BatchingEngine:
         return self._fault
 
     def submit(self, request: GenerationRequest) -> bool:
-        """Queue a request; false if this engine takes none any more, since another version is in service.
+        """Queue a request; return false if this engine is draining, because another version is in service.
 
         Raises:
-            Broken: if the engine's thread has ended.
-            Busy: if too many of its caller wait.
+            EngineStopped: if the engine's thread has ended.
+            QueueFull: if too many sequences of the caller wait.
         """
         with self._wake:
             if self._is_draining:
                 return False
             if self._has_crashed:
-                raise EngineStopped("the engine has stopped and is about to be started again; try again in a minute")
+                raise EngineStopped("the engine has stopped and will be restarted; try again in a minute")
             self._waiting.add(request)
             if not self._requests:
                 self._progress_at = time.monotonic()
@@ -79,7 +78,7 @@ class BatchingEngine:
         return True
 
     def drain(self) -> None:
-        """Take nothing new; the thread ends when the last request has its answer."""
+        """Accept no new requests; the thread ends after the last request is answered."""
         with self._wake:
             self._is_draining = True
             self._wake.notify()
@@ -87,7 +86,7 @@ class BatchingEngine:
     def _run(self) -> None:
         try:
             self._run_passes()
-        except BaseException as error:  # nothing is known to lead here; if it happens, nobody may wait for an answer
+        except BaseException as error:  # no known error arrives here; if one does, fail all requests that wait
             log.critical("the engine of v%d has ended", self.served.version, exc_info=True)
             self._metrics.count_error("thread")
             with self._wake:
@@ -101,12 +100,12 @@ class BatchingEngine:
                 while not self._requests and not self._is_draining:
                     self._wake.wait()
                 if not self._requests:
-                    log.info("v%d has left service", self.served.version)
+                    log.info("v%d has stopped serving", self.served.version)
                     return
             self._run_pass()
 
     def _run_pass(self) -> None:
-        """One token for every running sequence, or the first one of those that join, and all that follows from it."""
+        """Prefill the sequences that join, or else decode one token of every running sequence; then deliver."""
         joining: list[DecodingSequence] = []
         try:
             joining = [] if self._is_recovering else self._take_waiting()
@@ -123,7 +122,7 @@ class BatchingEngine:
             self._recover([], error)
 
     def _take_waiting(self) -> list[DecodingSequence]:
-        """Take waiting sequences for which there are rows."""
+        """Take waiting sequences for the free rows."""
         room = self._max_rows - len(self._decoder.running)
         if not self._waiting or room <= 0:
             return []
@@ -142,29 +141,30 @@ class BatchingEngine:
         return next((request for request in self._requests if sequence in request.sequences), None)
 
     def _fail_sequence(self, sequence: DecodingSequence, error: Exception) -> None:
-        """Fail the request of a sequence that could not take its token, while its neighbours could."""
+        """Fail the request of one sequence whose token could not be added; other sequences are not affected."""
         if not isinstance(error, NonFiniteLogits):
-            log.error("a token could not be taken", exc_info=error)
+            log.error("a token could not be added", exc_info=error)
             self._metrics.count_error("decode")
             error = DecodingFailed()
         if (owner := self._find_request(sequence)) is not None:
             self._fail_request(owner, error)
 
     def _recover(self, joining: list[DecodingSequence], error: Exception) -> None:
-        """Build the decoder anew after an error, and let the rows of each request join it on their own.
+        """Rebuild the decoder after an error, and add the rows of each request to it separately.
 
-        Those that cannot fail. So do all if the next pass, which none joins, raises as well: then nobody is to blame.
+        Requests whose rows raise again fail. If the next pass, which admits no new sequences, also raises, all requests
+        with rows fail, since the error cannot be attributed to one.
         """
         log.error("decoding failed", exc_info=error)
         self._metrics.count_error("decode")
         sequences = [s for s in (*self._decoder.running, *joining) if s.finish_reason is None]
         self._decoder = Decoder(self.served.model)
         for request in list(self._requests):
-            own = [sequence for sequence in sequences if sequence in request.sequences]
-            if own and self._is_recovering:
+            request_rows = [sequence for sequence in sequences if sequence in request.sequences]
+            if request_rows and self._is_recovering:
                 self._fail_request(request, DecodingFailed())
-            elif own and not request.is_over:
-                self._rejoin(request, own)
+            elif request_rows and not request.is_over:
+                self._rejoin(request, request_rows)
         self._is_recovering = bool(self._decoder.running)
         self._probe_decoding()
 
@@ -177,7 +177,7 @@ class BatchingEngine:
             self._fail_request(request, DecodingFailed())
 
     def _probe_decoding(self) -> None:
-        """Decode one token, to know whether this process still can; where it cannot, a restart may help."""
+        """Decode one token, to detect a process that can no longer decode; a restart may fix that."""
         tokenizer, window = self.served.tokenizer, self.served.model.config.seq_len
         try:
             Decoder(self.served.model).add(
@@ -207,7 +207,7 @@ class BatchingEngine:
     def _deliver_request(self, request: GenerationRequest) -> None:
         try:
             request.deliver_new()
-        except Exception as error:  # such as a caller whose event loop has closed
+        except Exception as error:  # for example, the caller's event loop has closed
             log.error("an answer cannot be delivered", exc_info=error)
             self._metrics.count_error("deliver")
             self._fail_request(request, error)
@@ -216,7 +216,7 @@ class BatchingEngine:
         try:
             request.fail(error)
         except Exception:
-            log.warning("a caller cannot be told that its request failed", exc_info=True)
+            log.warning("cannot report to a caller that its request failed", exc_info=True)
             self._metrics.count_error("deliver")
 
     def _remove_request(self, request: GenerationRequest) -> None:

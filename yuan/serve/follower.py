@@ -1,4 +1,4 @@
-"""Follow an alias of the registry, and go on with what is here when the registry is away or has lost a version."""
+"""Serve the version of a registry alias, from a local cache if the registry is down or has lost the version."""
 
 import json
 import logging
@@ -16,31 +16,27 @@ from yuan.serve.service import SHORT_RETRY_AFTER_S, ModelService
 log = logging.getLogger(__name__)
 
 ALIAS_POLL_INTERVAL_S = 1.0
-LOAD_RETRY_S, MAX_LOAD_RETRY_S = (
-    5.0,
-    60.0,
-)  # a version that cannot be fetched or loaded; a big one is not fetched every second
+# Backoff for a version that cannot be fetched or loaded, so that a large one is not downloaded every second.
+LOAD_RETRY_S, MAX_LOAD_RETRY_S = 5.0, 60.0
 MAX_CACHED_VERSIONS = 3
-NO_VERSION_MESSAGE = (
-    "no model is in service yet: no version has been promoted; there are answers once the first round has made one"
-)
+NO_VERSION_MESSAGE = "no model is in service yet: no version has been promoted; the first training round produces one"
 LAST_VERSION_FILE = "last.json"
 
 
 class VersionCache:
-    """Model folders that were fetched, checked before each use, and the memory of which was served last."""
+    """Cache downloaded model folders, verified before each use, and record the version that was served last."""
 
     def __init__(self, folder: Path, download: Callable[[int, Path], object]) -> None:
         self._folder, self._download = folder, download
         folder.mkdir(parents=True, exist_ok=True)
-        for cut_short in folder.glob(".v*"):
-            shutil.rmtree(cut_short, ignore_errors=True)
+        for partial_download in folder.glob(".v*"):
+            shutil.rmtree(partial_download, ignore_errors=True)
 
     def load(self, version: int) -> ServedModel:
-        """Load a version, fetched first if it is not here whole.
+        """Load a version; download it first if the cache has no complete copy.
 
         Raises:
-            Exception: whatever the registry or a folder that is no model raises.
+            Exception: any error of the registry, or of a folder that is not a model.
         """
         folder = self._folder / f"v{version}"
         if not self._is_whole(folder):
@@ -53,7 +49,7 @@ class VersionCache:
             verify_folder(folder / "model")
         except ValueError as error:
             if folder.exists():
-                log.warning("a folder of the cache is fetched again: %s", error)
+                log.warning("downloading a damaged cache folder again: %s", error)
             return False
         return True
 
@@ -66,27 +62,27 @@ class VersionCache:
         scratch.rename(folder)
 
     def read_last_version(self) -> int | None:
-        """The version that was served last; None if none was, or that is not known."""
+        """Return the version that was served last; None if there was none, or the record is not readable."""
         try:
             return int(json.loads((self._folder / LAST_VERSION_FILE).read_text())["version"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def record_served(self, version: int) -> None:
-        """Note the version that is served, and delete all but the newest used."""
+        """Record the version that is served, and delete all cached versions except the most recently used three."""
         scratch = self._folder / f".{LAST_VERSION_FILE}"
         scratch.write_text(json.dumps({"version": version}))
         scratch.replace(self._folder / LAST_VERSION_FILE)
         os.utime(self._folder / f"v{version}")
         folders = sorted(self._folder.glob("v*"), key=lambda path: path.stat().st_mtime)
-        for old in folders[:-MAX_CACHED_VERSIONS]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old_folder in folders[:-MAX_CACHED_VERSIONS]:
+            shutil.rmtree(old_folder, ignore_errors=True)
 
 
 class AliasFollower:
-    """Keeps the model of an alias in service; what cannot be had leaves the one before there.
+    """Keep the version of an alias in service; if it cannot be loaded, the previous version stays in service.
 
-    `began` is set once a model is in service, or the first look at the alias has brought none.
+    `began` is set once a model is in service, or the first check of the alias has found none.
     """
 
     def __init__(
@@ -98,7 +94,7 @@ class AliasFollower:
         self._retry_at, self._pause_s, self._unusable_version = 0.0, LOAD_RETRY_S, 0
 
     def follow(self) -> None:
-        """Begin with the version served last, and look for another for ever."""
+        """Serve the last version, then poll the alias forever."""
         self.resume()
         while True:
             self.check_alias()
@@ -106,18 +102,18 @@ class AliasFollower:
             time.sleep(ALIAS_POLL_INTERVAL_S)
 
     def resume(self) -> None:
-        """Serve the version served last from its folder, whether or not the registry answers or still has it."""
+        """Serve the last version from the cache, which needs no registry."""
         version = self._versions.read_last_version()
         if version is not None:
             self._serve_version(version, "the version served last")
 
     def check_alias(self) -> None:
-        """Look once at the alias, and put its version into service; what is in the way is logged once."""
+        """Check the alias once, and put its version into service; log a problem once, when it first occurs."""
         try:
             version = self._aliases().get(self._alias)
-        except Exception as error:  # of many libraries; none of them may end this thread
-            self._explain_absence("no model is in service yet: the registry does not answer; repeat in a minute", 60)
-            return self._log_problem("the registry cannot be asked", error)
+        except Exception as error:  # many libraries raise here; no error may end this thread
+            self._explain_absence("no model is in service yet: the registry does not respond; retry in a minute", 60)
+            return self._log_problem("the registry does not respond", error)
         served = self._service.served
         if version is None:
             self._explain_absence(NO_VERSION_MESSAGE, None)
@@ -129,17 +125,14 @@ class AliasFollower:
     def _serve_version(self, version: int, why: str) -> None:
         if version == self._unusable_version and time.monotonic() < self._retry_at:
             return
-        self._service.absence_reason = (f"v{version} is being loaded; repeat in a few seconds", SHORT_RETRY_AFTER_S)
+        self._service.absence_reason = (f"v{version} is being loaded; retry in a few seconds", SHORT_RETRY_AFTER_S)
         try:
             self._service.swap_in(self._versions.load(version))
         except Exception as error:
-            said = (
-                f"v{version} cannot be loaded; it is tried again, repeat in a minute and tell the operator if it stays"
-            )
-            self._service.absence_reason = (said, 60)
-            self._pause_s = (
-                min(2 * self._pause_s, MAX_LOAD_RETRY_S) if version == self._unusable_version else LOAD_RETRY_S
-            )
+            message = f"v{version} cannot be loaded; retry in a minute, and tell the operator if the error persists"
+            self._service.absence_reason = (message, 60)
+            is_repeated = version == self._unusable_version
+            self._pause_s = min(2 * self._pause_s, MAX_LOAD_RETRY_S) if is_repeated else LOAD_RETRY_S
             self._unusable_version, self._retry_at = version, time.monotonic() + self._pause_s
             return self._log_problem(f"v{version}, {why}, cannot be served", error)
         self.began.set()
@@ -148,22 +141,25 @@ class AliasFollower:
         try:
             self._versions.record_served(version)
         except OSError as error:
-            log.warning("v%d would not be served after a restart without the registry: %s", version, error)
+            log.warning("cannot record v%d as the last version, so a restart needs the registry: %s", version, error)
 
     def _explain_absence(self, message: str, retry_after_s: int | None) -> None:
-        """Let callers be told why there is no model; that a version which is known cannot be loaded says more."""
+        """Set the reason that callers get; keep an earlier reason that names a version that cannot be loaded."""
         if not self._unusable_version:
             self._service.absence_reason = (message, retry_after_s)
 
     def _log_problem(self, problem: str | None, error: Exception | None = None) -> None:
-        """Log a problem when it comes up, and that it is over; not again while it stays, with whatever addresses."""
-        said = problem and f"{problem} ({type(error).__name__})"
-        if said == self._last_problem:
+        """Log a problem once when it starts and once when it ends.
+
+        Problems are compared without the error's text, since that can differ each time, for example in addresses.
+        """
+        problem_key = problem and f"{problem} ({type(error).__name__})"
+        if problem_key == self._last_problem:
             return
-        self._last_problem = said
+        self._last_problem = problem_key
         served = self._service.served
-        now = f"v{served.version} stays in service" if served else "nothing is in service"
+        state = f"v{served.version} stays in service" if served else "no model is in service"
         if problem is None:
-            log.info("alias %s can be followed again; %s", self._alias, now)
+            log.info("alias %s can be followed again; %s", self._alias, state)
         else:
-            log.warning("%s; %s%s", problem, now, f": {str(error)[:200]}" if error else "")
+            log.warning("%s; %s%s", problem, state, f": {str(error)[:200]}" if error else "")

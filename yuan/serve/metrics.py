@@ -1,4 +1,4 @@
-"""What the model server counts, in Prometheus' form."""
+"""Prometheus metrics of the model server."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -7,7 +7,7 @@ REQUEST_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class ModelServerMetrics:
-    """Counters of one server."""
+    """Hold the metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -60,5 +60,5 @@ class ModelServerMetrics:
         self._whole.observe(seconds)
 
     def text(self) -> bytes:
-        """The page Prometheus reads."""
+        """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""A caller's prompts on their way through the engine, and what comes back."""
+"""A generation request in the engine, its answer pieces, and its errors."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from yuan.tokenizer import Tokenizer
 
 
 class QueueFull(RuntimeError):
-    """Too many requests wait already."""
+    """Report that too many requests wait."""
 
 
 class NoModelInService(LookupError):
-    """No model is in service yet; the message says why, and what the caller can do.
+    """Report that no model is in service yet; the message has the reason and what the caller can do.
 
     Args:
-        retry_after_s: when asking again may help, in seconds; None when waiting does not help.
+        retry_after_s: seconds after which a retry may succeed; None if waiting does not help.
     """
 
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
@@ -28,7 +28,7 @@ class NoModelInService(LookupError):
 
 
 class UnknownTokenIds(ValueError):
-    """A field does not fit the model in service; `param` names it."""
+    """Report a field with token ids outside the served model's vocabulary; `param` names the field."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -36,23 +36,23 @@ class UnknownTokenIds(ValueError):
 
 
 class AnswerTimeout(TimeoutError):
-    """A request took longer than its limit."""
+    """Report that a request took longer than its limit."""
 
 
 class DecodingFailed(RuntimeError):
-    """A pass over a request's rows raised."""
+    """Report that a forward pass over a request's rows raised."""
 
     def __init__(self) -> None:
         super().__init__("decoding failed; the reason is in the model server's log")
 
 
 class EngineStopped(RuntimeError):
-    """The engine has ended after an error that it could not outlive; the process is about to be restarted."""
+    """Report that the engine has stopped after a fatal error; the process will be restarted."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model in service and its version."""
+    """Hold a model in service and its version."""
 
     model: Yuan
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """What one choice of a request gained: text that stays, tokens, and why it ended if it did."""
+    """Hold new output of one choice: text that will not change, tokens, and the finish reason if it has finished."""
 
     index: int
     text: str
@@ -70,12 +70,12 @@ class AnswerPiece:
 
 
 class GenerationRequest:
-    """Prompts of one caller, each answered `num_choices` times with a seed of its own.
+    """Track the prompts of one caller, each answered `num_choices` times with different seeds.
 
-    `deliver` is called from the engine's thread with pieces, or once with an error.
+    `deliver` is called from the engine's thread with each piece, and once with an error if the request fails.
 
     Raises:
-        Unfit: if a prompt or the stop ids have unknown tokens.
+        UnknownTokenIds: if a prompt or the stop ids have unknown tokens.
         ValueError: if a prompt is empty or leaves no room in the window.
     """
 
@@ -90,14 +90,16 @@ class GenerationRequest:
         caller: str = "",
     ) -> None:
         config = served.model.config
-        asked = {"prompt": [token for prompt in prompts for token in prompt], "stop_token_ids": sampling.stop_ids}
-        for param, ids in asked.items():
+        prompt_ids = [token for prompt in prompts for token in prompt]
+        for param, ids in (("prompt", prompt_ids), ("stop_token_ids", sampling.stop_ids)):
             if unknown := [token for token in ids if token >= config.vocab_size]:
                 raise UnknownTokenIds(f"token ids must be below {config.vocab_size}, got {unknown[0]}", param)
-        wishes = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
+        choice_samplings = [replace(sampling, seed=sampling.seed + choice) for choice in range(num_choices)]
         self.prompts, self.caller = prompts, caller
         self.sequences = [
-            DecodingSequence(prompt, wish, served.tokenizer, config.seq_len) for prompt in prompts for wish in wishes
+            DecodingSequence(prompt, choice_sampling, served.tokenizer, config.seq_len)
+            for prompt in prompts
+            for choice_sampling in choice_samplings
         ]
         self.served, self.deliver = served, deliver
         self.began = time.monotonic()
@@ -108,27 +110,26 @@ class GenerationRequest:
         self._ended = [False] * len(self.sequences)
 
     def cancel(self) -> None:
-        """The caller has gone; its rows are free at the next token."""
+        """End the request, for a caller that disconnected; its rows are freed at the next token."""
         self.is_over = True
 
     def fail(self, error: Exception) -> None:
-        """Tell the caller why there is no answer; nothing follows."""
+        """End the request and deliver the error to the caller; nothing is delivered after it."""
         if not self.is_over:
             self.is_over = True
             self.deliver(error)
 
     def deliver_new(self) -> None:
-        """Deliver what is new since the last time."""
+        """Deliver the output that is new since the last call."""
         for index, sequence in enumerate(self.sequences):
             if self._ended[index]:
                 continue
-            text, ended = sequence.get_stable_text(), sequence.finish_reason is not None
-            chosen = sequence.chosen[self._num_delivered[index] :]
-            if ended or len(text) > self._num_shown[index] or chosen:
-                self.deliver(AnswerPiece(index, text[self._num_shown[index] :], chosen, sequence.finish_reason))
-            self._num_shown[index], self._num_delivered[index], self._ended[index] = (
-                len(text),
-                len(sequence.chosen),
-                ended,
-            )
+            text, has_ended = sequence.get_stable_text(), sequence.finish_reason is not None
+            new_tokens = sequence.chosen[self._num_delivered[index] :]
+            if has_ended or len(text) > self._num_shown[index] or new_tokens:
+                new_text = text[self._num_shown[index] :]
+                self.deliver(AnswerPiece(index, new_text, new_tokens, sequence.finish_reason))
+            self._num_shown[index] = len(text)
+            self._num_delivered[index] = len(sequence.chosen)
+            self._ended[index] = has_ended
         self.is_over = self.is_over or all(self._ended)

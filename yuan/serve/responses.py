@@ -1,4 +1,4 @@
-"""Pieces of a request put into the shapes of the OpenAI API: whole, or one event at a time."""
+"""Format answers as OpenAI API responses: one JSON object, or a stream of events."""
 
 import json
 import time
@@ -14,7 +14,7 @@ ResponseJson = dict[str, Any]
 
 
 class CompletionFormatter:
-    """The envelope of one answer; a subclass says what a choice looks like."""
+    """Format the answer to one text-completion call; subclasses override the format of a choice."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -28,19 +28,19 @@ class CompletionFormatter:
         return {"id": self.id, "object": kind, "created": self._created, "model": model, "choices": choices, **more}
 
     def format_response(self, request: GenerationRequest) -> ResponseJson:
-        """The answer of a request that has ended."""
+        """Return the response to a request that has ended."""
         choices = [
             self.choice(n, s.text, s.finish_reason, s.chosen, first=True) for n, s in enumerate(request.sequences)
         ]
         return self.build_envelope(self.kind, choices, usage=count_usage(request))
 
     def format_event(self, piece: AnswerPiece, *, first: bool) -> bytes:
-        """One event of a stream."""
+        """Return one event of a stream."""
         choice = self.delta(piece, first=first)
         return format_sse(self.build_envelope(self.chunk_kind, [choice]))
 
     def format_usage_event(self, request: GenerationRequest) -> bytes:
-        """The event with the usage, for those who asked for it."""
+        """Return the event with the token usage, for requests with `include_usage`."""
         return format_sse(self.build_envelope(self.chunk_kind, [], usage=count_usage(request)))
 
     def choice(
@@ -68,7 +68,7 @@ class CompletionFormatter:
 
 
 class ChatFormatter(CompletionFormatter):
-    """A chat completion and its chunks."""
+    """Format the answer to one chat-completion call."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -103,14 +103,18 @@ class ChatFormatter(CompletionFormatter):
 
 
 def count_usage(request: GenerationRequest) -> ResponseJson:
-    """Tokens asked and said; a prompt that several choices share is counted once."""
-    asked = sum(len(prompt) for prompt in request.prompts)
-    said = sum(sequence.num_tokens for sequence in request.sequences)
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    """Count prompt and completion tokens; a prompt that several choices share is counted once."""
+    num_prompt = sum(len(prompt) for prompt in request.prompts)
+    num_completion = sum(sequence.num_tokens for sequence in request.sequences)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+    }
 
 
 def format_sse(data: ResponseJson) -> bytes:
-    """One server-sent event, in ASCII: many clients take U+2028 and its like for the end of a line."""
+    """Format one server-sent event, in ASCII, since many clients treat U+2028 and similar as the end of a line."""
     return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 

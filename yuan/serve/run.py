@@ -1,6 +1,6 @@
-"""Entry of the model server: `python -m yuan.serve.run`. It serves what an alias points at, and follows it.
+"""Entry point of the model server: `python -m yuan.serve.run [ALIAS]`. It serves an alias's version and its updates.
 
-It accepts callers once that is loaded, or after 30 s; then it says what is being loaded.
+It accepts connections once the version is loaded, or after 30 s; until the version is loaded, calls get an error.
 """
 
 import os
@@ -19,23 +19,21 @@ from yuan.serve.follower import AliasFollower, VersionCache
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
 
-FIRST_LOAD_WAIT_S = (
-    30.0  # of the 90 s in which the keeper expects an answer; a model that takes longer is loaded meanwhile
-)
-MODEL_SERVER_KEEP_ALIVE_S = (
-    60  # longer than the portal's, so that no request meets a connection that is just being closed
-)
+# Part of the 90 s in which the keeper expects a response; a model that takes longer continues to load meanwhile.
+FIRST_LOAD_WAIT_S = 30.0
+# Longer than the portal's, so that the portal never sends a request on a connection that the server is closing.
+MODEL_SERVER_KEEP_ALIVE_S = 60
 
 
 def main() -> None:
     configure_logging()
     settings = load_settings(ModelServerSettings)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for the calls
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for HTTP
     tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
     versions = VersionCache(settings.home / "serve", tracker.download)
     follower = AliasFollower(tracker.read_aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
-    # Callers wait on the keeper's socket meanwhile, and none is refused while a version is loaded.
+    # The keeper's socket queues connections meanwhile, so none is refused while a version is loaded.
     follower.began.wait(FIRST_LOAD_WAIT_S)
     app = make_api(settings.model_server_token.get_secret_value(), service)
     uvicorn.run(

@@ -1,6 +1,6 @@
-"""What callers may ask of the OpenAI API, and the prompts it stands for.
+"""Request schemas of the OpenAI API, and their conversion to prompts.
 
-Portal and model server check the same forms; the portal without torch, so nothing here imports it.
+Portal and model server validate with the same schemas; the portal has no torch, so nothing here imports it.
 """
 
 import json
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among callers
 MAX_CHOICES = 128
 MAX_COMPLETION_TOKENS = 4096
-MAX_PROMPT_CHARS = 1_000_000  # characters; the window and the limit of a body are reached before
+MAX_PROMPT_CHARS = 1_000_000  # the window and the body limit are reached before
 MAX_TOKEN_ID = 2**31 - 1
-MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256  # each is looked for after every token of every choice
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256  # each is searched for after every token of every choice
 
 
 def check_text(text: object, place: str = "", *, may_be_blank: bool = False) -> None:
-    """Check text that a field holds at a place; a union of types would blame what it was tried as.
+    """Check the text at a place in a field, before pydantic tries each type of a union and reports all their errors.
 
     Raises:
-        PydanticCustomError: if it is no text, has a character that cannot be stored, or is too long or blank.
+        PydanticCustomError: if it is not text, has a character that cannot be stored, or is too long or blank.
     """
     if not isinstance(text, str):
         raise make_rule_error(place, "must be text")
@@ -42,48 +42,47 @@ def check_ids(ids: object, place: str = "") -> None:
     """Check a prompt of token ids.
 
     Raises:
-        PydanticCustomError: if it is no list of them, or an empty one.
+        PydanticCustomError: if it is not a list of token ids, or is empty.
     """
     if not isinstance(ids, list) or not ids:
         raise make_rule_error(place, "must be text or a list of token ids, not empty")
-    if any(type(one) is not int or not 0 <= one <= MAX_TOKEN_ID for one in ids):
+    if any(type(token) is not int or not 0 <= token <= MAX_TOKEN_ID for token in ids):
         raise make_rule_error(place, f"token ids must be integers from 0 to {MAX_TOKEN_ID}")
 
 
 def check_prompt(prompt: object) -> object:
-    """Return a prompt or a list of them, each text or token ids."""
+    """Check and return a prompt or a list of prompts, each text or token ids."""
     if not isinstance(prompt, list):
         check_text(prompt)
-    elif not prompt or any(isinstance(one, int) for one in prompt):
+    elif not prompt or any(isinstance(item, int) for item in prompt):
         check_ids(prompt)
     elif len(prompt) > MAX_CHOICES:
         raise make_rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}")
     else:
         check = check_text if isinstance(prompt[0], str) else check_ids
-        for number, one in enumerate(prompt):
-            check(one, str(number))
+        for number, item in enumerate(prompt):
+            check(item, str(number))
     return prompt
 
 
 def check_stop(stop: object) -> object:
-    """Return the stop strings: one, a list of them, or None."""
-    many = stop if isinstance(stop, list) else [] if stop is None else [stop]
-    if len(many) > MAX_STOP_STRINGS or any(
-        not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_CHARS for one in many
-    ):
+    """Check and return the stop strings: one, a list of them, or None."""
+    strings = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    has_bad_length = any(not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS for text in strings)
+    if len(strings) > MAX_STOP_STRINGS or has_bad_length:
         raise make_rule_error("", f"must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters")
-    for one in many:
-        check_text(one, may_be_blank=True)
+    for text in strings:
+        check_text(text, may_be_blank=True)
     return stop
 
 
 def check_content(content: object) -> object:
-    """Return a message's content: text, or a list of parts of text."""
+    """Check and return a message's content: text, or a list of text parts."""
     if isinstance(content, list):
         for number, part in enumerate(content):
             if not isinstance(part, dict) or part.get("type") != "text":
                 raise make_rule_error(
-                    str(number), 'must be a part {"type": "text", "text": "..."}; others are not offered'
+                    str(number), 'must be a part {"type": "text", "text": "..."}; other types are not supported'
                 )
             check_text(part.get("text"), f"{number}.text", may_be_blank=True)
     else:
@@ -95,7 +94,7 @@ PromptText = Annotated[str, TextRule(MAX_PROMPT_CHARS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-# What is not offered, with the value that asks for nothing.
+# Fields of OpenAI's API that are not supported, each with the value that has no effect and is accepted.
 UNSUPPORTED_FIELDS: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
@@ -113,9 +112,10 @@ class StreamOptions(BaseModel):
 
 
 class DecodingFields(BaseModel):
-    """Fields of both routes. Unknown ones are ignored, as clients send many; what would change the answer is refused.
+    """Define the fields of both routes.
 
-    The default temperature is 0, unlike OpenAI's, so that an answer can be had again.
+    Unknown fields are ignored, as clients send many; unsupported fields that would change the answer are rejected. The
+    default temperature is 0, unlike OpenAI's, so that answers are reproducible.
     """
 
     model: str = "yuan"
@@ -126,7 +126,7 @@ class DecodingFields(BaseModel):
         le=2,
         strict=True,
         allow_inf_nan=False,
-        description="0, the default here, takes the likeliest token",
+        description="0, the default here, chooses the most likely token",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, strict=True, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, le=MAX_TOP_K, strict=True, description="not OpenAI's; 0 keeps all tokens")
@@ -145,16 +145,16 @@ class DecodingFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported_fields(cls, data: Any) -> Any:
-        for name, nothing in UNSUPPORTED_FIELDS.items():
-            asked = data.get(name) if isinstance(data, dict) else None
-            is_nothing = asked == nothing and isinstance(asked, bool) == isinstance(nothing, bool)
-            if asked is not None and not is_nothing:
-                raise make_rule_error(name, f"{name} is not offered by this server; leave it out")
+        for name, neutral in UNSUPPORTED_FIELDS.items():
+            value = data.get(name) if isinstance(data, dict) else None
+            is_neutral = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            if value is not None and not is_neutral:
+                raise make_rule_error(name, f"{name} is not supported by this server; leave it out")
         return data
 
 
 class CompletionIn(DecodingFields):
-    """OpenAI's text completion; prompts are text, or token ids that are taken as they are."""
+    """Define a text-completion request; prompts are text, or token ids, which are used without changes."""
 
     prompt: Annotated[
         PromptText
@@ -167,18 +167,24 @@ class CompletionIn(DecodingFields):
 
     def get_prompt_texts(self) -> list[str]:
         """Return each prompt as text; token ids as JSON."""
-        many = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [self.prompt]
-        return [one if isinstance(one, str) else json.dumps(one) for one in many]
+        is_list_of_prompts = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        prompts = self.prompt if is_list_of_prompts else [self.prompt]
+        return [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
 
     def prompts(self, tokenizer: "Tokenizer") -> list[list[int]]:
-        """Token ids of each prompt; text is closed with the separator."""
+        """Return the token ids of each prompt; the separator is appended to text."""
         if isinstance(self.prompt, str):
-            many: list[Any] = [self.prompt]
+            prompts: list[Any] = [self.prompt]
         elif isinstance(self.prompt[0], int):
-            many = [self.prompt]
+            prompts = [self.prompt]
         else:
-            many = list(self.prompt)
-        return [[*tokenizer.encode(one), tokenizer.sep] if isinstance(one, str) else list(one) for one in many]
+            prompts = list(self.prompt)
+
+        token_ids: list[list[int]] = []
+        for prompt in prompts:
+            is_text = isinstance(prompt, str)
+            token_ids.append([*tokenizer.encode(prompt), tokenizer.sep] if is_text else list(prompt))
+        return token_ids
 
 
 class Part(BaseModel):
@@ -200,7 +206,7 @@ class Message(BaseModel):
 
 
 class ChatIn(DecodingFields):
-    """OpenAI's chat completion."""
+    """Define a chat-completion request."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
@@ -214,11 +220,11 @@ class ChatIn(DecodingFields):
         return self
 
     def get_prompt_texts(self) -> list[str]:
-        """Return what was asked last, as the one prompt."""
+        """Return the last message as the only prompt."""
         return [self.messages[-1].text]
 
     def prompt(self) -> str:
-        """The conversation as one text: turns joined by `<n>`, system text ended by a newline.
+        """Return the conversation as one text: turns joined by `<n>`, system texts each ended by a newline.
 
         Source: the chat template of the published models (FastChat's yuan2).
         """

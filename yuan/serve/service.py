@@ -1,4 +1,4 @@
-"""The model in service, which is swapped without dropping a request."""
+"""The model in service; versions are swapped without dropping a request."""
 
 from collections.abc import Callable
 
@@ -6,15 +6,16 @@ from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import GenerationRequest, NoModelInService, ServedModel
 
-STARTING_MESSAGE = "the model server is starting; repeat in a few seconds"
+STARTING_MESSAGE = "the model server is starting; retry in a few seconds"
 SHORT_RETRY_AFTER_S = 5
 
 
 class ModelService:
-    """The engine in service; models are swapped without dropping a request.
+    """Route requests to the engine in service, and swap models without dropping a request.
 
     Attributes:
-        why_none: what callers are told while no model is in service, and when they may ask again, in seconds.
+        absence_reason: the message for callers while no model is in service, and the seconds after which they may
+            retry.
     """
 
     def __init__(self, metrics: ModelServerMetrics) -> None:
@@ -28,16 +29,16 @@ class ModelService:
         return self._engine.served if self._engine else None
 
     def swap_in(self, served: ServedModel) -> None:
-        """Put a model into service; the one before finishes what it has."""
-        old, self._engine = self._engine, BatchingEngine(served, self.metrics)
+        """Put a model into service; the previous engine finishes its requests."""
+        previous, self._engine = self._engine, BatchingEngine(served, self.metrics)
         self.metrics.set_version(served.version)
         self._draining = [engine for engine in self._draining if not engine.is_drained]
-        if old is not None:
-            old.drain()
-            self._draining.append(old)
+        if previous is not None:
+            previous.drain()
+            self._draining.append(previous)
 
     def fault(self) -> str | None:
-        """Say in words why answers cannot be expected; None when they can, or when there is no model yet."""
+        """Describe why requests cannot be answered; None if they can, or if there is no model yet."""
         engines = [*self._draining, self._engine] if self._engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
@@ -45,9 +46,9 @@ class ModelService:
         """Make a request for the model in service and queue it there.
 
         Raises:
-            Unserved: if no model is in service.
-            Broken: if the engine has ended.
-            Busy: if too many wait.
+            NoModelInService: if no model is in service.
+            EngineStopped: if the engine has stopped.
+            QueueFull: if too many sequences wait.
             ValueError: if a prompt does not fit.
         """
         while True:

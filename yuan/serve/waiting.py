@@ -1,4 +1,4 @@
-"""Sequences that wait for rows of the engine, and whose turn is next."""
+"""Fair queue of the sequences that wait for rows of the engine."""
 
 from collections import Counter, deque
 
@@ -7,16 +7,16 @@ from yuan.serve.request import GenerationRequest, QueueFull
 
 
 class WaitingQueue:
-    """A queue for each caller, from which rows are filled so that nobody can take them all.
+    """Queue sequences by caller, and share rows so that no caller can occupy all of them.
 
-    The next row goes to the caller that has the fewest, in turn among equals. The last quarter of the rows is kept for
-    callers that have none, so that one who comes late finds a row however many others ask for much. Requests without a
-    caller are the platform's own: they take part, and may fill every row.
+    The next row goes to the caller with the fewest rows, round-robin among equals. The last quarter of the rows is
+    reserved for callers that have none, so that a new caller gets a row under any load. Requests without a caller are
+    the platform's own: they share rows in the same way, but may fill every row.
 
     Args:
         max_rows: rows of the engine.
-        max_waiting: sequences of one caller that may wait while nobody else does are half of this, with one other
-            waiting caller a third, and so on; of the platform's own, all of it.
+        max_waiting: limit of waiting sequences. The platform's own may use all of it; one caller may use half of it if
+            no other caller waits, a third with one other waiting caller, and so on.
     """
 
     def __init__(self, max_rows: int, max_waiting: int) -> None:
@@ -30,42 +30,42 @@ class WaitingQueue:
         """Queue all sequences of a request.
 
         Raises:
-            Busy: if too many of its caller wait. A caller of whom none waits is never refused.
+            QueueFull: if too many sequences of the caller wait. A caller with none waiting is never refused.
         """
-        caller, added = request.caller, len(request.sequences)
-        if len(self._queues.get(caller, ())) + added > self._compute_limit(caller):
+        caller, num_added = request.caller, len(request.sequences)
+        if len(self._queues.get(caller, ())) + num_added > self._compute_limit(caller):
             self.drop_finished()
-        own, limit = len(self._queues.get(caller, ())), self._compute_limit(caller)
-        if own + added > limit and (own or not caller):
-            whose = "prompts of yours" if caller else "prompts"
-            raise QueueFull(f"{own} {whose} wait already, at most {limit}; try again later")
+        num_waiting, limit = len(self._queues.get(caller, ())), self._compute_limit(caller)
+        if num_waiting + num_added > limit and (num_waiting or not caller):
+            subject = "prompts of yours" if caller else "prompts"
+            raise QueueFull(f"{num_waiting} {subject} wait already, at most {limit}; try again later")
         self._queues.setdefault(caller, deque()).extend((request, sequence) for sequence in request.sequences)
 
     def take(self, free: int, rows: Counter[str]) -> list[DecodingSequence]:
-        """Take sequences for free rows; those of requests that are over leave the queue.
+        """Take sequences for the free rows; drop those of requests that are over.
 
         Args:
-            free: rows that nobody has.
-            rows: rows that each caller has; those taken are added.
+            free: number of free rows.
+            rows: number of rows of each caller; the taken rows are added.
         """
         taken: list[DecodingSequence] = []
         while free > len(taken):
             is_reserved = free - len(taken) <= self._reserve
-            turn = [caller for caller in self._queues if not (is_reserved and caller and rows[caller])]
-            if not turn:
+            eligible = [caller for caller in self._queues if not (is_reserved and caller and rows[caller])]
+            if not eligible:
                 break
-            caller = min(turn, key=lambda caller: rows[caller])
+            caller = min(eligible, key=lambda caller: rows[caller])
             queue = self._queues.pop(caller)
             request, sequence = queue.popleft()
             if not request.is_over:
                 taken.append(sequence)
                 rows[caller] += 1
             if queue:
-                self._queues[caller] = queue  # behind its equals
+                self._queues[caller] = queue  # reinserted last: round-robin among callers with equal rows
         return taken
 
     def drop_finished(self) -> None:
-        """Let the sequences of requests that are over leave."""
+        """Drop the sequences of requests that are over."""
         kept = {caller: deque(pair for pair in queue if not pair[0].is_over) for caller, queue in self._queues.items()}
         self._queues = {caller: queue for caller, queue in kept.items() if queue}
 
