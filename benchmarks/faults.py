@@ -1,8 +1,8 @@
-"""Training through faults: `python benchmarks/faults.py [--times 3] [--outage 20] [--only NAME]`, sixteen minutes.
+"""Training under injected faults: `python benchmarks/faults.py [--times 3] [--outage 20] [--only NAME]`, 16 min.
 
-One embedded stack, and in it a run for each fault, all from the same seed on the same snapshot in fp32. While a run
-trains, its fault strikes `times` times at random moments. Nobody helps. Every run must end with exported weights, its
-recorded positions must be those of the run that was left alone, each once, and so must its last loss, to the bit.
+One embedded stack executes a run for each fault, all from the same seed on the same snapshot in fp32. While a run
+trains, its fault is injected `times` times at random moments, without manual help. Every run must end with exported
+weights; its recorded positions (each once) and its last loss must equal those of a run without faults, to the bit.
 """
 
 import argparse
@@ -41,7 +41,7 @@ DISK_MIB = 700
 
 @dataclass
 class Trial:
-    """A run under way, and what may be done to it."""
+    """Inject faults into a running training run."""
 
     home: Path
     folder: RunFolder
@@ -58,13 +58,13 @@ class Trial:
         return (self.folder.export / "manifest.json").exists()
 
     def processes(self, words: str) -> list[int]:
-        """Of the stack, those with such a command."""
-        found = []
+        """Return the pids of the stack's processes whose command line contains the words."""
+        pids = []
         for pid in find_stack_pids(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
                 if words in Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " "):
-                    found.append(pid)
-        return found
+                    pids.append(pid)
+        return pids
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> bool:
         with contextlib.suppress(ProcessLookupError):
@@ -73,7 +73,7 @@ class Trial:
         return False
 
     def rank(self) -> int | None:
-        """The pid of a random rank that lives."""
+        """Return the pid of a random live rank."""
         beats = list(read_heartbeats(self.folder.path).values())
         alive = [b["pid"] for b in beats if time.time() - b["time"] < 3 and Path(f"/proc/{b['pid']}").exists()]
         return self.rng.choice(alive) if alive else None
@@ -106,7 +106,7 @@ def kill_worker(trial: Trial) -> bool:
 
 
 def outage(name: str) -> Fault:
-    """The server is killed again as soon as its keeper has started it, until the outage is over."""
+    """Kill the server each time its keeper restarts it, until the outage ends."""
 
     def strike(trial: Trial) -> bool:
         end = time.monotonic() + trial.outage_s
@@ -122,7 +122,7 @@ def outage(name: str) -> Fault:
 
 
 def fill_disk(trial: Trial) -> bool:
-    """Take all the room that runs have until a checkpoint has failed for it, or the run has given up."""
+    """Fill the runs' file system until a checkpoint has failed, or the run has stopped."""
     filler = trial.home / "runs" / "filler"
     before = len(trial.folder.read_events())
     with filler.open("wb") as file, contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def fill_disk(trial: Trial) -> bool:
 
 
 def flip_bit(trial: Trial) -> bool:
-    """Damage the newest checkpoint, and kill a rank so that it is needed."""
+    """Damage the newest checkpoint, and kill a rank so that the run must load one."""
     real = sorted(trial.folder.checkpoints.glob("step-*/manifest.json"))
     if len(real) < 2:
         return False
@@ -206,7 +206,7 @@ def main() -> int:
 def left_alone(
     home: Path, client: Client, steps: int, known: dict[int, dict[str, Any]], given: argparse.Namespace
 ) -> dict[str, Any]:
-    """The run without a fault, made once for each number of steps."""
+    """Return the run without faults, executed once for each number of steps."""
     if steps not in known:
         found = known[steps] = run(home, client, None, steps, given)
         says = line(f"left alone, {steps} steps", found["seconds"], "s")
@@ -215,13 +215,13 @@ def left_alone(
 
 
 def long_enough(step_seconds: float, given: argparse.Namespace) -> int:
-    """Steps of a run in which all outages find room, one after the other."""
+    """Return the number of steps a run needs so that all outages fit in sequence."""
     return int(1.25 * given.times * given.outage / step_seconds) + 2 * EVERY
 
 
 @contextlib.contextmanager
 def stack() -> Iterator[tuple[Path, Client, bool]]:
-    """An embedded stack with a small base mixture; runs lie on a small file system of their own if one can be made."""
+    """Start an embedded stack with a small base mixture; runs get a small file system, if one can be mounted."""
     home = Path(tempfile.mkdtemp(prefix="faults-"))
     runs = home / "runs"
     runs.mkdir()
@@ -245,21 +245,21 @@ def stack() -> Iterator[tuple[Path, Client, bool]]:
 
 
 def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One run from its request to its exported weights; the round is then cancelled, so that every run is a first."""
-    earlier = set((home / "runs").glob("[0-9a-f]*"))
-    for old in earlier:
-        shutil.rmtree(old, ignore_errors=True)
+    """Execute one run from its request to exported weights; then cancel the round, so that every run is a first one."""
+    earlier_runs = set((home / "runs").glob("[0-9a-f]*"))
+    for old_run in earlier_runs:
+        shutil.rmtree(old_run, ignore_errors=True)
     begun = time.monotonic()
-    asked = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
-    turn = outliving(lambda: client.start_round(asked))
+    parameters = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
+    training_round = outliving(lambda: client.start_round(parameters))
     limit_s = RUN_LIMIT_S + given.times * (STRIKE_LIMIT_S + given.outage)
-    while not (found := [f for f in (home / "runs").glob("[0-9a-f]*/status.json") if f.parent not in earlier]):
+    while not (files := [f for f in (home / "runs").glob("[0-9a-f]*/status.json") if f.parent not in earlier_runs]):
         if time.monotonic() - begun > limit_s:
-            raise TimeoutError(f"round {turn.number} does not train")
+            raise TimeoutError(f"round {training_round.number} does not train")
         time.sleep(0.05)
-    trial = Trial(home, RunFolder(found[0].parent), given.outage)
+    trial = Trial(home, RunFolder(files[0].parent), given.outage)
     struck = 0
-    # Moments at which the run has come so far for the first time, so that every strike meets a run under way.
+    # Inject when the run first reaches a step, so that every fault hits a running run.
     moments = moments_of(trial.rng, EVERY + 2, steps * 3 // 4, given.times) if fault else []
     while not trial.is_over and time.monotonic() - begun < limit_s:
         if moments and trial.step >= moments[0] and fault is not None and fault(trial):
@@ -279,21 +279,21 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
     }
     if not trial.is_over:
         sys.stderr.write((trial.folder.path / "train.log").read_text()[-3000:])
-    while (now := outliving(lambda: client.round(turn.id))).state == "running":
-        outliving(lambda: client.cancel_round(turn.id))
-    if now.state != "cancelled":
-        sys.stderr.write(f"round {turn.number}: {now.state}: {now.reason}\n")
+    while (current := outliving(lambda: client.round(training_round.id))).state == "running":
+        outliving(lambda: client.cancel_round(training_round.id))
+    if current.state != "cancelled":
+        sys.stderr.write(f"round {training_round.number}: {current.state}: {current.reason}\n")
     return result
 
 
 def moments_of(rng: random.Random, first: int, end: int, times: int) -> list[int]:
-    """A random step in each of so many equal parts of a run, so that there is room for the outages between them."""
+    """Return a random step from each of the equal parts of a run, so that the outages fit between them."""
     width = (end - first) / times
     return [int(first + (n + rng.random()) * width) for n in range(times)]
 
 
 def outliving(call: Callable[[], Any]) -> Any:
-    """The portal may be without its database for a moment."""
+    """Retry a call while the portal has no database connection."""
     end = time.monotonic() + 120
     while True:
         try:

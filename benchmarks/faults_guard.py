@@ -1,7 +1,8 @@
-"""A NaN and a tenfold loss planted on one rank: `python benchmarks/faults_guard.py`, about two minutes.
+"""The loss guard with a NaN and a tenfold loss injected on one rank: `python benchmarks/faults_guard.py`, two minutes.
 
-Once, for two steps' data, and for so long that the run must go back; each beside the run without it. What was skipped
-by the recorded positions must be what the events say, and the loss of the weights over all data within 1 %.
+The fault lasts for one step, for two, or so long that the run must roll back; each run is compared with one without
+faults. The positions missing from the metrics must be those skipped in the events, and the loss of the exported weights
+over all data must be within 1 %.
 """
 
 import json
@@ -36,7 +37,7 @@ RECIPE = Recipe(
     warmup_steps=10,
     checkpoint_every=10,
 )
-FIRST = 40 * BATCH  # position at which the planted data begins
+FIRST = 40 * BATCH  # first position of the injected fault
 PLANTS: dict[str, dict[str, Any]] = {
     "once": {"first": FIRST, "end": FIRST + BATCH, "times": 1},
     "two steps": {"first": FIRST, "end": FIRST + 2 * BATCH, "times": None},
@@ -91,28 +92,28 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
 
 
 def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
-    """Positions that no recorded step has, up to the last one; and those that the events say were skipped."""
+    """Return the positions missing from the recorded steps, and the positions skipped according to the events."""
     rows = folder.read_metrics()
-    told: set[int] = set()
+    reported: set[int] = set()
     for event in folder.read_events():
         if event["event"] == "skip":
-            told |= set(range(*event["positions"]))
+            reported |= set(range(*event["positions"]))
         if event["event"] == "roll back":
-            told |= {position for span in event["positions"] for position in range(*span)}
-    trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - told
-    return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(told)
+            reported |= {position for span in event["positions"] for position in range(*span)}
+    trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - reported
+    return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(reported)
 
 
 def loss_of(folder: RunFolder) -> float:
-    """The exported weights' mean loss over all learned tokens of the run's data."""
+    """Return the exported weights' mean loss over all target tokens of the run's data."""
     model, corpus = weights.load(folder.export), folder.open_corpus(5)
     windows, _ = corpus.read(np.arange(corpus.sources[0].windows))
     tokens, labels, documents = (
         torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
     )
-    learned = torch.from_numpy(windows.learned).float()
+    loss_mask = torch.from_numpy(windows.learned).float()
     with torch.no_grad():
-        return float(weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum()))
+        return float(weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum()))
 
 
 def same_weights(one: RunFolder, other: RunFolder) -> bool:

@@ -1,9 +1,9 @@
 """Two hundred random kills of lease holders: `python benchmarks/faults_leases.py [KILLS]`, nine minutes.
 
-Processes ask for one to eight of eight devices on two nodes, hold them under a time to live of two seconds, and each
-has a child on its devices, as training has. A killer takes holders, children, or both with -9, or stops a holder, at
-random moments; a reaper works as the dispatcher does. Every process on a device locks that device's file, so a device
-that two have at once is seen by the kernel and not by the records that are under test.
+Processes request one to eight of eight devices on two nodes and hold them with a time to live (TTL) of two seconds;
+each has a child process on its devices, as training has. At random moments holders, children, or both get SIGKILL, or a
+holder gets SIGSTOP; a reaper works as the dispatcher does. Every process on a device locks that device's file, so the
+kernel detects a device used by two processes, independent of the records under test.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from yuan.plan.pool import DeviceGroup, Pool
 DEVICES, HOLDERS, TTL_S, POOL = 8, 6, 2.0, "bench"
 TURN = "BENCH_TURN"
 
-# Be on devices until killed; a device that another process is on is written down.
+# Occupy devices until killed; record a device that another process occupies.
 USE = """
 import fcntl, sys, time
 files = []
@@ -67,7 +67,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def database(home: Path) -> Iterator[Settings]:
-    """A PostgreSQL of its own with our tables."""
+    """Start a separate PostgreSQL with our tables."""
     config = load_config(home)
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
@@ -109,7 +109,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
         time.sleep(rng.uniform(0.05, 0.5))
         done += strike(rng, sessions, struck)
         reap_dead_leases(sessions, {POOL: LocalLauncher()})
-    for holder in holders:  # the last ones end by themselves, the stopped ones by the reaper
+    for holder in holders:  # running holders exit on this signal; the reaper ends the stopped ones
         with contextlib.suppress(ProcessLookupError):
             holder.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 60
@@ -138,7 +138,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
 
 
 def strike(rng: random.Random, sessions: SessionFactory, struck: set[str]) -> int:
-    """Kill or stop one process that holds devices, with or without its child first; 0 if there was none."""
+    """Kill or stop one process that holds devices, optionally its child first; return 0 if there is none, else 1."""
     with sessions() as session:
         held_now = [lease for lease in leases.find_open_leases(session) if lease.devices and lease.id not in struck]
     if not held_now:
@@ -161,7 +161,7 @@ def start(folder: Path, settings: Settings, count: int) -> subprocess.Popen[byte
 
 
 def hold(folder: Path, count: int) -> None:
-    """Take devices again and again, each time with a child that locks their files while it uses them."""
+    """Lease devices repeatedly, each time with a child process that locks their files while it uses them."""
     settings = Settings(_env_file=Path(os.environ["COTRAIN_HOME"]) / "env")
     sessions = make_session_factory(open_engine(settings))
     stopping: list[int] = []

@@ -1,9 +1,9 @@
 """Hostile items among honest ones: `python benchmarks/faults_poison.py [--honest 3000] [--hostile 300]`, ten minutes.
 
-Six contributors send reports and datasets through the public API, some of them made to break a step of the loop; then
-two rounds run. Every honest report must be reproduced, decided, and told once of each version that is promoted; each
-hostile item must be refused with 4xx or have a state with its reason; no round may fail for any of them; and the open
-front page must show none of their text. The model trains for a few steps only: it is the loop that is tried.
+Six contributors send reports and datasets through the public API, some of them built to break a step of the loop; then
+two rounds run. Every honest report must be reproduced, decided, and notified once of each promoted version; each
+hostile item must be refused with 4xx or have a state with its reason; no round may fail because of one; and the public
+front page must show none of their text. The model trains for a few steps only, as the loop is under test.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Body = dict[str, Any]
 
 @dataclass
 class Item:
-    """One thing sent, and what came back: the record's id, or the refusal."""
+    """Hold one sent item and its response: the record's id, or the status of the refusal."""
 
     kind: str
     path: str
@@ -54,8 +54,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Seen:
-    """What has become of everything: rounds, versions promoted after the reports, state and reason of each record, how
-    often each report was told of each version, and the front page."""
+    """Hold the results: rounds, versions promoted after the reports, state and reason of each record, the number of
+    notices by report and version, and the front page."""
 
     turns: list[RoundOut]
     promoted: list[int]
@@ -66,7 +66,7 @@ class Seen:
 
 @dataclass
 class Sender:
-    """A contributor with its token and what it sends."""
+    """Hold a contributor's token and the items that it sends."""
 
     token: str
     items: list[Item] = field(default_factory=list)
@@ -101,7 +101,7 @@ def checkable(prompt: str, answer: str) -> Body:
     return {"prompt": prompt, "answer": answer, "checker": {"type": "exact", "value": answer}}
 
 
-# What is sent to break something: by its number and an honest report that was sent before it.
+# Makers of hostile items, from the item's number and an honest report that was sent before it.
 HOSTILE: dict[str, Callable[[int, Body], object]] = {
     "prompt beyond the window": lambda n, _: report(n, f"{MARK} {n} " + "x" * 300, "y"),
     "prompt as long as allowed": lambda n, _: report(n, f"{MARK} {n} ".ljust(20_000, "x"), "y"),
@@ -141,7 +141,7 @@ def hostile(number: int, earlier: Body) -> Item:
 
 
 def shuffled(senders: list[Sender], num_honest: int, num_hostile: int) -> None:
-    """Deal items to the contributors; what refers to an honest report is sent after it, by the same contributor."""
+    """Distribute items to the contributors; an item based on an honest report follows it, from the same contributor."""
     rng = random.Random(0)
     for number in range(num_honest):
         senders[number % len(senders)].items.append(honest(number, rng))
@@ -178,17 +178,17 @@ def stack() -> Iterator[Settings]:
 
 
 def run_round(operator: Client) -> RoundOut:
-    begun, turn = time.monotonic(), operator.start_round(ROUND)
-    while (now := operator.round(turn.id)).state == "running":
+    begun, training_round = time.monotonic(), operator.start_round(ROUND)
+    while (current := operator.round(training_round.id)).state == "running":
         if time.monotonic() - begun > ROUND_LIMIT_S:
-            raise TimeoutError(f"round {turn.number} is at {now.step} after {ROUND_LIMIT_S} s")
+            raise TimeoutError(f"round {current.number} is at {current.step} after {ROUND_LIMIT_S} s")
         time.sleep(1)
-    print(f"round {turn.number} {now.state}: {now.reason}; failed {now.failed_items}", file=sys.stderr)
-    return now
+    print(f"round {current.number} {current.state}: {current.reason}; failed {current.failed_items}", file=sys.stderr)
+    return current
 
 
 def records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
-    """State and reason of every record, as its owner sees it."""
+    """Return state and reason of every record, as its owner sees them."""
     found: dict[str, tuple[str, str | None]] = {}
     for sender in senders:
         with Client(url, sender.token, timeout_s=300) as own:
@@ -239,7 +239,7 @@ def main() -> int:
 
 
 def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
-    """How often each report was told of each version, once delivery has come to rest."""
+    """Count the notices by report and version, after their number has stopped changing."""
     end, told = time.monotonic() + 60, Counter[tuple[str, int]]()
     while True:
         before, told = told, Counter()

@@ -1,6 +1,6 @@
-"""The loop's promises, measured: `python benchmarks/loop.py [SEED ...]` runs the demo for each seed.
+"""End-to-end goals of the feedback loop: `python benchmarks/loop.py [SEED ...]` runs the demo for each seed.
 
-One JSON line a figure: name, figure, unit, goal, ok. Rates are fractions.
+Prints one JSON line for each figure: name, figure, unit, goal, ok. Rates are fractions.
 """
 
 import json
@@ -26,11 +26,11 @@ def main(seeds: list[int]) -> int:
 def measure(seed: int) -> Iterator[dict[str, Any]]:
     """Run one demo and compare its figures with the goals."""
     command = [sys.executable, "-m", "flows.cli.app", "demo", "--seed", str(seed), "--json", "--down"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    if done.returncode != 0:
-        yield {"name": "demo", "figure": done.returncode, "unit": "exit status", "goal": "0", "ok": False}
+    demo = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if demo.returncode != 0:
+        yield {"name": "demo", "figure": demo.returncode, "unit": "exit status", "goal": "0", "ok": False}
         return
-    result = json.loads(done.stdout)
+    result = json.loads(demo.stdout)
     for suite in result["suites"]:
         if suite["suite"].startswith("fresh/"):
             before, after = suite["before"]["rate"], suite["after"]["rate"]
@@ -39,12 +39,12 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
     lost = result["base_before"] - result["base_after"]
     yield line("base lost", round(lost, 4), "rate", "at most 0.02", lost <= 0.02)
     yield line("reports", result["reports"], "reports", "at least 100", result["reports"] >= 100)
-    told = result["notices"] == result["reports"] == result["fixed"] + result["still_failing"]
-    yield line("one verdict and one notice each", result["notices"], "notices", "as many as reports", told)
+    is_one_each = result["notices"] == result["reports"] == result["fixed"] + result["still_failing"]
+    yield line("one verdict and one notice each", result["notices"], "notices", "as many as reports", is_one_each)
     yield line("stack up", result["parts"]["stack up"], "s", "at most 20", result["parts"]["stack up"] <= 20)
     yield line("demo", result["seconds"], "s", "at most 360", result["seconds"] <= 360)
-    other = result["round_overhead_s"]
-    yield line("round less training and evaluation", other, "s", "at most 30", other <= 30)
+    overhead_s = result["round_overhead_s"]
+    yield line("round less training and evaluation", overhead_s, "s", "at most 30", overhead_s <= 30)
 
 
 def line(name: str, figure: float, unit: str, goal: str, ok: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measuring in pairs: the figures every benchmark prints, and how they are made.
+"""Paired measurements: the JSON lines that every benchmark prints, and their statistics.
 
 A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median.
 """
@@ -14,36 +14,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PAIRS = 10
-PAUSE_S = 0.3  # until the threads of the one that measured have stopped spinning
+PAUSE_S = 0.3  # until the worker threads of the previous measurement have stopped spinning
 RESAMPLES = 2000
 
 
 def ratios(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> list[float]:
-    """first/second of interleaved pairs; who begins alternates, so that a drifting machine favours neither."""
+    """Return first/second of interleaved pairs; the order alternates, so that a drifting machine favours neither."""
 
     def after_a_pause(measure: Callable[[], float]) -> float:
         time.sleep(PAUSE_S)
         return measure()
 
-    found = []
+    measured_ratios = []
     for pair in range(pairs):
         if pair % 2:
             b, a = after_a_pause(second), after_a_pause(first)
         else:
             a, b = after_a_pause(first), after_a_pause(second)
-        found.append(a / b)
-    return found
+        measured_ratios.append(a / b)
+    return measured_ratios
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
+    """Return the 95 % bootstrap interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
 
 
 def at_least(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
-    """A line for "ours is at least goal times the peer", which holds when the interval's lower end is 0.97 of it."""
+    """Return the line for "ours is at least goal times the peer"; ok if the interval's lower end is >= 0.97 goal."""
     low, high = interval(values)
     return line(
         name, figure, unit, peer, statistics.median(values), (low, high), f"at least {goal}", low >= 0.97 * goal
@@ -51,7 +51,7 @@ def at_least(name: str, values: Sequence[float], goal: float, *, figure: float, 
 
 
 def at_most(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
-    """A line for "ours is at most goal times the peer", which holds when the interval's upper end is 1.03 of it."""
+    """Return the line for "ours is at most goal times the peer"; ok if the interval's upper end is <= 1.03 goal."""
     low, high = interval(values)
     return line(
         name, figure, unit, peer, statistics.median(values), (low, high), f"at most {goal}", high <= 1.03 * goal
@@ -81,16 +81,16 @@ def line(
 
 
 def show(*lines: dict[str, Any]) -> bool:
-    """Print lines as JSON; whether none of them missed its goal."""
-    for one in lines:
-        print(json.dumps(one), flush=True)
-    return all(one.get("ok") is not False for one in lines)
+    """Print lines as JSON; return true if none of them missed its goal."""
+    for entry in lines:
+        print(json.dumps(entry), flush=True)
+    return all(entry.get("ok") is not False for entry in lines)
 
 
 class Peer:
-    """One contestant in a process of its own: it answers each line `measure` with JSON figures.
+    """Run one implementation in a child process, which answers each line `measure` with JSON figures.
 
-    A process of its own, so that memory is its own and no contestant warms another's caches.
+    Separate processes keep memory apart, and no implementation warms another's caches.
     """
 
     def __init__(self, file: str, *arguments: str) -> None:
@@ -103,10 +103,10 @@ class Peer:
         assert self._process.stdin is not None, "opened with a pipe"
         assert self._process.stdout is not None, "opened with a pipe"
         print("measure", file=self._process.stdin, flush=True)
-        said = self._process.stdout.readline()
-        if not said:
-            raise RuntimeError(f"a contestant ended with status {self._process.wait()}")
-        self.last = json.loads(said)
+        output = self._process.stdout.readline()
+        if not output:
+            raise RuntimeError(f"a measured process exited with status {self._process.wait()}")
+        self.last = json.loads(output)
         return self.last
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class Peer:
 
 
 def contest(file: str, own: Sequence[str], other: Sequence[str], figure: str) -> tuple[list[float], float]:
-    """Ratios own/other of a figure, each contestant a process of `file` with its arguments, and our newest figure."""
+    """Return ratios own/other of a figure and our last figure; each side is a process of `file` with its arguments."""
     first, second = Peer(file, *own), Peer(file, *other)
     try:
         return ratios(lambda: first.measure()[figure], lambda: second.measure()[figure]), first.last[figure]
@@ -125,15 +125,15 @@ def contest(file: str, own: Sequence[str], other: Sequence[str], figure: str) ->
 
 
 def answer(measure: Callable[[], dict[str, float]]) -> None:
-    """The contestant's side: measure at each line of standard input."""
+    """Measure at each line of standard input and print the figures; runs in the child process of `Peer`."""
     for _ in sys.stdin:
         print(json.dumps(measure()), flush=True)
 
 
 def peak_memory_mib(work: Callable[[], object]) -> float:
-    """How far a call drives this process's resident memory above where it was, in MiB."""
+    """Return the peak increase of this process's resident memory during a call, in MiB."""
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the high-water mark
+        file.write("5")  # reset the high-water mark
     before = _status_kib("VmRSS")
     work()
     return (_status_kib("VmHWM") - before) / 1024
@@ -145,7 +145,7 @@ def _status_kib(name: str) -> int:
 
 
 def deepspeeds_partitions() -> tuple[Callable[..., list[int]], Callable[..., list[int]]]:
-    """DeepSpeed's `partition_balanced` and `partition_uniform`; what it says when imported is kept from the figures."""
+    """Return DeepSpeed's `partition_balanced` and `partition_uniform`; its import messages go to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         from deepspeed.runtime.utils import partition_balanced, partition_uniform
     return partition_balanced, partition_uniform

@@ -1,7 +1,7 @@
-"""The official 51B and 102B layouts beside ours: `python benchmarks/planner_layouts.py`, seconds.
+"""The official 51B and 102B layouts compared with ours: `python benchmarks/planner_layouts.py`, seconds.
 
-The same 96 devices, batch, loss and memory for both: a device has what the fullest of the official layout needs, or an
-A100's 79.1 GiB if that is more. Ours once on the official grid, once on any; recomputation as needed.
+Both use the same 96 devices, batch, loss and memory: each device has the memory of the official layout's largest stage,
+or an A100's 79.1 GiB if that is more. Ours is planned once on the official grid, once on any; recomputation as needed.
 """
 
 import sys

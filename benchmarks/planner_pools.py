@@ -1,8 +1,8 @@
 """A hundred random pools of two and three classes: `python benchmarks/planner_pools.py [POOLS]`, minutes.
 
-Beside each plan, on its own grid and its own classes: the even split and the split balanced by parameters, each
-recomputing what must be, where they fit. Optimality: on small pools every layout of every grid is tried; elsewhere
-the gap counts. The simulator's makespan is compared with the time model's.
+Each plan is compared, on the same grid and device classes, with the even split and the split balanced by parameters,
+where they fit, with recomputation as needed. Optimality: on small pools every layout of every grid is evaluated;
+elsewhere the solver's gap is reported. The simulator's makespan is compared with the time model's.
 """
 
 import random
@@ -28,7 +28,7 @@ MOST_GAP, MOST_OFF = 0.01, 0.03
 
 
 def random_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
-    """A model and a pool that suit each other; every third pool is small."""
+    """Return a model and a pool of matching size; every third pool is small."""
     small = number % 3 == 0
     layers, width = (draw.randint(5, 7), 2048) if small else draw.choice(SHAPES)
     model = ModelConfig(
@@ -48,7 +48,7 @@ def random_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
 
 
 def of_split(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
-    """The step of a split on given classes; None if it does not fit."""
+    """Return the step time of a split on given classes; None if it does not fit."""
     if any(
         costs.get_fewest_redone(s, c, n) == DOES_NOT_FIT for s, (n, c) in enumerate(zip(layers, classes, strict=True))
     ):
@@ -57,7 +57,7 @@ def of_split(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...
 
 
 def balanced(work: Workload, stages: int) -> tuple[int, ...]:
-    """Layers of each stage so that the largest number of parameters is smallest, as DeepSpeed's `parameters`."""
+    """Return layers per stage that minimize the largest number of parameters, as DeepSpeed's `parameters` does."""
     model = work.model
     ends = model.vocab_size * model.hidden_size
     bounds = partition_balanced([ends, *[model.layer_parameters] * model.num_layers, ends], stages)
@@ -66,7 +66,7 @@ def balanced(work: Workload, stages: int) -> tuple[int, ...]:
 
 
 def every_layout(work: Workload, pool: Pool) -> float:
-    """The least step over all layouts of all grids, one after the other."""
+    """Return the minimum step time over all layouts of all grids, by enumeration."""
     best = float("inf")
     for grid in iter_grids(work, pool, SizeLimits()):
         costs = build_stage_costs(work, grid, pool.groups)
@@ -80,7 +80,7 @@ def every_layout(work: Workload, pool: Pool) -> float:
 
 
 def off_by_simulation(work: Workload, chosen: PlanCandidate) -> float:
-    """How far the simulated pipeline is from the time model's."""
+    """Return the deviation of the simulated pipeline from the time model."""
     model = chosen.layout.seconds - chosen.predict_finish_seconds(work)
     return simulate_candidate(work, chosen).seconds / model - 1
 

@@ -1,4 +1,4 @@
-"""Predicted against real steps: `python benchmarks/planner_reality.py [STAGES]`, ten minutes.
+"""Predicted step times compared with measured ones: `python benchmarks/planner_reality.py [STAGES]`, ten minutes.
 
 On GPUs one process for each, two at most, in bf16; else two training processes of one thread on a core each. The rates
 come from `cotrain calibrate`'s measurement, at one layer a stage; then 14 runs of the training engine: pipelines of 16
@@ -53,7 +53,7 @@ MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, 3
 
 
 def trials() -> list[CalibrationTrial]:
-    """Seven splits, each without recomputation and with: all of the first stage, half of the last."""
+    """Return seven splits, each without and with recomputation (all of the first stage, half of the last)."""
     if STAGES == 1:
         return [
             CalibrationTrial(bounds=(0, n), recompute=(redone,), accum=ACCUM) for n in DEPTHS for redone in (0, n // 2)
@@ -64,7 +64,7 @@ def trials() -> list[CalibrationTrial]:
 
 
 def least(request: CalibrationRequest) -> CalibrationResult:
-    """The least of several passes, each in processes of its own, every second one with the trials turned round."""
+    """Return the minimum over several passes, each in new processes, with the trials reversed in every second one."""
     answers = []
     for number in range(PASSES):
         turn = -1 if number % 2 else 1

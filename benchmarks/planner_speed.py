@@ -1,4 +1,4 @@
-"""How long planning takes, and how it grows: `python benchmarks/planner_speed.py [PICTURE.svg]`, two minutes.
+"""Planning time and its growth with the pool: `python benchmarks/planner_speed.py [PICTURE.svg]`, two minutes.
 
 Whole plans without their explanation, 102B, S 4,096, batch 1,152 (larger pools: as many samples as devices, in steps of
 1,152). The picture has seconds over devices.
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def picture(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Both axes logarithmic, 10 to 100,000 devices and 0.01 to 100 s."""
+    """Draw the chart; both axes are logarithmic, 10 to 100,000 devices and 0.01 to 100 s."""
 
     def at(devices: float, seconds: float) -> str:
         return f"{60 + 140 * (math.log10(devices) - 1):.1f},{260 - 60 * (math.log10(seconds) + 2):.1f}"

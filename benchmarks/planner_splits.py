@@ -1,4 +1,4 @@
-"""Our split beside DeepSpeed's own functions, computing only: `python benchmarks/planner_splits.py`, seconds.
+"""Our split compared with DeepSpeed's own functions, compute time only: `python benchmarks/planner_splits.py`, seconds.
 
 48 cases: 24, 32, 42 and 84 layers over 4, 8, 16 and 32 stages, no fewer than two layers a stage, by four widths at
 Yuan's vocabulary. DeepSpeed's methods partition what its users hand it, an embedding, the layers and a head, as its
@@ -23,17 +23,17 @@ from yuan.plan.workload import Grid, Workload
 
 partition_balanced, partition_uniform = deepspeeds_partitions()
 LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
-ROOM_GIB = 900_000  # computing only: memory is not to matter
+ROOM_GIB = 900_000  # compute time only: memory must not be a constraint
 THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
 
 
 def least_slowest(layers: int, stages: int, head: float) -> float:
-    """The least time of the slowest stage, a layer taking 1: try every load of the last stage."""
+    """Return the minimum time of the slowest stage, with 1 per layer, by trying every load of the last stage."""
     return min(max(-(-(layers - last) // (stages - 1)), last + head) for last in range(layers - stages + 2))
 
 
 def theirs(method: str, model: ModelConfig, stages: int) -> list[int]:
-    """DeepSpeed's bounds over embedding, layers and head."""
+    """Return DeepSpeed's bounds over embedding, layers and head."""
     ends, layer = model.vocab_size * model.hidden_size, model.layer_parameters
     weights = {
         "parameters": [ends, *[layer] * model.num_layers, ends],
@@ -45,7 +45,7 @@ def theirs(method: str, model: ModelConfig, stages: int) -> list[int]:
 
 
 def ours(model: ModelConfig, stages: int) -> list[int]:
-    """The planner's bounds over the same modules, for time alone."""
+    """Return the planner's bounds over the same modules, for time alone."""
     pool = parse_pool(
         {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": ROOM_GIB}]},
     )

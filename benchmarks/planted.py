@@ -1,7 +1,8 @@
-"""A training rank that goes wrong on purpose: `torchrun benchmarks/planted.py RUN_DIR`, for tests and benchmarks.
+"""Fault injection in a training rank: `torchrun benchmarks/planted.py RUN_DIR`, for tests and benchmarks.
 
-RUN_DIR/plant.json says how: {"what": "nan" | "tenfold", "first", "end", "times"}. The loss of each step whose data
-touches the positions [first, end) is spoilt on the last rank, in as many passes as `times` says; null: always.
+RUN_DIR/plant.json configures the fault: {"what": "nan" | "tenfold", "first", "end", "times"}. On the last rank, the
+loss of each step whose data overlaps the positions [first, end) is corrupted, in the first `times` passes; null: in
+every pass.
 """
 
 import json
@@ -22,21 +23,21 @@ FACTORS = {"nan": float("nan"), "tenfold": 10.0}
 
 
 def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) -> None:
-    """Make the trainer's loss wrong where asked for."""
-    left = [times]
+    """Corrupt the trainer's loss at the configured positions."""
+    remaining = [times]
     inner_pass, inner_loss = trainer._run_pass, trainer.module.loss_fn
-    is_spoilt = [False]
+    is_corrupted = [False]
 
     def one_pass(positions: Int64Array) -> Any:
-        is_hit = bool(((positions >= first) & (positions < end)).any()) and left[0] != 0
-        is_spoilt[0] = is_hit and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        if is_hit and left[0] is not None:
-            left[0] -= 1
+        is_hit = bool(((positions >= first) & (positions < end)).any()) and remaining[0] != 0
+        is_corrupted[0] = is_hit and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if is_hit and remaining[0] is not None:
+            remaining[0] -= 1
         return inner_pass(positions)
 
     def loss(outputs: Any, labels: Any) -> Any:
-        right = inner_loss(outputs, labels)
-        return right * FACTORS[what] if is_spoilt[0] else right
+        correct_loss = inner_loss(outputs, labels)
+        return correct_loss * FACTORS[what] if is_corrupted[0] else correct_loss
 
     trainer._run_pass, trainer.module.loss_fn = one_pass, loss  # type: ignore[method-assign]
 
@@ -46,12 +47,12 @@ def main() -> int:
     exit_with_parent()
     torch.set_num_threads(1)
     folder = Path(sys.argv[1]).resolve()
-    asked = json.loads((folder / "plant.json").read_text())
-    plain = Trainer.run
+    fault = json.loads((folder / "plant.json").read_text())
+    original_run = Trainer.run
 
     def planted_run(self: Trainer) -> None:
-        plant(self, **asked)
-        plain(self)
+        plant(self, **fault)
+        original_run(self)
 
     Trainer.run = planted_run  # type: ignore[method-assign]
     return run.main()

@@ -1,8 +1,8 @@
-"""Checkpoints beside DeepSpeed's own: `python benchmarks/training_checkpoints.py`, six minutes.
+"""Checkpoints compared with DeepSpeed's own: `python benchmarks/training_checkpoints.py`, six minutes.
 
-A pipeline of two stages, some 60 million parameters with their moments in fp32. How long training stands still for a
-checkpoint beside writing the same with nothing going on; and how long a run needs to go on as one stage with two
-replicas, beside DeepSpeed's conversion to a universal checkpoint and its load. Both must find the same weights.
+A pipeline of two stages, about 60 million parameters with their moments in fp32. Measures how long a checkpoint blocks
+training, compared with a blocking write of the same data; and how long a run takes to resume as one stage with two
+replicas, compared with DeepSpeed's conversion to a universal checkpoint and its load. Both must load the same weights.
 """
 
 import functools
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def in_ranks(what: str, folder: Path) -> dict[str, Any]:
-    """This file in two ranks; what rank 0 wrote down."""
+    """Run this file on two ranks and return the figures that rank 0 wrote."""
     command = build_torchrun_command(2, __file__, what, folder)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -102,7 +102,7 @@ def in_ranks(what: str, folder: Path) -> dict[str, Any]:
 
 
 def convert(folder: Path) -> dict[str, float]:
-    """DeepSpeed's conversion, as its documents say to run it."""
+    """Run DeepSpeed's conversion as its documentation describes."""
     begun = time.perf_counter()
     script = deepspeed.checkpoint.ds_to_universal.__file__
     command = [sys.executable, script, "--input_folder", str(folder / "theirs" / "saved")]
@@ -124,7 +124,7 @@ def engine_of(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
 
 
 def save(folder: Path) -> None:
-    """A step, so that there are moments; then checkpoints of ours, behind the step's back and at once, and theirs."""
+    """Train one step, so that there are moments; then write our checkpoints, asynchronous and blocking, and theirs."""
     engine = engine_of(BOUNDS, 1)
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
@@ -174,7 +174,7 @@ def theirs(folder: Path) -> None:
 
 
 def sums(engine: Any) -> list[float]:
-    """A checksum of weights and moments, over all replicas."""
+    """Return a checksum of weights and moments, over all replicas."""
     own = collect_pieces(engine, MODEL.num_layers)
     kinds = [
         sum(float(piece.values.double().abs().sum()) for key, piece in own.items() if key.startswith(f"{kind}/"))

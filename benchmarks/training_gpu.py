@@ -1,8 +1,8 @@
 """The training engine on one GPU at P = 1: `python benchmarks/training_gpu.py`, minutes.
 
-The 2.1B preset in bf16, S 4,096, planned for the device with micro-batches as the planner likes them, through
-DeepSpeed, with ZeRO's fp32 masters, clipping and AdamW: tokens/s, MFU by formula, and the peak of memory beside what
-the plan says. Without a GPU the lines say that they were skipped; `--small` runs a tiny model on whatever is there.
+The 2.1B preset in bf16, S 4,096, planned for the device with the planner's choice of micro-batches, through DeepSpeed,
+with ZeRO's fp32 masters, clipping and AdamW: tokens/s, MFU by formula, and the peak memory compared with the plan's.
+Without a GPU the lines report that they were skipped; `--small` runs a tiny model on any device.
 """
 
 import json
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def device_pool() -> tuple[Pool, str, float | None]:
-    """A pool of this one device, its name, and its peak if it is a known one."""
+    """Return a pool of this one device, its name, and its peak throughput if it is known."""
     if not torch.cuda.is_available():
         return make_cpu_pool(), "CPU", None
     name = torch.cuda.get_device_name()
@@ -117,7 +117,7 @@ def rank(folder: Path, is_small: bool) -> None:
 
 
 def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, Recipe]:
-    """The plan for one device, and the recipe with its micro-batches."""
+    """Return the plan for one device, and the recipe with its micro-batches."""
 
     def recipe(micro: int) -> Recipe:
         return Recipe(

@@ -1,7 +1,7 @@
-"""Losses of every grid beside one process: `python benchmarks/training_grids.py`, two minutes.
+"""Losses of every grid compared with one process: `python benchmarks/training_grids.py`, two minutes.
 
 Twenty steps in fp32 as P2·D1, P1·D2, P2·D2 and P4·D1, the layers split unevenly, each through torchrun and DeepSpeed as
-a run of the platform; beside them a loop of plain torch in one process.
+a run of the platform; compared with a plain PyTorch loop in one process.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def make(parent: Path) -> tuple[Path, ModelConfig, list[Sample]]:
-    """A model to go on from, and documents of unequal lengths."""
+    """Make a parent model to train from, and documents of unequal lengths."""
     tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
     model = ModelConfig(name="m", num_layers=6, hidden_size=64, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
     torch.manual_seed(1)
@@ -84,7 +84,7 @@ def run(
 
 
 def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
-    """The same training as a loop anybody can read."""
+    """Return the losses of the same training as a plain PyTorch loop."""
     model = weights.load(parent).float().train()
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},

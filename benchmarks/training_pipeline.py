@@ -1,9 +1,10 @@
-"""Two stages beside torch's own 1F1B and beside one process: `python benchmarks/training_pipeline.py`, minutes.
+"""Two pipeline stages compared with torch's 1F1B and one process: `python benchmarks/training_pipeline.py`, minutes.
 
 The same model, split and micro-batches, fp32, one thread and one core for each of two ranks, in turns in the same
-processes: our engine on DeepSpeed; `torch.distributed.pipelining`, its tied embedding, clipping and optimizer done by
-hand, and no document numbers sent; and on the first rank alone, the other waiting, a loop of plain torch. `--autograd`
-leaves the tied embedding's gradients to autograd in the last two, where they else are added up in place as in ours.
+processes: our engine on DeepSpeed; `torch.distributed.pipelining`, its tied embedding, clipping and optimizer done
+manually, and no document numbers sent; and on the first rank alone, the other waiting, a plain PyTorch loop.
+`--autograd` leaves the tied embedding's gradients to autograd in the last two, where they are otherwise accumulated in
+place as in ours.
 """
 
 import json
@@ -73,7 +74,7 @@ def main() -> int:
 
 
 def allowed_by_the_bubble() -> float:
-    """How much faster two stages are by the time model, with nothing to send, synchronise or wait for."""
+    """Return the speedup of two stages by the time model, without communication, synchronisation or waiting."""
     layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
     return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
@@ -100,7 +101,7 @@ def rank(folder: Path) -> None:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, documents and weights of the micro-batches, (A, S) each."""
+    """Return tokens, documents and weights of the micro-batches, (A, S) each."""
     tokens = torch.randint(MODEL.vocab_size, (ACCUM, RECIPE.seq_len), generator=torch.Generator().manual_seed(0))
     return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
 

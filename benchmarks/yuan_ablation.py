@@ -1,8 +1,8 @@
-"""What filtering is worth: the ablation of the paper's Table 1, scaled to a small processor.
+"""Ablation of the local filter: the paper's Table 1 at a scale for a small CPU.
 
-`python benchmarks/yuan_ablation.py`: seven networks that differ in nothing but `local_filter`, each trained from three
-seeds on the same windows of real text for the same steps; their losses on files none of them saw, beside the paper's.
-The text is the source of Python's standard library, so any machine has it. 14 minutes on two cores.
+`python benchmarks/yuan_ablation.py` trains seven networks that differ only in `local_filter`, each from three seeds, on
+the same windows of real text for the same steps, and compares their losses on held-out files with the paper's. The
+text is the source of Python's standard library, which every machine has. Takes 14 minutes on two cores.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ PAPER = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
 
 
 def windows() -> tuple[Tensor, Tensor, int]:
-    """Windows (W, S + 1) to learn and to test on, of files set apart by their names, and the vocabulary's size."""
+    """Return train and test windows (W, S + 1), of files split by a hash of their names, and the vocabulary size."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
     texts = {path.relative_to(library).as_posix(): path.read_text(errors="ignore") for path in files}
@@ -49,11 +49,12 @@ def windows() -> tuple[Tensor, Tensor, int]:
         vocab_size=V,
         pieces="bpe",
     )
-    taught, tested = (
+    train_windows, test_windows = (
         _cut([texts[name] for name in sorted(texts) if (name in held_out) is is_test], tokenizer)
         for is_test in (False, True)
     )
-    return taught, tested[torch.randperm(len(tested), generator=torch.Generator().manual_seed(0))], len(tokenizer)
+    test_order = torch.randperm(len(test_windows), generator=torch.Generator().manual_seed(0))
+    return train_windows, test_windows[test_order], len(tokenizer)
 
 
 def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
@@ -64,7 +65,7 @@ def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
 def run(variant: LocalFilterKind, seed: int) -> None:
     """Train one network and print its test loss, in nats a token."""
     torch.set_num_threads(1)
-    taught, tested, vocab_size = windows()
+    train_windows, test_windows, vocab_size = windows()
     torch.manual_seed(seed)
     config = ModelConfig(
         name="ablation",
@@ -83,9 +84,11 @@ def run(variant: LocalFilterKind, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
     )
-    order = torch.randperm(len(taught), generator=torch.Generator().manual_seed(seed))  # the same for every variant
+    order = torch.randperm(
+        len(train_windows), generator=torch.Generator().manual_seed(seed)
+    )  # the same for every variant
     for step in range(STEPS):
-        rows = taught[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
+        rows = train_windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
         mean_loss(model, rows).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -93,7 +96,7 @@ def run(variant: LocalFilterKind, seed: int) -> None:
         schedule.step()
     model.eval()
     with torch.no_grad():
-        losses = [float(mean_loss(model, rows)) for rows in tested[:TEST_WINDOWS].split(BATCH)]
+        losses = [float(mean_loss(model, rows)) for rows in test_windows[:TEST_WINDOWS].split(BATCH)]
     print(statistics.mean(losses))
 
 

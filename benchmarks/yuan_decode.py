@@ -1,7 +1,7 @@
-"""Decoding, tokens/s, beside transformers' Llama with its cache: `python benchmarks/yuan_decode.py`.
+"""Decoding throughput compared with transformers' Llama with its KV cache: `python benchmarks/yuan_decode.py`.
 
 The models of yuan_step.py, greedy, 64 tokens after a prompt of 64, at batch 1 and 16; all cores, fp32, and bf16 where
-the processor multiplies it in hardware. Reading the prompt is not counted.
+the CPU has hardware support for it. The prefill is not counted.
 """
 
 import os
@@ -21,7 +21,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 def ours(model: torch.nn.Module, batch: int) -> Step:
-    """A function that takes the next tokens (B, S) and gives the logits (B, V) after them, with a cache of its own."""
+    """Return a function from the next tokens (B, S) to the logits (B, V) after them, with its own cache."""
     cache = model.make_cache(batch)
     return lambda tokens: model.forward_incremental(tokens, cache)
 
@@ -32,11 +32,11 @@ def llama(model: torch.nn.Module, batch: int) -> Step:
     cache = DynamicCache(config=model.config)
     return lambda tokens: model(
         input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-    ).compute_logits[:, -1]
+    ).logits[:, -1]
 
 
 def run(name: str, precision: str, batch: str) -> None:
-    """One contestant: tokens/s, at each request."""
+    """Serve the measurements of one model, in tokens/s."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,7 +1,7 @@
-"""What localized filtering costs beside basic attention: `python benchmarks/yuan_filter.py`.
+"""Overhead of localized filtering compared with basic attention: `python benchmarks/yuan_filter.py`.
 
-On the shape of the paper's Table 1 (6 layers, H 768, V 135,040, S 2,048) at most the paper's 9.4 % more time a step,
-and of one layer of the 2.1B model (H 2,048, 32 heads) at most 1.3 times its share of the multiplications, 9.6 %.
+Goals: on the shape of the paper's Table 1 (6 layers, H 768, V 135,040, S 2,048) at most the paper's 9.4 % more time a
+step, and in one layer of the 2.1B model (H 2,048, 32 heads) at most 1.3 times its share of the multiplications, 9.6 %.
 """
 
 import os
@@ -30,7 +30,7 @@ MAX_TABLE_1, MAX_SHARE = 1.094, 1.3 * 0.096
 
 
 def run(shape: str, variant: str, precision: str) -> None:
-    """One contestant: seconds of a forward and backward pass, at each request."""
+    """Serve the measurements of one variant: seconds of a forward and backward pass."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -72,10 +72,12 @@ def main() -> int:
     ok = True
     for shape, most in (("table-1", MAX_TABLE_1), ("2b-layer", 1 / (1 - MAX_SHARE))):
         own, other = (shape, "two_convs_norm", precision), (shape, "none", precision)
-        found, seconds = contest(__file__, own, other, "seconds")
+        measured_ratios, seconds = contest(__file__, own, other, "seconds")
         name = f"filter, {shape}, {precision}"
-        says = at_most(name, found, round(most, 3), figure=round(seconds, 3), unit="s", peer="basic attention")
-        ok &= show({**says, "share": round(1 - 1 / says["ratio"], 4)})
+        report = at_most(
+            name, measured_ratios, round(most, 3), figure=round(seconds, 3), unit="s", peer="basic attention"
+        )
+        ok &= show({**report, "share": round(1 - 1 / report["ratio"], 4)})
     return 0 if ok else 1
 
 

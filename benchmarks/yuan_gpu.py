@@ -1,8 +1,8 @@
-"""Training the 2.1B model on one GPU: tokens/s, MFU, peak memory with and without the block-wise loss, beside Llama.
+"""Training of the 2.1B model on one GPU: tokens/s, MFU, peak memory with and without block-wise loss, and Llama's.
 
 `python benchmarks/yuan_gpu.py`: bf16, S 4,096, AdamW fused, layers compiled, one row a micro-batch for each 32 GiB of
 the device's memory. Needs `yuan/`, torch and, for the peer, transformers; nothing of the platform. Without a GPU each
-line says it was skipped; `--small` runs every line on whatever is there, to try the script itself.
+line reports that it was skipped; `--small` runs every line on any device, to test the script itself.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Contestant = Callable[[], None]
 
 
 def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
-    """A training step of Yuan, its head fused with the loss or not."""
+    """Return a training step of Yuan, with or without the head fused into the loss."""
     model = Yuan(config).to(tokens.device, torch.bfloat16)
     layers = [compiled(layer) for layer in model.layers]
     labels = tokens[:, 1:]
@@ -49,7 +49,7 @@ def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
 
 
 def llama(config: ModelConfig, tokens: Tensor) -> Contestant:
-    """A training step of transformers' Llama with equal layers, width and parameters."""
+    """Return a training step of transformers' Llama with equal layers, width and parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device(tokens.device):
@@ -89,7 +89,7 @@ def stepping(model: nn.Module, loss: Callable[[], Tensor]) -> Contestant:
 
 
 def measured(step: Contestant, num_tokens: int, device: torch.device) -> Callable[[], float]:
-    """Tokens/s, at each call."""
+    """Return a function that measures tokens/s."""
 
     def measure() -> float:
         wait(device)
@@ -108,7 +108,7 @@ def wait(device: torch.device) -> None:
 
 
 def peak_gib(step: Contestant, device: torch.device) -> float | None:
-    """Most memory that tensors took during a step."""
+    """Return the peak memory of tensors during a step."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -117,7 +117,7 @@ def peak_gib(step: Contestant, device: torch.device) -> float | None:
 
 
 def compare(config: ModelConfig, tokens: Tensor) -> bool:
-    """Our step with both losses, the first dropped before the second is built; then the second beside Llama."""
+    """Measure our step with both losses, one after the other in memory; then compare the second with Llama."""
     device, num_tokens = tokens.device, tokens[:, 1:].numel()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)

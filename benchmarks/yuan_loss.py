@@ -1,6 +1,7 @@
-"""Block-wise loss over a fused head, forward and backward, beside its peers: `python benchmarks/yuan_loss.py`.
+"""Block-wise loss with a fused head, forward and backward, compared with peers: `python benchmarks/yuan_loss.py`.
 
-V 135,040, 768 tokens, H 256, fp32, one thread. Each contestant is a process; times in interleaved pairs with ours.
+V 135,040, 768 tokens, H 256, fp32, one thread. Each implementation runs in its own process; times are interleaved pairs
+with ours.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def contestant(name: str) -> Loss:
-    """The loss of hidden states (N, H), head (V, H) and labels (N)."""
+    """Return the named loss function of hidden states (N, H), head (V, H) and labels (N)."""
     if name == "ours":
         from yuan.model.loss import head_loss
 
@@ -42,7 +43,7 @@ def contestant(name: str) -> Loss:
 
 
 def run(name: str) -> None:
-    """One contestant: seconds of a step and MiB above where it began, at each request."""
+    """Serve the measurements of one loss: seconds of a step, and its peak memory increase in MiB."""
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(N, H, generator=random).requires_grad_()

@@ -1,7 +1,7 @@
-"""Streams through the portal: time to the first token and to the last, of one caller and of 16 at once; a thousand.
+"""Latency of streams through the portal: first and last token, for 1 and 16 callers; and a burst of 1,000 callers.
 
-`python benchmarks/yuan_serve.py` brings up a stack of its own, trains a tiny model for some seconds, and asks it
-through the public door as anybody would.
+`python benchmarks/yuan_serve.py` starts its own stack, trains a tiny model for some seconds, and calls it through the
+public API.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ SHORT = RoundParameters(max_steps=60, learning_rate=2e-3)
 
 
 def caller(url: str, token: str, first: list[float], whole: list[float], tokens: list[int]) -> None:
-    """One caller's requests, one after another."""
+    """Send one caller's requests in sequence."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as client:
         for number in range(REQUESTS):
             began = time.perf_counter()
@@ -49,7 +49,7 @@ def caller(url: str, token: str, first: list[float], whole: list[float], tokens:
 
 
 def measure(url: str, operator: Client) -> bool:
-    """Ask with one caller, then with all of them."""
+    """Measure one caller, then CALLERS concurrent callers."""
     for callers in (1, CALLERS):
         accounts = [operator.add_contributor(f"caller-{callers}-{n}").token for n in range(callers)]
         first: list[float] = []
@@ -76,7 +76,7 @@ def measure(url: str, operator: Client) -> bool:
 
 
 def crowd(url: str, token: str) -> bool:
-    """A thousand callers at once: each has an answer or an error that says what to do, and the next is served."""
+    """Send CROWD calls at once: each must be answered or refused with a reason, and a later call must be answered."""
     body = {"model": "yuan", "prompt": "What is 1 plus 1?", "max_tokens": TOKENS}
     headers = {"Authorization": f"Bearer {token}"}
 
@@ -93,12 +93,12 @@ def crowd(url: str, token: str) -> bool:
     seconds = time.perf_counter() - began
     answered = sum(answer.status_code == 200 for answer in answers)
     refused = sum(answer.status_code in (429, 503) and bool(answer.json()["error"]["message"]) for answer in answers)
-    one = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
-    ok = answered + refused == CROWD and one.status_code == 200
-    says = line(
+    later_answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
+    ok = answered + refused == CROWD and later_answer.status_code == 200
+    report = line(
         f"{CROWD} at once, answered or refused with a reason", answered + refused, "requests", goal=str(CROWD), ok=ok
     )
-    return show({**says, "answered": answered, "refused": refused, "seconds": round(seconds, 1)})
+    return show({**report, "answered": answered, "refused": refused, "seconds": round(seconds, 1)})
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -119,8 +119,8 @@ def main() -> int:
                     "base",
                     [row for s in load_skills(BASE_SKILLS)[:4] for row in s.make_rows(300, seed=0)],
                 )
-                done = follow_round(operator, operator.start_round(SHORT).id)
-                wait_for_version(operator, int(done.candidate_version or 0))
+                training_round = follow_round(operator, operator.start_round(SHORT).id)
+                wait_for_version(operator, int(training_round.candidate_version or 0))
                 served = measure(settings.portal_url, operator)
                 token = operator.add_contributor("crowd").token
                 return 0 if crowd(settings.portal_url, token) and served else 1

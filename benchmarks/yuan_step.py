@@ -1,8 +1,8 @@
-"""Training step, tokens/s, beside transformers' Llama of equal layers, width and parameters.
+"""Throughput of a training step compared with transformers' Llama of equal layers, width and parameters.
 
 `python benchmarks/yuan_step.py`: 6 layers, H 768, 12 heads, V 32,000, one row of 512 tokens, AdamW. Llama's inner
-size is 14H/3, so that both have the same number of weights in a layer. All cores; fp32, and bf16 where the processor
-multiplies it in hardware.
+size is 14H/3, so that both have the same number of weights in a layer. All cores; fp32, and bf16 where the CPU has
+hardware support for it.
 """
 
 import os
@@ -59,7 +59,7 @@ def llama(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 def run(name: str, precision: str) -> None:
-    """One contestant: tokens/s, at each request."""
+    """Serve the measurements of one model, in tokens/s."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
