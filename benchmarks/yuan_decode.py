@@ -30,9 +30,7 @@ def llama(model: torch.nn.Module, batch: int) -> Step:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    return lambda tokens: model(
-        input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-    ).logits[:, -1]
+    return lambda tokens: model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def run(name: str, precision: str, batch: str) -> None:

@@ -1,4 +1,4 @@
-"""A model to train on from, made once."""
+"""Fixtures: a parent model to train from, made once for all tests."""
 
 import pytest
 

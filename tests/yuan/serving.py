@@ -1,4 +1,4 @@
-"""A small model behind a model server; `python -m tests.yuan.serving PORT` runs one in a process of its own."""
+"""Helpers that serve a small model; `python -m tests.yuan.serving PORT` runs the model server as a process."""
 
 import sys
 
@@ -34,12 +34,12 @@ def make_served(version, window=WINDOW):
 
 
 def running(service):
-    """The server in this process, on a port of its own; gives its address."""
+    """Run the server in this process, on a free port; yield its URL."""
     return served(make_api(TOKEN, service))
 
 
 def metric(http, name):
-    """The sum of a metric over its labels."""
+    """Return the sum of a metric over its labels."""
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 

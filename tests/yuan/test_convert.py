@@ -1,4 +1,4 @@
-"""The published layout, both ways, against the published forward pass written out by its names."""
+"""Conversion to and from the published layout, against the published forward pass with upstream's tensor names."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def hf_tensors(folder):
 
 
 def hf_forward(t, config, tokens):
-    """Logits by the published names, after the description of the official modelling code (facts of its layout)."""
+    """Compute logits from published tensors, as described for the official modelling code (facts of its layout)."""
     heads, dim = config.num_heads, config.head_dim
 
     def norm(x, name):
@@ -144,7 +144,7 @@ def test_a_pickle_with_code_is_refused(published, tmp_path):
 
 @pytest.fixture
 def single(published, tmp_path):
-    """A published folder of one file, and a function that writes changed tensors into it."""
+    """Make a published folder with one weights file, and a function that writes changed tensors into it."""
     (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
 
     def write(**changes):
@@ -223,7 +223,7 @@ def test_a_folder_with_files_is_not_written_over(folder, published):
 
 
 def test_memory_stays_near_a_shard(tmp_path):
-    """A model of 400 MB is converted both ways within 150 MB above a process that only imports torch."""
+    """Convert a 400 MB model both ways, within 150 MB above the memory of a process that only imports torch."""
     code = f"""
 import resource, sys, torch
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Evaluation: each case is judged, or has failed with a reason."""
+"""Evaluation: each case is judged, or fails with a reason."""
 
 import json
 

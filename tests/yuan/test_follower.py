@@ -1,4 +1,4 @@
-"""The model server's follower: what it serves when the registry is away, forgets, or has something broken."""
+"""The model server's alias follower when the registry is down, has lost a version, or has a broken one."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from yuan.serve.service import ModelService
 
 
 class Registry:
-    """Aliases and model folders on this disk; it can be away, and its versions deleted."""
+    """Imitate a registry with aliases and model folders on disk, which can be down or lose versions."""
 
     def __init__(self, folder):
         self.folder, self.alias, self.is_away, self.downloads = folder, None, False, []
@@ -52,7 +52,7 @@ def registry(tmp_path):
 
 @pytest.fixture
 def started(registry, tmp_path):
-    """Start a server on the same cache, as often as wanted; its service and follower."""
+    """Return a function that starts a server on the same cache and returns its service and follower."""
 
     def start():
         service = ModelService(ModelServerMetrics())
@@ -122,7 +122,7 @@ def test_the_folder_of_the_version_in_service_is_kept_whatever_its_age(registry,
 
 @pytest.fixture
 def serve(tmp_path):
-    """Start the server's process as the keeper does, on a socket that listens already; gives a client of it."""
+    """Start the server's process as the keeper does, on an already listening socket; yield a client of it."""
     home, token, processes = tmp_path / "home", "token", []
     home.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as registry:
@@ -149,7 +149,7 @@ def serve(tmp_path):
 
 
 def test_who_asks_while_the_server_starts_waits_for_the_version_served_last(serve, tmp_path):
-    """The model takes longer to load than the server to answer, and the registry does not answer."""
+    """The server accepts calls before the model is loaded, and the registry does not respond."""
     small = make_served(1)
     config = ModelConfig(
         name="test", num_layers=4, hidden_size=1024, num_heads=4, vocab_size=small.model.config.vocab_size, seq_len=64
@@ -170,7 +170,7 @@ def test_without_a_version_the_server_answers_and_says_why(serve):
 
 
 def refusal(service):
-    """What a caller is told without a model: the words, and when to ask again."""
+    """Return the error message and Retry-After that a caller gets while no model is in service."""
     with pytest.raises(NoModelInService) as caught:
         service.submit(lambda served: None)
     return str(caught.value), caught.value.retry_after_s

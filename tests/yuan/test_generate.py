@@ -1,4 +1,4 @@
-"""Decoding: what is chosen, and that company, caching and order change nothing."""
+"""Decoding: token choice, and independence of batch, cache and order."""
 
 import dataclasses
 
@@ -127,7 +127,7 @@ def test_a_wrong_wish_is_named(field, value):
 
 
 def spoken(tokenizer, text, **wishes):
-    """A sequence to which the text's tokens come one by one, and what it showed after each."""
+    """Return a sequence to which the text's tokens were added one by one, and its stable text after each."""
     sequence = DecodingSequence([tokenizer.sep], Sampling(max_tokens=50, **wishes), tokenizer, 100)
     shown = []
     for token in tokenizer.encode(text):

@@ -1,4 +1,4 @@
-"""Judging answers: a checker that raises, hangs or dies costs its own verdict."""
+"""Judging answers: a checker that raises, hangs or crashes fails its own check only."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ RULE = Exact(value="a\u2028b")
 
 
 class Broken(Exact):
-    """A rule that its own process does not know."""
+    """Define a checker that the judge's process does not know."""
 
     value: int
 

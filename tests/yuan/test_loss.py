@@ -1,4 +1,4 @@
-"""Token-weighted cross-entropy against torch's, plain and block by block."""
+"""Token-weighted cross-entropy, direct and block-wise, against torch's."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ V, H = 203, 16
 
 @pytest.fixture
 def batch():
-    """Hidden states (3, 9, H), head (V, H), labels, and weights of which some are zero."""
+    """Return hidden states (3, 9, H), head (V, H), labels, and weights of which some are zero."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(3, 9, H, generator=random)
     head = torch.randn(V, H, generator=random)
@@ -54,7 +54,7 @@ def test_large_and_small_logits_stay_finite(batch, scale):
 
 
 def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
-    """The truth is fp64 on the same rounded values."""
+    """The reference is fp64 on the same rounded values."""
     x, head, labels, weights = batch
     x, head = x.bfloat16(), head.bfloat16()
     truth = with_gradients(
@@ -71,7 +71,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
 
 
 def test_no_more_than_a_block_of_logits_exists(batch):
-    """The largest tensor made on the way has a block's size, not that of all rows."""
+    """The largest temporary tensor has the size of one block, not of all rows."""
     x, head, labels, weights = batch
     sizes = []
 
@@ -127,7 +127,7 @@ def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_heads_gradients_of_many_losses_can_share_one_sum(batch, dtype, near):
-    """As under accumulation: two micro-batches, each scaled by a half, beside what autograd adds up."""
+    """Gradient accumulation: two micro-batches, each scaled by a half, against the sum by autograd."""
     x, head, labels, weights = batch
     autograds, ours = (head.to(dtype, copy=True).requires_grad_() for _ in range(2))
     total = torch.zeros(V, H)

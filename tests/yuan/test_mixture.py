@@ -1,4 +1,4 @@
-"""The order of data: a function of the position, by weight, every window once an epoch, any span skipped."""
+"""Data order: a function of the position, by weight, every window once an epoch, any span can be skipped."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""The network against independent oracles."""
+"""The network against independent reference implementations."""
 
 import dataclasses
 from typing import get_args
@@ -35,7 +35,7 @@ def test_parameters_are_as_many_as_the_config_says(model):
 
 @pytest.mark.parametrize("variant", get_args(LocalFilterName))
 def test_filter_equals_one_sided_convolutions(variant):
-    """The oracle is torch's convolution, padded on both sides and cut, as the official training code has it."""
+    """The reference is torch's convolution, padded on both sides and cut, as in the official training code."""
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, local_filter=variant)
     local, x_BSH = make_filter(config), torch.randn(2, 7, 32)
@@ -70,7 +70,7 @@ def test_decoding_token_by_token_equals_one_pass(model, tokens):
 
 
 def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
-    """Rows of 2, 5 and 9 tokens go on with 10, 7 and 3, padded on the right."""
+    """Rows of 2, 5 and 9 tokens continue with 10, 7 and 3, padded on the right."""
     lengths, cache = [2, 5, 9], model.make_cache(3)
     model.forward_incremental(tokens[:, :9], cache, lengths)
     rest = torch.zeros(3, 10, dtype=torch.long)
@@ -108,7 +108,7 @@ def test_padding_on_the_left_changes_nothing(model, tokens):
 
 
 def test_the_official_packing_only_restarts_positions(model, tokens):
-    """Not isolated, the first document is as if alone, and the second sees the first, at positions from 0."""
+    """Without isolation the first document is unaffected, and the second attends to the first, at positions from 0."""
     documents = torch.tensor([[0] * 5 + [1] * 7])
     official = model(tokens[:1], documents, isolated=False)
     torch.testing.assert_close(official[:, :5], model(tokens[:1, :5]), rtol=1e-4, atol=1e-5)
@@ -135,7 +135,7 @@ def test_presets_have_the_published_number_of_parameters(preset, expected):
 
 
 def test_values_read_the_unfiltered_input(model, tokens):
-    """With queries and keys fixed to zero, attention is a mean of values and the filter has no influence."""
+    """With queries and keys set to zero, attention is a mean of values and the filter has no influence."""
     attention = model.layers[0].attention
     nn.init.zeros_(attention.query_key.weight)
     x_BSH = torch.randn(1, 6, 32)

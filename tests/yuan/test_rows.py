@@ -1,4 +1,4 @@
-"""Rows read from files: one line at a time, and no line longer than a row can be."""
+"""Reading rows from files: one line at a time, and no line longer than the limit."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Samples: what is learned, in every place where the official code goes wrong; conversations; fill in the middle."""
+"""Samples: the loss mask in every case where the official code is wrong; conversations; fill in the middle."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def tokenizer():
 
 
 def learned_texts(windows, tokenizer):
-    """For each window, the runs of labels that are learned, the ends marked with |."""
+    """Return, for each window, the runs of target tokens, with | at the ends."""
     found = []
     for labels, learned in zip(windows.labels, windows.learned, strict=True):
         text, before = "", False
@@ -40,24 +40,24 @@ def packed(tokenizer, seq_len, *pairs):
 
 
 def test_a_window_without_an_end_does_not_learn_its_prompt(tokenizer):
-    """Flaw a: with no <eod> in the window the official mask covers nothing, so the prompt is learned."""
+    """Flaw a: with no <eod> in the window the official mask excludes nothing, so the prompt is a target."""
     texts = packed(tokenizer, 8, ("abc", "defghijklmnop"))
     assert "".join(texts) == "defghijklmnop|"
 
 
 def test_the_prompt_of_a_second_sample_is_not_learned(tokenizer):
-    """Flaw b: with one <eod> in the window the second sample's prompt is learned."""
+    """Flaw b: with one <eod> in the window the second sample's prompt is a target."""
     assert packed(tokenizer, 16, ("abc", "de"), ("fgh", "ij"))[0] == "de| + ij|"
 
 
 def test_a_prompt_cut_by_the_window_is_not_learned(tokenizer):
-    """Flaw c: a trailing segment whose separator lies behind the window's edge is learned in full."""
+    """Flaw c: every token of a trailing segment whose separator is beyond the window's end is a target."""
     texts = packed(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
     assert texts == ["cde|op|"]  # the piece that holds only prompt is left out
 
 
 def test_only_answers_of_several_turns_are_learned(tokenizer):
-    """Flaw d: everything behind the first separator is learned, later questions of the user too."""
+    """Flaw d: every token after the first separator is a target, including later questions of the user."""
     turns = [
         ConversationTurn("user", "ab"),
         ConversationTurn("assistant", "cd"),
@@ -107,7 +107,7 @@ def test_turns_that_do_not_alternate_are_named(tokenizer, roles):
 
 
 def parts_of(sample, tokenizer):
-    """Prefix, middle and suffix of a rearranged sample, by its marks, and which form it has."""
+    """Return prefix, middle and suffix of a rearranged sample, by its special tokens, and its form (PSM or SPM)."""
     mark, tokens = tokenizer.special, list(sample.tokens[:-1])
     prefix, suffix, middle = (tokens.index(mark[name]) for name in ("<FIM_PREFIX>", "<FIM_SUFFIX>", "<FIM_MIDDLE>"))
     assert prefix == 0

@@ -1,4 +1,4 @@
-"""The model server over real HTTP, asked by the openai client."""
+"""The model server over real HTTP, called by the openai client."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ def url(service):
 
 @pytest.fixture
 def served(service):
-    """A model newly put into service."""
+    """Put a model into service."""
     service.swap_in(make_served(1))
     return service.served
 
@@ -135,7 +135,7 @@ def test_without_the_token_nothing_is_answered(url):
 
 @pytest.mark.parametrize(("token", "status"), [("wrong", 401), (TOKEN, 413)])
 def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
-    """The answer comes while the caller still has all of its body to send."""
+    """The response arrives before the caller has sent any of its body."""
     address, head = httpx.URL(url), f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n"
     with socket.create_connection((address.host, address.port), timeout=10) as connection:
         connection.sendall(f"{head}Content-Length: {MAX_MODEL_CALL_BYTES + 1}\r\n\r\n".encode())
@@ -157,7 +157,7 @@ def test_a_call_may_be_as_large_as_the_limit_and_no_larger(http, served, is_chun
 
 
 def test_models_are_swapped_without_dropping_a_request(client, service, served):
-    """A long answer of v1 goes on while v2 answers the next request."""
+    """A long answer of v1 continues while v2 answers the next request."""
     stream = client.completions.create(model="yuan", prompt="abc", max_tokens=400, stream=True)
     first = next(stream)
     service.swap_in(make_served(2))

@@ -1,4 +1,4 @@
-"""The model server when callers leave, passes raise and text is none: nobody else is harmed, and it says how it is."""
+"""The model server when callers disconnect, forward passes raise or text is invalid: other callers are unaffected."""
 
 import json
 
@@ -55,7 +55,7 @@ def text_of(http, prompt, number=5):
 
 
 def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
-    """A request at an engine without a server; pieces and errors come into the list."""
+    """Submit a request to an engine without a server; pieces and errors are appended to the list."""
     came = []
     tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
     sampling = Sampling(max_tokens=number, **wishes)
@@ -100,7 +100,7 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
 
 @pytest.mark.parametrize("where", ["add", "step"])
 def test_an_error_that_one_request_brings_about_fails_that_request_alone(service, monkeypatch, where):
-    """The decoder raises whenever a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
+    """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
     engine, real = service._engine, Decoder._choose
     tokens_before = 0 if where == "add" else 2
 

@@ -1,4 +1,4 @@
-"""Two thousand callers who ask, stream, wait too little and leave: afterwards nothing is lost and answers are right."""
+"""Soak test: 2,000 callers call, stream, time out and disconnect; no resource leaks, and answers stay correct."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ INVALID = ({"prompt": "a\0"}, {"prompt": "a", "n": 0}, {"prompt": [10**6]}, {"to
 
 @pytest.fixture
 def server():
-    """A model server in a process of its own: its pid and address."""
+    """Run a model server as a process; yield its pid and URL."""
     port = find_free_port()
     process = subprocess.Popen([sys.executable, "-m", "tests.yuan.serving", str(port)], cwd=Path(__file__).parents[2])
     url = f"http://127.0.0.1:{port}"
@@ -51,7 +51,7 @@ def rss_mib(pid):
 
 
 def wish(chance):
-    """A request of a caller's: a prompt and what may be asked of its answer."""
+    """Make a caller's request: a prompt and decoding parameters."""
     body = {
         "prompt": chance.choice(LETTERS.split()[0]) + "".join(chance.choices(LETTERS, k=chance.randint(0, 39))),
         "max_tokens": chance.choice([1, 5, 20, 60]),
@@ -69,7 +69,7 @@ def wish(chance):
 
 
 async def call(client, chance, counts, checked):
-    """One caller: refused, patient, impatient, or gone in the middle of a stream."""
+    """Run one caller: refused, patient, timing out, or disconnecting in the middle of a stream."""
     kind = chance.choices(["whole", "stream", "impatient", "leaves", "invalid"], [40, 20, 15, 20, 5])[0]
     body = wish(chance)
     try:
@@ -91,7 +91,7 @@ async def call(client, chance, counts, checked):
 
 
 async def read_some(client, body, number):
-    """Read a stream's events, all of them or a number."""
+    """Read all events of a stream, or the given number."""
     async with client.stream("POST", PATH, json={**body, "stream": True}) as answer:
         assert answer.status_code in (200, 503)
         lines = [line async for line in upto(answer.aiter_lines(), number) if line]
@@ -106,7 +106,7 @@ async def upto(lines, number):
 
 
 def crowd(url, number, seed):
-    """Let so many call, 64 at a time; how many did what, and answers to be checked."""
+    """Run the callers, 64 at a time; return the counts by outcome, and answers to check."""
     counts, checked, chance = Counter(), [], random.Random(seed)
 
     async def everybody():
@@ -126,7 +126,7 @@ def crowd(url, number, seed):
 
 
 def expected(served, body):
-    """What `generate` gives to the same prompt alone, for each choice; on one thread, as a crowd shares the cores."""
+    """Return `generate`'s answer to the prompt alone, for each choice; on one thread, as callers share the cores."""
     torch.set_num_threads(1)
     names = ("max_tokens", "temperature", "repetition_penalty")
     wishes = {name: body[name] for name in names if name in body}

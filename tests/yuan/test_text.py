@@ -1,4 +1,4 @@
-"""Text, JSON and answers from outside: what is refused, shown, replaced, and judged without fail."""
+"""Untrusted text, JSON and answers: validation, escaping, replacement, and checkers that never raise."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Our own tokenizer and the published one."""
+"""Our own tokenizer, and the published one."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_published_ids_and_sizes(published):
 
 
 def test_published_text_has_the_ids_of_the_official_code(published):
-    """A newline is its byte, the text <n> three pieces, and every part begins with a space of its own."""
+    """A newline is a byte piece, the text <n> three pieces, and every separately encoded part starts with a space."""
     assert published.encode("a\nb") == [263, 13, 29890]
     assert published.encode("<n>") == [529, 29876, 29958]
     assert published.encode("你好") == [29871, 38190]

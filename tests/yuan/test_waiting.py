@@ -1,4 +1,4 @@
-"""Who gets the engine's rows, and who may wait for them."""
+"""Fair queue: the assignment of the engine's rows to callers, and the limits on waiting sequences."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from yuan.serve.waiting import WaitingQueue
 
 
 def rows_of(*requests):
-    """Requests as (caller, sequences), in the order in which they came; who gets rows, as callers."""
+    """Queue requests (caller, sequences) in this order; return the callers in the order in which they get rows."""
     waiting, owner = WaitingQueue(max_rows=32, max_waiting=256), {}
     for caller, count in requests:
         request = SimpleNamespace(caller=caller, sequences=[object() for _ in range(count)], is_over=False)
