@@ -182,7 +182,7 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_named():
 
 def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_be_missing():
     assert prepare_run._select_weights({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
-    with pytest.raises(prepare_run.WeightMissing, match="leave out corrections, which have rows"):
+    with pytest.raises(prepare_run.WeightMissing, match="lack corrections, which have rows"):
         prepare_run._select_weights({"base": 1.0}, ["base", "corrections"])
 
 
