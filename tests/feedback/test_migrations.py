@@ -1,0 +1,63 @@
+"""Migrations of records that an older release stored, on PostgreSQL, in a schema that is rolled back."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+
+import feedback
+
+SCRIPTS = Path(feedback.__file__).parent / "migrations"
+OLD_RECORDS = """
+insert into contributor (id, name, role) values ('c', 'ann', 'contributor');
+insert into "case" (id, suite, key, prompt_key, prompt, expected, checker, role)
+    values ('t', 'reports', '1', 'p', 'p', 'e', '{}', 'taught'), ('h', 'reports', '2', 'q', 'q', 'e', '{}', 'held_out');
+insert into feedback (id, contributor_id, kind, body, state, case_id, accepted_at)
+    values ('f', 'c', 'correction', '{}', 'accepted', 't', '2026-01-02T03:04:05Z');
+insert into feedback (id, contributor_id, kind, body, state) values ('g', 'c', 'correction', '{}', 'disputed');
+insert into dataset (id, contributor_id, name, purpose, state, sha256, num_bytes, num_stored_bytes, num_rows,
+    num_duplicates, bad_rows, num_closed_out) values ('d', 'c', 'n', 'mixture', 'accepted', '0', 1, 1, 3, 1, '[]', 0);
+insert into dataset_row (dataset_id, number, key, prompt_key, role)
+    values ('d', 0, 'a', 'p', 'taught'), ('d', 1, 'b', 'q', 'held_out'), ('d', 2, 'a', 'p', 'duplicate');
+insert into round (id, number, state, step, requested_by, parameters, attempt)
+    values ('r', 1, 'running', 'train', 'operator', '{"seed": 3, "policy": "demo"}', 1);
+insert into training_run (id, round_id, state) values ('u', 'r', 'created');
+"""
+
+
+@pytest.fixture
+def migrate(engine):
+    """Return a function that moves an empty schema to a revision, and the connection to it."""
+    config = Config()
+    config.set_main_option("script_location", str(SCRIPTS))
+    with engine.connect() as connection, contextlib.closing(connection.begin()):
+        connection.execute(text("create schema migrated"))
+        connection.execute(text("set local search_path = migrated"))
+        config.attributes["connection"] = connection
+        yield lambda to, move=command.upgrade: move(config, to), connection
+
+
+def test_records_of_the_release_before_keep_their_meaning(migrate):
+    move, connection = migrate
+    move("0007")
+    connection.execute(text(OLD_RECORDS))
+    move("0008")
+
+    def fetch(query):
+        return [tuple(row) for row in connection.execute(text(query))]
+
+    assert fetch('select id, role from "case" order by id') == [("h", "held_out"), ("t", "train")]
+    roles = [("train",), ("held_out",), ("duplicate",)]
+    assert fetch("select role from dataset_row order by number") == roles
+    assert fetch("select parameters from round") == [({"seed": 3},)]
+    decided = "select id, extract(year from decided_at)::int, reproduced_at, disputed_key from feedback order by id"
+    assert fetch(decided) == [("f", 2026, None, None), ("g", None, None, None)]
+    assert fetch("select decided_at from dataset") == [(None,)]
+
+    move("0007", command.downgrade)
+    assert fetch('select role from "case" order by id') == [("held_out",), ("taught",)]
+    assert fetch("select extract(year from accepted_at)::int from feedback order by id") == [(2026,), (None,)]
+    assert fetch("select state from training_run") == [("created",)]
