@@ -32,7 +32,7 @@ def parse_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str,
     """Return a command's options as the model's fields, without mappings that were not given.
 
     Raises:
-        BadParameter: if a part of a mapping is not `NAME=NUMBER`: exit status 2.
+        BadParameter: if a part of a mapping is not `NAME=NUMBER`, or names what another one names: exit status 2.
     """
     mappings = {name for name, field in model.model_fields.items() if _is_mapping(field)}
     return {
@@ -75,12 +75,14 @@ def _describe_bounds(metadata: Sequence[Any]) -> str:
 
 
 def _parse_mapping(name: str, parts: Sequence[str]) -> dict[str, float]:
+    option = f"--{name.replace('_', '-')}"
     numbers: dict[str, float] = {}
     for part in parts:
         key, _, number = part.partition("=")
+        if key in numbers:
+            raise typer.BadParameter(f"must name each part once, got {key[:60]!r} twice", param_hint=option)
         try:
             numbers[key] = float(number)
         except ValueError:
-            option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"must be NAME=NUMBER, got {part[:60]!r}", param_hint=option) from None
     return numbers

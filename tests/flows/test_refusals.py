@@ -48,3 +48,8 @@ def test_a_round_has_an_option_for_each_of_its_parameters():
 def test_weights_are_names_with_numbers(part):
     done = CliRunner().invoke(app, [*START, "--weights", "datasets=1", "--weights", part])
     assert done.exit_code == 2 and "must be NAME=NUMBER" in done.stderr
+
+
+def test_a_part_has_one_weight():
+    done = CliRunner().invoke(app, [*START, "--weights", "base=1", "--weights", "base=2"])
+    assert done.exit_code == 2 and "must name each part once" in " ".join(done.stderr.replace("│", "").split())
