@@ -77,7 +77,8 @@ def request_lease(
 
     Args:
         wanted: the number of devices by device class, each at least 1.
-        holder: the requesting process, as `infra.processes.identity` names it; it must send heartbeats while it waits.
+        holder: the requesting process, as `infra.processes.get_own_identity` names it; it must send heartbeats while
+            it waits.
         priority: points, from -100 to 100; WAIT_S_PER_PRIORITY_POINT seconds of waiting add one.
         ttl_s: seconds without a heartbeat after which the holder is declared dead.
 

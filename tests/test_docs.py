@@ -1,3 +1,5 @@
+"""Check that pages and docstrings name files, headings, modules and members that exist."""
+
 import ast
 import re
 from functools import cache
@@ -123,6 +125,15 @@ def test_every_module_and_name_exists(page):
     for module, names in IMPORT.findall(page.read_text()):
         dotted |= {f"{module}.{name.strip()}" for name in names.split(",")}
     assert not [name for name in sorted(dotted) if not is_module_or_name(name)]
+
+
+def test_every_module_and_name_in_code_exists():
+    """Comments and docstrings of the packages and benchmarks name modules in backquotes, too."""
+    wrong = []
+    for path in (path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        dotted = {word for word in CODE_SPAN.findall(path.read_text()) if DOTTED_NAME.fullmatch(word)}
+        wrong += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(dotted) if not is_module_or_name(name)]
+    assert not wrong
 
 
 @pages

@@ -1,4 +1,4 @@
-"""The supervisor on a real Slurm: a device that is lost there, and the run that goes on when it is returned."""
+"""The supervisor on a real Slurm: a device that is lost there, and the run that resumes when it is returned."""
 
 import dataclasses
 import os

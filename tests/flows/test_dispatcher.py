@@ -77,7 +77,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
 
 
 def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):
-    """Who takes it first, with Prefect's password alone, keeps the attempt from being started."""
+    """A holder of Prefect's password who took the key first would keep the attempt from being started."""
     other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
     ours, theirs = (Context(settings, None, None) for settings in (stores, other))
     keys = {make_attempt_key(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}

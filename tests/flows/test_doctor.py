@@ -88,7 +88,7 @@ def mlflow_of(stack):
 
 
 def faults_of(stack, command="doctor"):
-    """Faults and their mends as one text."""
+    """Return faults and their fixes as one text."""
     return json.dumps(stack.cotrain(command)[1]["faults"])
 
 

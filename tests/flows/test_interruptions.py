@@ -91,7 +91,7 @@ def flow_run_of(prefect):
 
 
 def cancel(prefect, flow_run):
-    """What the Cancel button sends."""
+    """Send what the Cancel button sends."""
     answer = prefect.post(f"/flow_runs/{flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
     assert answer.json()["status"] == "ACCEPT"
 

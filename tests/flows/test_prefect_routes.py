@@ -150,7 +150,7 @@ def test_websockets_answer_on_listed_paths_to_the_password_alone(server, routes)
 
 
 def greets(base, path, token):
-    """Whether a websocket answers that it knows the password."""
+    """Tell if a websocket confirms the password."""
     try:
         with connect(base.replace("http:", "ws:") + path, subprotocols=["prefect"]) as socket:
             socket.send(json.dumps({"type": "auth", "token": token} if token else {"type": "filter", "filter": {}}))

@@ -37,7 +37,7 @@ class Marker:
 
 @pytest.fixture
 def marker(tmp_path):
-    """What must not appear."""
+    """Return the file that must not appear."""
     made = Marker(tmp_path / "marker")
     yield made
     assert not made.path.exists()

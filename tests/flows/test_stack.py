@@ -1,4 +1,4 @@
-"""The whole embedded stack, driven through its doors, with kills in between."""
+"""The whole embedded stack, driven through its public interfaces, with kills in between."""
 
 import json
 import os
