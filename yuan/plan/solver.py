@@ -54,6 +54,28 @@ def solve(
         cutoff: seconds, or bytes for the objective "memory".
         best: seconds of a layout on another grid; if no layout here is faster, the result need not be the optimum, only
             within LAYOUT_SLACK_FRACTION of it.
+
+    Returns:
+        A layout whose stages all fit their devices and whose layers add up to those of `costs`. Its `seconds` are those
+        of `compute_step_seconds`, and no layout of these costs is faster than its `lower_bound`.
+
+    One dynamic program visits `count_states` cells: P · C³ · (L + 1) times the numbers of stages that all classes but
+    the largest may have. A search solves one for each pair of limits that it tries.
+
+    Source: Yuan 2.0 paper, section 3.4 and Fig. 3, for the costs; the step's time is that of `critical_path`.
+
+    The head makes the last of three equal stages slower, so it gets fewer layers:
+
+    >>> from dataclasses import replace
+    >>> from yuan.config import tiny
+    >>> from yuan.plan.pool import make_cpu_pool
+    >>> from yuan.plan.stage_costs import build_stage_costs
+    >>> from yuan.plan.workload import Grid, Workload
+    >>> model, three = replace(tiny(4096), num_layers=12), replace(make_cpu_pool().groups[0], count=3)
+    >>> work = Workload(model=model, seq_len=128, global_batch_size=12, precision="bf16", loss_block=None)
+    >>> grid = Grid(pipeline_size=3, data_size=1, micro_batch_size=1, grad_accum_steps=12)
+    >>> solve(build_stage_costs(work, grid, (three,))).layers
+    (5, 4, 3)
     """
     if not costs.has_places:
         return None
