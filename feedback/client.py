@@ -163,6 +163,8 @@ class Client:
             is_last = attempt == MAX_REQUEST_ATTEMPTS - 1
             try:
                 response = self._http.request(method, path, **request)
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
+                raise  # a wrong URL or header: no retry would change it
             except httpx.TransportError:
                 if is_last:
                     raise
