@@ -1,8 +1,10 @@
 """Untrusted text, JSON and answers: validation, escaping, replacement, and checkers that never raise."""
 
 import json
+import re
 import unicodedata
 from decimal import Decimal
+from typing import Annotated
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import BadJson, fold_forms, make_printable, make_storable, parse_json
+from yuan.data.text import BadJson, TextRule, fold_forms, make_printable, make_storable, parse_json
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and U+0000 too
 CHECKERS = TypeAdapter(Checker)
@@ -44,6 +46,21 @@ def test_stored_text_goes_through_utf8_and_has_no_nul(text):
     stored = make_storable(text)
     assert "\0" not in stored and stored.encode().decode() == stored
     assert len(stored) == len(text)
+
+
+@pytest.mark.parametrize("allow", ["text", "empty", "blank"])
+def test_the_schemas_pattern_accepts_what_the_rule_accepts(allow):
+    """The pattern has no `\\s`, so that every dialect of regular expressions reads it alike."""
+    adapter = TypeAdapter(Annotated[str, TextRule(10, allow)])
+    pattern = adapter.json_schema()["pattern"]
+    assert "\\s" not in pattern
+    ecma = re.compile(pattern.removesuffix("$") + r"\Z")  # Python's $ also matches before a last line end
+    for text in ["", *map(chr, range(0xD800)), *map(chr, range(0xE000, 0x11000))]:
+        try:
+            is_valid = adapter.validate_python(text) == text
+        except ValidationError:
+            is_valid = False
+        assert bool(ecma.search(text)) == is_valid, repr(text)
 
 
 @given(ANY_TEXT)

@@ -20,9 +20,12 @@ MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text form
 MAX_PRINTED_CHARS = 200
 MAX_DESCRIBED_ERRORS = 3
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
+# The characters that `str.strip` removes, as a class of ranges: `\s` differs between dialects of regular expressions
+# (that of JSON schema, ECMA 262, does not contain U+001C to U+001F, and contains U+FEFF).
+WHITE_SPACE_CLASS = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
-    "text": r"^[^\u0000]*[^\s\u0000][^\u0000]*$",
-    "empty": r"^([^\u0000]*[^\s\u0000][^\u0000]*)?$",
+    "text": rf"^[^\u0000]*[^{WHITE_SPACE_CLASS}\u0000][^\u0000]*$",
+    "empty": rf"^([^\u0000]*[^{WHITE_SPACE_CLASS}\u0000][^\u0000]*)?$",
     "blank": r"^[^\u0000]*$",
 }
 
