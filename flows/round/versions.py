@@ -14,7 +14,7 @@ from flows.context import Context
 from infra.files import copy_descriptor
 from infra.tracker import VersionLost
 from yuan.data.text import make_printable
-from yuan.train.run_files import open_file, read_file
+from yuan.safe_files import open_file, read_file
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.objects import ObjectStore
 from yuan.data.text import make_printable
+from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_NAME_PATTERN,
@@ -21,7 +22,6 @@ from yuan.train.checkpoint_manifest import (
     parse_sealed_manifest,
     parse_step,
 )
-from yuan.train.run_files import NotRegularFileError, open_file, open_folder, read_file, remove_entry
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
 log = logging.getLogger(__name__)
@@ -153,12 +153,11 @@ def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
     """Move a checkpoint to its final path; removes what is there, and a link in place of the checkpoints folder."""
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
-        remove_entry(folder.path, f"checkpoints/{name}")
-    except (FileNotFoundError, NotRegularFileError):  # there is no such folder, or a link in its place
+        move_folder(scratch, folder.path, f"checkpoints/{name}")
+    except (FileNotFoundError, NotRegularFileError):  # there is no folder of checkpoints, or a link in its place
         remove_entry(folder.path, "checkpoints")
         folder.checkpoints.mkdir()
-    with open_folder(folder.path, "checkpoints") as checkpoints:
-        os.rename(scratch, name, dst_dir_fd=checkpoints)
+        move_folder(scratch, folder.path, f"checkpoints/{name}")
 
 
 def parse_manifest_files(manifest: bytes, name: str) -> dict[str, Any]:

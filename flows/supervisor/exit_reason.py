@@ -6,9 +6,9 @@ from typing import Literal
 
 from infra.launchers.job import HOST_NAME_PATTERN, JobEnding, JobEndingCause
 from yuan.data.text import make_printable
+from yuan.safe_files import NotRegularFileError, read_file_end
 from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_files import NotRegularFileError, read_file_end
 from yuan.train.run_folder import RunFolder
 
 ExitKind = Literal[

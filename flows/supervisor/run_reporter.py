@@ -18,7 +18,7 @@ from feedback import rounds
 from flows.context import Context
 from infra.error_text import describe_error
 from yuan.data.text import make_printable
-from yuan.train.run_files import NotRegularFileError, read_file, replace_file
+from yuan.safe_files import NotRegularFileError, read_file, replace_file
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, LogTail, RunFolder
 
 log = logging.getLogger(__name__)

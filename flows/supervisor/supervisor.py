@@ -30,8 +30,8 @@ from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
 from yuan.plan.replan import replan, resize_pool
 from yuan.plan.workload import Workload
+from yuan.safe_files import replace_file
 from yuan.train.checkpoint_manifest import list_committed_checkpoints, parse_step
-from yuan.train.run_files import replace_file
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
 log = logging.getLogger(__name__)

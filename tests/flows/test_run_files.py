@@ -7,10 +7,10 @@ import pytest
 
 from flows.supervisor.exit_reason import classify, read_log_tail
 from infra.launchers.job import JobEnding
+from yuan.safe_files import NotRegularFileError, is_file, list_names, open_file, read_file
 from yuan.train.checkpoint_manifest import find_difference, list_committed_checkpoints
 from yuan.train.exit_status import read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_files import NotRegularFileError, is_file, list_names, open_file, read_file
 from yuan.train.run_folder import LOG_READ_BYTES, LogTail, RunFolder, write_json
 
 SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"

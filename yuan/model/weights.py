@@ -1,6 +1,5 @@
 """Model folders: weights as safetensors, configuration, tokenizer and a manifest of checksums."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
+from yuan.safe_files import hash_stream
 from yuan.tokenizer import Tokenizer
 
 MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE = "config.json", "manifest.json"
@@ -120,5 +120,6 @@ def parse_manifest(text: str | bytes) -> dict[str, Any]:
 
 
 def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the sha256 of a file; follows links, since a model folder may be a cache of links."""
+    with path.open("rb") as stream:
+        return hash_stream(stream)

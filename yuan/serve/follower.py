@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from yuan.model.weights import load, load_tokenizer, verify_folder
+from yuan.safe_files import replace_file, replace_folder
 from yuan.serve.request import ServedModel
 from yuan.serve.service import SHORT_RETRY_AFTER_S, ModelService
 
@@ -54,12 +55,9 @@ class VersionCache:
         return True
 
     def _fetch(self, version: int, folder: Path) -> None:
-        scratch = self._folder / f".v{version}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        self._download(version, scratch)
-        verify_folder(scratch / "model")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        with replace_folder(folder) as scratch:
+            self._download(version, scratch)
+            verify_folder(scratch / "model")
 
     def read_last_version(self) -> int | None:
         """Return the version that was served last; None if there was none, or the record is not readable."""
@@ -70,9 +68,7 @@ class VersionCache:
 
     def record_served(self, version: int) -> None:
         """Record the version that is served, and delete all cached versions except the most recently used three."""
-        scratch = self._folder / f".{LAST_VERSION_FILE}"
-        scratch.write_text(json.dumps({"version": version}))
-        scratch.replace(self._folder / LAST_VERSION_FILE)
+        replace_file(self._folder, LAST_VERSION_FILE, json.dumps({"version": version}).encode())
         os.utime(self._folder / f"v{version}")
         folders = sorted(self._folder.glob("v*"), key=lambda path: path.stat().st_mtime)
         for old_folder in folders[:-MAX_CACHED_VERSIONS]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from yuan.train.run_files import is_file, list_names, open_file, read_file
+from yuan.safe_files import hash_stream, is_file, list_names, open_file, read_file
 
 CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
 # Matches the names that yuan.train.checkpoint.checkpoints writes; no run reaches 10**8 steps.
@@ -19,7 +19,7 @@ def compute_digest(file: Path) -> dict[str, Any]:
     """Return the size and sha256 of a file."""
     with os.fdopen(open_file(file.parent, file.name), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {"bytes": size, "sha256": hash_stream(stream)}
 
 
 def compute_digest_or_error(file: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def find_difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str
             size = os.fstat(stream.fileno()).st_size
             if size != expected["bytes"]:
                 return f"has {size} bytes, not {expected['bytes']}"
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hash_stream(stream)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if digest == expected["sha256"] else "has another sha256"

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from yuan.safe_files import list_names, read_file
 from yuan.train.guard import NumericalError
-from yuan.train.run_files import list_names, read_file
 from yuan.train.run_folder import write_json
 
 EXIT_NOTES_FOLDER = "exits"

@@ -15,8 +15,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from yuan.safe_files import list_names, read_file
 from yuan.train.exit_status import ExitStatus, write_exit_note
-from yuan.train.run_files import list_names, read_file
 from yuan.train.run_folder import write_json
 
 HEARTBEATS_FOLDER, HEARTBEAT_NAME_PATTERN = "heartbeats", re.compile(r"[0-9]{1,6}\.json")

@@ -12,6 +12,7 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.plan_record import PipelinePlan
+from yuan.safe_files import NotRegularFileError, is_file, open_file, open_to_append, read_file, replace_file
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     compute_digest,
@@ -19,7 +20,6 @@ from yuan.train.checkpoint_manifest import (
     list_committed_checkpoints,
     read_sealed_manifest,
 )
-from yuan.train.run_files import NotRegularFileError, is_file, open_file, open_to_append, read_file, replace_file
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
 RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"

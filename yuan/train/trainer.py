@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
 from yuan.model.shards import TensorReader
+from yuan.safe_files import replace_file
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
@@ -166,9 +167,7 @@ class Trainer:
         """Write the decisions to disk before any step depends on them."""
         self.decisions = decisions
         if self.rank == 0:
-            scratch = self.folder.path / f".{GUARD_DECISIONS_FILE}"
-            scratch.write_text(decisions.to_json())
-            scratch.replace(self.folder.path / GUARD_DECISIONS_FILE)
+            replace_file(self.folder.path, GUARD_DECISIONS_FILE, decisions.to_json().encode())
         dist.barrier()
 
     def _save_checkpoint(self) -> None:

@@ -5,11 +5,9 @@
 
 import argparse
 import logging
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from yuan import tokenizer as tokenizers
 from yuan.model import weights
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
+from yuan.safe_files import replace_folder
 from yuan.train.checkpoint.dcp import TensorPiece, read_pieces
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
@@ -54,14 +53,10 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
             read_pieces(checkpoint, {f"weight/{name}": TensorPiece(0, len(whole), whole)})
             yield name, whole.view(shape)
 
-    scratch = target.with_name(f".{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
-    about: dict[str, Any] = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
-    weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, {**about, "step": manifest["step"]})
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
+    about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest["step"]}
+    with replace_folder(target) as scratch:
+        files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
+        weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, about)
 
 
 def find_checkpoint(folder: RunFolder, which: str) -> Path:

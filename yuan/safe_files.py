@@ -1,15 +1,17 @@
-"""Open files of a run folder safely: the caller trusts the folder, but not the entries that its ranks created in it.
+"""Open, read and replace files below a folder that the caller trusts, while others create entries in it.
 
 A compromised rank can create links to other files, FIFOs that block a reader, and files of unlimited size. So no link
 is followed, in any component of a path; no open blocks; and every read has a limit.
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 MAX_SMALL_FILE_BYTES = 16 * 2**20  # limit for a status, an exit note or a manifest
@@ -134,6 +136,27 @@ def replace_file(root: Path, name: str, data: bytes) -> None:
             os.replace(scratch, Path(name).name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty scratch folder beside the target; it replaces the target if the block completes.
+
+    If the block fails, the scratch folder remains, and the next call removes it.
+    """
+    scratch = target.with_name(f".{target.name}")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    remove_entry(scratch.parent, scratch.name)
+    scratch.mkdir()
+    yield scratch
+    move_folder(scratch, target.parent, target.name)
+
+
+def move_folder(scratch: Path, root: Path, name: str) -> None:
+    """Move a folder to a name below a trusted one, and remove what is there; no link is followed."""
+    remove_entry(root, name)
+    with open_folder(root, str(Path(name).parent)) as folder:
+        os.rename(scratch, Path(name).name, dst_dir_fd=folder)
+
+
 def remove_entry(root: Path, name: str) -> None:
     """Remove a file, a link itself, or a folder with its contents; do nothing if it does not exist.
 
@@ -147,6 +170,11 @@ def remove_entry(root: Path, name: str) -> None:
             return
         except (IsADirectoryError, PermissionError):
             shutil.rmtree(Path(name).name, dir_fd=folder)
+
+
+def hash_stream(stream: BufferedReader) -> str:
+    """Return the sha256 of the rest of an open file, which is read in blocks."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def list_names(root: Path, name: str) -> list[str]:
