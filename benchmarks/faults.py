@@ -31,6 +31,7 @@ from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
+from yuan.train.events import CheckpointEvent, CheckpointFailedEvent, CheckpointStoredEvent, EndedEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
@@ -131,7 +132,7 @@ def fill_disk(trial: Trial) -> bool:
             file.flush()
     end = time.monotonic() + 60
     while time.monotonic() < end and not trial.is_over:
-        if any(event["event"] in ("checkpoint failed", "ended") for event in trial.folder.read_events()[before:]):
+        if any(isinstance(event, CheckpointFailedEvent | EndedEvent) for event in trial.folder.read_events()[before:]):
             break
         if not trial.processes("yuan.train.run"):
             break
@@ -307,9 +308,10 @@ def outliving(call: Callable[[], Any]) -> Any:
 def counted(folder: RunFolder) -> dict[str, int]:
     counts: dict[str, int] = {}
     for event in folder.read_events():
-        name = f"ended: {event['kind']}" if event["event"] == "ended" else str(event["event"])
+        name = f"{event.name}: {event.kind}" if isinstance(event, EndedEvent) else event.name
         counts[name] = counts.get(name, 0) + 1
-    return {name: count for name, count in counts.items() if name not in ("checkpoint", "checkpoint stored")}
+    routine = (CheckpointEvent.name, CheckpointStoredEvent.name)
+    return {name: count for name, count in counts.items() if name not in routine}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from yuan.model.loss import weighted_cross_entropy
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
+from yuan.train.events import RepeatEvent, RollBackEvent, SkipEvent
 from yuan.train.run_folder import RunFolder, RunSpec
 
 STEPS, MOST, BATCH = 80, 0.01, 16
@@ -59,8 +60,8 @@ def main() -> int:
                 is_right = abs(off) <= MOST and missing == told and len(folder.read_metrics()) >= STEPS - 2
                 is_equal = length != "once" or same_weights(alone, folder)
                 counts = {
-                    kind: sum(e["event"] == kind for e in folder.read_events())
-                    for kind in ("repeat", "skip", "roll back")
+                    event_type.name: sum(isinstance(event, event_type) for event in folder.read_events())
+                    for event_type in (RepeatEvent, SkipEvent, RollBackEvent)
                 }
                 goal = f"within {MOST}, skipped positions those of the events" + (
                     "; bit-equal" if length == "once" else ""
@@ -96,10 +97,10 @@ def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
     rows = folder.read_metrics()
     reported: set[int] = set()
     for event in folder.read_events():
-        if event["event"] == "skip":
-            reported |= set(range(*event["positions"]))
-        if event["event"] == "roll back":
-            reported |= {position for span in event["positions"] for position in range(*span)}
+        if isinstance(event, SkipEvent):
+            reported |= set(range(*event.positions))
+        if isinstance(event, RollBackEvent):
+            reported |= {position for span in event.positions for position in range(*span)}
     trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - reported
     return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(reported)
 

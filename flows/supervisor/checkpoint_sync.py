@@ -22,7 +22,8 @@ from yuan.train.checkpoint_manifest import (
     parse_sealed_manifest,
     parse_step,
 )
-from yuan.train.run_folder import EVENTS_FILE, RunFolder
+from yuan.train.events import CheckpointStoredEvent
+from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _try_sync_checkpoints(
     """Sync, and log a store that does not answer: training does not wait for it, and the next call retries."""
     try:
         for name in sync_checkpoints(objects, run_id, folder, refused):
-            folder.append(EVENTS_FILE, {"event": "checkpoint stored", "step": int(name.removeprefix("step-"))})
+            folder.append_event(CheckpointStoredEvent(step=parse_step(Path(name))))
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (BotoCoreError, ClientError, OSError) as error:
         log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])

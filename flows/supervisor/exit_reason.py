@@ -65,7 +65,7 @@ class RunEnding:
 
 def classify(folder: RunFolder, ending: JobEnding, since: float) -> RunEnding:
     """Classify the ending of a job that was started at `since`, in seconds since the epoch."""
-    if folder.is_exported:
+    if folder.is_finished:
         return RunEnding(kind="finished", reason="the weights are exported")
     # The launcher knows best, except for a kill by the OOM killer, which may have hit other processes of the host.
     launcher_report = RunEnding(kind="unknown", reason=ending.message or f"the launcher reports: {ending.cause}")

@@ -19,21 +19,34 @@ from flows.context import Context
 from infra.error_text import describe_error
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file
-from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, LogTail, RunFolder
+from yuan.train.events import (
+    CaughtUpEvent,
+    CheckpointDamagedEvent,
+    EndedEvent,
+    ReplanEvent,
+    RollBackEvent,
+    SkipEvent,
+    StopEvent,
+    StragglerEvent,
+    parse_event,
+)
+from yuan.train.log_tail import LogTail
+from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
 SERVER_ERRORS = (OperationalError, psycopg.OperationalError, MlflowException, httpx.HTTPError, PrefectHTTPStatusError)
 REPORTED_EVENTS = (
-    "skip",
-    "roll back",
-    "stop",
-    "straggler",
-    "straggler caught up",
-    "checkpoint damaged",
-    "re-plan",
-    "ended",
+    SkipEvent,
+    RollBackEvent,
+    StopEvent,
+    StragglerEvent,
+    CaughtUpEvent,
+    CheckpointDamagedEvent,
+    ReplanEvent,
+    EndedEvent,
 )
+REPORTED_EVENT_NAMES = [event_type.name for event_type in REPORTED_EVENTS]
 
 MAX_EVENTS_PER_MINUTE, EVENT_WINDOW_S, MAX_EVENT_CHARACTERS = 20, 60.0, 300  # per run, in the stack's logs
 TRACKER_RETRY_PAUSE_S = 30.0  # after a failed request
@@ -96,17 +109,18 @@ class RunReporter:
         if time.monotonic() - self._minute_began > EVENT_WINDOW_S:
             self._log_suppressed_count()
             self._minute_began, self._num_logged = time.monotonic(), 0
-        for event in self._events.read():
-            name, step = event.get("event"), event.get("to")
-            if name == "roll back" and isinstance(step, int):  # these steps are repeated and reported again
-                self._sent_step = min(self._sent_step, step)
-            if name not in REPORTED_EVENTS:
+        for record in self._events.read():
+            event = parse_event(record)
+            if isinstance(event, RollBackEvent):  # the steps after `to` are repeated and reported again
+                self._sent_step = min(self._sent_step, event.to)
+            # An event is reported even if its other fields are not valid.
+            if record.get("event") not in REPORTED_EVENT_NAMES:
                 continue
             if self._num_logged == MAX_EVENTS_PER_MINUTE:
                 self._num_suppressed += 1
                 continue
             self._num_logged += 1
-            text = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "samples"))
+            text = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("time", "samples"))
             log.warning("%s", make_printable(text, MAX_EVENT_CHARACTERS))
 
     def _log_suppressed_count(self) -> None:

@@ -31,7 +31,7 @@ from yuan.plan.pool import Pool
 from yuan.plan.replan import replan, resize_pool
 from yuan.plan.workload import Workload
 from yuan.safe_files import replace_file
-from yuan.train.checkpoint_manifest import list_committed_checkpoints, parse_step
+from yuan.train.events import EndedEvent, ReplanEvent
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ RUN_REPORT_EVERY_S = 2.0
 MAX_RESTARTS_WITHOUT_PROGRESS = 5  # consecutive restarts without a new checkpoint
 MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
 RUN_RESTART_PAUSE_S = 5.0
+MAX_WHY_CHARACTERS = 500  # of a reason in an event
 
 
 class TrainingFailed(SafeMessageError, RuntimeError):
@@ -93,10 +94,10 @@ class Supervisor:
         restored = restore_checkpoint(self.context.objects, self.run_id, self.folder)
         if restored:
             log.info("restored checkpoint %s of run %s from the store", restored, self.run_id)
-        while not self.folder.is_exported:
+        while not self.folder.is_finished:
             ending = self._run_once()
-            self.folder.append(
-                "events.jsonl", {"event": "ended", "kind": ending.kind, "why": ending.reason[:500], "time": time.time()}
+            self.folder.append_event(
+                EndedEvent(kind=ending.kind, why=ending.reason[:MAX_WHY_CHARACTERS], time=time.time())
             )
             self._handle_ending(ending)
 
@@ -223,7 +224,7 @@ class Supervisor:
 
     def _count_restart(self, ending: RunEnding) -> None:
         """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
-        newest_step = max(map(parse_step, list_committed_checkpoints(self.folder.checkpoints)), default=0)
+        newest_step = self.folder.newest_step()
         self.restarts = self.restarts + 1 if newest_step <= self.last_checkpoint_step else 0
         self.last_checkpoint_step = max(self.last_checkpoint_step, newest_step)
         if self.restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
@@ -258,8 +259,14 @@ class Supervisor:
         plan = move.plan
         self.folder.write_spec(replace(spec, plan=plan))
         replace_file(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
-        event = {"event": "re-plan", "why": why[:500], "bounds": plan.bounds, "data_size": plan.data_size}
-        self.folder.append("events.jsonl", {**event, "explanation": move.explanation, "time": time.time()})
+        event = ReplanEvent(
+            why=why[:MAX_WHY_CHARACTERS],
+            bounds=plan.bounds,
+            data_size=plan.data_size,
+            explanation=move.explanation,
+            time=time.time(),
+        )
+        self.folder.append_event(event)
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
             rounds.replace_plan(session, self.round_id, plan.to_json())
         self.reporter.publish_new_plan()

@@ -11,6 +11,7 @@ from flows.supervisor.pool_launcher import make_launcher
 from flows.supervisor.supervisor import TrainingFailed
 from tests.infra.cluster import needs_slurm, slurm_cluster
 from tests.yuan.runs import RECIPE, make
+from yuan.train.events import EndedEvent
 
 # Python runs it at its start: the last rank's device is lost in its 25th pass, as CUDA would say it.
 PLANT = """
@@ -53,6 +54,6 @@ def test_a_lost_device_takes_its_node_out_until_it_is_returned(supervisor, monke
         assert len(leases.set_device_lost(session, "cluster", "cpu-process/0", None)) == 2
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     supervisor.run()
-    kinds = [event["kind"] for event in supervisor.folder.read_events() if event["event"] == "ended"]
+    kinds = [event.kind for event in supervisor.folder.read_events() if isinstance(event, EndedEvent)]
     assert kinds == ["lost device", "finished"]
     assert [row["data/first_position"] for row in supervisor.folder.read_metrics()] == list(range(0, 320, 8))

@@ -17,6 +17,7 @@ from yuan.train.checkpoint_manifest import (
     compute_seal,
     list_committed_checkpoints,
 )
+from yuan.train.events import CheckpointStoredEvent
 from yuan.train.run_folder import RunFolder
 
 
@@ -92,7 +93,7 @@ def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_
     folder = RunFolder(tmp_path)
     with upload_in_background(objects, run_id, folder):
         checkpoint(folder, 7)
-    assert [event["event"] for event in folder.read_events()] == ["checkpoint stored"]
+    assert folder.read_events() == [CheckpointStoredEvent(step=7)]
 
 
 def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path):

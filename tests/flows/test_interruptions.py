@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from feedback.contracts import RoundParameters
 from feedback.tables import Lease, TrainingRun
+from yuan.train.events import CheckpointStoredEvent, EndedEvent, ReplanEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
@@ -97,7 +98,7 @@ def cancel(prefect, flow_run):
 
 
 def ended(folder):
-    return [event["kind"] for event in folder.read_events() if event["event"] == "ended"]
+    return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
 def finished(stack, folder):
@@ -130,13 +131,13 @@ def test_a_rank_killed_for_want_of_memory_is_planned_for_with_less(started, stac
     no_more_memory(read_heartbeats(folder.path)[1]["pid"])
     finished(stack, folder)
     assert ended(folder)[0] == "out of memory"
-    assert any(event["event"] == "re-plan" and "85%" in event["why"] for event in folder.read_events())
+    assert any(isinstance(event, ReplanEvent) and "85%" in event.why for event in folder.read_events())
 
 
 def test_a_run_whose_disk_is_lost_goes_on_from_the_store(run, stack, sessions):
     _, folder = run
-    stack.until(lambda: any(event["event"] == "checkpoint stored" for event in folder.read_events()))
-    step = max(event["step"] for event in folder.read_events() if event["event"] == "checkpoint stored")
+    stack.until(lambda: any(isinstance(event, CheckpointStoredEvent) for event in folder.read_events()))
+    step = max(event.step for event in folder.read_events() if isinstance(event, CheckpointStoredEvent))
     kill_flow(stack)
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: not ranks(stack))

@@ -9,10 +9,13 @@ from flows.supervisor.exit_reason import classify, read_log_tail
 from infra.launchers.job import JobEnding
 from yuan.safe_files import NotRegularFileError, is_file, list_names, open_file, read_file
 from yuan.train.checkpoint_manifest import find_difference, list_committed_checkpoints
+from yuan.train.events import EndedEvent
 from yuan.train.exit_status import read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_folder import LOG_READ_BYTES, LogTail, RunFolder, write_json
+from yuan.train.log_tail import LOG_READ_BYTES, LogTail
+from yuan.train.run_folder import RunFolder, write_json
 
+ENDED = EndedEvent(kind="unknown", why="status 1", time=1.5)
 SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"
 PLANTS = {
     "link": lambda place, victim: place.symlink_to(victim),
@@ -66,7 +69,7 @@ def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
         read_file(folder.path, "data/flow.env")
     (folder.path / "checkpoints").unlink()
     (folder.path / "checkpoints").symlink_to(victim.parent.parent / "elsewhere")
-    assert list(list_committed_checkpoints(folder.checkpoints)) == [] and not folder.is_exported
+    assert list(list_committed_checkpoints(folder.checkpoints)) == [] and not folder.is_finished
     with pytest.raises(NotRegularFileError):
         open_file(folder.path, "heartbeats/0.json", os.O_CREAT | os.O_WRONLY)
 
@@ -81,18 +84,16 @@ def test_names_that_lead_out_of_the_folder_are_refused(folder, victim, name):
 def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
     for name in ("events.jsonl", "run.json", f".run.json.{os.getpid()}"):
         PLANTS[plant](folder.path / name, victim)
-    folder.append("events.jsonl", {"event": "ended"})
+    folder.append_event(ENDED)
     write_json(folder.path / "run.json", {"schema": 1})
-    assert folder.read_events() == [{"event": "ended"}] and json.loads((folder.path / "run.json").read_text()) == {
-        "schema": 1
-    }
+    assert folder.read_events() == [ENDED] and json.loads((folder.path / "run.json").read_text()) == {"schema": 1}
     assert not (folder.path / "run.json").is_symlink()
 
 
 def test_a_second_name_of_a_file_elsewhere_is_not_appended_to(folder, victim):
     os.link(victim, folder.path / "events.jsonl")
-    folder.append("events.jsonl", {"event": "ended"})
-    assert folder.read_events() == [{"event": "ended"}]
+    folder.append_event(ENDED)
+    assert folder.read_events() == [ENDED]
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])

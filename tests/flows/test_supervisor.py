@@ -15,6 +15,7 @@ from flows.supervisor.exit_reason import RunEnding
 from flows.supervisor.supervisor import TrainingFailed
 from tests.yuan.runs import RECIPE, make
 from yuan.plan.pool import CPU_POOL_NAME
+from yuan.train.events import EndedEvent, ReplanEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
@@ -32,7 +33,7 @@ def supervisor(supervise, made):
 
 
 def kinds(folder: RunFolder):
-    return [event["kind"] for event in folder.read_events() if event["event"] == "ended"]
+    return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
 def when_under_way(folder, action):
@@ -75,7 +76,7 @@ def test_a_lost_device_is_planned_around(supervisor):
     struck.join()
     assert kinds(folder) == ["lost device", "finished"]
     assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status()["state"] == "finished"
-    assert [event["bounds"] for event in folder.read_events() if event["event"] == "re-plan"] == [[0, 3]]
+    assert [event.bounds for event in folder.read_events() if isinstance(event, ReplanEvent)] == [[0, 3]]
     steps = [row["data/first_position"] for row in folder.read_metrics()]
     assert steps == list(range(0, 8 * STEPS, 8))
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.dcp import TensorPiece
 from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE
+from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
 SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}
@@ -67,7 +68,7 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events)
         save(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     assert store.find_newest()["step"] == 3 and store.find_newest()["updates"] == 3
-    assert events == [{"event": "checkpoint", "step": step} for step in (1, 2, 3)]
+    assert events == [CheckpointEvent(step=step) for step in (1, 2, 3)]
 
 
 def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
@@ -110,8 +111,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
     save(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
     assert store.find_newest()["step"] == 1
-    assert events[-1]["event"] == "checkpoint damaged" and events[-1]["step"] == 2
-    assert "__0_0.distcp" in events[-1]["what"] and what in events[-1]["what"]
+    assert isinstance(events[-1], CheckpointDamagedEvent) and events[-1].step == 2
+    assert "__0_0.distcp" in events[-1].what and what in events[-1].what
 
 
 @pytest.mark.parametrize("key", ["model", "order"])
@@ -131,7 +132,7 @@ def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
     assert store.find_newest()["step"] == 1
-    assert events[-1] == {"event": "checkpoint damaged", "step": 2, "what": "manifest.json differs from its seal"}
+    assert events[-1] == CheckpointDamagedEvent(step=2, what="manifest.json differs from its seal")
 
 
 def test_a_checkpoint_without_a_tensor_names_it(store):
@@ -144,5 +145,5 @@ def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stay
     save(store, 1)
     (tmp_path / "step-00000002").write_text("a file is where the folder should be")
     save(store, 2)
-    assert events[-1]["event"] == "checkpoint failed" and events[-1]["step"] == 2
+    assert isinstance(events[-1], CheckpointFailedEvent) and events[-1].step == 2
     assert store.find_newest()["step"] == 1

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.yuan.runs import RECIPE, launch, lay_out, run
+from yuan.train.events import CleanRepeatEvent, RepeatEvent, RollBackEvent, SkipEvent, StopEvent
 from yuan.train.exit_status import ExitStatus, read_exit_notes
 from yuan.train.guard import GuardDecisions
 from yuan.train.heartbeat import read_heartbeats
@@ -35,8 +36,8 @@ def trained(folder):
     return [p for first, end in spans for p in range(first, end) if not any(a <= p < b for a, b in skipped)]
 
 
-def of_kind(folder, kind):
-    return [event for event in folder.read_events() if event["event"] == kind]
+def select_events(folder, event_type):
+    return [event for event in folder.read_events() if isinstance(event, event_type)]
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +47,17 @@ def untroubled(made, tmp_path_factory):
 
 def test_a_passing_fault_leaves_the_weights_bit_equal(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "once", made, what="nan", first=240, end=248, times=1), PLANTED)
-    assert [event["event"] for event in folder.read_events() if "repeat" in event["event"]] == [
-        "repeat",
-        "repeat was clean",
-    ]
+    repeats = select_events(folder, (RepeatEvent, CleanRepeatEvent))
+    assert [type(event) for event in repeats] == [RepeatEvent, CleanRepeatEvent]
     whole, spoilt_once = (load_file(f.export / "model.safetensors") for f in (untroubled, folder))
     assert all(torch.equal(tensor, spoilt_once[name]) for name, tensor in whole.items())
 
 
 def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "data", made, what="tenfold", first=240, end=250, times=None), PLANTED)
-    skips = of_kind(folder, "skip")
-    assert [event["positions"] for event in skips] == [[240, 248], [248, 256]]
-    assert skips[0]["samples"] == folder.open_corpus(5).describe_windows(np.arange(240, 248))
+    skips = select_events(folder, SkipEvent)
+    assert [event.positions for event in skips] == [[240, 248], [248, 256]]
+    assert skips[0].samples == folder.open_corpus(5).describe_windows(np.arange(240, 248))
     assert trained(folder) == [*range(240), *range(256, 288)]
     losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
@@ -67,8 +66,8 @@ def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
 @pytest.mark.slow
 def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
     folder = run(spoilt(tmp_path / "stretch", made, what="nan", first=240, end=264, times=None), PLANTED)
-    back = of_kind(folder, "roll back")
-    assert [(event["to"], event["positions"], event["rate_factor"]) for event in back] == [(24, [[240, 264]], 1.0)]
+    back = select_events(folder, RollBackEvent)
+    assert [(event.to, event.positions, event.rate_factor) for event in back] == [(24, [[240, 264]], 1.0)]
     assert trained(folder) == [*range(240), *range(264, 312)]
     assert len(folder.read_metrics()) == LONG.max_steps
     losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
@@ -83,7 +82,7 @@ def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
         assert process.wait(120) != 0
     notes = read_exit_notes(folder.path, since=0)
     assert {note.status for note in notes} == {ExitStatus.NUMERICAL} and "its loss is nan" in notes[0].message
-    assert len(of_kind(folder, "roll back")) == 1 and len(of_kind(folder, "stop")) == 1
+    assert len(select_events(folder, RollBackEvent)) == 1 and len(select_events(folder, StopEvent)) == 1
 
 
 @pytest.mark.slow

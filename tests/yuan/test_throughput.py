@@ -9,6 +9,7 @@ from yuan.plan.flops import count_flops_per_token
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
+from yuan.train.events import CaughtUpEvent, StragglerEvent
 from yuan.train.throughput import PACE_WINDOW_STEPS, ThroughputMeter
 
 WORK = Workload(model=tiny(), seq_len=128, global_batch_size=8, precision="fp32")
@@ -29,19 +30,21 @@ def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
     pacer, told = ThroughputMeter(WORK.model, plan), []
     for step in range(4 * PACE_WINDOW_STEPS):
         slow = (1, 1, 1.6, 1) if step < 2 * PACE_WINDOW_STEPS else (1, 1, 1, 1)
-        told += [(step, event["event"], event["rank"]) for event in pacer.add(1.0, as_planned(plan, slow), [0] * 4)]
-    assert [(name, rank) for _, name, rank in told] == [("straggler", 2), ("straggler caught up", 2)]
+        told += [
+            (type(event), event.rank, event.step) for event in pacer.add(step, 1.0, as_planned(plan, slow), [0] * 4)
+        ]
+    assert [(event, rank) for event, rank, _ in told] == [(StragglerEvent, 2), (CaughtUpEvent, 2)]
     assert pacer.compute_pace().stragglers == {}
 
 
 def test_unequal_stages_as_planned_are_no_stragglers(plan):
     pacer = ThroughputMeter(WORK.model, plan)
-    assert not any(pacer.add(1.0, as_planned(plan), [0] * 4) for _ in range(2 * PACE_WINDOW_STEPS))
+    assert not any(pacer.add(step, 1.0, as_planned(plan), [0] * 4) for step in range(2 * PACE_WINDOW_STEPS))
 
 
 def test_tokens_and_bubble_follow_from_the_times(plan):
     pacer = ThroughputMeter(WORK.model, plan)
-    pacer.add(2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
+    pacer.add(1, 2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
     pace = pacer.compute_pace()
     assert (pace.tokens_per_s, pace.bubble, pace.mfu) == (8 * 128 / 2, 1 - 3 / 8, None)
     assert [stage["peak_bytes"] for stage in pace.stages] == [4, 6]
@@ -50,6 +53,6 @@ def test_tokens_and_bubble_follow_from_the_times(plan):
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):
     stages = [dataclasses.replace(stage, device_class="A100-80") for stage in plan.stages]
     pacer = ThroughputMeter(WORK.model, dataclasses.replace(plan, stages=stages))
-    pacer.add(0.5, [0.1] * 4, [0] * 4)
+    pacer.add(1, 0.5, [0.1] * 4, [0] * 4)
     expected = count_flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12)
     assert pacer.compute_pace().mfu == pytest.approx(expected)

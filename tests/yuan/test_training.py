@@ -20,8 +20,10 @@ from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
 from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
+from yuan.train.events import ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_folder import LogTail, RunFolder
+from yuan.train.log_tail import LogTail
+from yuan.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
         os.kill(read_heartbeats(folder.path)[0]["pid"], signal.SIGKILL)
         assert process.wait(60) != 0
     run(folder)
-    assert '"resume"' in (folder.path / "events.jsonl").read_text()
+    assert any(isinstance(event, ResumeEvent) for event in folder.read_events())
     assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
@@ -102,8 +104,7 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finish
     folder.write_spec(spec)
     shutil.rmtree(folder.checkpoints / "step-00000012")  # so that the new plan trains two steps
     run(folder)
-    events = [json.loads(line) for line in (folder.path / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "resume"] == [10]
+    assert [event.step for event in folder.read_events() if isinstance(event, ResumeEvent)] == [10]
     np.testing.assert_allclose(trained_steps(folder), plain_steps(made, finished), rtol=1e-5)
     ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
     for name, tensor in theirs.items():

@@ -11,8 +11,7 @@ from typing import Any
 from yuan.safe_files import hash_stream, is_file, list_names, open_file, read_file
 
 CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
-# Matches the names that yuan.train.checkpoint.checkpoints writes; no run reaches 10**8 steps.
-CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")
+CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")  # no run reaches 10**8 steps
 
 
 def compute_digest(file: Path) -> dict[str, Any]:
@@ -63,6 +62,15 @@ def list_committed_checkpoints(folder: Path) -> Iterator[Path]:
     return (
         folder / name for name in names if is_file(folder.parent, f"{folder.name}/{name}/{CHECKPOINT_MANIFEST_FILE}")
     )
+
+
+def format_checkpoint_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint.
+
+    >>> format_checkpoint_name(200)
+    'step-00000200'
+    """
+    return f"step-{step:08d}"
 
 
 def parse_step(path: Path) -> int:

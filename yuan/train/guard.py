@@ -19,13 +19,11 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 from yuan.config import Recipe
 from yuan.data.mixture import PositionSpan
-
-GuardAction = Literal["skip", "roll back", "stop"]
 
 GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; the value of OLMo-core
 MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
@@ -39,6 +37,14 @@ SIGMA_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for
 
 class NumericalError(RuntimeError):
     """A step is faulty and the guard has no action left; an engineer has to look at the run."""
+
+
+class GuardAction(StrEnum):
+    """Action after a step that was faulty twice; the values are stored in guard.json and in checkpoints."""
+
+    SKIP = "skip"
+    ROLL_BACK = "roll back"
+    STOP = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,38 +75,38 @@ class GuardDecisions:
     def choose_action(self, step: int, recipe: Recipe) -> GuardAction:
         """Choose the action for a step that was faulty twice."""
         recent = self._find_recent_troubles(step)
-        num_rollbacks = sum(trouble.did == "roll back" for trouble in recent)
-        num_skips = sum(trouble.did == "skip" for trouble in recent)
+        num_rollbacks = sum(trouble.did == GuardAction.ROLL_BACK for trouble in recent)
+        num_skips = sum(trouble.did == GuardAction.SKIP for trouble in recent)
         if num_skips < recipe.max_skips:
-            return "skip"
-        return "roll back" if num_rollbacks < recipe.max_rollbacks else "stop"
+            return GuardAction.SKIP
+        return GuardAction.ROLL_BACK if num_rollbacks < recipe.max_rollbacks else GuardAction.STOP
 
     def skip(self, step: int, span: PositionSpan) -> "GuardDecisions":
         """Return the decisions with this step skipped."""
-        trouble = StepTrouble(step=step, first=span[0], end=span[1], did="skip")
+        trouble = StepTrouble(step=step, first=span[0], end=span[1], did=GuardAction.SKIP)
         return replace(self, troubles=(*self.troubles, trouble))
 
     def drop_skips_from(self, step: int) -> "GuardDecisions":
         """Drop the skips from this step on, since those steps are trained and checked again."""
-        kept = tuple(t for t in self.troubles if t.did != "skip" or t.step < step)
+        kept = tuple(t for t in self.troubles if t.did != GuardAction.SKIP or t.step < step)
         return replace(self, troubles=kept)
 
     def list_open_skips(self, step: int) -> list[StepTrouble]:
         """List the recent skips that no roll back has handled yet, in order of steps."""
         return sorted(
-            (t for t in self._find_recent_troubles(step) if t.did == "skip"), key=lambda trouble: trouble.step
+            (t for t in self._find_recent_troubles(step) if t.did == GuardAction.SKIP), key=lambda trouble: trouble.step
         )
 
     def roll_back(self, step: int, to: int, span: PositionSpan) -> "GuardDecisions":
         """Exclude the data of this step and of the recent skips from the step `to` on."""
         recent = self._find_recent_troubles(step)
-        is_first = not any(trouble.did == "roll back" for trouble in recent)
-        handled_skips = {trouble for trouble in recent if trouble.did == "skip"}
+        is_first = not any(trouble.did == GuardAction.ROLL_BACK for trouble in recent)
+        handled_skips = {trouble for trouble in recent if trouble.did == GuardAction.SKIP}
         kept = tuple(trouble for trouble in self.troubles if trouble not in handled_skips)
         return GuardDecisions(
             skipped=merge_spans((*self.skipped, *((t.first, t.end) for t in handled_skips), span)),
             cuts=self.cuts if is_first else (*self.cuts, to),
-            troubles=(*kept, StepTrouble(step=to, first=span[0], end=span[1], did="roll back")),
+            troubles=(*kept, StepTrouble(step=to, first=span[0], end=span[1], did=GuardAction.ROLL_BACK)),
         )
 
     def _find_recent_troubles(self, step: int) -> list[StepTrouble]:
@@ -127,7 +133,7 @@ class GuardDecisions:
                 return cls()
             text = otherwise
         data = json.loads(text)
-        troubles = tuple(StepTrouble(step=s, first=f, end=e, did=did) for s, f, e, did in data["troubles"])
+        troubles = tuple(StepTrouble(step=s, first=f, end=e, did=GuardAction(did)) for s, f, e, did in data["troubles"])
         return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), troubles)
 
 

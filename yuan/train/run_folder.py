@@ -12,19 +12,22 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.plan_record import PipelinePlan
-from yuan.safe_files import NotRegularFileError, is_file, open_file, open_to_append, read_file, replace_file
+from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     compute_digest,
     find_difference,
+    format_checkpoint_name,
     list_committed_checkpoints,
+    parse_step,
     read_sealed_manifest,
 )
+from yuan.train.events import RunEvent, parse_event
+from yuan.train.log_tail import LogTail
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
 RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"
 METRICS_FILE, EVENTS_FILE, PLAN_PICTURE_FILE = "metrics.jsonl", "events.jsonl", "plan.svg"
-LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # bytes of one read of a log, and the most reads of a whole log
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 
 
@@ -117,6 +120,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step, whether it exists or not."""
+        return self.checkpoints / format_checkpoint_name(step)
+
+    def newest_step(self) -> int:
+        """Return the step of the newest committed checkpoint; 0 if there is none."""
+        return max(map(parse_step, list_committed_checkpoints(self.checkpoints)), default=0)
 
     @property
     def export(self) -> Path:
@@ -251,17 +262,22 @@ class RunFolder:
             return {}
 
     @property
-    def is_exported(self) -> bool:
-        """Return True if the weights are exported."""
+    def is_finished(self) -> bool:
+        """Return True if the run is complete: its weights are exported."""
         return is_file(self.path, "export/manifest.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all complete lines of metrics.jsonl; use `LogTail` to poll."""
         return LogTail(self.path / METRICS_FILE).read_all()
 
-    def read_events(self) -> list[dict[str, Any]]:
-        """Read all complete lines of events.jsonl."""
-        return LogTail(self.path / EVENTS_FILE).read_all()
+    def read_events(self) -> list[RunEvent]:
+        """Read all events of the run; lines of events.jsonl that are not valid events are ignored."""
+        records = LogTail(self.path / EVENTS_FILE).read_all()
+        return [event for record in records if (event := parse_event(record)) is not None]
+
+    def append_event(self, event: RunEvent) -> None:
+        """Append an event to events.jsonl."""
+        self.append(EVENTS_FILE, event.to_json())
 
     def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace all metrics atomically."""
@@ -276,52 +292,6 @@ class RunFolder:
             else:
                 is_partial = False
             file.write(b"\n" * is_partial + json.dumps(record).encode() + b"\n")
-
-
-class LogTail:
-    """Read the new records of a log since the last read; restart at the beginning if the file was replaced."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._inode, self._offset = file, 0, 0
-        self.has_more = False  # True if the last read stopped before the end of the file
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the records of the new complete lines; lines that are not JSON objects are dropped.
-
-        Reads at most `LOG_READ_BYTES`; the next call continues there.
-        """
-        try:
-            with os.fdopen(open_file(self._file.parent, self._file.name), "rb") as stream:
-                file_stat = os.fstat(stream.fileno())
-                if file_stat.st_ino != self._inode or file_stat.st_size < self._offset:
-                    self._inode, self._offset = file_stat.st_ino, 0
-                stream.seek(self._offset)
-                new = stream.read(LOG_READ_BYTES)
-        except (FileNotFoundError, NotRegularFileError):
-            self.has_more = False
-            return []
-        self.has_more = len(new) == LOG_READ_BYTES
-        complete = new[: new.rfind(b"\n") + 1]
-        if self.has_more and not complete:  # longer than any line that a run writes: skip it
-            complete = new
-        self._offset += len(complete)
-        return [row for line in complete.split(b"\n") if (row := _parse_record(line))]
-
-    def read_all(self) -> list[dict[str, Any]]:
-        """Read to the end, but at most 4 GiB, which no log of a run reaches."""
-        records = self.read()
-        for _ in range(MAX_LOG_READS - 1):
-            if not self.has_more:
-                break
-            records += self.read()
-        return records
-
-
-def _parse_record(line: bytes) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
-        return None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

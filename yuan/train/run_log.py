@@ -4,11 +4,12 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from yuan.data.shuffle import Int64Array
-from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder, write_json
+from yuan.train.events import RunEvent
+from yuan.train.run_folder import METRICS_FILE, RunFolder, write_json
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.step import StepResult
 
@@ -23,10 +24,10 @@ class RunLog:
         self._sources, self._max_steps = sources, max_steps
         self._status_time = -math.inf
 
-    def log_event(self, event: Mapping[str, Any]) -> None:
-        """Append an event with the time to events.jsonl."""
+    def log_event(self, event: RunEvent) -> None:
+        """Append an event with the present time to events.jsonl."""
         if self._writes:
-            self._folder.append(EVENTS_FILE, {**event, "time": time.time()})
+            self._folder.append_event(replace(event, time=time.time()))
 
     def log_step(
         self, step: int, done: StepResult, rate: float, positions: Int64Array, pacer: ThroughputMeter, bounds: list[int]

@@ -4,12 +4,12 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from yuan.config import ModelConfig
 from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
+from yuan.train.events import CaughtUpEvent, RunEvent, StragglerEvent
 
 PACE_WINDOW_STEPS = 32  # last steps whose medians are reported
 STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
@@ -47,8 +47,8 @@ class ThroughputMeter:
         self._memory: Sequence[float] = ()
         self._straggling: dict[int, float] = {}
 
-    def add(self, seconds: float, computed: Sequence[float], memory: Sequence[float]) -> list[dict[str, Any]]:
-        """Add a step: its wall time, and the compute seconds and peak memory bytes of each rank.
+    def add(self, step: int, seconds: float, computed: Sequence[float], memory: Sequence[float]) -> list[RunEvent]:
+        """Add a step: its number, its wall time, and the compute seconds and peak memory bytes of each rank.
 
         Returns:
             Events: ranks that became stragglers, and stragglers that caught up.
@@ -56,7 +56,7 @@ class ThroughputMeter:
         self._steps.append(seconds)
         self._computed.append(computed)
         self._memory = memory
-        return self._update_stragglers() if len(self._steps) == PACE_WINDOW_STEPS else []
+        return self._update_stragglers(step) if len(self._steps) == PACE_WINDOW_STEPS else []
 
     def compute_pace(self) -> Pace:
         """Compute the medians over the last steps.
@@ -90,7 +90,7 @@ class ThroughputMeter:
             for n, stage in enumerate(self._plan.stages)
         ]
 
-    def _update_stragglers(self) -> list[dict[str, Any]]:
+    def _update_stragglers(self, step: int) -> list[RunEvent]:
         """Update the stragglers: compare each rank's ratio of measured to planned time with the lower median of all.
 
         The lower median, since of two ranks the faster one is the reference.
@@ -99,17 +99,16 @@ class ThroughputMeter:
         ratios = [time / plan for time, plan in zip(self._compute_medians(), planned, strict=True)]
         lower_median = sorted(ratios)[(len(ratios) - 1) // 2]
 
-        events = []
+        events: list[RunEvent] = []
         for rank, ratio in enumerate(ratios):
             slower = ratio / lower_median
             if rank not in self._straggling and slower > STRAGGLER_RATIO:
                 self._straggling[rank] = slower
-                events.append(
-                    {"event": "straggler", "rank": rank, "stage": rank // self._plan.data_size, "slower": slower}
-                )
+                stage = rank // self._plan.data_size
+                events.append(StragglerEvent(rank=rank, stage=stage, slower=slower, step=step))
             elif rank in self._straggling and slower < CAUGHT_UP_RATIO:
                 del self._straggling[rank]
-                events.append({"event": "straggler caught up", "rank": rank, "slower": slower})
+                events.append(CaughtUpEvent(rank=rank, slower=slower, step=step))
             elif rank in self._straggling:
                 self._straggling[rank] = slower
         return events

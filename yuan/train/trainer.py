@@ -16,9 +16,10 @@ from yuan.safe_files import replace_file
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
-from yuan.train.guard import GUARD_WINDOW_STEPS, GuardDecisions, NumericalError, StepJudge, merge_spans
+from yuan.train.events import CleanRepeatEvent, RepeatEvent, ResumeEvent, RollBackEvent, SkipEvent, StopEvent
+from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import Heartbeat
-from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
 from yuan.train.run_log import RunLog
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.engine import build_deepspeed_config, compute_learning_rate, start_engine
@@ -92,25 +93,31 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        # Repeat a faulty step once: a clean repeat means that the machine caused the fault, not the data.
-        result = self._run_pass(positions)
+        result = self._run_repeatable_pass(positions)
         if result.wrong is not None:
-            self.run_log.log_event({"event": "repeat", "step": self.step, "why": result.wrong})
-            first, result = result, self._run_pass(positions)
-            if result.wrong is None:
-                self.run_log.log_event({"event": "repeat was clean", "step": self.step, "why": first.wrong})
-        if result.wrong is not None:
-            return self._handle_trouble(positions, result)
+            return self._handle_trouble(positions, result.wrong, result.seconds)
 
         self.judge.add_good_step(result.loss, result.norm)
         self._losses.append(result.loss)
         self.step += 1
 
-        for event in self.pacer.add(result.seconds, result.computed, result.memory):
-            self.run_log.log_event({**event, "step": self.step})
+        for event in self.pacer.add(self.step, result.seconds, result.computed, result.memory):
+            self.run_log.log_event(event)
         self.run_log.log_step(self.step, result, rate, positions, self.pacer, self.module.actual_bounds)
         self.heartbeat.note_step(self.step, result.seconds)
         return True
+
+    def _run_repeatable_pass(self, positions: Int64Array) -> StepResult:
+        """Run a step, and repeat it if it is faulty: a clean repeat means that the machine, not the data, caused it."""
+        first = self._run_pass(positions)
+        if first.wrong is None:
+            return first
+
+        self.run_log.log_event(RepeatEvent(step=self.step, why=first.wrong))
+        second = self._run_pass(positions)
+        if second.wrong is None:
+            self.run_log.log_event(CleanRepeatEvent(step=self.step, why=first.wrong))
+        return second
 
     def _run_pass(self, positions: Int64Array) -> StepResult:
         replica = self.engine.grid.get_data_parallel_rank()
@@ -119,47 +126,55 @@ class Trainer:
     def _find_fault(self, loss: float, norm: float) -> str | None:
         return self.judge.find_fault(loss, norm)
 
-    def _handle_trouble(self, positions: Int64Array, result: StepResult) -> bool:
+    def _handle_trouble(self, positions: Int64Array, fault: str, seconds: float) -> bool:
         """Skip, roll back or stop after a step that was faulty twice; return False if the run rolled back."""
         span = (int(positions[0]), int(positions[-1]) + 1)
         action = self.decisions.choose_action(self.step, self.recipe)
-        if action == "stop":
-            self.run_log.log_event({"event": "stop", "step": self.step, "why": result.wrong})
+        if action == GuardAction.STOP:
+            self.run_log.log_event(StopEvent(step=self.step, why=fault))
             raise NumericalError(
-                f"step {self.step} is wrong, {result.wrong}, after {self.recipe.max_rollbacks} roll backs; look at the "
+                f"step {self.step} is wrong, {fault}, after {self.recipe.max_rollbacks} roll backs; look at the "
                 f"data at positions {span} and at the learning rate, then start a new run from a checkpoint"
             )
-        if action == "skip":
-            self._save_decisions(self.decisions.skip(self.step, span))
-            samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
-            self.run_log.log_event(
-                {"event": "skip", "step": self.step, "why": result.wrong, "positions": span, "samples": samples}
-            )
-            self.step += 1
-            self.heartbeat.note_step(self.step, result.seconds)
-            return True
-        self._roll_back(span, str(result.wrong))
-        return False
+        if action == GuardAction.ROLL_BACK:
+            self._roll_back(span, fault)
+            return False
 
-    def _roll_back(self, span: PositionSpan, why: str) -> None:
+        self._save_decisions(self.decisions.skip(self.step, span))
+        samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
+        self.run_log.log_event(SkipEvent(step=self.step, why=fault, positions=span, samples=samples))
+        self.step += 1
+        self.heartbeat.note_step(self.step, seconds)
+        return True
+
+    def _roll_back(self, span: PositionSpan, fault: str) -> None:
         """Restore the last checkpoint before the first open skip, and exclude the data of the faulty steps."""
         self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
         open_skips = self.decisions.list_open_skips(self.step)
         manifest = self.checkpoints.find_newest(until=open_skips[0].step if open_skips else self.step)
         if manifest is None:
             raise NumericalError(
-                f"step {self.step} is wrong, {why}, and no complete checkpoint is older; start a new run"
+                f"step {self.step} is wrong, {fault}, and no complete checkpoint is older; start a new run"
             )
         step = int(manifest["step"])
+
         # Drop before the decision is saved: a run killed between the two in the other order would resume from a
         # checkpoint of the old data order.
         self.checkpoints.drop_after(step)
         self._save_decisions(self.decisions.roll_back(self.step, step, span))
+
         spans = merge_spans([*((trouble.first, trouble.end) for trouble in open_skips), span])
         positions = np.concatenate([np.arange(*part, dtype=np.int64) for part in spans])
-        event = {"event": "roll back", "step": self.step, "to": step, "why": why, "positions": spans}
-        event["samples"] = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
-        self.run_log.log_event({**event, "rate_factor": self.decisions.compute_rate_factor(step)})
+        event = RollBackEvent(
+            step=self.step,
+            to=step,
+            why=fault,
+            positions=spans,
+            samples=self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES]),
+            rate_factor=self.decisions.compute_rate_factor(step),
+        )
+        self.run_log.log_event(event)
+
         self._restore_checkpoint(manifest)
         self.step = step
 
@@ -195,7 +210,7 @@ class Trainer:
             self.judge = StepJudge(self.recipe.spike_sigmas)
             return 0
         self._restore_checkpoint(manifest)
-        self.run_log.log_event({"event": "resume", "step": step})
+        self.run_log.log_event(ResumeEvent(step=step))
         log.info("resumed %s at step %d", self.folder.path.name, step)
         return step
 
@@ -229,8 +244,8 @@ class Trainer:
         self.heartbeat.note_progress("exporting", is_patient=True)
         manifest = self.checkpoints.find_newest()
         if manifest is None or int(manifest["step"]) != self.step:
-            raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see events.jsonl")
+            raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")
         if self.rank == 0:
-            export_checkpoint(self.folder, self.folder.checkpoints / f"step-{self.step:08d}", self.folder.export)
+            export_checkpoint(self.folder, self.folder.checkpoint(self.step), self.folder.export)
             self.run_log.write_status("finished", self.step, None, {"eta_s": 0.0, "bounds": self.module.actual_bounds})
         dist.barrier()

@@ -25,16 +25,18 @@ from yuan.train.checkpoint_manifest import (
     compute_digest_or_error,
     compute_seal,
     find_differences,
+    format_checkpoint_name,
     format_differences,
     list_committed_checkpoints,
     parse_step,
     read_sealed_manifest,
 )
+from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent, RunEvent
 from yuan.train.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
-EventCallback = Callable[[dict[str, Any]], None]
+EventCallback = Callable[[RunEvent], None]
 
 
 class CheckpointStore:
@@ -84,26 +86,33 @@ class CheckpointStore:
             ValueError: if it is of another run: another model, or another order of data.
         """
         self.wait()
-        # Rank 0 lists them for all ranks: it writes the manifests, after the other ranks have written their files.
+        for path, manifest in self._list_manifests():
+            if until is not None and parse_step(path) > until:
+                continue
+            if manifest is None:
+                self._report_damage(path, f"{CHECKPOINT_MANIFEST_FILE} differs from its seal")
+            elif damage := self._find_damage(path, manifest):
+                self._report_damage(path, damage)
+            else:
+                self._check_same_run(path, manifest)
+                return manifest
+        return None
+
+    def _list_manifests(self) -> list[tuple[Path, dict[str, Any] | None]]:
+        """List committed checkpoints, newest first, with their manifests; None if one differs from its seal."""
         listing = [
             [
                 (path.name, read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE))
                 for path in list_committed_checkpoints(self.folder)
             ]
         ]
+        # Rank 0 lists them for all ranks: it writes the manifests, after the other ranks have written their files.
         dist.broadcast_object_list(listing, src=0, group=self.group)
-        for path, manifest in ((self.folder / name, manifest) for name, manifest in reversed(listing[0])):
-            if until is not None and parse_step(path) > until:
-                continue
-            damage = (
-                self._find_damage(path, manifest) if manifest else f"{CHECKPOINT_MANIFEST_FILE} differs from its seal"
-            )
-            if manifest and damage is None:
-                self._check_same_run(path, manifest)
-                return manifest
-            log.warning("checkpoint %s is damaged: %s", path, damage)
-            self._emit_event({"event": "checkpoint damaged", "step": parse_step(path), "what": damage})
-        return None
+        return [(self.folder / name, manifest) for name, manifest in reversed(listing[0])]
+
+    def _report_damage(self, path: Path, damage: str) -> None:
+        log.warning("checkpoint %s is damaged: %s", path, damage)
+        self._emit_event(CheckpointDamagedEvent(step=parse_step(path), what=damage))
 
     def load(self, step: int, wanted: Mapping[str, TensorPiece]) -> None:
         """Fill the pieces from a checkpoint, written under any plan.
@@ -119,7 +128,7 @@ class CheckpointStore:
         self._executor.shutdown()
 
     def _build_path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        return self.folder / format_checkpoint_name(step)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, for a roll back; all ranks have to call this."""
@@ -150,10 +159,10 @@ class CheckpointStore:
                 for entry in (path / CHECKPOINT_MANIFEST_FILE, path, self.folder):
                     _fsync(entry)
                 self._prune()
-                self._emit_event({"event": "checkpoint", "step": step})
+                self._emit_event(CheckpointEvent(step=step))
         except (OSError, CheckpointException) as error:  # a full disk: the run continues, with the previous checkpoint
             log.warning("checkpoint of step %d failed: %s", step, error)
-            self._emit_event({"event": "checkpoint failed", "step": step, "what": str(error)[:500]})
+            self._emit_event(CheckpointFailedEvent(step=step, what=str(error)[:500]))
 
     def _clear(self, path: Path) -> None:
         """Remove a folder of the same step, and all partial checkpoints, which a kill leaves."""
@@ -176,7 +185,7 @@ class CheckpointStore:
             (old / CHECKPOINT_MANIFEST_FILE).unlink()
             shutil.rmtree(old)
 
-    def _emit_event(self, event: dict[str, Any]) -> None:
+    def _emit_event(self, event: RunEvent) -> None:
         if self.rank == 0:
             self.event(event)
 

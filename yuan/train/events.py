@@ -1,0 +1,207 @@
+"""The events of a run: the name and the fields of every line of events.jsonl.
+
+Ranks and the supervisor append events, so readers must expect lines that are not valid events; see `parse_event`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvent:
+    """Base of all events.
+
+    `name` is stored under the key `event`. `time`, in seconds since the epoch, is stored last, or not at all if None.
+    """
+
+    name: ClassVar[str]
+    time: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line's JSON object.
+
+        >>> CheckpointEvent(step=5, time=9.5).to_json()
+        {'event': 'checkpoint', 'step': 5, 'time': 9.5}
+        """
+        stored = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "time"}
+        return {"event": self.name, **stored, **({} if self.time is None else {"time": self.time})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatEvent(RunEvent):
+    """A step was faulty and is repeated with the same data."""
+
+    name = "repeat"
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanRepeatEvent(RunEvent):
+    """The repeat of a step was clean, so the machine caused the fault; `why` is the fault of the first pass."""
+
+    name = "repeat was clean"
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipEvent(RunEvent):
+    """A step was faulty twice and its update is skipped; `positions` is [first, end) of its data."""
+
+    name = "skip"
+    step: int
+    why: str
+    positions: Sequence[int]
+    samples: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollBackEvent(RunEvent):
+    """The run returns from a step to the checkpoint of step `to`, without the data in the spans `positions`."""
+
+    name = "roll back"
+    step: int
+    to: int
+    why: str
+    positions: Sequence[Sequence[int]]
+    samples: Sequence[str]
+    rate_factor: float  # on the learning rate, from step `to` on
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopEvent(RunEvent):
+    """A step is faulty and the guard has no action left; the run stops."""
+
+    name = "stop"
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeEvent(RunEvent):
+    """The ranks resume from the checkpoint of a step."""
+
+    name = "resume"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StragglerEvent(RunEvent):
+    """A rank became slower than the others, relative to the plan, by the factor `slower`."""
+
+    name = "straggler"
+    rank: int
+    stage: int
+    slower: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaughtUpEvent(RunEvent):
+    """A straggler is as fast as the others again."""
+
+    name = "straggler caught up"
+    rank: int
+    slower: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEvent(RunEvent):
+    """A checkpoint is committed."""
+
+    name = "checkpoint"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDamagedEvent(RunEvent):
+    """A checkpoint is damaged and is not used."""
+
+    name = "checkpoint damaged"
+    step: int
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailedEvent(RunEvent):
+    """A checkpoint could not be written; the run continues."""
+
+    name = "checkpoint failed"
+    step: int
+    what: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointStoredEvent(RunEvent):
+    """The supervisor uploaded a checkpoint to the object store."""
+
+    name = "checkpoint stored"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplanEvent(RunEvent):
+    """The supervisor replaced the plan of the run; `bounds` and `data_size` are those of the new plan."""
+
+    name = "re-plan"
+    why: str
+    bounds: Sequence[int]
+    data_size: int
+    explanation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedEvent(RunEvent):
+    """The processes of the run ended; `kind` is the exit reason, see flows/supervisor/exit_reason.py."""
+
+    name = "ended"
+    kind: str
+    why: str
+
+
+EVENT_TYPES: tuple[type[RunEvent], ...] = (
+    RepeatEvent,
+    CleanRepeatEvent,
+    SkipEvent,
+    RollBackEvent,
+    StopEvent,
+    ResumeEvent,
+    StragglerEvent,
+    CaughtUpEvent,
+    CheckpointEvent,
+    CheckpointDamagedEvent,
+    CheckpointFailedEvent,
+    CheckpointStoredEvent,
+    ReplanEvent,
+    EndedEvent,
+)
+
+
+def parse_event(record: Mapping[str, Any]) -> RunEvent | None:
+    """Return the event of a line's JSON object; None if it is of no known event, or a field is missing or wrong.
+
+    Unknown fields are ignored: a newer version may have written them.
+
+    >>> parse_event({"event": "resume", "step": 5, "unknown": 1})
+    ResumeEvent(time=None, step=5)
+    >>> parse_event({"event": "resume", "step": "five"}) is None
+    True
+    """
+    event_type = next((event_type for event_type in EVENT_TYPES if event_type.name == record.get("event")), None)
+    if event_type is None:
+        return None
+    values = {field.name: record[field.name] for field in fields(event_type) if field.name in record}
+    if any(not _is_valid(values.get(field.name), field.type) for field in fields(event_type)):
+        return None
+    return event_type(**values)
+
+
+def _is_valid(value: object, field_type: Any) -> bool:
+    """Check a value from JSON against the type of its field, without the elements of a list."""
+    if get_origin(field_type) is Sequence:
+        return isinstance(value, list)
+    is_whole_number_of_floats = isinstance(value, int) and isinstance(0.0, field_type)
+    return isinstance(value, field_type) or is_whole_number_of_floats

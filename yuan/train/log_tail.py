@@ -1,0 +1,56 @@
+"""Read a log of a run folder, one JSON object per line, while ranks append to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from yuan.safe_files import NotRegularFileError, open_file
+
+LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # bytes of one read of a log, and the most reads of a whole log
+
+
+class LogTail:
+    """Read the new records of a log since the last read; restart at the beginning if the file was replaced."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._inode, self._offset = file, 0, 0
+        self.has_more = False  # True if the last read stopped before the end of the file
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of the new complete lines; lines that are not JSON objects are dropped.
+
+        Reads at most `LOG_READ_BYTES`; the next call continues there.
+        """
+        try:
+            with os.fdopen(open_file(self._file.parent, self._file.name), "rb") as stream:
+                file_stat = os.fstat(stream.fileno())
+                if file_stat.st_ino != self._inode or file_stat.st_size < self._offset:
+                    self._inode, self._offset = file_stat.st_ino, 0
+                stream.seek(self._offset)
+                new = stream.read(LOG_READ_BYTES)
+        except (FileNotFoundError, NotRegularFileError):
+            self.has_more = False
+            return []
+        self.has_more = len(new) == LOG_READ_BYTES
+        complete = new[: new.rfind(b"\n") + 1]
+        if self.has_more and not complete:  # longer than any line that a run writes: skip it
+            complete = new
+        self._offset += len(complete)
+        return [row for line in complete.split(b"\n") if (row := _parse_record(line))]
+
+    def read_all(self) -> list[dict[str, Any]]:
+        """Read to the end, but at most 4 GiB, which no log of a run reaches."""
+        records = self.read()
+        for _ in range(MAX_LOG_READS - 1):
+            if not self.has_more:
+                break
+            records += self.read()
+        return records
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
