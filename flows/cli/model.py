@@ -26,7 +26,7 @@ def train(
     import os
     import time
 
-    from flows.supervisor.exit_reason import classify
+    from flows.supervisor.exit_reason import ExitReason, classify
     from infra.confinement import build_confined_environment
     from infra.launchers.job import Job
     from infra.launchers.local import LocalLauncher
@@ -47,9 +47,9 @@ def train(
             while (ending := running.wait(0.5)) is None:
                 advance(folder.read_status(), since)
         run_ending = classify(folder, ending, since)
-        if run_ending.kind != "finished":
+        if run_ending.reason != ExitReason.FINISHED:
             log_file = folder.path / "train.log"
-            raise fail(f"training ended, {run_ending.kind}: {run_ending.reason}; the log is {log_file}")
+            raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
         show(folder.read_status(), f"trained: {folder.export}", as_json)
 
 

@@ -1,8 +1,8 @@
 """Classify the exit of a run's processes, from the ranks' exit notes, their heartbeats and the launcher's status."""
 
 import time
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from enum import Enum, StrEnum
 
 from infra.launchers.job import HOST_NAME_PATTERN, JobEnding, JobEndingCause
 from yuan.data.text import make_printable
@@ -11,85 +11,119 @@ from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
-ExitKind = Literal[
-    "finished",
-    "out of memory",
-    "bad data",
-    "numerical",
-    "lost device",
-    "hung",
-    "disk full",
-    "preempted",
-    "cancelled",
-    "unknown",
-]
 
-EXIT_KIND_BY_CAUSE: dict[JobEndingCause, ExitKind] = {
-    "preempted": "preempted",
-    "node lost": "lost device",
-    "out of memory": "out of memory",
-    "cancelled": "cancelled",
+class ExitReason(StrEnum):
+    """Why the processes of a run ended; the values are stored in events and shown to users."""
+
+    FINISHED = "finished"
+    OUT_OF_MEMORY = "out of memory"
+    BAD_DATA = "bad data"
+    NUMERICAL = "numerical"
+    LOST_DEVICE = "lost device"
+    HUNG = "hung"
+    DISK_FULL = "disk full"
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
+
+
+class ExitPolicy(Enum):
+    """What the supervisor does after an exit; the values describe it."""
+
+    COMPLETE = "the weights are exported; nothing remains to do"
+    RESTART = "start the processes again, a limited number of times without a new checkpoint"
+    REPLAN = "plan for less memory, a limited number of times, and start the processes"
+    WAIT = "queue for devices again, and start the processes when they are granted"
+    STOP = "fail the run, since a restart would not help"
+
+
+# A new fault is one row here, and one in each table below that detects it.
+POLICY_BY_REASON: dict[ExitReason, ExitPolicy] = {
+    ExitReason.FINISHED: ExitPolicy.COMPLETE,
+    ExitReason.OUT_OF_MEMORY: ExitPolicy.REPLAN,
+    ExitReason.BAD_DATA: ExitPolicy.STOP,
+    ExitReason.NUMERICAL: ExitPolicy.STOP,
+    # Every start checks that the plan fits the remaining devices, and plans again if it does not.
+    ExitReason.LOST_DEVICE: ExitPolicy.RESTART,
+    ExitReason.HUNG: ExitPolicy.RESTART,
+    ExitReason.DISK_FULL: ExitPolicy.RESTART,
+    ExitReason.PREEMPTED: ExitPolicy.WAIT,
+    ExitReason.CANCELLED: ExitPolicy.STOP,
+    ExitReason.UNKNOWN: ExitPolicy.RESTART,
 }
-# By a rank's own exit status, the root cause first: a lost device makes the other ranks hang or lose their peer.
-EXIT_KIND_BY_RANK_STATUS: dict[ExitStatus, ExitKind] = {
-    ExitStatus.DEVICE_LOST: "lost device",
-    ExitStatus.OUT_OF_MEMORY: "out of memory",
-    ExitStatus.DISK_FULL: "disk full",
-    ExitStatus.NUMERICAL: "numerical",
-    ExitStatus.BAD_DATA: "bad data",
-    ExitStatus.HUNG: "hung",
+# Launchers name causes in words of their own: infra knows jobs and nodes, and imports no package of the domain.
+REASON_BY_CAUSE: dict[JobEndingCause, ExitReason] = {
+    "preempted": ExitReason.PREEMPTED,
+    "node lost": ExitReason.LOST_DEVICE,
+    "out of memory": ExitReason.OUT_OF_MEMORY,
+    "cancelled": ExitReason.CANCELLED,
+}
+# A rank can only exit with a number, and yuan, which defines them, cannot import flows. Ordered by priority, the root
+# cause first: a lost device makes the other ranks hang or lose their peer. None: an effect of another exit, no cause.
+REASON_BY_STATUS: dict[ExitStatus, ExitReason | None] = {
+    ExitStatus.DEVICE_LOST: ExitReason.LOST_DEVICE,
+    ExitStatus.OUT_OF_MEMORY: ExitReason.OUT_OF_MEMORY,
+    ExitStatus.DISK_FULL: ExitReason.DISK_FULL,
+    ExitStatus.NUMERICAL: ExitReason.NUMERICAL,
+    ExitStatus.BAD_DATA: ExitReason.BAD_DATA,
+    ExitStatus.HUNG: ExitReason.HUNG,
+    ExitStatus.UNKNOWN: ExitReason.UNKNOWN,
+    ExitStatus.PEER_LOST: None,
+    ExitStatus.PARENT_GONE: None,
+    ExitStatus.FINISHED: None,
 }
 RANK_HEARTBEAT_TIMEOUT_S = 4.0  # a rank writes a heartbeat every second
 RANK_EXIT_GRACE_S = 3.0  # time for ranks to exit by themselves
 LOG_TAIL_CHARACTERS = 800
 LOG_TAIL_BYTES = 4 * LOG_TAIL_CHARACTERS
-MAX_REASON_CHARACTERS = 3000
+MAX_ENDING_CHARACTERS = 3000  # of the message of an ending
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnding:
-    """The class and reason of a run's end, and the rank that failed first and its host if they are known.
+    """The reason of a run's end, a message that explains it, and the rank that failed first and its host if known.
 
-    The reason may quote output of ranks; its lines are made printable here, since it goes to logs and web pages.
+    The message may quote output of ranks; its lines are made printable here, since it goes to logs and web pages.
     """
 
-    kind: ExitKind
-    reason: str
+    reason: ExitReason
+    message: str
     rank: int | None = None
     host: str | None = None
 
     def __post_init__(self) -> None:
-        lines = self.reason[:MAX_REASON_CHARACTERS].split("\n")
-        object.__setattr__(self, "reason", "\n".join(make_printable(line, MAX_REASON_CHARACTERS) for line in lines))
+        lines = self.message[:MAX_ENDING_CHARACTERS].split("\n")
+        object.__setattr__(self, "message", "\n".join(make_printable(line, MAX_ENDING_CHARACTERS) for line in lines))
+
+    @property
+    def policy(self) -> ExitPolicy:
+        return POLICY_BY_REASON[self.reason]
 
 
 def classify(folder: RunFolder, ending: JobEnding, since: float) -> RunEnding:
     """Classify the ending of a job that was started at `since`, in seconds since the epoch."""
     if folder.is_finished:
-        return RunEnding(kind="finished", reason="the weights are exported")
+        return RunEnding(reason=ExitReason.FINISHED, message="the weights are exported")
     # The launcher knows best, except for a kill by the OOM killer, which may have hit other processes of the host.
-    launcher_report = RunEnding(kind="unknown", reason=ending.message or f"the launcher reports: {ending.cause}")
-    if ending.cause is not None and ending.cause != "out of memory":
-        return replace(launcher_report, kind=EXIT_KIND_BY_CAUSE[ending.cause])
+    is_oom_kill = ending.cause == "out of memory"
+    launcher_message = ending.message or f"the launcher reports: {ending.cause}"
+    if ending.cause is not None and not is_oom_kill:
+        return RunEnding(reason=REASON_BY_CAUSE[ending.cause], message=launcher_message)
 
     # A rank's own status, by priority; a hang counts less than the OOM kill that may have caused it.
     notes = read_exit_notes(folder.path, since)
-    for status, kind in EXIT_KIND_BY_RANK_STATUS.items():
-        if status == ExitStatus.HUNG and ending.cause == "out of memory":
-            return replace(launcher_report, kind="out of memory")
+    for status, reason in REASON_BY_STATUS.items():
+        if status == ExitStatus.HUNG and is_oom_kill:
+            return RunEnding(reason=ExitReason.OUT_OF_MEMORY, message=launcher_message)
         note = next((note for note in notes if note.status == status), None)
-        if note is not None:
-            return _classify_note(folder, kind, note, since)
-
-    errors = [note for note in notes if note.status == ExitStatus.UNKNOWN]
-    if errors:
-        return RunEnding(kind="unknown", reason=f"rank {errors[0].rank}: {errors[0].message}", rank=errors[0].rank)
+        if note is not None and reason is not None:
+            return _classify_note(folder, reason, note, since)
 
     # No rank left a note: the one whose heartbeat stopped first was killed.
     silent_ranks = _find_silent_ranks(folder, since, time.time())
     prefix = f"rank {silent_ranks[0]} was killed or its machine is lost; " if len(silent_ranks) == 1 else ""
-    reason = f"{prefix}status {ending.status}; {read_log_tail(folder)}"
-    return RunEnding(kind="unknown", reason=reason, rank=_get_single_rank(silent_ranks))
+    message = f"{prefix}status {ending.status}; {read_log_tail(folder)}"
+    return RunEnding(reason=ExitReason.UNKNOWN, message=message, rank=_get_single_rank(silent_ranks))
 
 
 def has_hung_rank(folder: RunFolder, since: float) -> bool:
@@ -110,16 +144,18 @@ def read_log_tail(folder: RunFolder) -> str:
         return f"the log {error.strerror}"
 
 
-def _classify_note(folder: RunFolder, kind: ExitKind, note: ExitNote, since: float) -> RunEnding:
-    if kind != "hung":
+def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, since: float) -> RunEnding:
+    message = f"rank {note.rank}: {note.message}"
+    if reason != ExitReason.HUNG:
         host = note.host if HOST_NAME_PATTERN.fullmatch(note.host) else None  # it is written into a batch script
-        return RunEnding(kind=kind, reason=f"rank {note.rank}: {note.message}", rank=note.rank, host=host)
+        return RunEnding(reason=reason, message=message, rank=note.rank, host=host)
+
+    # The rank that reports a hang waited for another one, whose heartbeat may have stopped.
     silent_ranks = _find_silent_ranks(folder, since, note.time)
     liveness = (
         f"without heartbeat: rank {', '.join(map(str, silent_ranks))}" if silent_ranks else "all ranks were alive"
     )
-    reason = f"rank {note.rank}: {note.message}; {liveness}"
-    return RunEnding(kind=kind, reason=reason, rank=_get_single_rank(silent_ranks))
+    return RunEnding(reason=reason, message=f"{message}; {liveness}", rank=_get_single_rank(silent_ranks))
 
 
 def _find_silent_ranks(folder: RunFolder, since: float, at: float) -> list[int]:

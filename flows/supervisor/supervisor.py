@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from feedback import leases, rounds
 from flows.context import Context
 from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_background
-from flows.supervisor.exit_reason import RunEnding, classify, has_hung_rank, read_log_tail
+from flows.supervisor.exit_reason import ExitPolicy, ExitReason, RunEnding, classify, has_hung_rank, read_log_tail
 from flows.supervisor.lease_holder import GrantedLease, hold_lease, make_job_name
 from flows.supervisor.pool_launcher import load_configured_pool, make_launcher, make_plan_limits
 from flows.supervisor.reaper import reap_dead_leases
@@ -41,6 +41,8 @@ MAX_RESTARTS_WITHOUT_PROGRESS = 5  # consecutive restarts without a new checkpoi
 MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
 RUN_RESTART_PAUSE_S = 5.0
 MAX_WHY_CHARACTERS = 500  # of a reason in an event
+MAX_LOGGED_CHARACTERS = 300
+MAX_DEVICE_REASON_CHARACTERS = 300  # of the reason that a device is out of use
 
 
 class TrainingFailed(SafeMessageError, RuntimeError):
@@ -97,7 +99,7 @@ class Supervisor:
         while not self.folder.is_finished:
             ending = self._run_once()
             self.folder.append_event(
-                EndedEvent(kind=ending.kind, why=ending.reason[:MAX_WHY_CHARACTERS], time=time.time())
+                EndedEvent(kind=ending.reason, why=ending.message[:MAX_WHY_CHARACTERS], time=time.time())
             )
             self._handle_ending(ending)
 
@@ -117,15 +119,33 @@ class Supervisor:
             ) as lease:
                 return self._watch_run(plan, lease)
         except leases.NoCapacity as error:  # a device was lost while waiting for the lease
-            return RunEnding(kind="lost device", reason=str(error))
+            return RunEnding(reason=ExitReason.LOST_DEVICE, message=str(error))
         except leases.LeaseLost as error:
-            return RunEnding(kind="preempted", reason=str(error))
+            return RunEnding(reason=ExitReason.PREEMPTED, message=str(error))
         except LauncherUnreachable as error:
             time.sleep(RUN_RESTART_PAUSE_S)
-            return RunEnding(kind="unknown", reason=str(error))
+            return RunEnding(reason=ExitReason.UNKNOWN, message=str(error))
 
     def _watch_run(self, plan: PipelinePlan, lease: GrantedLease) -> RunEnding:
+        """Start the plan's processes on the leased devices, and watch them until they exit or lose a device."""
         rank_devices = _assign_devices(plan, lease.devices)
+        job = self._make_job(plan, lease, rank_devices)
+        since = time.time()
+        with self.launcher.run(job) as running:
+            while (job_ending := running.wait(RUN_REPORT_EVERY_S)) is None:
+                self.reporter.report()
+                if self._is_local and has_hung_rank(self.folder, since):
+                    # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
+                    self.launcher.end(job.name, RUN_REPORT_EVERY_S)
+                elif early_ending := self._find_device_loss(lease):
+                    return early_ending  # leaving the block ends the processes
+
+        ending = classify(self.folder, job_ending, since)
+        if ending.reason == ExitReason.LOST_DEVICE and ending.rank is not None:
+            self._mark_device_lost(rank_devices[ending.rank], ending)
+        return ending
+
+    def _make_job(self, plan: PipelinePlan, lease: GrantedLease, rank_devices: Sequence[str]) -> Job:
         settings = self.context.settings
         environment = build_confined_environment(
             self.folder.path,
@@ -135,7 +155,7 @@ class Supervisor:
         )
         if self._is_local:  # batch systems choose the devices of a node themselves
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in rank_devices)
-        job = Job(
+        return Job(
             name=make_job_name(lease.id),
             module="yuan.train.run",
             folder=self.folder.path,
@@ -144,27 +164,16 @@ class Supervisor:
             environment=environment,
             avoid=() if self._is_local else self._find_bad_hosts(),
         )
-        since = time.time()
-        with self.launcher.run(job) as running:
-            while True:
-                job_ending = running.wait(RUN_REPORT_EVERY_S)
-                if job_ending is not None:
-                    break
-                self.reporter.report()
-                if self._is_local and has_hung_rank(self.folder, since):
-                    # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
-                    self.launcher.end(job.name, RUN_REPORT_EVERY_S)
-                    continue
-                if lease.lost.is_set():
-                    return RunEnding(kind="preempted", reason="the lease was revoked")
-                if lost := self._find_lost_devices(lease):
-                    return RunEnding(
-                        kind="lost device", reason="; ".join(f"{name}: {why}" for name, why in lost.items())
-                    )
-        ending = classify(self.folder, job_ending, since)
-        if ending.kind == "lost device" and ending.rank is not None:
-            self._mark_device_lost(rank_devices[ending.rank], ending)
-        return ending
+
+    def _find_device_loss(self, lease: GrantedLease) -> RunEnding | None:
+        """Return the ending of a run whose processes must not continue on its devices; None if they may."""
+        if lease.lost.is_set():
+            return RunEnding(reason=ExitReason.PREEMPTED, message="the lease was revoked")
+        lost_devices = self._find_lost_devices(lease)
+        if not lost_devices:
+            return None
+        message = "; ".join(f"{name}: {why}" for name, why in lost_devices.items())
+        return RunEnding(reason=ExitReason.LOST_DEVICE, message=message)
 
     @property
     def _is_local(self) -> bool:
@@ -192,7 +201,7 @@ class Supervisor:
         """Take the device out of use; in a batch system its whole node, and record the host, which jobs then avoid."""
         host = None if self._is_local else ending.host
         with self.context.sessions.begin() as session:
-            leases.set_device_lost(session, self.pool.name, device, ending.reason[:300], host)
+            leases.set_device_lost(session, self.pool.name, device, ending.message[:MAX_DEVICE_REASON_CHARACTERS], host)
 
     def _handle_ending(self, ending: RunEnding) -> None:
         """Decide how to continue; return if the processes are to be restarted.
@@ -201,26 +210,35 @@ class Supervisor:
             TrainingFailed: if a restart would not help.
             OSError: if the disk is full.
         """
-        kind, reason = ending.kind, ending.reason
-        log.warning("the processes of run %s ended, %s: %s", self.run_id, kind, make_printable(reason, 300))
-        if kind in ("bad data", "numerical", "cancelled"):
-            raise TrainingFailed(f"{kind}: {reason}")
+        shown_message = make_printable(ending.message, MAX_LOGGED_CHARACTERS)
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, ending.reason, shown_message)
+        if ending.policy == ExitPolicy.STOP:
+            raise TrainingFailed(f"{ending.reason}: {ending.message}")
         if not has_free_disk(self.folder.path):
             raise OSError(
                 f"the disk of {self.folder.path} is full; free space, and the run resumes from its checkpoint"
             )
 
-        if kind == "out of memory":
-            self.shrinks += 1
-            if self.shrinks > MAX_MEMORY_SHRINKS:
-                share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
-                raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {reason}")
-            self._replan(f"{reason}; planning with {MEMORY_SHRINK_FACTOR**self.shrinks:.0%} of the memory")
-        elif kind == "preempted":
-            self.reporter.report()  # raises if a later attempt has taken over the round
-            time.sleep(RUN_RESTART_PAUSE_S)
-        elif kind != "finished":
-            self._count_restart(ending)
+        match ending.policy:
+            case ExitPolicy.REPLAN:
+                self._shrink_plan(ending.message)
+            case ExitPolicy.WAIT:
+                self.reporter.report()  # raises if a later attempt has taken over the round
+                time.sleep(RUN_RESTART_PAUSE_S)
+            case ExitPolicy.RESTART:
+                self._count_restart(ending)
+
+    def _shrink_plan(self, message: str) -> None:
+        """Plan again with less memory than before.
+
+        Raises:
+            TrainingFailed: after MAX_MEMORY_SHRINKS plans, or if no plan fits.
+        """
+        self.shrinks += 1
+        if self.shrinks > MAX_MEMORY_SHRINKS:
+            share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
+            raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {message}")
+        self._replan(f"{message}; planning with {MEMORY_SHRINK_FACTOR**self.shrinks:.0%} of the memory")
 
     def _count_restart(self, ending: RunEnding) -> None:
         """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
@@ -229,7 +247,7 @@ class Supervisor:
         self.last_checkpoint_step = max(self.last_checkpoint_step, newest_step)
         if self.restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
-                f"started {self.restarts} times without getting beyond step {newest_step}: {ending.reason}; "
+                f"started {self.restarts} times without getting beyond step {newest_step}: {ending.message}; "
                 f"{read_log_tail(self.folder)}"
             )
 

@@ -1,14 +1,26 @@
 """How a run's ending is named, from what is left in its folder."""
 
+import re
 import time
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from flows.supervisor.exit_reason import classify
-from infra.launchers.job import JobEnding
+from flows.supervisor.exit_reason import (
+    POLICY_BY_REASON,
+    REASON_BY_CAUSE,
+    REASON_BY_STATUS,
+    ExitReason,
+    RunEnding,
+    classify,
+)
+from infra.launchers.job import JobEnding, JobEndingCause
 from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
 from yuan.train.guard import NumericalError
 from yuan.train.run_folder import RunFolder, write_json
+
+RELIABILITY_PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
 @pytest.fixture
@@ -23,7 +35,7 @@ def beat(folder, rank, age_s):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"),
+    ("error", "reason"),
     [
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
         (MemoryError(), "out of memory"),
@@ -35,11 +47,11 @@ def beat(folder, rank, age_s):
         (KeyError("weight"), "unknown"),
     ],
 )
-def test_the_error_that_began_it_names_the_ending(folder, error, kind):
+def test_the_error_that_began_it_names_the_ending(folder, error, reason):
     write_exit_note(folder.path, 1, ExitStatus.PEER_LOST, "RuntimeError: Connection closed by peer")
     write_exit_note(folder.path, 0, classify_error(error), str(error))
     ended = classify(folder, JobEnding(status=1), since=0)
-    assert (ended.kind, ended.rank) == (kind, 0)
+    assert (ended.reason, ended.rank) == (reason, 0)
 
 
 def test_a_lost_device_names_its_machine(folder, monkeypatch):
@@ -59,7 +71,7 @@ def test_a_hanging_run_names_the_rank_that_was_silent(folder):
     beat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
     ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
-    assert (ended.kind, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.reason
+    assert (ended.reason, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.message
 
 
 def test_a_killed_rank_is_named_and_the_log_shown(folder):
@@ -67,24 +79,51 @@ def test_a_killed_rank_is_named_and_the_log_shown(folder):
     beat(folder, 1, 10)
     write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
     ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
-    assert (ended.kind, ended.rank) == ("unknown", 1) and "the last words" in ended.reason
+    assert (ended.reason, ended.rank) == ("unknown", 1) and "the last words" in ended.message
 
 
 def test_notes_of_an_earlier_start_do_not_count(folder):
     write_exit_note(folder.path, 0, ExitStatus.NUMERICAL, "long ago")
-    assert classify(folder, JobEnding(status=-9), since=time.time() + 1).kind == "unknown"
+    assert classify(folder, JobEnding(status=-9), since=time.time() + 1).reason == "unknown"
 
 
 @pytest.mark.parametrize(
-    ("cause", "kind"),
+    ("cause", "reason"),
     [("preempted", "preempted"), ("node lost", "lost device"), ("out of memory", "out of memory"), ("cancelled",) * 2],
 )
-def test_what_the_launcher_knows_comes_first(folder, cause, kind):
+def test_what_the_launcher_knows_comes_first(folder, cause, reason):
     write_exit_note(folder.path, 0, ExitStatus.UNKNOWN, "an effect")
-    assert classify(folder, JobEnding(status=1, cause=cause), since=0).kind == kind
+    assert classify(folder, JobEnding(status=1, cause=cause), since=0).reason == reason
 
 
 def test_exported_weights_are_the_end_whatever_the_status(folder):
     folder.export.mkdir()
     (folder.export / "manifest.json").write_text("{}")
-    assert classify(folder, JobEnding(status=1), since=0).kind == "finished"
+    assert classify(folder, JobEnding(status=1), since=0).reason == "finished"
+
+
+def test_every_status_cause_and_reason_has_a_row():
+    assert set(REASON_BY_STATUS) == set(ExitStatus)
+    assert set(REASON_BY_CAUSE) == set(get_args(JobEndingCause))
+    assert set(POLICY_BY_REASON) == set(ExitReason)
+
+
+def test_the_page_about_reliability_lists_every_reason():
+    table = RELIABILITY_PAGE.read_text().partition("## Look up an exit reason")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    assert {reason for row in rows[2:] for reason in row.split(", ")} == set(ExitReason)
+
+
+@pytest.mark.parametrize("status", [ExitStatus.PEER_LOST, ExitStatus.PARENT_GONE])
+def test_a_status_that_is_an_effect_is_not_the_reason(folder, status):
+    write_exit_note(folder.path, 0, status, "an effect")
+    write_exit_note(folder.path, 1, ExitStatus.DISK_FULL, "the cause")
+    assert classify(folder, JobEnding(status=1), since=0).reason == "disk full"
+
+
+def test_a_hang_after_an_oom_kill_is_out_of_memory_and_a_status_of_higher_priority_is_not(folder):
+    kill = JobEnding(status=1, cause="out of memory", message="1 OOM kill")
+    write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress")
+    assert classify(folder, kill, since=0) == RunEnding(reason=ExitReason.OUT_OF_MEMORY, message="1 OOM kill")
+    write_exit_note(folder.path, 1, ExitStatus.DEVICE_LOST, "Xid 79")
+    assert classify(folder, kill, since=0).reason == "lost device"

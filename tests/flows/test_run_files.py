@@ -45,8 +45,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize("plant", PLANTS)
 def test_nothing_foreign_gets_into_the_reason_of_an_ending(folder, victim, plant):
     PLANTS[plant](folder.path / "train.log", victim)
-    reason = classify(folder, JobEnding(status=1), since=0).reason
-    assert "secret" not in reason and "status 1" in reason and len(read_log_tail(folder)) <= 800
+    message = classify(folder, JobEnding(status=1), since=0).message
+    assert "secret" not in message and "status 1" in message and len(read_log_tail(folder)) <= 800
 
 
 @pytest.mark.parametrize("plant", PLANTS)

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from flows.supervisor import run_reporter
-from flows.supervisor.exit_reason import RunEnding
+from flows.supervisor.exit_reason import ExitReason, RunEnding
 from flows.supervisor.run_reporter import MAX_EVENT_CHARACTERS, MAX_EVENTS_PER_MINUTE, RunReporter
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
@@ -54,5 +54,5 @@ def test_a_flood_of_events_costs_few_lines_and_one_that_counts_the_rest(told, mo
 
 
 def test_the_reason_of_an_ending_keeps_its_lines_and_steers_no_terminal():
-    reason = RunEnding(kind="unknown", reason="status 1; first\n\x1b[31mlast\r").reason
-    assert reason == "status 1; first\n\\x1b[31mlast\\r"
+    message = RunEnding(reason=ExitReason.UNKNOWN, message="status 1; first\n\x1b[31mlast\r").message
+    assert message == "status 1; first\n\\x1b[31mlast\\r"

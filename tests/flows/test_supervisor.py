@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 
 from feedback import leases
 from feedback.tables import Lease, PoolDevice
-from flows.supervisor.exit_reason import RunEnding
+from flows.supervisor.exit_reason import ExitReason, RunEnding
 from flows.supervisor.supervisor import TrainingFailed
 from tests.yuan.runs import RECIPE, make
 from yuan.plan.pool import CPU_POOL_NAME
@@ -103,7 +103,9 @@ def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(superv
     supervisor.pool = dataclasses.replace(supervisor.pool, name="cluster", launcher="slurm", groups=(node,))
     with supervisor.context.sessions.begin() as session:
         leases.register_pool(session, supervisor.pool)
-    supervisor._mark_device_lost("gpu/3", RunEnding(kind="lost device", reason="rank 3: Xid 79", rank=3, host="gpu-7"))
+    supervisor._mark_device_lost(
+        "gpu/3", RunEnding(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
+    )
     assert supervisor._find_bad_hosts() == ("gpu-7",)
     assert supervisor._get_working_pool().groups[0].count == 2
     with supervisor.context.sessions.begin() as session:
