@@ -76,7 +76,7 @@ class Trial:
     def rank(self) -> int | None:
         """Return the pid of a random live rank."""
         beats = list(read_heartbeats(self.folder.path).values())
-        alive = [b["pid"] for b in beats if time.time() - b["time"] < 3 and Path(f"/proc/{b['pid']}").exists()]
+        alive = [beat.pid for beat in beats if time.time() - beat.time < 3 and Path(f"/proc/{beat.pid}").exists()]
         return self.rng.choice(alive) if alive else None
 
 

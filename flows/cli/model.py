@@ -50,7 +50,8 @@ def train(
         if run_ending.reason != ExitReason.FINISHED:
             log_file = folder.path / "train.log"
             raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
-        show(folder.read_status(), f"trained: {folder.export}", as_json)
+        status = folder.read_status()
+        show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
 
 
 def open_installation() -> "Context":

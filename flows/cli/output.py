@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
+from yuan.train.run_status import RunStatus
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 MAX_LINE_CHARACTERS = 1000
@@ -66,7 +67,7 @@ def check_text_option(value: str | None) -> str | None:
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
+def show_progress() -> Iterator[Callable[[RunStatus | None, float], None]]:
     """Show a progress bar on stderr; yield a function that takes a run's status and the earliest valid status time."""
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -76,10 +77,10 @@ def show_progress() -> Iterator[Callable[[dict[str, Any], float], None]]:
     with Progress(*columns, console=stderr_console, transient=not stderr_console.is_terminal) as display:
         task = display.add_task("starting the ranks", total=None)
 
-        def advance(status: dict[str, Any], since: float) -> None:
-            if status and status["time"] >= since:
+        def advance(status: RunStatus | None, since: float) -> None:
+            if status and status.time >= since:
                 line = describe_status(status)
-                display.update(task, completed=status["step"], total=status["max_steps"], description=line)
+                display.update(task, completed=status.step, total=status.max_steps, description=line)
 
         yield advance
 

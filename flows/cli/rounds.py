@@ -13,6 +13,7 @@ from flows.cli.fields import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable
+from yuan.train.run_status import RunStatus
 
 ROUND_POLL_S = 0.5
 MAX_SHOWN_REPORTS = 5  # per account; --json has twenty
@@ -87,10 +88,11 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
             training_round = client.round(round_id)
             if training_round.state != "running":
                 return training_round
-            s = training_round.status if training_round.step == "train" else None
-            facts = describe_status(s) if s else ""
-            if s:
-                progress.update(bar, total=s["max_steps"], completed=s["step"])
+            facts = ""
+            if training_round.step == "train" and training_round.status:
+                status = RunStatus.from_json(training_round.status)
+                progress.update(bar, total=status.max_steps, completed=status.step)
+                facts = describe_status(status)
             progress.update(bar, description=f"round {training_round.number}: {training_round.step}", facts=facts)
             time.sleep(ROUND_POLL_S)
 

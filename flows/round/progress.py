@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 
 from flows.supervisor.run_reporter import ProgressCallback
 from flows.supervisor.status_line import describe_status
+from yuan.train.run_status import RunStatus
 
 CANCEL_POLL_S = 5.0
 
@@ -28,17 +29,17 @@ def make_progress_callback() -> ProgressCallback:
     artifact: list[Any] = []
     polled_at = [0.0]
 
-    def show(status: dict[str, Any]) -> None:
+    def show(status: RunStatus | None) -> None:
         if time.monotonic() - polled_at[0] > CANCEL_POLL_S:
             polled_at[0] = time.monotonic()
             raise_if_cancelled()
-        if not status:
+        if status is None:
             return
-        percent = 100.0 * status["step"] / status["max_steps"]
+        percent, line = 100.0 * status.step / status.max_steps, describe_status(status)
         if artifact:
-            update_progress_artifact(artifact[0], percent, description=describe_status(status))
+            update_progress_artifact(artifact[0], percent, description=line)
         else:
-            artifact.append(create_progress_artifact(percent, key="training", description=describe_status(status)))
+            artifact.append(create_progress_artifact(percent, key="training", description=line))
 
     return show
 

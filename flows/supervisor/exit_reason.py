@@ -160,7 +160,7 @@ def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, since:
 
 def _find_silent_ranks(folder: RunFolder, since: float, at: float) -> list[int]:
     """Return the ranks without a heartbeat for RANK_HEARTBEAT_TIMEOUT_S at a time, which were stopped or had exited."""
-    times = {rank: beat["time"] for rank, beat in read_heartbeats(folder.path).items() if beat["time"] >= since}
+    times = {rank: beat.time for rank, beat in read_heartbeats(folder.path).items() if beat.time >= since}
     newest = max(times.values(), default=at)
     return [rank for rank, last in times.items() if min(newest, at) - last > RANK_HEARTBEAT_TIMEOUT_S]
 

@@ -32,6 +32,7 @@ from yuan.train.events import (
 )
 from yuan.train.log_tail import LogTail
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, RunFolder
+from yuan.train.run_status import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ MAX_EVENTS_PER_MINUTE, EVENT_WINDOW_S, MAX_EVENT_CHARACTERS = 20, 60.0, 300  # p
 TRACKER_RETRY_PAUSE_S = 30.0  # after a failed request
 MAX_PUBLISHED_BYTES = 64 * 2**20
 
-ProgressCallback = Callable[[dict[str, Any]], None]
+ProgressCallback = Callable[[RunStatus | None], None]
 
 
 class RunReporter:
@@ -75,7 +76,7 @@ class RunReporter:
         """Send the current status and new metrics to every server that answers."""
         status = self._folder.read_status()
         with _tolerate_outage("the round's record"), self._context.sessions.begin() as session:
-            rounds.get_or_create_training_run(session, self._round_id).status = status or None
+            rounds.get_or_create_training_run(session, self._round_id).status = status.to_json() if status else None
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
         self._log_events()
         with _tolerate_outage("Prefect"):

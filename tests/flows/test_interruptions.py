@@ -128,7 +128,7 @@ def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect
 
 def test_a_rank_killed_for_want_of_memory_is_planned_for_with_less(started, stack, no_more_memory):
     _, folder = started
-    no_more_memory(read_heartbeats(folder.path)[1]["pid"])
+    no_more_memory(read_heartbeats(folder.path)[1].pid)
     finished(stack, folder)
     assert ended(folder)[0] == "out of memory"
     assert any(isinstance(event, ReplanEvent) and "85%" in event.why for event in folder.read_events())

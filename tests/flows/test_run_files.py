@@ -56,7 +56,7 @@ def test_status_heartbeats_and_notes_that_are_no_small_files_are_none(folder, vi
     for name in ("status.json", "heartbeats/0.json", "exits/0.json"):
         (folder.path / name).parent.mkdir(exist_ok=True)
         PLANTS[plant](folder.path / name, victim_json)
-    assert (folder.read_status(), read_heartbeats(folder.path), read_exit_notes(folder.path, 0)) == ({}, {}, [])
+    assert (folder.read_status(), read_heartbeats(folder.path), read_exit_notes(folder.path, 0)) == (None, {}, [])
 
 
 def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):

@@ -52,7 +52,7 @@ def when_under_way(folder, action):
 @pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
     folder = supervisor.folder
-    struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1]["pid"], signal.SIGKILL))
+    struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1].pid, signal.SIGKILL))
     supervisor.run()
     struck.join()
     assert kinds(folder) == ["unknown", "finished"]
@@ -75,7 +75,7 @@ def test_a_lost_device_is_planned_around(supervisor):
     supervisor.run()
     struck.join()
     assert kinds(folder) == ["lost device", "finished"]
-    assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status()["state"] == "finished"
+    assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status().state == "finished"
     assert [event.bounds for event in folder.read_events() if isinstance(event, ReplanEvent)] == [[0, 3]]
     steps = [row["data/first_position"] for row in folder.read_metrics()]
     assert steps == list(range(0, 8 * STEPS, 8))

@@ -91,10 +91,10 @@ def test_a_stopped_rank_ends_the_run_in_time(made, tmp_path):
     folder = lay_out(tmp_path / "stopped", made, recipe)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not folder.read_status():
+        while folder.read_status() is None:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
-        stopped = read_heartbeats(folder.path)[1]["pid"]
+        stopped = read_heartbeats(folder.path)[1].pid
         os.kill(stopped, signal.SIGSTOP)
         while not read_exit_notes(folder.path, since=0):
             assert time.monotonic() < end

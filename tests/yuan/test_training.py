@@ -62,8 +62,8 @@ def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):
     status = finished.read_status()
-    assert status["state"] == "finished"
-    assert status["bounds"] == finished.read_spec().plan.bounds == [0, 2, 3]
+    assert status.state == "finished"
+    assert status.bounds == finished.read_spec().plan.bounds == [0, 2, 3]
 
 
 def test_export_is_a_model_folder(made, finished):
@@ -79,7 +79,7 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
         while not list(folder.checkpoints.glob("step-0000000[2-9]/manifest.json")):
             assert time.monotonic() < end and process.poll() is None, (folder.path / "train.log").read_text()[-2000:]
             time.sleep(0.01)
-        os.kill(read_heartbeats(folder.path)[0]["pid"], signal.SIGKILL)
+        os.kill(read_heartbeats(folder.path)[0].pid, signal.SIGKILL)
         assert process.wait(60) != 0
     run(folder)
     assert any(isinstance(event, ResumeEvent) for event in folder.read_events())
@@ -115,10 +115,10 @@ def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
     folder = lay_out(tmp_path / "orphan", made)
     with launch(folder) as process:
         end = time.monotonic() + 60
-        while not folder.read_status():
+        while folder.read_status() is None:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.01)
-        rank = folder.read_status()["pid"]
+        rank = folder.read_status().pid
         process.send_signal(signal.SIGKILL)  # only torchrun; its ranks run in their own sessions
     end = time.monotonic() + 10
     while os.path.exists(f"/proc/{rank}") and time.monotonic() < end:

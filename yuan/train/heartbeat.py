@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,34 @@ MIN_HANG_LIMIT_S = 20.0  # never in less than this, since a busy machine can sta
 MIN_TIMED_STEPS = 5  # steps needed before the median is used
 
 
+@dataclass(frozen=True, kw_only=True)
 class Heartbeat:
+    """State of a rank at `time`, in seconds since the epoch.
+
+    `step` is the last complete step, `doing` the current instruction, `silent_s` the seconds since it began.
+    """
+
+    pid: int
+    time: float
+    step: int = 0
+    doing: str = ""
+    silent_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Heartbeat":
+        """Read a heartbeat; unknown fields are ignored.
+
+        Raises:
+            ValueError: if it has no process id or time.
+        """
+        pid, at = data.get("pid"), data.get("time")
+        if not isinstance(pid, int) or not isinstance(at, int | float):
+            raise ValueError(f"a heartbeat needs pid and time, got {pid!r} and {at!r}")
+        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        return cls(**known)
+
+
+class HeartbeatWriter:
     """Write this rank's current instruction every second, and exit the process if it does not change within the limit.
 
     Args:
@@ -70,22 +99,23 @@ class Heartbeat:
                 write_exit_note(self._run, self._rank, ExitStatus.HUNG, message)
                 print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
                 os._exit(ExitStatus.HUNG)  # the main thread is blocked in a collective and cannot raise
-            beat = {"pid": os.getpid(), "time": time.time(), "step": self._step, "doing": doing, "silent_s": silent_s}
+            heartbeat = Heartbeat(pid=os.getpid(), time=time.time(), step=self._step, doing=doing, silent_s=silent_s)
             try:
-                write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", beat)
+                write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", asdict(heartbeat))
             except OSError:  # a full disk is reported by the main thread
                 pass
             time.sleep(RANK_HEARTBEAT_INTERVAL_S)
 
 
-def read_heartbeats(run: Path) -> dict[int, dict[str, Any]]:
-    """Return the heartbeat of each rank: pid, time, last complete step, current instruction and its seconds."""
+def read_heartbeats(run: Path) -> dict[int, Heartbeat]:
+    """Return the newest heartbeat of each rank; files that are not valid are ignored."""
     heartbeats = {}
     for name in list_names(run, HEARTBEATS_FOLDER):
         if not HEARTBEAT_NAME_PATTERN.fullmatch(name):
             continue
         try:
-            heartbeats[int(name.removesuffix(".json"))] = json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}"))
-        except (ValueError, OSError):
+            data = dict(json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}")))
+            heartbeats[int(name.removesuffix(".json"))] = Heartbeat.from_json(data)
+        except (ValueError, TypeError, OSError):
             continue
     return heartbeats

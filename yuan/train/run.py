@@ -14,7 +14,7 @@ import torch
 from infra.logs import configure_logging
 from infra.process_group import exit_with_parent, hold_file_lock
 from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
-from yuan.train.heartbeat import Heartbeat
+from yuan.train.heartbeat import HeartbeatWriter
 from yuan.train.run_folder import RunFolder
 from yuan.train.trainer import Trainer
 from yuan.train.zero.engine import start_distributed, stop_distributed
@@ -46,7 +46,7 @@ def train(folder: RunFolder, rank: int) -> None:
     spec = folder.read_spec()
     # The same rank of an earlier start may not have exited yet; two of them must not write the same files.
     with hold_file_lock(folder.path / f".rank-{rank}.lock"):
-        heartbeat = Heartbeat(folder.path, rank, spec.recipe.step_limit_s)
+        heartbeat = HeartbeatWriter(folder.path, rank, spec.recipe.step_limit_s)
         start_distributed(spec.plan.num_ranks)
         Trainer(folder, spec, heartbeat).run()
         stop_distributed()

@@ -24,10 +24,12 @@ from yuan.train.checkpoint_manifest import (
 )
 from yuan.train.events import RunEvent, parse_event
 from yuan.train.log_tail import LogTail
+from yuan.train.run_status import RunStatus
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
 RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"
-METRICS_FILE, EVENTS_FILE, PLAN_PICTURE_FILE = "metrics.jsonl", "events.jsonl", "plan.svg"
+STATUS_FILE, METRICS_FILE, EVENTS_FILE = "status.json", "metrics.jsonl", "events.jsonl"
+PLAN_PICTURE_FILE = "plan.svg"
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 
 
@@ -254,12 +256,16 @@ class RunFolder:
     def _write_seal(self, files: Mapping[str, Any]) -> None:
         write_json(self.path / SEAL_FILE, dict(files))
 
-    def read_status(self) -> dict[str, Any]:
-        """Read status.json; return an empty dict before the first step, and if the file is not valid."""
+    def read_status(self) -> RunStatus | None:
+        """Read status.json; return None before the first step, and if the file is not valid."""
         try:
-            return dict(json.loads(read_file(self.path, "status.json")))
-        except (FileNotFoundError, NotRegularFileError, ValueError):
-            return {}
+            return RunStatus.from_json(dict(json.loads(read_file(self.path, STATUS_FILE))))
+        except (FileNotFoundError, NotRegularFileError, ValueError, TypeError):
+            return None
+
+    def write_status(self, status: RunStatus) -> None:
+        """Replace status.json."""
+        write_json(self.path / STATUS_FILE, status.to_json())
 
     @property
     def is_finished(self) -> bool:

@@ -3,13 +3,12 @@
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from yuan.data.shuffle import Int64Array
 from yuan.train.events import RunEvent
-from yuan.train.run_folder import METRICS_FILE, RunFolder, write_json
+from yuan.train.run_folder import METRICS_FILE, RunFolder
+from yuan.train.run_status import RunStatus
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.step import StepResult
 
@@ -58,14 +57,26 @@ class RunLog:
         self._folder.append(METRICS_FILE, record)
         if time.monotonic() - self._status_time > STATUS_INTERVAL_S or step == self._max_steps:
             self._status_time = time.monotonic()
-            more = {"grad_norm": done.norm, "eta_s": (self._max_steps - step) * pace.step_seconds, **asdict(pace)}
-            self.write_status("training", step, done.loss, {**more, "bounds": bounds})
+            status = RunStatus(
+                state="training",
+                step=step,
+                max_steps=self._max_steps,
+                loss=done.loss,
+                grad_norm=done.norm,
+                eta_s=(self._max_steps - step) * pace.step_seconds,
+                pace=pace,
+                bounds=bounds,
+            )
+            self._write_status(status)
 
-    def write_status(self, state: str, step: int, loss: float | None, more: Mapping[str, Any]) -> None:
-        """Replace status.json."""
+    def log_finish(self, bounds: list[int]) -> None:
+        """Replace the status by that of a run whose weights are exported."""
+        steps = self._max_steps
+        self._write_status(RunStatus(state="finished", step=steps, max_steps=steps, eta_s=0.0, bounds=bounds))
+
+    def _write_status(self, status: RunStatus) -> None:
         if self._writes:
-            head = {"state": state, "step": step, "max_steps": self._max_steps, "loss": loss}
-            write_json(self._folder.path / "status.json", {**head, **more, "pid": os.getpid(), "time": time.time()})
+            self._folder.write_status(replace(status, pid=os.getpid(), time=time.time()))
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the metrics of steps that will be trained again."""

@@ -3,33 +3,16 @@
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from yuan.config import ModelConfig
 from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
-from yuan.train.events import CaughtUpEvent, RunEvent, StragglerEvent
+from yuan.train.events import CaughtUpEvent, StragglerEvent
+from yuan.train.run_status import Pace
 
 PACE_WINDOW_STEPS = 32  # last steps whose medians are reported
 STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """Medians over the last PACE_WINDOW_STEPS steps.
-
-    `stages` holds for each stage the compute seconds per step of its slowest replica, the planned seconds, and the peak
-    memory of its fullest replica, measured and planned. `bubble` is the fraction of the step in which ranks do not
-    compute; `mfu` (model FLOPs utilization) is None if a device's peak is unknown, as for CPUs.
-    """
-
-    step_seconds: float
-    tokens_per_s: float
-    bubble: float
-    mfu: float | None
-    stages: list[dict[str, float]]
-    stragglers: dict[int, float]
 
 
 class ThroughputMeter:
@@ -47,7 +30,9 @@ class ThroughputMeter:
         self._memory: Sequence[float] = ()
         self._straggling: dict[int, float] = {}
 
-    def add(self, step: int, seconds: float, computed: Sequence[float], memory: Sequence[float]) -> list[RunEvent]:
+    def add(
+        self, step: int, seconds: float, computed: Sequence[float], memory: Sequence[float]
+    ) -> list[StragglerEvent | CaughtUpEvent]:
         """Add a step: its number, its wall time, and the compute seconds and peak memory bytes of each rank.
 
         Returns:
@@ -90,7 +75,7 @@ class ThroughputMeter:
             for n, stage in enumerate(self._plan.stages)
         ]
 
-    def _update_stragglers(self, step: int) -> list[RunEvent]:
+    def _update_stragglers(self, step: int) -> list[StragglerEvent | CaughtUpEvent]:
         """Update the stragglers: compare each rank's ratio of measured to planned time with the lower median of all.
 
         The lower median, since of two ranks the faster one is the reference.
@@ -99,7 +84,7 @@ class ThroughputMeter:
         ratios = [time / plan for time, plan in zip(self._compute_medians(), planned, strict=True)]
         lower_median = sorted(ratios)[(len(ratios) - 1) // 2]
 
-        events: list[RunEvent] = []
+        events: list[StragglerEvent | CaughtUpEvent] = []
         for rank, ratio in enumerate(ratios):
             slower = ratio / lower_median
             if rank not in self._straggling and slower > STRAGGLER_RATIO:

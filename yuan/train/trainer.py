@@ -18,7 +18,7 @@ from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
 from yuan.train.events import CleanRepeatEvent, RepeatEvent, ResumeEvent, RollBackEvent, SkipEvent, StopEvent
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
-from yuan.train.heartbeat import Heartbeat
+from yuan.train.heartbeat import HeartbeatWriter
 from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
 from yuan.train.run_log import RunLog
 from yuan.train.throughput import ThroughputMeter
@@ -38,7 +38,7 @@ MAX_LISTED_SAMPLES = 64  # samples listed in an event; the others can be derived
 class Trainer:
     """Train one rank of a run, from its folder to the exported weights."""
 
-    def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: Heartbeat) -> None:
+    def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: HeartbeatWriter) -> None:
         self.folder, self.spec, self.recipe, self.heartbeat = folder, spec, spec.recipe, heartbeat
         self.corpus = folder.open_corpus(spec.seed)
         self.rank = dist.get_rank()
@@ -247,5 +247,5 @@ class Trainer:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")
         if self.rank == 0:
             export_checkpoint(self.folder, self.folder.checkpoint(self.step), self.folder.export)
-            self.run_log.write_status("finished", self.step, None, {"eta_s": 0.0, "bounds": self.module.actual_bounds})
+            self.run_log.log_finish(self.module.actual_bounds)
         dist.barrier()
