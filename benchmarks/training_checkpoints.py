@@ -38,7 +38,7 @@ RECIPE = Recipe(
     precision="bf16",
 )
 BOUNDS, REPLICAS, SAVED = (0, 7, 12), 2, 20
-ABOUT = {"model": MODEL.to_json()}
+ORDER = {"seed": 1}
 UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
 
 
@@ -129,13 +129,13 @@ def save(folder: Path) -> None:
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
-    store = CheckpointStore(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     own, updates = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
     for step in range(SAVED + 1):
         dist.barrier()
         begun = time.perf_counter()
-        store.save(step + 1, own, {"updates": updates})
+        store.save(step + 1, own, updates=updates)
         stalled = time.perf_counter()
         store.wait()
         dist.barrier()
@@ -152,13 +152,13 @@ def save(folder: Path) -> None:
 
 def ours(folder: Path) -> None:
     engine = engine_of((0, MODEL.num_layers), REPLICAS)
-    store = CheckpointStore(folder / "ours", ABOUT, keep=1, event=lambda _: None)
+    store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     dist.barrier()
     begun = time.perf_counter()
     manifest = store.find_newest()
     assert manifest is not None
-    read = functools.partial(store.load, manifest["step"])
-    restore_state(engine, MODEL.num_layers, read, manifest["updates"])
+    read = functools.partial(store.load, manifest.step)
+    restore_state(engine, MODEL.num_layers, read, manifest.updates)
     dist.barrier()
     answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
     store.close()

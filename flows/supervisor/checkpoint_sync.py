@@ -5,9 +5,8 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -17,12 +16,12 @@ from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_fi
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_NAME_PATTERN,
-    find_difference,
     list_committed_checkpoints,
     parse_sealed_manifest,
     parse_step,
 )
 from yuan.train.events import CheckpointStoredEvent
+from yuan.train.file_digest import FileDigest, find_difference
 from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -71,48 +70,54 @@ def sync_checkpoints(
     for name in local_names:
         manifest = b""
         try:
-            manifest = read_file(
-                folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES
-            )
+            manifest = _read_manifest_content(folder, name)
             if (name, manifest) in refused:
                 continue
-            if (
-                name in stored_names
-                and objects.get(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}") == manifest
-            ):
-                continue
-            if name in stored_names:  # from a trajectory that a roll back has discarded
-                _delete_stored_checkpoint(objects, run_id, name)
-            for file, expected in parse_manifest_files(manifest, name).items():
-                with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
-                    objects.put_file(
-                        f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file}",
-                        stream,
-                        int(expected["bytes"]),
-                        str(expected["sha256"]),
-                    )
-            if (
-                read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
-                != manifest
-            ):
-                _delete_stored_checkpoint(objects, run_id, name)  # replaced by another one during the upload
-                continue
-            objects.put(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}", manifest)
-        except FileNotFoundError:
+            if name in stored_names:
+                if objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
+                    continue
+                _delete_stored_checkpoint(objects, run_id, name)  # of a trajectory that a roll back has discarded
+            if _upload_checkpoint(objects, run_id, folder, name, manifest):
+                uploaded.append(name)
+        except FileNotFoundError:  # the run has pruned it meanwhile
             continue
         # Damaged, or not written by our ranks; the other checkpoints are uploaded.
         except (NotRegularFileError, ValueError) as error:
             log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
             _delete_stored_checkpoint(objects, run_id, name)
             refused.add((name, manifest))
-            continue
-        uploaded.append(name)
 
     newest = max(local_names, default="")
     for name in stored_names - set(local_names):
         if name < newest:  # the run has passed this step and pruned it
             _delete_stored_checkpoint(objects, run_id, name)
     return uploaded
+
+
+def _upload_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder, name: str, manifest: bytes) -> bool:
+    """Upload a checkpoint's files, then its manifest; return False if the run has replaced the checkpoint meanwhile.
+
+    Raises:
+        FileNotFoundError: if the run has pruned it meanwhile.
+        NotRegularFileError, ValueError: if it is damaged, or was not written by our ranks.
+    """
+    for file, digest in parse_manifest_files(manifest, name).items():
+        with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
+            objects.put_file(_make_key(run_id, name, file), stream, digest.num_bytes, digest.sha256)
+
+    if _read_manifest_content(folder, name) != manifest:
+        _delete_stored_checkpoint(objects, run_id, name)
+        return False
+    objects.put(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE), manifest)
+    return True
+
+
+def _read_manifest_content(folder: RunFolder, name: str) -> bytes:
+    return read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
+
+
+def _make_key(run_id: str, name: str, file: str) -> str:
+    return f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file}"
 
 
 def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
@@ -127,7 +132,7 @@ def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            if _download_checkpoint(objects, f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}", scratch):
+            if _download_checkpoint(objects, run_id, name, scratch):
                 _install_checkpoint(scratch, folder, name)
                 return name
         finally:
@@ -136,14 +141,14 @@ def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> 
     return None
 
 
-def _download_checkpoint(objects: ObjectStore, prefix: str, target: Path) -> bool:
+def _download_checkpoint(objects: ObjectStore, run_id: str, name: str, target: Path) -> bool:
     """Download a checkpoint; return whether all its files match the manifest."""
-    manifest = objects.get(f"{prefix}/{CHECKPOINT_MANIFEST_FILE}")
+    manifest = objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
     try:
-        files = parse_manifest_files(manifest, prefix.rpartition("/")[2])
+        files = parse_manifest_files(manifest, name)
         for file in files:
-            objects.get_file(f"{prefix}/{file}", target / file)
-        is_whole = all(find_difference(target, file, expected) is None for file, expected in files.items())
+            objects.get_file(_make_key(run_id, name, file), target / file)
+        is_whole = all(find_difference(target, file, digest) is None for file, digest in files.items())
     except ValueError:
         return False
     (target / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
@@ -161,26 +166,21 @@ def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
         move_folder(scratch, folder.path, f"checkpoints/{name}")
 
 
-def parse_manifest_files(manifest: bytes, name: str) -> dict[str, Any]:
-    """Return the files that the manifest of a checkpoint of this name lists, with their size and sha256.
+def parse_manifest_files(content: bytes, name: str) -> Mapping[str, FileDigest]:
+    """Return the files that the manifest of a checkpoint of this name lists, with their digests.
 
     Raises:
-        ValueError: if its checksum is wrong, it belongs to another checkpoint, or it lists no files or files outside
+        ValueError: if its seal is wrong, it belongs to another checkpoint, or it lists no files or files outside
             its folder.
     """
-    content = parse_sealed_manifest(manifest)
-    if content is None or content.get("step") != parse_step(Path(name)):
+    manifest = parse_sealed_manifest(content)
+    if manifest is None or manifest.step != parse_step(Path(name)):
         raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is damaged, or of another checkpoint")
 
-    try:
-        files = {str(file): dict(entry) for file, entry in content["files"].items()}
-        is_valid = bool(files) and all(int(entry["bytes"]) >= 0 and str(entry["sha256"]) for entry in files.values())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a manifest of a checkpoint: {error!r}") from None
-
-    if not is_valid or any(Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE) for file in files):
-        raise ValueError("a manifest must list files of its own folder, with their size and sha256")
-    return files
+    foreign = [file for file in manifest.files if Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE)]
+    if foreign or not manifest.files:
+        raise ValueError(f"a manifest must list files of its own folder, got {foreign or 'none'}")
+    return manifest.files
 
 
 def _list_stored_checkpoints(objects: ObjectStore, run_id: str) -> set[str]:
@@ -190,7 +190,7 @@ def _list_stored_checkpoints(objects: ObjectStore, run_id: str) -> set[str]:
 
 
 def _delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> None:
-    objects.delete(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{CHECKPOINT_MANIFEST_FILE}")
+    objects.delete(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
     for key in objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/"):
         objects.delete(key)
 

@@ -12,12 +12,11 @@ from flows.supervisor.checkpoint_sync import restore_checkpoint, sync_checkpoint
 from infra.objects import UPLOAD_PART_BYTES
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
-    MANIFEST_SCHEMA,
-    MANIFEST_SEAL_KEY,
-    compute_seal,
+    CheckpointManifest,
     list_committed_checkpoints,
 )
 from yuan.train.events import CheckpointStoredEvent
+from yuan.train.file_digest import FileDigest, digest_content
 from yuan.train.run_folder import RunFolder
 
 
@@ -30,15 +29,14 @@ def checkpoint(folder, step, content=b"weights"):
     path = folder.checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
-    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / "manifest.json").write_bytes(seal(step, {"__0_0.distcp": digest}))
+    (path / "manifest.json").write_bytes(seal(step, {"__0_0.distcp": digest_content(content)}))
     return path
 
 
 def seal(step, files):
-    """A checkpoint's manifest as a run writes it."""
-    manifest = {"schema": MANIFEST_SCHEMA, "step": step, "files": files}
-    return json.dumps({**manifest, MANIFEST_SEAL_KEY: compute_seal(manifest)}).encode()
+    """Return a checkpoint's manifest as a run writes it."""
+    manifest = CheckpointManifest(step=step, model={}, order={}, updates=step, loss=None, decisions=None, files=files)
+    return json.dumps(manifest.to_json()).encode()
 
 
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
@@ -184,7 +182,7 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
 def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path / "here")
     path = checkpoint(folder, 1)
-    manifest = seal(1, {name: {"bytes": 7, "sha256": "0"}})
+    manifest = seal(1, {name: FileDigest(num_bytes=7, sha256="0")})
     (path / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
     objects.put(f"checkpoints/{run_id}/step-00000001/{CHECKPOINT_MANIFEST_FILE}", manifest)
@@ -203,7 +201,8 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "manifest", [b'{"files": {}}', seal(1, {}), seal(2, {"a": {"bytes": 0, "sha256": "0"}}), seal(1, {})[:-3] + b'9"}']
+    "manifest",
+    [b'{"files": {}}', seal(1, {}), seal(2, {"a": FileDigest(num_bytes=0, sha256="0")}), seal(1, {})[:-3] + b'9"}'],
 )
 def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)

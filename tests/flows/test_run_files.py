@@ -8,9 +8,10 @@ import pytest
 from flows.supervisor.exit_reason import classify, read_log_tail
 from infra.launchers.job import JobEnding
 from yuan.safe_files import NotRegularFileError, is_file, list_names, open_file, read_file
-from yuan.train.checkpoint_manifest import find_difference, list_committed_checkpoints
+from yuan.train.checkpoint_manifest import list_committed_checkpoints
 from yuan.train.events import EndedEvent
 from yuan.train.exit_status import read_exit_notes
+from yuan.train.file_digest import FileDigest, find_difference
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LOG_READ_BYTES, LogTail
 from yuan.train.run_folder import RunFolder, write_json
@@ -115,7 +116,9 @@ def test_a_log_without_end_is_read_in_parts_and_its_lines_are_found_again(folder
 def test_a_file_of_another_size_is_not_hashed(folder):
     with (folder.path / "tokens.bin").open("wb") as file:
         file.truncate(1 << 40)
-    assert find_difference(folder.path, "tokens.bin", {"bytes": 5, "sha256": "0"}) == f"has {1 << 40} bytes, not 5"
+    assert (
+        find_difference(folder.path, "tokens.bin", FileDigest(num_bytes=5, sha256="0")) == f"has {1 << 40} bytes, not 5"
+    )
 
 
 def test_a_run_json_that_is_a_link_is_said_to_be_one(folder, victim):

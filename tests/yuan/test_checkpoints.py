@@ -30,7 +30,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path, events):
-    store = CheckpointStore(tmp_path, ABOUT, keep=2, event=events.append)
+    store = CheckpointStore(tmp_path, **ABOUT, keep=2, event=events.append)
     yield store
     store.close()
 
@@ -40,7 +40,7 @@ def values(step):
 
 
 def save(store, step):
-    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, {"updates": step})
+    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, updates=step)
     store.wait()
 
 
@@ -55,7 +55,7 @@ def test_any_cut_of_a_tensor_can_be_read(store):
 
 def test_what_is_saved_is_as_it_was_when_asked(store):
     tensor = torch.ones(10)
-    store.save(1, {"weight/a": TensorPiece(0, 10, tensor)}, {"updates": 1})
+    store.save(1, {"weight/a": TensorPiece(0, 10, tensor)}, updates=1)
     tensor.zero_()
     read = {"weight/a": TensorPiece(0, 10, torch.zeros(10))}
     store.wait()
@@ -67,30 +67,28 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events)
     for step in (1, 2, 3):
         save(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    assert store.find_newest()["step"] == 3 and store.find_newest()["updates"] == 3
+    assert store.find_newest().step == 3 and store.find_newest().updates == 3
     assert events == [CheckpointEvent(step=step) for step in (1, 2, 3)]
 
 
 def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
     store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
-        store.save(
-            step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, {"updates": 1, "loss": loss}
-        )
+        store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, updates=1, loss=loss)
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
-    assert store.find_newest(until=3)["step"] == 2
+    assert store.find_newest(until=3).step == 2
     store.drop_after(2)
-    assert store.find_newest()["step"] == 2
+    assert store.find_newest().step == 2
 
 
 def test_no_manifest_is_no_checkpoint(store, tmp_path):
     save(store, 1)
     save(store, 2)
     (tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE).unlink()
-    assert store.find_newest()["step"] == 1
+    assert store.find_newest().step == 1
     save(store, 3)
-    assert store.find_newest()["step"] == 3 and not (tmp_path / "step-00000002").exists()
+    assert store.find_newest().step == 3 and not (tmp_path / "step-00000002").exists()
 
 
 def flip(path):
@@ -110,7 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
     save(store, 1)
     save(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
-    assert store.find_newest()["step"] == 1
+    assert store.find_newest().step == 1
     assert isinstance(events[-1], CheckpointDamagedEvent) and events[-1].step == 2
     assert "__0_0.distcp" in events[-1].what and what in events[-1].what
 
@@ -118,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, 
 @pytest.mark.parametrize("key", ["model", "order"])
 def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
     save(store, 1)
-    other = CheckpointStore(tmp_path, {**ABOUT, key: "another"}, keep=2, event=print)
+    other = CheckpointStore(tmp_path, **{**ABOUT, key: {"name": "another"}}, keep=2, event=print)
     with pytest.raises(ValueError, match=f"another run: its {key}"):
         other.find_newest()
     other.close()
@@ -131,7 +129,7 @@ def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
     manifest = tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
-    assert store.find_newest()["step"] == 1
+    assert store.find_newest().step == 1
     assert events[-1] == CheckpointDamagedEvent(step=2, what="manifest.json differs from its seal")
 
 
@@ -146,4 +144,4 @@ def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stay
     (tmp_path / "step-00000002").write_text("a file is where the folder should be")
     save(store, 2)
     assert isinstance(events[-1], CheckpointFailedEvent) and events[-1].step == 2
-    assert store.find_newest()["step"] == 1
+    assert store.find_newest().step == 1

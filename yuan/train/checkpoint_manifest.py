@@ -2,31 +2,78 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yuan.safe_files import hash_stream, is_file, list_names, open_file, read_file
+from yuan.safe_files import is_file, list_names, read_file
+from yuan.train.file_digest import FileDigest, find_difference
 
 CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
 CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")  # no run reaches 10**8 steps
 
 
-def compute_digest(file: Path) -> dict[str, Any]:
-    """Return the size and sha256 of a file."""
-    with os.fdopen(open_file(file.parent, file.name), "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        return {"bytes": size, "sha256": hash_stream(stream)}
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """Content of a checkpoint's manifest.json, which is written last and makes the checkpoint valid.
 
+    `model` and `order` are the run's model and order of data. `updates` counts the optimizer's updates; `loss` is the
+    mean over the good steps since the previous checkpoint, None without one; `decisions` are those of the guard.
+    """
 
-def compute_digest_or_error(file: Path) -> dict[str, Any]:
-    """Return the digest, or the error if the file cannot be read, so that other ranks receive the error."""
-    try:
-        return compute_digest(file)
-    except OSError as error:
-        return {"error": str(error.strerror)}
+    step: int
+    model: Mapping[str, Any]
+    order: Mapping[str, Any]
+    updates: int
+    loss: float | None
+    decisions: str | None
+    files: Mapping[str, FileDigest]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stored form, with its seal."""
+        content = {
+            "schema": MANIFEST_SCHEMA,
+            "step": self.step,
+            "model": self.model,
+            "order": self.order,
+            "updates": self.updates,
+            "loss": self.loss,
+            "decisions": self.decisions,
+            "files": {name: digest.to_json() for name, digest in self.files.items()},
+        }
+        return {**content, MANIFEST_SEAL_KEY: compute_seal(content)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CheckpointManifest":
+        """Read the stored form, without its seal; unknown fields are ignored.
+
+        Raises:
+            ValueError: if it is of another schema, or a field is missing or wrong.
+        """
+        step, updates, files = (data.get(key) for key in ("step", "updates", "files"))
+        model, order, loss, decisions = (data.get(key) for key in ("model", "order", "loss", "decisions"))
+        if not (
+            data.get("schema") == MANIFEST_SCHEMA
+            and isinstance(step, int)
+            and isinstance(updates, int)
+            and isinstance(files, Mapping)
+            and isinstance(model, Mapping)
+            and isinstance(order, Mapping)
+            and isinstance(loss, int | float | None)
+            and isinstance(decisions, str | None)
+        ):
+            raise ValueError(f"not a manifest of a checkpoint of schema {MANIFEST_SCHEMA}")
+        return cls(
+            step=step,
+            model=model,
+            order=order,
+            updates=updates,
+            loss=loss,
+            decisions=decisions,
+            files={name: FileDigest.from_json(digest) for name, digest in files.items()},
+        )
 
 
 def compute_seal(manifest: Mapping[str, Any]) -> str:
@@ -35,23 +82,19 @@ def compute_seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
-def read_sealed_manifest(file: Path) -> dict[str, Any] | None:
-    """Read and verify a manifest; return None if it is missing or does not match its seal."""
+def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
+    """Read and verify a checkpoint's manifest; return None if it is missing or does not match its seal."""
     try:
-        return parse_sealed_manifest(read_file(file.parent, file.name))
+        return parse_sealed_manifest(read_file(checkpoint, CHECKPOINT_MANIFEST_FILE))
     except OSError:
         return None
 
 
-def parse_sealed_manifest(text: bytes) -> dict[str, Any] | None:
+def parse_sealed_manifest(text: bytes) -> CheckpointManifest | None:
     """Parse and verify the text of a manifest; return None if it does not match its seal."""
     try:
-        manifest = json.loads(text)
-        return (
-            dict(manifest)
-            if manifest[MANIFEST_SEAL_KEY] == compute_seal(manifest) and manifest["schema"] == MANIFEST_SCHEMA
-            else None
-        )
+        stored = json.loads(text)
+        return CheckpointManifest.from_json(stored) if stored[MANIFEST_SEAL_KEY] == compute_seal(stored) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -78,29 +121,16 @@ def parse_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def find_damage(path: Path, manifest: Mapping[str, Any]) -> str | None:
+def find_damage(path: Path, manifest: CheckpointManifest) -> str | None:
     """Describe how a checkpoint's files differ from its manifest; return None if they match."""
-    return format_differences(find_differences(path, manifest, manifest["files"]))
+    return format_differences(find_differences(path, manifest, manifest.files))
 
 
-def find_differences(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+def find_differences(path: Path, manifest: CheckpointManifest, names: Iterable[str]) -> dict[str, str]:
     """Describe how some of a checkpoint's files differ from its manifest, by file name."""
-    return {name: message for name in names if (message := find_difference(path, name, manifest["files"][name]))}
+    return {name: message for name in names if (message := find_difference(path, name, manifest.files[name]))}
 
 
 def format_differences(differences: Mapping[str, str]) -> str | None:
     """Join differences into one line; return None if there are none."""
     return "; ".join(f"{name} {message}" for name, message in sorted(differences.items())) or None
-
-
-def find_difference(folder: Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    """Describe how a file below a trusted folder differs from its digest; a file of another size is not read."""
-    try:
-        with os.fdopen(open_file(folder, name), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != expected["bytes"]:
-                return f"has {size} bytes, not {expected['bytes']}"
-            digest = hash_stream(stream)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if digest == expected["sha256"] else "has another sha256"

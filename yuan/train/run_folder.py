@@ -1,6 +1,5 @@
 """The run folder: inputs, outputs, and the files that hold them (design: a run is a folder)."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,15 +13,13 @@ from yuan.data.samples import Sample
 from yuan.plan.plan_record import PipelinePlan
 from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file
 from yuan.train.checkpoint_manifest import (
-    CHECKPOINT_MANIFEST_FILE,
-    compute_digest,
-    find_difference,
     format_checkpoint_name,
     list_committed_checkpoints,
     parse_step,
-    read_sealed_manifest,
+    read_manifest,
 )
 from yuan.train.events import RunEvent, parse_event
+from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference
 from yuan.train.log_tail import LogTail
 from yuan.train.run_status import RunStatus
 
@@ -155,12 +152,8 @@ class RunFolder:
             raise ValueError(f"{self.path} has no {RUN_SPEC_FILE}; prepare the run first") from None
         except NotRegularFileError as error:
             raise ValueError(f"{self.path / RUN_SPEC_FILE} {error.strerror}; prepare a new run") from None
-        accepted_digests = [
-            entry.get("sha256")
-            for name, entry in self._read_seal().items()
-            if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY)
-        ]
-        if hashlib.sha256(text).hexdigest() not in accepted_digests:
+        seal = self._read_seal()
+        if digest_content(text) not in (seal.get(RUN_SPEC_FILE), seal.get(PREVIOUS_SPEC_KEY)):
             raise ValueError(
                 f"{self.path / RUN_SPEC_FILE} differs from its seal: it was edited manually; restore it, or prepare "
                 "a new run with the new settings"
@@ -199,15 +192,13 @@ class RunFolder:
 
     def write_spec(self, spec: RunSpec) -> None:
         """Replace run.json, for another plan; the seal accepts both, so a kill between the two writes does no harm."""
-        text = json.dumps(spec.to_json(), indent=2)
-        digest = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        before = (
-            {PREVIOUS_SPEC_KEY: compute_digest(self.path / RUN_SPEC_FILE)}
-            if (self.path / RUN_SPEC_FILE).exists()
-            else {}
-        )
-        self._write_seal({**self._read_seal(), **before, RUN_SPEC_FILE: digest})
-        write_json(self.path / RUN_SPEC_FILE, spec.to_json())
+        file, content = self.path / RUN_SPEC_FILE, json.dumps(spec.to_json(), indent=2).encode()
+        seal = self._read_seal()
+        if file.exists():
+            seal[PREVIOUS_SPEC_KEY] = compute_digest(file)
+        seal[RUN_SPEC_FILE] = digest_content(content)
+        self._write_seal(seal)
+        replace_file(self.path, RUN_SPEC_FILE, content)
 
     def check_inputs(self) -> RunSpec:
         """Read every input and compare it with the seal; call this before devices are allocated.
@@ -235,26 +226,28 @@ class RunFolder:
         """List checkpoints of another model or data order; the ranks themselves skip damaged manifests."""
         problems = []
         for path in list_committed_checkpoints(self.checkpoints):
-            manifest = read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)
+            manifest = read_manifest(path)
             if manifest is None:
                 continue
-            if manifest["model"] != spec.model.to_json():
-                problems.append(f"checkpoint {path.name} is of the model {manifest['model']}")
-            elif any(manifest["order"].get(key) != value for key, value in spec.order.items()):
-                problems.append(f"checkpoint {path.name} is of another order of data, {manifest['order']}")
+            if manifest.model != spec.model.to_json():
+                problems.append(f"checkpoint {path.name} is of the model {manifest.model}")
+            elif any(manifest.order.get(key) != value for key, value in spec.order.items()):
+                problems.append(f"checkpoint {path.name} is of another order of data, {manifest.order}")
         return problems
 
     def open_corpus(self, seed: int) -> Corpus:
         return Corpus(self.data, seed)
 
-    def _read_seal(self) -> dict[str, Any]:
+    def _read_seal(self) -> dict[str, FileDigest]:
+        """Return the digests of the inputs by file name; none if the seal is missing or not valid."""
         try:
-            return dict(json.loads(read_file(self.path, SEAL_FILE)))
-        except (FileNotFoundError, NotRegularFileError, ValueError):
+            stored = dict(json.loads(read_file(self.path, SEAL_FILE)))
+            return {name: FileDigest.from_json(digest) for name, digest in stored.items()}
+        except (FileNotFoundError, NotRegularFileError, ValueError, TypeError):
             return {}
 
-    def _write_seal(self, files: Mapping[str, Any]) -> None:
-        write_json(self.path / SEAL_FILE, dict(files))
+    def _write_seal(self, files: Mapping[str, FileDigest]) -> None:
+        write_json(self.path / SEAL_FILE, {name: digest.to_json() for name, digest in files.items()})
 
     def read_status(self) -> RunStatus | None:
         """Read status.json; return None before the first step, and if the file is not valid."""

@@ -16,6 +16,7 @@ from yuan.safe_files import replace_file
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
+from yuan.train.checkpoint_manifest import CheckpointManifest
 from yuan.train.events import CleanRepeatEvent, RepeatEvent, ResumeEvent, RollBackEvent, SkipEvent, StopEvent
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import HeartbeatWriter
@@ -66,9 +67,12 @@ class Trainer:
         self.pacer = ThroughputMeter(spec.model, spec.plan)
         names = [source.name for source in self.corpus.sources]
         self.run_log = RunLog(folder, self.rank, names, self.recipe.max_steps)
-        about = {"model": spec.model.to_json(), "order": {**spec.order, "sources": self.corpus.order}}
         self.checkpoints = CheckpointStore(
-            folder.checkpoints, about, keep=KEEP_CHECKPOINTS, event=self.run_log.log_event
+            folder.checkpoints,
+            model=spec.model.to_json(),
+            order={**spec.order, "sources": self.corpus.order},
+            keep=KEEP_CHECKPOINTS,
+            event=self.run_log.log_event,
         )
         self._losses: list[float] = []  # of the good steps since the last checkpoint
         self.step = self._resume()
@@ -156,7 +160,7 @@ class Trainer:
             raise NumericalError(
                 f"step {self.step} is wrong, {fault}, and no complete checkpoint is older; start a new run"
             )
-        step = int(manifest["step"])
+        step = manifest.step
 
         # Drop before the decision is saved: a run killed between the two in the other order would resume from a
         # checkpoint of the old data order.
@@ -193,17 +197,16 @@ class Trainer:
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
-        state = {"updates": updates, "loss": loss, "decisions": self.decisions.to_json()}
-        self.checkpoints.save(self.step, pieces, state)
+        self.checkpoints.save(self.step, pieces, updates=updates, loss=loss, decisions=self.decisions.to_json())
         self.heartbeat.note_progress("between steps")
 
     def _resume(self) -> int:
         """Resume from the newest complete checkpoint, written under any plan; return its step, or 0 without one."""
         manifest = self.checkpoints.find_newest()
         # The checkpoint's copy of the decisions is used if guard.json was lost with the disk.
-        saved_decisions = None if manifest is None else manifest.get("decisions")
+        saved_decisions = None if manifest is None else manifest.decisions
         self.decisions = GuardDecisions.read(self.folder.path / GUARD_DECISIONS_FILE, saved_decisions)
-        step = 0 if manifest is None else int(manifest["step"])
+        step = 0 if manifest is None else manifest.step
         self._save_decisions(self.decisions.drop_skips_from(step))
         if manifest is None:
             self.run_log.drop_metrics_after(0)
@@ -214,12 +217,12 @@ class Trainer:
         log.info("resumed %s at step %d", self.folder.path.name, step)
         return step
 
-    def _restore_checkpoint(self, manifest: dict[str, Any]) -> None:
+    def _restore_checkpoint(self, manifest: CheckpointManifest) -> None:
         """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""
-        step = int(manifest["step"])
+        step = manifest.step
         self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
         read = functools.partial(self.checkpoints.load, step)
-        restore_state(self.engine, self.spec.model.num_layers, read, int(manifest["updates"]))
+        restore_state(self.engine, self.spec.model.num_layers, read, manifest.updates)
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.recipe.spike_sigmas)
         self._losses.clear()
@@ -243,7 +246,7 @@ class Trainer:
         """Export the last checkpoint as a model folder, on rank 0."""
         self.heartbeat.note_progress("exporting", is_patient=True)
         manifest = self.checkpoints.find_newest()
-        if manifest is None or int(manifest["step"]) != self.step:
+        if manifest is None or manifest.step != self.step:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")
         if self.rank == 0:
             export_checkpoint(self.folder, self.folder.checkpoint(self.step), self.folder.export)

@@ -10,8 +10,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,23 +21,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 from yuan.train.checkpoint.dcp import TensorPiece, read_pieces, write_pieces
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
-    MANIFEST_SCHEMA,
-    MANIFEST_SEAL_KEY,
-    compute_digest_or_error,
-    compute_seal,
+    CheckpointManifest,
     find_differences,
     format_checkpoint_name,
     format_differences,
     list_committed_checkpoints,
     parse_step,
-    read_sealed_manifest,
+    read_manifest,
 )
 from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent, RunEvent
+from yuan.train.file_digest import FileDigest, compute_digest
 from yuan.train.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
+MAX_FAILURE_CHARACTERS = 500  # of an error in an event
+
 EventCallback = Callable[[RunEvent], None]
+Gathered = TypeVar("Gathered")
 
 
 class CheckpointStore:
@@ -44,13 +46,16 @@ class CheckpointStore:
 
     Args:
         folder: shared by all ranks.
-        about: properties of the run, stored in every manifest and compared when a checkpoint is read; JSON.
-        keep: number of newest checkpoints to keep; the one with the lowest `loss` in its state is kept as well.
+        model: the run's model, stored in every manifest and compared when a checkpoint is read; JSON.
+        order: the run's order of data, likewise.
+        keep: number of newest checkpoints to keep; the one with the lowest loss is kept as well.
         event: called on rank 0 with an event when a checkpoint is committed, found damaged, or has failed.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], *, keep: int, event: EventCallback) -> None:
-        self.folder, self.about, self.keep, self.event = folder, dict(about), keep, event
+    def __init__(
+        self, folder: Path, *, model: Mapping[str, Any], order: Mapping[str, Any], keep: int, event: EventCallback
+    ) -> None:
+        self.folder, self.model, self.order, self.keep, self.event = folder, model, order, keep, event
         # A separate gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -60,15 +65,31 @@ class CheckpointStore:
         self._pending_write: Future[None] | None = None
         self._copies: dict[str, TensorPiece] = {}  # reused, since new memory has to be mapped page by page
 
-    def save(self, step: int, pieces: Mapping[str, TensorPiece], state: Mapping[str, Any]) -> None:
-        """Copy the pieces and write them in the background; wait first for the previous checkpoint."""
+    def save(
+        self,
+        step: int,
+        pieces: Mapping[str, TensorPiece],
+        *,
+        updates: int,
+        loss: float | None = None,
+        decisions: str | None = None,
+    ) -> None:
+        """Copy the pieces and write them in the background; wait first for the previous checkpoint.
+
+        Args:
+            updates, loss, decisions: stored in the manifest; see `CheckpointManifest`.
+        """
         self.wait()
+        manifest = CheckpointManifest(
+            step=step, model=self.model, order=self.order, updates=updates, loss=loss, decisions=decisions, files={}
+        )
+
         if self._copies.keys() != pieces.keys():
             empty = {key: torch.empty_like(piece.values, device="cpu") for key, piece in pieces.items()}
             self._copies = {key: TensorPiece(piece.start, piece.size, empty[key]) for key, piece in pieces.items()}
         for key, piece in pieces.items():
             self._copies[key].values.copy_(piece.values)
-        self._pending_write = self._executor.submit(self._write, step, dict(state))
+        self._pending_write = self._executor.submit(self._write, manifest)
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is committed or has failed; a failure is an event, not an exception."""
@@ -76,7 +97,7 @@ class CheckpointStore:
             self._pending_write.result()
             self._pending_write = None
 
-    def find_newest(self, *, until: int | None = None) -> dict[str, Any] | None:
+    def find_newest(self, *, until: int | None = None) -> CheckpointManifest | None:
         """Return the manifest of the newest valid checkpoint; damaged ones are skipped, with an event for each.
 
         Args:
@@ -98,14 +119,9 @@ class CheckpointStore:
                 return manifest
         return None
 
-    def _list_manifests(self) -> list[tuple[Path, dict[str, Any] | None]]:
+    def _list_manifests(self) -> list[tuple[Path, CheckpointManifest | None]]:
         """List committed checkpoints, newest first, with their manifests; None if one differs from its seal."""
-        listing = [
-            [
-                (path.name, read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE))
-                for path in list_committed_checkpoints(self.folder)
-            ]
-        ]
+        listing = [[(path.name, read_manifest(path)) for path in list_committed_checkpoints(self.folder)]]
         # Rank 0 lists them for all ranks: it writes the manifests, after the other ranks have written their files.
         dist.broadcast_object_list(listing, src=0, group=self.group)
         return [(self.folder / name, manifest) for name, manifest in reversed(listing[0])]
@@ -136,77 +152,110 @@ class CheckpointStore:
         if self.rank == 0:
             for path in list_committed_checkpoints(self.folder):
                 if parse_step(path) > step:
-                    (
-                        path / CHECKPOINT_MANIFEST_FILE
-                    ).unlink()  # first, so that no partial checkpoint stays valid after a kill
-                    shutil.rmtree(path)
+                    _delete_checkpoint(path)
         dist.barrier(group=self.group)
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
-        path = self._build_path(step)
+    def _write(self, manifest: CheckpointManifest) -> None:
+        """Write the copies as a checkpoint, and commit it on rank 0 when the files of all ranks are written."""
+        step, path = manifest.step, self._build_path(manifest.step)
         try:
             if self.rank == 0:
                 self._clear(path)
             dist.barrier(group=self.group)
-            write_pieces(path, self._copies, self.group)
-            rank_files = [*path.glob(f"__{self.rank}_*"), *([path / ".metadata"] if self.rank == 0 else [])]
-            files = self._gather({file.name: compute_digest_or_error(file) for file in rank_files})
-            if unreadable := [name for name, digest in files.items() if "error" in digest]:
-                raise OSError(f"{unreadable[0]} was written but cannot be read: {files[unreadable[0]]['error']}")
+            files = self._write_files(path)
             if self.rank == 0:
-                manifest = {"schema": MANIFEST_SCHEMA, "step": step, **self.about, **state, "files": files}
-                write_json(path / CHECKPOINT_MANIFEST_FILE, {**manifest, MANIFEST_SEAL_KEY: compute_seal(manifest)})
-                for entry in (path / CHECKPOINT_MANIFEST_FILE, path, self.folder):
-                    _fsync(entry)
+                self._commit(path, replace(manifest, files=files))
                 self._prune()
                 self._emit_event(CheckpointEvent(step=step))
         except (OSError, CheckpointException) as error:  # a full disk: the run continues, with the previous checkpoint
             log.warning("checkpoint of step %d failed: %s", step, error)
-            self._emit_event(CheckpointFailedEvent(step=step, what=str(error)[:500]))
+            self._emit_event(CheckpointFailedEvent(step=step, what=str(error)[:MAX_FAILURE_CHARACTERS]))
+
+    def _write_files(self, path: Path) -> dict[str, FileDigest]:
+        """Write this rank's files, and return the digests of the files of all ranks.
+
+        Raises:
+            OSError: on all ranks, if one of them cannot read its files back.
+            CheckpointException: on all ranks, if one of them cannot write.
+        """
+        write_pieces(path, self._copies, self.group)
+        rank_files = list(path.glob(f"__{self.rank}_*"))
+        if self.rank == 0:
+            rank_files.append(path / ".metadata")
+
+        digests = self._gather({file.name: _compute_digest_or_error(file) for file in rank_files})
+        for name, digest in digests.items():
+            if isinstance(digest, str):
+                raise OSError(f"{name} was written but cannot be read: {digest}")
+        return {name: digest for name, digest in digests.items() if isinstance(digest, FileDigest)}
+
+    def _commit(self, path: Path, manifest: CheckpointManifest) -> None:
+        """Write the manifest, which makes the checkpoint valid, and flush it with its folders to disk."""
+        write_json(path / CHECKPOINT_MANIFEST_FILE, manifest.to_json())
+        for entry in (path / CHECKPOINT_MANIFEST_FILE, path, self.folder):
+            _fsync(entry)
 
     def _clear(self, path: Path) -> None:
         """Remove a folder of the same step, and all partial checkpoints, which a kill leaves."""
-        for partial in {path, *self.folder.glob("step-*")} - set(list_committed_checkpoints(self.folder)) | {path}:
-            shutil.rmtree(partial, ignore_errors=True)
+        partial_checkpoints = set(self.folder.glob("step-*")) - set(list_committed_checkpoints(self.folder))
+        for folder in partial_checkpoints | {path}:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self) -> None:
         """Remove checkpoints that are not among the newest, not the best, and not needed for a roll back."""
         committed = list(list_committed_checkpoints(self.folder))
-        losses = [
-            (manifest.get("loss"), path)
-            for path in committed
-            if (manifest := read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE))
-        ]
-        _, best = min(((float(loss), path) for loss, path in losses if loss is not None), default=(0.0, None))
-        rollback = [
-            path for path in committed if self.rollback_step is not None and parse_step(path) <= self.rollback_step
-        ][-1:]
-        for old in set(committed[: -self.keep]) - {best, *rollback}:
-            (old / CHECKPOINT_MANIFEST_FILE).unlink()
-            shutil.rmtree(old)
+        kept = set(committed[-self.keep :])
+
+        manifests = {path: manifest for path in committed if (manifest := read_manifest(path)) is not None}
+        losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
+        if losses:
+            kept.add(min(losses, key=lambda path: losses[path]))
+
+        if self.rollback_step is not None:
+            kept |= set([path for path in committed if parse_step(path) <= self.rollback_step][-1:])
+
+        for path in committed:
+            if path not in kept:
+                _delete_checkpoint(path)
 
     def _emit_event(self, event: RunEvent) -> None:
         if self.rank == 0:
             self.event(event)
 
-    def _gather(self, part: dict[str, Any]) -> dict[str, Any]:
+    def _gather(self, part: dict[str, Gathered]) -> dict[str, Gathered]:
         """Merge the dicts of all ranks."""
-        parts: list[dict[str, Any]] = [{}] * self.ranks
+        parts: list[dict[str, Gathered]] = [{}] * self.ranks
         dist.all_gather_object(parts, part, group=self.group)
         return {name: value for each in parts for name, value in each.items()}
 
-    def _find_damage(self, path: Path, manifest: dict[str, Any]) -> str | None:
+    def _find_damage(self, path: Path, manifest: CheckpointManifest) -> str | None:
         """Describe damaged files; each rank reads a part of the files, and all get the same result."""
-        names = sorted(manifest["files"])[self.rank :: self.ranks]
+        names = sorted(manifest.files)[self.rank :: self.ranks]
         return format_differences(self._gather(find_differences(path, manifest, names)))
 
-    def _check_same_run(self, path: Path, manifest: dict[str, Any]) -> None:
-        for key, value in self.about.items():
-            if manifest.get(key) != value:
+    def _check_same_run(self, path: Path, manifest: CheckpointManifest) -> None:
+        for key, found, expected in (
+            ("model", manifest.model, self.model),
+            ("order", manifest.order, self.order),
+        ):
+            if found != expected:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {manifest.get(key)!r}, and this run's is "
-                    f"{value!r}; remove it from the folder, or start a run in a new folder"
+                    f"checkpoint {path} is of another run: its {key} is {found!r}, and this run's is {expected!r}; "
+                    "remove it from the folder, or start a run in a new folder"
                 )
+
+
+def _compute_digest_or_error(file: Path) -> FileDigest | str:
+    """Return the digest, or the error if the file cannot be read, so that other ranks receive the error."""
+    try:
+        return compute_digest(file)
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _delete_checkpoint(path: Path) -> None:
+    (path / CHECKPOINT_MANIFEST_FILE).unlink()  # first, so that no partial checkpoint stays valid after a kill
+    shutil.rmtree(path)
 
 
 def _fsync(path: Path) -> None:

@@ -22,7 +22,7 @@ from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     find_damage,
     list_committed_checkpoints,
-    read_sealed_manifest,
+    read_manifest,
 )
 from yuan.train.run_folder import RunFolder
 
@@ -35,15 +35,15 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
     Raises:
         ValueError: if the checkpoint is damaged, or of another model.
     """
-    manifest = read_sealed_manifest(checkpoint / CHECKPOINT_MANIFEST_FILE)
+    manifest = read_manifest(checkpoint)
     damage = (
         f"{CHECKPOINT_MANIFEST_FILE} differs from its seal" if manifest is None else find_damage(checkpoint, manifest)
     )
     if manifest is None or damage:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; export another one")
     spec = folder.read_spec()
-    if manifest["model"] != spec.model.to_json():
-        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest['model']}, but the run's is {spec.model}")
+    if manifest.model != spec.model.to_json():
+        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest.model}, but the run's is {spec.model}")
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Yuan(spec.model).state_dict().items()}
 
@@ -53,7 +53,7 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
             read_pieces(checkpoint, {f"weight/{name}": TensorPiece(0, len(whole), whole)})
             yield name, whole.view(shape)
 
-    about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest["step"]}
+    about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}
     with replace_folder(target) as scratch:
         files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
         weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, about)
@@ -65,21 +65,21 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
     Raises:
         ValueError: if the run has no such checkpoint; the message lists the steps it has.
     """
-    committed = list(list_committed_checkpoints(folder.checkpoints))
     manifests = {
         path: manifest
-        for path in committed
-        if (manifest := read_sealed_manifest(path / CHECKPOINT_MANIFEST_FILE)) is not None
+        for path in list_committed_checkpoints(folder.checkpoints)
+        if (manifest := read_manifest(path)) is not None
     }
-    steps = {str(manifest["step"]): path for path, manifest in manifests.items()}
-    scored = {path: m["loss"] for path, m in manifests.items() if m.get("loss") is not None}
+    path_by_step = {str(manifest.step): path for path, manifest in manifests.items()}
+    losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
     if which == "last" and manifests:
-        return max(manifests, key=lambda path: int(manifests[path]["step"]))
-    if which == "best" and scored:
-        return min(scored, key=lambda path: float(scored[path]))
-    if which in steps:
-        return steps[which]
-    raise ValueError(f"{folder.path} has no checkpoint {which!r}; it has the steps {', '.join(steps) or 'none'}")
+        return max(manifests, key=lambda path: manifests[path].step)
+    if which == "best" and losses:
+        return min(losses, key=lambda path: losses[path])
+    if which in path_by_step:
+        return path_by_step[which]
+    steps = ", ".join(path_by_step) or "none"
+    raise ValueError(f"{folder.path} has no checkpoint {which!r}; it has the steps {steps}")
 
 
 def main() -> int:

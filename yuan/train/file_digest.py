@@ -1,0 +1,61 @@
+"""Digests of files: size and sha256, as the manifest of a checkpoint and the seal of a run store them."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from yuan.safe_files import hash_stream, open_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Size and sha256 of a file."""
+
+    num_bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, int | str]:
+        return {"bytes": self.num_bytes, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, data: object) -> "FileDigest":
+        """Read a stored digest.
+
+        Raises:
+            ValueError: if size or sha256 is missing or wrong.
+        """
+        entry = data if isinstance(data, Mapping) else {}
+        num_bytes, sha256 = entry.get("bytes"), entry.get("sha256")
+        if not isinstance(num_bytes, int) or num_bytes < 0 or not isinstance(sha256, str) or not sha256:
+            raise ValueError(f"a file needs a size in bytes and a sha256, got {num_bytes!r} and {sha256!r}")
+        return cls(num_bytes=num_bytes, sha256=sha256)
+
+
+def digest_content(content: bytes) -> FileDigest:
+    """Return the digest of a file with this content."""
+    return FileDigest(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def compute_digest(file: Path) -> FileDigest:
+    """Read a file and return its digest.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    with os.fdopen(open_file(file.parent, file.name), "rb") as stream:
+        return FileDigest(num_bytes=os.fstat(stream.fileno()).st_size, sha256=hash_stream(stream))
+
+
+def find_difference(folder: Path, name: str, expected: FileDigest) -> str | None:
+    """Describe how a file below a trusted folder differs from its digest; a file of another size is not read."""
+    try:
+        with os.fdopen(open_file(folder, name), "rb") as stream:
+            num_bytes = os.fstat(stream.fileno()).st_size
+            if num_bytes != expected.num_bytes:
+                return f"has {num_bytes} bytes, not {expected.num_bytes}"
+            sha256 = hash_stream(stream)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if sha256 == expected.sha256 else "has another sha256"
