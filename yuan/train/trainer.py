@@ -3,7 +3,6 @@
 import functools
 import logging
 import statistics
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,20 +41,14 @@ class Trainer:
     def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: HeartbeatWriter) -> None:
         self.folder, self.spec, self.recipe, self.heartbeat = folder, spec, spec.recipe, heartbeat
         self.corpus = folder.open_corpus(spec.seed)
+        source_names = [source.name for source in self.corpus.sources]
         self.rank = dist.get_rank()
+        self.run_log = RunLog(folder, self.rank, source_names, self.recipe.max_steps)
+        self.pacer = ThroughputMeter(spec.model, spec.plan)
+
         torch.manual_seed(spec.seed)
-        tally = SourceLossTally(len(self.corpus.sources))
-        self.module = PlannedPipeline(
-            spec.model,
-            spec.plan.bounds,
-            spec.seed,
-            loss_block=spec.plan.loss_block,
-            isolated=self.recipe.isolate_documents,
-            recomputed=spec.plan.recomputed,
-            tally=tally,
-        )
-        if spec.parent is not None:
-            load_weights(self.module, TensorReader(folder.parent), spec.model.num_layers)
+        tally = SourceLossTally(len(source_names))
+        self.module = self._build_module(tally)
         self.engine, self.optimizer = start_engine(
             self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
         )
@@ -64,9 +57,7 @@ class Trainer:
         self.stepper = StepRunner(
             self.engine, tally, StageTimer(self.engine, heartbeat.note_progress), self._find_fault
         )
-        self.pacer = ThroughputMeter(spec.model, spec.plan)
-        names = [source.name for source in self.corpus.sources]
-        self.run_log = RunLog(folder, self.rank, names, self.recipe.max_steps)
+
         self.checkpoints = CheckpointStore(
             folder.checkpoints,
             model=spec.model.to_json(),
@@ -78,6 +69,22 @@ class Trainer:
         self.step = self._resume()
         if self.step == 0:
             self._save_checkpoint()  # so that the guard can roll back to step 0
+
+    def _build_module(self, tally: SourceLossTally) -> PlannedPipeline:
+        """Build this rank's stage of the pipeline, with the parent's weights if there is a parent."""
+        spec = self.spec
+        module = PlannedPipeline(
+            spec.model,
+            spec.plan.bounds,
+            spec.seed,
+            loss_block=spec.plan.loss_block,
+            isolated=self.recipe.isolate_documents,
+            recomputed=spec.plan.recomputed,
+            tally=tally,
+        )
+        if spec.parent is not None:
+            load_weights(module, TensorReader(self.folder.parent), spec.model.num_layers)
+        return module
 
     def run(self) -> None:
         """Train to the last step and export the weights; steps that a checkpoint holds are not repeated."""
@@ -231,16 +238,13 @@ class Trainer:
 
     def _read_good_steps(self) -> list[tuple[float, float]]:
         """Read (loss, gradient norm) of the last good steps on rank 0, and broadcast them."""
-        good_steps: list[Any] = [None]
+        good_steps: list[tuple[float, float]] = []
         if self.rank == 0:
-            good_steps = [
-                [
-                    (row["train/loss"], row["train/grad_norm"])
-                    for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]
-                ]
-            ]
-        dist.broadcast_object_list(good_steps, src=0)
-        return list(good_steps[0])
+            rows = self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]
+            good_steps = [(row["train/loss"], row["train/grad_norm"]) for row in rows]
+        message = [good_steps]
+        dist.broadcast_object_list(message, src=0)
+        return message[0]
 
     def _export(self) -> None:
         """Export the last checkpoint as a model folder, on rank 0."""

@@ -117,45 +117,47 @@ class PlannedPipeline(PipelineModule):
         recomputed: Collection[int] = (),
         tally: SourceLossTally | None = None,
     ) -> None:
-
-        def compute_loss(outputs: StageBatch, labels: tuple[Tensor, ...]) -> Tensor:
-            """Compute the loss of one micro-batch; outputs are (hidden states, head weight)."""
-            labels_BS, weights_BS, *sources = labels
-            losses_BS = torch.zeros_like(weights_BS)
-            get_gradient = self.tied_modules["embedding"].get_gradient if torch.is_grad_enabled() else None
-            loss = head_loss(
-                *outputs,
-                labels_BS,
-                weights_BS,
-                block=loss_block,
-                losses_BS=losses_BS,
-                head_sum=get_gradient() if get_gradient else None,
-                upstream=self._upstream,
-            )
-            if tally is not None:
-                tally.add(losses_BS, weights_BS != 0, sources[0])
-            return loss
-
+        self._loss_block, self._tally = loss_block, tally
         rows = StageRows(config, isolated)
-        num_modules = config.num_layers + 3  # embedding, layers, norm, head
+        embedding = TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME)
+        layers = [LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)]
+        norm = LayerSpec(NormStage, config)
+        head = TiedLayerSpec(
+            "embedding", EmbeddingStage, config, forward_fn=pass_head_weight, tied_weight_attr=TIED_WEIGHT_NAME
+        )
+        modules = [embedding, *layers, norm, head]
+
         # The embedding is module 0, so layer n is module n + 1; the last stage also has norm and head.
-        self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), num_modules]
+        self._bounds = [0, *(bound + 1 for bound in bounds[1:-1]), len(modules)]
         super().__init__(
-            layers=[
-                TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME),
-                *(LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)),
-                LayerSpec(NormStage, config),
-                TiedLayerSpec(
-                    "embedding", EmbeddingStage, config, forward_fn=pass_head_weight, tied_weight_attr=TIED_WEIGHT_NAME
-                ),
-            ],
+            layers=modules,
             num_stages=len(bounds) - 1,
-            loss_fn=compute_loss,
+            loss_fn=self._compute_loss,
             base_seed=seed,
             seed_layers=True,  # a layer's initial weights depend on its number, not on its stage
         )
         self._upstream = 1.0
         self.seed_layers = False  # else every layer would seed all generators in every forward pass
+
+    def _compute_loss(self, outputs: StageBatch, labels: tuple[Tensor, ...]) -> Tensor:
+        """Compute the loss of one micro-batch on the last stage; outputs are (hidden states, head weight)."""
+        labels_BS, weights_BS, *sources = labels
+        losses_BS = torch.zeros_like(weights_BS)  # filled by head_loss
+
+        # While training, head_loss adds the head's gradient directly to the engine's sum of the tied weight.
+        get_gradient = self.tied_modules["embedding"].get_gradient if torch.is_grad_enabled() else None
+        loss = head_loss(
+            *outputs,
+            labels_BS,
+            weights_BS,
+            block=self._loss_block,
+            losses_BS=losses_BS,
+            head_sum=get_gradient() if get_gradient else None,
+            upstream=self._upstream,
+        )
+        if self._tally is not None:
+            self._tally.add(losses_BS, weights_BS != 0, sources[0])
+        return loss
 
     def _partition_layers(self, method: str = "explicit") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
@@ -201,7 +203,8 @@ def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> No
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             model_name, shape = str(translate_parameter_name(name, num_layers)), tuple(parameter.shape)
-            if model_name not in source.names or source.shape(model_name) != shape:
-                got = source.shape(model_name) if model_name in source.names else "none"
+            stored_shape = source.shape(model_name) if model_name in source.names else None
+            if stored_shape != shape:
+                got = "none" if stored_shape is None else stored_shape
                 raise ValueError(f"the parent has no weight {model_name} of shape {shape}, got {got}")
             parameter.copy_(source.read_tensor(model_name))
