@@ -24,6 +24,7 @@ from yuan.data.text import describe_errors
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
+from yuan.safe_files import replace_file
 from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,8 @@ def main() -> int:
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)
-    scratch = results_file.with_suffix(".part")
-    scratch.write_bytes(b"".join(json.dumps(result).encode() + b"\n" for result in results))
-    scratch.replace(results_file)
+    lines = b"".join(json.dumps(result).encode() + b"\n" for result in results)
+    replace_file(results_file.parent, results_file.name, lines)
     num_passed = sum(bool(result["passed"]) for result in results)
     num_unjudged = sum(result["reason"] is not None for result in results)
     log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), num_passed, num_unjudged)
