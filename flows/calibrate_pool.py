@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from infra.confinement import build_confined_environment
 from infra.files import read_tail
 from infra.process_group import build_torchrun_command, run_child
@@ -34,8 +36,6 @@ def measure_rates(
         processes: number of processes on this machine; None: one per GPU, or two without GPUs.
         report: called with a description of each measurement before it starts.
     """
-    import torch
-
     ranks = processes or torch.cuda.device_count() or 2
     one_layer_per_rank = replace(config, num_layers=ranks)
     recipe = Recipe(

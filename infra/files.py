@@ -14,6 +14,7 @@ from pathlib import Path
 
 MAX_REGULAR_FILE_BYTES = 1 << 20
 COPY_CHUNK_BYTES = 1 << 20
+LOG_LINE_BYTES = 2000  # bytes read from the end of a log per requested line
 
 
 def open_regular(file: Path) -> int:
@@ -51,6 +52,14 @@ def read_tail(file: Path, limit: int) -> str:
     with os.fdopen(open_regular(file), "rb") as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
         return stream.read(limit).decode(errors="replace")
+
+
+def read_last_lines(file: Path, count: int, *, start: int = 0) -> list[str]:
+    """Return the last lines of a log, at most `LOG_LINE_BYTES` for each, reading no byte before `start`."""
+    with file.open("rb") as stream:
+        stream.seek(max(start, file.stat().st_size - count * LOG_LINE_BYTES))
+        text = stream.read(count * LOG_LINE_BYTES).decode(errors="replace")
+    return text.removesuffix("\n").split("\n")[-count:]
 
 
 def open_log(file: Path) -> int:

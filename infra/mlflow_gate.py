@@ -97,6 +97,7 @@ MLFLOW_PAGE_POLICY = "; ".join(
 
 def create_app() -> AsgiApp:
     """Return MLflow's server with Basic authentication, behind the gate."""
+    # Imported here, since the keeper imports this module's names, and MLflow's server takes seconds to import.
     from mlflow.server.auth import create_app as create_mlflow
 
     return MlflowGate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())

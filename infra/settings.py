@@ -20,8 +20,6 @@ from infra.mlflow_rules import READER_ACCOUNT
 HOME_VARIABLE = "COTRAIN_HOME"
 SETTINGS_VARIABLE_PREFIX = "COTRAIN_"
 MAX_SHOWN_VALUE_CHARACTERS = 60  # of a wrong value in an error message
-# With telemetry, MLflow also writes into the user's home folder at import.
-NO_TELEMETRY_VARIABLES = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
 
 def get_home_folder() -> Path:

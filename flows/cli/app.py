@@ -3,28 +3,110 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from flows.cli import contribute, demo, model, plan, pool, register, rounds, stack, withdraw
+from flows.cli.lazy_command import LazyCommand
 from flows.cli.output import EXIT_USAGE, fail
+from infra.telemetry import NO_TELEMETRY_VARIABLES
 from yuan.data.text import find_unstorable, make_printable
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-    help="The Yuan co-training platform: collect reports, train a better model, notify the reporters.",
+# Each command's name, its module and function or group there, and the first paragraph of its help; in the order shown.
+COMMANDS = (
+    ("up", "stack:up", "Start the embedded stack and wait until every service is ready. Idempotent."),
+    ("down", "stack:down", "Stop the embedded stack; its data is kept."),
+    ("status", "stack:status", "Show the state of every service, and the faults found."),
+    ("logs", "stack:logs", "Print the end of a service's log."),
+    (
+        "doctor",
+        "stack:doctor",
+        "Check this machine and the stack, as users experience it, and print each fault with its fix.",
+    ),
+    (
+        "rotate",
+        "stack:rotate",
+        "Replace the stack's secrets by new ones; a running stack is restarted, and a running round resumes.",
+    ),
+    (
+        "submit",
+        "contribute:submit",
+        "Report a response. Once accepted, it becomes a test case for every later model.",
+    ),
+    (
+        "plan",
+        "plan:plan",
+        "Plan a model on a pool: parallel sizes, and layers, recomputation, memory and time of each pipeline stage.",
+    ),
+    (
+        "calibrate",
+        "calibrate:calibrate",
+        "Measure a layer, the head, links and complete steps on this machine, and write a pool file with these rates.",
+    ),
+    (
+        "train",
+        "train:train",
+        "Train a run to completion, from its last checkpoint if there is one. Ctrl-C stops it; rerun to resume.",
+    ),
+    (
+        "evaluate",
+        "evaluate:evaluate",
+        "Evaluate a version on every case that it has no result for, and show its pass rates.",
+    ),
+    (
+        "generate",
+        "model:generate",
+        "Generate a completion of one prompt. A model folder needs no running stack.",
+    ),
+    (
+        "serve",
+        "serve:serve",
+        "Run the internal model server in the foreground, at the URL from the settings.",
+    ),
+    (
+        "export",
+        "model:export",
+        "Write a model in a format that other tools read. A model folder needs no running stack.",
+    ),
+    (
+        "import",
+        "model:import_",
+        "Convert published weights, safetensors or pickles, to a model folder; no code in them is executed.",
+    ),
+    (
+        "register",
+        "register:register",
+        "Restore a version, or its files, that was deleted from the registry; it keeps its number in the platform.",
+    ),
+    (
+        "demo",
+        "demo:demo",
+        "Train a base model, report its wrong answers, train a better model, notify the reporter.",
+    ),
+    ("dataset", "contribute:dataset", "Contribute datasets."),
+    ("withdraw", "withdraw:withdraw", "Remove a report or a dataset from training, tests and notices."),
+    ("round", "rounds:round_", "Start, show and cancel training rounds."),
+    ("pool", "pool:pool", "Show and change the devices that runs are scheduled on."),
 )
-stack.add_commands(app)
-contribute.add_commands(app)
-withdraw.add_commands(app)
-rounds.add_commands(app)
-plan.add_commands(app)
-pool.add_commands(app)
-model.add_commands(app)
-register.add_commands(app)
-demo.add_commands(app)
+
+
+class CommandGroup(TyperGroup):
+    """Hold the commands of the table, none of which is imported before it is used."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, place, help in COMMANDS:
+            self.add_command(LazyCommand(name, place, help))
+
+
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.callback()
+def prepare_environment() -> None:
+    """The Yuan co-training platform: collect reports, train a better model, notify the reporters."""
+    os.environ.update(NO_TELEMETRY_VARIABLES)  # before a command's module imports MLflow
 
 
 def main() -> None:

@@ -38,11 +38,6 @@ DEFAULT_PORTAL_URL = "http://127.0.0.1:8800"
 dataset = typer.Typer(no_args_is_help=True, help="Contribute datasets.")
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(submit)
-    app.add_typer(dataset, name="dataset")
-
-
 def submit(
     prompt: Annotated[str, typer.Option(help="prompt that the model was given")],
     response: Annotated[str, typer.Option(help="response of the model")],

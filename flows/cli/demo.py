@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cli.output import JsonOption, explain_errors, stderr_console
-from flows.cli.stack import bring_up, get_public_urls, take_down
+from flows.cli.rounds import follow_round, open_operator_client
+from flows.cli.stack import show_services
+from flows.demo.play import DemoAccess, run_demo
+from flows.stack.stack_control import bring_up, take_down
+from flows.stack.stack_status import get_public_urls
+from infra.settings import HOME_VARIABLE, Settings, load_settings
 
 DEMO_HOME = Path(".cotrain/demo")
-
-
-def add_commands(app: typer.Typer) -> None:
-    app.command()(demo)
 
 
 def demo(
@@ -33,7 +34,8 @@ def demo(
     started_at = time.monotonic()
     with explain_errors():
         home = reset_demo_home()
-        up_seconds = bring_up(home)
+        with show_services() as show_states:
+            up_seconds = bring_up(home, show_states=show_states)
         stderr_console.print(f"the stack is up after {up_seconds:.1f} s")
         try:
             result = _run_demo(skills, seed)
@@ -50,8 +52,6 @@ def demo(
 
 def reset_demo_home() -> Path:
     """Stop the stack in the demo's home folder, delete the folder, and return its path."""
-    from infra.settings import HOME_VARIABLE
-
     home = DEMO_HOME.resolve()
     take_down(home)
     shutil.rmtree(home, ignore_errors=True)
@@ -60,10 +60,6 @@ def reset_demo_home() -> Path:
 
 
 def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
-    from flows.cli.rounds import follow_round, open_operator_client
-    from flows.demo.play import DemoAccess, run_demo
-    from infra.settings import Settings, load_settings
-
     with open_operator_client() as client:
         return run_demo(
             DemoAccess(load_settings(Settings).portal_url, client), skills, seed, stderr_console.print, follow_round

@@ -1,89 +1,16 @@
-"""`cotrain train | evaluate | generate | serve | export | import`: work with models."""
+"""`cotrain generate | export | import`: use and convert model folders."""
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show, show_progress
-
-if TYPE_CHECKING:
-    from flows.context import Context
-
-
-def add_commands(app: typer.Typer) -> None:
-    for command in (train, evaluate, generate, serve, export):
-        app.command()(command)
-    app.command(name="import")(import_)
-
-
-def train(
-    run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: JsonOption = False
-) -> None:
-    """Train a run to completion, from its last checkpoint if there is one. Ctrl-C stops it; rerun to resume."""
-    import os
-    import time
-
-    from flows.supervisor.exit_reason import ExitReason, classify
-    from infra.confinement import build_confined_environment
-    from infra.launchers.job import Job
-    from infra.launchers.local import LocalLauncher
-    from yuan.train.run_folder import RunFolder
-
-    with explain_errors():
-        folder = RunFolder((run if run.is_dir() else run.parent).resolve())
-        plan, since = folder.check_inputs().plan, time.time()
-        job = Job(
-            name=f"train-{os.getpid()}",
-            module="yuan.train.run",
-            folder=folder.path,
-            num_processes=plan.num_ranks,
-            processes_per_node=plan.num_ranks,
-            environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
-        )
-        with LocalLauncher().run(job) as running, show_progress() as advance:
-            while (ending := running.wait(0.5)) is None:
-                advance(folder.read_status(), since)
-        run_ending = classify(folder, ending, since)
-        if run_ending.reason != ExitReason.FINISHED:
-            log_file = folder.path / "train.log"
-            raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
-        status = folder.read_status()
-        show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
-
-
-def open_installation() -> "Context":
-    """Connect to the installation; turn off the MLflow client's telemetry before the client is imported."""
-    import os
-
-    from infra.settings import NO_TELEMETRY_VARIABLES
-
-    os.environ.update(NO_TELEMETRY_VARIABLES)
-    from flows.context import open_context
-    from infra.settings import Settings
-
-    return open_context(Settings)
-
-
-def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
-    """Evaluate a version on every case that it has no result for, and show its pass rates."""
-    from feedback.gate import compute_pass_rates
-
-    with explain_errors():
-        context = open_installation()
-        from flows.round.evaluate import evaluate_version
-
-        number = resolve_version(context, version)
-        evaluate_version(context, number)
-        with context.sessions() as session:
-            pass_rates = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
-    lines = [
-        f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
-        for name, r in pass_rates.items()
-    ]
-    show({"version": number, "suites": pass_rates}, "\n".join([f"v{number}", *lines]), as_json)
+from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show
+from yuan.generate.answers import generate as generate_answers
+from yuan.generate.sampling import Sampling
+from yuan.model.convert import export_hf, import_hf
+from yuan.model.weights import load, load_tokenizer
 
 
 def generate(
@@ -100,11 +27,7 @@ def generate(
 ) -> None:
     """Generate a completion of one prompt. A model folder needs no running stack."""
     with explain_errors():
-        folder = _fetch_model_folder(version)
-        from yuan.generate.answers import generate as answer
-        from yuan.generate.sampling import Sampling
-        from yuan.model.weights import load, load_tokenizer
-
+        folder = _find_model_folder(version)
         text = prompt or sys.stdin.read().strip()
         sampling = Sampling(
             max_tokens=max_tokens,
@@ -115,7 +38,7 @@ def generate(
             stop=tuple(stop or ()),
             seed=seed,
         )
-        completion = answer(load(folder), load_tokenizer(folder), [text], sampling)[0]
+        completion = generate_answers(load(folder), load_tokenizer(folder), [text], sampling)[0]
         show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
 
 
@@ -129,9 +52,7 @@ def export(
     """Write a model in a format that other tools read. A model folder needs no running stack."""
     with explain_errors():
         _require_hf_format(format)
-        from yuan.model.convert import export_hf
-
-        manifest = export_hf(_fetch_model_folder(version), out, dtype=dtype)
+        manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
         show(
             {"out": str(out), **manifest}, f"wrote {len(manifest['files'])} files and their manifest to {out}", as_json
         )
@@ -147,8 +68,6 @@ def import_(
     """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
     with explain_errors():
         _require_hf_format(format)
-        from yuan.model.convert import import_hf
-
         manifest = import_hf(folder, out, dtype=dtype)
         text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
         show({"out": str(out), **manifest}, text, as_json)
@@ -159,42 +78,14 @@ def _require_hf_format(format: str) -> None:
         raise fail(f"unknown format {format!r}; use hf, the only one", EXIT_USAGE)
 
 
-def _fetch_model_folder(version: str) -> Path:
+def _find_model_folder(version: str) -> Path:
     """Return a model folder unchanged, or fetch a version from the registry."""
     folder = Path(version)
     if folder.is_dir():
         return folder
     if len(folder.parts) > 1:
         raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
-    context = open_installation()
-    from flows.round.versions import require_registered
+    # Imported here, since a model folder needs no registry, and the import of MLflow takes a second.
+    from flows.model_folders import fetch_model_folder
 
-    number = resolve_version(context, version)
-    require_registered(context, number)
-    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
-
-
-def serve(alias: Annotated[str, typer.Option(help="registry alias whose version is served")] = "champion") -> None:
-    """Run the internal model server in the foreground, at the URL from the settings."""
-    from infra.settings import ModelServerSettings, load_settings
-
-    with explain_errors():
-        load_settings(ModelServerSettings)
-    sys.argv = ["serve", alias]
-    from yuan.serve.run import main
-
-    main()
-
-
-def resolve_version(context: "Context", version: str) -> int:
-    """Resolve 7, v7 or an alias to a version number.
-
-    Raises:
-        ValueError: if there is no such alias; the message lists the existing aliases.
-    """
-    if version.removeprefix("v").isdigit():
-        return int(version.removeprefix("v"))
-    aliases = context.tracker.read_aliases()
-    if version not in aliases:
-        raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")
-    return aliases[version]
+    return fetch_model_folder(version)

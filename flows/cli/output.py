@@ -2,17 +2,18 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
+import httpx
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from feedback.client import PortalError
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
-from yuan.train.run_status import RunStatus
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 MAX_LINE_CHARACTERS = 1000
@@ -67,31 +68,8 @@ def check_text_option(value: str | None) -> str | None:
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[RunStatus | None, float], None]]:
-    """Show a progress bar on stderr; yield a function that takes a run's status and the earliest valid status time."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    from flows.supervisor.status_line import describe_status
-
-    columns = (BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=stderr_console, transient=not stderr_console.is_terminal) as display:
-        task = display.add_task("starting the ranks", total=None)
-
-        def advance(status: RunStatus | None, since: float) -> None:
-            if status and status.time >= since:
-                line = describe_status(status)
-                display.update(task, completed=status.step, total=status.max_steps, description=line)
-
-        yield advance
-
-
-@contextmanager
 def explain_errors() -> Iterator[None]:
     """Turn an error that the user can fix into one line and status 1; other errors keep their traceback."""
-    import httpx
-
-    from feedback.client import PortalError
-
     try:
         yield
     except typer.Exit:  # a subclass of RuntimeError, which is caught below

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy.exc import OperationalError
 
+from feedback import leases
+from feedback.accounts import NotFound
+from feedback.tables import Lease
 from flows.cli.output import JsonOption, explain_errors, show
+from flows.stack.pool_records import open_pool_records
 
 pool = typer.Typer(no_args_is_help=True, help="Show and change the devices that runs are scheduled on.")
 
@@ -16,18 +21,16 @@ PoolNameOption = Annotated[str, typer.Option("--pool", help="name of the pool; d
 @pool.command(name="show")
 def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
     """Show devices, leases, the queue in order, and device-hours by run and team."""
-    from feedback import leases
-
     with explain_errors(), _explain_pool_errors():
-        context, name = _open_pool(name)
-        with context.sessions() as session:
+        records = open_pool_records(name)
+        with records.sessions() as session:
             contents: dict[str, Any] = {
-                "pool": name,
-                "devices": leases.list_devices(session, name),
-                "waiting": [_build_lease_row(lease) for lease in session.scalars(leases.select_waiting_leases(name))],
+                "pool": records.pool,
+                "devices": leases.list_devices(session, records.pool),
+                "waiting": [_build_lease_row(w) for w in session.scalars(leases.select_waiting_leases(records.pool))],
                 "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
             }
-    lines = [f"pool {name}"]
+    lines = [f"pool {records.pool}"]
     for device in contents["devices"]:
         host = f" on {device['lost_host']}" if device["lost_host"] else ""
         state = f"lost{host}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
@@ -63,25 +66,19 @@ def return_(
 
 
 def _change_device(device: str, lost_reason: str | None, host: str, name: str, as_json: bool) -> None:
-    from feedback import leases
-
     with explain_errors(), _explain_pool_errors():
-        context, name = _open_pool(name)
-        with context.sessions.begin() as session:
-            changed = leases.set_device_lost(session, name, device, lost_reason, host or None)
+        records = open_pool_records(name)
+        with records.sessions.begin() as session:
+            changed = leases.set_device_lost(session, records.pool, device, lost_reason, host or None)
     state = f"out of use: {lost_reason}" if lost_reason else "in use again"
-    change = {"pool": name, "device": device, "devices": changed, "lost_reason": lost_reason}
-    text = "\n".join(f"{name}/{changed_device} is {state}" for changed_device in changed)
+    change = {"pool": records.pool, "device": device, "devices": changed, "lost_reason": lost_reason}
+    text = "\n".join(f"{records.pool}/{changed_device} is {state}" for changed_device in changed)
     show(change, text or f"{host} is known to be lost; see cotrain pool show", as_json)
 
 
 @contextmanager
 def _explain_pool_errors() -> Iterator[None]:
     """Turn an unknown pool or device, or a database that is down, into an error that the user can fix."""
-    from sqlalchemy.exc import OperationalError
-
-    from feedback.accounts import NotFound
-
     try:
         yield
     except NotFound as error:
@@ -90,25 +87,6 @@ def _explain_pool_errors() -> Iterator[None]:
         raise ValueError("PostgreSQL does not answer; is the stack up? see `cotrain status`") from None
 
 
-def _open_pool(name: str) -> tuple[Any, str]:
-    """Return the context and the pool's name; register the installation's pool from its file first."""
-    from feedback import leases
-    from flows.context import open_context
-    from flows.supervisor.pool_launcher import load_configured_pool
-    from infra.settings import Settings
-
-    context = open_context(Settings)
-    configured = load_configured_pool(context.settings)
-    if name in ("", configured.name):
-        with context.sessions.begin() as session:
-            leases.register_pool(session, configured)
-    return context, name or configured.name
-
-
-def _build_lease_row(lease: Any) -> dict[str, Any]:
+def _build_lease_row(lease: Lease) -> dict[str, Any]:
     requested_at = lease.asked_at.isoformat()
     return {"run_id": lease.run_id, "wanted": lease.wanted, "priority": lease.priority, "asked_at": requested_at}
-
-
-def add_commands(app: typer.Typer) -> None:
-    app.add_typer(pool, name="pool")

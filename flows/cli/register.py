@@ -5,12 +5,10 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.model import open_installation
 from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show
-
-
-def add_commands(app: typer.Typer) -> None:
-    app.command()(register)
+from flows.context import open_context
+from flows.round.versions import register_again
+from infra.settings import Settings
 
 
 def register(
@@ -30,9 +28,6 @@ def register(
     if number and not number.isdecimal():
         raise fail(f"a version must be a number such as 7 or v7, got {version!r}", EXIT_USAGE)
     with explain_errors():
-        context = open_installation()
-        from flows.round.versions import register_again
-
-        restored, is_new = register_again(context, folder, int(number) if number else None)
+        restored, is_new = register_again(open_context(Settings), folder, int(number) if number else None)
         text = f"v{restored} is in the registry again" if is_new else f"v{restored} is in the registry; nothing changed"
         show({"version": restored, "registered": is_new}, text, as_json)

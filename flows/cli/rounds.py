@@ -31,10 +31,6 @@ RoundIdArgument = Annotated[str, typer.Argument(help="id of a round, or latest",
 round_ = typer.Typer(no_args_is_help=True, help="Start, show and cancel training rounds.")
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.add_typer(round_, name="round")
-
-
 @round_.command()
 @add_field_options(RoundParameters)
 def start(
@@ -73,6 +69,7 @@ def cancel(
 
 def open_operator_client() -> Client:
     """Return a client with the operator's token from this installation's settings."""
+    # Imported here, since a contributor, who uses `withdraw` with a token, need not install the settings' library.
     from infra.settings import Settings, load_settings
 
     settings = load_settings(Settings)

@@ -48,10 +48,6 @@ WithdrawalTokenOption = Annotated[
 withdraw = typer.Typer(no_args_is_help=True, help="Remove a report or a dataset from training, tests and notices.")
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.add_typer(withdraw, name="withdraw")
-
-
 @withdraw.command()
 def report(
     report_id: ReportIdArgument,

@@ -25,7 +25,8 @@ from flows.registry import WORK_POOL_NAME
 from flows.supervisor.pool_launcher import CLUSTER_CONFIG_VARIABLES
 from infra.confinement import SAFE_VARIABLE_PREFIXES, SAFE_VARIABLES
 from infra.keeper import STACK_ID_VARIABLE
-from infra.settings import HOME_VARIABLE, NO_TELEMETRY_VARIABLES, get_home_folder
+from infra.settings import HOME_VARIABLE, get_home_folder
+from infra.telemetry import NO_TELEMETRY_VARIABLES
 
 WORKER_NAME = "embedded"
 WORKER_HEARTBEAT_EVERY_S = 5.0

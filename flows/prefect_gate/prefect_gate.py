@@ -260,6 +260,7 @@ async def _send_refusal(send: AsgiSend, status: int, message: str) -> None:
 
 def main() -> None:
     """Run the server with its migrations and background services, which its lifespan starts."""
+    # Imported here, since Prefect's server takes seconds to import, and the gate's own classes do not need it.
     from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 

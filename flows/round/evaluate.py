@@ -16,7 +16,7 @@ from infra.files import read_regular, read_tail
 from infra.keeper import STACK_ID_VARIABLE
 from infra.mlflow_rules import READER_ACCOUNT
 from infra.process_group import run_child
-from infra.settings import NO_TELEMETRY_VARIABLES
+from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.tracker import VersionLost
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from infra.keeper import ManagedService
 from infra.mlflow_gate import DIGESTS_VARIABLE
 from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.postgres import Postgres
-from infra.settings import NO_TELEMETRY_VARIABLES, Settings
+from infra.settings import Settings
+from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.throttle import compute_credential_digest
 
 READ_ONLY_ACCOUNT_SECRETS = {
@@ -58,6 +59,7 @@ def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, pos
             answer.raise_for_status()
 
     def after() -> None:
+        # Imported here, since MLflow takes a second to import, and `cotrain up` waits for the keeper's first service.
         from infra.tracker import Tracker
 
         Tracker(settings).set_up({name: config.secrets[secret] for name, secret in READ_ONLY_ACCOUNT_SECRETS.items()})

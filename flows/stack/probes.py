@@ -6,12 +6,13 @@ Prefect is queried over HTTP, since importing its library takes longer than all 
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 from sqlalchemy.exc import OperationalError
 
-from feedback.platform_facts import PlatformFacts
+from feedback.platform_facts import PlatformFacts, read_platform_facts
+from flows.context import Context
 from flows.duties import DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
 from flows.registry import WORK_POOL_NAME
 from flows.round.versions import describe_registration
@@ -21,9 +22,6 @@ from infra.keeper import read_stack_state
 from infra.listeners import describe_callers
 from infra.objects import open_object_store
 from infra.settings import FlowSettings
-
-if TYPE_CHECKING:
-    from flows.context import Context
 
 PROBE_TIMEOUT_S = 8.0
 # A condition that clears by itself within this time is not a fault.
@@ -45,13 +43,11 @@ DUTY_FIXES = {
 }
 
 
-def examine_stack(context: "Context", limit_s: float = PROBE_TIMEOUT_S) -> list[Finding]:
+def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Finding]:
     """Run every probe; a server that hangs affects only its own finding.
 
     Without PostgreSQL, the probes that compare with the records are skipped.
     """
-    from feedback.platform_facts import read_platform_facts
-
     settings = context.settings
     gathered: list[PlatformFacts] = []
 
@@ -140,7 +136,7 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     return [Finding(what, get_utc_now())]
 
 
-def probe_registry(context: "Context", facts: PlatformFacts) -> list[Finding]:
+def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
     """Check that the registry has the champion and its predecessor, and that the alias points at the champion."""
     what, found = "an alias that follows", []
     with context.tracker.use_short_timeout():

@@ -30,7 +30,6 @@ from infra.logs import configure_logging
 from infra.postgres import Postgres
 from infra.settings import (
     HOME_VARIABLE,
-    NO_TELEMETRY_VARIABLES,
     DispatcherSettings,
     FlowSettings,
     ModelServerSettings,
@@ -41,6 +40,7 @@ from infra.settings import (
     get_home_folder,
     load_settings,
 )
+from infra.telemetry import NO_TELEMETRY_VARIABLES
 
 log = logging.getLogger(__name__)
 

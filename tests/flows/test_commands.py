@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.app import COMMANDS
+from flows.cli.lazy_command import LazyCommand
 from tests.yuan.runs import STEPS, lay_out, make
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,11 @@ def cotrain(*args, home=None, **env):
     [
         ["--help"],
         ["submit", "--help"],
+        ["withdraw", "--help"],
+        ["round", "start", "--help"],
+        ["dataset", "push", "/dev/null", "--url", "http://127.0.0.1:9", "--token", "t"],
+        ["dataset", "push", __file__, "--url", "http://127.0.0.1:9", "--token", "t"],
+        ["plan", "--help"],
         [
             "submit",
             "--prompt",
@@ -56,6 +63,21 @@ print("LOADED", sorted({HEAVY!r} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_the_list_of_commands_has_each_commands_own_help():
+    for name, place, help in COMMANDS:
+        own = LazyCommand(name, place, help).load()
+        assert own.name == name
+        assert " ".join(own.help.split("\n\n")[0].split()) == help
+
+
+def test_a_command_whose_library_is_not_installed_says_what_to_install():
+    code = "import sys; sys.modules['pydantic_settings'] = None; from flows.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "status"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr == (
+        "cotrain: `cotrain status` needs pydantic_settings, of the extra [platform]: pip install 'cotrain[platform]'\n"
+    )
 
 
 def test_the_portal_loads_no_torch():

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from flows.cli.stack import take_down
 from flows.stack.doctor import find_setting_faults
 from flows.stack.stack_config import CONFIG_FILE, load_or_make_config, write_environment
+from flows.stack.stack_control import take_down
 from infra.files import write_private
 from infra.keeper_lock import find_keeper, hold_keeper_lock
 from tests.flows.test_commands import ROOT, cotrain

@@ -246,3 +246,16 @@ def _check_positive(what: str, value: object) -> None:
 def _check_not_negative(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{what} must be zero or more, got {value!r}")
+
+
+def find_device_group(pool: Pool, device_class: str | None) -> DeviceGroup:
+    """Return the group of a device class; without a class, the pool's only group.
+
+    Raises:
+        ValueError: if there is no such group, or no class is given and there are several.
+    """
+    groups = [group for group in pool.groups if device_class is None or group.device_class == device_class]
+    if len(groups) != 1:
+        classes = ", ".join(group.device_class for group in pool.groups)
+        raise ValueError(f"pool {pool.name!r} has {classes}; pass the class of this machine with --device-class")
+    return groups[0]

@@ -23,15 +23,16 @@ from yuan.serve.service import ModelService
 FIRST_LOAD_WAIT_S = 30.0
 # Longer than the portal's, so that the portal never sends a request on a connection that the server is closing.
 MODEL_SERVER_KEEP_ALIVE_S = 60
+DEFAULT_ALIAS = "champion"
 
 
-def main() -> None:
+def run_model_server(settings: ModelServerSettings, alias: str = DEFAULT_ALIAS) -> None:
+    """Serve the version of an alias, and the versions that it is moved to, until a stop signal arrives."""
     configure_logging()
-    settings = load_settings(ModelServerSettings)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for HTTP
     tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
     versions = VersionCache(settings.home / "serve", tracker.download)
-    follower = AliasFollower(tracker.read_aliases, sys.argv[1] if len(sys.argv) > 1 else "champion", versions, service)
+    follower = AliasFollower(tracker.read_aliases, alias, versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # The keeper's socket queues connections meanwhile, so none is refused while a version is loaded.
     follower.began.wait(FIRST_LOAD_WAIT_S)
@@ -44,6 +45,10 @@ def main() -> None:
         **choose_listen_options(settings.model_server_url),
         **make_server_options(),
     )
+
+
+def main() -> None:
+    run_model_server(load_settings(ModelServerSettings), *sys.argv[1:2])
 
 
 if __name__ == "__main__":

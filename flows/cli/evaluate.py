@@ -1,0 +1,27 @@
+"""`cotrain evaluate`: evaluate a version on the cases that it has no result for."""
+
+from typing import Annotated
+
+import typer
+
+from feedback.gate import compute_pass_rates
+from flows.cli.output import JsonOption, explain_errors, show
+from flows.context import open_context
+from flows.model_folders import resolve_version
+from flows.round.evaluate import evaluate_version
+from infra.settings import Settings
+
+
+def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
+    """Evaluate a version on every case that it has no result for, and show its pass rates."""
+    with explain_errors():
+        context = open_context(Settings)
+        number = resolve_version(context.tracker, version)
+        evaluate_version(context, number)
+        with context.sessions() as session:
+            pass_rates = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
+    lines = [
+        f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
+        for name, r in pass_rates.items()
+    ]
+    show({"version": number, "suites": pass_rates}, "\n".join([f"v{number}", *lines]), as_json)

@@ -1,0 +1,61 @@
+"""`cotrain train`: train a run folder on this machine."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn
+
+from flows.cli.output import JsonOption, explain_errors, fail, show, stderr_console
+from flows.supervisor.exit_reason import ExitReason, classify
+from flows.supervisor.status_line import describe_status
+from infra.confinement import build_confined_environment
+from infra.launchers.job import Job
+from infra.launchers.local import LocalLauncher
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_status import RunStatus
+
+
+def train(
+    run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: JsonOption = False
+) -> None:
+    """Train a run to completion, from its last checkpoint if there is one. Ctrl-C stops it; rerun to resume."""
+    with explain_errors():
+        folder = RunFolder((run if run.is_dir() else run.parent).resolve())
+        plan, since = folder.check_inputs().plan, time.time()
+        job = Job(
+            name=f"train-{os.getpid()}",
+            module="yuan.train.run",
+            folder=folder.path,
+            num_processes=plan.num_ranks,
+            processes_per_node=plan.num_ranks,
+            environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
+        )
+        with LocalLauncher().run(job) as running, show_progress() as advance:
+            while (ending := running.wait(0.5)) is None:
+                advance(folder.read_status(), since)
+        run_ending = classify(folder, ending, since)
+        if run_ending.reason != ExitReason.FINISHED:
+            log_file = folder.path / "train.log"
+            raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
+        status = folder.read_status()
+        show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[RunStatus | None, float], None]]:
+    """Show a progress bar on stderr; yield a function that takes a run's status and the earliest valid status time."""
+    columns = (BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=stderr_console, transient=not stderr_console.is_terminal) as display:
+        task = display.add_task("starting the ranks", total=None)
+
+        def advance(status: RunStatus | None, since: float) -> None:
+            if status and status.time >= since:
+                line = describe_status(status)
+                display.update(task, completed=status.step, total=status.max_steps, description=line)
+
+        yield advance

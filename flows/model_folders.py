@@ -1,0 +1,38 @@
+"""Find the model folder of a version: on this machine, or in the registry."""
+
+import json
+from pathlib import Path
+
+from flows.context import Context, open_context
+from flows.round.versions import require_registered
+from infra.settings import Settings
+from infra.tracker import Tracker
+
+
+def resolve_version(tracker: Tracker, version: str) -> int:
+    """Resolve 7, v7 or an alias to a version number.
+
+    Raises:
+        ValueError: if there is no such alias; the message lists the existing aliases.
+    """
+    if version.removeprefix("v").isdigit():
+        return int(version.removeprefix("v"))
+    aliases = tracker.read_aliases()
+    if version not in aliases:
+        raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")
+    return aliases[version]
+
+
+def fetch_model_folder(version: str) -> Path:
+    """Download a version's model folder from this installation's registry below the home folder; return its path.
+
+    Args:
+        version: 7, v7 or an alias.
+
+    Raises:
+        ValueError: if there is no such alias, there never was such a version, or it was deleted from the registry.
+    """
+    context: Context = open_context(Settings)
+    number = resolve_version(context.tracker, version)
+    require_registered(context, number)
+    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
