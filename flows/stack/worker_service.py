@@ -1,0 +1,58 @@
+"""The embedded stack's worker, which runs the flows."""
+
+from pathlib import Path
+
+import httpx
+
+from flows.duties import WORKER_HEARTBEAT_FILE
+from flows.registry import WORK_POOL_NAME
+from flows.stack.own_service import check_heartbeat_file, make_own_service, make_private_folders
+from flows.stack.pool_files import build_cluster_environment, find_pool_files
+from flows.stack.prefect_service import build_prefect_environment
+from infra.confinement import SHARED_MEMORY_FOLDER, Confinement, find_accelerator_files
+from infra.health import LivenessPolicy
+from infra.keeper import ManagedService
+from infra.settings import FlowSettings, PrefectAccess, Settings, WorkerSettings
+
+WORKER_HANG_TIMEOUT_S = 120.0  # heartbeat age for a restart
+
+
+def make_worker_service(home: Path, settings: Settings) -> ManagedService:
+    """Describe the worker, whose flows write the run folders, and may connect to every address."""
+    work, flow_log = home / "worker", home / "logs" / "flows.log"
+    folders = tuple(home / name for name in ("runs", "eval", "work"))
+    heartbeat_file = home / WORKER_HEARTBEAT_FILE
+
+    def before() -> None:
+        make_private_folders(*folders, flow_log.parent)
+        flow_log.touch(0o600)
+        heartbeat_file.unlink(missing_ok=True)
+
+    return make_own_service(
+        home,
+        name="worker",
+        module="flows.dispatcher.worker",
+        confinement=Confinement(
+            read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *find_pool_files(settings)),
+            write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files()),
+            connect=None,  # ranks connect on ports that the system chooses
+        ),
+        env={
+            **build_prefect_environment(work, settings),
+            **build_cluster_environment(),
+            "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        },
+        before=before,
+        check=lambda: check_worker_is_online(settings),
+        liveness=LivenessPolicy(lambda: check_heartbeat_file(heartbeat_file, WORKER_HANG_TIMEOUT_S)),
+        needs=("prefect",),
+    )
+
+
+def check_worker_is_online(settings: PrefectAccess) -> None:
+    """Raise unless Prefect counts a worker of the work pool as online."""
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    url = f"{settings.prefect_api_url}/work_pools/{WORK_POOL_NAME}/workers/filter"
+    response = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()
+    if not any(worker["status"] == "ONLINE" for worker in response.json()):
+        raise ConnectionError("no worker is online")
