@@ -86,7 +86,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
         (path / "plant.json").write_text(json.dumps(plant))
         program = [Path(__file__).with_name("planted.py")]
     command = build_torchrun_command(plan.pipeline_size, *program, path)
-    with run_child(command, path, dict(os.environ), "train.log") as process:
+    with run_child(command, path, env=dict(os.environ), log_name="train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

@@ -71,7 +71,9 @@ def database(home: Path) -> Iterator[Settings]:
     config = load_config(home)
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
-    postgres = Postgres(home / "pg", config.ports["postgres"], config.secrets["postgres"], config.durable)
+    postgres = Postgres(
+        home / "pg", port=config.ports["postgres"], password=config.secrets["postgres"], durable=config.durable
+    )
     service = make_postgres_service(config, settings, postgres)
     service.before()
     env = {**service.env, STACK_ID_VARIABLE: config.stack_id}

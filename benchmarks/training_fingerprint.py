@@ -76,7 +76,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=recipe, seed=5, parent="v1")
     folder.prepare(spec, {"documents": samples}, pad=0)
     command = build_torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
-    with run_child(command, path, {**os.environ, "OMP_NUM_THREADS": "1"}, "train.log") as process:
+    with run_child(command, path, env={**os.environ, "OMP_NUM_THREADS": "1"}, log_name="train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

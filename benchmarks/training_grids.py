@@ -77,7 +77,7 @@ def run(
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
     folder.prepare(spec, {"documents": samples}, pad=0)
     command = build_torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
-    with run_child(command, path, dict(os.environ), "train.log") as process:
+    with run_child(command, path, env=dict(os.environ), log_name="train.log") as process:
         if process.wait(300):
             raise RuntimeError((path / "train.log").read_text()[-3000:])
     return folder

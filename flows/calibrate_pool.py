@@ -71,7 +71,10 @@ def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResul
         env = build_confined_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         request.write(folder)
         with run_child(
-            build_torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder), folder, env, "measure.log"
+            build_torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder),
+            folder,
+            env=env,
+            log_name="measure.log",
         ) as process:
             status = process.wait(CALIBRATION_TIMEOUT_S)
         if status:

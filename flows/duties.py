@@ -48,6 +48,7 @@ class Duties:
         self,
         work: Mapping[str, Callable[[], object]],
         file: Path,
+        *,
         expected: tuple[type[Exception], ...] = (),
         beat: Callable[[], object] = lambda: None,
     ) -> None:

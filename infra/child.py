@@ -196,18 +196,18 @@ def get_call_number(name: str) -> int:
     return SYSTEM_CALLS[name][list(ARCHITECTURES).index(os.uname().machine)]
 
 
-def apply_seccomp(is_server: bool, system_v: bool) -> None:
+def apply_seccomp(*, is_server: bool, system_v: bool) -> None:
     """Install the system call filter for this process and its future children."""
     if not has_seccomp():
         return
-    instructions = build_seccomp_program(is_server, system_v)
+    instructions = build_seccomp_program(is_server=is_server, system_v=system_v)
     program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(instructions), ctypes.addressof(code))
     check_result(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
-def build_seccomp_program(is_server: bool, system_v: bool) -> list[BpfInstruction]:
+def build_seccomp_program(*, is_server: bool, system_v: bool) -> list[BpfInstruction]:
     """Build the BPF program that decides on each system call.
 
     It refuses what Landlock has no rule for:
@@ -246,7 +246,7 @@ def build_seccomp_program(is_server: bool, system_v: bool) -> list[BpfInstructio
         )
 
     # Sockets and process groups.
-    program += match_call("socket", allow_sockets(refused, with_unix=not is_server))
+    program += match_call("socket", allow_sockets(otherwise=refused, with_unix=not is_server))
     if is_server:
         # A socket of a datagram pair can be reconnected to the path of another process's socket.
         program += match_call("socketpair", allow_if((1, SOCKET_TYPE_MASK, (socket.SOCK_STREAM,)), otherwise=refused))
@@ -278,7 +278,7 @@ def allow_if(*tests: ArgumentTest, otherwise: int) -> list[BpfInstruction]:
     return [*instructions, (BPF_RETURN, 0, 0, SECCOMP_ALLOW)]
 
 
-def allow_sockets(otherwise: int, with_unix: bool) -> list[BpfInstruction]:
+def allow_sockets(*, otherwise: int, with_unix: bool) -> list[BpfInstruction]:
     """Allow netlink sockets, TCP and UDP sockets over IPv4 and IPv6, and Unix sockets if `with_unix`."""
     families = (socket.AF_INET, socket.AF_INET6)
     types, protocols = (socket.SOCK_STREAM, socket.SOCK_DGRAM), (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
@@ -319,7 +319,7 @@ def main() -> None:
     apply_landlock(spec)
     # After the change of user, since that clears the parent death signal.
     check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
-    apply_seccomp(spec["is_server"], spec["system_v"])
+    apply_seccomp(is_server=spec["is_server"], system_v=spec["system_v"])
     os.umask(0o077)
     os.execv(command[0], command)
 

@@ -13,7 +13,7 @@ import stat
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Postgres:
     """Manage one embedded cluster under `folder`, on the loopback interface."""
 
     folder: Path
+    _: KW_ONLY
     port: int
     password: str
     durable: bool = True

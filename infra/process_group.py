@@ -32,7 +32,7 @@ FIFO_EXIT_TIMEOUT_S = 2.0  # a rank exits at once when the FIFO closes, unless i
 
 @contextlib.contextmanager
 def run_child(
-    command: list[str], folder: Path, env: Mapping[str, str], log_name: str
+    command: list[str], folder: Path, *, env: Mapping[str, str], log_name: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command whose processes call `exit_with_parent`; all of them have exited when the block ends.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
     """Hold one reading of `/proc/PID/stat`; `is_zombie` is true for an exited process that nobody has waited for."""
 
@@ -37,7 +37,14 @@ def read_process(pid: int) -> ProcessInfo | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     ticks = sum(map(int, fields[11:15]))
-    return ProcessInfo(pid, int(fields[1]), int(fields[3]), fields[0] in "ZX", fields[19], ticks)
+    return ProcessInfo(
+        pid=pid,
+        parent=int(fields[1]),
+        session=int(fields[3]),
+        is_zombie=fields[0] in "ZX",
+        started=fields[19],
+        ticks=ticks,
+    )
 
 
 def list_processes() -> Iterator[ProcessInfo]:

@@ -62,7 +62,11 @@ def reset_demo_home() -> Path:
 def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
     with open_operator_client() as client:
         return run_demo(
-            DemoAccess(load_settings(Settings).portal_url, client), skills, seed, stderr_console.print, follow_round
+            DemoAccess(load_settings(Settings).portal_url, client),
+            skills_file=skills,
+            seed=seed,
+            say=stderr_console.print,
+            follow=follow_round,
         )
 
 

@@ -52,7 +52,7 @@ def lose(
     as_json: JsonOption = False,
 ) -> None:
     """Take a device out of use; a run that uses it is re-planned on the remaining devices."""
-    _change_device(device, reason, host, name, as_json)
+    _change_device(device, lost_reason=reason, host=host, name=name, as_json=as_json)
 
 
 @pool.command(name="return")
@@ -62,10 +62,10 @@ def return_(
     as_json: JsonOption = False,
 ) -> None:
     """Return a repaired device to use; later runs are planned with it."""
-    _change_device(device, None, "", name, as_json)
+    _change_device(device, lost_reason=None, host="", name=name, as_json=as_json)
 
 
-def _change_device(device: str, lost_reason: str | None, host: str, name: str, as_json: bool) -> None:
+def _change_device(device: str, *, lost_reason: str | None, host: str, name: str, as_json: bool) -> None:
     with explain_errors(), _explain_pool_errors():
         records = open_pool_records(name)
         with records.sessions.begin() as session:

@@ -40,7 +40,7 @@ class DemoAccess:
 
 
 def run_demo(
-    access: DemoAccess, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
+    access: DemoAccess, *, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
 ) -> dict[str, Any]:
     """Run the base round, the contributor and the second round, and return the results.
 
@@ -66,7 +66,7 @@ def run_demo(
     second = run_round(access, RoundParameters(**DEMO_ROUND, seed=seed), follow)
     timer.lap("round")
     with Client(access.url, account.token) as client:
-        return gather_figures(client, first, second, contribution, timer.laps)
+        return gather_figures(client, first=first, second=second, contribution=contribution, laps=timer.laps)
 
 
 class Timer:
@@ -122,7 +122,7 @@ def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> dict[
 
 
 def gather_figures(
-    contributor: Client, first: RoundOut, second: RoundOut, contribution: dict[str, Any], laps: dict[str, float]
+    contributor: Client, *, first: RoundOut, second: RoundOut, contribution: dict[str, Any], laps: dict[str, float]
 ) -> dict[str, Any]:
     """Collect the demo's results, read through the contributor's client."""
     assert second.decision is not None, "a promoted round has a decision"

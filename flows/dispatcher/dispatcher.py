@@ -53,7 +53,9 @@ def main() -> None:
 def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Run the duties for ever, woken by PostgreSQL; reconnect when the connection is lost."""
     file = get_duty_status_file(context.settings.home)
-    duties = Duties(make_duties(context, client), file, SERVER_ERRORS, lambda: write_heartbeat(context.settings))
+    duties = Duties(
+        make_duties(context, client), file, expected=SERVER_ERRORS, beat=lambda: write_heartbeat(context.settings)
+    )
     last_error: str | None = None
     while True:
         try:

@@ -135,7 +135,9 @@ def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict
         sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(cases_file), str(results_file)
     )
     for _ in range(MAX_EVAL_ATTEMPTS):
-        with run_child(command, folder, _build_evaluation_environment(context, folder), log_file.name) as process:
+        with run_child(
+            command, folder, env=_build_evaluation_environment(context, folder), log_name=log_file.name
+        ) as process:
             status = process.wait()
         if status == 0:
             break

@@ -72,7 +72,9 @@ def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, pos
     return ManagedService(
         name="mlflow",
         command=lambda: confinement.command(sys.executable, "-m", *command),
-        env=_build_mlflow_environment(work, configuration, settings, config, database("mlflow")),
+        env=_build_mlflow_environment(
+            work=work, configuration=configuration, settings=settings, config=config, database_url=database("mlflow")
+        ),
         cwd=work,
         before=before,
         check=check,
@@ -84,7 +86,7 @@ def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, pos
 
 
 def _build_mlflow_environment(
-    work: Path, configuration: Path, settings: Settings, config: StackConfig, database_url: str
+    *, work: Path, configuration: Path, settings: Settings, config: StackConfig, database_url: str
 ) -> dict[str, str]:
     """Build the server's environment; passwords are passed here, since command lines are visible to other users."""
     return {

@@ -63,15 +63,16 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
             return [
                 Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
             ]
-        return [Finding("the records", get_utc_now())]
+        return [Finding("the records", succeeded_at=get_utc_now())]
 
     found = run_probes(
-        [Probe("postgres", "the records", read, find_last_success(settings.home, "postgres", None))], limit_s / 2
+        [Probe("postgres", "the records", ask=read, last=find_last_success(settings.home, "postgres", None))],
+        limit_s / 2,
     )
     known = gathered[0] if gathered else None
 
     def probe(server: str, what: str, ask: Callable[[], list[Finding]]) -> Probe:
-        return Probe(server, what, ask, find_last_success(settings.home, server, known))
+        return Probe(server, what, ask=ask, last=find_last_success(settings.home, server, known))
 
     probes = [
         probe("portal", "the portal", lambda: probe_portal(settings)),
@@ -107,13 +108,13 @@ def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> L
 def probe_portal(settings: FlowSettings) -> list[Finding]:
     """Check that the portal and its database answer."""
     httpx.get(f"{settings.portal_url}/health", timeout=PROBE_TIMEOUT_S).raise_for_status()
-    return [Finding("the portal", get_utc_now())]
+    return [Finding("the portal", succeeded_at=get_utc_now())]
 
 
 def probe_objects(settings: FlowSettings) -> list[Finding]:
     """Check that an object can be put and read back."""
     open_object_store(settings, attempts=1).check()
-    return [Finding("an object put and read", get_utc_now())]
+    return [Finding("an object put and read", succeeded_at=get_utc_now())]
 
 
 def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -128,12 +129,14 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     )
     if not answer.is_success:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
-        return [Finding(what, facts.last_answer, fault, mend)]
+        return [Finding(what, succeeded_at=facts.last_answer, fault=fault, mend=mend)]
     served = answer.json()["model"]
     if served != f"yuan-v{facts.champion}" and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
         fault = f"{served} answers, and the champion is v{facts.champion}"
-        return [Finding(what, facts.last_answer, fault, f"see that the alias follows; else {mend}")]
-    return [Finding(what, get_utc_now())]
+        return [
+            Finding(what, succeeded_at=facts.last_answer, fault=fault, mend=f"see that the alias follows; else {mend}")
+        ]
+    return [Finding(what, succeeded_at=get_utc_now())]
 
 
 def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
@@ -153,12 +156,16 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
         mend = describe_registration(context.settings.home, version, facts.lineage[version])
         # The champion existed when its alias was last set; of its predecessor only the promotion time is known.
         seen = last if version == facts.champion else facts.promoted_at
-        found.append(Finding(f"v{version} in the registry", seen, f"{name} is gone from the registry", mend))
+        found.append(
+            Finding(
+                f"v{version} in the registry", succeeded_at=seen, fault=f"{name} is gone from the registry", mend=mend
+            )
+        )
     for version, names in missing.items():
         if names:
             fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
             mend = describe_registration(context.settings.home, version, facts.lineage[version])
-            found.append(Finding(f"the files of v{version}", facts.promoted_at, fault, mend))
+            found.append(Finding(f"the files of v{version}", succeeded_at=facts.promoted_at, fault=fault, mend=mend))
     is_due = compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S or last is None
     if facts.champion is None:
         return [Finding(what)]
@@ -168,8 +175,8 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
         mend = (
             "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
         )
-        return [*found, Finding(what, last, fault, mend)]
-    return [*found, Finding(what, last or get_utc_now())]
+        return [*found, Finding(what, succeeded_at=last, fault=fault, mend=mend)]
+    return [*found, Finding(what, succeeded_at=last or get_utc_now())]
 
 
 def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
@@ -183,32 +190,50 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
         deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
         if not deployments:
             mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
-            return [Finding(what, started, "Prefect knows no deployment of ours", mend)]
+            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", mend=mend)]
         for one in deployments:
             if one["paused"]:
                 mend = "switch it on at its page in Prefect"
-                found.append(Finding(what, started, f"the deployment {one['name']} is paused in Prefect", mend))
+                found.append(
+                    Finding(
+                        what,
+                        succeeded_at=started,
+                        fault=f"the deployment {one['name']} is paused in Prefect",
+                        mend=mend,
+                    )
+                )
         pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
         if pool["is_paused"]:
             mend = "switch it on at its page in Prefect"
-            found.append(Finding(what, started, f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend))
+            found.append(
+                Finding(
+                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend=mend
+                )
+            )
         if (limit := pool["concurrency_limit"]) is not None:
             where = f"the work pool {WORK_POOL_NAME} in Prefect"
             fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
             mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
-            found.append(Finding(what, started, fault, mend))
+            found.append(Finding(what, succeeded_at=started, fault=fault, mend=mend))
         workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
         if not any(worker["status"] == "ONLINE" for worker in workers):
             mend = "see `cotrain logs worker`"
-            found.append(Finding(what, started, "no worker is online, so that no flow run starts", mend))
+            found.append(
+                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", mend=mend)
+            )
         due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
         which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
         if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
             since = f"{datetime.fromisoformat(late['expected_start_time']):%F %T}"
             found.append(
-                Finding(what, started, f"flow run {late['name']} waits since {since}", "see `cotrain logs worker`")
+                Finding(
+                    what,
+                    succeeded_at=started,
+                    fault=f"flow run {late['name']} waits since {since}",
+                    mend="see `cotrain logs worker`",
+                )
             )
-    return found or [Finding(what, started)]
+    return found or [Finding(what, succeeded_at=started)]
 
 
 def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -225,13 +250,13 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
         )
     state = run["state"] if run else None
     if state and state["type"] == "RUNNING":
-        return [Finding(what, get_utc_now())]
+        return [Finding(what, succeeded_at=get_utc_now())]
     since = datetime.fromisoformat(state["timestamp"]) if state else training_round.created_at
     if compute_age_s(since) < LATE_AFTER_S:
-        return [Finding(what, since)]
+        return [Finding(what, succeeded_at=since)]
     run_state = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
     fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
-    return [Finding(what, since if run and run["start_time"] else None, fault, mend)]
+    return [Finding(what, succeeded_at=since if run and run["start_time"] else None, fault=fault, mend=mend)]
 
 
 def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -247,17 +272,27 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
     fault = f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {reason}"
     mend = "the dispatcher retries within two minutes; see `cotrain logs flows`"
     is_first = facts.last_reproduction is None
-    return [Finding("the last taking up of reports", facts.last_reproduction, fault, mend, never=is_first)]
+    return [
+        Finding(
+            "the last taking up of reports",
+            succeeded_at=facts.last_reproduction,
+            fault=fault,
+            mend=mend,
+            never=is_first,
+        )
+    ]
 
 
 def check_waiting_reports(facts: PlatformFacts) -> Finding:
     """Check that no report waits longer than REPORTS_LATE_AFTER_S."""
     what, oldest = "a report that is reproduced", facts.oldest_report
     if facts.champion is None or oldest is None or compute_age_s(oldest) < REPORTS_LATE_AFTER_S:
-        return Finding(what, facts.last_reproduction)
+        return Finding(what, succeeded_at=facts.last_reproduction)
     fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
     mend = "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
-    return Finding(what, facts.last_reproduction, fault, mend, never=facts.last_reproduction is None)
+    return Finding(
+        what, succeeded_at=facts.last_reproduction, fault=fault, mend=mend, never=facts.last_reproduction is None
+    )
 
 
 def check_waiting_notices(facts: PlatformFacts) -> Finding:
@@ -269,7 +304,9 @@ def check_waiting_notices(facts: PlatformFacts) -> Finding:
         else None
     )
     mend = "see `cotrain logs dispatcher`" if fault else ""
-    return Finding("a notice delivered", facts.last_notice, fault, mend, never=facts.last_notice is None)
+    return Finding(
+        "a notice delivered", succeeded_at=facts.last_notice, fault=fault, mend=mend, never=facts.last_notice is None
+    )
 
 
 def find_failing_duties(home: Path) -> list[Finding]:
@@ -277,11 +314,11 @@ def find_failing_duties(home: Path) -> list[Finding]:
     return [
         Finding(
             f"the dispatcher's duty: {name}",
-            get_last_success(standing),
-            f"the dispatcher cannot {name}, since {convert_timestamp(standing.failing_since):%F %T}, "
+            succeeded_at=get_last_success(standing),
+            fault=f"the dispatcher cannot {name}, since {convert_timestamp(standing.failing_since):%F %T}, "
             f"{standing.failures} times: "
             f"{standing.error}",
-            DUTY_FIXES.get(name, "see `cotrain logs dispatcher`"),
+            mend=DUTY_FIXES.get(name, "see `cotrain logs dispatcher`"),
             never=standing.succeeded_at is None,
         )
         for name, standing in read_duty_statuses(get_duty_status_file(home)).items()

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -20,6 +20,7 @@ class Finding:
     """
 
     what: str
+    _: KW_ONLY
     succeeded_at: datetime | None = None
     fault: str | None = None
     mend: str = ""
@@ -58,13 +59,16 @@ class Probe:
 
     server: str
     what: str
+    _: KW_ONLY
     ask: Callable[[], Iterable[Finding]]
     last: LastSuccess = LastSuccess()
 
     def failed(self, fault: str) -> Finding:
         """Make the finding for a server that does not answer."""
         mend = f"see `cotrain logs {self.server}`"
-        return Finding(self.what, self.last.at, f"{self.server} {fault}", mend, self.last.or_later)
+        return Finding(
+            self.what, succeeded_at=self.last.at, fault=f"{self.server} {fault}", mend=mend, or_later=self.last.or_later
+        )
 
 
 def run_probes(probes: list[Probe], limit_s: float) -> list[Finding]:

@@ -21,8 +21,8 @@ def make_services(home: Path, config: StackConfig, settings: Settings) -> list[M
     """Describe the services of the embedded stack, in start order."""
     postgres = Postgres(
         home / "pg",
-        config.ports["postgres"],
-        config.secrets["postgres"],
+        port=config.ports["postgres"],
+        password=config.secrets["postgres"],
         durable=config.durable,
         retired=tuple(config.retired.get("postgres", ())),
     )

@@ -44,7 +44,7 @@ PORT_RELEASE_TIMEOUT_S = 3.0
 CONFIG_FILE, CONFIG_COPY_FILE = "stack-config.json", "stack-config.copy.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """Ports and secrets of one home folder, chosen at the first start and kept.
 
@@ -67,7 +67,9 @@ def load_or_make_config(home: Path, *, durable: bool = True) -> StackConfig:
     if (home / CONFIG_FILE).exists() or has_data(home):
         return load_config(home)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    config = StackConfig(uuid.uuid4().hex, choose_ports(), generate_secrets(SECRET_NAMES), durable)
+    config = StackConfig(
+        stack_id=uuid.uuid4().hex, ports=choose_ports(), secrets=generate_secrets(SECRET_NAMES), durable=durable
+    )
     save_config(home, config)
     return config
 

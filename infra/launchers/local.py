@@ -41,7 +41,7 @@ class LocalLauncher:
         if self._confined:
             folders = (job.folder, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files())
             command = Confinement(write=folders, signal="SIGKILL").command(*command)
-        with run_child(command, job.folder, environment, job.log_name) as process:
+        with run_child(command, job.folder, env=environment, log_name=job.log_name) as process:
             yield _RunningLocalJob(process)
 
     def end(self, name: str, within_s: float) -> bool:

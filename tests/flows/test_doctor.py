@@ -268,7 +268,7 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
 
     over = threading.Event()
     asked = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
-    found = run_probes([Probe(f"server that {name}", name, ask) for name, ask in asked.items()], 0.2)
+    found = run_probes([Probe(f"server that {name}", name, ask=ask) for name, ask in asked.items()], 0.2)
     over.set()
     assert [finding.state for finding in found] == ["fault", "fault", "never yet"]
     assert "server that hangs has not answered" in found[0].fault
@@ -286,7 +286,7 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
     write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
     over, found = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
-        probe = Probe(server, server, over.wait, find_last_success(tmp_path, server, None))
+        probe = Probe(server, server, ask=over.wait, last=find_last_success(tmp_path, server, None))
         (found[server],) = run_probes([probe], 0.05)
     over.set()
     assert {name: (one.succeeded_at, one.or_later) for name, one in found.items()} == {

@@ -163,7 +163,7 @@ def test_a_round_outlives_the_loss_of_prefects_database(stack, sessions, operato
     turn = operator.start_round(NEXT)
     stack.until(lambda: where(stack, sessions, turn.id)[1] == "train", pause=0.02)
     config = load_config(stack.home)
-    postgres = Postgres(stack.home / "pg", config.ports["postgres"], config.secrets["postgres"])
+    postgres = Postgres(stack.home / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute("drop database prefect with (force)")
     assert operator.round(turn.id).state == "running"

@@ -56,7 +56,7 @@ def test_a_log_is_written_in_its_folder_whatever_lies_in_its_place(tmp_path, pla
     victim.write_text("mine\n")
     PLANTS[plant](place, victim)
     PLANTS[plant](tmp_path / "run" / ".parent", victim)
-    with run_child([sys.executable, "-c", "print('evil')"], place.parent, {}, place.name) as process:
+    with run_child([sys.executable, "-c", "print('evil')"], place.parent, env={}, log_name=place.name) as process:
         assert process.wait() == 0
     assert victim.read_text() == "mine\n" and not (tmp_path / "new").exists()
     assert read_regular(place) == "evil\n"

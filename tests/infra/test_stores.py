@@ -41,7 +41,7 @@ STRANGER = b"user\0stranger\0\0"
 
 def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(tmp_path):
     with listening() as impostor, ThreadPoolExecutor() as threads:
-        server = Postgres(tmp_path / "pg", port_of(impostor), "secret-of-the-superuser")
+        server = Postgres(tmp_path / "pg", port=port_of(impostor), password="secret-of-the-superuser")
         received = threads.submit(ask_for_the_password, impostor)
         with pytest.raises(psycopg.OperationalError) as refusal:
             server.ping()
@@ -67,7 +67,7 @@ def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
     others = tmp_path / "others"
     others.mkdir()
     (others / "file").write_text("secret")
-    server = Postgres(tmp_path / "pg", 5432, "password")
+    server = Postgres(tmp_path / "pg", port=5432, password="password")
     server.data.mkdir(parents=True)
     (server.folder / "run").symlink_to(others)
     (server.data / "folder").symlink_to(others)
@@ -85,7 +85,7 @@ def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
 
 def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
     config = load_or_make_config(tmp_path)
-    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     for round_ in range(2):
         server.initialise()
         process = subprocess.Popen(
@@ -103,7 +103,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
 def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
     """Open 260 connections that never authenticate."""
     config = load_or_make_config(tmp_path)
-    server = Postgres(tmp_path / "pg", config.ports["postgres"], config.secrets["postgres"])
+    server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     server.initialise()
     with contextlib.ExitStack() as cleanup:
         process = cleanup.enter_context(

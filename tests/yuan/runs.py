@@ -79,7 +79,7 @@ def launch(folder, script=None):
     plan = folder.read_spec().plan
     program = ["-m", "yuan.train.run"] if script is None else [script]
     command = build_torchrun_command(plan.num_ranks, *program, folder.path)
-    return run_child(command, folder.path, dict(os.environ), "train.log")
+    return run_child(command, folder.path, env=dict(os.environ), log_name="train.log")
 
 
 def run(folder, script=None):

@@ -59,7 +59,7 @@ def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
     came = []
     tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
     sampling = Sampling(max_tokens=number, **wishes)
-    request = GenerationRequest(engine.served, [tokens], sampling, deliver or came.append, limit_s)
+    request = GenerationRequest(engine.served, [tokens], sampling, deliver=deliver or came.append, limit_s=limit_s)
     engine.submit(request)
     return request, came
 

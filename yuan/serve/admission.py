@@ -24,21 +24,22 @@ class AdmissionMiddleware:
         if scope["type"] != "http" or scope["path"] == PUBLIC_PATH:
             return await self._app(scope, receive, send)
         if not self._has_token(scope):
-            return await self._refuse(401, "the model server is internal; use the portal", scope, receive, send)
+            refusal = self._refuse(401, "the model server is internal; use the portal")
+            return await refusal(scope, receive, send)
         body = None if is_declared_too_large(scope) else await read_call_body(receive)
         if body is None:
-            return await self._refuse(
-                413, f"a call may have {MAX_MODEL_CALL_BYTES} bytes; send less", scope, receive, send
-            )
+            refusal = self._refuse(413, f"a call may have {MAX_MODEL_CALL_BYTES} bytes; send less")
+            return await refusal(scope, receive, send)
         await self._app(scope, replay(body, receive), send)
 
     def _has_token(self, scope: Scope) -> bool:
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(values) == 1 and hmac.compare_digest(values[0], self._expected)
 
-    async def _refuse(self, status: int, message: str, scope: Scope, receive: Receive, send: Send) -> None:
+    def _refuse(self, status: int, message: str) -> JSONResponse:
+        """Count a refused call, and return the response to send."""
         self._metrics.count_request(UNKNOWN_ROUTE_LABEL, status)
-        await JSONResponse({"error": {"message": message, "type": "invalid"}}, status)(scope, receive, send)
+        return JSONResponse({"error": {"message": message, "type": "invalid"}}, status)
 
 
 def is_declared_too_large(scope: Scope) -> bool:

@@ -57,7 +57,9 @@ def make_api(token: str, service: ModelService) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
-        listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form.n, get_caller(call))
+        listener = AnswerReceiver(
+            service, build_sampling(form, form.logprobs), num_choices=form.n, caller=get_caller(call)
+        )
         listener.submit(lambda served: form.prompts(served.tokenizer))
         shape = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await respond(listener, shape, form, call)
@@ -66,7 +68,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
-        listener = AnswerReceiver(service, sampling, form.n, get_caller(call))
+        listener = AnswerReceiver(service, sampling, num_choices=form.n, caller=get_caller(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
         shape = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await respond(listener, shape, form, call)
@@ -99,7 +101,7 @@ def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes:
 class AnswerReceiver:
     """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
 
-    def __init__(self, service: ModelService, sampling: Sampling, num_choices: int, caller: str) -> None:
+    def __init__(self, service: ModelService, sampling: Sampling, *, num_choices: int, caller: str) -> None:
         self._service, self._sampling, self._num_choices, self._caller = service, sampling, num_choices, caller
         self.metrics = service.metrics
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
@@ -119,7 +121,13 @@ class AnswerReceiver:
                     f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
                 )
             return GenerationRequest(
-                served, prompts, self._sampling, self._deliver, ANSWER_TIMEOUT_S, self._num_choices, self._caller
+                served,
+                prompts,
+                self._sampling,
+                deliver=self._deliver,
+                limit_s=ANSWER_TIMEOUT_S,
+                num_choices=self._num_choices,
+                caller=self._caller,
             )
 
         self.request = self._service.submit(make)
@@ -230,7 +238,13 @@ def _describe_error(error: Exception) -> tuple[int, str, str]:
 
 def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
     def refuse(
-        call: Call, status: int, kind: str, message: str, param: str | None = None, retry_after_s: int | None = None
+        call: Call,
+        *,
+        status: int,
+        kind: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
     ) -> JSONResponse:
         service.metrics.count_request(call.url.path, status)
         body = {"message": message, "type": kind, **({"param": param} if param else {})}
@@ -238,21 +252,20 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
         return JSONResponse({"error": body}, status, headers)
 
     async def known(call: Call, error: Exception) -> JSONResponse:
-        return refuse(
-            call, *_describe_error(error), getattr(error, "param", None), getattr(error, "retry_after_s", None)
-        )
+        status, kind, message = _describe_error(error)
+        param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
+        return refuse(call, status=status, kind=kind, message=message, param=param, retry_after_s=retry_after_s)
 
     async def refused(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for it"
-        return refuse(
-            call, error.status_code, "unavailable" if error.status_code == 503 else "invalid", str(error.detail)
-        )
+        kind = "unavailable" if error.status_code == 503 else "invalid"
+        return refuse(call, status=error.status_code, kind=kind, message=str(error.detail))
 
     async def invalid(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
         field_path = get_field_path({**first, "loc": first["loc"][1:]})
-        return refuse(call, 422, "invalid", first["msg"], make_printable(field_path))
+        return refuse(call, status=422, kind="invalid", message=first["msg"], param=make_printable(field_path))
 
     for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
         app.add_exception_handler(kind, known)

@@ -84,6 +84,7 @@ class GenerationRequest:
         served: ServedModel,
         prompts: Many[Many[int]],
         sampling: Sampling,
+        *,
         deliver: Callable[[AnswerPiece | Exception], None],
         limit_s: float,
         num_choices: int = 1,
