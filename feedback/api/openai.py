@@ -25,6 +25,7 @@ from feedback.api.access import (
 from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable
 from feedback.tables import new_id
 from yuan.data.text import make_storable
+from yuan.serve.disconnect import run_until_disconnect
 from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
 
 router = APIRouter(
@@ -69,7 +70,9 @@ async def chat(form: ChatIn, call: Request, account: CurrentAccount) -> Response
 async def _serve_completion(call: Request, path: str, form: CompletionIn | ChatIn, contributor_id: str) -> Response:
     recorder = ResponseRecorder(call, contributor_id, form)
     # Forward the bytes as received: the model server validates them by the same schema, and also against its model.
-    upstream = await _request_until_disconnect(call, path, await call.body(), contributor_id)
+    request = _request_model_server(call, "POST", path, await call.body(), contributor_id)
+    # If the caller disconnects, the model server sees the closed connection and frees the request's rows.
+    upstream = await run_until_disconnect(call, request)
     if upstream is None:
         return Response(status_code=499)
     if upstream.headers.get("content-type", "").startswith("text/event-stream"):
@@ -79,26 +82,6 @@ async def _serve_completion(call: Request, path: str, form: CompletionIn | ChatI
         recorder.record_choices(data)
         await recorder.store_responses()
     return _relay_response(upstream, data)
-
-
-async def _request_until_disconnect(
-    call: Request, path: str, body: bytes, contributor_id: str
-) -> httpx.Response | None:
-    """Forward a request and return the response with its headers read; None if the caller disconnects first."""
-    request = asyncio.ensure_future(_request_model_server(call, "POST", path, body, contributor_id))
-    disconnect = asyncio.ensure_future(_wait_for_disconnect(call))
-    try:
-        await asyncio.wait([request, disconnect], return_when=asyncio.FIRST_COMPLETED)
-        return request.result() if request.done() else None
-    finally:
-        request.cancel()  # the model server sees the closed connection and frees the request's rows
-        disconnect.cancel()
-
-
-async def _wait_for_disconnect(call: Request) -> None:
-    """Wait until the caller disconnects."""
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
 
 
 class RecordedStream(StreamingResponse):

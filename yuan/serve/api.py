@@ -15,6 +15,7 @@ from yuan.data.text import get_field_path, make_printable
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import AdmissionMiddleware
+from yuan.serve.disconnect import run_until_disconnect
 from yuan.serve.request import (
     AnswerPiece,
     AnswerTimeout,
@@ -184,29 +185,20 @@ async def respond(
         with_usage = form.stream_options is not None and form.stream_options.include_usage
         return EventStream(listener, _iter_events(listener, shape, with_usage=with_usage), headers)
 
-    answer = asyncio.ensure_future(_drain_pieces(listener))
-    disconnect = asyncio.ensure_future(_wait_for_disconnect(call))
     try:
-        await asyncio.wait([answer, disconnect], return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            return Response(status_code=499)
-        answer.result()
+        answer = await run_until_disconnect(call, _complete_answer(listener))
     finally:
-        answer.cancel()
-        disconnect.cancel()
         listener.close()
-    return JSONResponse(shape.format_response(listener.request), headers=headers)
+    if answer is None:
+        return Response(status_code=499)
+    return JSONResponse(shape.format_response(answer), headers=headers)
 
 
-async def _wait_for_disconnect(call: Call) -> None:
-    """Wait until the caller disconnects."""
-    while (await call.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _drain_pieces(listener: AnswerReceiver) -> None:
+async def _complete_answer(listener: AnswerReceiver) -> GenerationRequest:
+    """Wait until every choice has finished, and return the request, which holds them."""
     async for _ in listener.iter_pieces():
         pass
+    return listener.request
 
 
 async def _iter_events(
