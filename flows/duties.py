@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.error_text import describe_error, format_redacted_traceback
-from infra.files import read_regular
+from infra.files import read_regular, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ class Duties:
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        scratch = self._file.with_suffix(".new")
-        scratch.write_text(json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
-        scratch.replace(self._file)
+        replace_file(self._file, json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
 
 
 def get_duty_status_file(home: Path) -> Path:

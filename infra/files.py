@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_REGULAR_FILE_BYTES = 1 << 20
@@ -103,13 +104,23 @@ def copy_descriptor(source: int, target: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Replace a file atomically, with default permissions; no link is followed."""
+@contextlib.contextmanager
+def replace_when_written(file: Path) -> Iterator[Path]:
+    """Yield a path beside a file, where nothing exists; the file written there replaces it at the end of the block.
+
+    After an error the old file is unchanged.
+    """
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     remove_path(scratch)
-    with scratch.open("x") as out:  # O_EXCL: fail if another process creates the path meanwhile
-        out.write(text)
+    yield scratch
     scratch.replace(file)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Replace a file atomically, with default permissions; no link is followed."""
+    # "x" for O_EXCL: fail if another process creates the path meanwhile.
+    with replace_when_written(file) as scratch, scratch.open("x") as out:
+        out.write(text)
 
 
 def write_private(file: Path, text: str) -> None:

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from infra.files import replace_file
 from infra.health import LivenessMonitor, LivenessPolicy, get_first_line
 from infra.keeper_lock import hold_keeper_lock
 from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
 from infra.orphans import OrphanReaper
+from infra.polling import poll_until
 from infra.processes import find_pids, has_exited, kill_processes, measure_cpu_demand_s
 
 log = logging.getLogger(__name__)
@@ -274,9 +276,7 @@ class Keeper:
         if process is None:
             return
         signal_group(process.pid, service.stop_signal)
-        end = time.monotonic() + SERVICE_STOP_GRACE_S
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
+        poll_until(lambda: process.poll() is not None, timeout_s=SERVICE_STOP_GRACE_S, pause_s=0.02)
         signal_group(process.pid, signal.SIGKILL)
         process.wait()
         if self._stopping.is_set():
@@ -289,11 +289,9 @@ class Keeper:
             self._write_state_file()
 
     def _write_state_file(self) -> None:
-        scratch = self.folder / ".stack.json"
         states = {name: vars(state) for name, state in self.states.items()}
         try:
-            scratch.write_text(json.dumps({"pid": os.getpid(), "services": states}, indent=2))
-            scratch.replace(self.folder / "stack.json")
+            replace_file(self.folder / "stack.json", json.dumps({"pid": os.getpid(), "services": states}, indent=2))
         except OSError as error:  # a full disk must not end this thread: its service would be killed with it
             log.warning("cannot write the state file: %s", error)
 

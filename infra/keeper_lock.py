@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from infra.files import read_regular
+from infra.polling import poll_until
 
 KEEPER_LOCK_FILE = "stack.lock"
 KEEPER_HEARTBEAT_TIMEOUT_S = 15.0  # the keeper sends a heartbeat every second
@@ -53,15 +54,20 @@ def hold_keeper_lock(folder: Path, stack_id: str) -> Iterator[Callable[[], None]
 
 
 def _acquire_lock(lock: IO[bytes]) -> None:
-    """Lock the file exclusively; retry for a second, since `find_keeper` takes a shared lock for an instant."""
-    end = time.monotonic() + KEEPER_LOCK_TIMEOUT_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.02)
+    """Lock the file exclusively; retry for a second, since `find_keeper` takes a shared lock for an instant.
+
+    Raises:
+        BlockingIOError: if another process holds the lock all the time.
+    """
+
+    def try_lock() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    if not poll_until(try_lock, timeout_s=KEEPER_LOCK_TIMEOUT_S, pause_s=0.02):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def find_keeper(folder: Path) -> KeeperLockHolder | None:

@@ -9,6 +9,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from infra.files import replace_when_written
 from infra.settings import StoreAccess
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ class ObjectStore:
 
     def get_file(self, key: str, file: Path) -> None:
         """Download an object into a file atomically: the file is complete or does not exist."""
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        self._client.download_file(self._bucket, key, str(scratch))
-        scratch.replace(file)
+        with replace_when_written(file) as scratch:
+            self._client.download_file(self._bucket, key, str(scratch))
 
     def list_keys(self, prefix: str) -> list[str]:
         """List the keys under a prefix, sorted."""

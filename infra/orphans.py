@@ -8,9 +8,9 @@ import contextlib
 import ctypes
 import os
 import signal
-import time
 from collections.abc import Collection
 
+from infra.polling import poll_until
 from infra.processes import find_descendants, list_processes
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -42,14 +42,18 @@ class OrphanReaper:
 
     def kill_all(self) -> list[int]:
         """Kill all descendants of this process, orphans or not, and return their pids; call it before exiting."""
-        killed: list[int] = []
-        end = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
-        while (descendants := find_descendants(os.getpid())) and time.monotonic() < end:
+        killed: dict[int, None] = {}  # in the order of the first signal
+
+        def kill_descendants() -> bool:
+            """Kill and reap the descendants; true if there are none."""
+            descendants = find_descendants(os.getpid())
             for pid in descendants:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
-            killed += [pid for pid in descendants if pid not in killed]
-            time.sleep(0.02)
-        return killed
+            killed.update(dict.fromkeys(descendants))
+            return not descendants
+
+        poll_until(kill_descendants, timeout_s=ORPHAN_KILL_TIMEOUT_S, pause_s=0.02)
+        return list(killed)

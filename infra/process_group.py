@@ -15,12 +15,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from infra.files import open_log, remove_path
 from infra.liveness import EXIT_TEMPORARY_FAILURE, PARENT_FILE_VARIABLE, exit_on_lost_heartbeat
+from infra.polling import poll_until
 from infra.processes import find_pids, kill_processes
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ def run_child(
 
 def _wait_for_ranks_to_exit(process: subprocess.Popen[bytes], fifo: Path) -> None:
     """Wait for the ranks to exit, and kill those that do not."""
-    end = time.monotonic() + FIFO_EXIT_TIMEOUT_S
-    while set(find_pids(PARENT_FIFO_VARIABLE, str(fifo))) - {process.pid}:
-        if time.monotonic() > end:
-            killed = kill_processes(PARENT_FIFO_VARIABLE, str(fifo), spare={process.pid})
-            log.warning("killed %s, which did not exit by themselves within %.0f s", killed, FIFO_EXIT_TIMEOUT_S)
-            return
-        time.sleep(0.02)
+
+    def have_exited() -> bool:
+        return not set(find_pids(PARENT_FIFO_VARIABLE, str(fifo))) - {process.pid}
+
+    if not poll_until(have_exited, timeout_s=FIFO_EXIT_TIMEOUT_S, pause_s=0.02):
+        killed = kill_processes(PARENT_FIFO_VARIABLE, str(fifo), spare={process.pid})
+        log.warning("killed %s, which did not exit by themselves within %.0f s", killed, FIFO_EXIT_TIMEOUT_S)
 
 
 def build_torchrun_command(num_processes: int, *program: str | Path) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
 from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh_rows
+from infra.polling import poll_until
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 
@@ -151,12 +152,15 @@ def gather_figures(
 
 def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:
     """Return the contributor's notices when there are as many as expected, or after NOTICE_TIMEOUT_S."""
-    end = time.monotonic() + NOTICE_TIMEOUT_S
-    while True:
+    notices: list[NoticeOut] = []
+
+    def is_complete() -> bool:
+        nonlocal notices
         notices = contributor.notices()
-        if len(notices) >= expected or time.monotonic() > end:
-            return notices
-        time.sleep(0.2)
+        return len(notices) >= expected
+
+    poll_until(is_complete, timeout_s=NOTICE_TIMEOUT_S, pause_s=0.2)
+    return notices
 
 
 def compute_overhead_s(training_round: RoundOut) -> float:

@@ -26,6 +26,7 @@ from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_reporter import SERVER_ERRORS
 from infra.error_text import describe_error
+from infra.files import replace_file
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
 
@@ -208,7 +209,4 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
 
 def write_heartbeat(settings: DispatcherSettings) -> None:
     """Write the heartbeat file, which the keeper's checks read."""
-    file = settings.home / DISPATCHER_HEARTBEAT_FILE
-    scratch = file.with_suffix(".part")
-    scratch.write_text(json.dumps({"time": time.time()}))
-    scratch.replace(file)
+    replace_file(settings.home / DISPATCHER_HEARTBEAT_FILE, json.dumps({"time": time.time()}))

@@ -1,8 +1,7 @@
 """Define the interface of every launcher: a job of equal processes on some nodes, and its ending."""
 
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +82,6 @@ class Launcher(Protocol):
 
 class LauncherUnreachable(RuntimeError):
     """Report that the batch system does not respond; the same call may succeed later."""
-
-
-def poll_ending(ask: Callable[[], JobEnding | None], seconds: float, pause_s: float) -> JobEnding | None:
-    """Call `ask` until it returns an ending or the time is over; at least once."""
-    end = time.monotonic() + seconds
-    while True:
-        ending = ask()
-        if ending is not None or time.monotonic() >= end:
-            return ending
-        time.sleep(min(pause_s, seconds))
 
 
 def select_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

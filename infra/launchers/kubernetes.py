@@ -24,10 +24,10 @@ from infra.launchers.job import (
     JobEndingCause,
     LauncherUnreachable,
     RunningJob,
-    poll_ending,
     select_rank_variables,
 )
 from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
+from infra.polling import poll_until
 
 log = logging.getLogger(__name__)
 
@@ -117,28 +117,30 @@ class KubernetesLauncher:
 
     def end(self, name: str, within_s: float) -> bool:
         """Delete the job of a name; true if none of its pods remains within `within_s` seconds."""
-        namespace, end = self._options.namespace, time.monotonic() + within_s
-        while time.monotonic() < end:
-            try:
-                with contextlib.suppress(client.exceptions.NotFoundException):
-                    self._objects.delete_namespaced_custom_object(
-                        JOBSET_API_GROUP,
-                        JOBSET_API_VERSION,
-                        namespace,
-                        JOBSET_PLURAL,
-                        name,
-                        propagation_policy="Foreground",
-                        _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
-                    )
-                selector = f"{JOBSET_NAME_LABEL}={name}"
-                if not self._core.list_namespaced_pod(
-                    namespace, label_selector=selector, _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S
-                ).items:
-                    return True
-            except KUBERNETES_ERRORS as error:
-                log.warning("the cluster does not respond: %s", str(error)[:150])
-            time.sleep(1)
-        return False
+        return poll_until(lambda: self._delete_jobset(name), timeout_s=within_s, pause_s=1.0)
+
+    def _delete_jobset(self, name: str) -> bool:
+        """Delete a job if it exists; true if none of its pods remains."""
+        namespace = self._options.namespace
+        try:
+            with contextlib.suppress(client.exceptions.NotFoundException):
+                self._objects.delete_namespaced_custom_object(
+                    JOBSET_API_GROUP,
+                    JOBSET_API_VERSION,
+                    namespace,
+                    JOBSET_PLURAL,
+                    name,
+                    propagation_policy="Foreground",
+                    _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S,
+                )
+            selector = f"{JOBSET_NAME_LABEL}={name}"
+            pods = self._core.list_namespaced_pod(
+                namespace, label_selector=selector, _request_timeout=KUBERNETES_REQUEST_TIMEOUT_S
+            )
+        except KUBERNETES_ERRORS as error:
+            log.warning("the cluster does not respond: %s", str(error)[:150])
+            return False
+        return not pods.items
 
 
 class _RunningJobSet:
@@ -149,7 +151,7 @@ class _RunningJobSet:
         self.over = threading.Event()
 
     def wait(self, seconds: float) -> JobEnding | None:
-        return poll_ending(self._read_ending, seconds, 1.0)
+        return poll_until(self._read_ending, timeout_s=seconds, pause_s=1.0)
 
     def _read_ending(self) -> JobEnding | None:
         try:

@@ -2,12 +2,12 @@
 
 import contextlib
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from infra.confinement import SHARED_MEMORY_FOLDER, Confinement, find_accelerator_files
 from infra.launchers.job import Job, JobEnding, RunningJob
+from infra.polling import poll_until
 from infra.process_group import build_torchrun_command, run_child
 from infra.processes import find_pids, kill_processes
 
@@ -47,12 +47,7 @@ class LocalLauncher:
     def end(self, name: str, within_s: float) -> bool:
         """Kill all processes of the job of this name; true if none remains within `within_s` seconds."""
         kill_processes(JOB_VARIABLE, name)
-        end = time.monotonic() + within_s
-        while any(find_pids(JOB_VARIABLE, name)):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-        return True
+        return poll_until(lambda: not any(find_pids(JOB_VARIABLE, name)), timeout_s=within_s, pause_s=0.02)
 
 
 class _RunningLocalJob:

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from infra.launchers.job import (
     JobEndingCause,
     LauncherUnreachable,
     RunningJob,
-    poll_ending,
     select_rank_variables,
 )
 from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
+from infra.polling import poll_until
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +104,16 @@ class SlurmLauncher:
 
     def end(self, name: str, within_s: float) -> bool:
         """Cancel the job of a name; true if it is not in the queue any more."""
-        end = time.monotonic() + within_s
-        while time.monotonic() < end:
+
+        def cancel() -> bool:
+            """Cancel the job if it is in the queue; true if it is not."""
             with contextlib.suppress(RuntimeError):
                 if not _run_slurm_command("squeue", "--noheader", f"--name={name}", "--format=%i"):
                     return True
                 _run_slurm_command("scancel", f"--name={name}")
-            time.sleep(0.5)
-        return False
+            return False
+
+        return poll_until(cancel, timeout_s=within_s, pause_s=0.5)
 
 
 class _RunningSlurmJob:
@@ -122,7 +123,7 @@ class _RunningSlurmJob:
         self._number = number
 
     def wait(self, seconds: float) -> JobEnding | None:
-        return poll_ending(self._read_ending, seconds, 0.5)
+        return poll_until(self._read_ending, timeout_s=seconds, pause_s=0.5)
 
     def _read_ending(self) -> JobEnding | None:
         try:
