@@ -1,8 +1,14 @@
 """Classify errors: transient ones of a server or network, and permanent ones of a single item."""
 
 import httpx
+import psycopg
 from botocore.exceptions import BotoCoreError, ClientError
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError
+
+# Errors of a server that does not answer, or answers with an error of its own, by kind of server. MLflow's error type
+# is not here, since its import takes a second.
+DATABASE_ERRORS = (OperationalError, InterfaceError, psycopg.OperationalError)
+OBJECT_STORE_ERRORS = (BotoCoreError, ClientError)
 
 TRANSIENT_CLIENT_STATUSES = (408, 425, 429)  # 4xx by number, but a later retry may succeed
 REFUSED_INPUT_STATUSES = (400, 413, 422)  # a request rejected because of its content

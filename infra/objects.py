@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from infra.files import replace_when_written
 from infra.settings import StoreAccess
@@ -170,9 +170,6 @@ class ObjectStore:
 def _check_sha256(key: str, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(f"{key} has the sha256 {found}, expected is {expected}")
-
-
-OBJECT_STORE_ERRORS = (BotoCoreError, ClientError, OSError)
 
 
 def open_object_store(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> ObjectStore:

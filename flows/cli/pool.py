@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from sqlalchemy.exc import OperationalError
 
 from feedback import leases
 from feedback.accounts import NotFound
 from feedback.tables import Lease
 from flows.cli.output import JsonOption, explain_errors, show
 from flows.stack.pool_records import open_pool_records
+from infra.faults import DATABASE_ERRORS
 
 pool = typer.Typer(no_args_is_help=True, help="Show and change the devices that runs are scheduled on.")
 
@@ -83,7 +83,7 @@ def _explain_pool_errors() -> Iterator[None]:
         yield
     except NotFound as error:
         raise ValueError(f"{error}; see `cotrain pool show`") from None
-    except OperationalError:
+    except DATABASE_ERRORS:
         raise ValueError("PostgreSQL does not answer; is the stack up? see `cotrain status`") from None
 
 

@@ -12,7 +12,6 @@ import psycopg
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from sqlalchemy.exc import OperationalError
 
 from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
@@ -26,6 +25,7 @@ from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_reporter import SERVER_ERRORS
 from infra.error_text import describe_error
+from infra.faults import DATABASE_ERRORS
 from infra.files import replace_file
 from infra.logs import configure_logging
 from infra.settings import DispatcherSettings
@@ -71,7 +71,7 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
                     busy = duties.is_any_failing or is_busy(context)
                     for _ in listener.notifies(timeout=BUSY_POLL_S if busy else IDLE_POLL_S, stop_after=1):
                         pass
-        except (psycopg.OperationalError, OperationalError) as error:
+        except DATABASE_ERRORS as error:
             if last_error != (last_error := describe_error(error)):
                 log.warning("PostgreSQL does not answer, retrying: %s", last_error)
             write_heartbeat(context.settings)
