@@ -6,11 +6,9 @@ import traceback
 from http import HTTPStatus
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -19,6 +17,7 @@ from feedback.accounts import Conflict, InvalidField, NotFound
 from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, TooManyRequests, Unauthorized
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
+from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
 from yuan.data.text import get_field_path, make_printable
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ COMMON_ERROR_STATUSES = (401, 408, 413, 422, 503)  # statuses that any API route
 HTTP_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 MAX_ERROR_MESSAGE_CHARACTERS = 1000
 PORTAL_BODY_STALL_TIMEOUT_S = 30.0
-STORE_UNAVAILABLE_ERRORS = (OperationalError, InterfaceError, BotoCoreError, ClientError)
+STORE_UNAVAILABLE_ERRORS = (*DATABASE_ERRORS, *OBJECT_STORE_ERRORS)
 
 
 def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

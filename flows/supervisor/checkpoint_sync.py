@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from botocore.exceptions import BotoCoreError, ClientError
-
+from infra.faults import OBJECT_STORE_ERRORS
 from infra.objects import ObjectStore
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
@@ -203,5 +202,5 @@ def _try_sync_checkpoints(
         for name in sync_checkpoints(objects, run_id, folder, refused):
             folder.append_event(CheckpointStoredEvent(step=parse_step(Path(name))))
             log.info("stored checkpoint %s of run %s", name, run_id)
-    except (BotoCoreError, ClientError, OSError) as error:
+    except (*OBJECT_STORE_ERRORS, OSError) as error:
         log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])

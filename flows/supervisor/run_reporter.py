@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-import psycopg
 from mlflow.exceptions import MlflowException
 from prefect.exceptions import PrefectHTTPStatusError
-from sqlalchemy.exc import OperationalError
 
 from feedback import rounds
 from flows.context import Context
 from infra.error_text import describe_error
+from infra.faults import DATABASE_ERRORS
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file
 from yuan.train.events import (
@@ -36,7 +35,7 @@ from yuan.train.run_status import RunStatus
 
 log = logging.getLogger(__name__)
 
-SERVER_ERRORS = (OperationalError, psycopg.OperationalError, MlflowException, httpx.HTTPError, PrefectHTTPStatusError)
+SERVER_ERRORS = (*DATABASE_ERRORS, MlflowException, httpx.HTTPError, PrefectHTTPStatusError)
 REPORTED_EVENTS = (
     SkipEvent,
     RollBackEvent,
