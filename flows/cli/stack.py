@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, explain_errors, fail, show, show_table, stderr_console
-from flows.stack.doctor import KEEPER_SUBJECT
 from flows.stack.probing import Finding
 from flows.stack.stack_control import ServiceStates, ShowStates, are_all_ready, bring_up, rotate_secrets, take_down
 from flows.stack.stack_status import diagnose, get_public_urls, read_stack_status
@@ -56,7 +55,7 @@ def status(as_json: JsonOption = False) -> None:
             print("\n".join([*(f"{name:13} {url}" for name, url in stack.urls.items()), *fault_lines]))
         else:
             print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *fault_lines]))
-    if not are_all_ready(stack.services) or any(finding.what == KEEPER_SUBJECT for finding in stack.faults):
+    if stack.faults or not are_all_ready(stack.services):
         raise typer.Exit(1)
 
 

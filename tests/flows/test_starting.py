@@ -103,6 +103,7 @@ def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp
     (line,) = [line for line in shown.stdout.splitlines() if "worker" in line]
     assert line.split()[:4] == ["worker", "ready", "7", "1.5"] and line.count("[/x]") == 40
     assert "COTRAIN_MAX_UPLOAD_BYTES must be" in shown.stdout and shown.stderr == ""
+    assert shown.returncode == 1
     assert up.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in up.stderr
 
 
