@@ -1,4 +1,7 @@
-"""Find which user listens on a TCP address of this machine, so that no secret is sent to another user's listener."""
+"""Find which user listens on a TCP address of this machine, so that no secret is sent to another user's listener.
+
+The sockets are read from /proc/net, since psutil does not tell a socket's user.
+"""
 
 import contextlib
 import errno

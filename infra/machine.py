@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 MIN_FREE_DISK_BYTES = 256 * 2**20
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def has_fast_bf16() -> bool:
-    """Tell whether the CPU multiplies bf16 matrices in hardware."""
+    """Tell whether the CPU multiplies bf16 matrices in hardware, by its flags, which psutil does not read."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -25,9 +27,7 @@ def has_free_disk(folder: Path) -> bool:
 
 def measure_available_memory_gib() -> float:
     """Return the memory available now, in GiB: the minimum of the machine's and of this process's cgroup limits."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return min([available, *_read_cgroup_headrooms()]) / 2**30
+    return min([int(psutil.virtual_memory().available), *_read_cgroup_headrooms()]) / 2**30
 
 
 def _read_cgroup_headrooms() -> Iterator[int]:

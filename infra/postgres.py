@@ -17,6 +17,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
 
+import psutil
 import psycopg
 from psycopg import sql
 
@@ -153,16 +154,21 @@ class Postgres:
             pid = int(read_regular(pid_file).split()[0])
         except (OSError, ValueError, IndexError):
             return
-        try:
-            comm, state = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
-        except FileNotFoundError:
-            comm, state = "", " X"
-        if comm != "postgres" or state.split()[0] in "ZX":
+        if not _is_server_running(pid):
             data = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 os.unlink(pid_file.name, dir_fd=data)
             finally:
                 os.close(data)
+
+
+def _is_server_running(pid: int) -> bool:
+    """Tell whether a process of PostgreSQL has this pid, and is not a zombie."""
+    try:
+        process = psutil.Process(pid)
+        return process.name() == "postgres" and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except (psutil.NoSuchProcess, ValueError):  # PostgreSQL writes a negative pid for its mode without a server
+        return False
 
 
 def _set_password(connection: psycopg.Connection, role: str, password: str) -> None:

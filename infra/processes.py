@@ -1,4 +1,10 @@
-"""Find processes of this machine by pid, environment variable or parent, measure their CPU time, and kill them."""
+"""Find processes of this machine by pid, environment variable or parent, measure their CPU time, and kill them.
+
+Processes are read from /proc and not by psutil. One read of `/proc/PID/stat` shows parent, state and start of the same
+process, while psutil reads it once for each, and the pid may be reused in between. The start tick, which is part of
+stored identities, does not depend on the wall clock; psutil's `create_time` does. And psutil's `environ` ends at the
+first empty entry, so a process that overwrites the memory of its arguments for a title could not be found.
+"""
 
 import contextlib
 import os

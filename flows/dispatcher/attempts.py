@@ -5,9 +5,9 @@ import hmac
 import logging
 import time
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from uuid import UUID
 
+import psutil
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -147,7 +147,7 @@ def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
 def has_live_process(run: FlowRun) -> bool:
     """Check whether the process recorded in Prefect for a run exists and, by its command line, belongs to the run."""
     try:
-        command = Path(f"/proc/{int(run.infrastructure_pid or 0)}/cmdline").read_bytes()
-    except (OSError, ValueError):
+        command = psutil.Process(int(run.infrastructure_pid or 0)).cmdline()
+    except (psutil.Error, OSError, ValueError):
         return False
-    return command.split(b"\0")[-3:-1] == [b"flows.dispatcher.flow_process", str(run.id).encode()]
+    return bool(command[-2:] == ["flows.dispatcher.flow_process", str(run.id)])

@@ -1,5 +1,6 @@
 """Configuration of the embedded stack in its home folder: id, ports, secrets, and the settings files."""
 
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import psutil
 
 from infra.files import write_private
 from infra.keeper import find_stack_pids
@@ -226,23 +229,15 @@ def describe_port_holder(port: int, stack_id: str) -> str | None:
 
 def _describe_listener(port: int, stack_id: str) -> str | None:
     """Describe the process that listens on a port; empty if it belongs to this stack, None if none is visible."""
-    inodes = _find_listening_inodes(port)
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
+    for connection in psutil.net_connections("tcp4"):
+        is_listener = connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        if not is_listener or connection.pid is None:  # None: a process of another user
             continue
-        try:
-            held = {os.readlink(link) for link in (process / "fd").iterdir()}
-        except OSError:
-            continue
-        if held & inodes:
-            is_own = int(process.name) in set(find_stack_pids(stack_id))
-            return "" if is_own else f", held by pid {process.name} ({(process / 'comm').read_text().strip()})"
+        if connection.pid in set(find_stack_pids(stack_id)):
+            return ""
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has exited since
+            return f", held by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
     return None
-
-
-def _find_listening_inodes(port: int) -> set[str]:
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
 
 
 def is_port_free(port: int) -> bool:

@@ -1,14 +1,19 @@
-"""What a flow's process sends to Prefect's server."""
+"""What a flow's process sends to Prefect's server, and when it counts as alive."""
 
 import json
 import logging
+import subprocess
+import sys
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 from prefect.logging.handlers import APILogHandler
 
+from flows.dispatcher.attempts import has_live_process
 from flows.dispatcher.flow_process import StorableRecord
 from flows.prefect_gate.body_rules import parse_request_body
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud83db"], ids=["U+0000", "half a character"])
@@ -23,3 +28,16 @@ def test_a_log_line_of_any_text_is_one_that_the_gate_takes(text):
     log = APILogHandler().prepare(record)
     assert log["message"] == "said a\ufffdb"
     parse_request_body("/api/logs/", json.dumps([log]).encode())
+
+
+def test_a_flow_run_lives_while_a_process_with_its_pid_and_its_id_runs():
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "flows.dispatcher.flow_process", "a-run"]
+    with subprocess.Popen(command) as process:
+        try:
+            run = SimpleNamespace(id="a-run", infrastructure_pid=str(process.pid))
+            until(lambda: has_live_process(run))  # for an instant after its start, a process has no command line
+            for other in ({"id": "another-run"}, {"infrastructure_pid": None}, {"infrastructure_pid": "host:1"}):
+                assert not has_live_process(SimpleNamespace(**vars(run) | other))
+        finally:
+            process.kill()
+    assert not has_live_process(run)
