@@ -52,11 +52,11 @@ def ours(model: ModelConfig, stages: int) -> list[int]:
     work = Workload(model=model, seq_len=S, global_batch_size=ACCUM, precision="bf16", loss_block=512)
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
     costs = build_stage_costs(work, grid, pool.groups)
-    still = np.zeros_like(costs.link_s)
-    finish = np.zeros_like(costs.finish_fixed_s)
-    found = solve(replace(costs, link_s=still, finish_fixed_s=finish, finish_layer_s=finish))
-    assert found is not None
-    return [0, *(1 + sum(found.layers[:s]) for s in range(1, stages)), model.num_layers + 2]
+    no_links, no_finish = np.zeros_like(costs.time.link_s), np.zeros_like(costs.time.finish_fixed_s)
+    compute_only = replace(costs.time, link_s=no_links, finish_fixed_s=no_finish, finish_layer_s=no_finish)
+    layout = solve(replace(costs, time=compute_only))
+    assert layout is not None
+    return [0, *(1 + sum(layout.layers[:s]) for s in range(1, stages)), model.num_layers + 2]
 
 
 def main() -> int:

@@ -12,10 +12,12 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from yuan.config import ModelConfig
 from yuan.plan import solver
 from yuan.plan.bounds import bound_step_seconds
+from yuan.plan.memory_costs import MemoryCosts
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import compute_layers_per_wait
 from yuan.plan.solver import find_leanest_layout, solve
-from yuan.plan.stage_costs import StageCosts, bound_return_seconds, build_stage_costs
+from yuan.plan.stage_costs import StageCosts, build_stage_costs
+from yuan.plan.time_costs import TimeCosts, bound_return_seconds
 from yuan.plan.workload import Grid, Workload
 
 EXACT = 1e-9  # relative
@@ -23,7 +25,7 @@ EXACT = 1e-9  # relative
 
 @st.composite
 def problems(draw, most_classes=3):
-    """Draw small problems with free coefficients, within the guarantees of `StageCosts`."""
+    """Draw small problems with free coefficients, within the guarantees of `MemoryCosts`."""
     stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
     layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -43,20 +45,24 @@ def problems(draw, most_classes=3):
         accum=draw(st.integers(1, 9)),
         bare=tuple(draw(st.booleans()) for _ in range(stages)),
         slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
-        capacity=whole(8, 60),
-        fixed_bytes=whole(0, 9),
-        layer_bytes=layer_bytes,
-        saved_bytes=np.minimum(whole(0, 9), layer_bytes),
-        extra_bytes=whole(0, 4),
-        fixed_s=fixed_s,
-        layer_s=layer_s,
-        redo_s=whole(1, 3) / 2,
-        forward_fixed_s=forward * fixed_s,
-        forward_layer_s=forward * layer_s,
-        finish_fixed_s=whole(0, 9) / 2,
-        finish_layer_s=whole(0, 9) / 2,
-        link_s=link,
-        return_s=bound_return_seconds(link),
+        memory=MemoryCosts(
+            capacity=whole(8, 60),
+            fixed_bytes=whole(0, 9),
+            layer_bytes=layer_bytes,
+            saved_bytes=np.minimum(whole(0, 9), layer_bytes),
+            extra_bytes=whole(0, 4),
+        ),
+        time=TimeCosts(
+            fixed_s=fixed_s,
+            layer_s=layer_s,
+            redo_s=whole(1, 3) / 2,
+            forward_fixed_s=forward * fixed_s,
+            forward_layer_s=forward * layer_s,
+            finish_fixed_s=whole(0, 9) / 2,
+            finish_layer_s=whole(0, 9) / 2,
+            link_s=link,
+            return_s=bound_return_seconds(link),
+        ),
     )
 
 
@@ -65,23 +71,30 @@ def layouts(costs):
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         redone = [
-            next((r for r in range(n + 1) if costs.compute_bytes(s, c, n, r) <= costs.capacity[s, c]), None)
+            next(
+                (
+                    r
+                    for r in range(n + 1)
+                    if costs.memory.compute_stage_bytes(s, c, n, r) <= costs.memory.capacity[s, c]
+                ),
+                None,
+            )
             for s, n, c in places
         ]
         if None in redone:
             continue
         own = [
-            costs.fixed_s[s, c] + n * costs.layer_s[s, c] + r * costs.redo_s[s, c]
+            costs.time.fixed_s[s, c] + n * costs.time.layer_s[s, c] + r * costs.time.redo_s[s, c]
             for (s, n, c), r in zip(places, redone, strict=True)
         ]
-        links = [0.0, *(costs.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
+        links = [0.0, *(costs.time.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
         wait = max(
-            added(costs, s, own, links, costs.forward_fixed_s[s, c] + n * costs.forward_layer_s[s, c])
+            added(costs, s, own, links, costs.time.forward_fixed_s[s, c] + n * costs.time.forward_layer_s[s, c])
             for s, n, c in places
         )
-        finish = max(costs.finish_fixed_s[s, c] + n * costs.finish_layer_s[s, c] for s, n, c in places)
+        finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
         seconds = sum(own) + sum(links) + wait + finish
-        peak = max(costs.compute_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
+        peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
         yield seconds, peak, layers, classes, sum(own) + sum(links), wait, finish
 
 
@@ -92,7 +105,7 @@ def added(costs, k, own, links, forward):
     passes = min(later, costs.accum - 1) * (max(forward, own[k] - forward) + both / 2)
     if costs.accum - 1 <= later:
         return passes
-    behind = sum(own[k + 1 :]) + sum(links[k + 1 :]) + costs.return_s[k]
+    behind = sum(own[k + 1 :]) + sum(links[k + 1 :]) + costs.time.return_s[k]
     return (costs.accum - 1 - later) * (own[k] + both) + max(passes, behind)
 
 
@@ -109,8 +122,8 @@ def least_peaks(costs):
     """Yield the peak of each assignment that fits, with any recomputation."""
     for layers, classes in assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
-        least = [min(costs.compute_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
-        if all(size <= costs.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
+        least = [min(costs.memory.compute_stage_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
+        if all(size <= costs.memory.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
             yield max(least)
 
 
@@ -215,7 +228,8 @@ def test_middle_sizes_equal_an_integer_program(seed):
     )
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=16)
     costs = build_stage_costs(work, grid, groups)
-    costs = dataclasses.replace(costs, link_s=np.zeros_like(costs.link_s), return_s=np.zeros(stages))
+    free_links = dataclasses.replace(costs.time, link_s=np.zeros_like(costs.time.link_s), return_s=np.zeros(stages))
+    costs = dataclasses.replace(costs, time=free_links)
     found = solve(costs)
     best = integer_program(costs)
     assert (found is None) == (best is None)

@@ -52,7 +52,9 @@ def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | N
     if not may_fit(costs):
         return None
     return bisect_left(
-        range(int(costs.capacity.max())), True, key=lambda cap: _RelaxedProblem(costs.cap_memory(cap)).is_feasible()
+        range(int(costs.memory.capacity.max())),
+        True,
+        key=lambda cap: _RelaxedProblem(costs.cap_memory(cap)).is_feasible(),
     )
 
 
@@ -67,8 +69,8 @@ class _RelaxedProblem:
     def __init__(self, costs: StageCosts) -> None:
         # The cheapest link before and after each stage, (P, C).
         before = np.zeros((costs.num_stages, costs.num_classes))
-        before[1:] = costs.link_s[:-1].min(axis=1)
-        after = costs.link_s.min(axis=2)
+        before[1:] = costs.time.link_s[:-1].min(axis=1)
+        after = costs.time.link_s.min(axis=2)
         self.costs = costs
         self.finite = np.isfinite(costs.seconds)
 
@@ -77,10 +79,10 @@ class _RelaxedProblem:
         busy = full * np.where(self.finite, costs.seconds + (before + after)[..., None], 0.0)
         ahead = count_filling_batches(costs.num_stages, costs.accum)[:, None, None]
         self.alone = busy + ahead * (costs.longer + (before + after)[..., None] / 2)
-        self.ahead = busy + (after + costs.return_s[:, None])[..., None]
+        self.ahead = busy + (after + costs.time.return_s[:, None])[..., None]
 
         self.slots = np.array(costs.slots)
-        self.links = float(costs.link_s.min(axis=(1, 2)).sum())
+        self.links = float(costs.time.link_s.min(axis=(1, 2)).sum())
         self.kept = (costs.redone == 0).sum(axis=-1)  # places that need no recomputation, (P, C)
 
     def is_feasible(self, wait: float = np.inf) -> bool:
@@ -112,11 +114,11 @@ class _RelaxedProblem:
             layers = np.maximum(most[:, c] - bare, 0)
             room = _sum_largest(layers, self.slots[c])
             kept = _sum_largest(np.minimum(layers, np.maximum(self.kept[:, c] - bare, 0)), self.slots[c])
-            layer = float(costs.layer_s[:, c].min())
-            offers += [(layer, kept), (layer + float(costs.redo_s[:, c].min()), room - kept)]
+            layer = float(costs.time.layer_s[:, c].min())
+            offers += [(layer, kept), (layer + float(costs.time.redo_s[:, c].min()), room - kept)]
 
         # Fill the cheapest offers first.
-        total, remaining = float(costs.fixed_s[:, usable].min(axis=1).sum()) + self.links, costs.num_layers
+        total, remaining = float(costs.time.fixed_s[:, usable].min(axis=1).sum()) + self.links, costs.num_layers
         for seconds, room in sorted(offers):
             total += seconds * min(remaining, room)
             remaining -= min(remaining, room)

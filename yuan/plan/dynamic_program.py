@@ -45,12 +45,12 @@ class DynamicProgram:
         self.counted = np.sum(np.indices(self.counts), axis=0) if self.counts else np.zeros((), np.int64)
 
         # The class of the previous stage only determines the link to it: drop it if all links to a class are equal.
-        c, is_alike = costs.num_classes, bool((costs.link_s == costs.link_s[:, :1]).all())
-        before = np.concatenate([np.zeros((1, c, c)), costs.link_s[:-1]])[:, : 1 if is_alike else c]
+        c, is_alike = costs.num_classes, bool((costs.time.link_s == costs.time.link_s[:, :1]).all())
+        before = np.concatenate([np.zeros((1, c, c)), costs.time.link_s[:-1]])[:, : 1 if is_alike else c]
         self.previous = [0 if is_alike else n for n in range(c)]  # index of a class on the axis of the previous stage
 
         # Time of a stage per micro-batch with both links, (P, previous, own, next, places).
-        links = before[:, :, :, None, None] + costs.link_s[:, None, :, :, None]
+        links = before[:, :, :, None, None] + costs.time.link_s[:, None, :, :, None]
         period = costs.seconds[:, None, :, None, :] + links
         self.finite = np.isfinite(period)
         self.full = count_steady_batches(costs.num_stages, costs.accum)
@@ -59,7 +59,7 @@ class DynamicProgram:
 
         # Time that a stage adds to the sum: alone, and with the links (not the compute time) of later stages.
         self.alone = busy + ahead * (costs.longer[:, None, :, None, :] + links / 2)
-        self.ahead = busy + costs.link_s[:, None, :, :, None] + costs.return_s[:, None, None, None, None]
+        self.ahead = busy + costs.time.link_s[:, None, :, :, None] + costs.time.return_s[:, None, None, None, None]
 
     def compute_max_places(self, wait: float, finish: float) -> IntArray:
         """Return the most places of each stage under both limits, for any later stages, (P, previous, own, next)."""
@@ -129,7 +129,7 @@ class DynamicProgram:
 
     def _compute_stage_price(self, most: IntArray, stage: int, following: int) -> FloatArray:
         """Return the time of a stage and the link behind it, infinite beyond `most` places, (previous, own, places)."""
-        seconds = self.costs.seconds[stage] + self.costs.link_s[stage, :, following, None]
+        seconds = self.costs.seconds[stage] + self.costs.time.link_s[stage, :, following, None]
         allowed = most[stage].max(axis=-1) if stage == self.costs.num_stages - 1 else most[stage, :, :, following]
         return np.where(self.costs.places <= allowed[..., None], seconds, np.inf)
 

@@ -4,14 +4,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
+
+from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import Pool
 from yuan.plan.search import PlanCandidate, SizeLimits, has_feasible_layout, search
 from yuan.plan.solver import compute_added_seconds, compute_busy_seconds, compute_step_seconds, solve
-from yuan.plan.stage_costs import DOES_NOT_FIT, StageCosts, build_stage_costs
+from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Workload, compute_default_loss_block
 
 MIN_REPORTED_GAIN = 1e-3  # fraction of the step's time; smaller gains are not reported
+UNLIMITED_BYTES = 2**60
 MAX_POOL_GROWTH = 16  # largest factor by which a device count is raised in the search for a pool that fits
 
 
@@ -46,7 +50,7 @@ def explain_infeasible(work: Workload, pool: Pool, limits: SizeLimits, nearest: 
     layout, groups = nearest.layout, nearest.stage_groups
     costs = build_stage_costs(work, nearest.grid, nearest.groups)
     needed_gib = [
-        costs.compute_bytes(s, c, n, r) / GIB
+        costs.memory.compute_stage_bytes(s, c, n, r) / GIB
         for s, (c, n, r) in enumerate(zip(layout.classes, layout.layers, layout.redone, strict=True))
     ]
     fullest = max(range(len(needed_gib)), key=needed_gib.__getitem__)
@@ -135,7 +139,7 @@ def _describe_even_split(chosen: PlanCandidate, costs: StageCosts) -> str:
     ]
     if too_full:
         s = too_full[0]
-        need = min(costs.compute_bytes(s, classes[s], even[s], r) for r in range(even[s] + 1)) / GIB
+        need = min(costs.memory.compute_stage_bytes(s, classes[s], even[s], r) for r in range(even[s] + 1)) / GIB
         return f"An even split does not fit: stage {s} would need {need:.1f} GiB even when recomputing."
     seconds = compute_step_seconds(costs, even, classes)
     return f"An even split would take {seconds:.4g} s a step, {seconds / chosen.layout.seconds:.3f} times as long."
@@ -161,4 +165,5 @@ def _describe_gains(work: Workload, pool: Pool, limits: SizeLimits, chosen: Plan
 
 
 def _remove_memory_limit(costs: StageCosts) -> StageCosts:
-    return replace(costs, capacity=costs.capacity * 0 + 2**60)
+    unlimited = replace(costs.memory, capacity=np.full_like(costs.memory.capacity, UNLIMITED_BYTES))
+    return replace(costs, memory=unlimited)

@@ -17,7 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from yuan.plan.memory_costs import MemoryCosts
 from yuan.plan.stage_costs import StageCosts
+from yuan.plan.time_costs import TimeCosts
 from yuan.plan.time_model import GIGA, TERA
 
 
@@ -163,26 +165,30 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
         accum=p,
         bare=(False,) * p,
         slots=(p,),
-        capacity=zero + 10**15,
-        fixed_bytes=fixed,
-        layer_bytes=weights + live * kept,
-        saved_bytes=saved,
-        extra_bytes=zero + kept * recompute,
-        fixed_s=no_time,
-        layer_s=np.full((p, 1), 4.0),
-        redo_s=np.full((p, 1), 1.0),
-        forward_fixed_s=no_time,
-        forward_layer_s=np.full((p, 1), 1.0),
-        finish_fixed_s=no_time,
-        finish_layer_s=no_time,
-        link_s=np.zeros((p, 1, 1)),
-        return_s=np.zeros(p),
+        memory=MemoryCosts(
+            capacity=zero + 10**15,
+            fixed_bytes=fixed,
+            layer_bytes=weights + live * kept,
+            saved_bytes=saved,
+            extra_bytes=zero + kept * recompute,
+        ),
+        time=TimeCosts(
+            fixed_s=no_time,
+            layer_s=np.full((p, 1), 4.0),
+            redo_s=np.full((p, 1), 1.0),
+            forward_fixed_s=no_time,
+            forward_layer_s=np.full((p, 1), 1.0),
+            finish_fixed_s=no_time,
+            finish_layer_s=no_time,
+            link_s=np.zeros((p, 1, 1)),
+            return_s=np.zeros(p),
+        ),
     )
 
 
 def compute_fig_3_memory(layers: tuple[int, ...], costs: StageCosts) -> list[float]:
     """Compute the memory of each stage in GB (10**9 bytes), without recomputation."""
-    return [costs.compute_bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
+    return [costs.memory.compute_stage_bytes(s, 0, n, 0) / GIGA for s, n in enumerate(layers)]
 
 
 OFFICIAL_LAYOUTS = {  # layers of each stage, and how many of them are recomputed; the official training scripts

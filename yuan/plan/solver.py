@@ -17,8 +17,9 @@ import numpy as np
 
 from yuan.plan.critical_path import compute_waits
 from yuan.plan.dynamic_program import TIE_TOLERANCE, DynamicProgram, count_states
+from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import IntArray
-from yuan.plan.stage_costs import DOES_NOT_FIT, StageCosts
+from yuan.plan.stage_costs import StageCosts
 from yuan.plan.time_model import FloatArray
 
 MAX_EXACT_STATES = 40_000_000  # most table cells of an exact dynamic program
@@ -102,7 +103,7 @@ def _find_least_peak(costs: StageCosts) -> int | None:
     """Return the minimum memory of the fullest device, with any recomputation."""
     if not DynamicProgram(costs).is_feasible():
         return None
-    caps = range(int(costs.capacity.max()))
+    caps = range(int(costs.memory.capacity.max()))
     return bisect_left(caps, True, key=lambda cap: DynamicProgram(costs.cap_memory(cap)).is_feasible())
 
 
@@ -171,14 +172,14 @@ class _LayoutSearch:
         if self.is_exact:
             point = self._minimize_over_waits(cutoff - least_finish, finish, least_finish)
             return None if point is None else (point, point.before_finish)
-        return self._search_roomiest_classes(cutoff - least_finish - _bound_least_sum(self.costs), finish)
+        return self._search_roomiest_classes(cutoff - least_finish - self.costs.bound_least_sum(), finish)
 
     def _minimize_over_waits(self, cutoff: float, finish: float, least_finish: float = 0.0) -> _SearchPoint | None:
         """Return the point with the minimum Σ + wait below the cutoff, by bisection over ranges of waits.
 
         Each range (low, high] has a lower bound on Σ: that of the layout found at a higher wait.
         """
-        least = _bound_least_sum(self.costs)
+        least = self.costs.bound_least_sum()
         lowest = self._bracket_least_wait(cutoff - least, finish)
         if lowest is None:
             return None
@@ -212,7 +213,7 @@ class _LayoutSearch:
         program = self.program
         if not program.is_feasible(highest, finish):
             return None
-        low, high = 0.0, min(highest, self.costs.accum * _bound_least_sum(self.costs) / self.costs.num_stages)
+        low, high = 0.0, min(highest, self.costs.accum * self.costs.bound_least_sum() / self.costs.num_stages)
         while not program.is_feasible(high, finish):
             low, high = high, min(highest, 2 * high)
         while high - low > LEAST_WAIT_TOLERANCE * high:
@@ -240,7 +241,7 @@ class _LayoutSearch:
         point = _LayoutSearch(self.costs.fix_classes(sequence))._minimize_over_waits(np.inf, finish)
         if point is None:
             return None
-        return self._make_point(point.layout.layers, sequence), _bound_least_sum(self.costs) + low
+        return self._make_point(point.layout.layers, sequence), self.costs.bound_least_sum() + low
 
     def _solve_under_limits(self, wait: float, finish: float) -> _SearchPoint | None:
         """Return the point with the minimum Σ under both limits; None if there is none."""
@@ -279,10 +280,8 @@ class _LayoutSearch:
 
     def _list_peak_bytes(self) -> IntArray:
         """Return all possible memory sizes of a stage with the fewest recomputed layers, sorted."""
-        costs, redone = self.costs, self.costs.redone
-        without_redo = costs.fixed_bytes[..., None] + costs.layer_bytes[..., None] * costs.layers
-        sizes = without_redo - costs.saved_bytes[..., None] * redone + costs.extra_bytes[..., None] * (redone > 0)
-        peaks: IntArray = np.unique(sizes[redone != DOES_NOT_FIT])
+        sizes = self.costs.memory.tabulate_bytes(self.costs.layers, self.costs.redone)
+        peaks: IntArray = np.unique(sizes[self.costs.redone != DOES_NOT_FIT])
         return peaks
 
 
@@ -298,7 +297,8 @@ def _make_layout(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int,
     redone = tuple(int(fewest) for fewest in _look_up_stages(costs, costs.redone, layers, classes))
     assert DOES_NOT_FIT not in redone, "the program places no layers that do not fit"
     seconds = compute_step_seconds(costs, layers, classes)
-    peak = max(costs.compute_bytes(s, c, n, r) for s, (n, c, r) in enumerate(zip(layers, classes, redone, strict=True)))
+    stages = enumerate(zip(classes, layers, redone, strict=True))
+    peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for s, (c, n, r) in stages)
     return Layout(layers=layers, classes=classes, redone=redone, seconds=seconds, peak_bytes=peak, lower_bound=seconds)
 
 
@@ -322,7 +322,7 @@ def compute_added_seconds(costs: StageCosts, layers: tuple[int, ...], classes: t
         _get_stage_seconds(costs, layers, classes),
         longer,
         _get_link_seconds(costs, classes),
-        costs.return_s.tolist(),
+        costs.time.return_s.tolist(),
         costs.accum,
     )
 
@@ -340,15 +340,8 @@ def _look_up_stages(
 
 
 def _get_link_seconds(costs: StageCosts, classes: tuple[int, ...]) -> list[float]:
-    return [float(costs.link_s[s, a, b]) for s, (a, b) in enumerate(pairwise(classes))]
+    return [float(costs.time.link_s[s, a, b]) for s, (a, b) in enumerate(pairwise(classes))]
 
 
 def _compute_finish_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
     return max(_look_up_stages(costs, costs.finish, layers, classes))
-
-
-def _bound_least_sum(costs: StageCosts) -> float:
-    """Return a lower bound on Σ: each stage's fixed part and each layer on its fastest class, the cheapest links."""
-    usable = np.array([slots > 0 for slots in costs.slots])
-    fixed = costs.fixed_s[:, usable].min(axis=1).sum()
-    return float(fixed + costs.num_layers * costs.layer_s[:, usable].min() + costs.link_s.min(axis=(1, 2)).sum())

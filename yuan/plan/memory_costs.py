@@ -1,0 +1,103 @@
+"""Memory of pipeline stages as coefficients: bytes are affine in a stage's layers and recomputed layers.
+
+Letters: P stages, C device classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from yuan.plan.memory_model import GIB, IntArray, compute_memory_terms
+from yuan.plan.pool import DeviceGroup
+from yuan.plan.workload import Grid, Workload
+
+DOES_NOT_FIT = -1  # number of recomputed layers of a stage that does not fit
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryCosts:
+    """Bytes of a stage on a device class, and the capacity of the class; all arrays are (P, C).
+
+    A stage of l layers, r of them recomputed, takes
+
+        fixed_bytes + l · layer_bytes - r · saved_bytes, and extra_bytes if r > 0.
+
+    Recomputing a layer never saves more memory than the layer needs, so a stage that fits also fits with fewer layers.
+    """
+
+    capacity: IntArray
+    fixed_bytes: IntArray
+    layer_bytes: IntArray
+    saved_bytes: IntArray
+    extra_bytes: IntArray
+
+    def compute_stage_bytes(self, stage: int, device: int, layers: int, redone: int) -> int:
+        """Return the memory of a stage on a device class, in bytes."""
+        at = (stage, device)
+        kept = int(self.fixed_bytes[at]) + layers * int(self.layer_bytes[at]) - redone * int(self.saved_bytes[at])
+        return kept + (int(self.extra_bytes[at]) if redone else 0)
+
+    def tabulate_bytes(self, layers: IntArray, redone: IntArray) -> IntArray:
+        """Return the memory of every stage on every class, in bytes, (P, C, places).
+
+        Args:
+            layers: numbers of layers, in a shape that broadcasts to (P, C, places).
+            redone: numbers of recomputed layers, in the same way; entries below zero count as zero for `extra_bytes`.
+        """
+        without_redo = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
+        sizes: IntArray = (
+            without_redo - self.saved_bytes[..., None] * redone + self.extra_bytes[..., None] * (redone > 0)
+        )
+        return sizes
+
+    def tabulate_fewest_redone(self, layers: IntArray) -> IntArray:
+        """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT, (P, C, places)."""
+        # The excess over the capacity, which recomputation has to save; recomputing at all costs the extra bytes.
+        excess = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers - self.capacity[..., None]
+        excess_if_redone = excess + self.extra_bytes[..., None]
+
+        # Rounded up; a layer that saves nothing is excluded below, so its divisor is arbitrary.
+        saved = self.saved_bytes[..., None]
+        redone = np.where(excess <= 0, 0, -(-excess_if_redone // np.maximum(saved, 1)))
+        fits = (redone <= layers) & ((redone == 0) | (saved > 0))
+        return np.where(fits, redone, DOES_NOT_FIT)
+
+    def cap(self, most: int) -> "MemoryCosts":
+        """Return the costs with at most `most` bytes on any device."""
+        return replace(self, capacity=np.minimum(self.capacity, most))
+
+    def select_classes(self, classes: Sequence[int]) -> "MemoryCosts":
+        """Return the costs of each stage on the class given for it, (P, 1)."""
+        stages, columns = np.arange(len(classes)), np.asarray(classes)
+
+        def select(table: IntArray) -> IntArray:
+            selected: IntArray = table[stages, columns][:, None]
+            return selected
+
+        return MemoryCosts(
+            capacity=select(self.capacity),
+            fixed_bytes=select(self.fixed_bytes),
+            layer_bytes=select(self.layer_bytes),
+            saved_bytes=select(self.saved_bytes),
+            extra_bytes=select(self.extra_bytes),
+        )
+
+
+def build_memory_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> MemoryCosts:
+    """Compute the coefficients of a grid, from the affine memory model at 0, 1 and 2 layers."""
+    stages = np.arange(grid.pipeline_size)[:, None]
+    corners = ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2))  # layers, and how many of them are recomputed
+    layers, redone = np.array(corners).T
+    tables = [sum(compute_memory_terms(work, grid, group, stages, layers, redone).values()) for group in groups]
+    sizes = dict(zip(corners, np.moveaxis(np.stack(tables, axis=1), -1, 0), strict=True))  # each (P, C)
+
+    saved = sizes[2, 1] - sizes[2, 2]  # by the second recomputed layer, which needs no extra bytes
+    capacity = np.array([int(group.memory_gib * GIB) for group in groups], np.int64)
+    return MemoryCosts(
+        capacity=np.broadcast_to(capacity, saved.shape),
+        fixed_bytes=sizes[0, 0],
+        layer_bytes=sizes[1, 0] - sizes[0, 0],
+        saved_bytes=saved,
+        extra_bytes=sizes[1, 1] - sizes[1, 0] + saved,
+    )
