@@ -28,12 +28,6 @@ class Timeline:
         """Return the seconds from the first forward pass to the last backward pass."""
         return float(self.backward_end.max())
 
-    @property
-    def idle_share(self) -> float:
-        """Return the fraction of all stages' time in which they do not compute."""
-        busy = (self.forward_end - self.forward_start).sum() + (self.backward_end - self.backward_start).sum()
-        return float(1 - busy / (self.seconds * len(self.forward_start)))
-
 
 def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequence[float], accum: int) -> Timeline:
     """Simulate A micro-batches on P stages.

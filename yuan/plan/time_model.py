@@ -37,7 +37,6 @@ class DeviceRates:
     embedding: float
     optimizer: float
     overhead_s: float
-    is_measured: bool
 
 
 def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
@@ -54,7 +53,6 @@ def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
             embedding=m.embedding_gb_s * GIGA,
             optimizer=m.optimizer_gb_s * GIGA,
             overhead_s=m.overhead_us * MICRO,
-            is_measured=True,
         )
     rate = group.sustained_tflops
     if work.precision == "fp32" and group.fp32_tflops is not None:
@@ -67,7 +65,6 @@ def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
         embedding=memory,
         optimizer=memory,
         overhead_s=0.0,
-        is_measured=False,
     )
 
 

@@ -77,7 +77,7 @@ def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, Tensor
 
 def _iter_named_parameters(module: Any, num_layers: int) -> Iterator[tuple[str, Any]]:
     for name, parameter in module.named_parameters():
-        yield str(translate_parameter_name(name, num_layers)), parameter
+        yield translate_parameter_name(name, num_layers), parameter
 
 
 def _get_base_optimizer(engine: Any) -> Any:

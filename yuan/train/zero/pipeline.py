@@ -176,7 +176,7 @@ class PlannedPipeline(PipelineModule):
         return [0, *(part - 1 for part in self.parts[1:-1]), self.parts[-1] - 3]
 
 
-def translate_parameter_name(name: str, num_layers: int) -> str | None:
+def translate_parameter_name(name: str, num_layers: int) -> str:
     """Translate a pipeline parameter's name to its name in `Yuan`.
 
     Raises:
@@ -202,7 +202,7 @@ def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> No
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            model_name, shape = str(translate_parameter_name(name, num_layers)), tuple(parameter.shape)
+            model_name, shape = translate_parameter_name(name, num_layers), tuple(parameter.shape)
             stored_shape = source.shape(model_name) if model_name in source.names else None
             if stored_shape != shape:
                 got = "none" if stored_shape is None else stored_shape
