@@ -116,6 +116,20 @@ def test_the_even_split_is_compared_on_the_same_grid():
     assert "An even split would take" in plan.explanation and "book rates" in plan.explanation
 
 
+def test_a_plan_in_fp32_names_the_devices_without_a_rate():
+    work = dataclasses.replace(work_of(SMALL), precision="fp32")
+    bf16_only = DeviceGroup(device_class="x", count=4, memory_gib=70, sustained_tflops=100)
+    explanations = [
+        make_plan(workload, Pool(name="p", groups=(group,))).explanation
+        for workload, group in (
+            (work, bf16_only),
+            (work, dataclasses.replace(bf16_only, fp32_tflops=20)),
+            (work_of(SMALL), bf16_only),
+        )
+    ]
+    assert ["no fp32_tflops of x" in explanation for explanation in explanations] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [

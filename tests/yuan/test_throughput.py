@@ -52,7 +52,12 @@ def test_tokens_and_bubble_follow_from_the_times(plan):
 
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):
     stages = [dataclasses.replace(stage, device_class="A100-80") for stage in plan.stages]
-    pacer = ThroughputMeter(WORK.model, dataclasses.replace(plan, stages=stages))
-    pacer.add(1, 0.5, [0.1] * 4, [0] * 4)
-    expected = count_flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12)
-    assert pacer.compute_pace().mfu == pytest.approx(expected)
+    meters = [
+        ThroughputMeter(WORK.model, dataclasses.replace(plan, stages=stages, precision=precision))
+        for precision in ("bf16", "fp32")
+    ]
+    for meter in meters:
+        meter.add(1, 0.5, [0.1] * 4, [0] * 4)
+    in_bf16, in_fp32 = (meter.compute_pace().mfu for meter in meters)
+    assert in_bf16 == pytest.approx(count_flops_per_token(WORK.model, 128) * 8 * 128 / 0.5 / (4 * 312e12))
+    assert in_fp32 is None, "the data sheets' peak is that of bf16"

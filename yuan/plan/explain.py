@@ -12,6 +12,7 @@ from yuan.plan.pool import Pool
 from yuan.plan.search import PlanCandidate, SizeLimits, has_feasible_layout, search
 from yuan.plan.solver import compute_added_seconds, compute_busy_seconds, compute_step_seconds, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
+from yuan.plan.time_model import lacks_rate
 from yuan.plan.workload import Workload, compute_default_loss_block
 
 MIN_REPORTED_GAIN = 1e-3  # fraction of the step's time; smaller gains are not reported
@@ -37,6 +38,9 @@ def explain(
     measured = [group.measured is not None for group in chosen.stage_groups]
     source = "measured" if all(measured) else "measured and book" if any(measured) else "book"
     sentences.append(f"Times rest on {source} rates.")
+    without_rate = sorted({group.device_class for group in chosen.stage_groups if lacks_rate(group, work)})
+    if without_rate:
+        sentences.append(f"The pool has no fp32_tflops of {', '.join(without_rate)}: the bf16 rate is used for fp32.")
     return "compute" if unlimited is None else "memory", " ".join(sentences)
 
 

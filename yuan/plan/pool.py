@@ -135,6 +135,7 @@ def make_cpu_pool() -> Pool:
         count=2,
         memory_gib=2.0,
         sustained_tflops=0.05,
+        fp32_tflops=0.05,  # most CPUs are not faster in bf16
         memory_gb_s=5.0,
         intra_node_gb_s=1.0,
         intra_node_latency_us=200.0,

@@ -42,7 +42,7 @@ class DeviceRates:
 def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
     """Return the measured rates of a class, else those from data sheets.
 
-    In fp32, a class without `fp32_tflops` gets its bf16 rate.
+    In fp32, a class without `fp32_tflops` gets its bf16 rate; see `lacks_rate`.
     """
     if group.measured is not None:
         m = group.measured
@@ -66,6 +66,11 @@ def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
         optimizer=memory,
         overhead_s=0.0,
     )
+
+
+def lacks_rate(group: DeviceGroup, work: Workload) -> bool:
+    """Return True if a class has no rate in the workload's precision, so that its bf16 rate is used for fp32."""
+    return work.precision == "fp32" and group.measured is None and group.fp32_tflops is None
 
 
 def predict_compute_seconds(

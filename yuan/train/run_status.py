@@ -11,8 +11,8 @@ class Pace:
 
     `stages` holds for each stage the compute seconds per step of its slowest replica, the planned seconds, and the peak
     memory of its fullest replica, measured and planned. `bubble` is the fraction of the step in which ranks do not
-    compute; `mfu` (model FLOPs utilization) is None if a device's peak is unknown, as for CPUs. `stragglers` holds how
-    many times slower than planned a rank is, relative to the others.
+    compute; `mfu` (model FLOPs utilization) is None if a device's peak in the plan's precision is unknown, as for CPUs
+    and in fp32. `stragglers` holds how many times slower than planned a rank is, relative to the others.
     """
 
     step_seconds: float

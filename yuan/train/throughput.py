@@ -46,16 +46,18 @@ class ThroughputMeter:
     def compute_pace(self) -> Pace:
         """Compute the medians over the last steps.
 
-        MFU is the model's FLOPs per second over the peak FLOPs per second of all devices. Needs at least one step.
+        MFU is the model's FLOPs per second over the peak FLOPs per second of all devices. The known peaks are those of
+        bf16, so there is none in fp32. Needs at least one step.
         """
         seconds, medians = statistics.median(self._steps), self._compute_medians()
         specs = [DEVICE_SPECS.get(stage.device_class) for stage in self._plan.stages]
+        is_peak_known = self._plan.precision == "bf16" and all(specs)
         peak_flops = sum(spec.peak_tflops for spec in specs if spec) * 1e12 * self._plan.data_size
         return Pace(
             step_seconds=seconds,
             tokens_per_s=self._tokens / seconds,
             bubble=max(0.0, 1 - sum(medians) / (len(medians) * seconds)),
-            mfu=self._flops / seconds / peak_flops if all(specs) else None,
+            mfu=self._flops / seconds / peak_flops if is_peak_known else None,
             stages=self._describe_stages(medians),
             stragglers=dict(self._straggling),
         )
