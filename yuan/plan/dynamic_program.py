@@ -7,6 +7,8 @@ of their times, and rises with it; so the minimum sum is optimal for every earli
 Letters: P stages, C device classes, L places; K sizes of the counts of stages by class, without one class.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from yuan.plan.bounds import compute_max_places
@@ -35,8 +37,22 @@ def _compute_axis_size(costs: StageCosts, c: int) -> int:
     return min(costs.slots[c], costs.num_stages) + 1
 
 
+@dataclass(frozen=True)
+class _PathState:
+    """A state on a path: stages so far by counted class, indices of the previous and this class, remaining places."""
+
+    counts: tuple[int, ...]
+    previous: int
+    own: int
+    left: int
+
+
 class DynamicProgram:
-    """Dynamic programs over the stages of one problem."""
+    """Dynamic programs over the stages of one problem.
+
+    Tables have one axis for each counted class, (K...), then the class of the previous stage, of the stage itself
+    (`own`), and, where a program depends on it, of the next stage (`following`). `most` is (P, previous, own, next).
+    """
 
     def __init__(self, costs: StageCosts) -> None:
         self.costs = costs
@@ -45,12 +61,14 @@ class DynamicProgram:
         self.counted = np.sum(np.indices(self.counts), axis=0) if self.counts else np.zeros((), np.int64)
 
         # The class of the previous stage only determines the link to it: drop it if all links to a class are equal.
-        c, is_alike = costs.num_classes, bool((costs.time.link_s == costs.time.link_s[:, :1]).all())
-        before = np.concatenate([np.zeros((1, c, c)), costs.time.link_s[:-1]])[:, : 1 if is_alike else c]
-        self.previous = [0 if is_alike else n for n in range(c)]  # index of a class on the axis of the previous stage
+        num_classes, link_s = costs.num_classes, costs.time.link_s
+        is_alike = bool((link_s == link_s[:, :1]).all())
+        before = np.concatenate([np.zeros((1, num_classes, num_classes)), link_s[:-1]])
+        before = before[:, : 1 if is_alike else num_classes]
+        self.previous = [0 if is_alike else n for n in self._iter_classes()]  # index of a class on the previous axis
 
         # Time of a stage per micro-batch with both links, (P, previous, own, next, places).
-        links = before[:, :, :, None, None] + costs.time.link_s[:, None, :, :, None]
+        links = before[:, :, :, None, None] + link_s[:, None, :, :, None]
         period = costs.seconds[:, None, :, None, :] + links
         self.finite = np.isfinite(period)
         self.full = count_steady_batches(costs.num_stages, costs.accum)
@@ -59,7 +77,7 @@ class DynamicProgram:
 
         # Time that a stage adds to the sum: alone, and with the links (not the compute time) of later stages.
         self.alone = busy + ahead * (costs.longer[:, None, :, None, :] + links / 2)
-        self.ahead = busy + costs.time.link_s[:, None, :, :, None] + costs.time.return_s[:, None, None, None, None]
+        self.ahead = busy + link_s[:, None, :, :, None] + costs.time.return_s[:, None, None, None, None]
 
     def compute_max_places(self, wait: float, finish: float) -> IntArray:
         """Return the most places of each stage under both limits, for any later stages, (P, previous, own, next)."""
@@ -75,16 +93,18 @@ class DynamicProgram:
         """Return for each stage the most places that it and all later stages can take, (K..., previous, own)."""
         tables: list[FloatArray] = []
         for stage in reversed(range(self.costs.num_stages)):
-            own = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
+            places = np.where(most[stage] > 0, most[stage], -np.inf)  # (previous, own, next)
             if not tables:
-                last = np.broadcast_to(own.max(axis=-1), (*self.counts, *own.shape[:2]))
+                last = np.broadcast_to(places.max(axis=-1), (*self.counts, *places.shape[:2]))
                 tables.append(self._mask_impossible_counts(last, stage))
                 continue
-            follows = [
-                own[..., n] + self._shift_counts(tables[-1][..., n], n, -np.inf)[..., None, :]
+
+            # Room of this stage and the later ones, by the class of the next stage, whose `previous` is our `own`.
+            rooms = [
+                places[..., n] + self._shift_counts(tables[-1][..., n], n, -np.inf)[..., None, :]
                 for n in self._iter_classes()
             ]
-            tables.append(self._mask_impossible_counts(np.max(follows, axis=0), stage))
+            tables.append(self._mask_impossible_counts(np.max(rooms, axis=0), stage))
         return tables[::-1]
 
     def compute_least_sums(self, wait: float, most: IntArray) -> list[FloatArray]:
@@ -98,32 +118,45 @@ class DynamicProgram:
         before, behind = np.cumsum(caps) - caps, np.cumsum(caps[::-1])[::-1]  # `behind` includes the stage itself
         shape = (*self.counts, *most.shape[1:3], costs.num_places + 1)
         for stage in reversed(range(costs.num_stages)):
+            # Remaining places: at least one for each stage from here on, and all that the earlier stages cannot take;
+            # at most what the stages from here on can take, after one place for each earlier stage.
             low = max(costs.num_stages - stage, costs.num_places - int(before[stage]))
-            left = np.arange(low, min(int(behind[stage]), costs.num_places - stage) + 1)
+            high = min(int(behind[stage]), costs.num_places - stage)
+            left = np.arange(low, high + 1)
+
             table = np.full(shape, np.inf)
             if not tables:
                 table[..., left] = self._compute_stage_price(most, stage, 0)[..., left - 1]
-            for n in self._iter_classes() if tables and len(left) else ():
-                follows = self._shift_counts(tables[-1][..., n, :], n, np.inf)
-                np.minimum(
-                    table[..., left],
-                    self._minimize_over_sizes(wait, most, stage, n, follows, left),
-                    out=table[..., left[0] : left[-1] + 1],
-                )
+            elif len(left):
+                for following in self._iter_classes():
+                    follows = self._shift_counts(tables[-1][..., following, :], following, np.inf)
+                    sums = self._minimize_over_sizes(wait, most, stage, following, follows, left)
+                    np.minimum(table[..., left], sums, out=table[..., low : high + 1])
             tables.append(self._mask_impossible_counts(table, stage, tail=3, bad=np.inf))
         return tables[::-1]
 
     def _minimize_over_sizes(
         self, wait: float, most: IntArray, stage: int, following: int, follows: FloatArray, left: IntArray
     ) -> FloatArray:
-        """Return the minimum sums over the places of a stage, for one class of the next stage, by remaining places."""
-        price, room = self._compute_stage_price(most, stage, following), self._compute_allowance(wait, stage, following)
+        """Return the minimum sums over the places of a stage, for one class of the next stage, by remaining places.
+
+        Args:
+            follows: the next stage's minimum sums for that class, by its `previous`: (K..., own or 1, L + 1).
+            left: the remaining places before this stage.
+        """
+        price = self._compute_stage_price(most, stage, following)
+        allowance = self._compute_allowance(wait, stage, following)
         best = np.full((*self.counts, *most.shape[1:3], len(left)), np.inf)
+
+        # A few sizes at a time; index n stands for n + 1 places.
+        num_sizes = int(most[stage, :, :, following].max())
         at_once = max(1, MAX_CELLS_AT_ONCE // best.size)
-        for first in range(0, int(most[stage, :, :, following].max()), at_once):
-            sizes = np.arange(first, min(first + at_once, int(most[stage, :, :, following].max())))
-            behind = follows[..., None, :, np.maximum(left[:, None] - sizes - 1, 0)]  # entry 0, no places, is infinite
-            sums = np.where(behind <= room[:, :, None, sizes], behind, np.inf) + price[:, :, None, sizes]
+        for first in range(0, num_sizes, at_once):
+            sizes = np.arange(first, min(first + at_once, num_sizes))
+            left_behind = np.maximum(left[:, None] - sizes - 1, 0)  # entry 0, no places, is infinite
+            behind = follows[..., None, :, left_behind]  # (K..., 1, own or 1, left, sizes)
+            allowed = np.where(behind <= allowance[:, :, None, sizes], behind, np.inf)
+            sums = allowed + price[:, :, None, sizes]
             np.minimum(best, sums.min(axis=-1), out=best)
         return best
 
@@ -142,33 +175,44 @@ class DynamicProgram:
         self, tables: list[FloatArray], wait: float, most: IntArray
     ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Return places and classes of the lexicographically first path with the minimum sum; None without a path."""
-        costs = self.costs
-        start = self._read_first_stage(tables[0], np.inf)[:, costs.num_places]
+        start = self._read_first_stage(tables[0], np.inf)[:, self.costs.num_places]
         if not np.isfinite(start.min()):
             return None
         own = int(np.argmax(start <= start.min() * (1 + TIE_TOLERANCE)))
         counts = tuple(int(own == n) for n in self.axes)
-        previous, left, places, classes = 0, costs.num_places, [], [own]
-        for stage in range(costs.num_stages - 1):
-            # Mark all (places, next class) that reach the minimum, and take the first.
-            goal = tables[stage][(*counts, previous, own, left)] * (1 + TIE_TOLERANCE)
-            sizes = costs.places[costs.places < left]
-            good = np.zeros((len(sizes), costs.num_classes), bool)
-            for n in self._iter_classes():
-                state = self._add_stage(counts, n)
-                if state is not None:
-                    behind = tables[stage + 1][(*state, self.previous[own], n)][left - sizes]
-                    is_allowed = behind <= self._compute_allowance(wait, stage, n)[previous, own, : len(sizes)]
-                    price = self._compute_stage_price(most, stage, n)[previous, own, : len(sizes)]
-                    good[:, n] = is_allowed & (price + behind <= goal)
-            at, n = divmod(int(good.argmax()), costs.num_classes)
+        state = _PathState(counts=counts, previous=0, own=own, left=self.costs.num_places)
 
-            counts = self._add_stage(counts, n) or counts
-            left -= int(sizes[at])
-            previous, own = self.previous[own], n
-            places.append(int(sizes[at]))
-            classes.append(n)
-        return (*places, left), tuple(classes)
+        places, classes = [], [own]
+        for stage in range(self.costs.num_stages - 1):
+            size, following = self._find_first_best_step(tables, wait, most, stage, state)
+            state = _PathState(
+                counts=self._add_stage(state.counts, following) or state.counts,
+                previous=self.previous[state.own],
+                own=following,
+                left=state.left - size,
+            )
+            places.append(size)
+            classes.append(following)
+        return (*places, state.left), tuple(classes)
+
+    def _find_first_best_step(
+        self, tables: list[FloatArray], wait: float, most: IntArray, stage: int, state: _PathState
+    ) -> tuple[int, int]:
+        """Return the first places of a stage, and class of the next one, that reach the minimum sum of a state."""
+        goal = tables[stage][(*state.counts, state.previous, state.own, state.left)] * (1 + TIE_TOLERANCE)
+        sizes = self.costs.places[self.costs.places < state.left]
+        reaches_goal = np.zeros((len(sizes), self.costs.num_classes), bool)
+        for following in self._iter_classes():
+            next_counts = self._add_stage(state.counts, following)
+            if next_counts is None:
+                continue
+            at = (state.previous, state.own, slice(len(sizes)))
+            allowance = self._compute_allowance(wait, stage, following)[at]
+            price = self._compute_stage_price(most, stage, following)[at]
+            behind = tables[stage + 1][(*next_counts, self.previous[state.own], following)][state.left - sizes]
+            reaches_goal[:, following] = (behind <= allowance) & (price + behind <= goal)
+        index, following = divmod(int(reaches_goal.argmax()), self.costs.num_classes)
+        return int(sizes[index]), following
 
     def find_roomiest_classes(self, rooms: list[FloatArray], most: IntArray) -> tuple[int, ...]:
         """Return the classes of the sequence of stages that takes the most places."""

@@ -11,8 +11,16 @@ from yuan.plan.picture import draw
 from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.score import score
-from yuan.plan.search import MAX_SIMULATED_CANDIDATES, PlanCandidate, SizeLimits, check_limits, search
+from yuan.plan.search import (
+    MAX_SIMULATED_CANDIDATES,
+    PlanCandidate,
+    SizeLimits,
+    StageAssignment,
+    check_limits,
+    search,
+)
 from yuan.plan.simulate import Timeline, simulate
+from yuan.plan.solver import Layout
 from yuan.plan.time_model import predict_compute_seconds, predict_forward_seconds, predict_transfer_seconds
 from yuan.plan.workload import Grid, Workload
 
@@ -84,7 +92,8 @@ def make_plan_from_bounds(
     Raises:
         ValueError: if the bounds do not cover the model's layers, or the batch does not divide.
     """
-    stages, layers = len(bounds) - 1, [end - first for first, end in pairwise(bounds)]
+    layers = [end - first for first, end in pairwise(bounds)]
+    stages = len(layers)
     pool = Pool(name="given", groups=(replace(group, count=stages * data_size),))
     check_limits(work, pool, SizeLimits(data_size=data_size, micro_batch_size=micro_batch_size))
     grid = Grid(
@@ -107,7 +116,7 @@ def build_plan(
 ) -> PipelinePlan:
     """Build a plan from a candidate, without explanation."""
     grid, layout = chosen.grid, chosen.layout
-    stages = [_build_stage(work, chosen, s) for s in range(grid.pipeline_size)]
+    stages = [_build_stage(work, grid, assignment, layout) for assignment in chosen.assignments]
     compute_seconds = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
     return PipelinePlan(
         model=work.model.name,
@@ -136,14 +145,11 @@ def build_plan(
 
 def simulate_candidate(work: Workload, chosen: PlanCandidate) -> Timeline:
     """Simulate a step of a candidate, event by event."""
-    grid, groups = chosen.grid, chosen.stage_groups
-    stages = list(zip(range(grid.pipeline_size), groups, chosen.layout.layers, chosen.layout.redone, strict=True))
-    forward = [float(predict_forward_seconds(work, grid, group, s, layers)) for s, group, layers, _ in stages]
-    both_passes = [
-        float(predict_compute_seconds(work, grid, group, s, layers, redone)) for s, group, layers, redone in stages
-    ]
+    grid, stages = chosen.grid, chosen.assignments
+    forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
+    both_passes = [float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.redone)) for s in stages]
     backward = [both - first for both, first in zip(both_passes, forward, strict=True)]
-    links = [predict_transfer_seconds(work, grid, a, b) / 2 for a, b in pairwise(groups)]  # one way
+    links = [predict_transfer_seconds(work, grid, a.group, b.group) / 2 for a, b in pairwise(stages)]  # one way
     return simulate(forward, backward, links, grid.grad_accum_steps)
 
 
@@ -183,18 +189,19 @@ def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:
     return simulate_candidate(work, candidate).seconds + candidate.predict_finish_seconds(work)
 
 
-def _build_stage(work: Workload, chosen: PlanCandidate, s: int) -> Stage:
-    grid, layout, group = chosen.grid, chosen.layout, chosen.stage_groups[s]
-    layers, redone = layout.layers[s], layout.redone[s]
-    terms = {name: int(size) for name, size in compute_memory_terms(work, grid, group, s, layers, redone).items()}
+def _build_stage(work: Workload, grid: Grid, assignment: StageAssignment, layout: Layout) -> Stage:
+    number, group = assignment.number, assignment.group
+    layers, redone = assignment.layers, assignment.redone
+    memory_terms = compute_memory_terms(work, grid, group, number, layers, redone)
+    memory_bytes = {name: int(size) for name, size in memory_terms.items()}
     return Stage(
         layers=layers,
-        first_layer=sum(layout.layers[:s]),
+        first_layer=sum(layout.layers[:number]),
         device_class=group.device_class,
         recompute_layers=redone,
-        memory_bytes=sum(terms.values()),
-        memory_terms=terms,
-        compute_seconds=float(predict_compute_seconds(work, grid, group, s, layers, redone)),
+        memory_bytes=sum(memory_bytes.values()),
+        memory_terms=memory_bytes,
+        compute_seconds=float(predict_compute_seconds(work, grid, group, number, layers, redone)),
     )
 
 

@@ -64,19 +64,20 @@ def replan(
         + _estimate_state_load_seconds(plan, pool, moved, parameters)
         + lost_steps * current.step_seconds
     )
+
+    # The move is paid back by the seconds that each step is faster; without a feasible alternative nothing is saved.
     gain = 0.0 if kept is None or not plan.feasible else kept - plan.step_seconds
     payback = math.ceil(seconds / gain) if gain > MIN_REPLAN_GAIN * plan.step_seconds else None
-    return Replan(
+    move = Replan(
         plan=plan,
         kept_step_seconds=kept,
         moved_layers=moved,
         moved_bytes=len(moved) * parameters * STATE_BYTES_PER_PARAMETER,
         move_seconds=seconds,
         payback_steps=payback,
-        explanation=_explain_replan(
-            plan, kept, len(moved), len(moved) * parameters * STATE_BYTES_PER_PARAMETER, seconds, payback
-        ),
+        explanation="",
     )
+    return replace(move, explanation=_explain_replan(move))
 
 
 def resize_pool(pool: Pool, counts: Mapping[str, int]) -> Pool:
@@ -181,14 +182,17 @@ def _estimate_state_load_seconds(plan: PipelinePlan, pool: Pool, moved: tuple[in
     return slowest
 
 
-def _explain_replan(
-    plan: PipelinePlan, kept: float | None, layers: int, size: int, seconds: float, payback: int | None
-) -> str:
+def _explain_replan(move: Replan) -> str:
+    plan, kept, payback = move.plan, move.kept_step_seconds, move.payback_steps
     if not plan.feasible:
         return plan.explanation
     if kept is not None and kept <= plan.step_seconds * (1 + MIN_REPLAN_GAIN):
         return f"The current plan stays the best, with {kept:.4g} s a step."
-    text = f"The new plan takes {plan.step_seconds:.4g} s a step"
-    text += ", and the old one no longer fits." if kept is None else f", the old one on this pool {kept:.4g} s."
-    text += f" {layers} layers move, {size / GIB:.1f} GiB of states; that and the restart take about {seconds:.0f} s"
-    return f"{text}." if payback is None else f"{text}, paid back after {payback} step{'s' if payback > 1 else ''}."
+
+    old = "and the old one no longer fits" if kept is None else f"the old one on this pool {kept:.4g} s"
+    payback_text = "" if payback is None else f", paid back after {payback} step{'s' if payback > 1 else ''}"
+    return (
+        f"The new plan takes {plan.step_seconds:.4g} s a step, {old}. "
+        f"{len(move.moved_layers)} layers move, {move.moved_bytes / GIB:.1f} GiB of states; "
+        f"that and the restart take about {move.move_seconds:.0f} s{payback_text}."
+    )

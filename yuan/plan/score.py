@@ -1,12 +1,12 @@
 """Compute step time and peak memory of a given layout from the memory and time models, without the solver."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 from yuan.plan.critical_path import compute_waits
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.pool import DeviceGroup
-from yuan.plan.search import PlanCandidate
+from yuan.plan.search import PlanCandidate, StageAssignment
 from yuan.plan.solver import Layout
 from yuan.plan.time_model import (
     predict_compute_seconds,
@@ -38,21 +38,25 @@ def score(
         raise ValueError(
             f"a layout needs {grid.pipeline_size} stages and {work.model.num_layers} layers, got {list(layers)}"
         )
-    stages = list(zip(range(grid.pipeline_size), [groups[c] for c in classes], layers, redone, strict=True))
-    compute = [float(predict_compute_seconds(work, grid, group, s, n, r)) for s, group, n, r in stages]
-    links = [predict_transfer_seconds(work, grid, groups[a], groups[b]) for a, b in pairwise(classes)]
-    forward = [float(predict_forward_seconds(work, grid, group, s, n)) for s, group, n, _ in stages]
+    stages = [
+        StageAssignment(number, groups[c], num_layers, num_redone)
+        for number, (c, num_layers, num_redone) in enumerate(zip(classes, layers, redone, strict=True))
+    ]
+
+    # c of each stage, the longer of its two passes, and x of each link.
+    compute = [float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.redone)) for s in stages]
+    forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
     longer = [max(first, both - first) for first, both in zip(forward, compute, strict=True)]
-    cheapest = min(predict_transfer_seconds(work, grid, a, b) for a in groups for b in groups)
-    returns = [cheapest * max(grid.pipeline_size - 2 - s, 0) for s, *_ in stages]
-    finish = max(float(predict_finish_seconds(work, grid, group, s, n)) for s, group, n, _ in stages)
+    links = [predict_transfer_seconds(work, grid, a.group, b.group) for a, b in pairwise(stages)]
+
+    # Σ (c + x) + max h + max g, with the lower bound on returns that the solver uses: every link as the cheapest.
+    cheapest = min(predict_transfer_seconds(work, grid, a, b) for a, b in product(groups, repeat=2))
+    returns = [cheapest * max(grid.pipeline_size - 2 - s.number, 0) for s in stages]
     wait = max(compute_waits(compute, longer, links, returns, grid.grad_accum_steps))
+    finish = max(float(predict_finish_seconds(work, grid, s.group, s.number, s.layers)) for s in stages)
     seconds = sum(compute) + sum(links) + wait + finish
 
-    peak = max(
-        sum(int(size) for size in compute_memory_terms(work, grid, group, s, n, r).values())
-        for s, group, n, r in stages
-    )
+    peak = max(_compute_peak_bytes(work, grid, stage) for stage in stages)
     layout = Layout(
         layers=tuple(layers),
         classes=tuple(classes),
@@ -62,3 +66,8 @@ def score(
         lower_bound=0.0,
     )
     return PlanCandidate(grid, layout, groups)
+
+
+def _compute_peak_bytes(work: Workload, grid: Grid, stage: StageAssignment) -> int:
+    terms = compute_memory_terms(work, grid, stage.group, stage.number, stage.layers, stage.redone)
+    return sum(int(size) for size in terms.values())

@@ -21,6 +21,16 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
+class StageAssignment:
+    """One stage of a candidate: its number, devices and layers, and how many of its layers are recomputed."""
+
+    number: int
+    group: DeviceGroup
+    layers: int
+    redone: int
+
+
+@dataclass(frozen=True)
 class PlanCandidate:
     """A grid with a layout of it, usually its best."""
 
@@ -33,10 +43,18 @@ class PlanCandidate:
         """Return the device group of each stage."""
         return [self.groups[c] for c in self.layout.classes]
 
+    @property
+    def assignments(self) -> list[StageAssignment]:
+        """Return what each stage holds, in order."""
+        stages = enumerate(zip(self.stage_groups, self.layout.layers, self.layout.redone, strict=True))
+        return [StageAssignment(number, group, layers, redone) for number, (group, layers, redone) in stages]
+
     def predict_finish_seconds(self, work: Workload) -> float:
         """Return the seconds after the last backward pass, of the stage where they are most."""
-        stages = enumerate(zip(self.stage_groups, self.layout.layers, strict=True))
-        return max(float(predict_finish_seconds(work, self.grid, group, s, layers)) for s, (group, layers) in stages)
+        return max(
+            float(predict_finish_seconds(work, self.grid, stage.group, stage.number, stage.layers))
+            for stage in self.assignments
+        )
 
 
 @dataclass(frozen=True)
@@ -109,12 +127,15 @@ def search(
     """
     grids = _GridSearch(work, pool.groups, objective, cutoff, kept)
     bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
+
+    # Solve one grid early: its value is a cutoff for the many grids that remain to be bounded.
     for n, (bound, _, grid) in enumerate(bounded):
         if bound >= grids.cutoff:
             break
         grids.consider(grid)
         if n == NUM_GRIDS_BOUNDED_FIRST:
             grids.solve_next()
+
     while grids.pending:
         grids.solve_next()
     return grids.result()
@@ -130,16 +151,26 @@ def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLim
     return False
 
 
+@dataclass(frozen=True)
+class _RankedCandidate:
+    """A candidate with its rank among all, lowest first, and the costs of its grid."""
+
+    rank: tuple[float, ...]
+    candidate: PlanCandidate
+    costs: StageCosts
+
+
 class _GridSearch:
     """A queue of grids to solve, lowest bound first, and the best candidates so far."""
 
     def __init__(
         self, work: Workload, groups: tuple[DeviceGroup, ...], objective: str, cutoff: float, kept: int
     ) -> None:
-        self.work, self.groups, self.objective, self.max_value, self.kept = work, groups, objective, cutoff, kept
-        self.pending: list[tuple[float, int, Grid, StageCosts]] = []
-        self.best: list[tuple[tuple[object, ...], PlanCandidate, StageCosts]] = []
-        self.num_queued = 0  # breaks ties in the queue
+        self.work, self.groups, self.objective = work, groups, objective
+        self.max_value, self.kept = cutoff, kept
+        self.pending: list[tuple[float, int, Grid, StageCosts]] = []  # a heap by bound, then by order of arrival
+        self.best: list[_RankedCandidate] = []
+        self.num_queued = 0
         self.floor = float("inf")  # lower bound over the grids that were solved
 
     @property
@@ -147,15 +178,14 @@ class _GridSearch:
         """Return the value that a grid has to beat: that of the last kept candidate, or the first with slack."""
         if not self.best:
             return self.max_value
-        values = [self._get_objective_value(candidate.layout) for _, candidate, _ in self.best]
-        return min(
-            self.max_value, values[0] * MAX_SIMULATED_SLOWDOWN, values[-1] if len(values) == self.kept else float("inf")
-        )
+        first, last = (self._get_objective_value(self.best[n].candidate.layout) for n in (0, -1))
+        last_kept = last if len(self.best) == self.kept else float("inf")
+        return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, last_kept)
 
     @property
     def fastest(self) -> float:
         """Return the seconds of the best candidate so far; infinite without one or for the objective "memory"."""
-        return self.best[0][1].layout.seconds if self.best and self.objective == "time" else float("inf")
+        return self.best[0].candidate.layout.seconds if self.best and self.objective == "time" else float("inf")
 
     def bound_grid(self, grid: Grid) -> float:
         """Return a cheap lower bound of a grid's objective, without its stage costs."""
@@ -186,39 +216,46 @@ class _GridSearch:
             self.floor = min(self.floor, bound)
         if layout is not None:
             self.floor = min(self.floor, layout.lower_bound)
-            self.best.append((self._make_sort_key(layout, grid), PlanCandidate(grid, layout, self.groups), costs))
-            self.best = sorted(self.best, key=lambda entry: entry[0])[: self.kept]
+            candidate = PlanCandidate(grid, layout, self.groups)
+            self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, costs))
+            self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.kept]
 
     def result(self) -> SearchResult:
         """Return the candidates; of the best grid, the layout with the lowest peak memory among equally fast ones."""
-        candidates = [candidate for _, candidate, _ in self.best]
+        candidates = [ranked.candidate for ranked in self.best]
         if candidates:
-            first = candidates[0]
-            candidates[0] = PlanCandidate(first.grid, find_leanest_layout(self.best[0][2], first.layout), self.groups)
+            leanest = find_leanest_layout(self.best[0].costs, candidates[0].layout)
+            candidates[0] = replace(candidates[0], layout=leanest)
         return SearchResult(tuple(candidates), self.floor)
 
     def _get_objective_value(self, layout: Layout) -> float:
         return layout.seconds if self.objective == "time" else layout.peak_bytes
 
-    def _make_sort_key(self, layout: Layout, grid: Grid) -> tuple[object, ...]:
+    def _compute_rank(self, candidate: PlanCandidate) -> tuple[float, ...]:
+        """Return the objective, then the other of time and memory, then the sizes, so that ties have one order."""
+        grid, layout = candidate.grid, candidate.layout
         sizes = (grid.pipeline_size, grid.data_size, grid.micro_batch_size)
-        values = (layout.seconds, layout.peak_bytes)
-        return (*(values if self.objective == "time" else values[::-1]), *sizes)
+        if self.objective == "time":
+            return (layout.seconds, layout.peak_bytes, *sizes)
+        return (layout.peak_bytes, layout.seconds, *sizes)
 
 
 def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]:
     """Yield all grids for the devices and the batch: A · B · D is the batch, replicas of a stage are of one class."""
-    sizes = (limits.micro_batch_size,) if limits.micro_batch_size else MICRO_BATCH_SIZES
     max_data = max(group.count for group in pool.groups)
-    for data in [limits.data_size] if limits.data_size else range(1, max_data + 1):
+    data_sizes = [limits.data_size] if limits.data_size else range(1, max_data + 1)
+    micro_sizes = [limits.micro_batch_size] if limits.micro_batch_size else MICRO_BATCH_SIZES
+
+    for data in data_sizes:
         slots = sum(group.count // data for group in pool.groups)
-        stages = range(1, min(slots, work.model.num_layers) + 1)
-        for micro in sizes:
-            if work.global_batch_size % (data * micro):
+        possible = range(1, min(slots, work.model.num_layers) + 1)  # each stage needs a slot and a layer
+        pipeline_sizes = [limits.pipeline_size] if limits.pipeline_size else possible
+        for micro in micro_sizes:
+            accum, remainder = divmod(work.global_batch_size, data * micro)
+            if remainder:
                 continue
-            accum = work.global_batch_size // (data * micro)
-            for pipeline in [limits.pipeline_size] if limits.pipeline_size else stages:
-                if pipeline in stages:
+            for pipeline in pipeline_sizes:
+                if pipeline in possible:
                     yield Grid(pipeline_size=pipeline, data_size=data, micro_batch_size=micro, grad_accum_steps=accum)
 
 

@@ -124,7 +124,8 @@ class _LayoutSearch:
     """Search over both limits for a layout faster than `cutoff`; exact only for layouts faster than `others`."""
 
     def __init__(self, costs: StageCosts, cutoff: float = float("inf"), others: float = float("inf")) -> None:
-        self.costs, self.program, self.cutoff, self.others = costs, DynamicProgram(costs), cutoff, others
+        self.costs, self.program = costs, DynamicProgram(costs)
+        self.cutoff, self.others = cutoff, others
         self.is_exact = is_exact(costs)
         # (limit on the wait, minimum sum under it); remains valid when the limit on the finish falls
         self.seen: list[tuple[float, float]] = []

@@ -155,12 +155,15 @@ def predict_finish_seconds(
     if replicas > group.devices_per_node:
         bandwidth, latency = group.inter_node_gb_s * GIGA, group.inter_node_latency_us * MICRO
 
+    # Both collectives: the bytes, and the latency of each step of the rings.
     share = (replicas - 1) / replicas
-    tied = 4 * work.model.vocab_size * work.model.hidden_size / bandwidth + latency if grid.pipeline_size > 1 else 0.0
-    seconds: FloatArray = (
-        share * parameters * (8 + work.bytes_per_value) / bandwidth
-        + 4 * (replicas - 1) * latency
-        + OPTIMIZER_BYTES_PER_PARAMETER * parameters / replicas / get_device_rates(group, work).optimizer
-        + tied * ((stage == 0) | (stage == grid.pipeline_size - 1))
-    )
+    collectives = share * parameters * (8 + work.bytes_per_value) / bandwidth + 4 * (replicas - 1) * latency
+    optimizer = OPTIMIZER_BYTES_PER_PARAMETER * parameters / replicas / get_device_rates(group, work).optimizer
+
+    # The tied embedding's fp32 gradient, between the two stages that hold it.
+    has_embedding = (stage == 0) | (stage == grid.pipeline_size - 1)
+    embedding_bytes = 4 * work.model.vocab_size * work.model.hidden_size
+    tied = embedding_bytes / bandwidth + latency if grid.pipeline_size > 1 else 0.0
+
+    seconds: FloatArray = collectives + optimizer + tied * has_embedding
     return seconds
