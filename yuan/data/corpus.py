@@ -49,14 +49,16 @@ def write_corpus(
         raise ValueError(f"the weights are of {sorted(weights)} and the sources are {sorted(sources)}; name the same")
     for number, samples in enumerate(sources.values()):
         write_token_files(folder / str(number), samples, seq_len=seq_len)
+
+    # The quotas follow from the numbers of windows, which are known only now.
     parts = [TokenFiles(folder / str(number), seq_len=seq_len, pad=pad) for number in range(len(sources))]
-    quotas = compute_quotas(
-        [len(part) for part in parts], None if weights is None else [weights[name] for name in sources]
-    )
+    source_weights = None if weights is None else [weights[name] for name in sources]
+    quotas = compute_quotas([len(part) for part in parts], source_weights)
     corpus_sources = [
         CorpusSource(name=name, quota=quota, windows=len(part), tokens=part.num_tokens, learned=int(part.learned.sum()))
         for name, quota, part in zip(sources, quotas, parts, strict=True)
     ]
+
     index = {
         "schema": CORPUS_SCHEMA,
         "seq_len": seq_len,
@@ -100,22 +102,26 @@ class Corpus:
 
     def learned(self, positions: Int64Array) -> int:
         """Count the target tokens at these positions, without reading any token."""
-        return sum(
-            int(self._parts[number].learned[windows].sum()) for number, windows, _ in self._split_by_source(positions)
-        )
+        by_source = self._split_by_source(positions)
+        return sum(int(self._parts[number].learned[windows].sum()) for number, windows, _ in by_source)
 
     def read(self, positions: Int64Array) -> tuple[PackedWindows, Int64Array]:
         """Return the windows at these positions, and the source number of each window."""
         shape = (len(positions), self.seq_len)
         out = PackedWindows(
-            np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, np.bool_), np.empty(shape, np.int32)
+            tokens=np.empty(shape, np.int32),
+            labels=np.empty(shape, np.int32),
+            learned=np.empty(shape, np.bool_),
+            documents=np.empty(shape, np.int32),
         )
         sources = np.empty(len(positions), np.int64)
 
         for number, windows, places in self._split_by_source(positions):
             part = self._parts[number].read(windows)
-            for name in ("tokens", "labels", "learned", "documents"):
-                getattr(out, name)[places] = getattr(part, name)
+            out.tokens[places] = part.tokens
+            out.labels[places] = part.labels
+            out.learned[places] = part.learned
+            out.documents[places] = part.documents
             sources[places] = number
 
         return out, sources

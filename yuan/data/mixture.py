@@ -55,8 +55,13 @@ class Mixture:
         windows = np.empty_like(place)
         for number, (size, quota, end) in enumerate(zip(self.sizes, self.quotas, ends, strict=True)):
             is_source = sources == number
-            epoch, index = np.divmod(block[is_source] * quota + place[is_source] - (end - quota), size)
-            windows[is_source] = permute(index, size, derive_keys(self.seed ^ (number + 1) << 32, epoch))
+            first_place = end - quota
+
+            # Number the source's places across blocks; each `size` of them are an epoch over its windows.
+            place_of_source = block[is_source] * quota + place[is_source] - first_place
+            epoch, index = np.divmod(place_of_source, size)
+            source_seed = self.seed ^ (number + 1) << 32  # differs from the seed that shuffles the blocks
+            windows[is_source] = permute(index, size, derive_keys(source_seed, epoch))
         return sources.astype(np.int64), windows
 
 

@@ -33,11 +33,12 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
     Raises:
         ValueError: if there is no sample.
     """
-    windows = [
-        [(np.array(piece.tokens, np.int32), np.array(piece.learned, np.bool_)) for piece in window]
-        for window in split_into_windows(samples, seq_len)
-    ]
-    return build_windows(windows, seq_len, pad)
+    windows = split_into_windows(samples, seq_len)
+    return build_windows([_convert_to_arrays(window) for window in windows], seq_len, pad)
+
+
+def _convert_to_arrays(window: Sequence[Sample]) -> list[tuple[Int32Array, npt.NDArray[np.bool_]]]:
+    return [(np.array(piece.tokens, np.int32), np.array(piece.learned, np.bool_)) for piece in window]
 
 
 def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
@@ -73,7 +74,7 @@ def build_windows(
     for w, window in enumerate(windows):
         start = 0
         for number, (piece, loss_mask) in enumerate(window):
-            end = start + len(piece) - 1
+            end = start + len(piece) - 1  # n tokens are n - 1 predictions
             tokens[w, start:end] = piece[:-1]
             labels[w, start:end] = piece[1:]
             learned[w, start:end] = loss_mask[1:]

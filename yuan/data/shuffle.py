@@ -31,6 +31,7 @@ def permute(index: Int64Array, size: int, key: npt.NDArray[np.uint64]) -> Int64A
     >>> sorted(permute(np.arange(5), 5, derive_keys(7, np.zeros(5, np.int64))).tolist())
     [0, 1, 2, 3, 4]
     """
+    # The network permutes numbers of 2 · half bits, the fewest that hold every index.
     half = np.uint64(max((int(size - 1).bit_length() + 1) // 2, MIN_HALF_BITS))
     mask = np.uint64((1 << int(half)) - 1)
 

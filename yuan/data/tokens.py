@@ -15,7 +15,8 @@ import numpy.typing as npt
 from yuan.data.packing import PackedWindows, build_windows, split_into_windows
 from yuan.data.samples import Sample
 
-TOKENS_FILE, PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE = "tokens.bin", "pieces.npy", "windows.npy", "learned.npy"
+TOKENS_FILE, PIECES_FILE = "tokens.bin", "pieces.npy"
+WINDOWS_FILE, TARGET_COUNTS_FILE = "windows.npy", "learned.npy"
 TOKEN_FILE_NAMES = (TOKENS_FILE, PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
 LOSS_MASK_BIT = 1 << 31
 
@@ -36,8 +37,8 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
                 file.write((np.asarray(piece.tokens, np.uint32) | mask_bits).tobytes())
                 pieces.extend((start, len(piece.tokens)))
                 start += len(piece.tokens)
-            windows.append(len(pieces) // 2)
-            target_counts.append(sum(sum(piece.learned[1:]) for piece in window))
+            windows.append(len(pieces) // 2)  # a piece is two numbers
+            target_counts.append(sum(sum(piece.learned[1:]) for piece in window))  # nothing predicts the first token
 
     np.save(folder / PIECES_FILE, np.frombuffer(pieces, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))

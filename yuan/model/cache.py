@@ -45,7 +45,7 @@ class CacheBlock:
         limit = self.config.seq_len
         if length > limit:
             raise ValueError(f"the window holds {limit} tokens, got {length}; shorten the prompt or the answer")
-        old_rows, _, old_length, _ = self.keys[0].shape
+        old_rows, old_length = self.keys[0].shape[0], self.keys[0].shape[2]
         if rows <= old_rows and length <= old_length:
             return
 
@@ -60,7 +60,8 @@ class CacheBlock:
         shares1 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares1]
         shares2 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares2]
         # Assign only after every allocation succeeded: out of memory must leave the block unchanged.
-        self.keys, self.values, self.shares1, self.shares2 = keys, values, shares1, shares2
+        self.keys, self.values = keys, values
+        self.shares1, self.shares2 = shares1, shares2
 
 
 def _make_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -99,7 +100,8 @@ class DecodingCache:
         """Write a layer's new keys and values (B, N, S, D), and return all up to the end of the longest row."""
         num_new = keys.shape[2]
         end = max(self.lengths) + num_new
-        all_keys, all_values = (t[layer][self.rows, :, :end] for t in (self.block.keys, self.block.values))
+        all_keys = self.block.keys[layer][self.rows, :, :end]
+        all_values = self.block.values[layer][self.rows, :, :end]
         if len(set(self.lengths)) == 1:
             all_keys[:, :, -num_new:] = keys
             all_values[:, :, -num_new:] = values
@@ -121,7 +123,8 @@ class DecodingCache:
             if self._last_real_index is None:
                 stored.copy_(new[:, -1:])
             else:
-                stored.copy_(new[torch.arange(len(new), device=new.device), self._last_real_index][:, None])
+                row = torch.arange(len(new), device=new.device)
+                stored.copy_(new[row, self._last_real_index][:, None])
 
     def advance(self, counts: list[int]) -> None:
         """Add a pass's numbers of real tokens to the rows' lengths."""

@@ -98,9 +98,16 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         needs_dx, needs_dhead = ctx.needs_input_grad[:2]
         dx_NH = torch.empty_like(x_NH, dtype=torch.float32) if needs_dx else None
-        dhead_VH, scale = accumulator or (torch.empty_like(head_VH, dtype=torch.float32) if needs_dhead else None, 1.0)
-        if dhead_VH is not None and not accumulator and not len(x_NH):
-            dhead_VH.zero_()  # without target tokens no block writes it
+
+        # The head's gradient is added to the accumulator, or written to a tensor of its own.
+        dhead_VH: Tensor | None = None
+        scale = 1.0
+        if accumulator is not None:
+            dhead_VH, scale = accumulator
+        elif needs_dhead:
+            dhead_VH = torch.empty_like(head_VH, dtype=torch.float32)
+            if not len(x_NH):
+                dhead_VH.zero_()  # without target tokens no block writes it
 
         loss = torch.zeros((), device=x_NH.device)
         block = _LogitBlock(head_VH, min(rows, len(x_NH)))
@@ -166,11 +173,14 @@ class _LogitBlock:
     def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, adds: bool, scale: float) -> None:
         """Write the gradient of the rows, and write (or add, if `adds`) that of the head times the scale."""
         for (part, tile), maximum in zip(self._iter_tiles(), self.maxima, strict=True):
-            # d loss / d logit = weight * (probability - 1 at the label).
-            tile.mul_(((maximum - self.log_total).exp_() * self.weights)[:, None])
-            rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
-            tile[rows, self.labels[rows] - part.start] -= self.weights[rows]
+            # d loss / d logit = weight * (probability - 1 at the label); the tile has exp(logit - maximum), and
+            # probability = exp(logit - log_total).
+            scale_N = (maximum - self.log_total).exp_() * self.weights
+            tile.mul_(scale_N[:, None])
+            label_rows = ((self.labels >= part.start) & (self.labels < part.stop)).nonzero()[:, 0]
+            tile[label_rows, self.labels[label_rows] - part.start] -= self.weights[label_rows]
 
+            # d x = d logits @ head, summed over tiles; d head = d logits.T @ x, summed over blocks.
             grad = tile.to(self.x.dtype)
             if dx is not None:
                 _multiply_into(dx, grad, self.head[part], adds=part.start > 0)
