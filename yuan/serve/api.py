@@ -103,8 +103,8 @@ class AnswerReceiver:
     """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
 
     def __init__(self, service: ModelService, sampling: Sampling, *, num_choices: int, caller: str) -> None:
-        self._service, self._sampling, self._num_choices, self._caller = service, sampling, num_choices, caller
-        self.metrics = service.metrics
+        self._service, self.metrics = service, service.metrics
+        self._sampling, self._num_choices, self._caller = sampling, num_choices, caller
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence as Many
+from itertools import accumulate
 from typing import Any
 
 from yuan.generate.sampling import ChosenToken
@@ -55,13 +56,16 @@ class CompletionFormatter:
         if not self._with_logprobs:
             return None
         words = [self._decode_token(c.token) for c in chosen]
-        offsets = [sum(len(word) for word in words[:n]) for n in range(len(words))]
+        offsets = [0, *accumulate(map(len, words))][: len(words)]  # where each word starts in the text
         return {
             "tokens": words,
             "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [{self._decode_token(token): value for token, value in c.top} for c in chosen],
+            "top_logprobs": [self._format_alternatives(c) for c in chosen],
             "text_offset": offsets,
         }
+
+    def _format_alternatives(self, chosen: ChosenToken) -> ResponseJson:
+        return {self._decode_token(token): logprob for token, logprob in chosen.top}
 
     def _decode_token(self, token: int) -> str:
         return self._tokenizer.decode([token])

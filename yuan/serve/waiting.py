@@ -50,10 +50,13 @@ class WaitingQueue:
         """
         taken: list[DecodingSequence] = []
         while free > len(taken):
+            # The reserved rows are for callers that have none, and for the platform itself.
             is_reserved = free - len(taken) <= self._reserve
             eligible = [caller for caller in self._queues if not (is_reserved and caller and rows[caller])]
             if not eligible:
                 break
+
+            # The first of the callers with the fewest rows.
             caller = min(eligible, key=lambda caller: rows[caller])
             queue = self._queues.pop(caller)
             request, sequence = queue.popleft()
@@ -66,8 +69,12 @@ class WaitingQueue:
 
     def drop_finished(self) -> None:
         """Drop the sequences of requests that are over."""
-        kept = {caller: deque(pair for pair in queue if not pair[0].is_over) for caller, queue in self._queues.items()}
-        self._queues = {caller: queue for caller, queue in kept.items() if queue}
+        for caller, queue in list(self._queues.items()):
+            remaining = deque((request, sequence) for request, sequence in queue if not request.is_over)
+            if remaining:
+                self._queues[caller] = remaining
+            else:
+                del self._queues[caller]
 
     def _compute_limit(self, caller: str) -> int:
         if not caller:
