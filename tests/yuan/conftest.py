@@ -1,4 +1,4 @@
-"""Fixtures: a parent model to train from, made once for all tests."""
+"""Fixtures: the inputs of training runs, made once for all tests."""
 
 import pytest
 
@@ -6,5 +6,5 @@ from tests.yuan.runs import make
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
+def training_inputs(tmp_path_factory):
     return make(tmp_path_factory.mktemp("parent"))

@@ -57,8 +57,8 @@ def two_stages(config, recipe):
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def lay_out(folder, made, recipe=RECIPE, plan=None):
-    parent, config, sources = made
+def lay_out(folder, training_inputs, recipe=RECIPE, plan=None):
+    parent, config, sources = training_inputs
     folder.mkdir(parents=True)
     shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
     (folder / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
@@ -88,9 +88,9 @@ def run(folder, script=None):
     return folder
 
 
-def plain_steps(made, finished, recipe=RECIPE):
+def plain_steps(training_inputs, finished, recipe=RECIPE):
     """Return loss and gradient norm of each step of the same training as a plain loop: one process, only torch."""
-    parent, config, _ = made
+    parent, config, _ = training_inputs
     corpus = finished.open_corpus(seed=5)
     model = Yuan(config)
     model.load_state_dict(load_file(parent / "model.safetensors"))

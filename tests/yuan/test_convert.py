@@ -52,7 +52,7 @@ def hf_forward(t, config, tokens):
     inverse = 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
     angles = torch.cat([torch.arange(tokens.shape[1])[:, None] * inverse] * 2, dim=-1)
 
-    def turn(x):
+    def apply_rotary(x):
         half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1)
         return x * angles.cos() + half * angles.sin()
 
@@ -63,7 +63,7 @@ def hf_forward(t, config, tokens):
         lf = p + "self_attn.lf_gate."
         f = norm(conv(conv(h, lf + "conv1"), lf + "conv2") + h, lf + "output_layernorm.weight")
         qk = torch.cat([f @ t[p + "self_attn.q_proj.weight"].T, f @ t[p + "self_attn.k_proj.weight"].T], dim=-1)
-        q, k = (turn(part.transpose(1, 2)) for part in qk.unflatten(-1, (heads, 2 * dim)).chunk(2, dim=-1))
+        q, k = (apply_rotary(part.transpose(1, 2)) for part in qk.unflatten(-1, (heads, 2 * dim)).chunk(2, dim=-1))
         v = (h @ t[p + "self_attn.v_proj.weight"].T).unflatten(-1, (heads, dim)).transpose(1, 2)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         x = x + a @ t[p + "self_attn.o_proj.weight"].T
@@ -247,7 +247,7 @@ convert.export_hf(out / "a", out / "b", max_shard_bytes=20_000_000)
 convert.import_hf(out / "b", out / "c", max_shard_bytes=20_000_000)
 print(sum(sizes.values()), 1024 * (peak() - before))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    total, used = map(int, done.stdout.split())
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    total, used = map(int, result.stdout.split())
     assert total > 380e6
     assert used < 150e6

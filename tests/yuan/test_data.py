@@ -35,11 +35,11 @@ def test_checkers_take_right_answers_only(checker, right, wrong):
 
 
 def test_every_bad_line_is_reported_with_its_number():
-    found = list(
+    rows = list(
         parse_rows(b'{"prompt": "a", "answer": "b"}\n\n{"prompt": "a"}\nnope\n{"prompt":"a","answer":"b","x":1}')
     )
-    assert isinstance(found[0], Row)
-    assert [(bad.row, bad.reason.split(":")[0]) for bad in found[1:] if isinstance(bad, BadRow)] == [
+    assert isinstance(rows[0], Row)
+    assert [(bad.row, bad.reason.split(":")[0]) for bad in rows[1:] if isinstance(bad, BadRow)] == [
         (3, "answer"),
         (4, "line"),
         (5, "x"),

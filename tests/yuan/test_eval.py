@@ -42,11 +42,11 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     cases, results = read_cases(tmp_path / "cases.jsonl")
     with AnswerJudge() as judge:
-        found = {result["case_id"]: result for result in [*results, *evaluate(folder, cases, judge)]}
-    assert set(found) == {"separator", "plain", *BAD}
-    assert [found[case["id"]]["reason"] for case in GOOD] == [None, None]
+        results_by_case = {result["case_id"]: result for result in [*results, *evaluate(folder, cases, judge)]}
+    assert set(results_by_case) == {"separator", "plain", *BAD}
+    assert [results_by_case[case["id"]]["reason"] for case in GOOD] == [None, None]
     for name, (_, reason) in BAD.items():
-        assert not found[name]["passed"] and reason in found[name]["reason"]
+        assert not results_by_case[name]["passed"] and reason in results_by_case[name]["reason"]
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'"id"', b"{}", b"[" * 10_000])
@@ -60,12 +60,12 @@ def test_one_sequence_that_is_not_finite_fails_alone(folder):
     model, tokenizer = load(folder), load_tokenizer(folder)
     j = tokenizer.encode("j")[0]
 
-    def plant(module, tokens, made):
-        return torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, made)
+    def plant(module, tokens, embeddings):
+        return torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, embeddings)
 
     prompts, sampling = ["a", "abj", "b" * 99, "ab"], Sampling(max_tokens=4, stop_ids=(j,))
     alone = answer_each(model, tokenizer, prompts, sampling)
     model.embedding.register_forward_hook(plant)
-    found = answer_each(model, tokenizer, prompts, sampling)
-    assert isinstance(found[1], NonFiniteLogits) and "the window 64" in str(found[2])
-    assert [found[0], found[3]] == [alone[0], alone[3]]
+    together = answer_each(model, tokenizer, prompts, sampling)
+    assert isinstance(together[1], NonFiniteLogits) and "the window 64" in str(together[2])
+    assert [together[0], together[3]] == [alone[0], alone[3]]

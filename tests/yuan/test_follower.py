@@ -158,15 +158,15 @@ def test_who_asks_while_the_server_starts_waits_for_the_version_served_last(serv
     save(cache / "v1" / "model", config, Yuan(config).state_dict(), small.tokenizer, {})
     (cache / "last.json").write_text('{"version": 1}')
     with serve(is_registry_silent=True) as http:
-        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
-    assert (answer.status_code, answer.json().get("model")) == (200, "yuan-v1")
+        response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert (response.status_code, response.json().get("model")) == (200, "yuan-v1")
 
 
 def test_without_a_version_the_server_answers_and_says_why(serve):
     with serve(is_registry_silent=False) as http:
-        answer = http.post("/v1/completions", json={"prompt": "a"})
-    assert answer.status_code == 503 and answer.headers["retry-after"] == "60"
-    assert "the registry does not respond; retry in a minute" in answer.json()["error"]["message"]
+        response = http.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 503 and response.headers["retry-after"] == "60"
+    assert "the registry does not respond; retry in a minute" in response.json()["error"]["message"]
 
 
 def refusal(service):
@@ -183,15 +183,15 @@ def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
         "promoted", ""
     )
     registry.alias = 1
-    download, told = registry.download, []
+    download, refusals = registry.download, []
 
-    def watched(version, folder):
-        told.append(refusal(service))
+    def fail_download(version, folder):
+        refusals.append(refusal(service))
         raise ConnectionError("refused")
 
-    follower._versions._download = watched
+    follower._versions._download = fail_download
     follower.check_alias()
-    assert told == [("v1 is being loaded; retry in a few seconds", 5)]
+    assert refusals == [("v1 is being loaded; retry in a few seconds", 5)]
     message, retry_after_s = refusal(service)
     assert "v1 cannot be loaded" in message and retry_after_s == 60
     registry.alias = None  # deleted from the registry, which drops its alias

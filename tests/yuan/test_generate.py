@@ -39,7 +39,7 @@ def test_answers_do_not_depend_on_company(model, tokenizer, sampling):
     together = generate(model, tokenizer, PROMPTS, sampling)
     alone = [generate(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
     assert together == alone
-    assert len({done.text for done in together}) == len(PROMPTS)
+    assert len({completion.text for completion in together}) == len(PROMPTS)
 
 
 def test_more_prompts_than_rows_are_answered_in_their_order(model, tokenizer):
@@ -70,8 +70,8 @@ def test_a_prompt_beyond_the_window_is_refused(model, tokenizer):
 
 
 def test_an_answer_ends_at_the_window(model, tokenizer):
-    done = generate(model, tokenizer, ["a" * 60], Sampling(max_tokens=100, stop_ids=()))[0]
-    assert done.num_tokens <= 3
+    completion = generate(model, tokenizer, ["a" * 60], Sampling(max_tokens=100, stop_ids=()))[0]
+    assert completion.num_tokens <= 3
 
 
 def draws_of(sampling, logits, number=4000):

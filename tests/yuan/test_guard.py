@@ -65,12 +65,12 @@ def climb(decisions, step, recipe=RECIPE):
 
 
 def test_the_ladder_ends():
-    done, decisions, step = [], GuardDecisions(), 55
-    while not done or done[-1] != "stop":
+    actions, decisions, step = [], GuardDecisions(), 55
+    while not actions or actions[-1] != "stop":
         rung, decisions = climb(decisions, step)
-        done.append(rung)
+        actions.append(rung)
         step = 50 if rung == "roll back" else step + 1
-    assert done == ["skip", "skip", "roll back"] * 2 + ["skip", "skip", "stop"]
+    assert actions == ["skip", "skip", "roll back"] * 2 + ["skip", "skip", "stop"]
     assert [decisions.compute_rate_factor(step) for step in (49, 50)] == [1.0, 0.5]
 
 

@@ -23,13 +23,13 @@ LONG = dataclasses.replace(RECIPE, max_steps=36, warmup_steps=20, checkpoint_eve
 PLANTED = Path(__file__).parents[2] / "benchmarks" / "planted.py"
 
 
-def spoilt(folder, made, recipe=LONG, **plant):
-    lay_out(folder, made, recipe)
+def prepare_faulty_run(folder, training_inputs, recipe=LONG, **plant):
+    lay_out(folder, training_inputs, recipe)
     (folder / "plant.json").write_text(json.dumps(plant))
     return RunFolder(folder)
 
 
-def trained(folder):
+def list_trained_positions(folder):
     """Return the data positions of the run's steps, in order."""
     skipped = GuardDecisions.read(folder.path / "guard.json").skipped
     spans = [(row["data/first_position"], row["data/end_position"]) for row in folder.read_metrics()]
@@ -41,43 +41,51 @@ def select_events(folder, event_type):
 
 
 @pytest.fixture(scope="module")
-def untroubled(made, tmp_path_factory):
-    return run(lay_out(tmp_path_factory.mktemp("runs") / "long", made, LONG))
+def clean_run(training_inputs, tmp_path_factory):
+    return run(lay_out(tmp_path_factory.mktemp("runs") / "long", training_inputs, LONG))
 
 
-def test_a_passing_fault_leaves_the_weights_bit_equal(made, untroubled, tmp_path):
-    folder = run(spoilt(tmp_path / "once", made, what="nan", first=240, end=248, times=1), PLANTED)
+def test_a_passing_fault_leaves_the_weights_bit_equal(training_inputs, clean_run, tmp_path):
+    folder = run(
+        prepare_faulty_run(tmp_path / "once", training_inputs, what="nan", first=240, end=248, times=1), PLANTED
+    )
     repeats = select_events(folder, (RepeatEvent, CleanRepeatEvent))
     assert [type(event) for event in repeats] == [RepeatEvent, CleanRepeatEvent]
-    whole, spoilt_once = (load_file(f.export / "model.safetensors") for f in (untroubled, folder))
-    assert all(torch.equal(tensor, spoilt_once[name]) for name, tensor in whole.items())
+    whole, faulty_weights = (load_file(f.export / "model.safetensors") for f in (clean_run, folder))
+    assert all(torch.equal(tensor, faulty_weights[name]) for name, tensor in whole.items())
 
 
-def test_bad_data_is_skipped_and_listed(made, untroubled, tmp_path):
-    folder = run(spoilt(tmp_path / "data", made, what="tenfold", first=240, end=250, times=None), PLANTED)
+def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
+    folder = run(
+        prepare_faulty_run(tmp_path / "data", training_inputs, what="tenfold", first=240, end=250, times=None), PLANTED
+    )
     skips = select_events(folder, SkipEvent)
     assert [event.positions for event in skips] == [[240, 248], [248, 256]]
     assert skips[0].samples == folder.open_corpus(5).describe_windows(np.arange(240, 248))
-    assert trained(folder) == [*range(240), *range(256, 288)]
-    losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
+    assert list_trained_positions(folder) == [*range(240), *range(256, 288)]
+    losses = [f.read_metrics()[-1]["train/loss"] for f in (clean_run, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 @pytest.mark.slow
-def test_a_longer_bad_stretch_is_rolled_back_over(made, untroubled, tmp_path):
-    folder = run(spoilt(tmp_path / "stretch", made, what="nan", first=240, end=264, times=None), PLANTED)
+def test_a_longer_bad_stretch_is_rolled_back_over(training_inputs, clean_run, tmp_path):
+    folder = run(
+        prepare_faulty_run(tmp_path / "stretch", training_inputs, what="nan", first=240, end=264, times=None), PLANTED
+    )
     back = select_events(folder, RollBackEvent)
     assert [(event.to, event.positions, event.rate_factor) for event in back] == [(24, [[240, 264]], 1.0)]
-    assert trained(folder) == [*range(240), *range(264, 312)]
+    assert list_trained_positions(folder) == [*range(240), *range(264, 312)]
     assert len(folder.read_metrics()) == LONG.max_steps
-    losses = [f.read_metrics()[-1]["train/loss"] for f in (untroubled, folder)]
+    losses = [f.read_metrics()[-1]["train/loss"] for f in (clean_run, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # other data
 
 
 @pytest.mark.slow
-def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
+def test_trouble_without_end_stops_with_the_reason(training_inputs, tmp_path):
     recipe = dataclasses.replace(LONG, max_rollbacks=1)
-    folder = spoilt(tmp_path / "forever", made, recipe, what="nan", first=160, end=10**9, times=None)
+    folder = prepare_faulty_run(
+        tmp_path / "forever", training_inputs, recipe, what="nan", first=160, end=10**9, times=None
+    )
     with launch(folder, PLANTED) as process:
         assert process.wait(120) != 0
     notes = read_exit_notes(folder.path, since=0)
@@ -86,9 +94,9 @@ def test_trouble_without_end_stops_with_the_reason(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_ends_the_run_in_time(made, tmp_path):
+def test_a_stopped_rank_ends_the_run_in_time(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=10_000, step_limit_s=4.0)
-    folder = lay_out(tmp_path / "stopped", made, recipe)
+    folder = lay_out(tmp_path / "stopped", training_inputs, recipe)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while folder.read_status() is None:

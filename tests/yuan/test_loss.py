@@ -40,8 +40,8 @@ def test_loss_and_gradients_equal_the_plain_computation(batch, block):
     x, head, labels, weights = batch
     ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=block), x, head)
     plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
-    for got, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -49,8 +49,8 @@ def test_large_and_small_logits_stay_finite(batch, scale):
     x, head, labels, weights = batch
     ours = with_gradients(lambda x, head: head_loss(x * scale, head, labels, weights, block=4), x, head)
     plain = with_gradients(lambda x, head: weighted_cross_entropy((x * scale) @ head.T, labels, weights), x, head)
-    for got, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * scale)
+    for actual, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
@@ -66,8 +66,8 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
     )
     ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=5), x, head)
     plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
-    for got, other, exact in zip(ours, plain, truth, strict=True):
-        assert (got.double() - exact).norm() <= 1.2 * (other.double() - exact).norm() + 1e-3 * exact.norm()
+    for actual, other, exact in zip(ours, plain, truth, strict=True):
+        assert (actual.double() - exact).norm() <= 1.2 * (other.double() - exact).norm() + 1e-3 * exact.norm()
 
 
 def test_no_more_than_a_block_of_logits_exists(batch):

@@ -45,9 +45,9 @@ def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
     mixture = Mixture(tuple(sizes), compute_quotas(sizes, weights), seed)
     sources, windows = mixture.locate_windows(np.arange(2 * mixture.block_size))
     for number, (size, quota) in enumerate(zip(sizes, mixture.quotas, strict=True)):
-        own = windows[sources == number]
-        assert len(own) == 2 * quota
-        counts = Counter(own.tolist())
+        source_windows = windows[sources == number]
+        assert len(source_windows) == 2 * quota
+        counts = Counter(source_windows.tolist())
         whole, part = divmod(2 * quota, size)
         assert set(counts.values()) <= {whole, whole + 1} and sum(c == whole + 1 for c in counts.values()) == part
 

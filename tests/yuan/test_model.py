@@ -76,8 +76,8 @@ def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
     rest = torch.zeros(3, 10, dtype=torch.long)
     for row, length in enumerate(lengths):
         rest[row, : 12 - length] = tokens[row, length:]
-    last = model.forward_incremental(rest, cache, [12 - length for length in lengths])
-    torch.testing.assert_close(last, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+    last_logits = model.forward_incremental(rest, cache, [12 - length for length in lengths])
+    torch.testing.assert_close(last_logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
@@ -87,9 +87,9 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
     model.forward_incremental(tokens[2:, :3], new)
     cache.append_rows(new)
     cache.drop_row(0)  # now rows 2 and 1
-    last = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
-    torch.testing.assert_close(last[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
+    last_logits = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
+    torch.testing.assert_close(last_logits[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last_logits[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_documents_in_one_row_do_not_see_each_other(model, tokens):

@@ -104,9 +104,14 @@ def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():
     work = work_of(yuan_2b(), 64, seq_len=2048)
     plan = make_plan(work, small)
     assert not plan.feasible and plan.binding == "memory"
-    more = int(plan.explanation.split(" GiB more")[0].split()[-1])
-    devices = int(plan.explanation.split(" more devices")[0].split()[-1])
-    for gib, count, fits in ((more, 2, True), (more - 1, 2, False), (0, 2 + devices, True), (0, 1 + devices, False)):
+    more_gib = int(plan.explanation.split(" GiB more")[0].split()[-1])
+    more_devices = int(plan.explanation.split(" more devices")[0].split()[-1])
+    for gib, count, fits in (
+        (more_gib, 2, True),
+        (more_gib - 1, 2, False),
+        (0, 2 + more_devices, True),
+        (0, 1 + more_devices, False),
+    ):
         group = dataclasses.replace(small.groups[0], memory_gib=8 + gib, count=count)
         assert make_plan(work, Pool(name="q", groups=(group,)), explained=False).feasible is fits
 

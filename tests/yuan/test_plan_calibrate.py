@@ -51,8 +51,8 @@ def test_the_rates_behind_the_clock_are_found():
     )
     steps = [(4, step(TRUE, 4)), (12, step(TRUE, 12))]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
-    found = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
-    rates, truth = dataclasses.asdict(found.measured), dataclasses.asdict(true)
+    calibrated = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
+    rates, truth = dataclasses.asdict(calibrated.measured), dataclasses.asdict(true)
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)
-    assert step(found, 30) == pytest.approx(step(TRUE, 30), rel=1e-3)
+    assert step(calibrated, 30) == pytest.approx(step(TRUE, 30), rel=1e-3)

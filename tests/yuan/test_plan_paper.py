@@ -47,12 +47,12 @@ def test_the_even_and_the_printed_split_of_fig_3():
     [(False, (2, 3, 3, 3, 3, 4, 4, 2), 64.6), (True, (2, 3, 3, 3, 3, 3, 4, 3), 61.2)],
 )
 def test_the_best_split_of_fig_3(blockwise, layers, gigabytes):
-    found = solve(build_fig_3_costs(blockwise=blockwise), "memory")
-    assert found is not None and found.layers == layers
-    assert found.peak_bytes / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    layout = solve(build_fig_3_costs(blockwise=blockwise), "memory")
+    assert layout is not None and layout.layers == layers
+    assert layout.peak_bytes / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 def test_recomputing_lowers_fig_3_further():
-    kept, redone = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
-    assert kept is not None and redone is not None
-    assert redone.peak_bytes < kept.peak_bytes and max(redone.redone) > 0
+    without_redo, with_redo = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
+    assert without_redo is not None and with_redo is not None
+    assert with_redo.peak_bytes < without_redo.peak_bytes and max(with_redo.redone) > 0

@@ -32,11 +32,14 @@ def test_a_plan_is_scored_as_it_was_made(current):
 
 
 def test_steps_to_do_again_and_the_objective_count(current):
-    lost = resize_pool(POOL, {"A100-80": -1})
-    now, later = (replan(WORK, current, lost, lost_steps=steps).move_seconds for steps in (0, 7))
+    smaller_pool = resize_pool(POOL, {"A100-80": -1})
+    now, later = (replan(WORK, current, smaller_pool, lost_steps=steps).move_seconds for steps in (0, 7))
     assert later - now == pytest.approx(7 * current.step_seconds)
-    leanest = replan(WORK, current, lost, objective="memory").plan
-    assert leanest.peak_memory_bytes == make_plan(WORK, lost, objective="memory", explained=False).peak_memory_bytes
+    leanest = replan(WORK, current, smaller_pool, objective="memory").plan
+    assert (
+        leanest.peak_memory_bytes
+        == make_plan(WORK, smaller_pool, objective="memory", explained=False).peak_memory_bytes
+    )
 
 
 def test_a_lost_device_ends_the_old_plan(current):

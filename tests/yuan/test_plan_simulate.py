@@ -70,18 +70,18 @@ def test_no_stage_does_two_things_at_once():
 def closed_form(forward, backward, links, accum):
     """Return the time model's step without the finish; `links` are one direction."""
     both = [2 * x for x in links]
-    own, longer = forward + backward, np.maximum(forward, backward)
-    returns = [sum(both[k + 1 :]) for k in range(len(own))]
-    return sum(own) + sum(both) + max(compute_waits(own, longer, both, returns, accum))
+    compute, longer = forward + backward, np.maximum(forward, backward)
+    returns = [sum(both[k + 1 :]) for k in range(len(compute))]
+    return sum(compute) + sum(both) + max(compute_waits(compute, longer, both, returns, accum))
 
 
 @st.composite
 def pipelines(draw, most_spread):
     """Draw passes of stages whose times exceed the minimum by up to `most_spread`, links, and micro-batches."""
     rng, stages = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 12))
-    own = 1 + rng.uniform(0, most_spread, stages)
-    forward = own * rng.uniform(0.2, 0.4, stages)
-    return forward, own - forward, rng.uniform(0, 0.05, stages - 1), draw(st.integers(1, 40))
+    compute = 1 + rng.uniform(0, most_spread, stages)
+    forward = compute * rng.uniform(0.2, 0.4, stages)
+    return forward, compute - forward, rng.uniform(0, 0.05, stages - 1), draw(st.integers(1, 40))
 
 
 @settings(max_examples=200, deadline=None)

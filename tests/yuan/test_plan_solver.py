@@ -83,30 +83,30 @@ def layouts(costs):
         ]
         if None in redone:
             continue
-        own = [
+        compute = [
             costs.time.fixed_s[s, c] + n * costs.time.layer_s[s, c] + r * costs.time.redo_s[s, c]
             for (s, n, c), r in zip(places, redone, strict=True)
         ]
         links = [0.0, *(costs.time.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
         wait = max(
-            added(costs, s, own, links, costs.time.forward_fixed_s[s, c] + n * costs.time.forward_layer_s[s, c])
+            added(costs, s, compute, links, costs.time.forward_fixed_s[s, c] + n * costs.time.forward_layer_s[s, c])
             for s, n, c in places
         )
         finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
-        seconds = sum(own) + sum(links) + wait + finish
+        seconds = sum(compute) + sum(links) + wait + finish
         peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
-        yield seconds, peak, layers, classes, sum(own) + sum(links), wait, finish
+        yield seconds, peak, layers, classes, sum(compute) + sum(links), wait, finish
 
 
-def added(costs, k, own, links, forward):
+def added(costs, k, compute, links, forward):
     """Return the seconds that stage k adds as the bottleneck, by definition; links[i] is before stage i."""
-    later = len(own) - 1 - k
+    later = len(compute) - 1 - k
     both = links[k] + links[k + 1]
-    passes = min(later, costs.accum - 1) * (max(forward, own[k] - forward) + both / 2)
+    passes = min(later, costs.accum - 1) * (max(forward, compute[k] - forward) + both / 2)
     if costs.accum - 1 <= later:
         return passes
-    behind = sum(own[k + 1 :]) + sum(links[k + 1 :]) + costs.time.return_s[k]
-    return (costs.accum - 1 - later) * (own[k] + both) + max(passes, behind)
+    behind = sum(compute[k + 1 :]) + sum(links[k + 1 :]) + costs.time.return_s[k]
+    return (costs.accum - 1 - later) * (compute[k] + both) + max(passes, behind)
 
 
 def assignments(costs):
@@ -131,16 +131,16 @@ def least_peaks(costs):
 @given(problems(), st.sampled_from(["time", "memory"]))
 def test_no_layout_is_better(costs, objective):
     every = list(layouts(costs))
-    found = solve(costs, objective)
+    layout = solve(costs, objective)
     if not every:
-        assert found is None and bound_step_seconds(costs) == np.inf
+        assert layout is None and bound_step_seconds(costs) == np.inf
         return
-    assert found is not None
+    assert layout is not None
     if objective == "time":
-        assert found.seconds == pytest.approx(min(every)[0], rel=EXACT)
-        assert found.lower_bound == pytest.approx(found.seconds)
+        assert layout.seconds == pytest.approx(min(every)[0], rel=EXACT)
+        assert layout.lower_bound == pytest.approx(layout.seconds)
     else:
-        assert found.peak_bytes == min(least_peaks(costs))
+        assert layout.peak_bytes == min(least_peaks(costs))
     assert bound_step_seconds(costs) <= min(every)[0] * (1 + EXACT)
 
 
@@ -148,11 +148,11 @@ def test_no_layout_is_better(costs, objective):
 @given(problems(most_classes=2))
 def test_ties_are_broken_by_memory_then_in_order(costs):
     every = list(layouts(costs))
-    found = solve(costs)
-    if found is None:
+    layout = solve(costs)
+    if layout is None:
         assert not every
         return
-    best = find_leanest_layout(costs, found)
+    best = find_leanest_layout(costs, layout)
     same = next(entry for entry in every if entry[2:4] == (best.layers, best.classes))
     least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
     tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
@@ -166,14 +166,14 @@ def test_a_grid_that_is_not_the_best_may_miss_its_own_best_by_a_little(costs, sh
     if not every:
         return
     least = min(every)[0]
-    found = solve(costs, best=least * share)
-    assert found is not None
+    layout = solve(costs, best=least * share)
+    assert layout is not None
     assert (
         least * (1 - EXACT)
-        <= found.seconds
+        <= layout.seconds
         <= least * (1 + EXACT if share > 1 + EXACT else 1 + 2 * solver.LAYOUT_SLACK_FRACTION)
     )
-    assert found.lower_bound <= least * (1 + EXACT)
+    assert layout.lower_bound <= least * (1 + EXACT)
 
 
 @settings(max_examples=100, deadline=None)
@@ -199,14 +199,14 @@ def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
 def test_beyond_the_exact_size_the_bound_holds(costs):
     limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0
     try:
-        found = solve(costs)
+        layout = solve(costs)
     finally:
         solver.MAX_EXACT_STATES = limit
     every = list(layouts(costs))
-    assert (found is None) == (not every)
-    if found is not None:
+    assert (layout is None) == (not every)
+    if layout is not None:
         best = min(every)[0]
-        assert found.lower_bound <= best * (1 + EXACT) and best <= found.seconds * (1 + EXACT)
+        assert layout.lower_bound <= best * (1 + EXACT) and best <= layout.seconds * (1 + EXACT)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -221,19 +221,19 @@ def test_middle_sizes_equal_an_integer_program(seed):
         DeviceGroup(
             device_class=name,
             count=int(rng.integers(stages // 2 + 1, stages + 1)),
-            memory_gib=memory * more,
+            memory_gib=memory * factor,
             sustained_tflops=float(rng.uniform(50, 200)),
         )
-        for name, more in (("a", 1), ("b", 1.6))
+        for name, factor in (("a", 1), ("b", 1.6))
     )
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=16)
     costs = build_stage_costs(work, grid, groups)
     free_links = dataclasses.replace(costs.time, link_s=np.zeros_like(costs.time.link_s), return_s=np.zeros(stages))
     costs = dataclasses.replace(costs, time=free_links)
-    found = solve(costs)
+    layout = solve(costs)
     best = integer_program(costs)
-    assert (found is None) == (best is None)
-    assert found is None or found.seconds == pytest.approx(best, rel=1e-6)
+    assert (layout is None) == (best is None)
+    assert layout is None or layout.seconds == pytest.approx(best, rel=1e-6)
 
 
 def integer_program(costs):
@@ -245,27 +245,27 @@ def integer_program(costs):
     objective = np.concatenate([seconds.ravel(), [1, 1]])
     rows = []
     for stage in range(stages):
-        mine = np.zeros_like(seconds)
-        mine[stage] = 1
-        rows.append((np.append(mine.ravel(), [0, 0]), 1, 1))
+        selected = np.zeros_like(seconds)
+        selected[stage] = 1
+        rows.append((np.append(selected.ravel(), [0, 0]), 1, 1))
         later = stages - 1 - stage
         full, behind = costs.accum - 1 - later, np.zeros_like(seconds)
         assert full > 0, "the batch fills the pipeline"
         behind[stage + 1 :] = seconds[stage + 1 :]
-        for rest in (behind, later * mine * np.where(fits, costs.longer, 0)):
-            rows.append((np.append((full * mine * seconds + rest).ravel(), [-1, 0]), -np.inf, 0))
-        rows.append((np.append((mine * costs.finish).ravel(), [0, -1]), -np.inf, 0))
+        for rest in (behind, later * selected * np.where(fits, costs.longer, 0)):
+            rows.append((np.append((full * selected * seconds + rest).ravel(), [-1, 0]), -np.inf, 0))
+        rows.append((np.append((selected * costs.finish).ravel(), [0, -1]), -np.inf, 0))
     for c in range(classes):
-        mine = np.zeros_like(seconds)
-        mine[:, c] = 1
-        rows.append((np.append(mine.ravel(), [0, 0]), 0, costs.slots[c]))
+        selected = np.zeros_like(seconds)
+        selected[:, c] = 1
+        rows.append((np.append(selected.ravel(), [0, 0]), 0, costs.slots[c]))
     rows.append((np.append(layers.ravel(), [0, 0]), costs.num_layers, costs.num_layers))
     matrix, low, high = (np.array(part) for part in zip(*rows, strict=True))
-    found = milp(
+    result = milp(
         objective,
         constraints=LinearConstraint(matrix, low, high),
         bounds=Bounds(np.zeros(x + 2), np.append(fits.ravel().astype(float), [np.inf, np.inf])),
         integrality=np.append(np.ones(x), [0, 0]),
         options={"mip_rel_gap": 0},
     )
-    return float(found.fun) if found.success else None
+    return float(result.fun) if result.success else None

@@ -22,11 +22,11 @@ def test_a_line_longer_than_a_row_can_be_is_one_bad_row_and_not_held_in_memory(t
         file.writelines([GOOD + b"\n", *[b" " * 2**20] * 40, b"\n", GOOD + b"\n", b"[" * (MAX_LINE_BYTES + 1)])
         file.seek(0)
         tracemalloc.start()
-        found = list(parse_rows(file))
+        rows = list(parse_rows(file))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert [type(row) for row in found] == [Row, BadRow, Row, BadRow]
-    assert [row.row for row in found if isinstance(row, BadRow)] == [2, 4]
+    assert [type(row) for row in rows] == [Row, BadRow, Row, BadRow]
+    assert [row.row for row in rows if isinstance(row, BadRow)] == [2, 4]
     assert peak < 4 * MAX_LINE_BYTES
 
 

@@ -17,7 +17,7 @@ def tokenizer():
 
 def learned_texts(windows, tokenizer):
     """Return, for each window, the runs of target tokens, with | at the ends."""
-    found = []
+    texts = []
     for labels, learned in zip(windows.labels, windows.learned, strict=True):
         text, before = "", False
         for label, counts in zip(labels.tolist(), learned.tolist(), strict=True):
@@ -26,8 +26,8 @@ def learned_texts(windows, tokenizer):
                     "|" if label == tokenizer.eod else tokenizer.decode([label])
                 )
             before = counts
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
 def rows(*pairs):

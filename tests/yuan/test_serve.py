@@ -48,18 +48,18 @@ def http(url):
 
 
 def test_before_a_promotion_there_is_nothing_in_service(url, http):
-    answer = http.post("/v1/completions", json={"prompt": "a"})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+    response = http.post("/v1/completions", json={"prompt": "a"})
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable")
 
 
 def test_a_completion_is_what_generate_gives(client, served):
     prompts = ["abc", "加减"]
-    done = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
+    completion = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
     expected = generate(served.model, served.tokenizer, prompts, Sampling(max_tokens=9))
-    assert [choice.text for choice in done.choices] == [one.text for one in expected]
-    assert done.model == "yuan-v1"
-    assert done.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
-    assert done.usage.completion_tokens == sum(one.num_tokens for one in expected)
+    assert [choice.text for choice in completion.choices] == [one.text for one in expected]
+    assert completion.model == "yuan-v1"
+    assert completion.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
+    assert completion.usage.completion_tokens == sum(one.num_tokens for one in expected)
 
 
 def test_token_ids_are_taken_as_they_are(client, served):
@@ -75,17 +75,17 @@ def test_a_stream_adds_up_to_the_whole_answer(client, served, wishes):
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "text", "text": "abc"}]},
     ]
-    asked = {"model": "yuan", "messages": messages, "max_tokens": 20, **wishes}
-    whole = client.chat.completions.create(**asked)
-    texts, reasons, last = {}, {}, None
-    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-        last = chunk
+    parameters = {"model": "yuan", "messages": messages, "max_tokens": 20, **wishes}
+    whole = client.chat.completions.create(**parameters)
+    texts, reasons, last_chunk = {}, {}, None
+    for chunk in client.chat.completions.create(**parameters, stream=True, stream_options={"include_usage": True}):
+        last_chunk = chunk
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
             reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
     assert [texts[choice.index] for choice in whole.choices] == [choice.message.content for choice in whole.choices]
     assert [reasons[choice.index] for choice in whole.choices] == [choice.finish_reason for choice in whole.choices]
-    assert last.usage == whole.usage
+    assert last_chunk.usage == whole.usage
 
 
 def test_log_probabilities_come_in_both_shapes(client, served):
@@ -101,8 +101,8 @@ def test_log_probabilities_come_in_both_shapes(client, served):
 
 def test_the_answering_version_is_in_a_header(http, served):
     for stream in (False, True):
-        answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": stream})
-        assert answer.headers["x-yuan-version"] == "1"
+        response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": stream})
+        assert response.headers["x-yuan-version"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_the_answering_version_is_in_a_header(http, served):
     ],
 )
 def test_a_wrong_request_is_refused_with_its_reason(http, served, body, status, says):
-    answer = http.post("/v1/completions", json=body)
-    assert answer.status_code == status
-    assert says in answer.json()["error"]["message"]
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == status
+    assert says in response.json()["error"]["message"]
 
 
 def test_without_the_token_nothing_is_answered(url):
@@ -139,8 +139,8 @@ def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
     address, head = httpx.URL(url), f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n"
     with socket.create_connection((address.host, address.port), timeout=10) as connection:
         connection.sendall(f"{head}Content-Length: {MAX_MODEL_CALL_BYTES + 1}\r\n\r\n".encode())
-        answer = connection.recv(10_000).decode()
-    assert answer.startswith(f"HTTP/1.1 {status}")
+        response = connection.recv(10_000).decode()
+    assert response.startswith(f"HTTP/1.1 {status}")
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
@@ -174,8 +174,8 @@ def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
     before = metric(http, "yuan_tokens_total")
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3) as client:
         try:
-            with client.stream("POST", "/v1/completions", json=body) as answer:
-                next(answer.iter_raw())
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_raw())
         except httpx.ReadTimeout:
             pass
     until(lambda: metric(http, "yuan_running") == 0)
@@ -191,8 +191,8 @@ def test_a_caller_who_asks_for_much_leaves_room_for_others(url, http, served):
     ):
         chunks = answer.iter_raw()
         next(chunks)
-        more = client.post("/v1/completions", json={**hog, "stream": False})
-        assert (more.status_code, "of yours wait" in more.text) == (503, True)
+        refused = client.post("/v1/completions", json={**hog, "stream": False})
+        assert (refused.status_code, "of yours wait" in refused.text) == (503, True)
         other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
         assert other.status_code == 200
         until(lambda: metric(http, "yuan_running") == 24)  # one that has ended is replaced at the next token
@@ -221,15 +221,15 @@ def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, 
         limits = httpx.Limits(max_connections=1000)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             headers = {"Authorization": f"Bearer {TOKEN}"}
-            asked = [
+            calls = [
                 client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=headers)
                 for _ in range(1000)
             ]
-            return await asyncio.gather(*asked)
+            return await asyncio.gather(*calls)
 
-    answers = asyncio.run(crowd())
-    kinds = {answer.status_code for answer in answers}
+    responses = asyncio.run(crowd())
+    kinds = {response.status_code for response in responses}
     assert kinds <= {200, 503}
-    assert sum(answer.status_code == 200 for answer in answers) >= 256
-    assert all("try again" in a.json()["error"]["message"] for a in answers if a.status_code == 503)
+    assert sum(response.status_code == 200 for response in responses) >= 256
+    assert all("try again" in a.json()["error"]["message"] for a in responses if a.status_code == 503)
     assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}).status_code == 200

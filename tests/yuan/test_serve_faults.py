@@ -49,9 +49,9 @@ def expected(service, prompt, number=5):
 
 
 def text_of(http, prompt, number=5):
-    answer = http.post(PATH, json={"prompt": prompt, "max_tokens": number})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["text"]
+    response = http.post(PATH, json={"prompt": prompt, "max_tokens": number})
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
 
 
 def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
@@ -74,8 +74,8 @@ def said(came):
 
 def test_a_client_that_leaves_a_stream_of_several_choices_leaves_the_engine_alive(service, http):
     body = {"prompt": "abc", "n": 2, "max_tokens": 200, "temperature": 2, "stream": True}
-    with http.stream("POST", PATH, json=body) as answer:
-        lines = answer.iter_lines()
+    with http.stream("POST", PATH, json=body) as response:
+        lines = response.iter_lines()
         next(lines), next(lines)
     until(lambda: metric(http, "yuan_running") == 0)
     assert text_of(http, "abc") == expected(service, "abc")
@@ -101,22 +101,22 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
 @pytest.mark.parametrize("where", ["add", "step"])
 def test_an_error_that_one_request_brings_about_fails_that_request_alone(service, monkeypatch, where):
     """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
-    engine, real = service._engine, Decoder._choose
+    engine, original_choose = service._engine, Decoder._choose
     tokens_before = 0 if where == "add" else 2
 
     def choose(self, group, logits):
         if any(len(s.prompt) == 7 and len(s.tokens) >= tokens_before for s in group):
             raise MemoryError("of this row")
-        return real(self, group, logits)
+        return original_choose(self, group, logits)
 
     monkeypatch.setattr(Decoder, "_choose", choose)
-    asked = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
-    until(lambda: all(map(is_done, asked)))
+    deliveries = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
+    until(lambda: all(map(is_done, deliveries)))
     monkeypatch.undo()
-    assert [type(came[-1]) for came in asked] == [AnswerPiece, DecodingFailed, AnswerPiece]
+    assert [type(came[-1]) for came in deliveries] == [AnswerPiece, DecodingFailed, AnswerPiece]
     hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
     alone = generate(engine.served.model, engine.served.tokenizer, ["abc", "de"], hot)
-    assert [said(asked[0]), said(asked[2])] == [one.text for one in alone]
+    assert [said(deliveries[0]), said(deliveries[2])] == [one.text for one in alone]
     assert service.fault() is None and 'place="decode"} 1.0' in service.metrics.text().decode()
 
 
@@ -127,8 +127,8 @@ def test_an_error_of_every_pass_fails_who_runs_and_makes_the_server_unhealthy_un
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(Decoder, "_choose", broken)
-    answer = http.post(PATH, json={"prompt": "abc"})
-    assert answer.status_code == 500 and "decoding failed" in answer.json()["error"]["message"]
+    response = http.post(PATH, json={"prompt": "abc"})
+    assert response.status_code == 500 and "decoding failed" in response.json()["error"]["message"]
     health = until(lambda: (h := http.get("/health")).status_code == 503 and h)
     assert "cannot be decoded" in health.json()["reason"]
     monkeypatch.undo()
@@ -152,10 +152,10 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
     engine = BatchingEngine(service.served, ModelServerMetrics(), max_rows=1, max_waiting=4)
     _, long = queue(engine, "abc", 1500)
     until(lambda: long)
-    gone = [queue(engine, "abc")[0] for _ in range(4)]
+    cancelled = [queue(engine, "abc")[0] for _ in range(4)]
     with pytest.raises(QueueFull):
         queue(engine, "abc")
-    for request in gone:
+    for request in cancelled:
         request.cancel()
     late = [queue(engine, "abc", limit_s=0.0)[1] for _ in range(4)]  # there is room although the one row is busy
     until(lambda: all(late))
@@ -176,8 +176,8 @@ def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeyp
         monkeypatch.setattr(BatchingEngine, "_run_pass", broken)
         headers = {"Authorization": f"Bearer {TOKEN}"}
         for _ in range(2):  # who is there when it ends, and who comes afterwards
-            answer = http.post(PATH, json={"prompt": "a"}, headers=headers)
-            assert answer.status_code == 503 and "try again" in answer.json()["error"]["message"]
+            response = http.post(PATH, json={"prompt": "a"}, headers=headers)
+            assert response.status_code == 503 and "try again" in response.json()["error"]["message"]
         health = http.get("/health")
         assert health.status_code == 503 and "thread has ended" in health.json()["reason"]
         assert set(health.json()) == {"ok", "reason"}
@@ -199,8 +199,8 @@ def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeyp
     ],
 )
 def test_what_is_no_text_or_no_number_is_refused_with_its_field(shared, path, body, param):
-    answer = shared.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
+    response = shared.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, param)
 
 
 def test_a_temperature_near_zero_takes_the_likeliest_token(shared):

@@ -74,14 +74,14 @@ async def call(client, chance, counts, checked):
     body = wish(chance)
     try:
         if kind == "invalid":
-            answer = await client.post(PATH, json=chance.choice(INVALID))
-            assert answer.status_code in (400, 422), answer.text
+            response = await client.post(PATH, json=chance.choice(INVALID))
+            assert response.status_code in (400, 422), response.text
         elif kind in ("whole", "impatient"):
             limit_s = 60 if kind == "whole" else chance.uniform(0.001, 0.5)
-            answer = await client.post(PATH, json=body, timeout=limit_s)
-            assert answer.status_code in (200, 503), answer.text
-            if answer.status_code == 200:
-                checked.append((body, [choice["text"] for choice in answer.json()["choices"]]))
+            response = await client.post(PATH, json=body, timeout=limit_s)
+            assert response.status_code in (200, 503), response.text
+            if response.status_code == 200:
+                checked.append((body, [choice["text"] for choice in response.json()["choices"]]))
         else:
             body |= {"max_tokens": 500} if kind == "leaves" else {}
             await read_some(client, body, chance.randint(0, 20) if kind == "leaves" else None)

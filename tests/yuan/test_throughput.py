@@ -27,13 +27,13 @@ def as_planned(plan, slow=(1, 1, 1, 1)):
 
 
 def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
-    pacer, told = ThroughputMeter(WORK.model, plan), []
+    pacer, events = ThroughputMeter(WORK.model, plan), []
     for step in range(4 * PACE_WINDOW_STEPS):
         slow = (1, 1, 1.6, 1) if step < 2 * PACE_WINDOW_STEPS else (1, 1, 1, 1)
-        told += [
+        events += [
             (type(event), event.rank, event.step) for event in pacer.add(step, 1.0, as_planned(plan, slow), [0] * 4)
         ]
-    assert [(event, rank) for event, rank, _ in told] == [(StragglerEvent, 2), (CaughtUpEvent, 2)]
+    assert [(event, rank) for event, rank, _ in events] == [(StragglerEvent, 2), (CaughtUpEvent, 2)]
     assert pacer.compute_pace().stragglers == {}
 
 

@@ -27,37 +27,39 @@ from yuan.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def finished(made, tmp_path_factory):
-    return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", made))
+def finished(training_inputs, tmp_path_factory):
+    return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", training_inputs))
 
 
-def test_two_stages_give_the_losses_and_norms_of_one_process(made, finished):
-    np.testing.assert_allclose(trained_steps(finished), plain_steps(made, finished), rtol=1e-5)
+def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, finished):
+    np.testing.assert_allclose(trained_steps(finished), plain_steps(training_inputs, finished), rtol=1e-5)
 
 
-def test_documents_see_each_other_only_when_asked_to(made, finished, tmp_path):
+def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
-    folder = run(lay_out(tmp_path / "open", made, recipe))
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, folder, recipe), rtol=1e-5)
+    folder = run(lay_out(tmp_path / "open", training_inputs, recipe))
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
     assert abs(folder.read_metrics()[0]["train/loss"] - finished.read_metrics()[0]["train/loss"]) > 1e-4
 
 
-def test_bf16_adds_up_the_same_gradients(made, finished, tmp_path):
+def test_bf16_adds_up_the_same_gradients(training_inputs, finished, tmp_path):
     """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
-    folder = run(lay_out(tmp_path / "bf16", made, dataclasses.replace(RECIPE, max_steps=4, precision="bf16")))
+    folder = run(
+        lay_out(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
+    )
     norms, exact = ([row["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
 
 
-def test_the_last_stage_may_hold_norm_and_head_alone(made, tmp_path):
+def test_the_last_stage_may_hold_norm_and_head_alone(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
-    plan = two_stages(made[1], recipe)
+    plan = two_stages(training_inputs[1], recipe)
     stages = [
         dataclasses.replace(stage, first_layer=first, layers=end - first, recompute_layers=0)
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
-    folder = run(lay_out(tmp_path / "bare", made, recipe, dataclasses.replace(plan, stages=stages)))
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, folder, recipe), rtol=1e-5)
+    folder = run(lay_out(tmp_path / "bare", training_inputs, recipe, dataclasses.replace(plan, stages=stages)))
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
 
 
 def test_deepspeed_ran_the_planned_uneven_bounds(finished):
@@ -66,14 +68,14 @@ def test_deepspeed_ran_the_planned_uneven_bounds(finished):
     assert status.bounds == finished.read_spec().plan.bounds == [0, 2, 3]
 
 
-def test_export_is_a_model_folder(made, finished):
+def test_export_is_a_model_folder(training_inputs, finished):
     model = weights.load(finished.export)
-    assert model.config == made[1]
+    assert model.config == training_inputs[1]
     assert weights.verify_folder(finished.export)["parent"] == "v1"
 
 
-def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
-    folder = lay_out(tmp_path / "killed", made)
+def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_path):
+    folder = lay_out(tmp_path / "killed", training_inputs)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while not list(folder.checkpoints.glob("step-0000000[2-9]/manifest.json")):
@@ -93,10 +95,12 @@ def test_killed_run_resumes_to_the_same_weights(made, finished, tmp_path):
     [((0, 3), 2), ((0, 1, 3), 2), pytest.param((0, 1, 2, 3, 3), 1, marks=pytest.mark.slow)],
     ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
 )
-def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finished, tmp_path, bounds, data_size):
+def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(
+    training_inputs, finished, tmp_path, bounds, data_size
+):
     folder = RunFolder(tmp_path / "moved")
     shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
-    work = Workload.from_recipe(made[1], RECIPE)
+    work = Workload.from_recipe(training_inputs[1], RECIPE)
     plan = make_plan_from_bounds(
         work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size
     )
@@ -105,14 +109,14 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(made, finish
     shutil.rmtree(folder.checkpoints / "step-00000012")  # so that the new plan trains two steps
     run(folder)
     assert [event.step for event in folder.read_events() if isinstance(event, ResumeEvent)] == [10]
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(made, finished), rtol=1e-5)
+    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, finished), rtol=1e-5)
     ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_ranks_leave_when_their_supervisor_is_gone(made, tmp_path):
-    folder = lay_out(tmp_path / "orphan", made)
+def test_ranks_leave_when_their_supervisor_is_gone(training_inputs, tmp_path):
+    folder = lay_out(tmp_path / "orphan", training_inputs)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while folder.read_status() is None:
@@ -151,8 +155,8 @@ def test_status_compares_every_stage_with_its_plan(finished):
     assert len(plan.stages) == 2
 
 
-def test_an_edited_run_is_refused(made, tmp_path):
-    folder = lay_out(tmp_path / "edited", made)
+def test_an_edited_run_is_refused(training_inputs, tmp_path):
+    folder = lay_out(tmp_path / "edited", training_inputs)
     text = (folder.path / "run.json").read_text()
     (folder.path / "run.json").write_text(text.replace('"learning_rate": 0.003', '"learning_rate": 0.3'))
     with pytest.raises(ValueError, match="it was edited manually"):
@@ -165,8 +169,8 @@ def test_an_edited_run_is_refused(made, tmp_path):
         folder.check_inputs()
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, finished, tmp_path):
-    folder = lay_out(tmp_path / "foreign", made)
+def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(training_inputs, finished, tmp_path):
+    folder = lay_out(tmp_path / "foreign", training_inputs)
     shutil.copytree(finished.checkpoints, folder.checkpoints)
     assert folder.check_inputs() == folder.read_spec()
     manifest = next(folder.checkpoints.glob("step-*/manifest.json"))
@@ -180,8 +184,8 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(made, f
         assert folder.check_inputs() == folder.read_spec()
 
 
-def test_a_kill_between_seal_and_run_json_does_no_harm(made, tmp_path):
-    folder = lay_out(tmp_path / "between", made)
+def test_a_kill_between_seal_and_run_json_does_no_harm(training_inputs, tmp_path):
+    folder = lay_out(tmp_path / "between", training_inputs)
     before, spec = (folder.path / "run.json").read_bytes(), folder.read_spec()
     for seed in (6, 7):
         folder.write_spec(dataclasses.replace(spec, seed=seed))

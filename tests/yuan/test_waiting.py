@@ -49,9 +49,9 @@ def test_the_queue_has_a_place_for_whoever_has_none_and_less_for_each_the_more_w
 
 def test_those_whose_request_is_over_leave_the_queue():
     waiting, owner = rows_of(("a", 3), ("b", 1))
-    gone = SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=False)
-    waiting.add(gone)
-    gone.is_over = True
+    finished_request = SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=False)
+    waiting.add(finished_request)
+    finished_request.is_over = True
     waiting.add(SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=True))
     assert len(waiting) == 54
     assert taken_by(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)

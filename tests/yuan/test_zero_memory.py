@@ -37,21 +37,21 @@ def recipe(replicas):
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_path):
     command = build_torchrun_command(replicas, __file__, tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
     terms = compute_memory_terms(
         Workload.from_recipe(MODEL, recipe(replicas)), grid, make_cpu_pool().groups[0], 0, MODEL.num_layers, 0
     )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
-    kept = ranks[0]
-    assert kept["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
-    assert kept["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
+    first_rank = ranks[0]
+    assert first_rank["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
+    assert first_rank["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
     # With several replicas a third of the term is copies that exist only during the update.
     states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12
-    assert kept["moments"] == pytest.approx(int(states), rel=0.01)
+    assert first_rank["moments"] == pytest.approx(int(states), rel=0.01)
     if replicas == 1:
-        assert kept["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
+        assert first_rank["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
 
 
 def count(folder):
@@ -65,14 +65,14 @@ def count(folder):
     batch = ((tokens, torch.zeros_like(tokens)), (tokens, weights))
     step, gradients, squares = optimizer.step, [], []
 
-    def seen(*arguments):
+    def record_gradients_and_step(*arguments):
         gradients.clear()
         gradients.extend(part for group in optimizer.averaged_gradients.values() for part in group)
         squares.append(sum(float(part.double().square().sum()) for part in gradients))
         gradients.extend(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
         step(*arguments)
 
-    optimizer.step = seen
+    optimizer.step = record_gradients_and_step
     before = [parameter.detach().clone() for parameter in module.parameters()]
     for _ in range(2):
         engine.train_batch(iter([batch, batch]))
@@ -80,10 +80,10 @@ def count(folder):
     masters = optimizer.single_partition_of_fp32_groups
     states = optimizer.optimizer.state.values()
     moments = [state[kind] for state in states for kind in ("exp_avg", "exp_avg_sq")]
-    kept = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
-    said = {name: storage_bytes(tensors) for name, tensors in kept.items()}
-    said |= {"squares": squares[-1], "norm": float(optimizer._global_grad_norm)}
-    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(said))
+    tensors_by_kind = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
+    report = {name: storage_bytes(tensors) for name, tensors in tensors_by_kind.items()}
+    report |= {"squares": squares[-1], "norm": float(optimizer._global_grad_norm)}
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
     stop_distributed()
 
 
