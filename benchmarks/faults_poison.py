@@ -135,8 +135,8 @@ HOSTILE: dict[str, Callable[[int, Body], object]] = {
 
 def hostile(number: int, earlier: Body) -> Item:
     kind = list(HOSTILE)[number % len(HOSTILE)]
-    made = HOSTILE[kind](number, earlier)
-    content = made if isinstance(made, bytes) else (made if isinstance(made, str) else json.dumps(made)).encode()
+    body = HOSTILE[kind](number, earlier)
+    content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
     return Item(kind, DATASETS if kind.startswith("rows") else REPORTS, content)
 
 
@@ -157,9 +157,9 @@ def send(url: str, sender: Sender) -> None:
     for item in sender.items:
         for _ in range(3):  # a 500 closes the connection, on which the next request fails
             with contextlib.suppress(httpx.TransportError):
-                answer = httpx.post(url + item.path, content=item.content, headers=headers, timeout=60)
-                item.status = answer.status_code
-                item.record_id = answer.json()["id"] if answer.status_code == 201 else ""
+                response = httpx.post(url + item.path, content=item.content, headers=headers, timeout=60)
+                item.status = response.status_code
+                item.record_id = response.json()["id"] if response.status_code == 201 else ""
                 break
 
 
@@ -189,17 +189,17 @@ def run_round(operator: Client) -> RoundOut:
 
 def records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
     """Return state and reason of every record, as its owner sees them."""
-    found: dict[str, tuple[str, str | None]] = {}
+    outcomes: dict[str, tuple[str, str | None]] = {}
     for sender in senders:
-        with Client(url, sender.token, timeout_s=300) as own:
-            reports: list[FeedbackOut] = own.all_feedback()
+        with Client(url, sender.token, timeout_s=300) as client:
+            reports: list[FeedbackOut] = client.all_feedback()
             for one in reports:
-                found[one.id] = (one.state, one.reason)
+                outcomes[one.id] = (one.state, one.reason)
             for item in sender.items:
                 if item.path == DATASETS and item.record_id:
-                    dataset = own.dataset(item.record_id)
-                    found[dataset.id] = (dataset.state, dataset.reason)
-    return found
+                    dataset = client.dataset(item.record_id)
+                    outcomes[dataset.id] = (dataset.state, dataset.reason)
+    return outcomes
 
 
 def is_explained(item: Item, found: dict[str, tuple[str, str | None]]) -> bool:
@@ -240,14 +240,14 @@ def main() -> int:
 
 def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
     """Count the notices by report and version, after their number has stopped changing."""
-    end, told = time.monotonic() + 60, Counter[tuple[str, int]]()
+    end, counts = time.monotonic() + 60, Counter[tuple[str, int]]()
     while True:
-        before, told = told, Counter()
+        before, counts = counts, Counter()
         for sender in senders:
-            with Client(url, sender.token, timeout_s=300) as own:
-                told.update((notice.feedback_id, notice.version) for notice in own.notices())
-        if time.monotonic() > end or (told == before and (told or not num_promoted)):
-            return told
+            with Client(url, sender.token, timeout_s=300) as client:
+                counts.update((notice.feedback_id, notice.version) for notice in client.notices())
+        if time.monotonic() > end or (counts == before and (counts or not num_promoted)):
+            return counts
         time.sleep(3)
 
 
@@ -258,10 +258,10 @@ def honest_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
     accepted = [one for one in good if seen.records.get(one, ("lost", None))[0] == "accepted"]
     once = sum(all(seen.told[one, version] == 1 for version in seen.promoted) for one in accepted)
     is_once = bool(seen.promoted) and once == len(accepted) and max(seen.told.values(), default=0) == 1
-    of = f"of {len(accepted)} accepted reports, for each of {len(seen.promoted)} versions"
+    unit = f"of {len(accepted)} accepted reports, for each of {len(seen.promoted)} versions"
     return [
         line("poison/honest_decided", decided, f"of {len(good)} reports", goal="all", ok=decided == len(good)),
-        line("poison/honest_told_once", once, of, goal="all", ok=is_once),
+        line("poison/honest_told_once", once, unit, goal="all", ok=is_once),
     ]
 
 
@@ -273,7 +273,7 @@ def hostile_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
     for (kind, status, state, reason), count in sorted(outcomes.items(), key=str):
         print(f"{count} x {kind}: {status} {state} {reason or ''}"[:200], file=sys.stderr)
     errors = sum(item.status >= 500 or item.status == 0 for item in items)
-    ended = sum(turn.state in ("promoted", "rejected") for turn in seen.turns)
+    ended = sum(training_round.state in ("promoted", "rejected") for training_round in seen.turns)
     shown = seen.page.count(MARK)
     of_rounds = f"of {len(seen.turns)} rounds"
     return [

@@ -94,11 +94,11 @@ def main() -> int:
     while planned < wanted:
         number += 1
         work, pool = random_case(draw, number)
-        found = search(work, pool)
-        if not found.candidates:
+        result = search(work, pool)
+        if not result.candidates:
             continue
         planned += 1
-        chosen = found.candidates[0]
+        chosen = result.candidates[0]
         layout, stages, total = chosen.layout, chosen.grid.pipeline_size, work.model.num_layers
         costs = build_stage_costs(work, chosen.grid, pool.groups)
         flat = of_split(costs, tuple(total // stages + (s < total % stages) for s in range(stages)), layout.classes)
@@ -107,7 +107,7 @@ def main() -> int:
         even += [] if flat is None else [flat / layout.seconds]
         parameters += [] if weighed is None else [weighed / layout.seconds]
         neither += flat is None and weighed is None
-        gaps.append(layout.seconds / found.lower_bound - 1)
+        gaps.append(layout.seconds / result.lower_bound - 1)
         if pool.num_devices <= SMALL:
             tried.append(layout.seconds / every_layout(work, pool) - 1)
         off.append(off_by_simulation(work, chosen))

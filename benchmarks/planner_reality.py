@@ -65,17 +65,17 @@ def trials() -> list[CalibrationTrial]:
 
 def least(request: CalibrationRequest) -> CalibrationResult:
     """Return the minimum over several passes, each in new processes, with the trials reversed in every second one."""
-    answers = []
+    results = []
     for number in range(PASSES):
-        turn = -1 if number % 2 else 1
-        answer = run_measurement(replace(request, trials=request.trials[::turn]), STAGES)
-        answers.append(replace(answer, step_s=answer.step_s[::turn]))
-    layer = min(answers, key=lambda answer: answer.forward_s + answer.backward_s)
+        direction = -1 if number % 2 else 1
+        result = run_measurement(replace(request, trials=request.trials[::direction]), STAGES)
+        results.append(replace(result, step_s=result.step_s[::direction]))
+    layer = min(results, key=lambda result: result.forward_s + result.backward_s)
     return replace(
         layer,
-        head_s=min(answer.head_s for answer in answers),
-        embedding_s=min(answer.embedding_s for answer in answers),
-        step_s=tuple(min(steps) for steps in zip(*(answer.step_s for answer in answers), strict=True)),
+        head_s=min(result.head_s for result in results),
+        embedding_s=min(result.embedding_s for result in results),
+        step_s=tuple(min(steps) for steps in zip(*(result.step_s for result in results), strict=True)),
     )
 
 
@@ -87,22 +87,24 @@ def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(work_of(trial.bounds[-1]), loss_block=BLOCK)
-    found = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, redone=trial.recompute)
-    return found.layout.seconds
+    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, redone=trial.recompute)
+    return candidate.layout.seconds
 
 
 def main() -> int:
-    asked = trials()
-    request = CalibrationRequest(model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *asked), steps=2)
-    answer = least(request)
-    few, many, *real = answer.step_s
+    requested_trials = trials()
+    request = CalibrationRequest(
+        model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *requested_trials), steps=2
+    )
+    result = least(request)
+    few, many, *real = result.step_s
     one_each = replace(work_of(STAGES), loss_block=BLOCK)
     steps = [(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)]
-    device = DeviceGroup(device_class=answer.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
+    device = DeviceGroup(device_class=result.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
     blank = device if GPUS else make_cpu_pool().groups[0]
-    group = calibrate_group(blank, one_each, 1, answer, steps, f"{STAGES} processes on {answer.device}")
-    predicted = [predict(group, trial) for trial in asked]
-    for trial, ours, true in zip(asked, predicted, real, strict=True):
+    group = calibrate_group(blank, one_each, 1, result, steps, f"{STAGES} processes on {result.device}")
+    predicted = [predict(group, trial) for trial in requested_trials]
+    for trial, ours, true in zip(requested_trials, predicted, real, strict=True):
         says = line(
             f"layers {trial.bounds}, recomputed {trial.recompute}", round(ours, 3), "s", "the clock", ours / true
         )

@@ -61,9 +61,9 @@ def split_84_over_32() -> bool:
     pool, work = pool_of(**{"A100-80": 96}), work_of()
     grid = Grid(pipeline_size=32, data_size=3, micro_batch_size=1, grad_accum_steps=384)
     begun = time.perf_counter()
-    found = solve(build_stage_costs(work, grid, pool.groups))
+    layout = solve(build_stage_costs(work, grid, pool.groups))
     seconds = time.perf_counter() - begun
-    assert found is not None
+    assert layout is not None
     return show(line("84 layers over 32 stages, one grid", round(seconds, 4), "s", goal="0.1 s", ok=seconds <= 0.1))
 
 

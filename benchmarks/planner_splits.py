@@ -60,7 +60,7 @@ def ours(model: ModelConfig, stages: int) -> list[int]:
 
 
 def main() -> int:
-    found: dict[str, list[float]] = {}
+    ratios_by_method: dict[str, list[float]] = {}
     for layers, stages, width in product(LAYERS, STAGES, WIDTHS):
         if stages > layers // 2:
             continue
@@ -70,26 +70,26 @@ def main() -> int:
         best = least_slowest(layers, stages, head)
         splits = {method: theirs(method, model, stages) for method in THEIRS}
         for method, bounds in {"ours": ours(model, stages), **splits}.items():
-            found.setdefault(method, []).append(max(sum(times[a:b]) for a, b in pairwise(bounds)) / best)
+            ratios_by_method.setdefault(method, []).append(max(sum(times[a:b]) for a, b in pairwise(bounds)) / best)
     ok = True
-    for method, values in found.items():
+    for method, values in ratios_by_method.items():
         is_ours = method == "ours"
         says = line(
             f"slowest stage over the least possible, {method}",
             round(statistics.mean(values), 4),
             "mean of 48 cases",
             None if is_ours else "DeepSpeed",
-            statistics.mean(found["ours"]) / statistics.mean(values),
+            statistics.mean(ratios_by_method["ours"]) / statistics.mean(values),
             goal="1.000, worst 1.000" if is_ours else None,
             ok=max(values) < 1.0005 if is_ours else None,
         )
-        more = {
+        counts = {
             "worst": round(max(values), 4),
             "best_in": sum(value < 1.0005 for value in values),
             "cases": len(values),
         }
         recorded = {} if is_ours else {"recorded_with_other_widths": THEIRS[method]}
-        ok &= show({**says, **more, **recorded})
+        ok &= show({**says, **counts, **recorded})
     return 0 if ok else 1
 
 

@@ -23,7 +23,10 @@ FACTORS = {"nan": float("nan"), "tenfold": 10.0}
 
 
 def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) -> None:
-    """Corrupt the trainer's loss at the configured positions."""
+    """Corrupt the trainer's loss at the configured positions.
+
+    Replaces a private method: a public hook in the trainer would have this one user, which must not run in training.
+    """
     remaining = [times]
     inner_pass, inner_loss = trainer._run_pass, trainer.module.loss_fn
     is_corrupted = [False]

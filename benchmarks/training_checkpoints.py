@@ -95,9 +95,9 @@ def main() -> int:
 def in_ranks(what: str, folder: Path) -> dict[str, Any]:
     """Run this file on two ranks and return the figures that rank 0 wrote."""
     command = build_torchrun_command(2, __file__, what, folder)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(result.stderr[-3000:])
     return dict(json.loads((folder / f"{what}.json").read_text()))
 
 

@@ -87,14 +87,14 @@ def fingerprints(folder: RunFolder) -> list[tuple[str, str]]:
     losses = [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]
     weights = load_file(folder.path / "export" / "model.safetensors")
     files = sorted(file for file in folder.data.rglob("*") if file.is_file())
-    found = [
+    hashes = [
         ("losses and norms", sha256(json.dumps(losses).encode())),
         ("weights", sha256_of_tensors(weights)),
         ("data", sha256(b"".join(file.read_bytes() for file in files))),
     ]
     for checkpoint in sorted(folder.checkpoints.glob("step-*")):
-        found.append((f"tensors of {checkpoint.name}", sha256_of_tensors(tensors_in(checkpoint))))
-    return found
+        hashes.append((f"tensors of {checkpoint.name}", sha256_of_tensors(tensors_in(checkpoint))))
+    return hashes
 
 
 def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:

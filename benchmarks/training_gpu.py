@@ -42,9 +42,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         command = build_torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(result.stderr[-3000:])
         found = json.loads((Path(name) / "found.json").read_text())
     tokens, peak = found["tokens"] / found["seconds"], found["peak_tflops"]
     about = {"device": found["device"], "model": found["model"], "plan": found["plan"]}

@@ -45,9 +45,9 @@ AUTOGRAD = "--autograd"
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         command = build_torchrun_command(2, __file__, name, *sys.argv[1:])
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(result.stderr[-3000:])
         seconds = json.loads((Path(name) / "seconds.json").read_text())
     ours, torchs, plain = seconds["ours"], seconds["torch"], seconds["plain"]
     tokens = ACCUM * RECIPE.seq_len

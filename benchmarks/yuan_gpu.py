@@ -144,9 +144,9 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
         ok = show(line(f"{config.name}, MFU, {name}", figure, "share", None, None, (low, high), goal, low >= MFU_GOAL))
     peer = llama(config, tokens)
     peer()
-    found = ratios(measured(step, num_tokens, device), measured(peer, num_tokens, device), PAIRS)
+    pair_ratios = ratios(measured(step, num_tokens, device), measured(peer, num_tokens, device), PAIRS)
     title, figure = f"{config.name} beside Llama, {name}", round(statistics.median(speed))
-    return show(at_least(title, found, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")) and ok
+    return show(at_least(title, pair_ratios, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")) and ok
 
 
 def main() -> int:

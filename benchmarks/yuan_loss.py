@@ -83,12 +83,12 @@ def main() -> int:
             mib[label].append(figures["mib"])  # noqa: B023
             return figures["seconds"]
 
-        found = ratios(lambda: timed(ours, "ours"), lambda: timed(peer, name))  # noqa: B023
+        pair_ratios = ratios(lambda: timed(ours, "ours"), lambda: timed(peer, name))  # noqa: B023
         times[name] = statistics.median(seconds[name])
         own, theirs = statistics.median(mib["ours"]), statistics.median(mib[name])
         figure = round(statistics.median(seconds["ours"]), 3)
         ok &= show(
-            at_most(f"loss time against {name}", found, MAX_RATIO, figure=figure, unit="s", peer=name),
+            at_most(f"loss time against {name}", pair_ratios, MAX_RATIO, figure=figure, unit="s", peer=name),
             line(
                 f"loss memory beside {name}",
                 round(own),
@@ -104,7 +104,7 @@ def main() -> int:
                 round(theirs),
                 "MiB",
                 name,
-                ok=not (statistics.median(found) > 1 and theirs < own),
+                ok=not (statistics.median(pair_ratios) > 1 and theirs < own),
             ),
         )
         peer.close()

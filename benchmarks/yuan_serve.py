@@ -89,10 +89,12 @@ def crowd(url: str, token: str) -> bool:
             return await asyncio.gather(*(ask(client) for _ in range(CROWD)))
 
     began = time.perf_counter()
-    answers = asyncio.run(ask_all())
+    responses = asyncio.run(ask_all())
     seconds = time.perf_counter() - began
-    answered = sum(answer.status_code == 200 for answer in answers)
-    refused = sum(answer.status_code in (429, 503) and bool(answer.json()["error"]["message"]) for answer in answers)
+    answered = sum(response.status_code == 200 for response in responses)
+    refused = sum(
+        response.status_code in (429, 503) and bool(response.json()["error"]["message"]) for response in responses
+    )
     later_answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
     ok = answered + refused == CROWD and later_answer.status_code == 200
     report = line(
