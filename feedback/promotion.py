@@ -19,6 +19,7 @@ from feedback.items import (
     process_each,
     process_in_bulk,
 )
+from feedback.promotion_decision import PromotionDecision
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, 
         note_reason(session, subject, f"evaluate v{version}", f"{prefix}{reasons[0]}")
 
 
-def promote_candidate(session: Session, training_round: Round, decision: dict[str, Any]) -> int:
+def promote_candidate(session: Session, training_round: Round, decision: PromotionDecision) -> int:
     """Make the round's candidate the champion, and write the verdicts and notices for accepted reports.
 
     All of it is in the caller's transaction, so it is atomic.
@@ -89,8 +90,7 @@ def promote_candidate(session: Session, training_round: Round, decision: dict[st
     Returns:
         The number of reports whose notice could not be written; the reasons are on their timelines.
     """
-    version = decision["candidate"]
-    assert isinstance(version, int), "a decision names its candidate"
+    version = decision.candidate
     session.add(
         Promotion(
             version=version,
@@ -100,7 +100,7 @@ def promote_candidate(session: Session, training_round: Round, decision: dict[st
             reason="first version" if training_round.parent_version is None else "passed the gate",
         )
     )
-    session.execute(update(Round).where(Round.id == training_round.id).values(decision=decision))
+    session.execute(update(Round).where(Round.id == training_round.id).values(decision=decision.to_json()))
     num_failed = _write_notices(session, training_round.parent_version, version)
     audit(session, "round", "promoted", training_round.id, version=version, previous=training_round.parent_version)
     return num_failed

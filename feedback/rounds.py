@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from feedback.accounts import Conflict, NotFound, audit
 from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.promotion import find_champion
+from feedback.promotion_decision import PromotionDecision
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
 
@@ -245,12 +246,19 @@ STEP_ACTIVITIES = {
 }
 
 
+def read_decision(training_round: Round) -> PromotionDecision | None:
+    """Return the gate's decision on the round's candidate; None if there is none."""
+    stored = training_round.decision
+    return None if stored is None else PromotionDecision.from_json(stored)
+
+
 def describe_round_end(training_round: Round) -> str | None:
     """Return a one-sentence public summary of how a round ended, None while it runs; only operators see `reason`."""
     if training_round.state == "failed":
         return f"failed while {STEP_ACTIVITIES.get(training_round.step, training_round.step)}; operators see why"
     if training_round.state == "rejected":
-        num_regressions = len((training_round.decision or {}).get("regressions", ()))
+        decision = read_decision(training_round)
+        num_regressions = 0 if decision is None else len(decision.regressions)
         detail = f": {num_regressions} reports that passed before fail again" if num_regressions else ""
         return f"did not pass the gate{detail}"
     return {"promoted": f"v{training_round.candidate_version} is the champion", "cancelled": "cancelled"}.get(

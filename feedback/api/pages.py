@@ -3,7 +3,7 @@
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import fastapi
 from fastapi import APIRouter, Request
@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session, defer
 from feedback.accounts import NotFound
 from feedback.api.access import SessionDep
 from feedback.promotion import find_champion
-from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key
+from feedback.promotion_decision import SuiteComparison
+from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision
 from feedback.tables import Plan, Round
 from infra.objects import ObjectStore
 
@@ -32,7 +33,7 @@ class RoundEnd:
     """The public part of a round's result."""
 
     headline: str | None
-    suites: list[dict[str, Any]]  # rates, without those by capability of datasets, whose names contributors chose
+    suites: list[SuiteComparison]  # without capabilities of datasets, whose names contributors chose
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def build_front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
 
 def read_round_end(session: Session, training_round: Round) -> RoundEnd:
     """Read the public part of an ended round's decision, which no longer changes."""
-    suites = (training_round.decision or {}).get("suites", ())
-    public_suites = [suite for suite in suites if not suite["suite"].startswith(PRIVATE_SUITE_PREFIX)]
+    decision = read_decision(training_round)
+    suites = () if decision is None else decision.suites
+    public_suites = [suite for suite in suites if not suite.suite.startswith(PRIVATE_SUITE_PREFIX)]
     end = RoundEnd(describe_round_end(training_round), public_suites)
     session.expire(training_round, ["decision"])  # keep at most one decision in memory
     return end

@@ -5,6 +5,7 @@ from typing import Any
 from prefect.artifacts import create_table_artifact
 
 from feedback import rounds
+from feedback.promotion_decision import PromotionDecision
 from flows.context import Context
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.table import format_plan_table
@@ -16,17 +17,17 @@ def publish_table(key: str, rows: list[dict[str, Any]]) -> None:
         create_table_artifact(key=key, table=rows)
 
 
-def build_gate_rows(decision: dict[str, Any]) -> list[dict[str, Any]]:
+def build_gate_rows(decision: PromotionDecision) -> list[dict[str, Any]]:
     """Build table rows of the decision's suites."""
     return [
         {
-            "suite": suite["suite"],
-            "before": f"{suite['before']['rate']:.3f}" if suite["before"] else "",
-            "after": f"{suite['after']['rate']:.3f}",
-            "interval": "{:.3f} to {:.3f}".format(*suite["after"]["interval"]),
-            "cases": suite["after"]["total"],
+            "suite": suite.suite,
+            "before": "" if suite.before is None else f"{suite.before.rate:.3f}",
+            "after": f"{suite.after.rate:.3f}",
+            "interval": "{:.3f} to {:.3f}".format(*suite.after.interval),
+            "cases": suite.after.total,
         }
-        for suite in decision.get("suites", [])
+        for suite in decision.suites
     ]
 
 
@@ -38,6 +39,8 @@ def format_plan(context: Context, round_id: str, plan: PipelinePlan) -> str:
     return f"```text\n{format_plan_table(plan)}\n```\n\n[![the plan, drawn]({picture})]({picture})"
 
 
-def format_decision(decision: dict[str, Any]) -> str:
-    reasons = "; ".join(decision["reasons"]) or "all gate conditions are met"
-    return f"**v{decision['candidate']}** {'promoted' if decision['promote'] else 'not promoted'}: {reasons}"
+def format_decision(decision: PromotionDecision) -> str:
+    """Format the decision as one line of Markdown, with the reasons."""
+    outcome = "promoted" if decision.promote else "not promoted"
+    reasons = "; ".join(decision.reasons) or "all gate conditions are met"
+    return f"**v{decision.candidate}** {outcome}: {reasons}"

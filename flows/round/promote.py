@@ -1,29 +1,29 @@
 """Last steps of a round: decide on the candidate, notify reporters and update the registry's aliases."""
 
 import logging
-from typing import Any
 
 from feedback import gate, promotion, rounds
+from feedback.promotion_decision import PromotionDecision
 from flows.context import Context, RecordsContext
 
 log = logging.getLogger(__name__)
 
 
-def decide(context: Context, round_id: str) -> dict[str, Any]:
+def decide(context: Context, round_id: str) -> PromotionDecision:
     """Decide on the candidate's promotion; promotion, verdicts, notices and round end are one transaction."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "decide", context.attempt)
         training_round = rounds.find_round(session, round_id)
         decision = gate.decide_promotion(session, training_round)
-        if decision["promote"]:
+        if decision.promote:
             num_failed_notices = promotion.promote_candidate(session, training_round, decision)
             rounds.record_failed_items(session, round_id, {"tell": num_failed_notices})
-            rounds.finish_round(session, round_id, "promoted", f"v{decision['candidate']} is the champion")
+            rounds.finish_round(session, round_id, "promoted", f"v{decision.candidate} is the champion")
         else:
-            training_round.decision = decision
-            rounds.finish_round(session, round_id, "rejected", "; ".join(decision["reasons"]))
+            training_round.decision = decision.to_json()
+            rounds.finish_round(session, round_id, "rejected", "; ".join(decision.reasons))
         rounds.notify_dispatcher(session)
-    log.info("decided: promote=%s %s", decision["promote"], decision["reasons"])
+    log.info("decided: promote=%s %s", decision.promote, list(decision.reasons))
     return decision
 
 

@@ -51,9 +51,9 @@ def promote(session, version, passed, *, parent=None):
     add_candidate(session, training_round, version)
     answer(session, version, passed)
     decision = gate.decide_promotion(session, training_round)
-    if decision["promote"]:
+    if decision.promote:
         promotion.promote_candidate(session, training_round, decision)
-    rounds.finish_round(session, training_round.id, "promoted" if decision["promote"] else "rejected", "test")
+    rounds.finish_round(session, training_round.id, "promoted" if decision.promote else "rejected", "test")
     session.flush()
     return decision
 

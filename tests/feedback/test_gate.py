@@ -29,13 +29,13 @@ def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter
     good = report(session, reporter, "good", 10, later)
     junk = report(session, others[0], "junk", 160, later)
     promote(session, 1, passed=[])
-    assert promote(session, 2, passed=good + junk[:8], parent=1)["promote"]
+    assert promote(session, 2, passed=good + junk[:8], parent=1).promote
     decision = promote(session, 3, passed=good + junk[8:15], parent=2)
-    assert decision["promote"] and decision["reasons"] == []
-    assert sorted(decision["regressions"]) == sorted(junk[:8]) and decision["regressions_may_be_chance"]
-    (named,) = decision["regressions_by_account"]
-    assert (named["name"], named["regressed"], named["gained"]) == (others[0].name, 8, 7)
-    assert len(named["reports"]) == 8 and named["p"] == pytest.approx(0.5)
+    assert decision.promote and decision.reasons == ()
+    assert sorted(decision.regressions) == sorted(junk[:8]) and decision.regressions_may_be_chance
+    (named,) = decision.regressions_by_account
+    assert (named.name, named.num_lost, named.num_gained) == (others[0].name, 8, 7)
+    assert len(named.reports) == 8 and named.p_value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("lost", [1, 8])
@@ -48,8 +48,8 @@ def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, rep
     for row in session.scalars(select(Feedback).where(Feedback.case_id.in_(junk[8:]))).all():
         withdraw_report(session, others[0], row.id, "it fails")
     decision = promote(session, 3, passed=good + junk[lost:8], parent=2)
-    assert decision["promote"] and decision["regressions_may_be_chance"]
-    assert decision["regressions_by_account"][0]["gained"] == 152
+    assert decision.promote and decision.regressions_may_be_chance
+    assert decision.regressions_by_account[0].num_gained == 152
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, 
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases[:lost], parent=1)
     decision = promote(session, 3, passed=cases[lost : lost + gained], parent=2)
-    assert decision["promote"] is is_promoted is decision["regressions_may_be_chance"]
+    assert decision.promote is is_promoted is decision.regressions_may_be_chance
     assert promotion.find_champion(session) == (3 if is_promoted else 2)
 
 
@@ -74,9 +74,9 @@ def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session
         session.execute(update(Case).where(Case.id.in_(cases)).values(role=role))
     promote(session, 1, passed=[])
     promote(session, 2, passed=train + held_out[:8], parent=1)
-    assert promote(session, 3, passed=train + held_out[8:15], parent=2)["promote"]
+    assert promote(session, 3, passed=train + held_out[8:15], parent=2).promote
     decision = promote(session, 4, passed=train[1:] + held_out[8:15], parent=3)
-    assert decision["reasons"] == ["reports that pass in the champion fail again: 1, of 1 account(s)"]
+    assert decision.reasons == ("reports that pass in the champion fail again: 1, of 1 account(s)",)
 
 
 def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, later):
@@ -89,7 +89,7 @@ def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, 
     session.execute(update(Case).where(Case.id.in_(new)).values(created_at=moment))
     promotion.store_results(session, 2, [{"case_id": case, "answer": "", "passed": False} for case in new])
     decision = promote(session, 3, passed=new, parent=2)
-    assert not decision["promote"] and decision["regressions_by_account"][0]["gained"] == 0
+    assert not decision.promote and decision.regressions_by_account[0].num_gained == 0
 
 
 def test_regressions_of_two_accounts_count_each(session, others, later):
@@ -97,8 +97,8 @@ def test_regressions_of_two_accounts_count_each(session, others, later):
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
-    assert "reports that pass in the champion fail again: 2, of 2 account(s)" in decision["reasons"]
-    assert {entry["account"] for entry in decision["regressions_by_account"]} == {who.id for who in others}
+    assert "reports that pass in the champion fail again: 2, of 2 account(s)" in decision.reasons
+    assert {entry.account for entry in decision.regressions_by_account} == {who.id for who in others}
 
 
 def test_a_case_that_two_accounts_share_counts(session, others, later):
@@ -106,7 +106,7 @@ def test_a_case_that_two_accounts_share_counts(session, others, later):
     assert case == same
     promote(session, 1, passed=[])
     promote(session, 2, passed=[case], parent=1)
-    assert not promote(session, 3, passed=[], parent=2)["promote"]
+    assert not promote(session, 3, passed=[], parent=2).promote
 
 
 def test_an_operators_report_counts_alone(session, reporter, later):
@@ -114,7 +114,7 @@ def test_an_operators_report_counts_alone(session, reporter, later):
     (case,) = report(session, reporter, "mine", 1, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[case], parent=1)
-    assert not promote(session, 3, passed=[], parent=2)["promote"]
+    assert not promote(session, 3, passed=[], parent=2).promote
 
 
 def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, others, reporter, later):
@@ -123,11 +123,11 @@ def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, 
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
-    assert [len(entry["reports"]) for entry in decision["regressions_by_account"]] == [20, 20]
-    lines = describe_regressions(decision)
+    assert [len(entry.reports) for entry in decision.regressions_by_account] == [20, 20]
+    lines = describe_regressions(decision.to_json())
     assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
     for who in others:
         withdraw_account(session, reporter, who, "senseless", ["reports"])
     training_round = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
-    assert gate.decide_promotion(session, training_round)["regressions"] == []
+    assert gate.decide_promotion(session, training_round).regressions == ()

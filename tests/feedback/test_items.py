@@ -178,7 +178,7 @@ def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, l
     rows, one = many
     accept_all(session, later)
     refuse(session, "outbox", "feedback_id", one.id)
-    assert promote(session, 1, passed=[])["promote"]
+    assert promote(session, 1, passed=[]).promote
     assert promotion.mark_notices_delivered(session) == HOW_MANY - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
     assert find_faults(session, one.id)[0][1] == (

@@ -105,10 +105,10 @@ def test_losing_more_than_two_points_on_the_base_blocks(session):
     ]
     reports.add_cases(session, "base", rows, "held_out")
     cases = list(session.scalars(select(Case.id)))
-    assert promote(session, 1, passed=cases)["promote"]
-    assert promote(session, 2, passed=cases[2:], parent=1)["promote"]
+    assert promote(session, 1, passed=cases).promote
+    assert promote(session, 2, passed=cases[2:], parent=1).promote
     blocked = promote(session, 3, passed=cases[5:], parent=2)
-    assert "base fell" in blocked["reasons"][0]
+    assert "base fell" in blocked.reasons[0]
 
 
 def test_one_round_at_a_time(session):

@@ -6,6 +6,7 @@ import pytest
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
+from feedback.promotion_decision import PassRate, PromotionDecision, SuiteComparison
 from feedback.tables import Round, new_id
 from infra.database import make_session_factory
 
@@ -29,6 +30,13 @@ def ended(engine):
         session.query(Round).filter(Round.state == "running").update({"state": "cancelled"})
 
 
+def reject(suites, **facts):
+    """Return the stored decision of a rejected candidate, which passes half of four cases in each suite."""
+    comparisons = tuple(SuiteComparison(suite, None, PassRate(2, 4)) for suite in suites)
+    decision = PromotionDecision(promote=False, champion=6, candidate=7, suites=comparisons, **{"reasons": (), **facts})
+    return decision.to_json()
+
+
 def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(portal, operator, ended):
     training_round = ended("failed")
     page = portal.get("/").text
@@ -38,11 +46,11 @@ def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(p
 
 
 def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal, ended):
-    rate = {"before": None, "after": {"rate": 0.5, "total": 4, "interval": [0, 1]}}
-    suites = [{"suite": name, **rate} for name in ("base", "base/reverse", "datasets", f"datasets/{MARK}")]
-    ended("rejected", "decide", {"reasons": [MARK], "regressions": [MARK], "suites": suites})
+    names = ("base", "base/reverse", "datasets", f"datasets/{MARK}")
+    ended("rejected", "decide", reject(names, reasons=(MARK,), regressions=(MARK,)))
     page = portal.get("/").text
     assert MARK not in page and "base/reverse" in page
+    assert "50.0 % of 4\n<td>15.0 to 85.0 %" in page
     assert "did not pass the gate: 1 reports that passed before fail again" in page
 
 
@@ -76,12 +84,9 @@ def test_the_api_page_names_the_address_at_which_it_is_read_and_no_other(portal)
 
 
 def test_the_front_page_costs_the_same_whatever_the_decisions_hold(portal, ended):
-    rate = {"before": None, "after": {"rate": 0.5, "total": 4, "interval": [0, 1]}}
-
     def decide(num_suites):
-        suites = [{"suite": f"datasets/{n}", **rate} for n in range(num_suites)]
         for _ in range(5):
-            ended("rejected", "decide", {"reasons": [], "regressions": [], "suites": suites})
+            ended("rejected", "decide", reject([f"datasets/{n}" for n in range(num_suites)]))
 
     decide(1)
     small = cpu_seconds(portal, "/")

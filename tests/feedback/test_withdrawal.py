@@ -53,12 +53,12 @@ def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter,
     training_round.parent_version = 1
     add_candidate(session, training_round, 2)
     answer(session, 2, passed=[])
-    assert gate.decide_promotion(session, training_round)["regressions"] == [row.case_id]
+    assert gate.decide_promotion(session, training_round).regressions == (row.case_id,)
     withdraw_report(session, reporter, row.id, "mistaken")
     decision = gate.decide_promotion(session, training_round)
-    assert decision["promote"] and [suite["after"]["total"] for suite in decision["suites"]] == [1]
+    assert decision.promote and [suite.after.total for suite in decision.suites] == [1]
     withdraw_report(session, reporter, other.id, "mistaken too")
-    assert "no held-out case is left to judge it by" in gate.decide_promotion(session, training_round)["reasons"][0]
+    assert "no held-out case is left to judge it by" in gate.decide_promotion(session, training_round).reasons[0]
 
 
 def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter, later):

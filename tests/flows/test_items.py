@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 
 from feedback import datasets, promotion, rounds
 from feedback.contracts import RoundParameters
+from feedback.promotion_decision import PromotionDecision
 from feedback.reproduce import PromptRefused, reproduce_answers
 from feedback.tables import Promotion, Round, new_id
 from flows.context import Context
@@ -121,7 +122,8 @@ def context(model_server, engine, objects):
         turn = rounds.request_round(session, "test", RoundParameters(), new_id())
         rounds.add_version(session, turn.id, VERSION, {})
         session.flush()
-        promotion.promote_candidate(session, turn, {"candidate": VERSION})
+        decision = PromotionDecision(promote=True, reasons=(), champion=None, candidate=VERSION)
+        promotion.promote_candidate(session, turn, decision)
         rounds.finish_round(session, turn.id, "promoted", "for the test")
     yield context
     with context.sessions.begin() as session:

@@ -1,0 +1,66 @@
+"""The stored form of the gate's decisions, which pages, client and commands read."""
+
+import json
+
+import pytest
+
+from feedback.promotion_decision import (
+    AccountRegressions,
+    PassRate,
+    PromotionDecision,
+    SuiteComparison,
+    compute_wilson_interval,
+)
+
+ACCOUNT = {"account": "ab", "name": "ann", "counts": False, "regressed": 2, "gained": 3, "p": 0.8125, "reports": ["r"]}
+RATE = {"passed": 1, "total": 2, "rate": 0.5, "interval": list(compute_wilson_interval(1, 2))}
+FIRST_RELEASE = {
+    "promote": False,
+    "reasons": ["base fell"],
+    "champion": 1,
+    "candidate": 2,
+    "regressions": ["c1", "c2"],
+    "suites": [{"suite": "base", "before": None, "after": RATE}, {"suite": "fresh", "before": RATE, "after": RATE}],
+}
+STORED = {**FIRST_RELEASE, "regressions_may_be_chance": True, "regressions_by_account": [ACCOUNT]}
+
+
+def test_a_decision_is_stored_under_the_names_that_clients_read():
+    decision = PromotionDecision(
+        promote=False,
+        reasons=("base fell",),
+        champion=1,
+        candidate=2,
+        regressions=("c1", "c2"),
+        regressions_may_be_chance=True,
+        regressions_by_account=(
+            AccountRegressions(
+                account="ab",
+                name="ann",
+                is_significant=False,
+                num_lost=2,
+                num_gained=3,
+                p_value=0.8125,
+                reports=("r",),
+            ),
+        ),
+        suites=(
+            SuiteComparison("base", None, PassRate(1, 2)),
+            SuiteComparison("fresh", PassRate(1, 2), PassRate(1, 2)),
+        ),
+    )
+    assert decision.to_json() == STORED
+    assert PromotionDecision.from_json(json.loads(json.dumps(STORED))) == decision
+
+
+def test_a_decision_of_the_first_release_is_read_without_chance_and_accounts():
+    decision = PromotionDecision.from_json(FIRST_RELEASE)
+    assert not decision.regressions_may_be_chance and decision.regressions_by_account == ()
+    assert [suite.after for suite in decision.suites] == [PassRate(1, 2), PassRate(1, 2)]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_an_account_counts_unless_its_decision_says_otherwise(counts):
+    older = {name: value for name, value in ACCOUNT.items() if name != "counts"}
+    assert AccountRegressions.from_json(older).is_significant
+    assert AccountRegressions.from_json({**older, "counts": counts}).is_significant is counts
