@@ -107,15 +107,19 @@ def claim_idempotency_key(
     if inserted.first() is not None:
         return None
 
-    first = session.get_one(IdempotencyKey, (contributor.id, key))
-    if first.request_digest != request_digest:
+    check_key_unused(session, contributor.id, key, besides=request_digest)
+    return session.get_one(IdempotencyKey, (contributor.id, key)).record_id
+
+
+def check_key_unused(session: Session, contributor_id: str, key: str, *, besides: str) -> None:
+    """Check that no request has used an account's idempotency key, except the one with the digest `besides`.
+
+    Raises:
+        Conflict: if another request has.
+    """
+    claimed = session.get(IdempotencyKey, (contributor_id, key))
+    if claimed is not None and claimed.request_digest != besides:
         raise Conflict("this Idempotency-Key was used for another request; use a new key")
-    return first.record_id
-
-
-def is_key_claimed(session: Session, contributor_id: str, key: str) -> bool:
-    """Return True if an account's idempotency key is already bound to a record."""
-    return session.get(IdempotencyKey, (contributor_id, key)) is not None
 
 
 def compute_quota_wait_s(

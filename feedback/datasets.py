@@ -19,7 +19,7 @@ from feedback.contracts import DatasetOut, Event
 from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject, note_fault, note_faulty_rows
 from feedback.paging import read_page
 from feedback.reports import add_cases, compute_salted_fraction
-from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
+from feedback.tables import Contributor, Dataset, DatasetRow, IdempotencyKey, transaction_time
 from feedback.withdrawal import find_withdrawal_events, get_suite_name, lock_datasets
 from yuan.data.rows import BadRow, Row, parse_rows
 
@@ -150,6 +150,13 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
     if row is None or row.contributor_id != contributor.id:
         raise NotFound(f"you have no dataset {dataset_id}")
     return row
+
+
+def is_key_of_dataset(session: Session, contributor_id: str, key: str) -> bool:
+    """Return True if an account has created a dataset under this idempotency key."""
+    query = select(Dataset.id).join(IdempotencyKey, IdempotencyKey.record_id == Dataset.id)
+    query = query.where(IdempotencyKey.contributor_id == contributor_id, IdempotencyKey.key == key)
+    return session.scalar(query) is not None
 
 
 def list_datasets(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Dataset]:

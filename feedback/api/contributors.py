@@ -1,8 +1,8 @@
 """Routes of contributors: reports, datasets, notices."""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, reports
-from feedback.accounts import OPERATOR_ROLE, audit, compute_quota_wait_s, is_key_claimed
+from feedback.accounts import OPERATOR_ROLE, audit, check_key_unused, compute_quota_wait_s
 from feedback.api.access import (
     ID_PATTERN,
     AuthenticatedAccount,
@@ -48,6 +48,8 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
+WorkArgs = ParamSpec("WorkArgs")
+WorkResult = TypeVar("WorkResult")
 PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
     str | None,
@@ -167,24 +169,35 @@ async def push_dataset(
     if purpose == "suite":
         datasets.check_suite_name(name)
     state = request.app.state
+    has_limits = account.role != OPERATOR_ROLE
     with state.uploads.begin(account.id), open_scratch_file(state.scratch) as file:
-        if account.role != OPERATOR_ROLE:
-            async with state.transactions.begin(request) as session:
-                await run_in_threadpool(
-                    _check_daily_datasets, session, account, idempotency_key, state.max_daily_datasets
-                )
+        if has_limits:
+            daily_limit = state.max_daily_datasets
+            await _run_in_transaction(request, _check_daily_datasets, account, idempotency_key, daily_limit)
 
         body = await receive_body(request, file)
         repeat = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
+        if idempotency_key is not None:
+            # Refuse before the bytes are stored: without a record they would count in no quota.
+            await _run_in_transaction(request, _check_same_request, account, repeat)
+
         checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
         if checked.reason is None:
-            if account.role != OPERATOR_ROLE:
-                async with state.transactions.begin(request) as session:
-                    await run_in_threadpool(_check_storage_quota, session, account, body, state.max_account_bytes)
+            if has_limits:
+                await _run_in_transaction(request, _check_storage_quota, account, body, state.max_account_bytes)
             await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS_FOLDER}/{body.sha256}", file)
-        async with state.transactions.begin(request) as session:
-            sha256 = body.sha256
-            return await run_in_threadpool(_record_dataset, session, account, repeat, name, purpose, checked, sha256)
+        return await _run_in_transaction(request, _record_dataset, account, repeat, name, purpose, checked, body.sha256)
+
+
+async def _run_in_transaction(
+    request: Request,
+    work: Callable[Concatenate[Session, WorkArgs], WorkResult],
+    *args: WorkArgs.args,
+    **kwargs: WorkArgs.kwargs,
+) -> WorkResult:
+    """Run `work` on a worker thread, in a transaction that is committed at its end."""
+    async with request.app.state.transactions.begin(request) as session:
+        return await run_in_threadpool(work, session, *args, **kwargs)
 
 
 def _check_daily_limit(
@@ -201,9 +214,14 @@ def _check_daily_limit(
 
 
 def _check_daily_datasets(session: Session, account: AuthenticatedAccount, key: str | None, limit: int) -> None:
-    """Refuse a dataset beyond the daily limit before it arrives, unless it repeats a request that succeeded."""
-    if key is None or not is_key_claimed(session, account.id, key):
+    """Refuse a dataset beyond the daily limit before it arrives, unless its key is that of an earlier dataset."""
+    if key is None or not datasets.is_key_of_dataset(session, account.id, key):
         _check_daily_limit(session, Dataset, account.id, limit, "datasets")
+
+
+def _check_same_request(session: Session, account: AuthenticatedAccount, repeat: IdempotentRequest) -> None:
+    """Refuse a request whose key an earlier request has used for something else."""
+    check_key_unused(session, account.id, repeat.key, besides=repeat.request_digest)
 
 
 def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: ReceivedBody, limit: int) -> None:

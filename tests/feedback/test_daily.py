@@ -1,5 +1,7 @@
 """Limits of what one account may send within 24 hours."""
 
+import hashlib
+
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
@@ -52,6 +54,25 @@ def test_one_more_than_a_day_takes_is_refused_until_there_is_room(request, what,
         connection.execute(text(older), {"id": first.json()["id"]})
     assert send(account.headers, **{"Idempotency-Key": "third"}).status_code == 201
     assert send(account.headers).status_code == 429
+
+
+def test_the_key_of_a_report_lets_no_dataset_past_the_days_number(push, report, account):
+    key = {"Idempotency-Key": "of-a-report"}
+    statuses = [report(account.headers, **key), push(account.headers), push(account.headers)]
+    assert [response.status_code for response in statuses] == [201, 201, 201]
+    assert push(account.headers, **key).status_code == 429
+
+
+@pytest.mark.parametrize("num_sent", [0, 1])
+def test_a_key_of_another_dataset_stores_no_bytes(push, account, objects, num_sent):
+    """Bytes without a record would count in no quota."""
+    key, other = {"Idempotency-Key": "used"}, ROWS * 3 + f'{{"prompt": "{account.id}", "answer": "b"}}\n'.encode()
+    for _ in range(num_sent):
+        assert push(account.headers).status_code == 201
+    assert push(account.headers, **key).status_code == 201
+    refused = push(account.headers, other, **key)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict")
+    assert not objects.exists(f"uploads/{hashlib.sha256(other).hexdigest()}")
 
 
 def test_refused_files_count_among_the_days_datasets(push, account):
