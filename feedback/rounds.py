@@ -5,6 +5,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import func, select, text
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -163,12 +164,12 @@ def find_planned_run(session: Session, number: int) -> str | None:
 
 
 def get_or_create_training_run(session: Session, round_id: str) -> TrainingRun:
-    """Return the round's training run; the first call creates it."""
-    run = session.scalar(select(TrainingRun).where(TrainingRun.round_id == round_id))
+    """Return the round's training run; the first call creates it, and a concurrent one waits for its commit."""
+    query = select(TrainingRun).where(TrainingRun.round_id == round_id)
+    run = session.scalar(query)
     if run is None:
-        run = TrainingRun(round_id=round_id)
-        session.add(run)
-        session.flush()
+        session.execute(insert(TrainingRun).values(round_id=round_id).on_conflict_do_nothing())
+        run = session.scalars(query).one()
     return run
 
 

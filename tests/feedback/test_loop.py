@@ -1,13 +1,17 @@
 """The steps from report to notice, on a session that is rolled back."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from sqlalchemy import select
+from sqlalchemy import delete, select, text
 
 from feedback import datasets, promotion, reports, rounds
 from feedback.accounts import Conflict, add_contributor
 from feedback.contracts import FeedbackIn
-from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Snapshot, new_id
+from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Round, Snapshot, TrainingRun, new_id
 from feedback.withdrawal import withdraw_report
+from infra.database import make_session_factory
 from tests.feedback.loop import (
     MAX_CASES,
     SALT,
@@ -109,6 +113,38 @@ def test_losing_more_than_two_points_on_the_base_blocks(session):
     assert promote(session, 2, passed=cases[2:], parent=1).promote
     blocked = promote(session, 3, passed=cases[5:], parent=2)
     assert "base fell" in blocked.reasons[0]
+
+
+def test_two_callers_at_once_get_one_training_run(engine):
+    sessions = make_session_factory(engine)
+    with sessions.begin() as session:
+        training_round = Round(number=1_000_000, requested_by="test", parameters={}, state="failed")
+        session.add(training_round)
+
+    def get_id():
+        with sessions.begin() as session:
+            return rounds.get_or_create_training_run(session, training_round.id).id
+
+    try:
+        with ThreadPoolExecutor(1) as second_caller:
+            with sessions.begin() as session:
+                first_id = rounds.get_or_create_training_run(session, training_round.id).id
+                second_id = second_caller.submit(get_id)
+                wait_for_blocked_query(engine)
+            assert second_id.result(timeout=60) == first_id
+    finally:
+        with sessions.begin() as session:
+            session.execute(delete(TrainingRun).where(TrainingRun.round_id == training_round.id))
+            session.execute(delete(Round).where(Round.id == training_round.id))
+
+
+def wait_for_blocked_query(engine):
+    """Wait until a transaction waits for a lock that another holds."""
+    end = time.monotonic() + 60
+    with engine.connect() as connection:
+        while not connection.scalar(text("select count(*) from pg_locks where not granted")):
+            assert time.monotonic() < end, "no transaction waits"
+            time.sleep(0.01)
 
 
 def test_one_round_at_a_time(session):
