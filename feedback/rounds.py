@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
 
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
@@ -15,6 +14,8 @@ from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
+from yuan.model.model_manifest import ModelManifest
+from yuan.plan.plan_record import PipelinePlan
 
 NOTIFY_CHANNEL = "cotrain"
 MAX_VERSION_NUMBER = 2**31 - 1  # the largest value of a PostgreSQL integer column
@@ -136,20 +137,22 @@ def record_failed_items(session: Session, round_id: str, counts: Mapping[str, in
     training_round.failed_items = {**training_round.failed_items, **counts}
 
 
-def get_or_store_plan(session: Session, round_id: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Store the round's plan if it has none; return the stored plan."""
-    plan = session.scalar(select(Plan).where(Plan.round_id == round_id))
-    if plan is None:
-        plan = Plan(round_id=round_id, body=body)
-        session.add(plan)
-    return plan.body
+def get_or_store_plan(session: Session, round_id: str, plan: PipelinePlan) -> PipelinePlan:
+    """Store the round's plan if it has none; return the stored plan.
+
+    Raises:
+        ValueError: if the stored plan is of another schema.
+    """
+    session.execute(insert(Plan).values(round_id=round_id, body=plan.to_json()).on_conflict_do_nothing())
+    stored = session.scalars(select(Plan).where(Plan.round_id == round_id)).one()
+    return PipelinePlan.from_json(stored.body)
 
 
-def replace_plan(session: Session, round_id: str, body: dict[str, Any]) -> None:
+def replace_plan(session: Session, round_id: str, plan: PipelinePlan) -> None:
     """Replace the plan of a round whose device pool has changed; the run resumes with the new plan."""
-    plan = session.scalars(select(Plan).where(Plan.round_id == round_id)).one()
-    audit(session, "supervisor", "re-planned", round_id, stages=[stage["layers"] for stage in body["stages"]])
-    plan.body = body
+    stored = session.scalars(select(Plan).where(Plan.round_id == round_id)).one()
+    audit(session, "supervisor", "re-planned", round_id, stages=[stage.layers for stage in plan.stages])
+    stored.body = plan.to_json()
 
 
 def make_plan_picture_key(run_id: str) -> str:
@@ -173,11 +176,12 @@ def get_or_create_training_run(session: Session, round_id: str) -> TrainingRun:
     return run
 
 
-def add_version(session: Session, round_id: str, version: int, manifest: dict[str, Any]) -> None:
+def add_version(session: Session, round_id: str, version: int, manifest: ModelManifest) -> None:
     """Record the round's candidate under the version number that the tracker registered for it."""
     if session.get(ModelVersion, version) is None:
         run = get_or_create_training_run(session, round_id)
-        session.add(ModelVersion(version=version, round_id=round_id, run_id=run.id, manifest=manifest))
+        record = ModelVersion(version=version, round_id=round_id, run_id=run.id, manifest=manifest.to_json())
+        session.add(record)
     session.get_one(Round, round_id).candidate_version = version
 
 
@@ -207,7 +211,7 @@ def find_version(session: Session, version: int) -> ModelVersion:
     return record
 
 
-def identify_version(session: Session, manifest: dict[str, Any], wanted: int | None, run_id: str) -> ModelVersion:
+def identify_version(session: Session, manifest: ModelManifest, wanted: int | None, run_id: str) -> ModelVersion:
     """Return the version of which a model folder is a copy.
 
     Args:
@@ -223,7 +227,7 @@ def identify_version(session: Session, manifest: dict[str, Any], wanted: int | N
     version_of_run = find_version_of_run(session, run_id)
     if version_of_run is not None:
         return version_of_run
-    matches = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest)).all()
+    matches = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest.to_json())).all()
     if len(matches) != 1:
         names = ", ".join(f"v{match.version}" for match in matches) or "no version"
         raise ValueError(f"{names} has this folder's manifest; say which version it is with --version")

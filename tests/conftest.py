@@ -22,6 +22,7 @@ from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
 from infra.objects import open_object_store
 from infra.settings import Settings
+from yuan.model.model_manifest import ModelManifest
 
 settings.register_profile("untimed", deadline=None)  # no deadlines: a busy machine must not fail a test
 settings.load_profile("untimed")
@@ -97,7 +98,7 @@ def first_version(engine):
         training_round = Round(number=1, requested_by="test", parameters={}, state="promoted")
         session.add(training_round)
         session.flush()
-        rounds.add_version(session, training_round.id, 1, {})
+        rounds.add_version(session, training_round.id, 1, ModelManifest({}, {}))
     return 1
 
 

@@ -54,7 +54,9 @@ def export(
         _require_hf_format(format)
         manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
         show(
-            {"out": str(out), **manifest}, f"wrote {len(manifest['files'])} files and their manifest to {out}", as_json
+            {"out": str(out), **manifest.to_json()},
+            f"wrote {len(manifest.files)} files and their manifest to {out}",
+            as_json,
         )
 
 
@@ -70,7 +72,7 @@ def import_(
         _require_hf_format(format)
         manifest = import_hf(folder, out, dtype=dtype)
         text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
-        show({"out": str(out), **manifest}, text, as_json)
+        show({"out": str(out), **manifest.to_json()}, text, as_json)
 
 
 def _require_hf_format(format: str) -> None:

@@ -59,7 +59,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     pool = load_configured_pool(context.settings)
     plan = make_plan(Workload.from_recipe(model, recipe), pool, make_plan_limits(pool, recipe))
     with context.sessions.begin() as session:
-        plan = PipelinePlan.from_json(rounds.get_or_store_plan(session, round_id, plan.to_json()))
+        plan = rounds.get_or_store_plan(session, round_id, plan)
     spec = RunSpec(
         kind="pretrain" if parent is None else "finetune",
         model=model,

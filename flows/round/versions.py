@@ -5,15 +5,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from feedback import rounds
 from flows.context import Context
 from infra.files import copy_descriptor
 from infra.tracker import VersionLost
 from yuan.data.text import make_printable
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import open_file, read_file
 
 log = logging.getLogger(__name__)
@@ -34,28 +34,28 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
     Raises:
         ValueError: if the folder is incomplete, or not that of the version; the message lists the differences.
     """
-    from yuan.model.weights import parse_manifest
-
     folder = folder.resolve()  # links in the operator's path are followed, but none inside the folder
     try:
-        manifest = parse_manifest(read_file(folder, "manifest.json"))
+        manifest = ModelManifest.parse(read_file(folder, MODEL_MANIFEST_FILE))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a model folder: manifest.json: {error}") from None
+        raise ValueError(f"{folder} is not a model folder: {MODEL_MANIFEST_FILE}: {error}") from None
     with context.sessions.begin() as session:
         rounds.lock_registrations(session)
         known = rounds.identify_version(session, manifest, wanted, folder.parent.name)
         mlflow_run = str(rounds.get_or_create_training_run(session, known.round_id).mlflow_run_id)
-        differing = describe_manifest_differences(manifest, known.manifest)
+        recorded = ModelManifest.from_json(known.manifest)
+        differing = describe_manifest_differences(manifest, recorded)
         if differing:
             raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
+
         is_there = context.tracker.has_version(known.version)
-        if is_there and not context.tracker.find_missing_files(
-            known.version, [*known.manifest["files"], "manifest.json"]
-        ):
+        names = [*recorded.files, MODEL_MANIFEST_FILE]
+        if is_there and not context.tracker.find_missing_files(known.version, names):
             return known.version, False
+
         tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
         with make_scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
-            copy_manifest_files(folder, scratch, known.manifest)
+            copy_manifest_files(folder, scratch, recorded)
             if is_there:
                 context.tracker.upload_version(known.version, scratch)
             else:
@@ -68,7 +68,7 @@ def require_registered(context: Context, version: int) -> None:
     """Check that a version can be fetched from the registry.
 
     Raises:
-        NeverRegistered: if there never was such a version.
+        VersionNotRegistered: if there never was such a version.
         VersionLost: if it, or its files, are lost from the registry.
     """
     with context.sessions() as session:
@@ -98,13 +98,15 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
         VersionLost: if the export is not as recorded; the message says what to do.
     """
     with context.sessions() as session:
-        known = rounds.find_version(session, version)
-        session.expunge(known)
-    how, copy = describe_registration(context.settings.home, version, known.run_id), target / "model"
+        record = rounds.find_version(session, version)
+        run_id, recorded = record.run_id, ModelManifest.from_json(record.manifest)
+    how = describe_registration(context.settings.home, version, run_id)
+
+    copy = target / "model"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        copy_manifest_files(context.runs / known.run_id / "export", copy, known.manifest)
+        copy_manifest_files(context.runs / run_id / "export", copy, recorded)
     except ValueError as error:
         log.warning("v%d is gone from the registry, and its run's export is not usable: %s", version, error)
         raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
@@ -126,21 +128,21 @@ def make_scratch_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_export(run: Path, target: Path) -> dict[str, Any]:
+def copy_export(run: Path, target: Path) -> ModelManifest:
     """Copy the files that the manifest of a run's exported weights lists, and return the manifest.
 
     Raises:
         ValueError: if the files differ from the manifest, or are not regular files in the run's own folder.
     """
     try:
-        manifest = dict(json.loads(read_file(run, "export/manifest.json")))
-        copy_manifest_files(run / "export", target, manifest)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        manifest = ModelManifest.parse(read_file(run, f"export/{MODEL_MANIFEST_FILE}"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"the weights of {run} cannot be registered: {error}") from None
+    copy_manifest_files(run / "export", target, manifest)
     return manifest
 
 
-def copy_manifest_files(folder: Path, target: Path, recorded: Mapping[str, Any]) -> None:
+def copy_manifest_files(folder: Path, target: Path, recorded: ModelManifest) -> None:
     """Copy only the files that a recorded manifest lists, from a folder that services can write.
 
     The copy is published in the registry, so no link is followed, not even in place of the folder, and the sha256 of
@@ -149,7 +151,7 @@ def copy_manifest_files(folder: Path, target: Path, recorded: Mapping[str, Any])
     Raises:
         ValueError: if a file differs from the recorded one.
     """
-    for name, expected in recorded["files"].items():
+    for name, expected in recorded.files.items():
         if Path(name).name != name or name == "..":
             raise ValueError(f"a manifest must list files of one folder, got {make_printable(name)}")
         try:
@@ -162,14 +164,14 @@ def copy_manifest_files(folder: Path, target: Path, recorded: Mapping[str, Any])
             raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
         if sha256 != expected:
             raise ValueError(f"{name} of {folder} has the sha256 {sha256}, recorded is {expected}; give another copy")
-    (target / "manifest.json").write_text(json.dumps(recorded))
+    (target / MODEL_MANIFEST_FILE).write_text(json.dumps(recorded.to_json()))
 
 
 def describe_registration(home: Path, version: int, run_id: str) -> str:
     """Describe the command that restores a lost version, from the first copy that exists on this machine."""
     run = home / "runs" / run_id
     places = (run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS))
-    copies = [place / "manifest.json" for place in places]
+    copies = [place / MODEL_MANIFEST_FILE for place in places]
     for manifest in copies:
         if manifest.exists():
             return f"register it again: cotrain register {manifest.parent} --version {version}"
@@ -184,23 +186,24 @@ def describe_registration(home: Path, version: int, run_id: str) -> str:
     )
 
 
-def describe_manifest_differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+def describe_manifest_differences(found: ModelManifest, recorded: ModelManifest) -> str:
     """Describe the differences between two manifests; empty if there are none.
 
-    >>> recorded = {"files": {"a": "1", "b": "3"}, "step": 6}
-    >>> describe_manifest_differences({"files": {"a": "1", "b": "2"}, "step": 5}, recorded)
+    >>> recorded = ModelManifest({"a": "1", "b": "3"}, {"step": 6})
+    >>> describe_manifest_differences(ModelManifest({"a": "1", "b": "2"}, {"step": 5}), recorded)
     'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
     """
-    files, others = (dict(part) for part in (found["files"], recorded["files"]))
-    differences = [
-        f"{name} has the sha256 {files.get(name, 'of no file')}, recorded is {others.get(name, 'no such file')}"
-        for name in sorted(files | others)
-        if files.get(name) != others.get(name)
-    ]
-    rest = sorted((found.keys() | recorded.keys()) - {"files"})
-    differences += [
-        f"{key} is {found.get(key)}, recorded is {recorded.get(key)}"
-        for key in rest
-        if found.get(key) != recorded.get(key)
-    ]
+    differences = []
+    for name in sorted(found.files.keys() | recorded.files.keys()):
+        sha256, expected = found.files.get(name), recorded.files.get(name)
+        if sha256 != expected:
+            difference = f"{name} has the sha256 {sha256 or 'of no file'}, recorded is {expected or 'no such file'}"
+            differences.append(difference)
+
+    found_fields = {**found.about, "schema": found.schema}
+    recorded_fields = {**recorded.about, "schema": recorded.schema}
+    for field in sorted(found_fields.keys() | recorded_fields.keys()):
+        value, recorded_value = found_fields.get(field), recorded_fields.get(field)
+        if value != recorded_value:
+            differences.append(f"{field} is {value}, recorded is {recorded_value}")
     return "; ".join(differences)

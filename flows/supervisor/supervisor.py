@@ -286,7 +286,7 @@ class Supervisor:
         )
         self.folder.append_event(event)
         with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
-            rounds.replace_plan(session, self.round_id, plan.to_json())
+            rounds.replace_plan(session, self.round_id, plan)
         self.reporter.publish_new_plan()
         return plan
 

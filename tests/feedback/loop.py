@@ -8,6 +8,7 @@ from feedback import datasets, gate, promotion, reports, rounds, snapshots
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row, dump_rows
+from yuan.model.model_manifest import ModelManifest
 
 SALT = "salt"
 SHARE = 0.1
@@ -35,7 +36,7 @@ def start_round(session):
 
 
 def add_candidate(session, training_round, version):
-    rounds.add_version(session, training_round.id, version, {})
+    rounds.add_version(session, training_round.id, version, ModelManifest({}, {}))
     session.flush()
 
 

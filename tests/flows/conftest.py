@@ -132,7 +132,7 @@ def supervise(stores, engine, objects, portal, tmp_path):
         turns.append(turn.id)
         folder = lay_out(tmp_path / "run", made, recipe)
         with context.sessions.begin() as session:
-            rounds.get_or_store_plan(session, turn.id, folder.read_spec().plan.to_json())
+            rounds.get_or_store_plan(session, turn.id, folder.read_spec().plan)
         reporter = RunReporter(context, turn.id, folder, lambda status: None)
         return Supervisor(context, turn.id, run.id, folder, reporter)
 

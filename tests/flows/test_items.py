@@ -19,6 +19,7 @@ from tests.serving import served
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.rows import BadRow, Row
+from yuan.model.model_manifest import ModelManifest
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 from yuan.serve.api import make_api
@@ -120,7 +121,7 @@ def context(model_server, engine, objects):
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
         turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-        rounds.add_version(session, turn.id, VERSION, {})
+        rounds.add_version(session, turn.id, VERSION, ModelManifest({}, {}))
         session.flush()
         decision = PromotionDecision(promote=True, reasons=(), champion=None, candidate=VERSION)
         promotion.promote_candidate(session, turn, decision)

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 from flows.round.versions import copy_export, copy_manifest_files
+from yuan.model.model_manifest import ModelManifest
 
 
 @pytest.fixture
@@ -15,7 +17,7 @@ def folders(tmp_path):
     export.mkdir()
     target.mkdir()
     (export / "config.json").write_bytes(b"{}")
-    return export, target, {"files": {"config.json": hashlib.sha256(b"{}").hexdigest()}, "step": 5}
+    return export, target, ModelManifest({"config.json": hashlib.sha256(b"{}").hexdigest()}, {"step": 5})
 
 
 def test_only_recorded_files_are_published(folders, tmp_path):
@@ -39,7 +41,7 @@ def test_a_link_in_a_recorded_files_place_is_refused(folders, tmp_path):
 def test_names_outside_of_the_folder_are_refused(folders, name):
     export, target, recorded = folders
     with pytest.raises(ValueError, match=r"files of one folder|cannot be copied"):
-        copy_manifest_files(export, target, {**recorded, "files": {name: "0"}})
+        copy_manifest_files(export, target, replace(recorded, files={name: "0"}))
 
 
 def test_other_bytes_than_recorded_are_refused(folders):
@@ -53,7 +55,7 @@ def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):
     export, target, manifest = folders
     (tmp_path / "env").write_text("secret")
     (export / "notes.txt").symlink_to(tmp_path / "env")
-    (export / "manifest.json").write_text(json.dumps(manifest))
+    (export / "manifest.json").write_text(json.dumps(manifest.to_json()))
     assert copy_export(tmp_path, target) == manifest
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
 
@@ -62,7 +64,7 @@ def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):
 @pytest.mark.parametrize("attack", ["file", "fifo", "sparse", "folder", "manifest", "manifest fifo", "no manifest"])
 def test_weights_that_are_links_or_fifos_are_not_registered(folders, tmp_path, attack):
     export, target, manifest = folders
-    (export / "manifest.json").write_text(json.dumps(manifest))
+    (export / "manifest.json").write_text(json.dumps(manifest.to_json()))
     place = export / ("manifest.json" if "manifest" in attack else "config.json")
     place.rename(tmp_path / "elsewhere")
     if attack in ("file", "manifest"):

@@ -95,8 +95,8 @@ def test_shards_keep_their_limit_and_the_manifest_names_every_file(published):
     assert len(shards) > 2
     assert all(shard.stat().st_size < 62_000 + 20_000 for shard in shards)  # a limit of data, and a header
     manifest = weights.verify_folder(published)
-    assert set(manifest["files"]) == {file.name for file in published.iterdir()} - {"manifest.json"}
-    assert manifest["snapshot"] == "s"
+    assert set(manifest.files) == {file.name for file in published.iterdir()} - {"manifest.json"}
+    assert manifest.about["snapshot"] == "s"
 
 
 @pytest.mark.parametrize(("preset", "keys"), [(yuan_2b, 339), (yuan_51b, 591), (yuan_102b, 1179)])

@@ -71,7 +71,7 @@ def test_deepspeed_ran_the_planned_uneven_bounds(finished):
 def test_export_is_a_model_folder(training_inputs, finished):
     model = weights.load(finished.export)
     assert model.config == training_inputs[1]
-    assert weights.verify_folder(finished.export)["parent"] == "v1"
+    assert weights.verify_folder(finished.export).about["parent"] == "v1"
 
 
 def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_path):

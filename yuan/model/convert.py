@@ -11,8 +11,9 @@ from torch import Tensor
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_PRESETS, ModelConfig
 from yuan.model import hf_layout
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
-from yuan.model.weights import MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE, read_config, verify_folder, write_manifest
+from yuan.model.weights import MODEL_CONFIG_FILE, read_config, verify_folder, write_manifest
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
@@ -21,7 +22,7 @@ GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE = "generation_config.json", "token
 
 def export_hf(
     folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict[str, Any]:
+) -> ModelManifest:
     """Export one of our model folders to the published layout; peak memory stays near one shard.
 
     Args:
@@ -52,12 +53,12 @@ def export_hf(
         files.append(tokenizers.TOKENIZER_MODEL_FILE)
     for name, data in json_files.items():
         (out / name).write_text(json.dumps(data, indent=2))
-    return write_manifest(out, [*files, *json_files], {**_extract_metadata(manifest), "format": "hf"})
+    return write_manifest(out, [*files, *json_files], {**manifest.about, "format": "hf"})
 
 
 def import_hf(
     folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict[str, Any]:
+) -> ModelManifest:
     """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
 
     A tokenizer beside the weights is copied, if there is one.
@@ -214,10 +215,6 @@ def _choose_dtype(wanted: str | None, source: TensorReader, name: str) -> torch.
     if wanted is not None and wanted not in DTYPES_BY_NAME:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {wanted!r}")
     return DTYPES_BY_NAME[wanted] if wanted else source.read_tensor(name).dtype
-
-
-def _extract_metadata(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in manifest.items() if name not in ("schema", "files")}
 
 
 def _make_empty_folder(out: Path) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream
 from yuan.tokenizer import Tokenizer
 
-MODEL_CONFIG_FILE, MODEL_MANIFEST_FILE = "config.json", "manifest.json"
+MODEL_CONFIG_FILE = "config.json"
 
 
 def save(
@@ -36,10 +37,10 @@ def write_config(
     write_manifest(folder, [*files, MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE], about)
 
 
-def write_manifest(folder: Path, files: Iterable[str], about: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, files: Iterable[str], about: Mapping[str, Any]) -> ModelManifest:
     """Write and return the manifest, which marks a folder as complete."""
-    manifest = {"schema": 1, "files": {name: hash_file(folder / name) for name in sorted(files)}, **about}
-    (folder / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
+    manifest = ModelManifest({name: hash_file(folder / name) for name in sorted(files)}, about)
+    (folder / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=2))
     return manifest
 
 
@@ -80,43 +81,23 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def verify_folder(folder: Path) -> dict[str, Any]:
+def verify_folder(folder: Path) -> ModelManifest:
     """Check every file of a model folder against its manifest, and return the manifest.
 
     Raises:
         ValueError: if the manifest or a file is missing, or a checksum differs.
     """
     try:
-        manifest = parse_manifest((folder / MODEL_MANIFEST_FILE).read_text())
+        manifest = ModelManifest.parse((folder / MODEL_MANIFEST_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a model folder: {error}") from None
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing; fetch the model again")
         if hash_file(path) != expected:
             raise ValueError(f"{path} is damaged, its sha256 differs from the manifest; fetch the model again")
     return manifest
-
-
-def parse_manifest(text: str | bytes) -> dict[str, Any]:
-    """Parse a model folder's manifest.
-
-    Raises:
-        ValueError: if it is not an object whose `files` maps file names, without folders, to sha256 sums.
-
-    >>> parse_manifest('{"files": {"config.json": 5}}')
-    Traceback (most recent call last):
-    ValueError: it has no `files` with a sha256 for each name; fetch the model again
-    """
-    manifest = json.loads(text)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    is_valid = isinstance(files, dict) and all(
-        isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
-    )
-    if not files or not is_valid:
-        raise ValueError("it has no `files` with a sha256 for each name; fetch the model again")
-    return dict(manifest)
 
 
 def hash_file(path: Path) -> str:
