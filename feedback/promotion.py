@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
 
 from sqlalchemy import Row, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -21,6 +20,7 @@ from feedback.items import (
 )
 from feedback.promotion_decision import PromotionDecision
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
+from yuan.eval.results import EvalResult
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +38,33 @@ def find_champion(session: Session) -> int | None:
     return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
 
 
-def store_results(session: Session, version: int, results: Sequence[dict[str, Any]]) -> None:
+def store_results(session: Session, version: int, results: Sequence[EvalResult]) -> None:
     """Store a version's results; a case that already has a result for the version keeps it.
 
     A result that the database refuses is stored as a failed case with the reason.
     """
-    rows = [
-        {
-            "reason": None,
-            **result,
-            "version": version,
-            "answer": make_storable_text(result["answer"], MAX_STORED_ANSWER_CHARACTERS),
-        }
-        for result in results
-    ]
+    unjudged = {result.case_id: result.reason for result in results if result.reason is not None}
 
-    def store(batch: Sequence[dict[str, Any]]) -> None:
-        session.execute(insert(CaseResult).on_conflict_do_nothing(), list(batch))
+    def store(batch: Sequence[EvalResult]) -> None:
+        rows = [
+            {
+                "case_id": result.case_id,
+                "version": version,
+                "passed": result.passed,
+                "answer": make_storable_text(result.answer, MAX_STORED_ANSWER_CHARACTERS),
+                "reason": result.reason,
+            }
+            for result in batch
+        ]
+        session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
 
-    unjudged = {row["case_id"]: str(row["reason"]) for row in rows if row["reason"] is not None}
+    def blame(result: EvalResult, error: Exception) -> None:
+        reason = note_fault(session, result.case_id, "evaluate", error)
+        unjudged[result.case_id] = reason
+        store([EvalResult(result.case_id, answer="", passed=False, reason=reason)])
 
-    def blame(row: dict[str, Any], error: Exception) -> None:
-        reason = unjudged[row["case_id"]] = note_fault(session, row["case_id"], "evaluate", error)
-        store([{**row, "passed": False, "answer": "", "reason": reason}])
-
-    if rows:
-        process_in_bulk(session, rows, store, blame)
+    if results:
+        process_in_bulk(session, results, store, blame)
     _note_unjudged_cases(session, version, unjudged)
 
 

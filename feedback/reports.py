@@ -1,8 +1,9 @@
 """Reports: intake, screening, reproduction, review, and their public records."""
 
 import hmac
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from pydantic import ValidationError
@@ -181,7 +182,17 @@ def _lock_report(session: Session, feedback_id: str) -> Feedback:
     return session.get_one(Feedback, feedback_id, with_for_update=True)
 
 
-def review_reports(session: Session, cut_off: datetime, salt: str, share: float) -> dict[str, int]:
+@dataclass(frozen=True)
+class ReviewCounts:
+    """Numbers of reviewed reports by their new state, and of those whose review failed."""
+
+    accepted: int = 0
+    rejected: int = 0
+    disputed: int = 0
+    failed: int = 0
+
+
+def review_reports(session: Session, cut_off: datetime, salt: str, share: float) -> ReviewCounts:
     """Accept the reproduced reports, reject the others, and mark contradictions as disputed.
 
     An accepted report gets a new case, or the existing one of an equal report. Each case's role is set here, once.
@@ -189,25 +200,23 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
     Args:
         salt: secret from which case roles are derived; see `choose_case_role`.
         share: the fraction of prompts to hold out, in [0, 1].
-
-    Returns:
-        The number of reports by new state: accepted, rejected, disputed, and failed.
     """
     query = select(Feedback).where(
         Feedback.state == "in_review", Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
     )
-    counts = {"accepted": 0, "rejected": 0, "disputed": 0}
+    num_by_state = Counter[str]()
 
     def review_one(row: Feedback) -> None:
         _decide_report(session, row, salt, share)
         session.flush()  # raise before counting if the database refuses the row
-        counts[row.state] += 1
+        num_by_state[row.state] += 1
+
+    def blame(row: Feedback, error: Exception) -> None:
+        _record_report_failure(session, row, "review", error)
 
     rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
-    failed = process_each(
-        session, rows, review_one, lambda row, error: _record_report_failure(session, row, "review", error)
-    )
-    return {**counts, "failed": failed}
+    num_failed = process_each(session, rows, review_one, blame)
+    return ReviewCounts(**num_by_state, failed=num_failed)
 
 
 def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:

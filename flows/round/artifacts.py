@@ -13,7 +13,7 @@ from yuan.plan.table import format_plan_table
 
 def publish_table(key: str, rows: list[dict[str, Any]]) -> None:
     """Create a table artifact of the rows, if there are any."""
-    if rows and rows[0]:
+    if any(rows):
         create_table_artifact(key=key, table=rows)
 
 

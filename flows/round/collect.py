@@ -1,8 +1,8 @@
 """Collect uploads into a frozen mixture, in a round's first steps; process reports between rounds."""
 
 import logging
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from feedback import datasets, reports, rounds, snapshots
 from feedback.accounts import audit
@@ -19,27 +19,52 @@ HELD_OUT_REPORT_SHARE = 0.5
 REVIEWER = "reproduction"  # actor in the audit log: a report is accepted if the champion fails on it
 
 
-def collect(context: Context, round_id: str) -> dict[str, Any]:
-    """Screen, reproduce against the champion, review, and accept what was uploaded before the cut-off."""
+@dataclass(frozen=True)
+class CollectedCounts:
+    """Numbers of what a round collected, as its table `collected` shows them; `failed` counts items of every kind."""
+
+    accepted: int
+    rejected: int
+    disputed: int
+    screened: int
+    datasets: int
+    failed: int
+
+
+def collect(context: Context, round_id: str) -> CollectedCounts | None:
+    """Screen, reproduce against the champion, review, and accept what was uploaded before the cut-off.
+
+    Returns:
+        The numbers of items; None if the round is past this step.
+    """
     with context.sessions.begin() as session:
         if not rounds.begin_step(session, round_id, "collect", context.attempt):
-            return {}
+            return None
         training_round = rounds.find_round(session, round_id)
         cut_off, parent = training_round.cut_off, training_round.parent_version
-    screened, not_screened = _screen(context, cut_off)
+
+    num_screened, not_screened = _screen(context, cut_off)
     not_reproduced = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
-    counts = _review(context, cut_off, round_id)
-    accepted, not_accepted = _accept_datasets(context, cut_off)
+    reviewed = _review(context, cut_off, round_id)
+    num_accepted, not_accepted = _accept_datasets(context, cut_off)
+
     failed = {
         "screen": not_screened,
         "reproduce": not_reproduced,
-        "review": counts.pop("failed"),
+        "review": reviewed.failed,
         "accept": not_accepted,
     }
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, failed)
-    counts |= {"screened": screened, "datasets": accepted, "failed": sum(failed.values())}
-    log.info("collected: %s", counts)
+    counts = CollectedCounts(
+        accepted=reviewed.accepted,
+        rejected=reviewed.rejected,
+        disputed=reviewed.disputed,
+        screened=num_screened,
+        datasets=num_accepted,
+        failed=sum(failed.values()),
+    )
+    log.info("collected: %s", asdict(counts))
     return counts
 
 
@@ -62,23 +87,42 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
     return len(dataset_ids) - failed, failed
 
 
-def process_waiting_reports(context: Context, limit: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class WaitingReportsCounts:
+    """Numbers of reports processed between rounds; `review` is None while a round runs, since none is reviewed then."""
+
+    screened: int = 0
+    reproduced: int = 0
+    failed: int = 0
+    review: reports.ReviewCounts | None = None
+
+    def to_row(self) -> dict[str, int]:
+        """Return the counts as the table `taken-up` shows them; `failed` is the sum over the steps."""
+        review = {} if self.review is None else asdict(self.review)
+        failed = self.failed + review.pop("failed", 0)
+        return {"screened": self.screened, "asked_again": self.reproduced, **review, "failed": failed}
+
+
+def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCounts | None:
     """Screen new reports, reproduce at most `limit` of them against the champion, and review them.
 
     No report is accepted while a round runs: a new held-out case could already be in its frozen mixture.
+
+    Returns:
+        The numbers of reports; None if there is no champion yet.
     """
     now = datetime.now(timezone.utc)
     with context.sessions() as session:
         version = find_champion(session)
     if version is None:
-        return {}
-    screened, not_screened = _screen(context, now)
-    reproduced, not_reproduced = _reproduce(context, now, version, limit)
+        return None
+
+    num_screened, not_screened = _screen(context, now)
+    num_reproduced, not_reproduced = _reproduce(context, now, version, limit)
     with context.sessions() as session:
         is_running = rounds.find_running_round(session) is not None
-    counts = {} if is_running else _review(context, now, f"v{version}")
-    failed = not_screened + not_reproduced + counts.pop("failed", 0)
-    return {"screened": screened, "asked_again": reproduced, **counts, "failed": failed}
+    review = None if is_running else _review(context, now, f"v{version}")
+    return WaitingReportsCounts(num_screened, num_reproduced, not_screened + not_reproduced, review)
 
 
 def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
@@ -90,7 +134,8 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
     """Query the version with the prompts of reports, and store each batch; return the numbers queried and failed."""
     with context.sessions() as session:
         rows = reports.find_unreproduced_reports(session, cut_off, version, limit)
-        ids, prompts = [row.id for row in rows], [str(row.body.get("prompt", "")) for row in rows]
+        ids = [row.id for row in rows]
+        prompts = [str(row.body.get("prompt", "")) for row in rows]
 
     num_queried = failed = 0
     with AnswerJudge() as judge:
@@ -103,10 +148,10 @@ def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | N
     return num_queried, failed
 
 
-def _review(context: Context, cut_off: datetime, subject: str) -> dict[str, int]:
+def _review(context: Context, cut_off: datetime, subject: str) -> reports.ReviewCounts:
     with context.sessions.begin() as session:
         counts = reports.review_reports(session, cut_off, context.salt, HELD_OUT_REPORT_SHARE)
-        audit(session, REVIEWER, "reviewed", subject, **counts)
+        audit(session, REVIEWER, "reviewed", subject, **asdict(counts))
     return counts
 
 

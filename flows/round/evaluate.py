@@ -1,14 +1,17 @@
 """Register a round's trained model as a version, and evaluate it and the champion on the cases."""
 
+import contextlib
 import json
 import logging
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from feedback import promotion, rounds
+from feedback.tables import Case
 from flows.context import Context
 from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
 from infra.confinement import Confinement, build_confined_environment, find_accelerator_files
@@ -18,6 +21,7 @@ from infra.mlflow_rules import READER_ACCOUNT
 from infra.process_group import run_child
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.tracker import VersionLost
+from yuan.eval.results import EvalResult, parse_results
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +49,35 @@ def register_version(context: Context, round_id: str) -> int:
     return version
 
 
-def evaluate(context: Context, round_id: str) -> list[dict[str, int]]:
-    """Evaluate candidate and champion on cases without a result; return the numbers of cases and failures of each."""
+@dataclass(frozen=True)
+class EvaluationCounts:
+    """Numbers of the cases on which one call evaluated a version, and of those that could not be judged."""
+
+    version: int
+    cases: int = 0
+    failed: int = 0
+
+
+def evaluate(context: Context, round_id: str) -> list[EvaluationCounts]:
+    """Evaluate candidate and champion on the cases for which they have no result."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "evaluate", context.attempt)
         training_round = rounds.find_round(session, round_id)
-        versions = [v for v in (training_round.candidate_version, training_round.parent_version) if v is not None]
+        candidate, champion = training_round.candidate_version, training_round.parent_version
+
     place = context.settings.home / "eval"
     place.mkdir(exist_ok=True)
-    counts = [{"version": version, **evaluate_version(context, version, place)} for version in versions]
-    num_failed = sum(version_counts["failed"] for version_counts in counts)
+    versions = [version for version in (candidate, champion) if version is not None]
+    counts = [evaluate_version(context, version, place) for version in versions]
+
+    num_failed = sum(version_counts.failed for version_counts in counts)
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, {"evaluate": num_failed})
     return counts
 
 
-def evaluate_version(context: Context, version: int, place: Path | None = None) -> dict[str, int]:
-    """Evaluate a version on all cases without a result; return the numbers of `cases` and of those `failed` to judge.
+def evaluate_version(context: Context, version: int, place: Path | None = None) -> EvaluationCounts:
+    """Evaluate a version on all cases without a result, and store the results.
 
     Args:
         place: parent of the scratch folder, which is kept for its log on failure; with it, a version lost from the
@@ -69,18 +85,16 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
             folder, where no service writes; the scratch folder is always removed.
 
     Raises:
-        NeverRegistered: if there never was such a version.
+        VersionNotRegistered: if there never was such a version.
         VersionLost: if the version is lost from the registry and, with `place`, its run has no complete export.
         RuntimeError: if its evaluation fails.
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-        cases = [
-            {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
-            for case in rounds.find_untested_cases(session, version)
-        ]
-    if not cases:
-        return {"cases": 0, "failed": 0}
+        case_lines = [_dump_case(case) for case in rounds.find_untested_cases(session, version)]
+    if not case_lines:
+        return EvaluationCounts(version)
+
     is_lost = False
     try:
         context.tracker.require_version(version)
@@ -88,26 +102,45 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
         if place is None:
             raise
         is_lost = True
-    for old_folder in place.glob(f"v{version}-*") if place else ():
-        shutil.rmtree(old_folder)  # kept for the log of a failed evaluation
+
+    with _make_evaluation_folder(version, place) as folder:
+        try:
+            model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
+            results = _run_evaluation(context, folder, model, case_lines)
+        except RuntimeError as error:
+            log_file = folder / EVAL_LOG_FILE
+            where = f"ends with: {_read_log_tail(log_file)}" if place is None else f"is {log_file}"
+            raise RuntimeError(f"{error}; its log {where}") from None
+        with context.sessions.begin() as session:
+            promotion.store_results(session, version, results)
+
+    num_failed = sum(result.reason is not None for result in results)
+    log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(results), num_failed)
+    return EvaluationCounts(version, len(results), num_failed)
+
+
+@contextlib.contextmanager
+def _make_evaluation_folder(version: int, place: Path | None) -> Iterator[Path]:
+    """Make a scratch folder; below `place`, keep it after a failure, for its log, until the version's next evaluation.
+
+    Without a place it is always removed.
+    """
+    for old_folder in place.glob(f"v{version}-*") if place is not None else ():
+        shutil.rmtree(old_folder)
     folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
     try:
-        model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
-        results = _run_evaluation(context, folder, model, cases)
-    except RuntimeError as error:
-        where = (
-            f"ends with: {_read_log_tail(folder / EVAL_LOG_FILE)}" if place is None else f"is {folder / EVAL_LOG_FILE}"
-        )
-        raise RuntimeError(f"{error}; its log {where}") from None
-    finally:
+        yield folder
+    except BaseException:
         if place is None:
             shutil.rmtree(folder)
-    with context.sessions.begin() as session:
-        promotion.store_results(session, version, results)
-    shutil.rmtree(folder, ignore_errors=True)
-    failed = sum(result["reason"] is not None for result in results)
-    log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(results), failed)
-    return {"cases": len(results), "failed": failed}
+        raise
+    shutil.rmtree(folder, ignore_errors=place is not None)
+
+
+def _dump_case(case: Case) -> bytes:
+    """Write a case as the JSON that `yuan.eval.run` reads; a checker that is no longer valid fails there, alone."""
+    fields = {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
+    return json.dumps(fields).encode()
 
 
 def _read_log_tail(log_file: Path) -> str:
@@ -118,7 +151,7 @@ def _read_log_tail(log_file: Path) -> str:
         return ""
 
 
-def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequence[bytes]) -> list[EvalResult]:
     """Run the evaluation in a separate confined process, which imports torch and can be killed.
 
     `model` is a version such as v7, which the process fetches with the read-only account, or a model folder; the
@@ -129,11 +162,12 @@ def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict
     """
     cases_file, results_file = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / EVAL_LOG_FILE
-    cases_file.write_bytes(b"".join(json.dumps(case).encode() + b"\n" for case in cases))
+    cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
     confinement = Confinement(read=(Path(model),), write=(folder, *find_accelerator_files()), signal="SIGKILL")
     command = confinement.command(
         sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(cases_file), str(results_file)
     )
+
     for _ in range(MAX_EVAL_ATTEMPTS):
         with run_child(
             command, folder, env=_build_evaluation_environment(context, folder), log_name=log_file.name
@@ -144,11 +178,11 @@ def _run_evaluation(context: Context, folder: Path, model: str, cases: list[dict
         log.warning("an evaluation ended with status %d", status)
     else:
         raise RuntimeError(f"evaluation ended with status {status}")
+
     try:
-        text = read_regular(results_file, MAX_RESULT_BYTES_PER_CASE * len(cases))
-    except OSError as error:
+        return parse_results(read_regular(results_file, MAX_RESULT_BYTES_PER_CASE * len(case_lines)))
+    except (OSError, ValueError) as error:
         raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
-    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The Prefect flows: the training round, and the processing of reports between rounds."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -67,7 +67,7 @@ def run_steps(context: Context, round_id: str) -> str:
         RoundOwnershipLost: if the round has ended, or a later attempt works on it.
     """
     collected = collect(context, round_id)
-    publish_table("collected", [collected])
+    publish_table("collected", [] if collected is None else [asdict(collected)])
     freeze_snapshot(context, round_id)
     plan = prepare_run_folder(context, round_id)
     stages = enumerate(plan.stages)
@@ -75,7 +75,7 @@ def run_steps(context: Context, round_id: str) -> str:
     create_markdown_artifact(key="plan-explained", markdown=format_plan(context, round_id, plan))
     train(context, round_id, make_progress_callback())
     register_version(context, round_id)
-    publish_table("evaluated", evaluate(context, round_id))
+    publish_table("evaluated", [asdict(counts) for counts in evaluate(context, round_id)])
     decision = decide(context, round_id)
     publish_table("gate", build_gate_rows(decision))
     create_markdown_artifact(key="decision", markdown=format_decision(decision))
@@ -103,6 +103,7 @@ def fail_round(context: Context, round_id: str, reason: str, state: str = "faile
 )
 def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
     """Process waiting reports; the dispatcher starts this flow when there are some."""
-    counts: dict[str, int] = process_waiting_reports(open_context(), form.limit)
-    publish_table("taken-up", [counts])
-    return counts
+    counts = process_waiting_reports(open_context(), form.limit)
+    row: dict[str, int] = {} if counts is None else counts.to_row()
+    publish_table("taken-up", [row])
+    return row

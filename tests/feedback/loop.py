@@ -8,6 +8,7 @@ from feedback import datasets, gate, promotion, reports, rounds, snapshots
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row, dump_rows
+from yuan.eval.results import EvalResult
 from yuan.model.model_manifest import ModelManifest
 
 SALT = "salt"
@@ -42,8 +43,7 @@ def add_candidate(session, training_round, version):
 
 def answer(session, version, passed):
     cases = session.scalars(select(Case)).all()
-    rows = [{"case_id": case.id, "answer": "", "passed": case.id in passed} for case in cases]
-    promotion.store_results(session, version, rows)
+    promotion.store_results(session, version, [EvalResult(case.id, "", case.id in passed) for case in cases])
 
 
 def promote(session, version, passed, *, parent=None):

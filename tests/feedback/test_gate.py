@@ -11,6 +11,7 @@ from feedback.tables import Case, Feedback, Promotion, Round, new_id
 from feedback.withdrawal import withdraw_account, withdraw_report
 from flows.cli.rounds import describe_regressions
 from tests.feedback.loop import accept_all, promote, submit
+from yuan.eval.results import EvalResult
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, 
     promoted = select(Promotion.created_at).where(Promotion.version == 2)
     moment = session.scalars(promoted).one() + timedelta(seconds=1)
     session.execute(update(Case).where(Case.id.in_(new)).values(created_at=moment))
-    promotion.store_results(session, 2, [{"case_id": case, "answer": "", "passed": False} for case in new])
+    promotion.store_results(session, 2, [EvalResult(case, "", False) for case in new])
     decision = promote(session, 3, passed=new, parent=2)
     assert not decision.promote and decision.regressions_by_account[0].num_gained == 0
 

@@ -24,6 +24,7 @@ from tests.feedback.loop import (
     submit,
     upload,
 )
+from yuan.eval.results import EvalResult
 
 HOW_MANY = 9
 
@@ -78,12 +79,7 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     answers[one.id] = PromptRefused("a planted fault") if fault == "refused" else fault
     assert reports.note_reproductions(session, 1, answers.items(), check) == 1
     only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
-    assert reports.review_reports(session, later, SALT, 0.5) == {
-        "accepted": 8,
-        "rejected": 0,
-        "disputed": 0,
-        "failed": 0,
-    }
+    assert reports.review_reports(session, later, SALT, 0.5) == reports.ReviewCounts(accepted=8)
     assert (one.state, one.reproduction) == ("in_review", None) and one.reason
     promote(session, 1, passed=[])
     assert (
@@ -96,14 +92,14 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
         and reports.count_pending_reports(session, with_review=False)[0] == 1
     )
     reports.note_reproductions(session, 2, [(one.id, "wrong")], check)
-    assert reports.review_reports(session, later, SALT, 0.5)["accepted"] == 1 and one.reason is None
+    assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and one.reason is None
 
 
 def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):
     rows, one = many
     refuse(session, "feedback", "case_id is not null and new.id", one.id)
     counts = accept_all(session, later)
-    assert (counts["accepted"], counts["failed"]) == (HOW_MANY - 1, 1)
+    assert (counts.accepted, counts.failed) == (HOW_MANY - 1, 1)
     assert one.state == "in_review"
     only_it_failed(session, rows, one, "a planted fault")
 
@@ -158,7 +154,7 @@ def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(se
     unjudged = {case.id for case in held_out} | {one.case_id}
     cases = session.scalars(select(Case.id)).all()
     reasons = {case: "the prompt has 301 tokens" if case in unjudged else None for case in cases}
-    results = [{"case_id": case, "answer": "", "passed": False, "reason": reasons[case]} for case in cases]
+    results = [EvalResult(case, "", False, reasons[case]) for case in cases]
     promotion.store_results(session, 1, results)
     only_it_failed(session, rows, one, "the prompt has 301 tokens")
     texts = [event.text for event in datasets.describe_dataset(session, dataset).timeline]

@@ -32,7 +32,7 @@ from yuan.data.rows import Row, parse_rows
 
 def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(40)]
-    assert accept_all(session, later)["accepted"] == 40
+    assert accept_all(session, later).accepted == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
     assert {"train", "held_out"} == set(roles)
     assert [reports.choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles

@@ -84,7 +84,7 @@ def test_reports_close_out_no_row_that_is_trained_already(session, objects, repo
     rows = checked_rows("honest ", 60)
     upload(session, objects, reporter, rows)
     sent = [submit(session, attacker, row.prompt, "false") for row in rows]
-    assert accept_all(session, later)["accepted"] == len(sent)
+    assert accept_all(session, later).accepted == len(sent)
     _, snapshot = freeze(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
     assert all((row.key in trained) is not is_drawn(row) for row in rows)

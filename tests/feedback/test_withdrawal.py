@@ -86,7 +86,7 @@ def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):
 def test_withdrawing_before_review_ends_a_report(session, reporter, later):
     row = submit(session, reporter)
     withdraw_report(session, reporter, row.id, "too early")
-    assert accept_all(session, later)["accepted"] == 0 and row.state == "withdrawn"
+    assert accept_all(session, later).accepted == 0 and row.state == "withdrawn"
 
 
 def test_a_notice_on_its_way_is_held_back(session, reporter, later):

@@ -1,6 +1,5 @@
 """An evaluation that was taken over, and the unconfined process that reads what it leaves."""
 
-import json
 import os
 from types import SimpleNamespace
 
@@ -8,8 +7,9 @@ import pytest
 from pydantic import SecretStr
 
 from flows.round import evaluate as evaluation
+from yuan.eval.results import EvalResult, dump_results
 
-CASES = [{"id": "1", "prompt": "p", "expected": "e", "checker": {"type": "exact"}}]
+CASE_LINES = [b'{"id": "1", "prompt": "p", "expected": "e", "checker": {"type": "exact"}}']
 ATTACKS = {
     "link": "os.symlink({victim!r}, results)",
     "fifo": "os.mkfifo(results)",
@@ -42,14 +42,20 @@ def evaluate(context, tmp_path, monkeypatch):
             return command(readable, program, str(tmp_path / "program.py"), *arguments[2:])
 
         monkeypatch.setattr(evaluation.Confinement, "command", instead)
-        return evaluation._run_evaluation(context, folder, "v1", CASES)
+        return evaluation._run_evaluation(context, folder, "v1", CASE_LINES)
 
     return run
 
 
 def test_what_it_leaves_is_read(evaluate):
-    result = {"case_id": "1", "answer": "e", "passed": True, "reason": None}
-    assert evaluate(f"open(results, 'w').write({json.dumps(json.dumps(result))})") == [result]
+    result = EvalResult("1", "e\ud83d\n", True)
+    assert evaluate(f"open(results, 'wb').write({dump_results([result])!r})") == [result]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", "{}", '{"case_id": "1", "answer": 7, "passed": true}', "[" * 99_999])
+def test_a_line_that_is_no_result_is_refused_without_being_quoted(evaluate, line):
+    with pytest.raises(RuntimeError, match=r"cannot be read: line 2 is not a result$"):
+        evaluate(f"open(results, 'w').write('\\n' + {line!r})")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -111,7 +111,7 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
     assert fetch_version(context, version, tmp_path / "target").name == "model"
     (tmp_path / "eval").mkdir()
     taken = evaluate.evaluate_version(context, version, tmp_path / "eval")
-    assert taken["cases"] > 0 and list((tmp_path / "eval").iterdir()) == []
+    assert taken.cases > 0 and list((tmp_path / "eval").iterdir()) == []
     assert (context.runs / run_id / "export").is_dir()
 
 

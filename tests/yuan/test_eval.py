@@ -42,11 +42,11 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     cases, results = read_cases(tmp_path / "cases.jsonl")
     with AnswerJudge() as judge:
-        results_by_case = {result["case_id"]: result for result in [*results, *evaluate(folder, cases, judge)]}
+        results_by_case = {result.case_id: result for result in [*results, *evaluate(folder, cases, judge)]}
     assert set(results_by_case) == {"separator", "plain", *BAD}
-    assert [results_by_case[case["id"]]["reason"] for case in GOOD] == [None, None]
+    assert [results_by_case[case["id"]].reason for case in GOOD] == [None, None]
     for name, (_, reason) in BAD.items():
-        assert not results_by_case[name]["passed"] and reason in results_by_case[name]["reason"]
+        assert not results_by_case[name].passed and reason in results_by_case[name].reason
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'"id"', b"{}", b"[" * 10_000])

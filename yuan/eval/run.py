@@ -21,6 +21,7 @@ from infra.tracker import Tracker
 from yuan.data.checkers import Checker
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.text import describe_errors
+from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
@@ -30,7 +31,7 @@ from yuan.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 MAX_EXTRA_TOKENS = 8
-EvalResult = dict[str, object]
+MAX_EVAL_REASON_CHARACTERS = 500
 
 
 class EvalCase(BaseModel):
@@ -66,11 +67,11 @@ def judge_answer(case: EvalCase, answer: Completion | Exception, judge: AnswerJu
         passed = judge.check(case.checker, answer.text)
     except CheckFailed as error:
         return make_failed_result(case.id, str(error), answer.text)
-    return {"case_id": case.id, "answer": answer.text, "passed": passed, "reason": None}
+    return EvalResult(case.id, answer.text, passed)
 
 
 def make_failed_result(case_id: str, reason: str, answer: str = "") -> EvalResult:
-    return {"case_id": case_id, "answer": answer, "passed": False, "reason": reason[:500]}
+    return EvalResult(case_id, answer, passed=False, reason=reason[:MAX_EVAL_REASON_CHARACTERS])
 
 
 def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
@@ -107,10 +108,9 @@ def main() -> int:
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)
-    lines = b"".join(json.dumps(result).encode() + b"\n" for result in results)
-    replace_file(results_file.parent, results_file.name, lines)
-    num_passed = sum(bool(result["passed"]) for result in results)
-    num_unjudged = sum(result["reason"] is not None for result in results)
+    replace_file(results_file.parent, results_file.name, dump_results(results))
+    num_passed = sum(result.passed for result in results)
+    num_unjudged = sum(result.reason is not None for result in results)
     log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), num_passed, num_unjudged)
     return 0
 
