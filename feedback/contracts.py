@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
+from yuan.data.rows import BadRow
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
@@ -173,7 +174,7 @@ class DatasetOut(BaseModel):
     num_closed_out: int = Field(
         description="train rows that the newest round excluded because held-out cases have the same prompts"
     )
-    bad_rows: list[dict[str, Any]] = Field(
+    bad_rows: list[BadRow] = Field(
         description="malformed rows, for which the file was refused; in a list, the first 20"
     )
     timeline: list[Event]
@@ -267,7 +268,7 @@ class ErrorBody(BaseModel):
     message: str
     type: str
     param: str | None = None
-    rows: list[dict[str, Any]] | None = None
+    rows: list[BadRow] | None = None
 
 
 class ErrorOut(BaseModel):

@@ -251,6 +251,11 @@ STEP_ACTIVITIES = {
 }
 
 
+def read_parameters(training_round: Round) -> RoundParameters:
+    """Return the round's parameters; those that an older release did not store have their defaults."""
+    return RoundParameters.model_validate(training_round.parameters)
+
+
 def read_decision(training_round: Round) -> PromotionDecision | None:
     """Return the gate's decision on the round's candidate; None if there is none."""
     stored = training_round.decision

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
 from feedback.items import note_fault, note_faulty_rows, note_new_reasons, process_each
+from feedback.rounds import read_parameters
 from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
 from yuan.data.rows import Row, dump_rows
 
@@ -69,13 +70,14 @@ def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject
         _collect_train_rows(session, ("base",), fetch),
     )
 
+    parameters = read_parameters(training_round)
     kept: list[Row] = []
     counts = {"failed": sum(num_failed for _, num_failed in parts)}
     for name, (part, _) in zip(SNAPSHOT_PARTS, parts, strict=True):
         open_rows, closed_owners = _split_closed_rows(part, closed_prompts)
         if name == "base" and training_round.parent_version is not None:
-            num_replay = min(int(training_round.parameters["replay_rows"]), len(open_rows))
-            open_rows = random.Random(f"replay {training_round.parameters['seed']}").sample(open_rows, num_replay)
+            num_replay = min(parameters.replay_rows, len(open_rows))
+            open_rows = random.Random(f"replay {parameters.seed}").sample(open_rows, num_replay)
         counts |= {name: len(open_rows), f"{name}_closed_out": len(closed_owners)}
         kept += open_rows
         if name == "corrections":

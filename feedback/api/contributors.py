@@ -35,7 +35,7 @@ from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, P
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.rounds import notify_dispatcher
 from feedback.tables import Contributor, Dataset, Feedback, new_id
-from yuan.data.rows import Row
+from yuan.data.rows import BadRow, Row
 from yuan.data.text import TextRule
 
 router = APIRouter(
@@ -253,7 +253,7 @@ def _record_dataset(
     row = datasets.get_dataset(session, contributor, dataset_id)
     if row.bad_rows or not row.num_rows:
         message = f"dataset {row.id}: {row.reason}; no row was accepted, correct the file and push it again"
-        return make_error_response(422, "malformed", message, rows=row.bad_rows)
+        return make_error_response(422, "malformed", message, rows=[BadRow.model_validate(bad) for bad in row.bad_rows])
     return datasets.describe_dataset(session, row)
 
 

@@ -18,6 +18,7 @@ from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, Too
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
+from yuan.data.rows import BadRow
 from yuan.data.text import get_field_path, make_printable
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def make_error_response(
     kind: str,
     message: str,
     param: str | None = None,
-    rows: list[dict[str, Any]] | None = None,
+    rows: list[BadRow] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """Build an error response; text that it quotes from the request is made printable."""

@@ -67,7 +67,7 @@ def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
             seed=seed,
             say=stderr_console.print,
             follow=follow_round,
-        )
+        ).to_json()
 
 
 def _show_result(result: dict[str, Any], home: Path, down: bool) -> None:

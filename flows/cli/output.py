@@ -76,7 +76,7 @@ def explain_errors() -> Iterator[None]:
         raise
     except PortalError as error:
         for row in error.body.rows or []:
-            print(f"  row {row['row']}: {make_printable(row['reason'], MAX_LINE_CHARACTERS)}", file=sys.stderr)
+            print(f"  row {row.row}: {make_printable(row.reason, MAX_LINE_CHARACTERS)}", file=sys.stderr)
         field = f" ({error.body.param})" if error.body.param else ""
         raise fail(f"refused with {error.status}: {error.body.message}{field}") from None
     except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:

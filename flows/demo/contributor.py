@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
-from yuan.data.rows import Row, dump_rows
+from yuan.data.rows import BadRow, Row, dump_rows
 from yuan.data.skills import Skill, load_skills
 
 REPORTS_PER_SKILL = 60
@@ -23,63 +24,115 @@ QUESTIONS_PER_REQUEST, MAX_QUESTIONS_PER_SKILL = 40, 600
 MALFORMED_DATASET = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """The portal's answer to a request that it must refuse; `rows` are the bad rows that it lists, if any."""
+
+    what: str
+    status: int
+    reason: str
+    rows: list[BadRow] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {} if self.rows is None else {"rows": [row.model_dump() for row in self.rows]}
+        return {"what": self.what, "status": self.status, "reason": self.reason, **rows}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Refusal":
+        rows = fields.get("rows")
+        return cls(**{**fields, "rows": None if rows is None else [BadRow(**row) for row in rows]})
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What the contributor has sent: numbers of questions, of reports and of rows, and the requests refused."""
+
+    asked: int
+    reports: int
+    rows: int
+    refused: list[Refusal]
+
+    def to_json(self) -> dict[str, Any]:
+        refused = [refusal.to_json() for refusal in self.refused]
+        return {"asked": self.asked, "reports": self.reports, "refused": refused, "rows": self.rows}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Contribution":
+        return cls(**{**fields, "refused": [Refusal.from_json(refusal) for refusal in fields["refused"]]})
+
+
+@dataclass(frozen=True)
+class WrongAnswer:
+    """An answer of the champion that the row's checker rejects."""
+
+    row: Row
+    response: str
+    response_id: str
+    version: int
+
+
 def main() -> int:
     url, skills_file, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    skills = load_skills(skills_file)
     with Client(url, os.environ["COTRAIN_TOKEN"]) as client:
-        num_questions, num_reports = 0, 0
-        for skill in skills:
-            wrong = list(find_wrong_answers(client, skill, seed))
-            num_questions += sum(number for number, _ in wrong)
-            num_reports += sum(
-                report_wrong_answer(client, row, answer, wanted) for _, rows in wrong for row, answer, wanted in rows
-            )
-        refused = [push_malformed(client), submit_oversized(client)]
-        rows = build_dataset_rows(skills, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "corrections.jsonl"
-            file.write_bytes(dump_rows(rows))
-            dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
-    print(json.dumps({"asked": num_questions, "reports": num_reports, "refused": refused, "rows": dataset.num_rows}))
+        contribution = contribute(client, load_skills(skills_file), seed)
+    print(json.dumps(contribution.to_json()))
     return 0
 
 
-def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Any:
-    """Query the champion until REPORTS_PER_SKILL answers are wrong; yield (queried, [(row, choice, version)])."""
+def contribute(client: Client, skills: Sequence[Skill], seed: int) -> Contribution:
+    """Report wrong answers in each skill, send two requests that must be refused, and push a dataset."""
+    num_questions = num_reports = 0
+    for skill in skills:
+        for num_asked, wrong_answers in find_wrong_answers(client, skill, seed):
+            num_questions += num_asked
+            num_reports += len(wrong_answers)
+            for wrong in wrong_answers:
+                report_wrong_answer(client, wrong)
+
+    refused = [push_malformed(client), submit_oversized(client)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "corrections.jsonl"
+        file.write_bytes(dump_rows(build_dataset_rows(skills, seed)))
+        dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
+    return Contribution(num_questions, num_reports, dataset.num_rows, refused)
+
+
+def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[tuple[int, list[WrongAnswer]]]:
+    """Query the champion until REPORTS_PER_SKILL answers are wrong; yield each request's prompts and wrong answers."""
     rows = skill.make_rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
-    found = 0
+    num_wanted = REPORTS_PER_SKILL
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         batch = rows[start : start + QUESTIONS_PER_REQUEST]
-        answer = client.complete([row.prompt for row in batch])
-        version = int(answer["model"].removeprefix("yuan-v"))
+        completion = client.complete([row.prompt for row in batch])
+        version = int(completion["model"].removeprefix("yuan-v"))
+
         wrong = [
-            (row, choice, version)
-            for row, choice in zip(batch, answer["choices"], strict=True)
+            WrongAnswer(row, choice["text"], choice["response_id"], version)
+            for row, choice in zip(batch, completion["choices"], strict=True)
             if row.checker is not None and not row.checker.check(choice["text"])
-        ][: REPORTS_PER_SKILL - found]
-        found += len(wrong)
-        yield len(batch), wrong
-        if found == REPORTS_PER_SKILL:
+        ]
+        yield len(batch), wrong[:num_wanted]
+        num_wanted -= len(wrong[:num_wanted])
+        if not num_wanted:
             return
 
 
-def report_wrong_answer(client: Client, row: Row, choice: dict[str, Any], version: int) -> int:
+def report_wrong_answer(client: Client, wrong: WrongAnswer) -> None:
     """Report one wrong answer with its correction."""
     client.submit(
         FeedbackIn(
             kind="correction",
-            prompt=row.prompt,
-            response=choice["text"],
-            response_id=choice["response_id"],
-            model_version=version,
-            expected=row.answer,
-            checker=row.checker,
+            prompt=wrong.row.prompt,
+            response=wrong.response,
+            response_id=wrong.response_id,
+            model_version=wrong.version,
+            expected=wrong.row.answer,
+            checker=wrong.row.checker,
         )
     )
-    return 1
 
 
-def push_malformed(client: Client) -> dict[str, Any]:
+def push_malformed(client: Client) -> Refusal:
     """Push a file with two bad rows and return the refusal."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "malformed.jsonl"
@@ -87,16 +140,11 @@ def push_malformed(client: Client) -> dict[str, Any]:
         try:
             client.push_dataset(file)
         except PortalError as error:
-            return {
-                "what": "malformed file",
-                "status": error.status,
-                "reason": error.body.message,
-                "rows": error.body.rows,
-            }
-    raise RuntimeError("the portal took a malformed file")
+            return Refusal("malformed file", error.status, error.body.message, error.body.rows or [])
+    raise RuntimeError("the portal accepted a malformed file")
 
 
-def submit_oversized(client: Client) -> dict[str, Any]:
+def submit_oversized(client: Client) -> Refusal:
     """Send a report beyond the size limit and return the refusal."""
     huge = FeedbackIn.model_construct(
         kind="correction", prompt="x" * 200_000, response="y", model_version=1, expected="z"
@@ -104,8 +152,8 @@ def submit_oversized(client: Client) -> dict[str, Any]:
     try:
         client.submit(huge)
     except PortalError as error:
-        return {"what": "oversized report", "status": error.status, "reason": error.body.message}
-    raise RuntimeError("the portal took an oversized report")
+        return Refusal("oversized report", error.status, error.body.message)
+    raise RuntimeError("the portal accepted an oversized report")
 
 
 def build_dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:

@@ -13,13 +13,16 @@ from typing import Any
 
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
+from feedback.gate import BASE_SUITE
+from feedback.promotion_decision import PromotionDecision, SuiteComparison
+from flows.demo.contributor import Contribution, Refusal
 from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh_rows
 from infra.polling import poll_until
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
 
-BASE_ROUND: dict[str, Any] = {"max_steps": 950, "learning_rate": 2e-3}
-DEMO_ROUND: dict[str, Any] = {"max_steps": 1150, "learning_rate": 1.5e-3, "replay_rows": 9000}
+BASE_ROUND = RoundParameters(max_steps=950, learning_rate=2e-3)
+DEMO_ROUND = RoundParameters(max_steps=1150, learning_rate=1.5e-3, replay_rows=9000)
 FRESH_SUITE, FRESH_PER_SKILL = "fresh", 200
 SERVICE_TIMEOUT_S = 60.0
 NOTICE_TIMEOUT_S = 30.0
@@ -40,9 +43,56 @@ class DemoAccess:
     operator: Client
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoFigures:
+    """Results of a demo.
+
+    Attributes:
+        suites: the pass rates on which the second round's champion was judged.
+        reports: number of accepted reports, of `submitted` ones; `fixed` and `still_failing` are the verdicts on them.
+        round_overhead_s: seconds of the second round that are neither training nor evaluation.
+        parts: seconds of each part of the demo.
+    """
+
+    champion_before: int | None
+    champion_after: int | None
+    suites: tuple[SuiteComparison, ...]
+    reports: int
+    submitted: int
+    refused: list[Refusal]
+    fixed: int
+    still_failing: int
+    notices: int
+    round_overhead_s: float
+    parts: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as `cotrain demo --json` prints them, with the rates of two suites by name."""
+        by_name = {suite.suite: suite for suite in self.suites}
+        fresh, base = by_name[FRESH_SUITE], by_name[BASE_SUITE]
+        assert fresh.before is not None and base.before is not None, "the base round's model is tested on both"
+        return {
+            "champion_before": self.champion_before,
+            "champion_after": self.champion_after,
+            "gate_before": fresh.before.rate,
+            "gate_after": fresh.after.rate,
+            "base_before": base.before.rate,
+            "base_after": base.after.rate,
+            "reports": self.reports,
+            "submitted": self.submitted,
+            "refused": [refusal.to_json() for refusal in self.refused],
+            "fixed": self.fixed,
+            "still_failing": self.still_failing,
+            "notices": self.notices,
+            "suites": [suite.to_json() for suite in self.suites],
+            "round_overhead_s": self.round_overhead_s,
+            "parts": self.parts,
+        }
+
+
 def run_demo(
     access: DemoAccess, *, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
-) -> dict[str, Any]:
+) -> DemoFigures:
     """Run the base round, the contributor and the second round, and return the results.
 
     Raises:
@@ -55,16 +105,16 @@ def run_demo(
     say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
     push_rows(access.operator, "base", "base", build_base_rows(skills, seed))
     push_rows(access.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_PER_SKILL))
-    first = run_round(access, RoundParameters(**BASE_ROUND, seed=seed), follow)
+    first = run_round(access, BASE_ROUND.model_copy(update={"seed": seed}), follow)
     wait_for_version(access.operator, int(first.candidate_version or 0))
     timer.lap("base round")
     account = access.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
     say("a contributor asks, reports wrong answers and pushes a dataset")
     contribution = run_contributor(access.url, account.token, skills_file, seed)
-    counts = f"{contribution['asked']} questions, {contribution['reports']} reports"
-    say(f"{counts}, a dataset of {contribution['rows']} rows; 2 refused on purpose")
+    counts = f"{contribution.asked} questions, {contribution.reports} reports"
+    say(f"{counts}, a dataset of {contribution.rows} rows; 2 refused on purpose")
     timer.lap("contributor")
-    second = run_round(access, RoundParameters(**DEMO_ROUND, seed=seed), follow)
+    second = run_round(access, DEMO_ROUND.model_copy(update={"seed": seed}), follow)
     timer.lap("round")
     with Client(access.url, account.token) as client:
         return gather_figures(client, first=first, second=second, contribution=contribution, laps=timer.laps)
@@ -112,42 +162,36 @@ def wait_for_version(client: Client, version: int) -> None:
     raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
 
 
-def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> dict[str, Any]:
+def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> Contribution:
     """Run the contributor's process."""
     command = [sys.executable, "-m", "flows.demo.contributor", url, str(skills_file), str(seed)]
     env = {**os.environ, "COTRAIN_TOKEN": token}
     completed = subprocess.run(command, env=env, capture_output=True, text=True)
     if completed.returncode != 0:
         raise DemoFailed(f"the contributor failed: {completed.stderr.strip().splitlines()[-1:]}")
-    return dict(json.loads(completed.stdout))
+    return Contribution.from_json(json.loads(completed.stdout))
 
 
 def gather_figures(
-    contributor: Client, *, first: RoundOut, second: RoundOut, contribution: dict[str, Any], laps: dict[str, float]
-) -> dict[str, Any]:
+    contributor: Client, *, first: RoundOut, second: RoundOut, contribution: Contribution, laps: dict[str, float]
+) -> DemoFigures:
     """Collect the demo's results, read through the contributor's client."""
     assert second.decision is not None, "a promoted round has a decision"
-    suites = second.decision["suites"]
-    by_name = {suite["suite"]: suite for suite in suites}
     accepted = [report for report in contributor.all_feedback() if report.state == "accepted"]
     notices = wait_for_notices(contributor, len(accepted))
-    return {
-        "champion_before": first.candidate_version,
-        "champion_after": second.candidate_version,
-        "gate_before": by_name[FRESH_SUITE]["before"]["rate"],
-        "gate_after": by_name[FRESH_SUITE]["after"]["rate"],
-        "base_before": by_name["base"]["before"]["rate"],
-        "base_after": by_name["base"]["after"]["rate"],
-        "reports": len(accepted),
-        "submitted": contribution["reports"],
-        "refused": contribution["refused"],
-        "fixed": sum(report.verdict == "fixed" for report in accepted),
-        "still_failing": sum(report.verdict == "still_failing" for report in accepted),
-        "notices": len(notices),
-        "suites": suites,
-        "round_overhead_s": compute_overhead_s(second),
-        "parts": laps,
-    }
+    return DemoFigures(
+        champion_before=first.candidate_version,
+        champion_after=second.candidate_version,
+        suites=PromotionDecision.from_json(second.decision).suites,
+        reports=len(accepted),
+        submitted=contribution.reports,
+        refused=contribution.refused,
+        fixed=sum(report.verdict == "fixed" for report in accepted),
+        still_failing=sum(report.verdict == "still_failing" for report in accepted),
+        notices=len(notices),
+        round_overhead_s=compute_overhead_s(second),
+        parts=laps,
+    )
 
 
 def wait_for_notices(contributor: Client, expected: int) -> list[NoticeOut]:

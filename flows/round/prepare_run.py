@@ -5,7 +5,8 @@ import logging
 import random
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
@@ -29,62 +30,111 @@ log = logging.getLogger(__name__)
 
 ROUND_SEQ_LEN, ROUND_MICRO_BATCH_SIZE, ROUND_GLOBAL_BATCH_SIZE = 128, 2, 8
 MAX_ROUND_VOCAB_SIZE, MODEL_VOCAB_MULTIPLE = 1024, 64
+MAX_WARMUP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a round's run is prepared from; `part_sizes` are the rows of each part of the snapshot, in its order."""
+
+    run_id: str
+    snapshot_id: str
+    part_sizes: dict[str, int]
+    parent: int | None
+    parameters: RoundParameters
 
 
 def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
-    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json. Return the plan. Idempotent."""
-    with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "plan", context.attempt)
-        training_round = rounds.find_round(session, round_id)
-        run_id = rounds.get_or_create_training_run(session, round_id).id
-        snapshot_id, parent, parameters = (
-            str(training_round.snapshot_id),
-            training_round.parent_version,
-            training_round.parameters,
-        )
-        parts = snapshots.read_part_sizes(session, snapshot_id)
-    folder = RunFolder(context.runs / run_id)
+    """Write the run folder: tokenizer, packed windows, parent weights, plan, run.json; return the plan.
+
+    run.json is written last. A folder that has it is complete and not changed; one without it comes from an attempt
+    that was killed, and is written again.
+
+    Raises:
+        ValueError: if the snapshot is lost.
+        WeightMissing: if a part with rows has no weight.
+    """
+    inputs = _read_inputs(context, round_id)
+    folder = RunFolder(context.runs / inputs.run_id)
     if (folder.path / "run.json").exists():
         return folder.read_spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
-    if not context.objects.exists(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}"):
-        raise ValueError(
-            f"snapshot {snapshot_id} is missing in the object store; start a new round, which freezes a new one"
-        )
-    parsed = list(parse_rows(context.objects.get(f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}")))
-    model, tokenizer = _prepare_model(context, folder, parent, [row for row in parsed if isinstance(row, Row)])
+
+    parsed = _read_snapshot(context, inputs.snapshot_id)
+    rows = [row for row in parsed if isinstance(row, Row)]
+    model, tokenizer = _prepare_model(context, folder, inputs.parent, rows)
     tokenizer.save(folder.path)
-    recipe = _build_recipe(parameters)
+
+    recipe = _build_recipe(inputs.parameters)
+    work = Workload.from_recipe(model, recipe)
     pool = load_configured_pool(context.settings)
-    plan = make_plan(Workload.from_recipe(model, recipe), pool, make_plan_limits(pool, recipe))
+    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe))
     with context.sessions.begin() as session:
-        plan = rounds.get_or_store_plan(session, round_id, plan)
+        plan = rounds.get_or_store_plan(session, round_id, new_plan)  # an earlier attempt's, if there is one
+    picture = draw_plan(work, pool, plan)
+    (folder.path / PLAN_PICTURE_FILE).write_text(picture)
+    context.objects.put(rounds.make_plan_picture_key(inputs.run_id), picture.encode())
+
     spec = RunSpec(
-        kind="pretrain" if parent is None else "finetune",
+        kind="pretrain" if inputs.parent is None else "finetune",
         model=model,
-        snapshot=snapshot_id,
+        snapshot=inputs.snapshot_id,
         plan=plan,
         recipe=recipe,
-        seed=int(parameters["seed"]),
-        parent=None if parent is None else f"v{parent}",
+        seed=inputs.parameters.seed,
+        parent=None if inputs.parent is None else f"v{inputs.parent}",
     )
-    picture = draw_plan(Workload.from_recipe(model, recipe), pool, plan)
-    (folder.path / PLAN_PICTURE_FILE).write_text(picture)
-    context.objects.put(rounds.make_plan_picture_key(run_id), picture.encode())
-    weights = RoundParameters.model_validate(parameters).weights
-    left_out: dict[str, str] = {}
-    sources = _build_sources(parsed, parts, tokenizer, spec.seed, left_out)
-    shares = (
-        None if weights is None else _select_weights({str(name): share for name, share in weights.items()}, sources)
-    )
-    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)
+    left_out = _write_windows(folder, spec, inputs, parsed, tokenizer)
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, {"plan": len(left_out)})
         snapshots.note_left_out_rows(session, "plan", left_out)
     folder.write_spec(spec)
-    log.info("prepared run %s: %d rows, excluded %d, stages %s", run_id, len(parsed), len(left_out), plan.bounds)
+    log.info("prepared run %s: %d rows, excluded %d, stages %s", inputs.run_id, len(parsed), len(left_out), plan.bounds)
     return plan
+
+
+def _read_inputs(context: Context, round_id: str) -> RunInputs:
+    """Begin the step, and return what the round has recorded for its run."""
+    with context.sessions.begin() as session:
+        rounds.begin_step(session, round_id, "plan", context.attempt)
+        training_round = rounds.find_round(session, round_id)
+        snapshot_id = str(training_round.snapshot_id)
+        return RunInputs(
+            run_id=rounds.get_or_create_training_run(session, round_id).id,
+            snapshot_id=snapshot_id,
+            part_sizes=snapshots.read_part_sizes(session, snapshot_id),
+            parent=training_round.parent_version,
+            parameters=rounds.read_parameters(training_round),
+        )
+
+
+def _read_snapshot(context: Context, snapshot_id: str) -> list[Row | BadRow]:
+    """Return the rows of a snapshot; a line that today's rules refuse is a `BadRow`."""
+    key = f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}"
+    if not context.objects.exists(key):
+        raise ValueError(
+            f"snapshot {snapshot_id} is missing in the object store; start a new round, which freezes a new one"
+        )
+    return list(parse_rows(context.objects.get(key)))
+
+
+def _write_windows(
+    folder: RunFolder,
+    spec: RunSpec,
+    inputs: RunInputs,
+    parsed: Sequence[Row | BadRow],
+    tokenizer: tokenizers.Tokenizer,
+) -> dict[str, str]:
+    """Encode the rows and write them as windows; return the reasons of the rows left out, as `_build_sources` does."""
+    left_out: dict[str, str] = {}
+    sources = _build_sources(parsed, inputs.part_sizes, tokenizer, spec.seed, left_out)
+    weights = inputs.parameters.weights
+    shares = None
+    if weights is not None:
+        shares = _select_weights({str(name): weight for name, weight in weights.items()}, sources)
+    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)  # reads the sources, which fill `left_out`
+    return left_out
 
 
 class WeightMissing(SafeMessageError, ValueError):
@@ -165,15 +215,14 @@ def _choose_precision(requested: Literal["auto", "bf16", "fp32"]) -> Precision:
     return requested
 
 
-def _build_recipe(parameters: dict[str, Any]) -> Recipe:
-    requested = RoundParameters.model_validate(parameters)
+def _build_recipe(requested: RoundParameters) -> Recipe:
     return Recipe(
         max_steps=requested.max_steps,
         learning_rate=requested.learning_rate,
         seq_len=ROUND_SEQ_LEN,
         micro_batch_size=ROUND_MICRO_BATCH_SIZE,
         global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
-        warmup_steps=min(20, requested.max_steps - 1),
+        warmup_steps=min(MAX_WARMUP_STEPS, requested.max_steps - 1),
         precision=_choose_precision(requested.precision),
         checkpoint_every=requested.checkpoint_every,
     )

@@ -60,7 +60,7 @@ def train(context: Context, round_id: str, progress: ProgressCallback) -> None:
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "train", context.attempt)
         run_id = rounds.get_or_create_training_run(session, round_id).id
-        priority = int(rounds.find_round(session, round_id).parameters.get("priority", 0))
+        priority = rounds.read_parameters(rounds.find_round(session, round_id)).priority
     folder = RunFolder(context.runs / run_id)
     reporter = RunReporter(context, round_id, folder, progress)
     with upload_in_background(context.objects, run_id, folder):

@@ -1,0 +1,42 @@
+"""The figures of a demo: what the contributor's process prints and what the command shows."""
+
+import json
+
+from feedback.promotion_decision import PassRate, SuiteComparison
+from flows.demo.contributor import Contribution, Refusal
+from flows.demo.play import DemoFigures
+from yuan.data.rows import BadRow
+
+REFUSED = [
+    Refusal("malformed file", 422, "2 rows are malformed", [BadRow(row=2, reason="answer is missing")]),
+    Refusal("oversized report", 413, "send less"),
+]
+
+
+def test_a_contribution_is_read_as_it_was_printed():
+    contribution = Contribution(asked=1200, reports=120, rows=5000, refused=REFUSED)
+    printed = json.dumps(contribution.to_json())
+    assert Contribution.from_json(json.loads(printed)) == contribution
+    assert json.loads(printed)["refused"][1] == {"what": "oversized report", "status": 413, "reason": "send less"}
+
+
+def test_the_rates_of_the_fresh_and_the_base_suite_have_names_of_their_own():
+    suites = tuple(
+        SuiteComparison(name, PassRate(before, 4), PassRate(after, 4))
+        for name, before, after in (("base", 4, 3), ("fresh", 0, 4), ("fresh/reverse", 0, 4))
+    )
+    figures = DemoFigures(
+        champion_before=1,
+        champion_after=2,
+        suites=suites,
+        reports=120,
+        submitted=120,
+        refused=REFUSED,
+        fixed=119,
+        still_failing=1,
+        notices=120,
+        round_overhead_s=4.5,
+        parts={"round": 60.0},
+    ).to_json()
+    assert [figures[name] for name in ("gate_before", "gate_after", "base_before", "base_after")] == [0, 1, 1, 0.75]
+    assert [suite["suite"] for suite in figures["suites"]] == ["base", "fresh", "fresh/reverse"]
