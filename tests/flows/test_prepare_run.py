@@ -1,0 +1,81 @@
+"""The run folder of a round, prepared from its snapshot."""
+
+import pytest
+from sqlalchemy import update
+
+from feedback import rounds, snapshots
+from feedback.contracts import RoundParameters
+from feedback.tables import Round, Snapshot, new_id
+from flows.context import Context
+from flows.round.prepare_run import prepare_run_folder
+from infra.database import make_session_factory
+from yuan.data.rows import Row, dump_rows
+from yuan.train.run_folder import RunFolder
+
+ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
+
+
+@pytest.fixture
+def context(stores, engine, objects, tmp_path):
+    settings = stores.model_copy(update={"home": tmp_path})
+    return Context(settings, make_session_factory(engine), objects, attempt=0)
+
+
+@pytest.fixture
+def start(context, objects):
+    """Return a function that starts a first round with a frozen snapshot of ROWS and a line that is no row."""
+    started = []
+
+    def start_round(**parameters):
+        data = dump_rows(ROWS) + b'{"prompt": "?"}\n'
+        snapshot_id = objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
+        with context.sessions.begin() as session:
+            session.execute(update(Round).values(state="cancelled"))
+            counts = {"corrections": 40, "datasets": 0, "base": len(ROWS) + 1 - 40}
+            session.merge(Snapshot(id=snapshot_id, num_rows=len(ROWS) + 1, counts=counts))
+            training_round = rounds.request_round(session, "test", RoundParameters(max_steps=4, **parameters), new_id())
+            training_round.parent_version, training_round.snapshot_id = None, snapshot_id
+            started.append(training_round.id)
+        return training_round.id
+
+    yield start_round
+    with context.sessions.begin() as session:
+        for round_id in started:
+            rounds.finish_round(session, round_id, "cancelled", "the test is over")
+
+
+def test_a_prepared_folder_is_complete_and_stays_as_it_is(context, start, objects):
+    round_id = start(seed=7)
+    plan = prepare_run_folder(context, round_id)
+    with context.sessions() as session:
+        run_id = rounds.get_or_create_training_run(session, round_id).id
+        assert rounds.find_round(session, round_id).failed_items == {"plan": 1}  # the line that is no row
+    folder = RunFolder(context.runs / run_id)
+    spec = folder.check_inputs()
+    assert (spec.plan, spec.seed, spec.parent, spec.recipe.max_steps) == (plan, 7, None, 4)
+    assert objects.exists(rounds.make_plan_picture_key(run_id))
+
+    written_at = (folder.path / "run.json").stat().st_mtime_ns
+    assert prepare_run_folder(context, round_id) == plan
+    assert (folder.path / "run.json").stat().st_mtime_ns == written_at
+
+
+def test_a_folder_without_run_json_is_prepared_again_with_the_same_plan(context, start):
+    round_id = start()
+    plan = prepare_run_folder(context, round_id)
+    with context.sessions() as session:
+        folder = RunFolder(context.runs / rounds.get_or_create_training_run(session, round_id).id)
+    (folder.path / "run.json").unlink()
+    (folder.path / "left-over").write_text("of a killed attempt")
+    assert prepare_run_folder(context, round_id) == plan
+    assert not (folder.path / "left-over").exists() and folder.check_inputs().plan == plan
+
+
+def test_a_lost_snapshot_is_named(context, start):
+    round_id, lost = start(), new_id()
+    with context.sessions.begin() as session:
+        session.add(Snapshot(id=lost, num_rows=1, counts={"corrections": 1, "datasets": 0, "base": 0}))
+        session.flush()
+        rounds.find_round(session, round_id).snapshot_id = lost
+    with pytest.raises(ValueError, match=f"snapshot {lost} is missing in the object store"):
+        prepare_run_folder(context, round_id)
