@@ -8,6 +8,7 @@ processes are terminated, and only then its devices are granted to others.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Float, Row, Select, case, cast, func, select, update
@@ -261,8 +262,20 @@ def count_working_devices(session: Session, pool: str) -> Counter[str]:
     return Counter(session.scalars(query))
 
 
-def list_devices(session: Session, pool: str) -> list[dict[str, Any]]:
-    """Return every device of a pool: its class, node, reason of loss, and the run that holds it.
+@dataclass(frozen=True)
+class DeviceState:
+    """A device of a pool; `lost_host` is its machine in the batch system, `run_id` the run that holds it."""
+
+    id: str
+    device_class: str
+    node: str
+    lost_reason: str | None
+    lost_host: str | None
+    run_id: str | None
+
+
+def list_devices(session: Session, pool: str) -> list[DeviceState]:
+    """Return every device of a pool, by class and id.
 
     Raises:
         NotFound: if there is no such pool.
@@ -272,14 +285,14 @@ def list_devices(session: Session, pool: str) -> list[dict[str, Any]]:
     holders = {device: lease.run_id for lease in find_open_leases(session) for device in lease.devices or []}
     query = select(PoolDevice).where(PoolDevice.pool == pool).order_by(PoolDevice.device_class, PoolDevice.id)
     return [
-        {
-            "id": device.id,
-            "device_class": device.device_class,
-            "node": device.node,
-            "lost_reason": device.lost_reason,
-            "lost_host": device.lost_host,
-            "run_id": holders.get(device.id),
-        }
+        DeviceState(
+            id=device.id,
+            device_class=device.device_class,
+            node=device.node,
+            lost_reason=device.lost_reason,
+            lost_host=device.lost_host,
+            run_id=holders.get(device.id),
+        )
         for device in session.scalars(query)
     ]
 

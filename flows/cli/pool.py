@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
         with records.sessions() as session:
             contents: dict[str, Any] = {
                 "pool": records.pool,
-                "devices": leases.list_devices(session, records.pool),
+                "devices": [asdict(device) for device in leases.list_devices(session, records.pool)],
                 "waiting": [_build_lease_row(w) for w in session.scalars(leases.select_waiting_leases(records.pool))],
                 "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
             }
