@@ -186,16 +186,17 @@ def _build_dataset_records(
 
     records = []
     for row in rows:
+        # Of events at the same time, as of one transaction, the cause comes first: the sort below keeps this order.
+        decided_at = row.decided_at or row.created_at  # a file with bad rows is rejected on arrival, without decided_at
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
-        decided_at = (
-            row.decided_at or row.created_at
-        )  # a file with bad rows is rejected on arrival and has no decided_at
         if row.state == "accepted":
             events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
         events += [Event(at=at, text=text) for at, text in faults[row.id]]
-        events += [withdrawals[row.id]] if row.id in withdrawals else []
+        if row.id in withdrawals:
+            events.append(withdrawals[row.id])
         if row.state == "rejected":
             events.append(Event(at=decided_at, text=f"rejected: {row.reason}"))
+
         records.append(
             DatasetOut(
                 id=row.id,
@@ -220,6 +221,16 @@ def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
 
+@dataclass(frozen=True)
+class KeyedRow:
+    """A row of a stored file with its number and its keys, which are hashes and so computed once."""
+
+    number: int
+    row: Row
+    key: str
+    prompt_key: str
+
+
 def accept_dataset(
     session: Session, dataset_id: str, fetch: FetchObject, salt: str, share: float, max_cases: int
 ) -> None:
@@ -242,32 +253,30 @@ def accept_dataset(
     numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
     note_faulty_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
 
-    # Duplicates are found among all accepted datasets and among the earlier rows of this one.
-    keys = [(row.key, row.prompt_key) for _, row in numbered]
-    known = _find_accepted_keys(session, [key for key, _ in keys])
-    testable: dict[int, str] = {}  # prompt keys of the checkable rows that are not duplicates, by row number
-    entries = []
-    for (number, row), (key, prompt_key) in zip(numbered, keys, strict=True):
-        is_duplicate = key in known
-        known.add(key)
-        if not is_duplicate and row.checker is not None and row.prompt:
-            testable[number] = prompt_key
-        role = "duplicate" if is_duplicate else "train"
-        dataset.num_duplicates += is_duplicate
-        entries.append({"dataset_id": dataset.id, "number": number, "key": key, "prompt_key": prompt_key, "role": role})
-
-    max_rows = _compute_held_out_limit(session, dataset, max_cases)
+    keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in numbered]
+    duplicates = _find_duplicates(session, keyed)
+    testable = {
+        item.number: item.prompt_key
+        for item in keyed
+        if item.number not in duplicates and item.row.checker is not None and item.row.prompt
+    }
     if dataset.purpose == "suite":
         held_out = set(testable)
     else:
+        max_rows = _compute_held_out_limit(session, dataset, max_cases)
         held_out = _draw_held_out_rows(testable, salt, share, max_rows)
-    for entry in entries:
-        if entry["number"] in held_out:
-            entry["role"] = "held_out"
 
-    add_cases(session, get_suite_name(dataset), [row for number, row in numbered if number in held_out], "held_out")
+    entries = []
+    for item in keyed:
+        role = "duplicate" if item.number in duplicates else "held_out" if item.number in held_out else "train"
+        keys = {"key": item.key, "prompt_key": item.prompt_key}
+        entries.append({"dataset_id": dataset.id, "number": item.number, **keys, "role": role})
     for start in range(0, len(entries), INSERT_BATCH_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_BATCH_ROWS])
+
+    cases = [item.row for item in keyed if item.number in held_out]
+    add_cases(session, get_suite_name(dataset), cases, "held_out")
+    dataset.num_duplicates += len(duplicates)
     dataset.state, dataset.reason, dataset.decided_at = "accepted", None, transaction_time()
 
 
@@ -309,6 +318,17 @@ def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) 
     of_account = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
     remaining = max_cases - session.scalars(of_account).one()
     return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, remaining))
+
+
+def _find_duplicates(session: Session, rows: Sequence[KeyedRow]) -> set[int]:
+    """Return the numbers of the rows that an accepted dataset, or an earlier one of these rows, has already."""
+    known = _find_accepted_keys(session, [item.key for item in rows])
+    duplicates: set[int] = set()
+    for item in rows:
+        if item.key in known:
+            duplicates.add(item.number)
+        known.add(item.key)
+    return duplicates
 
 
 def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:

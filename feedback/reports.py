@@ -220,30 +220,29 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
 
 
 def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:
+    """Set a reproduced report's new state, and its case if it is accepted; see `review_reports`."""
     report = FeedbackIn.model_validate(row.body)
     sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
-    contradicting_case_id = session.scalar(
-        select(Case.id)
-        .where(Case.suite == REPORTS_SUITE, Case.prompt_key == sample.prompt_key, Case.key != sample.key)
-        .where(Case.withdrawn_at.is_(None))
-        .limit(1)
-    )
-    row.decided_at = transaction_time()
+
     if row.reproduction != "reproduced":
         row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
-    elif contradicting_case_id is not None:
+    elif _is_contradicted(session, sample):
         row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
         row.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
-        add_cases(
-            session,
-            REPORTS_SUITE,
-            [sample],
-            "train" if is_trained else choose_case_role(sample.prompt_key, salt, share),
-        )
+        role = "train" if is_trained else choose_case_role(sample.prompt_key, salt, share)
+        add_cases(session, REPORTS_SUITE, [sample], role)
         case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
         row.state, row.reason, row.case_id = "accepted", None, case.id
+    row.decided_at = transaction_time()
+
+
+def _is_contradicted(session: Session, sample: Row) -> bool:
+    """Return True if an active case expects another answer to the sample's prompt."""
+    same_prompt = select(Case.id).where(Case.suite == REPORTS_SUITE, Case.prompt_key == sample.prompt_key)
+    contradicting = same_prompt.where(Case.key != sample.key, Case.withdrawn_at.is_(None))
+    return session.scalar(select(contradicting.exists())) is True
 
 
 def _is_trained(session: Session, prompt_key: str) -> bool:
@@ -332,13 +331,16 @@ def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[Feedbac
 
     records = []
     for row in rows:
-        later = [Event(at=at, text=text) for at, text in faults[row.id]]
+        # Of events at the same time, as of one transaction, the cause comes first: the sort keeps this order.
+        events = _list_first_events(row)
+        events += [Event(at=at, text=text) for at, text in faults[row.id]]
         if row.state in ("rejected", "disputed"):
-            later.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
-        later += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]
-        later += [withdrawals[row.id]] if row.id in withdrawals else []
+            events.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
+        events += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]
+        if row.id in withdrawals:
+            events.append(withdrawals[row.id])
+        timeline = sorted(events, key=lambda event: event.at)
         verdicts = derive_verdicts(results[row.case_id]) if row.case_id else []
-        timeline = sorted(_list_first_events(row) + later, key=lambda event: event.at)
         records.append(_build_report_record(row, timeline, notices[row.id], verdicts))
     return records
 

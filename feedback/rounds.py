@@ -121,14 +121,13 @@ def increment_attempt(session: Session, round_id: str) -> int:
 def finish_round(session: Session, round_id: str, state: str, reason: str, actor: str = "round") -> None:
     """Set the final state of a running round; do nothing if it has ended already."""
     training_round = session.get_one(Round, round_id, with_for_update=True)
-    if training_round.state == "running":
-        training_round.state, training_round.reason, training_round.step = (
-            state,
-            reason,
-            "done" if state == "promoted" else training_round.step,
-        )
-        training_round.finished_at = datetime.now(timezone.utc)
-        audit(session, actor, f"round {state}", round_id, reason=reason)
+    if training_round.state != "running":
+        return
+    training_round.state, training_round.reason = state, reason
+    if state == "promoted":
+        training_round.step = "done"
+    training_round.finished_at = datetime.now(timezone.utc)
+    audit(session, actor, f"round {state}", round_id, reason=reason)
 
 
 def record_failed_items(session: Session, round_id: str, counts: Mapping[str, int]) -> None:
@@ -271,9 +270,9 @@ def describe_round_end(training_round: Round) -> str | None:
         num_regressions = 0 if decision is None else len(decision.regressions)
         detail = f": {num_regressions} reports that passed before fail again" if num_regressions else ""
         return f"did not pass the gate{detail}"
-    return {"promoted": f"v{training_round.candidate_version} is the champion", "cancelled": "cancelled"}.get(
-        training_round.state
-    )
+    if training_round.state == "promoted":
+        return f"v{training_round.candidate_version} is the champion"
+    return "cancelled" if training_round.state == "cancelled" else None
 
 
 def describe_round(session: Session, training_round: Round) -> RoundOut:

@@ -34,6 +34,7 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
         return row
     row.state, row.reason = WITHDRAWN, reason
     session.flush()
+
     others = exists().where(Feedback.case_id == Case.id, Feedback.state == "accepted")
     _withdraw_cases(session, Case.id == row.case_id, unless=others)
     session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
@@ -59,6 +60,8 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     row.state, row.reason = WITHDRAWN, reason
     session.flush()
     _transfer_roles_to_duplicates(session, row)
+
+    # Its cases are those of its held-out rows; a case stays if another accepted dataset of the suite holds out its row.
     held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == "held_out")
     others = (
         exists()
@@ -96,25 +99,25 @@ def withdraw_account(
             f"{account.name} is an operator's account; withdraw its reports and datasets one by one", "account"
         )
     if "reports" in kinds:
+        active = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_STATES))
+        oldest = active.order_by(Feedback.created_at, Feedback.id).limit(WITHDRAWAL_BATCH_SIZES["reports"])
         # Lock all reports before the first case, in the order in which a review locks them, to prevent a deadlock.
-        reports = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_STATES))
-        reports = (
-            reports.order_by(Feedback.created_at, Feedback.id)
-            .limit(WITHDRAWAL_BATCH_SIZES["reports"])
-            .with_for_update()
-        )
-        if rows := session.scalars(reports).all():
-            for row in rows:
-                withdraw_report(session, who, row.id, reason)
-            return WithdrawalBatch(reports=len(rows))
+        reports = session.scalars(oldest.with_for_update()).all()
+        for report in reports:
+            withdraw_report(session, who, report.id, reason)
+        if reports:
+            return WithdrawalBatch(reports=len(reports))
+
     if "datasets" in kinds:
         lock_datasets(session)
-        datasets = select(Dataset.id).where(Dataset.contributor_id == account.id, Dataset.state.not_in(INACTIVE_STATES))
-        datasets = datasets.order_by(Dataset.created_at, Dataset.id).limit(WITHDRAWAL_BATCH_SIZES["datasets"])
-        if ids := session.scalars(datasets).all():
-            for dataset_id in ids:
-                withdraw_dataset(session, who, dataset_id, reason)
-            return WithdrawalBatch(datasets=len(ids))
+        active_ids = select(Dataset.id).where(
+            Dataset.contributor_id == account.id, Dataset.state.not_in(INACTIVE_STATES)
+        )
+        oldest_ids = active_ids.order_by(Dataset.created_at, Dataset.id).limit(WITHDRAWAL_BATCH_SIZES["datasets"])
+        dataset_ids = session.scalars(oldest_ids).all()
+        for dataset_id in dataset_ids:
+            withdraw_dataset(session, who, dataset_id, reason)
+        return WithdrawalBatch(datasets=len(dataset_ids))
     return WithdrawalBatch()
 
 
@@ -125,7 +128,9 @@ def lock_datasets(session: Session) -> None:
 
 def get_suite_name(dataset: Dataset) -> str:
     """Return the name of the suite to which a dataset's held-out rows belong."""
-    return dataset.name if dataset.purpose == "suite" else "base" if dataset.purpose == "base" else "datasets"
+    if dataset.purpose == "suite":
+        return dataset.name
+    return "base" if dataset.purpose == "base" else "datasets"
 
 
 def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
