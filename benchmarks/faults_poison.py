@@ -57,7 +57,7 @@ class Seen:
     """Hold the results: rounds, versions promoted after the reports, state and reason of each record, the number of
     notices by report and version, and the front page."""
 
-    turns: list[RoundOut]
+    training_rounds: list[RoundOut]
     promoted: list[int]
     records: dict[str, tuple[str, str | None]]
     told: Counter[tuple[str, int]]
@@ -225,10 +225,14 @@ def main() -> int:
         with ThreadPoolExecutor(CONTRIBUTORS) as pool:
             list(pool.map(lambda sender: send(settings.portal_url, sender), senders))
         print(f"sent after {time.monotonic() - begun:.0f} s", file=sys.stderr)
-        turns = [run_round(operator) for _ in range(2)]
-        promoted = [turn.candidate_version or 0 for turn in turns if turn.state == "promoted"]
+        training_rounds = [run_round(operator) for _ in range(2)]
+        promoted = [
+            training_round.candidate_version or 0
+            for training_round in training_rounds
+            if training_round.state == "promoted"
+        ]
         seen = Seen(
-            turns=[first, *turns],
+            training_rounds=[first, *training_rounds],
             promoted=promoted,
             records=records(senders, settings.portal_url),
             told=notices(senders, settings.portal_url, len(promoted)),
@@ -273,13 +277,13 @@ def hostile_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
     for (kind, status, state, reason), count in sorted(outcomes.items(), key=str):
         print(f"{count} x {kind}: {status} {state} {reason or ''}"[:200], file=sys.stderr)
     errors = sum(item.status >= 500 or item.status == 0 for item in items)
-    ended = sum(training_round.state in ("promoted", "rejected") for training_round in seen.turns)
+    ended = sum(training_round.state in ("promoted", "rejected") for training_round in seen.training_rounds)
     shown = seen.page.count(MARK)
-    of_rounds = f"of {len(seen.turns)} rounds"
+    of_rounds = f"of {len(seen.training_rounds)} rounds"
     return [
         line("poison/hostile_explained", explained, f"of {len(bad)} items", goal="all", ok=explained == len(bad)),
         line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
-        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(seen.turns)),
+        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(seen.training_rounds)),
         line("poison/shown", shown, "hostile texts on the front page", goal="0", ok=shown == 0),
     ]
 

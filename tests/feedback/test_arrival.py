@@ -60,8 +60,8 @@ def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, accoun
     before = peak_mib(process)
     files = [rows_of(50 * MIB, str(n)) for n in range(4)]
     with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
-        sent = senders.map(lambda data, who: push(client, data, who), files, [account.headers, operator] * 2)
-        assert [answer.status_code for answer in sent] == [201] * 4
+        responses = senders.map(lambda data, who: push(client, data, who), files, [account.headers, operator] * 2)
+        assert [response.status_code for response in responses] == [201] * 4
     assert peak_mib(process) - before < 70
 
 
@@ -135,9 +135,9 @@ def narrow(stores, engine, objects, first_version):
 def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator, engine):
     one, two, three = (rows_of(40_000, f"{account.id} {n}") for n in range(3))
     assert [push(narrow, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
-    answer = push(narrow, three, account.headers)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
-    message = answer.json()["error"]["message"]
+    response = push(narrow, three, account.headers)
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "too_large")
+    message = response.json()["error"]["message"]
     assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in message
     assert "ask the operator" in message
     assert push(narrow, three, operator).status_code == 201

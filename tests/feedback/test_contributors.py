@@ -26,9 +26,9 @@ def stranger(engine):
 
 
 def test_a_report_comes_back_with_its_timeline(portal, account):
-    sent = portal.post("/api/v1/feedback", json=REPORT, headers=account.headers)
-    assert sent.status_code == 201
-    read = portal.get(f"/api/v1/feedback/{sent.json()['id']}", headers=account.headers).json()
+    response = portal.post("/api/v1/feedback", json=REPORT, headers=account.headers)
+    assert response.status_code == 201
+    read = portal.get(f"/api/v1/feedback/{response.json()['id']}", headers=account.headers).json()
     assert read["state"] == "received"
     assert read["timeline"][0]["text"] == "received: correction about v1"
     assert portal.get("/api/v1/feedback", headers=account.headers).json() == [read]
@@ -37,9 +37,9 @@ def test_a_report_comes_back_with_its_timeline(portal, account):
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
 @pytest.mark.parametrize("path", ["/api/v1/feedback", "/api/v1/datasets", "/api/v1/notices", "/v1/models"])
 def test_without_a_valid_token_nothing_is_shown(portal, path, headers):
-    answer = portal.get(path, headers=headers)
-    assert answer.status_code == 401
-    assert answer.json()["error"]["type"] == "unauthorized"
+    response = portal.get(path, headers=headers)
+    assert response.status_code == 401
+    assert response.json()["error"]["type"] == "unauthorized"
 
 
 def test_every_route_but_page_and_health_asks_who_comes(portal):
@@ -74,16 +74,16 @@ def test_somebody_elses_record_is_not_found(portal, account, stranger):
     ],
 )
 def test_a_wrong_shape_is_refused_with_its_field(portal, account, changes, param):
-    answer = portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers)
-    assert answer.status_code == 422
-    assert answer.json()["error"].get("param") == param
+    response = portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers)
+    assert response.status_code == 422
+    assert response.json()["error"].get("param") == param
 
 
 def test_too_large_bodies_are_refused(portal, account, stores):
     huge = {**REPORT, "prompt": "x" * (stores.max_report_bytes + 1)}
-    answer = portal.post("/api/v1/feedback", json=huge, headers=account.headers)
-    assert answer.status_code == 413
-    assert "send less" in answer.json()["error"]["message"]
+    response = portal.post("/api/v1/feedback", json=huge, headers=account.headers)
+    assert response.status_code == 413
+    assert "send less" in response.json()["error"]["message"]
 
     def chunks():  # no Content-Length, so the portal counts the bytes as they arrive
         for _ in range(stores.max_report_bytes // 1000 + 2):
@@ -104,9 +104,9 @@ def test_the_same_key_gives_the_first_answer_again(portal, account):
 
 def test_a_malformed_file_is_refused_whole_and_stays_visible(portal, account):
     data = b'{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\noops\n'
-    answer = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)
-    assert answer.status_code == 422
-    assert [row["row"] for row in answer.json()["error"]["rows"]] == [2, 3]
+    response = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)
+    assert response.status_code == 422
+    assert [row["row"] for row in response.json()["error"]["rows"]] == [2, 3]
     dataset = portal.get("/api/v1/datasets", headers=account.headers).json()[0]
     assert dataset["state"] == "rejected"
     assert dataset["reason"] == "2 of 3 rows are malformed"
@@ -123,17 +123,17 @@ def test_a_dataset_is_stored_as_sent(portal, account, objects):
 
 def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator):
     data = b'{"prompt": "a", "answer": "b"}'
-    answer = portal.post("/api/v1/datasets?name=d&purpose=suite", content=data, headers=account.headers)
-    assert answer.status_code == 403
+    response = portal.post("/api/v1/datasets?name=d&purpose=suite", content=data, headers=account.headers)
+    assert response.status_code == 403
     assert portal.post("/api/v1/rounds", json={}, headers=account.headers).status_code == 403
     assert portal.post("/api/v1/rounds", json={"max_steps": 0}, headers=operator).status_code == 422
     assert portal.get(f"/api/v1/rounds/{new_id()}", headers=operator).status_code == 404
 
 
 def test_the_model_server_being_away_is_a_clear_503(portal, account):
-    answer = portal.post("/v1/completions", json={"prompt": "x"}, headers=account.headers)
-    assert answer.status_code == 503
-    assert "retry" in answer.json()["error"]["message"]
+    response = portal.post("/v1/completions", json={"prompt": "x"}, headers=account.headers)
+    assert response.status_code == 503
+    assert "retry" in response.json()["error"]["message"]
 
 
 def test_the_front_page_shows_no_submission(portal, account):
@@ -155,8 +155,8 @@ def test_the_api_page_names_every_route_and_loads_nothing_from_elsewhere(portal)
 
 def test_more_callers_than_connections_are_all_answered(portal, account):
     with ThreadPoolExecutor(150) as callers:
-        asked = callers.map(lambda _: portal.get("/api/v1/feedback", headers=account.headers), range(300))
-        assert {answer.status_code for answer in asked} == {200}
+        responses = callers.map(lambda _: portal.get("/api/v1/feedback", headers=account.headers), range(300))
+        assert {response.status_code for response in responses} == {200}
 
 
 @contextlib.contextmanager
@@ -170,11 +170,11 @@ def unfinished_upload(url, headers):
 
 
 def test_uploads_that_never_end_hold_up_nobody_else(stores, engine, objects, account, stranger):
-    with served(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as held:
+    with served(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as connections:
         for _ in range(40):  # more than the portal has connections to its database
-            held.enter_context(unfinished_upload(url, account.headers))
+            connections.enter_context(unfinished_upload(url, account.headers))
         assert httpx.get(f"{url}/api/v1/feedback", headers=stranger, timeout=15).status_code == 200
-        one_more = held.enter_context(unfinished_upload(url, account.headers))
+        one_more = connections.enter_context(unfinished_upload(url, account.headers))
         answer = b""
         while not answer.endswith(b"}}"):
             answer += one_more.recv(4096) or pytest.fail(f"closed after {answer!r}")

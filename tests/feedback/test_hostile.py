@@ -70,8 +70,8 @@ def test_a_round_number_outside_its_column_is_refused(portal, number):
 
 @pytest.mark.parametrize("name", ["%00", "a%00b", "%20", "", "x" * 101])
 def test_a_dataset_needs_a_name_that_can_be_stored(portal, account, name):
-    answer = portal.post(f"/api/v1/datasets?name={name}", content=b'{"answer": "b"}', headers=account.headers)
-    refused(answer, 422, "name")
+    response = portal.post(f"/api/v1/datasets?name={name}", content=b'{"answer": "b"}', headers=account.headers)
+    refused(response, 422, "name")
 
 
 @pytest.mark.parametrize("name", ["reports", "Base", "datasets", "a/b", "../x", ".hidden", "加"])
@@ -92,10 +92,10 @@ def test_the_reason_of_a_bad_row_can_be_stored_whatever_the_row_holds(portal, ac
         b"[" * 5000,
         b'{"answer": "a", "checker": {"type": "numeric", "value": ' + b"9" * 5000 + b"}}",
     ]
-    answer = portal.post("/api/v1/datasets?name=bad", content=b"\n".join(rows), headers=account.headers)
-    assert answer.status_code == 422
-    assert [row["row"] for row in answer.json()["error"]["rows"]] == list(range(1, 10))
-    assert all(row["reason"].isprintable() and len(row["reason"]) < 500 for row in answer.json()["error"]["rows"])
+    response = portal.post("/api/v1/datasets?name=bad", content=b"\n".join(rows), headers=account.headers)
+    assert response.status_code == 422
+    assert [row["row"] for row in response.json()["error"]["rows"]] == list(range(1, 10))
+    assert all(row["reason"].isprintable() and len(row["reason"]) < 500 for row in response.json()["error"]["rows"])
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_a_misspelt_query_parameter_is_refused(portal, account):
 
 
 def test_a_query_of_other_bytes_than_utf8_is_refused(portal, account):
-    answer = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
-    refused(answer, 422, "query")
+    response = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
+    refused(response, 422, "query")
 
 
 def test_one_name_asked_for_many_times_at_once_makes_one_account(portal, operator):
     form = {"name": f"twin-{new_id()}"}
     with ThreadPoolExecutor(8) as callers:
         responses = callers.map(lambda _: portal.post("/api/v1/contributors", json=form, headers=operator), range(8))
-        assert sorted(answer.status_code for answer in responses) == [201] + [409] * 7
+        assert sorted(response.status_code for response in responses) == [201] + [409] * 7
 
 
 def test_a_path_without_its_record_is_not_the_list(portal, account):
@@ -146,8 +146,8 @@ def test_a_path_without_its_record_is_not_the_list(portal, account):
 
 
 def test_a_method_that_is_not_there_names_those_that_are(portal, account):
-    answer = portal.delete("/api/v1/feedback", headers=account.headers)
-    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    response = portal.delete("/api/v1/feedback", headers=account.headers)
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")
 
 
 @pytest.fixture
@@ -203,8 +203,8 @@ def test_a_connection_outlives_an_unexpected_fault_and_no_text_is_logged(stores,
         connection.connect()
         for _ in range(2):
             connection.request("GET", "/fault")
-            answer = connection.getresponse()
-            assert (answer.status, json.load(answer)["error"]["type"]) == (500, "internal")
+            response = connection.getresponse()
+            assert (response.status, json.load(response)["error"]["type"]) == (500, "internal")
         connection.request("GET", "/api/v1/feedback", headers=operator)
         assert connection.getresponse().status == 200
         connection.close()

@@ -114,23 +114,23 @@ def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixt
     rows, one = many
     accept_all(session, later, share=0.0)
     session.execute(update(Case).where(Case.id == one.case_id).values(checker={"type": "gone"}))
-    here = checked_rows("here", 10)
-    upload(session, objects, reporter, here)
-    gone = upload(session, objects, reporter, checked_rows("gone", 10))
-    objects.delete(f"{datasets.UPLOADS_FOLDER}/{gone.sha256}")
+    kept_rows = checked_rows("here", 10)
+    upload(session, objects, reporter, kept_rows)
+    lost_dataset = upload(session, objects, reporter, checked_rows("gone", 10))
+    objects.delete(f"{datasets.UPLOADS_FOLDER}/{lost_dataset.sha256}")
     session.expire_all()
     snapshot_id = snapshots.freeze_mixture(
         session, start_round(session).id, objects.get, lambda data: objects.put_by_sha256("snapshots", data)
     )
     assert snapshots.read_failed_count(session, snapshot_id) == 2
-    num_train = len(here) - sum(map(is_drawn, here))
+    num_train = len(kept_rows) - sum(map(is_drawn, kept_rows))
     assert snapshots.read_part_sizes(session, snapshot_id) == {
         "corrections": HOW_MANY - 1,
         "datasets": num_train,
         "base": 0,
     }
     only_it_failed(session, rows, one, "checker")
-    assert "its bytes are missing" in datasets.describe_dataset(session, gone).timeline[-1].text
+    assert "its bytes are missing" in datasets.describe_dataset(session, lost_dataset).timeline[-1].text
 
 
 def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):

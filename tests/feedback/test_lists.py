@@ -61,10 +61,10 @@ def counted_statements(engine):
 def read_pages(portal, name, headers, limit):
     pages, url = [], f"/api/v1/{name}?limit={limit}"
     while url:
-        answer = portal.get(url, headers=headers)
-        assert answer.status_code == 200, answer.text
-        pages.append(answer.json())
-        url = answer.links.get("next", {}).get("url")
+        response = portal.get(url, headers=headers)
+        assert response.status_code == 200, response.text
+        pages.append(response.json())
+        url = response.links.get("next", {}).get("url")
     return pages
 
 
@@ -76,13 +76,13 @@ def name_of(item):
 def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engine, account, first_version, name):
     counts = []
     portal.get(f"/api/v1/{name}", headers=account.headers)  # the first request of a token also looks up its account
-    for more in (1, 4, 25):
-        add_records(engine, account, more)
+    for num_records in (1, 4, 25):
+        add_records(engine, account, num_records)
         with counted_statements(engine) as statements:
-            answer = portal.get(f"/api/v1/{name}", headers=account.headers)
-        assert answer.status_code == 200
+            response = portal.get(f"/api/v1/{name}", headers=account.headers)
+        assert response.status_code == 200
         counts.append(len(statements))
-    assert len(answer.json()) == 30
+    assert len(response.json()) == 30
     assert counts[0] == counts[1] == counts[2] <= 10
 
 
@@ -108,11 +108,11 @@ def test_a_page_has_a_size_from_1_to_200(portal, account, name, limit):
 def test_somebody_elses_cursor_is_refused_as_one_that_does_not_exist(portal, engine, account, operator, name):
     add_records(engine, account, 1)
     foreign = name_of(portal.get(f"/api/v1/{name}", headers=account.headers).json()[0])
-    answers = []
+    responses = []
     for cursor in (foreign, 2**31 - 1 if name == "notices" else new_id()):
-        answers.append(portal.get(f"/api/v1/{name}?after={cursor}", headers=operator))
-        refused(answers[-1], 422, "after")
-    assert answers[0].content == answers[1].content
+        responses.append(portal.get(f"/api/v1/{name}?after={cursor}", headers=operator))
+        refused(responses[-1], 422, "after")
+    assert responses[0].content == responses[1].content
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -124,9 +124,9 @@ def test_a_malformed_cursor_is_refused(portal, account, name, cursor):
 def test_the_client_reads_every_page(stores, objects, portal, engine, account, monkeypatch):
     add_records(engine, account, 5)
     monkeypatch.setattr(client, "CLIENT_PAGE_SIZE", 2)
-    with served(make_app(stores, engine, objects)) as url, Client(url, account.token) as own:
-        assert [one.text for one in own.notices()] == list("01234")
-        reports = [one.id for one in own.all_feedback()]
+    with served(make_app(stores, engine, objects)) as url, Client(url, account.token) as account_client:
+        assert [one.text for one in account_client.notices()] == list("01234")
+        reports = [one.id for one in account_client.all_feedback()]
     assert reports == [one["id"] for one in portal.get("/api/v1/feedback", headers=account.headers).json()]
 
 

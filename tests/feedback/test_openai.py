@@ -82,9 +82,9 @@ BODIES = [
 @pytest.mark.parametrize(("body", "status"), BODIES)
 def test_no_body_of_a_completion_is_the_portals_fault(portal_http, account, body, status):
     headers = {**account.headers, "Content-Type": "application/json"}
-    answer = portal_http.post(COMPLETIONS, content=body, headers=headers)
-    assert answer.status_code == status, answer.text
-    assert answer.is_success or answer.json()["error"]["message"]
+    response = portal_http.post(COMPLETIONS, content=body, headers=headers)
+    assert response.status_code == status, response.text
+    assert response.is_success or response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_no_body_of_a_completion_is_the_portals_fault(portal_http, account, body
 )  # fmt: skip
 def test_no_messages_are_the_portals_fault(portal_http, account, messages):
     headers = {**account.headers, "Content-Type": "application/json"}
-    answer = portal_http.post(CHAT, content=json.dumps({"messages": messages}), headers=headers)
-    assert (answer.status_code, answer.json()["error"]["param"].split(".")[0]) == (422, "messages")
+    response = portal_http.post(CHAT, content=json.dumps({"messages": messages}), headers=headers)
+    assert (response.status_code, response.json()["error"]["param"].split(".")[0]) == (422, "messages")
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -127,10 +127,10 @@ def test_no_messages_are_the_portals_fault(portal_http, account, messages):
     ],
 )
 def test_a_field_of_another_kind_is_refused_with_its_name(portal_http, account, path, field, param):
-    asked = '"prompt": "a"' if path == COMPLETIONS else '"messages": [{"role": "user", "content": "a"}]'
+    required_field = '"prompt": "a"' if path == COMPLETIONS else '"messages": [{"role": "user", "content": "a"}]'
     headers = {**account.headers, "Content-Type": "application/json"}
-    answer = portal_http.post(path, content=f"{{{asked}, {field}}}", headers=headers)
-    assert (answer.status_code, answer.json()["error"].get("param")) == (422, param), answer.text
+    response = portal_http.post(path, content=f"{{{required_field}, {field}}}", headers=headers)
+    assert (response.status_code, response.json()["error"].get("param")) == (422, param), response.text
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_a_field_of_another_kind_is_refused_with_its_name(portal_http, account, 
 )
 def test_what_is_asked_must_be_text_or_token_ids(portal_http, account, asked, param):
     path = CHAT if "messages" in asked else COMPLETIONS
-    answer = portal_http.post(path, json=asked, headers=account.headers)
-    assert (answer.status_code, answer.json()["error"].get("param")) == (422, param), answer.text
+    response = portal_http.post(path, json=asked, headers=account.headers)
+    assert (response.status_code, response.json()["error"].get("param")) == (422, param), response.text
 
 
 def test_what_clients_send_beside_and_what_the_model_cannot_take(portal_http, account):
@@ -172,10 +172,10 @@ def test_what_clients_send_beside_and_what_the_model_cannot_take(portal_http, ac
 
 def test_a_query_parameter_of_none_of_these_routes_is_refused(portal_http, account):
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
-        answer = portal_http.post(f"{path}?stream=true", json=body, headers=account.headers)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "stream")
-    answer = portal_http.get("/v1/models?a=b", headers=account.headers)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "a")
+        response = portal_http.post(f"{path}?stream=true", json=body, headers=account.headers)
+        assert (response.status_code, response.json()["error"]["param"]) == (422, "stream")
+    response = portal_http.get("/v1/models?a=b", headers=account.headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "a")
 
 
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
@@ -212,16 +212,16 @@ def test_the_portal_describes_these_bodies_and_loads_no_torch():
 
 
 def test_several_prompts_and_choices_are_kept_each_with_its_prompt(portal_http, engine, account):
-    asked = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "temperature": 1.0}
-    choices = portal_http.post(COMPLETIONS, json=asked, headers=account.headers).json()["choices"]
+    request = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "temperature": 1.0}
+    choices = portal_http.post(COMPLETIONS, json=request, headers=account.headers).json()["choices"]
     expected = {c["response_id"]: ("ab" if c["index"] < 2 else "cd", c["text"]) for c in choices}
     assert len(expected) == 4 and kept(engine, account) == expected
 
 
 def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_http, model, engine, account):
     body = {"prompt": "abc", "n": 2, "max_tokens": 1500, "temperature": 2, "stream": True}
-    with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as answer:
-        lines = answer.iter_lines()
+    with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as response:
+        lines = response.iter_lines()
         first = json.loads(next(lines).removeprefix("data: "))
     stored = until(lambda: kept(engine, account))
     assert first["choices"][0]["response_id"] in stored and len(stored) <= 2
@@ -233,13 +233,13 @@ def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_ht
 def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, monkeypatch, name):
     """Otherwise such callers could hold all connections to the model server, and the memory of its buffered events."""
     monkeypatch.setattr(openai, name, 1.0)
-    sent, ended = [], threading.Event()
+    sent_events, ended = [], threading.Event()
 
     async def endless(scope, receive, send):
         async def events():
             try:
                 while True:
-                    sent.append(1)
+                    sent_events.append(1)
                     yield event("a" * 10_000)
                     await asyncio.sleep(0)  # lets the server notice the disconnect
             finally:
@@ -258,7 +258,7 @@ def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, mo
         caller.connect((http.base_url.host, http.base_url.port))
         caller.sendall(head.encode() + body)
         assert ended.wait(20)
-        assert caller.recv(12) == b"HTTP/1.1 200" and len(sent) > 100
+        assert caller.recv(12) == b"HTTP/1.1 200" and len(sent_events) > 100
 
 
 ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
@@ -273,10 +273,10 @@ class Talker:
         if scope["type"] == "http":
             wants_events = b'"stream": true' in (await receive()).get("body", b"")
             if wants_events and self.events:
-                answer = StreamingResponse(iter(self.events), media_type="text/event-stream")
+                response = StreamingResponse(iter(self.events), media_type="text/event-stream")
             else:
-                answer = PlainTextResponse(self.whole, self.status, media_type=self.kind)
-            await answer(scope, receive, send)
+                response = PlainTextResponse(self.whole, self.status, media_type=self.kind)
+            await response(scope, receive, send)
 
 
 @pytest.fixture(scope="module")
@@ -300,16 +300,16 @@ def event(text, **more):
 
 
 def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(talk, engine, account):
-    last = event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
-    stream = b"".join([event(ODD), event("\0"), last, b"data: [DONE]\n\n"])
+    last_event = event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
+    stream = b"".join([event(ODD), event("\0"), last_event, b"data: [DONE]\n\n"])
     pieces = [stream[start : start + 7] for start in range(0, len(stream), 7)]
-    answer = talk(account, stream=True, events=pieces)
-    lines = answer.content.split(b"\n\n")
+    response = talk(account, stream=True, events=pieces)
+    lines = response.content.split(b"\n\n")
     choices = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in lines[:3]]
     assert [choice["text"] for choice in choices] == [ODD, "\ufffd", "\ufffd"]
     assert lines[3:] == [b"data: [DONE]", b""]
     assert kept(engine, account) == {choices[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
-    assert answer.text.splitlines() == answer.text.split("\n")[:-1]  # a client splits at the same places
+    assert response.text.splitlines() == response.text.split("\n")[:-1]  # a client splits at the same places
 
 
 @pytest.mark.parametrize(
@@ -326,9 +326,9 @@ def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(
     ],
 )
 def test_a_model_server_that_gives_no_answer_is_a_503(talk, account, whole, status, kind):
-    answers = [talk(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
-    assert {answer.status_code for answer in answers} == {503}
-    assert all(answer.json()["error"]["message"] for answer in answers)
+    responses = [talk(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
+    assert {response.status_code for response in responses} == {503}
+    assert all(response.json()["error"]["message"] for response in responses)
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_event(talk, engine, account):

@@ -10,8 +10,8 @@ from feedback.tables import new_id
 
 def test_what_has_never_happened_is_none(session):
     facts = platform_facts.read_platform_facts(session)
-    last = (facts.last_answer, facts.last_reproduction, facts.last_notice, facts.last_upload)
-    assert (facts.champion, facts.running, facts.oldest_report, *last) == (None,) * 7
+    last_moments = (facts.last_answer, facts.last_reproduction, facts.last_notice, facts.last_upload)
+    assert (facts.champion, facts.running, facts.oldest_report, *last_moments) == (None,) * 7
 
 
 def test_a_review_counts_as_reproduction_when_it_decided_something(session):

@@ -48,8 +48,11 @@ def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
     session, objects, reporter, attacker, answers, is_first
 ):
     rows = checked_rows("honest ", HONEST)
-    sent = [(reporter, rows), (attacker, variants(rows, answers))]
-    uploads = {who.id: upload(session, objects, who, own) for who, own in (reversed(sent) if is_first else sent)}
+    submissions = [(reporter, rows), (attacker, variants(rows, answers))]
+    uploads = {
+        who.id: upload(session, objects, who, owned_rows)
+        for who, owned_rows in (reversed(submissions) if is_first else submissions)
+    }
     _, snapshot = freeze(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
     assert all((row.key in trained) is not is_drawn(row) for row in rows)
@@ -83,8 +86,8 @@ def test_another_answer_to_a_withdrawn_report_draws_the_same_role(session, repor
 def test_reports_close_out_no_row_that_is_trained_already(session, objects, reporter, attacker, later):
     rows = checked_rows("honest ", 60)
     upload(session, objects, reporter, rows)
-    sent = [submit(session, attacker, row.prompt, "false") for row in rows]
-    assert accept_all(session, later).accepted == len(sent)
+    reports = [submit(session, attacker, row.prompt, "false") for row in rows]
+    assert accept_all(session, later).accepted == len(reports)
     _, snapshot = freeze(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
     assert all((row.key in trained) is not is_drawn(row) for row in rows)

@@ -195,32 +195,32 @@ def test_the_route_that_withdraws_an_account(stores, engine, objects, first_vers
     body = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="a")
     with ExitStack() as opened:
         url = opened.enter_context(served(make_app(stores, engine, objects)))
-        own = opened.enter_context(Client(url, account.token))
+        client = opened.enter_context(Client(url, account.token))
         mine = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
-        sent = [own.submit(body).id for _ in range(3)]
+        report_ids = [client.submit(body).id for _ in range(3)]
         (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "p", "answer": "a"}')
-        dataset = own.push_dataset(tmp_path / "rows.jsonl")
+        dataset = client.push_dataset(tmp_path / "rows.jsonl")
         name = mine.withdraw_account(account.id, "junk", "datasets").name
-        assert (own.dataset(dataset.id).state, own.feedback(sent[0]).state) == ("withdrawn", "received")
+        assert (client.dataset(dataset.id).state, client.feedback(report_ids[0]).state) == ("withdrawn", "received")
         withdrawal = mine.withdraw_account(name, "junk")
         assert (withdrawal.account, withdrawal.reports, withdrawal.datasets) == (account.id, 3, 0)
-        assert {own.feedback(one).reason for one in sent} == {"junk"}
+        assert {client.feedback(one).reason for one in report_ids} == {"junk"}
         again = mine.withdraw_account(name, "twice")
-        assert (again.reports, again.datasets, own.feedback(sent[0]).reason) == (0, 0, "junk")
+        assert (again.reports, again.datasets, client.feedback(report_ids[0]).reason) == (0, 0, "junk")
         with pytest.raises(PortalError, match="404: there is no account with the id or name nobody"):
             mine.withdraw_account("nobody", "junk")
         with pytest.raises(PortalError, match="403"):
-            own.withdraw_account(name, "mine")
+            client.withdraw_account(name, "mine")
 
 
 def test_routes_of_withdrawal(portal, account, operator):
     body = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="a")
-    sent = portal.post("/api/v1/feedback", json=body.model_dump(exclude_none=True), headers=account.headers).json()
-    url = f"/api/v1/feedback/{sent['id']}/withdraw"
+    report = portal.post("/api/v1/feedback", json=body.model_dump(exclude_none=True), headers=account.headers).json()
+    url = f"/api/v1/feedback/{report['id']}/withdraw"
     assert portal.post(url, json={"reason": ""}, headers=account.headers).status_code == 422
     response = portal.post(url, json={"reason": "poison"}, headers=operator)
     assert (response.status_code, response.json()["state"]) == (200, "withdrawn")
-    assert portal.get(f"/api/v1/feedback/{sent['id']}", headers=account.headers).json()["reason"] == "poison"
+    assert portal.get(f"/api/v1/feedback/{report['id']}", headers=account.headers).json()["reason"] == "poison"
     for kind in ("feedback", "datasets"):
         missing = portal.post(f"/api/v1/{kind}/{new_id()}/withdraw", json={"reason": "r"}, headers=operator)
         assert missing.status_code == 404 and "there is no" in missing.json()["error"]["message"]

@@ -53,17 +53,17 @@ def probe_services(home):
     paths = [f"{path}/" if path.is_dir() else str(path) for path in (home, *home.iterdir(), *home.glob("*/*"))]
     pids = [*find_stack_pids(config.stack_id), read_stack_state(home)["pid"]]
     port = str(config.ports["portal"])  # which no service may connect to, but the worker
-    found = {}
+    reports = {}
     for service in make_services(home, config, settings):
         command = service.command()[:4]
         specification = json.loads(command[3])
-        own = [
+        own_folders = [
             path.rstrip("/") for path in (*specification["write"], *specification["read"]) if path.startswith(str(home))
         ]
-        probe = [sys.executable, "-c", PROBE, str(home), *map(json.dumps, (own, pids, paths)), port]
-        done = subprocess.run(
+        probe = [sys.executable, "-c", PROBE, str(home), *map(json.dumps, (own_folders, pids, paths)), port]
+        result = subprocess.run(
             [*command, *probe], env=dict(service.env), cwd=service.cwd, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
-        found[service.name] = json.loads(done.stdout)
-    return found
+        assert result.returncode == 0, result.stderr
+        reports[service.name] = json.loads(result.stdout)
+    return reports

@@ -42,9 +42,9 @@ class Stack:
         """Run a command with --json; its status, and its JSON or what it said on stderr."""
         command = [sys.executable, "-m", "flows.cli.app", *args, "--json"]
         env = {**os.environ, "COTRAIN_HOME": str(self.home)}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=200)
-        assert not check or done.returncode == 0, done.stderr
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=200)
+        assert not check or result.returncode == 0, result.stderr
+        return result.returncode, json.loads(result.stdout) if result.stdout else result.stderr
 
     @cached_property
     def settings(self):
@@ -61,19 +61,21 @@ class Stack:
 
     def processes(self, word):
         """Of the stack's processes, those whose command has the word."""
-        found = []
+        pids = []
         for pid in find_stack_pids(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
-                    found.append(pid)
-        return found
+                    pids.append(pid)
+        return pids
 
     until = staticmethod(until)
 
     @classmethod
-    def follow(cls, client, turn):
+    def follow(cls, client, training_round):
         """Wait until a round has ended."""
-        return cls.until(lambda: (r := client.round(turn.id)).state != "running" and r, seconds=200, pause=0.5)
+        return cls.until(
+            lambda: (r := client.round(training_round.id)).state != "running" and r, seconds=200, pause=0.5
+        )
 
     @staticmethod
     def push(client, folder, rows, **more):
@@ -121,22 +123,22 @@ def base(operator, stack, tmp_path_factory):
 @pytest.fixture
 def supervise(stores, engine, objects, portal, tmp_path):
     """Lays out a run in a round of its own and gives its supervisor, whose pool is whole."""
-    context, turns = Context(stores, make_session_factory(engine), objects), []
+    context, round_ids = Context(stores, make_session_factory(engine), objects), []
 
-    def of(made, recipe):
+    def make_supervisor(made, recipe):
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
-            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-            run = rounds.get_or_create_training_run(session, turn.id)
+            training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+            run = rounds.get_or_create_training_run(session, training_round.id)
             session.execute(update(PoolDevice).values(lost_reason=None, lost_host=None))
-        turns.append(turn.id)
+        round_ids.append(training_round.id)
         folder = lay_out(tmp_path / "run", made, recipe)
         with context.sessions.begin() as session:
-            rounds.get_or_store_plan(session, turn.id, folder.read_spec().plan)
-        reporter = RunReporter(context, turn.id, folder, lambda status: None)
-        return Supervisor(context, turn.id, run.id, folder, reporter)
+            rounds.get_or_store_plan(session, training_round.id, folder.read_spec().plan)
+        reporter = RunReporter(context, training_round.id, folder, lambda status: None)
+        return Supervisor(context, training_round.id, run.id, folder, reporter)
 
-    yield of
+    yield make_supervisor
     with context.sessions.begin() as session:
-        for turn in turns:
-            rounds.finish_round(session, turn, "cancelled", "the test is over")
+        for round_id in round_ids:
+            rounds.finish_round(session, round_id, "cancelled", "the test is over")

@@ -102,13 +102,13 @@ def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path
     upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content[:UPLOAD_PART_BYTES])
     client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=2, Body=b"another content" * 400_000)
-    sent = []
+    parts = []
     client.meta.events.register(
-        "provide-client-params.s3.UploadPart", lambda params, **_: sent.append(params["PartNumber"])
+        "provide-client-params.s3.UploadPart", lambda params, **_: parts.append(params["PartNumber"])
     )
     with file.open("rb") as stream:
         objects.put_file(key, stream, len(content), hashlib.sha256(content).hexdigest())
-    assert sent == [2, 3]
+    assert parts == [2, 3]
     objects.get_file(key, tmp_path / "back")
     digests = [hashlib.sha256(path.read_bytes()).digest() for path in (file, tmp_path / "back")]
     assert digests[0] == digests[1]

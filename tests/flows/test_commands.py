@@ -61,8 +61,8 @@ except SystemExit:
     pass
 print("LOADED", sorted({HEAVY!r} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "LOADED []"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "LOADED []"
 
 
 def test_the_list_of_commands_has_each_commands_own_help():
@@ -82,37 +82,37 @@ def test_a_command_whose_library_is_not_installed_says_what_to_install():
 
 def test_the_portal_loads_no_torch():
     code = "import feedback.run, sys; print(sorted({'torch', 'deepspeed', 'prefect', 'mlflow'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
-    done = cotrain("plan", "--model", "tiny", "--pipeline-size", "2", "--json")
-    assert done.returncode == 0
-    plan = json.loads(done.stdout)
+    result = cotrain("plan", "--model", "tiny", "--pipeline-size", "2", "--json")
+    assert result.returncode == 0
+    plan = json.loads(result.stdout)
     assert plan["feasible"] is True
     assert [stage["layers"] for stage in plan["stages"]] == [2, 1]
-    done = cotrain("plan", "--model", "2b", "--json")
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["feasible"] is False
+    result = cotrain("plan", "--model", "2b", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["feasible"] is False
 
 
 def test_a_new_plan_says_what_the_move_costs(tmp_path):
     pool = str(ROOT / "benchmarks" / "pools" / "a100-96.toml")
-    made = cotrain("plan", "--model", "102b", "--pool", pool, "--json")
-    (tmp_path / "plan.json").write_text(made.stdout)
+    plan = cotrain("plan", "--model", "102b", "--pool", pool, "--json")
+    (tmp_path / "plan.json").write_text(plan.stdout)
     change = ["--current", str(tmp_path / "plan.json"), "--lost", "A100-80:1", "--svg", str(tmp_path / "plan.svg")]
-    done = cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
-    move = json.loads(done.stdout)["move"]
+    result = cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
+    move = json.loads(result.stdout)["move"]
     assert move["kept_step_seconds"] is None and "no longer fits" in move["explanation"]
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 
 def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
     file = tmp_path / "pool.toml"
-    done = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["measured"]["forward_tflops"] > 0
+    result = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["measured"]["forward_tflops"] > 0
     planned = cotrain("plan", "--model", "tiny", "--pool", str(file), "--precision", "fp32", "--json")
     assert "measured rates" in json.loads(planned.stdout)["explanation"]
 
@@ -149,10 +149,10 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
     ],
 )
 def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
-    done = cotrain(*argv, home=tmp_path)
-    assert done.returncode == status
-    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
-    assert "Traceback" not in done.stderr
+    result = cotrain(*argv, home=tmp_path)
+    assert result.returncode == status
+    assert message in " ".join((result.stdout + result.stderr).replace("│", " ").split())
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
 def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, url, token, message):
     file = tmp_path / "rows.jsonl"
     file.write_text("{}")
-    done = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    result = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,38 +180,38 @@ def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, 
     ],
 )
 def test_an_argument_that_is_not_utf8_is_named(tmp_path, argv, place):
-    done = cotrain(*argv, home=tmp_path)
-    assert done.returncode == 2 and "codec" not in done.stderr
-    assert place in done.stderr and done.stderr.count("\n") == 1
+    result = cotrain(*argv, home=tmp_path)
+    assert result.returncode == 2 and "codec" not in result.stderr
+    assert place in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_variable_that_is_not_utf8_is_named():
-    done = cotrain("status", COTRAIN_HOME=b"/tmp/\xff")
-    assert done.returncode == 2 and "variable COTRAIN_HOME must be text in UTF-8, got /tmp/\\xff" in done.stderr
+    result = cotrain("status", COTRAIN_HOME=b"/tmp/\xff")
+    assert result.returncode == 2 and "variable COTRAIN_HOME must be text in UTF-8, got /tmp/\\xff" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "status", "up", "down"])
 def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
     (tmp_path / "file").touch()
-    done = cotrain(command, home=tmp_path / "file")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "got the file" in done.stdout + done.stderr
+    result = cotrain(command, home=tmp_path / "file")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "got the file" in result.stdout + result.stderr
 
 
 def test_no_portal_is_one_clear_line(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')
-    done = cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
-    assert done.returncode == 1
-    assert "the portal does not answer" in done.stderr
+    result = cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
+    assert result.returncode == 1
+    assert "the portal does not answer" in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_home_that_cannot_be_written_is_named(tmp_path):
     tmp_path.chmod(0o500)
-    done = cotrain("up", home=tmp_path / "home")
-    assert done.returncode == 1
-    assert "cannot be written" in done.stderr
+    result = cotrain("up", home=tmp_path / "home")
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -222,22 +222,22 @@ def laid_out(tmp_path_factory):
 
 def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
     for _ in range(2):
-        done = cotrain("train", str(laid_out.path / "run.json"), "--json")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["state"] == "finished"
+        result = cotrain("train", str(laid_out.path / "run.json"), "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["state"] == "finished"
     assert [row["step"] for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
 
 
 def test_train_refuses_what_was_edited_in_one_line(laid_out):
     text = (laid_out.path / "run.json").read_text()
     (laid_out.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
-    done = cotrain("train", str(laid_out.path))
+    result = cotrain("train", str(laid_out.path))
     (laid_out.path / "run.json").write_text(text)
-    assert done.returncode == 1 and "it was edited manually" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert result.returncode == 1 and "it was edited manually" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_logs_print_the_last_lines_and_steer_no_terminal(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "flows.log").write_text("first\n" * 5000 + "\x1b]52;c;aGk=\x07 加\n")
-    done = cotrain("logs", "flows", "-n", "2", home=tmp_path)
-    assert done.stdout == "first\n\\x1b]52;c;aGk=\\x07 加\n"
+    result = cotrain("logs", "flows", "-n", "2", home=tmp_path)
+    assert result.stdout == "first\n\\x1b]52;c;aGk=\\x07 加\n"

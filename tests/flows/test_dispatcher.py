@@ -28,17 +28,17 @@ def refuse():
 
 
 def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
-    done = []
-    duties = Duties({"bad": refuse, "good": lambda: done.append(1)}, tmp_path / "duties.json")
+    completed = []
+    duties = Duties({"bad": refuse, "good": lambda: completed.append(1)}, tmp_path / "duties.json")
     for _ in range(3):
         duties.wake()
         duties.run_due()
-    assert done == [1, 1, 1]
-    found = read_duty_statuses(tmp_path / "duties.json")
-    assert found["bad"].failures == 3 and found["bad"].failing_since and "ValueError" in found["bad"].error
-    assert found["good"].succeeded_at and not found["good"].failures
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(said) == 1 and "in refuse" in said[0] and PROMPT not in said[0]
+    assert completed == [1, 1, 1]
+    statuses = read_duty_statuses(tmp_path / "duties.json")
+    assert statuses["bad"].failures == 3 and statuses["bad"].failing_since and "ValueError" in statuses["bad"].error
+    assert statuses["good"].succeeded_at and not statuses["good"].failures
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(messages) == 1 and "in refuse" in messages[0] and PROMPT not in messages[0]
 
 
 def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path):

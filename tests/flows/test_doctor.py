@@ -54,11 +54,11 @@ ALLOWING = [
 @pytest.fixture(scope="module")
 def first(stack, operator, base):
     """The first round, promoted and answering."""
-    turn = operator.start_round(SHORT)
-    done = stack.follow(operator, turn)
-    assert done.state == "promoted", done.reason
+    training_round = operator.start_round(SHORT)
+    ended_round = stack.follow(operator, training_round)
+    assert ended_round.state == "promoted", ended_round.reason
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
-    return done
+    return ended_round
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +111,9 @@ def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothin
     named = b"user\0stranger\0\0"
     stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
     before = {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as connections:
         for _ in range(260):
-            held.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
+            connections.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
         assert "all connections of PostgreSQL are in use: " in faults_of(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
@@ -125,14 +125,14 @@ def test_no_log_state_or_page_holds_a_prompt_whose_processing_fails(
     first, stack, operator, contributor, prefect, sessions, refusing
 ):
     contributor.submit(FeedbackIn(kind="correction", prompt=MARK, response="?", model_version=1, expected=f"{MARK}!"))
-    turn = operator.start_round(SHORT)
+    training_round = operator.start_round(SHORT)
 
     def attempt():
         with sessions() as session:
-            return session.scalar(select(Round.attempt).where(Round.id == turn.id)) > 1
+            return session.scalar(select(Round.attempt).where(Round.id == training_round.id)) > 1
 
     stack.until(attempt)
-    operator.cancel_round(turn.id)
+    operator.cancel_round(training_round.id)
     logs = {file.name: file.read_text(errors="replace") for file in (stack.home / "logs").iterdir()}
     shown = {path: pages_of(prefect, path) for path in ("/logs/filter", "/flow_runs/filter", "/task_runs/filter")}
     shown |= {"front page": httpx.get(stack.settings.portal_url).text}
@@ -143,41 +143,41 @@ def test_no_log_state_or_page_holds_a_prompt_whose_processing_fails(
 
 def pages_of(prefect, path):
     """Everything that Prefect shows of a kind, as text."""
-    found, offset = [], 0
+    texts, offset = [], 0
     while page := prefect.post(path, json={"limit": 200, "offset": offset}).raise_for_status().json():
-        found += page
+        texts += page
         offset += len(page)
-    return json.dumps(found)
+    return json.dumps(texts)
 
 
 @pytest.mark.slow
 def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, operator, sessions, tmp_path):
     mlflow = mlflow_of(stack)
     mlflow.delete_model_version("yuan", "1")
-    found = stack.until(lambda: (f := faults_of(stack)) and "cannot make aliases follow" in f and f, pause=1)
+    faults = stack.until(lambda: (f := faults_of(stack)) and "cannot make aliases follow" in f and f, pause=1)
     with sessions() as session:
         run_id = session.get_one(ModelVersion, 1).run_id
     export = stack.home / "runs" / run_id / "export"
-    assert "v1, the champion, is gone from the registry" in found
-    assert f"cotrain register {export} --version 1" in found
+    assert "v1, the champion, is gone from the registry" in faults
+    assert f"cotrain register {export} --version 1" in faults
     assert "v1, the champion, is gone" in faults_of(stack, "status")
-    turn = operator.start_round(SHORT)  # everything else goes on
-    stack.until(lambda: operator.round(turn.id).timeline)
-    operator.cancel_round(turn.id)
+    training_round = operator.start_round(SHORT)  # everything else goes on
+    stack.until(lambda: operator.round(training_round.id).timeline)
+    operator.cancel_round(training_round.id)
 
     other = shutil.copytree(export, tmp_path / "export")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "step": 21}))
-    status, said = stack.cotrain("register", str(other), "--version", "v1")
-    assert status == 1 and "step is 21, recorded is 20" in said
+    status, output = stack.cotrain("register", str(other), "--version", "v1")
+    assert status == 1 and "step is 21, recorded is 20" in output
     (other / "manifest.json").write_text(json.dumps(manifest))
     (other / "model.safetensors").write_bytes(b"")
-    status, said = stack.cotrain("register", str(other), "--version", "v1")
-    assert status == 1 and "model.safetensors of" in said and "give another copy" in said
+    status, output = stack.cotrain("register", str(other), "--version", "v1")
+    assert status == 1 and "model.safetensors of" in output and "give another copy" in output
 
     with ThreadPoolExecutor() as operators:  # all at once, and one of them registers it
-        said = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
-    assert sorted(one["registered"] for one in said) == [False, False, True]
+        output = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
+    assert sorted(one["registered"] for one in output) == [False, False, True]
     assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
     stack.until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
     assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow never gives a number again
@@ -194,11 +194,11 @@ def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack
             store.delete(key)
     with sessions() as session:
         export = stack.home / "runs" / session.get_one(ModelVersion, 1).run_id / "export"
-    found = faults_of(stack)
-    assert "v1 is in the registry and its files are not in the store" in found
-    assert f"cotrain register {export} --version 1" in found
-    status, said = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
-    assert status == 1 and "the files of v1 are gone" in said and "Traceback" not in said
+    faults = faults_of(stack)
+    assert "v1 is in the registry and its files are not in the store" in faults
+    assert f"cotrain register {export} --version 1" in faults
+    status, output = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
+    assert status == 1 and "the files of v1 are gone" in output and "Traceback" not in output
     assert stack.cotrain("register", str(export), "--version", "1", check=True)[1]["registered"]
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
     stack.cotrain("export", "1", "--out", str(tmp_path / "out"), check=True)
@@ -206,11 +206,11 @@ def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack
 
 @pytest.mark.slow
 def test_a_later_round_trains_from_a_version_that_was_registered_again(first, stack, operator):
-    done = stack.follow(operator, operator.start_round(SHORT))
-    assert done.state in ("promoted", "rejected"), done.reason
-    assert done.parent_version == 1 and done.candidate_version > 1
+    ended_round = stack.follow(operator, operator.start_round(SHORT))
+    assert ended_round.state in ("promoted", "rejected"), ended_round.reason
+    assert ended_round.parent_version == 1 and ended_round.candidate_version > 1
     newest = max(int(one.version) for one in mlflow_of(stack).search_model_versions("name = 'yuan'"))
-    assert done.candidate_version == newest
+    assert ended_round.candidate_version == newest
 
 
 @pytest.mark.slow
@@ -231,10 +231,10 @@ def test_what_is_paused_in_prefect_is_named(first, stack, prefect):
     deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
     prefect.post(f"/deployments/{deployment}/pause_deployment").raise_for_status()
     prefect.patch("/work_pools/cotrain", json={"is_paused": True}).raise_for_status()
-    found = faults_of(stack)
+    faults = faults_of(stack)
     prefect.post(f"/deployments/{deployment}/resume_deployment").raise_for_status()
     prefect.patch("/work_pools/cotrain", json={"is_paused": False}).raise_for_status()
-    assert "is paused in Prefect" in found and "the work pool cotrain is paused" in found
+    assert "is paused in Prefect" in faults and "the work pool cotrain is paused" in faults
 
 
 @pytest.mark.slow
@@ -253,12 +253,12 @@ def test_a_server_that_hangs_is_named_and_hangs_nothing_else(first, stack, servi
     group = os.getpgid(stack.pid(service))
     os.killpg(group, signal.SIGSTOP)
     try:
-        status, said = stack.cotrain("doctor")
+        status, output = stack.cotrain("doctor")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGCONT)
-    assert status == 1 and any(service in fault["fault"] for fault in said["faults"])
-    assert {finding["what"]: finding["state"] for finding in said["findings"]}["an object put and read"] == "ok"
+    assert status == 1 and any(service in fault["fault"] for fault in output["faults"])
+    assert {finding["what"]: finding["state"] for finding in output["findings"]}["an object put and read"] == "ok"
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
 
 
@@ -267,12 +267,15 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
         raise ConnectionError("refused 'a prompt'")
 
     over = threading.Event()
-    asked = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
-    found = run_probes([Probe(f"server that {name}", name, ask=ask) for name, ask in asked.items()], 0.2)
+    probes = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
+    findings = run_probes([Probe(f"server that {name}", name, ask=ask) for name, ask in probes.items()], 0.2)
     over.set()
-    assert [finding.state for finding in found] == ["fault", "fault", "never yet"]
-    assert "server that hangs has not answered" in found[0].fault
-    assert "server that refuses does not answer: ConnectionError" in found[1].fault and "prompt" not in found[1].fault
+    assert [finding.state for finding in findings] == ["fault", "fault", "never yet"]
+    assert "server that hangs has not answered" in findings[0].fault
+    assert (
+        "server that refuses does not answer: ConnectionError" in findings[1].fault
+        and "prompt" not in findings[1].fault
+    )
 
 
 def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
@@ -284,17 +287,17 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
     ready = {"mlflow": {"state": "ready", "ready_at": 1_000.0}, "s3": {"state": "ready", "ready_at": 1_000.0}}
     write("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
     write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
-    over, found = threading.Event(), {}
+    over, findings = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
         probe = Probe(server, server, ask=over.wait, last=find_last_success(tmp_path, server, None))
-        (found[server],) = run_probes([probe], 0.05)
+        (findings[server],) = run_probes([probe], 0.05)
     over.set()
-    assert {name: (one.succeeded_at, one.or_later) for name, one in found.items()} == {
+    assert {name: (one.succeeded_at, one.or_later) for name, one in findings.items()} == {
         "mlflow": (convert_timestamp(2_000), False),
         "s3": (convert_timestamp(1_000), True),
         "prefect": (None, False),
     }
-    assert found["s3"].when.endswith(" or later") and found["prefect"].when == "unknown"
+    assert findings["s3"].when.endswith(" or later") and findings["prefect"].when == "unknown"
     write("worker/alive", "")
     os.utime(tmp_path / "worker" / "alive", (3_000, 3_000))
     (silent,) = find_silent_services(tmp_path)
@@ -305,8 +308,8 @@ def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tm
     states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
     with hold_keeper_lock(tmp_path, "id"):
         (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
-        (found,) = [finding for finding in find_stack_faults(tmp_path) if finding.what == "mlflow"]
-    assert (found.fault, found.succeeded_at, found.or_later) == (
+        (stack_fault,) = [finding for finding in find_stack_faults(tmp_path) if finding.what == "mlflow"]
+    assert (stack_fault.fault, stack_fault.succeeded_at, stack_fault.or_later) == (
         "mlflow is restarting: it ended",
         convert_timestamp(1_000),
         True,
@@ -318,8 +321,8 @@ def test_a_full_disk_is_named_first_with_its_free_bytes_and_folder(tmp_path, mon
     monkeypatch.setenv("COTRAIN_HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "MIN_DISK_GIB", 2.0**30)
     monkeypatch.setattr(doctor, "FULL_DISK_BYTES", 2**60)
-    said = CliRunner().invoke(app, [command, "--json"])
-    faults = json.loads(said.stdout)["faults"]
+    result = CliRunner().invoke(app, [command, "--json"])
+    faults = json.loads(result.stdout)["faults"]
     free = shutil.disk_usage(tmp_path).free
     assert faults[0]["fault"].startswith(f"the disk of {tmp_path} is full: ") and "bytes are free" in faults[0]["fault"]
     assert abs(int(re.search("([0-9]+) bytes", faults[0]["fault"])[1]) - free) < 2**30

@@ -34,13 +34,13 @@ def prefect(stack):
 @pytest.fixture
 def started(stack, operator, sessions, base):
     """A round whose ranks are starting, and the run's folder; cancelled afterwards."""
-    turn = operator.start_round(ASKED)
-    run_id = stack.until(lambda: run_of(sessions, turn))
+    training_round = operator.start_round(ASKED)
+    run_id = stack.until(lambda: run_of(sessions, training_round))
     folder = RunFolder(stack.home / "runs" / run_id)
     stack.until(lambda: len(read_heartbeats(folder.path)) == 2, pause=0.01)
-    yield turn, folder
-    if operator.round(turn.id).state == "running":
-        operator.cancel_round(turn.id)
+    yield training_round, folder
+    if operator.round(training_round.id).state == "running":
+        operator.cancel_round(training_round.id)
     stack.until(lambda: not ranks(stack))
 
 
@@ -67,9 +67,9 @@ def no_more_memory():
     group.rmdir()
 
 
-def run_of(sessions, turn):
+def run_of(sessions, training_round):
     with sessions() as session:
-        return session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == turn.id))
+        return session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == training_round.id))
 
 
 def ranks(stack):
@@ -93,8 +93,8 @@ def flow_run_of(prefect):
 
 def cancel(prefect, flow_run):
     """Send what the Cancel button sends."""
-    answer = prefect.post(f"/flow_runs/{flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
-    assert answer.json()["status"] == "ACCEPT"
+    response = prefect.post(f"/flow_runs/{flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
+    assert response.json()["status"] == "ACCEPT"
 
 
 def ended(folder):
@@ -109,7 +109,7 @@ def finished(stack, folder):
 @pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
 def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect, sessions, lost):
     """Whoever is there to hear of it: the worker, the flow that asks by itself, or only the dispatcher."""
-    turn, _ = run
+    training_round, _ = run
     flow_run = flow_run_of(prefect)
     if lost:
         os.kill(stack.pid("worker"), signal.SIGSTOP)  # a killed one is started again
@@ -117,7 +117,7 @@ def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect
     if "flow" in lost:
         kill_flow(stack)
     try:
-        now = stack.until(lambda: (r := operator.round(turn.id)).state != "running" and r)
+        now = stack.until(lambda: (r := operator.round(training_round.id)).state != "running" and r)
         assert (now.state, now.reason) == ("cancelled", "cancelled in Prefect")
         stack.until(lambda: not ranks(stack))
         stack.until(lambda: not open_leases(sessions))

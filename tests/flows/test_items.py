@@ -59,29 +59,29 @@ def ask(settings, prompts, version=VERSION):
 @pytest.mark.parametrize("later", [200, 413, 500])
 def test_a_server_that_fails_now_and_then_is_asked_a_few_times(stores, later):
     """Once after each failure: what a repeated question brings is its answer."""
-    asked = []
+    requests = []
 
     async def failing(scope, receive, send):
         request = Request(scope, receive)
         prompts = (await request.json())["prompt"]
-        asked.append(prompts)
-        status = 500 if prompts != ["?"] and len(asked) % 2 else later if prompts != ["?"] else 200
-        answer = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
-        await JSONResponse(answer, status)(scope, receive, send)
+        requests.append(prompts)
+        status = 500 if prompts != ["?"] and len(requests) % 2 else later if prompts != ["?"] else 200
+        response = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
+        await JSONResponse(response, status)(scope, receive, send)
 
     with served(failing) as url:
-        found = ask(stores.model_copy(update={"model_server_url": url}), ["j"])
+        results = ask(stores.model_copy(update={"model_server_url": url}), ["j"])
     expected = {200: "a", 413: "too long", 500: "the model server fails on it: too long"}
-    assert [str(one) for one in found] == [expected[later]] and len(asked) == (4 if later == 500 else 2)
+    assert [str(one) for one in results] == [expected[later]] and len(requests) == (4 if later == 500 else 2)
 
 
 def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_answered(model_server):
     prompts = [f"{n} + {n}" for n in range(80)]
     expected = ask(model_server, prompts)
     prompts[7:7], prompts[70:70] = ["a" * 300], ["b" * 300, "j"]
-    found = ask(model_server, prompts)
-    refused = {n: str(answer) for n, answer in enumerate(found) if isinstance(answer, PromptRefused)}
-    assert list(refused) == [7, 70, 71] and [a for a in found if isinstance(a, str)] == expected
+    results = ask(model_server, prompts)
+    refused = {n: str(result) for n, result in enumerate(results) if isinstance(result, PromptRefused)}
+    assert list(refused) == [7, 70, 71] and [a for a in results if isinstance(a, str)] == expected
     assert refused[7] == f"the prompt has 301 tokens and the window {WINDOW}; shorten the prompt"
     assert "not finite" in refused[71]
 
@@ -99,21 +99,21 @@ def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, obj
     ids = []
     for name in ("good", "gone", "fine"):
         content = b'{"prompt": "' + new_id().encode() + b'", "answer": "b"}'
-        made = portal.post(f"/api/v1/datasets?name={name}", content=content, headers=account.headers).json()
-        ids.append(made["id"])
+        uploaded = portal.post(f"/api/v1/datasets?name={name}", content=content, headers=account.headers).json()
+        ids.append(uploaded["id"])
         if name == "gone":
-            objects.delete(f"{datasets.UPLOADS_FOLDER}/{made['sha256']}")
+            objects.delete(f"{datasets.UPLOADS_FOLDER}/{uploaded['sha256']}")
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
-        turn = rounds.request_round(session, "test", RoundParameters(), new_id()).id
-    counts = collect.collect(context, turn)
+        training_round = rounds.request_round(session, "test", RoundParameters(), new_id()).id
+    counts = collect.collect(context, training_round)
     with context.sessions.begin() as session:
-        kept = rounds.find_round(session, turn).failed_items
-        rounds.finish_round(session, turn, "cancelled", "the test is over")
-    found = [portal.get(f"/api/v1/datasets/{one}", headers=account.headers).json() for one in ids]
-    assert [dataset["state"] for dataset in found] == ["accepted", "rejected", "accepted"]
-    assert "its bytes are missing in the object store" in found[1]["reason"]
-    assert kept["accept"] == 1 <= counts.failed
+        recorded_items = rounds.find_round(session, training_round).failed_items
+        rounds.finish_round(session, training_round, "cancelled", "the test is over")
+    listed = [portal.get(f"/api/v1/datasets/{one}", headers=account.headers).json() for one in ids]
+    assert [dataset["state"] for dataset in listed] == ["accepted", "rejected", "accepted"]
+    assert "its bytes are missing in the object store" in listed[1]["reason"]
+    assert recorded_items["accept"] == 1 <= counts.failed
 
 
 @pytest.fixture
@@ -122,12 +122,12 @@ def context(model_server, engine, objects):
     context = Context(model_server, make_session_factory(engine), objects)
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
-        turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-        rounds.add_version(session, turn.id, VERSION, ModelManifest({}, {}))
+        training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+        rounds.add_version(session, training_round.id, VERSION, ModelManifest({}, {}))
         session.flush()
         decision = PromotionDecision(promote=True, reasons=(), champion=None, candidate=VERSION)
-        promotion.promote_candidate(session, turn, decision)
-        rounds.finish_round(session, turn.id, "promoted", "for the test")
+        promotion.promote_candidate(session, training_round, decision)
+        rounds.finish_round(session, training_round.id, "promoted", "for the test")
     yield context
     with context.sessions.begin() as session:
         session.execute(delete(Promotion))
@@ -140,10 +140,10 @@ def test_reports_are_taken_up_whatever_is_among_them(context, portal, account):
         body = {"kind": "correction", "prompt": prompt, "response": "?", "model_version": 1, "expected": new_id()}
         ids[name] = portal.post("/api/v1/feedback", json=body, headers=account.headers).json()["id"]
     assert collect.process_waiting_reports(context, 10_000).to_row()["failed"] >= 2
-    found = {name: portal.get(f"/api/v1/feedback/{one}", headers=account.headers).json() for name, one in ids.items()}
-    assert {name for name, report in found.items() if report["state"] == "accepted"} == {"fits", "separators", "last"}
-    assert "301 tokens" in found["long"]["reason"] and "not finite" in found["broken"]["reason"]
-    assert all(found[name]["state"] == "in_review" for name in ("long", "broken"))
+    reports = {name: portal.get(f"/api/v1/feedback/{one}", headers=account.headers).json() for name, one in ids.items()}
+    assert {name for name, report in reports.items() if report["state"] == "accepted"} == {"fits", "separators", "last"}
+    assert "301 tokens" in reports["long"]["reason"] and "not finite" in reports["broken"]["reason"]
+    assert all(reports[name]["state"] == "in_review" for name in ("long", "broken"))
     assert collect.process_waiting_reports(context, 10_000).reproduced == 0
 
 
@@ -194,6 +194,6 @@ def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_
 
 def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
-    given = evaluate._build_evaluation_environment(context, tmp_path)
-    assert {name for name, secret in secrets.items() if secret in given.values()} == {"mlflow_reader"}
-    assert given["COTRAIN_MLFLOW_USERNAME"] == "cotrain-reader"
+    environment = evaluate._build_evaluation_environment(context, tmp_path)
+    assert {name for name, secret in secrets.items() if secret in environment.values()} == {"mlflow_reader"}
+    assert environment["COTRAIN_MLFLOW_USERNAME"] == "cotrain-reader"

@@ -27,13 +27,13 @@ SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 def test_a_config_is_made_in_an_empty_folder_only_and_never_by_reading(tmp_path):
     with pytest.raises(ValueError, match="make one with `cotrain up`"):
         load_config(tmp_path)
-    made = load_or_make_config(tmp_path)
-    assert load_or_make_config(tmp_path) == load_config(tmp_path) == made
+    config = load_or_make_config(tmp_path)
+    assert load_or_make_config(tmp_path) == load_config(tmp_path) == config
     (tmp_path / CONFIG_FILE).unlink()
     with pytest.raises(ValueError, match=f"is gone; put its copy back: cp .*{CONFIG_COPY_FILE}"):
         load_or_make_config(tmp_path)
     shutil.copy(tmp_path / CONFIG_COPY_FILE, tmp_path / CONFIG_FILE)
-    assert load_config(tmp_path) == made
+    assert load_config(tmp_path) == config
 
 
 @pytest.mark.parametrize("text", ["", "null", "{}", '{"ports": []}', "\0"])
@@ -73,13 +73,13 @@ def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack
         "model-server": f"{settings.model_server_url}/health",
     }
     before = {name: stack.pid(name) for name in urls}
-    taken, is_over = [], threading.Event()
+    taken_ports, is_over = [], threading.Event()
 
     def try_to_take():
         while not is_over.is_set():
             for name, url in urls.items():
                 with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", parse_port(url))):
-                    taken.append(name)
+                    taken_ports.append(name)
             time.sleep(0.001)
 
     with ThreadPoolExecutor() as threads:
@@ -88,17 +88,19 @@ def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack
             for name in urls:
                 stack.kill(name)
             stack.until(lambda: all(restarts_of(stack)[name] == 1 for name in urls))
-            answers = {name: threads.submit(httpx.get, url, timeout=120) for name, url in urls.items()}
-            statuses = {name: answer.result().status_code for name, answer in answers.items()}
+            responses = {name: threads.submit(httpx.get, url, timeout=120) for name, url in urls.items()}
+            statuses = {name: response.result().status_code for name, response in responses.items()}
         finally:
             is_over.set()
         squatter.result()
-    assert not taken
+    assert not taken_ports
     assert statuses == dict.fromkeys(urls, 200)
 
     def all_new():
-        found = read_stack_state(stack.home)["services"]
-        return found if all(found[n]["state"] == "ready" and found[n]["pid"] != before[n] for n in urls) else None
+        services = read_stack_state(stack.home)["services"]
+        return (
+            services if all(services[n]["state"] == "ready" and services[n]["pid"] != before[n] for n in urls) else None
+        )
 
     stack.until(all_new, seconds=120)
     assert {name: restarts_of(stack)[name] for name in urls} == dict.fromkeys(urls, 1)
@@ -137,10 +139,10 @@ def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
     os.kill(keeper.pid, signal.SIGSTOP)
     stack.until(lambda: find_keeper(stack.home).is_silent, seconds=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
     for command in ("doctor", "status"):
-        status, told = stack.cotrain(command)
-        assert status == 1 and "has sent no heartbeat" in json.dumps(told)
-    status, told = stack.cotrain("up")
-    assert status == 1 and "run `cotrain down`, which ends it" in told
+        status, output = stack.cotrain(command)
+        assert status == 1 and "has sent no heartbeat" in json.dumps(output)
+    status, output = stack.cotrain("up")
+    assert status == 1 and "run `cotrain down`, which ends it" in output
     assert stack.cotrain("down", check=True)[1]["stopped"]
     assert find_keeper(stack.home) is None and not list(find_stack_pids(keeper.stack_id))
     stack.cotrain("up", check=True)
@@ -156,8 +158,8 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
     stack.cotrain("down", check=True)
     assert not list(find_stack_pids(before.stack_id))
     environment = (stack.home / "env").read_bytes()
-    status, told = stack.cotrain("up")
-    assert status == 1 and "put its copy back" in told
+    status, output = stack.cotrain("up")
+    assert status == 1 and "put its copy back" in output
     assert not file.exists() and (stack.home / "env").read_bytes() == environment
     shutil.copy(stack.home / CONFIG_COPY_FILE, file)
     stack.cotrain("up", check=True)
@@ -168,7 +170,7 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
 def test_a_service_without_a_port_that_hangs_is_named_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
-    told = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]
-    assert stack.until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in told), 60)
+    faults = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]
+    assert stack.until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in faults), 60)
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGCONT)

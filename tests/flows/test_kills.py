@@ -37,8 +37,8 @@ PROCESSES = {
 
 @pytest.fixture(scope="module")
 def champion(stack, operator, base):
-    done = stack.follow(operator, operator.start_round(FIRST))
-    assert done.state == "promoted", done.reason
+    ended_round = stack.follow(operator, operator.start_round(FIRST))
+    assert ended_round.state == "promoted", ended_round.reason
 
 
 def pids_of(stack, victim):
@@ -46,9 +46,9 @@ def pids_of(stack, victim):
     if victim in SERVICES:
         pid = stack.pid(victim)
         return [pid] if pid else []
-    found = stack.processes(PROCESSES[victim])
+    pids = stack.processes(PROCESSES[victim])
     launchers = stack.processes(PROCESSES["torchrun"]) if victim == "rank" else []  # which name what they launch
-    return [pid for pid in found if pid not in launchers]
+    return [pid for pid in pids if pid not in launchers]
 
 
 def where(stack, sessions, round_id):
@@ -57,16 +57,16 @@ def where(stack, sessions, round_id):
     """
     try:
         with sessions() as session:
-            turn = session.get_one(Round, round_id)
+            training_round = session.get_one(Round, round_id)
             run = session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == round_id))
-            taken = session.scalar(
-                select(CaseResult.version).where(CaseResult.version == turn.candidate_version).limit(1)
+            evaluated = session.scalar(
+                select(CaseResult.version).where(CaseResult.version == training_round.candidate_version).limit(1)
             )
     except OperationalError:
         return None, None
-    if turn.step == "train" and (stack.home / "runs" / str(run) / "export" / "manifest.json").exists():
-        return turn.state, "register"
-    return turn.state, "decide" if turn.step == "evaluate" and taken else turn.step
+    if training_round.step == "train" and (stack.home / "runs" / str(run) / "export" / "manifest.json").exists():
+        return training_round.state, "register"
+    return training_round.state, "decide" if training_round.step == "evaluate" and evaluated else training_round.step
 
 
 def strike(stack, sessions, round_id, victim):
@@ -110,16 +110,16 @@ def check_reports(stack, sessions, client, reporter, round_id):
     assert reporter.failed == []
     assert sorted(report.id for report in client.all_feedback()) == sorted(reporter.acknowledged)
     with sessions() as session:
-        turn = session.get_one(Round, round_id)
-        assert turn.state == "promoted", turn.reason
-        early = session.scalars(select(Feedback).where(Feedback.created_at <= turn.cut_off)).all()
+        training_round = session.get_one(Round, round_id)
+        assert training_round.state == "promoted", training_round.reason
+        early = session.scalars(select(Feedback).where(Feedback.created_at <= training_round.cut_off)).all()
         assert {report.state for report in early} <= {"accepted"}
         expected = sorted(report.id for report in early)
 
     def told():
         with sessions() as session:
             query = select(Outbox.feedback_id).where(
-                Outbox.version == turn.candidate_version, Outbox.delivered_at.is_not(None)
+                Outbox.version == training_round.candidate_version, Outbox.delivered_at.is_not(None)
             )
             return sorted(session.scalars(query)) == expected
 
@@ -127,8 +127,8 @@ def check_reports(stack, sessions, client, reporter, round_id):
     with sessions() as session:
         untested = [
             case
-            for case in rounds.find_untested_cases(session, turn.candidate_version)
-            if case.created_at < turn.cut_off
+            for case in rounds.find_untested_cases(session, training_round.candidate_version)
+            if case.created_at < training_round.cut_off
         ]
         assert untested == []
 
@@ -150,25 +150,25 @@ def reporter(stack, operator, champion):
 
 @pytest.mark.parametrize("victim", [*SERVICES, *PROCESSES])
 def test_a_round_outlives_kills_in_every_step(stack, sessions, operator, reporter, victim):
-    turn = operator.start_round(NEXT)
-    struck = strike(stack, sessions, turn.id, victim)
+    training_round = operator.start_round(NEXT)
+    struck = strike(stack, sessions, training_round.id, victim)
     reporter.stopped.set()
     reporter.join()
     lives_in = {"torchrun": {"train"}, "rank": {"train"}, "evaluation": {"evaluate"}}.get(victim, set(STEPS[3:6]))
     assert lives_in <= set(struck)
-    check_reports(stack, sessions, reporter.client, reporter, turn.id)
+    check_reports(stack, sessions, reporter.client, reporter, training_round.id)
 
 
 def test_a_round_outlives_the_loss_of_prefects_database(stack, sessions, operator, reporter):
-    turn = operator.start_round(NEXT)
-    stack.until(lambda: where(stack, sessions, turn.id)[1] == "train", pause=0.02)
+    training_round = operator.start_round(NEXT)
+    stack.until(lambda: where(stack, sessions, training_round.id)[1] == "train", pause=0.02)
     config = load_config(stack.home)
     postgres = Postgres(stack.home / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute("drop database prefect with (force)")
-    assert operator.round(turn.id).state == "running"
+    assert operator.round(training_round.id).state == "running"
     stack.kill("prefect")
-    stack.until(lambda: where(stack, sessions, turn.id)[0] != "running", seconds=300)
+    stack.until(lambda: where(stack, sessions, training_round.id)[0] != "running", seconds=300)
     reporter.stopped.set()
     reporter.join()
-    check_reports(stack, sessions, reporter.client, reporter, turn.id)
+    check_reports(stack, sessions, reporter.client, reporter, training_round.id)

@@ -14,6 +14,6 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "faults_poison.py"
 
 def test_hostile_items_cost_no_honest_one_anything():
     command = [sys.executable, str(BENCHMARK), "--honest", "60", "--hostile", "50"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
-    lines = [json.loads(line) for line in done.stdout.split("\n") if line]
-    assert lines and [line for line in lines if line["ok"] is False] == [], done.stderr[-4000:]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1000)
+    lines = [json.loads(line) for line in result.stdout.split("\n") if line]
+    assert lines and [line for line in lines if line["ok"] is False] == [], result.stderr[-4000:]

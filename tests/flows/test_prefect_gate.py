@@ -132,8 +132,8 @@ SCHEDULE = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0'
 
 @pytest.mark.parametrize("schedule", SECONDLY, ids=str)
 def test_a_schedule_that_is_too_often_or_never_due_is_refused(gate, schedule):
-    made = {**OWN, "schedules": [{"schedule": schedule}]}
-    assert gate.post("/api/deployments/", auth=RIGHT, json=made).status_code == 422
+    deployment = {**OWN, "schedules": [{"schedule": schedule}]}
+    assert gate.post("/api/deployments/", auth=RIGHT, json=deployment).status_code == 422
     assert gate.patch(SCHEDULE, auth=RIGHT, json={"schedule": schedule}).status_code == 422
 
 
@@ -142,9 +142,12 @@ def test_deployments_and_flows_of_the_code_are_taken_with_few_schedules(gate):
         return [gate.post("/api/deployments/", auth=RIGHT, json=body).status_code for body in bodies]
 
     daily = {"schedule": {"cron": "0 6 * * *", "timezone": "UTC"}}
-    own = {**OWN, "schedules": [daily]}
-    assert statuses(own, OWN) == [200, 200]
-    assert statuses({**own, "name": "mine"}, {"schedules": []}, {**own, "schedules": [daily] * 50}, []) == [422] * 4
+    deployment = {**OWN, "schedules": [daily]}
+    assert statuses(deployment, OWN) == [200, 200]
+    assert (
+        statuses({**deployment, "name": "mine"}, {"schedules": []}, {**deployment, "schedules": [daily] * 50}, [])
+        == [422] * 4
+    )
     names = {
         name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code
         for name in ("mine", *REGISTERED_FLOWS)
@@ -241,11 +244,11 @@ def test_kinds_are_refused_where_nothing_is_filled_in(gate):
     ids=str,
 )
 def test_objects_as_the_pages_send_them_reach_the_server_as_plain_values(gate, sent, reached):
-    answer = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": sent}, "name": "mine"})
-    assert json.loads(answer.json()["body"]) == {"parameters": reached, "name": "mine"}
-    asked = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": sent}}
-    answer = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=asked)
-    assert json.loads(answer.json()["body"])["values"] == reached
+    response = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": sent}, "name": "mine"})
+    assert json.loads(response.json()["body"]) == {"parameters": reached, "name": "mine"}
+    request = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": sent}}
+    response = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=request)
+    assert json.loads(response.json()["body"])["values"] == reached
 
 
 def test_a_run_gets_only_parameters_of_a_registered_flow(gate):
@@ -370,9 +373,9 @@ def test_probes_may_ask_for_the_head_alone(gate):
 
 def refusal(gate, path, content, method="POST"):
     """Why a body is refused; the test fails if it is not."""
-    answer = gate.request(method, path, auth=RIGHT, content=content)
-    assert answer.status_code == 422, answer.text
-    return answer.json()["exception_message"]
+    response = gate.request(method, path, auth=RIGHT, content=content)
+    assert response.status_code == 422, response.text
+    return response.json()["exception_message"]
 
 
 def test_browsers_are_told_to_load_nothing_from_other_hosts(gate):

@@ -50,8 +50,8 @@ print(json.dumps({"routes": [[route.path, route.method] for route in list_routes
 @pytest.fixture(scope="module")
 def server(stores):
     """The address and the password of a real server behind its gate."""
-    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
-    process = start(found["prefect"], stores.stack_id)
+    services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
+    process = start(services["prefect"], stores.stack_id)
     yield stores.prefect_api_url.removesuffix("/api"), stores.prefect_auth.get_secret_value()
     process.terminate()
     process.wait()
@@ -66,8 +66,8 @@ def application():
             "PREFECT_SERVER_UI_ENABLED": "false",
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://nobody@127.0.0.1:1/none",
         }
-        done = subprocess.run([sys.executable, "-c", LIST_ROUTES], env=env, cwd=ROOT, capture_output=True, check=True)
-    return json.loads(done.stdout)
+        result = subprocess.run([sys.executable, "-c", LIST_ROUTES], env=env, cwd=ROOT, capture_output=True, check=True)
+    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,21 @@ def routes(application):
 def dates_in(form, name=""):
     """Names of the fields of a form that hold dates."""
     if isinstance(form, list):
-        return {found for one in form for found in dates_in(one, name)}
+        return {name_of_date for one in form for name_of_date in dates_in(one, name)}
     if not isinstance(form, dict):
         return set()
-    own = {name} if form.get("format") in ("date-time", "date") else set()
+    own_names = {name} if form.get("format") in ("date-time", "date") else set()
     named = form.get("properties", {})
-    fields = {found for key, one in named.items() for found in dates_in(one, key)} if isinstance(named, dict) else set()
-    return own | fields | {found for key, one in form.items() if key != "properties" for found in dates_in(one, name)}
+    fields = (
+        {name_of_date for key, one in named.items() for name_of_date in dates_in(one, key)}
+        if isinstance(named, dict)
+        else set()
+    )
+    return (
+        own_names
+        | fields
+        | {name_of_date for key, one in form.items() if key != "properties" for name_of_date in dates_in(one, name)}
+    )
 
 
 def test_every_date_of_the_servers_forms_is_checked(application):
@@ -116,17 +124,17 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
     for caller, auth in zip(open_to, (None, (operator[0], "wrong"), operator), strict=True):
         with httpx.Client(base_url=base, auth=auth, timeout=30) as client:
             for route in http_routes:
-                answer = client.request(route.method, route.example(countable="day"))
-                if answer.status_code not in (401, 403, 429):
+                response = client.request(route.method, route.example(countable="day"))
+                if response.status_code not in (401, 403, 429):
                     open_to[caller].add(route)
     # `/api/work_pools/filter` is of the form `/api/work_pools/{name}` too, to the server as well.
     # A HEAD of an open GET is answered as that.
     heads = {Route(path, "HEAD") for _, path in PUBLIC_ROUTES.routes}
-    others = {caller: found - routes - heads for caller, found in open_to.items()}
-    assert all(heads <= found for found in open_to.values())
+    others = {caller: status - routes - heads for caller, status in open_to.items()}
+    assert all(heads <= status for status in open_to.values())
     assert all(OPERATOR_ROUTES.is_allowed(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
-    answering = {caller: found & routes for caller, found in open_to.items()}
+    answering = {caller: status & routes for caller, status in open_to.items()}
     assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC_ROUTES)
     assert answering["operator"] == listed(PUBLIC_ROUTES, OPERATOR_ROUTES)
     row = summarise("Prefect", len(http_routes), answering)
@@ -136,8 +144,8 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
 def test_routes_that_nobody_knows_are_closed(server):
     base, secret = server
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1))) as client:
-        answers = {(path, method): client.request(method, path) for path in UNKNOWN for method in METHODS}
-    assert {request for request, answer in answers.items() if answer.status_code != 403} == set()
+        responses = {(path, method): client.request(method, path) for path in UNKNOWN for method in METHODS}
+    assert {request for request, response in responses.items() if response.status_code != 403} == set()
 
 
 def test_websockets_answer_on_listed_paths_to_the_password_alone(server, routes):
@@ -190,18 +198,18 @@ STAY_SHUT = [
 def test_what_the_server_fails_at_is_refused_and_lists_go_on(server, deployment, body, named):
     base, secret = server
     with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
-        answer = client.post(f"/deployments/{deployment}/create_flow_run", content=body)
-        assert answer.status_code == 422 and named in answer.json()["exception_message"]
+        response = client.post(f"/deployments/{deployment}/create_flow_run", content=body)
+        assert response.status_code == 422 and named in response.json()["exception_message"]
         assert client.post("/flow_runs/filter", json={}).is_success
         assert client.post("/flow_runs/lateness", json={}).is_success
 
 
 def test_an_object_as_the_pages_send_it_becomes_a_runs_parameter(server, deployment):
     base, secret = server
-    sent = {"limit": {"__prefect_kind": "json", "value": "7"}}
+    parameters = {"limit": {"__prefect_kind": "json", "value": "7"}}
     with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
-        made = client.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": sent})
-    assert made.json()["parameters"] == {"limit": 7}
+        response = client.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+    assert response.json()["parameters"] == {"limit": 7}
 
 
 def test_events_are_stored_after_one_that_cannot_be(server):
@@ -223,8 +231,8 @@ def test_events_are_stored_after_one_that_cannot_be(server):
         )
 
     def count(client):
-        found = client.post("/api/events/filter", json={"filter": {"event": {"name": ["honest"]}}}).json()
-        return found["total"] == 2
+        events = client.post("/api/events/filter", json={"filter": {"event": {"name": ["honest"]}}}).json()
+        return events["total"] == 2
 
     send(event("honest"), event("hostile", size=1e308))
     send(event("honest"))
@@ -235,15 +243,15 @@ def test_events_are_stored_after_one_that_cannot_be(server):
 def test_the_pages_read_no_secret_from_the_settings(server, stores):
     base, secret = server
     text = httpx.get(f"{base}/api/admin/settings", auth=tuple(secret.split(":", 1))).text
-    held = load_config(stores.home).secrets
-    assert [name for name, value in held.items() if value in text] == []
+    stored_secrets = load_config(stores.home).secrets
+    assert [name for name, value in stored_secrets.items() if value in text] == []
 
 
 def test_page_files_and_pages_are_open_and_carry_the_policy(server):
     base, _ = server
     for page in ("/", "/runs", "/v2/", "/ui-settings"):
-        answer = httpx.get(base + page, follow_redirects=True, headers={"accept": "text/html"})
-        assert answer.status_code == 200 and "connect-src 'self'" in answer.headers["content-security-policy"]
+        response = httpx.get(base + page, follow_redirects=True, headers={"accept": "text/html"})
+        assert response.status_code == 200 and "connect-src 'self'" in response.headers["content-security-policy"]
         assert page == "/ui-settings" or is_page("GET", page)
 
 
@@ -252,10 +260,10 @@ def test_only_schemas_of_registered_flows_reach_the_server(server):
     base, secret = server
     slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:
-        asked = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
+        validation = client.post("/api/ui/schemas/validate", json={"schema": slow, "values": {"a": "a" * 40 + "!"}})
         flow = client.post("/api/flows/", json={"name": "cotrain-round"}).json()["id"]
         body = {**DEPLOYMENT_FIXED_FIELDS, "flow_id": flow, "parameter_openapi_schema": slow}
-        made = client.post("/api/deployments/", json=body)
+        response = client.post("/api/deployments/", json=body)
         known = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {}}
-        own = client.post("/api/ui/schemas/validate", json=known)
-    assert (asked.status_code, made.status_code, own.status_code) == (422, 422, 200)
+        known_validation = client.post("/api/ui/schemas/validate", json=known)
+    assert (validation.status_code, response.status_code, known_validation.status_code) == (422, 422, 200)

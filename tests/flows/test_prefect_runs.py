@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def client(stores):
     """A client of Prefect's server, which knows the deployments."""
-    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
-    process = start(found["prefect"], stores.stack_id)
+    services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
+    process = start(services["prefect"], stores.stack_id)
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
         register_deployments(client, stores)
         yield client
@@ -35,10 +35,10 @@ def client(stores):
 @pytest.fixture
 def deployment(client):
     """The deployment whose runs the dispatcher starts when reports wait; none of its runs is open."""
-    found = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
+    deployment_id = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
     for run in client.read_flow_runs():
         client.set_flow_run_state(run.id, Cancelled(), force=True)
-    return found
+    return deployment_id
 
 
 def later(**time):
@@ -57,22 +57,22 @@ def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deploym
     before = find_newest_flow_run(client, deployment)
     monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
     start_reproduction_run(client, 1)
-    made = find_newest_flow_run(client, deployment)
-    assert made.id != future.id and (before is None or made.id != before.id) and made.state.is_scheduled()
+    flow_run = find_newest_flow_run(client, deployment)
+    assert flow_run.id != future.id and (before is None or flow_run.id != before.id) and flow_run.state.is_scheduled()
 
 
 def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
     """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
     monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
-    made = []
+    flow_runs = []
     for _ in range(2):
         start_reproduction_run(client, 1)
-        made.append(find_newest_flow_run(client, deployment))
-        client.set_flow_run_state(made[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
-    assert made[0].id != made[1].id
+        flow_runs.append(find_newest_flow_run(client, deployment))
+        client.set_flow_run_state(flow_runs[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
+    assert flow_runs[0].id != flow_runs[1].id
     assert (
-        end_if_lost(client, client.read_flow_run(made[0].id))
-        and state_of(client, made[0]).message == "it was postponed"
+        end_if_lost(client, client.read_flow_run(flow_runs[0].id))
+        and state_of(client, flow_runs[0]).message == "it was postponed"
     )
     assert not end_if_lost(client, client.create_flow_run_from_deployment(deployment))
 
@@ -127,4 +127,4 @@ def test_a_run_with_a_process_that_is_slow_to_start_is_left_alone(client, deploy
 
 
 def waits(stores):
-    return [found.fault for found in probe_flow_runs(stores) if "waits since" in (found.fault or "")]
+    return [finding.fault for finding in probe_flow_runs(stores) if "waits since" in (finding.fault or "")]

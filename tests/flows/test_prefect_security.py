@@ -38,21 +38,21 @@ class Marker:
 @pytest.fixture
 def marker(tmp_path):
     """Return the file that must not appear."""
-    made = Marker(tmp_path / "marker")
-    yield made
-    assert not made.path.exists()
+    marker_file = Marker(tmp_path / "marker")
+    yield marker_file
+    assert not marker_file.path.exists()
 
 
 @pytest.fixture(scope="module")
 def prefect(stores):
     """Prefect's API with its password; server and worker run, pool and deployments are registered."""
     (stores.home / "logs").mkdir(exist_ok=True)
-    found = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
+    services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     secret = stores.prefect_auth.get_secret_value()
-    processes = [start(found["prefect"], stores.stack_id)]
+    processes = [start(services["prefect"], stores.stack_id)]
     with SyncPrefectClient(stores.prefect_api_url, auth_string=secret) as client:
         register_deployments(client, stores)
-    processes.append(start(found["worker"], stores.stack_id))
+    processes.append(start(services["worker"], stores.stack_id))
     with httpx.Client(base_url=stores.prefect_api_url, auth=tuple(secret.split(":", 1)), timeout=30) as client:
         yield client
     for process in reversed(processes):
@@ -70,8 +70,8 @@ def overwrite(stores):
         named = ", ".join(f"{name} = %s" for name in columns)
         values = [Jsonb(value) if isinstance(value, (dict, list)) else value for value in columns.values()]
         with psycopg.connect(url) as connection:
-            done = connection.execute(f"update {table} set {named} where name = %s", [*values, where])
-            assert done.rowcount > 0
+            cursor = connection.execute(f"update {table} set {named} where name = %s", [*values, where])
+            assert cursor.rowcount > 0
 
     yield write
     register_again(stores)
@@ -95,9 +95,9 @@ def register_again(stores):
 
 def run(prefect, deployment_id, **body):
     """Start a run and wait for its end; its final state."""
-    answer = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json=body)
-    assert answer.is_success, answer.text
-    return wait(prefect, answer.json()["id"])
+    response = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json=body)
+    assert response.is_success, response.text
+    return wait(prefect, response.json()["id"])
 
 
 def wait(prefect, run_id):
@@ -132,8 +132,8 @@ def test_the_pool_offers_no_variables(prefect):
     template = prefect.get("/work_pools/cotrain").json()["base_job_template"]
     deployment = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()
     for variables in ({"command": "true"}, {"env": {"A": "b"}}, {"working_dir": "/"}):
-        answer = prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables})
-        assert answer.status_code == 422
+        response = prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": variables})
+        assert response.status_code == 422
     assert template["variables"]["properties"] == {} and deployment["job_variables"] == {}
 
 
@@ -181,7 +181,7 @@ def test_other_flows_deployments_and_schedules_are_refused(prefect):
         prefect.post("/deployments/", json={**body, "schedules": [secondly]}),
         prefect.patch(f"/deployments/{registered['id']}/schedules/{registered['schedules'][0]['id']}", json=secondly),
     ]
-    assert [answer.status_code for answer in refused] == [422] * 6
+    assert [response.status_code for response in refused] == [422] * 6
     assert prefect.get(f"/deployments/name/{ROUND}/local").json()["schedules"] == registered["schedules"]
 
 
@@ -203,10 +203,10 @@ def test_the_worker_takes_a_few_flow_runs_at_a_time(prefect):
 
 def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefect, stores):
     assert prefect.patch("/work_pools/cotrain", json={"concurrency_limit": 0}).is_success
-    assert any("concurrency limit of 0" in (found.fault or "") for found in probe_flow_runs(stores))
+    assert any("concurrency limit of 0" in (finding.fault or "") for finding in probe_flow_runs(stores))
     register_again(stores)
     assert prefect.get("/work_pools/cotrain").json()["concurrency_limit"] is None
-    assert not any("concurrency limit" in (found.fault or "") for found in probe_flow_runs(stores))
+    assert not any("concurrency limit" in (finding.fault or "") for finding in probe_flow_runs(stores))
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_parameters_that_prefect_would_fill_in_are_refused_and_run_nothing(prefe
         name: text.replace("SHELL", marker.shell) if isinstance(text, str) else text for name, text in value.items()
     }
     mine = deploy(REPRODUCE, enforce_parameter_schema=False, parameter_openapi_schema={})
-    answer = prefect.post(f"/deployments/{mine}/create_flow_run", json={"parameters": {"limit": value}})
-    assert answer.status_code == 422
+    response = prefect.post(f"/deployments/{mine}/create_flow_run", json={"parameters": {"limit": value}})
+    assert response.status_code == 422
     mine = deploy(REPRODUCE, parameters={"limit": value})
-    answer = prefect.post(f"/deployments/{mine}/create_flow_run", json={})
-    assert answer.is_client_error or wait(prefect, answer.json()["id"])[0] == "FAILED"
+    response = prefect.post(f"/deployments/{mine}/create_flow_run", json={})
+    assert response.is_client_error or wait(prefect, response.json()["id"])[0] == "FAILED"
 
 
 def test_what_prefect_could_run_by_itself_cannot_be_made(prefect):
@@ -243,8 +243,8 @@ def test_what_prefect_could_run_by_itself_cannot_be_made(prefect):
         ("POST", "/flow_runs/"): {"flow_id": "00000000-0000-4000-8000-000000000000"},
         ("POST", "/templates/validate"): "{{ 1 }}",
     }
-    answers = {route: prefect.request(*route, json=body).status_code for route, body in bodies.items()}
-    assert set(answers.values()) == {403}, answers
+    statuses = {route: prefect.request(*route, json=body).status_code for route, body in bodies.items()}
+    assert set(statuses.values()) == {403}, statuses
 
 
 BAD = [
@@ -267,8 +267,8 @@ BAD = [
 @pytest.mark.parametrize("parameters", BAD, ids=str)
 def test_wrong_parameters_are_refused_by_the_form(prefect, parameters):
     deployment = prefect.get(f"/deployments/name/{ROUND}/local").json()["id"]
-    answer = prefect.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
-    assert answer.is_client_error
+    response = prefect.post(f"/deployments/{deployment}/create_flow_run", json={"parameters": parameters})
+    assert response.is_client_error
 
 
 @pytest.mark.parametrize("parameters", [{"nonsense": 1}, {"max_steps": 0}, {"precision": "fp8"}], ids=str)

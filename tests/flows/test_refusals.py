@@ -26,16 +26,16 @@ START = ["round", "start"]
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_with_its_field(argv, line):
-    done = CliRunner().invoke(app, argv)
-    assert done.exit_code == 2
-    assert done.stderr.startswith(f"cotrain: {line}") and done.stderr.count("\n") == 1
+    result = CliRunner().invoke(app, argv)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"cotrain: {line}") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("round_id", ["../health", "x?y", "a\udcff"])
 def test_what_is_no_rounds_id_is_never_asked_for(round_id):
-    done = CliRunner().invoke(app, ["round", "status", round_id])
-    assert done.exit_code == 2
-    assert "must be an id of 32 hexadecimal digits or latest" in " ".join(done.stderr.replace("│", "").split())
+    result = CliRunner().invoke(app, ["round", "status", round_id])
+    assert result.exit_code == 2
+    assert "must be an id of 32 hexadecimal digits or latest" in " ".join(result.stderr.replace("│", "").split())
 
 
 def test_a_round_has_an_option_for_each_of_its_parameters():
@@ -46,10 +46,10 @@ def test_a_round_has_an_option_for_each_of_its_parameters():
 
 @pytest.mark.parametrize("part", ["base", "base=", "=", "base=much"])
 def test_weights_are_names_with_numbers(part):
-    done = CliRunner().invoke(app, [*START, "--weights", "datasets=1", "--weights", part])
-    assert done.exit_code == 2 and "must be NAME=NUMBER" in done.stderr
+    result = CliRunner().invoke(app, [*START, "--weights", "datasets=1", "--weights", part])
+    assert result.exit_code == 2 and "must be NAME=NUMBER" in result.stderr
 
 
 def test_a_part_has_one_weight():
-    done = CliRunner().invoke(app, [*START, "--weights", "base=1", "--weights", "base=2"])
-    assert done.exit_code == 2 and "must name each part once" in " ".join(done.stderr.replace("│", "").split())
+    result = CliRunner().invoke(app, [*START, "--weights", "base=1", "--weights", "base=2"])
+    assert result.exit_code == 2 and "must name each part once" in " ".join(result.stderr.replace("│", "").split())

@@ -38,9 +38,9 @@ def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
 
 def test_the_run_form_asks_for_what_the_portal_asks_for():
     fields = REGISTERED_FLOWS["cotrain-round"].schema()["properties"]
-    asked = RoundParameters.model_json_schema()["properties"]
-    assert {name: fields[name] | asked[name] for name in asked} == {name: fields[name] for name in asked}
-    assert set(fields) - set(asked) == {"round_id"}
+    properties = RoundParameters.model_json_schema()["properties"]
+    assert {name: fields[name] | properties[name] for name in properties} == {name: fields[name] for name in properties}
+    assert set(fields) - set(properties) == {"round_id"}
 
 
 def test_the_schemas_allow_the_defaults_and_nothing_unknown():

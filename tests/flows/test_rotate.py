@@ -80,9 +80,9 @@ def refused(found):
 def test_all_secrets_of_a_running_stack_are_rotated(stack):
     before = accounts(stack.home)
     old, certificate = load_config(stack.home).secrets, (stack.home / WEED_CERTIFICATE).read_bytes()
-    _, said = stack.cotrain("rotate", check=True)
+    _, output = stack.cotrain("rotate", check=True)
     assert (stack.home / WEED_CERTIFICATE).read_bytes() != certificate
-    assert set(said["rotated"]) == set(ROTATABLE_SECRET_NAMES)
+    assert set(output["rotated"]) == set(ROTATABLE_SECRET_NAMES)
     assert refused(accounts(stack.home)) == set()
     assert refused(before) == before.keys()
     now = load_config(stack.home)
@@ -111,9 +111,9 @@ def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, 
     with subprocess.Popen(command, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, cwd=ROOT) as process:
         time.sleep(seconds)
         process.kill()
-    if (found := read_stack_state(stack.home)) and found.get("pid"):
+    if (state := read_stack_state(stack.home)) and state.get("pid"):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(found["pid"], signal.SIGKILL)
+            os.kill(state["pid"], signal.SIGKILL)
     stack.cotrain("rotate", check=True)
     stack.cotrain("up", check=True)
     assert refused(accounts(stack.home)) == set()
@@ -122,5 +122,5 @@ def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, 
 
 
 def test_the_salt_that_splits_cases_cannot_be_rotated(stack):
-    status, said = stack.cotrain("rotate", "--secret", "split_salt")
-    assert status == 1 and "must never change" in said
+    status, output = stack.cotrain("rotate", "--secret", "split_salt")
+    assert status == 1 and "must never change" in output

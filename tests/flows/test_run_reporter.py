@@ -49,8 +49,8 @@ def test_a_flood_of_events_costs_few_lines_and_one_that_counts_the_rest(told, mo
     flood = [{"event": "skip", "step": step} for step in range(MAX_EVENTS_PER_MINUTE + 500)]
     assert len(told(*flood)) == MAX_EVENTS_PER_MINUTE and told(*flood[:7]) == []
     monkeypatch.setattr(run_reporter, "EVENT_WINDOW_S", 0.0)  # the minute is over
-    said = told({"event": "skip", "step": 1})
-    assert len(said) == 2 and said[0].startswith("507 more events are in ") and said[1] == "event skip, step 1"
+    lines = told({"event": "skip", "step": 1})
+    assert len(lines) == 2 and lines[0].startswith("507 more events are in ") and lines[1] == "event skip, step 1"
 
 
 def test_the_reason_of_an_ending_keeps_its_lines_and_steers_no_terminal():

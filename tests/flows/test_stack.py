@@ -29,45 +29,45 @@ SHORT = RoundParameters(max_steps=60, learning_rate=2e-3, replay_rows=200)
 @pytest.fixture(scope="module")
 def first(operator, stack, base):
     """The base round, with its trainer, worker, dispatcher and database killed on the way."""
-    turn = operator.start_round(SHORT)
-    status = stack.until(lambda: operator.round(turn.id).status)
+    training_round = operator.start_round(SHORT)
+    status = stack.until(lambda: operator.round(training_round.id).status)
     os.kill(status["pid"], signal.SIGKILL)
-    stack.until(lambda: (operator.round(turn.id).status or {}).get("pid") not in (None, status["pid"]))
+    stack.until(lambda: (operator.round(training_round.id).status or {}).get("pid") not in (None, status["pid"]))
     for name in ("worker", "dispatcher", "postgres"):
         stack.kill(name)
-    done = stack.follow(operator, turn)
-    assert done.state == "promoted", done.reason
-    return done
+    ended_round = stack.follow(operator, training_round)
+    assert ended_round.state == "promoted", ended_round.reason
+    return ended_round
 
 
 def test_a_second_up_changes_nothing(stack):
     before = {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()}
-    _, said = stack.cotrain("up", check=True)
-    assert said["seconds"] < 5
+    _, output = stack.cotrain("up", check=True)
+    assert output["seconds"] < 5
     assert {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()} == before
 
 
 @pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
 def test_a_probe_in_each_services_place_reaches_nothing_of_the_others(stack):
     (stack.home / "env.local").touch()
-    for name, found in probe_services(stack.home).items():
-        assert found["reached"] == [], name
-        assert (found["capabilities"], found["no_new_privs"]) == (0, "1"), name
-        assert found["own"], name
+    for name, report in probe_services(stack.home).items():
+        assert report["reached"] == [], name
+        assert (report["capabilities"], report["no_new_privs"]) == (0, "1"), name
+        assert report["own"], name
 
 
 def test_an_operator_sees_and_changes_the_pool(stack):
-    _, found = stack.cotrain("pool", "show", check=True)
-    assert [device["id"] for device in found["devices"]] == ["cpu-process/0", "cpu-process/1"]
+    _, output = stack.cotrain("pool", "show", check=True)
+    assert [device["id"] for device in output["devices"]] == ["cpu-process/0", "cpu-process/1"]
     stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "node-7", check=True)
-    _, found = stack.cotrain("pool", "show", check=True)
-    assert [(d["lost_reason"], d["lost_host"]) for d in found["devices"]] == [("hot", "node-7")] * 2
+    _, output = stack.cotrain("pool", "show", check=True)
+    assert [(d["lost_reason"], d["lost_host"]) for d in output["devices"]] == [("hot", "node-7")] * 2
     _, returned = stack.cotrain("pool", "return", "cpu-process/1", check=True)
     assert returned["devices"] == ["cpu-process/0", "cpu-process/1"]
-    status, said = stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "a,b")
-    assert status == 1 and "a host name has letters" in said
-    status, said = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
-    assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in said
+    status, output = stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "a,b")
+    assert status == 1 and "a host name has letters" in output
+    status, output = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
+    assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in output
 
 
 def test_a_round_outlives_kills_and_counts_nothing_twice(first, operator):
@@ -101,10 +101,10 @@ print(load(folder).config.name)
         "MLFLOW_TRACKING_USERNAME": "consumer",
         "MLFLOW_TRACKING_PASSWORD": stack.settings.mlflow_consumer_password.get_secret_value(),
     }
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout.strip() == "tiny", done.stderr[-2000:]
+    assert result.stdout.strip() == "tiny", result.stderr[-2000:]
 
 
 def test_the_consumer_may_not_move_the_champion(first, stack):
@@ -115,8 +115,8 @@ def test_the_consumer_may_not_move_the_champion(first, stack):
     assert httpx.post(url, json=body, auth=auth).status_code == 403
     assert httpx.get(f"{settings.mlflow_url}/api/2.0/mlflow/registered-models/get?name=yuan").status_code == 401
     for what in ("experiments", "registered-models"):
-        made = httpx.post(f"{settings.mlflow_url}/api/2.0/mlflow/{what}/create", json={"name": "mine"}, auth=auth)
-        assert made.status_code == 403
+        response = httpx.post(f"{settings.mlflow_url}/api/2.0/mlflow/{what}/create", json={"name": "mine"}, auth=auth)
+        assert response.status_code == 403
 
 
 def test_mlflows_assistant_is_closed_to_everybody(stack):
@@ -158,18 +158,18 @@ def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contr
         )
     stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(200, seed=2))
     weights = {"corrections": 1, "datasets": 2, "base": 1}
-    turn = operator.start_round(SHORT.model_copy(update={"weights": weights}))
-    done = stack.follow(operator, turn)
-    assert done.state in ("promoted", "rejected"), done.reason
+    training_round = operator.start_round(SHORT.model_copy(update={"weights": weights}))
+    ended_round = stack.follow(operator, training_round)
+    assert ended_round.state in ("promoted", "rejected"), ended_round.reason
     newest = max((stack.home / "runs").glob("*/data/data.json"), key=lambda file: file.stat().st_mtime)
     quotas = {source["name"]: source["quota"] for source in json.loads(newest.read_text())["sources"]}
     assert quotas == {"corrections": 256, "datasets": 512, "base": 256}
     reports = contributor.all_feedback()
     assert [report.state for report in reports] == ["accepted"] * 30
     assert {report.role for report in reports} == {"train", "held_out"}
-    if done.state == "promoted":
-        told = stack.until(contributor.notices)  # the dispatcher delivers them, a moment after the decision
-        assert sorted(notice.feedback_id for notice in told) == sorted(report.id for report in reports)
+    if ended_round.state == "promoted":
+        delivered = stack.until(contributor.notices)  # the dispatcher delivers them, a moment after the decision
+        assert sorted(notice.feedback_id for notice in delivered) == sorted(report.id for report in reports)
         assert all(report.verdict in ("fixed", "still_failing") for report in reports)
     else:
         assert contributor.notices() == []
@@ -188,35 +188,35 @@ def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
         before = operator.round().number
         body["parameters"] = {"max_steps": 5}
         assert prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).status_code == 201
-    turn = stack.until(lambda: (r := operator.round()).number > before and r)
-    assert operator.cancel_round(turn.id).state == "cancelled"
+    training_round = stack.until(lambda: (r := operator.round()).number > before and r)
+    assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
 def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first, stack, operator):
-    last = operator.round().number
+    last_number = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
         for row in load_skills(REPORTED_SKILLS)[0].make_rows(40, seed=3):
             client.submit(FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected="!"))
         stack.until(lambda: {report.state for report in client.all_feedback()} == {"accepted"})
-    turn = stack.until(lambda: (r := operator.round()).number > last and r)
-    assert operator.cancel_round(turn.id).state == "cancelled"
+    training_round = stack.until(lambda: (r := operator.round()).number > last_number and r)
+    assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
 def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contributor, operator, tmp_path):
     report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
-    sent = contributor.submit(report)
-    made = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(10, seed=4))
-    for what, record in (("report", sent.id), ("dataset", made.id)):
-        _, gone = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
-        assert (gone["state"], gone["reason"]) == ("withdrawn", "poison")
-        status, said = stack.cotrain("withdraw", what, "0" * 32, "--reason", "poison")
-        assert status == 1 and f"there is no {what} 0000" in said
-    made = operator.add_contributor("junk")
-    with stack.client(made.token) as client:
-        sent = [client.submit(report) for _ in range(3)]
+    submitted = contributor.submit(report)
+    dataset = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(10, seed=4))
+    for what, record in (("report", submitted.id), ("dataset", dataset.id)):
+        _, output = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
+        assert (output["state"], output["reason"]) == ("withdrawn", "poison")
+        status, output = stack.cotrain("withdraw", what, "0" * 32, "--reason", "poison")
+        assert status == 1 and f"there is no {what} 0000" in output
+    dataset = operator.add_contributor("junk")
+    with stack.client(dataset.token) as client:
+        submitted = [client.submit(report) for _ in range(3)]
         counts = [stack.cotrain("withdraw", "account", "junk", "--reason", "poison", check=True)[1] for _ in range(2)]
-        assert [(one["account"], one["reports"]) for one in counts] == [(made.id, 3), (made.id, 0)]
-        assert {client.feedback(one.id).state for one in sent} == {"withdrawn"}
+        assert [(one["account"], one["reports"]) for one in counts] == [(dataset.id, 3), (dataset.id, 0)]
+        assert {client.feedback(one.id).state for one in submitted} == {"withdrawn"}
 
 
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):

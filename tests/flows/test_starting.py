@@ -55,23 +55,23 @@ time.sleep(1)
 def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, text, fault, mend):
     file = tmp_path / "env.local"
     file.write_bytes(text.encode("latin-1"))
-    (found,) = find_setting_faults(tmp_path)
-    assert fault.format(file=file) in found.fault and mend in found.mend
+    (setting_fault,) = find_setting_faults(tmp_path)
+    assert fault.format(file=file) in setting_fault.fault and mend in setting_fault.mend
 
 
 @pytest.mark.parametrize("command", ["up", "doctor", "status"])
 def test_wrong_settings_are_named_before_anything_starts(tmp_path, command):
     (tmp_path / "env.local").write_text(WRONG + "COTRAIN_ROUNDS_AFTER_REPORT=1")
-    done = cotrain(command, home=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "COTRAIN_MAX_UPLOAD_BYTES must be" in done.stdout + done.stderr
-    assert "write COTRAIN_ROUND_AFTER_REPORTS" in done.stdout + done.stderr
+    result = cotrain(command, home=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "COTRAIN_MAX_UPLOAD_BYTES must be" in result.stdout + result.stderr
+    assert "write COTRAIN_ROUND_AFTER_REPORTS" in result.stdout + result.stderr
     assert os.listdir(tmp_path) == ["env.local"]
 
 
 def test_a_wrong_value_of_the_environment_is_named_with_its_place(tmp_path):
-    done = cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
-    assert "got '1' (a variable of the environment)" in done.stderr and not os.listdir(tmp_path)
+    result = cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
+    assert "got '1' (a variable of the environment)" in result.stderr and not os.listdir(tmp_path)
 
 
 def test_what_is_no_setting_of_ours_is_let_be(tmp_path):
@@ -85,10 +85,10 @@ def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_pat
     (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
     (tmp_path / "env").mkdir()  # where the keeper writes a file
     began = time.monotonic()
-    done = cotrain("up", home=tmp_path)
-    assert done.returncode == 1 and time.monotonic() - began < 30
-    assert f"the keeper ended with status 1; {tmp_path / 'logs' / 'keeper.log'} ends with" in done.stderr
-    assert "IsADirectoryError" in done.stderr.splitlines()[-1] and "of an earlier start" not in done.stderr
+    result = cotrain("up", home=tmp_path)
+    assert result.returncode == 1 and time.monotonic() - began < 30
+    assert f"the keeper ended with status 1; {tmp_path / 'logs' / 'keeper.log'} ends with" in result.stderr
+    assert "IsADirectoryError" in result.stderr.splitlines()[-1] and "of an earlier start" not in result.stderr
 
 
 def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp_path):
@@ -111,8 +111,8 @@ def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path
     load_or_make_config(tmp_path)
     before = (tmp_path / CONFIG_FILE).read_bytes()
     (tmp_path / "env.local").write_text(WRONG)
-    done = cotrain("rotate", home=tmp_path)
-    assert done.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in done.stderr
+    result = cotrain("rotate", home=tmp_path)
+    assert result.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in result.stderr
     assert (tmp_path / CONFIG_FILE).read_bytes() == before
 
 

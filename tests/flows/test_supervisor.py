@@ -58,8 +58,8 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
     assert kinds(folder) == ["unknown", "finished"]
     assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     with supervisor.context.sessions() as session:
-        held = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
-        assert len(held) == 2 and all(lease.released_at for lease in held)
+        leases_of_run = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
+        assert len(leases_of_run) == 2 and all(lease.released_at for lease in leases_of_run)
         assert leases.compute_device_hours(session)[supervisor.run_id] > 0
 
 

@@ -39,14 +39,14 @@ def context(stores, engine, objects, tmp_path, monkeypatch):
 @pytest.fixture
 def record(context):
     """Record a version whose export is in its run's folder; gives the run's id."""
-    turns = []
+    round_ids = []
 
     def make(version):
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
-            turn = rounds.request_round(session, "test", RoundParameters(), new_id())
-            turns.append(turn.id)
-            run_id = rounds.get_or_create_training_run(session, turn.id).id
+            training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+            round_ids.append(training_round.id)
+            run_id = rounds.get_or_create_training_run(session, training_round.id).id
             tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
             config = ModelConfig(
                 name="t", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64
@@ -54,13 +54,13 @@ def record(context):
             export = context.runs / run_id / "export"
             save(export, config, Yuan(config).state_dict(), tokenizer, {})
             manifest = json.loads((export / "manifest.json").read_text())
-            session.add(ModelVersion(version=version, round_id=turn.id, run_id=run_id, manifest=manifest))
+            session.add(ModelVersion(version=version, round_id=training_round.id, run_id=run_id, manifest=manifest))
         return run_id
 
     yield make
     with context.sessions.begin() as session:
-        for turn in turns:
-            rounds.finish_round(session, turn, "cancelled", "the test is over")
+        for finished_id in round_ids:
+            rounds.finish_round(session, finished_id, "cancelled", "the test is over")
 
 
 def add_case(context):
@@ -110,8 +110,8 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
     assert time.monotonic() - begun < 5 and list((tmp_path / "scratch").iterdir()) == []
     assert fetch_version(context, version, tmp_path / "target").name == "model"
     (tmp_path / "eval").mkdir()
-    taken = evaluate.evaluate_version(context, version, tmp_path / "eval")
-    assert taken.cases > 0 and list((tmp_path / "eval").iterdir()) == []
+    evaluation = evaluate.evaluate_version(context, version, tmp_path / "eval")
+    assert evaluation.cases > 0 and list((tmp_path / "eval").iterdir()) == []
     assert (context.runs / run_id / "export").is_dir()
 
 

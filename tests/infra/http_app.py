@@ -23,10 +23,10 @@ async def app(scope, receive, send):
     if scope["type"] == "websocket":
         return await echo(receive, send)
     assert scope["type"] == "http"
-    more = scope["path"] != "/early"
-    while more:
+    has_more = scope["path"] != "/early"
+    while has_more:
         message = await receive()
-        more = message.get("more_body", False)
+        has_more = message.get("more_body", False)
     body = b"x" * LARGE_BYTES if scope["path"] == "/large" else b"ok"
     head = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": head})

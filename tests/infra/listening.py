@@ -12,14 +12,14 @@ ORDINARY = 61_777
 @contextlib.contextmanager
 def as_user(uid):
     """Run the block as another user; needs root."""
-    own = os.geteuid()
-    if own not in (0, uid):
+    own_uid = os.geteuid()
+    if own_uid not in (0, uid):
         pytest.skip("only root can become another user")
     os.seteuid(uid)
     try:
         yield
     finally:
-        os.seteuid(own)
+        os.seteuid(own_uid)
 
 
 @contextlib.contextmanager

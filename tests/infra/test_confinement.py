@@ -107,12 +107,12 @@ def probe(request, tmp_path_factory):
     shared = folder
     if is_ordinary:  # below /tmp, where its parents can be entered
         shared = Path("/tmp") / f"cotrain-probe-{os.getpid()}"
-    own, other = shared / "own", shared / "other"
-    (own / "sub").mkdir(parents=True)
+    own_folder, other = shared / "own", shared / "other"
+    (own_folder / "sub").mkdir(parents=True)
     other.mkdir()
-    for place in (own, other):
+    for place in (own_folder, other):
         (place / "file").write_text("secret")
-    shutil.copy("/bin/true", own / "program")
+    shutil.copy("/bin/true", own_folder / "program")
     (shared / "probe.py").write_text(PROBE)
     (shared / "child.py").write_text(CHILD_PROGRAM.read_text())
     identity = {"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if is_ordinary else {}
@@ -123,19 +123,19 @@ def probe(request, tmp_path_factory):
     listener = socket.create_server(("127.0.0.1", 0))
 
     def run(confinement):
-        command = confinement.command(python, str(shared / "probe.py"), *map(str, (own, other, victim.pid)),
+        command = confinement.command(python, str(shared / "probe.py"), *map(str, (own_folder, other, victim.pid)),
                                       str(listener.getsockname()[1]))  # fmt: skip
         command[0], command[2] = python, str(shared / "child.py")
         specification = json.loads(command[3])
         specification["read"].append(str(shared / "probe.py"))
         command[3] = json.dumps(specification)
-        done = subprocess.run(
+        result = subprocess.run(
             command, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, cwd="/", **identity
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
 
-    yield run, own, listener.getsockname()[1]
+    yield run, own_folder, listener.getsockname()[1]
     victim.kill()
     victim.wait()
     listener.close()
@@ -145,33 +145,33 @@ def probe(request, tmp_path_factory):
 @needs_landlock
 @needs_seccomp
 def test_a_confined_process_reaches_its_own_folder_and_nothing_else(probe):
-    run, own, _ = probe
-    found = run(Confinement(write=(own,), connect=()))
-    allowed = {name for name, result in found.items() if result == "allowed"}
-    assert allowed - OWN_CALLS - NOT_A_SERVERS <= OWN_FILES, found
-    assert allowed >= OWN_FILES, found
-    assert found["capabilities"] == 0
-    assert found["no new privileges"] == 1
+    run, own_folder, _ = probe
+    report = run(Confinement(write=(own_folder,), connect=()))
+    allowed = {name for name, result in report.items() if result == "allowed"}
+    assert allowed - OWN_CALLS - NOT_A_SERVERS <= OWN_FILES, report
+    assert allowed >= OWN_FILES, report
+    assert report["capabilities"] == 0
+    assert report["no new privileges"] == 1
 
 
 @needs_seccomp
 def test_a_server_hands_its_socket_to_nobody_and_stays_in_its_group(probe):
-    run, own, _ = probe
-    found = run(Confinement(write=(own,), connect=(), is_server=True))
-    assert {found[name] for name in NOT_A_SERVERS} == {"PermissionError"}, found
-    assert {found[name] for name in OWN_CALLS} == {"allowed"}, found
+    run, own_folder, _ = probe
+    report = run(Confinement(write=(own_folder,), connect=(), is_server=True))
+    assert {report[name] for name in NOT_A_SERVERS} == {"PermissionError"}, report
+    assert {report[name] for name in OWN_CALLS} == {"allowed"}, report
 
 
 @needs_seccomp
 def test_a_confined_process_changes_no_other_and_opens_tcp_by_the_checked_calls_only(probe):
-    run, own, _ = probe
-    found = run(Confinement(write=(own,), connect=None, scope_signals=False))
+    run, own_folder, _ = probe
+    report = run(Confinement(write=(own_folder,), connect=None, scope_signals=False))
     refused = {"limit other", "priority of other", "priority of user", "scheduler of other", "multipath TCP", "SCTP"}
-    refused |= {"system v", "SMC", "connect by sendto", "connect by sendmsg", "keys", "x32"} & found.keys()
-    assert {found[name] for name in refused} == {"PermissionError"}, found
-    assert found["io_uring"] == "OSError"
-    assert found["affinity of other changed"] is False
-    assert {found[name] for name in OWN_CALLS | NOT_A_SERVERS} == {"allowed"}, found
+    refused |= {"system v", "SMC", "connect by sendto", "connect by sendmsg", "keys", "x32"} & report.keys()
+    assert {report[name] for name in refused} == {"PermissionError"}, report
+    assert report["io_uring"] == "OSError"
+    assert report["affinity of other changed"] is False
+    assert {report[name] for name in OWN_CALLS | NOT_A_SERVERS} == {"allowed"}, report
 
 
 @needs_seccomp
@@ -179,17 +179,17 @@ def test_threads_that_are_bound_to_cores_start(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "OMP_PROC_BIND": "true", "OMP_NUM_THREADS": "2"}
     code = "import torch; torch.set_num_threads(2); print((torch.ones(600, 600) @ torch.ones(600, 600)).exp().shape)"
     command = Confinement(write=(tmp_path,)).command(sys.executable, "-c", code)
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 @needs_landlock
 @pytest.mark.skipif(child.get_landlock_version() < 6, reason="this kernel confines no ports or signals")
 def test_ports_and_signals_are_open_where_they_are_granted(probe):
-    run, own, port = probe
-    found = run(Confinement(write=(own,), connect=(port,), bind=(0,), scope_signals=False))
-    assert {found["connect"], found["signal"], found["listen"]} == {"allowed"}
-    assert found["environment"] == "PermissionError"
+    run, own_folder, port = probe
+    report = run(Confinement(write=(own_folder,), connect=(port,), bind=(0,), scope_signals=False))
+    assert {report["connect"], report["signal"], report["listen"]} == {"allowed"}
+    assert report["environment"] == "PermissionError"
 
 
 def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_path):
@@ -205,5 +205,5 @@ def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_pat
 def test_a_confined_process_finds_the_accelerators_that_it_grants_to_others():
     code = "from infra import confinement as c; c.ACCELERATOR_FILE_PATTERNS = ('null',); "
     code += "print(*c.find_accelerator_files())"
-    done = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
-    assert done.stdout.strip() == "/dev/null", done.stderr
+    result = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
+    assert result.stdout.strip() == "/dev/null", result.stderr

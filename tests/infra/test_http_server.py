@@ -149,9 +149,9 @@ def test_a_slow_body_and_a_slow_reader_have_no_time_limit_of_a_head(dial):
 
 
 def test_a_request_with_two_lengths_is_refused_and_ends_the_connection(dial):
-    answer = read_all(dial(TWO_LENGTHS + HEALTH))
-    assert answer.startswith(b"HTTP/1.1 400")
-    assert b"connection: close" in answer.lower() and answer.count(b"HTTP/1.1") == 1
+    response = read_all(dial(TWO_LENGTHS + HEALTH))
+    assert response.startswith(b"HTTP/1.1 400")
+    assert b"connection: close" in response.lower() and response.count(b"HTTP/1.1") == 1
 
 
 def test_a_websocket_takes_small_messages_and_is_closed_for_a_large_one(port):
@@ -173,8 +173,8 @@ SLOW = pytest.mark.slow
 )
 def test_every_server_of_the_stack_runs_behind_this_protocol(stores, name):
     config = load_config(stores.home)
-    found = {service.name: service for service in make_services(stores.home, config, stores)}
-    process = start(found[name], config.stack_id)
+    services = {service.name: service for service in make_services(stores.home, config, stores)}
+    process = start(services[name], config.stack_id)
     try:
         with socket.create_connection(("127.0.0.1", config.ports[name.replace("-", "_")]), timeout=10) as connection:
             connection.sendall(TWO_LENGTHS + HEALTH)

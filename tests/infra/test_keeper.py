@@ -185,8 +185,8 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tm
         for host in ("127.0.0.1", "0.0.0.0"):
             with pytest.raises(OSError, match="in use"):
                 socket.create_server((host, port))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
-            assert answer.status == 200
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as response:
+            assert response.status == 200
         assert state(tmp_path)["restarts"] == 1 and state(tmp_path)["pid"] != first
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -205,8 +205,8 @@ def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path,
         urllib.request.urlopen(f"{url}/{way}", timeout=10).close()
         until(lambda: state(tmp_path).get("state") == "ready" and state(tmp_path)["pid"] != first)
         for _ in range(20):
-            with urllib.request.urlopen(f"{url}/pid", timeout=10) as answer:
-                assert int(answer.read()) == state(tmp_path)["pid"]
+            with urllib.request.urlopen(f"{url}/pid", timeout=10) as response:
+                assert int(response.read()) == state(tmp_path)["pid"]
 
 
 def existing(pids):
@@ -245,10 +245,10 @@ def idle():
 
 
 def test_checks_count_only_in_a_row_and_over_the_time():
-    answers = iter(["good", "bad", "bad", "good", "bad", "bad", "bad", "bad"])
+    results = iter(["good", "bad", "bad", "good", "bad", "bad", "bad", "bad"])
 
     def check():
-        if next(answers) == "bad":
+        if next(results) == "bad":
             raise ConnectionError("refused\nsecond line")
 
     monitor = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), idle)

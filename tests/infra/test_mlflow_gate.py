@@ -51,11 +51,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.fixture(scope="module")
 def clients(stores, mlflow):
     """Return an HTTP client for each caller."""
-    made = {
+    clients_by_account = {
         name: httpx.Client(base_url=stores.mlflow_url, auth=auth, timeout=60) for name, auth in callers(stores).items()
     }
-    yield made
-    for client in made.values():
+    yield clients_by_account
+    for client in clients_by_account.values():
         client.close()
 
 
@@ -154,13 +154,13 @@ def test_only_one_well_formed_basic_header_signs_in(clients, stores):
         [("Cookie", "session=x")],
         [],
     ):
-        answer = ask(url, headers=headers)
-        assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
+        response = ask(url, headers=headers)
+        assert response.status_code == 401 and response.headers["www-authenticate"].startswith("Basic")
 
 
 def test_a_second_administrator_of_mlflow_has_a_consumers_list(clients):
-    made = {"username": "second", "password": "second-password-1"}
-    assert clients["administrator"].post("/api/2.0/mlflow/users/create", json=made).status_code == 200
+    account = {"username": "second", "password": "second-password-1"}
+    assert clients["administrator"].post("/api/2.0/mlflow/users/create", json=account).status_code == 200
     body = {"username": "second", "is_admin": True}
     assert clients["administrator"].patch("/api/2.0/mlflow/users/update-admin", json=body).status_code == 403
     auth = ("second", "second-password-1")
@@ -168,12 +168,12 @@ def test_a_second_administrator_of_mlflow_has_a_consumers_list(clients):
 
 
 def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
-    private, own = mlflow.private_artifacts, mlflow.artifacts
+    private, own_artifacts = mlflow.private_artifacts, mlflow.artifacts
     bare = f"{mlflow.private}/{mlflow.private_run}/artifacts"
     proxied = "/api/2.0/mlflow-artifacts"
     private_model = f"/ajax-api/2.0/mlflow/logged-models/{mlflow.model}/artifacts"
     both = {"run_id": mlflow.run, "run_uuid": mlflow.private_run}
-    asked = [
+    requests = [
         ("/get-artifact", {"run_uuid": mlflow.private_run, "path": "secret.txt"}),
         ("/get-artifact", {**both, "path": "secret.txt"}),
         ("/get-artifact", {"run_uuid": mlflow.run, "path": f"../../../{private}/secret.txt"}),
@@ -183,9 +183,9 @@ def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
         ("/api/2.0/mlflow/artifacts/list", {"run_id": mlflow.run, "path": f"../../../{private}"}),
         (f"{proxied}/artifacts/{private}/secret.txt", {}),
         (f"{proxied}/artifacts/{bare}/secret.txt", {}),
-        (f"{proxied}/artifacts/{own}/%252e%252e/%252e%252e/%252e%252e/{private}/secret.txt", {}),
+        (f"{proxied}/artifacts/{own_artifacts}/%252e%252e/%252e%252e/%252e%252e/{private}/secret.txt", {}),
         (f"{proxied}/artifacts", {"path": private}),
-        (f"{proxied}/artifacts", {"path": f"{own}/../../../{private}"}),
+        (f"{proxied}/artifacts", {"path": f"{own_artifacts}/../../../{private}"}),
         (f"{proxied}/artifacts", {"path": bare}),
         (f"{proxied}/artifacts", {"path": private.split("/artifacts")[0]}),
         (f"{proxied}/artifacts", {"path": "workspaces/default"}),
@@ -196,25 +196,25 @@ def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
         (f"{private_model}/files", {"artifact_file_path": "secret.txt"}),
         (f"/api/2.0/mlflow/logged-models/{mlflow.model}", {}),
     ]
-    for path, query in asked:
-        answer = clients["consumer"].get(path, params=query)
-        assert answer.status_code >= 400 and SECRET not in answer.text, (path, query, answer.text)
+    for path, query in requests:
+        response = clients["consumer"].get(path, params=query)
+        assert response.status_code >= 400 and SECRET not in response.text, (path, query, response.text)
     body = {"run_id": mlflow.private_run, "path": "secret.txt"}
     url = "/api/2.0/mlflow/artifacts/presigned-download-url"
     assert clients["consumer"].post(url, json=body).status_code == 403
     # The same routes are open to callers that may read the run.
-    assert clients["administrator"].get(*asked[0][:1], params=asked[0][1]).text == SECRET
-    assert clients["consumer"].get(f"{proxied}/artifacts/{own}/model/config.json").json() == {"public": True}
+    assert clients["administrator"].get(*requests[0][:1], params=requests[0][1]).text == SECRET
+    assert clients["consumer"].get(f"{proxied}/artifacts/{own_artifacts}/model/config.json").json() == {"public": True}
     assert (
         clients["consumer"].get("/get-artifact", params={"run_id": mlflow.run, "path": "model/config.json"}).is_success
     )
 
 
 def test_a_presigned_download_is_for_one_object(clients, mlflow):
-    own = f"{mlflow.artifacts}/model/config.json"
-    url = clients["consumer"].get(f"/api/2.0/mlflow-artifacts/presigned/{own}").json()["url"]
+    own_object = f"{mlflow.artifacts}/model/config.json"
+    url = clients["consumer"].get(f"/api/2.0/mlflow-artifacts/presigned/{own_object}").json()["url"]
     assert httpx.get(url).json() == {"public": True}
-    other = url.replace(own, f"{mlflow.private_artifacts}/secret.txt")
+    other = url.replace(own_object, f"{mlflow.private_artifacts}/secret.txt")
     assert other != url and httpx.get(other).status_code == 403
     assert httpx.put(url, content=b"other").status_code == 403
 
@@ -239,8 +239,8 @@ def test_graphql_shows_a_consumer_nothing_of_another_experiment(clients, mlflow)
         "mutation { __typename }",
     ]
     for query in queries:
-        answer = clients["consumer"].post("/graphql", json={"query": query})
-        shown = answer.text.replace(query, "")
+        response = clients["consumer"].post("/graphql", json={"query": query})
+        shown = response.text.replace(query, "")
         assert all(word not in shown for word in (mlflow.private_run, "private", "secret", '"value"')), shown
     readable = clients["consumer"].post("/graphql", json={"query": ask("mlflowGetRun", f'runId: "{mlflow.run}"', run)})
     assert mlflow.run in readable.text
@@ -259,14 +259,14 @@ def test_the_client_library_reads_everything_as_a_consumer(stores, mlflow, tmp_p
         "MLFLOW_MULTIPART_DOWNLOAD_MINIMUM_FILE_SIZE": "1",
     }
     command = [sys.executable, "-c", READ_ALL, str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["2.0", '{"public":', "true}"], done.stderr[-2000:]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.stdout.split() == ["2.0", '{"public":', "true}"], result.stderr[-2000:]
 
 
 def test_searches_show_a_consumer_only_what_they_may_read(clients, mlflow):
     ask = clients["consumer"]
-    found = ask.get("/api/2.0/mlflow/experiments/search", params={"max_results": 100}).json()["experiments"]
-    assert [experiment["name"] for experiment in found] == ["yuan"]
+    experiments = ask.get("/api/2.0/mlflow/experiments/search", params={"max_results": 100}).json()["experiments"]
+    assert [experiment["name"] for experiment in experiments] == ["yuan"]
     body = {"experiment_ids": [mlflow.experiment, mlflow.private]}
     assert mlflow.private_run not in ask.post("/api/2.0/mlflow/runs/search", json=body).text
     for name, parameter in (("get-history-bulk", "run_id"), ("get-history-bulk-interval", "run_ids")):
@@ -287,8 +287,8 @@ def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(c
     for refused in ({"order_by": orders}, {"max_results": 50_000}, {"filter": conditions + " AND params.a = 'x'"}):
         assert ask.post(search, json={**body, **refused}).status_code == 400
     for refused in ({"query": aliases}, {"query": None}, {"query": "{"}, {}):
-        answer = ask.post("/graphql", json=refused)
-        assert answer.status_code == 400 and answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
+        response = ask.post("/graphql", json=refused)
+        assert response.status_code == 400 and response.json()["error_code"] == "INVALID_PARAMETER_VALUE"
     assert time.monotonic() - started < 2
     most = {**body, "order_by": orders[:MAX_ORDER_BY_ENTRIES], "filter": conditions}
     assert ask.post(search, json=most).status_code == 200
@@ -317,8 +317,8 @@ def test_a_body_without_end_reaches_no_memory(clients, stores, password):
 
 
 def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, stores):
-    made = {"username": "ann", "password": "anns-own-password"}
-    clients["administrator"].post("/api/2.0/mlflow/users/create", json=made)
+    account = {"username": "ann", "password": "anns-own-password"}
+    clients["administrator"].post("/api/2.0/mlflow/users/create", json=account)
     url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
     assert ask(url, auth=("ann", "anns-own-password")).status_code == 200
     for name in ("ann", "consumer"):
@@ -364,8 +364,8 @@ def test_other_methods_and_websockets_are_closed(clients, stores):
         "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
     }  # fmt: skip
-    answer = clients["administrator"].get("/api/2.0/mlflow/assistant/ws", headers=upgrade)
-    assert answer.status_code in (403, 404)
+    response = clients["administrator"].get("/api/2.0/mlflow/assistant/ws", headers=upgrade)
+    assert response.status_code in (403, 404)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ class Behind:
         self.may_answer.set()
 
     async def __call__(self, scope, receive, send):
-        size, more = 0, True
-        while more:
+        size, has_more = 0, True
+        while has_more:
             message = await receive()
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
         self.reached.append((scope["path"], size))
         self.inside += 1
         self.most = max(self.most, self.inside)
@@ -95,8 +95,8 @@ def test_a_long_body_is_refused_before_it_is_read(port, behind, auth):
 def test_a_body_without_a_length_is_read_to_its_bound(port, behind):
     chunks = (b"x" * 65536 for _ in range(MAX_MLFLOW_BODY_BYTES // 65536 + 1))
     try:
-        answer = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
-        assert answer.status_code == 413
+        response = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
+        assert response.status_code == 413
     except httpx.TransportError:
         pass  # the connection was closed while the client still sent
     assert behind.reached == []
@@ -165,8 +165,8 @@ def test_what_needs_no_account_takes_no_body(port, behind, path):
 @pytest.mark.parametrize("body", ["[" * 2000, '"x"', "[]", "null", "{", "1" * 5000, b"\xff"])
 def test_a_body_that_is_no_object_is_refused_in_mlflows_form(post, behind, body):
     for path, auth in ((SEARCH, CONSUMER), (LOG, ADMINISTRATOR), ("/graphql", CONSUMER)):
-        answer = post(body, path, auth)
-        assert answer.status_code == 400 and answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
+        response = post(body, path, auth)
+        assert response.status_code == 400 and response.json()["error_code"] == "INVALID_PARAMETER_VALUE"
     assert behind.reached == []
 
 

@@ -12,15 +12,15 @@ from infra.processes import get_own_identity, is_known_alive, is_known_exited, l
 
 def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
     """Guard the devices of a running run, which the lease reaper would otherwise free."""
-    own, limits = get_own_identity(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    own_identity, limits = get_own_identity(), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         for is_known in (is_known_exited, is_known_alive):
             with pytest.raises(OSError, match="Too many open files"):
-                is_known(own)
+                is_known(own_identity)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert is_known_alive(own) and not is_known_exited(own)
+    assert is_known_alive(own_identity) and not is_known_exited(own_identity)
 
 
 def test_a_process_that_has_ended_is_known_to_have_exited():

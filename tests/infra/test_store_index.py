@@ -18,8 +18,8 @@ def test_a_torn_index_hides_no_object(tmp_path):
     process = start(store, config.stack_id)
     try:
         objects = open_object_store(settings)
-        kept = {f"kept/{n}": os.urandom(1000 + n) for n in range(20)}
-        for key, data in kept.items():
+        stored = {f"kept/{n}": os.urandom(1000 + n) for n in range(20)}
+        for key, data in stored.items():
             objects.put(key, data)
         kill_stack_processes(config.stack_id, spare={os.getpid()})
         process.wait()
@@ -28,7 +28,7 @@ def test_a_torn_index_hides_no_object(tmp_path):
         for file in indices:
             os.truncate(file, file.stat().st_size // 2 + 3)  # entries have 16 bytes, so the last one is incomplete
         process = start(store, config.stack_id)
-        assert {key: open_object_store(settings).get(key) for key in kept} == kept
+        assert {key: open_object_store(settings).get(key) for key in stored} == stored
     finally:
         kill_stack_processes(config.stack_id, spare={os.getpid()})
         process.wait()

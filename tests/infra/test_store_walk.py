@@ -70,8 +70,8 @@ def listening_ports(pid):
     rows = [
         row.split() for family in ("tcp", "tcp6") for row in Path(f"/proc/net/{family}").read_text().splitlines()[1:]
     ]
-    own = sockets_of(pid)
-    listeners = [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in own]
+    own_sockets = sockets_of(pid)
+    listeners = [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in own_sockets]
     return sorted({(address, int(port, 16)) for address, port in listeners})
 
 
@@ -104,9 +104,9 @@ def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
     known = {config.ports[name] for name in WEED_PORT_NAMES} | {
         config.ports[f"{name}_grpc"] for name in WEED_PORT_NAMES
     }
-    found = listening_ports(pid)
-    assert {address for address, _ in found} == {"0100007F"}
-    assert {port for _, port in found} == known
+    listening = listening_ports(pid)
+    assert {address for address, _ in listening} == {"0100007F"}
+    assert {port for _, port in listening} == known
 
 
 def test_every_port_but_s3_refuses_whoever_has_no_certificate(weed):
@@ -115,15 +115,15 @@ def test_every_port_but_s3_refuses_whoever_has_no_certificate(weed):
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             assert not shakes_hands(port, version), port
         if port != config.ports["s3"]:
-            answer = plain_answer(port)
-            assert answer.startswith(b"HTTP/1.0 400") or b"HTTP/1" not in answer, (port, answer)
+            response = plain_answer(port)
+            assert response.startswith(b"HTTP/1.0 400") or b"HTTP/1" not in response, (port, response)
 
 
 def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
     _, pid = weed
     rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    own = sockets_of(pid)
-    paths = [Path(row[7]) for row in rows if len(row) > 7 and row[6] in own and row[7].startswith("/")]
+    own_sockets = sockets_of(pid)
+    paths = [Path(row[7]) for row in rows if len(row) > 7 and row[6] in own_sockets and row[7].startswith("/")]
     assert len(paths) >= len(WEED_PORT_NAMES)
     for path in paths:
         closed = [stat.S_IMODE(place.stat().st_mode) & 0o077 == 0 for place in (path, path.parent)]
@@ -134,9 +134,9 @@ def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
 def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
     before = objects.list_keys("")
     for path in PATHS:
-        answer = s3.request(method, path, content=b"x" if method in ("PUT", "POST") else None)
-        assert answer.status_code in (400, 403, 404, 405, 501), (path, answer.status_code, answer.text)
-        assert "<Contents>" not in answer.text and "pppp" not in answer.text
+        response = s3.request(method, path, content=b"x" if method in ("PUT", "POST") else None)
+        assert response.status_code in (400, 403, 404, 405, 501), (path, response.status_code, response.text)
+        assert "<Contents>" not in response.text and "pppp" not in response.text
     for path in PROBES:
         assert s3.get(path).content == b""
     assert objects.list_keys("") == before
@@ -144,12 +144,13 @@ def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_nobody_makes_themselves_an_identity(s3, action):
-    asked = {"Action": action, "UserName": "me", "RoleArn": "arn:aws:iam::1:role/x", "RoleSessionName": "me"}
+    parameters = {"Action": action, "UserName": "me", "RoleArn": "arn:aws:iam::1:role/x", "RoleSessionName": "me"}
     for version in ("2010-05-08", "2011-06-15"):
-        answer = s3.post(
-            "/", data={**asked, "WebIdentityToken": "x", "LDAPUsername": "x", "LDAPPassword": "x", "Version": version}
+        response = s3.post(
+            "/",
+            data={**parameters, "WebIdentityToken": "x", "LDAPUsername": "x", "LDAPPassword": "x", "Version": version},
         )
-        assert answer.status_code >= 400 and "<AccessKeyId>" not in answer.text, answer.text
+        assert response.status_code >= 400 and "<AccessKeyId>" not in response.text, response.text
 
 
 @pytest.fixture
@@ -163,8 +164,8 @@ def upload(objects):
 def test_a_presigned_upload_stores_its_object_and_a_download_reads_it(objects, upload):
     key, url = upload
     assert httpx.put(url, content=b"12345", headers={"Content-Type": "text/plain"}).status_code == 200
-    answer = httpx.get(objects.presign_download(key, 60))
-    assert answer.content == b"12345" and answer.headers["content-type"] == "text/plain"
+    response = httpx.get(objects.presign_download(key, 60))
+    assert response.content == b"12345" and response.headers["content-type"] == "text/plain"
 
 
 @pytest.mark.parametrize(
@@ -188,10 +189,10 @@ def test_a_presigned_upload_stores_its_object_and_a_download_reads_it(objects, u
 )  # fmt: skip
 def test_a_presigned_upload_is_for_nothing_but(objects, upload, change, request_):
     key, url = upload
-    asked = {"method": "PUT", "content": b"12345", "headers": {"Content-Type": "text/plain"}, **request_}
-    content = iter(asked.pop("content")) if isinstance(asked["content"], list) else asked.pop("content")
-    answer = httpx.request(url=asked.pop("url", lambda same: same)(url), content=content, **asked)
-    assert answer.status_code in (403, 405), (change, answer.text)
+    changed = {"method": "PUT", "content": b"12345", "headers": {"Content-Type": "text/plain"}, **request_}
+    content = iter(changed.pop("content")) if isinstance(changed["content"], list) else changed.pop("content")
+    response = httpx.request(url=changed.pop("url", lambda same: same)(url), content=content, **changed)
+    assert response.status_code in (403, 405), (change, response.text)
     assert not objects.exists(key)
 
 
@@ -210,14 +211,14 @@ def test_a_presigned_download_is_for_nothing_but_its_object(objects, upload):
     key, _ = upload
     objects.put(key, b"12345")
     url = objects.presign_download(key, 60)
-    for answer in (
+    for response in (
         httpx.get(url.replace(key, "probe")),
         httpx.get(f"{url}&acl"),
         httpx.get(f"{url}&response-content-type=text%2Fhtml"),
         httpx.put(url, content=b"other"),
         httpx.delete(url),
     ):
-        assert answer.status_code == 403
+        assert response.status_code == 403
     assert objects.get(key) == b"12345"
 
 
