@@ -25,10 +25,10 @@ FACTORS = {"nan": float("nan"), "tenfold": 10.0}
 def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) -> None:
     """Corrupt the trainer's loss at the configured positions.
 
-    Replaces a private method: a public hook in the trainer would have this one user, which must not run in training.
+    Replaces methods of this trainer: a hook in it would have this one user, which must not run in training.
     """
     remaining = [times]
-    inner_pass, inner_loss = trainer._run_pass, trainer.module.loss_fn
+    inner_pass, inner_loss = trainer.run_pass, trainer.module.loss_fn
     is_corrupted = [False]
 
     def one_pass(positions: Int64Array) -> Any:
@@ -42,7 +42,7 @@ def plant(trainer: Trainer, what: str, first: int, end: int, times: int | None) 
         correct_loss = inner_loss(outputs, labels)
         return correct_loss * FACTORS[what] if is_corrupted[0] else correct_loss
 
-    trainer._run_pass, trainer.module.loss_fn = one_pass, loss  # type: ignore[method-assign]
+    trainer.run_pass, trainer.module.loss_fn = one_pass, loss  # type: ignore[method-assign]
 
 
 def main() -> int:

@@ -102,12 +102,12 @@ def promote_candidate(session: Session, training_round: Round, decision: Promoti
         )
     )
     session.execute(update(Round).where(Round.id == training_round.id).values(decision=decision.to_json()))
-    num_failed = _write_notices(session, training_round.parent_version, version)
+    num_failed = write_notices(session, training_round.parent_version, version)
     audit(session, "round", "promoted", training_round.id, version=version, previous=training_round.parent_version)
     return num_failed
 
 
-def _write_notices(session: Session, before: int | None, after: int) -> int:
+def write_notices(session: Session, before: int | None, after: int) -> int:
     """Write a notice for each accepted report, unless it has one and still passes; return the number of failures."""
     query = (
         select(Feedback, CaseResult.passed)

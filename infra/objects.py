@@ -24,18 +24,23 @@ MAX_PRESIGNED_S = 3600
 
 
 class ObjectStore:
-    """Read and write one bucket. Keys are content hashes or ids, so writing one twice writes the same bytes."""
+    """Read and write one bucket. Keys are content hashes or ids, so writing one twice writes the same bytes.
+
+    Attributes:
+        client: boto3's client of the store, for calls that have no method here.
+        bucket: the bucket's name.
+    """
 
     def __init__(self, client: "S3Client", bucket: str) -> None:
-        self._client, self._bucket = client, bucket
+        self.client, self.bucket = client, bucket
 
     def put(self, key: str, data: bytes) -> None:
-        self._client.put_object(Bucket=self._bucket, Key=key, Body=data)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def put_stream(self, key: str, stream: BinaryIO) -> None:
         """Store the whole content of an open file, read in chunks."""
         stream.seek(0)
-        self._client.put_object(Bucket=self._bucket, Key=key, Body=stream)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=stream)
 
     def put_by_sha256(self, prefix: str, data: bytes) -> str:
         """Store bytes under `prefix/sha256` and return the sha256."""
@@ -60,8 +65,8 @@ class ObjectStore:
             return self.put(key, data)
 
         upload = (
-            self._find_unfinished_upload(key)
-            or self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
+            self.find_unfinished_upload(key)
+            or self.client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
         )
         stored_tags = self._list_parts(key, upload)
         parts: list[CompletedPartTypeDef] = []
@@ -71,43 +76,44 @@ class ObjectStore:
             digest.update(data)
             tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'  # the ETag that S3 computes for a part
             if stored_tags.get(number) != tag:
-                tag = self._client.upload_part(
-                    Bucket=self._bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+                tag = self.client.upload_part(
+                    Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )["ETag"]
             parts.append({"PartNumber": number, "ETag": tag})
 
         try:
             _check_sha256(key, digest.hexdigest(), sha256)
         except ValueError:
-            self._client.abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
             raise
-        self._client.complete_multipart_upload(
-            Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
+        self.client.complete_multipart_upload(
+            Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
         )
 
-    def _find_unfinished_upload(self, key: str) -> str | None:
-        uploads = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=key).get("Uploads", [])
+    def find_unfinished_upload(self, key: str) -> str | None:
+        """Return the id of a multipart upload of the object that was interrupted; None if there is none."""
+        uploads = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
         return next((upload["UploadId"] for upload in uploads if upload["Key"] == key), None)
 
     def _list_parts(self, key: str, upload: str) -> dict[int, str]:
-        pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload)
+        pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
 
     def get_file(self, key: str, file: Path) -> None:
         """Download an object into a file atomically: the file is complete or does not exist."""
         with replace_when_written(file) as scratch:
-            self._client.download_file(self._bucket, key, str(scratch))
+            self.client.download_file(self.bucket, key, str(scratch))
 
     def list_keys(self, prefix: str) -> list[str]:
         """List the keys under a prefix, sorted."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))
 
     def delete(self, key: str) -> None:
-        self._client.delete_object(Bucket=self._bucket, Key=key)
+        self.client.delete_object(Bucket=self.bucket, Key=key)
 
     def get(self, key: str) -> bytes:
-        return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def presign_upload(self, key: str, num_bytes: int, content_type: str, valid_s: int) -> str:
         """Return a URL with which any client may store this one object by PUT, without an account.
@@ -141,12 +147,12 @@ class ObjectStore:
             raise ValueError(
                 f"valid_s must be from 1 to {MAX_PRESIGNED_S}, got {valid_s}; presign again when it is needed"
             )
-        parameters = {"Bucket": self._bucket, "Key": key, **signed}
-        return self._client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
+        parameters = {"Bucket": self.bucket, "Key": key, **signed}
+        return self.client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
 
     def exists(self, key: str) -> bool:
         try:
-            self._client.head_object(Bucket=self._bucket, Key=key)
+            self.client.head_object(Bucket=self.bucket, Key=key)
         except ClientError as error:
             if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                 return False
@@ -155,7 +161,7 @@ class ObjectStore:
 
     def ensure_bucket(self) -> None:
         try:
-            self._client.create_bucket(Bucket=self._bucket)
+            self.client.create_bucket(Bucket=self.bucket)
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 raise

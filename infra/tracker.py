@@ -33,7 +33,11 @@ class VersionLost(SafeMessageError, ValueError):
 
 
 class Tracker:
-    """Call the tracking server; every method can be repeated."""
+    """Call the tracking server; every method can be repeated.
+
+    Attributes:
+        client: MLflow's client, for calls that have no method here.
+    """
 
     def __init__(self, settings: TrackerAccess) -> None:
         self._url = settings.mlflow_url
@@ -43,7 +47,7 @@ class Tracker:
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         # Retries belong to the calling step; the library would retry for minutes, and block the process meanwhile.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
-        self._client = MlflowClient(settings.mlflow_url)
+        self.client = MlflowClient(settings.mlflow_url)
         self._versions: dict[int, int] = {}  # by MLflow's number; neither ever changes
 
     @contextlib.contextmanager
@@ -57,14 +61,14 @@ class Tracker:
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:
         """Find or create the run with this name, and return its id."""
-        experiment = self._client.get_experiment_by_name(EXPERIMENT_NAME)
+        experiment = self.client.get_experiment_by_name(EXPERIMENT_NAME)
         assert experiment is not None, "set_up creates the experiment"
-        runs = self._client.search_runs(
+        runs = self.client.search_runs(
             [experiment.experiment_id], f"attributes.run_name = '{name}'", max_results=1, order_by=["start_time ASC"]
         )
         if runs:
             return str(runs[0].info.run_id)
-        return str(self._client.create_run(experiment.experiment_id, run_name=name, tags=dict(tags)).info.run_id)
+        return str(self.client.create_run(experiment.experiment_id, run_name=name, tags=dict(tags)).info.run_id)
 
     def log(self, run_id: str, metrics: Iterable[Mapping[str, Any]], params: Mapping[str, Any] | None = None) -> None:
         """Send metric rows, each with its `step`, up to 1000 metrics per request; skip values of None."""
@@ -76,16 +80,16 @@ class Tracker:
             if key != "step" and value is not None
         ]
         pairs = [Param(key, str(value)) for key, value in (params or {}).items()]
-        self._client.log_batch(run_id, metrics=points[:1000], params=pairs)
+        self.client.log_batch(run_id, metrics=points[:1000], params=pairs)
         for start in range(1000, len(points), 1000):
-            self._client.log_batch(run_id, metrics=points[start : start + 1000])
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
 
     def log_text(self, run_id: str, name: str, text: str) -> None:
         """Store a text as an artifact of a run; the name may be a path with folders."""
-        self._client.log_text(run_id, text, name)
+        self.client.log_text(run_id, text, name)
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        self._client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id, status)
 
     def register_version(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
         """Upload a model folder to a run and register it; a repeated call for the same run returns the same version.
@@ -96,16 +100,16 @@ class Tracker:
         Returns:
             `version` if it is given, else the number that MLflow assigns.
         """
-        registered = self._client.search_model_versions(f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{run_id}'")
+        registered = self.client.search_model_versions(f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{run_id}'")
         if registered:
             return self._get_version(int(registered[0].version))
-        if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
-            self._client.restore_run(run_id)
-        self._client.log_artifacts(run_id, str(folder), "model")
+        if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
+            self.client.restore_run(run_id)
+        self.client.log_artifacts(run_id, str(folder), "model")
         # The run's artifact URI and not `runs:/...`: the server cannot show artifacts of a version with the latter.
-        source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
         version_tag = {} if version is None else {VERSION_TAG: str(version)}
-        created = self._client.create_model_version(REGISTERED_MODEL_NAME, source, run_id, tags={**tags, **version_tag})
+        created = self.client.create_model_version(REGISTERED_MODEL_NAME, source, run_id, tags={**tags, **version_tag})
         return int(created.version) if version is None else version
 
     def has_version(self, version: int) -> bool:
@@ -118,8 +122,8 @@ class Tracker:
         Raises:
             VersionLost: if the version is not in the registry.
         """
-        run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
-        stored = {Path(file.path).name for file in self._client.list_artifacts(run, "model") if file.file_size}
+        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
+        stored = {Path(file.path).name for file in self.client.list_artifacts(run, "model") if file.file_size}
         return sorted(set(names) - stored)
 
     def require_version(self, version: int) -> None:
@@ -133,18 +137,18 @@ class Tracker:
 
     def upload_version(self, version: int, folder: Path) -> None:
         """Upload a version's files again; replace existing ones."""
-        run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
-        self._client.log_artifacts(run, str(folder), "model")
+        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
+        self.client.log_artifacts(run, str(folder), "model")
 
     def _find_number(self, version: int) -> int | None:
         """Return MLflow's number of a version; None if the version is not in the registry."""
-        tagged = self._client.search_model_versions(
+        tagged = self.client.search_model_versions(
             f"name = '{REGISTERED_MODEL_NAME}' and tags.`{VERSION_TAG}` = '{version}'"
         )
         if tagged:
             return max(int(entry.version) for entry in tagged)
         try:
-            entry = self._client.get_model_version(REGISTERED_MODEL_NAME, str(version))
+            entry = self.client.get_model_version(REGISTERED_MODEL_NAME, str(version))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -154,11 +158,16 @@ class Tracker:
     def _get_version(self, number: int) -> int:
         """Return the platform's number of the version that MLflow has under `number`."""
         if number not in self._versions:
-            tags = self._client.get_model_version(REGISTERED_MODEL_NAME, str(number)).tags
+            tags = self.client.get_model_version(REGISTERED_MODEL_NAME, str(number)).tags
             self._versions[number] = int(tags.get(VERSION_TAG, number))
         return self._versions[number]
 
-    def _require_number(self, version: int) -> int:
+    def require_number(self, version: int) -> int:
+        """Return MLflow's number of a version.
+
+        Raises:
+            VersionLost: if the version is not in the registry.
+        """
         number = self._find_number(version)
         if number is None:
             raise VersionLost(f"v{version} is gone from the registry; `cotrain doctor` says how to register it again")
@@ -166,7 +175,7 @@ class Tracker:
 
     def read_aliases(self) -> dict[str, int]:
         """Read the current version of each alias from MLflow."""
-        number_by_alias = self._client.get_registered_model(REGISTERED_MODEL_NAME).aliases
+        number_by_alias = self.client.get_registered_model(REGISTERED_MODEL_NAME).aliases
         return {alias: self._get_version(int(number)) for alias, number in number_by_alias.items()}
 
     def set_alias(self, alias: str, version: int | None) -> None:
@@ -176,9 +185,9 @@ class Tracker:
             VersionLost: if the version is not in the registry.
         """
         if version is None:
-            self._client.delete_registered_model_alias(REGISTERED_MODEL_NAME, alias)
+            self.client.delete_registered_model_alias(REGISTERED_MODEL_NAME, alias)
         else:
-            self._client.set_registered_model_alias(REGISTERED_MODEL_NAME, alias, str(self._require_number(version)))
+            self.client.set_registered_model_alias(REGISTERED_MODEL_NAME, alias, str(self.require_number(version)))
 
     def download(self, version: int, folder: Path) -> Path:
         """Download a version's model folder into a folder, and return its path.
@@ -187,9 +196,9 @@ class Tracker:
             VersionLost: if the version or its files are not in the registry.
         """
         self.require_version(version)
-        run = self._client.get_model_version(REGISTERED_MODEL_NAME, str(self._require_number(version))).run_id
+        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(self._client.download_artifacts(run, "model", str(folder)))
+        return Path(self.client.download_artifacts(run, "model", str(folder)))
 
     def set_up(self, readers: Mapping[str, str]) -> None:
         """Create the experiment, the registered model, and the accounts that may read both, each with the role.
@@ -197,12 +206,12 @@ class Tracker:
         Args:
             readers: password by account name.
         """
-        experiment = self._client.get_experiment_by_name(EXPERIMENT_NAME)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT_NAME)
+        experiment = self.client.get_experiment_by_name(EXPERIMENT_NAME)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(EXPERIMENT_NAME)
         # Without this tag, MLflow's pages treat the experiment as one of traces, and show empty charts.
-        self._client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
+        self.client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
         try:
-            self._client.create_registered_model(REGISTERED_MODEL_NAME)
+            self.client.create_registered_model(REGISTERED_MODEL_NAME)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -1,4 +1,4 @@
-"""One name, one thing: no module, class or constant name of the packages stands for two things."""
+"""One name, one thing: no module, class or constant name stands for two things; tests use public names."""
 
 import ast
 from collections import defaultdict
@@ -45,3 +45,18 @@ def test_no_two_classes_or_constants_have_one_name():
             if name not in SHARED_NAMES:
                 places[name].add(str(file.relative_to(ROOT)))
     assert {name: sorted(files) for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_tests_and_benchmarks_use_public_names_only():
+    """Other libraries' private names are excepted here, one by one."""
+    excepted = {"_exit", "_python_dispatch", "_global_grad_norm"}
+    uses = []
+    for folder in ("tests", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                    continue
+                is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                if not is_own and node.attr not in excepted:
+                    uses.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.attr}")
+    assert uses == []

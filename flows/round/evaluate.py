@@ -106,7 +106,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
     with _make_evaluation_folder(version, place) as folder:
         try:
             model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
-            results = _run_evaluation(context, folder, model, case_lines)
+            results = run_evaluation(context, folder, model, case_lines)
         except RuntimeError as error:
             log_file = folder / EVAL_LOG_FILE
             where = f"ends with: {_read_log_tail(log_file)}" if place is None else f"is {log_file}"
@@ -151,7 +151,7 @@ def _read_log_tail(log_file: Path) -> str:
         return ""
 
 
-def _run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequence[bytes]) -> list[EvalResult]:
+def run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequence[bytes]) -> list[EvalResult]:
     """Run the evaluation in a separate confined process, which imports torch and can be killed.
 
     `model` is a version such as v7, which the process fetches with the read-only account, or a model folder; the
@@ -170,7 +170,7 @@ def _run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequ
 
     for _ in range(MAX_EVAL_ATTEMPTS):
         with run_child(
-            command, folder, env=_build_evaluation_environment(context, folder), log_name=log_file.name
+            command, folder, env=build_evaluation_environment(context, folder), log_name=log_file.name
         ) as process:
             status = process.wait()
         if status == 0:
@@ -185,7 +185,7 @@ def _run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequ
         raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
 
 
-def _build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
+def build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
     """Build the environment of an evaluation: the tracker's URL and its read-only account."""
     settings = context.settings
     return build_confined_environment(

@@ -126,13 +126,13 @@ def _write_windows(
     parsed: Sequence[Row | BadRow],
     tokenizer: tokenizers.Tokenizer,
 ) -> dict[str, str]:
-    """Encode the rows and write them as windows; return the reasons of the rows left out, as `_build_sources` does."""
+    """Encode the rows and write them as windows; return the reasons of the rows left out, as `build_sources` does."""
     left_out: dict[str, str] = {}
-    sources = _build_sources(parsed, inputs.part_sizes, tokenizer, spec.seed, left_out)
+    sources = build_sources(parsed, inputs.part_sizes, tokenizer, spec.seed, left_out)
     weights = inputs.parameters.weights
     shares = None
     if weights is not None:
-        shares = _select_weights({str(name): weight for name, weight in weights.items()}, sources)
+        shares = select_weights({str(name): weight for name, weight in weights.items()}, sources)
     folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)  # reads the sources, which fill `left_out`
     return left_out
 
@@ -141,7 +141,7 @@ class WeightMissing(SafeMessageError, ValueError):
     """A round's weights lack a part that has rows."""
 
 
-def _select_weights(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+def select_weights(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
     """Return the weights of the parts that have rows; the weights of empty parts are ignored.
 
     Raises:
@@ -153,7 +153,7 @@ def _select_weights(weights: Mapping[str, float], sources: Collection[str]) -> d
     return {name: weights[name] for name in sources}
 
 
-def _build_sources(
+def build_sources(
     parsed: Sequence[Row | BadRow],
     parts: dict[str, int],
     tokenizer: tokenizers.Tokenizer,

@@ -77,7 +77,7 @@ class RunReporter:
         with _tolerate_outage("the round's record"), self._context.sessions.begin() as session:
             rounds.get_or_create_training_run(session, self._round_id).status = status.to_json() if status else None
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
-        self._log_events()
+        self.log_events()
         with _tolerate_outage("Prefect"):
             self._progress(status)
         # MLflow's client takes seconds to time out, during which the run is not watched; hence the pause.
@@ -104,7 +104,7 @@ class RunReporter:
         with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
             self._log_plan(self._sync_tracker())
 
-    def _log_events(self) -> None:
+    def log_events(self) -> None:
         """Log the run's events. Ranks write them, so lines are made printable and limited in number and length."""
         if time.monotonic() - self._minute_began > EVENT_WINDOW_S:
             self._log_suppressed_count()

@@ -142,7 +142,7 @@ class Supervisor:
 
         ending = classify(self.folder, job_ending, since)
         if ending.reason == ExitReason.LOST_DEVICE and ending.rank is not None:
-            self._mark_device_lost(rank_devices[ending.rank], ending)
+            self.mark_device_lost(rank_devices[ending.rank], ending)
         return ending
 
     def _make_job(self, plan: PipelinePlan, lease: GrantedLease, rank_devices: Sequence[str]) -> Job:
@@ -162,7 +162,7 @@ class Supervisor:
             num_processes=len(rank_devices),
             processes_per_node=self._compute_processes_per_node(plan),
             environment=environment,
-            avoid=() if self._is_local else self._find_bad_hosts(),
+            avoid=() if self._is_local else self.find_bad_hosts(),
         )
 
     def _find_device_loss(self, lease: GrantedLease) -> RunEnding | None:
@@ -179,7 +179,8 @@ class Supervisor:
     def _is_local(self) -> bool:
         return self.pool.launcher == "local"
 
-    def _find_bad_hosts(self) -> tuple[str, ...]:
+    def find_bad_hosts(self) -> tuple[str, ...]:
+        """Return the hosts with a lost device, which jobs of a batch system avoid."""
         with self.context.sessions() as session:
             return tuple(leases.find_lost_hosts(session, self.pool.name))
 
@@ -197,7 +198,7 @@ class Supervisor:
         except OperationalError:
             return {}
 
-    def _mark_device_lost(self, device: str, ending: RunEnding) -> None:
+    def mark_device_lost(self, device: str, ending: RunEnding) -> None:
         """Take the device out of use; in a batch system its whole node, and record the host, which jobs then avoid."""
         host = None if self._is_local else ending.host
         with self.context.sessions.begin() as session:
@@ -268,7 +269,7 @@ class Supervisor:
     def _replan(self, why: str) -> PipelinePlan:
         """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
         spec = self.folder.read_spec()
-        pool = self._get_working_pool()
+        pool = self.get_working_pool()
         work = Workload.from_recipe(spec.model, spec.recipe)
         move = replan(work, spec.plan, pool, make_plan_limits(pool, spec.recipe))
         if not move.plan.feasible:
@@ -290,7 +291,7 @@ class Supervisor:
         self.reporter.publish_new_plan()
         return plan
 
-    def _get_working_pool(self) -> Pool:
+    def get_working_pool(self) -> Pool:
         """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
 
         Raises:

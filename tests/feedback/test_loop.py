@@ -98,7 +98,7 @@ def test_telling_twice_makes_no_second_notice(session, reporter, later):
     submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
-    promotion._write_notices(session, None, 1)
+    promotion.write_notices(session, None, 1)
     assert len(session.scalars(select(Outbox)).all()) == 1
 
 

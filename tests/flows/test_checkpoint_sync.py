@@ -98,7 +98,7 @@ def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path
     file = tmp_path / "large"
     content = bytes(range(256)) * (2 * UPLOAD_PART_BYTES // 256) + b"the end"
     file.write_bytes(content)
-    client, bucket, key = objects._client, objects._bucket, f"{run_id}/large"
+    client, bucket, key = objects.client, objects.bucket, f"{run_id}/large"
     upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
     client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=content[:UPLOAD_PART_BYTES])
     client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=2, Body=b"another content" * 400_000)
@@ -175,7 +175,7 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
     for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
         with file.open("rb") as stream, pytest.raises(ValueError, match="expected"):
             objects.put_file(f"{run_id}/file", stream, num_bytes, digest)
-    assert objects.list_keys(f"{run_id}/") == [] and objects._find_unfinished_upload(f"{run_id}/file") is None
+    assert objects.list_keys(f"{run_id}/") == [] and objects.find_unfinished_upload(f"{run_id}/file") is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])

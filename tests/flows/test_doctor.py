@@ -84,7 +84,7 @@ def refusing(sessions):
 
 
 def mlflow_of(stack):
-    return Tracker(stack.settings)._client
+    return Tracker(stack.settings).client
 
 
 def faults_of(stack, command="doctor"):

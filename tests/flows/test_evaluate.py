@@ -42,7 +42,7 @@ def evaluate(context, tmp_path, monkeypatch):
             return command(readable, program, str(tmp_path / "program.py"), *arguments[2:])
 
         monkeypatch.setattr(evaluation.Confinement, "command", instead)
-        return evaluation._run_evaluation(context, folder, "v1", CASE_LINES)
+        return evaluation.run_evaluation(context, folder, "v1", CASE_LINES)
 
     return run
 

@@ -157,7 +157,7 @@ def test_an_evaluation_process_judges_around_bad_cases(context, tmp_path):
     prompts = {"1": "a\u2028b", "2": "a" * 300, "3": "b"}
     cases = [{"id": i, "prompt": prompt, "expected": "a", "checker": exact} for i, prompt in prompts.items()]
     lines = [json.dumps(case).encode() for case in cases]
-    results = {result.case_id: result for result in evaluate._run_evaluation(context, tmp_path, str(folder), lines)}
+    results = {result.case_id: result for result in evaluate.run_evaluation(context, tmp_path, str(folder), lines)}
     assert {name: result.reason is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
 
 
@@ -181,19 +181,19 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_named():
     broken = Row(prompt="a", answer="d")
     parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
     left_out = {}
-    sources = prepare_run._build_sources(parsed, {"corrections": 2, "datasets": 0, "base": 2}, tokenizer, 0, left_out)
+    sources = prepare_run.build_sources(parsed, {"corrections": 2, "datasets": 0, "base": 2}, tokenizer, 0, left_out)
     assert {name: len(list(samples)) for name, samples in sources.items()} == {"corrections": 1, "base": 1}
     assert left_out == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
 def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_be_missing():
-    assert prepare_run._select_weights({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
+    assert prepare_run.select_weights({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
     with pytest.raises(prepare_run.WeightMissing, match="lack corrections, which have rows"):
-        prepare_run._select_weights({"base": 1.0}, ["base", "corrections"])
+        prepare_run.select_weights({"base": 1.0}, ["base", "corrections"])
 
 
 def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
-    environment = evaluate._build_evaluation_environment(context, tmp_path)
+    environment = evaluate.build_evaluation_environment(context, tmp_path)
     assert {name for name, secret in secrets.items() if secret in environment.values()} == {"mlflow_reader"}
     assert environment["COTRAIN_MLFLOW_USERNAME"] == "cotrain-reader"

@@ -21,7 +21,7 @@ def told(tmp_path, caplog):
             folder.append(EVENTS_FILE, event)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            reporter._log_events()
+            reporter.log_events()
         return [record.getMessage() for record in caplog.records]
 
     return tell

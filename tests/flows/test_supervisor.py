@@ -103,11 +103,11 @@ def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(superv
     supervisor.pool = dataclasses.replace(supervisor.pool, name="cluster", launcher="slurm", groups=(node,))
     with supervisor.context.sessions.begin() as session:
         leases.register_pool(session, supervisor.pool)
-    supervisor._mark_device_lost(
+    supervisor.mark_device_lost(
         "gpu/3", RunEnding(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
     )
-    assert supervisor._find_bad_hosts() == ("gpu-7",)
-    assert supervisor._get_working_pool().groups[0].count == 2
+    assert supervisor.find_bad_hosts() == ("gpu-7",)
+    assert supervisor.get_working_pool().groups[0].count == 2
     with supervisor.context.sessions.begin() as session:
         assert leases.set_device_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
-    assert supervisor._find_bad_hosts() == ()
+    assert supervisor.find_bad_hosts() == ()

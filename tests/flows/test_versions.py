@@ -103,7 +103,7 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
     version = context.tracker.register_version(context.tracker.start_run("lost", {}), folder, {}, 765_002)
     run_id = record(version)
     add_case(context)
-    context.tracker._client.delete_model_version("yuan", str(context.tracker._require_number(version)))
+    context.tracker.client.delete_model_version("yuan", str(context.tracker.require_number(version)))
     begun = time.monotonic()
     with pytest.raises(VersionLost, match=f"v{version} is gone from the registry; `cotrain doctor` says how"):
         evaluate.evaluate_version(context, version)

@@ -96,7 +96,7 @@ def render_walk(refused, routes):
 def fill_mlflow(settings, folder):
     """Create a version readable by consumers, and a private run with an artifact, a metric and a logged model."""
     tracker = Tracker(settings)
-    client = tracker._client
+    client = tracker.client
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text('{"public": true}')
     (folder / "secret.txt").write_text(SECRET)

@@ -57,7 +57,10 @@ def started(registry, tmp_path):
     def start():
         service = ModelService(ModelServerMetrics())
         follower = AliasFollower(
-            registry.aliases, "champion", VersionCache(tmp_path / "cache", registry.download), service
+            registry.aliases,
+            "champion",
+            VersionCache(tmp_path / "cache", lambda *call: registry.download(*call)),
+            service,
         )
         follower.resume()
         follower.check_alias()
@@ -176,7 +179,8 @@ def refusal(service):
     return str(caught.value), caught.value.retry_after_s
 
 
-def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
+def test_a_caller_is_told_what_is_true_of_the_version(registry, started, monkeypatch):
+    monkeypatch.setattr("yuan.serve.follower.LOAD_RETRY_S", 0.0)
     registry.alias = None
     service, follower = started()
     assert refusal(service) == (NO_VERSION_MESSAGE, None) and "promote" not in NO_VERSION_MESSAGE.replace(
@@ -189,7 +193,7 @@ def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
         refusals.append(refusal(service))
         raise ConnectionError("refused")
 
-    follower._versions._download = fail_download
+    registry.download = fail_download
     follower.check_alias()
     assert refusals == [("v1 is being loaded; retry in a few seconds", 5)]
     message, retry_after_s = refusal(service)
@@ -197,6 +201,6 @@ def test_a_caller_is_told_what_is_true_of_the_version(registry, started):
     registry.alias = None  # deleted from the registry, which drops its alias
     follower.check_alias()
     assert refusal(service) == (message, retry_after_s)
-    registry.alias, follower._versions._download, follower._retry_at = 1, download, 0.0
+    registry.alias, registry.download = 1, download
     follower.check_alias()
     assert service.served.version == 1

@@ -38,7 +38,7 @@ def test_a_checker_that_raises_is_named_and_the_next_one_judged(judge):
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGSTOP, "within 1 s"), (signal.SIGKILL, "ended the process")])
 def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
     judge.check(RULE, "")
-    os.kill(judge._process.pid, number)
+    os.kill(judge.pid, number)
     with pytest.raises(CheckFailed, match=reason):
         judge.check(RULE, "x" * 200_000)
     assert judge.check(RULE, RULE.value)
@@ -46,7 +46,7 @@ def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
 
 def test_a_checker_that_takes_all_memory_is_ended(judge):
     judge.check(RULE, "")
-    limits = Path(f"/proc/{judge._process.pid}/limits").read_text()
+    limits = Path(f"/proc/{judge.pid}/limits").read_text()
     allowed = next(line for line in limits.splitlines() if line.startswith("Max address space"))
     assert allowed.split()[3] == str(JUDGE_MEMORY_BYTES)
 
@@ -54,6 +54,6 @@ def test_a_checker_that_takes_all_memory_is_ended(judge):
 def test_its_process_ends_with_the_block():
     with AnswerJudge() as judge:
         judge.check(RULE, "")
-        pid = judge._process.pid
+        pid = judge.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

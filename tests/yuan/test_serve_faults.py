@@ -64,6 +64,14 @@ def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
     return request, came
 
 
+def read_gauge(metrics, name):
+    return float(next(line for line in metrics.text().decode().splitlines() if line.startswith(f"{name} ")).split()[1])
+
+
+def is_idle(metrics):
+    return read_gauge(metrics, "yuan_running") == 0 and read_gauge(metrics, "yuan_waiting") == 0
+
+
 def is_done(came):
     return bool(came) and (isinstance(came[-1], Exception) or came[-1].finish_reason is not None)
 
@@ -101,7 +109,7 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
 @pytest.mark.parametrize("where", ["add", "step"])
 def test_an_error_that_one_request_brings_about_fails_that_request_alone(service, monkeypatch, where):
     """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
-    engine, original_choose = service._engine, Decoder._choose
+    engine, original_choose = service.engine, Decoder.choose_next_tokens
     tokens_before = 0 if where == "add" else 2
 
     def choose(self, group, logits):
@@ -109,7 +117,7 @@ def test_an_error_that_one_request_brings_about_fails_that_request_alone(service
             raise MemoryError("of this row")
         return original_choose(self, group, logits)
 
-    monkeypatch.setattr(Decoder, "_choose", choose)
+    monkeypatch.setattr(Decoder, "choose_next_tokens", choose)
     deliveries = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
     until(lambda: all(map(is_done, deliveries)))
     monkeypatch.undo()
@@ -126,7 +134,7 @@ def test_an_error_of_every_pass_fails_who_runs_and_makes_the_server_unhealthy_un
     def broken(self, group, logits):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Decoder, "_choose", broken)
+    monkeypatch.setattr(Decoder, "choose_next_tokens", broken)
     response = http.post(PATH, json={"prompt": "abc"})
     assert response.status_code == 500 and "decoding failed" in response.json()["error"]["message"]
     health = until(lambda: (h := http.get("/health")).status_code == 503 and h)
@@ -140,17 +148,18 @@ def test_a_caller_that_cannot_be_told_harms_nobody(service):
     def closed(piece):
         raise RuntimeError("Event loop is closed")
 
-    engine = service._engine
+    engine = service.engine
     queue(engine, "abc", 50, deliver=closed)
     _, came = queue(engine, "abc")
     until(lambda: is_done(came))
-    until(lambda: not engine._requests and not engine._decoder.running)
+    until(lambda: is_idle(service.metrics))
     assert said(came) == expected(service, "abc")
 
 
 def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
-    engine = BatchingEngine(service.served, ModelServerMetrics(), max_rows=1, max_waiting=4)
-    _, long = queue(engine, "abc", 1500)
+    metrics = ModelServerMetrics()
+    engine = BatchingEngine(service.served, metrics, max_rows=1, max_waiting=4)
+    running_request, long = queue(engine, "abc", 1500)
     until(lambda: long)
     cancelled = [queue(engine, "abc")[0] for _ in range(4)]
     with pytest.raises(QueueFull):
@@ -160,8 +169,9 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
     late = [queue(engine, "abc", limit_s=0.0)[1] for _ in range(4)]  # there is room although the one row is busy
     until(lambda: all(late))
     assert [type(came[-1]).__name__ for came in late] == ["AnswerTimeout"] * 4
-    assert not is_done(long) and not engine._waiting
-    engine._requests[0].cancel()
+    until(lambda: read_gauge(metrics, "yuan_waiting") == 0)
+    assert not is_done(long)
+    running_request.cancel()
 
 
 def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeypatch):

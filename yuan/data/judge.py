@@ -34,6 +34,11 @@ class AnswerJudge:
         self._limit_s = limit_s
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Return the pid of the process that judges; None before the first check and after a kill."""
+        return self._process.pid if self._process else None
+
     def __enter__(self) -> "AnswerJudge":
         return self
 

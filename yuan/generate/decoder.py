@@ -54,7 +54,7 @@ class Decoder:
         logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new_rows, counts)
         self._cache.append_rows(new_rows)
         self.running += group
-        return self._choose(group, logits_BV)
+        return self.choose_next_tokens(group, logits_BV)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[DecodingSequence, Exception]]:
@@ -69,7 +69,7 @@ class Decoder:
         if not self.running:
             return []
         last = torch.tensor([[sequence.tokens[-1]] for sequence in self.running], device=self._device)
-        return self._choose(self.running, self.model.forward_incremental(last, self._cache))
+        return self.choose_next_tokens(self.running, self.model.forward_incremental(last, self._cache))
 
     def remove(self, sequence: DecodingSequence) -> None:
         """Remove a running sequence; the last one takes its row."""
@@ -78,7 +78,10 @@ class Decoder:
         self.running[row] = self.running[-1]
         self.running.pop()
 
-    def _choose(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[tuple[DecodingSequence, Exception]]:
+    def choose_next_tokens(
+        self, group: list[DecodingSequence], logits_BV: Tensor
+    ) -> list[tuple[DecodingSequence, Exception]]:
+        """Append the next token to each sequence of the group; return those that failed, with their errors."""
         group = list(group)  # a copy: `remove` changes self.running during the loop
         finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
         choices = choose_tokens(

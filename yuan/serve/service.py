@@ -14,23 +14,24 @@ class ModelService:
     """Route requests to the engine in service, and swap models without dropping a request.
 
     Attributes:
+        engine: the engine in service; None before the first model.
         absence_reason: the message for callers while no model is in service, and the seconds after which they may
             retry.
     """
 
     def __init__(self, metrics: ModelServerMetrics) -> None:
         self.metrics = metrics
-        self._engine: BatchingEngine | None = None
+        self.engine: BatchingEngine | None = None
         self._draining: list[BatchingEngine] = []
         self.absence_reason: tuple[str, int | None] = (STARTING_MESSAGE, SHORT_RETRY_AFTER_S)
 
     @property
     def served(self) -> ServedModel | None:
-        return self._engine.served if self._engine else None
+        return self.engine.served if self.engine else None
 
     def swap_in(self, served: ServedModel) -> None:
         """Put a model into service; the previous engine finishes its requests."""
-        previous, self._engine = self._engine, BatchingEngine(served, self.metrics)
+        previous, self.engine = self.engine, BatchingEngine(served, self.metrics)
         self.metrics.set_version(served.version)
         self._draining = [engine for engine in self._draining if not engine.is_drained]
         if previous is not None:
@@ -39,7 +40,7 @@ class ModelService:
 
     def fault(self) -> str | None:
         """Describe why requests cannot be answered; None if they can, or if there is no model yet."""
-        engines = [*self._draining, self._engine] if self._engine else []
+        engines = [*self._draining, self.engine] if self.engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
     def submit(self, make: Callable[[ServedModel], GenerationRequest]) -> GenerationRequest:
@@ -52,7 +53,7 @@ class ModelService:
             ValueError: if a prompt does not fit.
         """
         while True:
-            engine = self._engine
+            engine = self.engine
             if engine is None:
                 raise NoModelInService(*self.absence_reason)
             request = make(engine.served)

@@ -120,17 +120,18 @@ class Trainer:
 
     def _run_repeatable_pass(self, positions: Int64Array) -> StepResult:
         """Run a step, and repeat it if it is faulty: a clean repeat means that the machine, not the data, caused it."""
-        first = self._run_pass(positions)
+        first = self.run_pass(positions)
         if first.wrong is None:
             return first
 
         self.run_log.log_event(RepeatEvent(step=self.step, why=first.wrong))
-        second = self._run_pass(positions)
+        second = self.run_pass(positions)
         if second.wrong is None:
             self.run_log.log_event(CleanRepeatEvent(step=self.step, why=first.wrong))
         return second
 
-    def _run_pass(self, positions: Int64Array) -> StepResult:
+    def run_pass(self, positions: Int64Array) -> StepResult:
+        """Run one step on the windows at these positions; its update is applied if the step has no fault."""
         replica = self.engine.grid.get_data_parallel_rank()
         return self.stepper.run(read_micro_batches(self.corpus, self.spec.plan, positions, replica, self.engine.device))
 
