@@ -53,7 +53,7 @@ def test_light_commands_load_nothing_heavy(argv):
 import sys
 sys.argv = ["cotrain", *{argv!r}]
 import feedback.client
-feedback.client.ATTEMPTS = 1
+feedback.client.MAX_REQUEST_ATTEMPTS = 1
 try:
     from flows.cli.app import main
     main()
@@ -108,6 +108,7 @@ def test_a_new_plan_says_what_the_move_costs(tmp_path):
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
     file = tmp_path / "pool.toml"
     result = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
@@ -198,6 +199,7 @@ def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
     assert "got the file" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_no_portal_is_one_clear_line(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')

@@ -213,6 +213,7 @@ def existing(pids):
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.slow
 def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
     """Start a process with another session and parent, and without the stack's id in its environment."""
     port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"

@@ -100,6 +100,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
     """Open 260 connections that never authenticate."""
     config = load_or_make_config(tmp_path)

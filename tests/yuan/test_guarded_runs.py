@@ -55,6 +55,7 @@ def test_a_passing_fault_leaves_the_weights_bit_equal(training_inputs, clean_run
     assert all(torch.equal(tensor, faulty_weights[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
     folder = run(
         prepare_faulty_run(tmp_path / "data", training_inputs, what="tenfold", first=240, end=250, times=None), PLANTED

@@ -127,7 +127,7 @@ def least_peaks(costs):
             yield max(least)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.sampled_from(["time", "memory"]))
 def test_no_layout_is_better(costs, objective):
     every = list(layouts(costs))
@@ -159,7 +159,7 @@ def test_ties_are_broken_by_memory_then_in_order(costs):
     assert (best.peak_bytes, best.layers, best.classes) == min(tied)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(), st.floats(0.9, 1.2))
 def test_a_grid_that_is_not_the_best_may_miss_its_own_best_by_a_little(costs, share):
     every = list(layouts(costs))

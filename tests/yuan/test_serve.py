@@ -216,6 +216,7 @@ def test_many_hogs_leave_room_for_one_who_comes_late(url, http, served):
     until(lambda: metric(http, "yuan_running") == 0 and metric(http, "yuan_waiting") == 0)
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, served):
     async def crowd():
         limits = httpx.Limits(max_connections=1000)

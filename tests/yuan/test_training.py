@@ -35,6 +35,7 @@ def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, fi
     np.testing.assert_allclose(trained_steps(finished), plain_steps(training_inputs, finished), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", training_inputs, recipe))
@@ -92,7 +93,11 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_p
 
 @pytest.mark.parametrize(
     ("bounds", "data_size"),
-    [((0, 3), 2), ((0, 1, 3), 2), pytest.param((0, 1, 2, 3, 3), 1, marks=pytest.mark.slow)],
+    [
+        pytest.param((0, 3), 2, marks=pytest.mark.slow),
+        ((0, 1, 3), 2),
+        pytest.param((0, 1, 2, 3, 3), 1, marks=pytest.mark.slow),
+    ],
     ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
 )
 def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(

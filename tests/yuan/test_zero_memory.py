@@ -34,7 +34,7 @@ def recipe(replicas):
     )
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_path):
     command = build_torchrun_command(replicas, __file__, tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
