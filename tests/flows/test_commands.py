@@ -222,6 +222,7 @@ def laid_out(tmp_path_factory):
     return lay_out(folder / "run", make(folder / "parent"))
 
 
+@pytest.mark.slow
 def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
     for _ in range(2):
         result = cotrain("train", str(laid_out.path / "run.json"), "--json")

@@ -187,6 +187,7 @@ def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
     assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
+@pytest.mark.slow
 def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first, stack, operator):
     last_number = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
@@ -214,6 +215,7 @@ def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contribu
         assert {client.feedback(one.id).state for one in submitted} == {"withdrawn"}
 
 
+@pytest.mark.slow
 def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):
     before = contributor.all_feedback()
     keeper = read_stack_state(stack.home)["pid"]

@@ -45,6 +45,7 @@ def clean_run(training_inputs, tmp_path_factory):
     return run(lay_out(tmp_path_factory.mktemp("runs") / "long", training_inputs, LONG))
 
 
+@pytest.mark.slow
 def test_a_passing_fault_leaves_the_weights_bit_equal(training_inputs, clean_run, tmp_path):
     folder = run(
         prepare_faulty_run(tmp_path / "once", training_inputs, what="nan", first=240, end=248, times=1), PLANTED

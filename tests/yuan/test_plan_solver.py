@@ -144,7 +144,7 @@ def test_no_layout_is_better(costs, objective):
     assert bound_step_seconds(costs) <= min(every)[0] * (1 + EXACT)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(most_classes=2))
 def test_ties_are_broken_by_memory_then_in_order(costs):
     every = list(layouts(costs))
@@ -194,7 +194,7 @@ def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
         assert ours == pytest.approx(most(fastest_first))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems(most_classes=3))
 def test_beyond_the_exact_size_the_bound_holds(costs):
     limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0

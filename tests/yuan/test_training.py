@@ -43,6 +43,7 @@ def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, 
     assert abs(folder.read_metrics()[0]["train/loss"] - finished.read_metrics()[0]["train/loss"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_bf16_adds_up_the_same_gradients(training_inputs, finished, tmp_path):
     """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
     folder = run(
@@ -52,6 +53,7 @@ def test_bf16_adds_up_the_same_gradients(training_inputs, finished, tmp_path):
     np.testing.assert_allclose(norms, exact, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_the_last_stage_may_hold_norm_and_head_alone(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
     plan = two_stages(training_inputs[1], recipe)
@@ -120,6 +122,7 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_leave_when_their_supervisor_is_gone(training_inputs, tmp_path):
     folder = lay_out(tmp_path / "orphan", training_inputs)
     with launch(folder) as process:
