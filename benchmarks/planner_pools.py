@@ -8,6 +8,7 @@ elsewhere the solver's gap is reported. The simulator's makespan is compared wit
 import random
 import statistics
 import sys
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
 
 from pairs import deepspeeds_partitions, line, show
@@ -86,82 +87,108 @@ def off_by_simulation(work: Workload, chosen: PlanCandidate) -> float:
     return simulate_candidate(work, chosen).seconds / model - 1
 
 
-def main() -> int:
-    draw = random.Random(0)
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else POOLS
-    even, parameters, gaps, tried, off = [], [], [], [], []
-    neither = number = planned = 0
-    while planned < wanted:
+@dataclass
+class PoolResults:
+    """What was measured on random pools; ratios to the step time of our plan, and relative gaps."""
+
+    num_planned: int = 0
+    num_neither_fits: int = 0
+    even_split: list[float] = field(default_factory=list)
+    parameter_split: list[float] = field(default_factory=list)
+    bound_gaps: list[float] = field(default_factory=list)
+    enumeration_gaps: list[float] = field(default_factory=list)
+    simulation_gaps: list[float] = field(default_factory=list)
+
+    def add(self, work: Workload, pool: Pool, chosen: PlanCandidate, lower_bound: float) -> None:
+        """Compare the chosen plan of a pool with the baselines, the bound, every layout and the simulation."""
+        layout, num_stages = chosen.layout, chosen.grid.pipeline_size
+        costs = build_stage_costs(work, chosen.grid, pool.groups)
+
+        layers_each, remainder = divmod(work.model.num_layers, num_stages)
+        even = of_split(costs, tuple(layers_each + (s < remainder) for s in range(num_stages)), layout.classes)
+        balanced_layers = balanced(work, num_stages)
+        by_parameters = of_split(costs, balanced_layers, layout.classes) if min(balanced_layers) > 0 else None
+
+        self.num_planned += 1
+        self.num_neither_fits += even is None and by_parameters is None
+        self.even_split += [] if even is None else [even / layout.seconds]
+        self.parameter_split += [] if by_parameters is None else [by_parameters / layout.seconds]
+        self.bound_gaps.append(layout.seconds / lower_bound - 1)
+        if pool.num_devices <= SMALL:
+            self.enumeration_gaps.append(layout.seconds / every_layout(work, pool) - 1)
+        self.simulation_gaps.append(off_by_simulation(work, chosen))
+
+
+def measure(num_pools: int) -> PoolResults:
+    """Plan random pools until `num_pools` of them have a plan."""
+    draw, results, number = random.Random(0), PoolResults(), 0
+    while results.num_planned < num_pools:
         number += 1
         work, pool = random_case(draw, number)
         result = search(work, pool)
-        if not result.candidates:
-            continue
-        planned += 1
-        chosen = result.candidates[0]
-        layout, stages, total = chosen.layout, chosen.grid.pipeline_size, work.model.num_layers
-        costs = build_stage_costs(work, chosen.grid, pool.groups)
-        flat = of_split(costs, tuple(total // stages + (s < total % stages) for s in range(stages)), layout.classes)
-        split = balanced(work, stages)
-        weighed = of_split(costs, split, layout.classes) if min(split) > 0 else None
-        even += [] if flat is None else [flat / layout.seconds]
-        parameters += [] if weighed is None else [weighed / layout.seconds]
-        neither += flat is None and weighed is None
-        gaps.append(layout.seconds / result.lower_bound - 1)
-        if pool.num_devices <= SMALL:
-            tried.append(layout.seconds / every_layout(work, pool) - 1)
-        off.append(off_by_simulation(work, chosen))
-    ok = True
-    for name, values in (("the even split", even), ("the parameter-balanced split", parameters)):
-        ok &= show(
-            {
-                **line(
-                    f"random pools, step of {name} over ours",
-                    round(statistics.median(values), 3),
-                    "median ratio",
-                    name,
-                    statistics.mean(values),
-                    goal="never below 1",
-                    ok=min(values) > 1 - 1e-9,
-                ),
-                "least": round(min(values), 4),
-                "most": round(max(values), 3),
-                "fits_in": len(values),
-                "pools": planned,
-                "neither_fits": neither,
-            }
-        )
-    ok &= show(
-        line(
-            f"small pools, ours over the best of every layout, {len(tried)} pools",
-            round(max(tried), 12),
-            "worst excess",
-            goal="0",
-            ok=max(tried) < 1e-9,
-        )
-    )
-    proven = sum(gap < 1e-9 for gap in gaps)
-    ok &= show(
-        {
-            **line("random pools, gap", round(max(gaps), 5), "worst", goal="at most 1 %", ok=max(gaps) <= MOST_GAP),
-            "proven_best": proven,
-        }
-    )
-    worst = max(off, key=abs)
-    ok &= show(
-        {
-            **line(
-                "makespan, simulation over time model",
-                round(worst, 4),
-                "worst",
-                goal="within 3 %",
-                ok=abs(worst) <= MOST_OFF,
-            ),
-            "median": round(statistics.median(off), 4),
-            "within": sum(abs(value) <= MOST_OFF for value in off),
-        }
+        if result.candidates:
+            results.add(work, pool, result.candidates[0], result.lower_bound)
+    return results
+
+
+def main() -> int:
+    results = measure(int(sys.argv[1]) if len(sys.argv) > 1 else POOLS)
+    ok = all(
+        [
+            show_baseline("the even split", results.even_split, results),
+            show_baseline("the parameter-balanced split", results.parameter_split, results),
+            show_gaps(results),
+            show_simulation(results.simulation_gaps),
+        ]
     )
     return 0 if ok else 1
+
+
+def show_baseline(name: str, ratios: list[float], results: PoolResults) -> bool:
+    """Print the ratios of a baseline's step time to ours; none may be below 1."""
+    summary = line(
+        f"random pools, step of {name} over ours",
+        round(statistics.median(ratios), 3),
+        "median ratio",
+        name,
+        statistics.mean(ratios),
+        goal="never below 1",
+        ok=min(ratios) > 1 - 1e-9,
+    )
+    counts = {"fits_in": len(ratios), "pools": results.num_planned, "neither_fits": results.num_neither_fits}
+    return show({**summary, "least": round(min(ratios), 4), "most": round(max(ratios), 3), **counts})
+
+
+def show_gaps(results: PoolResults) -> bool:
+    """Print the worst excess over the best of every layout, and the worst gap to the lower bound."""
+    gaps = results.enumeration_gaps
+    is_best = show(
+        line(
+            f"small pools, ours over the best of every layout, {len(gaps)} pools",
+            round(max(gaps), 12),
+            "worst excess",
+            goal="0",
+            ok=max(gaps) < 1e-9,
+        )
+    )
+    worst = max(results.bound_gaps)
+    summary = line("random pools, gap", round(worst, 5), "worst", goal="at most 1 %", ok=worst <= MOST_GAP)
+    is_near_bound = show({**summary, "proven_best": sum(gap < 1e-9 for gap in results.bound_gaps)})
+    return is_best and is_near_bound
+
+
+def show_simulation(gaps: list[float]) -> bool:
+    """Print the largest deviation of the simulated pipeline from the time model."""
+    worst = max(gaps, key=abs)
+    summary = line(
+        "makespan, simulation over time model",
+        round(worst, 4),
+        "worst",
+        goal="within 3 %",
+        ok=abs(worst) <= MOST_OFF,
+    )
+    num_within = sum(abs(gap) <= MOST_OFF for gap in gaps)
+    return show({**summary, "median": round(statistics.median(gaps), 4), "within": num_within})
 
 
 if __name__ == "__main__":
