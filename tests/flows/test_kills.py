@@ -99,10 +99,18 @@ class Reporter(threading.Thread):
             report = FeedbackIn(
                 kind="correction", prompt=f"Reverse: {word}", response="?", model_version=1, expected=word[::-1]
             )
+            self.send(report, idempotency_key=word)
+
+    def send(self, report, idempotency_key):
+        """Send until acknowledged: two kills soon after one another can outlast the client's own retries."""
+        errors = []
+        while len(errors) < 3:
             try:
-                self.acknowledged.append(self.client.submit(report).id)
+                self.acknowledged.append(self.client.submit(report, idempotency_key=idempotency_key).id)
+                return
             except Exception as error:
-                self.failed.append(repr(error))
+                errors.append(repr(error))
+        self.failed += errors
 
 
 def check_reports(stack, sessions, client, reporter, round_id):
