@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,27 @@ log = logging.getLogger(__name__)
 # Heartbeat files of services without a port, below the home folder; written every few seconds.
 DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE = Path("dispatcher/alive.json"), Path("worker/alive")
 FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
+
+
+class Duty(StrEnum):
+    """The dispatcher's duties; the values are in logs, in `doctor` and in duties.json."""
+
+    DELIVER_NOTICES = "deliver notices"
+    REQUEST_DUE_ROUND = "request a due round"
+    RECLAIM_LEASES = "reclaim leases of exited processes"
+    UPDATE_ALIASES = "update aliases"
+    REGISTER_DEPLOYMENTS = "register deployments"
+    END_LOST_FLOW_RUNS = "end lost flow runs"
+    ADVANCE_ROUND = "advance the round"
+    START_REPRODUCTION = "start reproduction"
+
+
+# Names in a duties.json of version 0.2, which is read once after an upgrade.
+FORMER_DUTY_NAMES = {
+    "take back leases of the dead": Duty.RECLAIM_LEASES,
+    "make aliases follow": Duty.UPDATE_ALIASES,
+    "keep the round going": Duty.ADVANCE_ROUND,
+}
 
 
 @dataclass
@@ -107,7 +129,7 @@ def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
     """Return the statuses that a process last wrote; empty if there are none or the file is invalid."""
     try:
         saved: dict[str, dict[str, Any]] = json.loads(read_regular(file))
-        return {name: DutyStatus(**fields) for name, fields in saved.items()}
+        return {FORMER_DUTY_NAMES.get(name, name): DutyStatus(**fields) for name, fields in saved.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

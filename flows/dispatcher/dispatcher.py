@@ -20,7 +20,7 @@ from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
-from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, compute_age_s, get_duty_status_file
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, Duty, compute_age_s, get_duty_status_file
 from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_reporter import SERVER_ERRORS
@@ -82,14 +82,14 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
     """Return the duties by name: first those that need only PostgreSQL, then the registry, then Prefect."""
     registrar = DeploymentRegistrar(context, client)
     return {
-        "deliver notices": lambda: deliver_notices(context),
-        "request a due round": lambda: request_due_round(context),
-        "take back leases of the dead": lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
-        "make aliases follow": lambda: sync_champion_aliases(context),
-        "register deployments": registrar.ensure_registered,
-        "end lost flow runs": make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
-        "keep the round going": lambda: registrar.run_with_deployments(continue_running_round),
-        "start reproduction": lambda: registrar.run_with_deployments(start_due_reproduction),
+        Duty.DELIVER_NOTICES: lambda: deliver_notices(context),
+        Duty.REQUEST_DUE_ROUND: lambda: request_due_round(context),
+        Duty.RECLAIM_LEASES: lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
+        Duty.UPDATE_ALIASES: lambda: sync_champion_aliases(context),
+        Duty.REGISTER_DEPLOYMENTS: registrar.ensure_registered,
+        Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
+        Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),
+        Duty.START_REPRODUCTION: lambda: registrar.run_with_deployments(start_due_reproduction),
     }
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback.platform_facts import PlatformFacts, read_platform_facts
 from flows.context import Context
-from flows.duties import DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
+from flows.duties import Duty, DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
 from flows.registry import WORK_POOL_NAME
 from flows.round.versions import describe_registration
 from flows.stack.probing import Finding, LastSuccess, Probe, convert_timestamp, get_utc_now, run_probes
@@ -29,17 +29,17 @@ PROMOTION_SETTLE_S, LATE_AFTER_S, REPORTS_LATE_AFTER_S = 30.0, 60.0, 600.0
 REPRODUCE_FLOW = "cotrain-reproduce"
 # The duty whose success shows that a server answers.
 DUTY_BY_SERVER = {
-    "postgres": "keep the round going",
-    "prefect": "register deployments",
-    "mlflow": "make aliases follow",
+    "postgres": Duty.ADVANCE_ROUND,
+    "prefect": Duty.REGISTER_DEPLOYMENTS,
+    "mlflow": Duty.UPDATE_ALIASES,
 }
-DUTY_FIXES = {
-    "make aliases follow": "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
-    "register deployments": "see `cotrain logs prefect`",
-    "end lost flow runs": "see `cotrain logs prefect`",
-    "keep the round going": "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
-    "start reproduction": "see `cotrain logs prefect`",
-    "take back leases of the dead": "see that the file which COTRAIN_POOL names can be read",
+DUTY_FIXES: dict[str, str] = {
+    Duty.UPDATE_ALIASES: "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
+    Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
+    Duty.END_LOST_FLOW_RUNS: "see `cotrain logs prefect`",
+    Duty.ADVANCE_ROUND: "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
+    Duty.START_REPRODUCTION: "see `cotrain logs prefect`",
+    Duty.RECLAIM_LEASES: "see that the file which COTRAIN_POOL names can be read",
 }
 
 
@@ -149,7 +149,7 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
             one: context.tracker.find_missing_files(one, facts.files[one]) for one in facts.lineage if one not in lost
         }
     last = get_last_success(
-        read_duty_statuses(get_duty_status_file(context.settings.home)).get("make aliases follow", DutyStatus())
+        read_duty_statuses(get_duty_status_file(context.settings.home)).get(Duty.UPDATE_ALIASES, DutyStatus())
     )
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"

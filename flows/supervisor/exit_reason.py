@@ -32,6 +32,7 @@ class ExitPolicy(Enum):
 
     COMPLETE = "the weights are exported; nothing remains to do"
     RESTART = "start the processes again, a limited number of times without a new checkpoint"
+    REPLACE_DEVICE = "take the device of the failed rank out of use, and start the processes as for RESTART"
     REPLAN = "plan for less memory, a limited number of times, and start the processes"
     WAIT = "queue for devices again, and start the processes when they are granted"
     STOP = "fail the run, since a restart would not help"
@@ -44,7 +45,7 @@ POLICY_BY_REASON: dict[ExitReason, ExitPolicy] = {
     ExitReason.BAD_DATA: ExitPolicy.STOP,
     ExitReason.NUMERICAL: ExitPolicy.STOP,
     # Every start checks that the plan fits the remaining devices, and plans again if it does not.
-    ExitReason.LOST_DEVICE: ExitPolicy.RESTART,
+    ExitReason.LOST_DEVICE: ExitPolicy.REPLACE_DEVICE,
     ExitReason.HUNG: ExitPolicy.RESTART,
     ExitReason.DISK_FULL: ExitPolicy.RESTART,
     ExitReason.PREEMPTED: ExitPolicy.WAIT,

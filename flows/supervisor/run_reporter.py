@@ -59,7 +59,7 @@ class RunReporter:
     """Reports status and metrics; data that a server missed while it was down is sent when it is back.
 
     Raises:
-        RoundEnded: from `report`, when the round has ended or a later attempt works on it.
+        RoundOwnershipLost: from `report`, when the round has ended or a later attempt works on it.
     """
 
     def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: ProgressCallback) -> None:

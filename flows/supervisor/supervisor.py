@@ -141,7 +141,7 @@ class Supervisor:
                     return early_ending  # leaving the block ends the processes
 
         ending = classify(self.folder, job_ending, since)
-        if ending.reason == ExitReason.LOST_DEVICE and ending.rank is not None:
+        if ending.policy == ExitPolicy.REPLACE_DEVICE and ending.rank is not None:
             self.mark_device_lost(rank_devices[ending.rank], ending)
         return ending
 
@@ -226,7 +226,7 @@ class Supervisor:
             case ExitPolicy.WAIT:
                 self.reporter.report()  # raises if a later attempt has taken over the round
                 time.sleep(RUN_RESTART_PAUSE_S)
-            case ExitPolicy.RESTART:
+            case ExitPolicy.RESTART | ExitPolicy.REPLACE_DEVICE:
                 self._count_restart(ending)
 
     def _shrink_plan(self, message: str) -> None:

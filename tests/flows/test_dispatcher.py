@@ -16,7 +16,7 @@ from feedback.tables import Outbox, new_id
 from flows.context import Context
 from flows.dispatcher.attempts import make_attempt_key
 from flows.dispatcher.dispatcher import make_duties
-from flows.duties import MAX_DUTY_PAUSE_S, Duties, DutyStatus, read_duty_statuses
+from flows.duties import MAX_DUTY_PAUSE_S, Duties, Duty, DutyStatus, read_duty_statuses
 from infra.database import make_session_factory
 
 PROMPT = "a prompt"
@@ -73,7 +73,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
         assert session.scalars(select(Outbox.delivered_at).where(Outbox.contributor_id == reporter.id)).one()
         assert rounds.find_running_round(session) is None
     failing = {name for name, standing in duties.statuses.items() if standing.failures}
-    assert failing == {"make aliases follow", "register deployments", "end lost flow runs"}
+    assert failing == {Duty.UPDATE_ALIASES, Duty.REGISTER_DEPLOYMENTS, Duty.END_LOST_FLOW_RUNS}
 
 
 def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):

@@ -154,7 +154,7 @@ def pages_of(prefect, path):
 def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, operator, sessions, tmp_path):
     mlflow = mlflow_of(stack)
     mlflow.delete_model_version("yuan", "1")
-    faults = stack.until(lambda: (f := faults_of(stack)) and "cannot make aliases follow" in f and f, pause=1)
+    faults = stack.until(lambda: (f := faults_of(stack)) and "cannot update aliases" in f and f, pause=1)
     with sessions() as session:
         run_id = session.get_one(ModelVersion, 1).run_id
     export = stack.home / "runs" / run_id / "export"
@@ -286,6 +286,7 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
     assert Finding("a", fault="b").when == "unknown" and Finding("a", fault="b", never=True).when == "never"
     ready = {"mlflow": {"state": "ready", "ready_at": 1_000.0}, "s3": {"state": "ready", "ready_at": 1_000.0}}
     write("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
+    # The duty's name in version 0.2, whose file is read once after an upgrade.
     write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
     over, findings = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
