@@ -107,19 +107,15 @@ def claim_idempotency_key(
     if inserted.first() is not None:
         return None
 
-    check_key_unused(session, contributor.id, key, besides=request_digest)
-    return session.get_one(IdempotencyKey, (contributor.id, key)).record_id
-
-
-def check_key_unused(session: Session, contributor_id: str, key: str, *, besides: str) -> None:
-    """Check that no request has used an account's idempotency key, except the one with the digest `besides`.
-
-    Raises:
-        Conflict: if another request has.
-    """
-    claimed = session.get(IdempotencyKey, (contributor_id, key))
-    if claimed is not None and claimed.request_digest != besides:
+    claimed = session.get_one(IdempotencyKey, (contributor.id, key))
+    if claimed.request_digest != request_digest:
         raise Conflict("this Idempotency-Key was used for another request; use a new key")
+    return claimed.record_id
+
+
+def lock_idempotency_key(session: Session, contributor_id: str, key: str) -> None:
+    """Let one of the requests with this claimed key continue at a time, until its transaction ends."""
+    session.get_one(IdempotencyKey, (contributor_id, key), with_for_update=True)
 
 
 def compute_quota_wait_s(

@@ -39,7 +39,8 @@ def read_process(pid: int) -> ProcessInfo | None:
     """
     try:
         # proc_pid_stat(5), fields after the name in parentheses: state, ppid, pgrp, session, ..., utime, ..., starttime
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # As bytes: a process chooses its name, which need not be text.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii").split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     ticks = sum(map(int, fields[11:15]))

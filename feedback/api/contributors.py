@@ -1,5 +1,6 @@
 """Routes of contributors: reports, datasets, notices."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, reports
-from feedback.accounts import OPERATOR_ROLE, audit, check_key_unused, compute_quota_wait_s
+from feedback.accounts import OPERATOR_ROLE, audit, compute_quota_wait_s, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
     AuthenticatedAccount,
@@ -177,16 +178,16 @@ async def push_dataset(
 
         body = await receive_body(request, file)
         repeat = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
-        if idempotency_key is not None:
-            # Refuse before the bytes are stored: without a record they would count in no quota.
-            await _run_in_transaction(request, _check_same_request, account, repeat)
+        # Claim the key before the bytes are stored: without a record they would count in no quota.
+        dataset_id = await _run_in_transaction(request, _claim_dataset_id, account, repeat)
 
         checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
         if checked.reason is None:
             if has_limits:
                 await _run_in_transaction(request, _check_storage_quota, account, body, state.max_account_bytes)
             await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS_FOLDER}/{body.sha256}", file)
-        return await _run_in_transaction(request, _record_dataset, account, repeat, name, purpose, checked, body.sha256)
+        record = functools.partial(_record_dataset, name=name, purpose=purpose, file=checked, sha256=body.sha256)
+        return await _run_in_transaction(request, record, account, repeat.key, dataset_id)
 
 
 async def _run_in_transaction(
@@ -219,9 +220,13 @@ def _check_daily_datasets(session: Session, account: AuthenticatedAccount, key: 
         _check_daily_limit(session, Dataset, account.id, limit, "datasets")
 
 
-def _check_same_request(session: Session, account: AuthenticatedAccount, repeat: IdempotentRequest) -> None:
-    """Refuse a request whose key an earlier request has used for something else."""
-    check_key_unused(session, account.id, repeat.key, besides=repeat.request_digest)
+def _claim_dataset_id(session: Session, account: AuthenticatedAccount, repeat: IdempotentRequest) -> str:
+    """Bind the request's key to a dataset and return its id; the key of another request is refused.
+
+    An earlier request may have claimed the key and ended before it recorded the dataset, or may still do so.
+    """
+    dataset_id, _ = repeat.claim(session, session.get_one(Contributor, account.id))
+    return dataset_id
 
 
 def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: ReceivedBody, limit: int) -> None:
@@ -237,15 +242,17 @@ def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: 
 def _record_dataset(
     session: Session,
     account: AuthenticatedAccount,
-    repeat: IdempotentRequest,
+    key: str,
+    dataset_id: str,
+    *,
     name: str,
     purpose: str,
     file: datasets.FileCheckResult,
     sha256: str,
 ) -> DatasetOut | JSONResponse:
     contributor = session.get_one(Contributor, account.id)
-    dataset_id, exists = repeat.claim(session, contributor)
-    if not exists:
+    lock_idempotency_key(session, account.id, key)
+    if session.get(Dataset, dataset_id) is None:
         datasets.add_dataset(
             session, contributor, dataset_id=dataset_id, name=name, purpose=purpose, file=file, sha256=sha256
         )

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
+from feedback.promotion_decision import PromotionDecision
 from flows.cli.fields import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
@@ -94,16 +95,17 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
             time.sleep(ROUND_POLL_S)
 
 
-def describe_regressions(decision: dict[str, Any]) -> list[str]:
+def describe_regressions(decision: PromotionDecision) -> list[str]:
     """Describe the accounts whose reports fail again, one line per account, and what the operator can do."""
     lines = []
-    for account in decision.get("regressions_by_account", ()):
-        shown_reports, count = account["reports"][:MAX_SHOWN_REPORTS], account["regressed"]
-        more = ", ..." if len(account["reports"]) > len(shown_reports) else ""
-        change = f"{count} reports fail again, {account['gained']} earlier ones pass now (p = {account['p']:.2g})"
-        weight = "" if account["counts"] else ", which may be chance and does not count"
-        lines.append(f"  {account['name']}: {change}{weight}: {', '.join(shown_reports)}{more}")
-    if lines and not decision["regressions_may_be_chance"]:
+    for account in decision.regressions_by_account:
+        shown_reports = account.reports[:MAX_SHOWN_REPORTS]
+        more = ", ..." if len(account.reports) > len(shown_reports) else ""
+        gained = f"{account.num_gained} earlier ones pass now (p = {account.p_value:.2g})"
+        weight = "" if account.is_significant else ", which may be chance and does not count"
+        change = f"{account.num_lost} reports fail again, {gained}{weight}"
+        lines.append(f"  {account.name}: {change}: {', '.join(shown_reports)}{more}")
+    if lines and not decision.regressions_may_be_chance:
         lines.append("  if the reports of an account are invalid: cotrain withdraw account NAME --reason TEXT")
     return lines
 
@@ -114,10 +116,8 @@ def _show_round(training_round: RoundOut, as_json: bool, wanted: str = "promoted
     text += f" at {training_round.step}" if training_round.state == "running" else f": {training_round.reason}"
     failed = sum(training_round.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
-    show(
-        training_round.model_dump(mode="json"),
-        "\n".join([text, *describe_regressions(training_round.decision or {})]),
-        as_json,
-    )
+    if training_round.decision is not None:
+        text = "\n".join([text, *describe_regressions(PromotionDecision.from_json(training_round.decision))])
+    show(training_round.model_dump(mode="json"), text, as_json)
     if training_round.state in ("failed", "cancelled", "rejected") and training_round.state != wanted:
         raise typer.Exit(EXIT_FAILED)

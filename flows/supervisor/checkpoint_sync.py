@@ -20,7 +20,7 @@ from yuan.train.checkpoint_manifest import (
     parse_step,
 )
 from yuan.train.events import CheckpointStoredEvent
-from yuan.train.file_digest import FileDigest, find_difference
+from yuan.train.file_digest import FileDigest, digest_content, find_difference
 from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_KEY_PREFIX = "checkpoints"
 CHECKPOINT_UPLOAD_POLL_S = 2.0
 MAX_CHECKPOINT_MANIFEST_BYTES = 64 * 2**20
-RefusedCheckpoint = tuple[str, bytes]  # a checkpoint's name and its manifest
+RefusedCheckpoint = tuple[str, str]  # a checkpoint's name and the sha256 of its manifest
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def sync_checkpoints(
         manifest = b""
         try:
             manifest = _read_manifest_content(folder, name)
-            if (name, manifest) in refused:
+            if (name, digest_content(manifest).sha256) in refused:
                 continue
             if name in stored_names:
                 if objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
@@ -84,7 +84,7 @@ def sync_checkpoints(
         except (NotRegularFileError, ValueError) as error:
             log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
             _delete_stored_checkpoint(objects, run_id, name)
-            refused.add((name, manifest))
+            refused.add((name, digest_content(manifest).sha256))
 
     newest = max(local_names, default="")
     for name in stored_names - set(local_names):

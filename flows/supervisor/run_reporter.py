@@ -30,6 +30,7 @@ from yuan.train.events import (
     parse_event,
 )
 from yuan.train.log_tail import LogTail
+from yuan.train.metrics_row import is_metrics_row
 from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, RunFolder
 from yuan.train.run_status import RunStatus
 
@@ -94,7 +95,7 @@ class RunReporter:
             MlflowException: if the tracker does not answer.
         """
         self._log_suppressed_count()
-        self._unsent += self._metrics.read_all()
+        self._unsent += filter(is_metrics_row, self._metrics.read_all())
         run = self._sync_tracker()
         self._publish(run, EVENTS_FILE)
         return run
@@ -131,7 +132,7 @@ class RunReporter:
     def _sync_tracker(self) -> str:
         run = self._mlflow_run or self._start_tracker_run()
         self._mlflow_run = run
-        self._unsent += self._metrics.read()
+        self._unsent += filter(is_metrics_row, self._metrics.read())
         rows = [row for row in self._unsent if row["step"] > self._sent_step]
         if rows:
             self._context.tracker.log(run, rows)

@@ -141,7 +141,8 @@ class Supervisor:
                     return early_ending  # leaving the block ends the processes
 
         ending = classify(self.folder, job_ending, since)
-        if ending.policy == ExitPolicy.REPLACE_DEVICE and ending.rank is not None:
+        # The rank's number comes from a note that a rank wrote.
+        if ending.policy == ExitPolicy.REPLACE_DEVICE and ending.rank is not None and ending.rank < len(rank_devices):
             self.mark_device_lost(rank_devices[ending.rank], ending)
         return ending
 

@@ -1,12 +1,15 @@
 """Limits of what one account may send within 24 hours."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from feedback.api.app import make_app
+from tests.serving import served
 
 ROWS = b'{"prompt": "%d", "answer": "a"}\n'
 
@@ -73,6 +76,23 @@ def test_a_key_of_another_dataset_stores_no_bytes(push, account, objects, num_se
     refused = push(account.headers, other, **key)
     assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict")
     assert not objects.exists(f"uploads/{hashlib.sha256(other).hexdigest()}")
+
+
+def test_requests_with_one_key_at_once_store_the_bytes_of_one_record(stores, engine, objects, first_version, account):
+    """Bytes without a record would count in no quota."""
+    key = {**account.headers, "Idempotency-Key": "at-once"}
+    files = [ROWS * 3 + f'{{"prompt": "{account.id} {n % 4}", "answer": "b"}}\n'.encode() for n in range(8)]
+    with served(make_app(stores, engine, objects)) as url, ThreadPoolExecutor(2) as threads:
+        responses = list(
+            threads.map(
+                lambda file: httpx.post(f"{url}/api/v1/datasets?name=rows", content=file, headers=key, timeout=60),
+                files,
+            )
+        )
+    assert {response.status_code for response in responses} == {201, 409}
+    assert len({response.json()["id"] for response in responses if response.status_code == 201}) == 1
+    stored = [objects.exists(f"uploads/{hashlib.sha256(file).hexdigest()}") for file in files[:4]]
+    assert stored.count(True) == 1
 
 
 def test_refused_files_count_among_the_days_datasets(push, account):

@@ -125,7 +125,7 @@ def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, 
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert [len(entry.reports) for entry in decision.regressions_by_account] == [20, 20]
-    lines = describe_regressions(decision.to_json())
+    lines = describe_regressions(decision)
     assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
     for who in others:

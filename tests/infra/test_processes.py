@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from infra.processes import get_own_identity, is_known_alive, is_known_exited, list_processes
+from infra.processes import (
+    find_descendants,
+    find_pids,
+    get_own_identity,
+    is_known_alive,
+    is_known_exited,
+    list_processes,
+)
 
 
 def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
@@ -32,3 +39,17 @@ def test_a_process_that_has_ended_is_known_to_have_exited():
     process.communicate()
     assert is_known_exited(name) and not is_known_alive(name)
     assert not is_known_exited(f"another-host:{os.getpid()}:1")
+
+
+def test_a_process_whose_name_is_not_text_is_found_like_any_other():
+    """Any local user can run such a process; it must not stop who looks at the machine's processes."""
+    name_itself = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff)\\xe5', 0, 0, 0); print(flush=True); input()"
+    command = [sys.executable, "-c", name_itself, "COTRAIN_TEST_NAME=odd"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    try:
+        assert process.pid in {info.pid for info in list_processes()}
+        assert process.pid in find_descendants(os.getpid())
+        assert list(find_pids("COTRAIN_TEST_NAME", "odd")) == [process.pid]
+    finally:
+        process.communicate()

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from yuan.train.run_folder import RunFolder
-from yuan.train.run_status import Pace, RunStatus
+from yuan.train.run_status import Pace, RunStatus, StagePace
 
-STAGE = {"compute_seconds": 0.25, "planned_seconds": 0.5, "peak_bytes": 100, "planned_bytes": 200}
-PACE = Pace(step_seconds=0.5, tokens_per_s=256.0, bubble=0.25, mfu=None, stages=[STAGE], stragglers={3: 1.5})
+STORED_STAGE = {"compute_seconds": 0.25, "planned_seconds": 0.5, "peak_bytes": 100, "planned_bytes": 200}
+PACE = Pace(
+    step_seconds=0.5, tokens_per_s=256.0, bubble=0.25, mfu=None, stages=[StagePace(**STORED_STAGE)], stragglers={3: 1.5}
+)
 TRAINING = RunStatus(
     state="training",
     step=4,
@@ -34,7 +36,7 @@ STORED_TRAINING = {
     "tokens_per_s": 256.0,
     "bubble": 0.25,
     "mfu": None,
-    "stages": [STAGE],
+    "stages": [STORED_STAGE],
     "stragglers": {"3": 1.5},
     "bounds": [0, 2, 3],
     "pid": 7,

@@ -47,7 +47,7 @@ def test_tokens_and_bubble_follow_from_the_times(plan):
     pacer.add(1, 2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
     pace = pacer.compute_pace()
     assert (pace.tokens_per_s, pace.bubble, pace.mfu) == (8 * 128 / 2, 1 - 3 / 8, None)
-    assert [stage["peak_bytes"] for stage in pace.stages] == [4, 6]
+    assert [stage.peak_bytes for stage in pace.stages] == [4, 6]
 
 
 def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):

@@ -42,7 +42,7 @@ class ModelManifest:
         """
         files = fields.get("files") if isinstance(fields, dict) else None
         is_valid = isinstance(files, dict) and all(
-            isinstance(digest, str) and Path(name).name == name for name, digest in files.items()
+            isinstance(digest, str) and name and Path(name).name == name for name, digest in files.items()
         )
         if not files or not is_valid:
             raise ValueError("it has no `files` with a sha256 for each name; fetch the model again")
@@ -56,4 +56,7 @@ class ModelManifest:
         Raises:
             ValueError: if it is not JSON, or has no valid `files`.
         """
-        return cls.from_json(json.loads(text))
+        try:
+            return cls.from_json(json.loads(text))
+        except RecursionError:
+            raise ValueError("it is nested too deeply; fetch the model again") from None

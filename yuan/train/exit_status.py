@@ -1,20 +1,24 @@
 """Exit statuses of a rank by error class, and the exit note that a rank writes, since torchrun hides statuses."""
 
 import errno
-import json
 import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from yuan.safe_files import list_names, read_file
 from yuan.train.guard import NumericalError
+from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_text, parse_rank_object
 from yuan.train.run_folder import write_json
 
 EXIT_NOTES_FOLDER = "exits"
+MAX_NOTE_CHARACTERS, MAX_HOST_CHARACTERS = 2000, 255
+MAX_CLOCK_DIFFERENCE_S = 600.0  # between the machines of a run
 HOST_NAME_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # names of this machine set by Slurm and Kubernetes
 
 
@@ -57,6 +61,19 @@ class ExitNote:
     time: float
     host: str = ""
 
+    @classmethod
+    def from_json(cls, rank: int, data: Mapping[str, Any]) -> "ExitNote":
+        """Read the note of a rank.
+
+        Raises:
+            ValueError: if it is another rank's, or has no status or time.
+        """
+        status, at = get_count(data, "status"), get_number(data, "time")
+        if get_count(data, "rank") != rank or status is None or at is None:
+            raise ValueError(f"an exit note of rank {rank} needs its rank, a status and a time")
+        message = get_text(data, "message", MAX_NOTE_CHARACTERS)
+        return cls(rank=rank, status=status, message=message, time=at, host=get_text(data, "host", MAX_HOST_CHARACTERS))
+
 
 def classify_error(error: BaseException) -> ExitStatus:
     """Map an error that ended a rank to an exit status.
@@ -91,20 +108,25 @@ def write_exit_note(run: Path, rank: int, status: ExitStatus, message: str) -> N
     """Write why this rank exits; writes nothing if the disk is full."""
     try:
         (run / EXIT_NOTES_FOLDER).mkdir(exist_ok=True)
-        note = ExitNote(rank=rank, status=int(status), message=message[:2000], time=time.time(), host=get_host_name())
+        text = message[:MAX_NOTE_CHARACTERS]
+        note = ExitNote(rank=rank, status=int(status), message=text, time=time.time(), host=get_host_name())
         write_json(run / EXIT_NOTES_FOLDER / f"{rank}.json", asdict(note))
     except OSError:
         pass
 
 
 def read_exit_notes(run: Path, since: float) -> list[ExitNote]:
-    """Return the exit notes written at or after a time, earliest first; unreadable notes are ignored."""
-    notes = []
+    """Return the exit notes written since a time, earliest first; ignore notes that are not valid, or of the future.
+
+    A note of the future would count at each later start of the run.
+    """
+    notes, latest = [], time.time() + MAX_CLOCK_DIFFERENCE_S
     for name in list_names(run, EXIT_NOTES_FOLDER):
-        if not name.endswith(".json"):
+        if not RANK_FILE_PATTERN.fullmatch(name):
             continue
         try:
-            notes.append(ExitNote(**json.loads(read_file(run, f"{EXIT_NOTES_FOLDER}/{name}"))))
-        except (ValueError, TypeError, OSError):
+            data = parse_rank_object(read_file(run, f"{EXIT_NOTES_FOLDER}/{name}"))
+            notes.append(ExitNote.from_json(int(name.removesuffix(".json")), data))
+        except (ValueError, OSError):
             continue
-    return sorted((note for note in notes if note.time >= since), key=lambda note: note.time)
+    return sorted((note for note in notes if since <= note.time <= latest), key=lambda note: note.time)

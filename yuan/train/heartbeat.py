@@ -4,24 +4,23 @@ A rank that hangs blocks its peers forever, as a crashed one does. Each rank wri
 second; a rank that stays in one instruction past the limit exits, and torchrun then stops the other ranks.
 """
 
-import json
 import os
-import re
 import statistics
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from yuan.safe_files import list_names, read_file
 from yuan.train.exit_status import ExitStatus, write_exit_note
+from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_text, parse_rank_object
 from yuan.train.run_folder import write_json
 
-HEARTBEATS_FOLDER, HEARTBEAT_NAME_PATTERN = "heartbeats", re.compile(r"[0-9]{1,6}\.json")
+HEARTBEATS_FOLDER, MAX_DOING_CHARACTERS = "heartbeats", 200
 RANK_HEARTBEAT_INTERVAL_S = 1.0
 HANG_MEDIAN_RATIO = 20.0  # an instruction that takes this many median steps counts as a hang, but
 MIN_HANG_LIMIT_S = 20.0  # never in less than this, since a busy machine can stall for several seconds
@@ -48,11 +47,11 @@ class Heartbeat:
         Raises:
             ValueError: if it has no process id or time.
         """
-        pid, at = data.get("pid"), data.get("time")
-        if not isinstance(pid, int) or not isinstance(at, int | float):
-            raise ValueError(f"a heartbeat needs pid and time, got {pid!r} and {at!r}")
-        known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        return cls(**known)
+        pid, at = get_count(data, "pid"), get_number(data, "time")
+        if pid is None or at is None:
+            raise ValueError(f"a heartbeat needs pid and time, got {data.get('pid')!r} and {data.get('time')!r}")
+        step, silent_s = get_count(data, "step") or 0, get_number(data, "silent_s") or 0.0
+        return cls(pid=pid, time=at, step=step, doing=get_text(data, "doing", MAX_DOING_CHARACTERS), silent_s=silent_s)
 
 
 class HeartbeatWriter:
@@ -111,11 +110,11 @@ def read_heartbeats(run: Path) -> dict[int, Heartbeat]:
     """Return the newest heartbeat of each rank; files that are not valid are ignored."""
     heartbeats = {}
     for name in list_names(run, HEARTBEATS_FOLDER):
-        if not HEARTBEAT_NAME_PATTERN.fullmatch(name):
+        if not RANK_FILE_PATTERN.fullmatch(name):
             continue
         try:
-            data = dict(json.loads(read_file(run, f"{HEARTBEATS_FOLDER}/{name}")))
+            data = parse_rank_object(read_file(run, f"{HEARTBEATS_FOLDER}/{name}"))
             heartbeats[int(name.removesuffix(".json"))] = Heartbeat.from_json(data)
-        except (ValueError, TypeError, OSError):
+        except (ValueError, OSError):
             continue
     return heartbeats

@@ -1,11 +1,11 @@
 """Read a log of a run folder, one JSON object per line, while ranks append to it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from yuan.safe_files import NotRegularFileError, open_file
+from yuan.train.rank_json import parse_rank_object
 
 LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # bytes of one read of a log, and the most reads of a whole log
 
@@ -51,6 +51,6 @@ class LogTail:
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
+        return parse_rank_object(line)
+    except ValueError:
         return None

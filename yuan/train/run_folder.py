@@ -21,6 +21,8 @@ from yuan.train.checkpoint_manifest import (
 from yuan.train.events import RunEvent, parse_event
 from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference
 from yuan.train.log_tail import LogTail
+from yuan.train.metrics_row import is_metrics_row
+from yuan.train.rank_json import parse_rank_object
 from yuan.train.run_status import RunStatus
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
@@ -158,7 +160,7 @@ class RunFolder:
                 f"{self.path / RUN_SPEC_FILE} differs from its seal: it was edited manually; restore it, or prepare "
                 "a new run with the new settings"
             )
-        return RunSpec.from_json(json.loads(text))
+        return RunSpec.from_json(parse_rank_object(text))
 
     def prepare(
         self,
@@ -241,7 +243,7 @@ class RunFolder:
     def _read_seal(self) -> dict[str, FileDigest]:
         """Return the digests of the inputs by file name; none if the seal is missing or not valid."""
         try:
-            stored = dict(json.loads(read_file(self.path, SEAL_FILE)))
+            stored = parse_rank_object(read_file(self.path, SEAL_FILE))
             return {name: FileDigest.from_json(digest) for name, digest in stored.items()}
         except (FileNotFoundError, NotRegularFileError, ValueError, TypeError):
             return {}
@@ -252,7 +254,7 @@ class RunFolder:
     def read_status(self) -> RunStatus | None:
         """Read status.json; return None before the first step, and if the file is not valid."""
         try:
-            return RunStatus.from_json(dict(json.loads(read_file(self.path, STATUS_FILE))))
+            return RunStatus.from_json(parse_rank_object(read_file(self.path, STATUS_FILE)))
         except (FileNotFoundError, NotRegularFileError, ValueError, TypeError):
             return None
 
@@ -266,8 +268,8 @@ class RunFolder:
         return is_file(self.path, "export/manifest.json")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read all complete lines of metrics.jsonl; use `LogTail` to poll."""
-        return LogTail(self.path / METRICS_FILE).read_all()
+        """Read all rows of metrics.jsonl; lines that are not valid rows are ignored. Use `LogTail` to poll."""
+        return [row for row in LogTail(self.path / METRICS_FILE).read_all() if is_metrics_row(row)]
 
     def read_events(self) -> list[RunEvent]:
         """Read all events of the run; lines of events.jsonl that are not valid events are ignored."""

@@ -1,16 +1,38 @@
 """The status of a run: the content of status.json, which rank 0 replaces every few seconds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from yuan.train.rank_json import get_count, get_number
+
+RUN_STATES = ("training", "finished")
+MAX_STAGES, MAX_STRAGGLERS = 4096, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePace:
+    """Compute seconds per step of a stage's slowest replica and peak memory of its fullest, measured and planned."""
+
+    compute_seconds: float
+    planned_seconds: float
+    peak_bytes: float
+    planned_bytes: float
+
+    @classmethod
+    def from_json(cls, data: Any) -> "StagePace | None":
+        """Read the pace of a stage; None if a field is missing or not a number."""
+        if not isinstance(data, Mapping):
+            return None
+        values = {field.name: get_number(data, field.name) for field in fields(cls)}
+        return None if None in values.values() else cls(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """Medians over the last steps.
 
-    `stages` holds for each stage the compute seconds per step of its slowest replica, the planned seconds, and the peak
-    memory of its fullest replica, measured and planned. `bubble` is the fraction of the step in which ranks do not
+    `bubble` is the fraction of the step in which ranks do not
     compute; `mfu` (model FLOPs utilization) is None if a device's peak in the plan's precision is unknown, as for CPUs
     and in fp32. `stragglers` holds how many times slower than planned a rank is, relative to the others.
     """
@@ -19,14 +41,14 @@ class Pace:
     tokens_per_s: float
     bubble: float
     mfu: float | None
-    stages: Sequence[Mapping[str, float]]
+    stages: Sequence[StagePace]
     stragglers: Mapping[int, float]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Pace | None":
         """Read the pace from a status; None if a field is missing or not a number."""
         step_seconds, tokens_per_s, bubble = (
-            _get_number(data, key) for key in ("step_seconds", "tokens_per_s", "bubble")
+            get_number(data, key) for key in ("step_seconds", "tokens_per_s", "bubble")
         )
         if step_seconds is None or tokens_per_s is None or bubble is None:
             return None
@@ -35,8 +57,8 @@ class Pace:
             step_seconds=step_seconds,
             tokens_per_s=tokens_per_s,
             bubble=bubble,
-            mfu=_get_number(data, "mfu"),
-            stages=stages if isinstance(stages, list) else [],
+            mfu=get_number(data, "mfu"),
+            stages=_parse_stages(stages) if isinstance(stages, list) else [],
             stragglers=_parse_stragglers(stragglers) if isinstance(stragglers, Mapping) else {},
         )
 
@@ -75,30 +97,41 @@ class RunStatus:
         Raises:
             ValueError: if it does not have the step and the number of steps.
         """
-        step, max_steps, bounds, pid = (data.get(key) for key in ("step", "max_steps", "bounds", "pid"))
-        if not isinstance(step, int) or not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(f"a status needs step and max_steps, got {step!r} and {max_steps!r}")
+        step, max_steps = get_count(data, "step"), get_count(data, "max_steps")
+        if step is None or not max_steps:
+            got = f"{data.get('step')!r} and {data.get('max_steps')!r}"
+            raise ValueError(f"a status needs step and max_steps, got {got}")
+        state = data.get("state")
         return cls(
-            state=str(data.get("state", "")),
+            state=state if state in RUN_STATES else "",
             step=step,
             max_steps=max_steps,
-            loss=_get_number(data, "loss"),
-            grad_norm=_get_number(data, "grad_norm"),
-            eta_s=_get_number(data, "eta_s"),
+            loss=get_number(data, "loss"),
+            grad_norm=get_number(data, "grad_norm"),
+            eta_s=get_number(data, "eta_s"),
             pace=Pace.from_json(data),
-            bounds=bounds if isinstance(bounds, list) else [],
-            pid=pid if isinstance(pid, int) else None,
-            time=_get_number(data, "time") or 0.0,
+            bounds=_parse_bounds(data.get("bounds")),
+            pid=get_count(data, "pid"),
+            time=get_number(data, "time") or 0.0,
         )
 
 
-def _get_number(data: Mapping[str, Any], key: str) -> float | None:
-    value = data.get(key)
-    return value if isinstance(value, int | float) else None
+def _parse_bounds(bounds: Any) -> list[int]:
+    """Read the stage bounds; none if one of them is not a layer's number."""
+    if not isinstance(bounds, list) or len(bounds) > MAX_STAGES + 1:
+        return []
+    layers = [get_count({"bound": bound}, "bound") for bound in bounds]
+    return [layer for layer in layers if layer is not None] if None not in layers else []
+
+
+def _parse_stages(stages: Sequence[Any]) -> list[StagePace]:
+    """Read the stages; none if one of them is not valid, since their order counts."""
+    paces = [StagePace.from_json(stage) for stage in stages[:MAX_STAGES]]
+    return [pace for pace in paces if pace is not None] if None not in paces else []
 
 
 def _parse_stragglers(stragglers: Mapping[str, Any]) -> dict[int, float]:
     """Read the stragglers, whose ranks are texts in JSON."""
-    return {
-        int(rank): slower for rank, slower in stragglers.items() if rank.isdecimal() and isinstance(slower, int | float)
-    }
+    ranks = [rank for rank in stragglers if rank.isdecimal() and len(rank) < 7][:MAX_STRAGGLERS]
+    factors = {int(rank): get_number(stragglers, rank) for rank in ranks}
+    return {rank: factor for rank, factor in factors.items() if factor is not None}

@@ -9,7 +9,7 @@ from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.events import CaughtUpEvent, StragglerEvent
-from yuan.train.run_status import Pace
+from yuan.train.run_status import Pace, StagePace
 
 PACE_WINDOW_STEPS = 32  # last steps whose medians are reported
 STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
@@ -65,15 +65,15 @@ class ThroughputMeter:
     def _compute_medians(self) -> list[float]:
         return [statistics.median(times) for times in zip(*self._computed, strict=True)]
 
-    def _describe_stages(self, medians: list[float]) -> list[dict[str, float]]:
+    def _describe_stages(self, medians: list[float]) -> list[StagePace]:
         d = self._plan.data_size  # ranks n d to (n + 1) d are the replicas of stage n
         return [
-            {
-                "compute_seconds": max(medians[n * d : (n + 1) * d]),
-                "planned_seconds": stage.compute_seconds * self._plan.grad_accum_steps,
-                "peak_bytes": max(self._memory[n * d : (n + 1) * d]),
-                "planned_bytes": stage.memory_bytes,
-            }
+            StagePace(
+                compute_seconds=max(medians[n * d : (n + 1) * d]),
+                planned_seconds=stage.compute_seconds * self._plan.grad_accum_steps,
+                peak_bytes=max(self._memory[n * d : (n + 1) * d]),
+                planned_bytes=stage.memory_bytes,
+            )
             for n, stage in enumerate(self._plan.stages)
         ]
 
