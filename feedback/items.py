@@ -117,11 +117,6 @@ def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) ->
             note_reason(session, subject, step, reason)
 
 
-def find_faults(session: Session, subject: str) -> list[tuple[datetime, str]]:
-    """Return (time, reason) of each failure to process an item, oldest first."""
-    return find_faults_by_subject(session, [subject])[subject]
-
-
 def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
     """Return (time, reason) of each failure to process these items, by item id, oldest first."""
     faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)

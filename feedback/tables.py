@@ -26,7 +26,7 @@ def new_id() -> str:
 
 
 def transaction_time() -> Any:
-    """Return an SQL expression for the start time of the transaction, by the database's clock like all stored times."""
+    """Return an SQL expression for the start time of the transaction, by the clock of the database."""
     return func.now()
 
 

@@ -121,8 +121,8 @@ def open_to_append(root: Path, name: str) -> int:
     return open_file(root, name, flags | os.O_EXCL)
 
 
-def replace_file(root: Path, name: str, data: bytes) -> None:
-    """Replace a file atomically, so that a reader never sees a partial file; no link is followed."""
+def replace_file_below(root: Path, name: str, data: bytes) -> None:
+    """Replace a file below a trusted folder atomically: a reader never sees a partial file, no link is followed."""
     scratch = f".{Path(name).name}.{os.getpid()}"
     inner = str(Path(name).parent / scratch)
     remove_entry(root, inner)

@@ -23,7 +23,7 @@ def open_pool_records(name: str = "") -> PoolRecords:
 
     Raises:
         ValueError: if the settings or the pool's file are invalid.
-        OperationalError: if the database does not answer.
+        infra.faults.DATABASE_ERRORS: if the database does not answer.
     """
     settings = load_settings(Settings)
     sessions, configured = make_session_factory(open_engine(settings)), load_configured_pool(settings)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from feedback import leases
 from feedback.tables import Lease
 from infra.error_text import describe_error
+from infra.faults import DATABASE_ERRORS
 from infra.processes import get_own_identity
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _wait_for_grant(
     sessions: SessionFactory, lease: Lease, lost: threading.Event, waiting: Callable[[int], None]
 ) -> tuple[str, ...]:
     while True:
-        with contextlib.suppress(OperationalError), sessions.begin() as session:
+        with contextlib.suppress(*DATABASE_ERRORS), sessions.begin() as session:
             leases.grant_leases(session, lease.pool)
             current = session.get_one(Lease, lease.id)
             if current.devices is not None:
@@ -120,7 +120,7 @@ def _release_lease(sessions: SessionFactory, lease: Lease, reason: str) -> None:
         try:
             with sessions.begin() as session:
                 return leases.release_lease(session, lease.id, lease.generation, reason)
-        except OperationalError:
+        except DATABASE_ERRORS:
             if time.monotonic() > end:
                 log.warning("lease %s could not be released; the reaper frees it", lease.id[:8])
                 return None

@@ -17,7 +17,7 @@ from flows.context import Context
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
 from yuan.data.text import make_printable
-from yuan.safe_files import NotRegularFileError, read_file, replace_file
+from yuan.safe_files import NotRegularFileError, read_file, replace_file_below
 from yuan.train.events import (
     CaughtUpEvent,
     CheckpointDamagedEvent,
@@ -156,7 +156,7 @@ class RunReporter:
 
     def _log_plan(self, run: str) -> None:
         plan = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
-        replace_file(self._folder.path, "plan.json", plan.encode())
+        replace_file_below(self._folder.path, "plan.json", plan.encode())
         for name in ("run.json", "plan.json", PLAN_PICTURE_FILE):
             self._publish(run, name)
 

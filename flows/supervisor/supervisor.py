@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sqlalchemy.exc import OperationalError
-
 from feedback import leases, rounds
 from flows.context import Context
 from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_background
@@ -20,6 +18,7 @@ from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_reporter import ProgressCallback, RunReporter
 from infra.confinement import build_confined_environment
 from infra.error_text import SafeMessageError
+from infra.faults import DATABASE_ERRORS
 from infra.keeper import STACK_ID_VARIABLE
 from infra.launchers.job import Job, LauncherUnreachable
 from infra.machine import has_free_disk
@@ -30,7 +29,7 @@ from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
 from yuan.plan.replan import replan, resize_pool
 from yuan.plan.workload import Workload
-from yuan.safe_files import replace_file
+from yuan.safe_files import replace_file_below
 from yuan.train.events import EndedEvent, ReplanEvent
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
@@ -196,7 +195,7 @@ class Supervisor:
         try:
             with self.context.sessions() as session:
                 return leases.find_lost_devices(session, self.pool.name, lease.devices)
-        except OperationalError:
+        except DATABASE_ERRORS:
             return {}
 
     def mark_device_lost(self, device: str, ending: RunEnding) -> None:
@@ -278,7 +277,7 @@ class Supervisor:
 
         plan = move.plan
         self.folder.write_spec(replace(spec, plan=plan))
-        replace_file(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
+        replace_file_below(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
         event = ReplanEvent(
             why=why[:MAX_WHY_CHARACTERS],
             bounds=plan.bounds,
@@ -287,7 +286,7 @@ class Supervisor:
             time=time.time(),
         )
         self.folder.append_event(event)
-        with contextlib.suppress(OperationalError), self.context.sessions.begin() as session:
+        with contextlib.suppress(*DATABASE_ERRORS), self.context.sessions.begin() as session:
             rounds.replace_plan(session, self.round_id, plan)
         self.reporter.publish_new_plan()
         return plan

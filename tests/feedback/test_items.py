@@ -8,7 +8,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
 from feedback import datasets, promotion, reports, rounds, snapshots
-from feedback.items import find_faults, process_each
+from feedback.items import find_faults_by_subject, process_each
 from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
@@ -48,7 +48,7 @@ def refuse(session, table, column, value):
 
 
 def only_it_failed(session, rows, one, reason):
-    faults_by_report = {row.id: find_faults(session, row.id) for row in rows}
+    faults_by_report = find_faults_by_subject(session, [row.id for row in rows])
     assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [one.id]
     assert reason in faults_by_report[one.id][0][1]
     assert any(reason in event.text for event in reports.describe_report(session, one).timeline)
@@ -177,7 +177,7 @@ def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, l
     assert promote(session, 1, passed=[]).promote
     assert promotion.mark_notices_delivered(session) == HOW_MANY - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
-    assert find_faults(session, one.id)[0][1] == (
+    assert find_faults_by_subject(session, [one.id])[one.id][0][1] == (
         "could not be processed (tell): the database refuses it: a planted fault"
     )
 
@@ -224,7 +224,7 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
     for _ in range(2):  # a repeated step records it once
         snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     only_it_failed(session, rows, one, "its correction: a planted fault")
-    (reason,) = [text for _, text in find_faults(session, dataset.id)]
+    (reason,) = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1
     assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")
 
@@ -247,6 +247,6 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
-    texts = [text for _, text in find_faults(session, dataset.id)]
+    texts = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
     assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]

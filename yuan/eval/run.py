@@ -25,7 +25,7 @@ from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
 from yuan.model.weights import load, load_tokenizer
-from yuan.safe_files import replace_file
+from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def main() -> int:
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)
-    replace_file(results_file.parent, results_file.name, dump_results(results))
+    replace_file_below(results_file.parent, results_file.name, dump_results(results))
     num_passed = sum(result.passed for result in results)
     num_unjudged = sum(result.reason is not None for result in results)
     log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), num_passed, num_unjudged)

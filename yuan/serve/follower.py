@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from yuan.model.weights import load, load_tokenizer, verify_folder
-from yuan.safe_files import replace_file, replace_folder
+from yuan.safe_files import replace_file_below, replace_folder
 from yuan.serve.request import ServedModel
 from yuan.serve.service import SHORT_RETRY_AFTER_S, ModelService
 
@@ -68,7 +68,7 @@ class VersionCache:
 
     def record_served(self, version: int) -> None:
         """Record the version that is served, and delete all cached versions except the most recently used three."""
-        replace_file(self._folder, LAST_VERSION_FILE, json.dumps({"version": version}).encode())
+        replace_file_below(self._folder, LAST_VERSION_FILE, json.dumps({"version": version}).encode())
         os.utime(self._folder / f"v{version}")
         folders = sorted(self._folder.glob("v*"), key=lambda path: path.stat().st_mtime)
         for old_folder in folders[:-MAX_CACHED_VERSIONS]:

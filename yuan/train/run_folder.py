@@ -11,7 +11,7 @@ from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.plan.plan_record import PipelinePlan
-from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file
+from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file_below
 from yuan.train.checkpoint_manifest import (
     format_checkpoint_name,
     list_committed_checkpoints,
@@ -200,7 +200,7 @@ class RunFolder:
             seal[PREVIOUS_SPEC_KEY] = compute_digest(file)
         seal[RUN_SPEC_FILE] = digest_content(content)
         self._write_seal(seal)
-        replace_file(self.path, RUN_SPEC_FILE, content)
+        replace_file_below(self.path, RUN_SPEC_FILE, content)
 
     def check_inputs(self) -> RunSpec:
         """Read every input and compare it with the seal; call this before devices are allocated.
@@ -282,7 +282,7 @@ class RunFolder:
 
     def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Replace all metrics atomically."""
-        replace_file(self.path, METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        replace_file_below(self.path, METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Append a line to a log; after a partial line, which a full disk leaves, begin a new line."""
@@ -297,4 +297,4 @@ class RunFolder:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Replace a JSON file atomically, so that a reader never sees a partial file."""
-    replace_file(path.parent, path.name, json.dumps(data, indent=2).encode())
+    replace_file_below(path.parent, path.name, json.dumps(data, indent=2).encode())

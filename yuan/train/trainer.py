@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
 from yuan.model.shards import TensorReader
-from yuan.safe_files import replace_file
+from yuan.safe_files import replace_file_below
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
@@ -194,7 +194,7 @@ class Trainer:
         """Write the decisions to disk before any step depends on them."""
         self.decisions = decisions
         if self.rank == 0:
-            replace_file(self.folder.path, GUARD_DECISIONS_FILE, decisions.to_json().encode())
+            replace_file_below(self.folder.path, GUARD_DECISIONS_FILE, decisions.to_json().encode())
         dist.barrier()
 
     def _save_checkpoint(self) -> None:
