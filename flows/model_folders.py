@@ -8,15 +8,20 @@ from flows.round.versions import require_registered
 from infra.settings import Settings
 from infra.tracker import Tracker
 
+MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
+
 
 def resolve_version(tracker: Tracker, version: str) -> int:
     """Resolve 7, v7 or an alias to a version number.
 
     Raises:
-        ValueError: if there is no such alias; the message lists the existing aliases.
+        ValueError: if there is no such alias, whose message lists the existing ones, or the number is too long.
     """
-    if version.removeprefix("v").isdigit():
-        return int(version.removeprefix("v"))
+    digits = version.removeprefix("v")
+    if digits.isascii() and digits.isdecimal():
+        if len(digits) > MAX_VERSION_DIGITS:
+            raise ValueError(f"there is no version of {len(digits)} digits; give a version as 7 or v7, or an alias")
+        return int(digits)
     aliases = tracker.read_aliases()
     if version not in aliases:
         raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")

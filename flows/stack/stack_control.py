@@ -33,6 +33,7 @@ MAX_STARTUP_RESTARTS = 3  # a service that exited this often at startup will not
 KEEPER_LOG_LINES = 5  # shown from the log of a keeper that has exited
 DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # for a keeper with a heartbeat, and for one without
 KEEPER_KILL_TIMEOUT_S = 5.0
+EXIT_TIMEOUT_S = 60.0  # for killed processes
 
 ServiceStates = dict[str, dict[str, Any]]  # by the service's name, see `infra.keeper.ServiceState`
 ShowStates = Callable[[ServiceStates], None]
@@ -159,9 +160,28 @@ def take_down(home: Path) -> bool:
     # The keeper's lock has the stack id even if the config can no longer be read.
     stack_id = keeper.stack_id if keeper is not None and keeper.stack_id else load_config(home).stack_id
     killed = kill_stack_processes(stack_id, spare={os.getpid()})
-    while any(pid != os.getpid() for pid in find_stack_pids(stack_id)):
-        time.sleep(0.05)
+    _wait_for_exits(stack_id)
     return keeper is not None or bool(killed)
+
+
+def _wait_for_exits(stack_id: str) -> None:
+    """Wait until no other process of the stack exists.
+
+    Raises:
+        RuntimeError: at the timeout, with their pids; a process in the kernel, for example on a lost disk, cannot exit.
+    """
+    remaining: list[int] = []
+
+    def have_exited() -> bool:
+        remaining[:] = [pid for pid in find_stack_pids(stack_id) if pid != os.getpid()]
+        return not remaining
+
+    if not poll_until(have_exited, timeout_s=EXIT_TIMEOUT_S, pause_s=0.05):
+        pids = ", ".join(map(str, remaining))
+        raise RuntimeError(
+            f"processes of the stack were killed and do not exit: {pids}; see what they wait for in "
+            f"/proc/{remaining[0]}/stack, and repeat `cotrain down`"
+        )
 
 
 def _end_keeper(pid: int, grace_s: float) -> None:

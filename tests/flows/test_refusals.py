@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from feedback.contracts import RoundParameters
 from flows.cli.app import app
+from flows.model_folders import resolve_version
 
 REPORT = ["submit", "--response", "r", "--token", "t", "--model-version", "1", "--prompt"]
 START = ["round", "start"]
@@ -53,3 +54,15 @@ def test_weights_are_names_with_numbers(part):
 def test_a_part_has_one_weight():
     result = CliRunner().invoke(app, [*START, "--weights", "base=1", "--weights", "base=2"])
     assert result.exit_code == 2 and "must name each part once" in " ".join(result.stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize("change", ["A100", "A100:x", "A100:²", "A100:-1"])
+def test_a_change_of_the_pool_that_is_no_number_of_devices_is_refused(change):
+    result = CliRunner().invoke(app, ["plan", "--model", "tiny", "--lost", change])
+    assert result.exit_code == 1 and f"a change is written CLASS:N, got {change!r}" in " ".join(result.stderr.split())
+
+
+def test_a_version_of_too_many_digits_is_never_asked_for():
+    """PostgreSQL would fail on a number that its column cannot hold."""
+    with pytest.raises(ValueError, match="no version of 30 digits"):
+        resolve_version(None, "v" + "9" * 30)

@@ -8,6 +8,7 @@ import pytest
 from flows.supervisor.exit_reason import classify, has_hung_rank
 from flows.supervisor.status_line import describe_status
 from infra.launchers.job import JobEnding
+from tests.yuan.test_run_status import STORED_TRAINING
 from yuan.data.text import find_unstorable
 from yuan.train.exit_status import ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
@@ -17,23 +18,6 @@ DEEP = "[" * 100_000
 HUGE = "1" + "0" * 400
 VALUES = ["null", "true", "-1", HUGE, "1e999", "NaN", "Infinity", '"x"', '"\\ud800"', '"\\u0000"', "[]", "{}", DEEP]
 NOW = time.time()
-STATUS = {
-    "state": "training",
-    "step": 4,
-    "max_steps": 9,
-    "loss": 2.5,
-    "grad_norm": 1.5,
-    "eta_s": 2.5,
-    "step_seconds": 0.5,
-    "tokens_per_s": 256.0,
-    "bubble": 0.25,
-    "mfu": 0.5,
-    "stages": [{"compute_seconds": 1.0, "planned_seconds": 1.0, "peak_bytes": 1, "planned_bytes": 1}],
-    "stragglers": {"3": 1.5},
-    "bounds": [0, 2, 3],
-    "pid": 7,
-    "time": NOW,
-}
 NOTE = {"rank": 0, "status": int(ExitStatus.HUNG), "message": "m", "time": NOW - 9, "host": "node-1"}
 HEARTBEAT = {"pid": 7, "time": NOW, "step": 3, "doing": "forward", "silent_s": 0.5}
 
@@ -46,9 +30,9 @@ def write_with(file, record, name, value):
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:12])
-@pytest.mark.parametrize("name", STATUS)
+@pytest.mark.parametrize("name", STORED_TRAINING)
 def test_a_status_is_shown_and_stored_whatever_a_field_holds(tmp_path, name, value):
-    write_with(tmp_path / "status.json", STATUS, name, value)
+    write_with(tmp_path / "status.json", STORED_TRAINING, name, value)
     status = RunFolder(tmp_path).read_status()
     if status is not None:
         assert describe_status(status)

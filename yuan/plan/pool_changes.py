@@ -34,7 +34,7 @@ def apply_pool_changes(
 
 def _split_change(change: str, num_parts: int) -> list[str]:
     parts = change.rsplit(":", num_parts - 1)
-    if len(parts) != num_parts or not parts[1].isdigit():
+    if len(parts) != num_parts or not (parts[1].isascii() and parts[1].isdecimal()):
         form = "CLASS:N" if num_parts == 2 else "CLASS:N:SHARE"
         raise ValueError(f"a change is written {form}, got {change!r}")
     return parts
