@@ -90,9 +90,11 @@ def rank(folder: Path, is_small: bool) -> None:
     torch.set_num_threads(1 if pool.name != "gpu" else torch.get_num_threads())
     start_distributed(1)
     plan, recipe = planned(model, length, pool)
-    module = PlannedPipeline(
-        model, plan.bounds, 0, loss_block=plan.loss_block, isolated=recipe.isolate_documents, recomputed=plan.recomputed
-    )
+    isolated = recipe.isolate_documents
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        module = PlannedPipeline(
+            model, plan.bounds, 0, loss_block=plan.loss_block, isolated=isolated, recomputed=plan.recomputed
+        )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
     for step in range(WARM + STEPS):

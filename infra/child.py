@@ -1,8 +1,8 @@
 """Run a program confined: `python -I child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
-The steps, in this order: change the user (`user`), drop every capability, set no_new_privs, restrict files, ports and
-signals with Landlock, request `signal` for the parent's death, refuse with seccomp the system calls that Landlock does
-not restrict, and replace this process by the program.
+The steps, in this order: protect /proc (`thread_names`), change the user (`user`), drop every capability, set
+no_new_privs, restrict files, ports and signals with Landlock, request `signal` for the parent's death, refuse with
+seccomp the system calls that Landlock does not restrict, and replace this process by the program.
 
 `user` selects how root's privileges are dropped, which PostgreSQL requires:
 
@@ -11,9 +11,17 @@ not restrict, and replace this process by the program.
 - `search`, `override`: the process changes to `uid` and keeps one capability, to enter folders that only root may
   enter; used where user namespaces are forbidden.
 
+`thread_names` lets CUDA start, whose driver writes /proc/<pid>/task/<tid>/comm and fails with error 304 if it may not:
+
+- `none`: nothing in /proc may be written.
+- `own`: the threads of this process, which keeps its process id.
+- `descendants`: Landlock knows no patterns, so this includes all of /proc that the user may write. For root that is
+  more than processes: the kernel's settings and devices become read-only first, in a mount namespace of its own.
+
 This file runs alone, before any package can be imported.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -29,7 +37,9 @@ from typing import Any
 CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 28, 38, 47
 SECBIT_NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
-CLONE_NEWUSER = 0x10000000
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
+MS_READ_ONLY, MS_REMOUNT, MS_BIND, MS_RECURSIVE, MS_SLAVE = 1, 32, 4096, 16384, 1 << 19
+KERNEL_SETTING = "/proc/sys/kernel/core_pattern"  # whoever may write it runs programs as root
 MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
 
@@ -128,6 +138,38 @@ def enter_user_namespace(uid: int) -> None:
             file.write(text)
 
 
+def protect_kernel_settings() -> None:
+    """Make all of /proc that is not a process read-only, for this process and its descendants.
+
+    Raises:
+        OSError: if this process may not mount.
+    """
+    check_result(libc.unshare(CLONE_NEWNS), "unshare")
+    check_result(libc.mount(None, b"/", None, MS_RECURSIVE | MS_SLAVE, None), "mount namespace")
+    for entry in os.scandir("/proc"):
+        is_process = entry.name.isdigit() or entry.is_symlink()  # self, and links into it
+        if is_process or not (entry.is_dir() or os.access(entry.path, os.W_OK)):
+            continue
+        path = os.fsencode(entry.path)
+        # Not recursive, so that file systems mounted there, such as binfmt_misc, are hidden.
+        check_result(libc.mount(path, path, None, MS_BIND, None), f"bind {entry.path}")
+        check_result(libc.mount(None, path, None, MS_BIND | MS_REMOUNT | MS_READ_ONLY, None), f"remount {entry.path}")
+
+
+def find_thread_names_path(spec: dict[str, Any]) -> str | None:
+    """Return the path beneath which files may be written so that threads can be named; None if that is not granted."""
+    if spec["thread_names"] == "none":
+        return None
+    if os.access(KERNEL_SETTING, os.W_OK):
+        print(
+            f"{KERNEL_SETTING} may be written and cannot be protected, so CUDA may not name its threads and will fail "
+            "with error 304; run as another user than root, or with CAP_SYS_ADMIN",
+            file=sys.stderr,
+        )
+        return None
+    return "/proc/self/task" if spec["thread_names"] == "own" else "/proc"
+
+
 def get_landlock_version() -> int:
     """Return the kernel's Landlock ABI version; 0 if Landlock is missing or disabled."""
     return max(0, int(libc.syscall(CREATE_RULESET, None, 0, GET_VERSION)))
@@ -157,6 +199,10 @@ def apply_landlock(spec: dict[str, Any]) -> None:
         allow_path(ruleset, path, READ_DIR_RIGHT)
     for path in spec["sockets"]:
         allow_path(ruleset, path, MAKE_SOCKET_RIGHT)
+    if thread_names := find_thread_names_path(spec):
+        allow_path(ruleset, thread_names, WRITE_FILE_RIGHT)
+        # While a descriptor refers to it, the kernel keeps the object that the rule belongs to.
+        os.set_inheritable(os.open(thread_names, os.O_PATH), True)
     if net:
         for right, ports in ((BIND_TCP, spec["bind"]), (CONNECT_TCP, spec["connect"])):
             for port in ports:
@@ -307,6 +353,9 @@ def raise_file_limit() -> None:
 def main() -> None:
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
     raise_file_limit()
+    if spec["thread_names"] != "none" and os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # in containers, which protect /proc themselves
+            protect_kernel_settings()
     if spec["user"] == "namespace":
         enter_user_namespace(
             spec["uid"]

@@ -21,6 +21,7 @@ from infra import child
 CHILD_PROGRAM = Path(child.__file__)
 DISTRIBUTION_NAME = "cotrain"
 UserChange = Literal["same", "namespace", "search", "override"]
+AcceleratorUse = Literal["none", "process", "descendants"]
 
 # Of /etc only what the C library, OpenSSL and Python read; none of these files holds a secret.
 SYSTEM_FILES = (
@@ -33,6 +34,7 @@ SYSTEM_FILES = (
 DEVICE_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 SHARED_MEMORY_FOLDER = "/dev/shm"  # collectives of several processes on one machine need it
 ACCELERATOR_FILE_PATTERNS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
+THREAD_NAMES: dict[AcceleratorUse, str] = {"none": "none", "process": "own", "descendants": "descendants"}
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 # Variables that sites set for collectives and accelerators; no platform setting and no credential has these prefixes.
@@ -52,6 +54,8 @@ class Confinement:
         is_server: true if it serves clients on an inherited socket. It then cannot pass the socket to other processes,
             so it may not create Unix sockets, and cannot leave its process group.
         system_v: true if it may use System V shared memory, which PostgreSQL needs to prevent a second instance.
+        accelerators: which processes use this machine's accelerators: none, this process alone, or its descendants too.
+            They may then write to the device files and, for CUDA, the names of threads; see `infra/child.py`.
         scope_signals: true if it may send signals only to processes in the same confinement.
         signal: the signal that the process receives when its parent exits for any reason.
         user, uid: the way in which root's privileges are dropped; see `infra/child.py`.
@@ -64,6 +68,7 @@ class Confinement:
     connect: tuple[int, ...] | None = None
     is_server: bool = False
     system_v: bool = False
+    accelerators: AcceleratorUse = "none"
     scope_signals: bool = True
     signal: str = "SIGTERM"
     user: UserChange = "same"
@@ -71,10 +76,13 @@ class Confinement:
 
     def command(self, program: str, *arguments: str) -> list[str]:
         """Return the command that runs a program under this confinement."""
+        accelerator_files = () if self.accelerators == "none" else find_accelerator_files()
+        has_cuda = any(path.name.startswith("nvidia") for path in accelerator_files)
         read = [*SYSTEM_FILES, *map(str, find_interpreter_folders()), *map(str, self.read)]
         specification = {
             "read": read,
-            "write": [*DEVICE_FILES, *map(str, self.write)],
+            "write": [*DEVICE_FILES, *map(str, self.write), *map(str, accelerator_files)],
+            "thread_names": THREAD_NAMES[self.accelerators] if has_cuda else "none",
             "list": ["/dev"],  # a confined process that confines others must find the accelerator files to grant
             "sockets": [str(folder) for folder in self.sockets],
             "bind": self.bind,

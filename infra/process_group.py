@@ -76,7 +76,7 @@ def build_torchrun_command(num_processes: int, *program: str | Path) -> list[str
     """Return the torchrun command for `num_processes` ranks of a program on this machine.
 
     Args:
-        program: a script, or `-m` and a module; then its arguments.
+        program: a script, or `-m` and a module, or `--no-python` and a program; then its arguments.
 
     >>> build_torchrun_command(2, "-m", "yuan.train.run", Path("runs/7"))[-3:]
     ['-m', 'yuan.train.run', 'runs/7']

@@ -14,7 +14,7 @@ from feedback import promotion, rounds
 from feedback.tables import Case
 from flows.context import Context
 from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
-from infra.confinement import Confinement, build_confined_environment, find_accelerator_files
+from infra.confinement import Confinement, build_confined_environment
 from infra.files import read_regular, read_tail
 from infra.keeper import STACK_ID_VARIABLE
 from infra.mlflow_rules import READER_ACCOUNT
@@ -163,7 +163,7 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
     cases_file, results_file = folder / "cases.jsonl", folder / "results.jsonl"
     log_file = folder / EVAL_LOG_FILE
     cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
-    confinement = Confinement(read=(Path(model),), write=(folder, *find_accelerator_files()), signal="SIGKILL")
+    confinement = Confinement(read=(Path(model),), write=(folder,), accelerators="process", signal="SIGKILL")
     command = confinement.command(
         sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(cases_file), str(results_file)
     )

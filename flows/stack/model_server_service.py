@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flows.stack.own_service import check_url, make_own_service, make_private_folders
-from infra.confinement import Confinement, find_accelerator_files, parse_port
+from infra.confinement import Confinement, parse_port
 from infra.health import LivenessPolicy, check_health
 from infra.keeper import ManagedService
 from infra.settings import ModelServerSettings, Settings
@@ -19,7 +19,8 @@ def make_model_server_service(home: Path, settings: Settings) -> ManagedService:
         module="yuan.serve.run",
         confinement=Confinement(
             read=tuple(home / name for name in ModelServerSettings.files),
-            write=(home / "model-server", cache, *find_accelerator_files()),
+            write=(home / "model-server", cache),
+            accelerators="process",
             # MLflow's client fetches large files directly from the store, by presigned URLs.
             connect=(parse_port(settings.mlflow_url), parse_port(settings.s3_endpoint)),
             is_server=True,

@@ -9,7 +9,7 @@ from flows.registry import WORK_POOL_NAME
 from flows.stack.own_service import check_heartbeat_file, make_own_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment
-from infra.confinement import SHARED_MEMORY_FOLDER, Confinement, find_accelerator_files
+from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
 from infra.health import LivenessPolicy
 from infra.keeper import ManagedService
 from infra.settings import FlowSettings, PrefectAccess, Settings, WorkerSettings
@@ -34,7 +34,8 @@ def make_worker_service(home: Path, settings: Settings) -> ManagedService:
         module="flows.dispatcher.worker",
         confinement=Confinement(
             read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *find_pool_files(settings)),
-            write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files()),
+            write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER)),
+            accelerators="descendants",
             connect=None,  # ranks connect on ports that the system chooses
         ),
         env={

@@ -2,10 +2,11 @@
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.confinement import SHARED_MEMORY_FOLDER, Confinement, find_accelerator_files
+from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
 from infra.launchers.job import Job, JobEnding, RunningJob
 from infra.polling import poll_until
 from infra.process_group import build_torchrun_command, run_child
@@ -36,11 +37,17 @@ class LocalLauncher:
                 f"a local job must have 1 node, got {job.num_nodes} for {job.name}; choose another launcher"
             )
         mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since other processes may not read the environment
-        command = build_torchrun_command(job.num_processes, "-m", job.module, job.folder, mark)
+        program = ["-m", job.module, str(job.folder), mark]
         environment = {**job.environment, JOB_VARIABLE: job.name}
         if self._confined:
-            folders = (job.folder, Path(SHARED_MEMORY_FOLDER), *find_accelerator_files())
-            command = Confinement(write=folders, signal="SIGKILL").command(*command)
+            # torchrun as well as each rank: it needs rights for all ranks, and a rank only those for itself.
+            folders = (job.folder, Path(SHARED_MEMORY_FOLDER))
+            rank = Confinement(write=folders, accelerators="process", signal="SIGKILL")
+            torchrun = Confinement(write=folders, accelerators="descendants", signal="SIGKILL")
+            ranks = rank.command(sys.executable, *program)
+            command = torchrun.command(*build_torchrun_command(job.num_processes, "--no-python", *ranks))
+        else:
+            command = build_torchrun_command(job.num_processes, *program)
         with run_child(command, job.folder, env=environment, log_name=job.log_name) as process:
             yield _RunningLocalJob(process)
 

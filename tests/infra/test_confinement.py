@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import child
+from infra import child, confinement
 from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of the running Python
@@ -207,3 +207,85 @@ def test_a_confined_process_finds_the_accelerators_that_it_grants_to_others():
     code += "print(*c.find_accelerator_files())"
     result = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
     assert result.stdout.strip() == "/dev/null", result.stderr
+
+
+WRITE_PROBE = """
+import json, os, subprocess, sys, threading
+def can_write(path):
+    try:
+        open(path, "r+").close()
+    except OSError:
+        return False
+    return True
+def can_name(process, thread):
+    try:
+        with open(f"/proc/{process}/task/{thread}/comm", "r+") as file:
+            file.write("probe")
+    except OSError:
+        return False
+    return True
+def can_name_threads():
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(can_name("self", threading.get_native_id())))
+    thread.start()
+    thread.join()
+    return answers[0] and can_name("self", os.getpid())
+if len(sys.argv) > 1:
+    print(int(can_name_threads()))
+    sys.exit()
+victim = os.getppid()
+settings = ("sys/kernel/core_pattern", "sys/vm/overcommit_memory", "sysrq-trigger", "irq/default_smp_affinity")
+found = {
+    "own threads": can_name_threads(),
+    "threads of a descendant": subprocess.check_output([sys.executable, "-c", CODE, "x"]) == b"1\\n",
+    "settings of the kernel": any(can_write(f"/proc/{name}") for name in settings),
+    "memory of another": can_write(f"/proc/{victim}/mem"),
+    "threads of another": can_name(victim, victim),
+    "is read": bool(open("/proc/sys/kernel/core_pattern").read()),
+}
+print(json.dumps(found))
+"""
+
+
+@needs_landlock
+@pytest.mark.parametrize("thread_names", ["none", "own", "descendants"])
+def test_cuda_may_name_threads_and_change_nothing_else_in_proc(thread_names, tmp_path):
+    code = f"CODE = {WRITE_PROBE!r}\n" + WRITE_PROBE
+    command = Confinement(write=(tmp_path,), scope_signals=False).command(sys.executable, "-c", code)
+    specification = json.loads(command[3])
+    command[3] = json.dumps({**specification, "thread_names": thread_names})
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert json.loads(result.stdout) == {
+        "own threads": thread_names != "none",
+        "threads of a descendant": thread_names == "descendants",
+        "settings of the kernel": False,
+        "memory of another": False,
+        "threads of another": False,
+        "is read": True,
+    }, result.stderr
+
+
+@needs_landlock
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may write the kernel's settings")
+def test_root_without_the_right_to_mount_gets_no_part_of_proc():
+    """The alternative, all of /proc, would include the kernel's settings."""
+    code = f"CODE = {WRITE_PROBE!r}\n" + WRITE_PROBE
+    inner = Confinement().command(sys.executable, "-c", code)
+    inner[3] = json.dumps({**json.loads(inner[3]), "thread_names": "descendants"})
+    outer = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import child, os; "]
+    outer[2] += f"child.drop_capabilities(); os.execv({inner[0]!r}, {inner!r})"
+    result = subprocess.run(outer, capture_output=True, text=True, cwd="/")
+    found = json.loads(result.stdout)
+    assert not found["own threads"] and not found["settings of the kernel"]
+    assert "fail with error 304" in result.stderr and "CAP_SYS_ADMIN" in result.stderr
+
+
+@pytest.mark.parametrize(("use", "expected"), [("none", "none"), ("process", "own"), ("descendants", "descendants")])
+def test_thread_names_are_granted_with_accelerators_of_cuda(use, expected, monkeypatch, tmp_path):
+    def grant(name):
+        monkeypatch.setattr(confinement, "find_accelerator_files", lambda: (tmp_path / name,))
+        specification = json.loads(Confinement(accelerators=use).command("program")[3])
+        return specification["thread_names"], str(tmp_path / name) in specification["write"]
+
+    assert grant("nvidia0") == (expected, use != "none")
+    assert grant("dri") == ("none", use != "none")

@@ -1,10 +1,12 @@
 """Count the bytes that an engine keeps per parameter, in its own processes."""
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Grid, Workload
 from yuan.train.zero import memory
-from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
+from yuan.train.zero.engine import (
+    build_deepspeed_config,
+    release_engine,
+    start_distributed,
+    start_engine,
+    stop_distributed,
+)
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
@@ -46,6 +54,7 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
     first_rank = ranks[0]
     assert first_rank["norm"] == pytest.approx(math.sqrt(sum(rank["squares"] for rank in ranks)), rel=1e-6)
+    assert first_rank["released"]
     assert first_rank["weights"] == pytest.approx(int(terms["weights"]), rel=0.01)
     # With several replicas a third of the term is copies that exist only during the update.
     states = terms["optimizer"] if replicas == 1 else terms["optimizer"] * 8 // 12
@@ -54,15 +63,36 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
         assert first_rank["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
 
 
+def train_and_release(replicas):
+    """Train with an engine and release it; return a reference to its module, which does not keep it alive."""
+    module, engine = start_training(replicas)
+    engine.train_batch(iter([make_batch()] * 2))
+    reference = weakref.ref(module)
+    release_engine(engine)
+    return reference
+
+
+def start_training(replicas):
+    module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
+    engine, _ = start_engine(module, recipe(replicas), build_deepspeed_config(recipe(replicas), replicas))
+    return module, engine
+
+
+def make_batch():
+    tokens, weights = torch.randint(512, (1, 16)), torch.full((1, 16), 1 / 16)
+    return (tokens, torch.zeros_like(tokens)), (tokens, weights)
+
+
 def count(folder):
     """Return the bytes of this rank's storages, those of the optimizer's gradients, and the blockwise gradient norm."""
     memory.NORM_BLOCK_CPU_ELEMENTS = 1000
     replicas = int(os.environ["WORLD_SIZE"])
     start_distributed(replicas)
-    module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
-    engine, optimizer = start_engine(module, recipe(replicas), build_deepspeed_config(recipe(replicas), replicas))
-    tokens, weights = torch.randint(512, (1, 16)), torch.full((1, 16), 1 / 16)
-    batch = ((tokens, torch.zeros_like(tokens)), (tokens, weights))
+    released = train_and_release(replicas)
+    gc.collect()
+    is_released = released() is None
+    module, engine = start_training(replicas)
+    optimizer, batch = engine.optimizer, make_batch()
     step, gradients, squares = optimizer.step, [], []
 
     def record_gradients_and_step(*arguments):
@@ -82,6 +112,7 @@ def count(folder):
     moments = [state[kind] for state in states for kind in ("exp_avg", "exp_avg_sq")]
     tensors_by_kind = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
     report = {name: storage_bytes(tensors) for name, tensors in tensors_by_kind.items()}
+    report |= {"released": is_released}
     report |= {"squares": squares[-1], "norm": float(optimizer._global_grad_norm)}
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
     stop_distributed()

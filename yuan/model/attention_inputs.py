@@ -1,6 +1,6 @@
 """Inputs of attention that all layers share: rotary angles, attention masks and document boundaries.
 
-Shape letters: B batch, S new tokens, K all tokens, D head dim.
+Shape letters: B batch, S new tokens, K all tokens, N heads, D head dim.
 """
 
 from dataclasses import dataclass
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from yuan.config import ModelConfig
 from yuan.model.rotary import compute_rotary
+
+FLASH_ATTENTION_CAPABILITY = (8, 0)  # Ampere and newer
+CAUSAL_WINDOW = (-1, 0)  # all tokens before, none after
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,9 @@ class AttentionInputs:
     The mask is additive, 0 or minus infinity in the dtype of the scores, so that attention does not convert it in every
     layer. Without a mask attention is causal (or full, if `is_causal` is false). `continues` is true where a token
     continues its predecessor's document; None where the filter ignores document boundaries.
+
+    `document_offsets` replaces the mask where a kernel for documents of different lengths exists: the starts of all
+    documents in the rows laid end to end, and the end of the last, (documents + 1,), int32.
     """
 
     cos: Tensor
@@ -27,6 +34,7 @@ class AttentionInputs:
     mask: Tensor | None = None
     is_causal: bool = True
     continues: Tensor | None = None
+    document_offsets: Tensor | None = None
 
 
 def make_causal_inputs(config: ModelConfig, length: int, like: Tensor) -> AttentionInputs:
@@ -54,6 +62,11 @@ def make_packed_inputs(
     if not isolated:
         return AttentionInputs(cos, sin)
 
+    if has_document_attention(like):
+        starts = (~continues_BS).flatten().nonzero()[:, 0]
+        offsets = F.pad(starts, (0, 1), value=document_BS.numel()).int()
+        return AttentionInputs(cos, sin, continues=continues_BS[..., None], document_offsets=offsets)
+
     # Tokens of one document have the same start.
     same_document_BSS = start_BS[:, :, None] == start_BS[:, None, :]
     causal_BSS = index_BS[:, :, None] >= index_BS[:, None, :]
@@ -74,6 +87,26 @@ def make_decoding_inputs(config: ModelConfig, lengths: list[int], num_new: int, 
     key_position_K = torch.arange(max(lengths) + num_new, device=device)
     visible_BSK = key_position_K <= position_BS[..., None]
     return AttentionInputs(cos, sin, _make_additive_mask(visible_BSK, like), is_causal=False)
+
+
+def has_document_attention(like: Tensor) -> bool:
+    """Tell whether `attend_within_documents` runs on the device and dtype of a tensor, as flash attention does."""
+    if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(like.device) >= FLASH_ATTENTION_CAPABILITY
+
+
+def attend_within_documents(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, offsets: Tensor) -> Tensor:
+    """Compute causal attention within each document, (B, N, S, D); skips pairs of documents, and needs no mask.
+
+    Args:
+        offsets: see `AttentionInputs.document_offsets`.
+    """
+    batch, _, length, _ = q_BNSD.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNSD, k_BNSD, v_BNSD))  # (B * S, N, D)
+    out = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=CAUSAL_WINDOW)
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _make_additive_mask(visible_BSK: Tensor, like: Tensor) -> Tensor:

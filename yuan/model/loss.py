@@ -3,16 +3,20 @@
 Shape letters: N tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from yuan.model.compiling import can_compile
+
 # A block's probabilities in fp32; the loss allocates nothing else of this size except the head's gradient.
-LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 512 * 2**20
+LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 2**30
 LOSS_TILE_BYTES_CPU, MIN_LOSS_TILE_COLUMNS = 2**21, 64
+ROWS_PER_TILE = 128  # of a GPU's matrix products
 
 
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def head_loss(
     Value and gradients equal those of the direct loss up to rounding.
 
     Args:
-        block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 512 MiB on a GPU.
+        block: rows of logits at a time; default: as many as fit 66 MiB on a CPU, 1 GiB on a GPU.
         losses_BS: output tensor for each target token's own loss, without its weight.
         head_sum: fp32 (V, H) accumulator, to which forward adds the head's gradient; backward then returns none for the
             head. For many micro-batches that share one sum.
@@ -66,13 +70,20 @@ def head_loss(
         raise ValueError(f"block must be at least 1 row, got {rows}")
 
     is_target = weights_BS != 0
-    losses_N = torch.empty(int(is_target.sum()), device=x_BSH.device)
+    targets = is_target.flatten().nonzero()[:, 0]  # a GPU waits for this count; the selections below need no other
+    losses_N = torch.empty(len(targets), device=x_BSH.device)
     accumulator = None if head_sum is None else (head_sum, upstream)
     loss: Tensor = _HeadLoss.apply(
-        x_BSH[is_target], head_VH, labels_BS[is_target], weights_BS[is_target].float(), rows, losses_N, accumulator
+        x_BSH.flatten(0, -2).index_select(0, targets),
+        head_VH,
+        labels_BS.flatten()[targets],
+        weights_BS.flatten()[targets].float(),
+        rows,
+        losses_N,
+        accumulator,
     )
     if losses_BS is not None:
-        losses_BS[is_target] = losses_N
+        losses_BS.masked_scatter_(is_target, losses_N.to(losses_BS.dtype))
     return loss
 
 
@@ -110,9 +121,9 @@ class _HeadLoss(torch.autograd.Function):
                 dhead_VH.zero_()  # without target tokens no block writes it
 
         loss = torch.zeros((), device=x_NH.device)
-        block = _LogitBlock(head_VH, min(rows, len(x_NH)))
-        for start in range(0, len(x_NH), rows):
-            part = slice(start, start + rows)
+        block = _make_logit_block(head_VH, len(x_NH), rows)
+        for start in range(0, len(x_NH), block.rows):
+            part = slice(start, start + block.rows)
             losses_N[part] = block.losses(x_NH[part], labels_N[part], weights_N[part])
             loss += (losses_N[part] * weights_N[part]).sum()
             if needs_dx or needs_dhead:
@@ -135,6 +146,16 @@ class _HeadLoss(torch.autograd.Function):
         return dx, dhead, None, None, None, None, None
 
 
+def _make_logit_block(head_VH: Tensor, num_rows: int, block: int) -> "_LogitBlock | _CompiledLogitBlock":
+    """Return an object for blocks of `num_rows` rows in total, at most `block` at a time."""
+    if not can_compile(head_VH.device):
+        return _LogitBlock(head_VH, max(1, min(block, num_rows)))
+    # Equal blocks, in multiples of a matrix product's tile: a short last block would add to the whole head for little.
+    equal = -(-num_rows // max(1, -(-num_rows // block)))
+    tiles = -(-equal // ROWS_PER_TILE) * ROWS_PER_TILE
+    return _CompiledLogitBlock(head_VH, max(1, min(tiles, block)))
+
+
 class _LogitBlock:
     """Compute the logits of a block of rows in tiles over the vocabulary, then convert them in place to gradients.
 
@@ -142,7 +163,7 @@ class _LogitBlock:
     """
 
     def __init__(self, head_VH: Tensor, rows: int) -> None:
-        self.head = head_VH
+        self.head, self.rows = head_VH, rows
         vocab = head_VH.shape[0]
         on_cpu = head_VH.device.type == "cpu"
         width = max(MIN_LOSS_TILE_COLUMNS, LOSS_TILE_BYTES_CPU // (4 * max(rows, 1))) if on_cpu else vocab
@@ -193,11 +214,62 @@ class _LogitBlock:
             yield part, self.buffer[rows * part.start : rows * part.stop].view(rows, -1)
 
 
+class _CompiledLogitBlock:
+    """Compute the logits of a block of rows and their gradients with compiled kernels, on a GPU.
+
+    A kernel reads the logits once for the loss, and another once for the gradient in the dtype of the weights.
+    """
+
+    def __init__(self, head_VH: Tensor, rows: int) -> None:
+        self.head, self.rows = head_VH, rows
+        self.buffer = torch.empty(rows, head_VH.shape[0], dtype=torch.float32, device=head_VH.device)
+
+    def losses(self, x_NH: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Return the loss of each row, without its weight."""
+        self.x, self.labels, self.weights = x_NH, labels_N, weights_N
+        self.logits = self.buffer[: len(x_NH)]
+        _multiply_into(self.logits, x_NH, self.head.T)
+        losses_N, self.log_total = _compile(_compute_losses)(self.logits, labels_N)
+        return losses_N
+
+    def gradients(self, dx: Tensor | None, dhead: Tensor | None, *, adds: bool, scale: float) -> None:
+        """Write the gradient of the rows, and write (or add, if `adds`) that of the head times the scale."""
+        compute_gradients = _compile(_compute_logit_gradients)
+        grad_NV = compute_gradients(self.logits, self.log_total, self.labels, self.weights, self.x.dtype)
+        if dx is not None:
+            _multiply_into(dx, grad_NV, self.head)
+        if dhead is not None:
+            _multiply_into(dhead, grad_NV.T, self.x, adds=adds, scale=scale)
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function: at first for the shapes of its first call, then for any number of rows.
+
+    The vocabulary stays a constant, by which the kernels divide their indices faster.
+    """
+    return torch.compile(function)
+
+
+def _compute_losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    log_total_N = logits_NV.logsumexp(dim=1)
+    return log_total_N - logits_NV.gather(1, labels_N[:, None])[:, 0], log_total_N
+
+
+def _compute_logit_gradients(
+    logits_NV: Tensor, log_total_N: Tensor, labels_N: Tensor, weights_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    probabilities_NV = (logits_NV - log_total_N[:, None]).exp()
+    is_label_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == labels_N[:, None]
+    return ((probabilities_NV - is_label_NV.float()) * weights_N[:, None]).to(dtype)
+
+
 def _multiply_into(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
     """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 for factors of any dtype."""
     if left.dtype == torch.float32:
         target.addmm_(left, right, beta=float(adds), alpha=scale)
-        return
-    on_gpu = left.device.type == "cuda"
-    product = torch.mm(left, right, out_dtype=torch.float32) if on_gpu else torch.mm(left, right)
-    target.add_(product, alpha=scale) if adds else torch.mul(product, scale, out=target)
+    elif left.device.type == "cuda":  # one pass over the target, without a product in memory
+        torch.addmm(target, left, right, out_dtype=torch.float32, beta=float(adds), alpha=scale, out=target)
+    else:
+        product = torch.mm(left, right)
+        target.add_(product, alpha=scale) if adds else torch.mul(product, scale, out=target)

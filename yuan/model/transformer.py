@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.attention_inputs import AttentionInputs, make_causal_inputs, make_decoding_inputs, make_packed_inputs
+from yuan.model.attention_inputs import (
+    AttentionInputs,
+    attend_within_documents,
+    make_causal_inputs,
+    make_decoding_inputs,
+    make_packed_inputs,
+)
 from yuan.model.cache import CacheBlock, DecodingCache
 from yuan.model.local_filter import make_filter
 from yuan.model.rotary import rotate
@@ -43,7 +49,10 @@ class Attention(nn.Module):
 
         if cache is not None:
             k_BNSD, v_BNSD = cache.append(self.number, k_BNSD, v_BNSD)
-        out = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=rows.mask, is_causal=rows.is_causal)
+        if rows.document_offsets is not None:
+            out = attend_within_documents(q_BNSD, k_BNSD, v_BNSD, rows.document_offsets)
+        else:
+            out = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=rows.mask, is_causal=rows.is_causal)
         return self.output(out.transpose(1, 2).flatten(2))
 
 

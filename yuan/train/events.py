@@ -88,6 +88,14 @@ class ResumeEvent(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NotCompiledEvent(RunEvent):
+    """GPUs run the operations one by one, which is slower; `why` says what prevents compiling."""
+
+    name = "not compiled"
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StragglerEvent(RunEvent):
     """A rank became slower than the others, relative to the plan, by the factor `slower`."""
 
@@ -169,6 +177,7 @@ EVENT_TYPES: tuple[type[RunEvent], ...] = (
     RollBackEvent,
     StopEvent,
     ResumeEvent,
+    NotCompiledEvent,
     StragglerEvent,
     CaughtUpEvent,
     CheckpointEvent,

@@ -10,13 +10,22 @@ from deepspeed import comm as dist
 
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
+from yuan.model.compiling import find_compile_obstacle
 from yuan.model.shards import TensorReader
 from yuan.safe_files import replace_file_below
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
 from yuan.train.checkpoint_manifest import CheckpointManifest
-from yuan.train.events import CleanRepeatEvent, RepeatEvent, ResumeEvent, RollBackEvent, SkipEvent, StopEvent
+from yuan.train.events import (
+    CleanRepeatEvent,
+    NotCompiledEvent,
+    RepeatEvent,
+    ResumeEvent,
+    RollBackEvent,
+    SkipEvent,
+    StopEvent,
+)
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import HeartbeatWriter
 from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
@@ -52,6 +61,8 @@ class Trainer:
         self.engine, self.optimizer = start_engine(
             self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
         )
+        if self.engine.device.type == "cuda" and (obstacle := find_compile_obstacle()):
+            self.run_log.log_event(NotCompiledEvent(why=obstacle))
         # Creates the optimizer moments, so that even the first update can be skipped.
         collect_pieces(self.engine, spec.model.num_layers)
         self.stepper = StepRunner(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from yuan.config import Recipe
 from yuan.model.attention_inputs import make_packed_inputs
+from yuan.model.compiling import can_compile, keep_compilation_in_process
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer
 from yuan.train.calibration.messages import (
@@ -30,7 +31,7 @@ from yuan.train.calibration.messages import (
     CalibrationTrial,
 )
 from yuan.train.run_folder import write_json
-from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine
+from yuan.train.zero.engine import build_deepspeed_config, release_engine, start_distributed, start_engine
 from yuan.train.zero.pipeline import PlannedPipeline
 from yuan.train.zero.tied_embedding import EmbeddingStage
 
@@ -51,7 +52,10 @@ def measure(folder: Path) -> None:
     latency, bandwidth = _measure_link(device) if dist.get_world_size() > 1 else (None, None)
     forward, backward = _measure_layer_seconds(request, device)
     head, embedding = _measure_head_seconds(request, device), _measure_embedding_seconds(request, device)
-    steps = tuple(min(_measure_step_seconds(request, trial, device)) for trial in request.trials)
+    steps = []
+    for trial in request.trials:
+        steps.append(min(_measure_step_seconds(request, trial, device)))
+        gc.collect()  # frees this trial's memory before the next one needs it
     if dist.get_rank() == 0:
         result = CalibrationResult(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -61,7 +65,7 @@ def measure(folder: Path) -> None:
             embedding_s=embedding,
             latency_s=latency,
             bandwidth=bandwidth,
-            step_s=steps,
+            step_s=tuple(steps),
         )
         write_json(folder / CALIBRATION_RESULT_FILE, asdict(result))
 
@@ -69,6 +73,10 @@ def measure(folder: Path) -> None:
 def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) -> tuple[float, float]:
     model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
     layers = [Layer(model).to(device, dtype) for _ in range(NUM_MEASURED_LAYERS)]
+    if can_compile(device):  # as in training
+        keep_compilation_in_process()
+        for layer in layers:
+            layer.compile()
     shape = (recipe.micro_batch_size, recipe.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     rows = make_packed_inputs(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
@@ -154,14 +162,15 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
     recomputed = {
         first + n for first, redone in zip(trial.bounds[:-1], trial.recompute, strict=True) for n in range(redone)
     }
-    module = PlannedPipeline(
-        replace(request.model, num_layers=trial.bounds[-1]),
-        list(trial.bounds),
-        0,
-        loss_block=request.loss_block,
-        isolated=recipe.isolate_documents,
-        recomputed=recomputed,
-    )
+    with device:  # weights of any value do, and a GPU initializes them faster
+        module = PlannedPipeline(
+            replace(request.model, num_layers=trial.bounds[-1]),
+            list(trial.bounds),
+            0,
+            loss_block=request.loss_block,
+            isolated=recipe.isolate_documents,
+            recomputed=recomputed,
+        )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
     for step in range(request.steps + 1):
@@ -172,9 +181,7 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
         _synchronize_device(device)
         if step:  # the first step allocates memory and is not counted
             seconds.append(time.perf_counter() - start)
-    engine.destroy()
-    del engine, module
-    gc.collect()  # engine, module and hooks refer to each other
+    release_engine(engine)
     return seconds
 
 

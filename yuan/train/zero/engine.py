@@ -9,6 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from yuan.config import Recipe
+from yuan.model.compiling import can_compile
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
 
@@ -95,7 +96,21 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
     )
     share_storage(engine)
     module.accumulate_gradients_in(engine)
+    if can_compile(engine.device):
+        module.compile_layers()
     return engine, optimizer
+
+
+def release_engine(engine: Any) -> None:
+    """Destroy an engine, which cannot be used afterwards; `gc.collect` then frees it and its module.
+
+    DeepSpeed's `destroy` leaves hooks on parameters and outputs. Through them engine, optimizer and weights refer to
+    each other by way of C++ objects, which Python's collector does not see, and would stay in memory for ever.
+    """
+    optimizer = engine.optimizer
+    engine.destroy()
+    for holder in (engine, optimizer):
+        holder.__dict__.clear()
 
 
 def compute_learning_rate(step: int, recipe: Recipe) -> float:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from yuan.config import ModelConfig
 from yuan.model.attention_inputs import AttentionInputs, make_packed_inputs
+from yuan.model.compiling import keep_compilation_in_process
 from yuan.model.loss import head_loss
 from yuan.model.shards import TensorReader
 from yuan.model.transformer import Layer, initialise_weights
@@ -163,6 +164,13 @@ class PlannedPipeline(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = list(self._bounds)
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def compile_layers(self) -> None:
+        """Compile this rank's layers, in the first step; equal layers share the compiled code."""
+        keep_compilation_in_process()
+        for stage in self.modules():
+            if isinstance(stage, LayerStage):
+                stage.layer.compile()
 
     def accumulate_gradients_in(self, engine: Any) -> None:
         """Add the tied weight's gradients directly to the engine's sum, instead of one gradient per micro-batch."""
