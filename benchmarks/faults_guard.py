@@ -112,7 +112,7 @@ def loss_of(folder: RunFolder) -> float:
     tokens, labels, documents = (
         torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
     )
-    loss_mask = torch.from_numpy(windows.learned).float()
+    loss_mask = torch.from_numpy(windows.loss_mask).float()
     with torch.no_grad():
         return float(weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum()))
 

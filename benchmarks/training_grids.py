@@ -97,8 +97,8 @@ def plain_losses(parent: Path, folder: RunFolder) -> list[float]:
         tokens, labels, documents = (
             torch.from_numpy(array).long() for array in (windows.tokens, windows.labels, windows.documents)
         )
-        learned = torch.from_numpy(windows.learned).float()
-        loss = weighted_cross_entropy(model(tokens, documents), labels, learned / learned.sum())
+        loss_mask = torch.from_numpy(windows.loss_mask).float()
+        loss = weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)

@@ -102,10 +102,10 @@ def plain_steps(training_inputs, finished, recipe=RECIPE):
     for step in range(recipe.max_steps):
         windows, _ = corpus.read(find_unskipped_positions(8 * step, 8, []))
         tokens, labels = (torch.from_numpy(a).long() for a in (windows.tokens, windows.labels))
-        learned = torch.from_numpy(windows.learned).float()
+        loss_mask = torch.from_numpy(windows.loss_mask).float()
         documents = torch.from_numpy(windows.documents)
         loss = weighted_cross_entropy(
-            model(tokens, documents, isolated=recipe.isolate_documents), labels, learned / learned.sum()
+            model(tokens, documents, isolated=recipe.isolate_documents), labels, loss_mask / loss_mask.sum()
         )
         optimizer.zero_grad()
         loss.backward()

@@ -66,20 +66,20 @@ def test_any_text_round_trips_and_gives_no_special_token(tokenizer, text):
 
 def test_only_the_answer_and_its_end_are_learned(tokenizer):
     sample = encode_row(Row(prompt="12", answer="加减"), tokenizer)
-    assert sample.learned == (False, False, False, True, True, True)
+    assert sample.loss_mask == (False, False, False, True, True, True)
     assert sample.tokens[2] == tokenizer.sep
     assert sample.tokens[-1] == tokenizer.eod
-    assert all(encode_row(Row(prompt="", answer="12"), tokenizer).learned)
+    assert all(encode_row(Row(prompt="", answer="12"), tokenizer).loss_mask)
 
 
 def test_packing_keeps_every_prediction_once():
     rng = random.Random(0)
     samples = [Sample(tuple(range(n)), (True,) * n) for n in (rng.randint(2, 40) for _ in range(50))]
     windows = pack_samples(samples, seq_len=16, pad=99)
-    assert windows.learned.sum() == sum(len(s.tokens) - 1 for s in samples)
+    assert windows.loss_mask.sum() == sum(len(s.tokens) - 1 for s in samples)
     inside = windows.documents >= 0
     assert (windows.labels[inside] == windows.tokens[inside] + 1).all()
-    assert not windows.learned[~inside].any()
+    assert not windows.loss_mask[~inside].any()
 
 
 def test_demo_skills_make_rows_their_checkers_take():

@@ -30,9 +30,9 @@ def with_gradients(loss_of, x, head):
 def test_weighted_loss_is_torchs_mean_over_learned_tokens():
     logits = torch.randn(2, 5, 11)
     labels = torch.randint(0, 11, (2, 5))
-    learned = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).float()
-    expected = F.cross_entropy(logits[learned.bool()], labels[learned.bool()])
-    torch.testing.assert_close(weighted_cross_entropy(logits, labels, learned / learned.sum()), expected)
+    loss_mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).float()
+    expected = F.cross_entropy(logits[loss_mask.bool()], labels[loss_mask.bool()])
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, loss_mask / loss_mask.sum()), expected)
 
 
 @pytest.mark.parametrize("block", [1, 4, 5, 27, None])

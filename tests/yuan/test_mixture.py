@@ -1,5 +1,6 @@
 """Data order: a function of the position, by weight, every window once an epoch, any span can be skipped."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yuan.data.corpus import Corpus, write_corpus
+from yuan.data.corpus import CORPUS_INDEX_FILE, Corpus, write_corpus
 from yuan.data.mixture import Mixture, compute_quotas, find_unskipped_positions
 from yuan.data.packing import pack_samples
 from yuan.data.samples import Sample
@@ -114,9 +115,25 @@ def test_token_files_hold_the_windows_that_packing_makes(samples, tmp_path):
     positions = np.arange(len(packed))
     windows, _ = corpus.read(positions)
     order = corpus.mixture.locate_windows(positions)[1]
-    for name in ("tokens", "labels", "learned", "documents"):
+    for name in ("tokens", "labels", "loss_mask", "documents"):
         assert (getattr(windows, name) == getattr(packed, name)[order]).all()
-    assert corpus.learned(positions[:9]) == windows.learned[:9].sum()
+    assert corpus.count_target_tokens(positions[:9]) == windows.loss_mask[:9].sum()
+
+
+def test_stored_index_keeps_its_field_names(samples, tmp_path):
+    """A running training of the version before is resumed with its index."""
+    (source,) = write_corpus(tmp_path, {"a": iter(samples)}, seq_len=32, pad=7)
+    stored = json.loads((tmp_path / CORPUS_INDEX_FILE).read_text())["sources"]
+    assert stored == [
+        {
+            "name": "a",
+            "quota": source.quota,
+            "windows": source.windows,
+            "tokens": source.tokens,
+            "learned": source.target_tokens,
+        }
+    ]
+    assert Corpus(tmp_path, seed=0).sources == [source]
 
 
 def test_each_window_of_a_mixture_is_of_its_source(samples, tmp_path):

@@ -15,12 +15,12 @@ def tokenizer():
     return tokenizers.train([WORDS], vocab_size=512)
 
 
-def learned_texts(windows, tokenizer):
+def decode_targets(windows, tokenizer):
     """Return, for each window, the runs of target tokens, with | at the ends."""
     texts = []
-    for labels, learned in zip(windows.labels, windows.learned, strict=True):
+    for labels, loss_mask in zip(windows.labels, windows.loss_mask, strict=True):
         text, before = "", False
-        for label, counts in zip(labels.tolist(), learned.tolist(), strict=True):
+        for label, counts in zip(labels.tolist(), loss_mask.tolist(), strict=True):
             if counts:
                 text += ("" if before or not text else " + ") + (
                     "|" if label == tokenizer.eod else tokenizer.decode([label])
@@ -36,7 +36,7 @@ def rows(*pairs):
 
 def packed(tokenizer, seq_len, *pairs):
     samples = [encode_row(row, tokenizer) for row in rows(*pairs)]
-    return learned_texts(pack_samples(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
+    return decode_targets(pack_samples(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
 
 
 def test_a_window_without_an_end_does_not_learn_its_prompt(tokenizer):
@@ -66,7 +66,7 @@ def test_only_answers_of_several_turns_are_learned(tokenizer):
     ]
     sample = encode_conversation(turns, tokenizer, learn="all")[0]
     window = pack_samples([sample], seq_len=32, pad=tokenizer.pad)
-    assert learned_texts(window, tokenizer) == ["cd + gh|"]
+    assert decode_targets(window, tokenizer) == ["cd + gh|"]
 
 
 def test_the_choice_of_learned_turns(tokenizer):
@@ -79,7 +79,7 @@ def test_the_choice_of_learned_turns(tokenizer):
 
     def texts(learn):
         samples = encode_conversation(turns, tokenizer, learn=learn, system="be")
-        return [learned_texts(pack_samples([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
+        return [decode_targets(pack_samples([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
 
     assert texts("last") == ["gh|"]
     assert texts("all") == ["cd + gh|"]
@@ -124,7 +124,7 @@ def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
         sample = encode_fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
         form, front, back = parts_of(sample, tokenizer)
         assert front + back == text
-        assert all(sample.learned)
+        assert all(sample.loss_mask)
         assert sample.tokens[-1] == tokenizer.eod
         forms.append(form)
     assert 70 <= forms.count("SPM") <= 130

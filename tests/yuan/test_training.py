@@ -151,7 +151,7 @@ def test_losses_of_the_sources_make_up_the_loss(finished):
     corpus = finished.open_corpus(seed=5)
     for row in finished.read_metrics():
         windows, sources = corpus.read(np.arange(row["data/first_position"], row["data/end_position"]))
-        counts = {source.name: windows.learned[sources == n].sum() for n, source in enumerate(corpus.sources)}
+        counts = {source.name: windows.loss_mask[sources == n].sum() for n, source in enumerate(corpus.sources)}
         parts = {name: row[f"train/loss/{name}"] for name, count in counts.items() if count}
         whole = sum(loss * counts[name] for name, loss in parts.items()) / sum(counts.values())
         assert whole == pytest.approx(row["train/loss"], rel=1e-5)

@@ -20,13 +20,27 @@ CORPUS_INDEX_FILE, CORPUS_SCHEMA = "data.json", 1
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """Count the contents of a source: `quota` is its windows in a mixture block, `learned` its target tokens."""
+    """Count the contents of a source: `quota` is its windows in a mixture block."""
 
     name: str
     quota: int
     windows: int
     tokens: int
-    learned: int
+    target_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the source's entry in the index, where the target tokens have their former name."""
+        return {"learned" if name == "target_tokens" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CorpusSource":
+        """Read an entry of the index.
+
+        Raises:
+            KeyError, TypeError: if a field is missing or unknown.
+        """
+        values = dict(data)
+        return cls(target_tokens=values.pop("learned"), **values)
 
 
 def write_corpus(
@@ -55,7 +69,13 @@ def write_corpus(
     source_weights = None if weights is None else [weights[name] for name in sources]
     quotas = compute_quotas([len(part) for part in parts], source_weights)
     corpus_sources = [
-        CorpusSource(name=name, quota=quota, windows=len(part), tokens=part.num_tokens, learned=int(part.learned.sum()))
+        CorpusSource(
+            name=name,
+            quota=quota,
+            windows=len(part),
+            tokens=part.num_tokens,
+            target_tokens=int(part.target_counts.sum()),
+        )
         for name, quota, part in zip(sources, quotas, parts, strict=True)
     ]
 
@@ -63,7 +83,7 @@ def write_corpus(
         "schema": CORPUS_SCHEMA,
         "seq_len": seq_len,
         "pad": pad,
-        "sources": [asdict(source) for source in corpus_sources],
+        "sources": [source.to_json() for source in corpus_sources],
     }
     (folder / CORPUS_INDEX_FILE).write_text(json.dumps(index, indent=2))
     return corpus_sources
@@ -79,7 +99,7 @@ class Corpus:
     def __init__(self, folder: Path, seed: int) -> None:
         try:
             index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
-            self.sources = [CorpusSource(**source) for source in index["sources"]]
+            self.sources = [CorpusSource.from_json(source) for source in index["sources"]]
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} has no readable {CORPUS_INDEX_FILE} ({error}); prepare the run again") from None
         self.seq_len = int(index["seq_len"])
@@ -100,10 +120,10 @@ class Corpus:
         """Return what determines, together with the seed, the window at each position; JSON-serializable."""
         return {source.name: [source.windows, source.tokens, source.quota] for source in self.sources}
 
-    def learned(self, positions: Int64Array) -> int:
+    def count_target_tokens(self, positions: Int64Array) -> int:
         """Count the target tokens at these positions, without reading any token."""
         by_source = self._split_by_source(positions)
-        return sum(int(self._parts[number].learned[windows].sum()) for number, windows, _ in by_source)
+        return sum(int(self._parts[number].target_counts[windows].sum()) for number, windows, _ in by_source)
 
     def read(self, positions: Int64Array) -> tuple[PackedWindows, Int64Array]:
         """Return the windows at these positions, and the source number of each window."""
@@ -111,7 +131,7 @@ class Corpus:
         out = PackedWindows(
             tokens=np.empty(shape, np.int32),
             labels=np.empty(shape, np.int32),
-            learned=np.empty(shape, np.bool_),
+            loss_mask=np.empty(shape, np.bool_),
             documents=np.empty(shape, np.int32),
         )
         sources = np.empty(len(positions), np.int64)
@@ -120,7 +140,7 @@ class Corpus:
             part = self._parts[number].read(windows)
             out.tokens[places] = part.tokens
             out.labels[places] = part.labels
-            out.learned[places] = part.learned
+            out.loss_mask[places] = part.loss_mask
             out.documents[places] = part.documents
             sources[places] = number
 

@@ -18,7 +18,7 @@ class PackedWindows:
 
     tokens: Int32Array
     labels: Int32Array
-    learned: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
     documents: Int32Array
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
 
 
 def _convert_to_arrays(window: Sequence[Sample]) -> list[tuple[Int32Array, npt.NDArray[np.bool_]]]:
-    return [(np.array(piece.tokens, np.int32), np.array(piece.learned, np.bool_)) for piece in window]
+    return [(np.array(piece.tokens, np.int32), np.array(piece.loss_mask, np.bool_)) for piece in window]
 
 
 def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
@@ -70,21 +70,21 @@ def build_windows(
     """Convert windows of pieces, each piece its tokens and their loss mask, into arrays padded to seq_len."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
-    learned, documents = np.zeros(shape, np.bool_), np.full(shape, -1, np.int32)
+    loss_masks, documents = np.zeros(shape, np.bool_), np.full(shape, -1, np.int32)
     for w, window in enumerate(windows):
         start = 0
         for number, (piece, loss_mask) in enumerate(window):
             end = start + len(piece) - 1  # n tokens are n - 1 predictions
             tokens[w, start:end] = piece[:-1]
             labels[w, start:end] = piece[1:]
-            learned[w, start:end] = loss_mask[1:]
+            loss_masks[w, start:end] = loss_mask[1:]
             documents[w, start:end] = number
             start = end
-    return PackedWindows(tokens, labels, learned, documents)
+    return PackedWindows(tokens, labels, loss_masks, documents)
 
 
 def _cut_sample(sample: Sample, seq_len: int) -> list[Sample]:
     """Cut a sample into pieces of at most seq_len predictions; consecutive pieces share one token."""
     cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
-    pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.learned[cut : cut + seq_len + 1]) for cut in cuts]
-    return [piece for piece in pieces if any(piece.learned[1:])]
+    pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.loss_mask[cut : cut + seq_len + 1]) for cut in cuts]
+    return [piece for piece in pieces if any(piece.loss_mask[1:])]

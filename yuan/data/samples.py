@@ -18,10 +18,10 @@ TURN_SEPARATOR = "<n>"  # between turns, as text: the published chat template
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold token ids and their loss mask: `learned` is true for the target tokens."""
+    """Hold token ids and their loss mask, which is true for the target tokens."""
 
     tokens: tuple[int, ...]
-    learned: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
 
 
 @dataclass(frozen=True)

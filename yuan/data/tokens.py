@@ -33,12 +33,12 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
     with (folder / TOKENS_FILE).open("wb") as file:
         for window in split_into_windows(samples, seq_len):
             for piece in window:
-                mask_bits = np.asarray(piece.learned, np.uint32) * np.uint32(LOSS_MASK_BIT)
+                mask_bits = np.asarray(piece.loss_mask, np.uint32) * np.uint32(LOSS_MASK_BIT)
                 file.write((np.asarray(piece.tokens, np.uint32) | mask_bits).tobytes())
                 pieces.extend((start, len(piece.tokens)))
                 start += len(piece.tokens)
             windows.append(len(pieces) // 2)  # a piece is two numbers
-            target_counts.append(sum(sum(piece.learned[1:]) for piece in window))  # nothing predicts the first token
+            target_counts.append(sum(sum(piece.loss_mask[1:]) for piece in window))  # nothing predicts the first token
 
     np.save(folder / PIECES_FILE, np.frombuffer(pieces, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
@@ -55,7 +55,7 @@ class TokenFiles:
     def __init__(self, folder: Path, *, seq_len: int, pad: int) -> None:
         self.seq_len, self.pad = seq_len, pad
         self._tokens = np.memmap(folder / TOKENS_FILE, np.uint32, "r")
-        self._pieces, self._windows, self.learned = (
+        self._pieces, self._windows, self.target_counts = (
             np.load(folder / name, mmap_mode="r", allow_pickle=False)
             for name in (PIECES_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
         )
@@ -67,7 +67,7 @@ class TokenFiles:
             )
 
     def __len__(self) -> int:
-        return len(self.learned)
+        return len(self.target_counts)
 
     @property
     def num_tokens(self) -> int:

@@ -26,7 +26,7 @@ def read_micro_batches(
         positions: positions of the step in the mixture, of all replicas.
     """
     num_micro_batches = plan.grad_accum_steps * plan.data_size
-    scale = num_micro_batches / max(corpus.learned(positions), 1)
+    scale = num_micro_batches / max(corpus.count_target_tokens(positions), 1)
 
     # Replica r takes micro-batches r, r + D, r + 2 D, ...
     for micro_batch in np.split(positions, num_micro_batches)[replica :: plan.data_size]:
@@ -36,5 +36,5 @@ def read_micro_batches(
             for array in (windows.tokens, windows.documents, windows.labels)
         )
         # The loss mask times the scale, so the mask is also the weight of each target token.
-        weights = torch.from_numpy(windows.learned.astype(np.float32) * np.float32(scale)).to(device)
+        weights = torch.from_numpy(windows.loss_mask.astype(np.float32) * np.float32(scale)).to(device)
         yield (tokens, documents), (labels, weights, torch.from_numpy(sources).to(device))

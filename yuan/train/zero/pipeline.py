@@ -79,12 +79,12 @@ class SourceLossTally:
     def __init__(self, num_sources: int) -> None:
         self.sums, self.counts = torch.zeros(num_sources), torch.zeros(num_sources)
 
-    def add(self, losses_BS: Tensor, learned_BS: Tensor, sources_B: Tensor) -> None:
-        """Add a micro-batch; `learned_BS` is the loss mask."""
+    def add(self, losses_BS: Tensor, loss_mask_BS: Tensor, sources_B: Tensor) -> None:
+        """Add a micro-batch."""
         if self.sums.device != losses_BS.device:
             self.sums, self.counts = self.sums.to(losses_BS.device), self.counts.to(losses_BS.device)
-        self.sums.index_add_(0, sources_B, (losses_BS * learned_BS).sum(dim=1))
-        self.counts.index_add_(0, sources_B, learned_BS.sum(dim=1, dtype=torch.float32))
+        self.sums.index_add_(0, sources_B, (losses_BS * loss_mask_BS).sum(dim=1))
+        self.counts.index_add_(0, sources_B, loss_mask_BS.sum(dim=1, dtype=torch.float32))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return the sums of losses and the numbers of tokens since the last call, and reset them."""
