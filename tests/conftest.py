@@ -16,13 +16,24 @@ from feedback.accounts import add_contributor
 from feedback.api.app import make_app
 from feedback.tables import Round, new_id
 from flows.stack.services import make_services
-from flows.stack.stack_config import load_or_make_config, write_environment
+from flows.stack.stack_config import (
+    PORT_RANGE,
+    PORT_RANGE_VARIABLE,
+    load_or_make_config,
+    write_environment,
+)
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
 from infra.objects import open_object_store
 from infra.settings import Settings
 from yuan.model.model_manifest import ModelManifest
+
+MAX_WORKERS = 8
+# Each process of pytest-xdist chooses ports of its own: two stacks that start at once could choose the same free port.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and PORT_RANGE_VARIABLE not in os.environ:
+    number, width = int(worker.removeprefix("gw")) % MAX_WORKERS, (PORT_RANGE[1] - PORT_RANGE[0]) // MAX_WORKERS
+    os.environ[PORT_RANGE_VARIABLE] = f"{PORT_RANGE[0] + number * width}-{PORT_RANGE[0] + (number + 1) * width - 1}"
 
 settings.register_profile("untimed", deadline=None)  # no deadlines: a busy machine must not fail a test
 settings.load_profile("untimed")

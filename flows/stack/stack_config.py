@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import socket
 import stat
@@ -34,7 +35,8 @@ PORT_NAMES = (
     *(f"{name}_grpc" for name in WEED_PORT_NAMES),
 )
 PORT_RANGE = (20_000, 28_999)  # below 29,500, torchrun's default rendezvous port
-MAX_PORT_TRIES = 10_000
+PORT_RANGE_VARIABLE = "COTRAIN_PORT_RANGE"
+MAX_PORT, MAX_PORT_TRIES = 65_535, 10_000
 SECRET_NAMES = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
@@ -161,13 +163,18 @@ def drop_retired_secrets(home: Path) -> None:
 def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ()) -> dict[str, int]:
     """Choose free loopback ports: the default ones for web interfaces, others outside the ephemeral range.
 
+    With COTRAIN_PORT_RANGE=FIRST-LAST all are chosen from that range.
+
     Raises:
+        ValueError: if the range is not valid.
         RuntimeError: if none is found.
     """
+    port_range = read_port_range()
+    defaults = {} if PORT_RANGE_VARIABLE in os.environ else PUBLIC_PORTS
     chosen: dict[str, int] = {}
     for name in names:
-        usual = [PUBLIC_PORTS[name]] if name in PUBLIC_PORTS else []
-        tries = (random.SystemRandom().randint(*PORT_RANGE) for _ in range(MAX_PORT_TRIES))
+        usual = [defaults[name]] if name in defaults else []
+        tries = (random.SystemRandom().randint(*port_range) for _ in range(MAX_PORT_TRIES))
         for port in (*usual, *tries):
             if (
                 port not in taken
@@ -178,9 +185,28 @@ def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ())
                 chosen[name] = port
                 break
         else:
-            rule = f"ports {PORT_RANGE[0]} to {PORT_RANGE[1]}, and for the store their files {get_weed_socket(name, 0)}"
+            rule = f"ports {port_range[0]} to {port_range[1]}, and for the store their files {get_weed_socket(name, 0)}"
             raise RuntimeError(f"no free port for {name} in {MAX_PORT_TRIES} tries; see who holds {rule}")
     return chosen
+
+
+def read_port_range() -> tuple[int, int]:
+    """Return the first and last port to choose from: that of the environment, else PORT_RANGE.
+
+    Raises:
+        ValueError: if the environment's is not valid.
+    """
+    text = os.environ.get(PORT_RANGE_VARIABLE)
+    if text is None:
+        return PORT_RANGE
+    match = re.fullmatch(r"([0-9]{4,5})-([0-9]{4,5})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1024 <= first <= last - len(PORT_NAMES) or last > MAX_PORT:
+        raise ValueError(
+            f"{PORT_RANGE_VARIABLE} must be FIRST-LAST, more than {len(PORT_NAMES)} ports from 1024 to {MAX_PORT}, "
+            f"got {text!r}; set 21000-21999, for example"
+        )
+    return first, last
 
 
 def get_weed_socket(name: str, port: int) -> Path:

@@ -9,7 +9,14 @@ import time
 import pytest
 
 from flows.stack.doctor import find_setting_faults
-from flows.stack.stack_config import CONFIG_FILE, load_or_make_config, write_environment
+from flows.stack.stack_config import (
+    CONFIG_FILE,
+    PORT_NAMES,
+    PORT_RANGE_VARIABLE,
+    choose_ports,
+    load_or_make_config,
+    write_environment,
+)
 from flows.stack.stack_control import take_down
 from infra.files import write_private
 from infra.keeper_lock import find_keeper, hold_keeper_lock
@@ -126,3 +133,18 @@ def test_down_speaks_when_the_keepers_process_has_ended(tmp_path):
             assert keeper.poll() == 0
         finally:
             keeper.send_signal(signal.SIGKILL)
+
+
+def test_ports_are_chosen_from_the_range_of_the_environment(monkeypatch):
+    monkeypatch.setenv(PORT_RANGE_VARIABLE, "21000-21099")
+    chosen = choose_ports()
+    assert chosen.keys() == set(PORT_NAMES)
+    assert len(set(chosen.values())) == len(PORT_NAMES)
+    assert all(21_000 <= port <= 21_099 for port in chosen.values())
+
+
+@pytest.mark.parametrize("text", ["", "21000", "21000-21005", "80-2000", "21000-70000", "21099-21000", "a-b"])
+def test_invalid_port_range_is_refused_with_an_example(text, monkeypatch):
+    monkeypatch.setenv(PORT_RANGE_VARIABLE, text)
+    with pytest.raises(ValueError, match=f"COTRAIN_PORT_RANGE must be FIRST-LAST.*got '{text}'; set 21000-21999"):
+        choose_ports()

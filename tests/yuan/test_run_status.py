@@ -69,7 +69,7 @@ def test_a_file_that_is_no_status_is_none(tmp_path, text):
     assert RunFolder(tmp_path).read_status() is None
 
 
-@pytest.mark.parametrize("key", [*STORED_TRAINING.keys() - {"step", "max_steps"}])
+@pytest.mark.parametrize("key", sorted(STORED_TRAINING.keys() - {"step", "max_steps"}))
 @pytest.mark.parametrize("value", [{}, "x", "missing"])
 def test_a_field_that_is_missing_or_wrong_hides_no_other(key, value):
     stored = {name: text for name, text in {**STORED_TRAINING, key: value}.items() if text != "missing"}
