@@ -18,7 +18,7 @@ from yuan.plan.solver import solve
 TABLE_5 = 45.192  # seconds
 
 
-def error(name: str, ours: float, theirs: float, limit: float | None) -> bool:
+def show_error(name: str, ours: float, theirs: float, limit: float | None) -> bool:
     off = abs(ours / theirs - 1)
     goal = None if limit is None else f"within {limit:.2%}"
     return show(
@@ -34,35 +34,35 @@ def error(name: str, ours: float, theirs: float, limit: float | None) -> bool:
     )
 
 
-def peak(name: str, gigabytes: float, goal: float | None, **more: object) -> bool:
+def show_peak(name: str, gigabytes: float, goal: float | None, **more: object) -> bool:
     ok = None if goal is None else round(gigabytes, 1) == goal
     says = line(name, round(gigabytes, 2), "GB", goal=None if goal is None else f"{goal} GB", ok=ok)
     return show({**says, **more})
 
 
 def main() -> int:
-    ok = error("Table 5, Yuan 1.0-245B", sum(compute_table_5()), TABLE_5, 1e-4)
+    ok = show_error("Table 5, Yuan 1.0-245B", sum(compute_table_5()), TABLE_5, 1e-4)
     for (devices, link), cells in TABLE_6.items():
         for method, (ours, theirs) in enumerate(zip(compute_table_6(devices, link), cells, strict=True), start=1):
-            ok &= error(f"Table 6, method {method}, {devices} devices, {link} GB/s", ours, theirs, 5e-4)
+            ok &= show_error(f"Table 6, method {method}, {devices} devices, {link} GB/s", ours, theirs, 5e-4)
     worst = max(
         (abs(ours / theirs - 1), ours, theirs)
         for row, cells in TABLE_6.items()
         for ours, theirs in zip(compute_table_6(*row, parameters=YUAN_102B_SHORT_PARAMETERS), cells, strict=True)
     )
-    error("Table 6, worst cell with one N for all rows", worst[1], worst[2], None)
-    ok &= peak("Fig. 3, even split", max(compute_fig_3_memory((3,) * 8, build_fig_3_costs())), 77.9)
-    ok &= peak(
+    show_error("Table 6, worst cell with one N for all rows", worst[1], worst[2], None)
+    ok &= show_peak("Fig. 3, even split", max(compute_fig_3_memory((3,) * 8, build_fig_3_costs())), 77.9)
+    ok &= show_peak(
         "Fig. 3, the paper's split", max(compute_fig_3_memory(FIG_3_SPLIT, build_fig_3_costs())), 68.0, printed=64
     )
     for blockwise, goal in ((False, 64.6), (True, 61.2)):
         best = solve(build_fig_3_costs(blockwise=blockwise), "memory")
         assert best is not None
         loss = ", block-wise loss" if blockwise else ""
-        ok &= peak(f"Fig. 3, ours{loss}", best.peak_bytes / 1e9, goal, layers=best.layers)
+        ok &= show_peak(f"Fig. 3, ours{loss}", best.peak_bytes / 1e9, goal, layers=best.layers)
         redone = solve(build_fig_3_costs(blockwise=blockwise, recompute=True), "memory")
         assert redone is not None
-        peak(
+        show_peak(
             f"Fig. 3, ours{loss}, recomputing",
             redone.peak_bytes / 1e9,
             None,

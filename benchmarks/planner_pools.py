@@ -29,7 +29,7 @@ SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers,
 MOST_GAP, MOST_OFF = 0.01, 0.03
 
 
-def random_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
+def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
     """Return a model and a pool of matching size; every third pool is small."""
     small = number % 3 == 0
     layers, width = (draw.randint(5, 7), 2048) if small else draw.choice(SHAPES)
@@ -49,7 +49,7 @@ def random_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
     return work, parse_pool({"name": f"random-{number}", "group": groups})
 
 
-def of_split(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
+def predict_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
     """Return the step time of a split on given classes; None if it does not fit."""
     if any(
         costs.get_fewest_redone(s, c, n) == DOES_NOT_FIT for s, (n, c) in enumerate(zip(layers, classes, strict=True))
@@ -58,7 +58,7 @@ def of_split(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...
     return compute_step_seconds(costs, layers, classes)
 
 
-def balanced(work: Workload, stages: int) -> tuple[int, ...]:
+def split_by_parameters(work: Workload, stages: int) -> tuple[int, ...]:
     """Return layers per stage that minimize the largest number of parameters, as DeepSpeed's `parameters` does."""
     model = work.model
     ends = model.vocab_size * model.hidden_size
@@ -67,7 +67,7 @@ def balanced(work: Workload, stages: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(cuts))
 
 
-def every_layout(work: Workload, pool: Pool) -> float:
+def enumerate_minimum(work: Workload, pool: Pool) -> float:
     """Return the minimum step time over all layouts of all grids, by enumeration."""
     best = float("inf")
     for grid in iter_grids(work, pool, SizeLimits()):
@@ -77,11 +77,11 @@ def every_layout(work: Workload, pool: Pool) -> float:
                 continue
             for cuts in combinations(range(1, costs.num_places), costs.num_stages - 1):
                 layers = costs.count_layers([b - a for a, b in pairwise([0, *cuts, costs.num_places])])
-                best = min(best, of_split(costs, layers, classes) or float("inf"))
+                best = min(best, predict_seconds(costs, layers, classes) or float("inf"))
     return best
 
 
-def off_by_simulation(work: Workload, chosen: PlanCandidate) -> float:
+def compare_with_simulation(work: Workload, chosen: PlanCandidate) -> float:
     """Return the deviation of the simulated pipeline from the time model."""
     model = chosen.layout.seconds - chosen.predict_finish_seconds(work)
     return simulate_candidate(work, chosen).seconds / model - 1
@@ -105,9 +105,9 @@ class PoolResults:
         costs = build_stage_costs(work, chosen.grid, pool.groups)
 
         layers_each, remainder = divmod(work.model.num_layers, num_stages)
-        even = of_split(costs, tuple(layers_each + (s < remainder) for s in range(num_stages)), layout.classes)
-        balanced_layers = balanced(work, num_stages)
-        by_parameters = of_split(costs, balanced_layers, layout.classes) if min(balanced_layers) > 0 else None
+        even = predict_seconds(costs, tuple(layers_each + (s < remainder) for s in range(num_stages)), layout.classes)
+        balanced_layers = split_by_parameters(work, num_stages)
+        by_parameters = predict_seconds(costs, balanced_layers, layout.classes) if min(balanced_layers) > 0 else None
 
         self.num_planned += 1
         self.num_neither_fits += even is None and by_parameters is None
@@ -115,8 +115,8 @@ class PoolResults:
         self.parameter_split += [] if by_parameters is None else [by_parameters / layout.seconds]
         self.bound_gaps.append(layout.seconds / lower_bound - 1)
         if pool.num_devices <= SMALL:
-            self.enumeration_gaps.append(layout.seconds / every_layout(work, pool) - 1)
-        self.simulation_gaps.append(off_by_simulation(work, chosen))
+            self.enumeration_gaps.append(layout.seconds / enumerate_minimum(work, pool) - 1)
+        self.simulation_gaps.append(compare_with_simulation(work, chosen))
 
 
 def measure(num_pools: int) -> PoolResults:
@@ -124,7 +124,7 @@ def measure(num_pools: int) -> PoolResults:
     draw, results, number = random.Random(0), PoolResults(), 0
     while results.num_planned < num_pools:
         number += 1
-        work, pool = random_case(draw, number)
+        work, pool = draw_case(draw, number)
         result = search(work, pool)
         if result.candidates:
             results.add(work, pool, result.candidates[0], result.lower_bound)

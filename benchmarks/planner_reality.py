@@ -53,7 +53,7 @@ RECIPE = Recipe(
 MOST_ERROR, LEAST_ORDER, PASSES = 0.10, 0.9, int(sys.argv[2]) if len(sys.argv) > 2 else 3
 
 
-def trials() -> list[CalibrationTrial]:
+def make_trials() -> list[CalibrationTrial]:
     """Return seven splits, each without and with recomputation (all of the first stage, half of the last)."""
     if STAGES == 1:
         return [
@@ -64,7 +64,7 @@ def trials() -> list[CalibrationTrial]:
     return [trial for pair in zip(plain, redone, strict=True) for trial in pair]
 
 
-def least(request: CalibrationRequest) -> CalibrationResult:
+def measure_minimum(request: CalibrationRequest) -> CalibrationResult:
     """Return the minimum over several passes, each in new processes, with the trials reversed in every second one."""
     results = []
     for number in range(PASSES):
@@ -80,26 +80,26 @@ def least(request: CalibrationRequest) -> CalibrationResult:
     )
 
 
-def work_of(layers: int) -> Workload:
+def make_workload(layers: int) -> Workload:
     return Workload.from_recipe(replace(MODEL, num_layers=layers), RECIPE)
 
 
 def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
     layers = [end - first for first, end in pairwise(trial.bounds)]
-    work = replace(work_of(trial.bounds[-1]), loss_block=BLOCK)
+    work = replace(make_workload(trial.bounds[-1]), loss_block=BLOCK)
     candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, redone=trial.recompute)
     return candidate.layout.seconds
 
 
 def main() -> int:
-    requested_trials = trials()
+    requested_trials = make_trials()
     request = CalibrationRequest(
         model=MODEL, recipe=RECIPE, loss_block=BLOCK, trials=(*CALIBRATION, *requested_trials), steps=2
     )
-    result = least(request)
+    result = measure_minimum(request)
     few, many, *real = result.step_s
-    one_each = replace(work_of(STAGES), loss_block=BLOCK)
+    one_each = replace(make_workload(STAGES), loss_block=BLOCK)
     steps = [(CALIBRATION[0].accum, few), (CALIBRATION[1].accum, many)]
     device = DeviceGroup(device_class=result.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
     blank = device if GPUS else make_cpu_pool().groups[0]

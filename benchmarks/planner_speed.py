@@ -27,11 +27,11 @@ GROWTH = {
 }
 
 
-def pool_of(**counts: int) -> Pool:
+def make_pool(**counts: int) -> Pool:
     return parse_pool({"name": "pool", "group": [{"device_class": name, "count": n} for name, n in counts.items()]})
 
 
-def work_of(devices: int = 0) -> Workload:
+def make_workload(devices: int = 0) -> Workload:
     model = yuan_102b()
     return Workload(
         model=model,
@@ -42,7 +42,7 @@ def work_of(devices: int = 0) -> Workload:
     )
 
 
-def timed(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -> tuple[bool, float]:
+def time_plan(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -> tuple[bool, float]:
     begun = time.perf_counter()
     plan = work()
     seconds = time.perf_counter() - begun
@@ -57,8 +57,8 @@ def timed(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -> tu
     return ok, seconds
 
 
-def split_84_over_32() -> bool:
-    pool, work = pool_of(**{"A100-80": 96}), work_of()
+def check_split_of_84_over_32() -> bool:
+    pool, work = make_pool(**{"A100-80": 96}), make_workload()
     grid = Grid(pipeline_size=32, data_size=3, micro_batch_size=1, grad_accum_steps=384)
     begun = time.perf_counter()
     layout = solve(build_stage_costs(work, grid, pool.groups))
@@ -68,37 +68,45 @@ def split_84_over_32() -> bool:
 
 
 def main() -> int:
-    ok = split_84_over_32()
+    ok = check_split_of_84_over_32()
     two, three = {"A100-80": 128, "H200": 128}, {"A100-40": 256, "A100-80": 256, "H200": 512}
-    ok &= timed("96 devices", None, lambda: make_plan(work_of(), pool_of(**{"A100-80": 96}), explained=False))[0]
-    ok &= timed("256 devices of two classes", 5, lambda: make_plan(work_of(), pool_of(**two), explained=False))[0]
-    ok &= timed("the same, explained", None, lambda: make_plan(work_of(), pool_of(**two)))[0]
-    ok &= timed("1,024 devices of three", 30, lambda: make_plan(work_of(), pool_of(**three), explained=False))[0]
-    pool = pool_of(**{"A100-80": 96})
-    one = make_plan(work_of(), pool, explained=False)
+    ok &= time_plan(
+        "96 devices", None, lambda: make_plan(make_workload(), make_pool(**{"A100-80": 96}), explained=False)
+    )[0]
+    ok &= time_plan(
+        "256 devices of two classes", 5, lambda: make_plan(make_workload(), make_pool(**two), explained=False)
+    )[0]
+    ok &= time_plan("the same, explained", None, lambda: make_plan(make_workload(), make_pool(**two)))[0]
+    ok &= time_plan(
+        "1,024 devices of three", 30, lambda: make_plan(make_workload(), make_pool(**three), explained=False)
+    )[0]
+    pool = make_pool(**{"A100-80": 96})
+    one = make_plan(make_workload(), pool, explained=False)
     for name, after in (
         ("a lost device", resize_pool(pool, {"A100-80": -1})),
         ("eight more", resize_pool(pool, {"A100-80": 8})),
         ("a slow one", split_slow_devices(pool, "A100-80", one.data_size, 0.7)),
     ):
-        ok &= timed(f"new plan for 96 devices and {name}", 1, lambda after=after: replan(work_of(), one, after).plan)[0]
+        ok &= time_plan(
+            f"new plan for 96 devices and {name}", 1, lambda after=after: replan(make_workload(), one, after).plan
+        )[0]
     curves: dict[str, list[tuple[int, float]]] = {}
     for classes, sizes in GROWTH.items():
         for size in sizes:
             names = classes.split(" and ")
-            grown = pool_of(**{name: size // len(names) for name in names})
-            seconds = timed(
+            grown = make_pool(**{name: size // len(names) for name in names})
+            seconds = time_plan(
                 f"{size:,} devices, {classes}",
                 None,
-                lambda grown=grown, size=size: make_plan(work_of(size), grown, explained=False),
+                lambda grown=grown, size=size: make_plan(make_workload(size), grown, explained=False),
             )[1]
             curves.setdefault(classes, []).append((size, seconds))
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(picture(curves))
+        Path(sys.argv[1]).write_text(draw_picture(curves))
     return 0 if ok else 1
 
 
-def picture(curves: dict[str, list[tuple[int, float]]]) -> str:
+def draw_picture(curves: dict[str, list[tuple[int, float]]]) -> str:
     """Draw the chart; both axes are logarithmic, 10 to 100,000 devices and 0.01 to 100 s."""
 
     def at(devices: float, seconds: float) -> str:

@@ -27,12 +27,12 @@ ROOM_GIB = 900_000  # compute time only: memory must not be a constraint
 THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
 
 
-def least_slowest(layers: int, stages: int, head: float) -> float:
+def compute_lower_bound(layers: int, stages: int, head: float) -> float:
     """Return the minimum time of the slowest stage, with 1 per layer, by trying every load of the last stage."""
     return min(max(-(-(layers - last) // (stages - 1)), last + head) for last in range(layers - stages + 2))
 
 
-def theirs(method: str, model: ModelConfig, stages: int) -> list[int]:
+def split_with_deepspeed(method: str, model: ModelConfig, stages: int) -> list[int]:
     """Return DeepSpeed's bounds over embedding, layers and head."""
     ends, layer = model.vocab_size * model.hidden_size, model.layer_parameters
     weights = {
@@ -44,7 +44,7 @@ def theirs(method: str, model: ModelConfig, stages: int) -> list[int]:
     return [int(bound) for bound in partition_balanced(weights[method], stages)]
 
 
-def ours(model: ModelConfig, stages: int) -> list[int]:
+def split_with_solver(model: ModelConfig, stages: int) -> list[int]:
     """Return the planner's bounds over the same modules, for time alone."""
     pool = parse_pool(
         {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": ROOM_GIB}]},
@@ -67,9 +67,9 @@ def main() -> int:
         model = replace(yuan_102b(), num_layers=layers, hidden_size=width)
         head = count_head_forward_flops(model) / count_layer_forward_flops(model, S)
         times = [0.0, *[1.0] * layers, head]
-        best = least_slowest(layers, stages, head)
-        splits = {method: theirs(method, model, stages) for method in THEIRS}
-        for method, bounds in {"ours": ours(model, stages), **splits}.items():
+        best = compute_lower_bound(layers, stages, head)
+        splits = {method: split_with_deepspeed(method, model, stages) for method in THEIRS}
+        for method, bounds in {"ours": split_with_solver(model, stages), **splits}.items():
             ratios_by_method.setdefault(method, []).append(max(sum(times[a:b]) for a, b in pairwise(bounds)) / best)
     ok = True
     for method, values in ratios_by_method.items():

@@ -45,9 +45,9 @@ UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        saved = in_ranks("save", folder)
-        ours = [in_ranks("ours", folder) for _ in range(PAIRS)]
-        theirs = [convert(folder) | in_ranks("theirs", folder) for _ in range(PAIRS)]
+        saved = run_in_ranks("save", folder)
+        ours = [run_in_ranks("ours", folder) for _ in range(PAIRS)]
+        theirs = [convert(folder) | run_in_ranks("theirs", folder) for _ in range(PAIRS)]
     stalls = [stall / whole for stall, whole in zip(saved["stall_s"], saved["whole_s"], strict=True)]
     low, high = interval(stalls)
     deepspeed_s = statistics.median(saved["deepspeed_s"])
@@ -92,7 +92,7 @@ def main() -> int:
     return 0 if ok and same else 1
 
 
-def in_ranks(what: str, folder: Path) -> dict[str, Any]:
+def run_in_ranks(what: str, folder: Path) -> dict[str, Any]:
     """Run this file on two ranks and return the figures that rank 0 wrote."""
     command = build_torchrun_command(2, __file__, what, folder)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,14 +110,14 @@ def convert(folder: Path) -> dict[str, float]:
     return {"convert_s": time.perf_counter() - begun}
 
 
-def rank(what: str, folder: Path) -> None:
+def run_rank(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
     start_distributed(2)
-    {"save": save, "ours": ours, "theirs": theirs}[what](folder)
+    {"save": save, "ours": resume_with_ours, "theirs": resume_with_universal}[what](folder)
     stop_distributed()
 
 
-def engine_of(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
+def make_engine(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
     module = PlannedPipeline(MODEL, list(bounds), 0)
     module.universal_checkpoint_info = UNIVERSAL
     return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **more})[0]
@@ -125,7 +125,7 @@ def engine_of(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
 
 def save(folder: Path) -> None:
     """Train one step, so that there are moments; then write our checkpoints, asynchronous and blocking, and theirs."""
-    engine = engine_of(BOUNDS, 1)
+    engine = make_engine(BOUNDS, 1)
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
@@ -147,11 +147,11 @@ def save(folder: Path) -> None:
             times["whole_s"].append(done - begun)
             times["deepspeed_s"].append(time.perf_counter() - done)
     store.close()
-    answer(folder / "save.json", times)
+    write_answer(folder / "save.json", times)
 
 
-def ours(folder: Path) -> None:
-    engine = engine_of((0, MODEL.num_layers), REPLICAS)
+def resume_with_ours(folder: Path) -> None:
+    engine = make_engine((0, MODEL.num_layers), REPLICAS)
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     dist.barrier()
     begun = time.perf_counter()
@@ -160,20 +160,20 @@ def ours(folder: Path) -> None:
     read = functools.partial(store.load, manifest.step)
     restore_state(engine, MODEL.num_layers, read, manifest.updates)
     dist.barrier()
-    answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
+    write_answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sum_states(engine)})
     store.close()
 
 
-def theirs(folder: Path) -> None:
-    engine = engine_of((0, MODEL.num_layers), REPLICAS, checkpoint={"load_universal": True})
+def resume_with_universal(folder: Path) -> None:
+    engine = make_engine((0, MODEL.num_layers), REPLICAS, checkpoint={"load_universal": True})
     dist.barrier()
     begun = time.perf_counter()
     engine.load_checkpoint(str(folder / "theirs"), tag="universal", load_lr_scheduler_states=False)
     dist.barrier()
-    answer(folder / "theirs.json", {"load_s": time.perf_counter() - begun, "sums": sums(engine)})
+    write_answer(folder / "theirs.json", {"load_s": time.perf_counter() - begun, "sums": sum_states(engine)})
 
 
-def sums(engine: Any) -> list[float]:
+def sum_states(engine: Any) -> list[float]:
     """Return a checksum of weights and moments, over all replicas."""
     own = collect_pieces(engine, MODEL.num_layers)
     kinds = [
@@ -185,13 +185,13 @@ def sums(engine: Any) -> list[float]:
     return [float(f"{value:.10g}") for value in total]
 
 
-def answer(file: Path, said: dict[str, Any]) -> None:
+def write_answer(file: Path, said: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         file.write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        rank(sys.argv[1], Path(sys.argv[2]))
+        run_rank(sys.argv[1], Path(sys.argv[2]))
         sys.exit(0)
     sys.exit(main())

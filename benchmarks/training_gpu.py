@@ -58,7 +58,7 @@ def main() -> int:
     return 0
 
 
-def device_pool() -> tuple[Pool, str, float | None]:
+def describe_device() -> tuple[Pool, str, float | None]:
     """Return a pool of this one device, its name, and its peak throughput if it is known."""
     if not torch.cuda.is_available():
         return make_cpu_pool(), "CPU", None
@@ -83,13 +83,13 @@ def device_pool() -> tuple[Pool, str, float | None]:
     return Pool(name="gpu", groups=(group,)), name, device.peak_tflops
 
 
-def rank(folder: Path, is_small: bool) -> None:
+def run_rank(folder: Path, is_small: bool) -> None:
     model = tiny() if is_small else yuan_2b()
     length = 128 if is_small else 4096
-    pool, name, peak = device_pool()
+    pool, name, peak = describe_device()
     torch.set_num_threads(1 if pool.name != "gpu" else torch.get_num_threads())
     start_distributed(1)
-    plan, recipe = planned(model, length, pool)
+    plan, recipe = make_plan_and_recipe(model, length, pool)
     isolated = recipe.isolate_documents
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         module = PlannedPipeline(
@@ -100,7 +100,7 @@ def rank(folder: Path, is_small: bool) -> None:
     for step in range(WARM + STEPS):
         engine.reset_activation_shape()
         begun = time.perf_counter()
-        engine.train_batch(batches(model, recipe, engine.device)).item()
+        engine.train_batch(make_batches(model, recipe, engine.device)).item()
         if step >= WARM:
             seconds.append(time.perf_counter() - begun)
     found = {
@@ -118,7 +118,7 @@ def rank(folder: Path, is_small: bool) -> None:
     stop_distributed()
 
 
-def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, Recipe]:
+def make_plan_and_recipe(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, Recipe]:
     """Return the plan for one device, and the recipe with its micro-batches."""
 
     def recipe(micro: int) -> Recipe:
@@ -131,7 +131,7 @@ def planned(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, 
     return plan, recipe(plan.micro_batch_size)
 
 
-def batches(model: ModelConfig, recipe: Recipe, device: torch.device) -> Any:
+def make_batches(model: ModelConfig, recipe: Recipe, device: torch.device) -> Any:
     shape = (recipe.micro_batch_size, recipe.seq_len)
     for _ in range(recipe.global_batch_size // recipe.micro_batch_size):
         tokens = torch.randint(model.vocab_size, shape, device=device)
@@ -141,6 +141,6 @@ def batches(model: ModelConfig, recipe: Recipe, device: torch.device) -> Any:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        rank(Path(sys.argv[1]), "--small" in sys.argv)
+        run_rank(Path(sys.argv[1]), "--small" in sys.argv)
         sys.exit(0)
     sys.exit(main())

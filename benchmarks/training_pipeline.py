@@ -56,7 +56,7 @@ def main() -> int:
     peer = "torch.distributed.pipelining 1F1B"
     ok = show(at_least("throughput of two stages", ratios, 1.0, figure=figure, unit="tokens/s", peer=peer))
     gained = [alone / own for own, alone in zip(ours, plain, strict=True)]
-    allowed, (low, high) = allowed_by_the_bubble(), interval(gained)
+    allowed, (low, high) = compute_bubble_limit(), interval(gained)
     says = line(
         "two stages over one process",
         round(statistics.median(gained), 3),
@@ -73,19 +73,19 @@ def main() -> int:
     return 0 if ok else 1
 
 
-def allowed_by_the_bubble() -> float:
+def compute_bubble_limit() -> float:
     """Return the speedup of two stages by the time model, without communication, synchronisation or waiting."""
     layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
     return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
 
 
-def rank(folder: Path) -> None:
+def run_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     start_distributed(2)
-    runs = {"ours": ours(), "torch": torchs(), "plain": plain()}
+    runs = {"ours": make_our_step(), "torch": make_torch_step(), "plain": make_plain_step()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(WARM + PAIRS):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
@@ -100,16 +100,16 @@ def rank(folder: Path) -> None:
     stop_distributed()
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor]:
+def make_batch() -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, documents and weights of the micro-batches, (A, S) each."""
     tokens = torch.randint(MODEL.vocab_size, (ACCUM, RECIPE.seq_len), generator=torch.Generator().manual_seed(0))
     return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
 
 
-def ours() -> Callable[[], None]:
+def make_our_step() -> Callable[[], None]:
     module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=BLOCK)
     engine, _ = start_engine(module, RECIPE, build_deepspeed_config(RECIPE, 1))
-    tokens, documents, weights = batch()
+    tokens, documents, weights = make_batch()
 
     def step() -> None:
         rows = [
@@ -155,12 +155,12 @@ class Part(nn.Module):
         )
 
 
-def torchs() -> Callable[[], None]:
+def make_torch_step() -> Callable[[], None]:
     number = dist.get_rank()
     part = Part(BOUNDS[number], BOUNDS[number + 1], has_embedding=number == 0, has_head=number == 1, upstream=1.0)
     stage = PipelineStage(part, number, 2, torch.device("cpu"))
     schedule = Schedule1F1B(stage, ACCUM, loss_fn=part.loss)  # on the first rank too, or it would not go backward
-    optimizer, (tokens, _, _) = adam(part), batch()
+    optimizer, (tokens, _, _) = make_adam(part), make_batch()
 
     def step() -> None:
         if number:
@@ -180,11 +180,11 @@ def torchs() -> Callable[[], None]:
     return step
 
 
-def plain() -> Callable[[], None]:
+def make_plain_step() -> Callable[[], None]:
     if dist.get_rank():
         return lambda: None
     model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True, upstream=1.0 / ACCUM)
-    optimizer, (tokens, _, _) = adam(model), batch()
+    optimizer, (tokens, _, _) = make_adam(model), make_batch()
 
     def step() -> None:
         for n in range(ACCUM):
@@ -196,7 +196,7 @@ def plain() -> Callable[[], None]:
     return step
 
 
-def adam(module: nn.Module) -> Any:
+def make_adam(module: nn.Module) -> Any:
     parameters = list(module.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},
@@ -207,6 +207,6 @@ def adam(module: nn.Module) -> Any:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        rank(Path(sys.argv[1]))
+        run_rank(Path(sys.argv[1]))
         sys.exit(0)
     sys.exit(main())

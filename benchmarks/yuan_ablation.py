@@ -38,7 +38,7 @@ PAPER = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
 }
 
 
-def windows() -> tuple[Tensor, Tensor, int]:
+def make_windows() -> tuple[Tensor, Tensor, int]:
     """Return train and test windows (W, S + 1), of files split by a hash of their names, and the vocabulary size."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
@@ -50,14 +50,14 @@ def windows() -> tuple[Tensor, Tensor, int]:
         pieces="bpe",
     )
     train_windows, test_windows = (
-        _cut([texts[name] for name in sorted(texts) if (name in held_out) is is_test], tokenizer)
+        cut_windows([texts[name] for name in sorted(texts) if (name in held_out) is is_test], tokenizer)
         for is_test in (False, True)
     )
     test_order = torch.randperm(len(test_windows), generator=torch.Generator().manual_seed(0))
     return train_windows, test_windows[test_order], len(tokenizer)
 
 
-def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+def cut_windows(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     tokens = torch.tensor([token for text in texts for token in [*tokenizer.encode(text), tokenizer.eod]])
     return tokens[: len(tokens) // (S + 1) * (S + 1)].view(-1, S + 1)
 
@@ -65,7 +65,7 @@ def _cut(texts: list[str], tokenizer: Tokenizer) -> Tensor:
 def run(variant: LocalFilterKind, seed: int) -> None:
     """Train one network and print its test loss, in nats a token."""
     torch.set_num_threads(1)
-    train_windows, test_windows, vocab_size = windows()
+    train_windows, test_windows, vocab_size = make_windows()
     torch.manual_seed(seed)
     config = ModelConfig(
         name="ablation",
@@ -89,18 +89,18 @@ def run(variant: LocalFilterKind, seed: int) -> None:
     )  # the same for every variant
     for step in range(STEPS):
         rows = train_windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
-        mean_loss(model, rows).backward()
+        compute_mean_loss(model, rows).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     model.eval()
     with torch.no_grad():
-        losses = [float(mean_loss(model, rows)) for rows in test_windows[:TEST_WINDOWS].split(BATCH)]
+        losses = [float(compute_mean_loss(model, rows)) for rows in test_windows[:TEST_WINDOWS].split(BATCH)]
     print(statistics.mean(losses))
 
 
-def mean_loss(model: Yuan, rows: Tensor) -> Tensor:
+def compute_mean_loss(model: Yuan, rows: Tensor) -> Tensor:
     x = model.embedding(rows[:, :-1])
     angles = make_causal_inputs(model.config, S, x)
     for layer in model.layers:

@@ -20,13 +20,13 @@ PROMPT, NEW = 64, 64
 Step = Callable[[Tensor], Tensor]
 
 
-def ours(model: torch.nn.Module, batch: int) -> Step:
+def make_our_step(model: torch.nn.Module, batch: int) -> Step:
     """Return a function from the next tokens (B, S) to the logits (B, V) after them, with its own cache."""
     cache = model.make_cache(batch)
     return lambda tokens: model.forward_incremental(tokens, cache)
 
 
-def llama(model: torch.nn.Module, batch: int) -> Step:
+def make_llama_step(model: torch.nn.Module, batch: int) -> Step:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -45,7 +45,7 @@ def run(name: str, precision: str, batch: str) -> None:
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:
-        step = (ours if name == "ours" else llama)(model, rows)
+        step = (make_our_step if name == "ours" else make_llama_step)(model, rows)
         last = step(prompt).argmax(dim=-1)
         began = time.perf_counter()
         for _ in range(NEW):

@@ -32,11 +32,11 @@ MFU_GOAL = 0.5
 Contestant = Callable[[], None]
 
 
-def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
+def make_our_step(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
     """Return a training step of Yuan, with or without the head fused into the loss."""
     with tokens.device:
         model = Yuan(config).bfloat16()
-    layers = [compiled(layer) for layer in model.layers]
+    layers = [compile_layer(layer) for layer in model.layers]
     labels = tokens[:, 1:]
     weights = torch.full(labels.shape, 1 / labels.numel(), device=tokens.device)
 
@@ -49,10 +49,10 @@ def ours(config: ModelConfig, tokens: Tensor, *, blockwise: bool) -> Contestant:
             return head_loss(model.norm(x), model.embedding.weight, labels, weights)
         return weighted_cross_entropy(model.compute_logits(x), labels, weights)
 
-    return stepping(model, loss)
+    return make_step(model, loss)
 
 
-def llama(config: ModelConfig, tokens: Tensor) -> Contestant:
+def make_llama_step(config: ModelConfig, tokens: Tensor) -> Contestant:
     """Return a training step of transformers' Llama with equal layers, width and parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,15 +78,15 @@ def llama(config: ModelConfig, tokens: Tensor) -> Contestant:
     def loss(x: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x.flatten(0, 1), model.lm_head.weight).float(), labels)
 
-    return stepping(model, lambda: loss(model.model(input_ids=tokens[:, :-1]).last_hidden_state))
+    return make_step(model, lambda: loss(model.model(input_ids=tokens[:, :-1]).last_hidden_state))
 
 
-def compiled(layer: nn.Module) -> nn.Module:
+def compile_layer(layer: nn.Module) -> nn.Module:
     layer.compile()
     return layer
 
 
-def stepping(model: nn.Module, loss: Callable[[], Tensor]) -> Contestant:
+def make_step(model: nn.Module, loss: Callable[[], Tensor]) -> Contestant:
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
@@ -98,26 +98,26 @@ def stepping(model: nn.Module, loss: Callable[[], Tensor]) -> Contestant:
     return step
 
 
-def measured(step: Contestant, num_tokens: int, device: torch.device) -> Callable[[], float]:
+def make_speed_measure(step: Contestant, num_tokens: int, device: torch.device) -> Callable[[], float]:
     """Return a function that measures tokens/s."""
 
     def measure() -> float:
-        wait(device)
+        wait_for_device(device)
         began = time.perf_counter()
         for _ in range(STEPS):
             step()
-        wait(device)
+        wait_for_device(device)
         return STEPS * num_tokens / (time.perf_counter() - began)
 
     return measure
 
 
-def wait(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def peak_gib(step: Contestant, device: torch.device) -> float | None:
+def measure_peak_gib(step: Contestant, device: torch.device) -> float | None:
     """Return the peak memory of tensors during a step."""
     if device.type != "cuda":
         return None
@@ -135,11 +135,13 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
     device, half = tokens.device, tokens[: -(-len(tokens) // 2)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     for loss, rows, blockwise in (("plain loss", half, False), ("block-wise loss", half, True)):
-        report(f"{config.name}, {loss}, {len(rows)} rows", name, ours(config, rows, blockwise=blockwise), rows)
+        measure_and_show(
+            f"{config.name}, {loss}, {len(rows)} rows", name, make_our_step(config, rows, blockwise=blockwise), rows
+        )
         release(device)
 
     title = f"{config.name}, block-wise loss, {len(tokens)} rows"
-    rates = report(title, name, ours(config, tokens, blockwise=True), tokens)
+    rates = measure_and_show(title, name, make_our_step(config, tokens, blockwise=True), tokens)
     release(device)
     peak = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
     ok = True
@@ -151,20 +153,26 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
         figure, goal = round(statistics.median(mfu), 4), f"at least {MFU_GOAL}"
         ok = show(line(f"{config.name}, MFU, {name}", figure, "share", None, None, (low, high), goal, low >= MFU_GOAL))
 
-    step, peer, num_tokens = ours(config, half, blockwise=True), llama(config, half), half[:, 1:].numel()
+    step, peer, num_tokens = (
+        make_our_step(config, half, blockwise=True),
+        make_llama_step(config, half),
+        half[:, 1:].numel(),
+    )
     step()
     peer()
-    pair_ratios = ratios(measured(step, num_tokens, device), measured(peer, num_tokens, device), PAIRS)
-    title, figure = f"{config.name} beside Llama, {name}", round(measured(step, num_tokens, device)())
+    pair_ratios = ratios(
+        make_speed_measure(step, num_tokens, device), make_speed_measure(peer, num_tokens, device), PAIRS
+    )
+    title, figure = f"{config.name} beside Llama, {name}", round(make_speed_measure(step, num_tokens, device)())
     return show(at_least(title, pair_ratios, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")) and ok
 
 
-def report(title: str, device_name: str, step: Contestant, tokens: Tensor) -> list[float]:
+def measure_and_show(title: str, device_name: str, step: Contestant, tokens: Tensor) -> list[float]:
     """Show the peak memory and the speed of a step; return the measured tokens/s."""
     device = tokens.device
     step()
-    show(line(f"{title}, peak memory, {device_name}", peak_gib(step, device), "GiB"))
-    rates = [measured(step, tokens[:, 1:].numel(), device)() for _ in range(PAIRS)]
+    show(line(f"{title}, peak memory, {device_name}", measure_peak_gib(step, device), "GiB"))
+    rates = [make_speed_measure(step, tokens[:, 1:].numel(), device)() for _ in range(PAIRS)]
     show(line(f"{title}, {device_name}", round(statistics.median(rates)), "tokens/s"))
     return rates
 

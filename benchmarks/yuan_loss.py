@@ -25,7 +25,7 @@ MAX_RATIO, MAX_MIB = 1.15, 220
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def contestant(name: str) -> Loss:
+def make_loss(name: str) -> Loss:
     """Return the named loss function of hidden states (N, H), head (V, H) and labels (N)."""
     if name == "ours":
         from yuan.model.loss import head_loss
@@ -49,7 +49,7 @@ def run(name: str) -> None:
     x = torch.randn(N, H, generator=random).requires_grad_()
     head = (0.05 * torch.randn(V, H, generator=random)).requires_grad_()
     labels = torch.randint(0, V, (N,), generator=random)
-    loss_of = contestant(name)
+    loss_of = make_loss(name)
 
     def step() -> None:
         loss_of(x, head, labels).backward()

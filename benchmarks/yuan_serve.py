@@ -30,7 +30,7 @@ CALLERS, REQUESTS, TOKENS, CROWD = 16, 12, 32, 1000
 SHORT = RoundParameters(max_steps=60, learning_rate=2e-3)
 
 
-def caller(url: str, token: str, first: list[float], whole: list[float], tokens: list[int]) -> None:
+def run_caller(url: str, token: str, first: list[float], whole: list[float], tokens: list[int]) -> None:
     """Send one caller's requests in sequence."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as client:
         for number in range(REQUESTS):
@@ -55,7 +55,7 @@ def measure(url: str, operator: Client) -> bool:
         first: list[float] = []
         whole: list[float] = []
         tokens: list[int] = []
-        threads = [threading.Thread(target=caller, args=(url, token, first, whole, tokens)) for token in accounts]
+        threads = [threading.Thread(target=run_caller, args=(url, token, first, whole, tokens)) for token in accounts]
         began = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -66,8 +66,8 @@ def measure(url: str, operator: Client) -> bool:
         name = f"{callers} streams through the portal"
         show(
             line(f"{name}, first token, median", round(statistics.median(first), 4), "s"),
-            line(f"{name}, first token, p99", round(percentile(first, 0.99), 4), "s"),
-            line(f"{name}, whole answer, p99", round(percentile(whole, 0.99), 4), "s"),
+            line(f"{name}, first token, p99", round(compute_percentile(first, 0.99), 4), "s"),
+            line(f"{name}, whole answer, p99", round(compute_percentile(whole, 0.99), 4), "s"),
             line(f"{name}, pieces", round(sum(tokens) / seconds), "pieces/s"),
         )
         if not show(line(f"{name}, answered", len(whole), "requests", goal=str(expected), ok=len(whole) == expected)):
@@ -75,7 +75,7 @@ def measure(url: str, operator: Client) -> bool:
     return True
 
 
-def crowd(url: str, token: str) -> bool:
+def measure_crowd(url: str, token: str) -> bool:
     """Send CROWD calls at once: each must be answered or refused with a reason, and a later call must be answered."""
     body = {"model": "yuan", "prompt": "What is 1 plus 1?", "max_tokens": TOKENS}
     headers = {"Authorization": f"Bearer {token}"}
@@ -103,7 +103,7 @@ def crowd(url: str, token: str) -> bool:
     return show({**report, "answered": answered, "refused": refused, "seconds": round(seconds, 1)})
 
 
-def percentile(values: list[float], share: float) -> float:
+def compute_percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
@@ -125,7 +125,7 @@ def main() -> int:
                 wait_for_version(operator, int(training_round.candidate_version or 0))
                 served = measure(settings.portal_url, operator)
                 token = operator.add_contributor("crowd").token
-                return 0 if crowd(settings.portal_url, token) and served else 1
+                return 0 if measure_crowd(settings.portal_url, token) and served else 1
         finally:
             take_down(home)
 

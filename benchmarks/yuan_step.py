@@ -20,7 +20,7 @@ LAYERS, H, HEADS, V, S = 6, 768, 12, 32_000, 512
 STEPS = 2  # of one measurement
 
 
-def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def make_our_model(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from yuan.config import ModelConfig
     from yuan.model.attention_inputs import make_causal_inputs
     from yuan.model.loss import head_loss
@@ -40,7 +40,7 @@ def ours(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model, loss_of
 
 
-def llama(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def make_llama_model(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -63,7 +63,7 @@ def run(name: str, precision: str) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, loss_of = (ours if name == "ours" else llama)(dtype)
+    model, loss_of = (make_our_model if name == "ours" else make_llama_model)(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
     tokens = torch.randint(0, V, (1, S))
 
