@@ -65,11 +65,11 @@ def replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that first returns the body as one message, then the messages of the given `receive`."""
     is_sent = False
 
-    async def replayed() -> Message:
+    async def receive_body_first() -> Message:
         nonlocal is_sent
         if is_sent:
             return await receive()
         is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replayed
+    return receive_body_first

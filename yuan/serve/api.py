@@ -243,23 +243,23 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
         headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
         return JSONResponse({"error": body}, status, headers)
 
-    async def known(call: Call, error: Exception) -> JSONResponse:
+    async def answer_known_error(call: Call, error: Exception) -> JSONResponse:
         status, kind, message = _describe_error(error)
         param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
         return refuse(call, status=status, kind=kind, message=message, param=param, retry_after_s=retry_after_s)
 
-    async def refused(call: Call, error: Exception) -> JSONResponse:
+    async def answer_http_error(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for it"
         kind = "unavailable" if error.status_code == 503 else "invalid"
         return refuse(call, status=error.status_code, kind=kind, message=str(error.detail))
 
-    async def invalid(call: Call, error: Exception) -> JSONResponse:
+    async def answer_invalid_request(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
         field_path = get_field_path({**first, "loc": first["loc"][1:]})
         return refuse(call, status=422, kind="invalid", message=first["msg"], param=make_printable(field_path))
 
     for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
-        app.add_exception_handler(kind, known)
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
+        app.add_exception_handler(kind, answer_known_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(RequestValidationError, answer_invalid_request)
