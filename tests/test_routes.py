@@ -89,7 +89,7 @@ def walk(client, app, callers, **values):
     return len(routes), open_to
 
 
-def test_the_portal_answers_each_caller_as_its_table_says(portal, account, other, operator, records):
+def test_portal_allows_each_caller_only_its_listed_routes(portal, account, other, operator, records):
     callers = {"nobody": {}, "owner": account.headers, "another": other, "operator": operator}
     num_walked, open_to = walk(portal, portal.app, callers, **records)
     everybody, accounts = PORTAL["open"] | HEADS, PORTAL["open"] | HEADS | PORTAL["account"]
@@ -100,7 +100,7 @@ def test_the_portal_answers_each_caller_as_its_table_says(portal, account, other
     assert summarise("portal", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()
 
 
-def test_the_model_server_answers_its_token_alone():
+def test_model_server_accepts_only_its_token():
     app = make_api("secret", ModelService(ModelServerMetrics()))
     with TestClient(app) as client:
         wrong = {"Authorization": "Bearer wrong"}

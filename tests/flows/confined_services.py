@@ -1,4 +1,4 @@
-"""A probe that runs in the place of a service, under its confinement and with its environment."""
+"""Run a probe in place of each service, under its confinement and with its environment."""
 
 import json
 import subprocess

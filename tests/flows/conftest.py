@@ -1,4 +1,4 @@
-"""A whole embedded stack of its own, one per test module."""
+"""Provide a complete embedded stack to each test module."""
 
 import contextlib
 import json

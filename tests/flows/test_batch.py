@@ -1,4 +1,4 @@
-"""The supervisor on a real Slurm: a device that is lost there, and the run that resumes when it is returned."""
+"""Test the supervisor on a real Slurm: a lost device, and a run that resumes when the device is returned."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ def supervisor(slurm, supervise, tmp_path):
 
 @pytest.mark.slow
 @needs_slurm
-def test_a_lost_device_takes_its_node_out_until_it_is_returned(supervisor, monkeypatch, tmp_path):
+def test_lost_device_excludes_its_node_until_it_is_returned(supervisor, monkeypatch, tmp_path):
     (tmp_path / "plant").mkdir()
     (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'plant'}:{os.getcwd()}")

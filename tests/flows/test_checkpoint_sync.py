@@ -1,4 +1,4 @@
-"""Checkpoints in the object store, the real one."""
+"""Test checkpoint upload, pruning and restore with the real object store."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     )
 
 
-def test_a_checkpoint_that_was_made_anew_replaces_the_one_of_its_name(objects, run_id, tmp_path):
+def test_recreated_checkpoint_replaces_the_one_of_the_same_name(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     old = checkpoint(folder, 1)
     sync_checkpoints(objects, run_id, folder)
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_was_made_anew_replaces_the_one_of_its_name(objects, r
     assert (other.checkpoints / "step-00000001" / "__0_0.distcp").read_bytes() == b"after a roll back"
 
 
-def test_a_damaged_one_in_the_store_is_passed_over(objects, run_id, tmp_path):
+def test_restore_skips_a_damaged_checkpoint_in_the_store(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     for step in (1, 2):
         checkpoint(folder, step)
@@ -80,21 +80,21 @@ def test_a_damaged_one_in_the_store_is_passed_over(objects, run_id, tmp_path):
     assert restore_checkpoint(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
 
 
-def test_an_empty_disk_takes_nothing_out_of_the_store(objects, run_id, tmp_path):
+def test_sync_of_an_empty_folder_deletes_nothing_from_the_store(objects, run_id, tmp_path):
     checkpoint(RunFolder(tmp_path / "here"), 1)
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "here"))
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "wiped"))
     assert objects.list_keys(f"checkpoints/{run_id}/")
 
 
-def test_the_last_checkpoint_is_sent_before_the_block_ends(objects, run_id, tmp_path):
+def test_last_checkpoint_is_uploaded_before_background_upload_exits(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path)
     with upload_in_background(objects, run_id, folder):
         checkpoint(folder, 7)
     assert folder.read_events() == [CheckpointStoredEvent(step=7)]
 
 
-def test_a_large_file_goes_on_where_it_was_interrupted(objects, run_id, tmp_path):
+def test_upload_of_large_file_resumes_where_it_was_interrupted(objects, run_id, tmp_path):
     file = tmp_path / "large"
     content = bytes(range(256)) * (2 * UPLOAD_PART_BYTES // 256) + b"the end"
     file.write_bytes(content)
@@ -134,7 +134,7 @@ def plant_folder(file, victim):
 @pytest.mark.parametrize("plant", [plant_link, plant_fifo, plant_sparse, plant_folder])
 @pytest.mark.parametrize("place", ["__0_0.distcp", "manifest.json", "extra", ""])
 @pytest.mark.timeout(60)
-def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_path, place, plant):
+def test_only_files_that_match_the_manifest_are_uploaded(objects, run_id, tmp_path, place, plant):
     victim = tmp_path / "secret"
     victim.write_bytes(b"secret")
     folder = RunFolder(tmp_path / "here")
@@ -156,7 +156,7 @@ def test_nothing_but_what_the_manifest_describes_is_sent(objects, run_id, tmp_pa
     ]
 
 
-def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects, run_id, tmp_path, caplog):
+def test_rejected_checkpoint_is_retried_only_with_a_new_manifest(objects, run_id, tmp_path, caplog):
     folder, refused = RunFolder(tmp_path), set()
     path = checkpoint(folder, 1)
     (path / "__0_0.distcp").write_bytes(b"WEIGHTS")
@@ -169,7 +169,7 @@ def test_a_refused_checkpoint_is_tried_again_only_with_another_manifest(objects,
 
 
 @pytest.mark.parametrize("size", [100, 2 * UPLOAD_PART_BYTES + 1])
-def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp_path, size):
+def test_file_with_wrong_size_or_digest_is_not_stored(objects, run_id, tmp_path, size):
     file = tmp_path / "file"
     file.write_bytes(bytes(size))
     for num_bytes, digest in ((size, "0" * 64), (size - 1, hashlib.sha256(bytes(size)).hexdigest())):
@@ -179,7 +179,7 @@ def test_a_file_that_is_not_the_described_one_is_not_stored(objects, run_id, tmp
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
-def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run_id, tmp_path, name):
+def test_path_traversal_in_a_manifest_is_neither_uploaded_nor_restored(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path / "here")
     path = checkpoint(folder, 1)
     manifest = seal(1, {name: FileDigest(num_bytes=7, sha256="0")})
@@ -190,7 +190,7 @@ def test_names_outside_of_a_checkpoint_are_neither_sent_nor_fetched(objects, run
 
 
 @pytest.mark.parametrize("name", ["step-" + "9" * 200, "step-1", "step-000000001"])
-def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_path, name):
+def test_folder_with_invalid_step_name_is_not_a_checkpoint(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path)
     path = checkpoint(folder, 1)
     path.rename(path.with_name(name))
@@ -204,14 +204,14 @@ def test_a_folder_that_no_run_names_so_is_no_checkpoint(objects, run_id, tmp_pat
     "manifest",
     [b'{"files": {}}', seal(1, {}), seal(2, {"a": FileDigest(num_bytes=0, sha256="0")}), seal(1, {})[:-3] + b'9"}'],
 )
-def test_a_manifest_that_is_not_as_a_run_writes_it_is_not_stored(objects, run_id, tmp_path, manifest):
+def test_checkpoint_with_malformed_manifest_is_not_uploaded(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)
     (checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])
-def test_what_is_fetched_goes_into_the_run_and_not_where_a_link_leads(objects, run_id, tmp_path, place):
+def test_restore_writes_into_the_run_folder_and_follows_no_symlink(objects, run_id, tmp_path, place):
     folder, other = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
     checkpoint(folder, 1)
     sync_checkpoints(objects, run_id, folder)

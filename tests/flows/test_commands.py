@@ -1,4 +1,4 @@
-"""The command line as a person or a script meets it."""
+"""Test the command line: imports, output, exit statuses and error messages."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
     assert json.loads(result.stdout)["feasible"] is False
 
 
-def test_a_new_plan_says_what_the_move_costs(tmp_path):
+def test_replan_reports_the_cost_of_the_move(tmp_path):
     pool = str(ROOT / "benchmarks" / "pools" / "a100-96.toml")
     plan = cotrain("plan", "--model", "102b", "--pool", pool, "--json")
     (tmp_path / "plan.json").write_text(plan.stdout)
@@ -109,7 +109,7 @@ def test_a_new_plan_says_what_the_move_costs(tmp_path):
 
 
 @pytest.mark.slow
-def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
+def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     file = tmp_path / "pool.toml"
     result = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
     assert result.returncode == 0, result.stderr
@@ -149,7 +149,7 @@ def test_calibration_writes_a_pool_that_plans_rest_on(tmp_path):
         ),
     ],
 )
-def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
+def test_invalid_command_prints_an_actionable_error(tmp_path, argv, status, message):
     result = cotrain(*argv, home=tmp_path)
     assert result.returncode == status
     assert message in " ".join((result.stdout + result.stderr).replace("│", " ").split())
@@ -163,7 +163,7 @@ def test_a_wrong_command_says_what_to_do(tmp_path, argv, status, message):
         ("http://127.0.0.1:9", "t\nx", "a token has visible ASCII characters only"),
     ],
 )
-def test_a_wrong_address_or_token_is_not_called_a_portal_that_is_away(tmp_path, url, token, message):
+def test_invalid_url_or_token_is_not_reported_as_unreachable_portal(tmp_path, url, token, message):
     file = tmp_path / "rows.jsonl"
     file.write_text("{}")
     result = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
@@ -192,7 +192,7 @@ def test_a_variable_that_is_not_utf8_is_named():
 
 
 @pytest.mark.parametrize("command", ["doctor", "status", "up", "down"])
-def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
+def test_home_that_is_a_file_is_reported_without_traceback(tmp_path, command):
     (tmp_path / "file").touch()
     result = cotrain(command, home=tmp_path / "file")
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -200,7 +200,7 @@ def test_a_home_that_is_a_file_is_one_clear_line(tmp_path, command):
 
 
 @pytest.mark.slow
-def test_no_portal_is_one_clear_line(tmp_path):
+def test_unreachable_portal_is_reported(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')
     result = cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
@@ -209,7 +209,7 @@ def test_no_portal_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_home_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_home_is_reported(tmp_path):
     tmp_path.chmod(0o500)
     result = cotrain("up", home=tmp_path / "home")
     assert result.returncode == 1
@@ -223,7 +223,7 @@ def laid_out(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
+def test_train_finishes_a_run_and_a_second_call_changes_nothing(laid_out):
     for _ in range(2):
         result = cotrain("train", str(laid_out.path / "run.json"), "--json")
         assert result.returncode == 0, result.stderr
@@ -231,7 +231,7 @@ def test_train_sees_a_run_through_and_again_changes_nothing(laid_out):
     assert [row["step"] for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
 
 
-def test_train_refuses_what_was_edited_in_one_line(laid_out):
+def test_train_rejects_an_edited_run_json_in_one_line(laid_out):
     text = (laid_out.path / "run.json").read_text()
     (laid_out.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
     result = cotrain("train", str(laid_out.path))
@@ -239,7 +239,7 @@ def test_train_refuses_what_was_edited_in_one_line(laid_out):
     assert result.returncode == 1 and "it was edited manually" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_logs_print_the_last_lines_and_steer_no_terminal(tmp_path):
+def test_logs_print_the_last_lines_with_control_characters_escaped(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "flows.log").write_text("first\n" * 5000 + "\x1b]52;c;aGk=\x07 加\n")
     result = cotrain("logs", "flows", "-n", "2", home=tmp_path)

@@ -1,4 +1,4 @@
-"""The figures of a demo: what the contributor's process prints and what the command shows."""
+"""Test the figures of the demo: the contributor's JSON output and the printed summary."""
 
 import json
 
@@ -13,14 +13,14 @@ REFUSED = [
 ]
 
 
-def test_a_contribution_is_read_as_it_was_printed():
+def test_contribution_survives_a_json_round_trip():
     contribution = Contribution(asked=1200, reports=120, rows=5000, refused=REFUSED)
     printed = json.dumps(contribution.to_json())
     assert Contribution.from_json(json.loads(printed)) == contribution
     assert json.loads(printed)["refused"][1] == {"what": "oversized report", "status": 413, "reason": "send less"}
 
 
-def test_the_rates_of_the_fresh_and_the_base_suite_have_names_of_their_own():
+def test_fresh_and_base_suite_pass_rates_have_separate_names():
     suites = tuple(
         SuiteComparison(name, PassRate(before, 4), PassRate(after, 4))
         for name, before, after in (("base", 4, 3), ("fresh", 0, 4), ("fresh/reverse", 0, 4))

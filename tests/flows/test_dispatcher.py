@@ -1,4 +1,4 @@
-"""The dispatcher's duties, each of which fails alone."""
+"""Test the dispatcher's duties: isolation of failures, backoff, notices and attempt keys."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ def refuse():
     raise ValueError(f"no such thing as {PROMPT!r}")
 
 
-def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
+def test_failing_duty_does_not_block_other_duties(tmp_path, caplog):
     completed = []
     duties = Duties({"bad": refuse, "good": lambda: completed.append(1)}, tmp_path / "duties.json")
     for _ in range(3):
@@ -41,7 +41,7 @@ def test_a_duty_that_fails_keeps_nothing_from_the_others(tmp_path, caplog):
     assert len(messages) == 1 and "in refuse" in messages[0] and PROMPT not in messages[0]
 
 
-def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path):
+def test_failing_duty_backs_off_and_recovers_on_first_success(tmp_path):
     assert [DutyStatus(failures=n).pause_s for n in (0, 1, 2, 3, 50)] == [0, 1, 2, 4, MAX_DUTY_PAUSE_S]
     calls = []
     duties = Duties({"bad": lambda: calls.append(1) or refuse()}, tmp_path / "duties.json")
@@ -55,7 +55,7 @@ def test_a_failing_duty_rests_for_longer_each_time_and_is_well_at_once(tmp_path)
 
 
 @pytest.mark.slow
-def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engine, objects, tmp_path):
+def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores, engine, objects, tmp_path):
     sessions = make_session_factory(engine)
     with sessions.begin() as session:
         reporter, _ = add_contributor(session, new_id())
@@ -76,7 +76,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_away(stores, engin
     assert failing == {Duty.UPDATE_ALIASES, Duty.REGISTER_DEPLOYMENTS, Duty.END_LOST_FLOW_RUNS}
 
 
-def test_nobody_without_the_databases_password_can_take_an_attempts_key(stores):
+def test_attempt_keys_cannot_be_computed_without_the_database_password(stores):
     """A holder of Prefect's password who took the key first would keep the attempt from being started."""
     other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
     ours, theirs = (Context(settings, None, None) for settings in (stores, other))

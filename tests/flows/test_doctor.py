@@ -1,4 +1,4 @@
-"""What doctor finds on a real stack when something is wrong, and the ways out that it names."""
+"""Test which faults `cotrain doctor` reports on a real stack, and the fixes that it suggests."""
 
 import contextlib
 import json
@@ -97,7 +97,7 @@ def states_of(stack):
 
 
 @pytest.mark.slow
-def test_doctor_tries_what_users_would_notice(first, stack):
+def test_doctor_probes_user_visible_functions(first, stack):
     states = states_of(stack)
     tried = ("an answer from the model", "a flow run that starts", "an alias that follows", "an object put and read")
     assert {states[what] for what in tried} == {"ok"}
@@ -106,7 +106,7 @@ def test_doctor_tries_what_users_would_notice(first, stack):
 
 
 @pytest.mark.slow
-def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothing(first, stack):
+def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first, stack):
     port = load_config(stack.home).ports["postgres"]
     named = b"user\0stranger\0\0"
     stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
@@ -121,7 +121,7 @@ def test_strangers_who_take_postgresqls_connections_are_named_and_restart_nothin
 
 
 @pytest.mark.slow
-def test_no_log_state_or_page_holds_a_prompt_whose_processing_fails(
+def test_prompt_that_fails_processing_appears_in_no_log_state_or_page(
     first, stack, operator, contributor, prefect, sessions, refusing
 ):
     contributor.submit(FeedbackIn(kind="correction", prompt=MARK, response="?", model_version=1, expected=f"{MARK}!"))
@@ -151,7 +151,7 @@ def pages_of(prefect, path):
 
 
 @pytest.mark.slow
-def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, operator, sessions, tmp_path):
+def test_version_deleted_in_mlflow_is_reported_and_restored(first, stack, operator, sessions, tmp_path):
     mlflow = mlflow_of(stack)
     mlflow.delete_model_version("yuan", "1")
     faults = stack.until(lambda: (f := faults_of(stack)) and "cannot update aliases" in f and f, pause=1)
@@ -185,7 +185,7 @@ def test_a_version_deleted_in_mlflow_is_named_and_comes_back(first, stack, opera
 
 
 @pytest.mark.slow
-def test_files_that_are_gone_from_the_store_are_named_and_come_back(first, stack, sessions, tmp_path):
+def test_files_missing_from_the_store_are_reported_and_restored(first, stack, sessions, tmp_path):
     secrets = load_config(stack.home).secrets
     keys = {"s3_access_key": secrets["mlflow_s3_access_key"], "s3_secret_key": secrets["mlflow_s3_secret_key"]}
     store = open_object_store(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
@@ -214,7 +214,7 @@ def test_a_later_round_trains_from_a_version_that_was_registered_again(first, st
 
 
 @pytest.mark.slow
-def test_a_lost_export_is_written_again_as_it_was(first, stack, sessions):
+def test_lost_export_is_reproduced_with_the_same_manifest(first, stack, sessions):
     with sessions() as session:
         known = session.get_one(ModelVersion, 1)
     run = stack.home / "runs" / known.run_id
@@ -227,7 +227,7 @@ def test_a_lost_export_is_written_again_as_it_was(first, stack, sessions):
 
 
 @pytest.mark.slow
-def test_what_is_paused_in_prefect_is_named(first, stack, prefect):
+def test_deployment_and_work_pool_paused_in_prefect_are_reported(first, stack, prefect):
     deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
     prefect.post(f"/deployments/{deployment}/pause_deployment").raise_for_status()
     prefect.patch("/work_pools/cotrain", json={"is_paused": True}).raise_for_status()
@@ -238,7 +238,7 @@ def test_what_is_paused_in_prefect_is_named(first, stack, prefect):
 
 
 @pytest.mark.slow
-def test_a_taking_up_of_reports_that_failed_is_named_while_reports_wait(first, stack, contributor, prefect):
+def test_failed_reproduction_run_is_reported_while_reports_wait(first, stack, contributor, prefect):
     deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
     failed = {"state": {"type": "FAILED", "message": "it was refused"}}
     prefect.post(f"/deployments/{deployment}/create_flow_run", json=failed).raise_for_status()
@@ -249,7 +249,7 @@ def test_a_taking_up_of_reports_that_failed_is_named_while_reports_wait(first, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("service", ["mlflow", "prefect", "model-server"])
-def test_a_server_that_hangs_is_named_and_hangs_nothing_else(first, stack, service):
+def test_hung_server_is_reported_and_does_not_block_other_probes(first, stack, service):
     group = os.getpgid(stack.pid(service))
     os.killpg(group, signal.SIGSTOP)
     try:
@@ -278,7 +278,7 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
     )
 
 
-def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
+def test_unresponsive_service_shows_its_last_known_success_time(tmp_path):
     def write(name, data):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(data))
@@ -305,7 +305,7 @@ def test_what_does_not_answer_was_right_when_it_is_known_to_have_been(tmp_path):
     assert abs((silent.succeeded_at - convert_timestamp(3_000)).total_seconds()) < 1
 
 
-def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tmp_path):
+def test_restarting_service_shows_its_ready_time_as_last_success(tmp_path):
     states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
     with hold_keeper_lock(tmp_path, "id"):
         (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
@@ -318,7 +318,7 @@ def test_a_service_that_starts_again_was_right_when_the_keeper_found_it_ready(tm
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
-def test_a_full_disk_is_named_first_with_its_free_bytes_and_folder(tmp_path, monkeypatch, command):
+def test_full_disk_is_the_first_fault_with_free_bytes_and_folder(tmp_path, monkeypatch, command):
     monkeypatch.setenv("COTRAIN_HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "MIN_DISK_GIB", 2.0**30)
     monkeypatch.setattr(doctor, "FULL_DISK_BYTES", 2**60)
@@ -331,7 +331,7 @@ def test_a_full_disk_is_named_first_with_its_free_bytes_and_folder(tmp_path, mon
     assert f"the disk of {tmp_path} is full" in CliRunner().invoke(app, [command]).stdout
 
 
-def test_the_way_back_follows_from_the_copies_there_are(tmp_path):
+def test_restore_command_depends_on_the_copies_that_exist(tmp_path):
     def put(name):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "manifest.json").write_text("{}")

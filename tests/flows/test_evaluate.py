@@ -1,4 +1,4 @@
-"""An evaluation that was taken over, and the unconfined process that reads what it leaves."""
+"""Test the reading of results and logs that a compromised evaluation process may have written."""
 
 import os
 from types import SimpleNamespace
@@ -47,20 +47,20 @@ def evaluate(context, tmp_path, monkeypatch):
     return run
 
 
-def test_what_it_leaves_is_read(evaluate):
+def test_results_of_an_evaluation_are_read(evaluate):
     result = EvalResult("1", "e\ud83d\n", True)
     assert evaluate(f"open(results, 'wb').write({dump_results([result])!r})") == [result]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "7", "{}", '{"case_id": "1", "answer": 7, "passed": true}', "[" * 99_999])
-def test_a_line_that_is_no_result_is_refused_without_being_quoted(evaluate, line):
+def test_invalid_result_line_is_rejected_without_being_quoted(evaluate, line):
     with pytest.raises(RuntimeError, match=r"cannot be read: line 2 is not a result$"):
         evaluate(f"open(results, 'w').write('\\n' + {line!r})")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.timeout(60)
-def test_results_that_are_no_small_file_are_refused(evaluate, tmp_path, attack):
+def test_results_that_are_not_a_small_regular_file_are_rejected(evaluate, tmp_path, attack):
     victim = tmp_path / "env"
     victim.write_text('{"secret": 1}')
     with pytest.raises(RuntimeError, match="results of an evaluation cannot be read"):
@@ -68,7 +68,7 @@ def test_results_that_are_no_small_file_are_refused(evaluate, tmp_path, attack):
 
 
 @pytest.mark.timeout(60)
-def test_a_link_in_the_place_of_its_log_is_not_followed_by_the_next_attempt(evaluate, tmp_path):
+def test_next_attempt_does_not_follow_a_symlink_at_the_log_path(evaluate, tmp_path):
     victim = tmp_path / ".bashrc"
     victim.write_text("mine")
     attack = "print('evil', flush=True)\nlog = os.path.join(os.path.dirname(results), log)\nos.unlink(log)\n"

@@ -1,4 +1,4 @@
-"""How a run's ending is named, from what is left in its folder."""
+"""Test the classification of exit reasons from exit notes, heartbeats, logs and the launcher's result."""
 
 import re
 import time
@@ -47,7 +47,7 @@ def beat(folder, rank, age_s):
         (KeyError("weight"), "unknown"),
     ],
 )
-def test_the_error_that_began_it_names_the_ending(folder, error, reason):
+def test_first_error_determines_the_exit_reason(folder, error, reason):
     write_exit_note(folder.path, 1, ExitStatus.PEER_LOST, "RuntimeError: Connection closed by peer")
     write_exit_note(folder.path, 0, classify_error(error), str(error))
     ended = classify(folder, JobEnding(status=1), since=0)
@@ -60,13 +60,13 @@ def test_a_lost_device_names_its_machine(folder, monkeypatch):
     assert classify(folder, JobEnding(status=1), since=0).host == "gpu-7"
 
 
-def test_a_machine_whose_name_is_none_is_not_believed(folder, monkeypatch):
+def test_invalid_host_name_is_ignored(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
     write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
     assert classify(folder, JobEnding(status=1), since=0).host is None
 
 
-def test_a_hanging_run_names_the_rank_that_was_silent(folder):
+def test_hung_run_names_the_rank_without_heartbeat(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
@@ -74,7 +74,7 @@ def test_a_hanging_run_names_the_rank_that_was_silent(folder):
     assert (ended.reason, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.message
 
 
-def test_a_killed_rank_is_named_and_the_log_shown(folder):
+def test_killed_rank_is_named_with_the_log_tail(folder):
     beat(folder, 0, 0)
     beat(folder, 1, 10)
     write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
@@ -82,7 +82,7 @@ def test_a_killed_rank_is_named_and_the_log_shown(folder):
     assert (ended.reason, ended.rank) == ("unknown", 1) and "the last words" in ended.message
 
 
-def test_notes_of_an_earlier_start_do_not_count(folder):
+def test_exit_notes_of_an_earlier_start_are_ignored(folder):
     write_exit_note(folder.path, 0, ExitStatus.NUMERICAL, "long ago")
     assert classify(folder, JobEnding(status=-9), since=time.time() + 1).reason == "unknown"
 
@@ -91,12 +91,12 @@ def test_notes_of_an_earlier_start_do_not_count(folder):
     ("cause", "reason"),
     [("preempted", "preempted"), ("node lost", "lost device"), ("out of memory", "out of memory"), ("cancelled",) * 2],
 )
-def test_what_the_launcher_knows_comes_first(folder, cause, reason):
+def test_cause_from_the_launcher_takes_precedence(folder, cause, reason):
     write_exit_note(folder.path, 0, ExitStatus.UNKNOWN, "an effect")
     assert classify(folder, JobEnding(status=1, cause=cause), since=0).reason == reason
 
 
-def test_exported_weights_are_the_end_whatever_the_status(folder):
+def test_run_with_exported_weights_is_finished_with_any_exit_status(folder):
     folder.export.mkdir()
     (folder.export / "manifest.json").write_text("{}")
     assert classify(folder, JobEnding(status=1), since=0).reason == "finished"
@@ -115,13 +115,13 @@ def test_the_page_about_reliability_lists_every_reason():
 
 
 @pytest.mark.parametrize("status", [ExitStatus.PEER_LOST, ExitStatus.PARENT_GONE])
-def test_a_status_that_is_an_effect_is_not_the_reason(folder, status):
+def test_secondary_exit_status_is_not_the_exit_reason(folder, status):
     write_exit_note(folder.path, 0, status, "an effect")
     write_exit_note(folder.path, 1, ExitStatus.DISK_FULL, "the cause")
     assert classify(folder, JobEnding(status=1), since=0).reason == "disk full"
 
 
-def test_a_hang_after_an_oom_kill_is_out_of_memory_and_a_status_of_higher_priority_is_not(folder):
+def test_oom_kill_takes_precedence_over_a_hang_but_not_over_a_lost_device(folder):
     kill = JobEnding(status=1, cause="out of memory", message="1 OOM kill")
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress")
     assert classify(folder, kill, since=0) == RunEnding(reason=ExitReason.OUT_OF_MEMORY, message="1 OOM kill")

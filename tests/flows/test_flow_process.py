@@ -1,4 +1,4 @@
-"""What a flow's process sends to Prefect's server, and when it counts as alive."""
+"""Test the log records of a flow process, and the check that a flow run's process is running."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from tests.waiting import until
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud83db"], ids=["U+0000", "half a character"])
-def test_a_log_line_of_any_text_is_one_that_the_gate_takes(text):
+def test_gate_accepts_log_lines_with_unstorable_characters(text):
     before = logging.getLogRecordFactory()
     logging.setLogRecordFactory(StorableRecord)
     try:
@@ -30,7 +30,7 @@ def test_a_log_line_of_any_text_is_one_that_the_gate_takes(text):
     parse_request_body("/api/logs/", json.dumps([log]).encode())
 
 
-def test_a_flow_run_lives_while_a_process_with_its_pid_and_its_id_runs():
+def test_flow_run_is_alive_while_a_process_with_its_pid_and_id_is_running():
     command = [sys.executable, "-c", "import time; time.sleep(60)", "flows.dispatcher.flow_process", "a-run"]
     with subprocess.Popen(command) as process:
         try:

@@ -1,4 +1,4 @@
-"""What interrupts a run from outside, through the real servers: cancelling, no memory, a lost disk."""
+"""Test runs on the real servers that are cancelled in Prefect, run out of memory or lose their disk."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def finished(stack, folder):
 
 
 @pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
-def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect, sessions, lost):
+def test_cancelling_in_prefect_cancels_the_round_and_stops_its_ranks(run, stack, operator, prefect, sessions, lost):
     """Whoever is there to hear of it: the worker, the flow that asks by itself, or only the dispatcher."""
     training_round, _ = run
     flow_run = flow_run_of(prefect)
@@ -126,7 +126,7 @@ def test_cancelling_in_prefect_ends_a_run_for_good(run, stack, operator, prefect
             os.kill(stack.pid("worker"), signal.SIGCONT)
 
 
-def test_a_rank_killed_for_want_of_memory_is_planned_for_with_less(started, stack, no_more_memory):
+def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(started, stack, no_more_memory):
     _, folder = started
     no_more_memory(read_heartbeats(folder.path)[1].pid)
     finished(stack, folder)
@@ -134,7 +134,7 @@ def test_a_rank_killed_for_want_of_memory_is_planned_for_with_less(started, stac
     assert any(isinstance(event, ReplanEvent) and "85%" in event.why for event in folder.read_events())
 
 
-def test_a_run_whose_disk_is_lost_goes_on_from_the_store(run, stack, sessions):
+def test_run_with_a_lost_disk_resumes_from_the_object_store(run, stack, sessions):
     _, folder = run
     stack.until(lambda: any(isinstance(event, CheckpointStoredEvent) for event in folder.read_events()))
     step = max(event.step for event in folder.read_events() if isinstance(event, CheckpointStoredEvent))

@@ -1,4 +1,4 @@
-"""One item fails alone, through a round's own steps and the real model server's application."""
+"""Test that one bad item does not fail a round, with the real model server's application."""
 
 import json
 
@@ -57,7 +57,7 @@ def ask(settings, prompts, version=VERSION):
 
 
 @pytest.mark.parametrize("later", [200, 413, 500])
-def test_a_server_that_fails_now_and_then_is_asked_a_few_times(stores, later):
+def test_intermittent_model_server_errors_are_retried(stores, later):
     """Once after each failure: what a repeated question brings is its answer."""
     requests = []
 
@@ -75,7 +75,7 @@ def test_a_server_that_fails_now_and_then_is_asked_a_few_times(stores, later):
     assert [str(one) for one in results] == [expected[later]] and len(requests) == (4 if later == 500 else 2)
 
 
-def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_answered(model_server):
+def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_server):
     prompts = [f"{n} + {n}" for n in range(80)]
     expected = ask(model_server, prompts)
     prompts[7:7], prompts[70:70] = ["a" * 300], ["b" * 300, "j"]
@@ -86,7 +86,7 @@ def test_prompts_that_do_not_fit_or_break_the_model_are_refused_and_the_others_a
     assert "not finite" in refused[71]
 
 
-def test_another_version_or_a_wrong_token_is_no_fault_of_a_prompt(model_server):
+def test_wrong_version_or_token_is_not_an_item_error(model_server):
     with pytest.raises(ConnectionError, match="the request was for v4"):
         ask(model_server, ["a"], version=4)
     wrong = model_server.model_copy(update={"model_server_token": type(model_server.model_server_token)("wrong")})
@@ -94,7 +94,7 @@ def test_another_version_or_a_wrong_token_is_no_fault_of_a_prompt(model_server):
         ask(wrong, ["a"])
 
 
-def test_a_dataset_that_cannot_be_accepted_is_rejected_alone(stores, engine, objects, portal, account):
+def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects, portal, account):
     context = Context(stores, make_session_factory(engine), objects)
     ids = []
     for name in ("good", "gone", "fine"):
@@ -133,7 +133,7 @@ def context(model_server, engine, objects):
         session.execute(delete(Promotion))
 
 
-def test_reports_are_taken_up_whatever_is_among_them(context, portal, account):
+def test_valid_reports_are_processed_despite_invalid_ones(context, portal, account):
     prompts = {"fits": "a + b", "long": "a" * 300, "broken": "j", "separators": "a\u2028b\u0085", "last": "c"}
     ids = {}
     for name, prompt in prompts.items():
@@ -148,7 +148,7 @@ def test_reports_are_taken_up_whatever_is_among_them(context, portal, account):
 
 
 @pytest.mark.slow
-def test_an_evaluation_process_judges_around_bad_cases(context, tmp_path):
+def test_evaluation_process_skips_bad_cases(context, tmp_path):
     folder = tmp_path / "model"
     tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
     config = ModelConfig(name="t", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
@@ -176,7 +176,7 @@ class Breaks:
         return self._tokenizer.encode(text)
 
 
-def test_rows_that_cannot_be_encoded_are_left_out_and_named():
+def test_rows_that_cannot_be_encoded_are_skipped_and_reported():
     tokenizer = Breaks(tokenizers.train(["abc"], vocab_size=512), "d")
     broken = Row(prompt="a", answer="d")
     parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
@@ -186,13 +186,13 @@ def test_rows_that_cannot_be_encoded_are_left_out_and_named():
     assert left_out == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
-def test_weights_of_parts_without_rows_count_for_nothing_and_of_others_none_may_be_missing():
+def test_weights_are_required_only_for_parts_with_rows():
     assert prepare_run.select_weights({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
     with pytest.raises(prepare_run.WeightMissing, match="lack corrections, which have rows"):
         prepare_run.select_weights({"base": 1.0}, ["base", "corrections"])
 
 
-def test_an_evaluation_is_given_the_account_that_only_reads_and_no_other_secret(context, tmp_path):
+def test_evaluation_gets_the_read_only_account_and_no_other_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
     environment = evaluate.build_evaluation_environment(context, tmp_path)
     assert {name for name, secret in secrets.items() if secret in environment.values()} == {"mlflow_reader"}

@@ -1,4 +1,4 @@
-"""A keeper that hangs, a config that is lost: commands say so, change nothing by themselves, and name the way out."""
+"""Test commands against a hung keeper, and against a lost or damaged config, state file or lock."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ from infra.keeper_lock import KEEPER_HEARTBEAT_TIMEOUT_S, KEEPER_LOCK_FILE, find
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 
 
-def test_a_config_is_made_in_an_empty_folder_only_and_never_by_reading(tmp_path):
+def test_config_is_created_only_in_an_empty_folder_and_never_on_load(tmp_path):
     with pytest.raises(ValueError, match="make one with `cotrain up`"):
         load_config(tmp_path)
     config = load_or_make_config(tmp_path)
@@ -37,7 +37,7 @@ def test_a_config_is_made_in_an_empty_folder_only_and_never_by_reading(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "null", "{}", '{"ports": []}', "\0"])
-def test_a_damaged_config_is_named(tmp_path, text):
+def test_damaged_config_is_reported(tmp_path, text):
     load_or_make_config(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(text)
     with pytest.raises(ValueError, match=f"{CONFIG_FILE}, which holds .* is damaged; put its copy back"):
@@ -45,12 +45,12 @@ def test_a_damaged_config_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": "x"}', '{"pid": 1, "services": []}'])
-def test_a_damaged_state_file_is_no_state(tmp_path, text):
+def test_damaged_state_file_is_read_as_empty(tmp_path, text):
     (tmp_path / "stack.json").write_text(text)
     assert read_stack_state(tmp_path) == {}
 
 
-def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
+def test_keeper_acquires_its_lock_while_another_process_checks_it(tmp_path):
     load_or_make_config(tmp_path)
     (tmp_path / KEEPER_LOCK_FILE).touch()
     with (tmp_path / KEEPER_LOCK_FILE).open() as looking:
@@ -64,7 +64,7 @@ def test_a_keeper_gets_its_lock_while_others_look_whether_it_is_held(tmp_path):
 
 
 @pytest.mark.slow
-def test_nobody_can_take_a_port_and_callers_wait_while_servers_start_again(stack):
+def test_ports_stay_bound_and_requests_wait_while_servers_restart(stack):
     settings = stack.settings
     urls = {
         "prefect": f"{settings.prefect_api_url}/health",
@@ -111,7 +111,7 @@ def restarts_of(stack):
 
 
 @pytest.mark.slow
-def test_programs_that_have_the_stacks_addresses_in_their_environment_are_not_ended_with_it(stack, monkeypatch):
+def test_down_does_not_kill_programs_that_have_the_stack_env_variables(stack, monkeypatch):
     """As where an operator has exported the file `env`."""
     for name, value in dotenv_values(stack.home / "env").items():
         monkeypatch.setenv(name, value)
@@ -125,7 +125,7 @@ def test_programs_that_have_the_stacks_addresses_in_their_environment_are_not_en
 
 
 @pytest.mark.slow
-def test_a_keeper_whose_lock_tells_nothing_is_stopped_by_its_state_file(stack):
+def test_down_finds_the_keeper_by_its_state_file_when_the_lock_is_empty(stack):
     """As that of an older version, or one that started on a full disk."""
     (stack.home / KEEPER_LOCK_FILE).write_bytes(b"")
     stack.cotrain("down", check=True)
@@ -134,7 +134,7 @@ def test_a_keeper_whose_lock_tells_nothing_is_stopped_by_its_state_file(stack):
 
 
 @pytest.mark.slow
-def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
+def test_hung_keeper_is_reported_and_killed_by_down(stack):
     keeper = find_keeper(stack.home)
     os.kill(keeper.pid, signal.SIGSTOP)
     stack.until(lambda: find_keeper(stack.home).is_silent, seconds=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
@@ -149,7 +149,7 @@ def test_a_hanging_keeper_is_named_not_believed_and_ended_by_down(stack):
 
 
 @pytest.mark.slow
-def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(stack):
+def test_lost_config_is_reported_and_the_stack_can_be_stopped_and_restored(stack):
     file, before = stack.home / CONFIG_FILE, load_config(stack.home)
     file.unlink()
     for command in ("doctor", "status"):
@@ -167,7 +167,7 @@ def test_a_stack_whose_config_is_lost_says_so_and_can_be_stopped_and_restored(st
 
 
 @pytest.mark.slow
-def test_a_service_without_a_port_that_hangs_is_named_within_a_minute(stack):
+def test_hung_service_without_a_port_is_reported_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
     faults = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]

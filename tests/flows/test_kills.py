@@ -1,4 +1,4 @@
-"""Kill -9 of every process in every step of a round, while reports come in: nothing is lost or counted twice."""
+"""Kill every process in every step of a round while reports arrive: no report is lost or counted twice."""
 
 import itertools
 import os
@@ -157,7 +157,7 @@ def reporter(stack, operator, champion):
 
 
 @pytest.mark.parametrize("victim", [*SERVICES, *PROCESSES])
-def test_a_round_outlives_kills_in_every_step(stack, sessions, operator, reporter, victim):
+def test_round_survives_kills_in_every_step(stack, sessions, operator, reporter, victim):
     training_round = operator.start_round(NEXT)
     struck = strike(stack, sessions, training_round.id, victim)
     reporter.stopped.set()
@@ -167,7 +167,7 @@ def test_a_round_outlives_kills_in_every_step(stack, sessions, operator, reporte
     check_reports(stack, sessions, reporter.client, reporter, training_round.id)
 
 
-def test_a_round_outlives_the_loss_of_prefects_database(stack, sessions, operator, reporter):
+def test_round_survives_loss_of_the_prefect_database(stack, sessions, operator, reporter):
     training_round = operator.start_round(NEXT)
     stack.until(lambda: where(stack, sessions, training_round.id)[1] == "train", pause=0.02)
     config = load_config(stack.home)

@@ -1,4 +1,4 @@
-"""A service that hangs, which no death tells of: the keeper restarts it, and it alone."""
+"""Test that the keeper restarts services that hang without exiting, and no others."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def hang(stack, name):
 
 
 @pytest.mark.slow
-def test_services_that_hang_are_restarted_and_nobody_else_is(stack):
+def test_only_hung_services_are_restarted(stack):
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
     start = restarts(stack)
     hang(stack, SLOWEST)

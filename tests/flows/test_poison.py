@@ -1,4 +1,4 @@
-"""Hostile items among honest ones, through the real stack."""
+"""Send hostile items among honest ones through the real stack."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "faults_poison.py"
 
 
-def test_hostile_items_cost_no_honest_one_anything():
+def test_hostile_items_do_not_affect_honest_items():
     command = [sys.executable, str(BENCHMARK), "--honest", "60", "--hostile", "50"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1000)
     lines = [json.loads(line) for line in result.stdout.split("\n") if line]

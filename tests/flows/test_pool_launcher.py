@@ -1,4 +1,4 @@
-"""The launcher that a pool's file asks for."""
+"""Test the choice of a launcher and its options by the pool file."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ def pool(launcher, **launch):
     return dataclasses.replace(make_cpu_pool(), launcher=launcher, launch=tuple(launch.items()))
 
 
-def test_a_pool_is_started_as_its_file_says(tmp_path):
+def test_pool_file_selects_the_launcher(tmp_path):
     file = tmp_path / "pools.toml"
     file.write_text(dump_pool(pool("slurm", partition="gpu", rendezvous_port=29_501)))
     assert load_pool(str(file)) == pool("slurm", partition="gpu", rendezvous_port=29_501)

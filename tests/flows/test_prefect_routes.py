@@ -1,4 +1,4 @@
-"""Every route of Prefect's real server, as nobody, with a wrong password and as the operator."""
+"""Test every route of the real Prefect server: without a password, with a wrong one and as the operator."""
 
 import json
 import subprocess
@@ -95,7 +95,7 @@ def dates_in(form, name=""):
     )
 
 
-def test_every_date_of_the_servers_forms_is_checked(application):
+def test_every_date_field_of_the_server_schemas_is_checked(application):
     names = dates_in(application["forms"]["components"]["schemas"])
     assert {"scheduled_time", "before_", "occurred"} <= names
     assert {name for name in names if not DATE_FIELD_PATTERN.fullmatch(name)} == set()
@@ -116,7 +116,7 @@ def test_every_rule_is_a_route_of_the_server(routes):
     assert listed(PUBLIC_ROUTES, OPERATOR_ROUTES, WEBSOCKET_ROUTES) <= routes
 
 
-def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
+def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
     base, secret = server
     operator = tuple(secret.split(":", 1))
     http_routes = {Route(route.path, method) for route in routes for method in METHODS if route.method != "WEBSOCKET"}
@@ -141,14 +141,14 @@ def test_only_listed_routes_answer_and_only_to_their_callers(server, routes):
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
 
-def test_routes_that_nobody_knows_are_closed(server):
+def test_unknown_routes_are_forbidden(server):
     base, secret = server
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1))) as client:
         responses = {(path, method): client.request(method, path) for path in UNKNOWN for method in METHODS}
     assert {request for request, response in responses.items() if response.status_code != 403} == set()
 
 
-def test_websockets_answer_on_listed_paths_to_the_password_alone(server, routes):
+def test_websockets_open_only_on_listed_paths_with_the_password(server, routes):
     base, secret = server
     sockets = {route for route in routes if route.method == "WEBSOCKET"}
     reached = {
@@ -175,7 +175,7 @@ def greets(base, path, token):
         pytest.param(None, 1008, id="none"),
     ],
 )
-def test_a_large_first_message_or_none_closes_a_websocket_and_the_server_answers(server, message, code):
+def test_large_or_missing_first_message_closes_the_websocket_and_not_the_server(server, message, code):
     base, _ = server
     with connect(base.replace("http:", "ws:") + "/api/events/in", subprotocols=["prefect"]) as socket:
         if message is not None:
@@ -195,7 +195,7 @@ STAY_SHUT = [
 
 
 @pytest.mark.parametrize(("body", "named"), STAY_SHUT, ids=[named for _, named in STAY_SHUT])
-def test_what_the_server_fails_at_is_refused_and_lists_go_on(server, deployment, body, named):
+def test_bodies_that_make_the_server_fail_are_refused_and_lists_still_work(server, deployment, body, named):
     base, secret = server
     with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
         response = client.post(f"/deployments/{deployment}/create_flow_run", content=body)
@@ -204,7 +204,7 @@ def test_what_the_server_fails_at_is_refused_and_lists_go_on(server, deployment,
         assert client.post("/flow_runs/lateness", json={}).is_success
 
 
-def test_an_object_as_the_pages_send_it_becomes_a_runs_parameter(server, deployment):
+def test_prefect_kind_object_of_the_pages_becomes_a_run_parameter(server, deployment):
     base, secret = server
     parameters = {"limit": {"__prefect_kind": "json", "value": "7"}}
     with httpx.Client(base_url=f"{base}/api", auth=tuple(secret.split(":", 1)), timeout=10) as client:
@@ -212,7 +212,7 @@ def test_an_object_as_the_pages_send_it_becomes_a_runs_parameter(server, deploym
     assert response.json()["parameters"] == {"limit": 7}
 
 
-def test_events_are_stored_after_one_that_cannot_be(server):
+def test_events_are_stored_after_an_unstorable_event(server):
     base, secret = server
 
     def send(*events):
@@ -240,14 +240,14 @@ def test_events_are_stored_after_one_that_cannot_be(server):
         until(lambda: count(client))
 
 
-def test_the_pages_read_no_secret_from_the_settings(server, stores):
+def test_admin_settings_route_returns_no_secret(server, stores):
     base, secret = server
     text = httpx.get(f"{base}/api/admin/settings", auth=tuple(secret.split(":", 1))).text
     stored_secrets = load_config(stores.home).secrets
     assert [name for name, value in stored_secrets.items() if value in text] == []
 
 
-def test_page_files_and_pages_are_open_and_carry_the_policy(server):
+def test_pages_are_public_and_have_the_content_security_policy(server):
     base, _ = server
     for page in ("/", "/runs", "/v2/", "/ui-settings"):
         response = httpx.get(base + page, follow_redirects=True, headers={"accept": "text/html"})

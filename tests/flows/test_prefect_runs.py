@@ -1,4 +1,4 @@
-"""Which flow runs the dispatcher takes for what it waits for, on Prefect's real server and without a worker."""
+"""Test how the dispatcher selects, replaces and ends flow runs, on the real Prefect server without a worker."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def state_of(client, run):
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["scheduled", "cancelled"])
-def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deployment, is_cancelled, monkeypatch):
+def test_flow_run_scheduled_in_the_future_does_not_block_reproduction(client, deployment, is_cancelled, monkeypatch):
     future = client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=later(days=1000)))
     if is_cancelled:
         client.set_flow_run_state(future.id, Cancelled(), force=True)
@@ -61,7 +61,7 @@ def test_a_run_of_the_future_keeps_no_report_from_being_taken_up(client, deploym
     assert flow_run.id != future.id and (before is None or flow_run.id != before.id) and flow_run.state.is_scheduled()
 
 
-def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
+def test_postponed_flow_run_is_replaced(client, deployment, monkeypatch):
     """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
     monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
     flow_runs = []
@@ -77,7 +77,7 @@ def test_a_run_that_is_put_off_is_replaced(client, deployment, monkeypatch):
     assert not end_if_lost(client, client.create_flow_run_from_deployment(deployment))
 
 
-def test_a_failed_run_is_followed_after_a_pause(client, deployment, monkeypatch):
+def test_failed_flow_run_is_retried_after_a_pause(client, deployment, monkeypatch):
     failed = client.create_flow_run_from_deployment(deployment)
     client.set_flow_run_state(failed.id, Failed(), force=True)
     start_reproduction_run(client, 1)
@@ -87,7 +87,7 @@ def test_a_failed_run_is_followed_after_a_pause(client, deployment, monkeypatch)
     assert find_newest_flow_run(client, deployment).id != failed.id
 
 
-def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deployment, stores, monkeypatch):
+def test_pending_and_running_flow_runs_without_a_process_are_set_to_crashed(client, deployment, stores, monkeypatch):
     """As an attempt that waited for its process when the stack ended, and that a later one followed."""
     old = Scheduled(scheduled_time=later(minutes=-5))
     pending, running, waiting = (
@@ -109,7 +109,7 @@ def test_runs_that_nobody_works_on_are_ended_and_no_longer_found(client, deploym
     assert not waits(stores)
 
 
-def test_a_run_with_a_process_that_is_slow_to_start_is_left_alone(client, deployment, monkeypatch):
+def test_flow_run_with_a_slowly_starting_process_stays_pending(client, deployment, monkeypatch):
     run = client.create_flow_run_from_deployment(deployment)
     client.set_flow_run_state(run.id, Pending(), force=True)
     script = "import time; time.sleep(60)"

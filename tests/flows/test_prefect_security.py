@@ -1,4 +1,4 @@
-"""Prefect's password is no shell: what somebody who has it can write runs nothing but the registered flows."""
+"""Test that a holder of Prefect's password can run nothing but the registered flows."""
 
 import time
 
@@ -128,7 +128,7 @@ def job_variables(marker):
     return {"command": marker.shell, "env": env, "working_dir": str(folder)}
 
 
-def test_the_pool_offers_no_variables(prefect):
+def test_work_pool_accepts_no_job_variables(prefect):
     template = prefect.get("/work_pools/cotrain").json()["base_job_template"]
     deployment = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()
     for variables in ({"command": "true"}, {"env": {"A": "b"}}, {"working_dir": "/"}):
@@ -152,7 +152,7 @@ def test_job_variables_of_a_deployment_change_nothing(prefect, overwrite, deploy
     assert run(prefect, deploy(REPRODUCE, infra_overrides=job_variables(marker)))[0] == "COMPLETED"
 
 
-def test_pull_steps_are_not_taken(prefect, deploy, marker):
+def test_pull_steps_are_not_run(prefect, deploy, marker):
     step = {"prefect.deployments.steps.run_shell_script": {"script": marker.shell}}
     assert run(prefect, deploy(REPRODUCE, pull_steps=[step]))[0] == "COMPLETED"
 
@@ -185,7 +185,7 @@ def test_other_flows_deployments_and_schedules_are_refused(prefect):
     assert prefect.get(f"/deployments/name/{ROUND}/local").json()["schedules"] == registered["schedules"]
 
 
-def test_the_worker_takes_a_few_flow_runs_at_a_time(prefect):
+def test_worker_limits_concurrent_flow_runs(prefect):
     mine = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"]
     runs = [
         prefect.post(f"/deployments/{mine}/create_flow_run", json={}).json()["id"] for _ in range(MAX_FLOW_RUNS + 1)
@@ -201,7 +201,7 @@ def test_the_worker_takes_a_few_flow_runs_at_a_time(prefect):
     assert 1 < max(counts) <= MAX_FLOW_RUNS
 
 
-def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefect, stores):
+def test_pool_concurrency_limit_is_reported_by_doctor_and_removed_by_registering(prefect, stores):
     assert prefect.patch("/work_pools/cotrain", json={"concurrency_limit": 0}).is_success
     assert any("concurrency limit of 0" in (finding.fault or "") for finding in probe_flow_runs(stores))
     register_again(stores)
@@ -220,7 +220,7 @@ def test_registering_takes_a_limit_of_the_pool_back_and_doctor_reports_it(prefec
         {"$ref": "prefect.server.schemas"},
     ],
 )
-def test_parameters_that_prefect_would_fill_in_are_refused_and_run_nothing(prefect, deploy, marker, value):
+def test_prefect_kind_parameters_are_refused_and_run_nothing(prefect, deploy, marker, value):
     value = {
         name: text.replace("SHELL", marker.shell) if isinstance(text, str) else text for name, text in value.items()
     }
@@ -232,7 +232,7 @@ def test_parameters_that_prefect_would_fill_in_are_refused_and_run_nothing(prefe
     assert response.is_client_error or wait(prefect, response.json()["id"])[0] == "FAILED"
 
 
-def test_what_prefect_could_run_by_itself_cannot_be_made(prefect):
+def test_automations_blocks_and_variables_cannot_be_created(prefect):
     action = {"type": "run-deployment", "source": "selected", "job_variables": {"command": "true"}}
     bodies = {
         ("POST", "/automations/"): {"name": "mine", "trigger": {}, "actions": [action]},
@@ -272,9 +272,7 @@ def test_wrong_parameters_are_refused_by_the_form(prefect, parameters):
 
 
 @pytest.mark.parametrize("parameters", [{"nonsense": 1}, {"max_steps": 0}, {"precision": "fp8"}], ids=str)
-def test_wrong_parameters_that_prefect_lets_through_fail_in_one_line_and_file_no_round(
-    prefect, deploy, engine, parameters
-):
+def test_invalid_parameters_accepted_by_prefect_fail_and_create_no_round(prefect, deploy, engine, parameters):
     before = count_rounds(engine)
     mine = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={}, parameters=parameters)
     state, message = run(prefect, mine)

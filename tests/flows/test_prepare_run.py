@@ -1,4 +1,4 @@
-"""The run folder of a round, prepared from its snapshot."""
+"""Test the preparation of a round's run folder from its snapshot."""
 
 import pytest
 from sqlalchemy import update
@@ -44,7 +44,7 @@ def start(context, objects):
             rounds.finish_round(session, round_id, "cancelled", "the test is over")
 
 
-def test_a_prepared_folder_is_complete_and_stays_as_it_is(context, start, objects):
+def test_prepared_folder_is_complete_and_not_changed_by_a_second_call(context, start, objects):
     round_id = start(seed=7)
     plan = prepare_run_folder(context, round_id)
     with context.sessions() as session:
@@ -71,7 +71,7 @@ def test_a_folder_without_run_json_is_prepared_again_with_the_same_plan(context,
     assert not (folder.path / "left-over").exists() and folder.check_inputs().plan == plan
 
 
-def test_a_lost_snapshot_is_named(context, start):
+def test_missing_snapshot_is_reported(context, start):
     round_id, lost = start(), new_id()
     with context.sessions.begin() as session:
         session.add(Snapshot(id=lost, num_rows=1, counts={"corrections": 1, "datasets": 0, "base": 0}))

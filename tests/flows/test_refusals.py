@@ -1,4 +1,4 @@
-"""Options that the portal would refuse are refused by the command line, in one line and with status 2."""
+"""Test that the command line rejects options that the portal would reject, in one line and with a nonzero status."""
 
 import pytest
 from typer.testing import CliRunner
@@ -33,7 +33,7 @@ def test_a_bad_value_is_refused_in_one_line_with_its_field(argv, line):
 
 
 @pytest.mark.parametrize("round_id", ["../health", "x?y", "a\udcff"])
-def test_what_is_no_rounds_id_is_never_asked_for(round_id):
+def test_invalid_round_id_is_rejected_without_a_request(round_id):
     result = CliRunner().invoke(app, ["round", "status", round_id])
     assert result.exit_code == 2
     assert "must be an id of 32 hexadecimal digits or latest" in " ".join(result.stderr.replace("│", "").split())
@@ -46,23 +46,23 @@ def test_a_round_has_an_option_for_each_of_its_parameters():
 
 
 @pytest.mark.parametrize("part", ["base", "base=", "=", "base=much"])
-def test_weights_are_names_with_numbers(part):
+def test_weight_must_be_name_and_number(part):
     result = CliRunner().invoke(app, [*START, "--weights", "datasets=1", "--weights", part])
     assert result.exit_code == 2 and "must be NAME=NUMBER" in result.stderr
 
 
-def test_a_part_has_one_weight():
+def test_duplicate_weight_of_a_part_is_rejected():
     result = CliRunner().invoke(app, [*START, "--weights", "base=1", "--weights", "base=2"])
     assert result.exit_code == 2 and "must name each part once" in " ".join(result.stderr.replace("│", "").split())
 
 
 @pytest.mark.parametrize("change", ["A100", "A100:x", "A100:²", "A100:-1"])
-def test_a_change_of_the_pool_that_is_no_number_of_devices_is_refused(change):
+def test_pool_change_without_a_device_count_is_rejected(change):
     result = CliRunner().invoke(app, ["plan", "--model", "tiny", "--lost", change])
     assert result.exit_code == 1 and f"a change is written CLASS:N, got {change!r}" in " ".join(result.stderr.split())
 
 
-def test_a_version_of_too_many_digits_is_never_asked_for():
+def test_version_with_too_many_digits_is_rejected_without_a_query():
     """PostgreSQL would fail on a number that its column cannot hold."""
     with pytest.raises(ValueError, match="no version of 30 digits"):
         resolve_version(None, "v" + "9" * 30)

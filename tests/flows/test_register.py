@@ -1,4 +1,4 @@
-"""Bringing a version back from a folder that a service could have written."""
+"""Test the registration of a version from a folder that a service could have written."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def test_only_recorded_files_are_published(folders, tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
 
 
-def test_a_link_in_a_recorded_files_place_is_refused(folders, tmp_path):
+def test_symlink_in_place_of_a_recorded_file_is_refused(folders, tmp_path):
     export, target, recorded = folders
     (tmp_path / "env").write_bytes(b"{}")
     (export / "config.json").unlink()
@@ -38,20 +38,20 @@ def test_a_link_in_a_recorded_files_place_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../env", "a/b", "/etc/passwd", ".."])
-def test_names_outside_of_the_folder_are_refused(folders, name):
+def test_path_traversal_in_recorded_names_is_refused(folders, name):
     export, target, recorded = folders
     with pytest.raises(ValueError, match=r"files of one folder|cannot be copied"):
         copy_manifest_files(export, target, replace(recorded, files={name: "0"}))
 
 
-def test_other_bytes_than_recorded_are_refused(folders):
+def test_file_that_differs_from_its_recorded_digest_is_refused(folders):
     export, target, recorded = folders
     (export / "config.json").write_bytes(b"[]")
     with pytest.raises(ValueError, match="recorded is"):
         copy_manifest_files(export, target, recorded)
 
 
-def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):
+def test_only_files_of_the_manifest_are_registered_and_no_symlinks(folders, tmp_path):
     export, target, manifest = folders
     (tmp_path / "env").write_text("secret")
     (export / "notes.txt").symlink_to(tmp_path / "env")
@@ -62,7 +62,7 @@ def test_a_run_registers_what_its_manifest_names_and_no_link(folders, tmp_path):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("attack", ["file", "fifo", "sparse", "folder", "manifest", "manifest fifo", "no manifest"])
-def test_weights_that_are_links_or_fifos_are_not_registered(folders, tmp_path, attack):
+def test_symlinks_fifos_and_sparse_files_are_not_registered(folders, tmp_path, attack):
     export, target, manifest = folders
     (export / "manifest.json").write_text(json.dumps(manifest.to_json()))
     place = export / ("manifest.json" if "manifest" in attack else "config.json")

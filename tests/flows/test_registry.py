@@ -1,4 +1,4 @@
-"""Which flows a worker runs, and with which parameters."""
+"""Test the registered flows: their parameters, schemas and validation errors."""
 
 import jsonschema
 import pytest
@@ -7,7 +7,7 @@ from feedback.contracts import RoundParameters
 from flows.registry import REGISTERED_FLOWS, RoundForm, parse_form
 
 
-def test_a_flow_that_the_code_does_not_register_is_refused_with_the_rule():
+def test_unregistered_flow_is_refused_with_the_list_of_registered_flows():
     with pytest.raises(ValueError, match="only the flows cotrain-round, cotrain-reproduce are run here, got 'mine'"):
         parse_form("mine", {})
 
@@ -36,14 +36,14 @@ def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
         parse_form("cotrain-reproduce", {"limit": limit})
 
 
-def test_the_run_form_asks_for_what_the_portal_asks_for():
+def test_run_form_has_the_same_fields_as_the_portal():
     fields = REGISTERED_FLOWS["cotrain-round"].schema()["properties"]
     properties = RoundParameters.model_json_schema()["properties"]
     assert {name: fields[name] | properties[name] for name in properties} == {name: fields[name] for name in properties}
     assert set(fields) - set(properties) == {"round_id"}
 
 
-def test_the_schemas_allow_the_defaults_and_nothing_unknown():
+def test_schemas_accept_the_defaults_and_reject_unknown_parameters():
     for registered in REGISTERED_FLOWS.values():
         validator = jsonschema.Draft202012Validator(registered.schema())
         assert validator.is_valid(registered.form().model_dump())

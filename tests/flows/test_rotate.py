@@ -1,4 +1,4 @@
-"""New secrets for a running stack, and the old ones refused."""
+"""Test secret rotation: new secrets are valid, and old ones are refused."""
 
 import contextlib
 import os
@@ -90,7 +90,7 @@ def test_all_secrets_of_a_running_stack_are_rotated(stack):
     assert now.retired == {}
 
 
-def test_one_secret_is_rotated_while_the_stack_is_down_and_counts_when_it_is_up(stack):
+def test_secrets_rotated_while_the_stack_is_down_are_valid_after_up(stack):
     stack.cotrain("down", check=True)
     old = load_config(stack.home).secrets
     for _ in range(2):  # the server still has the first one, which is retired twice
@@ -102,7 +102,7 @@ def test_one_secret_is_rotated_while_the_stack_is_down_and_counts_when_it_is_up(
 
 
 @pytest.mark.parametrize("seconds", [1.2, 3.0, 8.0])
-def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, seconds):
+def test_killed_rotation_is_repeated_and_no_old_secret_remains_valid(stack, seconds):
     """Killed with the keeper that it starts, as by a power cut: while it writes, stops the stack or starts it."""
     stack.cotrain("up", check=True)
     before = accounts(stack.home)
@@ -121,6 +121,6 @@ def test_a_rotation_that_was_killed_is_repeated_and_leaves_no_old_secret(stack, 
     assert load_config(stack.home).retired == {}
 
 
-def test_the_salt_that_splits_cases_cannot_be_rotated(stack):
+def test_split_salt_cannot_be_rotated(stack):
     status, output = stack.cotrain("rotate", "--secret", "split_salt")
     assert status == 1 and "must never change" in output

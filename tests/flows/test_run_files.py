@@ -1,4 +1,4 @@
-"""A run folder in which a rank that was taken over has written, and what its supervisor makes of it."""
+"""Test that the supervisor reads and writes safely in a run folder that a compromised rank has changed."""
 
 import json
 import os
@@ -44,14 +44,14 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_nothing_foreign_gets_into_the_reason_of_an_ending(folder, victim, plant):
+def test_exit_reason_contains_no_content_of_other_files(folder, victim, plant):
     PLANTS[plant](folder.path / "train.log", victim)
     message = classify(folder, JobEnding(status=1), since=0).message
     assert "secret" not in message and "status 1" in message and len(read_log_tail(folder)) <= 800
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_status_heartbeats_and_notes_that_are_no_small_files_are_none(folder, victim, plant):
+def test_status_heartbeats_and_notes_that_are_not_small_files_are_ignored(folder, victim, plant):
     victim_json = victim.parent.parent / "other.json"
     victim_json.write_text(json.dumps({"time": 1, "rank": 0, "status": 1, "message": "secret"}))
     for name in ("status.json", "heartbeats/0.json", "exits/0.json"):
@@ -60,7 +60,7 @@ def test_status_heartbeats_and_notes_that_are_no_small_files_are_none(folder, vi
     assert (folder.read_status(), read_heartbeats(folder.path), read_exit_notes(folder.path, 0)) == (None, {}, [])
 
 
-def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
+def test_symlinked_folder_is_not_read(folder, victim):
     for name in ("heartbeats", "exits", "checkpoints", "export", "parent", "data"):
         (folder.path / name).symlink_to(victim.parent)
     (victim.parent.parent / "elsewhere" / "step-00000001").mkdir(parents=True)
@@ -76,13 +76,13 @@ def test_a_folder_that_is_a_link_is_not_looked_into(folder, victim):
 
 
 @pytest.mark.parametrize("name", ["../settings/flow.env", "/etc/passwd", "a/../../settings/flow.env", "..", ""])
-def test_names_that_lead_out_of_the_folder_are_refused(folder, victim, name):
+def test_path_traversal_out_of_the_run_folder_is_refused(folder, victim, name):
     with pytest.raises(OSError, match=r"outside of its folder|not a regular|No such"):
         read_file(folder.path, name)
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
-def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
+def test_supervisor_writes_only_inside_the_run_folder(folder, victim, plant):
     for name in ("events.jsonl", "run.json", f".run.json.{os.getpid()}"):
         PLANTS[plant](folder.path / name, victim)
     folder.append_event(ENDED)
@@ -91,19 +91,19 @@ def test_what_the_supervisor_writes_stays_in_the_folder(folder, victim, plant):
     assert not (folder.path / "run.json").is_symlink()
 
 
-def test_a_second_name_of_a_file_elsewhere_is_not_appended_to(folder, victim):
+def test_hard_link_to_a_file_elsewhere_is_not_appended_to(folder, victim):
     os.link(victim, folder.path / "events.jsonl")
     folder.append_event(ENDED)
     assert folder.read_events() == [ENDED]
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
-def test_logs_that_are_no_files_have_no_lines(folder, victim, plant):
+def test_logs_that_are_not_regular_files_are_read_as_empty(folder, victim, plant):
     PLANTS[plant](folder.path / "metrics.jsonl", victim)
     assert folder.read_metrics() == []
 
 
-def test_a_log_without_end_is_read_in_parts_and_its_lines_are_found_again(folder):
+def test_huge_sparse_log_is_read_in_chunks_and_its_lines_are_found(folder):
     with (folder.path / "metrics.jsonl").open("wb") as file:
         file.truncate(LOG_READ_BYTES * 3)
         file.seek(0, os.SEEK_END)
@@ -121,7 +121,7 @@ def test_a_file_of_another_size_is_not_hashed(folder):
     )
 
 
-def test_a_run_json_that_is_a_link_is_said_to_be_one(folder, victim):
+def test_symlinked_run_json_is_reported_as_not_a_regular_file(folder, victim):
     (folder.path / "run.json").symlink_to(victim)
     with pytest.raises(ValueError, match=r"run.json is not a regular file; prepare a new run"):
         folder.read_spec()

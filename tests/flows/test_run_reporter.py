@@ -1,4 +1,4 @@
-"""What a run's processes say of themselves, which may have been taken over, on its way into the logs of the stack."""
+"""Test the sanitizing and rate limiting of events from a run's possibly compromised processes."""
 
 import logging
 
@@ -27,14 +27,14 @@ def told(tmp_path, caplog):
     return tell
 
 
-def test_an_event_is_one_short_printable_line(told):
+def test_event_is_logged_as_one_short_printable_line(told):
     hostile = "\x1b[2J" + "x\n2026-11-26 ERROR flows: forged\r\u2028" + "y" * 10_000_000
     (line,) = told({"event": "skip", "step": 3, "why": hostile})
     assert line.startswith("event skip, step 3, why \\x1b[2Jx\\n2026") and line.isprintable()
     assert len(line) <= MAX_EVENT_CHARACTERS
 
 
-def test_events_without_a_name_or_with_odd_values_hold_nothing_up(told):
+def test_malformed_events_do_not_block_later_events(told):
     odd = [
         {},
         {"event": ["skip"]},
@@ -45,7 +45,7 @@ def test_events_without_a_name_or_with_odd_values_hold_nothing_up(told):
     assert told(*odd, {"event": "stop", "step": 1})[-1] == "event stop, step 1"
 
 
-def test_a_flood_of_events_costs_few_lines_and_one_that_counts_the_rest(told, monkeypatch):
+def test_flood_of_events_is_rate_limited_with_a_count_of_the_rest(told, monkeypatch):
     flood = [{"event": "skip", "step": step} for step in range(MAX_EVENTS_PER_MINUTE + 500)]
     assert len(told(*flood)) == MAX_EVENTS_PER_MINUTE and told(*flood[:7]) == []
     monkeypatch.setattr(run_reporter, "EVENT_WINDOW_S", 0.0)  # the minute is over
@@ -53,6 +53,6 @@ def test_a_flood_of_events_costs_few_lines_and_one_that_counts_the_rest(told, mo
     assert len(lines) == 2 and lines[0].startswith("507 more events are in ") and lines[1] == "event skip, step 1"
 
 
-def test_the_reason_of_an_ending_keeps_its_lines_and_steers_no_terminal():
+def test_exit_message_keeps_its_lines_and_escapes_control_characters():
     message = RunEnding(reason=ExitReason.UNKNOWN, message="status 1; first\n\x1b[31mlast\r").message
     assert message == "status 1; first\n\\x1b[31mlast\\r"

@@ -1,4 +1,4 @@
-"""The whole embedded stack, driven through its public interfaces."""
+"""Test the whole embedded stack through its public interfaces."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_a_second_up_changes_nothing(stack):
 
 
 @pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
-def test_a_probe_in_each_services_place_reaches_nothing_of_the_others(stack):
+def test_confined_probe_of_each_service_cannot_access_the_others(stack):
     (stack.home / "env.local").touch()
     for name, report in probe_services(stack.home).items():
         assert report["reached"] == [], name
@@ -74,7 +74,7 @@ def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first):
     assert first.status["bounds"] == [0, 2, 3]
 
 
-def test_the_portal_draws_the_plan_of_a_round(first, stack):
+def test_portal_serves_the_plan_of_a_round_as_svg(first, stack):
     url = f"{stack.settings.portal_url}/rounds/{first.number}/plan.svg"
     drawn = httpx.get(url)
     assert drawn.headers["content-type"] == "image/svg+xml" and "2 layers" in drawn.text
@@ -102,7 +102,7 @@ print(load(folder).config.name)
     assert result.stdout.strip() == "tiny", result.stderr[-2000:]
 
 
-def test_the_consumer_may_not_move_the_champion(first, stack):
+def test_consumer_cannot_change_the_champion_alias(first, stack):
     settings = stack.settings
     auth = ("consumer", settings.mlflow_consumer_password.get_secret_value())
     body = {"name": "yuan", "alias": "champion", "version": "1"}
@@ -114,7 +114,7 @@ def test_the_consumer_may_not_move_the_champion(first, stack):
         assert response.status_code == 403
 
 
-def test_mlflows_assistant_is_closed_to_everybody(stack):
+def test_mlflow_assistant_is_forbidden_for_all_accounts(stack):
     settings = stack.settings
     base = f"{settings.mlflow_url}/ajax-api/3.0/mlflow/assistant"
     for name, password in (
@@ -127,7 +127,7 @@ def test_mlflows_assistant_is_closed_to_everybody(stack):
     assert httpx.get(f"{base}/config").status_code == 401
 
 
-def test_openais_client_is_answered_through_the_portal(first, stack, operator):
+def test_openai_client_works_through_the_portal(first, stack, operator):
     token = operator.add_contributor("openai-user").token
     with openai.OpenAI(base_url=f"{stack.settings.portal_url}/v1", api_key=token) as client:
         stack.until(lambda: [model.id for model in client.models.list()] == ["yuan"])
@@ -145,7 +145,7 @@ def test_openais_client_is_answered_through_the_portal(first, stack, operator):
     assert chat.choices[0].message.role == "assistant"
 
 
-def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contributor, operator, tmp_path):
+def test_reports_are_reproduced_trained_tested_and_notified_once(first, stack, contributor, operator, tmp_path):
     rows = load_skills(REPORTED_SKILLS)[0].make_rows(30, seed=1)
     for row in rows:
         contributor.submit(
@@ -170,7 +170,7 @@ def test_reports_are_reproduced_trained_tested_and_told_once(first, stack, contr
         assert contributor.notices() == []
 
 
-def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
+def test_running_the_prefect_deployment_creates_a_round(first, stack, operator):
     settings = stack.settings
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
     with httpx.Client(base_url=settings.prefect_api_url, auth=(user, password)) as prefect:
@@ -188,7 +188,7 @@ def test_pressing_run_in_prefect_files_a_round(first, stack, operator):
 
 
 @pytest.mark.slow
-def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first, stack, operator):
+def test_reports_are_processed_between_rounds_and_reaching_the_threshold_starts_a_round(first, stack, operator):
     last_number = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
         for row in load_skills(REPORTED_SKILLS)[0].make_rows(40, seed=3):
@@ -198,7 +198,9 @@ def test_reports_are_taken_up_between_rounds_and_enough_of_them_start_one(first,
     assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
-def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contributor, operator, tmp_path):
+def test_reports_datasets_and_accounts_are_withdrawn_from_the_command_line(
+    first, stack, contributor, operator, tmp_path
+):
     report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
     submitted = contributor.submit(report)
     dataset = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(10, seed=4))
@@ -216,7 +218,7 @@ def test_what_was_sent_is_withdrawn_from_the_command_line(first, stack, contribu
 
 
 @pytest.mark.slow
-def test_a_stack_killed_with_its_keeper_comes_up_with_its_data(first, stack, operator, contributor):
+def test_stack_restarts_with_its_data_after_its_keeper_was_killed(first, stack, operator, contributor):
     before = contributor.all_feedback()
     keeper = read_stack_state(stack.home)["pid"]
     os.kill(keeper, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What `cotrain up` says at once when it cannot start a stack, and what is left when `cotrain down` has spoken."""
+"""Test how `cotrain up` reports start failures and invalid settings, and when `cotrain down` returns."""
 
 import os
 import signal
@@ -59,7 +59,7 @@ time.sleep(1)
         ("COTRAIN_TEAM=\xff", "{file} cannot be read: 'utf-8' codec can't decode", "make it a text file"),
     ],
 )
-def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, text, fault, mend):
+def test_invalid_setting_is_found_with_its_file_line_and_fix(tmp_path, text, fault, mend):
     file = tmp_path / "env.local"
     file.write_bytes(text.encode("latin-1"))
     (setting_fault,) = find_setting_faults(tmp_path)
@@ -67,7 +67,7 @@ def test_a_line_that_cannot_count_is_found_with_its_place_and_mend(tmp_path, tex
 
 
 @pytest.mark.parametrize("command", ["up", "doctor", "status"])
-def test_wrong_settings_are_named_before_anything_starts(tmp_path, command):
+def test_invalid_settings_are_reported_before_anything_starts(tmp_path, command):
     (tmp_path / "env.local").write_text(WRONG + "COTRAIN_ROUNDS_AFTER_REPORT=1")
     result = cotrain(command, home=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -76,17 +76,17 @@ def test_wrong_settings_are_named_before_anything_starts(tmp_path, command):
     assert os.listdir(tmp_path) == ["env.local"]
 
 
-def test_a_wrong_value_of_the_environment_is_named_with_its_place(tmp_path):
+def test_invalid_environment_variable_is_reported_with_its_source(tmp_path):
     result = cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
     assert "got '1' (a variable of the environment)" in result.stderr and not os.listdir(tmp_path)
 
 
-def test_what_is_no_setting_of_ours_is_let_be(tmp_path):
+def test_unrelated_lines_in_env_local_are_ignored(tmp_path):
     (tmp_path / "env.local").write_text("PATH=x\nCUDA\nlone words\nCOTRAIN_HOME=x\nCOTRAIN_TOKEN=t\nCOTRAIN_TEAM=a\n")
     assert find_setting_faults(tmp_path) == []
 
 
-def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_path):
+def test_keeper_that_exits_at_start_is_reported_immediately_with_its_log_tail(tmp_path):
     load_or_make_config(tmp_path, durable=False)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
@@ -98,7 +98,7 @@ def test_a_keeper_that_ends_at_once_is_noticed_at_once_with_what_it_said(tmp_pat
     assert "IsADirectoryError" in result.stderr.splitlines()[-1] and "of an earlier start" not in result.stderr
 
 
-def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp_path):
+def test_status_of_a_running_stack_goes_to_stdout_with_invalid_settings_reported(tmp_path):
     write_environment(tmp_path, load_or_make_config(tmp_path))
     service = {"state": "ready", "pid": 7, "seconds": 1.5, "restarts": 0, "restart_reason": None, "error": "[/x] " * 40}
     state = f'{{"pid": {os.getpid()}, "services": {{"worker": {service}}}}}'.replace("'", '"').replace("None", "null")
@@ -114,7 +114,7 @@ def test_a_running_stack_is_shown_on_stdout_and_its_wrong_settings_are_named(tmp
     assert up.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in up.stderr
 
 
-def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path):
+def test_rotation_does_not_begin_when_the_stack_could_not_restart(tmp_path):
     load_or_make_config(tmp_path)
     before = (tmp_path / CONFIG_FILE).read_bytes()
     (tmp_path / "env.local").write_text(WRONG)
@@ -123,7 +123,7 @@ def test_a_rotation_that_could_not_start_the_stack_again_does_not_begin(tmp_path
     assert (tmp_path / CONFIG_FILE).read_bytes() == before
 
 
-def test_down_speaks_when_the_keepers_process_has_ended(tmp_path):
+def test_down_returns_after_the_keeper_process_has_exited(tmp_path):
     config = load_or_make_config(tmp_path)
     command = [sys.executable, "-c", SLOW_KEEPER, str(tmp_path), config.stack_id]
     with subprocess.Popen(command, cwd=ROOT) as keeper:

@@ -1,4 +1,4 @@
-"""The supervisor on real ranks, with real leases and a real store, while the tracker does not answer."""
+"""Test the supervisor with real ranks, leases and object store, and an unreachable tracker."""
 
 import dataclasses
 import os
@@ -50,7 +50,7 @@ def when_under_way(folder, action):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
+def test_killed_rank_causes_one_restart_and_loses_no_step(supervisor):
     folder = supervisor.folder
     struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1].pid, signal.SIGKILL))
     supervisor.run()
@@ -64,7 +64,7 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(supervisor):
 
 
 @pytest.mark.slow
-def test_a_lost_device_is_planned_around(supervisor):
+def test_run_is_replanned_without_the_lost_device(supervisor):
     folder = supervisor.folder
 
     def lose():
@@ -98,7 +98,7 @@ def test_an_edited_folder_is_refused_before_anything_starts(supervisor):
     assert not (supervisor.folder.path / "train.log").exists()
 
 
-def test_a_device_lost_on_a_batch_system_keeps_jobs_away_from_its_machine(supervisor):
+def test_device_lost_on_a_batch_system_excludes_its_host_from_jobs(supervisor):
     node = dataclasses.replace(supervisor.pool.groups[0], device_class="gpu", count=4, devices_per_node=2)
     supervisor.pool = dataclasses.replace(supervisor.pool, name="cluster", launcher="slurm", groups=(node,))
     with supervisor.context.sessions.begin() as session:

@@ -1,4 +1,4 @@
-"""Versions that the registry has lost, or that never were: what commands say, and what a round uses instead."""
+"""Test commands and rounds with versions that are lost from the registry or were never registered."""
 
 import json
 import tempfile
@@ -70,13 +70,13 @@ def add_case(context):
 
 
 @pytest.mark.parametrize("version", [987_654, 2**40])
-def test_a_version_that_never_was_is_said_to_be_none_without_asking_the_registry(context, version):
+def test_unknown_version_is_reported_without_querying_the_registry(context, version):
     for ask in (require_registered, evaluate.evaluate_version):
         with pytest.raises(VersionNotRegistered, match=f"v{version} was never registered here"):
             ask(context, version)
 
 
-def test_a_lost_version_is_copied_from_its_export_as_recorded_or_not_at_all(context, record, tmp_path):
+def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(context, record, tmp_path):
     run_id = record(765_001)
     copy = copy_lost_version(context, 765_001, tmp_path / "target")
     export = context.runs / run_id / "export"
@@ -96,7 +96,7 @@ def mlflow(stores):
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlflow, context, record, tmp_path):
+def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlflow, context, record, tmp_path):
     folder = tmp_path / "registered"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
@@ -116,9 +116,7 @@ def test_an_evaluation_of_a_lost_version_says_so_at_once_and_a_round_goes_on(mlf
 
 
 @pytest.mark.slow
-def test_a_command_whose_evaluation_fails_shows_the_end_of_its_log_and_leaves_nothing(
-    mlflow, context, record, tmp_path
-):
+def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(mlflow, context, record, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
