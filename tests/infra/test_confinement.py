@@ -155,7 +155,7 @@ def test_a_confined_process_reaches_its_own_folder_and_nothing_else(probe):
 
 
 @needs_seccomp
-def test_a_server_hands_its_socket_to_nobody_and_stays_in_its_group(probe):
+def test_confined_server_cannot_pass_its_socket_or_change_its_process_group(probe):
     run, own_folder, _ = probe
     report = run(Confinement(write=(own_folder,), connect=(), is_server=True))
     assert {report[name] for name in NOT_A_SERVERS} == {"PermissionError"}, report
@@ -163,7 +163,7 @@ def test_a_server_hands_its_socket_to_nobody_and_stays_in_its_group(probe):
 
 
 @needs_seccomp
-def test_a_confined_process_changes_no_other_and_opens_tcp_by_the_checked_calls_only(probe):
+def test_confined_process_cannot_change_others_or_bypass_tcp_checks(probe):
     run, own_folder, _ = probe
     report = run(Confinement(write=(own_folder,), connect=None, scope_signals=False))
     refused = {"limit other", "priority of other", "priority of user", "scheduler of other", "multipath TCP", "SCTP"}
@@ -192,7 +192,7 @@ def test_ports_and_signals_are_open_where_they_are_granted(probe):
     assert report["environment"] == "PermissionError"
 
 
-def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_path):
+def test_confined_environment_contains_no_secret_of_its_parent(monkeypatch, tmp_path):
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cotrain:secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
@@ -202,7 +202,7 @@ def test_a_built_environment_holds_no_account_of_its_parent(monkeypatch, tmp_pat
 
 
 @needs_landlock
-def test_a_confined_process_finds_the_accelerators_that_it_grants_to_others():
+def test_confined_process_finds_the_accelerators_it_grants():
     code = "from infra import confinement as c; c.ACCELERATOR_FILE_PATTERNS = ('null',); "
     code += "print(*c.find_accelerator_files())"
     result = subprocess.run(Confinement().command(sys.executable, "-c", code), capture_output=True, text=True, cwd="/")
@@ -249,7 +249,7 @@ print(json.dumps(found))
 
 @needs_landlock
 @pytest.mark.parametrize("thread_names", ["none", "own", "descendants"])
-def test_cuda_may_name_threads_and_change_nothing_else_in_proc(thread_names, tmp_path):
+def test_cuda_can_write_only_thread_names_in_proc(thread_names, tmp_path):
     code = f"CODE = {WRITE_PROBE!r}\n" + WRITE_PROBE
     command = Confinement(write=(tmp_path,), scope_signals=False).command(sys.executable, "-c", code)
     specification = json.loads(command[3])
@@ -267,7 +267,7 @@ def test_cuda_may_name_threads_and_change_nothing_else_in_proc(thread_names, tmp
 
 @needs_landlock
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may write the kernel's settings")
-def test_root_without_the_right_to_mount_gets_no_part_of_proc():
+def test_root_without_cap_sys_admin_cannot_write_proc():
     """The alternative, all of /proc, would include the kernel's settings."""
     code = f"CODE = {WRITE_PROBE!r}\n" + WRITE_PROBE
     inner = Confinement().command(sys.executable, "-c", code)

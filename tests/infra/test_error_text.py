@@ -34,7 +34,7 @@ def query(engine, sql):
 
 
 @pytest.mark.parametrize("sql", ["select cast(:mark as integer)", "select cast(:mark as jsonb)", "select 1/0, :mark"])
-def test_an_error_of_the_database_is_its_state(engine, sql):
+def test_database_error_is_described_by_its_sqlstate(engine, sql):
     error = caught(query(engine, sql))
     assert isinstance(error, DBAPIError)
     assert (
@@ -59,7 +59,7 @@ def test_an_error_about_a_text_does_not_quote_it(work):
     assert type(error).__name__ in describe_error(error) and MARK not in describe_error(error)
 
 
-def test_a_logged_traceback_has_places_and_kinds_but_no_text():
+def test_logged_traceback_has_locations_and_types_but_no_messages():
     def work():
         try:
             int(MARK)
@@ -85,7 +85,7 @@ def test_an_error_of_the_registry_says_what_it_refused():
     assert describe_error(error) == "MlflowException: Model Version (name=yuan, version=1) not found"
 
 
-def test_errors_that_are_all_ours_are_said_whole():
+def test_safe_message_errors_keep_their_full_message():
     class Refused(SafeMessageError, ValueError):
         pass
 

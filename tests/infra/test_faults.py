@@ -58,5 +58,5 @@ NEITHER = [
         *((error, False, False) for error in NEITHER),
     ],
 )
-def test_a_fault_is_an_items_or_passes_or_neither(error, own, passing):
+def test_error_is_classified_as_item_transient_or_neither(error, own, passing):
     assert (is_item_error(error), is_transient_error(error)) == (own, passing)

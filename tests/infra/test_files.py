@@ -10,7 +10,7 @@ from infra.files import copy_descriptor, open_log, open_regular, read_regular, r
 from infra.process_group import run_child
 
 
-def test_links_fifos_and_files_without_end_are_refused(tmp_path):
+def test_symlinks_fifos_and_too_large_files_are_refused(tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "link").symlink_to(tmp_path / "secret")
     os.mkfifo(tmp_path / "fifo")
@@ -24,14 +24,14 @@ def test_links_fifos_and_files_without_end_are_refused(tmp_path):
     assert read_regular(tmp_path / "secret") == "secret"
 
 
-def test_a_copy_is_told_by_its_digest_and_overwrites_nothing(tmp_path):
+def test_copy_returns_its_digest_and_overwrites_nothing(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(FileExistsError):
         copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy")
 
 
-def test_a_link_at_the_place_of_a_private_file_is_replaced_and_not_followed(tmp_path):
+def test_symlink_at_the_path_of_a_private_file_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "file").symlink_to(tmp_path / "victim")
     write_private(tmp_path / "file", "text")
@@ -50,7 +50,7 @@ PLANTS = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.timeout(20)
-def test_a_log_is_written_in_its_folder_whatever_lies_in_its_place(tmp_path, plant):
+def test_log_is_written_in_its_folder_when_its_path_is_a_link_fifo_or_folder(tmp_path, plant):
     (tmp_path / "run").mkdir()
     victim, place = tmp_path / ".bashrc", tmp_path / "run" / "eval.log"
     victim.write_text("mine\n")
@@ -70,7 +70,7 @@ def test_a_log_that_is_a_file_is_appended_to(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_of_a_file_without_end_its_last_bytes_are_read_and_of_a_link_none(tmp_path):
+def test_tail_of_a_huge_sparse_file_is_read_and_of_a_symlink_refused(tmp_path):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 40)
     assert read_tail(tmp_path / "sparse", 4) == "\0" * 4
@@ -80,7 +80,7 @@ def test_of_a_file_without_end_its_last_bytes_are_read_and_of_a_link_none(tmp_pa
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_replaced_file_leaves_what_lay_in_its_scratch_files_place(tmp_path, plant):
+def test_replacing_a_file_does_not_write_through_a_link_at_its_temporary_path(tmp_path, plant):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     PLANTS[plant](tmp_path / f".file.{os.getpid()}", victim)

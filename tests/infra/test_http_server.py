@@ -80,9 +80,7 @@ def read_all(connection):
 
 
 @pytest.mark.parametrize("data", UNFINISHED.values(), ids=UNFINISHED)
-def test_callers_are_answered_while_more_unfinished_requests_arrive_than_the_server_may_open_files(
-    dial, client, log, data
-):
+def test_requests_are_served_with_more_unfinished_requests_than_the_open_file_limit(dial, client, log, data):
     seconds = []
     for _ in range(3 * OPEN_FILES // BURST):
         for _ in range(BURST):
@@ -94,7 +92,7 @@ def test_callers_are_answered_while_more_unfinished_requests_arrive_than_the_ser
     assert log.stat().st_size < 2000 and "all 150 connections are in use" in log.read_text()
 
 
-def test_a_flood_of_idle_connections_interrupts_no_upload_and_no_download(dial, client):
+def test_flood_of_idle_connections_does_not_interrupt_uploads_or_downloads(dial, client):
     upload = dial(UNFINISHED["half a body"])
     download = dial(UNFINISHED["an answer that nobody reads"])
     for _ in range(2 * OPEN_FILES // BURST):
@@ -118,7 +116,7 @@ def slow_connections(dial):
     }
 
 
-def test_a_request_head_that_does_not_end_is_given_up_in_time(dial):
+def test_incomplete_request_head_times_out(dial):
     began, ended = time.monotonic(), {}
     slow = slow_connections(dial)
     while len(ended) < len(slow) and time.monotonic() - began < 5 * HEAD_LIMIT_S:
@@ -138,7 +136,7 @@ def test_a_request_head_that_does_not_end_is_given_up_in_time(dial):
     assert all(0.9 * HEAD_LIMIT_S < seconds < 2.5 * HEAD_LIMIT_S for seconds in ended.values()), ended
 
 
-def test_a_slow_body_and_a_slow_reader_have_no_time_limit_of_a_head(dial):
+def test_request_head_timeout_does_not_apply_to_slow_bodies_and_readers(dial):
     body = dial(UNFINISHED["half a body"])
     reader = dial(UNFINISHED["an answer that nobody reads"])
     time.sleep(1.5 * HEAD_LIMIT_S)
@@ -148,7 +146,7 @@ def test_a_slow_body_and_a_slow_reader_have_no_time_limit_of_a_head(dial):
     assert len(read_all(reader)) > LARGE_BYTES
 
 
-def test_a_request_with_two_lengths_is_refused_and_ends_the_connection(dial):
+def test_request_with_two_lengths_is_refused_and_the_connection_closed(dial):
     response = read_all(dial(TWO_LENGTHS + HEALTH))
     assert response.startswith(b"HTTP/1.1 400")
     assert b"connection: close" in response.lower() and response.count(b"HTTP/1.1") == 1
@@ -171,7 +169,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["portal", "model-server", pytest.param("mlflow", marks=SLOW), pytest.param("prefect", marks=SLOW)]
 )
-def test_every_server_of_the_stack_runs_behind_this_protocol(stores, name):
+def test_every_server_of_the_stack_uses_the_http_protocol_class(stores, name):
     config = load_config(stores.home)
     services = {service.name: service for service in make_services(stores.home, config, stores)}
     process = start(services[name], config.stack_id)

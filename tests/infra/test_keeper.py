@@ -131,7 +131,7 @@ def state(folder):
     return read_stack_state(folder).get("services", {}).get("web", {})
 
 
-def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
+def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
     folder, process = keeper
     until(lambda: state(folder).get("state") == "ready")
     first, ready_at = state(folder)["pid"], state(folder)["ready_at"]
@@ -147,7 +147,7 @@ def test_a_dead_service_is_started_again_and_stopping_leaves_nothing(keeper):
     assert not list(find_stack_pids("keeper-test"))
 
 
-def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(keeper):
+def test_service_that_fails_its_liveness_check_is_restarted_with_the_reason(keeper):
     folder, _ = keeper
     until(lambda: state(folder).get("state") == "ready")
     first = state(folder)["pid"]
@@ -160,7 +160,7 @@ def test_a_service_that_runs_and_is_not_alive_is_started_again_with_the_reason(k
 
 
 @pytest.mark.parametrize("moment", ["before the start", "after the start"])
-def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, moment):
+def test_check_sends_nothing_to_a_port_held_by_another_user(tmp_path, moment):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as cleanup:
         if moment == "before the start":
@@ -175,7 +175,7 @@ def test_a_check_sends_nothing_to_a_port_that_another_user_takes(tmp_path, momen
             foreign.accept()
 
 
-def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tmp_path):
+def test_port_with_a_keeper_listener_stays_bound_and_requests_wait_during_a_restart(tmp_path):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
         until(lambda: state(tmp_path).get("state") == "ready")
@@ -195,7 +195,7 @@ def test_nobody_can_take_a_port_for_which_the_keeper_listens_and_callers_wait(tm
 
 @pytest.mark.skipif(not is_seccomp_enforced(), reason="this kernel or architecture has no filter of calls")
 @pytest.mark.parametrize("way", ["shut", "rob"])
-def test_a_server_cannot_rob_its_successor_of_the_socket_or_of_callers(tmp_path, way):
+def test_server_cannot_take_the_socket_or_connections_of_its_successor(tmp_path, way):
     """Shut the socket down, or leave a process behind that would accept clients."""
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
@@ -214,7 +214,7 @@ def existing(pids):
 
 
 @pytest.mark.slow
-def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
+def test_detached_processes_exit_with_the_keeper(tmp_path):
     """Start a process with another session and parent, and without the stack's id in its environment."""
     port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
     hiding = HIDING.replace("FILE", str(hidden)).replace("PORT", str(port))
@@ -230,7 +230,7 @@ def test_a_process_that_hides_from_the_keeper_does_not_outlive_it(tmp_path):
         assert existing(pids) == []
 
 
-def test_a_port_of_another_program_is_named_and_taken_once_it_is_free(tmp_path):
+def test_port_held_by_another_program_is_reported_and_bound_once_free(tmp_path):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as other:
         other.enter_context(listening(port=port))
@@ -245,7 +245,7 @@ def idle():
     return 0.0
 
 
-def test_checks_count_only_in_a_row_and_over_the_time():
+def test_only_consecutive_failures_over_the_time_limit_trigger_a_restart():
     results = iter(["good", "bad", "bad", "good", "bad", "bad", "bad", "bad"])
 
     def check():
@@ -263,7 +263,7 @@ def test_checks_count_only_in_a_row_and_over_the_time():
     ("error", "busy_seconds", "is_restarted"),
     [(TimeoutError(), 60.0, False), (TimeoutError(), 0.0, True), (ServiceUnhealthy("503 no token came"), 60.0, True)],
 )
-def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_restarted):
+def test_server_that_uses_cpu_is_busy_and_not_hung(error, busy_seconds, is_restarted):
     def check():
         raise error
 
@@ -279,7 +279,7 @@ def test_a_server_that_computes_is_loaded_and_not_hung(error, busy_seconds, is_r
             process.kill()
 
 
-def test_waiting_for_a_processor_counts_as_computing():
+def test_waiting_for_a_cpu_counts_as_cpu_demand():
     """Simulate a machine with many more busy processes than CPUs: pin six of them to one core."""
     core = min(os.sched_getaffinity(0))
     program = f"import os; os.sched_setaffinity(0, {{{core}}}); print(flush=True)\nwhile True: pass"
@@ -298,7 +298,7 @@ def test_waiting_for_a_processor_counts_as_computing():
     assert sum(map(int, stat_fields[11:13])) / os.sysconf("SC_CLK_TCK") < 2, "it used a sixth of the CPU"
 
 
-def test_services_die_with_a_killed_keeper(keeper):
+def test_services_exit_when_the_keeper_is_killed(keeper):
     folder, process = keeper
     until(lambda: state(folder).get("state") == "ready")
     process.kill()

@@ -25,7 +25,7 @@ def job(tmp_path):
 
 
 @pytest.mark.parametrize("queue", [None, "gpus"])
-def test_the_manifest_is_a_jobset_by_its_published_model(job, queue):
+def test_manifest_matches_the_published_jobset_model(job, queue):
     body = build_jobset(job, KubernetesOptions(**{**OPTIONS.__dict__, "queue": queue, "priority_class": "high"}))
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body  # the model would drop an unknown key
     # the JobSet models accept unknown keys inside pod specs; the client's models do not
@@ -33,7 +33,7 @@ def test_the_manifest_is_a_jobset_by_its_published_model(job, queue):
     assert body["spec"].get("suspend", False) == (queue is not None)
 
 
-def test_pods_are_one_a_node_and_never_start_again_by_themselves(job):
+def test_one_pod_per_node_and_no_automatic_restart(job):
     body = build_jobset(job, OPTIONS)
     node = body["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = node["template"]["spec"]
@@ -42,7 +42,7 @@ def test_pods_are_one_a_node_and_never_start_again_by_themselves(job):
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "64Gi"}
 
 
-def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
+def test_pods_avoid_bad_nodes_and_get_their_node_name(job):
     body = build_jobset(Job(**{**job.__dict__, "avoid": ("gpu-7", "gpu-9")}), OPTIONS)
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body
     spec = client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"]).spec.template.spec
@@ -56,7 +56,7 @@ def test_pods_keep_away_from_bad_machines_and_name_their_own(job):
     assert names["NODE_NAME"].field_ref.field_path == "spec.nodeName"
 
 
-def test_only_what_a_rank_needs_travels(job):
+def test_pod_environment_has_only_variables_for_ranks(job):
     container = build_jobset(job, OPTIONS)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
         "containers"
     ][0]
@@ -108,6 +108,6 @@ def pod(name, code=None, reason=None, second=0, condition=None, status_reason=No
         ({}, [pod("a", status_reason="NodeLost")], (1, "node lost")),
     ],
 )
-def test_every_end_has_its_class(status, pods, expected):
+def test_job_status_and_pods_determine_the_job_ending(status, pods, expected):
     ending = find_job_ending(status, pods)
     assert (ending and (ending.status, ending.cause)) == expected

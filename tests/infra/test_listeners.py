@@ -13,7 +13,7 @@ from tests.infra.listening import ORDINARY, as_user, listening, port_of
 OWN = (os.geteuid(),)
 
 
-def test_an_own_listener_is_accepted_and_a_foreign_one_is_named():
+def test_own_listener_is_accepted_and_a_foreign_one_reported():
     with listening() as server:
         require_own_listener(f"http://127.0.0.1:{port_of(server)}/path", OWN)
         require_own_listener(f"http://localhost:{port_of(server)}", OWN)
@@ -29,7 +29,7 @@ def test_a_port_without_listener_is_refused():
 
 
 @pytest.mark.parametrize(("host", "family"), [("0.0.0.0", socket.AF_INET), ("::", socket.AF_INET6)])
-def test_a_listener_on_all_addresses_counts_where_none_is_bound_to_the_very_one(host, family):
+def test_listener_on_all_addresses_is_found(host, family):
     with listening(host, uid=ORDINARY, family=family) as server:
         assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == {ORDINARY}
 
@@ -39,7 +39,7 @@ def test_a_listener_on_another_address_does_not_count():
         assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == set(OWN)
 
 
-def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
+def test_connection_to_an_opened_listener_waits_until_a_server_accepts_it():
     with listening() as server:
         url = f"http://127.0.0.1:{port_of(server)}/path"
         with pytest.raises(PermissionError, match=rf"port {port_of(server)} is held by user {os.geteuid()} "):
@@ -56,7 +56,7 @@ def test_what_connects_to_an_opened_listener_waits_for_a_server_to_accept_it():
         pass
 
 
-def test_nobody_else_listens_while_this_user_replaces_a_listener_or_has_shut_it():
+def test_another_user_cannot_bind_while_a_listener_is_replaced_or_shut_down():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = port_of(free)
     url = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Test that processes exit when their supervisor's heartbeat file stops changing or holds the exit note."""
+"""Test that processes exit when their supervisor's heartbeat file stops changing or contains the exit note."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def rank(tmp_path):
     process.wait()
 
 
-def test_a_rank_leaves_when_its_supervisor_was_killed(rank, tmp_path):
+def test_rank_exits_when_its_supervisor_is_killed(rank, tmp_path):
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "alive")])
     time.sleep(3)
     assert rank.poll() is None
@@ -34,7 +34,7 @@ def test_a_rank_leaves_when_its_supervisor_was_killed(rank, tmp_path):
     assert rank.wait(10) == EXIT_TEMPORARY_FAILURE
 
 
-def test_a_rank_leaves_at_once_when_the_block_ends(rank, tmp_path):
+def test_rank_exits_immediately_when_parent_heartbeats_end(rank, tmp_path):
     with send_parent_heartbeats(tmp_path / "alive"):
         pass
     begun = time.monotonic()

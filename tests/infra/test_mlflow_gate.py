@@ -1,4 +1,4 @@
-"""Test what nobody, a consumer and the administrator can reach on the real MLflow server."""
+"""Test which routes of the real MLflow server are open to each kind of caller."""
 
 import base64
 import http.client
@@ -69,7 +69,7 @@ def refused(stores, routes):
     return walk(stores, routes)
 
 
-def test_every_route_is_closed_to_each_caller_unless_it_is_on_their_list(refused):
+def test_each_caller_can_access_only_its_listed_routes(refused):
     lists = {
         "nobody": PUBLIC_RULES,
         "consumer": PUBLIC_RULES + CONSUMER_RULES,
@@ -84,7 +84,7 @@ def test_every_route_is_closed_to_each_caller_unless_it_is_on_their_list(refused
     } == set()  # a HEAD may be refused by MLflow itself
 
 
-def test_what_runs_code_or_calls_other_hosts_is_open_to_nobody(refused):
+def test_routes_that_run_code_or_call_other_hosts_are_forbidden(refused):
     opened = {(method, path) for (_, method, path), is_refused in refused.items() if not is_refused}
     assert [route for route in opened if NEVER_OPEN.search(route[1].replace("search-datasets", ""))] == []
     assert not {method for _, method, _ in (a for a, closed in refused.items() if not closed and a[0] == "nobody")} - {
@@ -93,19 +93,19 @@ def test_what_runs_code_or_calls_other_hosts_is_open_to_nobody(refused):
     }
 
 
-def test_no_rule_is_dead(routes):
+def test_every_rule_matches_a_route(routes):
     assert any("assistant" in path for _, path in routes)  # the table has the routes of both of MLflow's layers
     for rule in PUBLIC_RULES + ADMINISTRATOR_RULES:
         assert any(rule.matches(method, fill_placeholders(path)) for method, path in routes), rule
 
 
-def test_the_documentation_shows_the_walk(refused, routes):
+def test_documentation_contains_the_route_table(refused, routes):
     table = render_walk(refused, routes)
     assert any(table in page.read_text() for page in DOCS.glob("*.md")), table
 
 
 @pytest.mark.parametrize("caller", ["nobody", "consumer", "administrator"])
-def test_the_assistant_cannot_be_configured_or_asked(clients, caller):
+def test_assistant_cannot_be_configured_or_queried(clients, caller):
     base = "/ajax-api/3.0/mlflow/assistant"
     provider = {"providers": {"openai": {"base_url": "http://127.0.0.1:9", "permissions": {"full_access": True}}}}
     status = 401 if caller == "nobody" else 403
@@ -130,7 +130,7 @@ def test_the_assistant_cannot_be_configured_or_asked(clients, caller):
         "/health/%2e%2e/ajax-api/3.0/mlflow/assistant/config",
     ],
 )
-def test_a_path_with_two_readings_is_refused(stores, mlflow, path):
+def test_ambiguous_path_is_forbidden(stores, mlflow, path):
     address = urlsplit(stores.mlflow_url)
     name, password = callers(stores)["administrator"]
     token = base64.b64encode(f"{name}:{password}".encode()).decode()
@@ -140,7 +140,7 @@ def test_a_path_with_two_readings_is_refused(stores, mlflow, path):
     connection.close()
 
 
-def test_only_one_well_formed_basic_header_signs_in(clients, stores):
+def test_exactly_one_valid_basic_authorization_header_is_accepted(clients, stores):
     name, password = callers(stores)["consumer"]
     basic = "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
     admin = "Basic " + base64.b64encode(":".join(callers(stores)["administrator"]).encode()).decode()
@@ -158,7 +158,7 @@ def test_only_one_well_formed_basic_header_signs_in(clients, stores):
         assert response.status_code == 401 and response.headers["www-authenticate"].startswith("Basic")
 
 
-def test_a_second_administrator_of_mlflow_has_a_consumers_list(clients):
+def test_second_mlflow_administrator_gets_consumer_routes_only(clients):
     account = {"username": "second", "password": "second-password-1"}
     assert clients["administrator"].post("/api/2.0/mlflow/users/create", json=account).status_code == 200
     body = {"username": "second", "is_admin": True}
@@ -277,7 +277,7 @@ def test_searches_show_a_consumer_only_what_they_may_read(clients, mlflow):
     assert mlflow.model not in ask.post("/api/2.0/mlflow/logged-models/search", json=body).text
 
 
-def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(clients, mlflow):
+def test_search_and_query_of_a_consumer_are_limited_and_fast(clients, mlflow):
     search, ask = "/api/2.0/mlflow/runs/search", clients["consumer"]
     orders = [f"params.`p{n}` ASC" for n in range(2000)]
     conditions = " AND ".join(f"params.`p{n}` = 'x'" for n in range(MAX_FILTER_CONDITIONS))
@@ -296,14 +296,14 @@ def test_a_consumers_search_and_query_are_bounded_and_answered_in_milliseconds(c
 
 
 @pytest.mark.parametrize("content", [b"[" * 2000, b'"x"', b"[]", b"null"])
-def test_what_is_no_json_object_is_the_callers_fault(clients, content):
+def test_body_that_is_not_a_json_object_gets_status_400(clients, content):
     for caller in ("consumer", "administrator"):
         for path in ("/api/2.0/mlflow/runs/search", "/graphql"):
             assert clients[caller].post(path, content=content).status_code == 400
 
 
 @pytest.mark.parametrize("password", ["", "wrong"])
-def test_a_body_without_end_reaches_no_memory(clients, stores, password):
+def test_too_large_body_is_refused_before_it_is_read(clients, stores, password):
     name, right = callers(stores)["consumer"]
     address = urlsplit(stores.mlflow_url)
     token = base64.b64encode(f"{name}:{password or right}".encode()).decode()
@@ -332,7 +332,7 @@ def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, sto
     assert clients["consumer"].get(url).status_code == clients["administrator"].get(url).status_code == 200
 
 
-def test_the_tracker_sets_up_twice_and_its_versions_show_their_files(clients, stores, mlflow):
+def test_tracker_setup_is_idempotent_and_version_files_are_readable(clients, stores, mlflow):
     Tracker(stores).set_up(dict(callers(stores)[caller] for caller in ("consumer", "reader")))
     listed = clients["consumer"].get("/ajax-api/3.0/mlflow/workspaces").json()
     assert [workspace["name"] for workspace in listed["workspaces"]] == ["default"]
@@ -340,7 +340,7 @@ def test_the_tracker_sets_up_twice_and_its_versions_show_their_files(clients, st
     assert clients["consumer"].get("/model-versions/get-artifact", params=query).json() == {"public": True}
 
 
-def test_set_up_gives_the_consumer_the_password_of_the_settings(clients, stores):
+def test_set_up_resets_the_consumer_password_to_the_setting(clients, stores):
     body = {"username": "consumer", "password": "somebody-changed-it"}
     assert clients["administrator"].patch("/api/2.0/mlflow/users/update-password", json=body).status_code == 200
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 401
@@ -348,7 +348,7 @@ def test_set_up_gives_the_consumer_the_password_of_the_settings(clients, stores)
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 200
 
 
-def test_the_page_chooses_the_workspace_and_loads_nothing_from_elsewhere(clients):
+def test_page_selects_the_workspace_and_loads_nothing_from_other_hosts(clients):
     page = clients["consumer"].get(
         "/", headers={"Range": "bytes=0-9", "If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}
     )

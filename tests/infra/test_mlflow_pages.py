@@ -47,7 +47,7 @@ def visit(stores, mlflow, browser):
     assert foreign == []
 
 
-def test_the_bare_address_shows_the_models_and_the_way_to_a_version(visit):
+def test_root_url_shows_the_models_and_links_to_a_version(visit):
     page = visit("/")
     page.get_by_role("link", name="yuan", exact=True).first.click()
     page.get_by_role("link", name="Version 1").first.click()

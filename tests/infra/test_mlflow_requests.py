@@ -92,7 +92,7 @@ def test_a_long_body_is_refused_before_it_is_read(port, behind, auth):
     assert behind.reached == []
 
 
-def test_a_body_without_a_length_is_read_to_its_bound(port, behind):
+def test_body_without_a_length_is_read_up_to_the_limit(port, behind):
     chunks = (b"x" * 65536 for _ in range(MAX_MLFLOW_BODY_BYTES // 65536 + 1))
     try:
         response = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
@@ -102,7 +102,7 @@ def test_a_body_without_a_length_is_read_to_its_bound(port, behind):
     assert behind.reached == []
 
 
-def test_a_body_that_stalls_is_refused_and_one_that_breaks_off_is_dropped(port, behind):
+def test_stalled_body_times_out_and_an_incomplete_one_is_dropped(port, behind):
     with send_raw(port, SEARCH, 100, b"{") as connection:
         assert status_of(connection) == 408
     send_raw(port, SEARCH, 100, b"{").close()
@@ -110,7 +110,7 @@ def test_a_body_that_stalls_is_refused_and_one_that_breaks_off_is_dropped(port, 
     assert behind.reached == []
 
 
-def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
+def test_stalled_bodies_do_not_block_other_requests(port, post, behind):
     stalled = [send_raw(port, SEARCH, 100, b"{") for _ in range(MAX_WAITING_REQUESTS)]
     try:
         assert httpx.get(f"http://127.0.0.1:{port}/", auth=CONSUMER).status_code == 200
@@ -123,7 +123,7 @@ def test_stalled_bodies_keep_nobody_from_reading(port, post, behind):
             connection.close()
 
 
-def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, behind, port):
+def test_concurrent_consumer_requests_are_limited_and_do_not_block_the_platform(post, behind, port):
     behind.may_answer.clear()
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 9) as pool:
         url = f"http://127.0.0.1:{port}{SEARCH}"
@@ -144,7 +144,7 @@ def test_few_are_inside_at_a_time_and_the_platform_waits_for_none_of_them(post, 
     assert statuses.count(429) == 8 and statuses.count(200) == MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS
 
 
-def test_the_administrators_files_pass_as_they_come_and_its_json_is_bounded(post, port, behind):
+def test_administrator_uploads_are_streamed_and_its_json_is_limited(post, port, behind):
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=ADMINISTRATOR) as client:
         assert client.put(UPLOAD, content=b"x" * 20 * 2**20).status_code == 200
     assert post(b'{"a": "' + b"x" * 2 * MAX_MLFLOW_BODY_BYTES + b'"}', LOG, ADMINISTRATOR).status_code == 200
@@ -156,14 +156,14 @@ def test_the_administrators_files_pass_as_they_come_and_its_json_is_bounded(post
 
 
 @pytest.mark.parametrize("path", ["/health", "/static-files/x.js", "/api/3.0/mlflow/server-info"])
-def test_what_needs_no_account_takes_no_body(port, behind, path):
+def test_public_routes_accept_no_body(port, behind, path):
     with send_raw(port, path, 100, b"{", method="GET") as connection:
         assert status_of(connection) == 413
     assert httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
 
 
 @pytest.mark.parametrize("body", ["[" * 2000, '"x"', "[]", "null", "{", "1" * 5000, b"\xff"])
-def test_a_body_that_is_no_object_is_refused_in_mlflows_form(post, behind, body):
+def test_body_that_is_not_an_object_gets_an_mlflow_error(post, behind, body):
     for path, auth in ((SEARCH, CONSUMER), (LOG, ADMINISTRATOR), ("/graphql", CONSUMER)):
         response = post(body, path, auth)
         assert response.status_code == 400 and response.json()["error_code"] == "INVALID_PARAMETER_VALUE"
@@ -221,14 +221,14 @@ def test_graphql_beyond_its_bounds_is_refused(query):
 
 
 @pytest.mark.parametrize("more", [{"variables": []}, {"operationName": 1}])
-def test_graphql_takes_what_mlflow_reads(more):
+def test_graphql_accepts_variables_and_operation_name_of_the_right_type(more):
     query = {"query": "query A($data: B!) {mlflowGetRun(input: $data) {run {info {runId}}}}"}
     check_graphql({**query, "variables": {"data": {"runId": "1"}}, "operationName": "A"})
     with pytest.raises(MlflowRequestRefused):
         check_graphql({**query, **more})
 
 
-def test_whoever_waits_too_long_for_a_lane_is_told_so():
+def test_request_that_waits_too_long_for_a_lane_raises_lane_full():
     async def fill():
         lane = RequestLane(1, 1, 0.05)
         async with lane.enter():

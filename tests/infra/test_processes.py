@@ -17,7 +17,7 @@ from infra.processes import (
 )
 
 
-def test_a_process_that_cannot_be_looked_at_is_not_known_to_have_exited():
+def test_process_that_cannot_be_inspected_is_not_known_to_have_exited():
     """Guard the devices of a running run, which the lease reaper would otherwise free."""
     own_identity, limits = get_own_identity(), resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
@@ -41,7 +41,7 @@ def test_a_process_that_has_ended_is_known_to_have_exited():
     assert not is_known_exited(f"another-host:{os.getpid()}:1")
 
 
-def test_a_process_whose_name_is_not_text_is_found_like_any_other():
+def test_process_with_a_non_utf8_name_is_found():
     """Any local user can run such a process; it must not stop who looks at the machine's processes."""
     name_itself = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff)\\xe5', 0, 0, 0); print(flush=True); input()"
     command = [sys.executable, "-c", name_itself, "COTRAIN_TEST_NAME=odd"]

@@ -1,4 +1,4 @@
-"""Test how a gate reads a body: within the time limits and the size limit, or not at all."""
+"""Test how a gate reads request bodies, with time and size limits."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ def part(data, more=True):
     return {"type": "http.request", "body": data, "more_body": more}
 
 
-def test_a_body_is_read_whole_up_to_its_bound():
+def test_body_is_read_completely_up_to_the_size_limit():
     assert read(part(b"01234"), part(b"56789", more=False)) == b"0123456789"
     for refused in ([part(b"01234"), part(b"56789x", more=False)], [part(b"x" * 11)]):
         with pytest.raises(RequestBodyRefused) as refusal:
@@ -33,13 +33,13 @@ def test_a_body_is_read_whole_up_to_its_bound():
         assert refusal.value.status == 413
 
 
-def test_a_body_that_is_announced_as_too_long_is_not_read():
+def test_body_with_too_large_content_length_is_not_read():
     with pytest.raises(RequestBodyRefused) as refusal:
         read(part(b"", more=False), headers=[(b"content-length", b"11")])
     assert refusal.value.status == 413
 
 
-def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch):
+def test_slow_request_body_times_out(monkeypatch):
     monkeypatch.setattr(request_body, "BODY_TIMEOUT_S", 0.5)
     for pause in ({"pause_s": 0.1}, {"then": part(b"")}):  # no further message, and messages without an end
         with pytest.raises(RequestBodyRefused) as refusal:
@@ -47,6 +47,6 @@ def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch):
         assert refusal.value.status == 408
 
 
-def test_a_client_that_leaves_gets_no_answer():
+def test_client_disconnect_raises_client_disconnected():
     with pytest.raises(ClientDisconnected):
         read(part(b"0"), {"type": "http.disconnect"})

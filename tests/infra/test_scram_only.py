@@ -1,4 +1,4 @@
-"""Test that a program on PostgreSQL's port gets no password from Prefect's server."""
+"""Test that Prefect's server sends no password to another program on PostgreSQL's port."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,7 @@ NOTICE = message(b"N", b"SNOTICE\0\0")
         (struct.pack("!ci", b"N", MAX_SIGN_IN_MESSAGE_BYTES + 1), "bytes while signing in"),
     ],
 )
-def test_a_server_that_asks_for_anything_but_scram_gets_no_password(sent, refusal, size):
+def test_server_that_requests_a_method_other_than_scram_gets_no_password(sent, refusal, size):
     received = bytearray()
 
     async def answer(reader, writer):
@@ -88,7 +88,7 @@ def test_a_server_that_asks_for_anything_but_scram_gets_no_password(sent, refusa
     assert not received or (SCRAM in sent and b"SCRAM-SHA-256" in received)
 
 
-def test_postgresql_itself_is_used_as_before(stores):
+def test_connection_to_postgresql_still_works(stores):
     url = stores.database_url.get_secret_value().partition("?")[0]
 
     async def ask(url):
@@ -103,7 +103,7 @@ def test_postgresql_itself_is_used_as_before(stores):
         asyncio.run(ask(url.replace("cotrain:", "cotrain:not")))
 
 
-def test_prefects_server_shows_its_password_to_no_program_on_postgresqls_port(tmp_path):
+def test_prefect_server_sends_no_password_to_an_impostor_on_the_postgresql_port(tmp_path):
     config = load_or_make_config(tmp_path)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)

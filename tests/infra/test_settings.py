@@ -32,7 +32,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ALLOWED)
-def test_a_process_is_given_the_secrets_it_uses_and_no_others(home, kind):
+def test_process_gets_only_the_secrets_it_uses(home, kind):
     text = (home / kind.files[0]).read_text()
     secret_names = {name for name, secret in load_or_make_config(home).secrets.items() if secret in text}
     assert secret_names == ALLOWED[kind]
@@ -46,20 +46,20 @@ def test_the_model_servers_account_only_reads(home, monkeypatch):
     assert settings.mlflow_password.get_secret_value() == load_or_make_config(home).secrets["mlflow_reader"]
 
 
-def test_values_with_quotes_and_spaces_come_back(home, monkeypatch):
+def test_values_with_quotes_and_spaces_survive_a_round_trip(home, monkeypatch):
     (home / "env.local").write_text("COTRAIN_TEAM=\"a 'quoted' \\\\ team # 1\"\n")
     write_environment(home, load_or_make_config(home))
     assert FlowSettings(_env_file=home / FlowSettings.files[0]).team == "a 'quoted' \\ team # 1"
 
 
-def test_values_that_break_their_rule_are_named_wherever_settings_are_read(home):
+def test_invalid_setting_is_reported_with_its_file_and_line(home):
     file = home / "env.local"
     file.write_text("COTRAIN_HELD_OUT_SHARE=2\n")
     with pytest.raises(ValueError, match=f"^COTRAIN_HELD_OUT_SHARE must be less than 1, got '2' .{file}, line 1.$"):
         write_environment(home, load_or_make_config(home))
 
 
-def test_what_is_missing_is_named_with_the_way_to_get_it(tmp_path):
+def test_missing_setting_is_reported_with_its_fix(tmp_path):
     with pytest.raises(ValueError, match=r"COTRAIN_PREFECT_AUTH.* run `cotrain up`"):
         read_settings(WorkerSettings, tmp_path)
 

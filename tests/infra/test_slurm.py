@@ -1,4 +1,4 @@
-"""The Slurm launcher on a real Slurm of one node; skipped where Debian's packages are not installed."""
+"""Test the Slurm launcher on a real one-node Slurm; skipped where Debian's packages are not installed."""
 
 import os
 import socket
@@ -79,7 +79,7 @@ def test_a_job_runs_to_its_end(slurm, job, status):
 
 
 @needs_slurm
-def test_leaving_the_block_ends_every_process(slurm, job):
+def test_exiting_the_launcher_context_ends_every_process(slurm, job):
     with SlurmLauncher().run(job):
         pids = started(job)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -87,7 +87,7 @@ def test_leaving_the_block_ends_every_process(slurm, job):
 
 
 @needs_slurm
-def test_a_job_that_somebody_cancels_says_so(slurm, job):
+def test_cancelled_job_is_reported_as_cancelled(slurm, job):
     with SlurmLauncher().run(job) as running:
         started(job)
         said("scancel", f"--name={job.name}")
@@ -95,7 +95,7 @@ def test_a_job_that_somebody_cancels_says_so(slurm, job):
 
 
 @needs_slurm
-def test_a_job_keeps_away_from_bad_machines(slurm, job):
+def test_job_excludes_bad_nodes(slurm, job):
     bad = Job(**{**job.__dict__, "avoid": (socket.gethostname().split(".")[0],)})
     with (
         pytest.raises(RuntimeError, match=r"Requested node configuration is not available.*it excludes"),
@@ -106,7 +106,7 @@ def test_a_job_keeps_away_from_bad_machines(slurm, job):
 
 @pytest.mark.slow
 @needs_slurm
-def test_a_requeued_job_goes_on(slurm, job):
+def test_requeued_job_restarts_and_finishes(slurm, job):
     with SlurmLauncher().run(job) as running:
         first = started(job)
         for rank in range(2):
@@ -119,7 +119,7 @@ def test_a_requeued_job_goes_on(slurm, job):
 
 
 @needs_slurm
-def test_a_job_that_slurm_refuses_is_an_error_in_its_words(slurm, job):
+def test_job_refused_by_slurm_raises_the_slurm_error_message(slurm, job):
     with (
         pytest.raises(RuntimeError, match="invalid partition specified"),
         SlurmLauncher(SlurmOptions(partition="none")).run(job),
@@ -138,7 +138,7 @@ def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
     until(lambda: not said(*confinement.command("/usr/bin/squeue", "--noheader")))
 
 
-def test_a_script_carries_no_secret_and_names_the_first_node(job):
+def test_batch_script_contains_no_secret_and_sets_the_rendezvous_endpoint(job):
     script = render_batch_script(job, SlurmOptions(gres="gpu:8", account="a b"))
     assert "do not pass on" not in script and "--gres=gpu:8" in script
     assert "export OMP_NUM_THREADS=1" in script and "--rdzv-endpoint=$head:29500" in script
@@ -157,11 +157,11 @@ def test_a_script_carries_no_secret_and_names_the_first_node(job):
         ("CANCELLED", "0:0", "cancelled", 1),
     ],
 )
-def test_every_final_state_has_its_class(state, code, cause, status):
+def test_final_job_state_determines_the_job_ending(state, code, cause, status):
     ending = parse_job_ending(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
     assert (ending.cause, ending.status) == (cause, status)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING"])
-def test_a_job_under_way_has_no_ending(state):
+def test_unfinished_job_has_no_ending(state):
     assert parse_job_ending(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None

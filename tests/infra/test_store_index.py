@@ -10,7 +10,7 @@ from infra.settings import Settings
 from tests.conftest import start
 
 
-def test_a_torn_index_hides_no_object(tmp_path):
+def test_truncated_volume_index_loses_no_object(tmp_path):
     config = load_or_make_config(tmp_path, durable=False)
     write_environment(tmp_path, config)
     settings = Settings(_env_file=tmp_path / "env", home=tmp_path)

@@ -1,4 +1,4 @@
-"""Test what callers without certificate or signature can reach in the running store, and what presigned URLs allow."""
+"""Test what clients without certificate or signature can access in the running store, and presigned URL limits."""
 
 import os
 import socket
@@ -109,7 +109,7 @@ def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
     assert {port for _, port in listening} == known
 
 
-def test_every_port_but_s3_refuses_whoever_has_no_certificate(weed):
+def test_every_port_except_s3_refuses_clients_without_certificate(weed):
     config, pid = weed
     for _, port in listening_ports(pid):
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
@@ -119,7 +119,7 @@ def test_every_port_but_s3_refuses_whoever_has_no_certificate(weed):
             assert response.startswith(b"HTTP/1.0 400") or b"HTTP/1" not in response, (port, response)
 
 
-def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
+def test_unix_sockets_of_the_store_are_accessible_to_its_owner_only(weed):
     _, pid = weed
     rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
     own_sockets = sockets_of(pid)
@@ -131,7 +131,7 @@ def test_the_stores_sockets_in_the_file_system_are_its_owners(weed):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "POST", "DELETE"])
-def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
+def test_unsigned_s3_requests_cannot_read_or_write(s3, objects, method):
     before = objects.list_keys("")
     for path in PATHS:
         response = s3.request(method, path, content=b"x" if method in ("PUT", "POST") else None)
@@ -143,7 +143,7 @@ def test_nobody_reads_or_writes_anything_of_s3(s3, objects, method):
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_nobody_makes_themselves_an_identity(s3, action):
+def test_unsigned_requests_cannot_create_an_identity(s3, action):
     parameters = {"Action": action, "UserName": "me", "RoleArn": "arn:aws:iam::1:role/x", "RoleSessionName": "me"}
     for version in ("2010-05-08", "2011-06-15"):
         response = s3.post(
@@ -187,7 +187,7 @@ def test_a_presigned_upload_stores_its_object_and_a_download_reads_it(objects, u
         ("metadata", {"headers": {"Content-Type": "text/plain", "x-amz-meta-a": "b"}}),
     ],
 )  # fmt: skip
-def test_a_presigned_upload_is_for_nothing_but(objects, upload, change, request_):
+def test_presigned_upload_is_refused_when_the_request_differs(objects, upload, change, request_):
     key, url = upload
     changed = {"method": "PUT", "content": b"12345", "headers": {"Content-Type": "text/plain"}, **request_}
     content = iter(changed.pop("content")) if isinstance(changed["content"], list) else changed.pop("content")
@@ -196,7 +196,7 @@ def test_a_presigned_upload_is_for_nothing_but(objects, upload, change, request_
     assert not objects.exists(key)
 
 
-def test_a_chunked_body_that_also_states_the_signed_length_is_refused(objects, upload):
+def test_chunked_upload_with_a_content_length_is_refused(objects, upload):
     key, url = upload
     parts = urlsplit(url)
     head = f"PUT {parts.path}?{parts.query} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: text/plain\r\n"
@@ -207,7 +207,7 @@ def test_a_chunked_body_that_also_states_the_signed_length_is_refused(objects, u
     assert not objects.exists(key)
 
 
-def test_a_presigned_download_is_for_nothing_but_its_object(objects, upload):
+def test_presigned_download_is_refused_for_other_objects_and_methods(objects, upload):
     key, _ = upload
     objects.put(key, b"12345")
     url = objects.presign_download(key, 60)
@@ -222,7 +222,7 @@ def test_a_presigned_download_is_for_nothing_but_its_object(objects, upload):
     assert objects.get(key) == b"12345"
 
 
-def test_a_presigned_address_expires(objects, upload):
+def test_presigned_url_expires(objects, upload):
     key, _ = upload
     download, upload_again = objects.presign_download(key, 1), objects.presign_upload(key, 5, "text/plain", 1)
     objects.put(key, b"12345")
@@ -232,6 +232,6 @@ def test_a_presigned_address_expires(objects, upload):
 
 
 @pytest.mark.parametrize(("num_bytes", "valid_s"), [(-1, 60), (5 * 2**30 + 1, 60), (5, 0), (5, 3601)])
-def test_a_presigned_address_has_bounds(objects, num_bytes, valid_s):
+def test_presigned_url_size_and_validity_are_limited(objects, num_bytes, valid_s):
     with pytest.raises(ValueError, match="must be from"):
         objects.presign_upload("uploads/x", num_bytes, "text/plain", valid_s)

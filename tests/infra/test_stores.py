@@ -39,7 +39,7 @@ from tests.waiting import until
 STRANGER = b"user\0stranger\0\0"
 
 
-def test_a_database_server_that_asks_for_the_password_as_it_is_does_not_get_it(tmp_path):
+def test_database_server_that_requests_a_cleartext_password_gets_none(tmp_path):
     with listening() as impostor, ThreadPoolExecutor() as threads:
         server = Postgres(tmp_path / "pg", port=port_of(impostor), password="secret-of-the-superuser")
         received = threads.submit(ask_for_the_password, impostor)
@@ -62,7 +62,7 @@ def ask_for_the_password(impostor):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
+def test_links_in_the_database_folder_cause_no_chown_of_files_outside(tmp_path):
     """Check both the owners of the files and the folders that the server may write."""
     others = tmp_path / "others"
     others.mkdir()
@@ -83,7 +83,7 @@ def test_links_that_a_database_server_left_give_nobodys_files_away(tmp_path):
     assert [path.resolve() for path in written] == [server.folder]
 
 
-def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
+def test_killed_postgres_keeps_committed_rows(tmp_path):
     config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     for round_ in range(2):
@@ -101,7 +101,7 @@ def test_postgres_killed_in_mid_work_keeps_what_it_acknowledged(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_whose_connections_strangers_take_is_alive_and_goes_on_with_those_it_has(tmp_path):
+def test_postgres_without_free_connections_is_alive_and_serves_open_ones(tmp_path):
     """Open 260 connections that never authenticate."""
     config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
@@ -136,7 +136,7 @@ def answers(server):
     return True
 
 
-def test_the_server_wants_a_password(stores):
+def test_postgres_requires_the_password(stores):
     url = stores.database_url.get_secret_value()
     secret = url.split(":")[2].split("@")[0]
     with pytest.raises(psycopg.OperationalError, match="password"):
@@ -148,14 +148,14 @@ def test_secrets_are_readable_by_their_owner_only(stores):
         assert (stores.home / name).stat().st_mode & 0o077 == 0
 
 
-def test_objects_come_back_and_missing_ones_are_missing(objects):
+def test_stored_objects_are_returned_and_missing_ones_do_not_exist(objects):
     name = objects.put_by_sha256("test", b"bytes")
     assert objects.get(f"test/{name}") == b"bytes"
     assert objects.exists(f"test/{name}")
     assert not objects.exists("test/nothing")
 
 
-def test_a_busy_port_names_its_holder(tmp_path):
+def test_description_of_a_busy_port_names_its_holder(tmp_path):
     config = load_or_make_config(tmp_path)
     port = config.ports["postgres"]
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
@@ -168,7 +168,7 @@ def test_a_busy_port_names_its_holder(tmp_path):
         process.wait()
 
 
-def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
+def test_port_missing_from_the_config_is_chosen_again(tmp_path):
     config = load_or_make_config(tmp_path)
     data = json.loads((tmp_path / "stack-config.json").read_text())
     del data["ports"]["mlflow"]
@@ -178,7 +178,7 @@ def test_a_port_taken_out_of_the_config_is_chosen_anew(tmp_path):
     assert "mlflow" in again.ports
 
 
-def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_its_socket():
+def test_store_gets_another_port_when_its_socket_path_belongs_to_another_user():
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         home = Path(folder)
         os.chown(home, ORDINARY, ORDINARY)
@@ -198,7 +198,7 @@ def test_the_store_gets_another_port_where_another_users_file_is_in_the_way_of_i
     assert {name for name, port in config.ports.items() if fresh.ports[name] != port} == {"s3_grpc"}
 
 
-def test_a_folder_in_the_way_of_the_stores_socket_stops_not_even_root(tmp_path):
+def test_store_gets_another_port_when_its_socket_path_is_a_folder(tmp_path):
     config = load_or_make_config(tmp_path)
     blocked = get_weed_socket("filer_grpc", config.ports["filer_grpc"])
     blocked.mkdir()
@@ -233,7 +233,7 @@ def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, 
 @pytest.mark.parametrize(
     "name", [n for part in WEED_PORT_NAMES if part != "s3" for n in (part, f"{part}_grpc")] + ["s3_grpc"]
 )
-def test_the_stores_inner_ports_speak_to_nobody_else(stores, name):
+def test_internal_store_ports_refuse_clients_without_certificate(stores, name):
     """Connect in plain text, and over TLS without the store's certificate."""
     port = load_config(stores.home).ports[name]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

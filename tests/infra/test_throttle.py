@@ -34,7 +34,7 @@ def test_guesses_beyond_the_limit_wait_until_the_oldest_leaves_the_window(thrott
     assert throttle.admit("ann", "10.0.0.1") == 10
 
 
-def test_a_lock_out_is_of_one_account_at_one_address(throttle):
+def test_lockout_applies_to_one_account_at_one_address(throttle):
     while not throttle.admit("ann", "10.0.0.1"):
         pass
     assert throttle.admit("ann", "10.0.0.2") == 0
@@ -47,7 +47,7 @@ def test_one_address_that_guesses_many_names_is_limited(throttle):
     assert throttle.admit("user-0", "10.0.0.2") == 0
 
 
-def test_right_passwords_never_lock_out_and_never_give_a_guesser_new_attempts(throttle):
+def test_successful_sign_ins_neither_lock_out_nor_reset_the_limit_of_a_guesser(throttle):
     for _ in range(100):
         assert throttle.admit("ann", "10.0.0.1") == 0
         throttle.note_success("ann", "10.0.0.1")
@@ -71,7 +71,7 @@ def test_addresses_of_one_ipv6_network_count_as_one(throttle):
     assert throttle.admit("ann", "::ffff:10.0.0.1") == throttle.admit("ann", "::ffff:10.0.0.2") == 0
 
 
-def test_counters_are_bounded_and_the_least_recently_used_goes_first(throttle):
+def test_number_of_counters_is_limited_and_the_least_recently_used_is_evicted(throttle):
     while not throttle.admit("ann", "10.0.0.1"):
         pass
     for n in range(1000):

@@ -11,7 +11,7 @@ from infra.tracker import SHORT_REQUEST_TIMEOUT_S, Tracker
 
 
 @pytest.mark.slow
-def test_who_watches_a_run_does_not_wait_for_minutes(stores):
+def test_tracker_with_short_timeout_does_not_wait_for_minutes(stores):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         tracker = Tracker(stores.model_copy(update={"mlflow_url": url}))
