@@ -31,6 +31,7 @@ from infra.keeper import find_stack_pids, read_stack_state
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
+from yuan.train.checkpoint_manifest import list_committed_checkpoints
 from yuan.train.events import CheckpointEvent, CheckpointFailedEvent, CheckpointStoredEvent, EndedEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
@@ -56,7 +57,7 @@ class Trial:
 
     @property
     def is_over(self) -> bool:
-        return (self.folder.export / "manifest.json").exists()
+        return self.folder.is_finished
 
     def processes(self, words: str) -> list[int]:
         """Return the pids of the stack's processes whose command line contains the words."""
@@ -143,10 +144,10 @@ def fill_disk(trial: Trial) -> bool:
 
 def flip_bit(trial: Trial) -> bool:
     """Damage the newest checkpoint, and kill a rank so that the run must load one."""
-    real = sorted(trial.folder.checkpoints.glob("step-*/manifest.json"))
-    if len(real) < 2:
+    checkpoints = list(list_committed_checkpoints(trial.folder.checkpoints))
+    if len(checkpoints) < 2:
         return False
-    victim = max(real[-1].parent.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(checkpoints[-1].glob("*.distcp"), key=lambda path: path.stat().st_size)
     with contextlib.suppress(FileNotFoundError), victim.open("r+b") as file:
         file.seek(trial.rng.randrange(victim.stat().st_size))
         byte = file.read(1)

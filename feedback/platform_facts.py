@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from feedback import reports, rounds
 from feedback.tables import AuditEvent, Dataset, ModelVersion, Outbox, Promotion, Response, Round
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
 REVIEW_OUTCOMES = ("accepted", "rejected", "disputed")
 
@@ -51,7 +52,7 @@ def read_platform_facts(session: Session) -> PlatformFacts:
         champion=newest.version if newest else None,
         promoted_at=newest.created_at if newest else None,
         lineage={version.version: version.run_id for version in lineage},
-        files={version.version: ["manifest.json", *version.manifest.get("files", ())] for version in lineage},
+        files={version.version: [MODEL_MANIFEST_FILE, *version.manifest.get("files", ())] for version in lineage},
         running=running,
         num_reports_waiting=count,
         oldest_report=oldest,

@@ -7,6 +7,7 @@ from flows.context import Context, open_context
 from flows.round.versions import require_registered
 from infra.settings import Settings
 from infra.tracker import Tracker
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
 MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
 
@@ -40,4 +41,4 @@ def fetch_model_folder(version: str) -> Path:
     context: Context = open_context(Settings)
     number = resolve_version(context.tracker, version)
     require_registered(context, number)
-    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}")
+    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}", (MODEL_MANIFEST_FILE,))

@@ -126,13 +126,13 @@ class Tracker:
         stored = {Path(file.path).name for file in self.client.list_artifacts(run, "model") if file.file_size}
         return sorted(set(names) - stored)
 
-    def require_version(self, version: int) -> None:
-        """Check that a version can be downloaded.
+    def require_files(self, version: int, names: Iterable[str]) -> None:
+        """Check that a version has these files and so can be downloaded.
 
         Raises:
-            VersionLost: if the version or its files are not in the registry.
+            VersionLost: if the version or one of the files is not in the registry.
         """
-        if self.find_missing_files(version, ("manifest.json",)):
+        if self.find_missing_files(version, names):
             raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
 
     def upload_version(self, version: int, folder: Path) -> None:
@@ -189,13 +189,16 @@ class Tracker:
         else:
             self.client.set_registered_model_alias(REGISTERED_MODEL_NAME, alias, str(self.require_number(version)))
 
-    def download(self, version: int, folder: Path) -> Path:
+    def download(self, version: int, folder: Path, required: Iterable[str]) -> Path:
         """Download a version's model folder into a folder, and return its path.
 
+        Args:
+            required: names of files without which the version counts as lost.
+
         Raises:
-            VersionLost: if the version or its files are not in the registry.
+            VersionLost: if the version or a required file is not in the registry.
         """
-        self.require_version(version)
+        self.require_files(version, required)
         run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
         folder.mkdir(parents=True, exist_ok=True)
         return Path(self.client.download_artifacts(run, "model", str(folder)))

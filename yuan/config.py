@@ -9,6 +9,8 @@ Precision = Literal["fp32", "bf16"]
 LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
 T = TypeVar("T")
 
+MODEL_CONFIG_FILE = "config.json"  # of a model folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

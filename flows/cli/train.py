@@ -16,7 +16,7 @@ from flows.supervisor.status_line import describe_status
 from infra.confinement import build_confined_environment
 from infra.launchers.job import Job
 from infra.launchers.local import LocalLauncher
-from yuan.train.run_folder import RunFolder
+from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
 from yuan.train.run_status import RunStatus
 
 
@@ -34,13 +34,14 @@ def train(
             num_processes=plan.num_ranks,
             processes_per_node=plan.num_ranks,
             environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
+            log_name=TRAIN_LOG_FILE,
         )
         with LocalLauncher().run(job) as running, show_progress() as advance:
             while (ending := running.wait(0.5)) is None:
                 advance(folder.read_status(), since)
         run_ending = classify(folder, ending, since)
         if run_ending.reason != ExitReason.FINISHED:
-            log_file = folder.path / "train.log"
+            log_file = folder.path / TRAIN_LOG_FILE
             raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
         status = folder.read_status()
         show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)

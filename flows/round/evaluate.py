@@ -22,6 +22,7 @@ from infra.process_group import run_child
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.tracker import VersionLost
 from yuan.eval.results import EvalResult, parse_results
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
 
     is_lost = False
     try:
-        context.tracker.require_version(version)
+        context.tracker.require_files(version, (MODEL_MANIFEST_FILE,))
     except VersionLost:
         if place is None:
             raise

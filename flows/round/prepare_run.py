@@ -18,13 +18,13 @@ from infra.error_text import SafeMessageError
 from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig, Precision, Recipe, tiny
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.workload import Workload
-from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder, RunSpec
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RUN_SPEC_FILE, RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     """
     inputs = _read_inputs(context, round_id)
     folder = RunFolder(context.runs / inputs.run_id)
-    if (folder.path / "run.json").exists():
+    if (folder.path / RUN_SPEC_FILE).exists():
         return folder.read_spec().plan
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
@@ -202,7 +202,7 @@ def _prepare_model(
         downloaded = fetch_version(context, parent, folder.path / ".download")
         downloaded.rename(folder.parent)
         shutil.rmtree(folder.path / ".download")
-        config = ModelConfig.from_json(json.loads((folder.parent / "config.json").read_text()))
+        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
         return config, tokenizers.load(folder.parent)
     tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=MAX_ROUND_VOCAB_SIZE)
     padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE

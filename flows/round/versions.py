@@ -15,6 +15,7 @@ from infra.tracker import VersionLost
 from yuan.data.text import make_printable
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import open_file, read_file
+from yuan.train.checkpoint_manifest import list_committed_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def require_registered(context: Context, version: int) -> None:
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-    context.tracker.require_version(version)
+    context.tracker.require_files(version, (MODEL_MANIFEST_FILE,))
 
 
 def fetch_version(context: Context, version: int, target: Path) -> Path:
@@ -86,7 +87,7 @@ def fetch_version(context: Context, version: int, target: Path) -> Path:
         VersionLost: if the registry has lost it and the export is not as recorded; the message says what to do.
     """
     try:
-        return context.tracker.download(version, target)
+        return context.tracker.download(version, target, (MODEL_MANIFEST_FILE,))
     except VersionLost:
         return copy_lost_version(context, version, target)
 
@@ -175,7 +176,7 @@ def describe_registration(home: Path, version: int, run_id: str) -> str:
     for manifest in copies:
         if manifest.exists():
             return f"register it again: cotrain register {manifest.parent} --version {version}"
-    if any((run / "checkpoints").glob("step-*/manifest.json")):
+    if any(list_committed_checkpoints(run / "checkpoints")):
         return (
             f"write its weights again, `python -m yuan.train.checkpoint.export {run}`, and register them: "
             f"cotrain register {run / 'export'}"

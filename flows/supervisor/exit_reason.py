@@ -9,7 +9,7 @@ from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file_end
 from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
-from yuan.train.run_folder import RunFolder
+from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
 
 
 class ExitReason(StrEnum):
@@ -138,11 +138,12 @@ def has_hung_rank(folder: RunFolder, since: float) -> bool:
 def read_log_tail(folder: RunFolder) -> str:
     """Return the last lines of the processes' output."""
     try:
-        return read_file_end(folder.path, "train.log", LOG_TAIL_BYTES).decode(errors="replace")[-LOG_TAIL_CHARACTERS:]
+        tail = read_file_end(folder.path, TRAIN_LOG_FILE, LOG_TAIL_BYTES)
     except FileNotFoundError:
         return "no log"
     except NotRegularFileError as error:
         return f"the log {error.strerror}"
+    return tail.decode(errors="replace")[-LOG_TAIL_CHARACTERS:]
 
 
 def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, since: float) -> RunEnding:

@@ -32,7 +32,14 @@ from yuan.train.events import (
 )
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import is_metrics_row
-from yuan.train.run_folder import EVENTS_FILE, METRICS_FILE, PLAN_PICTURE_FILE, RunFolder
+from yuan.train.run_folder import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    PLAN_FILE,
+    PLAN_PICTURE_FILE,
+    RUN_SPEC_FILE,
+    RunFolder,
+)
 from yuan.train.run_status import RunStatus
 
 log = logging.getLogger(__name__)
@@ -158,8 +165,8 @@ class RunReporter:
 
     def _log_plan(self, run: str) -> None:
         plan = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
-        replace_file_below(self._folder.path, "plan.json", plan.encode())
-        for name in ("run.json", "plan.json", PLAN_PICTURE_FILE):
+        replace_file_below(self._folder.path, PLAN_FILE, plan.encode())
+        for name in (RUN_SPEC_FILE, PLAN_FILE, PLAN_PICTURE_FILE):
             self._publish(run, name)
 
     def _publish(self, run: str, name: str) -> None:

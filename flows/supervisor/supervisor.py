@@ -31,7 +31,7 @@ from yuan.plan.replan import replan, resize_pool
 from yuan.plan.workload import Workload
 from yuan.safe_files import replace_file_below
 from yuan.train.events import EndedEvent, ReplanEvent
-from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
+from yuan.train.run_folder import PLAN_PICTURE_FILE, TRAIN_LOG_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ class Supervisor:
             num_processes=len(rank_devices),
             processes_per_node=self._compute_processes_per_node(plan),
             environment=environment,
+            log_name=TRAIN_LOG_FILE,
             avoid=() if self._is_local else self.find_bad_hosts(),
         )
 

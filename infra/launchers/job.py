@@ -29,7 +29,7 @@ class Job:
     num_processes: int
     processes_per_node: int
     environment: Mapping[str, str]
-    log_name: str = "train.log"
+    log_name: str
     avoid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ def job(tmp_path):
         num_processes=16,
         processes_per_node=8,
         environment={"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN", "PREFECT_API_AUTH_STRING": "secret"},
+        log_name="train.log",
     )
 
 

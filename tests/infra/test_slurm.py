@@ -51,6 +51,7 @@ def job(tmp_path):
         num_processes=2,
         processes_per_node=2,
         environment=environment,
+        log_name="train.log",
     )
 
 

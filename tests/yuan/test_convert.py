@@ -227,10 +227,10 @@ def test_memory_stays_near_a_shard(tmp_path):
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from yuan.config import ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig
 from yuan.model import convert, hf_layout
 from yuan.model.shards import write_shards
-from yuan.model.weights import MODEL_CONFIG_FILE, write_manifest
+from yuan.model.weights import write_manifest
 import json
 out = Path({str(tmp_path)!r})
 config = ModelConfig(name="t", num_layers=20, hidden_size=512, num_heads=8, vocab_size=8192, seq_len=64)

@@ -24,6 +24,7 @@ from yuan.data.text import describe_errors
 from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.model.weights import load, load_tokenizer
 from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
@@ -104,7 +105,8 @@ def main() -> int:
     folder, cases_file, results_file = map(Path, sys.argv[2:5])
     model_dir = Path(sys.argv[1])
     if not model_dir.is_dir():
-        model_dir = Tracker(load_settings(TrackerAccess)).download(int(sys.argv[1].removeprefix("v")), folder)
+        version = int(sys.argv[1].removeprefix("v"))
+        model_dir = Tracker(load_settings(TrackerAccess)).download(version, folder, (MODEL_MANIFEST_FILE,))
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)

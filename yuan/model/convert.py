@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_PRESETS, ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
 from yuan.model import hf_layout
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
-from yuan.model.weights import MODEL_CONFIG_FILE, read_config, verify_folder, write_manifest
+from yuan.model.weights import read_config, verify_folder, write_manifest
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream
 from yuan.tokenizer import Tokenizer
-
-MODEL_CONFIG_FILE = "config.json"
 
 
 def save(

@@ -14,6 +14,7 @@ from infra.http_server import choose_listen_options, make_server_options
 from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.serve.api import make_api
 from yuan.serve.follower import AliasFollower, VersionCache
 from yuan.serve.metrics import ModelServerMetrics
@@ -31,7 +32,10 @@ def run_model_server(settings: ModelServerSettings, alias: str = DEFAULT_ALIAS) 
     configure_logging()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for HTTP
     tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
-    versions = VersionCache(settings.home / "serve", tracker.download)
+    versions = VersionCache(
+        settings.home / "serve",
+        lambda version, folder: tracker.download(version, folder, (MODEL_MANIFEST_FILE,)),
+    )
     follower = AliasFollower(tracker.read_aliases, alias, versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # The keeper's socket queues connections meanwhile, so none is refused while a version is loaded.

@@ -10,8 +10,10 @@ from typing import Any
 from yuan.config import ModelConfig, Recipe
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.plan.plan_record import PipelinePlan
 from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file_below
+from yuan.tokenizer import TOKENIZER_MODEL_FILE
 from yuan.train.checkpoint_manifest import (
     format_checkpoint_name,
     list_committed_checkpoints,
@@ -26,9 +28,9 @@ from yuan.train.rank_json import parse_rank_object
 from yuan.train.run_status import RunStatus
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
-RUN_SPEC_FILE, SEAL_FILE, TOKENIZER_FILE = "run.json", "seal.json", "tokenizer.model"
+RUN_SPEC_FILE, SEAL_FILE, PLAN_FILE, PLAN_PICTURE_FILE = "run.json", "seal.json", "plan.json", "plan.svg"
 STATUS_FILE, METRICS_FILE, EVENTS_FILE = "status.json", "metrics.jsonl", "events.jsonl"
-PLAN_PICTURE_FILE = "plan.svg"
+TRAIN_LOG_FILE = "train.log"  # the ranks' output
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 
 
@@ -189,7 +191,7 @@ class RunFolder:
     ) -> None:
         """Write a run's inputs like `prepare`, without run.json; the caller completes the folder with `write_spec`."""
         write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
-        files = [*list_corpus_files(self.data), self.path / TOKENIZER_FILE]
+        files = [*list_corpus_files(self.data), self.path / TOKENIZER_MODEL_FILE]
         self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:
@@ -218,7 +220,7 @@ class RunFolder:
                 problems.append(f"{name} {difference if difference.startswith('cannot') else 'differs from its seal'}")
         problems += self._find_foreign_checkpoints(spec)
         # The operator may have linked parent/ to a model folder; nothing of it is read here.
-        if spec.parent is not None and not (self.parent / "manifest.json").is_file():
+        if spec.parent is not None and not (self.parent / MODEL_MANIFEST_FILE).is_file():
             problems.append(f"parent/ has no manifest of {spec.parent}")
         if problems:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(problems)}; prepare a new run")
@@ -265,7 +267,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Return True if the run is complete: its weights are exported."""
-        return is_file(self.path, "export/manifest.json")
+        return is_file(self.path, f"export/{MODEL_MANIFEST_FILE}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all rows of metrics.jsonl; lines that are not valid rows are ignored. Use `LogTail` to poll."""
