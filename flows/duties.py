@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 # Heartbeat files of services without a port, below the home folder; written every few seconds.
 DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE = Path("dispatcher/alive.json"), Path("worker/alive")
+SERVICE_HEARTBEAT_TIMEOUT_S = 30.0  # heartbeat age from which such a service counts as silent
 FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
 
 

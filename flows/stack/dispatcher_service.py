@@ -1,20 +1,17 @@
 """The embedded stack's dispatcher."""
 
-import json
-import time
 from pathlib import Path
 
-from flows.duties import DISPATCHER_HEARTBEAT_FILE
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S
 from flows.stack.own_service import check_heartbeat_file, make_own_service
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment
 from infra.confinement import Confinement, parse_port
-from infra.files import read_regular
 from infra.health import LivenessPolicy
 from infra.keeper import ManagedService
 from infra.settings import DispatcherSettings, Settings
 
-DISPATCHER_READY_TIMEOUT_S, DISPATCHER_HANG_TIMEOUT_S = 30.0, 300.0  # heartbeat age for not ready, and for a restart
+DISPATCHER_HANG_TIMEOUT_S = 300.0  # heartbeat age for a restart
 
 
 def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
@@ -22,11 +19,6 @@ def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
     work, heartbeat_file = home / "dispatcher", home / DISPATCHER_HEARTBEAT_FILE
     pool_files = find_pool_files(settings)
     servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
-
-    def check() -> None:
-        age_s = time.time() - float(json.loads(read_regular(heartbeat_file))["time"])
-        if age_s > DISPATCHER_READY_TIMEOUT_S:
-            raise TimeoutError(f"no heartbeat for {age_s:.0f} s")
 
     return make_own_service(
         home,
@@ -40,7 +32,7 @@ def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
         ),
         env={**build_prefect_environment(work, settings), **build_cluster_environment()},
         before=lambda: heartbeat_file.unlink(missing_ok=True),
-        check=check,
+        check=lambda: check_heartbeat_file(heartbeat_file, SERVICE_HEARTBEAT_TIMEOUT_S),
         liveness=LivenessPolicy(lambda: check_heartbeat_file(heartbeat_file, DISPATCHER_HANG_TIMEOUT_S)),
         needs=("prefect", "mlflow"),
     )

@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from flows.duties import DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE
+from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
 from flows.stack.probing import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
 from infra.confinement import is_landlock_enforced, is_seccomp_enforced
@@ -46,7 +46,6 @@ NO_SECCOMP_FINDING = Finding(
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 FULL_DISK_BYTES = 64 * 2**20  # with less free space, PostgreSQL and the store begin to reject writes
 HEARTBEAT_FILES = {"dispatcher": DISPATCHER_HEARTBEAT_FILE, "worker": WORKER_HEARTBEAT_FILE}
-SERVICE_HEARTBEAT_TIMEOUT_S = 30.0
 # Names allowed in env.local: the settings, and the token, which commands read if a shell sources the file.
 KNOWN_VARIABLES = {*map(get_variable_name, Settings.model_fields), get_variable_name("token")}
 
