@@ -27,7 +27,8 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
-from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper import find_stack_pids
+from infra.keeper_state import read_service_states
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
@@ -103,7 +104,7 @@ def kill_by(words: str) -> Fault:
 
 
 def kill_worker(trial: Trial) -> bool:
-    pid = read_stack_state(trial.home)["services"]["worker"]["pid"]
+    pid = read_service_states(trial.home)["worker"].pid
     return bool(pid) and trial.kill(pid)
 
 
@@ -114,7 +115,7 @@ def outage(name: str) -> Fault:
         end = time.monotonic() + trial.outage_s
         while time.monotonic() < end:
             with contextlib.suppress(KeyError, FileNotFoundError):
-                pid = read_stack_state(trial.home)["services"][name]["pid"]
+                pid = read_service_states(trial.home)[name].pid
                 if pid:
                     trial.kill(pid)
             time.sleep(0.1)

@@ -20,10 +20,11 @@ from typing import Any
 from infra.files import replace_file
 from infra.health import LivenessMonitor, LivenessPolicy, get_first_line
 from infra.keeper_lock import hold_keeper_lock
+from infra.keeper_state import KEEPER_STATE_FILE, KeeperState, ServiceState
 from infra.listeners import open_listener, refuse_foreign_listener, require_own_listener
 from infra.orphans import OrphanReaper
 from infra.polling import poll_until
-from infra.processes import find_pids, has_exited, kill_processes, measure_cpu_demand_s
+from infra.processes import find_pids, kill_processes, measure_cpu_demand_s
 
 log = logging.getLogger(__name__)
 
@@ -83,19 +84,6 @@ class ManagedService:
 
 
 @dataclass
-class ServiceState:
-    """Hold the state of one service; the keeper writes it to the state file for `up`, `status` and `doctor`."""
-
-    state: str = "waiting"
-    pid: int | None = None
-    seconds: float | None = None
-    ready_at: float | None = None  # last time the service became ready, seconds since 1970; kept while it is down
-    restarts: int = 0
-    restart_reason: str | None = None
-    error: str | None = None
-
-
-@dataclass
 class Keeper:
     """Run the services until a stop signal arrives. `run` blocks."""
 
@@ -146,7 +134,7 @@ class Keeper:
         kill_stack_processes(self.stack_id, spare={os.getpid()})
         if killed_pids := orphans.kill_all():
             log.warning("killed %s: these processes still ran after all services had stopped", killed_pids)
-        (self.folder / "stack.json").unlink(missing_ok=True)
+        (self.folder / KEEPER_STATE_FILE).unlink(missing_ok=True)
 
     def _keep_service_running(self, service: ManagedService) -> None:
         """Start one service after its dependencies, and restart it after every failure until the keeper stops.
@@ -284,14 +272,13 @@ class Keeper:
 
     def _update_state(self, service: ManagedService, **changes: Any) -> None:
         with self._lock:
-            for name, value in changes.items():
-                setattr(self.states[service.name], name, value)
+            self.states[service.name] = replace(self.states[service.name], **changes)
             self._write_state_file()
 
     def _write_state_file(self) -> None:
-        states = {name: vars(state) for name, state in self.states.items()}
+        state = KeeperState(os.getpid(), self.states)
         try:
-            replace_file(self.folder / "stack.json", json.dumps({"pid": os.getpid(), "services": states}, indent=2))
+            replace_file(self.folder / KEEPER_STATE_FILE, json.dumps(state.to_json(), indent=2))
         except OSError as error:  # a full disk must not end this thread: its service would be killed with it
             log.warning("cannot write the state file: %s", error)
 
@@ -302,20 +289,6 @@ def signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
     except ProcessLookupError:
         pass
-
-
-def read_stack_state(folder: Path) -> dict[str, Any]:
-    """Read the keeper's state file.
-
-    Returns:
-        The state; empty if there is no file, it cannot be read, or its keeper has exited.
-    """
-    try:
-        state = json.loads((folder / "stack.json").read_text())
-        is_current = not has_exited(int(state["pid"])) and isinstance(state["services"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return dict(state) if is_current else {}
 
 
 def find_stack_pids(stack_id: str) -> Iterator[int]:

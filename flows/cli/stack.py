@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,8 @@ def status(as_json: JsonOption = False) -> None:
         fault_lines = [_describe_finding(finding) for finding in stack.faults]
         if as_json:
             faults = [finding.to_json() for finding in stack.faults]
-            content = {"home": str(home), "up": stack.is_up, "services": stack.services}
+            services = {name: asdict(state) for name, state in stack.services.items()}
+            content = {"home": str(home), "up": stack.is_up, "services": services}
             show({**content, "urls": stack.urls, "faults": faults}, "", True)
         elif stack.is_up:
             show_table(_build_service_table(stack.services))
@@ -112,7 +114,7 @@ def _build_service_table(states: ServiceStates) -> Table:
     for heading in ("service", "state", "pid", "seconds", "restarts", ""):
         table.add_column(heading)
     for name, s in states.items():
-        cells = (s["state"], s["pid"], s["seconds"], s["restarts"] or None, s["error"] or s["restart_reason"])
+        cells = (s.state, s.pid, s.seconds, s.restarts or None, s.error or s.restart_reason)
         texts = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
         table.add_row(name, *map(Text, texts))  # as Text, so that brackets in an error are not parsed as markup
     return table

@@ -13,8 +13,8 @@ from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S,
 from flows.stack.probing import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
 from infra.confinement import is_landlock_enforced, is_seccomp_enforced
-from infra.keeper import read_stack_state
 from infra.keeper_lock import find_keeper, is_keeper_running
+from infra.keeper_state import ServiceState, read_service_states
 from infra.machine import measure_available_memory_gib
 from infra.settings import (
     SETTINGS_VARIABLE_PREFIX,
@@ -143,13 +143,13 @@ def find_stack_faults(home: Path) -> list[Finding]:
     found += [
         Finding(
             name,
-            succeeded_at=convert_timestamp(state["ready_at"]) if state.get("ready_at") else None,
-            fault=f"{name} is {state['state']}: {state['error'] or state['restart_reason'] or 'no reason yet'}",
+            succeeded_at=convert_timestamp(state.ready_at) if state.ready_at else None,
+            fault=f"{name} is {state.state}: {state.error or state.restart_reason or 'no reason yet'}",
             mend=f"see `cotrain logs {name}`",
             or_later=True,
         )
-        for name, state in read_stack_state(home).get("services", {}).items()
-        if state["state"] != "ready"
+        for name, state in read_service_states(home).items()
+        if state.state != "ready"
     ]
     found += find_silent_services(home)
     found += [] if is_landlock_enforced() else [NO_LANDLOCK_FINDING]
@@ -191,13 +191,13 @@ def find_keeper_faults(home: Path) -> list[Finding]:
 def find_silent_services(home: Path) -> list[Finding]:
     """Find ready services without a port whose heartbeat is older than SERVICE_HEARTBEAT_TIMEOUT_S."""
     found: list[Finding] = []
-    services = read_stack_state(home).get("services", {})
+    services = read_service_states(home)
     for name, sign in HEARTBEAT_FILES.items():
         try:
             silent_s = time.time() - (home / sign).lstat().st_mtime
         except OSError:  # no heartbeat yet; without one the keeper does not report the dispatcher as ready
             continue
-        if services.get(name, {}).get("state") == "ready" and silent_s > SERVICE_HEARTBEAT_TIMEOUT_S:
+        if services.get(name, ServiceState()).state == "ready" and silent_s > SERVICE_HEARTBEAT_TIMEOUT_S:
             mend = f"the keeper restarts it if this continues; see `cotrain logs {name}`"
             fault = f"the {name} has sent no heartbeat for {silent_s:.0f} s"
             found.append(

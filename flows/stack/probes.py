@@ -18,7 +18,7 @@ from flows.registry import WORK_POOL_NAME
 from flows.round.versions import describe_registration
 from flows.stack.probing import Finding, LastSuccess, Probe, convert_timestamp, get_utc_now, run_probes
 from infra.confinement import parse_port
-from infra.keeper import read_stack_state
+from infra.keeper_state import ServiceState, read_service_states
 from infra.listeners import describe_callers
 from infra.objects import open_object_store
 from infra.settings import FlowSettings
@@ -96,7 +96,7 @@ def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> L
 
     The keeper's time is the start of readiness; the server may have answered at any time after that.
     """
-    ready_at = read_stack_state(home).get("services", {}).get(server, {}).get("ready_at")
+    ready_at = read_service_states(home).get(server, ServiceState()).ready_at
     ready = LastSuccess(convert_timestamp(ready_at), or_later=True) if ready_at else LastSuccess()
     duty = read_duty_statuses(get_duty_status_file(home)).get(DUTY_BY_SERVER.get(server, ""), DutyStatus())
     recorded = (facts.last_answer, facts.last_upload) if facts else (None, None)

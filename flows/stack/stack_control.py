@@ -6,10 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flows.stack.doctor import find_keeper_faults, find_machine_faults, find_setting_faults
 from flows.stack.probing import Finding
@@ -21,8 +20,9 @@ from flows.stack.stack_config import (
     retire_secrets,
 )
 from infra.files import read_last_lines
-from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
+from infra.keeper import find_stack_pids, kill_stack_processes
 from infra.keeper_lock import KEEPER_LOCK_FILE, find_keeper, is_keeper_running
+from infra.keeper_state import ServiceState, read_keeper_state, read_service_states
 from infra.polling import poll_until
 from infra.processes import has_exited
 from infra.settings import HOME_VARIABLE
@@ -35,7 +35,7 @@ DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # for a keeper with a heartb
 KEEPER_KILL_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 60.0  # for killed processes
 
-ServiceStates = dict[str, dict[str, Any]]  # by the service's name, see `infra.keeper.ServiceState`
+ServiceStates = Mapping[str, ServiceState]  # by the service's name
 ShowStates = Callable[[ServiceStates], None]
 
 
@@ -120,27 +120,27 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None, show_states: Sh
     def is_over() -> bool:
         """Tell whether waiting longer would change nothing."""
         nonlocal states, is_gone
-        states = read_stack_state(home).get("services", {})
+        states = read_service_states(home)
         show_states(states)
         if are_all_ready(states):
             return True
         # Our keeper may have exited because another `up` started its keeper first; that one counts.
         is_gone = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
-        return is_gone or any(state["restarts"] >= MAX_STARTUP_RESTARTS for state in states.values())
+        return is_gone or any(state.restarts >= MAX_STARTUP_RESTARTS for state in states.values())
 
     poll_until(is_over, timeout_s=UP_TIMEOUT_S, pause_s=0.1)
     if are_all_ready(states):
         return
     if is_gone and keeper is not None:
         raise RuntimeError(f"the stack did not come up: {keeper.describe_end()}")
-    not_ready = [f"{name}: {s['error'] or s['state']}" for name, s in states.items() if s["state"] != "ready"]
+    not_ready = [f"{name}: {s.error or s.state}" for name, s in states.items() if s.state != "ready"]
     detail = "; ".join(not_ready) or ("the keeper has ended" if is_gone else "no service has started")
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
 
 
 def are_all_ready(states: ServiceStates) -> bool:
     """Tell whether there are services and all of them are ready."""
-    return bool(states) and all(state["state"] == "ready" for state in states.values())
+    return bool(states) and all(state.state == "ready" for state in states.values())
 
 
 def take_down(home: Path) -> bool:
@@ -150,7 +150,8 @@ def take_down(home: Path) -> bool:
         return False
     if keeper is not None:
         # Keepers of older versions write their pid only to the state file, not to the lock file.
-        pid = keeper.pid or read_stack_state(home).get("pid")
+        state = read_keeper_state(home)
+        pid = keeper.pid or (state.pid if state else None)
         if pid is None:
             raise RuntimeError(
                 f"{home} is locked by a keeper whose pid is in no file; end the lock's holder: "

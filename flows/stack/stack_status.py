@@ -14,8 +14,8 @@ from flows.stack.doctor import (
 from flows.stack.probing import Finding
 from flows.stack.stack_config import load_config
 from flows.stack.stack_control import ServiceStates
-from infra.keeper import read_stack_state
 from infra.keeper_lock import is_keeper_running
+from infra.keeper_state import read_service_states
 from infra.settings import Settings
 
 
@@ -36,7 +36,7 @@ def read_stack_status(home: Path) -> StackStatus:
     faults = [*find_disk_faults(home), *find_setting_faults(home), *find_keeper_faults(home), *config_faults]
     return StackStatus(
         is_up=is_up,
-        services=read_stack_state(home).get("services", {}) if is_up else {},
+        services=read_service_states(home) if is_up else {},
         urls=get_public_urls(home) if is_up and not config_faults else {},
         faults=faults + [finding for finding in examine_running_stack(home) if finding.fault],
     )

@@ -6,7 +6,8 @@ import sys
 
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
-from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper import find_stack_pids
+from infra.keeper_state import read_keeper_state
 from infra.settings import Settings
 
 PROBE = """
@@ -51,7 +52,7 @@ def probe_services(home):
     config = load_config(home)
     settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
     paths = [f"{path}/" if path.is_dir() else str(path) for path in (home, *home.iterdir(), *home.glob("*/*"))]
-    pids = [*find_stack_pids(config.stack_id), read_stack_state(home)["pid"]]
+    pids = [*find_stack_pids(config.stack_id), read_keeper_state(home).pid]
     port = str(config.ports["portal"])  # which no service may connect to, but the worker
     reports = {}
     for service in make_services(home, config, settings):

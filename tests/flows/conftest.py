@@ -22,7 +22,8 @@ from flows.stack.stack_config import load_config
 from flows.supervisor.run_reporter import RunReporter
 from flows.supervisor.supervisor import Supervisor
 from infra.database import make_session_factory, open_engine
-from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper import find_stack_pids
+from infra.keeper_state import read_service_states
 from infra.settings import Settings
 from tests.waiting import until
 from tests.yuan.runs import lay_out
@@ -54,7 +55,7 @@ class Stack:
         return Client(self.settings.portal_url, token)
 
     def pid(self, name):
-        return read_stack_state(self.home)["services"][name]["pid"]
+        return read_service_states(self.home)[name].pid
 
     def kill(self, name):
         os.kill(self.pid(name), signal.SIGKILL)

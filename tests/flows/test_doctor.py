@@ -28,8 +28,8 @@ from flows.stack.doctor import find_silent_services, find_stack_faults
 from flows.stack.probes import find_last_success
 from flows.stack.probing import Finding, Probe, convert_timestamp, run_probes
 from flows.stack.stack_config import load_config
-from infra.keeper import read_stack_state
 from infra.keeper_lock import hold_keeper_lock
+from infra.keeper_state import read_service_states
 from infra.objects import open_object_store
 from infra.settings import StoreAccess
 from infra.tracker import Tracker
@@ -110,14 +110,14 @@ def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first
     port = load_config(stack.home).ports["postgres"]
     named = b"user\0stranger\0\0"
     stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
-    before = {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
+    before = {name: state.restarts for name, state in read_service_states(stack.home).items()}
     with contextlib.ExitStack() as connections:
         for _ in range(260):
             connections.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
         assert "all connections of PostgreSQL are in use: " in faults_of(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
-    assert {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()} == before
+    assert {name: state.restarts for name, state in read_service_states(stack.home).items()} == before
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from dotenv import dotenv_values
 
 from flows.stack.stack_config import CONFIG_COPY_FILE, CONFIG_FILE, load_config, load_or_make_config
 from infra.confinement import parse_port
-from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper import find_stack_pids
 from infra.keeper_lock import KEEPER_HEARTBEAT_TIMEOUT_S, KEEPER_LOCK_FILE, find_keeper, hold_keeper_lock
+from infra.keeper_state import read_keeper_state, read_service_states
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 
@@ -47,7 +48,7 @@ def test_damaged_config_is_reported(tmp_path, text):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": "x"}', '{"pid": 1, "services": []}'])
 def test_damaged_state_file_is_read_as_empty(tmp_path, text):
     (tmp_path / "stack.json").write_text(text)
-    assert read_stack_state(tmp_path) == {}
+    assert read_keeper_state(tmp_path) is None
 
 
 def test_keeper_acquires_its_lock_while_another_process_checks_it(tmp_path):
@@ -97,17 +98,15 @@ def test_ports_stay_bound_and_requests_wait_while_servers_restart(stack):
     assert statuses == dict.fromkeys(urls, 200)
 
     def all_new():
-        services = read_stack_state(stack.home)["services"]
-        return (
-            services if all(services[n]["state"] == "ready" and services[n]["pid"] != before[n] for n in urls) else None
-        )
+        services = read_service_states(stack.home)
+        return services if all(services[n].state == "ready" and services[n].pid != before[n] for n in urls) else None
 
     stack.until(all_new, seconds=120)
     assert {name: restarts_of(stack)[name] for name in urls} == dict.fromkeys(urls, 1)
 
 
 def restarts_of(stack):
-    return {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
+    return {name: state.restarts for name, state in read_service_states(stack.home).items()}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from infra.keeper import read_stack_state
+from infra.keeper_state import read_service_states
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 # The dispatcher is given five minutes, since a duty may wait for servers; it hangs while the others have their turn.
@@ -13,12 +13,12 @@ SLOWEST, GROUPS = "dispatcher", (("postgres",), ("s3", "prefect"), ("mlflow", "p
 
 
 def restarts(stack):
-    return {name: state["restarts"] for name, state in read_stack_state(stack.home)["services"].items()}
+    return {name: state.restarts for name, state in read_service_states(stack.home).items()}
 
 
 def restarted(stack, name, before):
-    state = read_stack_state(stack.home)["services"][name]
-    return state if state["restarts"] > before[name] and state["state"] == "ready" else None
+    state = read_service_states(stack.home)[name]
+    return state if state.restarts > before[name] and state.state == "ready" else None
 
 
 def hang(stack, name):
@@ -36,9 +36,9 @@ def test_only_hung_services_are_restarted(stack):
             hang(stack, name)
         for name in group:
             state = stack.until(lambda name=name, before=before: restarted(stack, name, before), seconds=400, pause=0.5)
-            assert "it is not alive" in state["restart_reason"], name
+            assert "it is not alive" in state.restart_reason, name
         expected = {name: count + (name in group) for name, count in before.items()}
         assert {**restarts(stack), SLOWEST: 0} == expected
     state = stack.until(lambda: restarted(stack, SLOWEST, start), seconds=600, pause=1)
-    assert "no heartbeat" in state["restart_reason"]
+    assert "no heartbeat" in state.restart_reason
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=200, pause=1)

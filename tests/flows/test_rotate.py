@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 from feedback.client import Client, PortalError
 from feedback.tables import new_id
 from flows.stack.stack_config import ROTATABLE_SECRET_NAMES, WEED_CERTIFICATE, load_config
-from infra.keeper import read_stack_state
+from infra.keeper_state import read_keeper_state
 from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
 from infra.settings import Settings
 
@@ -111,9 +111,9 @@ def test_killed_rotation_is_repeated_and_no_old_secret_remains_valid(stack, seco
     with subprocess.Popen(command, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, cwd=ROOT) as process:
         time.sleep(seconds)
         process.kill()
-    if (state := read_stack_state(stack.home)) and state.get("pid"):
+    if state := read_keeper_state(stack.home):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(state["pid"], signal.SIGKILL)
+            os.kill(state.pid, signal.SIGKILL)
     stack.cotrain("rotate", check=True)
     stack.cotrain("up", check=True)
     assert refused(accounts(stack.home)) == set()

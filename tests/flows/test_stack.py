@@ -16,8 +16,9 @@ from feedback.contracts import FeedbackIn, RoundParameters
 from flows.demo.demo_corpus import REPORTED_SKILLS
 from flows.stack.stack_config import load_config
 from infra.confinement import is_landlock_enforced
-from infra.keeper import find_stack_pids, read_stack_state
+from infra.keeper import find_stack_pids
 from infra.keeper_lock import is_keeper_running
+from infra.keeper_state import read_keeper_state, read_service_states
 from tests.flows.confined_services import probe_services
 from yuan.data.skills import load_skills
 
@@ -36,10 +37,10 @@ def first(operator, stack, base):
 
 
 def test_a_second_up_changes_nothing(stack):
-    before = {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()}
+    before = {name: s.pid for name, s in read_service_states(stack.home).items()}
     _, output = stack.cotrain("up", check=True)
     assert output["seconds"] < 5
-    assert {name: s["pid"] for name, s in read_stack_state(stack.home)["services"].items()} == before
+    assert {name: s.pid for name, s in read_service_states(stack.home).items()} == before
 
 
 @pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
@@ -220,10 +221,10 @@ def test_reports_datasets_and_accounts_are_withdrawn_from_the_command_line(
 @pytest.mark.slow
 def test_stack_restarts_with_its_data_after_its_keeper_was_killed(first, stack, operator, contributor):
     before = contributor.all_feedback()
-    keeper = read_stack_state(stack.home)["pid"]
+    keeper = read_keeper_state(stack.home).pid
     os.kill(keeper, signal.SIGKILL)
     stack.until(lambda: not is_keeper_running(stack.home))
-    assert read_stack_state(stack.home) == {}  # what the dead keeper wrote is no news
+    assert read_keeper_state(stack.home) is None  # what the dead keeper wrote is no news
     stack.cotrain("up", check=True)
     assert contributor.all_feedback() == before
     assert operator.round(first.id).state == "promoted"

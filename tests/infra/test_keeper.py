@@ -16,7 +16,8 @@ import pytest
 from flows.stack.stack_config import is_port_free, load_or_make_config
 from infra.confinement import is_seccomp_enforced
 from infra.health import LivenessMonitor, LivenessPolicy, ServiceUnhealthy
-from infra.keeper import find_stack_pids, kill_stack_processes, read_stack_state
+from infra.keeper import find_stack_pids, kill_stack_processes
+from infra.keeper_state import read_service_states
 from infra.processes import measure_cpu_demand_s
 from tests.infra.listening import ORDINARY, listening
 from tests.waiting import until
@@ -128,7 +129,8 @@ def keeper(tmp_path):
 
 
 def state(folder):
-    return read_stack_state(folder).get("services", {}).get("web", {})
+    services = read_service_states(folder)
+    return vars(services["web"]) if services else {}
 
 
 def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
