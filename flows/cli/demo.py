@@ -3,8 +3,9 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from flows.cli.output import JsonOption, explain_errors, stderr_console
 from flows.cli.rounds import follow_round, open_operator_client
 from flows.cli.stack import show_services
-from flows.demo.play import DemoAccess, run_demo
+from flows.demo.play import DemoAccess, DemoFigures, run_demo
 from flows.stack.stack_control import bring_up, take_down
 from flows.stack.stack_status import get_public_urls
 from infra.settings import HOME_VARIABLE, Settings, load_settings
@@ -38,16 +39,18 @@ def demo(
             up_seconds = bring_up(home, show_states=show_states)
         stderr_console.print(f"the stack is up after {up_seconds:.1f} s")
         try:
-            result = _run_demo(skills, seed)
+            figures = _run_demo(skills, seed)
         finally:
             if down:
                 take_down(home)
-        result |= {"seconds": round(time.monotonic() - started_at, 1), "urls": get_public_urls(home)}
-        result["parts"] = {"stack up": up_seconds, **result["parts"]}
+        figures = replace(figures, parts={"stack up": up_seconds, **figures.parts})
+        seconds, urls = round(time.monotonic() - started_at, 1), get_public_urls(home)
     if as_json:
-        Console(soft_wrap=True).print_json(data=result)
-    else:
-        _show_result(result, home, down)
+        Console(soft_wrap=True).print_json(data={**figures.to_json(), "seconds": seconds, "urls": urls})
+        return
+    _show_figures(figures, seconds)
+    if not down:
+        _show_access(home, urls)
 
 
 def reset_demo_home() -> Path:
@@ -59,7 +62,7 @@ def reset_demo_home() -> Path:
     return home
 
 
-def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
+def _run_demo(skills: Path | None, seed: int) -> DemoFigures:
     with open_operator_client() as client:
         return run_demo(
             DemoAccess(load_settings(Settings).portal_url, client),
@@ -67,34 +70,41 @@ def _run_demo(skills: Path | None, seed: int) -> dict[str, Any]:
             seed=seed,
             say=stderr_console.print,
             follow=follow_round,
-        ).to_json()
+        )
 
 
-def _show_result(result: dict[str, Any], home: Path, down: bool) -> None:
-    table = Table(title=f"v{result['champion_before']} before, v{result['champion_after']} after")
+def _show_figures(figures: DemoFigures, seconds: float) -> None:
+    table = Table(title=f"v{figures.champion_before} before, v{figures.champion_after} after")
     for heading in ("suite", "before", "after", "95 % interval after", "cases"):
         table.add_column(heading)
-    for suite in result["suites"]:
-        before, after = suite["before"], suite["after"]
-        low, high = after["interval"]
+    for suite in figures.suites:
+        before, (low, high) = suite.before, suite.after.interval
         table.add_row(
-            suite["suite"],
-            f"{before['rate']:.1%} [{before['interval'][0]:.1%}, {before['interval'][1]:.1%}]" if before else "",
-            f"{after['rate']:.1%}",
+            suite.suite,
+            f"{before.rate:.1%} [{before.interval[0]:.1%}, {before.interval[1]:.1%}]" if before else "",
+            f"{suite.after.rate:.1%}",
             f"{low:.1%} to {high:.1%}",
-            str(after["total"]),
+            str(suite.after.total),
         )
+    console = _make_console()
+    console.print(table)
+    verdicts = f"{figures.reports} reports accepted: {figures.fixed} fixed, {figures.still_failing} still failing"
+    console.print(f"{verdicts}; {figures.notices} notices on the reporter's timeline")
+    for refusal in figures.refused:
+        console.print(f"refused as expected: {refusal.what} with {refusal.status}: {refusal.reason}")
+    console.print("  ".join(f"{name} {part_seconds:.0f} s" for name, part_seconds in figures.parts.items()))
+    console.print(f"{seconds:.0f} s in all")
+
+
+def _show_access(home: Path, urls: dict[str, str]) -> None:
+    console = _make_console()
+    for name, url in urls.items():
+        console.print(f"{name:8} {url}")
+    console.print(f"accounts and tokens are in {home / 'env'}; next: COTRAIN_HOME={home} .venv/bin/cotrain down")
+
+
+def _make_console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:  # a log file has no width
         console.width = 120
-    console.print(table)
-    verdicts = f"{result['reports']} reports accepted: {result['fixed']} fixed, {result['still_failing']} still failing"
-    console.print(f"{verdicts}; {result['notices']} notices on the reporter's timeline")
-    for refusal in result["refused"]:
-        console.print(f"refused as expected: {refusal['what']} with {refusal['status']}: {refusal['reason']}")
-    console.print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in result["parts"].items()))
-    console.print(f"{result['seconds']:.0f} s in all")
-    if not down:
-        for name, url in result["urls"].items():
-            console.print(f"{name:8} {url}")
-        console.print(f"accounts and tokens are in {home / 'env'}; next: COTRAIN_HOME={home} .venv/bin/cotrain down")
+    return console
