@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prefect import Flow
 
 WORK_POOL_NAME = "cotrain"  # of the one work pool at Prefect
+ROUND_FLOW, REPRODUCE_FLOW = "cotrain-round", "cotrain-reproduce"
 
 MAX_SHOWN_PARAMETER_ERRORS = 5
 
@@ -65,8 +66,8 @@ class RegisteredFlow:
 
 
 REGISTERED_FLOWS: Mapping[str, RegisteredFlow] = {
-    "cotrain-round": RegisteredFlow("flows.round.flow", "cotrain_round", RoundForm),
-    "cotrain-reproduce": RegisteredFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
+    ROUND_FLOW: RegisteredFlow("flows.round.flow", "cotrain_round", RoundForm),
+    REPRODUCE_FLOW: RegisteredFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
 }
 
 

@@ -6,11 +6,11 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_TEMPLATE
-from flows.registry import REGISTERED_FLOWS, WORK_POOL_NAME
+from flows.registry import REGISTERED_FLOWS, REPRODUCE_FLOW, ROUND_FLOW, WORK_POOL_NAME
 from infra.settings import DispatcherSettings
 
-ROUND_DEPLOYMENT = f"cotrain-round/{DEPLOYMENT_NAME}"
-REPRODUCE_DEPLOYMENT = f"cotrain-reproduce/{DEPLOYMENT_NAME}"
+ROUND_DEPLOYMENT = f"{ROUND_FLOW}/{DEPLOYMENT_NAME}"
+REPRODUCE_DEPLOYMENT = f"{REPRODUCE_FLOW}/{DEPLOYMENT_NAME}"
 CALENDAR_SCHEDULE_SLUG = "calendar"
 
 
@@ -23,8 +23,8 @@ def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings
         name=WORK_POOL_NAME, type="process", base_job_template=WORK_POOL_TEMPLATE, concurrency_limit=None
     )
     client.create_work_pool(pool, overwrite=True)
-    deploy_flow(client, "cotrain-round", [_make_calendar_schedule(client, settings)])
-    deploy_flow(client, "cotrain-reproduce", [])
+    deploy_flow(client, ROUND_FLOW, [_make_calendar_schedule(client, settings)])
+    deploy_flow(client, REPRODUCE_FLOW, [])
 
 
 def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:

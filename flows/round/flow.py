@@ -11,7 +11,7 @@ from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.tables import new_id
 from flows.context import Context, open_context
-from flows.registry import ReproduceForm, RoundForm
+from flows.registry import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.round import collect as collecting
 from flows.round import evaluate as evaluation
 from flows.round import prepare_run, promote
@@ -33,7 +33,7 @@ publish_outcome = make_step(promote.publish_outcome, "tell")
 
 
 @flow(
-    name="cotrain-round",
+    name=ROUND_FLOW,
     description="One training round: screen, reproduce, freeze, plan, train, evaluate, decide, notify.",
     validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
 )
@@ -97,7 +97,7 @@ def fail_round(context: Context, round_id: str, reason: str, state: str = "faile
 
 
 @flow(
-    name="cotrain-reproduce",
+    name=REPRODUCE_FLOW,
     description="Between rounds: screen new reports, reproduce them against the champion, accept those it fails on.",
     validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
 )

@@ -1,12 +1,11 @@
 """End-to-end probes of the stack's functions: each queries one server, concurrently and within a time limit.
 
-Prefect is queried over HTTP, since importing its library takes longer than all probes together.
+Those of Prefect are in `flows.stack.prefect_probes`.
 """
 
-from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 from sqlalchemy.exc import OperationalError
@@ -14,19 +13,27 @@ from sqlalchemy.exc import OperationalError
 from feedback.platform_facts import PlatformFacts, read_platform_facts
 from flows.context import Context
 from flows.duties import Duty, DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
-from flows.registry import WORK_POOL_NAME
+from flows.registry import REPRODUCE_FLOW
 from flows.round.versions import describe_registration
-from flows.stack.probing import Finding, LastSuccess, Probe, convert_timestamp, get_utc_now, run_probes
+from flows.stack.prefect_probes import probe_flow_runs, probe_last_reproduction, probe_running_round
+from flows.stack.probing import (
+    LATE_AFTER_S,
+    PROBE_TIMEOUT_S,
+    Finding,
+    LastSuccess,
+    Probe,
+    convert_timestamp,
+    get_utc_now,
+    run_probes,
+)
 from infra.confinement import parse_port
 from infra.keeper_state import ServiceState, read_service_states
 from infra.listeners import describe_callers
 from infra.objects import open_object_store
 from infra.settings import FlowSettings
 
-PROBE_TIMEOUT_S = 8.0
 # A condition that clears by itself within this time is not a fault.
-PROMOTION_SETTLE_S, LATE_AFTER_S, REPORTS_LATE_AFTER_S = 30.0, 60.0, 600.0
-REPRODUCE_FLOW = "cotrain-reproduce"
+PROMOTION_SETTLE_S, REPORTS_LATE_AFTER_S = 30.0, 600.0
 # The duty whose success shows that a server answers.
 DUTY_BY_SERVER = {
     "postgres": Duty.ADVANCE_ROUND,
@@ -179,117 +186,13 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
     return [*found, Finding(what, succeeded_at=last or get_utc_now())]
 
 
-def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
-    """Check that Prefect has its database, an online worker and active deployments, and starts due runs."""
-    what, found = "a flow run that starts", []
-    with open_prefect_client(settings) as http:
-        if http.get("/ready").status_code != 200:
-            return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
-        last = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
-        started = datetime.fromisoformat(last["start_time"]) if last else None
-        deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
-        if not deployments:
-            mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
-            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", mend=mend)]
-        for one in deployments:
-            if one["paused"]:
-                mend = "switch it on at its page in Prefect"
-                found.append(
-                    Finding(
-                        what,
-                        succeeded_at=started,
-                        fault=f"the deployment {one['name']} is paused in Prefect",
-                        mend=mend,
-                    )
-                )
-        pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
-        if pool["is_paused"]:
-            mend = "switch it on at its page in Prefect"
-            found.append(
-                Finding(
-                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend=mend
-                )
-            )
-        if (limit := pool["concurrency_limit"]) is not None:
-            where = f"the work pool {WORK_POOL_NAME} in Prefect"
-            fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
-            mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
-            found.append(Finding(what, succeeded_at=started, fault=fault, mend=mend))
-        workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
-        if not any(worker["status"] == "ONLINE" for worker in workers):
-            mend = "see `cotrain logs worker`"
-            found.append(
-                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", mend=mend)
-            )
-        due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
-        which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
-        if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
-            since = f"{datetime.fromisoformat(late['expected_start_time']):%F %T}"
-            found.append(
-                Finding(
-                    what,
-                    succeeded_at=started,
-                    fault=f"flow run {late['name']} waits since {since}",
-                    mend="see `cotrain logs worker`",
-                )
-            )
-    return found or [Finding(what, succeeded_at=started)]
-
-
-def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
-    """Check that the running round has a running flow run."""
-    what, training_round = "the running round", facts.running
-    if training_round is None:
-        return []
-    mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
-    with open_prefect_client(settings) as http:
-        run = fetch_newest_flow_run(
-            http,
-            {"name": {"any_": [f"round-{training_round.number}-attempt-{training_round.attempt}"]}},
-            "START_TIME_DESC",
-        )
-    state = run["state"] if run else None
-    if state and state["type"] == "RUNNING":
-        return [Finding(what, succeeded_at=get_utc_now())]
-    since = datetime.fromisoformat(state["timestamp"]) if state else training_round.created_at
-    if compute_age_s(since) < LATE_AFTER_S:
-        return [Finding(what, succeeded_at=since)]
-    run_state = f"its flow run is {state['type'].lower()}" if state else "it has no flow run"
-    fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
-    return [Finding(what, succeeded_at=since if run and run["start_time"] else None, fault=fault, mend=mend)]
-
-
-def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
-    """Check that the last reproduction flow run did not fail while reports wait."""
-    if not facts.num_reports_waiting:
-        return []
-    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
-    with open_prefect_client(settings) as http:
-        run = fetch_newest_flow_run(http, ended, "END_TIME_DESC", flow=REPRODUCE_FLOW)
-    if run is None or run["state"]["type"] == "COMPLETED":
-        return []
-    reason = run["state"]["message"]
-    fault = f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {reason}"
-    mend = "the dispatcher retries within two minutes; see `cotrain logs flows`"
-    is_first = facts.last_reproduction is None
-    return [
-        Finding(
-            "the last taking up of reports",
-            succeeded_at=facts.last_reproduction,
-            fault=fault,
-            mend=mend,
-            never=is_first,
-        )
-    ]
-
-
 def check_waiting_reports(facts: PlatformFacts) -> Finding:
     """Check that no report waits longer than REPORTS_LATE_AFTER_S."""
     what, oldest = "a report that is reproduced", facts.oldest_report
     if facts.champion is None or oldest is None or compute_age_s(oldest) < REPORTS_LATE_AFTER_S:
         return Finding(what, succeeded_at=facts.last_reproduction)
     fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
-    mend = "see `cotrain logs flows` and the flow cotrain-reproduce in Prefect"
+    mend = f"see `cotrain logs flows` and the flow {REPRODUCE_FLOW} in Prefect"
     return Finding(
         what, succeeded_at=facts.last_reproduction, fault=fault, mend=mend, never=facts.last_reproduction is None
     )
@@ -329,20 +232,3 @@ def find_failing_duties(home: Path) -> list[Finding]:
 def get_last_success(standing: DutyStatus) -> datetime | None:
     """Return the time of a duty's last success."""
     return None if standing.succeeded_at is None else convert_timestamp(standing.succeeded_at)
-
-
-def open_prefect_client(settings: FlowSettings) -> httpx.Client:
-    """Open a client of Prefect's API."""
-    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
-    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=PROBE_TIMEOUT_S)
-
-
-def fetch_newest_flow_run(
-    http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None
-) -> dict[str, Any] | None:
-    """Fetch the first flow run that matches a filter, of any flow or of the given one."""
-    body = {"flow_runs": which, "sort": sort, "limit": 1}
-    if flow is not None:
-        body["flows"] = {"name": {"any_": [flow]}}
-    found: list[dict[str, Any]] = http.post("/flow_runs/filter", json=body).raise_for_status().json()
-    return found[0] if found else None

@@ -10,6 +10,9 @@ from typing import Any
 
 from infra.error_text import describe_error
 
+PROBE_TIMEOUT_S = 8.0
+LATE_AFTER_S = 60.0  # a wait that ends by itself within this time is not a fault
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -12,7 +12,7 @@ from flows.dispatcher import attempts, dispatcher
 from flows.dispatcher.attempts import end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
 from flows.dispatcher.dispatcher import start_reproduction_run
-from flows.stack.probes import probe_flow_runs
+from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start

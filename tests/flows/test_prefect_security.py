@@ -14,7 +14,7 @@ from flows.dispatcher.deployments import register_deployments
 from flows.dispatcher.worker import MAX_FLOW_RUNS
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
 from flows.registry import REGISTERED_FLOWS
-from flows.stack.probes import probe_flow_runs
+from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start

@@ -1,0 +1,172 @@
+"""Probes of Prefect: flow runs start, the running round has one, and reports were reproduced.
+
+Prefect is queried over HTTP, since importing its library takes longer than all probes together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import httpx
+
+from feedback.platform_facts import PlatformFacts
+from flows.duties import compute_age_s
+from flows.registry import REPRODUCE_FLOW, WORK_POOL_NAME
+from flows.stack.probing import LATE_AFTER_S, PROBE_TIMEOUT_S, Finding, get_utc_now
+from infra.settings import FlowSettings
+
+
+@dataclass(frozen=True)
+class FlowRunState:
+    """State of a flow run in Prefect, such as RUNNING, and since when."""
+
+    type: str
+    message: str | None
+    since: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRunRecord:
+    """A flow run as Prefect's API returns it; a time is None if it is not set."""
+
+    name: str
+    state: FlowRunState | None
+    expected_at: datetime | None
+    started_at: datetime | None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "FlowRunRecord":
+        """Read the fields of an answer of Prefect's API."""
+        state = fields["state"]
+        return cls(
+            name=fields["name"],
+            state=state and FlowRunState(state["type"], state["message"], datetime.fromisoformat(state["timestamp"])),
+            expected_at=_parse_time(fields["expected_start_time"]),
+            started_at=_parse_time(fields["start_time"]),
+        )
+
+
+def _parse_time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)
+
+
+def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
+    """Check that Prefect has its database, an online worker and active deployments, and starts due runs."""
+    what, found = "a flow run that starts", []
+    with open_prefect_client(settings) as http:
+        if http.get("/ready").status_code != 200:
+            return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
+        newest = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
+        started = newest.started_at if newest else None
+        deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
+        if not deployments:
+            mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
+            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", mend=mend)]
+        for one in deployments:
+            if one["paused"]:
+                mend = "switch it on at its page in Prefect"
+                found.append(
+                    Finding(
+                        what,
+                        succeeded_at=started,
+                        fault=f"the deployment {one['name']} is paused in Prefect",
+                        mend=mend,
+                    )
+                )
+        pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
+        if pool["is_paused"]:
+            mend = "switch it on at its page in Prefect"
+            found.append(
+                Finding(
+                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend=mend
+                )
+            )
+        if (limit := pool["concurrency_limit"]) is not None:
+            where = f"the work pool {WORK_POOL_NAME} in Prefect"
+            fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
+            mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
+            found.append(Finding(what, succeeded_at=started, fault=fault, mend=mend))
+        workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
+        if not any(worker["status"] == "ONLINE" for worker in workers):
+            mend = "see `cotrain logs worker`"
+            found.append(
+                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", mend=mend)
+            )
+        due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
+        which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
+        if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
+            found.append(
+                Finding(
+                    what,
+                    succeeded_at=started,
+                    fault=f"flow run {late.name} waits since {late.expected_at:%F %T}",
+                    mend="see `cotrain logs worker`",
+                )
+            )
+    return found or [Finding(what, succeeded_at=started)]
+
+
+def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
+    """Check that the running round has a running flow run."""
+    what, training_round = "the running round", facts.running
+    if training_round is None:
+        return []
+    mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
+    with open_prefect_client(settings) as http:
+        run = fetch_newest_flow_run(
+            http,
+            {"name": {"any_": [f"round-{training_round.number}-attempt-{training_round.attempt}"]}},
+            "START_TIME_DESC",
+        )
+    state = run.state if run else None
+    if state and state.type == "RUNNING":
+        return [Finding(what, succeeded_at=get_utc_now())]
+    since = state.since if state else training_round.created_at
+    if compute_age_s(since) < LATE_AFTER_S:
+        return [Finding(what, succeeded_at=since)]
+    run_state = f"its flow run is {state.type.lower()}" if state else "it has no flow run"
+    fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
+    return [Finding(what, succeeded_at=since if run and run.started_at else None, fault=fault, mend=mend)]
+
+
+def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
+    """Check that the last reproduction flow run did not fail while reports wait."""
+    if not facts.num_reports_waiting:
+        return []
+    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    with open_prefect_client(settings) as http:
+        run = fetch_newest_flow_run(http, ended, "END_TIME_DESC", flow=REPRODUCE_FLOW)
+    if run is None or run.state is None or run.state.type == "COMPLETED":
+        return []
+    fault = (
+        f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {run.state.message}"
+    )
+    mend = "the dispatcher retries within two minutes; see `cotrain logs flows`"
+    is_first = facts.last_reproduction is None
+    return [
+        Finding(
+            "the last taking up of reports",
+            succeeded_at=facts.last_reproduction,
+            fault=fault,
+            mend=mend,
+            never=is_first,
+        )
+    ]
+
+
+def open_prefect_client(settings: FlowSettings) -> httpx.Client:
+    """Open a client of Prefect's API."""
+    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
+    return httpx.Client(base_url=settings.prefect_api_url, auth=(user, password), timeout=PROBE_TIMEOUT_S)
+
+
+def fetch_newest_flow_run(
+    http: httpx.Client, which: Mapping[str, Any], sort: str, flow: str | None = None
+) -> FlowRunRecord | None:
+    """Fetch the first flow run that matches a filter, of any flow or of the given one."""
+    body = {"flow_runs": which, "sort": sort, "limit": 1}
+    if flow is not None:
+        body["flows"] = {"name": {"any_": [flow]}}
+    answer = http.post("/flow_runs/filter", json=body).raise_for_status().json()
+    return FlowRunRecord.from_json(answer[0]) if answer else None
