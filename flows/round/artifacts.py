@@ -1,6 +1,6 @@
 """Tables and texts of a round for Prefect's pages."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from prefect.artifacts import create_table_artifact
 
@@ -10,14 +10,24 @@ from flows.context import Context
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.table import format_plan_table
 
+TableRow = Mapping[str, str | int]  # cells by column
 
-def publish_table(key: str, rows: list[dict[str, Any]]) -> None:
+
+def publish_table(key: str, rows: Sequence[TableRow]) -> None:
     """Create a table artifact of the rows, if there are any."""
     if any(rows):
-        create_table_artifact(key=key, table=rows)
+        create_table_artifact(key=key, table=[dict(row) for row in rows])
 
 
-def build_gate_rows(decision: PromotionDecision) -> list[dict[str, Any]]:
+def build_plan_rows(plan: PipelinePlan) -> list[TableRow]:
+    """Build table rows of the plan's stages."""
+    return [
+        {"stage": number, "layers": stage.layers, "bytes": stage.memory_bytes}
+        for number, stage in enumerate(plan.stages)
+    ]
+
+
+def build_gate_rows(decision: PromotionDecision) -> list[TableRow]:
     """Build table rows of the decision's suites."""
     return [
         {

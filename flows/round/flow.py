@@ -15,7 +15,7 @@ from flows.registry import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.round import collect as collecting
 from flows.round import evaluate as evaluation
 from flows.round import prepare_run, promote
-from flows.round.artifacts import build_gate_rows, format_decision, format_plan, publish_table
+from flows.round.artifacts import build_gate_rows, build_plan_rows, format_decision, format_plan, publish_table
 from flows.round.progress import RunCancelled, make_progress_callback
 from flows.round.tasks import StepUnrecoverable, hide_error_text, make_step
 from flows.supervisor import supervisor
@@ -70,8 +70,7 @@ def run_steps(context: Context, round_id: str) -> str:
     publish_table("collected", [] if collected is None else [asdict(collected)])
     freeze_snapshot(context, round_id)
     plan = prepare_run_folder(context, round_id)
-    stages = enumerate(plan.stages)
-    publish_table("plan", [{"stage": n, "layers": s.layers, "bytes": s.memory_bytes} for n, s in stages])
+    publish_table("plan", build_plan_rows(plan))
     create_markdown_artifact(key="plan-explained", markdown=format_plan(context, round_id, plan))
     train(context, round_id, make_progress_callback())
     register_version(context, round_id)
