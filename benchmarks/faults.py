@@ -54,7 +54,7 @@ class Trial:
     @property
     def step(self) -> int:
         rows = self.folder.read_metrics()
-        return int(rows[-1]["step"]) if rows else 0
+        return rows[-1].step if rows else 0
 
     @property
     def is_over(self) -> bool:
@@ -275,9 +275,9 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
         "ended": trial.is_over,
         "struck": struck,
         "seconds": round(seconds),
-        "step_seconds": statistics.median(row["train/step_seconds"] for row in rows) if rows else 1.0,
-        "positions": [[row["step"], row["data/first_position"], row["data/end_position"]] for row in rows],
-        "loss": rows[-1]["train/loss"] if rows else None,
+        "step_seconds": statistics.median(row.metrics["train/step_seconds"] for row in rows) if rows else 1.0,
+        "positions": [[row.step, row.metrics["data/first_position"], row.metrics["data/end_position"]] for row in rows],
+        "loss": rows[-1].metrics["train/loss"] if rows else None,
         "events": counted(trial.folder),
     }
     if not trial.is_over:

@@ -101,8 +101,9 @@ def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
             reported |= set(range(*event.positions))
         if isinstance(event, RollBackEvent):
             reported |= {position for span in event.positions for position in range(*span)}
-    trained = {p for row in rows for p in range(row["data/first_position"], row["data/end_position"])} - reported
-    return sorted(set(range(rows[-1]["data/end_position"])) - trained), sorted(reported)
+    spans = [(row.metrics["data/first_position"], row.metrics["data/end_position"]) for row in rows]
+    trained = {position for first, end in spans for position in range(first, end)} - reported
+    return sorted(set(range(spans[-1][1])) - trained), sorted(reported)
 
 
 def loss_of(folder: RunFolder) -> float:

@@ -84,7 +84,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
 
 def fingerprints(folder: RunFolder) -> list[tuple[str, str]]:
     """Return the hashes of a run's losses, data, exported weights and the tensors of its checkpoints."""
-    losses = [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]
+    losses = [(row.metrics["train/loss"], row.metrics["train/grad_norm"]) for row in folder.read_metrics()]
     weights = load_file(folder.path / "export" / "model.safetensors")
     files = sorted(file for file in folder.data.rglob("*") if file.is_file())
     hashes = [

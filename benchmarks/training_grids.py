@@ -44,7 +44,7 @@ def main() -> int:
         plain = plain_losses(parent, next(iter(runs.values())))
         ok = True
         for grid, (bounds, _) in GRIDS.items():
-            losses = [row["train/loss"] for row in runs[grid].read_metrics()]
+            losses = [row.metrics["train/loss"] for row in runs[grid].read_metrics()]
             worst = float(np.max(np.abs(np.array(losses) / plain - 1)))
             says = line(f"losses of {grid}", worst, "worst relative difference", "plain torch, one process")
             ok &= show({**says, "goal": f"at most {MOST}", "ok": worst <= MOST, "steps": STEPS, "bounds": bounds})

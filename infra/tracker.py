@@ -70,14 +70,19 @@ class Tracker:
             return str(runs[0].info.run_id)
         return str(self.client.create_run(experiment.experiment_id, run_name=name, tags=dict(tags)).info.run_id)
 
-    def log(self, run_id: str, metrics: Iterable[Mapping[str, Any]], params: Mapping[str, Any] | None = None) -> None:
-        """Send metric rows, each with its `step`, up to 1000 metrics per request; skip values of None."""
+    def log(
+        self,
+        run_id: str,
+        metrics: Iterable[tuple[int, Mapping[str, float | None]]],
+        params: Mapping[str, object] | None = None,
+    ) -> None:
+        """Send the metrics of steps by name, up to 1000 per request; skip values of None."""
         now = int(time.time() * 1000)
         points = [
-            Metric(key, float(value), now, int(row["step"]))
-            for row in metrics
-            for key, value in row.items()
-            if key != "step" and value is not None
+            Metric(key, float(value), now, step)
+            for step, value_by_name in metrics
+            for key, value in value_by_name.items()
+            if value is not None
         ]
         pairs = [Param(key, str(value)) for key, value in (params or {}).items()]
         self.client.log_batch(run_id, metrics=points[:1000], params=pairs)

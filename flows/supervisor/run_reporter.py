@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx
 from mlflow.exceptions import MlflowException
@@ -31,7 +30,7 @@ from yuan.train.events import (
     parse_event,
 )
 from yuan.train.log_tail import LogTail
-from yuan.train.metrics_row import is_metrics_row
+from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
 from yuan.train.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
@@ -76,7 +75,7 @@ class RunReporter:
         self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
         self._mlflow_run: str | None = None
         self._metrics, self._events = LogTail(folder.path / METRICS_FILE), LogTail(folder.path / EVENTS_FILE)
-        self._unsent: list[dict[str, Any]] = []
+        self._unsent: list[MetricsRow] = []
         self._sent_step = -1
         self._tracker_retry_at = 0.0
         self._minute_began, self._num_logged, self._num_suppressed = time.monotonic(), 0, 0
@@ -104,7 +103,7 @@ class RunReporter:
             MlflowException: if the tracker does not answer.
         """
         self._log_suppressed_count()
-        self._unsent += filter(is_metrics_row, self._metrics.read_all())
+        self._unsent += parse_metrics_rows(self._metrics.read_all())
         run = self._sync_tracker()
         self._publish(run, EVENTS_FILE)
         return run
@@ -141,11 +140,11 @@ class RunReporter:
     def _sync_tracker(self) -> str:
         run = self._mlflow_run or self._start_tracker_run()
         self._mlflow_run = run
-        self._unsent += filter(is_metrics_row, self._metrics.read())
-        rows = [row for row in self._unsent if row["step"] > self._sent_step]
+        self._unsent += parse_metrics_rows(self._metrics.read())
+        rows = [row for row in self._unsent if row.step > self._sent_step]
         if rows:
-            self._context.tracker.log(run, rows)
-            self._sent_step = rows[-1]["step"]
+            self._context.tracker.log(run, [(row.step, row.metrics) for row in rows])
+            self._sent_step = rows[-1].step
         self._unsent.clear()
         return run
 

@@ -56,4 +56,4 @@ def test_lost_device_excludes_its_node_until_it_is_returned(supervisor, monkeypa
     supervisor.run()
     kinds = [event.kind for event in supervisor.folder.read_events() if isinstance(event, EndedEvent)]
     assert kinds == ["lost device", "finished"]
-    assert [row["data/first_position"] for row in supervisor.folder.read_metrics()] == list(range(0, 320, 8))
+    assert [row.metrics["data/first_position"] for row in supervisor.folder.read_metrics()] == list(range(0, 320, 8))

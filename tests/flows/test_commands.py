@@ -228,7 +228,7 @@ def test_train_finishes_a_run_and_a_second_call_changes_nothing(laid_out):
         result = cotrain("train", str(laid_out.path / "run.json"), "--json")
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["state"] == "finished"
-    assert [row["step"] for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
+    assert [row.step for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
 
 
 def test_train_rejects_an_edited_run_json_in_one_line(laid_out):

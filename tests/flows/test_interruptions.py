@@ -103,7 +103,7 @@ def ended(folder):
 
 def finished(stack, folder):
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
-    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
+    assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
@@ -143,6 +143,6 @@ def test_run_with_a_lost_disk_resumes_from_the_object_store(run, stack, sessions
     stack.until(lambda: not ranks(stack))
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
-    first = folder.read_metrics()[0]["step"]
+    first = folder.read_metrics()[0].step
     assert first > step  # trained on from there or from one stored since, not from the beginning
     stack.until(lambda: not open_leases(sessions))

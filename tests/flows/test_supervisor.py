@@ -56,7 +56,7 @@ def test_killed_rank_causes_one_restart_and_loses_no_step(supervisor):
     supervisor.run()
     struck.join()
     assert kinds(folder) == ["unknown", "finished"]
-    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
+    assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     with supervisor.context.sessions() as session:
         leases_of_run = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
         assert len(leases_of_run) == 2 and all(lease.released_at for lease in leases_of_run)
@@ -77,7 +77,7 @@ def test_run_is_replanned_without_the_lost_device(supervisor):
     assert kinds(folder) == ["lost device", "finished"]
     assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status().state == "finished"
     assert [event.bounds for event in folder.read_events() if isinstance(event, ReplanEvent)] == [[0, 3]]
-    steps = [row["data/first_position"] for row in folder.read_metrics()]
+    steps = [row.metrics["data/first_position"] for row in folder.read_metrics()]
     assert steps == list(range(0, 8 * STEPS, 8))
 
 

@@ -101,7 +101,7 @@ def fill_mlflow(settings, folder):
     (folder / "model" / "config.json").write_text('{"public": true}')
     (folder / "secret.txt").write_text(SECRET)
     run = tracker.start_run("round-1", {})
-    tracker.log(run, [{"step": 1, "train/loss": 2.0}])
+    tracker.log(run, [(1, {"train/loss": 2.0})])
     version = tracker.register_version(run, folder / "model", {})
     tracker.set_alias("champion", version)
     private = client.create_experiment("private")

@@ -119,4 +119,4 @@ def plain_steps(training_inputs, finished, recipe=RECIPE):
 
 def trained_steps(folder):
     """Return loss and gradient norm of each step of a run."""
-    return [(row["train/loss"], row["train/grad_norm"]) for row in folder.read_metrics()]
+    return [(row.metrics["train/loss"], row.metrics["train/grad_norm"]) for row in folder.read_metrics()]

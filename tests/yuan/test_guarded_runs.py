@@ -32,7 +32,7 @@ def prepare_faulty_run(folder, training_inputs, recipe=LONG, **plant):
 def list_trained_positions(folder):
     """Return the data positions of the run's steps, in order."""
     skipped = GuardDecisions.read(folder.path / "guard.json").skipped
-    spans = [(row["data/first_position"], row["data/end_position"]) for row in folder.read_metrics()]
+    spans = [(row.metrics["data/first_position"], row.metrics["data/end_position"]) for row in folder.read_metrics()]
     return [p for first, end in spans for p in range(first, end) if not any(a <= p < b for a, b in skipped)]
 
 
@@ -65,7 +65,7 @@ def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
     assert [event.positions for event in skips] == [[240, 248], [248, 256]]
     assert skips[0].samples == folder.open_corpus(5).describe_windows(np.arange(240, 248))
     assert list_trained_positions(folder) == [*range(240), *range(256, 288)]
-    losses = [f.read_metrics()[-1]["train/loss"] for f in (clean_run, folder)]
+    losses = [f.read_metrics()[-1].metrics["train/loss"] for f in (clean_run, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
@@ -78,7 +78,7 @@ def test_a_longer_bad_stretch_is_rolled_back_over(training_inputs, clean_run, tm
     assert [(event.to, event.positions, event.rate_factor) for event in back] == [(24, [[240, 264]], 1.0)]
     assert list_trained_positions(folder) == [*range(240), *range(264, 312)]
     assert len(folder.read_metrics()) == LONG.max_steps
-    losses = [f.read_metrics()[-1]["train/loss"] for f in (clean_run, folder)]
+    losses = [f.read_metrics()[-1].metrics["train/loss"] for f in (clean_run, folder)]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # other data
 
 

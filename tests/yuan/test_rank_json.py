@@ -12,6 +12,7 @@ from tests.yuan.test_run_status import STORED_TRAINING
 from yuan.data.text import find_unstorable
 from yuan.train.exit_status import ExitStatus, read_exit_notes
 from yuan.train.heartbeat import read_heartbeats
+from yuan.train.metrics_row import MetricsRow
 from yuan.train.run_folder import RunFolder
 
 DEEP = "[" * 100_000
@@ -77,6 +78,6 @@ def test_a_note_of_the_future_or_of_another_rank_does_not_count(tmp_path):
     ids=lambda line: line[:40],
 )
 def test_a_row_of_metrics_that_the_tracker_would_refuse_is_dropped_alone(tmp_path, line):
-    good = {"step": 5, "train/loss": 2.5, "train/mfu": None}
-    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")
-    assert RunFolder(tmp_path).read_metrics() == [good]
+    metrics = {"train/loss": 2.5, "train/mfu": None}
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps({'step': 5, **metrics})}\n")
+    assert RunFolder(tmp_path).read_metrics() == [MetricsRow(5, metrics)]

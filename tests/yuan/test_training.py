@@ -23,6 +23,7 @@ from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
 from yuan.train.events import ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LogTail
+from yuan.train.metrics_row import MetricsRow
 from yuan.train.run_folder import RunFolder
 
 
@@ -40,7 +41,7 @@ def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, 
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", training_inputs, recipe))
     np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
-    assert abs(folder.read_metrics()[0]["train/loss"] - finished.read_metrics()[0]["train/loss"]) > 1e-4
+    assert abs(folder.read_metrics()[0].metrics["train/loss"] - finished.read_metrics()[0].metrics["train/loss"]) > 1e-4
 
 
 @pytest.mark.slow
@@ -49,7 +50,7 @@ def test_bf16_adds_up_the_same_gradients(training_inputs, finished, tmp_path):
     folder = run(
         lay_out(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
     )
-    norms, exact = ([row["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
+    norms, exact = ([row.metrics["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
 
 
@@ -88,7 +89,7 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_p
         assert process.wait(60) != 0
     run(folder)
     assert any(isinstance(event, ResumeEvent) for event in folder.read_events())
-    assert [row["step"] for row in folder.read_metrics()] == list(range(1, STEPS + 1))
+    assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
@@ -144,22 +145,22 @@ def test_a_torn_line_hides_no_other(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # as a full disk leaves it
     folder.append("metrics.jsonl", {"step": 3})
-    assert folder.read_metrics() == [{"step": 1}, {"step": 3}]
+    assert folder.read_metrics() == [MetricsRow(1, {}), MetricsRow(3, {})]
 
 
 def test_losses_of_the_sources_make_up_the_loss(finished):
     corpus = finished.open_corpus(seed=5)
     for row in finished.read_metrics():
-        windows, sources = corpus.read(np.arange(row["data/first_position"], row["data/end_position"]))
+        windows, sources = corpus.read(np.arange(row.metrics["data/first_position"], row.metrics["data/end_position"]))
         counts = {source.name: windows.loss_mask[sources == n].sum() for n, source in enumerate(corpus.sources)}
-        parts = {name: row[f"train/loss/{name}"] for name, count in counts.items() if count}
+        parts = {name: row.metrics[f"train/loss/{name}"] for name, count in counts.items() if count}
         whole = sum(loss * counts[name] for name, loss in parts.items()) / sum(counts.values())
-        assert whole == pytest.approx(row["train/loss"], rel=1e-5)
+        assert whole == pytest.approx(row.metrics["train/loss"], rel=1e-5)
 
 
 def test_status_compares_every_stage_with_its_plan(finished):
-    status, plan = finished.read_metrics()[-1], finished.read_spec().plan
-    assert 0 < status["train/bubble"] < 1 and status["train/mfu"] is None
+    metrics, plan = finished.read_metrics()[-1].metrics, finished.read_spec().plan
+    assert 0 < metrics["train/bubble"] < 1 and metrics["train/mfu"] is None
     assert len(plan.stages) == 2
 
 
@@ -225,5 +226,5 @@ def test_new_lines_come_once_and_whole_and_anew_when_the_file_was_replaced(tmp_p
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write("}\n")
     assert new.read() == [{"step": 2}]
-    folder.replace_metrics([{"step": 1}])
+    folder.replace_metrics([MetricsRow(1, {})])
     assert new.read() == [{"step": 1}]

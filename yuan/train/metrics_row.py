@@ -1,7 +1,8 @@
 """The rows of metrics.jsonl: the metrics of one step each."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from yuan.train.rank_json import get_count, get_number
@@ -10,15 +11,36 @@ METRIC_NAME_PATTERN = re.compile(r"[A-Za-z0-9_./ :-]{1,250}")  # the names that 
 MAX_ROW_METRICS = 256
 
 
-def is_metrics_row(record: Mapping[str, Any]) -> bool:
-    """Check that a line's JSON object is a row: a step, and metrics that are finite numbers or None.
+@dataclass(frozen=True)
+class MetricsRow:
+    """The metrics of a step by name; None for one that is not known, such as the MFU of a processor."""
 
-    >>> is_metrics_row({"step": 5, "train/loss": 2.5, "train/mfu": None}), is_metrics_row({"train/loss": 2.5})
-    (True, False)
+    step: int
+    metrics: Mapping[str, float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a line of metrics.jsonl."""
+        return {"step": self.step, **self.metrics}
+
+
+def parse_metrics_row(record: Mapping[str, Any]) -> MetricsRow | None:
+    """Read a line's JSON object; return None if it is no row: a step, and metrics that are finite numbers or None.
+
+    >>> parse_metrics_row({"step": 5, "train/loss": 2.5, "train/mfu": None})
+    MetricsRow(step=5, metrics={'train/loss': 2.5, 'train/mfu': None})
+    >>> parse_metrics_row({"train/loss": 2.5})
     """
-    return (
-        get_count(record, "step") is not None
-        and len(record) <= MAX_ROW_METRICS
+    step = get_count(record, "step")
+    is_row = (
+        len(record) <= MAX_ROW_METRICS
         and all(METRIC_NAME_PATTERN.fullmatch(name) for name in record)
         and all(value is None or get_number(record, name) is not None for name, value in record.items())
     )
+    if step is None or not is_row:
+        return None
+    return MetricsRow(step, {name: value for name, value in record.items() if name != "step"})
+
+
+def parse_metrics_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
+    """Read lines' JSON objects; those that are no rows are left out."""
+    return [row for record in records if (row := parse_metrics_row(record)) is not None]

@@ -23,7 +23,7 @@ from yuan.train.checkpoint_manifest import (
 from yuan.train.events import RunEvent, parse_event
 from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference
 from yuan.train.log_tail import LogTail
-from yuan.train.metrics_row import is_metrics_row
+from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
 from yuan.train.rank_json import parse_rank_object
 from yuan.train.run_status import RunStatus
 
@@ -269,9 +269,9 @@ class RunFolder:
         """Return True if the run is complete: its weights are exported."""
         return is_file(self.path, f"export/{MODEL_MANIFEST_FILE}")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[MetricsRow]:
         """Read all rows of metrics.jsonl; lines that are not valid rows are ignored. Use `LogTail` to poll."""
-        return [row for row in LogTail(self.path / METRICS_FILE).read_all() if is_metrics_row(row)]
+        return parse_metrics_rows(LogTail(self.path / METRICS_FILE).read_all())
 
     def read_events(self) -> list[RunEvent]:
         """Read all events of the run; lines of events.jsonl that are not valid events are ignored."""
@@ -282,9 +282,14 @@ class RunFolder:
         """Append an event to events.jsonl."""
         self.append(EVENTS_FILE, event.to_json())
 
-    def replace_metrics(self, rows: list[dict[str, Any]]) -> None:
+    def append_metrics(self, row: MetricsRow) -> None:
+        """Append a step's metrics to metrics.jsonl."""
+        self.append(METRICS_FILE, row.to_json())
+
+    def replace_metrics(self, rows: Iterable[MetricsRow]) -> None:
         """Replace all metrics atomically."""
-        replace_file_below(self.path, METRICS_FILE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        lines = "".join(f"{json.dumps(row.to_json())}\n" for row in rows)
+        replace_file_below(self.path, METRICS_FILE, lines.encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Append a line to a log; after a partial line, which a full disk leaves, begin a new line."""

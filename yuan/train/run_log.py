@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from yuan.data.shuffle import Int64Array
 from yuan.train.events import RunEvent
-from yuan.train.run_folder import METRICS_FILE, RunFolder
+from yuan.train.metrics_row import MetricsRow
+from yuan.train.run_folder import RunFolder
 from yuan.train.run_status import RunStatus
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.step import StepResult
@@ -40,8 +41,7 @@ class RunLog:
             for name, loss in zip(self._sources, done.source_losses, strict=True)
             if not math.isnan(loss)
         }
-        record = {
-            "step": step,
+        metrics = {
             "train/loss": done.loss,
             **(by_source if len(self._sources) > 1 else {}),
             "train/learning_rate": rate,
@@ -54,7 +54,7 @@ class RunLog:
             "data/first_position": int(positions[0]),
             "data/end_position": int(positions[-1]) + 1,
         }
-        self._folder.append(METRICS_FILE, record)
+        self._folder.append_metrics(MetricsRow(step, metrics))
         if time.monotonic() - self._status_time > STATUS_INTERVAL_S or step == self._max_steps:
             self._status_time = time.monotonic()
             status = RunStatus(
@@ -81,4 +81,4 @@ class RunLog:
     def drop_metrics_after(self, step: int) -> None:
         """Drop the metrics of steps that will be trained again."""
         if self._writes:
-            self._folder.replace_metrics([row for row in self._folder.read_metrics() if row["step"] <= step])
+            self._folder.replace_metrics([row for row in self._folder.read_metrics() if row.step <= step])

@@ -252,8 +252,10 @@ class Trainer:
         """Read (loss, gradient norm) of the last good steps on rank 0, and broadcast them."""
         good_steps: list[tuple[float, float]] = []
         if self.rank == 0:
-            rows = self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]
-            good_steps = [(row["train/loss"], row["train/grad_norm"]) for row in rows]
+            for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]:
+                loss, norm = row.metrics["train/loss"], row.metrics["train/grad_norm"]
+                assert loss is not None and norm is not None, "log_step writes both"
+                good_steps.append((loss, norm))
         message = [good_steps]
         dist.broadcast_object_list(message, src=0)
         return message[0]
