@@ -29,6 +29,7 @@ from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
 from infra.keeper import find_stack_pids
 from infra.keeper_state import read_service_states
+from infra.polling import poll_until
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
@@ -132,13 +133,13 @@ def fill_disk(trial: Trial) -> bool:
         while True:
             file.write(bytes(2**20))
             file.flush()
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not trial.is_over:
-        if any(isinstance(event, CheckpointFailedEvent | EndedEvent) for event in trial.folder.read_events()[before:]):
-            break
-        if not trial.processes("yuan.train.run"):
-            break
-        time.sleep(0.1)
+
+    def has_failed_or_ended() -> bool:
+        events = trial.folder.read_events()[before:]
+        is_noted = any(isinstance(event, CheckpointFailedEvent | EndedEvent) for event in events)
+        return is_noted or trial.is_over or not trial.processes("yuan.train.run")
+
+    poll_until(has_failed_or_ended, timeout_s=60, pause_s=0.1)
     filler.unlink()
     return True
 
@@ -256,11 +257,14 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
     parameters = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
     training_round = outliving(lambda: client.start_round(parameters))
     limit_s = RUN_LIMIT_S + given.times * (STRIKE_LIMIT_S + given.outage)
-    while not (files := [f for f in (home / "runs").glob("[0-9a-f]*/status.json") if f.parent not in earlier_runs]):
-        if time.monotonic() - begun > limit_s:
-            raise TimeoutError(f"round {training_round.number} does not train")
-        time.sleep(0.05)
-    trial = Trial(home, RunFolder(files[0].parent), given.outage)
+
+    def find_new_run() -> Path | None:
+        folders = (file.parent for file in (home / "runs").glob("[0-9a-f]*/status.json"))
+        return next((folder for folder in folders if folder not in earlier_runs), None)
+
+    if (run_folder := poll_until(find_new_run, timeout_s=limit_s, pause_s=0.05)) is None:
+        raise TimeoutError(f"round {training_round.number} does not train")
+    trial = Trial(home, RunFolder(run_folder), given.outage)
     struck = 0
     # Inject when the run first reaches a step, so that every fault hits a running run.
     moments = moments_of(trial.rng, EVERY + 2, steps * 3 // 4, given.times) if fault else []

@@ -210,25 +210,31 @@ class Keeper:
             old.close()
 
     def _wait_until_ready(self, service: ManagedService, process: subprocess.Popen[bytes], deadline: float) -> None:
-        """Poll the check until it passes.
+        """Poll the check until it passes, or the keeper stops.
 
         Raises:
             RuntimeError: if the process exits.
             TimeoutError: at the deadline, with the last error of the check.
         """
-        reason = "no response yet"
-        while not self._stopping.is_set():
+        reason = ""
+
+        def is_over() -> bool:
+            nonlocal reason
+            if self._stopping.is_set():
+                return True
             if process.poll() is not None:
                 raise RuntimeError(
                     f"{service.name} exited with status {process.returncode}; see logs/{service.name}.log"
                 )
             try:
-                return service.run_guarded_check(service.check)
+                service.run_guarded_check(service.check)
             except Exception as error:  # any error means not ready
                 reason = f"{type(error).__name__}: {get_first_line(error)}"
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
-            time.sleep(0.1)
+                return False
+            return True
+
+        if not poll_until(is_over, timeout_s=deadline - time.monotonic(), pause_s=0.1):
+            raise TimeoutError(f"{service.name} did not become ready: {reason}; see logs/{service.name}.log")
 
     def _wait_for_failure(self, service: ManagedService) -> str:
         """Wait until the process exits or its liveness checks fail, and return the reason for the restart."""

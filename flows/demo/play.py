@@ -149,17 +149,20 @@ def run_round(access: DemoAccess, parameters: RoundParameters, follow: FollowRou
 
 def wait_for_version(client: Client, version: int) -> None:
     """Wait until the portal serves this version."""
-    end, reason = time.monotonic() + SERVICE_TIMEOUT_S, "no request was sent"
-    while time.monotonic() < end:
+    reason = ""
+
+    def is_served() -> bool:
+        nonlocal reason
         try:
             served = client.complete(["1+1"], max_tokens=1)["model"]
-            if served == f"yuan-v{version}":
-                return
-            reason = f"{served} is served"
         except Exception as error:  # not served yet; the last reason is reported below
             reason = str(error)
-        time.sleep(0.3)
-    raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
+            return False
+        reason = f"{served} is served"
+        return bool(served == f"yuan-v{version}")
+
+    if not poll_until(is_served, timeout_s=SERVICE_TIMEOUT_S, pause_s=0.3):
+        raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
 
 
 def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> Contribution:

@@ -13,6 +13,7 @@ from feedback import leases
 from feedback.tables import Lease
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
+from infra.polling import poll_until
 from infra.processes import get_own_identity
 
 log = logging.getLogger(__name__)
@@ -115,13 +116,14 @@ def _send_heartbeats(sessions: SessionFactory, lease: Lease, stop: threading.Eve
 
 def _release_lease(sessions: SessionFactory, lease: Lease, reason: str) -> None:
     """Release a lease; retry for its time to live, after which the reaper frees it for lack of heartbeats."""
-    end = time.monotonic() + lease.ttl_s
-    while True:
+
+    def try_release() -> bool:
         try:
             with sessions.begin() as session:
-                return leases.release_lease(session, lease.id, lease.generation, reason)
+                leases.release_lease(session, lease.id, lease.generation, reason)
         except DATABASE_ERRORS:
-            if time.monotonic() > end:
-                log.warning("lease %s could not be released; the reaper frees it", lease.id[:8])
-                return None
-            time.sleep(LEASE_POLL_S)
+            return False
+        return True
+
+    if not poll_until(try_release, timeout_s=lease.ttl_s, pause_s=LEASE_POLL_S):
+        log.warning("lease %s could not be released; the reaper frees it", lease.id[:8])
