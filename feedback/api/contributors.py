@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
-from feedback import datasets, paging, provenance, reports
+from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import OPERATOR_ROLE, audit, compute_quota_wait_s, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
@@ -100,7 +100,7 @@ def submit(
         provenance.check_provenance(session, contributor, form)
         reports.add_feedback(session, contributor, form, feedback_id)
         notify_dispatcher(session)
-    return reports.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
+    return report_records.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
 
 
 @router.get("/feedback", responses=PAGED_RESPONSES)
@@ -114,13 +114,13 @@ def list_feedback(
     """List your reports, oldest first, one page at a time."""
     rows = reports.list_feedback(session, contributor, limit + 1, after)
     set_next_link(response, "/api/v1/feedback", limit, [row.id for row in rows])
-    return reports.describe_reports(session, rows[:limit])
+    return report_records.describe_reports(session, rows[:limit])
 
 
 @router.get("/feedback/{feedback_id}", responses=document_errors(404))
 def get_feedback(feedback_id: RecordIdPath, contributor: CurrentContributor, session: SessionDep) -> FeedbackOut:
     """Return one of your reports with its timeline."""
-    return reports.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
+    return report_records.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
 
 
 @router.get("/notices", responses=PAGED_RESPONSES)

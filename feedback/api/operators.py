@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Depends
 
-from feedback import datasets, reports, rounds
+from feedback import datasets, report_records, rounds
 from feedback.accounts import add_contributor, audit, find_account
 from feedback.api.access import (
     CurrentContributor,
@@ -88,7 +88,7 @@ def withdraw_feedback(
     feedback_id: RecordIdPath, form: WithdrawalIn, who: CurrentContributor, session: SessionDep
 ) -> FeedbackOut:
     """Withdraw one of your reports, or any as an operator: no more training, tests or notices; the record stays."""
-    return reports.describe_report(session, withdraw_report(session, who, feedback_id, form.reason))
+    return report_records.describe_report(session, withdraw_report(session, who, feedback_id, form.reason))
 
 
 @router.post("/datasets/{dataset_id}/withdraw", responses=document_errors(404))

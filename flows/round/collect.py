@@ -4,8 +4,9 @@ import logging
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
-from feedback import datasets, reports, rounds, snapshots
+from feedback import reports, rounds, snapshots
 from feedback.accounts import audit
+from feedback.dataset_acceptance import accept_dataset, find_checked_datasets, record_acceptance_failure
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
 from flows.context import Context
@@ -72,18 +73,18 @@ def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
     """Accept checked datasets, each in its own transaction; return the numbers accepted and failed."""
     share, max_cases = context.settings.held_out_share, context.settings.max_account_cases
     with context.sessions() as session:
-        dataset_ids = datasets.find_checked_datasets(session, cut_off)
+        dataset_ids = find_checked_datasets(session, cut_off)
     failed = 0
     for dataset_id in dataset_ids:
         try:
             with context.sessions.begin() as session:
-                datasets.accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
+                accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
         except Exception as error:
             if not is_item_error(error):
                 raise
             failed += 1
             with context.sessions.begin() as session:
-                datasets.record_acceptance_failure(session, dataset_id, error)
+                record_acceptance_failure(session, dataset_id, error)
     return len(dataset_ids) - failed, failed
 
 

@@ -5,7 +5,9 @@ import io
 from sqlalchemy import select
 
 from feedback import datasets, gate, promotion, reports, rounds, snapshots
+from feedback.cases import choose_case_role
 from feedback.contracts import FeedbackIn, RoundParameters
+from feedback.dataset_acceptance import accept_dataset
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row, dump_rows
 from yuan.eval.results import EvalResult
@@ -71,7 +73,7 @@ def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CA
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    datasets.accept_dataset(session, dataset.id, objects.get, SALT, SHARE, max_cases)
+    accept_dataset(session, dataset.id, objects.get, SALT, SHARE, max_cases)
     session.flush()
     return dataset
 
@@ -85,7 +87,7 @@ def checked_rows(prefix, count):
 
 def is_drawn(row):
     """Return True if a row's prompt is held out."""
-    return reports.choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
+    return choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
 
 
 def freeze(session, objects):

@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
-from feedback import datasets, promotion, reports, rounds, snapshots
+from feedback import datasets, promotion, report_records, reports, rounds, snapshots
+from feedback.dataset_acceptance import accept_dataset
 from feedback.items import find_faults_by_subject, process_each
 from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
@@ -51,7 +52,7 @@ def only_it_failed(session, rows, one, reason):
     faults_by_report = find_faults_by_subject(session, [row.id for row in rows])
     assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [one.id]
     assert reason in faults_by_report[one.id][0][1]
-    assert any(reason in event.text for event in reports.describe_report(session, one).timeline)
+    assert any(reason in event.text for event in report_records.describe_report(session, one).timeline)
 
 
 def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):
@@ -243,7 +244,7 @@ def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects
         sha256=sha256,
     )
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
-    datasets.accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
+    accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)

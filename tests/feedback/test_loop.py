@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import delete, select, text
 
-from feedback import datasets, promotion, reports, rounds
+from feedback import datasets, promotion, report_records, reports, rounds
 from feedback.accounts import Conflict, add_contributor
+from feedback.cases import add_cases, choose_case_role
 from feedback.contracts import FeedbackIn
+from feedback.dataset_acceptance import accept_dataset
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Round, Snapshot, TrainingRun, new_id
 from feedback.withdrawal import withdraw_report
 from infra.database import make_session_factory
@@ -35,7 +37,7 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     assert accept_all(session, later).accepted == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
     assert {"train", "held_out"} == set(roles)
-    assert [reports.choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
+    assert [choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
 
 
 def test_a_report_the_champion_answers_right_is_rejected_with_the_reason(session, reporter, later):
@@ -88,10 +90,10 @@ def test_each_accepted_report_gets_one_verdict_and_one_notice(session, reporter,
     promote(session, 2, passed=[fixed.case_id], parent=1)
     assert promotion.mark_notices_delivered(session) == 2
     assert promotion.mark_notices_delivered(session) == 0
-    assert reports.describe_report(session, fixed).verdict == "fixed"
-    assert reports.describe_report(session, fixed).summary == "failing in v1, fixed in v2"
-    assert reports.describe_report(session, failing).verdict == "still_failing"
-    assert "fixed in v2" in reports.describe_report(session, fixed).timeline[-1].text
+    assert report_records.describe_report(session, fixed).verdict == "fixed"
+    assert report_records.describe_report(session, fixed).summary == "failing in v1, fixed in v2"
+    assert report_records.describe_report(session, failing).verdict == "still_failing"
+    assert "fixed in v2" in report_records.describe_report(session, fixed).timeline[-1].text
 
 
 def test_telling_twice_makes_no_second_notice(session, reporter, later):
@@ -107,7 +109,7 @@ def test_losing_more_than_two_points_on_the_base_blocks(session):
         Row.model_validate({"prompt": f"p{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
         for n in range(100)
     ]
-    reports.add_cases(session, "base", rows, "held_out")
+    add_cases(session, "base", rows, "held_out")
     cases = list(session.scalars(select(Case.id)))
     assert promote(session, 1, passed=cases).promote
     assert promote(session, 2, passed=cases[2:], parent=1).promote
@@ -209,7 +211,7 @@ def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, 
 
 def test_documents_are_never_removed_because_of_a_prompt(session, objects, reporter):
     blank = Row.model_construct(prompt=" ", answer="a", checker=checked_rows("", 1)[0].checker)
-    reports.add_cases(session, "older", [blank], "held_out")  # older releases accepted it
+    add_cases(session, "older", [blank], "held_out")  # older releases accepted it
     upload(session, objects, reporter, [Row(answer=f"document {n}") for n in range(5)])
     snapshot_id, _ = freeze(session, objects)
     counts = session.get_one(Snapshot, snapshot_id).counts
@@ -222,7 +224,7 @@ def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, r
     dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = dataset.sha256, "checked"
-    datasets.accept_dataset(session, dataset.id, objects.get, SALT, SHARE, MAX_CASES)
+    accept_dataset(session, dataset.id, objects.get, SALT, SHARE, MAX_CASES)
     _, snapshot = freeze(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 

@@ -3,8 +3,9 @@
 import pytest
 from sqlalchemy import select
 
-from feedback import datasets, reports
+from feedback import datasets, report_records
 from feedback.accounts import add_contributor
+from feedback.cases import choose_case_role
 from feedback.tables import Case, DatasetRow, Snapshot, new_id
 from feedback.withdrawal import withdraw_report
 from flows.demo.demo_corpus import BASE_SKILLS
@@ -68,7 +69,7 @@ def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, obje
     roles = session.execute(select(DatasetRow.prompt_key, DatasetRow.role)).all()
     drawn = {prompt for prompt, role in roles if role == "held_out"}
     prompts = {row.prompt_key for row in rows if row.checker is not None and row.prompt}
-    assert drawn == {prompt for prompt in prompts if reports.choose_case_role(prompt, SALT, SHARE) == "held_out"}
+    assert drawn == {prompt for prompt in prompts if choose_case_role(prompt, SALT, SHARE) == "held_out"}
     four_sigma = 4 * (SHARE * (1 - SHARE) / len(prompts)) ** 0.5
     assert len(prompts) > 1000 and abs(len(drawn) / len(prompts) - SHARE) < four_sigma
 
@@ -118,7 +119,7 @@ def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, r
     upload(session, objects, attacker, [Row(answer="a document")])
     for _ in range(2):
         freeze(session, objects)
-    texts = [event.text for event in reports.describe_report(session, row).timeline if "left out" in event.text]
+    texts = [event.text for event in report_records.describe_report(session, row).timeline if "left out" in event.text]
     assert len(texts) == 1 and "its correction is left out: its prompt is that of a held-out case" in texts[0]
 
 

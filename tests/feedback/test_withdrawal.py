@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 from sqlalchemy import select
 
-from feedback import datasets, gate, promotion, reports, rounds
+from feedback import datasets, gate, promotion, report_records, rounds
 from feedback.accounts import InvalidField, NotFound, add_contributor
 from feedback.api.app import make_app
 from feedback.client import Client, PortalError
@@ -41,7 +41,7 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
     assert [case.id for case in rounds.find_untested_cases(session, 1)] == [stays.case_id]
     promote(session, 1, passed=[])
     assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
-    record = reports.describe_report(session, goes)
+    record = report_records.describe_report(session, goes)
     assert (record.state, record.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
 
 
@@ -104,9 +104,9 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
     promote(session, 1, passed=[])
     if is_told:
         promotion.mark_notices_delivered(session)
-    assert reports.describe_report(session, row).summary == "failing in v1"
+    assert report_records.describe_report(session, row).summary == "failing in v1"
     withdraw_report(session, reporter, row.id, "mistaken")
-    record = reports.describe_report(session, row)
+    record = report_records.describe_report(session, row)
     assert (record.summary, record.verdict, record.verdict_version) == ("withdrawn", None, None)
     assert any("failing in v" in event.text for event in record.timeline) is is_told
 
@@ -152,7 +152,7 @@ def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, report
         stranger.role = "operator"
         withdraw(session, stranger, record.id, "poison")
         stranger.role = "contributor"
-    assert reports.describe_report(session, row).timeline[-1].text == "withdrawn by an operator: poison"
+    assert report_records.describe_report(session, row).timeline[-1].text == "withdrawn by an operator: poison"
 
 
 def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, reporter, later):
@@ -181,7 +181,7 @@ def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, repo
     assert {row.state for row in (*rows, *uploads)} == {"withdrawn"}
     assert (refused.state, other.state) == ("rejected", "received")
     assert rounds.find_untested_cases(session, 1) == []
-    for one in (reports.describe_report(session, rows[-1]), datasets.describe_dataset(session, uploads[-1])):
+    for one in (report_records.describe_report(session, rows[-1]), datasets.describe_dataset(session, uploads[-1])):
         assert one.timeline[-1].text == "withdrawn by an operator: junk"
 
 

@@ -7,7 +7,8 @@ import time
 import pytest
 from sqlalchemy import update
 
-from feedback import reports, rounds
+from feedback import rounds
+from feedback.cases import add_cases
 from feedback.contracts import RoundParameters
 from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Round, new_id
@@ -66,7 +67,7 @@ def record(context):
 def add_case(context):
     """A case that no version has taken."""
     with context.sessions.begin() as session:
-        reports.add_cases(session, "reports", [Row(prompt=new_id(), answer="b", checker=Exact(value="b"))], "held_out")
+        add_cases(session, "reports", [Row(prompt=new_id(), answer="b", checker=Exact(value="b"))], "held_out")
 
 
 @pytest.mark.parametrize("version", [987_654, 2**40])

@@ -1,0 +1,49 @@
+"""Cases: add rows as cases of a suite, and choose which prompts are held out."""
+
+import hmac
+from collections.abc import Sequence
+
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from feedback.tables import Case, new_id
+from yuan.data.rows import Row
+
+
+def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> None:
+    """Create a case in a suite for each row that has a checker; existing keys keep their case and role.
+
+    An existing case that was withdrawn becomes active again.
+    """
+    values = [
+        {
+            "id": new_id(),
+            "suite": suite,
+            "key": row.key,
+            "prompt_key": row.prompt_key,
+            "prompt": row.prompt,
+            "expected": row.answer,
+            "checker": row.checker.model_dump(mode="json"),
+            "role": role,
+            "capability": row.capability,
+        }
+        for row in rows
+        if row.checker is not None
+    ]
+    if values:
+        upsert = insert(Case).on_conflict_do_update(index_elements=["suite", "key"], set_={"withdrawn_at": None})
+        session.execute(upsert, values)
+
+
+def choose_case_role(prompt_key: str, salt: str, share: float) -> str:
+    """Choose a case's role by a salted hash of its prompt: `held_out` for a fraction `share` of prompts, else `train`.
+
+    The same prompt always gets the same role, whatever the answer. So no contributor can choose the role, not even by
+    withdrawing a report and sending it again with another expected answer.
+    """
+    return "held_out" if compute_salted_fraction(prompt_key, salt) < share else "train"
+
+
+def compute_salted_fraction(key: str, salt: str) -> float:
+    """Return a number in [0, 1) derived from a key, which nobody can predict without the salt."""
+    return int.from_bytes(hmac.digest(salt.encode(), key.encode(), "sha256")[:6]) / 2**48
