@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
+from infra.error_text import SafeMessageError
 from infra.launchers.job import HOST_NAME_PATTERN, JobEnding, JobEndingCause
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file_end
@@ -25,6 +26,10 @@ class ExitReason(StrEnum):
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
     UNKNOWN = "unknown"
+
+
+class TrainingFailed(SafeMessageError, RuntimeError):
+    """The run cannot continue; the message is the reason, as shown to users."""
 
 
 class ExitPolicy(Enum):

@@ -1,23 +1,28 @@
 """Supervise a run: lease devices, start the ranks, and restart, re-plan or fail when they exit early."""
 
-import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from feedback import leases, rounds
 from flows.context import Context
 from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_background
-from flows.supervisor.exit_reason import ExitPolicy, ExitReason, RunEnding, classify, has_hung_rank, read_log_tail
+from flows.supervisor.exit_reason import (
+    ExitPolicy,
+    ExitReason,
+    RunEnding,
+    TrainingFailed,
+    classify,
+    has_hung_rank,
+    read_log_tail,
+)
 from flows.supervisor.lease_holder import GrantedLease, hold_lease, make_job_name
-from flows.supervisor.pool_launcher import load_configured_pool, make_launcher, make_plan_limits
+from flows.supervisor.pool_launcher import load_configured_pool, make_launcher
 from flows.supervisor.reaper import reap_dead_leases
+from flows.supervisor.run_planner import MAX_WHY_CHARACTERS, RunPlanner
 from flows.supervisor.run_reporter import ProgressCallback, RunReporter
 from infra.confinement import build_confined_environment
-from infra.error_text import SafeMessageError
 from infra.faults import DATABASE_ERRORS
 from infra.keeper import STACK_ID_VARIABLE
 from infra.launchers.job import Job, LauncherUnreachable
@@ -25,27 +30,16 @@ from infra.machine import has_free_disk
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import make_printable
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.planner import draw_plan
-from yuan.plan.pool import Pool
-from yuan.plan.replan import replan, resize_pool
-from yuan.plan.workload import Workload
-from yuan.safe_files import replace_file_below
-from yuan.train.events import EndedEvent, ReplanEvent
-from yuan.train.run_folder import PLAN_PICTURE_FILE, TRAIN_LOG_FILE, RunFolder
+from yuan.train.events import EndedEvent
+from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
 
 log = logging.getLogger(__name__)
 
 RUN_REPORT_EVERY_S = 2.0
 MAX_RESTARTS_WITHOUT_PROGRESS = 5  # consecutive restarts without a new checkpoint
-MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
 RUN_RESTART_PAUSE_S = 5.0
-MAX_WHY_CHARACTERS = 500  # of a reason in an event
 MAX_LOGGED_CHARACTERS = 300
 MAX_DEVICE_REASON_CHARACTERS = 300  # of the reason that a device is out of use
-
-
-class TrainingFailed(SafeMessageError, RuntimeError):
-    """The run cannot continue; the message is the reason, as shown to users."""
 
 
 def train(context: Context, round_id: str, progress: ProgressCallback) -> None:
@@ -84,8 +78,8 @@ class Supervisor:
         self.folder, self.reporter, self.priority = folder, reporter, priority
         self.pool = load_configured_pool(context.settings)
         self.launcher = make_launcher(self.pool)
-        self.restarts = self.shrinks = 0
-        self.last_checkpoint_step = 0
+        self.planner = RunPlanner(context, round_id, folder, reporter)
+        self.restarts = self.last_checkpoint_step = 0
 
     def run(self) -> None:
         with self.context.sessions.begin() as session:
@@ -104,7 +98,7 @@ class Supervisor:
 
     def _run_once(self) -> RunEnding:
         """Lease devices and run the processes once, from the last checkpoint until they exit; return the ending."""
-        plan = self._ensure_plan_fits()
+        plan = self.planner.ensure_plan_fits(self.pool)
         settings = self.context.settings
         try:
             with hold_lease(
@@ -223,24 +217,12 @@ class Supervisor:
 
         match ending.policy:
             case ExitPolicy.REPLAN:
-                self._shrink_plan(ending.message)
+                self.planner.shrink_plan(self.pool, ending.message)
             case ExitPolicy.WAIT:
                 self.reporter.report()  # raises if a later attempt has taken over the round
                 time.sleep(RUN_RESTART_PAUSE_S)
             case ExitPolicy.RESTART | ExitPolicy.REPLACE_DEVICE:
                 self._count_restart(ending)
-
-    def _shrink_plan(self, message: str) -> None:
-        """Plan again with less memory than before.
-
-        Raises:
-            TrainingFailed: after MAX_MEMORY_SHRINKS plans, or if no plan fits.
-        """
-        self.shrinks += 1
-        if self.shrinks > MAX_MEMORY_SHRINKS:
-            share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
-            raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {message}")
-        self._replan(f"{message}; planning with {MEMORY_SHRINK_FACTOR**self.shrinks:.0%} of the memory")
 
     def _count_restart(self, ending: RunEnding) -> None:
         """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
@@ -252,61 +234,6 @@ class Supervisor:
                 f"started {self.restarts} times without getting beyond step {newest_step}: {ending.message}; "
                 f"{read_log_tail(self.folder)}"
             )
-
-    def _ensure_plan_fits(self) -> PipelinePlan:
-        """Return the run's plan, or a new one if its devices are no longer available; validate before leasing devices.
-
-        Raises:
-            ValueError: if the folder's inputs were changed.
-            TrainingFailed: if no plan fits the remaining devices.
-        """
-        plan = self.folder.check_inputs().plan
-        with self.context.sessions() as session:
-            working = leases.count_working_devices(session, self.pool.name)
-        if Counter(plan.device_counts) <= working:
-            return plan
-        return self._replan(f"the plan needs {plan.device_counts}, and {dict(working)} are available")
-
-    def _replan(self, why: str) -> PipelinePlan:
-        """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
-        spec = self.folder.read_spec()
-        pool = self.get_working_pool()
-        work = Workload.from_recipe(spec.model, spec.recipe)
-        move = replan(work, spec.plan, pool, make_plan_limits(pool, spec.recipe))
-        if not move.plan.feasible:
-            raise TrainingFailed(f"{why}; {move.plan.explanation}")
-
-        plan = move.plan
-        self.folder.write_spec(replace(spec, plan=plan))
-        replace_file_below(self.folder.path, PLAN_PICTURE_FILE, draw_plan(work, pool, plan).encode())
-        event = ReplanEvent(
-            why=why[:MAX_WHY_CHARACTERS],
-            bounds=plan.bounds,
-            data_size=plan.data_size,
-            explanation=move.explanation,
-            time=time.time(),
-        )
-        self.folder.append_event(event)
-        with contextlib.suppress(*DATABASE_ERRORS), self.context.sessions.begin() as session:
-            rounds.replace_plan(session, self.round_id, plan)
-        self.reporter.publish_new_plan()
-        return plan
-
-    def get_working_pool(self) -> Pool:
-        """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
-
-        Raises:
-            TrainingFailed: if no device works.
-        """
-        with self.context.sessions() as session:
-            working = leases.count_working_devices(session, self.pool.name)
-        if not working:
-            raise TrainingFailed(f"pool {self.pool.name!r} has lost all its devices; return some to it")
-        changes = {group.device_class: working[group.device_class] - group.count for group in self.pool.groups}
-        resized = resize_pool(self.pool, changes)
-        share = MEMORY_SHRINK_FACTOR**self.shrinks
-        groups = tuple(replace(group, memory_gib=group.memory_gib * share) for group in resized.groups)
-        return replace(resized, groups=groups)
 
 
 def _assign_devices(plan: PipelinePlan, devices: Sequence[str]) -> list[str]:

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from feedback import leases
+from flows.supervisor.exit_reason import TrainingFailed
 from flows.supervisor.pool_launcher import make_launcher
-from flows.supervisor.supervisor import TrainingFailed
 from tests.infra.cluster import needs_slurm, slurm_cluster
 from tests.yuan.runs import RECIPE, make
 from yuan.train.events import EndedEvent

@@ -11,8 +11,7 @@ from sqlalchemy import select, update
 
 from feedback import leases
 from feedback.tables import Lease, PoolDevice
-from flows.supervisor.exit_reason import ExitReason, RunEnding
-from flows.supervisor.supervisor import TrainingFailed
+from flows.supervisor.exit_reason import ExitReason, RunEnding, TrainingFailed
 from tests.yuan.runs import RECIPE, make
 from yuan.plan.pool import CPU_POOL_NAME
 from yuan.train.events import EndedEvent, ReplanEvent
@@ -107,7 +106,7 @@ def test_device_lost_on_a_batch_system_excludes_its_host_from_jobs(supervisor):
         "gpu/3", RunEnding(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
     )
     assert supervisor.find_bad_hosts() == ("gpu-7",)
-    assert supervisor.get_working_pool().groups[0].count == 2
+    assert supervisor.planner.get_working_pool(supervisor.pool).groups[0].count == 2
     with supervisor.context.sessions.begin() as session:
         assert leases.set_device_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
     assert supervisor.find_bad_hosts() == ()

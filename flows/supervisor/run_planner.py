@@ -1,0 +1,99 @@
+"""Plan a run again: for the devices that work, or with less memory after it ran out."""
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import replace
+
+from feedback import leases, rounds
+from flows.context import Context
+from flows.supervisor.exit_reason import TrainingFailed
+from flows.supervisor.pool_launcher import make_plan_limits
+from flows.supervisor.run_reporter import RunReporter
+from infra.faults import DATABASE_ERRORS
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.planner import draw_plan
+from yuan.plan.pool import Pool
+from yuan.plan.replan import replan, resize_pool
+from yuan.plan.workload import Workload
+from yuan.safe_files import replace_file_below
+from yuan.train.events import ReplanEvent
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
+
+MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
+MAX_WHY_CHARACTERS = 500  # of a reason in an event
+
+
+class RunPlanner:
+    """Replaces a run's plan, in its folder and in the round's record, and counts how often memory was reduced."""
+
+    def __init__(self, context: Context, round_id: str, folder: RunFolder, reporter: RunReporter) -> None:
+        self._context, self._round_id, self._folder, self._reporter = context, round_id, folder, reporter
+        self._num_shrinks = 0
+
+    def ensure_plan_fits(self, pool: Pool) -> PipelinePlan:
+        """Return the run's plan, or a new one if its devices are no longer available; validate before leasing devices.
+
+        Raises:
+            ValueError: if the folder's inputs were changed.
+            TrainingFailed: if no plan fits the remaining devices.
+        """
+        plan = self._folder.check_inputs().plan
+        with self._context.sessions() as session:
+            working = leases.count_working_devices(session, pool.name)
+        if Counter(plan.device_counts) <= working:
+            return plan
+        return self._replan(pool, f"the plan needs {plan.device_counts}, and {dict(working)} are available")
+
+    def shrink_plan(self, pool: Pool, message: str) -> None:
+        """Plan again with less memory than before.
+
+        Raises:
+            TrainingFailed: after MAX_MEMORY_SHRINKS plans, or if no plan fits.
+        """
+        self._num_shrinks += 1
+        if self._num_shrinks > MAX_MEMORY_SHRINKS:
+            share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
+            raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {message}")
+        self._replan(pool, f"{message}; planning with {MEMORY_SHRINK_FACTOR**self._num_shrinks:.0%} of the memory")
+
+    def get_working_pool(self, pool: Pool) -> Pool:
+        """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
+
+        Raises:
+            TrainingFailed: if no device works.
+        """
+        with self._context.sessions() as session:
+            working = leases.count_working_devices(session, pool.name)
+        if not working:
+            raise TrainingFailed(f"pool {pool.name!r} has lost all its devices; return some to it")
+        changes = {group.device_class: working[group.device_class] - group.count for group in pool.groups}
+        resized = resize_pool(pool, changes)
+        share = MEMORY_SHRINK_FACTOR**self._num_shrinks
+        groups = tuple(replace(group, memory_gib=group.memory_gib * share) for group in resized.groups)
+        return replace(resized, groups=groups)
+
+    def _replan(self, pool: Pool, why: str) -> PipelinePlan:
+        """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
+        spec = self._folder.read_spec()
+        working_pool = self.get_working_pool(pool)
+        work = Workload.from_recipe(spec.model, spec.recipe)
+        move = replan(work, spec.plan, working_pool, make_plan_limits(working_pool, spec.recipe))
+        if not move.plan.feasible:
+            raise TrainingFailed(f"{why}; {move.plan.explanation}")
+
+        plan = move.plan
+        self._folder.write_spec(replace(spec, plan=plan))
+        replace_file_below(self._folder.path, PLAN_PICTURE_FILE, draw_plan(work, working_pool, plan).encode())
+        event = ReplanEvent(
+            why=why[:MAX_WHY_CHARACTERS],
+            bounds=plan.bounds,
+            data_size=plan.data_size,
+            explanation=move.explanation,
+            time=time.time(),
+        )
+        self._folder.append_event(event)
+        with contextlib.suppress(*DATABASE_ERRORS), self._context.sessions.begin() as session:
+            rounds.replace_plan(session, self._round_id, plan)
+        self._reporter.publish_new_plan()
+        return plan
