@@ -81,7 +81,7 @@ def doctor(as_json: JsonOption = False) -> None:
         findings = diagnose(_get_home())
     faults = [finding for finding in findings if finding.fault]
     text = "\n".join([*map(_describe_finding, findings), *([] if faults else ["no faults found"])])
-    faults_json = [{"fault": finding.fault, "mend": finding.mend} for finding in faults]
+    faults_json = [{"fault": finding.fault, "mend": finding.fix} for finding in faults]
     show({"faults": faults_json, "findings": [finding.to_json() for finding in findings]}, text, as_json)
     if faults:
         raise typer.Exit(1)
@@ -122,7 +122,7 @@ def _build_service_table(states: ServiceStates) -> Table:
 
 def _describe_finding(finding: Finding) -> str:
     if finding.fault:
-        return f"- {finding.fault}\n  last success: {finding.when}\n  fix: {finding.mend}"
+        return f"- {finding.fault}\n  last success: {finding.when}\n  fix: {finding.fix}"
     outcome = "not yet observed" if finding.state == "never yet" else f"ok at {finding.when}"
     return f"  {finding.what}: {outcome}"
 

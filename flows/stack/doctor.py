@@ -34,14 +34,13 @@ MACHINE_SUBJECT, KEEPER_SUBJECT, STACK_CONFIG_SUBJECT, SETTINGS_SUBJECT = (
 NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel has no Landlock, so every service can read the others' folders and secrets",
-    mend="use a kernel of 5.13 or later with landlock in its `lsm=` list; "
-    "docs/security.md lists what is not guaranteed",
+    fix="use a kernel of 5.13 or later with landlock in its `lsm=` list; docs/security.md lists what is not guaranteed",
 )
 NO_SECCOMP_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel or processor has no seccomp filter, so a compromised service can kill the keeper and connect to "
     "every port of this machine",
-    mend="use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md lists what is not guaranteed",
+    fix="use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md lists what is not guaranteed",
 )
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 FULL_DISK_BYTES = 64 * 2**20  # with less free space, PostgreSQL and the store begin to reject writes
@@ -59,14 +58,14 @@ def find_setting_faults(home: Path) -> list[Finding]:
     try:
         lines = [line for line in parse_variable_file(file) if SETTINGS_VARIABLE_PREFIX in line.original.string.upper()]
     except (OSError, UnicodeDecodeError) as error:
-        mend = "make it a text file in UTF-8 that you may read"
-        return [Finding(SETTINGS_SUBJECT, fault=f"{file} cannot be read: {error}", mend=mend)]
+        fix = "make it a text file in UTF-8 that you may read"
+        return [Finding(SETTINGS_SUBJECT, fault=f"{file} cannot be read: {error}", fix=fix)]
     found: list[Finding] = []
     for line in lines:
         name, place = (line.key or "").upper(), describe_variable_place(line, file)
         if line.error or (name.startswith(SETTINGS_VARIABLE_PREFIX) and line.value is None):
             fault = f"a line without NAME=VALUE sets nothing ({place})"
-            found.append(Finding(SETTINGS_SUBJECT, fault=fault, mend="write one, or # before the line"))
+            found.append(Finding(SETTINGS_SUBJECT, fault=fault, fix="write one, or # before the line"))
         elif name.startswith(SETTINGS_VARIABLE_PREFIX) and name not in KNOWN_VARIABLES:
             near = difflib.get_close_matches(
                 name.removeprefix(SETTINGS_VARIABLE_PREFIX),
@@ -78,9 +77,9 @@ def find_setting_faults(home: Path) -> list[Finding]:
                 else "the names are in .env.example; write one"
             )
             fault = f"there is no setting {name} ({place})"
-            found.append(Finding(SETTINGS_SUBJECT, fault=fault, mend=f"{meant}, or take the line out"))
+            found.append(Finding(SETTINGS_SUBJECT, fault=fault, fix=f"{meant}, or take the line out"))
     return found + [
-        Finding(SETTINGS_SUBJECT, fault=wrong, mend="correct the value there") for wrong in find_wrong_values(file)
+        Finding(SETTINGS_SUBJECT, fault=wrong, fix="correct the value there") for wrong in find_wrong_values(file)
     ]
 
 
@@ -89,12 +88,12 @@ def find_machine_faults(home: Path) -> list[Finding]:
     found = find_disk_faults(home)
     place = find_existing_folder(home)
     if not os.access(place, os.W_OK):
-        mend = "give yourself the right, or set COTRAIN_HOME elsewhere"
-        return [*found, Finding(MACHINE_SUBJECT, fault=f"{place} cannot be written", mend=mend)]
+        fix = "give yourself the right, or set COTRAIN_HOME elsewhere"
+        return [*found, Finding(MACHINE_SUBJECT, fault=f"{place} cannot be written", fix=fix)]
     if not is_keeper_running(home):
         if measure_available_memory_gib() < MIN_MEMORY_GIB:
             fault = f"{measure_available_memory_gib():.1f} GiB of memory are free, {MIN_MEMORY_GIB:.0f} are needed"
-            found.append(Finding(MACHINE_SUBJECT, fault=fault, mend="end other programs or use a larger machine"))
+            found.append(Finding(MACHINE_SUBJECT, fault=fault, fix="end other programs or use a larger machine"))
         found += find_busy_ports(home)
     return found
 
@@ -107,8 +106,8 @@ def find_disk_faults(home: Path) -> list[Finding]:
         return []
     state = "is full" if free < FULL_DISK_BYTES else "is nearly full"
     fault = f"the disk of {place} {state}: {free} bytes are free there, {MIN_DISK_GIB * 2**30:.0f} are needed"
-    mend = "make room on that disk (`du -xh --max-depth=2` shows the usage); failed work then resumes by itself"
-    return [Finding(MACHINE_SUBJECT, fault=fault, mend=mend)]
+    fix = "make room on that disk (`du -xh --max-depth=2` shows the usage); failed work then resumes by itself"
+    return [Finding(MACHINE_SUBJECT, fault=fault, fix=fix)]
 
 
 def find_existing_folder(home: Path) -> Path:
@@ -121,9 +120,9 @@ def find_busy_ports(home: Path) -> list[Finding]:
     if not (home / CONFIG_FILE).exists() or find_config_faults(home):
         return []
     config = load_config(home)
-    mend = f"end that program, or delete the line in {home / CONFIG_FILE} to choose another port"
+    fix = f"end that program, or delete the line in {home / CONFIG_FILE} to choose another port"
     return [
-        Finding(MACHINE_SUBJECT, fault=f"port {port} of {name} is busy{holder}", mend=mend)
+        Finding(MACHINE_SUBJECT, fault=f"port {port} of {name} is busy{holder}", fix=fix)
         for name, port in config.ports.items()
         if (holder := describe_port_holder(port, config.stack_id)) is not None
     ]
@@ -135,7 +134,7 @@ def find_stack_faults(home: Path) -> list[Finding]:
     if not is_keeper_running(home):
         is_expected = not found and (home / CONFIG_FILE).exists()
         return (
-            [*found, Finding("the stack", fault="the stack is not up", mend="run `cotrain up`")]
+            [*found, Finding("the stack", fault="the stack is not up", fix="run `cotrain up`")]
             if is_expected
             else found
         )
@@ -145,7 +144,7 @@ def find_stack_faults(home: Path) -> list[Finding]:
             name,
             succeeded_at=convert_timestamp(state.ready_at) if state.ready_at else None,
             fault=f"{name} is {state.state}: {state.error or state.restart_reason or 'no reason yet'}",
-            mend=f"see `cotrain logs {name}`",
+            fix=f"see `cotrain logs {name}`",
             or_later=True,
         )
         for name, state in read_service_states(home).items()
@@ -165,12 +164,10 @@ def find_config_faults(home: Path) -> list[Finding]:
     try:
         config = load_config(home)
     except (OSError, ValueError) as error:
-        return [
-            Finding(STACK_CONFIG_SUBJECT, fault=str(error), mend="restore it; until then only `cotrain down` works")
-        ]
+        return [Finding(STACK_CONFIG_SUBJECT, fault=str(error), fix="restore it; until then only `cotrain down` works")]
     if keeper is not None and keeper.stack_id not in (None, config.stack_id):
-        mend = f"restore the file with the stack_id {keeper.stack_id}, or run `cotrain down`"
-        return [Finding(STACK_CONFIG_SUBJECT, fault=f"{file} is not the config of the stack that runs", mend=mend)]
+        fix = f"restore the file with the stack_id {keeper.stack_id}, or run `cotrain down`"
+        return [Finding(STACK_CONFIG_SUBJECT, fault=f"{file} is not the config of the stack that runs", fix=fix)]
     return []
 
 
@@ -182,9 +179,9 @@ def find_keeper_faults(home: Path) -> list[Finding]:
     fault = (
         f"the keeper (pid {keeper.pid}) has sent no heartbeat for {keeper.silent_s:.0f} s; it restarts no service now"
     )
-    mend = "run `cotrain down`, which ends it, then `cotrain up`; see `cotrain logs keeper`"
+    fix = "run `cotrain down`, which ends it, then `cotrain up`; see `cotrain logs keeper`"
     return [
-        Finding(KEEPER_SUBJECT, succeeded_at=convert_timestamp(time.time() - keeper.silent_s), fault=fault, mend=mend)
+        Finding(KEEPER_SUBJECT, succeeded_at=convert_timestamp(time.time() - keeper.silent_s), fault=fault, fix=fix)
     ]
 
 
@@ -198,9 +195,9 @@ def find_silent_services(home: Path) -> list[Finding]:
         except OSError:  # no heartbeat yet; without one the keeper does not report the dispatcher as ready
             continue
         if services.get(name, ServiceState()).state == "ready" and silent_s > SERVICE_HEARTBEAT_TIMEOUT_S:
-            mend = f"the keeper restarts it if this continues; see `cotrain logs {name}`"
+            fix = f"the keeper restarts it if this continues; see `cotrain logs {name}`"
             fault = f"the {name} has sent no heartbeat for {silent_s:.0f} s"
             found.append(
-                Finding(f"the {name}", succeeded_at=convert_timestamp(time.time() - silent_s), fault=fault, mend=mend)
+                Finding(f"the {name}", succeeded_at=convert_timestamp(time.time() - silent_s), fault=fault, fix=fix)
             )
     return found

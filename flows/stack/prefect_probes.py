@@ -56,42 +56,42 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
     what, found = "a flow run that starts", []
     with open_prefect_client(settings) as http:
         if http.get("/ready").status_code != 200:
-            return [Finding(what, fault="Prefect's database does not answer", mend="see `cotrain logs postgres`")]
+            return [Finding(what, fault="Prefect's database does not answer", fix="see `cotrain logs postgres`")]
         newest = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
         started = newest.started_at if newest else None
         deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
         if not deployments:
-            mend = "the dispatcher registers them; see `cotrain logs dispatcher`"
-            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", mend=mend)]
+            fix = "the dispatcher registers them; see `cotrain logs dispatcher`"
+            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", fix=fix)]
         for one in deployments:
             if one["paused"]:
-                mend = "switch it on at its page in Prefect"
+                fix = "switch it on at its page in Prefect"
                 found.append(
                     Finding(
                         what,
                         succeeded_at=started,
                         fault=f"the deployment {one['name']} is paused in Prefect",
-                        mend=mend,
+                        fix=fix,
                     )
                 )
         pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
         if pool["is_paused"]:
-            mend = "switch it on at its page in Prefect"
+            fix = "switch it on at its page in Prefect"
             found.append(
                 Finding(
-                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", mend=mend
+                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", fix=fix
                 )
             )
         if (limit := pool["concurrency_limit"]) is not None:
             where = f"the work pool {WORK_POOL_NAME} in Prefect"
             fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
-            mend = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
-            found.append(Finding(what, succeeded_at=started, fault=fault, mend=mend))
+            fix = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
+            found.append(Finding(what, succeeded_at=started, fault=fault, fix=fix))
         workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
         if not any(worker["status"] == "ONLINE" for worker in workers):
-            mend = "see `cotrain logs worker`"
+            fix = "see `cotrain logs worker`"
             found.append(
-                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", mend=mend)
+                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", fix=fix)
             )
         due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
         which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
@@ -101,7 +101,7 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
                     what,
                     succeeded_at=started,
                     fault=f"flow run {late.name} waits since {late.expected_at:%F %T}",
-                    mend="see `cotrain logs worker`",
+                    fix="see `cotrain logs worker`",
                 )
             )
     return found or [Finding(what, succeeded_at=started)]
@@ -112,7 +112,7 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
     what, training_round = "the running round", facts.running
     if training_round is None:
         return []
-    mend = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
+    fix = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
     with open_prefect_client(settings) as http:
         run = fetch_newest_flow_run(
             http,
@@ -127,7 +127,7 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
         return [Finding(what, succeeded_at=since)]
     run_state = f"its flow run is {state.type.lower()}" if state else "it has no flow run"
     fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
-    return [Finding(what, succeeded_at=since if run and run.started_at else None, fault=fault, mend=mend)]
+    return [Finding(what, succeeded_at=since if run and run.started_at else None, fault=fault, fix=fix)]
 
 
 def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -142,14 +142,14 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
     fault = (
         f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {run.state.message}"
     )
-    mend = "the dispatcher retries within two minutes; see `cotrain logs flows`"
+    fix = "the dispatcher retries within two minutes; see `cotrain logs flows`"
     is_first = facts.last_reproduction is None
     return [
         Finding(
             "the last taking up of reports",
             succeeded_at=facts.last_reproduction,
             fault=fault,
-            mend=mend,
+            fix=fix,
             never=is_first,
         )
     ]

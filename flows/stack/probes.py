@@ -68,7 +68,7 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
             callers = describe_callers(parse_port(settings.database_url.get_secret_value()))
             fault = f"all connections of PostgreSQL are in use: {callers}"
             return [
-                Finding("the records", fault=fault, mend="end the programs that hold them; services go on with theirs")
+                Finding("the records", fault=fault, fix="end the programs that hold them; services go on with theirs")
             ]
         return [Finding("the records", succeeded_at=get_utc_now())]
 
@@ -126,7 +126,7 @@ def probe_objects(settings: FlowSettings) -> list[Finding]:
 
 def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """Check that the champion generates one token."""
-    what, mend = "an answer from the model", "see `cotrain logs model-server`"
+    what, fix = "an answer from the model", "see `cotrain logs model-server`"
     if facts.champion is None:
         return [Finding(what)]
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
@@ -136,12 +136,12 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     )
     if not answer.is_success:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
-        return [Finding(what, succeeded_at=facts.last_answer, fault=fault, mend=mend)]
+        return [Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=fix)]
     served = answer.json()["model"]
     if served != f"yuan-v{facts.champion}" and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
         fault = f"{served} answers, and the champion is v{facts.champion}"
         return [
-            Finding(what, succeeded_at=facts.last_answer, fault=fault, mend=f"see that the alias follows; else {mend}")
+            Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=f"see that the alias follows; else {fix}")
         ]
     return [Finding(what, succeeded_at=get_utc_now())]
 
@@ -160,29 +160,27 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
     )
     for version in lost:
         name = f"v{version}, the champion," if version == facts.champion else f"v{version}, the version before,"
-        mend = describe_registration(context.settings.home, version, facts.lineage[version])
+        fix = describe_registration(context.settings.home, version, facts.lineage[version])
         # The champion existed when its alias was last set; of its predecessor only the promotion time is known.
         seen = last if version == facts.champion else facts.promoted_at
         found.append(
             Finding(
-                f"v{version} in the registry", succeeded_at=seen, fault=f"{name} is gone from the registry", mend=mend
+                f"v{version} in the registry", succeeded_at=seen, fault=f"{name} is gone from the registry", fix=fix
             )
         )
     for version, names in missing.items():
         if names:
             fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
-            mend = describe_registration(context.settings.home, version, facts.lineage[version])
-            found.append(Finding(f"the files of v{version}", succeeded_at=facts.promoted_at, fault=fault, mend=mend))
+            fix = describe_registration(context.settings.home, version, facts.lineage[version])
+            found.append(Finding(f"the files of v{version}", succeeded_at=facts.promoted_at, fault=fault, fix=fix))
     is_due = compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S or last is None
     if facts.champion is None:
         return [Finding(what)]
     if aliases.get("champion") != facts.champion and is_due:
         at = f"v{aliases['champion']}" if "champion" in aliases else "no version"
         fault = f"the alias champion points at {at}, and the champion is v{facts.champion}"
-        mend = (
-            "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
-        )
-        return [*found, Finding(what, succeeded_at=last, fault=fault, mend=mend)]
+        fix = "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
+        return [*found, Finding(what, succeeded_at=last, fault=fault, fix=fix)]
     return [*found, Finding(what, succeeded_at=last or get_utc_now())]
 
 
@@ -192,9 +190,9 @@ def check_waiting_reports(facts: PlatformFacts) -> Finding:
     if facts.champion is None or oldest is None or compute_age_s(oldest) < REPORTS_LATE_AFTER_S:
         return Finding(what, succeeded_at=facts.last_reproduction)
     fault = f"{facts.num_reports_waiting} reports wait to be reproduced, the oldest since {oldest:%F %T}"
-    mend = f"see `cotrain logs flows` and the flow {REPRODUCE_FLOW} in Prefect"
+    fix = f"see `cotrain logs flows` and the flow {REPRODUCE_FLOW} in Prefect"
     return Finding(
-        what, succeeded_at=facts.last_reproduction, fault=fault, mend=mend, never=facts.last_reproduction is None
+        what, succeeded_at=facts.last_reproduction, fault=fault, fix=fix, never=facts.last_reproduction is None
     )
 
 
@@ -206,9 +204,9 @@ def check_waiting_notices(facts: PlatformFacts) -> Finding:
         if oldest and compute_age_s(oldest) > LATE_AFTER_S
         else None
     )
-    mend = "see `cotrain logs dispatcher`" if fault else ""
+    fix = "see `cotrain logs dispatcher`" if fault else ""
     return Finding(
-        "a notice delivered", succeeded_at=facts.last_notice, fault=fault, mend=mend, never=facts.last_notice is None
+        "a notice delivered", succeeded_at=facts.last_notice, fault=fault, fix=fix, never=facts.last_notice is None
     )
 
 
@@ -221,7 +219,7 @@ def find_failing_duties(home: Path) -> list[Finding]:
             fault=f"the dispatcher cannot {name}, since {convert_timestamp(standing.failing_since):%F %T}, "
             f"{standing.failures} times: "
             f"{standing.error}",
-            mend=DUTY_FIXES.get(name, "see `cotrain logs dispatcher`"),
+            fix=DUTY_FIXES.get(name, "see `cotrain logs dispatcher`"),
             never=standing.succeeded_at is None,
         )
         for name, standing in read_duty_statuses(get_duty_status_file(home)).items()

@@ -16,7 +16,7 @@ LATE_AFTER_S = 60.0  # a wait that ends by itself within this time is not a faul
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check: its last success, and its fault if there is one.
+    """Result of one check: its last success, and its fault and the fix if there is one; `fix` is `mend` in JSON.
 
     `or_later`: it may also have succeeded after `succeeded_at`. For a fault without a time, `never` says that it has
     never succeeded according to the records; otherwise the last success is unknown.
@@ -26,7 +26,7 @@ class Finding:
     _: KW_ONLY
     succeeded_at: datetime | None = None
     fault: str | None = None
-    mend: str = ""
+    fix: str = ""
     or_later: bool = False
     never: bool = False
 
@@ -44,7 +44,7 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """Return the finding as JSON data."""
         at = self.succeeded_at.isoformat(timespec="seconds") if self.succeeded_at else None
-        rest = {"or_later": self.or_later, "fault": self.fault, "mend": self.mend}
+        rest = {"or_later": self.or_later, "fault": self.fault, "mend": self.fix}
         return {"what": self.what, "state": self.state, "succeeded_at": at, **rest}
 
 
@@ -68,9 +68,9 @@ class Probe:
 
     def failed(self, fault: str) -> Finding:
         """Make the finding for a server that does not answer."""
-        mend = f"see `cotrain logs {self.server}`"
+        fix = f"see `cotrain logs {self.server}`"
         return Finding(
-            self.what, succeeded_at=self.last.at, fault=f"{self.server} {fault}", mend=mend, or_later=self.last.or_later
+            self.what, succeeded_at=self.last.at, fault=f"{self.server} {fault}", fix=fix, or_later=self.last.or_later
         )
 
 

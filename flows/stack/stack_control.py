@@ -72,7 +72,7 @@ def bring_up(home: Path, *, durable: bool = True, show_states: ShowStates = igno
 
 def _raise_faults(faults: Sequence[Finding]) -> None:
     if faults:
-        raise RuntimeError("; ".join(f"{finding.fault}: {finding.mend}" for finding in faults))
+        raise RuntimeError("; ".join(f"{finding.fault}: {finding.fix}" for finding in faults))
 
 
 @dataclass(frozen=True)

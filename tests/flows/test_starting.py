@@ -38,7 +38,7 @@ time.sleep(1)
 
 
 @pytest.mark.parametrize(
-    ("text", "fault", "mend"),
+    ("text", "fault", "fix"),
     [
         (
             WRONG,
@@ -59,11 +59,11 @@ time.sleep(1)
         ("COTRAIN_TEAM=\xff", "{file} cannot be read: 'utf-8' codec can't decode", "make it a text file"),
     ],
 )
-def test_invalid_setting_is_found_with_its_file_line_and_fix(tmp_path, text, fault, mend):
+def test_invalid_setting_is_found_with_its_file_line_and_fix(tmp_path, text, fault, fix):
     file = tmp_path / "env.local"
     file.write_bytes(text.encode("latin-1"))
     (setting_fault,) = find_setting_faults(tmp_path)
-    assert fault.format(file=file) in setting_fault.fault and mend in setting_fault.mend
+    assert fault.format(file=file) in setting_fault.fault and fix in setting_fault.fix
 
 
 @pytest.mark.parametrize("command", ["up", "doctor", "status"])
