@@ -53,7 +53,7 @@ def peak_mib(process):
     return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
 
 
-def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, account, operator):
+def test_memory_does_not_grow_with_concurrent_uploads(stores, process, account, operator):
     assert (
         STACK_ID_VARIABLE in Path(f"/proc/{process.pid}/environ").read_text()
     )  # the portal itself, not a parent process
@@ -65,7 +65,7 @@ def test_memory_does_not_grow_with_the_uploads_under_way(stores, process, accoun
     assert peak_mib(process) - before < 70
 
 
-def test_a_file_that_is_arriving_has_no_name(stores, engine, objects, account):
+def test_incomplete_upload_has_no_directory_entry(stores, engine, objects, account):
     app, folder = make_app(stores, engine, objects), stores.home / "portal"
     names_before = set(os.listdir(folder))
     with served(app) as url, unfinished_upload(url, account.headers):
@@ -81,7 +81,7 @@ def test_a_refused_file_is_recorded_and_not_stored(portal, account, objects, eng
         assert not objects.exists(f"uploads/{record['sha256']}")
 
 
-def test_a_repeated_upload_is_known_by_method_path_query_and_body(portal, account, engine):
+def test_idempotency_key_of_an_upload_covers_method_path_query_and_body(portal, account, engine):
     data, key = rows_of(1), {"Idempotency-Key": "k"}
     first = push(portal, data, account.headers, **key)
     assert push(portal, data, account.headers, **key).json() == first.json()
@@ -111,7 +111,7 @@ print(os.listdir(settings.home / "portal"))
 """
 
 
-def test_a_full_disk_is_answered_and_leaves_room_for_the_next_file(stores, account, tmp_path):
+def test_full_disk_returns_503_and_frees_the_partial_file(stores, account, tmp_path):
     mounting = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
     if subprocess.run([*mounting, mount], capture_output=True).returncode != 0:
@@ -132,7 +132,7 @@ def narrow(stores, engine, objects, first_version):
         yield client
 
 
-def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator, engine):
+def test_upload_beyond_the_storage_quota_is_refused(narrow, account, operator, engine):
     one, two, three = (rows_of(40_000, f"{account.id} {n}") for n in range(3))
     assert [push(narrow, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
     response = push(narrow, three, account.headers)
@@ -145,7 +145,7 @@ def test_an_account_has_no_more_stored_than_its_quota(narrow, account, operator,
         assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
 
 
-def test_refused_files_do_not_count_and_withdrawn_ones_do(narrow, account):
+def test_withdrawn_files_count_toward_the_quota_and_refused_files_do_not(narrow, account):
     large, bad = rows_of(60_000, account.id), rows_of(60_000, account.id) + b"oops"
     assert push(narrow, bad, account.headers).status_code == 422
     dataset = push(narrow, large, account.headers).json()

@@ -36,13 +36,13 @@ def test_a_report_comes_back_with_its_timeline(portal, account):
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
 @pytest.mark.parametrize("path", ["/api/v1/feedback", "/api/v1/datasets", "/api/v1/notices", "/v1/models"])
-def test_without_a_valid_token_nothing_is_shown(portal, path, headers):
+def test_request_without_a_valid_token_gets_401(portal, path, headers):
     response = portal.get(path, headers=headers)
     assert response.status_code == 401
     assert response.json()["error"]["type"] == "unauthorized"
 
 
-def test_every_route_but_page_and_health_asks_who_comes(portal):
+def test_every_non_public_route_requires_a_token(portal):
     public = {"/", "/health", "/docs", "/openapi.json"}
     for path, methods in portal.get("/openapi.json").json()["paths"].items():
         for method in methods:
@@ -51,7 +51,7 @@ def test_every_route_but_page_and_health_asks_who_comes(portal):
                 assert portal.request(method, url, json={}).status_code == 401, (method, path)
 
 
-def test_somebody_elses_record_is_not_found(portal, account, stranger):
+def test_record_of_another_account_is_not_found(portal, account, stranger):
     report = portal.post("/api/v1/feedback", json=REPORT, headers=account.headers).json()["id"]
     dataset = portal.post(
         "/api/v1/datasets?name=d", content=b'{"prompt": "a", "answer": "b"}', headers=account.headers
@@ -73,7 +73,7 @@ def test_somebody_elses_record_is_not_found(portal, account, stranger):
         ({"checker": {"type": "exact", "value": "other"}}, "expected"),
     ],
 )
-def test_a_wrong_shape_is_refused_with_its_field(portal, account, changes, param):
+def test_invalid_report_is_refused_with_its_field(portal, account, changes, param):
     response = portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers)
     assert response.status_code == 422
     assert response.json()["error"].get("param") == param
@@ -92,7 +92,7 @@ def test_too_large_bodies_are_refused(portal, account, stores):
     assert portal.post("/api/v1/feedback", content=chunks(), headers=account.headers).status_code == 413
 
 
-def test_the_same_key_gives_the_first_answer_again(portal, account):
+def test_repeated_idempotency_key_returns_the_first_response(portal, account):
     headers = {**account.headers, "Idempotency-Key": "k1"}
     first = portal.post("/api/v1/feedback", json=REPORT, headers=headers)
     again = portal.post("/api/v1/feedback", json=REPORT, headers=headers)
@@ -102,7 +102,7 @@ def test_the_same_key_gives_the_first_answer_again(portal, account):
     assert other.status_code == 409
 
 
-def test_a_malformed_file_is_refused_whole_and_stays_visible(portal, account):
+def test_file_with_malformed_rows_is_refused_completely_and_listed(portal, account):
     data = b'{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\noops\n'
     response = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)
     assert response.status_code == 422
@@ -130,7 +130,7 @@ def test_only_operators_choose_a_purpose_or_run_rounds(portal, account, operator
     assert portal.get(f"/api/v1/rounds/{new_id()}", headers=operator).status_code == 404
 
 
-def test_the_model_server_being_away_is_a_clear_503(portal, account):
+def test_unreachable_model_server_is_a_503_with_retry_advice(portal, account):
     response = portal.post("/v1/completions", json={"prompt": "x"}, headers=account.headers)
     assert response.status_code == 503
     assert "retry" in response.json()["error"]["message"]
@@ -143,7 +143,7 @@ def test_the_front_page_shows_no_submission(portal, account):
     assert "very secret" not in page.text
 
 
-def test_the_api_page_names_every_route_and_loads_nothing_from_elsewhere(portal):
+def test_api_page_lists_every_route_and_contains_no_scripts(portal):
     page = portal.get("/docs").text
     for path, methods in portal.get("/openapi.json").json()["paths"].items():
         for method in methods:
@@ -169,7 +169,7 @@ def unfinished_upload(url, headers):
         yield connection
 
 
-def test_uploads_that_never_end_hold_up_nobody_else(stores, engine, objects, account, stranger):
+def test_stalled_uploads_do_not_block_other_accounts(stores, engine, objects, account, stranger):
     with served(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as connections:
         for _ in range(40):  # more than the portal has connections to its database
             connections.enter_context(unfinished_upload(url, account.headers))

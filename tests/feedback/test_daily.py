@@ -1,4 +1,4 @@
-"""Limits of what one account may send within 24 hours."""
+"""Daily limits: the number of reports and datasets that one account may send within 24 hours."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,9 @@ def push(narrow):
 
 
 @pytest.mark.parametrize(("what", "table"), [("report", "feedback"), ("push", "dataset")])
-def test_one_more_than_a_day_takes_is_refused_until_there_is_room(request, what, table, account, operator, engine):
+def test_submission_beyond_the_daily_limit_is_refused_until_24_hours_pass(
+    request, what, table, account, operator, engine
+):
     send = request.getfixturevalue(what)
     key = {"Idempotency-Key": "first"}
     first = send(account.headers, **key)
@@ -59,7 +61,7 @@ def test_one_more_than_a_day_takes_is_refused_until_there_is_room(request, what,
     assert send(account.headers).status_code == 429
 
 
-def test_the_key_of_a_report_lets_no_dataset_past_the_days_number(push, report, account):
+def test_idempotency_key_of_a_report_does_not_bypass_the_daily_dataset_limit(push, report, account):
     key = {"Idempotency-Key": "of-a-report"}
     statuses = [report(account.headers, **key), push(account.headers), push(account.headers)]
     assert [response.status_code for response in statuses] == [201, 201, 201]
@@ -67,7 +69,7 @@ def test_the_key_of_a_report_lets_no_dataset_past_the_days_number(push, report, 
 
 
 @pytest.mark.parametrize("num_sent", [0, 1])
-def test_a_key_of_another_dataset_stores_no_bytes(push, account, objects, num_sent):
+def test_reused_idempotency_key_with_another_file_stores_no_bytes(push, account, objects, num_sent):
     """Bytes without a record would count in no quota."""
     key, other = {"Idempotency-Key": "used"}, ROWS * 3 + f'{{"prompt": "{account.id}", "answer": "b"}}\n'.encode()
     for _ in range(num_sent):
@@ -78,7 +80,7 @@ def test_a_key_of_another_dataset_stores_no_bytes(push, account, objects, num_se
     assert not objects.exists(f"uploads/{hashlib.sha256(other).hexdigest()}")
 
 
-def test_requests_with_one_key_at_once_store_the_bytes_of_one_record(stores, engine, objects, first_version, account):
+def test_concurrent_uploads_with_one_idempotency_key_store_one_file(stores, engine, objects, first_version, account):
     """Bytes without a record would count in no quota."""
     key = {**account.headers, "Idempotency-Key": "at-once"}
     files = [ROWS * 3 + f'{{"prompt": "{account.id} {n % 4}", "answer": "b"}}\n'.encode() for n in range(8)]
@@ -95,12 +97,12 @@ def test_requests_with_one_key_at_once_store_the_bytes_of_one_record(stores, eng
     assert stored.count(True) == 1
 
 
-def test_refused_files_count_among_the_days_datasets(push, account):
+def test_refused_files_count_toward_the_daily_dataset_limit(push, account):
     statuses = [push(account.headers, data).status_code for data in (b"oops", b"oops", ROWS)]
     assert statuses == [422, 422, 429]
 
 
-def test_the_days_number_is_counted_by_an_index(engine, account):
+def test_daily_limit_query_uses_an_index(engine, account):
     query = (
         "explain select created_at from feedback where contributor_id = :id order by created_at desc offset 9 limit 1"
     )

@@ -61,7 +61,7 @@ def test_others_are_served_while_one_account_floods_the_portal_with_slow_request
         assert {one.result() for one in flood} == {200}
 
 
-def test_callers_without_a_token_share_one_part_of_the_connections(engine, url, account):
+def test_requests_without_a_token_share_one_connection_limit(engine, url, account):
     with ThreadPoolExecutor(FLOOD) as callers:
         with closed_table(engine, "promotion"):  # the front page names the champion
             flood = [callers.submit(httpx.get, url, timeout=60) for _ in range(FLOOD)]
@@ -71,7 +71,7 @@ def test_callers_without_a_token_share_one_part_of_the_connections(engine, url, 
         assert {one.result().status_code for one in flood} == {200}
 
 
-def test_tokens_that_somebody_made_up_share_one_part_of_the_connections(engine, url, account, other):
+def test_requests_with_unknown_tokens_share_one_connection_limit(engine, url, account, other):
     def ask(number):
         return httpx.get(url, headers={"Authorization": f"Bearer ct_made_up_{number}"}, timeout=60).status_code
 

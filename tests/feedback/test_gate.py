@@ -1,4 +1,4 @@
-"""Reports that fail again: when they block a candidate, and which accounts the decision names."""
+"""Promotion gate: when regressions of reports block a candidate, and which accounts the decision names."""
 
 from datetime import timedelta
 
@@ -26,7 +26,7 @@ def report(session, who, prefix, count, later):
     return [row.case_id for row in rows]
 
 
-def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter, later):
+def test_junk_reports_that_pass_by_chance_do_not_block_candidates(session, others, reporter, later):
     good = report(session, reporter, "good", 10, later)
     junk = report(session, others[0], "junk", 160, later)
     promote(session, 1, passed=[])
@@ -40,7 +40,7 @@ def test_junk_that_passes_by_chance_stops_no_candidate(session, others, reporter
 
 
 @pytest.mark.parametrize("lost", [1, 8])
-def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, reporter, later, lost):
+def test_withdrawing_failing_reports_does_not_block_candidates(session, others, reporter, later, lost):
     """The remaining reports pass in the champion only because the failing ones were withdrawn."""
     good = report(session, reporter, "good", 10, later)
     junk = report(session, others[0], "junk", 160, later)
@@ -57,7 +57,9 @@ def test_who_withdraws_what_fails_stops_no_candidate_either(session, others, rep
     ("total", "lost", "gained", "is_promoted"),
     [(40, 5, 0, False), (40, 4, 0, True), (40, 8, 1, False), (60, 20, 15, True), (1, 1, 0, False), (7, 4, 2, False)],
 )
-def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, total, lost, gained, is_promoted):
+def test_significant_regressions_of_one_account_block_the_candidate(
+    session, reporter, later, total, lost, gained, is_promoted
+):
     """They always count where the champion passes at least half of the account's reports."""
     cases = report(session, reporter, "good", total, later)
     session.execute(update(Case).where(Case.id.in_(cases)).values(role="held_out"))
@@ -68,7 +70,7 @@ def test_one_accounts_regressions_count_beyond_chance(session, reporter, later, 
     assert promotion.find_champion(session) == (3 if is_promoted else 2)
 
 
-def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session, reporter, later):
+def test_passing_train_cases_do_not_make_held_out_regressions_significant(session, reporter, later):
     """Half of an account's meaningless reports become train cases, which pass after training."""
     train, held_out = report(session, reporter, "train", 80, later), report(session, reporter, "tests", 80, later)
     for cases, role in ((train, "train"), (held_out, "held_out")):
@@ -80,7 +82,7 @@ def test_reports_that_are_learned_lend_no_weight_to_those_that_only_test(session
     assert decision.reasons == ("reports that pass in the champion fail again: 1, of 1 account(s)",)
 
 
-def test_what_was_reported_after_the_promotion_hides_no_loss(session, reporter, later):
+def test_reports_after_the_promotion_do_not_offset_regressions(session, reporter, later):
     old = report(session, reporter, "old", 5, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=old, parent=1)
@@ -102,7 +104,7 @@ def test_regressions_of_two_accounts_count_each(session, others, later):
     assert {entry.account for entry in decision.regressions_by_account} == {who.id for who in others}
 
 
-def test_a_case_that_two_accounts_share_counts(session, others, later):
+def test_regression_of_a_case_shared_by_two_accounts_blocks_the_candidate(session, others, later):
     (case,), (same,) = (report(session, who, "shared", 1, later) for who in others)
     assert case == same
     promote(session, 1, passed=[])
@@ -110,7 +112,7 @@ def test_a_case_that_two_accounts_share_counts(session, others, later):
     assert not promote(session, 3, passed=[], parent=2).promote
 
 
-def test_an_operators_report_counts_alone(session, reporter, later):
+def test_regression_of_one_operator_report_blocks_the_candidate(session, reporter, later):
     reporter.role = "operator"
     (case,) = report(session, reporter, "mine", 1, later)
     promote(session, 1, passed=[])
@@ -118,7 +120,7 @@ def test_an_operators_report_counts_alone(session, reporter, later):
     assert not promote(session, 3, passed=[], parent=2).promote
 
 
-def test_the_round_names_accounts_and_is_free_of_one_that_is_withdrawn(session, others, reporter, later):
+def test_round_lists_accounts_with_regressions_and_ignores_withdrawn_accounts(session, others, reporter, later):
     reporter.role = "operator"
     cases = [case for who in others for case in report(session, who, f"of {who.id}", 30, later)]
     promote(session, 1, passed=[])

@@ -31,7 +31,7 @@ def test_text_that_cannot_be_stored_is_refused_with_its_field(portal, account, f
 
 
 @pytest.mark.parametrize("field", ["prompt", "expected", "response_id"])
-def test_white_space_alone_is_no_text(portal, account, field):
+def test_whitespace_only_text_is_refused(portal, account, field):
     refused(portal.post("/api/v1/feedback", json={**REPORT, field: " \u3000\n"}, headers=account.headers), 422, field)
 
 
@@ -50,7 +50,7 @@ def test_white_space_alone_is_no_text(portal, account, field):
         (b"null", None),
     ],
 )
-def test_json_that_no_field_may_hold_is_refused(portal, account, body, param):
+def test_invalid_json_is_refused_with_its_field(portal, account, body, param):
     valid = json.dumps(REPORT).encode()
     merged = valid[:-1] + b", " + body[1:] if body.startswith(b'{"') else body
     refused(portal.post("/api/v1/feedback", content=merged, headers=account.headers | JSON), 422, param)
@@ -59,28 +59,28 @@ def test_json_that_no_field_may_hold_is_refused(portal, account, body, param):
 @pytest.mark.parametrize(
     "path", ["/api/v1/feedback/%00", "/api/v1/datasets/%00", "/api/v1/datasets/%F0%9F", "/api/v1/rounds/x"]
 )
-def test_an_id_of_another_form_is_refused(portal, operator, path):
+def test_malformed_id_is_refused(portal, operator, path):
     assert portal.get(path, headers=operator).status_code == 422
 
 
 @pytest.mark.parametrize("number", ["99999999999", "-1", "0", "9" * 5000, "1e3", "%00", "x"])
-def test_a_round_number_outside_its_column_is_refused(portal, number):
+def test_invalid_round_number_is_refused(portal, number):
     refused(portal.get(f"/rounds/{number}/plan.svg"), 422, "number")
 
 
 @pytest.mark.parametrize("name", ["%00", "a%00b", "%20", "", "x" * 101])
-def test_a_dataset_needs_a_name_that_can_be_stored(portal, account, name):
+def test_invalid_dataset_name_is_refused(portal, account, name):
     response = portal.post(f"/api/v1/datasets?name={name}", content=b'{"answer": "b"}', headers=account.headers)
     refused(response, 422, "name")
 
 
 @pytest.mark.parametrize("name", ["reports", "Base", "datasets", "a/b", "../x", ".hidden", "加"])
-def test_a_suite_takes_no_name_of_the_gates(portal, operator, name):
+def test_reserved_or_invalid_suite_name_is_refused(portal, operator, name):
     query = {"name": name, "purpose": "suite"}
     refused(portal.post("/api/v1/datasets", params=query, content=b'{"answer": "b"}', headers=operator), 422, "name")
 
 
-def test_the_reason_of_a_bad_row_can_be_stored_whatever_the_row_holds(portal, account):
+def test_reason_of_every_bad_row_is_short_and_printable(portal, account):
     rows = [
         rb'{"answer": "a", "\u0000key": 1}',
         rb'{"answer": "a", "checker": {"type": "\u0000"}}',
@@ -114,11 +114,11 @@ def test_the_reason_of_a_bad_row_can_be_stored_whatever_the_row_holds(portal, ac
         ({"weights": {}}, "weights"),
     ],
 )
-def test_a_round_that_could_not_run_is_refused_at_once(portal, operator, changes, param):
+def test_round_with_invalid_parameters_is_refused(portal, operator, changes, param):
     refused(portal.post("/api/v1/rounds", json=changes, headers=operator), 422, param)
 
 
-def test_the_least_weight_is_the_one_that_a_mixture_can_lay_out():
+def test_minimum_part_share_is_the_smallest_weight_that_a_mixture_accepts():
     least = [MIN_PART_SHARE, 1 - MIN_PART_SHARE]
     assert min(compute_quotas((1, 1), least)) > 0
     with pytest.raises(ValueError, match="the smallest weight"):
@@ -129,23 +129,23 @@ def test_a_misspelt_query_parameter_is_refused(portal, account):
     refused(portal.get("/api/v1/feedback?stat=received", headers=account.headers), 422, "stat")
 
 
-def test_a_query_of_other_bytes_than_utf8_is_refused(portal, account):
+def test_query_that_is_not_utf8_is_refused(portal, account):
     response = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
     refused(response, 422, "query")
 
 
-def test_one_name_asked_for_many_times_at_once_makes_one_account(portal, operator):
+def test_concurrent_requests_for_one_name_create_one_account(portal, operator):
     form = {"name": f"twin-{new_id()}"}
     with ThreadPoolExecutor(8) as callers:
         responses = callers.map(lambda _: portal.post("/api/v1/contributors", json=form, headers=operator), range(8))
         assert sorted(response.status_code for response in responses) == [201] + [409] * 7
 
 
-def test_a_path_without_its_record_is_not_the_list(portal, account):
+def test_list_path_with_a_trailing_slash_is_not_found(portal, account):
     assert portal.get("/api/v1/feedback/", headers=account.headers).status_code == 404
 
 
-def test_a_method_that_is_not_there_names_those_that_are(portal, account):
+def test_unsupported_method_returns_405_with_the_allowed_methods(portal, account):
     response = portal.delete("/api/v1/feedback", headers=account.headers)
     assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")
 
@@ -159,7 +159,7 @@ def response(engine, account, first_version):
     return fields["id"]
 
 
-def test_a_report_about_a_recorded_response_repeats_it(portal, account, response):
+def test_report_about_a_recorded_response_must_match_its_prompt_and_text(portal, account, response):
     report = {**REPORT, "response_id": response}
     assert portal.post("/api/v1/feedback", json=report, headers=account.headers).status_code == 201
     for field in ("prompt", "response"):
@@ -167,7 +167,7 @@ def test_a_report_about_a_recorded_response_repeats_it(portal, account, response
         refused(portal.post("/api/v1/feedback", json=changed, headers=account.headers), 422, field)
 
 
-def test_a_report_about_nobodys_or_somebody_elses_response_is_not_found(portal, account, operator, response):
+def test_report_about_an_unknown_or_foreign_response_is_not_found(portal, account, operator, response):
     unknown = {**REPORT, "response_id": new_id()}
     refused(portal.post("/api/v1/feedback", json=unknown, headers=account.headers), 404, "response_id")
     foreign = {**REPORT, "response_id": response}
@@ -186,11 +186,13 @@ def test_a_report_about_nobodys_or_somebody_elses_response_is_not_found(portal, 
         ({"checker": {"type": "numeric", "value": 5, "tolerance": 5}}, 422, "checker.numeric.tolerance"),
     ],
 )
-def test_a_report_about_nothing_is_refused(portal, account, changes, status, param):
+def test_report_with_invalid_or_contradictory_fields_is_refused(portal, account, changes, status, param):
     refused(portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers), status, param)
 
 
-def test_a_connection_outlives_an_unexpected_fault_and_no_text_is_logged(stores, engine, objects, operator, caplog):
+def test_connection_survives_an_unexpected_error_and_contributor_text_is_not_logged(
+    stores, engine, objects, operator, caplog
+):
     app = make_app(stores, engine, objects)
 
     @app.get("/fault")

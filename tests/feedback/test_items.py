@@ -55,7 +55,7 @@ def only_it_failed(session, rows, one, reason):
     assert any(reason in event.text for event in report_records.describe_report(session, one).timeline)
 
 
-def test_a_report_that_is_malformed_under_todays_rules_is_rejected_alone(session, many, later):
+def test_only_the_report_that_current_validation_refuses_is_rejected(session, many, later):
     rows, one = many
     one.body = {**one.body, "checker": {"type": "gone"}}
     assert reports.screen_reports(session, later) == (HOW_MANY, 1)
@@ -96,7 +96,7 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and one.reason is None
 
 
-def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, many, later):
+def test_failed_review_of_one_report_does_not_block_the_others(session, many, later):
     rows, one = many
     refuse(session, "feedback", "case_id is not null and new.id", one.id)
     counts = accept_all(session, later)
@@ -105,7 +105,7 @@ def test_a_report_that_cannot_be_reviewed_leaves_the_others_accepted(session, ma
     only_it_failed(session, rows, one, "a planted fault")
 
 
-def test_a_correction_and_a_dataset_that_cannot_be_read_are_left_out_of_the_mixture(
+def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
     session,
     objects,
     reporter,
@@ -145,7 +145,9 @@ def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
     assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
 
 
-def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(session, objects, many, reporter, later):
+def test_case_that_could_not_be_evaluated_is_on_the_report_and_dataset_timelines(
+    session, objects, many, reporter, later
+):
     rows, one = many
     accept_all(session, later)
     dataset = upload(session, objects, reporter, checked_rows("d", 20))
@@ -162,7 +164,7 @@ def test_a_case_that_an_evaluation_could_not_judge_is_on_its_owners_timelines(se
     assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in texts), texts
 
 
-def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, many, later):
+def test_model_response_is_stored_with_unstorable_characters_replaced(session, many, later):
     rows, one = many
     reports.screen_reports(session, later)
     answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
@@ -171,7 +173,7 @@ def test_what_a_model_says_is_stored_without_what_the_database_refuses(session, 
     assert one.reproduced_response == "a\ufffdb\ufffd"
 
 
-def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, later):
+def test_failed_notice_does_not_block_the_other_notices(session, many, later):
     rows, one = many
     accept_all(session, later)
     refuse(session, "outbox", "feedback_id", one.id)
@@ -183,7 +185,7 @@ def test_a_notice_that_cannot_be_written_leaves_the_others_told(session, many, l
     )
 
 
-def test_an_alias_that_the_registry_refuses_leaves_the_others_right(session, many, later):
+def test_alias_refused_by_the_registry_does_not_block_the_other_aliases(session, many, later):
     accept_all(session, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[], parent=1)
@@ -198,7 +200,7 @@ def test_an_alias_that_the_registry_refuses_leaves_the_others_right(session, man
     assert changed == aliases == {"previous": 1, "candidate": 2}
 
 
-def test_a_fault_of_the_database_itself_is_nobodys(session, many):
+def test_lost_database_connection_is_raised_and_attributed_to_no_item(session, many):
     rows, _ = many
 
     def work(row):
@@ -216,7 +218,7 @@ def test_counts_of_failed_items_are_kept_with_the_round(session):
     assert rounds.describe_round(session, training_round).failed_items == {"screen": 1, "reproduce": 2}
 
 
-def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, objects, reporter, many, later):
+def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(session, objects, reporter, many, later):
     rows, one = many
     accept_all(session, later, share=0.0)
     dataset = upload(session, objects, reporter, checked_rows("left", 30))
@@ -230,7 +232,7 @@ def test_rows_that_a_later_step_leaves_out_are_named_to_their_owners(session, ob
     assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")
 
 
-def test_rows_that_only_older_rules_took_are_left_out_and_named(session, objects, reporter, later):
+def test_rows_that_current_validation_refuses_are_excluded_and_reported(session, objects, reporter, later):
     good = b'{"prompt": "older %d", "answer": "b"}\n'
     data = b"".join(good % n for n in range(4))
     sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)

@@ -1,4 +1,4 @@
-"""Leases: all devices or none, no starvation, and reclaiming from dead holders only."""
+"""Leases: gang scheduling without starvation, and fencing of holders whose heartbeats have stopped."""
 
 import dataclasses
 from datetime import timedelta
@@ -49,7 +49,7 @@ def test_a_gang_gets_all_or_nothing(queue):
     assert leases.grant_leases(queue, "p") == [second]
 
 
-def test_a_gang_lies_on_one_node_if_one_has_room(queue):
+def test_gang_is_placed_on_one_node_if_it_fits(queue):
     lone = ask(queue, A=1)
     leases.grant_leases(queue, "p")
     assert lone.devices == ["A/4"]  # from the node with two devices, so that the other node can still serve four
@@ -58,7 +58,7 @@ def test_a_gang_lies_on_one_node_if_one_has_room(queue):
     assert four.devices == ["A/0", "A/1", "A/2", "A/3"]
 
 
-def test_priority_and_waiting_decide(queue):
+def test_queue_order_depends_on_priority_and_waiting_time(queue):
     holder = ask(queue, A=6)
     leases.grant_leases(queue, "p")
     low, high = ask(queue, A=6), ask(queue, A=6, priority=2)
@@ -78,7 +78,7 @@ def test_small_requests_cannot_starve_a_large_one(queue):
     assert leases.grant_leases(queue, "p") == [large] and later.devices is None
 
 
-def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
+def test_request_beyond_the_working_devices_is_refused_with_their_number(queue):
     leases.set_device_lost(queue, "p", "A/2", "Xid 79")
     with pytest.raises(leases.NoCapacity, match=r"'A': 5.*A/2 is lost: Xid 79"):
         ask(queue, A=6)
@@ -96,12 +96,12 @@ def test_what_the_pool_can_never_serve_is_refused_with_what_it_has(queue):
         ("p", {"A": 1}, 101, ValueError),
     ],
 )
-def test_requests_that_mean_nothing_are_refused(queue, pool, wanted, priority, error):
+def test_invalid_requests_are_refused(queue, pool, wanted, priority, error):
     with pytest.raises(error):
         leases.request_lease(queue, pool, wanted, run_id="r", team="t", holder="h:1:1", priority=priority)
 
 
-def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue):
+def test_lease_without_heartbeats_is_fenced_and_its_devices_wait_for_process_exit(queue):
     dead, alive = ask(queue, A=4), ask(queue, A=2)
     leases.grant_leases(queue, "p")
     silence(queue, dead, 1000)
@@ -119,14 +119,14 @@ def test_the_silent_are_fenced_and_their_devices_wait_for_their_processes(queue)
     assert leases.fence_silent_leases(queue) == []
 
 
-def test_the_fenced_do_not_wait_in_the_queue(queue):
+def test_fenced_lease_is_removed_from_the_queue(queue):
     dead, alive = ask(queue, A=6), ask(queue, A=1)
     silence(queue, dead, 1000)
     assert leases.fence_silent_leases(queue) == [dead]
     assert leases.grant_leases(queue, "p") == [alive]
 
 
-def test_the_silent_who_are_known_to_live_are_left_alone(queue):
+def test_lease_without_heartbeats_is_not_fenced_if_its_process_is_running(queue):
     lease = ask(queue, A=1)
     silence(queue, lease, 1000)
     assert leases.fence_silent_leases(queue, alive=[lease.id]) == []
@@ -134,7 +134,7 @@ def test_the_silent_who_are_known_to_live_are_left_alone(queue):
     assert leases.fence_silent_leases(queue, alive=[lease.id]) == [lease]  # its devices are being reclaimed already
 
 
-def test_a_server_that_was_down_takes_nobody_for_dead(queue):
+def test_database_downtime_does_not_count_toward_the_lease_ttl(queue):
     lease = ask(queue, A=1)
     leases.grant_leases(queue, "p")
     queue.execute(update(Lease).values(heartbeat_at=func.now() - timedelta(days=2), ttl_s=86_400.0))
@@ -143,7 +143,7 @@ def test_a_server_that_was_down_takes_nobody_for_dead(queue):
     leases.record_lease_heartbeat(queue, lease.id, 1)
 
 
-def test_a_node_of_a_batch_system_goes_and_comes_back_as_one(queue):
+def test_devices_of_a_batch_system_node_are_lost_and_restored_together(queue):
     leases.set_device_lost(queue, "p", "A/3", "hot")
     assert leases.set_device_lost(queue, "p", "A/1", "Xid 79", host="gpu-7") == ["A/0", "A/1", "A/2"]
     assert leases.count_working_devices(queue, "p")["A"] == 2 and leases.find_lost_hosts(queue, "p") == ["gpu-7"]
@@ -156,18 +156,18 @@ def test_a_node_of_a_batch_system_goes_and_comes_back_as_one(queue):
     assert leases.count_working_devices(queue, "p")["A"] == 5 and leases.find_lost_hosts(queue, "p") == []
 
 
-def test_a_machine_is_not_avoided_when_its_devices_have_left_the_file(queue):
+def test_host_is_not_excluded_after_its_devices_are_removed_from_the_pool_file(queue):
     leases.set_device_lost(queue, "p", "B/1", "Xid 79", host="gpu-9")
     leases.register_pool(queue, dataclasses.replace(POOL, groups=POOL.groups[:1]))
     assert leases.find_lost_hosts(queue, "p") == []
 
 
-def test_a_machine_is_named_as_a_host_is(queue):
+def test_lost_host_must_have_a_valid_host_name(queue):
     with pytest.raises(ValueError, match="a host name has letters"):
         leases.set_device_lost(queue, "p", "A/1", "hot", host="gpu-7,gpu-8")
 
 
-def test_a_device_that_leaves_the_file_is_lost_to_its_holder(queue):
+def test_device_removed_from_the_pool_file_is_reported_as_lost(queue):
     lease = ask(queue, B=2)
     leases.grant_leases(queue, "p")
     smaller = Pool(

@@ -73,7 +73,7 @@ def name_of(item):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engine, account, first_version, name):
+def test_number_of_queries_does_not_depend_on_the_number_of_records(portal, engine, account, first_version, name):
     counts = []
     portal.get(f"/api/v1/{name}", headers=account.headers)  # the first request of a token also looks up its account
     for num_records in (1, 4, 25):
@@ -87,7 +87,7 @@ def test_a_page_costs_the_same_number_of_queries_whatever_it_holds(portal, engin
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_pages_put_together_are_the_list_in_its_order(portal, engine, account, first_version, name):
+def test_concatenated_pages_equal_the_full_list(portal, engine, account, first_version, name):
     add_records(engine, account, 7)
     add_records(engine, account, 3)  # with another creation time
     (whole,) = read_pages(portal, name, account.headers, 200)
@@ -105,7 +105,7 @@ def test_a_page_has_a_size_from_1_to_200(portal, account, name, limit):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_somebody_elses_cursor_is_refused_as_one_that_does_not_exist(portal, engine, account, operator, name):
+def test_cursor_of_another_account_is_refused_like_an_unknown_cursor(portal, engine, account, operator, name):
     add_records(engine, account, 1)
     foreign = name_of(portal.get(f"/api/v1/{name}", headers=account.headers).json()[0])
     responses = []
@@ -130,7 +130,7 @@ def test_the_client_reads_every_page(stores, objects, portal, engine, account, m
     assert reports == [one["id"] for one in portal.get("/api/v1/feedback", headers=account.headers).json()]
 
 
-def test_a_list_names_the_first_bad_rows_of_a_file_and_the_file_itself_all(portal, account):
+def test_list_has_the_first_20_bad_rows_of_a_dataset_and_its_record_has_all(portal, account):
     portal.post("/api/v1/datasets?name=bad", content=b"1\n" * 300, headers=account.headers)
     (listed,) = portal.get("/api/v1/datasets", headers=account.headers).json()
     whole = portal.get(f"/api/v1/datasets/{listed['id']}", headers=account.headers).json()

@@ -1,4 +1,4 @@
-"""The steps from report to notice, on a session that is rolled back."""
+"""The steps of the feedback loop, from report to notice, on a session that is rolled back."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     assert [choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
 
 
-def test_a_report_the_champion_answers_right_is_rejected_with_the_reason(session, reporter, later):
+def test_report_is_rejected_with_a_reason_if_the_champion_answers_correctly(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later, right=True)
     assert row.state == "rejected"
@@ -75,7 +75,7 @@ def test_a_dispute_is_reviewed_again_once_the_other_answer_is_withdrawn(session,
     assert second.state == "accepted" and second.case.expected == "right"
 
 
-def test_what_cannot_be_checked_waits_for_a_reviewer(session, reporter, later):
+def test_report_without_a_checkable_answer_waits_for_a_reviewer(session, reporter, later):
     form = FeedbackIn(kind="rating", prompt="p", response="r", model_version=1, rating=2)
     row = reports.add_feedback(session, reporter, form, new_id())
     accept_all(session, later)
@@ -96,7 +96,7 @@ def test_each_accepted_report_gets_one_verdict_and_one_notice(session, reporter,
     assert "fixed in v2" in report_records.describe_report(session, fixed).timeline[-1].text
 
 
-def test_telling_twice_makes_no_second_notice(session, reporter, later):
+def test_writing_notices_twice_creates_no_duplicates(session, reporter, later):
     submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
@@ -104,7 +104,7 @@ def test_telling_twice_makes_no_second_notice(session, reporter, later):
     assert len(session.scalars(select(Outbox)).all()) == 1
 
 
-def test_losing_more_than_two_points_on_the_base_blocks(session):
+def test_drop_of_more_than_two_points_on_the_base_suite_blocks_promotion(session):
     rows = [
         Row.model_validate({"prompt": f"p{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
         for n in range(100)
@@ -155,7 +155,7 @@ def test_one_round_at_a_time(session):
         start_round(session)
 
 
-def test_steps_that_are_passed_are_passed_by(session):
+def test_completed_step_is_skipped_and_a_step_of_a_cancelled_round_raises(session):
     training_round = start_round(session)
     assert rounds.begin_step(session, training_round.id, "train", 0)
     assert rounds.begin_step(session, training_round.id, "train", 0)
@@ -165,7 +165,7 @@ def test_steps_that_are_passed_are_passed_by(session):
         rounds.begin_step(session, training_round.id, "train", 0)
 
 
-def test_an_attempt_that_was_taken_over_is_kept_out(session):
+def test_superseded_attempt_cannot_begin_a_step(session):
     training_round = start_round(session)
     first = rounds.increment_attempt(session, training_round.id)
     assert rounds.begin_step(session, training_round.id, "collect", first)
@@ -197,7 +197,7 @@ def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
     assert (row.state, row.reproduced_version) == ("accepted", 1)
 
 
-def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, reporter):
+def test_decontamination_keeps_held_out_prompts_out_of_training(session, objects, reporter):
     shared, others = checked_rows("q", 20), checked_rows("z", 50)
     upload(session, objects, reporter, checked_rows("q", 20), purpose="suite")
     upload(session, objects, reporter, [*(Row(prompt=r.prompt, answer="other") for r in shared), *others])
@@ -209,7 +209,7 @@ def test_the_fire_wall_keeps_held_out_prompts_out_of_training(session, objects, 
     assert 0 < num_drawn < 15 and (counts["datasets"], counts["datasets_closed_out"]) == (50 - num_drawn, 20)
 
 
-def test_documents_are_never_removed_because_of_a_prompt(session, objects, reporter):
+def test_decontamination_does_not_remove_documents_without_a_prompt(session, objects, reporter):
     blank = Row.model_construct(prompt=" ", answer="a", checker=checked_rows("", 1)[0].checker)
     add_cases(session, "older", [blank], "held_out")  # older releases accepted it
     upload(session, objects, reporter, [Row(answer=f"document {n}") for n in range(5)])
@@ -218,7 +218,7 @@ def test_documents_are_never_removed_because_of_a_prompt(session, objects, repor
     assert (counts["datasets"], counts["datasets_closed_out"]) == (5, 0)
 
 
-def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, reporter):
+def test_stored_rows_that_current_validation_refuses_are_excluded(session, objects, reporter):
     dataset = upload(session, objects, reporter, [Row(prompt=f"p{n}", answer="a") for n in range(3)])
     data = b'{"prompt": "p0", "answer": "a"}\n{"prompt": " ", "answer": "b"}\n{"prompt": "p2", "answer": "a"}\n'
     dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
@@ -229,7 +229,7 @@ def test_stored_rows_that_only_older_rules_took_are_left_out(session, objects, r
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 
 
-def test_duplicates_are_taken_once(session, objects, reporter):
+def test_duplicate_rows_are_counted(session, objects, reporter):
     upload(session, objects, reporter, checked_rows("d", 10))
     again = upload(session, objects, reporter, [*checked_rows("d", 10), Row(prompt="new", answer="x")])
     assert again.num_duplicates == 10
@@ -247,7 +247,7 @@ def test_an_empty_mixture_is_refused(session, objects):
         freeze(session, objects)
 
 
-def test_aliases_follow_the_champion_and_hand_moves_are_put_back(session, reporter, later):
+def test_aliases_follow_the_champion_and_manual_changes_are_reverted(session, reporter, later):
     submit(session, reporter)
     accept_all(session, later, share=1.0)
     promote(session, 1, passed=[])
@@ -263,7 +263,7 @@ def test_aliases_follow_the_champion_and_hand_moves_are_put_back(session, report
     assert promotion.reconcile_aliases(session, aliases, aliases.__setitem__) == {}
 
 
-def test_versions_belong_to_their_round(session):
+def test_candidate_version_is_linked_to_its_round(session):
     training_round = start_round(session)
     add_candidate(session, training_round, 7)
     add_candidate(session, training_round, 7)

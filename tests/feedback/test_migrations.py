@@ -40,7 +40,7 @@ def migrate(engine):
         yield lambda to, move=command.upgrade: move(config, to), connection
 
 
-def test_records_of_the_release_before_keep_their_meaning(migrate):
+def test_migration_0008_converts_stored_records_in_both_directions(migrate):
     move, connection = migrate
     move("0007")
     connection.execute(text(OLD_RECORDS))

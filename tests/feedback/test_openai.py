@@ -80,7 +80,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("body", "status"), BODIES)
-def test_no_body_of_a_completion_is_the_portals_fault(portal_http, account, body, status):
+def test_completion_body_never_causes_a_server_error(portal_http, account, body, status):
     headers = {**account.headers, "Content-Type": "application/json"}
     response = portal_http.post(COMPLETIONS, content=body, headers=headers)
     assert response.status_code == status, response.text
@@ -92,7 +92,7 @@ def test_no_body_of_a_completion_is_the_portals_fault(portal_http, account, body
     [None, [], [None], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": "user", "content": "\0"}],
      [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "text", {"role": "user"}],
 )  # fmt: skip
-def test_no_messages_are_the_portals_fault(portal_http, account, messages):
+def test_invalid_messages_are_refused_with_422(portal_http, account, messages):
     headers = {**account.headers, "Content-Type": "application/json"}
     response = portal_http.post(CHAT, content=json.dumps({"messages": messages}), headers=headers)
     assert (response.status_code, response.json()["error"]["param"].split(".")[0]) == (422, "messages")
@@ -126,7 +126,7 @@ def test_no_messages_are_the_portals_fault(portal_http, account, messages):
         ('"echo": true', "echo"),
     ],
 )
-def test_a_field_of_another_kind_is_refused_with_its_name(portal_http, account, path, field, param):
+def test_field_with_an_invalid_value_is_refused_with_its_name(portal_http, account, path, field, param):
     required_field = '"prompt": "a"' if path == COMPLETIONS else '"messages": [{"role": "user", "content": "a"}]'
     headers = {**account.headers, "Content-Type": "application/json"}
     response = portal_http.post(path, content=f"{{{required_field}, {field}}}", headers=headers)
@@ -152,13 +152,13 @@ def test_a_field_of_another_kind_is_refused_with_its_name(portal_http, account, 
         ({"messages": [{"role": "boss", "content": "a"}]}, "messages.0.role"),
     ],
 )
-def test_what_is_asked_must_be_text_or_token_ids(portal_http, account, asked, param):
+def test_invalid_prompt_or_messages_are_refused_with_the_field_name(portal_http, account, asked, param):
     path = CHAT if "messages" in asked else COMPLETIONS
     response = portal_http.post(path, json=asked, headers=account.headers)
     assert (response.status_code, response.json()["error"].get("param")) == (422, param), response.text
 
 
-def test_what_clients_send_beside_and_what_the_model_cannot_take(portal_http, account):
+def test_common_extra_fields_are_accepted_and_unknown_stop_token_ids_refused(portal_http, account):
     def ask(**asked):
         return portal_http.post(CHAT, json={"max_tokens": 1, **asked}, headers=account.headers)
 
@@ -170,7 +170,7 @@ def test_what_clients_send_beside_and_what_the_model_cannot_take(portal_http, ac
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop_token_ids")
 
 
-def test_a_query_parameter_of_none_of_these_routes_is_refused(portal_http, account):
+def test_unknown_query_parameter_is_refused(portal_http, account):
     for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": [{"role": "user", "content": "a"}]})):
         response = portal_http.post(f"{path}?stream=true", json=body, headers=account.headers)
         assert (response.status_code, response.json()["error"]["param"]) == (422, "stream")
@@ -180,7 +180,7 @@ def test_a_query_parameter_of_none_of_these_routes_is_refused(portal_http, accou
 
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/api/v1/feedback", "/api/v1/contributors", "/api/v1/rounds"])
-def test_a_body_of_another_content_type_is_refused_by_that_header(portal_http, operator, path, kind):
+def test_wrong_content_type_is_refused_with_the_header_name(portal_http, operator, path, kind):
     headers = {**operator, **({"Content-Type": kind} if kind else {})}
     refused = portal_http.post(path, content=b'{"name": "a"}', headers=headers)
     error = refused.json()["error"]
@@ -191,34 +191,34 @@ def test_a_body_of_another_content_type_is_refused_by_that_header(portal_http, o
 @pytest.mark.parametrize(
     ("path", "names"), [(COMPLETIONS, "prompt"), (CHAT, "messages"), ("/api/v1/contributors", "name")]
 )
-def test_a_missing_body_names_what_is_missing(portal_http, operator, path, names):
+def test_error_for_a_missing_body_names_the_required_field(portal_http, operator, path, names):
     for headers in (operator, {**operator, "Content-Type": "application/json"}):
         refused = portal_http.post(path, headers=headers)
         assert refused.status_code == 422
         assert f"the body must be a JSON object with {names}" in refused.json()["error"]["message"]
 
 
-def test_bytes_that_are_no_text_are_named(portal_http, account):
+def test_error_for_invalid_utf8_names_the_byte_position(portal_http, account):
     headers = {**account.headers, "Content-Type": "application/json"}
     refused = portal_http.post(COMPLETIONS, content=b'{"prompt": "\xff"}', headers=headers)
     assert refused.status_code == 422 and "JSON in UTF-8, byte 12 is not" in refused.json()["error"]["message"]
 
 
-def test_the_portal_describes_these_bodies_and_loads_no_torch():
+def test_portal_does_not_import_torch():
     result = subprocess.run(
         [sys.executable, "-c", "import sys, feedback.api.app; assert 'torch' not in sys.modules"], check=False
     )
     assert result.returncode == 0
 
 
-def test_several_prompts_and_choices_are_kept_each_with_its_prompt(portal_http, engine, account):
+def test_each_choice_is_stored_with_its_prompt(portal_http, engine, account):
     request = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "temperature": 1.0}
     choices = portal_http.post(COMPLETIONS, json=request, headers=account.headers).json()["choices"]
     expected = {c["response_id"]: ("ab" if c["index"] < 2 else "cd", c["text"]) for c in choices}
     assert len(expected) == 4 and kept(engine, account) == expected
 
 
-def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_http, model, engine, account):
+def test_stream_disconnect_stores_the_sent_choices_once_and_frees_the_batch_rows(portal_http, model, engine, account):
     body = {"prompt": "abc", "n": 2, "max_tokens": 1500, "temperature": 2, "stream": True}
     with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as response:
         lines = response.iter_lines()
@@ -230,7 +230,7 @@ def test_who_leaves_in_mid_stream_leaves_what_was_seen_once_and_no_row(portal_ht
 
 
 @pytest.mark.parametrize("name", ["EVENT_SEND_TIMEOUT_S", "STREAM_TIMEOUT_S"])
-def test_who_does_not_read_a_stream_is_left(stores, engine, objects, account, monkeypatch, name):
+def test_caller_that_does_not_read_the_stream_is_disconnected(stores, engine, objects, account, monkeypatch, name):
     """Otherwise such callers could hold all connections to the model server, and the memory of its buffered events."""
     monkeypatch.setattr(openai, name, 1.0)
     sent_events, ended = [], threading.Event()
@@ -299,7 +299,7 @@ def event(text, **more):
     return b"data: " + json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n\n"
 
 
-def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(talk, engine, account):
+def test_events_are_split_at_newlines_only_and_unstorable_characters_replaced(talk, engine, account):
     last_event = event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
     stream = b"".join([event(ODD), event("\0"), last_event, b"data: [DONE]\n\n"])
     pieces = [stream[start : start + 7] for start in range(0, len(stream), 7)]
@@ -325,18 +325,18 @@ def test_events_are_cut_at_newlines_alone_and_what_cannot_be_stored_is_replaced(
         (b'{"error": {"message": "use the portal", "type": "invalid"}}', 401, "application/json"),
     ],
 )
-def test_a_model_server_that_gives_no_answer_is_a_503(talk, account, whole, status, kind):
+def test_invalid_response_of_the_model_server_is_a_503(talk, account, whole, status, kind):
     responses = [talk(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
     assert {response.status_code for response in responses} == {503}
     assert all(response.json()["error"]["message"] for response in responses)
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error_event(talk, engine, account):
+def test_malformed_event_ends_the_stream_with_an_error_event(talk, engine, account):
     events = [event("a"), b"data: {no json\n\n"]
     lines = talk(account, stream=True, events=events).content.split(b"\n\n")
     assert "no usable answer" in json.loads(lines[1].removeprefix(b"data: "))["error"]["message"]
     assert [text for _, text in kept(engine, account).values()] == ["a"]
 
 
-def test_what_no_database_takes_is_replaced_and_nothing_else():
+def test_only_unstorable_characters_are_replaced():
     assert make_storable("a\0\ud83d\U0001f600\u2028") == "a\ufffd\ufffd\U0001f600\u2028"

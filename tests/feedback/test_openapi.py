@@ -53,5 +53,5 @@ def explore(address, headers, scratch, examples, *options):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)  # 5 minutes on a quiet machine of two cores
 @pytest.mark.parametrize("role", ["contributor", "operator"])
-def test_every_answer_is_as_described(address, account, operator, tmp_path, role):
+def test_every_response_conforms_to_the_openapi_description(address, account, operator, tmp_path, role):
     print(explore(address, operator if role == "operator" else account.headers, tmp_path, EXAMPLES))

@@ -1,4 +1,4 @@
-"""The public pages: rounds and versions, and nothing of any submission."""
+"""Public pages: no submitted content, failure messages, and the CPU time of rendering."""
 
 import time
 
@@ -37,7 +37,7 @@ def reject(suites, **facts):
     return decision.to_json()
 
 
-def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(portal, operator, ended):
+def test_reason_of_a_failed_round_is_visible_to_operators_only(portal, operator, ended):
     training_round = ended("failed")
     page = portal.get("/").text
     assert MARK not in page and "Traceback" not in page
@@ -45,7 +45,7 @@ def test_a_failed_round_is_one_sentence_for_anybody_and_a_reason_for_operators(p
     assert MARK in portal.get(f"/api/v1/rounds/{training_round.id}", headers=operator).json()["reason"]
 
 
-def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal, ended):
+def test_page_of_a_rejected_round_shows_no_case_ids_and_no_contributor_data(portal, ended):
     names = ("base", "base/reverse", "datasets", f"datasets/{MARK}")
     ended("rejected", "decide", reject(names, reasons=(MARK,), regressions=(MARK,)))
     page = portal.get("/").text
@@ -55,7 +55,7 @@ def test_a_rejected_round_names_no_case_and_nothing_of_contributors_rows(portal,
 
 
 @pytest.mark.parametrize("step", [step for step in rounds.ROUND_STEPS if step != "done"])
-def test_every_step_has_words_for_failing_in_it(step):
+def test_every_step_has_a_failure_message(step):
     assert rounds.describe_round_end(Round(state="failed", step=step)).startswith(
         f"failed while {rounds.STEP_ACTIVITIES[step]};"
     )
@@ -72,18 +72,18 @@ def cpu_seconds(portal, path):
     return min(measurements)
 
 
-def test_the_api_page_costs_no_more_to_give_again_than_any_answer(portal):
+def test_api_page_takes_less_than_2_5_times_the_cpu_time_of_health(portal):
     assert cpu_seconds(portal, "/docs") < 2.5 * cpu_seconds(portal, "/health")
 
 
-def test_the_api_page_names_the_address_at_which_it_is_read_and_no_other(portal):
+def test_api_page_shows_only_the_requested_host(portal):
     for host in ("one.example", "two.example:8800"):
         page = portal.get("/docs", headers={"Host": host}).text
         assert f"http://{host}/api/v1/feedback" in page and "invalid/" not in page
     assert "<b>" not in portal.get("/docs", headers={"Host": "<b>"}).text
 
 
-def test_the_front_page_costs_the_same_whatever_the_decisions_hold(portal, ended):
+def test_cpu_time_of_the_front_page_does_not_grow_with_the_size_of_decisions(portal, ended):
     def decide(num_suites):
         for _ in range(5):
             ended("rejected", "decide", reject([f"datasets/{n}" for n in range(num_suites)]))

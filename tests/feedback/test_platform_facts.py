@@ -8,13 +8,13 @@ from feedback.contracts import FeedbackIn
 from feedback.tables import new_id
 
 
-def test_what_has_never_happened_is_none(session):
+def test_facts_without_recorded_events_are_none(session):
     facts = platform_facts.read_platform_facts(session)
     last_moments = (facts.last_answer, facts.last_reproduction, facts.last_notice, facts.last_upload)
     assert (facts.champion, facts.running, facts.oldest_report, *last_moments) == (None,) * 7
 
 
-def test_a_review_counts_as_reproduction_when_it_decided_something(session):
+def test_review_counts_as_reproduction_only_with_a_decision(session):
     audit(session, "reproduction", "reviewed", "v1", accepted=0, rejected=0, disputed=0)
     session.flush()
     assert platform_facts.read_platform_facts(session).last_reproduction is None
@@ -23,7 +23,7 @@ def test_a_review_counts_as_reproduction_when_it_decided_something(session):
     assert platform_facts.read_platform_facts(session).last_reproduction is not None
 
 
-def test_reports_that_wait_are_counted_with_the_oldest(session):
+def test_pending_reports_are_counted_with_the_oldest_timestamp(session):
     reporter, _ = add_contributor(session, new_id())
     form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
     for _ in range(2):

@@ -53,14 +53,14 @@ def test_a_decision_is_stored_under_the_names_that_clients_read():
     assert PromotionDecision.from_json(json.loads(json.dumps(STORED))) == decision
 
 
-def test_a_decision_of_the_first_release_is_read_without_chance_and_accounts():
+def test_first_release_decision_without_chance_and_account_fields_can_be_read():
     decision = PromotionDecision.from_json(FIRST_RELEASE)
     assert not decision.regressions_may_be_chance and decision.regressions_by_account == ()
     assert [suite.after for suite in decision.suites] == [PassRate(1, 2), PassRate(1, 2)]
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_an_account_counts_unless_its_decision_says_otherwise(counts):
+def test_account_regressions_are_significant_unless_stored_otherwise(counts):
     older = {name: value for name, value in ACCOUNT.items() if name != "counts"}
     assert AccountRegressions.from_json(older).is_significant
     assert AccountRegressions.from_json({**older, "counts": counts}).is_significant is counts

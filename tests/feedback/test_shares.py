@@ -45,7 +45,7 @@ def roles_of(session, dataset):
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["the attacker first", "the honest first"])
 @pytest.mark.parametrize("answers", [1, 40])
-def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
+def test_account_cannot_hold_out_more_than_the_share_of_other_accounts_prompts(
     session, objects, reporter, attacker, answers, is_first
 ):
     rows = checked_rows("honest ", HONEST)
@@ -61,7 +61,7 @@ def test_nobody_closes_more_than_the_share_of_the_prompts_of_others(
     assert roles_of(session, uploads[attacker.id]).count("held_out") <= 4 * sum(map(is_drawn, rows))
 
 
-def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, objects, reporter, attacker):
+def test_share_of_prompts_is_held_out_regardless_of_the_uploading_account(session, objects, reporter, attacker):
     rows = [row for skill in load_skills(BASE_SKILLS) for row in skill.make_rows(300, seed=0)]
     half = len(rows) // 2
     for who, part in ((reporter, rows[:half]), (attacker, rows[half:])):
@@ -74,7 +74,7 @@ def test_the_share_of_real_prompts_is_held_out_whoever_brings_them(session, obje
     assert len(prompts) > 1000 and abs(len(drawn) / len(prompts) - SHARE) < four_sigma
 
 
-def test_another_answer_to_a_withdrawn_report_draws_the_same_role(session, reporter, later):
+def test_resubmitted_prompt_gets_the_same_role_after_withdrawal(session, reporter, later):
     roles = []
     for number in range(8):
         row = submit(session, reporter, expected=f"wrong {number}")
@@ -84,7 +84,7 @@ def test_another_answer_to_a_withdrawn_report_draws_the_same_role(session, repor
     assert len(set(roles)) == 1
 
 
-def test_reports_close_out_no_row_that_is_trained_already(session, objects, reporter, attacker, later):
+def test_accepted_reports_do_not_exclude_rows_with_the_train_role(session, objects, reporter, attacker, later):
     rows = checked_rows("honest ", 60)
     upload(session, objects, reporter, rows)
     reports = [submit(session, attacker, row.prompt, "false") for row in rows]
@@ -94,7 +94,7 @@ def test_reports_close_out_no_row_that_is_trained_already(session, objects, repo
     assert all((row.key in trained) is not is_drawn(row) for row in rows)
 
 
-def test_owners_are_told_how_many_of_their_rows_were_closed_out(session, objects, reporter, attacker, later):
+def test_dataset_owner_sees_how_many_rows_were_excluded_as_held_out(session, objects, reporter, attacker, later):
     rows = [Row(prompt=row.prompt, answer="right") for row in checked_rows("told ", 100)]
     honest = upload(session, objects, reporter, [*rows, Row(answer="a document")])
     untouched = upload(session, objects, reporter, [Row(prompt="nobody else's", answer="a")])
@@ -112,7 +112,7 @@ def test_owners_are_told_how_many_of_their_rows_were_closed_out(session, objects
     assert len(datasets.describe_dataset(session, untouched).timeline) == 2
 
 
-def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, reporter, attacker, later):
+def test_reporter_sees_that_a_correction_was_excluded_as_held_out(session, objects, reporter, attacker, later):
     row = submit(session, reporter, "told 1", "right")
     accept_all(session, later, share=0.0)
     upload(session, objects, attacker, variants(checked_rows("told ", 5), 1), purpose="suite")
@@ -123,7 +123,7 @@ def test_reporters_are_told_that_a_correction_was_closed_out(session, objects, r
     assert len(texts) == 1 and "its correction is left out: its prompt is that of a held-out case" in texts[0]
 
 
-def test_rows_beyond_an_accounts_cases_are_trained(session, objects, reporter, attacker):
+def test_rows_beyond_the_accounts_case_limit_get_the_train_role(session, objects, reporter, attacker):
     num_drawn = sum(map(is_drawn, checked_rows("a ", 100)))
     first = upload(session, objects, reporter, checked_rows("a ", 100), max_cases=num_drawn + 1)
     second = upload(session, objects, reporter, checked_rows("b ", 100), max_cases=num_drawn + 1)

@@ -33,7 +33,7 @@ from tests.feedback.loop import (
 from tests.serving import served
 
 
-def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, reporter, later):
+def test_withdrawn_report_is_removed_from_mixture_tests_and_notices(session, objects, reporter, later):
     stays, goes = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=0.0)
     withdraw_report(session, reporter, goes.id, "it was mistaken")
@@ -45,7 +45,7 @@ def test_a_withdrawn_report_leaves_mixture_tests_and_notices(session, objects, r
     assert (record.state, record.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
 
 
-def test_one_withdrawn_in_mid_round_neither_counts_nor_blocks(session, reporter, later):
+def test_report_withdrawn_during_a_round_is_ignored_by_the_gate(session, reporter, later):
     row, other = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=1.0)
     promote(session, 1, passed=[row.case_id])
@@ -74,7 +74,7 @@ def test_a_case_stays_while_another_accepted_report_shares_it(session, reporter,
     assert third.case_id == first.case_id and len(rounds.find_untested_cases(session, 1)) == 1
 
 
-def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):
+def test_withdrawn_answer_does_not_dispute_later_reports(session, reporter, later):
     wrong = submit(session, reporter, expected="abc")
     accept_all(session, later)
     withdraw_report(session, reporter, wrong.id, "mistaken")
@@ -83,13 +83,13 @@ def test_a_withdrawn_answer_disputes_nobody(session, reporter, later):
     assert right.state == "accepted"
 
 
-def test_withdrawing_before_review_ends_a_report(session, reporter, later):
+def test_report_withdrawn_before_review_is_not_accepted(session, reporter, later):
     row = submit(session, reporter)
     withdraw_report(session, reporter, row.id, "too early")
     assert accept_all(session, later).accepted == 0 and row.state == "withdrawn"
 
 
-def test_a_notice_on_its_way_is_held_back(session, reporter, later):
+def test_pending_notice_of_a_withdrawn_report_is_not_delivered(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
@@ -111,7 +111,7 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
     assert any("failing in v" in event.text for event in record.timeline) is is_told
 
 
-def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter):
+def test_withdrawn_dataset_is_removed_from_mixture_and_tests(session, objects, reporter):
     upload(session, objects, reporter, checked_rows("stays", 40))
     goes = upload(session, objects, reporter, checked_rows("goes", 40))
     assert {case.prompt[:4] for case in rounds.find_untested_cases(session, 1)} == {"stay", "goes"}
@@ -122,7 +122,7 @@ def test_a_withdrawn_dataset_leaves_mixture_and_tests(session, objects, reporter
 
 
 @pytest.mark.parametrize("purpose", ["mixture", "base"])
-def test_a_duplicate_takes_the_place_of_a_withdrawn_row(session, objects, reporter, purpose):
+def test_duplicate_replaces_a_withdrawn_row(session, objects, reporter, purpose):
     rows = checked_rows("same", 20)
     num_drawn = sum(map(is_drawn, rows)) if purpose == "mixture" else 0
     first = upload(session, objects, reporter, rows)
@@ -155,7 +155,7 @@ def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, report
     assert report_records.describe_report(session, row).timeline[-1].text == "withdrawn by an operator: poison"
 
 
-def test_everything_of_an_account_is_withdrawn_in_batches(session, objects, reporter, later):
+def test_account_withdrawal_processes_all_records_in_batches(session, objects, reporter, later):
     stranger, operator = (add_contributor(session, new_id())[0] for _ in range(2))
     operator.role = "operator"
     rows = [submit(session, stranger, f"junk {n}", "7") for n in range(WITHDRAWAL_BATCH_SIZES["reports"] + 2)]
