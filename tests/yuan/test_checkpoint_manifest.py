@@ -36,7 +36,7 @@ def seal(content):
     return json.dumps({**content, "sha256": compute_seal(content)}).encode()
 
 
-def test_the_stored_form_stays_and_is_read_again():
+def test_stored_form_is_unchanged_and_round_trips():
     stored = {**STORED, "sha256": compute_seal(STORED)}
     assert list(MANIFEST.to_json().items()) == list(stored.items())
     assert parse_sealed_manifest(json.dumps(stored).encode()) == MANIFEST

@@ -1,4 +1,4 @@
-"""Test checkpoints: commit, damage, and pieces read in other cuts than they were written."""
+"""Test checkpoints: commit, retention, damage detection, and loading of any slice of a tensor."""
 
 import json
 
@@ -44,7 +44,7 @@ def save(store, step):
     store.wait()
 
 
-def test_any_cut_of_a_tensor_can_be_read(store):
+def test_any_slice_of_a_tensor_can_be_loaded(store):
     save(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
     wanted = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
@@ -53,7 +53,7 @@ def test_any_cut_of_a_tensor_can_be_read(store):
         assert torch.equal(wanted[key].values, values(3)[key][start : start + length])
 
 
-def test_what_is_saved_is_as_it_was_when_asked(store):
+def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
     tensor = torch.ones(10)
     store.save(1, {"weight/a": TensorPiece(0, 10, tensor)}, updates=1)
     tensor.zero_()
@@ -63,7 +63,7 @@ def test_what_is_saved_is_as_it_was_when_asked(store):
     assert read["weight/a"].values.sum() == 10
 
 
-def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events):
+def test_last_two_checkpoints_are_kept_and_the_newest_is_found(store, tmp_path, events):
     for step in (1, 2, 3):
         save(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
@@ -71,7 +71,7 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(store, tmp_path, events)
     assert events == [CheckpointEvent(step=step) for step in (1, 2, 3)]
 
 
-def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
+def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
     store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
         store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, updates=1, loss=loss)
@@ -82,7 +82,7 @@ def test_the_checkpoint_to_go_back_to_and_the_best_one_stay(store, tmp_path):
     assert store.find_newest().step == 2
 
 
-def test_no_manifest_is_no_checkpoint(store, tmp_path):
+def test_checkpoint_without_a_manifest_is_ignored(store, tmp_path):
     save(store, 1)
     save(store, 2)
     (tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE).unlink()
@@ -104,7 +104,7 @@ def cut(path):
 @pytest.mark.parametrize(
     ("damage", "what"), [(flip, "another sha256"), (cut, "bytes, not"), (lambda path: path.unlink(), "cannot be read")]
 )
-def test_a_damaged_checkpoint_is_passed_over_and_named(store, tmp_path, events, damage, what):
+def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, damage, what):
     save(store, 1)
     save(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": 2}', None])
-def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
+def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
     save(store, 1)
     save(store, 2)
     manifest = tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE
@@ -133,13 +133,13 @@ def test_an_edited_manifest_is_damage(store, tmp_path, events, text):
     assert events[-1] == CheckpointDamagedEvent(step=2, what="manifest.json differs from its seal")
 
 
-def test_a_checkpoint_without_a_tensor_names_it(store):
+def test_error_for_a_missing_tensor_names_the_tensor(store):
     save(store, 1)
     with pytest.raises(ValueError, match=r"weight/c in None elements, and the model in 4"):
         store.load(1, {"weight/c": TensorPiece(0, 4, torch.zeros(4))})
 
 
-def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_one_before_stays(store, tmp_path, events):
+def test_failed_save_is_an_event_and_the_previous_checkpoint_remains(store, tmp_path, events):
     save(store, 1)
     (tmp_path / "step-00000002").write_text("a file is where the folder should be")
     save(store, 2)

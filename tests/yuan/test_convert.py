@@ -90,7 +90,7 @@ def test_a_round_trip_is_bit_equal(folder, published, tmp_path):
     assert weights.load_tokenizer(tmp_path / "ours").model == weights.load_tokenizer(folder).model
 
 
-def test_shards_keep_their_limit_and_the_manifest_names_every_file(published):
+def test_shards_stay_below_the_size_limit_and_the_manifest_lists_every_file(published):
     shards = sorted(published.glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 62_000 + 20_000 for shard in shards)  # a limit of data, and a header
@@ -164,12 +164,12 @@ def single(published, tmp_path):
         ({"lm_head.weight": torch.zeros(298, 32)}, "ties the two"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(single, tmp_path, changes, says):
+def test_missing_unknown_or_mismatched_tensors_are_named(single, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
         import_hf(single(**changes), tmp_path / "ours")
 
 
-def test_without_the_heads_copy_the_embedding_is_taken(single, folder, tmp_path):
+def test_missing_lm_head_is_replaced_by_the_tied_embedding(single, folder, tmp_path):
     import_hf(single(**{"lm_head.weight": None}), tmp_path / "ours")
     assert torch.equal(weights.load(tmp_path / "ours").embedding.weight, weights.load(folder).embedding.weight)
 
@@ -194,14 +194,14 @@ def test_a_corrupt_shard_is_named(published, tmp_path):
     [({"intermediate_size": 100}, "intermediate_size must be 128"), ({"hidden_act": "gelu"}, "hidden_act must be silu"),
      ({"hidden_size": None}, "not the configuration of a Yuan"), ({"use_shareqk": True}, "use_shareqk must be False")],
 )  # fmt: skip
-def test_a_configuration_that_is_no_yuan_is_refused(published, tmp_path, change, says):
+def test_unsupported_model_config_is_refused(published, tmp_path, change, says):
     data = json.loads((published / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=says):
         read_hf_config(tmp_path)
 
 
-def test_a_published_configuration_without_our_fields_has_the_official_angles(published, tmp_path):
+def test_published_config_defaults_to_the_official_bf16_rope(published, tmp_path):
     data = json.loads((published / "config.json").read_text())
     for ours in ("rope_precision", "local_filter", "name"):
         del data[ours]
@@ -209,7 +209,7 @@ def test_a_published_configuration_without_our_fields_has_the_official_angles(pu
     assert read_hf_config(tmp_path).rope_precision == "bf16"
 
 
-def test_a_tokenizer_that_does_not_fit_is_named(single, tmp_path):
+def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(single, tmp_path):
     big = tokenizers.train(["".join(chr(0x4E00 + n) for n in range(300))], vocab_size=1000)
     folder = single()
     big.save(folder)
@@ -217,12 +217,12 @@ def test_a_tokenizer_that_does_not_fit_is_named(single, tmp_path):
         import_hf(folder, tmp_path / "ours")
 
 
-def test_a_folder_with_files_is_not_written_over(folder, published):
+def test_export_into_a_non_empty_folder_is_refused(folder, published):
     with pytest.raises(ValueError, match="is not empty"):
         export_hf(folder, published)
 
 
-def test_memory_stays_near_a_shard(tmp_path):
+def test_conversion_of_a_400_mb_model_needs_less_than_150_mb(tmp_path):
     """Convert a 400 MB model both ways, within 150 MB above the memory of a process that only imports torch."""
     code = f"""
 import resource, sys, torch

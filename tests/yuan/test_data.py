@@ -28,7 +28,7 @@ def tokenizer():
         ({"type": "contains", "values": ["red", "blue"]}, ["blue and red"], ["red"]),
     ],
 )
-def test_checkers_take_right_answers_only(checker, right, wrong):
+def test_checkers_accept_only_correct_answers(checker, right, wrong):
     rule = TypeAdapter(Checker).validate_python(checker)
     assert all(rule.check(answer) for answer in right)
     assert not any(rule.check(answer) for answer in wrong)
@@ -51,7 +51,7 @@ def test_dumped_rows_read_back_equal():
     assert list(parse_rows(dump_rows(rows))) == rows
 
 
-def test_key_ignores_form_and_keeps_numbers():
+def test_row_key_ignores_case_width_and_spacing_but_not_numbers():
     row = Row(prompt=" What is  Ａ1?", answer="x")
     assert row.key == Row(prompt="what is a1?", answer="X").key
     assert row.key != Row(prompt="what is a2?", answer="x").key
@@ -64,7 +64,7 @@ def test_any_text_round_trips_and_gives_no_special_token(tokenizer, text):
     assert not {tokenizer.sep, tokenizer.eod, tokenizer.pad} & set(ids)
 
 
-def test_only_the_answer_and_its_end_are_learned(tokenizer):
+def test_only_the_answer_and_eod_are_in_the_loss_mask(tokenizer):
     sample = encode_row(Row(prompt="12", answer="加减"), tokenizer)
     assert sample.loss_mask == (False, False, False, True, True, True)
     assert sample.tokens[2] == tokenizer.sep
@@ -72,7 +72,7 @@ def test_only_the_answer_and_its_end_are_learned(tokenizer):
     assert all(encode_row(Row(prompt="", answer="12"), tokenizer).loss_mask)
 
 
-def test_packing_keeps_every_prediction_once():
+def test_packing_keeps_every_target_token_once():
     rng = random.Random(0)
     samples = [Sample(tuple(range(n)), (True,) * n) for n in (rng.randint(2, 40) for _ in range(50))]
     windows = pack_samples(samples, seq_len=16, pad=99)
@@ -82,7 +82,7 @@ def test_packing_keeps_every_prediction_once():
     assert not windows.loss_mask[~inside].any()
 
 
-def test_demo_skills_make_rows_their_checkers_take():
+def test_demo_skills_generate_rows_that_pass_their_checkers():
     from flows.demo.demo_corpus import BASE_SKILLS, REPORTED_SKILLS
 
     for skill in [*load_skills(BASE_SKILLS), *load_skills(REPORTED_SKILLS)]:
@@ -100,13 +100,13 @@ def test_demo_skills_make_rows_their_checkers_take():
         ),
     ],
 )
-def test_a_wrong_skill_file_is_named(tmp_path, text, reason):
+def test_invalid_skill_file_is_refused_with_a_reason(tmp_path, text, reason):
     (tmp_path / "skills.py").write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_skills(tmp_path / "skills.py")
 
 
-def test_a_skill_with_too_few_prompts_says_so(tmp_path):
+def test_skill_with_too_few_prompts_is_refused_with_the_counts(tmp_path):
     (tmp_path / "s.py").write_text(
         "SKILLS = [{'name': 'a', 'generate': lambda r: ('p', 'x'), 'checker': {'type': 'exact'}}]"
     )

@@ -48,7 +48,7 @@ def is_own(name, tree):
 
 
 @pytest.mark.parametrize(("place", "name"), listed())
-def test_each_name_is_there(place, name):
+def test_each_listed_name_exists_in_deepspeed(place, name):
     assert re.search(rf"\b{name}\b", source_of(place)), f"{place} has no {name} any more; see {zero.__name__}"
 
 
@@ -63,7 +63,7 @@ def test_each_private_name_that_is_used_is_listed(file):
     assert private <= {name for _, name in listed()}
 
 
-def test_the_list_is_read():
+def test_list_has_more_than_25_names():
     assert len(listed()) > 25
 
 
@@ -73,7 +73,7 @@ def test_another_version_of_deepspeed_is_refused(monkeypatch):
         engine.check_deepspeed()
 
 
-def test_the_pinned_version_is_the_checked_one():
+def test_pinned_version_equals_the_required_version():
     pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
     assert f"deepspeed=={engine.DEEPSPEED_VERSION}\n" in pins
     engine.check_deepspeed()

@@ -50,13 +50,13 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'"id"', b"{}", b"[" * 10_000])
-def test_a_line_that_names_no_case_costs_itself_alone(tmp_path, line):
+def test_only_lines_without_a_readable_case_id_are_skipped(tmp_path, line):
     (tmp_path / "cases.jsonl").write_bytes(line + b"\n" + json.dumps(GOOD[0]).encode() + b"\n")
     cases, results = read_cases(tmp_path / "cases.jsonl")
     assert [case.id for case in cases] == ["separator"] and results == []
 
 
-def test_one_sequence_that_is_not_finite_fails_alone(folder):
+def test_only_the_sequence_with_non_finite_logits_fails(folder):
     model, tokenizer = load(folder), load_tokenizer(folder)
     j = tokenizer.encode("j")[0]
 

@@ -31,7 +31,7 @@ def read_documented_events():
     return {name: re.findall(r"`(\w+)`", names) for name, names in rows}
 
 
-def test_the_page_lists_each_event_with_its_stored_fields():
+def test_documentation_lists_each_event_with_its_stored_fields():
     stored = {event_type.name: list(make_event(event_type).to_json()) for event_type in EVENT_TYPES}
     assert {name: ["event", *names] for name, names in read_documented_events().items()} == stored
 

@@ -80,7 +80,7 @@ def test_after_a_restart_without_the_registry_the_last_version_is_served(registr
     assert service.served.version == 2
 
 
-def test_a_version_that_the_registry_has_lost_is_served_from_its_folder(registry, started):
+def test_version_deleted_from_the_registry_is_served_from_the_cache(registry, started):
     started()
     shutil.rmtree(registry.folder / "1")
     assert started()[0].served.version == 1
@@ -88,7 +88,7 @@ def test_a_version_that_the_registry_has_lost_is_served_from_its_folder(registry
     assert started()[0].served.version == 1
 
 
-def test_a_damaged_folder_is_fetched_again_and_not_served(registry, started, tmp_path):
+def test_damaged_cache_folder_is_downloaded_again_and_not_served(registry, started, tmp_path):
     started()
     weights = tmp_path / "cache" / "v1" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -98,7 +98,7 @@ def test_a_damaged_folder_is_fetched_again_and_not_served(registry, started, tmp
     assert started()[0].served is None
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_one_before_and_is_said_once(registry, started, caplog):
+def test_failed_load_keeps_the_previous_version_and_registry_outage_is_logged_once(registry, started, caplog):
     service, follower = started()
     registry.add(2)
     (registry.folder / "2" / "config.json").write_text("{}")
@@ -114,7 +114,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_and_is_said_once(
     assert [r.message.split(":")[0] for r in caplog.records] == ["the registry does not respond; v1 stays in service"]
 
 
-def test_the_folder_of_the_version_in_service_is_kept_whatever_its_age(registry, started, tmp_path):
+def test_cache_folder_of_the_version_in_service_is_kept_regardless_of_its_age(registry, started, tmp_path):
     _, follower = started()
     for version in (2, 3, 1, 4):
         registry.add(version)
@@ -151,7 +151,7 @@ def serve(tmp_path):
             process.wait()
 
 
-def test_who_asks_while_the_server_starts_waits_for_the_version_served_last(serve, tmp_path):
+def test_request_during_startup_waits_for_the_last_served_version(serve, tmp_path):
     """The server accepts calls before the model is loaded, and the registry does not respond."""
     small = make_served(1)
     config = ModelConfig(
@@ -165,7 +165,7 @@ def test_who_asks_while_the_server_starts_waits_for_the_version_served_last(serv
     assert (response.status_code, response.json().get("model")) == (200, "yuan-v1")
 
 
-def test_without_a_version_the_server_answers_and_says_why(serve):
+def test_server_without_a_version_returns_503_with_the_reason(serve):
     with serve(is_registry_silent=False) as http:
         response = http.post("/v1/completions", json={"prompt": "a"})
     assert response.status_code == 503 and response.headers["retry-after"] == "60"
@@ -179,7 +179,7 @@ def refusal(service):
     return str(caught.value), caught.value.retry_after_s
 
 
-def test_a_caller_is_told_what_is_true_of_the_version(registry, started, monkeypatch):
+def test_error_message_matches_the_state_of_the_version(registry, started, monkeypatch):
     monkeypatch.setattr("yuan.serve.follower.LOAD_RETRY_S", 0.0)
     registry.alias = None
     service, follower = started()

@@ -35,7 +35,7 @@ def model(tokenizer):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, HOT])
-def test_answers_do_not_depend_on_company(model, tokenizer, sampling):
+def test_completions_do_not_depend_on_the_batch(model, tokenizer, sampling):
     together = generate(model, tokenizer, PROMPTS, sampling)
     alone = [generate(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
     assert together == alone
@@ -57,7 +57,7 @@ def test_greedy_decoding_equals_full_passes(model, tokenizer):
     assert generate(model, tokenizer, ["abcd"], Sampling(max_tokens=10))[0].text == expected
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_one_another(model, tokenizer):
+def test_equal_seeds_give_equal_completions_and_another_seed_another(model, tokenizer):
     first, second, third = (
         generate(model, tokenizer, ["abc"], dataclasses.replace(HOT, seed=seed))[0].text for seed in (1, 1, 2)
     )
@@ -81,7 +81,7 @@ def draws_of(sampling, logits, number=4000):
     return torch.bincount(torch.tensor([c.token for c in chosen]), minlength=len(logits)) / number
 
 
-def test_sampling_follows_the_tempered_distribution():
+def test_sampling_follows_the_temperature_scaled_distribution():
     logits = [2.0, 1.0, 0.0, -1.0]
     for heat in (0.5, 1.0, 2.0):
         expected = (torch.tensor(logits) / heat).softmax(dim=-1)
@@ -99,7 +99,7 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens_only():
     assert draws_of(Sampling(max_tokens=1, temperature=1, top_p=1e-9), logits)[1] == 1
 
 
-def test_repetition_penalty_weighs_seen_tokens_as_ctrl_does():
+def test_repetition_penalty_follows_the_ctrl_formula():
     logits = torch.tensor([[2.0, 1.5, -1.0, -0.8]])
     plain, penalised = Sampling(max_tokens=1), Sampling(max_tokens=1, repetition_penalty=2.0)
     assert choose_tokens(logits, [plain], [[0]], [0.0])[0].token == 0
@@ -121,7 +121,7 @@ def test_log_probabilities_are_those_of_the_model():
      ("repetition_penalty", 0),
      ("stop", ("",)), ("logprobs", 21), ("temperature", float("nan"))],
 )  # fmt: skip
-def test_a_wrong_wish_is_named(field, value):
+def test_error_for_an_invalid_sampling_parameter_names_it(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
         Sampling(**{"max_tokens": 1, field: value})
 
@@ -137,18 +137,18 @@ def spoken(tokenizer, text, **wishes):
     return sequence, shown
 
 
-def test_a_stop_string_ends_the_text_before_it_and_is_never_shown(tokenizer):
+def test_text_ends_before_a_stop_string_that_is_never_shown(tokenizer):
     sequence, shown = spoken(tokenizer, "abcdefgh", stop=("def", "zz"))
     assert (sequence.text, sequence.finish_reason) == ("abc", "stop")
     assert shown == ["a", "ab", "abc", "abc", "abc", "abc"]
 
 
-def test_what_only_looked_like_a_stop_string_is_shown_later(tokenizer):
+def test_partial_stop_string_match_is_shown_after_a_mismatch(tokenizer):
     _, shown = spoken(tokenizer, "abcdx", stop=("cde",))
     assert shown == ["a", "ab", "ab", "ab", "abcdx"]
 
 
-def test_half_a_character_is_not_shown(tokenizer):
+def test_incomplete_utf8_character_is_not_shown(tokenizer):
     text = "a龘b"  # not among the pieces, so it comes as three bytes
     assert len(tokenizer.encode(text)) == 5
     assert spoken(tokenizer, text)[1] == ["a", "a", "a", "a龘", "a龘b"]
@@ -159,13 +159,13 @@ def test_a_zero_byte_is_shown_as_the_replacement_character(tokenizer):
     assert shown[-1] == sequence.get_stable_text() == "a\ufffdb"
 
 
-def test_stop_ids_end_like_the_end_of_document(tokenizer):
+def test_stop_ids_end_generation_like_eod(tokenizer):
     b = tokenizer.encode("b")[0]
     sequence, _ = spoken(tokenizer, "ab", stop_ids=(b,))
     assert (sequence.text, sequence.finish_reason, sequence.num_tokens) == ("a", "stop", 2)
 
 
-def test_logits_that_are_not_finite_are_an_error_and_no_answer(model, tokenizer):
+def test_non_finite_logits_are_an_error(model, tokenizer):
     broken = Yuan(model.config).eval()
     broken.load_state_dict(model.state_dict())
     a = tokenizer.encode("a")[0]

@@ -31,23 +31,23 @@ def judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
         (2.0, 500.0, "gradient norm 500 is above 49.53"),
     ],
 )
-def test_a_wrong_step_is_told_by_its_numbers(loss, norm, says):
+def test_faulty_step_is_reported_with_its_loss_or_gradient_norm(loss, norm, says):
     assert says in judge().find_fault(loss, norm)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(2.0, 0.5), (3.9, 40.0), (0.01, 1e-9), (0.0, 0.0)])
-def test_a_step_as_the_others_is_right(loss, norm):
+def test_normal_step_is_not_faulty(loss, norm):
     assert judge().find_fault(loss, norm) is None
 
 
-def test_a_noisy_run_may_be_noisy():
+def test_noisy_run_has_at_most_one_false_alarm_in_10000_steps():
     rng = random.Random(1)
     noisy = judge(noise=0.8)
     steps = [(2 * math.exp(rng.gauss(0, 0.8)), 0.5 * math.exp(rng.gauss(0, 0.8))) for _ in range(10_000)]
     assert sum(noisy.find_fault(*step) is not None for step in steps) <= 1
 
 
-def test_before_enough_steps_only_what_is_not_finite_is_wrong():
+def test_only_non_finite_values_are_faulty_before_the_minimum_of_good_steps():
     young = judge(steps=MIN_GOOD_STEPS - 1)
     assert young.find_fault(1e9, 1e9) is None and young.find_fault(math.nan, 1.0)
 
@@ -64,7 +64,7 @@ def climb(decisions, step, recipe=RECIPE):
     return rung, decisions
 
 
-def test_the_ladder_ends():
+def test_persistent_faults_escalate_from_skip_to_rollback_to_stop():
     actions, decisions, step = [], GuardDecisions(), 55
     while not actions or actions[-1] != "stop":
         rung, decisions = climb(decisions, step)
@@ -74,7 +74,7 @@ def test_the_ladder_ends():
     assert [decisions.compute_rate_factor(step) for step in (49, 50)] == [1.0, 0.5]
 
 
-def test_a_roll_back_leaves_out_the_data_of_the_trouble_and_no_other():
+def test_rollback_skips_only_the_data_of_faulty_steps():
     decisions = GuardDecisions()
     for step in (55, 57, 58):
         _, decisions = climb(decisions, step)
@@ -82,7 +82,7 @@ def test_a_roll_back_leaves_out_the_data_of_the_trouble_and_no_other():
     assert decisions.compute_rate_factor(100) == 1.0
 
 
-def test_old_trouble_is_forgotten():
+def test_faults_older_than_the_memory_limit_are_ignored():
     decisions = GuardDecisions()
     for step in (10, 11):
         _, decisions = climb(decisions, step)
@@ -90,13 +90,13 @@ def test_old_trouble_is_forgotten():
     assert decisions.choose_action(10 + TROUBLE_MEMORY_STEPS, RECIPE) == "roll back"
 
 
-def test_without_skips_allowed_the_first_trouble_rolls_back():
+def test_first_fault_rolls_back_or_stops_if_skips_are_disabled():
     recipe = dataclasses.replace(RECIPE, max_skips=0, max_rollbacks=0)
     assert GuardDecisions().choose_action(5, dataclasses.replace(recipe, max_rollbacks=1)) == "roll back"
     assert GuardDecisions().choose_action(5, recipe) == "stop"
 
 
-def test_decisions_outlive_the_process(tmp_path):
+def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):
     decisions = GuardDecisions()
     for step in (55, 56, 57, 51):
         _, decisions = climb(decisions, step)
@@ -107,6 +107,6 @@ def test_decisions_outlive_the_process(tmp_path):
     assert GuardDecisions.read(file) == decisions
 
 
-def test_steps_that_are_trained_again_are_decided_again():
+def test_skips_of_repeated_steps_are_dropped():
     _, decisions = climb(GuardDecisions(), 55)
     assert decisions.drop_skips_from(55) == GuardDecisions() and decisions.drop_skips_from(56) == decisions

@@ -46,7 +46,7 @@ def clean_run(training_inputs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_passing_fault_leaves_the_weights_bit_equal(training_inputs, clean_run, tmp_path):
+def test_weights_are_bit_equal_after_a_transient_fault(training_inputs, clean_run, tmp_path):
     folder = run(
         prepare_faulty_run(tmp_path / "once", training_inputs, what="nan", first=240, end=248, times=1), PLANTED
     )
@@ -70,7 +70,7 @@ def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_longer_bad_stretch_is_rolled_back_over(training_inputs, clean_run, tmp_path):
+def test_longer_span_of_faulty_data_triggers_a_rollback(training_inputs, clean_run, tmp_path):
     folder = run(
         prepare_faulty_run(tmp_path / "stretch", training_inputs, what="nan", first=240, end=264, times=None), PLANTED
     )
@@ -83,7 +83,7 @@ def test_a_longer_bad_stretch_is_rolled_back_over(training_inputs, clean_run, tm
 
 
 @pytest.mark.slow
-def test_trouble_without_end_stops_with_the_reason(training_inputs, tmp_path):
+def test_persistent_faults_stop_the_run_with_a_reason(training_inputs, tmp_path):
     recipe = dataclasses.replace(LONG, max_rollbacks=1)
     folder = prepare_faulty_run(
         tmp_path / "forever", training_inputs, recipe, what="nan", first=160, end=10**9, times=None
@@ -96,7 +96,7 @@ def test_trouble_without_end_stops_with_the_reason(training_inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_ends_the_run_in_time(training_inputs, tmp_path):
+def test_stopped_rank_ends_the_run_with_a_no_progress_message(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=10_000, step_limit_s=4.0)
     folder = lay_out(tmp_path / "stopped", training_inputs, recipe)
     with launch(folder) as process:

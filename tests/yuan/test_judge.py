@@ -24,19 +24,19 @@ def judge():
         yield judge
 
 
-def test_verdicts_are_those_of_the_checker(judge):
+def test_judge_returns_the_verdict_of_the_checker(judge):
     assert judge.check(RULE, " a\u2028b\n") and not judge.check(RULE, "a\nb")
     assert judge.check(Exact(value="x" * 2000), "x" * 2000)
 
 
-def test_a_checker_that_raises_is_named_and_the_next_one_judged(judge):
+def test_checker_error_is_reported_and_the_next_answer_is_judged(judge):
     with pytest.raises(CheckFailed, match="the checker raised ValidationError"):
         judge.check(Broken.model_construct(value=7), "7")
     assert judge.check(RULE, RULE.value)
 
 
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGSTOP, "within 1 s"), (signal.SIGKILL, "ended the process")])
-def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
+def test_hung_or_killed_checker_process_is_restarted(judge, number, reason):
     judge.check(RULE, "")
     os.kill(judge.pid, number)
     with pytest.raises(CheckFailed, match=reason):
@@ -44,14 +44,14 @@ def test_a_checker_that_hangs_or_dies_is_replaced(judge, number, reason):
     assert judge.check(RULE, RULE.value)
 
 
-def test_a_checker_that_takes_all_memory_is_ended(judge):
+def test_checker_process_has_a_memory_limit(judge):
     judge.check(RULE, "")
     limits = Path(f"/proc/{judge.pid}/limits").read_text()
     allowed = next(line for line in limits.splitlines() if line.startswith("Max address space"))
     assert allowed.split()[3] == str(JUDGE_MEMORY_BYTES)
 
 
-def test_its_process_ends_with_the_block():
+def test_checker_process_exits_with_the_context_manager():
     with AnswerJudge() as judge:
         judge.check(RULE, "")
         pid = judge.pid

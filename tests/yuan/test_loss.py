@@ -27,7 +27,7 @@ def with_gradients(loss_of, x, head):
     return loss.detach(), x.grad, head.grad
 
 
-def test_weighted_loss_is_torchs_mean_over_learned_tokens():
+def test_weighted_loss_equals_the_torch_mean_over_target_tokens():
     logits = torch.randn(2, 5, 11)
     labels = torch.randint(0, 11, (2, 5))
     loss_mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).float()
@@ -53,7 +53,7 @@ def test_large_and_small_logits_stay_finite(batch, scale):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
-def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
+def test_bf16_error_against_fp64_is_similar_to_the_plain_computation(batch):
     """The reference is fp64 on the same rounded values."""
     x, head, labels, weights = batch
     x, head = x.bfloat16(), head.bfloat16()
@@ -70,7 +70,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_plain_computation(batch):
         assert (actual.double() - exact).norm() <= 1.2 * (other.double() - exact).norm() + 1e-3 * exact.norm()
 
 
-def test_no_more_than_a_block_of_logits_exists(batch):
+def test_logits_are_materialized_one_block_at_a_time(batch):
     """The largest temporary tensor has the size of one block, not of all rows."""
     x, head, labels, weights = batch
     sizes = []
@@ -86,7 +86,7 @@ def test_no_more_than_a_block_of_logits_exists(batch):
     assert max(sizes) <= max(4 * 2 * V, 4 * V * H)
 
 
-def test_tokens_without_weight_cost_nothing_and_have_no_gradient(batch):
+def test_tokens_with_zero_weight_have_zero_loss_and_gradient(batch):
     x, head, labels, _ = batch
     loss, dx, dhead = with_gradients(lambda x, head: head_loss(x, head, labels, torch.zeros(3, 9)), x, head)
     assert loss == 0
@@ -94,7 +94,7 @@ def test_tokens_without_weight_cost_nothing_and_have_no_gradient(batch):
     assert not dhead.any()
 
 
-def test_without_gradients_only_the_loss_is_made(batch):
+def test_loss_without_gradients_equals_the_plain_computation(batch):
     x, head, labels, weights = batch
     with torch.no_grad():
         loss = head_loss(x, head, labels, weights, block=4)
@@ -109,7 +109,7 @@ def test_a_second_backward_is_refused(batch):
         loss.backward()
 
 
-def test_shapes_that_do_not_fit_and_empty_blocks_are_named(batch):
+def test_mismatched_shapes_and_empty_blocks_are_refused(batch):
     x, head, labels, weights = batch
     with pytest.raises(ValueError, match="must fit together"):
         head_loss(x, head, labels[:2], weights)
@@ -117,7 +117,7 @@ def test_shapes_that_do_not_fit_and_empty_blocks_are_named(batch):
         head_loss(x, head, labels, weights, block=0)
 
 
-def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
+def test_loss_without_target_tokens_is_zero_and_differentiable():
     logits = torch.randn(1, 3, 5, requires_grad=True)
     loss = weighted_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3))
     loss.backward()
@@ -126,7 +126,7 @@ def test_loss_without_learned_tokens_is_zero_and_has_a_gradient():
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_heads_gradients_of_many_losses_can_share_one_sum(batch, dtype, near):
+def test_head_gradients_of_micro_batches_accumulate_in_one_buffer(batch, dtype, near):
     """Gradient accumulation: two micro-batches, each scaled by a half, against the sum by autograd."""
     x, head, labels, weights = batch
     autograds, ours = (head.to(dtype, copy=True).requires_grad_() for _ in range(2))

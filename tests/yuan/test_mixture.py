@@ -1,4 +1,4 @@
-"""Data order: a function of the position, by weight, every window once an epoch, any span can be skipped."""
+"""Data order: deterministic by position, weighted by source, each window once per epoch, with skipped spans."""
 
 import json
 from collections import Counter
@@ -23,14 +23,14 @@ def test_a_shuffle_is_a_permutation(size, seed, epoch):
 
 
 @pytest.mark.parametrize("size", [3, 7, 100])
-def test_a_shuffle_puts_every_element_everywhere_alike(size):
+def test_shuffled_positions_are_uniformly_distributed(size):
     keys = 40 * size
     out = permute(np.zeros(keys, np.int64), size, derive_keys(1, np.arange(keys)))
     squares = ((np.bincount(out, minlength=size) - 40) ** 2 / 40).sum()
     assert squares < size + 5 * np.sqrt(2 * size)  # chi-square with size - 1 degrees, five sigmas
 
 
-def test_elements_of_a_shuffle_do_not_stay_beside_each_other():
+def test_shuffle_separates_adjacent_elements():
     out = permute(np.arange(1000), 1000, derive_keys(3, np.zeros(1000, np.int64)))
     assert (np.abs(np.diff(out)) == 1).sum() < 12  # two are expected
 
@@ -53,7 +53,7 @@ def test_every_epoch_of_a_source_has_each_window_once(sizes, data, seed):
         assert set(counts.values()) <= {whole, whole + 1} and sum(c == whole + 1 for c in counts.values()) == part
 
 
-def test_epochs_have_orders_of_their_own():
+def test_each_epoch_and_seed_has_its_own_order():
     mixture = Mixture((50,), (50,), 0)
     first, second = (mixture.locate_windows(np.arange(start, start + 50))[1] for start in (0, 50))
     assert sorted(first) == sorted(second) and (first != second).any()
@@ -61,7 +61,7 @@ def test_epochs_have_orders_of_their_own():
     assert (first != other).any()
 
 
-def test_positions_can_be_asked_for_in_any_parts():
+def test_windows_can_be_located_for_any_subset_of_positions():
     mixture = Mixture((7, 1000, 33), compute_quotas((7, 1000, 33), (1, 2, 5)), 9)
     whole = mixture.locate_windows(np.arange(10**12, 10**12 + 5000))
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_positions_can_be_asked_for_in_any_parts():
     )
 
 
-def test_sources_come_by_weight_in_every_block():
+def test_sources_are_mixed_by_weight():
     mixture = Mixture((10, 10), compute_quotas((10, 10), (0.3, 0.7)), 0)
     sources, _ = mixture.locate_windows(np.arange(mixture.block_size * 5))
     assert abs((sources == 0).mean() - 0.3) < 1e-3
@@ -82,7 +82,7 @@ def test_sources_come_by_weight_in_every_block():
 @pytest.mark.parametrize(
     ("weights", "says"), [((1, 0), "positive weight"), ((1,), "positive weight"), ((1, 1e-9), "smallest weight")]
 )
-def test_a_weight_that_means_nothing_is_refused(weights, says):
+def test_invalid_weights_are_refused(weights, says):
     with pytest.raises(ValueError, match=says):
         compute_quotas((10, 10), weights)
 
@@ -92,7 +92,7 @@ def test_a_weight_that_means_nothing_is_refused(weights, says):
     start=st.integers(0, 40),
     count=st.integers(0, 40),
 )
-def test_skipped_spans_are_left_out_and_nothing_else(cuts, start, count):
+def test_only_positions_in_skipped_spans_are_excluded(cuts, start, count):
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     open_ = [p for p in range(200) if not any(first <= p < end for first, end in spans)]
     assert find_unskipped_positions(start, count, spans).tolist() == open_[start : start + count]
@@ -107,7 +107,7 @@ def samples():
     ]
 
 
-def test_token_files_hold_the_windows_that_packing_makes(samples, tmp_path):
+def test_token_files_have_the_packed_windows(samples, tmp_path):
     write_corpus(tmp_path, {"a": iter(samples)}, seq_len=32, pad=7)
     corpus = Corpus(tmp_path, seed=0)
     packed = pack_samples(samples, seq_len=32, pad=7)
@@ -136,7 +136,7 @@ def test_stored_index_keeps_its_field_names(samples, tmp_path):
     assert Corpus(tmp_path, seed=0).sources == [source]
 
 
-def test_each_window_of_a_mixture_is_of_its_source(samples, tmp_path):
+def test_each_window_comes_from_its_source(samples, tmp_path):
     parts = {"low": [Sample((1, 2, 3), (True,) * 3)] * 20, "high": [Sample((900, 901), (True,) * 2)] * 90}
     write_corpus(tmp_path, parts, seq_len=4, pad=0, weights={"low": 1, "high": 1})
     windows, sources = Corpus(tmp_path, seed=3).read(np.arange(300))
@@ -144,7 +144,7 @@ def test_each_window_of_a_mixture_is_of_its_source(samples, tmp_path):
     assert 110 < (sources == 0).sum() < 190
 
 
-def test_files_of_two_writings_are_refused(samples, tmp_path):
+def test_inconsistent_corpus_files_are_refused(samples, tmp_path):
     write_corpus(tmp_path, {"a": samples}, seq_len=32, pad=7)
     with (tmp_path / "0" / "tokens.bin").open("ab") as file:
         file.write(b"1234")
@@ -152,11 +152,11 @@ def test_files_of_two_writings_are_refused(samples, tmp_path):
         Corpus(tmp_path, seed=0)
 
 
-def test_a_source_with_nothing_to_learn_is_refused(tmp_path):
+def test_source_without_target_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to pack"):
         write_corpus(tmp_path, {"a": [Sample((1, 2), (False, False))]}, seq_len=4, pad=0)
 
 
-def test_weights_of_other_sources_are_refused(samples, tmp_path):
+def test_weights_that_do_not_match_the_sources_are_refused(samples, tmp_path):
     with pytest.raises(ValueError, match="name the same"):
         write_corpus(tmp_path, {"a": samples}, seq_len=4, pad=0, weights={"b": 1.0})

@@ -29,7 +29,7 @@ def tokens():
     return torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
-def test_parameters_are_as_many_as_the_config_says(model):
+def test_number_of_parameters_equals_that_of_the_config(model):
     assert sum(p.numel() for p in model.parameters()) == CONFIG.num_parameters
 
 
@@ -53,7 +53,7 @@ def test_filter_equals_one_sided_convolutions(variant):
     torch.testing.assert_close(local(x_BSH), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_token_sees_the_future(model, tokens):
+def test_model_is_causal(model, tokens):
     changed = tokens.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 64
     before, after = model(tokens), model(changed)
@@ -80,7 +80,7 @@ def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
     torch.testing.assert_close(last_logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
+def test_adding_and_removing_cache_rows_does_not_change_the_other_rows(model, tokens):
     cache = model.make_cache(2)
     model.forward_incremental(tokens[:2, :6], cache)
     new = cache.make_following_rows(1)
@@ -92,7 +92,7 @@ def test_rows_that_come_and_go_leave_the_others_as_they_are(model, tokens):
     torch.testing.assert_close(last_logits[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_documents_in_one_row_do_not_see_each_other(model, tokens):
+def test_documents_in_one_row_do_not_attend_to_each_other(model, tokens):
     documents = torch.tensor([[0] * 5 + [1] * 7])
     together = model(tokens[:1], documents)
     torch.testing.assert_close(together[:, 5:], model(tokens[:1, 5:]), rtol=1e-4, atol=1e-5)
@@ -101,7 +101,7 @@ def test_documents_in_one_row_do_not_see_each_other(model, tokens):
     assert torch.equal(model(changed, documents)[:, 5:], together[:, 5:])
 
 
-def test_padding_on_the_left_changes_nothing(model, tokens):
+def test_left_padding_does_not_change_the_output(model, tokens):
     padded = torch.cat([torch.full((1, 3), 9), tokens[:1, :9]], dim=1)
     documents = torch.tensor([[-1] * 3 + [0] * 9])
     torch.testing.assert_close(model(padded, documents)[:, 3:], model(tokens[:1, :9]), rtol=1e-4, atol=1e-5)
@@ -116,7 +116,7 @@ def test_the_official_packing_only_restarts_positions(model, tokens):
     assert not torch.allclose(official[:, 5:], model(tokens[:1], documents)[:, 5:], atol=1e-4)
 
 
-def test_bf16_angles_collapse_positions_as_in_the_official_training():
+def test_bf16_rope_maps_many_positions_to_equal_angles_as_in_official_training():
     config = dataclasses.replace(CONFIG, rope_precision="bf16")
     cos, _ = compute_rotary(torch.arange(8192), config, torch.float32)
     exact, _ = compute_rotary(torch.arange(8192), CONFIG, torch.float32)
@@ -134,7 +134,7 @@ def test_presets_have_the_published_number_of_parameters(preset, expected):
     assert sum(p.numel() for p in model.parameters()) == expected == preset().num_parameters
 
 
-def test_values_read_the_unfiltered_input(model, tokens):
+def test_attention_values_use_the_unfiltered_input(model, tokens):
     """With queries and keys set to zero, attention is a mean of values and the filter has no influence."""
     attention = model.layers[0].attention
     nn.init.zeros_(attention.query_key.weight)
@@ -145,6 +145,6 @@ def test_values_read_the_unfiltered_input(model, tokens):
     assert torch.equal(before, attention(x_BSH, rows, None))
 
 
-def test_running_past_the_window_is_refused(model):
+def test_sequence_longer_than_the_window_is_refused(model):
     with pytest.raises(ValueError, match="the window holds 32 tokens, got 33"):
         model(torch.zeros(1, 33, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Test configurations, pools and plans."""
+"""Test plans, their errors, recipes and model configurations."""
 
 import dataclasses
 from itertools import product
@@ -41,7 +41,7 @@ def test_demo_model_is_split_unevenly_over_two_processes():
     assert PipelinePlan.from_json(plan.to_json()) == plan
 
 
-def test_a_plan_has_the_fields_that_were_agreed():
+def test_plan_json_has_the_expected_fields():
     plan = make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}))
     assert set(plan.to_json()) == {
         *("schema", "model", "pool", "sequence_length", "global_batch_size", "precision", "loss_block", "objective"),
@@ -73,7 +73,7 @@ def test_a_plan_is_consistent_and_fits(counts):
     assert (plan.gap < 1e-9) == ("in simulation" not in plan.explanation)
 
 
-def test_no_grid_and_no_split_is_faster():
+def test_plan_is_as_fast_as_the_best_over_all_grids():
     slow = DeviceGroup(device_class="slow", count=2, memory_gib=12, sustained_tflops=20, reserve_gib=1)
     pool = Pool(
         name="p", groups=(slow, dataclasses.replace(slow, device_class="fast", memory_gib=9, sustained_tflops=45))
@@ -88,7 +88,7 @@ def test_no_grid_and_no_split_is_faster():
     assert best.step_seconds == pytest.approx(min(plan.step_seconds for plan in every if plan.feasible))
 
 
-def test_least_memory_is_never_above_that_of_the_fastest():
+def test_memory_objective_needs_less_memory_than_the_time_objective():
     fastest, leanest = (
         make_plan(work_of(yuan_2b(), 64), pool_of(**{"A100-80": 8}), objective=objective, explained=False)
         for objective in ("time", "memory")
@@ -99,7 +99,7 @@ def test_least_memory_is_never_above_that_of_the_fastest():
     assert f"{slowest.recompute_layers} of them recomputed" in leanest.explanation
 
 
-def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():
+def test_infeasible_plan_states_the_exact_memory_or_devices_that_are_missing():
     small = Pool(name="p", groups=(DeviceGroup(device_class="x", count=2, memory_gib=8, sustained_tflops=100),))
     work = work_of(yuan_2b(), 64, seq_len=2048)
     plan = make_plan(work, small)
@@ -116,12 +116,12 @@ def test_what_does_not_fit_says_by_how_much_and_the_way_out_works():
         assert make_plan(work, Pool(name="q", groups=(group,)), explained=False).feasible is fits
 
 
-def test_the_even_split_is_compared_on_the_same_grid():
+def test_explanation_compares_the_plan_with_an_even_split():
     plan = make_plan(work_of(yuan_102b(), 1152), load_pool("benchmarks/pools/a100-96.toml"))
     assert "An even split would take" in plan.explanation and "book rates" in plan.explanation
 
 
-def test_a_plan_in_fp32_names_the_devices_without_a_rate():
+def test_fp32_plan_names_device_classes_without_an_fp32_rate():
     work = dataclasses.replace(work_of(SMALL), precision="fp32")
     bf16_only = DeviceGroup(device_class="x", count=4, memory_gib=70, sustained_tflops=100)
     explanations = [
@@ -144,7 +144,7 @@ def test_a_plan_in_fp32_names_the_devices_without_a_rate():
         ({"micro_batch_size": 0}, "must be at least 1"),
     ],
 )
-def test_impossible_sizes_name_the_rule(limits, reason):
+def test_error_for_impossible_sizes_names_the_rule(limits, reason):
     with pytest.raises(ValueError, match=reason):
         make_plan(work_of(SMALL), pool_of(**{"A100-80": 4 if "data_size" in limits else 9}), SizeLimits(**limits))
 
@@ -154,7 +154,7 @@ def test_an_unknown_objective_is_refused():
         make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}), objective="price")  # type: ignore[arg-type]
 
 
-def test_table_and_picture_name_every_stage():
+def test_plan_table_and_diagram_show_every_stage():
     pool = pool_of(**{"A100-80": 4})
     plan = make_plan(work_of(SMALL), pool, SizeLimits(pipeline_size=4))
     table, picture = format_plan_table(plan), draw_plan(work_of(SMALL), pool, plan)
@@ -171,12 +171,12 @@ def test_table_and_picture_name_every_stage():
         ({"precision": "fp8"}, "precision must be"),
     ],
 )
-def test_wrong_recipes_name_the_rule(changes, reason):
+def test_error_for_an_invalid_recipe_names_the_rule(changes, reason):
     with pytest.raises(ValueError, match=reason):
         Recipe(**{**RECIPE.to_json(), **changes})
 
 
-def test_wrong_widths_name_the_rule():
+def test_error_for_an_invalid_hidden_size_names_the_rule():
     with pytest.raises(ValueError, match="use a multiple of 12"):
         ModelConfig(name="x", num_layers=1, hidden_size=32, num_heads=6, vocab_size=8, seq_len=8)
 

@@ -38,7 +38,7 @@ def step(group, accum):
     return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], redone=[0, 0]).layout.seconds
 
 
-def test_the_rates_behind_the_clock_are_found():
+def test_calibration_recovers_the_true_rates_from_timings():
     tokens, true = 2 * 512, TRUE.measured
     forward, head = tokens * count_layer_forward_flops(MODEL, 512), tokens * count_head_forward_flops(MODEL)
     clock = DeviceTimings(

@@ -1,4 +1,4 @@
-"""Compare the paper's models with the paper's figures."""
+"""Compare the computed tables 5 and 6 and figure 3 with those published in the paper."""
 
 import pytest
 
@@ -20,11 +20,11 @@ def test_table_5_is_reproduced_to_a_hundredth_of_a_percent():
 
 
 @pytest.mark.parametrize("row", TABLE_6)
-def test_table_6_is_reproduced_with_the_n_of_each_row(row):
+def test_table_6_is_reproduced_with_the_parameter_count_of_each_row(row):
     assert compute_table_6(*row) == pytest.approx(TABLE_6[row], rel=5e-4)
 
 
-def test_with_one_n_the_worst_cell_of_table_6_is_off_by_0_28_percent():
+def test_table_6_with_one_parameter_count_is_off_by_at_most_0_28_percent():
     errors = [
         abs(ours / theirs - 1)
         for row, cells in TABLE_6.items()
@@ -33,7 +33,7 @@ def test_with_one_n_the_worst_cell_of_table_6_is_off_by_0_28_percent():
     assert max(errors) == pytest.approx(0.0028, abs=5e-5)
 
 
-def test_the_even_and_the_printed_split_of_fig_3():
+def test_memory_of_the_even_and_the_published_split_of_fig_3():
     even, printed = (
         compute_fig_3_memory((3,) * 8, build_fig_3_costs()),
         compute_fig_3_memory(FIG_3_SPLIT, build_fig_3_costs()),
@@ -46,13 +46,13 @@ def test_the_even_and_the_printed_split_of_fig_3():
     ("blockwise", "layers", "gigabytes"),
     [(False, (2, 3, 3, 3, 3, 4, 4, 2), 64.6), (True, (2, 3, 3, 3, 3, 3, 4, 3), 61.2)],
 )
-def test_the_best_split_of_fig_3(blockwise, layers, gigabytes):
+def test_split_with_minimum_peak_memory_of_fig_3(blockwise, layers, gigabytes):
     layout = solve(build_fig_3_costs(blockwise=blockwise), "memory")
     assert layout is not None and layout.layers == layers
     assert layout.peak_bytes / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
-def test_recomputing_lowers_fig_3_further():
+def test_recomputation_lowers_the_peak_memory_of_fig_3():
     without_redo, with_redo = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
     assert without_redo is not None and with_redo is not None
     assert with_redo.peak_bytes < without_redo.peak_bytes and max(with_redo.redone) > 0

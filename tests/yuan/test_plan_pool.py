@@ -23,7 +23,7 @@ def test_pool_files_are_read_by_name(tmp_path):
         load_pool(f"{file}:aa")
 
 
-def test_a_written_pool_reads_the_same(tmp_path):
+def test_pool_file_round_trips(tmp_path):
     measured = {
         "what": "2b, bf16, S 4096",
         "forward_tflops": 160.5,
@@ -39,7 +39,7 @@ def test_a_written_pool_reads_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ['a "b"', "a\\b", "a\nb", "'", "机房"])
-def test_a_written_pool_keeps_any_name(tmp_path, name):
+def test_pool_file_round_trips_with_special_characters_in_names(tmp_path, name):
     pool = parse_pool({"name": name, "launcher": "slurm", "launch": {"partition": name}, "group": [A100]})
     file = tmp_path / "pool.toml"
     file.write_text(dump_pool(pool))
@@ -65,7 +65,7 @@ def test_a_written_pool_keeps_any_name(tmp_path, name):
         ({"measured": {"what": "x", "forward_tflops": 1}}, "calibrate again"),
     ],
 )
-def test_wrong_groups_name_the_rule(changes, reason):
+def test_error_for_an_invalid_device_group_names_the_rule(changes, reason):
     with pytest.raises(ValueError, match=reason):
         parse_pool({"name": "p", "group": [{**A100, **changes}]})
 
@@ -79,6 +79,6 @@ def test_wrong_groups_name_the_rule(changes, reason):
         ({"name": "p", "group": [A100, A100]}, "each device class once"),
     ],
 )
-def test_wrong_pools_name_the_rule(entry, reason):
+def test_error_for_an_invalid_pool_names_the_rule(entry, reason):
     with pytest.raises(ValueError, match=reason):
         parse_pool(entry)

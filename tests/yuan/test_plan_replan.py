@@ -1,4 +1,4 @@
-"""Test new plans for changed pools."""
+"""Test replanning after a change of the device pool."""
 
 import dataclasses
 
@@ -26,12 +26,12 @@ def test_the_same_pool_keeps_the_plan(current):
     assert "stays the best" in same.explanation
 
 
-def test_a_plan_is_scored_as_it_was_made(current):
+def test_score_of_a_plan_equals_its_planned_time_and_memory(current):
     scored = score_plan(WORK, POOL, current).layout
     assert (scored.seconds, scored.peak_bytes) == (pytest.approx(current.step_seconds), current.peak_memory_bytes)
 
 
-def test_steps_to_do_again_and_the_objective_count(current):
+def test_replanning_includes_lost_steps_and_the_objective(current):
     smaller_pool = resize_pool(POOL, {"A100-80": -1})
     now, later = (replan(WORK, current, smaller_pool, lost_steps=steps).move_seconds for steps in (0, 7))
     assert later - now == pytest.approx(7 * current.step_seconds)
@@ -42,7 +42,7 @@ def test_steps_to_do_again_and_the_objective_count(current):
     )
 
 
-def test_a_lost_device_ends_the_old_plan(current):
+def test_lost_device_makes_the_old_plan_infeasible(current):
     new = replan(WORK, current, resize_pool(POOL, {"A100-80": -1}))
     assert new.kept_step_seconds is None and new.plan.feasible
     assert new.plan.pipeline_size * new.plan.data_size <= 7
@@ -65,11 +65,11 @@ def test_a_slow_device_gets_less_work():
 @pytest.mark.parametrize(
     ("change", "reason"), [({"H200": 1}, "it has A100-80"), ({"A100-80": -9}, "has 8 devices of A100-80")]
 )
-def test_impossible_changes_name_the_rule(change, reason):
+def test_error_for_an_impossible_pool_change_names_the_rule(change, reason):
     with pytest.raises(ValueError, match=reason):
         resize_pool(POOL, change)
 
 
-def test_a_slow_device_is_slower():
+def test_speed_factor_of_a_slow_device_above_one_is_refused():
     with pytest.raises(ValueError, match=r"got 1\.5"):
         split_slow_devices(POOL, "A100-80", 1, 1.5)

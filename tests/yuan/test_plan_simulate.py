@@ -47,19 +47,19 @@ def replayed(forward, backward, links, accum):
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("accum", [1, 2, 7, 20])
-def test_a_step_takes_as_long_as_deepspeeds_instructions_do(stages, accum):
+def test_simulated_step_time_equals_the_deepspeed_schedule(stages, accum):
     rng = np.random.default_rng(stages * 100 + accum)
     forward, backward, links = rng.uniform(1, 2, stages), rng.uniform(2, 4, stages), rng.uniform(0, 0.5, stages - 1)
     timeline = simulate(list(forward), list(backward), list(links), accum)
     assert timeline.seconds == pytest.approx(replayed(forward, backward, links, accum), rel=1e-9)
 
 
-def test_equal_stages_take_the_textbook_time():
+def test_equal_stages_match_the_1f1b_formula():
     stages, accum = 6, 11
     assert simulate([1.0] * stages, [2.0] * stages, [0.0] * (stages - 1), accum).seconds == 3 * (accum + stages - 1)
 
 
-def test_no_stage_does_two_things_at_once():
+def test_passes_of_one_stage_do_not_overlap():
     timeline = simulate([1, 2, 1], [2, 3, 4], [0.1, 0.2], 9)
     for stage in range(3):
         starts = np.concatenate([timeline.forward_start[stage], timeline.backward_start[stage]])
@@ -92,5 +92,5 @@ def test_the_time_model_is_never_above_the_simulation(pipeline):
 
 @settings(max_examples=200, deadline=None)
 @given(pipelines(most_spread=0.25))
-def test_the_time_model_is_the_simulation_where_stages_are_alike(pipeline):
+def test_time_model_equals_the_simulation_for_similar_stages(pipeline):
     assert closed_form(*pipeline) == pytest.approx(simulate(*pipeline).seconds, rel=2e-3)

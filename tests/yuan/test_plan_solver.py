@@ -129,7 +129,7 @@ def least_peaks(costs):
 
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.sampled_from(["time", "memory"]))
-def test_no_layout_is_better(costs, objective):
+def test_solution_equals_the_best_of_all_layouts(costs, objective):
     every = list(layouts(costs))
     layout = solve(costs, objective)
     if not every:
@@ -146,7 +146,7 @@ def test_no_layout_is_better(costs, objective):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(most_classes=2))
-def test_ties_are_broken_by_memory_then_in_order(costs):
+def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
     every = list(layouts(costs))
     layout = solve(costs)
     if layout is None:
@@ -161,7 +161,7 @@ def test_ties_are_broken_by_memory_then_in_order(costs):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.floats(0.9, 1.2))
-def test_a_grid_that_is_not_the_best_may_miss_its_own_best_by_a_little(costs, share):
+def test_layout_of_a_suboptimal_grid_is_within_the_slack_of_its_optimum(costs, share):
     every = list(layouts(costs))
     if not every:
         return
@@ -178,7 +178,7 @@ def test_a_grid_that_is_not_the_best_may_miss_its_own_best_by_a_little(costs, sh
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.2, 5), min_size=1, max_size=6), st.integers(2, 20))
-def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
+def test_layers_per_wait_equal_a_linear_program(rates, accum):
     stages = len(rates)
     full = [accum - stages + k for k in range(stages)]
     rows = np.triu(np.ones((stages, stages)), 1)[[f > 0 for f in full]] + np.diag(full)[[f > 0 for f in full]]
@@ -196,7 +196,7 @@ def test_the_layers_that_a_wait_allows_equal_a_linear_program(rates, accum):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(most_classes=3))
-def test_beyond_the_exact_size_the_bound_holds(costs):
+def test_lower_bound_holds_beyond_the_exact_problem_size(costs):
     limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0
     try:
         layout = solve(costs)
@@ -210,7 +210,7 @@ def test_beyond_the_exact_size_the_bound_holds(costs):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_middle_sizes_equal_an_integer_program(seed):
+def test_medium_problems_equal_an_integer_program(seed):
     """Build binary variables for stage, class and layers, and two maxima; links cost nothing, else it is quadratic."""
     rng = np.random.default_rng(seed)
     stages, layers = int(rng.integers(5, 9)), int(rng.integers(12, 19))

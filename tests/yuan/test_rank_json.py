@@ -32,7 +32,7 @@ def write_with(file, record, name, value):
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:12])
 @pytest.mark.parametrize("name", STORED_TRAINING)
-def test_a_status_is_shown_and_stored_whatever_a_field_holds(tmp_path, name, value):
+def test_status_with_any_field_value_can_be_displayed_and_stored(tmp_path, name, value):
     write_with(tmp_path / "status.json", STORED_TRAINING, name, value)
     status = RunFolder(tmp_path).read_status()
     if status is not None:
@@ -43,7 +43,7 @@ def test_a_status_is_shown_and_stored_whatever_a_field_holds(tmp_path, name, val
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:12])
 @pytest.mark.parametrize(("folder", "record"), [("exits", NOTE), ("heartbeats", HEARTBEAT)])
-def test_an_ending_is_classified_whatever_a_rank_left(tmp_path, folder, record, value):
+def test_job_exit_is_classified_with_any_content_of_rank_files(tmp_path, folder, record, value):
     run = RunFolder(tmp_path)
     write_with(tmp_path / "exits" / "1.json", {**NOTE, "rank": 1}, "", "")
     write_with(tmp_path / "heartbeats" / "1.json", HEARTBEAT, "", "")
@@ -55,7 +55,7 @@ def test_an_ending_is_classified_whatever_a_rank_left(tmp_path, folder, record, 
         assert 1 in read_heartbeats(tmp_path)
 
 
-def test_a_note_of_the_future_or_of_another_rank_does_not_count(tmp_path):
+def test_exit_note_with_a_future_time_or_another_rank_is_ignored(tmp_path):
     for name, changes in (("0", {"time": NOW + 86_400}), ("2", {"rank": 5})):
         write_with(tmp_path / "exits" / f"{name}.json", {**NOTE, **changes}, "", "")
     assert read_exit_notes(tmp_path, since=0) == []
@@ -77,7 +77,7 @@ def test_a_note_of_the_future_or_of_another_rank_does_not_count(tmp_path):
     ],
     ids=lambda line: line[:40],
 )
-def test_a_row_of_metrics_that_the_tracker_would_refuse_is_dropped_alone(tmp_path, line):
+def test_only_metrics_rows_that_the_tracker_would_refuse_are_dropped(tmp_path, line):
     metrics = {"train/loss": 2.5, "train/mfu": None}
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps({'step': 5, **metrics})}\n")
     assert RunFolder(tmp_path).read_metrics() == [MetricsRow(5, metrics)]

@@ -10,14 +10,14 @@ from yuan.data.text import MAX_TEXT_CHARS
 GOOD = b'{"answer": "b"}'
 
 
-def test_a_file_gives_the_rows_of_its_bytes(tmp_path):
+def test_parsing_a_file_equals_parsing_its_bytes(tmp_path):
     data = b"\n".join([GOOD, b"", b"oops", GOOD + b"\r", b" " * 9, GOOD])
     (tmp_path / "rows").write_bytes(data)
     with (tmp_path / "rows").open("rb") as file:
         assert list(parse_rows(file)) == list(parse_rows(data))
 
 
-def test_a_line_longer_than_a_row_can_be_is_one_bad_row_and_not_held_in_memory(tmp_path):
+def test_oversized_line_is_one_bad_row_and_is_not_held_in_memory(tmp_path):
     with (tmp_path / "rows").open("w+b") as file:
         file.writelines([GOOD + b"\n", *[b" " * 2**20] * 40, b"\n", GOOD + b"\n", b"[" * (MAX_LINE_BYTES + 1)])
         file.seek(0)
@@ -30,12 +30,12 @@ def test_a_line_longer_than_a_row_can_be_is_one_bad_row_and_not_held_in_memory(t
     assert peak < 4 * MAX_LINE_BYTES
 
 
-def test_a_line_of_the_longest_length_is_still_read():
+def test_line_of_maximum_length_is_accepted():
     spaces = b" " * (MAX_LINE_BYTES - len(GOOD))
     assert list(parse_rows(GOOD + spaces + b"\n" + GOOD + spaces)) == [Row(answer="b")] * 2
 
 
-def test_the_longest_row_fits_on_a_line():
+def test_largest_valid_row_fits_in_the_line_limit():
     widest = "\U0001f600"
     row = {"prompt": widest * MAX_TEXT_CHARS, "answer": widest * MAX_TEXT_CHARS}
     row |= {"capability": widest * 100, "language": widest * 20, "source": widest * 200}

@@ -1,4 +1,4 @@
-"""Test what a run folder tells of its run: checkpoints, the end, and the heartbeats of its ranks."""
+"""Test the state read from a run folder: newest checkpoint, completion, and heartbeats of the ranks."""
 
 import json
 

@@ -55,7 +55,7 @@ STORED_FINISHED = {
 
 
 @pytest.mark.parametrize(("status", "stored"), [(TRAINING, STORED_TRAINING), (FINISHED, STORED_FINISHED)])
-def test_the_stored_form_stays_and_is_read_again(tmp_path, status, stored):
+def test_stored_form_is_unchanged_and_round_trips(tmp_path, status, stored):
     folder = RunFolder(tmp_path)
     folder.write_status(status)
     text = (tmp_path / "status.json").read_text()
@@ -71,7 +71,7 @@ def test_a_file_that_is_no_status_is_none(tmp_path, text):
 
 @pytest.mark.parametrize("key", sorted(STORED_TRAINING.keys() - {"step", "max_steps"}))
 @pytest.mark.parametrize("value", [{}, "x", "missing"])
-def test_a_field_that_is_missing_or_wrong_hides_no_other(key, value):
+def test_missing_or_invalid_field_does_not_affect_the_other_fields(key, value):
     stored = {name: text for name, text in {**STORED_TRAINING, key: value}.items() if text != "missing"}
     status = RunStatus.from_json({**stored, "added_later": 1})
     assert (status.step, status.max_steps) == (4, 9)

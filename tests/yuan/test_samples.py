@@ -39,24 +39,24 @@ def packed(tokenizer, seq_len, *pairs):
     return decode_targets(pack_samples(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
 
 
-def test_a_window_without_an_end_does_not_learn_its_prompt(tokenizer):
+def test_prompt_in_a_window_without_eod_is_outside_the_loss_mask(tokenizer):
     """Flaw a: with no <eod> in the window the official mask excludes nothing, so the prompt is a target."""
     texts = packed(tokenizer, 8, ("abc", "defghijklmnop"))
     assert "".join(texts) == "defghijklmnop|"
 
 
-def test_the_prompt_of_a_second_sample_is_not_learned(tokenizer):
+def test_prompt_of_a_second_sample_is_outside_the_loss_mask(tokenizer):
     """Flaw b: with one <eod> in the window the second sample's prompt is a target."""
     assert packed(tokenizer, 16, ("abc", "de"), ("fgh", "ij"))[0] == "de| + ij|"
 
 
-def test_a_prompt_cut_by_the_window_is_not_learned(tokenizer):
+def test_prompt_cut_by_the_window_is_outside_the_loss_mask(tokenizer):
     """Flaw c: every token of a trailing segment whose separator is beyond the window's end is a target."""
     texts = packed(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
     assert texts == ["cde|op|"]  # the piece that holds only prompt is left out
 
 
-def test_only_answers_of_several_turns_are_learned(tokenizer):
+def test_only_assistant_turns_are_in_the_loss_mask(tokenizer):
     """Flaw d: every token after the first separator is a target, including later questions of the user."""
     turns = [
         ConversationTurn("user", "ab"),
@@ -69,7 +69,7 @@ def test_only_answers_of_several_turns_are_learned(tokenizer):
     assert decode_targets(window, tokenizer) == ["cd + gh|"]
 
 
-def test_the_choice_of_learned_turns(tokenizer):
+def test_choice_of_assistant_turns_in_the_loss_mask(tokenizer):
     turns = [
         ConversationTurn("user", "ab"),
         ConversationTurn("assistant", "cd"),
@@ -86,7 +86,7 @@ def test_the_choice_of_learned_turns(tokenizer):
     assert texts("each") == ["cd|", "gh|"]
 
 
-def test_a_conversation_has_the_published_form(tokenizer):
+def test_conversation_has_the_published_format(tokenizer):
     turns = [
         ConversationTurn("user", "ab"),
         ConversationTurn("assistant", "cd"),
@@ -101,7 +101,7 @@ def test_a_conversation_has_the_published_form(tokenizer):
 
 
 @pytest.mark.parametrize("roles", [[], ["assistant"], ["user"], ["user", "user"], ["user", "assistant", "user"]])
-def test_turns_that_do_not_alternate_are_named(tokenizer, roles):
+def test_non_alternating_turns_are_refused(tokenizer, roles):
     with pytest.raises(ValueError, match="turns must alternate"):
         encode_conversation([ConversationTurn(role, "a") for role in roles], tokenizer)
 
@@ -117,7 +117,7 @@ def parts_of(sample, tokenizer):
     return "PSM", whole, tokenizer.decode(tokens[suffix + 1 : middle])
 
 
-def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
+def test_fill_in_the_middle_keeps_every_character_and_uses_psm_and_spm(tokenizer):
     text = "abcdefghijklmnop"
     forms = []
     for number in range(200):
@@ -130,7 +130,7 @@ def test_filling_in_keeps_every_character_and_has_both_forms(tokenizer):
     assert 70 <= forms.count("SPM") <= 130
 
 
-def test_filling_in_is_a_function_of_its_seed_and_off_at_rate_zero(tokenizer):
+def test_fill_in_the_middle_is_deterministic_per_seed_and_disabled_at_rate_zero(tokenizer):
     text = "abcdefghijklmnop"
     assert encode_fill_in_middle(text, tokenizer, rate=0.5, seed=3) == encode_fill_in_middle(
         text, tokenizer, rate=0.5, seed=3
@@ -141,6 +141,6 @@ def test_filling_in_is_a_function_of_its_seed_and_off_at_rate_zero(tokenizer):
     assert 70 <= changed <= 130
 
 
-def test_a_rate_that_is_no_share_is_named(tokenizer):
+def test_fill_in_the_middle_rate_outside_0_to_1_is_refused(tokenizer):
     with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):
         encode_fill_in_middle("abc", tokenizer, rate=2)

@@ -47,12 +47,12 @@ def http(url):
         yield http
 
 
-def test_before_a_promotion_there_is_nothing_in_service(url, http):
+def test_request_without_a_loaded_model_gets_503(url, http):
     response = http.post("/v1/completions", json={"prompt": "a"})
     assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable")
 
 
-def test_a_completion_is_what_generate_gives(client, served):
+def test_completion_equals_the_output_of_generate(client, served):
     prompts = ["abc", "加减"]
     completion = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
     expected = generate(served.model, served.tokenizer, prompts, Sampling(max_tokens=9))
@@ -62,7 +62,7 @@ def test_a_completion_is_what_generate_gives(client, served):
     assert completion.usage.completion_tokens == sum(one.num_tokens for one in expected)
 
 
-def test_token_ids_are_taken_as_they_are(client, served):
+def test_prompt_as_token_ids_gives_the_same_completion_as_text(client, served):
     ids = [*served.tokenizer.encode("abc"), served.tokenizer.sep]
     as_text = client.completions.create(model="yuan", prompt="abc", max_tokens=5)
     as_ids = client.completions.create(model="yuan", prompt=[ids, ids], max_tokens=5)
@@ -70,7 +70,7 @@ def test_token_ids_are_taken_as_they_are(client, served):
 
 
 @pytest.mark.parametrize("wishes", [{}, {"temperature": 1.0, "seed": 3, "n": 3, "stop": ["a1", "b"]}])
-def test_a_stream_adds_up_to_the_whole_answer(client, served, wishes):
+def test_concatenated_stream_chunks_equal_the_full_response(client, served, wishes):
     messages = [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "text", "text": "abc"}]},
@@ -88,7 +88,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client, served, wishes):
     assert last_chunk.usage == whole.usage
 
 
-def test_log_probabilities_come_in_both_shapes(client, served):
+def test_log_probabilities_in_completion_and_chat_format_are_equal(client, served):
     text = client.completions.create(model="yuan", prompt="abc", max_tokens=4, logprobs=2).choices[0].logprobs
     chat = client.chat.completions.create(
         model="yuan", messages=[{"role": "user", "content": "abc"}], max_tokens=4, logprobs=True, top_logprobs=2
@@ -99,7 +99,7 @@ def test_log_probabilities_come_in_both_shapes(client, served):
     assert len(text.tokens) == len(text.top_logprobs) == 4
 
 
-def test_the_answering_version_is_in_a_header(http, served):
+def test_model_version_is_in_a_response_header(http, served):
     for stream in (False, True):
         response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": stream})
         assert response.headers["x-yuan-version"] == "1"
@@ -121,20 +121,20 @@ def test_the_answering_version_is_in_a_header(http, served):
         ({"prompt": "a", "stop_token_ids": [999_999]}, 400, "token ids must be below"),
     ],
 )
-def test_a_wrong_request_is_refused_with_its_reason(http, served, body, status, says):
+def test_invalid_request_is_refused_with_a_reason(http, served, body, status, says):
     response = http.post("/v1/completions", json=body)
     assert response.status_code == status
     assert says in response.json()["error"]["message"]
 
 
-def test_without_the_token_nothing_is_answered(url):
+def test_request_without_the_token_gets_401(url):
     for path in ("/v1/models", "/metrics"):
         assert httpx.get(url + path).status_code == 401
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 401
 
 
 @pytest.mark.parametrize(("token", "status"), [("wrong", 401), (TOKEN, 413)])
-def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
+def test_request_is_refused_before_its_body_arrives(url, token, status):
     """The response arrives before the caller has sent any of its body."""
     address, head = httpx.URL(url), f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n"
     with socket.create_connection((address.host, address.port), timeout=10) as connection:
@@ -144,7 +144,7 @@ def test_a_body_that_is_refused_is_not_waited_for(url, token, status):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_call_may_be_as_large_as_the_limit_and_no_larger(http, served, is_chunked):
+def test_request_body_may_have_the_maximum_size_but_not_one_byte_more(http, served, is_chunked):
     def ask(size):
         body = b'{"prompt": "abc", "max_tokens": 1}'.ljust(size)
         content = iter([body]) if is_chunked else body
@@ -169,7 +169,7 @@ def test_models_are_swapped_without_dropping_a_request(client, service, served):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
+def test_disconnected_client_frees_its_batch_row(url, http, served, stream):
     body = {"prompt": "abc", "max_tokens": 1900, "stream": stream}
     before = metric(http, "yuan_tokens_total")
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3) as client:
@@ -182,7 +182,7 @@ def test_a_client_that_hangs_up_frees_its_row(url, http, served, stream):
     assert metric(http, "yuan_tokens_total") - before < 1900
 
 
-def test_a_caller_who_asks_for_much_leaves_room_for_others(url, http, served):
+def test_caller_with_many_sequences_does_not_block_other_callers(url, http, served):
     hog = {"prompt": "abc", "n": 100, "max_tokens": 1900, "temperature": 2, "stream": True}
     headers = {"Authorization": f"Bearer {TOKEN}", "X-Yuan-Caller": "hog"}
     with (
@@ -200,7 +200,7 @@ def test_a_caller_who_asks_for_much_leaves_room_for_others(url, http, served):
     until(lambda: metric(http, "yuan_running") == 0 and metric(http, "yuan_waiting") == 0)
 
 
-def test_many_hogs_leave_room_for_one_who_comes_late(url, http, served):
+def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, served):
     hog = {"prompt": "abc", "n": 100, "max_tokens": 1900, "temperature": 2, "stream": True}
     with contextlib.ExitStack() as hogs:
         chunks = []  # a stream that nobody holds is closed
@@ -217,7 +217,7 @@ def test_many_hogs_leave_room_for_one_who_comes_late(url, http, served):
 
 
 @pytest.mark.slow
-def test_a_thousand_clients_at_once_get_an_answer_or_a_clear_refusal(url, http, served):
+def test_1000_concurrent_clients_get_a_completion_or_a_503(url, http, served):
     async def crowd():
         limits = httpx.Limits(max_connections=1000)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:

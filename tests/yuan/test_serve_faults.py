@@ -80,7 +80,7 @@ def said(came):
     return "".join(piece.text for piece in came if isinstance(piece, AnswerPiece))
 
 
-def test_a_client_that_leaves_a_stream_of_several_choices_leaves_the_engine_alive(service, http):
+def test_engine_survives_a_disconnect_from_a_stream_of_several_choices(service, http):
     body = {"prompt": "abc", "n": 2, "max_tokens": 200, "temperature": 2, "stream": True}
     with http.stream("POST", PATH, json=body) as response:
         lines = response.iter_lines()
@@ -107,7 +107,7 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
 
 
 @pytest.mark.parametrize("where", ["add", "step"])
-def test_an_error_that_one_request_brings_about_fails_that_request_alone(service, monkeypatch, where):
+def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatch, where):
     """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
     engine, original_choose = service.engine, Decoder.choose_next_tokens
     tokens_before = 0 if where == "add" else 2
@@ -128,9 +128,7 @@ def test_an_error_that_one_request_brings_about_fails_that_request_alone(service
     assert service.fault() is None and 'place="decode"} 1.0' in service.metrics.text().decode()
 
 
-def test_an_error_of_every_pass_fails_who_runs_and_makes_the_server_unhealthy_until_it_passes(
-    service, http, monkeypatch
-):
+def test_error_in_every_pass_fails_requests_and_health_until_it_recovers(service, http, monkeypatch):
     def broken(self, group, logits):
         raise RuntimeError("the device is gone")
 
@@ -144,7 +142,7 @@ def test_an_error_of_every_pass_fails_who_runs_and_makes_the_server_unhealthy_un
     assert http.get("/health").json() == {"ok": True, "reason": "ok"}
 
 
-def test_a_caller_that_cannot_be_told_harms_nobody(service):
+def test_failed_delivery_to_one_caller_does_not_affect_other_callers(service):
     def closed(piece):
         raise RuntimeError("Event loop is closed")
 
@@ -156,7 +154,7 @@ def test_a_caller_that_cannot_be_told_harms_nobody(service):
     assert said(came) == expected(service, "abc")
 
 
-def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
+def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
     metrics = ModelServerMetrics()
     engine = BatchingEngine(service.served, metrics, max_rows=1, max_waiting=4)
     running_request, long = queue(engine, "abc", 1500)
@@ -174,7 +172,7 @@ def test_who_waits_beyond_the_deadline_or_has_gone_leaves_the_queue(service):
     running_request.cancel()
 
 
-def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeypatch):
+def test_health_reports_a_missing_model_or_an_ended_engine_thread(monkeypatch):
     service = ModelService(ModelServerMetrics())
     with running(service) as url, httpx.Client(base_url=url) as http:
         assert http.get("/health").json() == {"ok": True, "reason": STARTING_MESSAGE}
@@ -208,12 +206,12 @@ def test_health_says_that_there_is_no_model_or_that_the_thread_has_ended(monkeyp
         ("/v1/chat/completions", {"messages": None}, "messages"),
     ],
 )
-def test_what_is_no_text_or_no_number_is_refused_with_its_field(shared, path, body, param):
+def test_invalid_text_or_number_is_refused_with_its_field(shared, path, body, param):
     response = shared.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (422, param)
 
 
-def test_a_temperature_near_zero_takes_the_likeliest_token(shared):
+def test_temperature_near_zero_equals_greedy_decoding(shared):
     cold, greedy = (
         shared.post(PATH, json={"prompt": "abc", "max_tokens": 8, "temperature": heat}).json()["choices"][0]["text"]
         for heat in (1e-300, 0)

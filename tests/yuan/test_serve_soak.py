@@ -142,7 +142,7 @@ def expected(served, body):
 
 
 @pytest.mark.slow
-def test_two_thousand_callers_leave_nothing_behind_and_get_right_answers(server):
+def test_2000_callers_leak_no_resources_and_get_correct_completions(server):
     pid, url = server
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with httpx.Client(base_url=url, headers=headers, timeout=60) as http:

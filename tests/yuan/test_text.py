@@ -42,14 +42,14 @@ HOSTILE = [
 
 
 @given(ANY_TEXT)
-def test_stored_text_goes_through_utf8_and_has_no_nul(text):
+def test_stored_text_is_valid_utf8_without_nul(text):
     stored = make_storable(text)
     assert "\0" not in stored and stored.encode().decode() == stored
     assert len(stored) == len(text)
 
 
 @pytest.mark.parametrize("allow", ["text", "empty", "blank"])
-def test_the_schemas_pattern_accepts_what_the_rule_accepts(allow):
+def test_json_schema_pattern_accepts_the_same_text_as_the_validator(allow):
     """The pattern has no `\\s`, so that every dialect of regular expressions reads it alike."""
     adapter = TypeAdapter(Annotated[str, TextRule(10, allow)])
     pattern = adapter.json_schema()["pattern"]
@@ -70,7 +70,7 @@ def test_shown_text_is_one_short_printable_line(text):
 
 @given(ANY_TEXT)
 @example("\x1f")
-def test_a_row_is_taken_exactly_if_its_text_can_be_stored_and_says_something(text):
+def test_row_is_accepted_exactly_if_its_text_is_storable_and_not_only_whitespace(text):
     is_fit = make_storable(text) == text and bool(text.strip())
     try:
         assert Row(prompt=text, answer="a").prompt == text
@@ -81,7 +81,7 @@ def test_a_row_is_taken_exactly_if_its_text_can_be_stored_and_says_something(tex
 
 
 @given(st.binary())
-def test_any_bytes_are_rows_or_bad_rows_that_can_be_stored(data):
+def test_any_bytes_are_parsed_into_storable_rows_or_bad_rows(data):
     for row in parse_rows(data):
         if isinstance(row, BadRow):
             assert row.reason.isprintable()
@@ -94,7 +94,7 @@ def test_any_bytes_are_rows_or_bad_rows_that_can_be_stored(data):
         st.none() | st.booleans() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
     )
 )
-def test_json_is_taken_exactly_if_it_is_json_by_the_standard(value):
+def test_standard_json_without_nul_is_accepted(value):
     text = json.dumps(value)
     has_constant = any(word in json.dumps(value, ensure_ascii=False) for word in ("NaN", "Infinity"))
     try:
@@ -115,7 +115,7 @@ def test_json_is_taken_exactly_if_it_is_json_by_the_standard(value):
         (b'{"a": "\xff"}', ""),
     ],
 )
-def test_json_with_a_value_no_field_may_hold_is_refused_with_its_place(text, place):
+def test_invalid_json_value_is_refused_with_its_path(text, place):
     with pytest.raises(BadJson) as refusal:
         parse_json(text)
     assert refusal.value.place == place
@@ -130,7 +130,7 @@ def test_checking_never_raises(rule, answer):
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
-def test_no_tolerance_takes_zero_or_the_opposite_of_a_number(value):
+def test_numeric_tolerance_is_limited_and_does_not_accept_zero_or_the_negated_value(value):
     fields = {"type": "numeric", "value": value, "tolerance": max(Decimal(1), abs(value)) / 2}
     rule = CHECKERS.validate_python(fields)
     assert rule.check(str(value))
@@ -140,11 +140,11 @@ def test_no_tolerance_takes_zero_or_the_opposite_of_a_number(value):
 
 
 @pytest.mark.parametrize("value", ["1e9999999", "NaN", "Infinity", True, "9" * 51, "1e-51"])
-def test_a_number_without_bounds_is_no_value(value):
+def test_unbounded_or_non_finite_checker_value_is_refused(value):
     with pytest.raises(ValidationError):
         CHECKERS.validate_python({"type": "numeric", "value": value})
 
 
 @given(st.text(max_size=50))
-def test_folding_is_nfkc_for_every_text_of_a_script(text):
+def test_fold_forms_equals_nfkc(text):
     assert fold_forms(text) == unicodedata.normalize("NFKC", text)

@@ -26,7 +26,7 @@ def as_planned(plan, slow=(1, 1, 1, 1)):
     return [seconds * factor for seconds, factor in zip(ranks, slow, strict=True)]
 
 
-def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
+def test_straggler_and_its_recovery_are_reported(plan):
     pacer, events = ThroughputMeter(WORK.model, plan), []
     for step in range(4 * PACE_WINDOW_STEPS):
         slow = (1, 1, 1.6, 1) if step < 2 * PACE_WINDOW_STEPS else (1, 1, 1, 1)
@@ -37,12 +37,12 @@ def test_a_rank_that_is_slower_than_its_plan_is_named_and_recovers(plan):
     assert pacer.compute_pace().stragglers == {}
 
 
-def test_unequal_stages_as_planned_are_no_stragglers(plan):
+def test_planned_unequal_stages_are_not_stragglers(plan):
     pacer = ThroughputMeter(WORK.model, plan)
     assert not any(pacer.add(step, 1.0, as_planned(plan), [0] * 4) for step in range(2 * PACE_WINDOW_STEPS))
 
 
-def test_tokens_and_bubble_follow_from_the_times(plan):
+def test_tokens_per_second_and_bubble_are_computed_from_stage_times(plan):
     pacer = ThroughputMeter(WORK.model, plan)
     pacer.add(1, 2.0, [1.0, 1.0, 0.5, 0.5], [3, 4, 5, 6])
     pace = pacer.compute_pace()
@@ -50,7 +50,7 @@ def test_tokens_and_bubble_follow_from_the_times(plan):
     assert [stage.peak_bytes for stage in pace.stages] == [4, 6]
 
 
-def test_mfu_is_the_models_arithmetic_over_the_devices_peak(plan):
+def test_mfu_is_the_model_flops_over_the_peak_flops_of_the_devices(plan):
     stages = [dataclasses.replace(stage, device_class="A100-80") for stage in plan.stages]
     meters = [
         ThroughputMeter(WORK.model, dataclasses.replace(plan, stages=stages, precision=precision))

@@ -43,7 +43,7 @@ def test_published_text_has_the_ids_of_the_official_code(published):
 
 @pytest.mark.parametrize("which", ["own", "published"])
 @pytest.mark.parametrize("token", tokenizers.SPECIAL_TOKENS)
-def test_no_text_gives_a_special_token_and_none_gives_text(which, token, request):
+def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(which, token, request):
     tokenizer = request.getfixturevalue(which)
     for text in (token, f"a{token}b", f"{token}{token} 加"):
         ids = tokenizer.encode(text)
@@ -52,11 +52,11 @@ def test_no_text_gives_a_special_token_and_none_gives_text(which, token, request
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.special[token]]) == "a"
 
 
-def test_rows_of_padding_give_no_text(published):
+def test_ids_beyond_the_pieces_decode_to_empty_text(published):
     assert published.decode([*published.encode("a"), 135_039, 134_953]) == "a"
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_invalid_or_missing_tokenizer_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         tokenizers.Tokenizer(b"something else")
     with pytest.raises(ValueError, match=r"has no tokenizer\.model"):

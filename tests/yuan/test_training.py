@@ -1,4 +1,4 @@
-"""Compare the pipeline of two processes with a plain loop in one."""
+"""Compare training in a pipeline of two processes with a plain training loop in one process."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, fi
 
 
 @pytest.mark.slow
-def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, tmp_path):
+def test_documents_attend_to_each_other_without_isolation(training_inputs, finished, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
     folder = run(lay_out(tmp_path / "open", training_inputs, recipe))
     np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
@@ -45,7 +45,7 @@ def test_documents_see_each_other_only_when_asked_to(training_inputs, finished, 
 
 
 @pytest.mark.slow
-def test_bf16_adds_up_the_same_gradients(training_inputs, finished, tmp_path):
+def test_bf16_gradient_norms_match_fp32(training_inputs, finished, tmp_path):
     """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
     folder = run(
         lay_out(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
@@ -66,7 +66,7 @@ def test_the_last_stage_may_hold_norm_and_head_alone(training_inputs, tmp_path):
     np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
 
 
-def test_deepspeed_ran_the_planned_uneven_bounds(finished):
+def test_deepspeed_uses_the_planned_uneven_stage_bounds(finished):
     status = finished.read_status()
     assert status.state == "finished"
     assert status.bounds == finished.read_spec().plan.bounds == [0, 2, 3]
@@ -103,9 +103,7 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_p
     ],
     ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
 )
-def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(
-    training_inputs, finished, tmp_path, bounds, data_size
-):
+def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finished, tmp_path, bounds, data_size):
     folder = RunFolder(tmp_path / "moved")
     shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
     work = Workload.from_recipe(training_inputs[1], RECIPE)
@@ -124,7 +122,7 @@ def test_a_run_goes_on_with_another_plan_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-def test_ranks_leave_when_their_supervisor_is_gone(training_inputs, tmp_path):
+def test_ranks_exit_after_torchrun_is_killed(training_inputs, tmp_path):
     folder = lay_out(tmp_path / "orphan", training_inputs)
     with launch(folder) as process:
         end = time.monotonic() + 60
@@ -139,7 +137,7 @@ def test_ranks_leave_when_their_supervisor_is_gone(training_inputs, tmp_path):
     assert not os.path.exists(f"/proc/{rank}")
 
 
-def test_a_torn_line_hides_no_other(tmp_path):
+def test_truncated_metrics_line_does_not_affect_other_lines(tmp_path):
     folder = RunFolder(tmp_path)
     folder.append("metrics.jsonl", {"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -148,7 +146,7 @@ def test_a_torn_line_hides_no_other(tmp_path):
     assert folder.read_metrics() == [MetricsRow(1, {}), MetricsRow(3, {})]
 
 
-def test_losses_of_the_sources_make_up_the_loss(finished):
+def test_loss_is_the_token_weighted_mean_of_the_source_losses(finished):
     corpus = finished.open_corpus(seed=5)
     for row in finished.read_metrics():
         windows, sources = corpus.read(np.arange(row.metrics["data/first_position"], row.metrics["data/end_position"]))
@@ -158,7 +156,7 @@ def test_losses_of_the_sources_make_up_the_loss(finished):
         assert whole == pytest.approx(row.metrics["train/loss"], rel=1e-5)
 
 
-def test_status_compares_every_stage_with_its_plan(finished):
+def test_metrics_have_a_bubble_fraction_and_no_mfu_on_cpu(finished):
     metrics, plan = finished.read_metrics()[-1].metrics, finished.read_spec().plan
     assert 0 < metrics["train/bubble"] < 1 and metrics["train/mfu"] is None
     assert len(plan.stages) == 2
@@ -193,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(trainin
         assert folder.check_inputs() == folder.read_spec()
 
 
-def test_a_kill_between_seal_and_run_json_does_no_harm(training_inputs, tmp_path):
+def test_run_killed_between_writing_seal_and_run_json_remains_valid(training_inputs, tmp_path):
     folder = lay_out(tmp_path / "between", training_inputs)
     before, spec = (folder.path / "run.json").read_bytes(), folder.read_spec()
     for seed in (6, 7):
@@ -216,7 +214,7 @@ def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
         find_checkpoint(finished, "7")
 
 
-def test_new_lines_come_once_and_whole_and_anew_when_the_file_was_replaced(tmp_path):
+def test_log_tail_returns_complete_lines_once_and_restarts_after_file_replacement(tmp_path):
     folder, new = RunFolder(tmp_path), LogTail(tmp_path / "metrics.jsonl")
     assert new.read() == []
     folder.append("metrics.jsonl", {"step": 1})

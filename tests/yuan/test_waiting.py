@@ -39,7 +39,7 @@ def test_one_caller_has_three_quarters_of_the_rows_and_the_platform_all():
     assert taken_by(*rows_of(("", 100)), 32, Counter()) == {"": 32}
 
 
-def test_the_queue_has_a_place_for_whoever_has_none_and_less_for_each_the_more_wait():
+def test_new_caller_is_queued_and_the_limit_per_caller_shrinks_with_more_callers():
     waiting, _ = rows_of(("a", 128), ("b", 85), ("c", 64))
     with pytest.raises(QueueFull, match="85 prompts of yours wait already, at most 64"):
         waiting.add(SimpleNamespace(caller="b", sequences=[object()], is_over=False))
@@ -47,7 +47,7 @@ def test_the_queue_has_a_place_for_whoever_has_none_and_less_for_each_the_more_w
     assert len(waiting) == 377
 
 
-def test_those_whose_request_is_over_leave_the_queue():
+def test_finished_requests_are_removed_from_the_queue():
     waiting, owner = rows_of(("a", 3), ("b", 1))
     finished_request = SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=False)
     waiting.add(finished_request)

@@ -1,4 +1,4 @@
-"""Model folders."""
+"""Save, load and verify model folders."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_round_trip_is_bit_equal(folder, tmp_path):
     assert json.loads((folder / "manifest.json").read_text())["snapshot"] == "s"
 
 
-def test_damage_is_named(folder, tmp_path):
+def test_damaged_or_missing_file_is_named(folder, tmp_path):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     data = bytearray((tmp_path / "model.safetensors").read_bytes())
