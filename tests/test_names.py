@@ -1,6 +1,7 @@
 """One name, one thing: no module, class or constant name stands for two things; tests use public names."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,3 +61,21 @@ def test_tests_and_benchmarks_use_public_names_only():
                 if not is_own and node.attr not in excepted:
                     uses.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.attr}")
     assert uses == []
+
+
+# Words that the table "Use standard words" of CONTRIBUTING.md replaces: nobody searches for them.
+RIDDLES = re.compile(
+    r"^test_(what|who|whoever|those|it)_|_(anew|asked|gone|goes_on|go_on|harms?|is_left|learned|let_be|lives|mend|nobody|"
+    r"robs?|said|somebody|taught|taken_up|told|under_way|whatever|whoever)(_|$)"
+)
+
+
+def test_names_of_tests_have_no_word_that_the_glossary_replaces():
+    """A failing test is read by its name alone, often by a person who is not a native speaker."""
+    found = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            is_test = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+            if is_test and RIDDLES.search(node.name):
+                found.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert found == []
