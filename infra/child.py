@@ -14,9 +14,10 @@ seccomp the system calls that Landlock does not restrict, and replace this proce
 `thread_names` lets CUDA start, whose driver writes /proc/<pid>/task/<tid>/comm and fails with error 304 if it may not:
 
 - `none`: nothing in /proc may be written.
-- `own`: the threads of this process, which keeps its process id.
+- `own`: files of the threads of this process, which keeps its process id.
 - `descendants`: Landlock knows no patterns, so this includes all of /proc that the user may write. For root that is
-  more than processes: the kernel's settings and devices become read-only first, in a mount namespace of its own.
+  more than processes, so the process gets a procfs of its own, where all else is read-only. Where that is impossible
+  and something else may be written, the right is refused.
 
 This file runs alone, before any package can be imported.
 """
@@ -38,8 +39,16 @@ CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SE
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 28, 38, 47
 SECBIT_NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
 CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
-MS_READ_ONLY, MS_REMOUNT, MS_BIND, MS_RECURSIVE, MS_SLAVE = 1, 32, 4096, 16384, 1 << 19
-KERNEL_SETTING = "/proc/sys/kernel/core_pattern"  # whoever may write it runs programs as root
+MS_NO_SUID, MS_NO_DEVICES, MS_NO_EXEC, MS_BIND, MS_RECURSIVE, MS_PRIVATE, MS_SLAVE = (
+    2,
+    4,
+    8,
+    4096,
+    16384,
+    1 << 18,
+    1 << 19,
+)
+MOUNT_SETATTR, MOUNT_READ_ONLY, AT_FDCWD, AT_RECURSIVE = 442, 1, -100, 0x8000
 MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
 
@@ -139,35 +148,91 @@ def enter_user_namespace(uid: int) -> None:
 
 
 def protect_kernel_settings() -> None:
-    """Make all of /proc that is not a process read-only, for this process and its descendants.
+    """Mount a procfs of this process's own in which all that is not a process is read-only, also for descendants.
+
+    Landlock ties a rule to a file system: with the procfs of the machine, the rule would also count for its other
+    mounts and for descriptors received from other processes. What is mounted below /proc, such as the masks of
+    containers, is kept.
 
     Raises:
         OSError: if this process may not mount.
     """
     check_result(libc.unshare(CLONE_NEWNS), "unshare")
-    check_result(libc.mount(None, b"/", None, MS_RECURSIVE | MS_SLAVE, None), "mount namespace")
+    mount(None, "/", MS_RECURSIVE | MS_SLAVE)
+    inner_mounts = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in find_mounts_below_proc()]
+
+    mount("proc", "/proc", MS_NO_SUID | MS_NO_DEVICES | MS_NO_EXEC, kind="proc")
+    mount(None, "/proc", MS_PRIVATE)
+    for path, descriptor in inner_mounts:
+        mount(f"/proc/self/fd/{descriptor}", path, MS_BIND)
+        os.close(descriptor)
+
+    attributes = struct.pack("=QQQQ", MOUNT_READ_ONLY, 0, MS_PRIVATE, 0)
     for entry in os.scandir("/proc"):
-        is_process = entry.name.isdigit() or entry.is_symlink()  # self, and links into it
-        if is_process or not (entry.is_dir() or os.access(entry.path, os.W_OK)):
+        if is_of_a_process(entry) or not (entry.is_dir() or os.access(entry.path, os.W_OK)):
             continue
-        path = os.fsencode(entry.path)
-        # Not recursive, so that file systems mounted there, such as binfmt_misc, are hidden.
-        check_result(libc.mount(path, path, None, MS_BIND, None), f"bind {entry.path}")
-        check_result(libc.mount(None, path, None, MS_BIND | MS_REMOUNT | MS_READ_ONLY, None), f"remount {entry.path}")
+        mount(entry.path, entry.path, MS_BIND | MS_RECURSIVE)
+        place = os.fsencode(entry.path)
+        result = libc.syscall(MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, attributes, len(attributes))
+        check_result(result, f"read-only {entry.path}")
+
+
+def find_mounts_below_proc() -> list[str]:
+    """Return where something is mounted below /proc, outer mounts first; mounts on demand (autofs) stay hidden."""
+    paths = []
+    with open("/proc/self/mountinfo") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            path, kind = before.split()[4], after.split()[0]
+            if path.startswith("/proc/") and not path.split("/")[2].isdigit() and kind != "autofs":
+                paths.append(path)
+    return paths
+
+
+def is_of_a_process(entry: "os.DirEntry[str]") -> bool:
+    """Tell whether an entry of /proc is a process, or a link into the calling one such as `self`."""
+    return entry.name.isdigit() or entry.is_symlink()
+
+
+def mount(source: str | None, target: str, flags: int, *, kind: str | None = None) -> None:
+    """Call mount(2).
+
+    Raises:
+        OSError: if it fails.
+    """
+    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
+    check_result(libc.mount(*texts, flags, None), f"mount {target}")
 
 
 def find_thread_names_path(spec: dict[str, Any]) -> str | None:
     """Return the path beneath which files may be written so that threads can be named; None if that is not granted."""
     if spec["thread_names"] == "none":
         return None
-    if os.access(KERNEL_SETTING, os.W_OK):
+    if spec["thread_names"] == "own":
+        return "/proc/self/task"
+    if os.geteuid() == 0 and (setting := find_writable_setting()):
         print(
-            f"{KERNEL_SETTING} may be written and cannot be protected, so CUDA may not name its threads and will fail "
-            "with error 304; run as another user than root, or with CAP_SYS_ADMIN",
+            f"{setting} may be written and cannot be protected, so CUDA may not name its threads and will fail with "
+            "error 304; run as another user than root, or with CAP_SYS_ADMIN",
             file=sys.stderr,
         )
         return None
-    return "/proc/self/task" if spec["thread_names"] == "own" else "/proc"
+    return "/proc"
+
+
+def find_writable_setting() -> str | None:
+    """Return a file of /proc that is not of a process and may be written; None if there is none."""
+    for entry in os.scandir("/proc"):
+        if is_of_a_process(entry):
+            continue
+        files = (
+            [entry.path]
+            if not entry.is_dir()
+            else (os.path.join(folder, name) for folder, _, names in os.walk(entry.path) for name in names)
+        )
+        if writable := next((file for file in files if os.access(file, os.W_OK)), None):
+            return writable
+    return None
 
 
 def get_landlock_version() -> int:
@@ -184,7 +249,7 @@ def apply_landlock(spec: dict[str, Any]) -> None:
     # The kernel rejects bits that its ABI version does not know.
     known = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     net = BIND_TCP | CONNECT_TCP if version >= 4 and spec["connect"] is not None else 0
-    scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 else 0
+    scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 and spec["scope_sockets"] else 0
     if version >= 6 and spec["scope_signals"]:
         scoped |= SCOPE_SIGNALS
     handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & known
@@ -200,7 +265,7 @@ def apply_landlock(spec: dict[str, Any]) -> None:
     for path in spec["sockets"]:
         allow_path(ruleset, path, MAKE_SOCKET_RIGHT)
     if thread_names := find_thread_names_path(spec):
-        allow_path(ruleset, thread_names, WRITE_FILE_RIGHT)
+        allow_path(ruleset, thread_names, (WRITE_FILE_RIGHT | TRUNCATE_RIGHT) & known)
         # While a descriptor refers to it, the kernel keeps the object that the rule belongs to.
         os.set_inheritable(os.open(thread_names, os.O_PATH), True)
     if net:
@@ -353,8 +418,8 @@ def raise_file_limit() -> None:
 def main() -> None:
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
     raise_file_limit()
-    if spec["thread_names"] != "none" and os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # in containers, which protect /proc themselves
+    if spec["thread_names"] == "descendants" and os.geteuid() == 0 and get_landlock_version() > 0:
+        with contextlib.suppress(OSError):  # without the right to mount; `find_thread_names_path` looks at the result
             protect_kernel_settings()
     if spec["user"] == "namespace":
         enter_user_namespace(

@@ -36,7 +36,7 @@ SHARED_MEMORY_FOLDER = "/dev/shm"  # collectives of several processes on one mac
 ACCELERATOR_FILE_PATTERNS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
 THREAD_NAMES: dict[AcceleratorUse, str] = {"none": "none", "process": "own", "descendants": "descendants"}
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
-SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CC", "TORCH_COMPILE_DISABLE")
 # Variables that sites set for collectives and accelerators; no platform setting and no credential has these prefixes.
 SAFE_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX_", "FI_")
 
@@ -57,6 +57,7 @@ class Confinement:
         accelerators: which processes use this machine's accelerators: none, this process alone, or its descendants too.
             They may then write to the device files and, for CUDA, the names of threads; see `infra/child.py`.
         scope_signals: true if it may send signals only to processes in the same confinement.
+        scope_sockets: true if it may connect to abstract Unix sockets only of processes in the same confinement.
         signal: the signal that the process receives when its parent exits for any reason.
         user, uid: the way in which root's privileges are dropped; see `infra/child.py`.
     """
@@ -70,6 +71,7 @@ class Confinement:
     system_v: bool = False
     accelerators: AcceleratorUse = "none"
     scope_signals: bool = True
+    scope_sockets: bool = True
     signal: str = "SIGTERM"
     user: UserChange = "same"
     uid: int = 0
@@ -90,6 +92,7 @@ class Confinement:
             "is_server": self.is_server,
             "system_v": self.system_v,
             "scope_signals": self.scope_signals,
+            "scope_sockets": self.scope_sockets,
             "signal": self.signal,
             "user": self.user,
             "uid": self.uid,

@@ -36,20 +36,25 @@ class LocalLauncher:
             raise ValueError(
                 f"a local job must have 1 node, got {job.num_nodes} for {job.name}; choose another launcher"
             )
-        mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since other processes may not read the environment
-        program = ["-m", job.module, str(job.folder), mark]
         environment = {**job.environment, JOB_VARIABLE: job.name}
-        if self._confined:
-            # torchrun as well as each rank: it needs rights for all ranks, and a rank only those for itself.
-            folders = (job.folder, Path(SHARED_MEMORY_FOLDER))
-            rank = Confinement(write=folders, accelerators="process", signal="SIGKILL")
-            torchrun = Confinement(write=folders, accelerators="descendants", signal="SIGKILL")
-            ranks = rank.command(sys.executable, *program)
-            command = torchrun.command(*build_torchrun_command(job.num_processes, "--no-python", *ranks))
-        else:
-            command = build_torchrun_command(job.num_processes, *program)
+        command = self.build_command(job)
         with run_child(command, job.folder, env=environment, log_name=job.log_name) as process:
             yield _RunningLocalJob(process)
+
+    def build_command(self, job: Job) -> list[str]:
+        """Return the command that starts the job's ranks."""
+        mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since other processes may not read the environment
+        program = ["-m", job.module, str(job.folder), mark]
+        if not self._confined:
+            return build_torchrun_command(job.num_processes, *program)
+
+        # torchrun as well as each rank: it needs rights for all ranks, and a rank only those for itself. The ranks
+        # exchange memory handles through abstract sockets (NCCL), within the confinement of torchrun.
+        folders = (job.folder, Path(SHARED_MEMORY_FOLDER))
+        rank = Confinement(write=folders, accelerators="process", scope_sockets=False, signal="SIGKILL")
+        torchrun = Confinement(write=folders, accelerators="descendants", signal="SIGKILL")
+        rank_command = rank.command(sys.executable, *program)
+        return torchrun.command(*build_torchrun_command(job.num_processes, "--no-python", *rank_command))
 
     def end(self, name: str, within_s: float) -> bool:
         """Kill all processes of the job of this name; true if none remains within `within_s` seconds."""

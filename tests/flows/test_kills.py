@@ -1,5 +1,6 @@
 """Kill every process in every step of a round while reports arrive: no report is lost or counted twice."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -78,11 +79,20 @@ def strike(stack, sessions, round_id, victim):
         if state not in (None, "running"):
             return struck
         if step and step not in struck and (pids := pids_of(stack, victim)):
-            for pid in pids[:1] if victim == "rank" else pids:
-                os.kill(pid, signal.SIGKILL)
-            struck.append(step)
+            if kill(pids[:1] if victim == "rank" else pids):
+                struck.append(step)
         time.sleep(0.02)
     raise AssertionError(f"the round did not end in time, {victim} was killed in {struck}")
+
+
+def kill(pids):
+    """Kill processes; return whether one of them had not exited yet, alone or with one that was killed before it."""
+    num_killed = 0
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            num_killed += 1
+    return num_killed > 0
 
 
 class Reporter(threading.Thread):

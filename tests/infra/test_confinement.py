@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from infra import child, confinement
 from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
+from infra.launchers.job import Job
+from infra.launchers.local import LocalLauncher
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # an ordinary user may not enter the folder of the running Python
 ORDINARY = 61_777
@@ -278,6 +281,78 @@ def test_root_without_cap_sys_admin_cannot_write_proc():
     found = json.loads(result.stdout)
     assert not found["own threads"] and not found["settings of the kernel"]
     assert "fail with error 304" in result.stderr and "CAP_SYS_ADMIN" in result.stderr
+
+
+OPEN_PROBE = """
+import os, sys
+def can_open(path, folder=None):
+    try:
+        os.close(os.open(path, os.O_WRONLY, dir_fd=folder))
+    except OSError:
+        return False
+    return True
+setting = "sys/kernel/core_pattern"
+print(can_open(f"/proc/{setting}"), can_open(f"{sys.argv[1]}/{setting}"), can_open(f"proc/{setting}", 9), end=" ")
+print(os.listdir("/proc/fs") == [], can_open(f"/proc/self/task/{os.getpid()}/comm"))
+"""
+
+
+@needs_landlock
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may write the kernel's settings")
+def test_kernel_settings_cannot_be_written_by_way_of_another_mount_or_descriptor(tmp_path):
+    """The machine has /proc at a second place too, an inherited descriptor leads to it, and /proc/fs is masked."""
+    second = tmp_path / "proc"
+    second.mkdir()
+    command = Confinement().command(sys.executable, "-c", OPEN_PROBE, str(second))
+    command[3] = json.dumps({**json.loads(command[3]), "thread_names": "descendants"})
+    setup = f"mount --bind /proc {second} && mount -t tmpfs none /proc/fs && exec 9</ && exec "
+    script = setup + " ".join(map(shlex.quote, command))
+    result = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, cwd="/")
+    assert result.stdout.split() == ["False", "False", "False", "True", "True"], result.stderr
+
+
+SOCKET_PROBE = """
+import os, socket, sys, time
+own, other = (f"\\0{sys.argv[1]}-{rank}" for rank in (os.environ["RANK"], 1 - int(os.environ["RANK"])))
+receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+receiver.bind(own)
+deadline = time.monotonic() + 60
+while True:
+    try:
+        receiver.sendto(b"handle", other)
+        break
+    except ConnectionRefusedError:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+receiver.settimeout(60)
+with open(f"{sys.argv[1]}.{os.environ['RANK']}", "wb") as file:
+    file.write(receiver.recv(100))
+"""
+
+
+@needs_landlock
+def test_ranks_of_a_confined_job_exchange_messages_over_abstract_sockets(tmp_path):
+    """NCCL passes memory handles between GPUs in this way; every rank is confined by itself."""
+    program = tmp_path / "probe.py"
+    program.write_text(SOCKET_PROBE)
+    job = Job(
+        name="probe",
+        module="probe",
+        folder=tmp_path,
+        num_processes=2,
+        processes_per_node=2,
+        environment={},
+        log_name="log",
+    )
+    command = LocalLauncher(confined=True).build_command(job)
+    place = command.index("-m", command.index("--no-python"))
+    command[place:] = [str(program), str(tmp_path / "message")]
+    environment = build_confined_environment(tmp_path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / f"message.{rank}").read_bytes() for rank in range(2)] == [b"handle"] * 2
+    torchrun, rank = (json.loads(part) for part in command if part.startswith('{"read"'))
+    assert torchrun["scope_sockets"] and not rank["scope_sockets"]
 
 
 @pytest.mark.parametrize(("use", "expected"), [("none", "none"), ("process", "own"), ("descendants", "descendants")])
