@@ -78,9 +78,9 @@ def strike(stack, sessions, round_id, victim):
         state, step = where(stack, sessions, round_id)
         if state not in (None, "running"):
             return struck
-        if step and step not in struck and (pids := pids_of(stack, victim)):
-            if kill(pids[:1] if victim == "rank" else pids):
-                struck.append(step)
+        most = 1 if victim == "rank" else None
+        if step and step not in struck and kill(pids_of(stack, victim)[:most]):
+            struck.append(step)
         time.sleep(0.02)
     raise AssertionError(f"the round did not end in time, {victim} was killed in {struck}")
 
