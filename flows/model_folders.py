@@ -1,5 +1,6 @@
 """Find the model folder of a version: on this machine, or in the registry."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -8,21 +9,17 @@ from flows.round.versions import require_registered
 from infra.settings import Settings
 from infra.tracker import Tracker
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
-
-MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
+from yuan.version_names import parse_version_number
 
 
 def resolve_version(tracker: Tracker, version: str) -> int:
     """Resolve 7, v7 or an alias to a version number.
 
     Raises:
-        ValueError: if there is no such alias, whose message lists the existing ones, or the number is too long.
+        ValueError: if there is no such alias; the message lists the existing ones.
     """
-    digits = version.removeprefix("v")
-    if digits.isascii() and digits.isdecimal():
-        if len(digits) > MAX_VERSION_DIGITS:
-            raise ValueError(f"there is no version of {len(digits)} digits; give a version as 7 or v7, or an alias")
-        return int(digits)
+    with contextlib.suppress(ValueError):
+        return parse_version_number(version)
     aliases = tracker.read_aliases()
     if version not in aliases:
         raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")

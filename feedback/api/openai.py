@@ -27,6 +27,7 @@ from feedback.tables import new_id
 from yuan.data.text import make_storable
 from yuan.serve.disconnect import run_until_disconnect
 from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
+from yuan.version_names import parse_model_name
 
 router = APIRouter(
     prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(require_known_query_without_session)]
@@ -183,7 +184,7 @@ class ResponseRecorder:
                 choice["response_id"] = self._ids.setdefault(index, new_id())
                 self._texts[index] = self._texts.get(index, "") + holder[key]
                 self._prompts[index] = make_storable(self._request_prompts[index // self._choices_per_prompt])
-                self._version = int(data["model"].removeprefix("yuan-v"))
+                self._version = parse_model_name(data["model"])
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             raise ModelServerUnavailable("the model server returned no usable answer; tell the operator") from None
         return data

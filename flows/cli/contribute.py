@@ -1,7 +1,6 @@
 """`cotrain submit` and `cotrain dataset push`: send reports and datasets. Needs no local stack."""
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from flows.cli.output import (
     explain_errors,
     fail,
     parse_json_option,
+    read_version_option,
     show,
 )
 
@@ -59,7 +59,7 @@ def submit(
         "kind": kind,
         "prompt": prompt,
         "response": response,
-        "model_version": parse_version_number(model_version),
+        "model_version": read_version_option(model_version),
         "expected": expected,
         "chosen": chosen,
         "rejected": rejected,
@@ -96,14 +96,6 @@ def push(
         pushed = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
         text = f"dataset {pushed.id} is {pushed.state} with {pushed.num_rows} rows; the next round processes it"
         show(pushed.model_dump(mode="json"), text, as_json)
-
-
-def parse_version_number(text: str) -> int:
-    """Parse a version written as 7 or v7."""
-    digits = text.removeprefix("v")
-    if not re.fullmatch("[0-9]{1,10}", digits):
-        raise fail(f"a version must be a number such as 7 or v7, got {text!r}", EXIT_USAGE)
-    return int(digits)
 
 
 def find_portal_url() -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from feedback.client import PortalError
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
+from yuan.version_names import parse_version_number
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 MAX_LINE_CHARACTERS = 1000
@@ -94,3 +95,11 @@ def explain_errors() -> Iterator[None]:
         if not type(error).__module__.startswith("mlflow."):
             raise
         raise fail(f"MLflow refused the request: {str(error).splitlines()[0]}; see `cotrain doctor`") from None
+
+
+def read_version_option(text: str) -> int:
+    """Return the number of a version, or exit with a message about the command line."""
+    try:
+        return parse_version_number(text)
+    except ValueError as error:
+        raise fail(str(error), EXIT_USAGE) from None

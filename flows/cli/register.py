@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show
+from flows.cli.output import JsonOption, explain_errors, read_version_option, show
 from flows.context import open_context
 from flows.round.versions import register_again
 from infra.settings import Settings
@@ -24,10 +24,8 @@ def register(
 
     MLflow assigns its own new number, with the tag `cotrain.version`; the aliases are updated within seconds.
     """
-    number = version.removeprefix("v")
-    if number and not number.isdecimal():
-        raise fail(f"a version must be a number such as 7 or v7, got {version!r}", EXIT_USAGE)
+    number = read_version_option(version) if version else None
     with explain_errors():
-        restored, is_new = register_again(open_context(Settings), folder, int(number) if number else None)
+        restored, is_new = register_again(open_context(Settings), folder, number)
         text = f"v{restored} is in the registry again" if is_new else f"v{restored} is in the registry; nothing changed"
         show({"version": restored, "registered": is_new}, text, as_json)

@@ -17,6 +17,7 @@ from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
 from yuan.data.rows import BadRow, Row, dump_rows
 from yuan.data.skills import Skill, load_skills
+from yuan.version_names import parse_model_name
 
 REPORTS_PER_SKILL = 60
 DATASET_ROWS = 5000
@@ -104,7 +105,7 @@ def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[tupl
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         batch = rows[start : start + QUESTIONS_PER_REQUEST]
         completion = client.complete([row.prompt for row in batch])
-        version = int(completion["model"].removeprefix("yuan-v"))
+        version = parse_model_name(completion["model"])
 
         wrong = [
             WrongAnswer(row, choice["text"], choice["response_id"], version)

@@ -20,6 +20,7 @@ from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh
 from infra.polling import poll_until
 from yuan.data.rows import Row, dump_rows
 from yuan.data.skills import load_skills
+from yuan.version_names import format_model_name
 
 BASE_ROUND = RoundParameters(max_steps=950, learning_rate=2e-3)
 DEMO_ROUND = RoundParameters(max_steps=1150, learning_rate=1.5e-3, replay_rows=9000)
@@ -159,7 +160,7 @@ def wait_for_version(client: Client, version: int) -> None:
             reason = str(error)
             return False
         reason = f"{served} is served"
-        return bool(served == f"yuan-v{version}")
+        return bool(served == format_model_name(version))
 
     if not poll_until(is_served, timeout_s=SERVICE_TIMEOUT_S, pause_s=0.3):
         raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")

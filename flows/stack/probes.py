@@ -31,6 +31,7 @@ from infra.keeper_state import ServiceState, read_service_states
 from infra.listeners import describe_callers
 from infra.objects import open_object_store
 from infra.settings import FlowSettings
+from yuan.version_names import format_model_name
 
 # A condition that clears by itself within this time is not a fault.
 PROMOTION_SETTLE_S, REPORTS_LATE_AFTER_S = 30.0, 600.0
@@ -138,7 +139,7 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
         return [Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=fix)]
     served = answer.json()["model"]
-    if served != f"yuan-v{facts.champion}" and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
+    if served != format_model_name(facts.champion) and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
         fault = f"{served} answers, and the champion is v{facts.champion}"
         return [
             Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=f"see that the alias follows; else {fix}")

@@ -199,8 +199,10 @@ def test_confined_environment_contains_no_secret_of_its_parent(monkeypatch, tmp_
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cotrain:secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     built = build_confined_environment(tmp_path, COTRAIN_HOME="x")
     assert "secret" not in " ".join(built.values())
+    assert built["TORCH_COMPILE_DISABLE"] == "1"
     assert (built["NCCL_SOCKET_IFNAME"], built["HOME"], built["COTRAIN_HOME"]) == ("eth0", str(tmp_path), "x")
 
 

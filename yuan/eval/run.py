@@ -28,6 +28,7 @@ from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.model.weights import load, load_tokenizer
 from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
+from yuan.version_names import parse_version_number
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def main() -> int:
     folder, cases_file, results_file = map(Path, sys.argv[2:5])
     model_dir = Path(sys.argv[1])
     if not model_dir.is_dir():
-        version = int(sys.argv[1].removeprefix("v"))
+        version = parse_version_number(sys.argv[1])
         model_dir = Tracker(load_settings(TrackerAccess)).download(version, folder, (MODEL_MANIFEST_FILE,))
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:

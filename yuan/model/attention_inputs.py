@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from yuan.config import ModelConfig
 from yuan.model.rotary import compute_rotary
 
-FLASH_ATTENTION_CAPABILITY = (8, 0)  # Ampere and newer
+FLASH_ATTENTION_CAPABILITY, MAX_FLASH_HEAD_DIM = (8, 0), 256  # Ampere and newer
 CAUSAL_WINDOW = (-1, 0)  # all tokens before, none after
 
 
@@ -62,7 +62,7 @@ def make_packed_inputs(
     if not isolated:
         return AttentionInputs(cos, sin)
 
-    if has_document_attention(like):
+    if has_document_attention(config, like):
         starts = (~continues_BS).flatten().nonzero()[:, 0]
         offsets = F.pad(starts, (0, 1), value=document_BS.numel()).int()
         return AttentionInputs(cos, sin, continues=continues_BS[..., None], document_offsets=offsets)
@@ -89,9 +89,14 @@ def make_decoding_inputs(config: ModelConfig, lengths: list[int], num_new: int, 
     return AttentionInputs(cos, sin, _make_additive_mask(visible_BSK, like), is_causal=False)
 
 
-def has_document_attention(like: Tensor) -> bool:
-    """Tell whether `attend_within_documents` runs on the device and dtype of a tensor, as flash attention does."""
+def has_document_attention(config: ModelConfig, like: Tensor) -> bool:
+    """Tell whether `attend_within_documents` runs for the head width of a model, and device and dtype of a tensor.
+
+    Source: the limits of flash attention 2.
+    """
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if config.head_dim % 8 or config.head_dim > MAX_FLASH_HEAD_DIM:
         return False
     return torch.cuda.get_device_capability(like.device) >= FLASH_ATTENTION_CAPABILITY
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 
 DISABLE_VARIABLE = "TORCH_COMPILE_DISABLE"  # PyTorch's own switch
-C_COMPILERS = ("gcc", "clang", "cc")  # those that Triton looks for, besides CC
+C_COMPILERS = ("gcc", "clang")  # those that Triton looks for, if CC is not set
+TRITON_CAPABILITY = (7, 0)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Tell whether code is compiled on a device: on GPUs, if nothing prevents it. CPUs run the operations one by one.
+    """Tell whether code is compiled on a device: on GPUs since Volta, if nothing prevents it.
 
-    Compiled layers and losses give the results of uncompiled ones up to rounding.
+    CPUs run the operations one by one. Compiled layers and losses give the results of uncompiled ones up to rounding.
     """
-    return device.type == "cuda" and find_compile_obstacle() is None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return False
+    return find_compile_obstacle() is None
 
 
 @cache
@@ -31,7 +34,7 @@ def find_compile_obstacle() -> str | None:
         return f"{DISABLE_VARIABLE} is 1; unset it"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install the CUDA build of torch, which depends on it"
-    compilers = [os.environ["CC"]] if os.environ.get("CC") else list(C_COMPILERS)
+    compilers = [os.environ["CC"]] if "CC" in os.environ else list(C_COMPILERS)
     if not any(shutil.which(compiler) for compiler in compilers):
         return f"no C compiler ({', '.join(compilers)}) was found; install gcc"
     header = Path(sysconfig.get_path("include")) / "Python.h"

@@ -16,7 +16,7 @@ from yuan.model.compiling import can_compile
 # A block's probabilities in fp32; the loss allocates nothing else of this size except the head's gradient.
 LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 2**30
 LOSS_TILE_BYTES_CPU, MIN_LOSS_TILE_COLUMNS = 2**21, 64
-ROWS_PER_TILE = 128  # of a GPU's matrix products
+ROW_ALIGNMENT = 8  # of a GPU's matrix products
 
 
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -150,10 +150,11 @@ def _make_logit_block(head_VH: Tensor, num_rows: int, block: int) -> "_LogitBloc
     """Return an object for blocks of `num_rows` rows in total, at most `block` at a time."""
     if not can_compile(head_VH.device):
         return _LogitBlock(head_VH, max(1, min(block, num_rows)))
-    # Equal blocks, in multiples of a matrix product's tile: a short last block would add to the whole head for little.
-    equal = -(-num_rows // max(1, -(-num_rows // block)))
-    tiles = -(-equal // ROWS_PER_TILE) * ROWS_PER_TILE
-    return _CompiledLogitBlock(head_VH, max(1, min(tiles, block)))
+    # Nearly equal blocks: a short last block would add to the whole head for few rows.
+    num_blocks = max(1, -(-num_rows // block))
+    equal = -(-num_rows // num_blocks)
+    aligned = -(-equal // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return _CompiledLogitBlock(head_VH, max(1, min(aligned, block)))
 
 
 class _LogitBlock:

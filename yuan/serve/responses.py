@@ -10,6 +10,7 @@ from typing import Any
 from yuan.generate.sampling import ChosenToken
 from yuan.serve.request import AnswerPiece, GenerationRequest
 from yuan.tokenizer import Tokenizer
+from yuan.version_names import format_model_name
 
 ResponseJson = dict[str, Any]
 
@@ -25,7 +26,7 @@ class CompletionFormatter:
         self._created = int(time.time())
 
     def build_envelope(self, kind: str, choices: list[ResponseJson], **more: Any) -> ResponseJson:
-        model = f"yuan-v{self._version}"
+        model = format_model_name(self._version)
         return {"id": self.id, "object": kind, "created": self._created, "model": model, "choices": choices, **more}
 
     def format_response(self, request: GenerationRequest) -> ResponseJson:

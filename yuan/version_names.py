@@ -1,0 +1,43 @@
+"""Read and write the names of model versions: 7 or v7 in commands, yuan-v7 in the model server's answers."""
+
+import re
+
+MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
+MODEL_NAME_PREFIX = "yuan-v"
+
+
+def parse_version_number(text: str) -> int:
+    """Return the number of a version written as 7 or v7.
+
+    Raises:
+        ValueError: if it is written otherwise.
+
+    >>> parse_version_number("7"), parse_version_number("v12")
+    (7, 12)
+    """
+    if not re.fullmatch(rf"v?[0-9]{{1,{MAX_VERSION_DIGITS}}}", text):
+        raise ValueError(f"a version must be 7 or v7, with at most {MAX_VERSION_DIGITS} digits, got {text[:40]!r}")
+    return int(text.removeprefix("v"))
+
+
+def format_model_name(version: int) -> str:
+    """Return the name under which the model server answers for a version.
+
+    >>> format_model_name(7)
+    'yuan-v7'
+    """
+    return f"{MODEL_NAME_PREFIX}{version}"
+
+
+def parse_model_name(name: str) -> int:
+    """Return the version of a name that `format_model_name` wrote.
+
+    Raises:
+        ValueError: if it is no such name.
+
+    >>> parse_model_name("yuan-v7")
+    7
+    """
+    if not name.startswith(MODEL_NAME_PREFIX):
+        raise ValueError(f"a model must be named {MODEL_NAME_PREFIX} and its number, got {name[:40]!r}")
+    return parse_version_number(name.removeprefix(MODEL_NAME_PREFIX))
