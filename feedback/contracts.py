@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from feedback.verdicts import Verdict
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
@@ -119,7 +120,7 @@ class FeedbackOut(BaseModel):
     state: str
     reason: str | None
     role: str | None = Field(description="train or held_out, once accepted")
-    verdict: str | None = Field(description="newest verdict: fixed, still_failing or regressed")
+    verdict: Verdict | None = Field(description="newest verdict, of version `verdict_version`")
     verdict_version: int | None
     summary: str
     timeline: list[Event]
@@ -131,7 +132,7 @@ class NoticeOut(BaseModel):
     number: int = Field(description="number of the notice, increasing with time; use it as `after`")
     feedback_id: str
     version: int
-    verdict: str
+    verdict: Verdict
     text: str
     delivered_at: datetime | None
 

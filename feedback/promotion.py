@@ -20,16 +20,17 @@ from feedback.items import (
 )
 from feedback.promotion_decision import PromotionDecision
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
+from feedback.verdicts import Verdict, derive_verdict
 from yuan.eval.results import EvalResult
 
 log = logging.getLogger(__name__)
 
 MAX_STORED_ANSWER_CHARACTERS = 100_000
 NOTICE_TEXTS = {
-    "fixed": "your report: failing in v{before}, fixed in v{after}",
-    "still_failing": "your report: failing in v{before}, still failing in v{after}",
-    "regressed": "your report: fixed before, failing again in v{after}",
-    "passing": "your report: still passing in v{after}",
+    Verdict.FIXED: "your report: failing in v{before}, fixed in v{after}",
+    Verdict.STILL_FAILING: "your report: failing in v{before}, still failing in v{after}",
+    Verdict.REGRESSED: "your report: fixed before, failing again in v{after}",
+    Verdict.PASSING: "your report: still passing in v{after}",
 }
 
 
@@ -121,20 +122,14 @@ def write_notices(session: Session, before: int | None, after: int) -> int:
 
     def notify(result: Row[tuple[Feedback, bool]]) -> None:
         report, passes_after = result
-        passes_before = report.case_id in passed_before
-        verdict = {
-            (False, True): "fixed",
-            (False, False): "still_failing",
-            (True, False): "regressed",
-            (True, True): "passing",
-        }[(passes_before, passes_after)]
-        if verdict == "passing" and _has_notice(session, report.id):
+        verdict = derive_verdict(passed_before=report.case_id in passed_before, passed=passes_after)
+        if verdict == Verdict.PASSING and _has_notice(session, report.id):
             return
         values = {
             "contributor_id": report.contributor_id,
             "feedback_id": report.id,
             "version": after,
-            "verdict": verdict,
+            "verdict": verdict.value,
             "text": NOTICE_TEXTS[verdict].format(before=before, after=after),
         }
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())

@@ -1,7 +1,7 @@
 """The public records of reports: state, verdict and timeline."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -9,24 +9,8 @@ from sqlalchemy.orm import Session
 from feedback.contracts import Event, FeedbackOut
 from feedback.items import find_faults_by_subject
 from feedback.tables import CaseResult, Feedback, Outbox
+from feedback.verdicts import ResultChange, Verdict, derive_result_changes
 from feedback.withdrawal import WITHDRAWN, find_withdrawal_events
-
-
-def derive_verdicts(results: Iterable[tuple[int, bool]]) -> list[tuple[int, str]]:
-    """Derive a case's verdict for each version from (version, passed) pairs in version order.
-
-    >>> derive_verdicts([(5, False), (6, True), (7, True), (9, False)])
-    [(5, 'failing'), (6, 'fixed'), (7, 'passing'), (9, 'regressed')]
-    """
-    verdicts: list[tuple[int, str]] = []
-    passed_before: bool | None = None
-    for version, passed in results:
-        if passed:
-            verdicts.append((version, "fixed" if passed_before is False else "passing"))
-        else:
-            verdicts.append((version, "regressed" if passed_before else "failing"))
-        passed_before = passed
-    return verdicts
 
 
 def describe_report(session: Session, row: Feedback) -> FeedbackOut:
@@ -55,8 +39,8 @@ def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[Feedbac
         if row.id in withdrawals:
             events.append(withdrawals[row.id])
         timeline = sorted(events, key=lambda event: event.at)
-        verdicts = derive_verdicts(results[row.case_id]) if row.case_id else []
-        records.append(_build_report_record(row, timeline, notices[row.id], verdicts))
+        changes = derive_result_changes(results[row.case_id]) if row.case_id else []
+        records.append(_build_report_record(row, timeline, notices[row.id], changes))
     return records
 
 
@@ -73,20 +57,20 @@ def _list_first_events(row: Feedback) -> list[Event]:
 
 
 def _build_report_record(
-    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], verdicts: Sequence[tuple[int, str]]
+    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], changes: Sequence[tuple[int, ResultChange]]
 ) -> FeedbackOut:
     is_withdrawn = row.state == WITHDRAWN  # a withdrawn report shows no verdict, not even one already delivered
     newest = notices[-1] if notices and not is_withdrawn else None
-    changes = [f"{verdict} in v{version}" for version, verdict in verdicts if verdict != "passing"]
+    described = [f"{change} in v{version}" for version, change in changes if change != ResultChange.PASSING]
     return FeedbackOut(
         id=row.id,
         kind=row.kind,
         state=row.state,
         reason=row.reason,
         role=row.case.role if row.case else None,
-        verdict=newest.verdict if newest else None,
+        verdict=Verdict(newest.verdict) if newest else None,
         verdict_version=newest.version if newest else None,
-        summary=row.state if is_withdrawn else ", ".join(changes) or row.state,
+        summary=row.state if is_withdrawn else ", ".join(described) or row.state,
         timeline=timeline,
     )
 

@@ -1,7 +1,7 @@
 """The platform's database tables, as SQLAlchemy classes.
 
-Only states that cannot be derived are stored; verdicts (failing, fixed in vN, regressed in vN) are derived from case
-results.
+Only states that cannot be derived are stored; a report's history (failing in v5, fixed in v6) is derived from case
+results. A verdict is stored with its notice, which was delivered as it stands.
 """
 
 import uuid
@@ -285,7 +285,7 @@ class Outbox(Created, Base):
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     feedback_id: Mapped[str] = mapped_column(ForeignKey("feedback.id"))
     version: Mapped[int]
-    verdict: Mapped[str] = mapped_column(comment="fixed | still_failing | regressed")
+    verdict: Mapped[str] = mapped_column(comment="fixed | still_failing | regressed | passing")
     text: Mapped[str]
     delivered_at: Mapped[datetime | None]
     __table_args__ = (UniqueConstraint("feedback_id", "version"), Index("notices_in_order", "contributor_id", "id"))

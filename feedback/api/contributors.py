@@ -36,6 +36,7 @@ from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, P
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.rounds import notify_dispatcher
 from feedback.tables import Contributor, Dataset, Feedback, new_id
+from feedback.verdicts import Verdict
 from yuan.data.rows import BadRow, Row
 from yuan.data.text import TextRule
 
@@ -139,7 +140,7 @@ def notices(
             number=row.id,
             feedback_id=row.feedback_id,
             version=row.version,
-            verdict=row.verdict,
+            verdict=Verdict(row.verdict),
             text=row.text,
             delivered_at=row.delivered_at,
         )

@@ -15,6 +15,7 @@ from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
 from feedback.gate import BASE_SUITE
 from feedback.promotion_decision import PromotionDecision, SuiteComparison
+from feedback.verdicts import Verdict
 from flows.demo.contributor import Contribution, Refusal
 from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh_rows
 from infra.polling import poll_until
@@ -190,8 +191,8 @@ def gather_figures(
         reports=len(accepted),
         submitted=contribution.reports,
         refused=contribution.refused,
-        fixed=sum(report.verdict == "fixed" for report in accepted),
-        still_failing=sum(report.verdict == "still_failing" for report in accepted),
+        fixed=sum(report.verdict == Verdict.FIXED for report in accepted),
+        still_failing=sum(report.verdict == Verdict.STILL_FAILING for report in accepted),
         notices=len(notices),
         round_overhead_s=compute_overhead_s(second),
         parts=laps,

@@ -26,6 +26,7 @@ def upgrade() -> None:
         op.execute(f"UPDATE \"{table}\" SET role = 'train' WHERE role = 'taught'")
     op.alter_column("case", "role", comment="train | held_out")
     op.alter_column("dataset_row", "role", comment="train | held_out | duplicate")
+    op.alter_column("outbox", "verdict", comment="fixed | still_failing | regressed | passing")
     op.execute("UPDATE round SET parameters = parameters - 'policy'")
     op.drop_column("training_run", "state")
 
@@ -39,6 +40,7 @@ def downgrade() -> None:
         op.execute(f"UPDATE \"{table}\" SET role = 'taught' WHERE role = 'train'")
     op.alter_column("case", "role", comment="taught | held_out")
     op.alter_column("dataset_row", "role", comment="taught | held_out | duplicate")
+    op.alter_column("outbox", "verdict", comment="fixed | still_failing | regressed")
     op.drop_column("dataset", "decided_at")
     op.alter_column("feedback", "decided_at", new_column_name="accepted_at")
     op.execute("UPDATE feedback SET accepted_at = NULL WHERE case_id IS NULL")

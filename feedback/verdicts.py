@@ -1,0 +1,61 @@
+"""Names for results of a report's case: verdicts against the replaced champion, and changes between versions."""
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """What a promotion changed for a report: the case's result with the new champion and with the replaced one.
+
+    A verdict is stored with its notice. A summary names `ResultChange` instead, which includes candidates that were not
+    promoted.
+    """
+
+    FIXED = "fixed"
+    STILL_FAILING = "still_failing"
+    REGRESSED = "regressed"
+    PASSING = "passing"
+
+
+class ResultChange(StrEnum):
+    """How a case's result changed from the preceding evaluated version, promoted or not; derived, never stored."""
+
+    FAILING = "failing"
+    FIXED = "fixed"
+    PASSING = "passing"
+    REGRESSED = "regressed"
+
+
+def derive_verdict(*, passed_before: bool, passed: bool) -> Verdict:
+    """Derive the verdict on a report when a version replaces the champion.
+
+    Args:
+        passed_before: whether the replaced champion passed the case. False also if it has no result: the case was
+            accepted because a version failed it.
+        passed: whether the new champion passed it.
+
+    >>> derive_verdict(passed_before=False, passed=True).value
+    'fixed'
+    """
+    if passed:
+        return Verdict.PASSING if passed_before else Verdict.FIXED
+    return Verdict.REGRESSED if passed_before else Verdict.STILL_FAILING
+
+
+def derive_result_changes(results: Iterable[tuple[int, bool]]) -> list[tuple[int, ResultChange]]:
+    """Derive how a case's result changed at each version, from (version, passed) pairs in version order.
+
+    A case without an earlier result is not fixed by the first version that passes it.
+
+    >>> [f"{change} in v{version}" for version, change in derive_result_changes([(5, False), (6, True), (9, False)])]
+    ['failing in v5', 'fixed in v6', 'regressed in v9']
+    """
+    changes: list[tuple[int, ResultChange]] = []
+    passed_before: bool | None = None
+    for version, passed in results:
+        if passed:
+            changes.append((version, ResultChange.FIXED if passed_before is False else ResultChange.PASSING))
+        else:
+            changes.append((version, ResultChange.REGRESSED if passed_before else ResultChange.FAILING))
+        passed_before = passed
+    return changes
