@@ -135,7 +135,7 @@ def write_notices(session: Session, before: int | None, after: int) -> int:
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
 
     def blame(result: Row[tuple[Feedback, bool]], error: Exception) -> None:
-        note_fault(session, result[0].id, "tell", error)
+        note_fault(session, result[0].id, "notify", error)
 
     return process_each(session, session.execute(query).all(), notify, blame)
 

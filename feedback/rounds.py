@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import Conflict, NotFound, audit
 from feedback.contracts import Event, RoundOut, RoundParameters
+from feedback.items import get_step_name
 from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
@@ -288,7 +289,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,
         decision=training_round.decision,
-        failed_items=training_round.failed_items,
+        failed_items={get_step_name(step): count for step, count in training_round.failed_items.items()},
         status=run.status if run else None,
         created_at=training_round.created_at,
         finished_at=training_round.finished_at,

@@ -98,7 +98,7 @@ class WaitingReportsCounts:
     review: reports.ReviewCounts | None = None
 
     def to_row(self) -> dict[str, int]:
-        """Return the counts as the table `taken-up` shows them; `failed` is the sum over the steps."""
+        """Return the counts as the table `processed-reports` shows them; `failed` is the sum over the steps."""
         review = {} if self.review is None else asdict(self.review)
         failed = self.failed + review.pop("failed", 0)
         return {"screened": self.screened, "asked_again": self.reproduced, **review, "failed": failed}

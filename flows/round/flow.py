@@ -21,7 +21,7 @@ from flows.round.tasks import StepUnrecoverable, hide_error_text, make_step
 from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
 
-process_waiting_reports = make_step(collecting.process_waiting_reports, "take up")
+process_waiting_reports = make_step(collecting.process_waiting_reports, "process reports")
 collect = make_step(collecting.collect, "collect")
 freeze_snapshot = make_step(collecting.freeze_snapshot, "snapshot")
 prepare_run_folder = make_step(prepare_run.prepare_run_folder, "plan")
@@ -29,7 +29,7 @@ train = make_step(supervisor.train, "train")
 register_version = make_step(evaluation.register_version, "register")
 evaluate = make_step(evaluation.evaluate, "evaluate")
 decide = make_step(promote.decide, "decide")
-publish_outcome = make_step(promote.publish_outcome, "tell")
+publish_outcome = make_step(promote.publish_outcome, "notify")
 
 
 @flow(
@@ -104,5 +104,5 @@ def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
     """Process waiting reports; the dispatcher starts this flow when there are some."""
     counts = process_waiting_reports(open_context(), form.limit)
     row: dict[str, int] = {} if counts is None else counts.to_row()
-    publish_table("taken-up", [row])
+    publish_table("processed-reports", [row])
     return row

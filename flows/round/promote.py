@@ -17,7 +17,7 @@ def decide(context: Context, round_id: str) -> PromotionDecision:
         decision = gate.decide_promotion(session, training_round)
         if decision.promote:
             num_failed_notices = promotion.promote_candidate(session, training_round, decision)
-            rounds.record_failed_items(session, round_id, {"tell": num_failed_notices})
+            rounds.record_failed_items(session, round_id, {"notify": num_failed_notices})
             rounds.finish_round(session, round_id, "promoted", f"v{decision.candidate} is the champion")
         else:
             training_round.decision = decision.to_json()

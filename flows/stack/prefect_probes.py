@@ -146,7 +146,7 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
     is_first = facts.last_reproduction is None
     return [
         Finding(
-            "the last taking up of reports",
+            "the last processing of reports",
             succeeded_at=facts.last_reproduction,
             fault=fault,
             fix=fix,

@@ -93,7 +93,7 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
             probe("model-server", "an answer from the model", lambda: probe_model(settings, facts)),
             probe("mlflow", "an alias that follows", lambda: probe_registry(context, facts)),
             probe("prefect", "the running round", lambda: probe_running_round(settings, facts)),
-            probe("prefect", "the last taking up of reports", lambda: probe_last_reproduction(settings, facts)),
+            probe("prefect", "the last processing of reports", lambda: probe_last_reproduction(settings, facts)),
         ]
         found += [check_waiting_reports(facts), check_waiting_notices(facts)]
     return found + run_probes(probes, limit_s) + find_failing_duties(settings.home)

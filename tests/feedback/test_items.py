@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import datasets, promotion, report_records, reports, rounds, snapshots
 from feedback.dataset_acceptance import accept_dataset
-from feedback.items import find_faults_by_subject, process_each
+from feedback.items import find_faults_by_subject, note_reason, process_each
 from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
@@ -181,7 +181,7 @@ def test_failed_notice_does_not_block_the_other_notices(session, many, later):
     assert promotion.mark_notices_delivered(session) == HOW_MANY - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
     assert find_faults_by_subject(session, [one.id])[one.id][0][1] == (
-        "could not be processed (tell): the database refuses it: a planted fault"
+        "could not be processed (notify): the database refuses it: a planted fault"
     )
 
 
@@ -216,6 +216,15 @@ def test_counts_of_failed_items_are_kept_with_the_round(session):
     rounds.record_failed_items(session, training_round.id, {"reproduce": 2})
     session.flush()
     assert rounds.describe_round(session, training_round).failed_items == {"screen": 1, "reproduce": 2}
+
+
+def test_records_of_an_older_release_show_the_present_name_of_a_step(session, reporter):
+    training_round, row = start_round(session), submit(session, reporter, "a", "1")
+    rounds.record_failed_items(session, training_round.id, {"tell": 2})
+    note_reason(session, row.id, "tell", "a fault")
+    session.flush()
+    assert rounds.describe_round(session, training_round).failed_items == {"notify": 2}
+    assert find_faults_by_subject(session, [row.id])[row.id][0][1] == "could not be processed (notify): a fault"
 
 
 def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(session, objects, reporter, many, later):
