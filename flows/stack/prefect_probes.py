@@ -16,6 +16,10 @@ from flows.registry import REPRODUCE_FLOW, WORK_POOL_NAME
 from flows.stack.probing import LATE_AFTER_S, PROBE_TIMEOUT_S, Finding, get_utc_now
 from infra.settings import FlowSettings
 
+# Subjects of findings: those of a probe, and of Prefect if it does not answer the probe.
+FLOW_RUN_SUBJECT, RUNNING_ROUND_SUBJECT = "a flow run that starts", "the running round"
+REPRODUCTION_SUBJECT = "the last processing of reports"
+
 
 @dataclass(frozen=True)
 class FlowRunState:
@@ -53,22 +57,26 @@ def _parse_time(text: str | None) -> datetime | None:
 
 def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
     """Check that Prefect has its database, an online worker and active deployments, and starts due runs."""
-    what, found = "a flow run that starts", []
+    found: list[Finding] = []
     with open_prefect_client(settings) as http:
         if http.get("/ready").status_code != 200:
-            return [Finding(what, fault="Prefect's database does not answer", fix="see `cotrain logs postgres`")]
+            return [
+                Finding(FLOW_RUN_SUBJECT, fault="Prefect's database does not answer", fix="see `cotrain logs postgres`")
+            ]
         newest = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
         started = newest.started_at if newest else None
         deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
         if not deployments:
             fix = "the dispatcher registers them; see `cotrain logs dispatcher`"
-            return [Finding(what, succeeded_at=started, fault="Prefect knows no deployment of ours", fix=fix)]
+            return [
+                Finding(FLOW_RUN_SUBJECT, succeeded_at=started, fault="Prefect knows no deployment of ours", fix=fix)
+            ]
         for one in deployments:
             if one["paused"]:
                 fix = "switch it on at its page in Prefect"
                 found.append(
                     Finding(
-                        what,
+                        FLOW_RUN_SUBJECT,
                         succeeded_at=started,
                         fault=f"the deployment {one['name']} is paused in Prefect",
                         fix=fix,
@@ -79,37 +87,45 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
             fix = "switch it on at its page in Prefect"
             found.append(
                 Finding(
-                    what, succeeded_at=started, fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect", fix=fix
+                    FLOW_RUN_SUBJECT,
+                    succeeded_at=started,
+                    fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect",
+                    fix=fix,
                 )
             )
         if (limit := pool["concurrency_limit"]) is not None:
             where = f"the work pool {WORK_POOL_NAME} in Prefect"
             fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
             fix = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
-            found.append(Finding(what, succeeded_at=started, fault=fault, fix=fix))
+            found.append(Finding(FLOW_RUN_SUBJECT, succeeded_at=started, fault=fault, fix=fix))
         workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
         if not any(worker["status"] == "ONLINE" for worker in workers):
             fix = "see `cotrain logs worker`"
             found.append(
-                Finding(what, succeeded_at=started, fault="no worker is online, so that no flow run starts", fix=fix)
+                Finding(
+                    FLOW_RUN_SUBJECT,
+                    succeeded_at=started,
+                    fault="no worker is online, so that no flow run starts",
+                    fix=fix,
+                )
             )
         due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
         which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
         if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
             found.append(
                 Finding(
-                    what,
+                    FLOW_RUN_SUBJECT,
                     succeeded_at=started,
                     fault=f"flow run {late.name} waits since {late.expected_at:%F %T}",
                     fix="see `cotrain logs worker`",
                 )
             )
-    return found or [Finding(what, succeeded_at=started)]
+    return found or [Finding(FLOW_RUN_SUBJECT, succeeded_at=started)]
 
 
 def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """Check that the running round has a running flow run."""
-    what, training_round = "the running round", facts.running
+    training_round = facts.running
     if training_round is None:
         return []
     fix = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
@@ -121,13 +137,15 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
         )
     state = run.state if run else None
     if state and state.type == "RUNNING":
-        return [Finding(what, succeeded_at=get_utc_now())]
+        return [Finding(RUNNING_ROUND_SUBJECT, succeeded_at=get_utc_now())]
     since = state.since if state else training_round.created_at
     if compute_age_s(since) < LATE_AFTER_S:
-        return [Finding(what, succeeded_at=since)]
+        return [Finding(RUNNING_ROUND_SUBJECT, succeeded_at=since)]
     run_state = f"its flow run is {state.type.lower()}" if state else "it has no flow run"
     fault = f"round {training_round.number} is at {training_round.step} and {run_state} since {since:%F %T}"
-    return [Finding(what, succeeded_at=since if run and run.started_at else None, fault=fault, fix=fix)]
+    return [
+        Finding(RUNNING_ROUND_SUBJECT, succeeded_at=since if run and run.started_at else None, fault=fault, fix=fix)
+    ]
 
 
 def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -146,7 +164,7 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
     is_first = facts.last_reproduction is None
     return [
         Finding(
-            "the last processing of reports",
+            REPRODUCTION_SUBJECT,
             succeeded_at=facts.last_reproduction,
             fault=fault,
             fix=fix,

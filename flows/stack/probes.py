@@ -15,7 +15,14 @@ from flows.context import Context
 from flows.duties import Duty, DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
 from flows.registry import REPRODUCE_FLOW
 from flows.round.versions import describe_registration
-from flows.stack.prefect_probes import probe_flow_runs, probe_last_reproduction, probe_running_round
+from flows.stack.prefect_probes import (
+    FLOW_RUN_SUBJECT,
+    REPRODUCTION_SUBJECT,
+    RUNNING_ROUND_SUBJECT,
+    probe_flow_runs,
+    probe_last_reproduction,
+    probe_running_round,
+)
 from flows.stack.probing import (
     LATE_AFTER_S,
     PROBE_TIMEOUT_S,
@@ -35,6 +42,9 @@ from yuan.version_names import format_model_name
 
 # A condition that clears by itself within this time is not a fault.
 PROMOTION_SETTLE_S, REPORTS_LATE_AFTER_S = 30.0, 600.0
+# Subjects of findings: those of a probe and those of a server that does not answer the probe.
+RECORDS_SUBJECT, PORTAL_SUBJECT, OBJECT_SUBJECT = "the records", "the portal", "an object put and read"
+MODEL_SUBJECT, ALIAS_SUBJECT = "an answer from the model", "an alias that follows"
 # The duty whose success shows that a server answers.
 DUTY_BY_SERVER = {
     "postgres": Duty.ADVANCE_ROUND,
@@ -69,12 +79,12 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
             callers = describe_callers(parse_port(settings.database_url.get_secret_value()))
             fault = f"all connections of PostgreSQL are in use: {callers}"
             return [
-                Finding("the records", fault=fault, fix="end the programs that hold them; services go on with theirs")
+                Finding(RECORDS_SUBJECT, fault=fault, fix="end the programs that hold them; services go on with theirs")
             ]
-        return [Finding("the records", succeeded_at=get_utc_now())]
+        return [Finding(RECORDS_SUBJECT, succeeded_at=get_utc_now())]
 
     found = run_probes(
-        [Probe("postgres", "the records", ask=read, last=find_last_success(settings.home, "postgres", None))],
+        [Probe("postgres", RECORDS_SUBJECT, ask=read, last=find_last_success(settings.home, "postgres", None))],
         limit_s / 2,
     )
     known = gathered[0] if gathered else None
@@ -83,17 +93,17 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
         return Probe(server, what, ask=ask, last=find_last_success(settings.home, server, known))
 
     probes = [
-        probe("portal", "the portal", lambda: probe_portal(settings)),
-        probe("s3", "an object put and read", lambda: probe_objects(settings)),
-        probe("prefect", "a flow run that starts", lambda: probe_flow_runs(settings)),
+        probe("portal", PORTAL_SUBJECT, lambda: probe_portal(settings)),
+        probe("s3", OBJECT_SUBJECT, lambda: probe_objects(settings)),
+        probe("prefect", FLOW_RUN_SUBJECT, lambda: probe_flow_runs(settings)),
     ]
     if known is not None:
         facts = known
         probes += [
-            probe("model-server", "an answer from the model", lambda: probe_model(settings, facts)),
-            probe("mlflow", "an alias that follows", lambda: probe_registry(context, facts)),
-            probe("prefect", "the running round", lambda: probe_running_round(settings, facts)),
-            probe("prefect", "the last processing of reports", lambda: probe_last_reproduction(settings, facts)),
+            probe("model-server", MODEL_SUBJECT, lambda: probe_model(settings, facts)),
+            probe("mlflow", ALIAS_SUBJECT, lambda: probe_registry(context, facts)),
+            probe("prefect", RUNNING_ROUND_SUBJECT, lambda: probe_running_round(settings, facts)),
+            probe("prefect", REPRODUCTION_SUBJECT, lambda: probe_last_reproduction(settings, facts)),
         ]
         found += [check_waiting_reports(facts), check_waiting_notices(facts)]
     return found + run_probes(probes, limit_s) + find_failing_duties(settings.home)
@@ -116,20 +126,20 @@ def find_last_success(home: Path, server: str, facts: PlatformFacts | None) -> L
 def probe_portal(settings: FlowSettings) -> list[Finding]:
     """Check that the portal and its database answer."""
     httpx.get(f"{settings.portal_url}/health", timeout=PROBE_TIMEOUT_S).raise_for_status()
-    return [Finding("the portal", succeeded_at=get_utc_now())]
+    return [Finding(PORTAL_SUBJECT, succeeded_at=get_utc_now())]
 
 
 def probe_objects(settings: FlowSettings) -> list[Finding]:
     """Check that an object can be put and read back."""
     open_object_store(settings, attempts=1).check()
-    return [Finding("an object put and read", succeeded_at=get_utc_now())]
+    return [Finding(OBJECT_SUBJECT, succeeded_at=get_utc_now())]
 
 
 def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     """Check that the champion generates one token."""
-    what, fix = "an answer from the model", "see `cotrain logs model-server`"
+    fix = "see `cotrain logs model-server`"
     if facts.champion is None:
-        return [Finding(what)]
+        return [Finding(MODEL_SUBJECT)]
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     body = {"model": "yuan", "prompt": "1", "max_tokens": 1, "temperature": 0}
     answer = httpx.post(
@@ -137,19 +147,24 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     )
     if not answer.is_success:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {answer.status_code}"
-        return [Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=fix)]
+        return [Finding(MODEL_SUBJECT, succeeded_at=facts.last_answer, fault=fault, fix=fix)]
     served = answer.json()["model"]
     if served != format_model_name(facts.champion) and compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S:
         fault = f"{served} answers, and the champion is v{facts.champion}"
         return [
-            Finding(what, succeeded_at=facts.last_answer, fault=fault, fix=f"see that the alias follows; else {fix}")
+            Finding(
+                MODEL_SUBJECT,
+                succeeded_at=facts.last_answer,
+                fault=fault,
+                fix=f"see that the alias follows; else {fix}",
+            )
         ]
-    return [Finding(what, succeeded_at=get_utc_now())]
+    return [Finding(MODEL_SUBJECT, succeeded_at=get_utc_now())]
 
 
 def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
     """Check that the registry has the champion and its predecessor, and that the alias points at the champion."""
-    what, found = "an alias that follows", []
+    found: list[Finding] = []
     with context.tracker.use_short_timeout():
         aliases = context.tracker.read_aliases()
         lost = [version for version in facts.lineage if not context.tracker.has_version(version)]
@@ -176,13 +191,13 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
             found.append(Finding(f"the files of v{version}", succeeded_at=facts.promoted_at, fault=fault, fix=fix))
     is_due = compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S or last is None
     if facts.champion is None:
-        return [Finding(what)]
+        return [Finding(ALIAS_SUBJECT)]
     if aliases.get("champion") != facts.champion and is_due:
         at = f"v{aliases['champion']}" if "champion" in aliases else "no version"
         fault = f"the alias champion points at {at}, and the champion is v{facts.champion}"
         fix = "register the version again, as said above" if facts.champion in lost else "see `cotrain logs dispatcher`"
-        return [*found, Finding(what, succeeded_at=last, fault=fault, fix=fix)]
-    return [*found, Finding(what, succeeded_at=last or get_utc_now())]
+        return [*found, Finding(ALIAS_SUBJECT, succeeded_at=last, fault=fault, fix=fix)]
+    return [*found, Finding(ALIAS_SUBJECT, succeeded_at=last or get_utc_now())]
 
 
 def check_waiting_reports(facts: PlatformFacts) -> Finding:
