@@ -71,6 +71,15 @@ REGISTERED_FLOWS: Mapping[str, RegisteredFlow] = {
 }
 
 
+def make_attempt_run_name(round_number: int, attempt: int) -> str:
+    """Return the name of the flow run of an attempt at a round.
+
+    >>> make_attempt_run_name(3, attempt=1)
+    'round-3-attempt-1'
+    """
+    return f"round-{round_number}-attempt-{attempt}"
+
+
 def find_flow(name: str) -> RegisteredFlow:
     """Look up a flow by its name.
 

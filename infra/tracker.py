@@ -26,6 +26,8 @@ WORKSPACE_NAME = "default"  # MLflow's own, which always exists
 READERS_ROLE = "readers"
 SHORT_REQUEST_TIMEOUT_S = 5
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
+ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
+RUN_TAG = "cotrain.run"  # on a version and on MLflow's run: the id of the platform's training run
 
 
 class VersionLost(SafeMessageError, ValueError):

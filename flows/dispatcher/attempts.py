@@ -25,6 +25,7 @@ from feedback import rounds
 from feedback.tables import Round
 from flows.context import DispatcherContext
 from flows.dispatcher.deployments import ROUND_DEPLOYMENT
+from flows.registry import make_attempt_run_name
 from infra.machine import has_free_disk
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def start_attempt(
     run = client.create_flow_run_from_deployment(
         deployment.id,
         parameters={"round_id": training_round.id},
-        name=f"round-{training_round.number}-attempt-{attempt}",
+        name=make_attempt_run_name(training_round.number, attempt),
         idempotency_key=make_attempt_key(context, training_round.id, attempt),
     )
     log.info("started round %d, attempt %d, as flow run %s", training_round.number, attempt, run.id)

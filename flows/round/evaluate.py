@@ -20,7 +20,7 @@ from infra.keeper import STACK_ID_VARIABLE
 from infra.mlflow_rules import READER_ACCOUNT
 from infra.process_group import run_child
 from infra.telemetry import NO_TELEMETRY_VARIABLES
-from infra.tracker import VersionLost
+from infra.tracker import ROUND_TAG, RUN_TAG, VersionLost
 from yuan.eval.results import EvalResult, parse_results
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
@@ -38,7 +38,7 @@ def register_version(context: Context, round_id: str) -> int:
         run = rounds.get_or_create_training_run(session, round_id)
         run_id, mlflow_run = run.id, str(run.mlflow_run_id)
         known = rounds.find_version_of_run(session, run_id)
-    tags = {"cotrain.round": round_id, "cotrain.run": run_id}
+    tags = {ROUND_TAG: round_id, RUN_TAG: run_id}
     # Ranks can write the folder and consumers read the registry, so only verified copies of manifest files go there.
     with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)

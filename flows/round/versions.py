@@ -11,7 +11,7 @@ from pathlib import Path
 from feedback import rounds
 from flows.context import Context
 from infra.files import copy_descriptor
-from infra.tracker import VersionLost
+from infra.tracker import ROUND_TAG, RUN_TAG, VersionLost
 from yuan.data.text import make_printable
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import open_file, read_file
@@ -54,7 +54,7 @@ def register_again(context: Context, folder: Path, wanted: int | None = None) ->
         if is_there and not context.tracker.find_missing_files(known.version, names):
             return known.version, False
 
-        tags = {"cotrain.round": known.round_id, "cotrain.run": known.run_id}
+        tags = {ROUND_TAG: known.round_id, RUN_TAG: known.run_id}
         with make_scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
             copy_manifest_files(folder, scratch, recorded)
             if is_there:

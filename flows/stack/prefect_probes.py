@@ -12,7 +12,7 @@ import httpx
 
 from feedback.platform_facts import PlatformFacts
 from flows.duties import compute_age_s
-from flows.registry import REPRODUCE_FLOW, WORK_POOL_NAME
+from flows.registry import REPRODUCE_FLOW, WORK_POOL_NAME, make_attempt_run_name
 from flows.stack.probing import LATE_AFTER_S, PROBE_TIMEOUT_S, Finding, get_utc_now
 from infra.settings import FlowSettings
 
@@ -130,11 +130,8 @@ def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Fi
         return []
     fix = "the dispatcher starts its next attempt; if it does not, see `cotrain logs dispatcher`"
     with open_prefect_client(settings) as http:
-        run = fetch_newest_flow_run(
-            http,
-            {"name": {"any_": [f"round-{training_round.number}-attempt-{training_round.attempt}"]}},
-            "START_TIME_DESC",
-        )
+        name = make_attempt_run_name(training_round.number, training_round.attempt)
+        run = fetch_newest_flow_run(http, {"name": {"any_": [name]}}, "START_TIME_DESC")
     state = run.state if run else None
     if state and state.type == "RUNNING":
         return [Finding(RUNNING_ROUND_SUBJECT, succeeded_at=get_utc_now())]

@@ -15,6 +15,7 @@ from feedback import rounds
 from flows.context import Context
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
+from infra.tracker import RUN_TAG
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file_below
 from yuan.train.events import (
@@ -154,7 +155,7 @@ class RunReporter:
         with self._context.sessions() as session:
             run_id = rounds.get_or_create_training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
-        run = tracker.start_run(f"round-{number}-{run_id[:8]}", {"cotrain.run": run_id})
+        run = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
         tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **provenance})
         self._log_plan(run)
