@@ -9,6 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import Conflict, NotFound, audit
+from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.items import get_step_name
 from feedback.promotion import find_champion
@@ -20,7 +21,6 @@ from yuan.plan.plan_record import PipelinePlan
 
 NOTIFY_CHANNEL = "cotrain"
 MAX_VERSION_NUMBER = 2**31 - 1  # the largest value of a PostgreSQL integer column
-REGISTRATIONS_LOCK = 7_310_212  # arbitrary; must differ from the other advisory lock numbers
 STEP_BEGUN_ACTION = "step begun"
 ROUND_STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
 
@@ -192,7 +192,7 @@ def find_version_of_run(session: Session, run_id: str) -> ModelVersion | None:
 
 def lock_registrations(session: Session) -> None:
     """Block other transactions from registering a lost version until this one ends, so that it is registered once."""
-    session.execute(select(func.pg_advisory_xact_lock(REGISTRATIONS_LOCK)))
+    hold_advisory_lock(session, AdvisoryLock.REGISTRATIONS)
 
 
 class VersionNotRegistered(SafeMessageError, ValueError):

@@ -4,17 +4,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from sqlalchemy import ColumnElement, case, delete, exists, func, select, update
+from sqlalchemy import ColumnElement, case, delete, exists, select, update
 from sqlalchemy.orm import Session, aliased
 
 from feedback.accounts import OPERATOR_ROLE, InvalidField, NotFound, audit
+from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.contracts import Event
 from feedback.tables import REPORTS_SUITE, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
 
 WITHDRAWN = "withdrawn"
 INACTIVE_STATES = (WITHDRAWN, "rejected")  # records in these states are in no mixture, case or notice
 WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # records of an account per transaction
-DATASETS_LOCK = 7_310_211  # arbitrary; must differ from the other advisory lock numbers
 
 
 def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason: str) -> Feedback:
@@ -123,7 +123,7 @@ def withdraw_account(
 
 def lock_datasets(session: Session) -> None:
     """Block other transactions from accepting or withdrawing datasets until this one ends; both set duplicate roles."""
-    session.execute(select(func.pg_advisory_xact_lock(DATASETS_LOCK)))
+    hold_advisory_lock(session, AdvisoryLock.DATASETS)
 
 
 def get_suite_name(dataset: Dataset) -> str:
