@@ -140,7 +140,7 @@ class Tracker:
             VersionLost: if the version or one of the files is not in the registry.
         """
         if self.find_missing_files(version, names):
-            raise VersionLost(f"the files of v{version} are gone; `cotrain doctor` says how to register it again")
+            raise VersionLost(f"the files of v{version} are missing; `cotrain doctor` says how to register it again")
 
     def upload_version(self, version: int, folder: Path) -> None:
         """Upload a version's files again; replace existing ones."""
@@ -177,7 +177,9 @@ class Tracker:
         """
         number = self._find_number(version)
         if number is None:
-            raise VersionLost(f"v{version} is gone from the registry; `cotrain doctor` says how to register it again")
+            raise VersionLost(
+                f"v{version} is missing from the registry; `cotrain doctor` says how to register it again"
+            )
         return number
 
     def read_aliases(self) -> dict[str, int]:

@@ -62,7 +62,7 @@ def start_attempt(
     The attempt is counted before its flow run is created. If this process exits between the two, the run is missing and
     the next attempt follows; the idempotency key prevents two dispatchers from starting one attempt twice.
     """
-    # A run whose worker and process have both exited stays in "cancelling" for ever, so that state is final here.
+    # A run whose worker and process have both exited stays in "cancelling" indefinitely, so that state is final here.
     if last is not None and last.state is not None and (last.state.is_cancelled() or last.state.is_cancelling()):
         return end_round(context, training_round.id, "cancelled", "cancelled in Prefect")
     if training_round.attempt >= MAX_ROUND_ATTEMPTS:
@@ -119,7 +119,7 @@ def list_flow_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) 
 def end_lost_flow_runs(client: SyncPrefectClient) -> None:
     """End the open flow runs without a live process, whatever started them.
 
-    No other code checks an attempt that was superseded or whose round has ended; it would stay open for ever.
+    No other code checks an attempt that was superseded or whose round has ended; it would stay open indefinitely.
     """
     open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_FLOW_RUN_STATES)))
     for run in list_flow_runs(client, open_now, MAX_LISTED_FLOW_RUNS):

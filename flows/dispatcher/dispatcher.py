@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> None:
-    """Run the duties for ever, woken by PostgreSQL; reconnect when the connection is lost."""
+    """Run the duties without end, woken by PostgreSQL; reconnect when the connection is lost."""
     file = get_duty_status_file(context.settings.home)
     duties = Duties(
         make_duties(context, client), file, expected=SERVER_ERRORS, beat=lambda: write_heartbeat(context.settings)
@@ -203,7 +203,7 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
         return
     run = client.create_flow_run_from_deployment(
         deployment.id
-    )  # no idempotency key, which a postponed run could block for ever
+    )  # no idempotency key, which a postponed run could block indefinitely
     log.info("%d reports wait: started flow run %s", count, run.id)
 
 

@@ -149,7 +149,7 @@ def make_working_folder() -> Path:
 
 
 async def run_worker() -> None:
-    """Run the worker for ever, and write heartbeats while the event loop is responsive."""
+    """Run the worker without end, and write heartbeats while the event loop is responsive."""
     heartbeats = asyncio.create_task(write_heartbeats(get_home_folder() / WORKER_HEARTBEAT_FILE))
     try:
         await Worker(WORK_POOL_NAME, name=WORKER_NAME, create_pool_if_not_found=True, limit=MAX_FLOW_RUNS).start()

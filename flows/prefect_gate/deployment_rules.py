@@ -1,8 +1,8 @@
 """Restrict writes of work pools, flows, deployments and schedules to those of the code, and to slow schedules.
 
 Otherwise one request could create schedules that start hundreds of flow runs per minute, or keep the server's scheduler
-busy for ever: it searches for a rule's next date until the year 9999. A deployment's concurrency limit, for example,
-ends active runs when the server refuses to renew their slots.
+busy indefinitely: it searches for a rule's next date until the year 9999. A deployment's concurrency limit, for
+example, ends active runs when the server refuses to renew their slots.
 """
 
 import json

@@ -217,7 +217,7 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
     """Describe why a JSON schema in a body must not reach the server; None if it may.
 
     The server validates values against schemas of the client, in the thread that serves all requests; a pattern such as
-    `^(a+)+$` blocks it for ever. So only the schemas of registered flows are forwarded.
+    `^(a+)+$` blocks it indefinitely. So only the schemas of registered flows are forwarded.
     """
     schema = form.get("schema") if path == SCHEMA_VALIDATION_PATH and isinstance(form, dict) else None
     if not schema or schema in [registered.schema() for registered in REGISTERED_FLOWS.values()]:

@@ -109,9 +109,9 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
     try:
         copy_manifest_files(context.runs / run_id / "export", copy, recorded)
     except ValueError as error:
-        log.warning("v%d is gone from the registry, and its run's export is not usable: %s", version, error)
-        raise VersionLost(f"v{version} is gone from the registry; {how}, then start another round") from None
-    log.warning("v%d is gone from the registry, and its run's export is used; %s", version, how)
+        log.warning("v%d is missing from the registry, and its run's export is not usable: %s", version, error)
+        raise VersionLost(f"v{version} is missing from the registry; {how}, then start another round") from None
+    log.warning("v%d is missing from the registry, and its run's export is used; %s", version, how)
     return copy
 
 

@@ -52,7 +52,7 @@ DUTY_BY_SERVER = {
     "mlflow": Duty.UPDATE_ALIASES,
 }
 DUTY_FIXES: dict[str, str] = {
-    Duty.UPDATE_ALIASES: "if a version is gone from the registry, register it again; else see `cotrain logs mlflow`",
+    Duty.UPDATE_ALIASES: "if a version is missing from the registry, register it again; else see `cotrain logs mlflow`",
     Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
     Duty.END_LOST_FLOW_RUNS: "see `cotrain logs prefect`",
     Duty.ADVANCE_ROUND: "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
@@ -181,7 +181,7 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
         seen = last if version == facts.champion else facts.promoted_at
         found.append(
             Finding(
-                f"v{version} in the registry", succeeded_at=seen, fault=f"{name} is gone from the registry", fix=fix
+                f"v{version} in the registry", succeeded_at=seen, fault=f"{name} is missing from the registry", fix=fix
             )
         )
     for version, names in missing.items():

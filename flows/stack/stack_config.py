@@ -99,7 +99,7 @@ def load_config(home: Path) -> StackConfig:
     except FileNotFoundError:
         if not has_data(home):
             raise ValueError(f"there is no stack in {home}; make one with `cotrain up`") from None
-        raise ValueError(_describe_lost_config(file, "is gone")) from None
+        raise ValueError(_describe_lost_config(file, "is missing")) from None
     except (ValueError, TypeError, AttributeError):
         raise ValueError(_describe_lost_config(file, "is damaged")) from None
     if missing or unknown:

@@ -158,9 +158,9 @@ def test_version_deleted_in_mlflow_is_reported_and_restored(first, stack, operat
     with sessions() as session:
         run_id = session.get_one(ModelVersion, 1).run_id
     export = stack.home / "runs" / run_id / "export"
-    assert "v1, the champion, is gone from the registry" in faults
+    assert "v1, the champion, is missing from the registry" in faults
     assert f"cotrain register {export} --version 1" in faults
-    assert "v1, the champion, is gone" in faults_of(stack, "status")
+    assert "v1, the champion, is missing" in faults_of(stack, "status")
     training_round = operator.start_round(SHORT)  # everything else goes on
     stack.until(lambda: operator.round(training_round.id).timeline)
     operator.cancel_round(training_round.id)
@@ -198,7 +198,7 @@ def test_files_missing_from_the_store_are_reported_and_restored(first, stack, se
     assert "v1 is in the registry and its files are not in the store" in faults
     assert f"cotrain register {export} --version 1" in faults
     status, output = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
-    assert status == 1 and "the files of v1 are gone" in output and "Traceback" not in output
+    assert status == 1 and "the files of v1 are missing" in output and "Traceback" not in output
     assert stack.cotrain("register", str(export), "--version", "1", check=True)[1]["registered"]
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
     stack.cotrain("export", "1", "--out", str(tmp_path / "out"), check=True)

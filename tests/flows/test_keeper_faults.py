@@ -31,7 +31,7 @@ def test_config_is_created_only_in_an_empty_folder_and_never_on_load(tmp_path):
     config = load_or_make_config(tmp_path)
     assert load_or_make_config(tmp_path) == load_config(tmp_path) == config
     (tmp_path / CONFIG_FILE).unlink()
-    with pytest.raises(ValueError, match=f"is gone; put its copy back: cp .*{CONFIG_COPY_FILE}"):
+    with pytest.raises(ValueError, match=f"is missing; put its copy back: cp .*{CONFIG_COPY_FILE}"):
         load_or_make_config(tmp_path)
     shutil.copy(tmp_path / CONFIG_COPY_FILE, tmp_path / CONFIG_FILE)
     assert load_config(tmp_path) == config

@@ -256,7 +256,7 @@ def test_pages_are_public_and_have_the_content_security_policy(server):
 
 
 def test_only_schemas_of_registered_flows_reach_the_server(server):
-    """One with a pattern that takes for ever would stop everybody."""
+    """One with a pattern that blocks the server indefinitely would affect every user."""
     base, secret = server
     slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:

@@ -90,7 +90,7 @@ class AliasFollower:
         self._retry_at, self._pause_s, self._unusable_version = 0.0, LOAD_RETRY_S, 0
 
     def follow(self) -> None:
-        """Serve the last version, then poll the alias forever."""
+        """Serve the last version, then poll the alias without end."""
         self.resume()
         while True:
             self.check_alias()

@@ -1,6 +1,6 @@
 """Heartbeats of training ranks: write, read, and exit a rank that makes no progress.
 
-A rank that hangs blocks its peers forever, as a crashed one does. Each rank writes its current instruction every
+A rank that hangs blocks its peers indefinitely, as a crashed one does. Each rank writes its current instruction every
 second; a rank that stays in one instruction past the limit exits, and torchrun then stops the other ranks.
 """
 

@@ -105,7 +105,7 @@ def release_engine(engine: Any) -> None:
     """Destroy an engine, which cannot be used afterwards; `gc.collect` then frees it and its module.
 
     DeepSpeed's `destroy` leaves hooks on parameters and outputs. Through them engine, optimizer and weights refer to
-    each other by way of C++ objects, which Python's collector does not see, and would stay in memory for ever.
+    each other by way of C++ objects, which Python's collector does not see, and would stay in memory indefinitely.
     """
     optimizer = engine.optimizer
     engine.destroy()
