@@ -10,7 +10,7 @@ from tests.waiting import until
 
 
 @contextmanager
-def served(app):
+def serve_app(app):
     """Run the application behind a real server while the block runs; yield its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **make_server_options()))
     thread = threading.Thread(target=server.run)

@@ -12,12 +12,12 @@ SHARED_MODULES = {"__init__", "__main__", "run", "app"}
 SHARED_NAMES = {"log", "router", "SKILLS", "CHINESE_DIGITS"}
 
 
-def modules():
+def list_modules():
     """Return the files of the packages, without migrations, whose names are numbered."""
     return [file for name in PACKAGES for file in (ROOT / name).rglob("*.py") if "migrations" not in file.parts]
 
 
-def defined_names(tree):
+def find_defined_names(tree):
     """Yield the classes and constants at the top of a module."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -33,7 +33,7 @@ def defined_names(tree):
 
 def test_no_two_modules_have_one_name():
     places = defaultdict(list)
-    for file in modules():
+    for file in list_modules():
         if file.stem not in SHARED_MODULES and "cli" not in file.parts:
             places[file.stem].append(str(file.relative_to(ROOT)))
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
@@ -41,8 +41,8 @@ def test_no_two_modules_have_one_name():
 
 def test_no_two_classes_or_constants_have_one_name():
     places = defaultdict(set)
-    for file in modules():
-        for name in defined_names(ast.parse(file.read_text())):
+    for file in list_modules():
+        for name in find_defined_names(ast.parse(file.read_text())):
             if name not in SHARED_NAMES:
                 places[name].add(str(file.relative_to(ROOT)))
     assert {name: sorted(files) for name, files in places.items() if len(files) > 1} == {}

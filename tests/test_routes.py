@@ -51,7 +51,7 @@ MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /metrics", "POST /v1/completions
 
 
 @pytest.fixture
-def other(engine):
+def other_headers(engine):
     """Create another contributor and return its headers."""
     with make_session_factory(engine).begin() as session:
         _, token = add_contributor(session, f"test-{new_id()}")
@@ -68,7 +68,7 @@ def records(portal, account):
     return {"feedback_id": feedback, "dataset_id": dataset}
 
 
-def walk(client, app, callers, **values):
+def request_all_routes(client, app, callers, **values):
     """Request every method of every route as each caller.
 
     Returns:
@@ -89,9 +89,9 @@ def walk(client, app, callers, **values):
     return len(routes), open_to
 
 
-def test_portal_allows_each_caller_only_its_listed_routes(portal, account, other, operator, records):
-    callers = {"nobody": {}, "owner": account.headers, "another": other, "operator": operator}
-    num_walked, open_to = walk(portal, portal.app, callers, **records)
+def test_portal_allows_each_caller_only_its_listed_routes(portal, account, other_headers, operator, records):
+    callers = {"nobody": {}, "owner": account.headers, "another": other_headers, "operator": operator}
+    num_walked, open_to = request_all_routes(portal, portal.app, callers, **records)
     everybody, accounts = PORTAL["open"] | HEADS, PORTAL["open"] | HEADS | PORTAL["account"]
     assert open_to["nobody"] == everybody
     assert open_to["owner"] == accounts | PORTAL["owner"]
@@ -105,7 +105,7 @@ def test_model_server_accepts_only_its_token():
     with TestClient(app) as client:
         wrong = {"Authorization": "Bearer wrong"}
         callers = {"nobody": {}, "wrong token": wrong, "token": {"Authorization": "Bearer secret"}}
-        num_walked, open_to = walk(client, app, callers)
+        num_walked, open_to = request_all_routes(client, app, callers)
         unknown = [client.get(path).status_code for path in ("/docs", "/openapi.json", "/redoc", "/new")]
     assert open_to == {"nobody": HEALTH, "wrong token": HEALTH, "token": MODEL_SERVER}
     assert set(unknown) <= {401, 404}

@@ -43,7 +43,7 @@ def add_candidate(session, training_round, version):
     session.flush()
 
 
-def answer(session, version, passed):
+def record_results(session, version, passed):
     cases = session.scalars(select(Case)).all()
     promotion.store_results(session, version, [EvalResult(case.id, "", case.id in passed) for case in cases])
 
@@ -52,7 +52,7 @@ def promote(session, version, passed, *, parent=None):
     training_round = start_round(session)
     training_round.parent_version = parent
     add_candidate(session, training_round, version)
-    answer(session, version, passed)
+    record_results(session, version, passed)
     decision = gate.decide_promotion(session, training_round)
     if decision.promote:
         promotion.promote_candidate(session, training_round, decision)
@@ -78,19 +78,19 @@ def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CA
     return dataset
 
 
-def checked_rows(prefix, count):
+def make_checked_rows(prefix, count):
     return [
         Row.model_validate({"prompt": f"{prefix}{n}", "answer": "a", "checker": {"type": "exact", "value": "a"}})
         for n in range(count)
     ]
 
 
-def is_drawn(row):
+def is_held_out(row):
     """Return True if a row's prompt is held out."""
     return choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
 
 
-def freeze(session, objects):
+def freeze_mixture(session, objects):
     training_round = start_round(session)
     stored = {}
 

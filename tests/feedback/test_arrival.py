@@ -22,13 +22,13 @@ from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from infra.keeper import STACK_ID_VARIABLE
 from tests.conftest import start
-from tests.feedback.test_contributors import unfinished_upload
-from tests.serving import served
+from tests.feedback.test_contributors import open_unfinished_upload
+from tests.serving import serve_app
 
 MIB = 2**20
 
 
-def rows_of(num_bytes, mark=""):
+def make_rows(num_bytes, mark=""):
     """Return a file of rows of about `num_bytes`, unique for each mark."""
     line = json.dumps({"prompt": mark, "answer": "x" * 15_000}).encode() + b"\n"
     return line * (num_bytes // len(line) + 1)
@@ -39,7 +39,7 @@ def push(client, data, headers, name="rows", **more):
 
 
 @pytest.fixture
-def process(stores):
+def portal_process(stores):
     """Start the portal as the stack does, confined; yield its process."""
     config = load_config(stores.home)
     (service,) = (service for service in make_services(stores.home, config, stores) if service.name == "portal")
@@ -49,26 +49,26 @@ def process(stores):
     process.wait()
 
 
-def peak_mib(process):
-    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+def measure_peak_mib(portal_process):
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{portal_process.pid}/status").read_text())[1]) / 1024
 
 
-def test_memory_does_not_grow_with_concurrent_uploads(stores, process, account, operator):
+def test_memory_does_not_grow_with_concurrent_uploads(stores, portal_process, account, operator):
     assert (
-        STACK_ID_VARIABLE in Path(f"/proc/{process.pid}/environ").read_text()
+        STACK_ID_VARIABLE in Path(f"/proc/{portal_process.pid}/environ").read_text()
     )  # the portal itself, not a parent process
-    before = peak_mib(process)
-    files = [rows_of(50 * MIB, str(n)) for n in range(4)]
+    before = measure_peak_mib(portal_process)
+    files = [make_rows(50 * MIB, str(n)) for n in range(4)]
     with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
         responses = senders.map(lambda data, who: push(client, data, who), files, [account.headers, operator] * 2)
         assert [response.status_code for response in responses] == [201] * 4
-    assert peak_mib(process) - before < 70
+    assert measure_peak_mib(portal_process) - before < 70
 
 
 def test_incomplete_upload_has_no_directory_entry(stores, engine, objects, account):
     app, folder = make_app(stores, engine, objects), stores.home / "portal"
     names_before = set(os.listdir(folder))
-    with served(app) as url, unfinished_upload(url, account.headers):
+    with serve_app(app) as url, open_unfinished_upload(url, account.headers):
         assert httpx.get(f"{url}/health", timeout=30).is_success
         assert set(os.listdir(folder)) == names_before
 
@@ -82,7 +82,7 @@ def test_a_refused_file_is_recorded_and_not_stored(portal, account, objects, eng
 
 
 def test_idempotency_key_of_an_upload_covers_method_path_query_and_body(portal, account, engine):
-    data, key = rows_of(1), {"Idempotency-Key": "k"}
+    data, key = make_rows(1), {"Idempotency-Key": "k"}
     first = push(portal, data, account.headers, **key)
     assert push(portal, data, account.headers, **key).json() == first.json()
     for name, body in (("rows", data + b"\n"), ("other", data)):
@@ -125,30 +125,30 @@ def test_full_disk_returns_503_and_frees_the_partial_file(stores, account, tmp_p
 
 
 @pytest.fixture
-def narrow(stores, engine, objects, first_version):
+def limited_portal(stores, engine, objects, first_version):
     """Serve a portal with a storage limit of 100,000 bytes per account."""
     changes = {"max_account_bytes": 100_000}
     with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
         yield client
 
 
-def test_upload_beyond_the_storage_quota_is_refused(narrow, account, operator, engine):
-    one, two, three = (rows_of(40_000, f"{account.id} {n}") for n in range(3))
-    assert [push(narrow, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
-    response = push(narrow, three, account.headers)
+def test_upload_beyond_the_storage_quota_is_refused(limited_portal, account, operator, engine):
+    one, two, three = (make_rows(40_000, f"{account.id} {n}") for n in range(3))
+    assert [push(limited_portal, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
+    response = push(limited_portal, three, account.headers)
     assert (response.status_code, response.json()["error"]["type"]) == (413, "too_large")
     message = response.json()["error"]["message"]
     assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in message
     assert "ask the operator" in message
-    assert push(narrow, three, operator).status_code == 201
+    assert push(limited_portal, three, operator).status_code == 201
     with make_session_factory(engine).begin() as session:
         assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
 
 
-def test_withdrawn_files_count_toward_the_quota_and_refused_files_do_not(narrow, account):
-    large, bad = rows_of(60_000, account.id), rows_of(60_000, account.id) + b"oops"
-    assert push(narrow, bad, account.headers).status_code == 422
-    dataset = push(narrow, large, account.headers).json()
-    narrow.post(f"/api/v1/datasets/{dataset['id']}/withdraw", json={"reason": "mine"}, headers=account.headers)
-    assert push(narrow, rows_of(60_000, "other"), account.headers).status_code == 413
-    assert push(narrow, large, account.headers).status_code == 201
+def test_withdrawn_files_count_toward_the_quota_and_refused_files_do_not(limited_portal, account):
+    large, bad = make_rows(60_000, account.id), make_rows(60_000, account.id) + b"oops"
+    assert push(limited_portal, bad, account.headers).status_code == 422
+    dataset = push(limited_portal, large, account.headers).json()
+    limited_portal.post(f"/api/v1/datasets/{dataset['id']}/withdraw", json={"reason": "mine"}, headers=account.headers)
+    assert push(limited_portal, make_rows(60_000, "other"), account.headers).status_code == 413
+    assert push(limited_portal, large, account.headers).status_code == 201

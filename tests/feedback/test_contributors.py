@@ -10,7 +10,7 @@ import pytest
 
 from feedback.api.app import make_app
 from feedback.tables import new_id
-from tests.serving import served
+from tests.serving import serve_app
 
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "abc", "model_version": 1, "expected": "cba"}
 
@@ -160,7 +160,7 @@ def test_more_callers_than_connections_are_all_answered(portal, account):
 
 
 @contextlib.contextmanager
-def unfinished_upload(url, headers):
+def open_unfinished_upload(url, headers):
     """Open a connection on which an upload has started and then stalls."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -170,11 +170,11 @@ def unfinished_upload(url, headers):
 
 
 def test_stalled_uploads_do_not_block_other_accounts(stores, engine, objects, account, stranger):
-    with served(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as connections:
+    with serve_app(make_app(stores, engine, objects)) as url, contextlib.ExitStack() as connections:
         for _ in range(40):  # more than the portal has connections to its database
-            connections.enter_context(unfinished_upload(url, account.headers))
+            connections.enter_context(open_unfinished_upload(url, account.headers))
         assert httpx.get(f"{url}/api/v1/feedback", headers=stranger, timeout=15).status_code == 200
-        one_more = connections.enter_context(unfinished_upload(url, account.headers))
+        one_more = connections.enter_context(open_unfinished_upload(url, account.headers))
         answer = b""
         while not answer.endswith(b"}}"):
             answer += one_more.recv(4096) or pytest.fail(f"closed after {answer!r}")

@@ -9,13 +9,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from feedback.api.app import make_app
-from tests.serving import served
+from tests.serving import serve_app
 
 ROWS = b'{"prompt": "%d", "answer": "a"}\n'
 
 
 @pytest.fixture
-def narrow(stores, engine, objects, first_version):
+def limited_portal(stores, engine, objects, first_version):
     """Serve a portal that accepts two reports and two datasets per account within 24 hours."""
     changes = {"max_daily_reports": 2, "max_daily_datasets": 2}
     with TestClient(make_app(stores.model_copy(update=changes), engine, objects)) as client:
@@ -23,23 +23,23 @@ def narrow(stores, engine, objects, first_version):
 
 
 @pytest.fixture
-def report(narrow):
+def send_report(limited_portal):
     def send(headers, **more):
         body = {"kind": "correction", "prompt": "p", "response": "?", "model_version": 1, "expected": "a"}
-        return narrow.post("/api/v1/feedback", json=body, headers={**headers, **more})
+        return limited_portal.post("/api/v1/feedback", json=body, headers={**headers, **more})
 
     return send
 
 
 @pytest.fixture
-def push(narrow):
+def push_rows(limited_portal):
     def send(headers, data=ROWS, **more):
-        return narrow.post("/api/v1/datasets?name=rows", content=data, headers={**headers, **more})
+        return limited_portal.post("/api/v1/datasets?name=rows", content=data, headers={**headers, **more})
 
     return send
 
 
-@pytest.mark.parametrize(("what", "table"), [("report", "feedback"), ("push", "dataset")])
+@pytest.mark.parametrize(("what", "table"), [("send_report", "feedback"), ("push_rows", "dataset")])
 def test_submission_beyond_the_daily_limit_is_refused_until_24_hours_pass(
     request, what, table, account, operator, engine
 ):
@@ -50,7 +50,7 @@ def test_submission_beyond_the_daily_limit_is_refused_until_24_hours_pass(
     refused = send(account.headers, **{"Idempotency-Key": "third"})
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "too_many")
     assert 86_000 < int(refused.headers["Retry-After"]) <= 86_400
-    name = {"report": "reports", "push": "datasets"}[what]
+    name = {"send_report": "reports", "push_rows": "datasets"}[what]
     assert f"an account may send 2 {name} within 24 hours" in refused.json()["error"]["message"]
     assert send(account.headers, **key).json() == first.json()
     assert {send(operator).status_code for _ in range(3)} == {201}
@@ -61,21 +61,21 @@ def test_submission_beyond_the_daily_limit_is_refused_until_24_hours_pass(
     assert send(account.headers).status_code == 429
 
 
-def test_idempotency_key_of_a_report_does_not_bypass_the_daily_dataset_limit(push, report, account):
+def test_idempotency_key_of_a_report_does_not_bypass_the_daily_dataset_limit(push_rows, send_report, account):
     key = {"Idempotency-Key": "of-a-report"}
-    statuses = [report(account.headers, **key), push(account.headers), push(account.headers)]
+    statuses = [send_report(account.headers, **key), push_rows(account.headers), push_rows(account.headers)]
     assert [response.status_code for response in statuses] == [201, 201, 201]
-    assert push(account.headers, **key).status_code == 429
+    assert push_rows(account.headers, **key).status_code == 429
 
 
 @pytest.mark.parametrize("num_sent", [0, 1])
-def test_reused_idempotency_key_with_another_file_stores_no_bytes(push, account, objects, num_sent):
+def test_reused_idempotency_key_with_another_file_stores_no_bytes(push_rows, account, objects, num_sent):
     """Bytes without a record would count in no quota."""
     key, other = {"Idempotency-Key": "used"}, ROWS * 3 + f'{{"prompt": "{account.id}", "answer": "b"}}\n'.encode()
     for _ in range(num_sent):
-        assert push(account.headers).status_code == 201
-    assert push(account.headers, **key).status_code == 201
-    refused = push(account.headers, other, **key)
+        assert push_rows(account.headers).status_code == 201
+    assert push_rows(account.headers, **key).status_code == 201
+    refused = push_rows(account.headers, other, **key)
     assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict")
     assert not objects.exists(f"uploads/{hashlib.sha256(other).hexdigest()}")
 
@@ -84,7 +84,7 @@ def test_concurrent_uploads_with_one_idempotency_key_store_one_file(stores, engi
     """Bytes without a record would count in no quota."""
     key = {**account.headers, "Idempotency-Key": "at-once"}
     files = [ROWS * 3 + f'{{"prompt": "{account.id} {n % 4}", "answer": "b"}}\n'.encode() for n in range(8)]
-    with served(make_app(stores, engine, objects)) as url, ThreadPoolExecutor(2) as threads:
+    with serve_app(make_app(stores, engine, objects)) as url, ThreadPoolExecutor(2) as threads:
         responses = list(
             threads.map(
                 lambda file: httpx.post(f"{url}/api/v1/datasets?name=rows", content=file, headers=key, timeout=60),
@@ -97,8 +97,8 @@ def test_concurrent_uploads_with_one_idempotency_key_store_one_file(stores, engi
     assert stored.count(True) == 1
 
 
-def test_refused_files_count_toward_the_daily_dataset_limit(push, account):
-    statuses = [push(account.headers, data).status_code for data in (b"oops", b"oops", ROWS)]
+def test_refused_files_count_toward_the_daily_dataset_limit(push_rows, account):
+    statuses = [push_rows(account.headers, data).status_code for data in (b"oops", b"oops", ROWS)]
     assert statuses == [422, 422, 429]
 
 

@@ -15,39 +15,39 @@ from yuan.eval.results import EvalResult
 
 
 @pytest.fixture
-def others(session):
+def other_accounts(session):
     return [add_contributor(session, new_id())[0] for _ in range(2)]
 
 
-def report(session, who, prefix, count, later):
+def add_reports(session, who, prefix, count, later):
     """Submit and accept reports; return the ids of their cases."""
     rows = [submit(session, who, f"{prefix} {n}", "7") for n in range(count)]
     accept_all(session, later)
     return [row.case_id for row in rows]
 
 
-def test_junk_reports_that_pass_by_chance_do_not_block_candidates(session, others, reporter, later):
-    good = report(session, reporter, "good", 10, later)
-    junk = report(session, others[0], "junk", 160, later)
+def test_junk_reports_that_pass_by_chance_do_not_block_candidates(session, other_accounts, reporter, later):
+    good = add_reports(session, reporter, "good", 10, later)
+    junk = add_reports(session, other_accounts[0], "junk", 160, later)
     promote(session, 1, passed=[])
     assert promote(session, 2, passed=good + junk[:8], parent=1).promote
     decision = promote(session, 3, passed=good + junk[8:15], parent=2)
     assert decision.promote and decision.reasons == ()
     assert sorted(decision.regressions) == sorted(junk[:8]) and decision.regressions_may_be_chance
     (named,) = decision.regressions_by_account
-    assert (named.name, named.num_lost, named.num_gained) == (others[0].name, 8, 7)
+    assert (named.name, named.num_lost, named.num_gained) == (other_accounts[0].name, 8, 7)
     assert len(named.reports) == 8 and named.p_value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("lost", [1, 8])
-def test_withdrawing_failing_reports_does_not_block_candidates(session, others, reporter, later, lost):
+def test_withdrawing_failing_reports_does_not_block_candidates(session, other_accounts, reporter, later, lost):
     """The remaining reports pass in the champion only because the failing ones were withdrawn."""
-    good = report(session, reporter, "good", 10, later)
-    junk = report(session, others[0], "junk", 160, later)
+    good = add_reports(session, reporter, "good", 10, later)
+    junk = add_reports(session, other_accounts[0], "junk", 160, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=good + junk[:8], parent=1)
     for row in session.scalars(select(Feedback).where(Feedback.case_id.in_(junk[8:]))).all():
-        withdraw_report(session, others[0], row.id, "it fails")
+        withdraw_report(session, other_accounts[0], row.id, "it fails")
     decision = promote(session, 3, passed=good + junk[lost:8], parent=2)
     assert decision.promote and decision.regressions_may_be_chance
     assert decision.regressions_by_account[0].num_gained == 152
@@ -61,7 +61,7 @@ def test_significant_regressions_of_one_account_block_the_candidate(
     session, reporter, later, total, lost, gained, is_promoted
 ):
     """They always count where the champion passes at least half of the account's reports."""
-    cases = report(session, reporter, "good", total, later)
+    cases = add_reports(session, reporter, "good", total, later)
     session.execute(update(Case).where(Case.id.in_(cases)).values(role="held_out"))
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases[:lost], parent=1)
@@ -72,7 +72,10 @@ def test_significant_regressions_of_one_account_block_the_candidate(
 
 def test_passing_train_cases_do_not_make_held_out_regressions_significant(session, reporter, later):
     """Half of an account's meaningless reports become train cases, which pass after training."""
-    train, held_out = report(session, reporter, "train", 80, later), report(session, reporter, "tests", 80, later)
+    train, held_out = (
+        add_reports(session, reporter, "train", 80, later),
+        add_reports(session, reporter, "tests", 80, later),
+    )
     for cases, role in ((train, "train"), (held_out, "held_out")):
         session.execute(update(Case).where(Case.id.in_(cases)).values(role=role))
     promote(session, 1, passed=[])
@@ -83,10 +86,10 @@ def test_passing_train_cases_do_not_make_held_out_regressions_significant(sessio
 
 
 def test_reports_after_the_promotion_do_not_offset_regressions(session, reporter, later):
-    old = report(session, reporter, "old", 5, later)
+    old = add_reports(session, reporter, "old", 5, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=old, parent=1)
-    new = report(session, reporter, "new", 20, later)
+    new = add_reports(session, reporter, "new", 20, later)
     promoted = select(Promotion.created_at).where(Promotion.version == 2)
     moment = session.scalars(promoted).one() + timedelta(seconds=1)
     session.execute(update(Case).where(Case.id.in_(new)).values(created_at=moment))
@@ -95,17 +98,17 @@ def test_reports_after_the_promotion_do_not_offset_regressions(session, reporter
     assert not decision.promote and decision.regressions_by_account[0].num_gained == 0
 
 
-def test_regressions_of_two_accounts_count_each(session, others, later):
-    cases = [report(session, who, f"of {who.id}", 1, later)[0] for who in others]
+def test_regressions_of_two_accounts_count_each(session, other_accounts, later):
+    cases = [add_reports(session, who, f"of {who.id}", 1, later)[0] for who in other_accounts]
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert "reports that pass in the champion fail again: 2, of 2 account(s)" in decision.reasons
-    assert {entry.account for entry in decision.regressions_by_account} == {who.id for who in others}
+    assert {entry.account for entry in decision.regressions_by_account} == {who.id for who in other_accounts}
 
 
-def test_regression_of_a_case_shared_by_two_accounts_blocks_the_candidate(session, others, later):
-    (case,), (same,) = (report(session, who, "shared", 1, later) for who in others)
+def test_regression_of_a_case_shared_by_two_accounts_blocks_the_candidate(session, other_accounts, later):
+    (case,), (same,) = (add_reports(session, who, "shared", 1, later) for who in other_accounts)
     assert case == same
     promote(session, 1, passed=[])
     promote(session, 2, passed=[case], parent=1)
@@ -114,23 +117,23 @@ def test_regression_of_a_case_shared_by_two_accounts_blocks_the_candidate(sessio
 
 def test_regression_of_one_operator_report_blocks_the_candidate(session, reporter, later):
     reporter.role = "operator"
-    (case,) = report(session, reporter, "mine", 1, later)
+    (case,) = add_reports(session, reporter, "mine", 1, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[case], parent=1)
     assert not promote(session, 3, passed=[], parent=2).promote
 
 
-def test_round_lists_accounts_with_regressions_and_ignores_withdrawn_accounts(session, others, reporter, later):
+def test_round_lists_accounts_with_regressions_and_ignores_withdrawn_accounts(session, other_accounts, reporter, later):
     reporter.role = "operator"
-    cases = [case for who in others for case in report(session, who, f"of {who.id}", 30, later)]
+    cases = [case for who in other_accounts for case in add_reports(session, who, f"of {who.id}", 30, later)]
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert [len(entry.reports) for entry in decision.regressions_by_account] == [20, 20]
     lines = describe_regressions(decision)
-    assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in others)
+    assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in other_accounts)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
-    for who in others:
+    for who in other_accounts:
         withdraw_account(session, reporter, who, "senseless", ["reports"])
     training_round = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
     assert gate.decide_promotion(session, training_round).regressions == ()

@@ -10,14 +10,14 @@ from feedback.api.app import make_app
 from feedback.contracts import MIN_PART_SHARE
 from feedback.tables import Response, new_id
 from infra.database import make_session_factory
-from tests.serving import served
+from tests.serving import serve_app
 from yuan.data.mixture import compute_quotas
 
 REPORT = {"kind": "correction", "prompt": "Reverse: abc", "response": "?", "model_version": 1, "expected": "cba"}
 JSON = {"Content-Type": "application/json"}
 
 
-def refused(answer, status, param):
+def check_refusal(answer, status, param):
     assert answer.status_code == status, answer.text
     assert answer.json()["error"].get("param") == param
     assert "\0" not in answer.text
@@ -27,12 +27,14 @@ def refused(answer, status, param):
 @pytest.mark.parametrize("text", [r"a\u0000b", r"\ud83d"])
 def test_text_that_cannot_be_stored_is_refused_with_its_field(portal, account, field, text):
     body = json.dumps({**REPORT, field: "HERE"}).replace("HERE", text)
-    refused(portal.post("/api/v1/feedback", content=body, headers=account.headers | JSON), 422, field)
+    check_refusal(portal.post("/api/v1/feedback", content=body, headers=account.headers | JSON), 422, field)
 
 
 @pytest.mark.parametrize("field", ["prompt", "expected", "response_id"])
 def test_whitespace_only_text_is_refused(portal, account, field):
-    refused(portal.post("/api/v1/feedback", json={**REPORT, field: " \u3000\n"}, headers=account.headers), 422, field)
+    check_refusal(
+        portal.post("/api/v1/feedback", json={**REPORT, field: " \u3000\n"}, headers=account.headers), 422, field
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_whitespace_only_text_is_refused(portal, account, field):
 def test_invalid_json_is_refused_with_its_field(portal, account, body, param):
     valid = json.dumps(REPORT).encode()
     merged = valid[:-1] + b", " + body[1:] if body.startswith(b'{"') else body
-    refused(portal.post("/api/v1/feedback", content=merged, headers=account.headers | JSON), 422, param)
+    check_refusal(portal.post("/api/v1/feedback", content=merged, headers=account.headers | JSON), 422, param)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +67,21 @@ def test_malformed_id_is_refused(portal, operator, path):
 
 @pytest.mark.parametrize("number", ["99999999999", "-1", "0", "9" * 5000, "1e3", "%00", "x"])
 def test_invalid_round_number_is_refused(portal, number):
-    refused(portal.get(f"/rounds/{number}/plan.svg"), 422, "number")
+    check_refusal(portal.get(f"/rounds/{number}/plan.svg"), 422, "number")
 
 
 @pytest.mark.parametrize("name", ["%00", "a%00b", "%20", "", "x" * 101])
 def test_invalid_dataset_name_is_refused(portal, account, name):
     response = portal.post(f"/api/v1/datasets?name={name}", content=b'{"answer": "b"}', headers=account.headers)
-    refused(response, 422, "name")
+    check_refusal(response, 422, "name")
 
 
 @pytest.mark.parametrize("name", ["reports", "Base", "datasets", "a/b", "../x", ".hidden", "加"])
 def test_reserved_or_invalid_suite_name_is_refused(portal, operator, name):
     query = {"name": name, "purpose": "suite"}
-    refused(portal.post("/api/v1/datasets", params=query, content=b'{"answer": "b"}', headers=operator), 422, "name")
+    check_refusal(
+        portal.post("/api/v1/datasets", params=query, content=b'{"answer": "b"}', headers=operator), 422, "name"
+    )
 
 
 def test_reason_of_every_bad_row_is_short_and_printable(portal, account):
@@ -115,7 +119,7 @@ def test_reason_of_every_bad_row_is_short_and_printable(portal, account):
     ],
 )
 def test_round_with_invalid_parameters_is_refused(portal, operator, changes, param):
-    refused(portal.post("/api/v1/rounds", json=changes, headers=operator), 422, param)
+    check_refusal(portal.post("/api/v1/rounds", json=changes, headers=operator), 422, param)
 
 
 def test_minimum_part_share_is_the_smallest_weight_that_a_mixture_accepts():
@@ -126,12 +130,12 @@ def test_minimum_part_share_is_the_smallest_weight_that_a_mixture_accepts():
 
 
 def test_a_misspelt_query_parameter_is_refused(portal, account):
-    refused(portal.get("/api/v1/feedback?stat=received", headers=account.headers), 422, "stat")
+    check_refusal(portal.get("/api/v1/feedback?stat=received", headers=account.headers), 422, "stat")
 
 
 def test_query_that_is_not_utf8_is_refused(portal, account):
     response = portal.post("/api/v1/datasets?name=%FF", content=b'{"answer": "b"}', headers=account.headers)
-    refused(response, 422, "query")
+    check_refusal(response, 422, "query")
 
 
 def test_concurrent_requests_for_one_name_create_one_account(portal, operator):
@@ -151,7 +155,7 @@ def test_unsupported_method_returns_405_with_the_allowed_methods(portal, account
 
 
 @pytest.fixture
-def response(engine, account, first_version):
+def response_id(engine, account, first_version):
     """Record a response to the test's contributor and return its id."""
     fields = {"id": new_id(), "prompt": "Reverse: abc", "response": "?", "model_version": first_version}
     with make_session_factory(engine).begin() as session:
@@ -159,19 +163,19 @@ def response(engine, account, first_version):
     return fields["id"]
 
 
-def test_report_about_a_recorded_response_must_match_its_prompt_and_text(portal, account, response):
-    report = {**REPORT, "response_id": response}
+def test_report_about_a_recorded_response_must_match_its_prompt_and_text(portal, account, response_id):
+    report = {**REPORT, "response_id": response_id}
     assert portal.post("/api/v1/feedback", json=report, headers=account.headers).status_code == 201
     for field in ("prompt", "response"):
         changed = {**report, field: "something else"}
-        refused(portal.post("/api/v1/feedback", json=changed, headers=account.headers), 422, field)
+        check_refusal(portal.post("/api/v1/feedback", json=changed, headers=account.headers), 422, field)
 
 
-def test_report_about_an_unknown_or_foreign_response_is_not_found(portal, account, operator, response):
+def test_report_about_an_unknown_or_foreign_response_is_not_found(portal, account, operator, response_id):
     unknown = {**REPORT, "response_id": new_id()}
-    refused(portal.post("/api/v1/feedback", json=unknown, headers=account.headers), 404, "response_id")
-    foreign = {**REPORT, "response_id": response}
-    refused(portal.post("/api/v1/feedback", json=foreign, headers=operator), 404, "response_id")
+    check_refusal(portal.post("/api/v1/feedback", json=unknown, headers=account.headers), 404, "response_id")
+    foreign = {**REPORT, "response_id": response_id}
+    check_refusal(portal.post("/api/v1/feedback", json=foreign, headers=operator), 404, "response_id")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_report_about_an_unknown_or_foreign_response_is_not_found(portal, accoun
     ],
 )
 def test_report_with_invalid_or_contradictory_fields_is_refused(portal, account, changes, status, param):
-    refused(portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers), status, param)
+    check_refusal(portal.post("/api/v1/feedback", json={**REPORT, **changes}, headers=account.headers), status, param)
 
 
 def test_connection_survives_an_unexpected_error_and_contributor_text_is_not_logged(
@@ -196,10 +200,10 @@ def test_connection_survives_an_unexpected_error_and_contributor_text_is_not_log
     app = make_app(stores, engine, objects)
 
     @app.get("/fault")
-    def fault():
+    def raise_error():
         raise KeyError(f"{1}st contributor's text")
 
-    with served(app) as url:
+    with serve_app(app) as url:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
         connection.auto_open = 0  # a closed connection is an error; do not reconnect
         connection.connect()

@@ -17,9 +17,9 @@ from tests.feedback.loop import (
     SALT,
     accept_all,
     add_candidate,
-    checked_rows,
-    freeze,
-    is_drawn,
+    freeze_mixture,
+    is_held_out,
+    make_checked_rows,
     promote,
     start_round,
     submit,
@@ -27,17 +27,17 @@ from tests.feedback.loop import (
 )
 from yuan.eval.results import EvalResult
 
-HOW_MANY = 9
+NUM_REPORTS = 9
 
 
 @pytest.fixture
-def many(session, reporter):
+def reports_with_target(session, reporter):
     """Return submitted reports, and one of them."""
-    rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(HOW_MANY)]
+    rows = [submit(session, reporter, f"Reverse: {n}x", f"x{n}") for n in range(NUM_REPORTS)]
     return rows, random.Random(0).choice(rows)
 
 
-def refuse(session, table, column, value):
+def refuse_row(session, table, column, value):
     """Make the database refuse one row of a table, by a trigger that is rolled back with the test."""
     session.flush()
     body = (
@@ -48,25 +48,25 @@ def refuse(session, table, column, value):
     session.execute(text(f"create trigger planted {when} execute procedure planted()"))
 
 
-def only_it_failed(session, rows, one, reason):
+def check_only_it_failed(session, rows, one, reason):
     faults_by_report = find_faults_by_subject(session, [row.id for row in rows])
     assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [one.id]
     assert reason in faults_by_report[one.id][0][1]
     assert any(reason in event.text for event in report_records.describe_report(session, one).timeline)
 
 
-def test_only_the_report_that_current_validation_refuses_is_rejected(session, many, later):
-    rows, one = many
+def test_only_the_report_that_current_validation_refuses_is_rejected(session, reports_with_target, later):
+    rows, one = reports_with_target
     one.body = {**one.body, "checker": {"type": "gone"}}
-    assert reports.screen_reports(session, later) == (HOW_MANY, 1)
-    assert [row.state for row in rows if row is not one] == ["in_review"] * (HOW_MANY - 1)
+    assert reports.screen_reports(session, later) == (NUM_REPORTS, 1)
+    assert [row.state for row in rows if row is not one] == ["in_review"] * (NUM_REPORTS - 1)
     assert one.state == "rejected" and "checker" in one.reason
-    only_it_failed(session, rows, one, "checker")
+    check_only_it_failed(session, rows, one, "checker")
 
 
 @pytest.mark.parametrize("fault", ["refused", "raises", "database"])
-def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, many, later, fault):
-    rows, one = many
+def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, reports_with_target, later, fault):
+    rows, one = reports_with_target
     reports.screen_reports(session, later)
 
     def check(checker, answer):
@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     answers = {row.id: "wrong" for row in rows}
     answers[one.id] = PromptRefused("a planted fault") if fault == "refused" else fault
     assert reports.note_reproductions(session, 1, answers.items(), check) == 1
-    only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
+    check_only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
     assert reports.review_reports(session, later, SALT, 0.5) == reports.ReviewCounts(accepted=8)
     assert (one.state, one.reproduction) == ("in_review", None) and one.reason
     promote(session, 1, passed=[])
@@ -96,61 +96,61 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and one.reason is None
 
 
-def test_failed_review_of_one_report_does_not_block_the_others(session, many, later):
-    rows, one = many
-    refuse(session, "feedback", "case_id is not null and new.id", one.id)
+def test_failed_review_of_one_report_does_not_block_the_others(session, reports_with_target, later):
+    rows, one = reports_with_target
+    refuse_row(session, "feedback", "case_id is not null and new.id", one.id)
     counts = accept_all(session, later)
-    assert (counts.accepted, counts.failed) == (HOW_MANY - 1, 1)
+    assert (counts.accepted, counts.failed) == (NUM_REPORTS - 1, 1)
     assert one.state == "in_review"
-    only_it_failed(session, rows, one, "a planted fault")
+    check_only_it_failed(session, rows, one, "a planted fault")
 
 
 def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
     session,
     objects,
     reporter,
-    many,
+    reports_with_target,
     later,
 ):
-    rows, one = many
+    rows, one = reports_with_target
     accept_all(session, later, share=0.0)
     session.execute(update(Case).where(Case.id == one.case_id).values(checker={"type": "gone"}))
-    kept_rows = checked_rows("here", 10)
+    kept_rows = make_checked_rows("here", 10)
     upload(session, objects, reporter, kept_rows)
-    lost_dataset = upload(session, objects, reporter, checked_rows("gone", 10))
+    lost_dataset = upload(session, objects, reporter, make_checked_rows("gone", 10))
     objects.delete(f"{datasets.UPLOADS_FOLDER}/{lost_dataset.sha256}")
     session.expire_all()
     snapshot_id = snapshots.freeze_mixture(
         session, start_round(session).id, objects.get, lambda data: objects.put_by_sha256("snapshots", data)
     )
     assert snapshots.read_failed_count(session, snapshot_id) == 2
-    num_train = len(kept_rows) - sum(map(is_drawn, kept_rows))
+    num_train = len(kept_rows) - sum(map(is_held_out, kept_rows))
     assert snapshots.read_part_sizes(session, snapshot_id) == {
-        "corrections": HOW_MANY - 1,
+        "corrections": NUM_REPORTS - 1,
         "datasets": num_train,
         "base": 0,
     }
-    only_it_failed(session, rows, one, "checker")
+    check_only_it_failed(session, rows, one, "checker")
     assert "its bytes are missing" in datasets.describe_dataset(session, lost_dataset).timeline[-1].text
 
 
-def test_a_result_that_cannot_be_stored_is_a_failed_case(session, many, later):
-    rows, one = many
+def test_a_result_that_cannot_be_stored_is_a_failed_case(session, reports_with_target, later):
+    rows, one = reports_with_target
     accept_all(session, later)
-    refuse(session, "case_result", "passed and new.case_id", one.case_id)
+    refuse_row(session, "case_result", "passed and new.case_id", one.case_id)
     promote(session, 1, passed=[row.case_id for row in rows])
     failures = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
     assert failures == [(one.case_id, "the database refuses it: a planted fault")]
-    only_it_failed(session, rows, one, "a planted fault")
-    assert len(session.scalars(select(CaseResult)).all()) == HOW_MANY
+    check_only_it_failed(session, rows, one, "a planted fault")
+    assert len(session.scalars(select(CaseResult)).all()) == NUM_REPORTS
 
 
 def test_case_that_could_not_be_evaluated_is_on_the_report_and_dataset_timelines(
-    session, objects, many, reporter, later
+    session, objects, reports_with_target, reporter, later
 ):
-    rows, one = many
+    rows, one = reports_with_target
     accept_all(session, later)
-    dataset = upload(session, objects, reporter, checked_rows("d", 20))
+    dataset = upload(session, objects, reporter, make_checked_rows("d", 20))
     training_round = start_round(session)
     add_candidate(session, training_round, 1)
     held_out = session.scalars(select(Case).where(Case.suite == "datasets")).all()
@@ -159,13 +159,13 @@ def test_case_that_could_not_be_evaluated_is_on_the_report_and_dataset_timelines
     reasons = {case: "the prompt has 301 tokens" if case in unjudged else None for case in cases}
     results = [EvalResult(case, "", False, reasons[case]) for case in cases]
     promotion.store_results(session, 1, results)
-    only_it_failed(session, rows, one, "the prompt has 301 tokens")
+    check_only_it_failed(session, rows, one, "the prompt has 301 tokens")
     texts = [event.text for event in datasets.describe_dataset(session, dataset).timeline]
     assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in texts), texts
 
 
-def test_model_response_is_stored_with_unstorable_characters_replaced(session, many, later):
-    rows, one = many
+def test_model_response_is_stored_with_unstorable_characters_replaced(session, reports_with_target, later):
+    rows, one = reports_with_target
     reports.screen_reports(session, later)
     answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
     assert reports.note_reproductions(session, 1, answers.items(), lambda checker, answer: False) == 0
@@ -173,19 +173,19 @@ def test_model_response_is_stored_with_unstorable_characters_replaced(session, m
     assert one.reproduced_response == "a\ufffdb\ufffd"
 
 
-def test_failed_notice_does_not_block_the_other_notices(session, many, later):
-    rows, one = many
+def test_failed_notice_does_not_block_the_other_notices(session, reports_with_target, later):
+    rows, one = reports_with_target
     accept_all(session, later)
-    refuse(session, "outbox", "feedback_id", one.id)
+    refuse_row(session, "outbox", "feedback_id", one.id)
     assert promote(session, 1, passed=[]).promote
-    assert promotion.mark_notices_delivered(session) == HOW_MANY - 1
+    assert promotion.mark_notices_delivered(session) == NUM_REPORTS - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
     assert find_faults_by_subject(session, [one.id])[one.id][0][1] == (
         "could not be processed (notify): the database refuses it: a planted fault"
     )
 
 
-def test_alias_refused_by_the_registry_does_not_block_the_other_aliases(session, many, later):
+def test_alias_refused_by_the_registry_does_not_block_the_other_aliases(session, reports_with_target, later):
     accept_all(session, later)
     promote(session, 1, passed=[])
     promote(session, 2, passed=[], parent=1)
@@ -200,8 +200,8 @@ def test_alias_refused_by_the_registry_does_not_block_the_other_aliases(session,
     assert changed == aliases == {"previous": 1, "candidate": 2}
 
 
-def test_lost_database_connection_is_raised_and_attributed_to_no_item(session, many):
-    rows, _ = many
+def test_lost_database_connection_is_raised_and_attributed_to_no_item(session, reports_with_target):
+    rows, _ = reports_with_target
 
     def work(row):
         raise OperationalError("select 1", {}, Exception("the connection is lost"))
@@ -227,15 +227,17 @@ def test_records_of_an_older_release_show_the_present_name_of_a_step(session, re
     assert find_faults_by_subject(session, [row.id])[row.id][0][1] == "could not be processed (notify): a fault"
 
 
-def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(session, objects, reporter, many, later):
-    rows, one = many
+def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
+    session, objects, reporter, reports_with_target, later
+):
+    rows, one = reports_with_target
     accept_all(session, later, share=0.0)
-    dataset = upload(session, objects, reporter, checked_rows("left", 30))
+    dataset = upload(session, objects, reporter, make_checked_rows("left", 30))
     keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "train"))
     reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
     for _ in range(2):  # a repeated step records it once
         snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
-    only_it_failed(session, rows, one, "its correction: a planted fault")
+    check_only_it_failed(session, rows, one, "its correction: a planted fault")
     (reason,) = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1
     assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")
@@ -257,7 +259,7 @@ def test_rows_that_current_validation_refuses_are_excluded_and_reported(session,
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
     accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
-    snapshot_id, stored = freeze(session, objects)
+    snapshot_id, stored = freeze_mixture(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
     texts = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]

@@ -26,14 +26,14 @@ def queue(session):
     return session
 
 
-def ask(session, name="run", priority=0, waited_s=0.0, **wanted):
-    lease = leases.request_lease(session, "p", wanted, run_id=name, team="t", holder="host:1:1", priority=priority)
+def request_lease(session, name="run", priority=0, waited_s=0.0, **devices):
+    lease = leases.request_lease(session, "p", devices, run_id=name, team="t", holder="host:1:1", priority=priority)
     lease.asked_at -= timedelta(seconds=waited_s)
     session.flush()
     return lease
 
 
-def silence(session, lease, seconds):
+def stop_heartbeat(session, lease, seconds):
     session.execute(
         update(Lease)
         .where(Lease.id == lease.id)
@@ -42,7 +42,7 @@ def silence(session, lease, seconds):
 
 
 def test_a_gang_gets_all_or_nothing(queue):
-    first, second = ask(queue, A=4), ask(queue, A=4)
+    first, second = request_lease(queue, A=4), request_lease(queue, A=4)
     assert leases.grant_leases(queue, "p") == [first]
     assert len(first.devices) == 4 and second.devices is None
     leases.release_lease(queue, first.id, first.generation, "done")
@@ -50,29 +50,29 @@ def test_a_gang_gets_all_or_nothing(queue):
 
 
 def test_gang_is_placed_on_one_node_if_it_fits(queue):
-    lone = ask(queue, A=1)
+    lone = request_lease(queue, A=1)
     leases.grant_leases(queue, "p")
     assert lone.devices == ["A/4"]  # from the node with two devices, so that the other node can still serve four
-    four = ask(queue, A=4)
+    four = request_lease(queue, A=4)
     leases.grant_leases(queue, "p")
     assert four.devices == ["A/0", "A/1", "A/2", "A/3"]
 
 
 def test_queue_order_depends_on_priority_and_waiting_time(queue):
-    holder = ask(queue, A=6)
+    holder = request_lease(queue, A=6)
     leases.grant_leases(queue, "p")
-    low, high = ask(queue, A=6), ask(queue, A=6, priority=2)
+    low, high = request_lease(queue, A=6), request_lease(queue, A=6, priority=2)
     assert list(queue.scalars(leases.select_waiting_leases("p"))) == [high, low]
-    patient = ask(queue, A=6, priority=-1, waited_s=4 * leases.WAIT_S_PER_PRIORITY_POINT)
+    patient = request_lease(queue, A=6, priority=-1, waited_s=4 * leases.WAIT_S_PER_PRIORITY_POINT)
     assert list(queue.scalars(leases.select_waiting_leases("p"))) == [patient, high, low]
     leases.release_lease(queue, holder.id, holder.generation, "done")
     assert leases.grant_leases(queue, "p") == [patient]
 
 
 def test_small_requests_cannot_starve_a_large_one(queue):
-    small = ask(queue, A=1)
+    small = request_lease(queue, A=1)
     leases.grant_leases(queue, "p")
-    large, later, other_class = ask(queue, A=6), ask(queue, A=1), ask(queue, B=2)
+    large, later, other_class = request_lease(queue, A=6), request_lease(queue, A=1), request_lease(queue, B=2)
     assert leases.grant_leases(queue, "p") == [other_class]
     leases.release_lease(queue, small.id, small.generation, "done")
     assert leases.grant_leases(queue, "p") == [large] and later.devices is None
@@ -81,13 +81,13 @@ def test_small_requests_cannot_starve_a_large_one(queue):
 def test_request_beyond_the_working_devices_is_refused_with_their_number(queue):
     leases.set_device_lost(queue, "p", "A/2", "Xid 79")
     with pytest.raises(leases.NoCapacity, match=r"'A': 5.*A/2 is lost: Xid 79"):
-        ask(queue, A=6)
+        request_lease(queue, A=6)
     leases.set_device_lost(queue, "p", "A/2", None)
-    assert ask(queue, A=6)
+    assert request_lease(queue, A=6)
 
 
 @pytest.mark.parametrize(
-    ("pool", "wanted", "priority", "error"),
+    ("pool", "devices", "priority", "error"),
     [
         ("q", {"A": 1}, 0, NotFound),
         ("p", {"C": 1}, 0, leases.NoCapacity),
@@ -96,20 +96,20 @@ def test_request_beyond_the_working_devices_is_refused_with_their_number(queue):
         ("p", {"A": 1}, 101, ValueError),
     ],
 )
-def test_invalid_requests_are_refused(queue, pool, wanted, priority, error):
+def test_invalid_requests_are_refused(queue, pool, devices, priority, error):
     with pytest.raises(error):
-        leases.request_lease(queue, pool, wanted, run_id="r", team="t", holder="h:1:1", priority=priority)
+        leases.request_lease(queue, pool, devices, run_id="r", team="t", holder="h:1:1", priority=priority)
 
 
 def test_lease_without_heartbeats_is_fenced_and_its_devices_wait_for_process_exit(queue):
-    dead, alive = ask(queue, A=4), ask(queue, A=2)
+    dead, alive = request_lease(queue, A=4), request_lease(queue, A=2)
     leases.grant_leases(queue, "p")
-    silence(queue, dead, 1000)
+    stop_heartbeat(queue, dead, 1000)
     assert leases.fence_silent_leases(queue) == [dead]
     with pytest.raises(leases.LeaseLost, match="end the processes that run under it"):
         leases.record_lease_heartbeat(queue, dead.id, 1)
     leases.record_lease_heartbeat(queue, alive.id, 1)
-    waiting = ask(queue, A=1)
+    waiting = request_lease(queue, A=1)
     assert leases.grant_leases(queue, "p") == []  # not before the processes have exited
     leases.release_lease(queue, dead.id, 1, "too late")
     assert leases.grant_leases(queue, "p") == []
@@ -120,22 +120,22 @@ def test_lease_without_heartbeats_is_fenced_and_its_devices_wait_for_process_exi
 
 
 def test_fenced_lease_is_removed_from_the_queue(queue):
-    dead, alive = ask(queue, A=6), ask(queue, A=1)
-    silence(queue, dead, 1000)
+    dead, alive = request_lease(queue, A=6), request_lease(queue, A=1)
+    stop_heartbeat(queue, dead, 1000)
     assert leases.fence_silent_leases(queue) == [dead]
     assert leases.grant_leases(queue, "p") == [alive]
 
 
 def test_lease_without_heartbeats_is_not_fenced_if_its_process_is_running(queue):
-    lease = ask(queue, A=1)
-    silence(queue, lease, 1000)
+    lease = request_lease(queue, A=1)
+    stop_heartbeat(queue, lease, 1000)
     assert leases.fence_silent_leases(queue, alive=[lease.id]) == []
     assert leases.fence_silent_leases(queue, dead=[lease.id]) == [lease]
     assert leases.fence_silent_leases(queue, alive=[lease.id]) == [lease]  # its devices are being reclaimed already
 
 
 def test_database_downtime_does_not_count_toward_the_lease_ttl(queue):
-    lease = ask(queue, A=1)
+    lease = request_lease(queue, A=1)
     leases.grant_leases(queue, "p")
     queue.execute(update(Lease).values(heartbeat_at=func.now() - timedelta(days=2), ttl_s=86_400.0))
     up_s = queue.scalar(select(func.extract("epoch", func.now() - func.pg_postmaster_start_time())))
@@ -168,7 +168,7 @@ def test_lost_host_must_have_a_valid_host_name(queue):
 
 
 def test_device_removed_from_the_pool_file_is_reported_as_lost(queue):
-    lease = ask(queue, B=2)
+    lease = request_lease(queue, B=2)
     leases.grant_leases(queue, "p")
     smaller = Pool(
         name="p", groups=(POOL.groups[0], DeviceGroup(device_class="B", count=1, memory_gib=8, sustained_tflops=1))
@@ -186,7 +186,7 @@ def test_device_removed_from_the_pool_file_is_reported_as_lost(queue):
 
 def test_hours_add_up_by_run_and_team(queue):
     for name, count, hours in (("a", 4, 1.0), ("a", 2, 0.5), ("b", 1, 2.0)):
-        lease = ask(queue, name, A=count)
+        lease = request_lease(queue, name, A=count)
         leases.grant_leases(queue, "p")
         leases.release_lease(queue, lease.id, 1, "done")
         queue.flush()

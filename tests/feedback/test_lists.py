@@ -14,8 +14,8 @@ from feedback.items import note_reason
 from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN
 from infra.database import make_session_factory
-from tests.feedback.test_hostile import refused
-from tests.serving import served
+from tests.feedback.test_hostile import check_refusal
+from tests.serving import serve_app
 
 LISTS = ("feedback", "datasets", "notices")
 
@@ -45,17 +45,17 @@ def add_records(engine, account, count):
 
 
 @contextmanager
-def counted_statements(engine):
+def count_statements(engine):
     statements = []
 
-    def note(connection, cursor, statement, *rest):
+    def append_statement(connection, cursor, statement, *rest):
         statements.append(statement)
 
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", append_statement)
     try:
         yield statements
     finally:
-        event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "before_cursor_execute", append_statement)
 
 
 def read_pages(portal, name, headers, limit):
@@ -68,7 +68,7 @@ def read_pages(portal, name, headers, limit):
     return pages
 
 
-def name_of(item):
+def get_id(item):
     return item.get("id") or item["number"]
 
 
@@ -78,7 +78,7 @@ def test_number_of_queries_does_not_depend_on_the_number_of_records(portal, engi
     portal.get(f"/api/v1/{name}", headers=account.headers)  # the first request of a token also looks up its account
     for num_records in (1, 4, 25):
         add_records(engine, account, num_records)
-        with counted_statements(engine) as statements:
+        with count_statements(engine) as statements:
             response = portal.get(f"/api/v1/{name}", headers=account.headers)
         assert response.status_code == 200
         counts.append(len(statements))
@@ -91,7 +91,7 @@ def test_concatenated_pages_equal_the_full_list(portal, engine, account, first_v
     add_records(engine, account, 7)
     add_records(engine, account, 3)  # with another creation time
     (whole,) = read_pages(portal, name, account.headers, 200)
-    assert len({name_of(item) for item in whole}) == 10
+    assert len({get_id(item) for item in whole}) == 10
     for limit in (1, 3, 5, 10):
         pages = read_pages(portal, name, account.headers, limit)
         assert [item for page in pages for item in page] == whole
@@ -101,30 +101,30 @@ def test_concatenated_pages_equal_the_full_list(portal, engine, account, first_v
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("limit", ["0", "201", "-1", "x", "1.5", ""])
 def test_a_page_has_a_size_from_1_to_200(portal, account, name, limit):
-    refused(portal.get(f"/api/v1/{name}?limit={limit}", headers=account.headers), 422, "limit")
+    check_refusal(portal.get(f"/api/v1/{name}?limit={limit}", headers=account.headers), 422, "limit")
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_cursor_of_another_account_is_refused_like_an_unknown_cursor(portal, engine, account, operator, name):
     add_records(engine, account, 1)
-    foreign = name_of(portal.get(f"/api/v1/{name}", headers=account.headers).json()[0])
+    foreign = get_id(portal.get(f"/api/v1/{name}", headers=account.headers).json()[0])
     responses = []
     for cursor in (foreign, 2**31 - 1 if name == "notices" else new_id()):
         responses.append(portal.get(f"/api/v1/{name}?after={cursor}", headers=operator))
-        refused(responses[-1], 422, "after")
+        check_refusal(responses[-1], 422, "after")
     assert responses[0].content == responses[1].content
 
 
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "%00", "9" * 40, "'"])
 def test_a_malformed_cursor_is_refused(portal, account, name, cursor):
-    refused(portal.get(f"/api/v1/{name}?after={cursor}", headers=account.headers), 422, "after")
+    check_refusal(portal.get(f"/api/v1/{name}?after={cursor}", headers=account.headers), 422, "after")
 
 
 def test_the_client_reads_every_page(stores, objects, portal, engine, account, monkeypatch):
     add_records(engine, account, 5)
     monkeypatch.setattr(client, "CLIENT_PAGE_SIZE", 2)
-    with served(make_app(stores, engine, objects)) as url, Client(url, account.token) as account_client:
+    with serve_app(make_app(stores, engine, objects)) as url, Client(url, account.token) as account_client:
         assert [one.text for one in account_client.notices()] == list("01234")
         reports = [one.id for one in account_client.all_feedback()]
     assert reports == [one["id"] for one in portal.get("/api/v1/feedback", headers=account.headers).json()]

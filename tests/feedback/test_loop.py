@@ -20,9 +20,9 @@ from tests.feedback.loop import (
     SHARE,
     accept_all,
     add_candidate,
-    checked_rows,
-    freeze,
-    is_drawn,
+    freeze_mixture,
+    is_held_out,
+    make_checked_rows,
     promote,
     reproduce,
     start_round,
@@ -198,22 +198,22 @@ def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
 
 
 def test_decontamination_keeps_held_out_prompts_out_of_training(session, objects, reporter):
-    shared, others = checked_rows("q", 20), checked_rows("z", 50)
-    upload(session, objects, reporter, checked_rows("q", 20), purpose="suite")
+    shared, others = make_checked_rows("q", 20), make_checked_rows("z", 50)
+    upload(session, objects, reporter, make_checked_rows("q", 20), purpose="suite")
     upload(session, objects, reporter, [*(Row(prompt=r.prompt, answer="other") for r in shared), *others])
-    snapshot_id, data = freeze(session, objects)
+    snapshot_id, data = freeze_mixture(session, objects)
     trained = data.decode()
     assert not any(f'"{row.prompt}"' in trained for row in shared)
     counts = session.get_one(Snapshot, snapshot_id).counts
-    num_drawn = sum(map(is_drawn, others))
+    num_drawn = sum(map(is_held_out, others))
     assert 0 < num_drawn < 15 and (counts["datasets"], counts["datasets_closed_out"]) == (50 - num_drawn, 20)
 
 
 def test_decontamination_does_not_remove_documents_without_a_prompt(session, objects, reporter):
-    blank = Row.model_construct(prompt=" ", answer="a", checker=checked_rows("", 1)[0].checker)
+    blank = Row.model_construct(prompt=" ", answer="a", checker=make_checked_rows("", 1)[0].checker)
     add_cases(session, "older", [blank], "held_out")  # older releases accepted it
     upload(session, objects, reporter, [Row(answer=f"document {n}") for n in range(5)])
-    snapshot_id, _ = freeze(session, objects)
+    snapshot_id, _ = freeze_mixture(session, objects)
     counts = session.get_one(Snapshot, snapshot_id).counts
     assert (counts["datasets"], counts["datasets_closed_out"]) == (5, 0)
 
@@ -225,26 +225,26 @@ def test_stored_rows_that_current_validation_refuses_are_excluded(session, objec
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = dataset.sha256, "checked"
     accept_dataset(session, dataset.id, objects.get, SALT, SHARE, MAX_CASES)
-    _, snapshot = freeze(session, objects)
+    _, snapshot = freeze_mixture(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 
 
 def test_duplicate_rows_are_counted(session, objects, reporter):
-    upload(session, objects, reporter, checked_rows("d", 10))
-    again = upload(session, objects, reporter, [*checked_rows("d", 10), Row(prompt="new", answer="x")])
+    upload(session, objects, reporter, make_checked_rows("d", 10))
+    again = upload(session, objects, reporter, [*make_checked_rows("d", 10), Row(prompt="new", answer="x")])
     assert again.num_duplicates == 10
 
 
 def test_the_same_records_freeze_to_the_same_bytes(session, objects, reporter, later):
-    upload(session, objects, reporter, checked_rows("s", 30))
+    upload(session, objects, reporter, make_checked_rows("s", 30))
     submit(session, reporter)
     accept_all(session, later, share=0.0)
-    assert freeze(session, objects) == freeze(session, objects)
+    assert freeze_mixture(session, objects) == freeze_mixture(session, objects)
 
 
 def test_an_empty_mixture_is_refused(session, objects):
     with pytest.raises(ValueError, match="the mixture is empty"):
-        freeze(session, objects)
+        freeze_mixture(session, objects)
 
 
 def test_aliases_follow_the_champion_and_manual_changes_are_reverted(session, reporter, later):

@@ -18,9 +18,9 @@ from feedback import tables
 from feedback.api import openai
 from feedback.api.app import make_app
 from infra.database import make_session_factory
-from tests.serving import served
+from tests.serving import serve_app
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, make_served, metric, running
+from tests.yuan.serving import TOKEN, make_served_model, read_metric, serve_model
 from yuan.data.text import make_storable
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
@@ -29,29 +29,29 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @contextlib.contextmanager
-def door(stores, engine, objects, model_url):
+def serve_portal(stores, engine, objects, model_url):
     """Serve the portal in front of the model server at a URL; yield an HTTP client of the portal."""
     changes = {"model_server_url": model_url, "model_server_token": SecretStr(TOKEN)}
     app = make_app(stores.model_copy(update=changes), engine, objects)
-    with served(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+    with serve_app(app) as url, httpx.Client(base_url=url, timeout=30) as http:
         yield http
 
 
 @pytest.fixture(scope="module")
-def model():
+def model_url():
     service = ModelService(ModelServerMetrics())
-    service.swap_in(make_served(1))
-    with running(service) as url:
+    service.swap_in(make_served_model(1))
+    with serve_model(service) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
-def portal_http(stores, engine, objects, model):
-    with door(stores, engine, objects, model) as http:
+def portal_http(stores, engine, objects, model_url):
+    with serve_portal(stores, engine, objects, model_url) as http:
         yield http
 
 
-def kept(engine, account):
+def read_responses(engine, account):
     with make_session_factory(engine)() as session:
         responses = session.scalars(select(tables.Response).where(tables.Response.contributor_id == account.id))
         return {row.id: (row.prompt, row.response) for row in responses}
@@ -215,18 +215,20 @@ def test_each_choice_is_stored_with_its_prompt(portal_http, engine, account):
     request = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 3, "temperature": 1.0}
     choices = portal_http.post(COMPLETIONS, json=request, headers=account.headers).json()["choices"]
     expected = {c["response_id"]: ("ab" if c["index"] < 2 else "cd", c["text"]) for c in choices}
-    assert len(expected) == 4 and kept(engine, account) == expected
+    assert len(expected) == 4 and read_responses(engine, account) == expected
 
 
-def test_stream_disconnect_stores_the_sent_choices_once_and_frees_the_batch_rows(portal_http, model, engine, account):
+def test_stream_disconnect_stores_the_sent_choices_once_and_frees_the_batch_rows(
+    portal_http, model_url, engine, account
+):
     body = {"prompt": "abc", "n": 2, "max_tokens": 1500, "temperature": 2, "stream": True}
     with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as response:
         lines = response.iter_lines()
         first = json.loads(next(lines).removeprefix("data: "))
-    stored = until(lambda: kept(engine, account))
+    stored = until(lambda: read_responses(engine, account))
     assert first["choices"][0]["response_id"] in stored and len(stored) <= 2
-    with httpx.Client(base_url=model, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
-        until(lambda: metric(http, "yuan_running") == 0)
+    with httpx.Client(base_url=model_url, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
+        until(lambda: read_metric(http, "yuan_running") == 0)
 
 
 @pytest.mark.parametrize("name", ["EVENT_SEND_TIMEOUT_S", "STREAM_TIMEOUT_S"])
@@ -235,12 +237,12 @@ def test_caller_that_does_not_read_the_stream_is_disconnected(stores, engine, ob
     monkeypatch.setattr(openai, name, 1.0)
     sent_events, ended = [], threading.Event()
 
-    async def endless(scope, receive, send):
+    async def stream_endlessly(scope, receive, send):
         async def events():
             try:
                 while True:
                     sent_events.append(1)
-                    yield event("a" * 10_000)
+                    yield make_event("a" * 10_000)
                     await asyncio.sleep(0)  # lets the server notice the disconnect
             finally:
                 ended.set()
@@ -253,7 +255,11 @@ def test_caller_that_does_not_read_the_stream_is_disconnected(stores, engine, ob
         f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
     head += f"Authorization: {account.headers['Authorization']}\r\n\r\n"
-    with served(endless) as url, door(stores, engine, objects, url) as http, socket.socket() as caller:
+    with (
+        serve_app(stream_endlessly) as url,
+        serve_portal(stores, engine, objects, url) as http,
+        socket.socket() as caller,
+    ):
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         caller.connect((http.base_url.host, http.base_url.port))
         caller.sendall(head.encode() + body)
@@ -264,7 +270,7 @@ def test_caller_that_does_not_read_the_stream_is_disconnected(stores, engine, ob
 ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
 
 
-class Talker:
+class ModelServerStub:
     """A model server that returns the responses that a test sets."""
 
     whole, status, kind, events = b"", 200, "application/json", ()
@@ -280,35 +286,35 @@ class Talker:
 
 
 @pytest.fixture(scope="module")
-def talk(stores, engine, objects):
+def call_stub(stores, engine, objects):
     """Serve the portal in front of a `Talker`; yield a function that requests a completion or a stream from it."""
-    talker = Talker()
-    with served(talker) as url, door(stores, engine, objects, url) as http:
+    stub = ModelServerStub()
+    with serve_app(stub) as url, serve_portal(stores, engine, objects, url) as http:
 
-        def ask(account, *, stream, **says):
-            vars(talker).clear()
-            vars(talker).update(says)
+        def ask(account, *, stream, **stub_values):
+            vars(stub).clear()
+            vars(stub).update(stub_values)
             body = json.dumps({"prompt": "a", "stream": stream})
             return http.post(COMPLETIONS, content=body, headers={**account.headers, "Content-Type": "application/json"})
 
         yield ask
 
 
-def event(text, **more):
+def make_event(text, **more):
     data = {"model": "yuan-v3", "choices": [{"index": 0, "text": text, "finish_reason": None, **more}]}
     return b"data: " + json.dumps(data, ensure_ascii=False).encode(errors="surrogatepass") + b"\n\n"
 
 
-def test_events_are_split_at_newlines_only_and_unstorable_characters_replaced(talk, engine, account):
-    last_event = event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
-    stream = b"".join([event(ODD), event("\0"), last_event, b"data: [DONE]\n\n"])
+def test_events_are_split_at_newlines_only_and_unstorable_characters_replaced(call_stub, engine, account):
+    last_event = make_event("\\ud83d").replace(b"\\\\ud83d", b"\\ud83d")
+    stream = b"".join([make_event(ODD), make_event("\0"), last_event, b"data: [DONE]\n\n"])
     pieces = [stream[start : start + 7] for start in range(0, len(stream), 7)]
-    response = talk(account, stream=True, events=pieces)
+    response = call_stub(account, stream=True, events=pieces)
     lines = response.content.split(b"\n\n")
     choices = [json.loads(line.removeprefix(b"data: "))["choices"][0] for line in lines[:3]]
     assert [choice["text"] for choice in choices] == [ODD, "\ufffd", "\ufffd"]
     assert lines[3:] == [b"data: [DONE]", b""]
-    assert kept(engine, account) == {choices[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
+    assert read_responses(engine, account) == {choices[0]["response_id"]: ("a", ODD + "\ufffd\ufffd")}
     assert response.text.splitlines() == response.text.split("\n")[:-1]  # a client splits at the same places
 
 
@@ -325,17 +331,17 @@ def test_events_are_split_at_newlines_only_and_unstorable_characters_replaced(ta
         (b'{"error": {"message": "use the portal", "type": "invalid"}}', 401, "application/json"),
     ],
 )
-def test_invalid_response_of_the_model_server_is_a_503(talk, account, whole, status, kind):
-    responses = [talk(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
+def test_invalid_response_of_the_model_server_is_a_503(call_stub, account, whole, status, kind):
+    responses = [call_stub(account, stream=stream, whole=whole, status=status, kind=kind) for stream in (False, True)]
     assert {response.status_code for response in responses} == {503}
     assert all(response.json()["error"]["message"] for response in responses)
 
 
-def test_malformed_event_ends_the_stream_with_an_error_event(talk, engine, account):
-    events = [event("a"), b"data: {no json\n\n"]
-    lines = talk(account, stream=True, events=events).content.split(b"\n\n")
+def test_malformed_event_ends_the_stream_with_an_error_event(call_stub, engine, account):
+    events = [make_event("a"), b"data: {no json\n\n"]
+    lines = call_stub(account, stream=True, events=events).content.split(b"\n\n")
     assert "no usable answer" in json.loads(lines[1].removeprefix(b"data: "))["error"]["message"]
-    assert [text for _, text in kept(engine, account).values()] == ["a"]
+    assert [text for _, text in read_responses(engine, account).values()] == ["a"]
 
 
 def test_only_unstorable_characters_are_replaced():

@@ -13,9 +13,9 @@ from tests.feedback.loop import (
     SALT,
     SHARE,
     accept_all,
-    checked_rows,
-    freeze,
-    is_drawn,
+    freeze_mixture,
+    is_held_out,
+    make_checked_rows,
     submit,
     upload,
 )
@@ -30,7 +30,7 @@ def attacker(session):
     return add_contributor(session, new_id())[0]
 
 
-def variants(rows, answers):
+def make_variants(rows, answers):
     """Return rows with each row's prompt and many wrong answers, which the rows' checkers accept."""
     return [
         Row.model_validate({"prompt": row.prompt, "answer": answer, "checker": {"type": "exact", "value": answer}})
@@ -39,7 +39,7 @@ def variants(rows, answers):
     ]
 
 
-def roles_of(session, dataset):
+def read_roles(session, dataset):
     return session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == dataset.id)).all()
 
 
@@ -48,17 +48,17 @@ def roles_of(session, dataset):
 def test_account_cannot_hold_out_more_than_the_share_of_other_accounts_prompts(
     session, objects, reporter, attacker, answers, is_first
 ):
-    rows = checked_rows("honest ", HONEST)
-    submissions = [(reporter, rows), (attacker, variants(rows, answers))]
+    rows = make_checked_rows("honest ", HONEST)
+    submissions = [(reporter, rows), (attacker, make_variants(rows, answers))]
     uploads = {
         who.id: upload(session, objects, who, owned_rows)
         for who, owned_rows in (reversed(submissions) if is_first else submissions)
     }
-    _, snapshot = freeze(session, objects)
+    _, snapshot = freeze_mixture(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
-    assert all((row.key in trained) is not is_drawn(row) for row in rows)
+    assert all((row.key in trained) is not is_held_out(row) for row in rows)
     assert len(trained & {row.key for row in rows}) > 0.8 * HONEST
-    assert roles_of(session, uploads[attacker.id]).count("held_out") <= 4 * sum(map(is_drawn, rows))
+    assert read_roles(session, uploads[attacker.id]).count("held_out") <= 4 * sum(map(is_held_out, rows))
 
 
 def test_share_of_prompts_is_held_out_regardless_of_the_uploading_account(session, objects, reporter, attacker):
@@ -85,24 +85,24 @@ def test_resubmitted_prompt_gets_the_same_role_after_withdrawal(session, reporte
 
 
 def test_accepted_reports_do_not_exclude_rows_with_the_train_role(session, objects, reporter, attacker, later):
-    rows = checked_rows("honest ", 60)
+    rows = make_checked_rows("honest ", 60)
     upload(session, objects, reporter, rows)
     reports = [submit(session, attacker, row.prompt, "false") for row in rows]
     assert accept_all(session, later).accepted == len(reports)
-    _, snapshot = freeze(session, objects)
+    _, snapshot = freeze_mixture(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
-    assert all((row.key in trained) is not is_drawn(row) for row in rows)
+    assert all((row.key in trained) is not is_held_out(row) for row in rows)
 
 
 def test_dataset_owner_sees_how_many_rows_were_excluded_as_held_out(session, objects, reporter, attacker, later):
-    rows = [Row(prompt=row.prompt, answer="right") for row in checked_rows("told ", 100)]
+    rows = [Row(prompt=row.prompt, answer="right") for row in make_checked_rows("told ", 100)]
     honest = upload(session, objects, reporter, [*rows, Row(answer="a document")])
     untouched = upload(session, objects, reporter, [Row(prompt="nobody else's", answer="a")])
-    num_drawn = sum(map(is_drawn, rows))
+    num_drawn = sum(map(is_held_out, rows))
     for closed in (0, num_drawn, num_drawn):
         if closed and not honest.num_closed_out:
-            upload(session, objects, attacker, variants(rows, 1))
-        snapshot_id, _ = freeze(session, objects)
+            upload(session, objects, attacker, make_variants(rows, 1))
+        snapshot_id, _ = freeze_mixture(session, objects)
         session.refresh(honest)
         assert datasets.describe_dataset(session, honest).num_closed_out == closed
         assert session.get_one(Snapshot, snapshot_id).counts["datasets_closed_out"] == closed
@@ -115,20 +115,20 @@ def test_dataset_owner_sees_how_many_rows_were_excluded_as_held_out(session, obj
 def test_reporter_sees_that_a_correction_was_excluded_as_held_out(session, objects, reporter, attacker, later):
     row = submit(session, reporter, "told 1", "right")
     accept_all(session, later, share=0.0)
-    upload(session, objects, attacker, variants(checked_rows("told ", 5), 1), purpose="suite")
+    upload(session, objects, attacker, make_variants(make_checked_rows("told ", 5), 1), purpose="suite")
     upload(session, objects, attacker, [Row(answer="a document")])
     for _ in range(2):
-        freeze(session, objects)
+        freeze_mixture(session, objects)
     texts = [event.text for event in report_records.describe_report(session, row).timeline if "left out" in event.text]
     assert len(texts) == 1 and "its correction is left out: its prompt is that of a held-out case" in texts[0]
 
 
 def test_rows_beyond_the_accounts_case_limit_get_the_train_role(session, objects, reporter, attacker):
-    num_drawn = sum(map(is_drawn, checked_rows("a ", 100)))
-    first = upload(session, objects, reporter, checked_rows("a ", 100), max_cases=num_drawn + 1)
-    second = upload(session, objects, reporter, checked_rows("b ", 100), max_cases=num_drawn + 1)
-    assert roles_of(session, first).count("held_out") == num_drawn
-    assert (roles_of(session, second).count("held_out"), roles_of(session, second).count("train")) == (1, 99)
+    num_drawn = sum(map(is_held_out, make_checked_rows("a ", 100)))
+    first = upload(session, objects, reporter, make_checked_rows("a ", 100), max_cases=num_drawn + 1)
+    second = upload(session, objects, reporter, make_checked_rows("b ", 100), max_cases=num_drawn + 1)
+    assert read_roles(session, first).count("held_out") == num_drawn
+    assert (read_roles(session, second).count("held_out"), read_roles(session, second).count("train")) == (1, 99)
     attacker.role = "operator"
-    exempt = upload(session, objects, attacker, checked_rows("c ", 100), max_cases=0)
-    assert roles_of(session, exempt).count("held_out") == sum(map(is_drawn, checked_rows("c ", 100)))
+    exempt = upload(session, objects, attacker, make_checked_rows("c ", 100), max_cases=0)
+    assert read_roles(session, exempt).count("held_out") == sum(map(is_held_out, make_checked_rows("c ", 100)))

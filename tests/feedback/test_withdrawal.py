@@ -21,23 +21,23 @@ from feedback.withdrawal import (
 from tests.feedback.loop import (
     accept_all,
     add_candidate,
-    answer,
-    checked_rows,
-    freeze,
-    is_drawn,
+    freeze_mixture,
+    is_held_out,
+    make_checked_rows,
     promote,
+    record_results,
     start_round,
     submit,
     upload,
 )
-from tests.serving import served
+from tests.serving import serve_app
 
 
 def test_withdrawn_report_is_removed_from_mixture_tests_and_notices(session, objects, reporter, later):
     stays, goes = submit(session, reporter), submit(session, reporter, "Reverse: xyz", "zyx")
     accept_all(session, later, share=0.0)
     withdraw_report(session, reporter, goes.id, "it was mistaken")
-    assert b"xyz" not in freeze(session, objects)[1]
+    assert b"xyz" not in freeze_mixture(session, objects)[1]
     assert [case.id for case in rounds.find_untested_cases(session, 1)] == [stays.case_id]
     promote(session, 1, passed=[])
     assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
@@ -52,7 +52,7 @@ def test_report_withdrawn_during_a_round_is_ignored_by_the_gate(session, reporte
     training_round = start_round(session)
     training_round.parent_version = 1
     add_candidate(session, training_round, 2)
-    answer(session, 2, passed=[])
+    record_results(session, 2, passed=[])
     assert gate.decide_promotion(session, training_round).regressions == (row.case_id,)
     withdraw_report(session, reporter, row.id, "mistaken")
     decision = gate.decide_promotion(session, training_round)
@@ -112,21 +112,21 @@ def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
 
 
 def test_withdrawn_dataset_is_removed_from_mixture_and_tests(session, objects, reporter):
-    upload(session, objects, reporter, checked_rows("stays", 40))
-    goes = upload(session, objects, reporter, checked_rows("goes", 40))
+    upload(session, objects, reporter, make_checked_rows("stays", 40))
+    goes = upload(session, objects, reporter, make_checked_rows("goes", 40))
     assert {case.prompt[:4] for case in rounds.find_untested_cases(session, 1)} == {"stay", "goes"}
     withdraw_dataset(session, reporter, goes.id, "not mine to give")
-    assert b"goes" not in freeze(session, objects)[1]
+    assert b"goes" not in freeze_mixture(session, objects)[1]
     assert {case.prompt[:5] for case in rounds.find_untested_cases(session, 1)} == {"stays"}
     assert datasets.describe_dataset(session, goes).timeline[-1].text == "withdrawn by you: not mine to give"
 
 
 @pytest.mark.parametrize("purpose", ["mixture", "base"])
 def test_duplicate_replaces_a_withdrawn_row(session, objects, reporter, purpose):
-    rows = checked_rows("same", 20)
-    num_drawn = sum(map(is_drawn, rows)) if purpose == "mixture" else 0
+    rows = make_checked_rows("same", 20)
+    num_drawn = sum(map(is_held_out, rows)) if purpose == "mixture" else 0
     first = upload(session, objects, reporter, rows)
-    again = upload(session, objects, reporter, checked_rows("same", 20), purpose=purpose)
+    again = upload(session, objects, reporter, make_checked_rows("same", 20), purpose=purpose)
     assert again.num_duplicates == 20
     withdraw_dataset(session, reporter, first.id, "mine alone")
     roles = session.scalars(select(DatasetRow.role).where(DatasetRow.dataset_id == again.id)).all()
@@ -144,7 +144,7 @@ def test_withdrawing_twice_changes_nothing(session, reporter, later):
 
 
 def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):
-    row, dataset = submit(session, reporter), upload(session, objects, reporter, checked_rows("x", 10))
+    row, dataset = submit(session, reporter), upload(session, objects, reporter, make_checked_rows("x", 10))
     stranger = add_contributor(session, new_id())[0]
     for withdraw, record in ((withdraw_report, row), (withdraw_dataset, dataset)):
         with pytest.raises(NotFound, match=f"you have no .* {record.id}"):
@@ -163,7 +163,7 @@ def test_account_withdrawal_processes_all_records_in_batches(session, objects, r
     refused.state, refused.reason = "rejected", "not reproduced"
     accept_all(session, later)
     uploads = [
-        upload(session, objects, stranger, checked_rows(f"junk{n} ", 5))
+        upload(session, objects, stranger, make_checked_rows(f"junk{n} ", 5))
         for n in range(WITHDRAWAL_BATCH_SIZES["datasets"] + 1)
     ]
     other = submit(session, reporter, "good", "7")
@@ -194,7 +194,7 @@ def test_an_operators_account_is_not_withdrawn_as_a_whole(session, reporter):
 def test_the_route_that_withdraws_an_account(stores, engine, objects, first_version, account, operator, tmp_path):
     body = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="a")
     with ExitStack() as opened:
-        url = opened.enter_context(served(make_app(stores, engine, objects)))
+        url = opened.enter_context(serve_app(make_app(stores, engine, objects)))
         client = opened.enter_context(Client(url, account.token))
         mine = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
         report_ids = [client.submit(body).id for _ in range(3)]

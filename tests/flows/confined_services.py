@@ -48,12 +48,12 @@ print(json.dumps(found))
 
 
 def probe_services(home):
-    """Run the probe in the place of each service of a running stack; what each reached, by the service's name."""
+    """Run the probe instead of each service of a running stack; return what each one reached, by the service's name."""
     config = load_config(home)
     settings = Settings(_env_file=(home / "env", home / "env.local"), home=home)
     paths = [f"{path}/" if path.is_dir() else str(path) for path in (home, *home.iterdir(), *home.glob("*/*"))]
     pids = [*find_stack_pids(config.stack_id), read_keeper_state(home).pid]
-    port = str(config.ports["portal"])  # which no service may connect to, but the worker
+    port = str(config.ports["portal"])  # only the worker may connect to it
     reports = {}
     for service in make_services(home, config, settings):
         command = service.command()[:4]

@@ -26,7 +26,7 @@ from infra.keeper import find_stack_pids
 from infra.keeper_state import read_service_states
 from infra.settings import Settings
 from tests.waiting import until
-from tests.yuan.runs import lay_out
+from tests.yuan.runs import prepare_run
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
 
@@ -34,13 +34,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Stack:
-    """The stack in one home, driven through the command line and the client."""
+    """Control the stack of one home folder through the command line and the client."""
 
     def __init__(self, home):
         self.home = home
 
     def cotrain(self, *args, check=False):
-        """Run a command with --json; its status, and its JSON or what it said on stderr."""
+        """Run a command with --json; return its exit status, and its JSON or, without any, its stderr."""
         command = [sys.executable, "-m", "flows.cli.app", *args, "--json"]
         env = {**os.environ, "COTRAIN_HOME": str(self.home)}
         result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=200)
@@ -61,7 +61,7 @@ class Stack:
         os.kill(self.pid(name), signal.SIGKILL)
 
     def processes(self, word):
-        """Of the stack's processes, those whose command has the word."""
+        """Return the pids of the stack's processes whose command line has the word as an argument."""
         pids = []
         for pid in find_stack_pids(load_config(self.home).stack_id):
             with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(request, tmp_path_factory):
-    """The stack, with the settings that the test module names."""
+    """Start a stack with the `SETTINGS` of the test module."""
     stack = Stack(tmp_path_factory.mktemp("stack"))
     (stack.home / "env.local").write_text(getattr(request.module, "SETTINGS", ""))
     stack.cotrain("up", check=True)
@@ -116,24 +116,24 @@ def sessions(stack):
 
 @pytest.fixture(scope="module")
 def base(operator, stack, tmp_path_factory):
-    """A small base mixture, for a first round."""
+    """Upload a small base mixture for the first round."""
     rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
     stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")
 
 
 @pytest.fixture
 def supervise(stores, engine, objects, portal, tmp_path):
-    """Lays out a run in a round of its own and gives its supervisor, whose pool is whole."""
+    """Return a function that prepares a run in a new round and returns its supervisor; no device is lost."""
     context, round_ids = Context(stores, make_session_factory(engine), objects), []
 
-    def make_supervisor(made, recipe):
+    def make_supervisor(training_inputs, recipe):
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
             training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
             run = rounds.get_or_create_training_run(session, training_round.id)
             session.execute(update(PoolDevice).values(lost_reason=None, lost_host=None))
         round_ids.append(training_round.id)
-        folder = lay_out(tmp_path / "run", made, recipe)
+        folder = prepare_run(tmp_path / "run", training_inputs, recipe)
         with context.sessions.begin() as session:
             rounds.get_or_store_plan(session, training_round.id, folder.read_spec().plan)
         reporter = RunReporter(context, training_round.id, folder, lambda status: None)

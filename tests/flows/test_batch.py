@@ -9,11 +9,11 @@ import pytest
 from feedback import leases
 from flows.supervisor.exit_reason import TrainingFailed
 from flows.supervisor.pool_launcher import make_launcher
-from tests.infra.cluster import needs_slurm, slurm_cluster
-from tests.yuan.runs import RECIPE, make
+from tests.infra.cluster import needs_slurm, start_slurm_cluster
+from tests.yuan.runs import RECIPE, make_training_inputs
 from yuan.train.events import EndedEvent
 
-# Python runs it at its start: the last rank's device is lost in its 25th pass, as CUDA would say it.
+# Python imports this at startup; in its 25th pass the last rank raises the error with which CUDA reports a lost device.
 PLANT = """
 import os
 if os.environ.get("RANK") == "1":
@@ -30,15 +30,17 @@ if os.environ.get("RANK") == "1":
 
 @pytest.fixture(scope="module")
 def slurm():
-    yield from slurm_cluster()
+    yield from start_slurm_cluster()
 
 
 @pytest.fixture
 def supervisor(slurm, supervise, tmp_path):
-    found = supervise(make(tmp_path / "parent"), dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10))
-    found.pool = dataclasses.replace(found.pool, name="cluster", launcher="slurm")
-    found.launcher = make_launcher(found.pool)
-    return found
+    slurm_supervisor = supervise(
+        make_training_inputs(tmp_path / "parent"), dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10)
+    )
+    slurm_supervisor.pool = dataclasses.replace(slurm_supervisor.pool, name="cluster", launcher="slurm")
+    slurm_supervisor.launcher = make_launcher(slurm_supervisor.pool)
+    return slurm_supervisor
 
 
 @pytest.mark.slow

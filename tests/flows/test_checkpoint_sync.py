@@ -25,15 +25,15 @@ def run_id():
     return new_id()
 
 
-def checkpoint(folder, step, content=b"weights"):
+def write_checkpoint(folder, step, content=b"weights"):
     path = folder.checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
-    (path / "manifest.json").write_bytes(seal(step, {"__0_0.distcp": digest_content(content)}))
+    (path / "manifest.json").write_bytes(make_manifest(step, {"__0_0.distcp": digest_content(content)}))
     return path
 
 
-def seal(step, files):
+def make_manifest(step, files):
     """Return a checkpoint's manifest as a run writes it."""
     manifest = CheckpointManifest(step=step, model={}, order={}, updates=step, loss=None, decisions=None, files=files)
     return json.dumps(manifest.to_json()).encode()
@@ -41,12 +41,12 @@ def seal(step, files):
 
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
-    first = checkpoint(folder, 1)
+    first = write_checkpoint(folder, 1)
     assert (
         sync_checkpoints(objects, run_id, folder) == ["step-00000001"]
         and sync_checkpoints(objects, run_id, folder) == []
     )
-    checkpoint(folder, 2, b"newer")
+    write_checkpoint(folder, 2, b"newer")
     (first / "manifest.json").unlink()
     assert sync_checkpoints(objects, run_id, folder) == ["step-00000002"]
     assert {key.split("/")[2] for key in objects.list_keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
@@ -61,10 +61,10 @@ def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
 
 def test_recreated_checkpoint_replaces_the_one_of_the_same_name(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
-    old = checkpoint(folder, 1)
+    old = write_checkpoint(folder, 1)
     sync_checkpoints(objects, run_id, folder)
     shutil.rmtree(old)
-    checkpoint(folder, 1, b"after a roll back")
+    write_checkpoint(folder, 1, b"after a roll back")
     assert sync_checkpoints(objects, run_id, folder) == ["step-00000001"]
     other = RunFolder(tmp_path / "there")
     restore_checkpoint(objects, run_id, other)
@@ -74,14 +74,14 @@ def test_recreated_checkpoint_replaces_the_one_of_the_same_name(objects, run_id,
 def test_restore_skips_a_damaged_checkpoint_in_the_store(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     for step in (1, 2):
-        checkpoint(folder, step)
+        write_checkpoint(folder, step)
     sync_checkpoints(objects, run_id, folder)
     objects.put(f"checkpoints/{run_id}/step-00000002/__0_0.distcp", b"damaged")
     assert restore_checkpoint(objects, run_id, RunFolder(tmp_path / "there")) == "step-00000001"
 
 
 def test_sync_of_an_empty_folder_deletes_nothing_from_the_store(objects, run_id, tmp_path):
-    checkpoint(RunFolder(tmp_path / "here"), 1)
+    write_checkpoint(RunFolder(tmp_path / "here"), 1)
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "here"))
     sync_checkpoints(objects, run_id, RunFolder(tmp_path / "wiped"))
     assert objects.list_keys(f"checkpoints/{run_id}/")
@@ -90,7 +90,7 @@ def test_sync_of_an_empty_folder_deletes_nothing_from_the_store(objects, run_id,
 def test_last_checkpoint_is_uploaded_before_background_upload_exits(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path)
     with upload_in_background(objects, run_id, folder):
-        checkpoint(folder, 7)
+        write_checkpoint(folder, 7)
     assert folder.read_events() == [CheckpointStoredEvent(step=7)]
 
 
@@ -138,8 +138,8 @@ def test_only_files_that_match_the_manifest_are_uploaded(objects, run_id, tmp_pa
     victim = tmp_path / "secret"
     victim.write_bytes(b"secret")
     folder = RunFolder(tmp_path / "here")
-    checkpoint(folder, 1)
-    path = checkpoint(folder, 2, b"secret")  # whose digest is right even in another's place
+    write_checkpoint(folder, 1)
+    path = write_checkpoint(folder, 2, b"secret")  # its digest is valid in the other folder too
     if place:
         (path / place).unlink(missing_ok=True)
     else:
@@ -158,13 +158,13 @@ def test_only_files_that_match_the_manifest_are_uploaded(objects, run_id, tmp_pa
 
 def test_rejected_checkpoint_is_retried_only_with_a_new_manifest(objects, run_id, tmp_path, caplog):
     folder, refused = RunFolder(tmp_path), set()
-    path = checkpoint(folder, 1)
+    path = write_checkpoint(folder, 1)
     (path / "__0_0.distcp").write_bytes(b"WEIGHTS")
     for _ in range(2):
         assert sync_checkpoints(objects, run_id, folder, refused) == []
     assert [record.message.count("is not stored") for record in caplog.records] == [1]
     shutil.rmtree(path)
-    checkpoint(folder, 1, b"anew")
+    write_checkpoint(folder, 1, b"anew")
     assert sync_checkpoints(objects, run_id, folder, refused) == ["step-00000001"]
 
 
@@ -181,8 +181,8 @@ def test_file_with_wrong_size_or_digest_is_not_stored(objects, run_id, tmp_path,
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a/b"])
 def test_path_traversal_in_a_manifest_is_neither_uploaded_nor_restored(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path / "here")
-    path = checkpoint(folder, 1)
-    manifest = seal(1, {name: FileDigest(num_bytes=7, sha256="0")})
+    path = write_checkpoint(folder, 1)
+    manifest = make_manifest(1, {name: FileDigest(num_bytes=7, sha256="0")})
     (path / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
     objects.put(f"checkpoints/{run_id}/step-00000001/{CHECKPOINT_MANIFEST_FILE}", manifest)
@@ -192,7 +192,7 @@ def test_path_traversal_in_a_manifest_is_neither_uploaded_nor_restored(objects, 
 @pytest.mark.parametrize("name", ["step-" + "9" * 200, "step-1", "step-000000001"])
 def test_folder_with_invalid_step_name_is_not_a_checkpoint(objects, run_id, tmp_path, name):
     folder = RunFolder(tmp_path)
-    path = checkpoint(folder, 1)
+    path = write_checkpoint(folder, 1)
     path.rename(path.with_name(name))
     assert (
         list(list_committed_checkpoints(folder.checkpoints)) == [] and sync_checkpoints(objects, run_id, folder) == []
@@ -202,18 +202,23 @@ def test_folder_with_invalid_step_name_is_not_a_checkpoint(objects, run_id, tmp_
 
 @pytest.mark.parametrize(
     "manifest",
-    [b'{"files": {}}', seal(1, {}), seal(2, {"a": FileDigest(num_bytes=0, sha256="0")}), seal(1, {})[:-3] + b'9"}'],
+    [
+        b'{"files": {}}',
+        make_manifest(1, {}),
+        make_manifest(2, {"a": FileDigest(num_bytes=0, sha256="0")}),
+        make_manifest(1, {})[:-3] + b'9"}',
+    ],
 )
 def test_checkpoint_with_malformed_manifest_is_not_uploaded(objects, run_id, tmp_path, manifest):
     folder = RunFolder(tmp_path)
-    (checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
+    (write_checkpoint(folder, 1) / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
     assert sync_checkpoints(objects, run_id, folder) == [] and objects.list_keys(f"checkpoints/{run_id}/") == []
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000001"])
 def test_restore_writes_into_the_run_folder_and_follows_no_symlink(objects, run_id, tmp_path, place):
     folder, other = RunFolder(tmp_path / "here"), RunFolder(tmp_path / "there")
-    checkpoint(folder, 1)
+    write_checkpoint(folder, 1)
     sync_checkpoints(objects, run_id, folder)
     elsewhere = tmp_path / "other run"
     (elsewhere / "step-00000001").mkdir(parents=True)

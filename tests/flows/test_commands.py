@@ -10,13 +10,13 @@ import pytest
 
 from flows.cli.app import COMMANDS
 from flows.cli.lazy_command import LazyCommand
-from tests.yuan.runs import STEPS, lay_out, make
+from tests.yuan.runs import STEPS, make_training_inputs, prepare_run
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "deepspeed", "prefect", "mlflow", "sqlalchemy", "boto3", "fastapi"}
 
 
-def cotrain(*args, home=None, **env):
+def run_cotrain(*args, home=None, **env):
     command = [sys.executable, "-m", "flows.cli.app", *args]
     full = {**os.environ, **env, **({"COTRAIN_HOME": str(home)} if home else {})}
     return subprocess.run(command, capture_output=True, text=True, env=full, cwd=ROOT, timeout=60)
@@ -87,22 +87,22 @@ def test_the_portal_loads_no_torch():
 
 
 def test_plan_prints_one_json_object_and_exits_by_feasibility(tmp_path):
-    result = cotrain("plan", "--model", "tiny", "--pipeline-size", "2", "--json")
+    result = run_cotrain("plan", "--model", "tiny", "--pipeline-size", "2", "--json")
     assert result.returncode == 0
     plan = json.loads(result.stdout)
     assert plan["feasible"] is True
     assert [stage["layers"] for stage in plan["stages"]] == [2, 1]
-    result = cotrain("plan", "--model", "2b", "--json")
+    result = run_cotrain("plan", "--model", "2b", "--json")
     assert result.returncode == 1
     assert json.loads(result.stdout)["feasible"] is False
 
 
 def test_replan_reports_the_cost_of_the_move(tmp_path):
     pool = str(ROOT / "benchmarks" / "pools" / "a100-96.toml")
-    plan = cotrain("plan", "--model", "102b", "--pool", pool, "--json")
+    plan = run_cotrain("plan", "--model", "102b", "--pool", pool, "--json")
     (tmp_path / "plan.json").write_text(plan.stdout)
     change = ["--current", str(tmp_path / "plan.json"), "--lost", "A100-80:1", "--svg", str(tmp_path / "plan.svg")]
-    result = cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
+    result = run_cotrain("plan", "--model", "102b", "--pool", pool, "--json", *change)
     move = json.loads(result.stdout)["move"]
     assert move["kept_step_seconds"] is None and "no longer fits" in move["explanation"]
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
@@ -111,10 +111,10 @@ def test_replan_reports_the_cost_of_the_move(tmp_path):
 @pytest.mark.slow
 def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     file = tmp_path / "pool.toml"
-    result = cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
+    result = run_cotrain("calibrate", "--seq-len", "64", "--precision", "fp32", "--out", str(file), "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["measured"]["forward_tflops"] > 0
-    planned = cotrain("plan", "--model", "tiny", "--pool", str(file), "--precision", "fp32", "--json")
+    planned = run_cotrain("plan", "--model", "tiny", "--pool", str(file), "--precision", "fp32", "--json")
     assert "measured rates" in json.loads(planned.stdout)["explanation"]
 
 
@@ -150,7 +150,7 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     ],
 )
 def test_invalid_command_prints_an_actionable_error(tmp_path, argv, status, message):
-    result = cotrain(*argv, home=tmp_path)
+    result = run_cotrain(*argv, home=tmp_path)
     assert result.returncode == status
     assert message in " ".join((result.stdout + result.stderr).replace("│", " ").split())
     assert "Traceback" not in result.stderr
@@ -166,7 +166,7 @@ def test_invalid_command_prints_an_actionable_error(tmp_path, argv, status, mess
 def test_invalid_url_or_token_is_not_reported_as_unreachable_portal(tmp_path, url, token, message):
     file = tmp_path / "rows.jsonl"
     file.write_text("{}")
-    result = cotrain("dataset", "push", str(file), "--url", url, "--token", token)
+    result = run_cotrain("dataset", "push", str(file), "--url", url, "--token", token)
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
@@ -181,20 +181,20 @@ def test_invalid_url_or_token_is_not_reported_as_unreachable_portal(tmp_path, ur
     ],
 )
 def test_an_argument_that_is_not_utf8_is_named(tmp_path, argv, place):
-    result = cotrain(*argv, home=tmp_path)
+    result = run_cotrain(*argv, home=tmp_path)
     assert result.returncode == 2 and "codec" not in result.stderr
     assert place in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_variable_that_is_not_utf8_is_named():
-    result = cotrain("status", COTRAIN_HOME=b"/tmp/\xff")
+    result = run_cotrain("status", COTRAIN_HOME=b"/tmp/\xff")
     assert result.returncode == 2 and "variable COTRAIN_HOME must be text in UTF-8, got /tmp/\\xff" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "status", "up", "down"])
 def test_home_that_is_a_file_is_reported_without_traceback(tmp_path, command):
     (tmp_path / "file").touch()
-    result = cotrain(command, home=tmp_path / "file")
+    result = run_cotrain(command, home=tmp_path / "file")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "got the file" in result.stdout + result.stderr
 
@@ -203,7 +203,7 @@ def test_home_that_is_a_file_is_reported_without_traceback(tmp_path, command):
 def test_unreachable_portal_is_reported(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')
-    result = cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
+    result = run_cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
     assert result.returncode == 1
     assert "the portal does not answer" in result.stderr
 
@@ -211,36 +211,36 @@ def test_unreachable_portal_is_reported(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_home_is_reported(tmp_path):
     tmp_path.chmod(0o500)
-    result = cotrain("up", home=tmp_path / "home")
+    result = run_cotrain("up", home=tmp_path / "home")
     assert result.returncode == 1
     assert "cannot be written" in result.stderr
 
 
 @pytest.fixture(scope="module")
-def laid_out(tmp_path_factory):
+def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    return lay_out(folder / "run", make(folder / "parent"))
+    return prepare_run(folder / "run", make_training_inputs(folder / "parent"))
 
 
 @pytest.mark.slow
-def test_train_finishes_a_run_and_a_second_call_changes_nothing(laid_out):
+def test_train_finishes_a_run_and_a_second_call_changes_nothing(run_folder):
     for _ in range(2):
-        result = cotrain("train", str(laid_out.path / "run.json"), "--json")
+        result = run_cotrain("train", str(run_folder.path / "run.json"), "--json")
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["state"] == "finished"
-    assert [row.step for row in laid_out.read_metrics()] == list(range(1, STEPS + 1))
+    assert [row.step for row in run_folder.read_metrics()] == list(range(1, STEPS + 1))
 
 
-def test_train_rejects_an_edited_run_json_in_one_line(laid_out):
-    text = (laid_out.path / "run.json").read_text()
-    (laid_out.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
-    result = cotrain("train", str(laid_out.path))
-    (laid_out.path / "run.json").write_text(text)
+def test_train_rejects_an_edited_run_json_in_one_line(run_folder):
+    text = (run_folder.path / "run.json").read_text()
+    (run_folder.path / "run.json").write_text(text.replace('"seed": 5', '"seed": 6'))
+    result = run_cotrain("train", str(run_folder.path))
+    (run_folder.path / "run.json").write_text(text)
     assert result.returncode == 1 and "it was edited manually" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_logs_print_the_last_lines_with_control_characters_escaped(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "flows.log").write_text("first\n" * 5000 + "\x1b]52;c;aGk=\x07 加\n")
-    result = cotrain("logs", "flows", "-n", "2", home=tmp_path)
+    result = run_cotrain("logs", "flows", "-n", "2", home=tmp_path)
     assert result.stdout == "first\n\\x1b]52;c;aGk=\\x07 加\n"

@@ -49,7 +49,7 @@ def test_failing_duty_backs_off_and_recovers_on_first_success(tmp_path):
     duties.run_due()
     assert len(calls) == 1
     well = Duties({"bad": lambda: None}, tmp_path / "duties.json")
-    assert well.statuses["bad"].failures == 1  # what another process wrote before
+    assert well.statuses["bad"].failures == 1  # content that an earlier process wrote
     well.run_due()
     assert read_duty_statuses(tmp_path / "duties.json")["bad"].failing_since is None
 
@@ -77,7 +77,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores
 
 
 def test_attempt_keys_cannot_be_computed_without_the_database_password(stores):
-    """A holder of Prefect's password who took the key first would keep the attempt from being started."""
+    """A holder of Prefect's password could otherwise create a run with the key first, and so block the attempt."""
     other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
     ours, theirs = (Context(settings, None, None) for settings in (stores, other))
     keys = {make_attempt_key(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}

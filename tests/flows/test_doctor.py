@@ -38,13 +38,14 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 SHORT = RoundParameters(max_steps=20, learning_rate=2e-3, replay_rows=50)
 MARK = "zq-marker-prompt-71"
-REFUSING = [  # as a fault of ours would: at a report's case, and at a step of the round; both quote the prompt
+# Imitate bugs of the platform: storing a report's case fails, and so does a step of the round; both quote the prompt.
+REFUSE_STATEMENTS = [
     f"""alter table "case" add constraint no_marker check (prompt not like '%{MARK}%')""",
     f"""create function refuse() returns trigger as $$ begin
         raise exception 'refused' using detail = '{MARK}', errcode = '23514'; end $$ language plpgsql""",
     "create trigger refuse before insert on snapshot for each row execute function refuse()",
 ]
-ALLOWING = [
+RESTORE_STATEMENTS = [
     "drop trigger refuse on snapshot",
     "drop function refuse",
     """alter table "case" drop constraint no_marker""",
@@ -52,8 +53,8 @@ ALLOWING = [
 
 
 @pytest.fixture(scope="module")
-def first(stack, operator, base):
-    """The first round, promoted and answering."""
+def first_round(stack, operator, base):
+    """Return the first round, promoted; its version is served."""
     training_round = operator.start_round(SHORT)
     ended_round = stack.follow(operator, training_round)
     assert ended_round.state == "promoted", ended_round.reason
@@ -70,51 +71,56 @@ def prefect(stack):
 
 
 @pytest.fixture
-def refusing(sessions):
-    """While the test runs, the database refuses the marked report and every snapshot, quoting the report's text."""
+def failing_database(sessions):
+    """Make the database refuse the marked report and every snapshot while the test runs; the errors quote its text."""
 
     def execute(statements):
         with sessions.begin() as session:
             for statement in statements:
                 session.execute(text(statement))
 
-    execute(REFUSING)
+    execute(REFUSE_STATEMENTS)
     yield
-    execute(ALLOWING)
+    execute(RESTORE_STATEMENTS)
 
 
-def mlflow_of(stack):
+def make_mlflow_client(stack):
     return Tracker(stack.settings).client
 
 
-def faults_of(stack, command="doctor"):
+def read_faults(stack, command="doctor"):
     """Return faults and their fixes as one text."""
     return json.dumps(stack.cotrain(command)[1]["faults"])
 
 
-def states_of(stack):
+def read_states(stack):
     return {finding["what"]: finding["state"] for finding in stack.cotrain("doctor")[1]["findings"]}
 
 
 @pytest.mark.slow
-def test_doctor_probes_user_visible_functions(first, stack):
-    states = states_of(stack)
-    tried = ("an answer from the model", "a flow run that starts", "an alias that follows", "an object put and read")
-    assert {states[what] for what in tried} == {"ok"}
+def test_doctor_probes_user_visible_functions(first_round, stack):
+    states = read_states(stack)
+    probe_names = (
+        "an answer from the model",
+        "a flow run that starts",
+        "an alias that follows",
+        "an object put and read",
+    )
+    assert {states[what] for what in probe_names} == {"ok"}
     assert (states["a report that is reproduced"], states["a notice delivered"]) == ("never yet", "never yet")
     assert stack.cotrain("status")[1]["faults"] == []
 
 
 @pytest.mark.slow
-def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first, stack):
+def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first_round, stack):
     port = load_config(stack.home).ports["postgres"]
-    named = b"user\0stranger\0\0"
-    stranger = struct.pack("!ii", 8 + len(named), 3 << 16) + named
+    startup_parameters = b"user\0stranger\0\0"
+    startup_message = struct.pack("!ii", 8 + len(startup_parameters), 3 << 16) + startup_parameters
     before = {name: state.restarts for name, state in read_service_states(stack.home).items()}
     with contextlib.ExitStack() as connections:
         for _ in range(260):
-            connections.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(stranger)
-        assert "all connections of PostgreSQL are in use: " in faults_of(stack)
+            connections.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(startup_message)
+        assert "all connections of PostgreSQL are in use: " in read_faults(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
     assert {name: state.restarts for name, state in read_service_states(stack.home).items()} == before
@@ -122,27 +128,27 @@ def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first
 
 @pytest.mark.slow
 def test_prompt_that_fails_processing_appears_in_no_log_state_or_page(
-    first, stack, operator, contributor, prefect, sessions, refusing
+    first_round, stack, operator, contributor, prefect, sessions, failing_database
 ):
     contributor.submit(FeedbackIn(kind="correction", prompt=MARK, response="?", model_version=1, expected=f"{MARK}!"))
     training_round = operator.start_round(SHORT)
 
-    def attempt():
+    def is_retried():
         with sessions() as session:
             return session.scalar(select(Round.attempt).where(Round.id == training_round.id)) > 1
 
-    stack.until(attempt)
+    stack.until(is_retried)
     operator.cancel_round(training_round.id)
     logs = {file.name: file.read_text(errors="replace") for file in (stack.home / "logs").iterdir()}
-    shown = {path: pages_of(prefect, path) for path in ("/logs/filter", "/flow_runs/filter", "/task_runs/filter")}
+    shown = {path: read_pages(prefect, path) for path in ("/logs/filter", "/flow_runs/filter", "/task_runs/filter")}
     shown |= {"front page": httpx.get(stack.settings.portal_url).text}
-    assert [name for name, said in (logs | shown).items() if MARK in said] == []
+    assert [name for name, content in (logs | shown).items() if MARK in content] == []
     assert "SQLSTATE 23514" in logs["flows.log"]
     assert "SQLSTATE 23514" in shown["/task_runs/filter"] and "SQLSTATE 23514" in shown["/flow_runs/filter"]
 
 
-def pages_of(prefect, path):
-    """Everything that Prefect shows of a kind, as text."""
+def read_pages(prefect, path):
+    """Return all pages of a Prefect filter route as one text."""
     texts, offset = [], 0
     while page := prefect.post(path, json={"limit": 200, "offset": offset}).raise_for_status().json():
         texts += page
@@ -151,17 +157,17 @@ def pages_of(prefect, path):
 
 
 @pytest.mark.slow
-def test_version_deleted_in_mlflow_is_reported_and_restored(first, stack, operator, sessions, tmp_path):
-    mlflow = mlflow_of(stack)
+def test_version_deleted_in_mlflow_is_reported_and_restored(first_round, stack, operator, sessions, tmp_path):
+    mlflow = make_mlflow_client(stack)
     mlflow.delete_model_version("yuan", "1")
-    faults = stack.until(lambda: (f := faults_of(stack)) and "cannot update aliases" in f and f, pause=1)
+    faults = stack.until(lambda: (f := read_faults(stack)) and "cannot update aliases" in f and f, pause=1)
     with sessions() as session:
         run_id = session.get_one(ModelVersion, 1).run_id
     export = stack.home / "runs" / run_id / "export"
     assert "v1, the champion, is missing from the registry" in faults
     assert f"cotrain register {export} --version 1" in faults
-    assert "v1, the champion, is missing" in faults_of(stack, "status")
-    training_round = operator.start_round(SHORT)  # everything else goes on
+    assert "v1, the champion, is missing" in read_faults(stack, "status")
+    training_round = operator.start_round(SHORT)  # other functions still work
     stack.until(lambda: operator.round(training_round.id).timeline)
     operator.cancel_round(training_round.id)
 
@@ -175,17 +181,17 @@ def test_version_deleted_in_mlflow_is_reported_and_restored(first, stack, operat
     status, output = stack.cotrain("register", str(other), "--version", "v1")
     assert status == 1 and "model.safetensors of" in output and "give another copy" in output
 
-    with ThreadPoolExecutor() as operators:  # all at once, and one of them registers it
+    with ThreadPoolExecutor() as operators:  # concurrently; exactly one call registers it
         output = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
     assert sorted(one["registered"] for one in output) == [False, False, True]
     assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
     stack.until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
-    assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow never gives a number again
+    assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow does not reuse numbers
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
 
 
 @pytest.mark.slow
-def test_files_missing_from_the_store_are_reported_and_restored(first, stack, sessions, tmp_path):
+def test_files_missing_from_the_store_are_reported_and_restored(first_round, stack, sessions, tmp_path):
     secrets = load_config(stack.home).secrets
     keys = {"s3_access_key": secrets["mlflow_s3_access_key"], "s3_secret_key": secrets["mlflow_s3_secret_key"]}
     store = open_object_store(StoreAccess(s3_endpoint=stack.settings.s3_endpoint, **keys), "mlflow")
@@ -194,7 +200,7 @@ def test_files_missing_from_the_store_are_reported_and_restored(first, stack, se
             store.delete(key)
     with sessions() as session:
         export = stack.home / "runs" / session.get_one(ModelVersion, 1).run_id / "export"
-    faults = faults_of(stack)
+    faults = read_faults(stack)
     assert "v1 is in the registry and its files are not in the store" in faults
     assert f"cotrain register {export} --version 1" in faults
     status, output = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
@@ -205,51 +211,51 @@ def test_files_missing_from_the_store_are_reported_and_restored(first, stack, se
 
 
 @pytest.mark.slow
-def test_a_later_round_trains_from_a_version_that_was_registered_again(first, stack, operator):
+def test_a_later_round_trains_from_a_version_that_was_registered_again(first_round, stack, operator):
     ended_round = stack.follow(operator, operator.start_round(SHORT))
     assert ended_round.state in ("promoted", "rejected"), ended_round.reason
     assert ended_round.parent_version == 1 and ended_round.candidate_version > 1
-    newest = max(int(one.version) for one in mlflow_of(stack).search_model_versions("name = 'yuan'"))
+    newest = max(int(one.version) for one in make_mlflow_client(stack).search_model_versions("name = 'yuan'"))
     assert ended_round.candidate_version == newest
 
 
 @pytest.mark.slow
-def test_lost_export_is_reproduced_with_the_same_manifest(first, stack, sessions):
+def test_lost_export_is_reproduced_with_the_same_manifest(first_round, stack, sessions):
     with sessions() as session:
-        known = session.get_one(ModelVersion, 1)
-    run = stack.home / "runs" / known.run_id
+        version = session.get_one(ModelVersion, 1)
+    run = stack.home / "runs" / version.run_id
     shutil.rmtree(run / "export")
     for copy in stack.home.glob("*/v1"):
         shutil.rmtree(copy)
-    assert f"python -m yuan.train.checkpoint.export {run}" in describe_registration(stack.home, 1, known.run_id)
+    assert f"python -m yuan.train.checkpoint.export {run}" in describe_registration(stack.home, 1, version.run_id)
     subprocess.run([sys.executable, "-m", "yuan.train.checkpoint.export", str(run)], check=True, cwd=ROOT)
-    assert json.loads((run / "export" / "manifest.json").read_text()) == known.manifest
+    assert json.loads((run / "export" / "manifest.json").read_text()) == version.manifest
 
 
 @pytest.mark.slow
-def test_deployment_and_work_pool_paused_in_prefect_are_reported(first, stack, prefect):
+def test_deployment_and_work_pool_paused_in_prefect_are_reported(first_round, stack, prefect):
     deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
     prefect.post(f"/deployments/{deployment}/pause_deployment").raise_for_status()
     prefect.patch("/work_pools/cotrain", json={"is_paused": True}).raise_for_status()
-    faults = faults_of(stack)
+    faults = read_faults(stack)
     prefect.post(f"/deployments/{deployment}/resume_deployment").raise_for_status()
     prefect.patch("/work_pools/cotrain", json={"is_paused": False}).raise_for_status()
     assert "is paused in Prefect" in faults and "the work pool cotrain is paused" in faults
 
 
 @pytest.mark.slow
-def test_failed_reproduction_run_is_reported_while_reports_wait(first, stack, contributor, prefect):
+def test_failed_reproduction_run_is_reported_while_reports_wait(first_round, stack, contributor, prefect):
     deployment = prefect.get("/deployments/name/cotrain-reproduce/local").json()["id"]
     failed = {"state": {"type": "FAILED", "message": "it was refused"}}
     prefect.post(f"/deployments/{deployment}/create_flow_run", json=failed).raise_for_status()
     contributor.submit(FeedbackIn(kind="correction", prompt="p q r", response="?", model_version=1, expected="r q p"))
-    assert "the last run of cotrain-reproduce failed: it was refused" in faults_of(stack)
+    assert "the last run of cotrain-reproduce failed: it was refused" in read_faults(stack)
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1, seconds=200)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("service", ["mlflow", "prefect", "model-server"])
-def test_hung_server_is_reported_and_does_not_block_other_probes(first, stack, service):
+def test_hung_server_is_reported_and_does_not_block_other_probes(first_round, stack, service):
     group = os.getpgid(stack.pid(service))
     os.killpg(group, signal.SIGSTOP)
     try:
@@ -266,10 +272,10 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
     def refuse():
         raise ConnectionError("refused 'a prompt'")
 
-    over = threading.Event()
-    probes = {"hangs": over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
+    is_over = threading.Event()
+    probes = {"hangs": is_over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
     findings = run_probes([Probe(f"server that {name}", name, ask=ask) for name, ask in probes.items()], 0.2)
-    over.set()
+    is_over.set()
     assert [finding.state for finding in findings] == ["fault", "fault", "never yet"]
     assert "server that hangs has not answered" in findings[0].fault
     assert (
@@ -279,27 +285,27 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
 
 
 def test_unresponsive_service_shows_its_last_known_success_time(tmp_path):
-    def write(name, data):
+    def write_json(name, data):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(data))
 
     assert Finding("a", fault="b").when == "unknown" and Finding("a", fault="b", never=True).when == "never"
     ready = {"mlflow": {"state": "ready", "ready_at": 1_000.0}, "s3": {"state": "ready", "ready_at": 1_000.0}}
-    write("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
+    write_json("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
     # The duty's name in version 0.2, whose file is read once after an upgrade.
-    write("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
-    over, findings = threading.Event(), {}
+    write_json("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
+    is_over, findings = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
-        probe = Probe(server, server, ask=over.wait, last=find_last_success(tmp_path, server, None))
+        probe = Probe(server, server, ask=is_over.wait, last=find_last_success(tmp_path, server, None))
         (findings[server],) = run_probes([probe], 0.05)
-    over.set()
+    is_over.set()
     assert {name: (one.succeeded_at, one.or_later) for name, one in findings.items()} == {
         "mlflow": (convert_timestamp(2_000), False),
         "s3": (convert_timestamp(1_000), True),
         "prefect": (None, False),
     }
     assert findings["s3"].when.endswith(" or later") and findings["prefect"].when == "unknown"
-    write("worker/alive", "")
+    write_json("worker/alive", "")
     os.utime(tmp_path / "worker" / "alive", (3_000, 3_000))
     (silent,) = find_silent_services(tmp_path)
     assert abs((silent.succeeded_at - convert_timestamp(3_000)).total_seconds()) < 1
@@ -332,14 +338,14 @@ def test_full_disk_is_the_first_fault_with_free_bytes_and_folder(tmp_path, monke
 
 
 def test_restore_command_depends_on_the_copies_that_exist(tmp_path):
-    def put(name):
+    def make_copy(name):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "manifest.json").write_text("{}")
 
     assert "no copy of it is left" in describe_registration(tmp_path, 7, "r")
-    put("runs/r/checkpoints/step-00000020")
+    make_copy("runs/r/checkpoints/step-00000020")
     assert f"python -m yuan.train.checkpoint.export {tmp_path}/runs/r" in describe_registration(tmp_path, 7, "r")
-    put("serve/v7/model")
+    make_copy("serve/v7/model")
     assert f"cotrain register {tmp_path}/serve/v7/model --version 7" in describe_registration(tmp_path, 7, "r")
-    put("runs/r/export")
+    make_copy("runs/r/export")
     assert f"cotrain register {tmp_path}/runs/r/export --version 7" in describe_registration(tmp_path, 7, "r")

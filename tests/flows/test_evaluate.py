@@ -28,23 +28,23 @@ def context():
 
 @pytest.fixture
 def evaluate(context, tmp_path, monkeypatch):
-    """Run this text in the place of `yuan.eval.run`, under the confinement that evaluations have."""
+    """Return a function that runs a Python text instead of `yuan.eval.run`, with the confinement of evaluations."""
 
-    def run(text):
+    def run_text(text):
         folder = tmp_path / "folder"
         folder.mkdir()
         (tmp_path / "program.py").write_text(f"import os, sys\nresults, log = sys.argv[4], 'eval.log'\n{text}\n")
         command = evaluation.Confinement.command
 
-        def instead(self, program, *arguments):
+        def run_program_instead(self, program, *arguments):
             assert arguments[:2] == ("-m", "yuan.eval.run")
             readable = evaluation.Confinement(read=(*self.read, tmp_path / "program.py"), write=self.write)
             return command(readable, program, str(tmp_path / "program.py"), *arguments[2:])
 
-        monkeypatch.setattr(evaluation.Confinement, "command", instead)
+        monkeypatch.setattr(evaluation.Confinement, "command", run_program_instead)
         return evaluation.run_evaluation(context, folder, "v1", CASE_LINES)
 
-    return run
+    return run_text
 
 
 def test_results_of_an_evaluation_are_read(evaluate):

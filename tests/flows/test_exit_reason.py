@@ -30,7 +30,7 @@ def folder(tmp_path):
     return RunFolder(tmp_path)
 
 
-def beat(folder, rank, age_s):
+def write_heartbeat(folder, rank, age_s):
     write_json(folder.path / "heartbeats" / f"{rank}.json", {"pid": 1, "time": time.time() - age_s, "step": 3})
 
 
@@ -67,16 +67,16 @@ def test_invalid_host_name_is_ignored(folder, monkeypatch):
 
 
 def test_hung_run_names_the_rank_without_heartbeat(folder):
-    beat(folder, 0, 0)
-    beat(folder, 1, 30)
+    write_heartbeat(folder, 0, 0)
+    write_heartbeat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
     ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
     assert (ended.reason, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.message
 
 
 def test_killed_rank_is_named_with_the_log_tail(folder):
-    beat(folder, 0, 0)
-    beat(folder, 1, 10)
+    write_heartbeat(folder, 0, 0)
+    write_heartbeat(folder, 1, 10)
     write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
     ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
     assert (ended.reason, ended.rank) == ("unknown", 1) and "the last words" in ended.message

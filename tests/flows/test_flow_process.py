@@ -35,7 +35,7 @@ def test_flow_run_is_alive_while_a_process_with_its_pid_and_id_is_running():
     with subprocess.Popen(command) as process:
         try:
             run = SimpleNamespace(id="a-run", infrastructure_pid=str(process.pid))
-            until(lambda: has_live_process(run))  # for an instant after its start, a process has no command line
+            until(lambda: has_live_process(run))  # a process has no command line directly after its start
             for other in ({"id": "another-run"}, {"infrastructure_pid": None}, {"infrastructure_pid": "host:1"}):
                 assert not has_live_process(SimpleNamespace(**vars(run) | other))
         finally:

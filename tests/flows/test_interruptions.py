@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 STEPS = 240
 CGROUPS = Path("/sys/fs/cgroup")
-ASKED = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", checkpoint_every=10)
+PARAMETERS = RoundParameters(max_steps=STEPS, learning_rate=1e-3, precision="fp32", checkpoint_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +32,29 @@ def prefect(stack):
 
 
 @pytest.fixture
-def started(stack, operator, sessions, base):
-    """A round whose ranks are starting, and the run's folder; cancelled afterwards."""
-    training_round = operator.start_round(ASKED)
-    run_id = stack.until(lambda: run_of(sessions, training_round))
+def started_run(stack, operator, sessions, base):
+    """Start a round, and yield it and its run's folder when the ranks have started; cancel it afterwards."""
+    training_round = operator.start_round(PARAMETERS)
+    run_id = stack.until(lambda: find_run_id(sessions, training_round))
     folder = RunFolder(stack.home / "runs" / run_id)
     stack.until(lambda: len(read_heartbeats(folder.path)) == 2, pause=0.01)
     yield training_round, folder
     if operator.round(training_round.id).state == "running":
         operator.cancel_round(training_round.id)
-    stack.until(lambda: not ranks(stack))
+    stack.until(lambda: not find_rank_pids(stack))
 
 
 @pytest.fixture
-def run(stack, started):
-    """The same, in training, with checkpoints to go on from."""
-    _, folder = started
+def checkpointed_run(stack, started_run):
+    """Return a started round and its run's folder once the run has two checkpoints to resume from."""
+    _, folder = started_run
     stack.until(lambda: len(list(folder.checkpoints.glob("step-*/manifest.json"))) > 1)
-    return started
+    return started_run
 
 
 @pytest.fixture
-def no_more_memory():
-    """A control group whose processes get next to no memory beyond what they have."""
+def limit_memory():
+    """Return a function that moves a process into a control group with a memory limit of 4 MiB."""
     base = CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS
     group = base / "cotrain-test"
     try:
@@ -67,12 +67,12 @@ def no_more_memory():
     group.rmdir()
 
 
-def run_of(sessions, training_round):
+def find_run_id(sessions, training_round):
     with sessions() as session:
         return session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == training_round.id))
 
 
-def ranks(stack):
+def find_rank_pids(stack):
     return stack.processes("yuan.train.run")
 
 
@@ -81,68 +81,70 @@ def kill_flow(stack):
         os.kill(pid, signal.SIGKILL)
 
 
-def open_leases(sessions):
+def list_open_leases(sessions):
     with sessions() as session:
         return session.scalars(select(Lease).where(Lease.released_at.is_(None))).all()
 
 
-def flow_run_of(prefect):
+def find_flow_run_id(prefect):
     body = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}, "sort": "START_TIME_DESC", "limit": 1}
     return prefect.post("/flow_runs/filter", json=body).json()[0]["id"]
 
 
-def cancel(prefect, flow_run):
-    """Send what the Cancel button sends."""
+def cancel_flow_run(prefect, flow_run):
+    """Send the request that Prefect's Cancel button sends."""
     response = prefect.post(f"/flow_runs/{flow_run}/set_state", json={"state": {"type": "CANCELLING"}})
     assert response.json()["status"] == "ACCEPT"
 
 
-def ended(folder):
+def list_ending_kinds(folder):
     return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
-def finished(stack, folder):
+def check_run_finishes(stack, folder):
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
     assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("lost", [(), ("worker",), ("worker", "flow")], ids=" and ".join)
-def test_cancelling_in_prefect_cancels_the_round_and_stops_its_ranks(run, stack, operator, prefect, sessions, lost):
-    """Whoever is there to hear of it: the worker, the flow that asks by itself, or only the dispatcher."""
-    training_round, _ = run
-    flow_run = flow_run_of(prefect)
+def test_cancelling_in_prefect_cancels_the_round_and_stops_its_ranks(
+    checkpointed_run, stack, operator, prefect, sessions, lost
+):
+    """The worker, the flow or the dispatcher handles the cancellation: the first of them that is running."""
+    training_round, _ = checkpointed_run
+    flow_run = find_flow_run_id(prefect)
     if lost:
-        os.kill(stack.pid("worker"), signal.SIGSTOP)  # a killed one is started again
-    cancel(prefect, flow_run)
+        os.kill(stack.pid("worker"), signal.SIGSTOP)  # stopped, as the keeper would restart a killed worker
+    cancel_flow_run(prefect, flow_run)
     if "flow" in lost:
         kill_flow(stack)
     try:
-        now = stack.until(lambda: (r := operator.round(training_round.id)).state != "running" and r)
-        assert (now.state, now.reason) == ("cancelled", "cancelled in Prefect")
-        stack.until(lambda: not ranks(stack))
-        stack.until(lambda: not open_leases(sessions))
+        ended_round = stack.until(lambda: (r := operator.round(training_round.id)).state != "running" and r)
+        assert (ended_round.state, ended_round.reason) == ("cancelled", "cancelled in Prefect")
+        stack.until(lambda: not find_rank_pids(stack))
+        stack.until(lambda: not list_open_leases(sessions))
     finally:
         if lost:
             os.kill(stack.pid("worker"), signal.SIGCONT)
 
 
-def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(started, stack, no_more_memory):
-    _, folder = started
-    no_more_memory(read_heartbeats(folder.path)[1].pid)
-    finished(stack, folder)
-    assert ended(folder)[0] == "out of memory"
+def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(started_run, stack, limit_memory):
+    _, folder = started_run
+    limit_memory(read_heartbeats(folder.path)[1].pid)
+    check_run_finishes(stack, folder)
+    assert list_ending_kinds(folder)[0] == "out of memory"
     assert any(isinstance(event, ReplanEvent) and "85%" in event.why for event in folder.read_events())
 
 
-def test_run_with_a_lost_disk_resumes_from_the_object_store(run, stack, sessions):
-    _, folder = run
+def test_run_with_a_lost_disk_resumes_from_the_object_store(checkpointed_run, stack, sessions):
+    _, folder = checkpointed_run
     stack.until(lambda: any(isinstance(event, CheckpointStoredEvent) for event in folder.read_events()))
     step = max(event.step for event in folder.read_events() if isinstance(event, CheckpointStoredEvent))
     kill_flow(stack)
     shutil.rmtree(folder.path, ignore_errors=True)
-    stack.until(lambda: not ranks(stack))
+    stack.until(lambda: not find_rank_pids(stack))
     shutil.rmtree(folder.path, ignore_errors=True)
     stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
     first = folder.read_metrics()[0].step
-    assert first > step  # trained on from there or from one stored since, not from the beginning
-    stack.until(lambda: not open_leases(sessions))
+    assert first > step  # resumed from this checkpoint or a later one, not from the start
+    stack.until(lambda: not list_open_leases(sessions))

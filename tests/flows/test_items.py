@@ -17,7 +17,7 @@ from flows.context import Context
 from flows.round import collect, evaluate, prepare_run
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
-from tests.serving import served
+from tests.serving import serve_app
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.rows import BadRow, Row
@@ -34,34 +34,34 @@ VERSION, WINDOW = 3, 64
 
 @pytest.fixture(scope="module")
 def model_server(stores):
-    """Settings whose model server is real and serves a tiny model; prompts with a j break it."""
+    """Serve a tiny model that fails on prompts with a j; yield settings with the URL of its server."""
     tokenizer = tokenizers.train(["abcdefghij 0123456789"], vocab_size=512)
     config = ModelConfig(
         name="test", num_layers=1, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=WINDOW
     )
     model, j = Yuan(config).eval(), tokenizer.encode("j")[0]
     model.embedding.register_forward_hook(
-        lambda module, tokens, made: torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, made)
+        lambda module, tokens, embeddings: torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, embeddings)
     )
     with torch.no_grad():
         model.embedding.weight[j] = 0
     service = ModelService(ModelServerMetrics())
     service.swap_in(ServedModel(model, tokenizer, VERSION))
     token = stores.model_server_token.get_secret_value()
-    with served(make_api(token, service)) as url:
+    with serve_app(make_api(token, service)) as url:
         yield stores.model_copy(update={"model_server_url": url})
 
 
-def ask(settings, prompts, version=VERSION):
+def ask_model(settings, prompts, version=VERSION):
     return [answer for batch in reproduce_answers(settings, prompts, version) for answer in batch]
 
 
 @pytest.mark.parametrize("later", [200, 413, 500])
 def test_intermittent_model_server_errors_are_retried(stores, later):
-    """Once after each failure: what a repeated question brings is its answer."""
+    """A failed request is retried once, and the response of the retry counts."""
     requests = []
 
-    async def failing(scope, receive, send):
+    async def fail_every_other_request(scope, receive, send):
         request = Request(scope, receive)
         prompts = (await request.json())["prompt"]
         requests.append(prompts)
@@ -69,17 +69,17 @@ def test_intermittent_model_server_errors_are_retried(stores, later):
         response = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
         await JSONResponse(response, status)(scope, receive, send)
 
-    with served(failing) as url:
-        results = ask(stores.model_copy(update={"model_server_url": url}), ["j"])
+    with serve_app(fail_every_other_request) as url:
+        results = ask_model(stores.model_copy(update={"model_server_url": url}), ["j"])
     expected = {200: "a", 413: "too long", 500: "the model server fails on it: too long"}
     assert [str(one) for one in results] == [expected[later]] and len(requests) == (4 if later == 500 else 2)
 
 
 def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_server):
     prompts = [f"{n} + {n}" for n in range(80)]
-    expected = ask(model_server, prompts)
+    expected = ask_model(model_server, prompts)
     prompts[7:7], prompts[70:70] = ["a" * 300], ["b" * 300, "j"]
-    results = ask(model_server, prompts)
+    results = ask_model(model_server, prompts)
     refused = {n: str(result) for n, result in enumerate(results) if isinstance(result, PromptRefused)}
     assert list(refused) == [7, 70, 71] and [a for a in results if isinstance(a, str)] == expected
     assert refused[7] == f"the prompt has 301 tokens and the window {WINDOW}; shorten the prompt"
@@ -88,10 +88,10 @@ def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_s
 
 def test_wrong_version_or_token_is_not_an_item_error(model_server):
     with pytest.raises(ConnectionError, match="the request was for v4"):
-        ask(model_server, ["a"], version=4)
+        ask_model(model_server, ["a"], version=4)
     wrong = model_server.model_copy(update={"model_server_token": type(model_server.model_server_token)("wrong")})
     with pytest.raises(Exception, match="401"):
-        ask(wrong, ["a"])
+        ask_model(wrong, ["a"])
 
 
 def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects, portal, account):
@@ -118,7 +118,7 @@ def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects
 
 @pytest.fixture
 def context(model_server, engine, objects):
-    """A context whose champion is the version that the model server serves; nobody's afterwards."""
+    """Return a context whose champion is the version that the model server serves; remove the champion afterwards."""
     context = Context(model_server, make_session_factory(engine), objects)
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
@@ -161,8 +161,8 @@ def test_evaluation_process_skips_bad_cases(context, tmp_path):
     assert {name: result.reason is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
 
 
-class Breaks:
-    """A tokenizer that cannot encode one text."""
+class BrokenTokenizer:
+    """Wrap a tokenizer so that it cannot encode one text."""
 
     def __init__(self, tokenizer, text):
         self._tokenizer, self._text = tokenizer, text
@@ -177,7 +177,7 @@ class Breaks:
 
 
 def test_rows_that_cannot_be_encoded_are_skipped_and_reported():
-    tokenizer = Breaks(tokenizers.train(["abc"], vocab_size=512), "d")
+    tokenizer = BrokenTokenizer(tokenizers.train(["abc"], vocab_size=512), "d")
     broken = Row(prompt="a", answer="d")
     parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
     left_out = {}

@@ -54,9 +54,9 @@ def test_damaged_state_file_is_read_as_empty(tmp_path, text):
 def test_keeper_acquires_its_lock_while_another_process_checks_it(tmp_path):
     load_or_make_config(tmp_path)
     (tmp_path / KEEPER_LOCK_FILE).touch()
-    with (tmp_path / KEEPER_LOCK_FILE).open() as looking:
-        fcntl.flock(looking, fcntl.LOCK_SH)
-        threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+    with (tmp_path / KEEPER_LOCK_FILE).open() as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (lock_file, fcntl.LOCK_UN)).start()
         with hold_keeper_lock(tmp_path, "an id"):
             assert (find_keeper(tmp_path).pid, find_keeper(tmp_path).stack_id) == (os.getpid(), "an id")
             with pytest.raises(BlockingIOError), hold_keeper_lock(tmp_path, "another"):
@@ -74,44 +74,44 @@ def test_ports_stay_bound_and_requests_wait_while_servers_restart(stack):
         "model-server": f"{settings.model_server_url}/health",
     }
     before = {name: stack.pid(name) for name in urls}
-    taken_ports, is_over = [], threading.Event()
+    bound_services, is_over = [], threading.Event()
 
-    def try_to_take():
+    def try_to_bind():
         while not is_over.is_set():
             for name, url in urls.items():
                 with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", parse_port(url))):
-                    taken_ports.append(name)
+                    bound_services.append(name)
             time.sleep(0.001)
 
     with ThreadPoolExecutor() as threads:
-        squatter = threads.submit(try_to_take)
+        squatter = threads.submit(try_to_bind)
         try:
             for name in urls:
                 stack.kill(name)
-            stack.until(lambda: all(restarts_of(stack)[name] == 1 for name in urls))
+            stack.until(lambda: all(count_restarts(stack)[name] == 1 for name in urls))
             responses = {name: threads.submit(httpx.get, url, timeout=120) for name, url in urls.items()}
             statuses = {name: response.result().status_code for name, response in responses.items()}
         finally:
             is_over.set()
         squatter.result()
-    assert not taken_ports
+    assert not bound_services
     assert statuses == dict.fromkeys(urls, 200)
 
-    def all_new():
+    def get_states_if_all_restarted():
         services = read_service_states(stack.home)
         return services if all(services[n].state == "ready" and services[n].pid != before[n] for n in urls) else None
 
-    stack.until(all_new, seconds=120)
-    assert {name: restarts_of(stack)[name] for name in urls} == dict.fromkeys(urls, 1)
+    stack.until(get_states_if_all_restarted, seconds=120)
+    assert {name: count_restarts(stack)[name] for name in urls} == dict.fromkeys(urls, 1)
 
 
-def restarts_of(stack):
+def count_restarts(stack):
     return {name: state.restarts for name, state in read_service_states(stack.home).items()}
 
 
 @pytest.mark.slow
 def test_down_does_not_kill_programs_that_have_the_stack_env_variables(stack, monkeypatch):
-    """As where an operator has exported the file `env`."""
+    """This is the case in a shell where an operator has exported the file `env`."""
     for name, value in dotenv_values(stack.home / "env").items():
         monkeypatch.setenv(name, value)
     with subprocess.Popen(["/bin/sleep", "600"]) as other:
@@ -125,7 +125,7 @@ def test_down_does_not_kill_programs_that_have_the_stack_env_variables(stack, mo
 
 @pytest.mark.slow
 def test_down_finds_the_keeper_by_its_state_file_when_the_lock_is_empty(stack):
-    """As that of an older version, or one that started on a full disk."""
+    """An older keeper, or one that started on a full disk, leaves an empty lock file."""
     (stack.home / KEEPER_LOCK_FILE).write_bytes(b"")
     stack.cotrain("down", check=True)
     assert find_keeper(stack.home) is None and not list(find_stack_pids(load_config(stack.home).stack_id))

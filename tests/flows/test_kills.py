@@ -23,9 +23,9 @@ from infra.postgres import Postgres
 pytestmark = pytest.mark.slow
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
-FIRST = RoundParameters(max_steps=60, learning_rate=2e-3)
-# Next to no learning: the candidate answers as its parent does, so every round ends in a promotion and has notices.
-NEXT = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
+FIRST_ROUND = RoundParameters(max_steps=60, learning_rate=2e-3)
+# The learning rate is almost zero: the candidate answers like its parent, so every round is promoted and has notices.
+NEXT_ROUND = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
 STEPS = ("collect", "snapshot", "plan", "train", "register", "evaluate", "decide")
 SERVICES = ("postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker")
 PROCESSES = {
@@ -38,23 +38,24 @@ PROCESSES = {
 
 @pytest.fixture(scope="module")
 def champion(stack, operator, base):
-    ended_round = stack.follow(operator, operator.start_round(FIRST))
+    ended_round = stack.follow(operator, operator.start_round(FIRST_ROUND))
     assert ended_round.state == "promoted", ended_round.reason
 
 
-def pids_of(stack, victim):
-    """Processes to kill, none if there is none right now."""
+def find_victim_pids(stack, victim):
+    """Return the pids of the victim's running processes; the list may be empty."""
     if victim in SERVICES:
         pid = stack.pid(victim)
         return [pid] if pid else []
     pids = stack.processes(PROCESSES[victim])
-    launchers = stack.processes(PROCESSES["torchrun"]) if victim == "rank" else []  # which name what they launch
+    # torchrun's command line contains the name of the ranks' module too
+    launchers = stack.processes(PROCESSES["torchrun"]) if victim == "rank" else []
     return [pid for pid in pids if pid not in launchers]
 
 
-def where(stack, sessions, round_id):
-    """State and step of a round, None without database. Two moments have no step of their own: trained and not yet
-    registered, evaluated and not yet decided.
+def get_state_and_step(stack, sessions, round_id):
+    """Return state and step of a round, None while the database is down. A run that is trained and not yet registered
+    counts as "register", a candidate that is evaluated and not yet decided as "decide".
     """
     try:
         with sessions() as session:
@@ -70,22 +71,22 @@ def where(stack, sessions, round_id):
     return training_round.state, "decide" if training_round.step == "evaluate" and evaluated else training_round.step
 
 
-def strike(stack, sessions, round_id, victim):
-    """Kill the victim once in each step in which it lives, until the round has ended; returns the steps."""
-    struck = []
+def kill_in_each_step(stack, sessions, round_id, victim):
+    """Kill the victim once in each step in which it runs, until the round has ended; return the steps."""
+    killed_steps = []
     end = time.monotonic() + 400
     while time.monotonic() < end:
-        state, step = where(stack, sessions, round_id)
+        state, step = get_state_and_step(stack, sessions, round_id)
         if state not in (None, "running"):
-            return struck
-        most = 1 if victim == "rank" else None
-        if step and step not in struck and kill(pids_of(stack, victim)[:most]):
-            struck.append(step)
+            return killed_steps
+        max_kills = 1 if victim == "rank" else None
+        if step and step not in killed_steps and kill_processes(find_victim_pids(stack, victim)[:max_kills]):
+            killed_steps.append(step)
         time.sleep(0.02)
-    raise AssertionError(f"the round did not end in time, {victim} was killed in {struck}")
+    raise AssertionError(f"the round did not end in time, {victim} was killed in {killed_steps}")
 
 
-def kill(pids):
+def kill_processes(pids):
     """Kill processes; return whether one of them had not exited yet, alone or with one that was killed before it."""
     num_killed = 0
     for pid in pids:
@@ -96,7 +97,7 @@ def kill(pids):
 
 
 class Reporter(threading.Thread):
-    """Sends reports until told to stop, and remembers which were acknowledged."""
+    """Send reports until `stopped` is set, and record which were acknowledged."""
 
     def __init__(self, client, seed):
         super().__init__(daemon=True)
@@ -124,7 +125,7 @@ class Reporter(threading.Thread):
 
 
 def check_reports(stack, sessions, client, reporter, round_id):
-    """Every acknowledged report is there once; every accepted one that the version took was told once."""
+    """Check that every acknowledged report is stored once, and that each one before the cut-off has one notice."""
     assert reporter.failed == []
     assert sorted(report.id for report in client.all_feedback()) == sorted(reporter.acknowledged)
     with sessions() as session:
@@ -134,14 +135,14 @@ def check_reports(stack, sessions, client, reporter, round_id):
         assert {report.state for report in early} <= {"accepted"}
         expected = sorted(report.id for report in early)
 
-    def told():
+    def are_notices_delivered():
         with sessions() as session:
             query = select(Outbox.feedback_id).where(
                 Outbox.version == training_round.candidate_version, Outbox.delivered_at.is_not(None)
             )
             return sorted(session.scalars(query)) == expected
 
-    stack.until(told, seconds=30)
+    stack.until(are_notices_delivered, seconds=30)
     with sessions() as session:
         untested = [
             case
@@ -168,25 +169,25 @@ def reporter(stack, operator, champion):
 
 @pytest.mark.parametrize("victim", [*SERVICES, *PROCESSES])
 def test_round_survives_kills_in_every_step(stack, sessions, operator, reporter, victim):
-    training_round = operator.start_round(NEXT)
-    struck = strike(stack, sessions, training_round.id, victim)
+    training_round = operator.start_round(NEXT_ROUND)
+    killed_steps = kill_in_each_step(stack, sessions, training_round.id, victim)
     reporter.stopped.set()
     reporter.join()
-    lives_in = {"torchrun": {"train"}, "rank": {"train"}, "evaluation": {"evaluate"}}.get(victim, set(STEPS[3:6]))
-    assert lives_in <= set(struck)
+    expected_steps = {"torchrun": {"train"}, "rank": {"train"}, "evaluation": {"evaluate"}}.get(victim, set(STEPS[3:6]))
+    assert expected_steps <= set(killed_steps)
     check_reports(stack, sessions, reporter.client, reporter, training_round.id)
 
 
 def test_round_survives_loss_of_the_prefect_database(stack, sessions, operator, reporter):
-    training_round = operator.start_round(NEXT)
-    stack.until(lambda: where(stack, sessions, training_round.id)[1] == "train", pause=0.02)
+    training_round = operator.start_round(NEXT_ROUND)
+    stack.until(lambda: get_state_and_step(stack, sessions, training_round.id)[1] == "train", pause=0.02)
     config = load_config(stack.home)
     postgres = Postgres(stack.home / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute("drop database prefect with (force)")
     assert operator.round(training_round.id).state == "running"
     stack.kill("prefect")
-    stack.until(lambda: where(stack, sessions, training_round.id)[0] != "running", seconds=300)
+    stack.until(lambda: get_state_and_step(stack, sessions, training_round.id)[0] != "running", seconds=300)
     reporter.stopped.set()
     reporter.join()
     check_reports(stack, sessions, reporter.client, reporter, training_round.id)

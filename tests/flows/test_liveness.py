@@ -8,15 +8,15 @@ import pytest
 from infra.keeper_state import read_service_states
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
-# The dispatcher is given five minutes, since a duty may wait for servers; it hangs while the others have their turn.
+# The dispatcher's liveness timeout is five minutes, since a duty may wait for servers; it hangs during the whole test.
 SLOWEST, GROUPS = "dispatcher", (("postgres",), ("s3", "prefect"), ("mlflow", "portal"), ("model-server", "worker"))
 
 
-def restarts(stack):
+def count_restarts(stack):
     return {name: state.restarts for name, state in read_service_states(stack.home).items()}
 
 
-def restarted(stack, name, before):
+def get_restarted_state(stack, name, before):
     state = read_service_states(stack.home)[name]
     return state if state.restarts > before[name] and state.state == "ready" else None
 
@@ -28,17 +28,19 @@ def hang(stack, name):
 @pytest.mark.slow
 def test_only_hung_services_are_restarted(stack):
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
-    start = restarts(stack)
+    start = count_restarts(stack)
     hang(stack, SLOWEST)
     for group in GROUPS:
-        before = {**restarts(stack), SLOWEST: 0}
+        before = {**count_restarts(stack), SLOWEST: 0}
         for name in group:
             hang(stack, name)
         for name in group:
-            state = stack.until(lambda name=name, before=before: restarted(stack, name, before), seconds=400, pause=0.5)
+            state = stack.until(
+                lambda name=name, before=before: get_restarted_state(stack, name, before), seconds=400, pause=0.5
+            )
             assert "it is not alive" in state.restart_reason, name
         expected = {name: count + (name in group) for name, count in before.items()}
-        assert {**restarts(stack), SLOWEST: 0} == expected
-    state = stack.until(lambda: restarted(stack, SLOWEST, start), seconds=600, pause=1)
+        assert {**count_restarts(stack), SLOWEST: 0} == expected
+    state = stack.until(lambda: get_restarted_state(stack, SLOWEST, start), seconds=600, pause=1)
     assert "no heartbeat" in state.restart_reason
     stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=200, pause=1)

@@ -10,14 +10,14 @@ from infra.launchers.slurm import SlurmLauncher
 from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
 
 
-def pool(launcher, **launch):
+def make_pool(launcher, **launch):
     return dataclasses.replace(make_cpu_pool(), launcher=launcher, launch=tuple(launch.items()))
 
 
 def test_pool_file_selects_the_launcher(tmp_path):
     file = tmp_path / "pools.toml"
-    file.write_text(dump_pool(pool("slurm", partition="gpu", rendezvous_port=29_501)))
-    assert load_pool(str(file)) == pool("slurm", partition="gpu", rendezvous_port=29_501)
+    file.write_text(dump_pool(make_pool("slurm", partition="gpu", rendezvous_port=29_501)))
+    assert load_pool(str(file)) == make_pool("slurm", partition="gpu", rendezvous_port=29_501)
     assert isinstance(make_launcher(load_pool(str(file))), SlurmLauncher)
     assert isinstance(make_launcher(make_cpu_pool()), LocalLauncher)
 
@@ -32,9 +32,9 @@ def test_pool_file_selects_the_launcher(tmp_path):
 )
 def test_options_that_a_launcher_does_not_know_are_refused(launcher, launch, says):
     with pytest.raises(ValueError, match=says):
-        make_launcher(pool(launcher, **launch))
+        make_launcher(make_pool(launcher, **launch))
 
 
 def test_an_unknown_launcher_is_refused():
     with pytest.raises(ValueError, match="must be one of local, slurm, kubernetes, got 'pbs'"):
-        pool("pbs")
+        make_pool("pbs")

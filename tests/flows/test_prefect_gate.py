@@ -27,7 +27,7 @@ def gate():
     app = FastAPI()
 
     @app.websocket("/api/events/in")
-    async def events(socket: WebSocket):
+    async def echo_events(socket: WebSocket):
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect):
             while True:
@@ -66,16 +66,16 @@ def test_exactly_one_basic_authorization_header_is_accepted(gate):
 
 
 def test_websocket_password_guesses_are_rate_limited(gate):
-    def guess(token):
+    def send_password(token):
         with gate.websocket_connect("/api/events/in") as socket:
             socket.send_text(json.dumps({"type": "auth", "token": token}))
             return socket.receive_text()
 
     for n in range(MAX_ACCOUNT_FAILURES):
-        guess(f"cotrain:guess-{n}")
+        send_password(f"cotrain:guess-{n}")
     with pytest.raises(WebSocketDisconnect):
-        guess("cotrain:one more")
-    assert ":".join(RIGHT) in guess(":".join(RIGHT))
+        send_password("cotrain:one more")
+    assert ":".join(RIGHT) in send_password(":".join(RIGHT))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ NUMBERS = ["1e308", "9" * 30, "-9223372036854775809", "NaN", "Infinity", "1e9999
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number[:20])
 @pytest.mark.parametrize("place", ['{"parameters": {"x": [%s]}}', '{"level": %s}', '[{"payload": {"x": %s}}]'])
 def test_numbers_that_make_the_server_fail_are_refused(gate, number, place):
-    assert refusal(gate, "/api/logs/", place % number)
+    assert get_refusal(gate, "/api/logs/", place % number)
 
 
 def test_columns_are_limited_to_32_bits_and_parameters_to_64(gate):
-    assert "2**31" in refusal(gate, "/api/logs/", json.dumps([{"level": 2**31}]))
-    assert "2**63" in refusal(gate, RUN, json.dumps({"parameters": {"seed": 2**63}}))
+    assert "2**31" in get_refusal(gate, "/api/logs/", json.dumps([{"level": 2**31}]))
+    assert "2**63" in get_refusal(gate, RUN, json.dumps({"parameters": {"seed": 2**63}}))
     assert gate.post("/api/logs/", auth=RIGHT, json=[{"level": 2**31 - 1}]).status_code == 200
     assert gate.post(RUN, auth=RIGHT, json={"parameters": {"seed": 2**63 - 1}}).status_code == 200
 
@@ -184,8 +184,12 @@ def test_columns_are_limited_to_32_bits_and_parameters_to_64(gate):
 @pytest.mark.parametrize("text", ["\0", "\ud83d"], ids=["U+0000", "half a character"])
 def test_unstorable_text_is_refused_in_every_field(gate, text):
     for form in ({"name": f"a{text}b"}, {"tags": [text]}, {"state": {"message": text}}, [{"message": text}], {text: 1}):
-        assert "must not contain" in refusal(gate, RUN, json.dumps(form))
-    assert refusal(gate, RUN, "{") and refusal(gate, RUN, b'{"name": "\xff"}') and refusal(gate, RUN, "[" * 100_000)
+        assert "must not contain" in get_refusal(gate, RUN, json.dumps(form))
+    assert (
+        get_refusal(gate, RUN, "{")
+        and get_refusal(gate, RUN, b'{"name": "\xff"}')
+        and get_refusal(gate, RUN, "[" * 100_000)
+    )
 
 
 def test_unstorable_text_and_dates_in_a_url_are_refused(gate):
@@ -202,7 +206,7 @@ FAR = ["9999-12-31T23:59:59-14:00", "0001-01-01", "9999-W52-5", "1969-12-31T23:5
 def test_dates_out_of_range_are_refused(gate, date):
     scheduled = {"state": {"type": "SCHEDULED", "state_details": {"scheduled_time": date}}}
     for form in (scheduled, [{"timestamp": date}], {"flow_runs": {"start_time": {"before_": date}}}):
-        assert "the years 1970 and 8999" in refusal(gate, RUN, json.dumps(form))
+        assert "the years 1970 and 8999" in get_refusal(gate, RUN, json.dumps(form))
     assert gate.post(RUN, auth=RIGHT, json={"name": str(date)}).status_code == 200
 
 
@@ -224,13 +228,13 @@ def test_dates_out_of_range_are_refused(gate, date):
     ids=str,
 )
 def test_prefect_kind_values_are_checked_after_expansion(gate, value):
-    assert refusal(gate, RUN, json.dumps({"parameters": {"limit": value}}))
-    assert refusal(gate, RUN, json.dumps({"parameters": {"__prefect_kind": "none", "value": {"limit": value}}}))
-    assert refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": value}}), "PATCH")
+    assert get_refusal(gate, RUN, json.dumps({"parameters": {"limit": value}}))
+    assert get_refusal(gate, RUN, json.dumps({"parameters": {"__prefect_kind": "none", "value": {"limit": value}}}))
+    assert get_refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": value}}), "PATCH")
 
 
 def test_prefect_kinds_are_refused_outside_of_parameters(gate):
-    assert "__prefect_kind" in refusal(gate, RUNS, json.dumps({"a": [{"__prefect_kind": "json", "value": "1"}]}))
+    assert "__prefect_kind" in get_refusal(gate, RUNS, json.dumps({"a": [{"__prefect_kind": "json", "value": "1"}]}))
 
 
 @pytest.mark.parametrize(
@@ -253,8 +257,8 @@ def test_prefect_kind_objects_of_the_pages_are_forwarded_as_plain_values(gate, s
 
 def test_a_run_gets_only_parameters_of_a_registered_flow(gate):
     for form in ({"parameters": {"nonsense": 1}}, {"parameters": {"limit": 0}}, {"enforce_parameter_schema": False}):
-        assert refusal(gate, RUN, json.dumps(form))
-    assert refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": 0}}), "PATCH")
+        assert get_refusal(gate, RUN, json.dumps(form))
+    assert get_refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": 0}}), "PATCH")
     for form in ({"parameters": {"limit": 5}}, {"parameters": {}, "enforce_parameter_schema": True}, {}):
         assert gate.post(RUN, auth=RIGHT, json=form).status_code == 200
 
@@ -278,20 +282,22 @@ UNSENT = {
 
 @pytest.mark.parametrize("field", UNSENT)
 def test_deployment_fields_that_the_dispatcher_does_not_send_are_refused(gate, field):
-    assert field in refusal(gate, "/api/deployments/", json.dumps({**OWN, field: UNSENT[field]}))
+    assert field in get_refusal(gate, "/api/deployments/", json.dumps({**OWN, field: UNSENT[field]}))
 
 
 @pytest.mark.parametrize("field", ["max_scheduled_runs", "parameters", "replaces", "unknown"])
 def test_schedule_fields_that_the_dispatcher_does_not_send_are_refused(gate, field):
     schedule = {"schedule": {"interval": 3600}, field: {"limit": 1} if field == "parameters" else 5}
-    assert field in refusal(gate, "/api/deployments/", json.dumps({**OWN, "schedules": [schedule]}))
-    assert field in refusal(gate, SCHEDULE, json.dumps({"active": True, field: schedule[field]}), "PATCH")
+    assert field in get_refusal(gate, "/api/deployments/", json.dumps({**OWN, "schedules": [schedule]}))
+    assert field in get_refusal(gate, SCHEDULE, json.dumps({"active": True, field: schedule[field]}), "PATCH")
 
 
 def test_changed_job_template_of_the_work_pool_is_refused(gate):
     slow = {**WORK_POOL_TEMPLATE, "variables": {"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}}
-    assert "base_job_template" in refusal(gate, "/api/work_pools/", json.dumps({"base_job_template": slow}))
-    assert "base_job_template" in refusal(gate, "/api/work_pools/x", json.dumps({"base_job_template": slow}), "PATCH")
+    assert "base_job_template" in get_refusal(gate, "/api/work_pools/", json.dumps({"base_job_template": slow}))
+    assert "base_job_template" in get_refusal(
+        gate, "/api/work_pools/x", json.dumps({"base_job_template": slow}), "PATCH"
+    )
     for form in ({"base_job_template": WORK_POOL_TEMPLATE}, {"is_paused": True}):
         assert gate.patch("/api/work_pools/x", auth=RIGHT, json=form).status_code == 200
 
@@ -311,7 +317,7 @@ def test_every_message_of_a_websocket_is_checked(gate, message):
 
 
 def test_event_size_is_limited_over_http_and_websocket(gate):
-    """The server holds 50,000 of them, by their number alone."""
+    """The server's queue holds 50,000 events of any size."""
     events = [{"event": "small"}, {"event": "x" * MAX_EVENT_BYTES}]
     assert gate.post("/api/events", auth=RIGHT, json=events[:1]).status_code == 200
     refused = gate.post("/api/events", auth=RIGHT, json=events)
@@ -325,8 +331,8 @@ def test_event_size_is_limited_over_http_and_websocket(gate):
             socket.receive_text()
 
 
-def page_token(**changes):
-    """A token for the next page of events, as the server makes it."""
+def make_page_token(**changes):
+    """Return a token for the next page of events, as the server makes it."""
     form = {"filter": {"order": "DESC"}, "count": 120, "page_size": 50, "offset": 50} | changes
     inner = base64.b64encode(json.dumps(form).encode())
     return base64.b64encode(inner).decode()
@@ -334,10 +340,24 @@ def page_token(**changes):
 
 def test_page_token_of_events_is_validated(gate):
     pages = "/api/events/filter/next"
-    assert gate.get(pages, params={"page-token": page_token()}, auth=RIGHT).status_code == 200
+    assert gate.get(pages, params={"page-token": make_page_token()}, auth=RIGHT).status_code == 200
     far = {"occurred": {"since": "0001-01-01T00:00:00Z", "until": "9999-12-31T00:00:00Z"}}
-    bad = [page_token(page_size=10**6), page_token(page_size=-1), page_token(offset=1e400), page_token(filter=[])]
-    for token in (*bad, page_token(filter=far), page_token(filter={"text": "\0"}), "e30=", "W10=", "%", "", "é"):
+    bad = [
+        make_page_token(page_size=10**6),
+        make_page_token(page_size=-1),
+        make_page_token(offset=1e400),
+        make_page_token(filter=[]),
+    ]
+    for token in (
+        *bad,
+        make_page_token(filter=far),
+        make_page_token(filter={"text": "\0"}),
+        "e30=",
+        "W10=",
+        "%",
+        "",
+        "é",
+    ):
         assert gate.get(pages, params={"page-token": token}, auth=RIGHT).status_code == 422
     assert gate.get(pages, auth=RIGHT).status_code == 422
 
@@ -363,16 +383,16 @@ def test_request_body_size_is_limited(gate):
 def test_number_of_values_in_a_body_is_limited_and_checked_quickly(gate):
     began = time.monotonic()
     for content in ("[" + "1," * 4_000_000 + "1]", '{"since": [' + '"x",' * 2_000_000 + "1]}"):
-        assert "values" in refusal(gate, "/api/logs/", content)
-    assert time.monotonic() - began < 10  # seconds; it took 40 to look at each
+        assert "values" in get_refusal(gate, "/api/logs/", content)
+    assert time.monotonic() - began < 10  # seconds; a check of each value took 40
 
 
 def test_probes_accept_head_requests(gate):
     assert gate.head("/api/health").status_code == 200 and gate.head(RUNS, auth=RIGHT).status_code == 403
 
 
-def refusal(gate, path, content, method="POST"):
-    """Why a body is refused; the test fails if it is not."""
+def get_refusal(gate, path, content, method="POST"):
+    """Send a body that must be refused, and return the error message."""
     response = gate.request(method, path, auth=RIGHT, content=content)
     assert response.status_code == 422, response.text
     return response.json()["exception_message"]

@@ -49,7 +49,7 @@ print(json.dumps({"routes": [[route.path, route.method] for route in list_routes
 
 @pytest.fixture(scope="module")
 def server(stores):
-    """The address and the password of a real server behind its gate."""
+    """Start a real server behind its gate; yield its URL and password."""
     services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     process = start(services["prefect"], stores.stack_id)
     yield stores.prefect_api_url.removesuffix("/api"), stores.prefect_auth.get_secret_value()
@@ -59,7 +59,7 @@ def server(stores):
 
 @pytest.fixture(scope="module")
 def application():
-    """The routes of the installed server and the description of their forms, from its own application."""
+    """Return the routes and the OpenAPI description of the installed server's application."""
     with tempfile.TemporaryDirectory() as home:
         env = {
             "PREFECT_HOME": home,
@@ -75,28 +75,33 @@ def routes(application):
     return {Route(*entry) for entry in application["routes"]}
 
 
-def dates_in(form, name=""):
-    """Names of the fields of a form that hold dates."""
+def find_date_fields(form, name=""):
+    """Return the names of a schema's fields that hold dates."""
     if isinstance(form, list):
-        return {name_of_date for one in form for name_of_date in dates_in(one, name)}
+        return {name_of_date for one in form for name_of_date in find_date_fields(one, name)}
     if not isinstance(form, dict):
         return set()
     own_names = {name} if form.get("format") in ("date-time", "date") else set()
     named = form.get("properties", {})
     fields = (
-        {name_of_date for key, one in named.items() for name_of_date in dates_in(one, key)}
+        {name_of_date for key, one in named.items() for name_of_date in find_date_fields(one, key)}
         if isinstance(named, dict)
         else set()
     )
     return (
         own_names
         | fields
-        | {name_of_date for key, one in form.items() if key != "properties" for name_of_date in dates_in(one, name)}
+        | {
+            name_of_date
+            for key, one in form.items()
+            if key != "properties"
+            for name_of_date in find_date_fields(one, name)
+        }
     )
 
 
 def test_every_date_field_of_the_server_schemas_is_checked(application):
-    names = dates_in(application["forms"]["components"]["schemas"])
+    names = find_date_fields(application["forms"]["components"]["schemas"])
     assert {"scheduled_time", "before_", "occurred"} <= names
     assert {name for name in names if not DATE_FIELD_PATTERN.fullmatch(name)} == set()
 
@@ -108,12 +113,12 @@ def deployment(server, stores):
         return client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
 
 
-def listed(*rules):
+def list_rule_routes(*rules):
     return {Route(path, method) for rule in rules for method, path in rule.routes}
 
 
 def test_every_rule_is_a_route_of_the_server(routes):
-    assert listed(PUBLIC_ROUTES, OPERATOR_ROUTES, WEBSOCKET_ROUTES) <= routes
+    assert list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES, WEBSOCKET_ROUTES) <= routes
 
 
 def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
@@ -127,16 +132,16 @@ def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
                 response = client.request(route.method, route.example(countable="day"))
                 if response.status_code not in (401, 403, 429):
                     open_to[caller].add(route)
-    # `/api/work_pools/filter` is of the form `/api/work_pools/{name}` too, to the server as well.
-    # A HEAD of an open GET is answered as that.
+    # `/api/work_pools/filter` also matches `/api/work_pools/{name}`, for the server too.
+    # HEAD is open where GET is open.
     heads = {Route(path, "HEAD") for _, path in PUBLIC_ROUTES.routes}
     others = {caller: status - routes - heads for caller, status in open_to.items()}
     assert all(heads <= status for status in open_to.values())
     assert all(OPERATOR_ROUTES.is_allowed(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
     answering = {caller: status & routes for caller, status in open_to.items()}
-    assert answering["nobody"] == answering["wrong password"] == listed(PUBLIC_ROUTES)
-    assert answering["operator"] == listed(PUBLIC_ROUTES, OPERATOR_ROUTES)
+    assert answering["nobody"] == answering["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
+    assert answering["operator"] == list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES)
     row = summarise("Prefect", len(http_routes), answering)
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
@@ -152,12 +157,13 @@ def test_websockets_open_only_on_listed_paths_with_the_password(server, routes):
     base, secret = server
     sockets = {route for route in routes if route.method == "WEBSOCKET"}
     reached = {
-        token: {route for route in sockets if greets(base, route.example(), token)} for token in (None, "a:b", secret)
+        token: {route for route in sockets if accepts_password(base, route.example(), token)}
+        for token in (None, "a:b", secret)
     }
-    assert reached == {None: set(), "a:b": set(), secret: listed(WEBSOCKET_ROUTES)}
+    assert reached == {None: set(), "a:b": set(), secret: list_rule_routes(WEBSOCKET_ROUTES)}
 
 
-def greets(base, path, token):
+def accepts_password(base, path, token):
     """Tell if a websocket confirms the password."""
     try:
         with connect(base.replace("http:", "ws:") + path, subprotocols=["prefect"]) as socket:
@@ -256,7 +262,7 @@ def test_pages_are_public_and_have_the_content_security_policy(server):
 
 
 def test_only_schemas_of_registered_flows_reach_the_server(server):
-    """One with a pattern that blocks the server indefinitely would affect every user."""
+    """A schema whose regular expression never finishes would block the whole server."""
     base, secret = server
     slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=30) as client:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def client(stores):
-    """A client of Prefect's server, which knows the deployments."""
+    """Start Prefect's server with the registered deployments; yield a client of it."""
     services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     process = start(services["prefect"], stores.stack_id)
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
@@ -34,24 +34,24 @@ def client(stores):
 
 @pytest.fixture
 def deployment(client):
-    """The deployment whose runs the dispatcher starts when reports wait; none of its runs is open."""
+    """Return the id of the deployment that the dispatcher runs when reports wait; cancel its open runs before."""
     deployment_id = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT).id
     for run in client.read_flow_runs():
         client.set_flow_run_state(run.id, Cancelled(), force=True)
     return deployment_id
 
 
-def later(**time):
+def make_time(**time):
     return datetime.now(timezone.utc) + timedelta(**time)
 
 
-def state_of(client, run):
+def read_state(client, run):
     return client.read_flow_run(run.id).state
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True], ids=["scheduled", "cancelled"])
 def test_flow_run_scheduled_in_the_future_does_not_block_reproduction(client, deployment, is_cancelled, monkeypatch):
-    future = client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=later(days=1000)))
+    future = client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=make_time(days=1000)))
     if is_cancelled:
         client.set_flow_run_state(future.id, Cancelled(), force=True)
     before = find_newest_flow_run(client, deployment)
@@ -62,17 +62,17 @@ def test_flow_run_scheduled_in_the_future_does_not_block_reproduction(client, de
 
 
 def test_postponed_flow_run_is_replaced(client, deployment, monkeypatch):
-    """Whoever has Prefect's password takes no key by it, and holds no attempt up."""
+    """A holder of Prefect's password cannot block an attempt by creating a run with its key."""
     monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
     flow_runs = []
     for _ in range(2):
         start_reproduction_run(client, 1)
         flow_runs.append(find_newest_flow_run(client, deployment))
-        client.set_flow_run_state(flow_runs[-1].id, Scheduled(scheduled_time=later(days=1000)), force=True)
+        client.set_flow_run_state(flow_runs[-1].id, Scheduled(scheduled_time=make_time(days=1000)), force=True)
     assert flow_runs[0].id != flow_runs[1].id
     assert (
         end_if_lost(client, client.read_flow_run(flow_runs[0].id))
-        and state_of(client, flow_runs[0]).message == "it was postponed"
+        and read_state(client, flow_runs[0]).message == "it was postponed"
     )
     assert not end_if_lost(client, client.create_flow_run_from_deployment(deployment))
 
@@ -88,25 +88,25 @@ def test_failed_flow_run_is_retried_after_a_pause(client, deployment, monkeypatc
 
 
 def test_pending_and_running_flow_runs_without_a_process_are_set_to_crashed(client, deployment, stores, monkeypatch):
-    """As an attempt that waited for its process when the stack ended, and that a later one followed."""
-    old = Scheduled(scheduled_time=later(minutes=-5))
+    """Such an attempt waited for its process when the stack stopped, and a later attempt replaced it."""
+    old = Scheduled(scheduled_time=make_time(minutes=-5))
     pending, running, waiting = (
         client.create_flow_run_from_deployment(deployment, name=name, state=old)
         for name in ("round-3-attempt-3", "round-3-attempt-4", "round-3-attempt-5")
     )
     client.set_flow_run_state(pending.id, Pending(), force=True)
     client.set_flow_run_state(running.id, Running(), force=True)
-    assert waits(stores)
+    assert find_waiting_runs(stores)
     end_lost_flow_runs(client)
-    assert state_of(client, pending).is_pending()  # its process may be starting
+    assert read_state(client, pending).is_pending()  # its process may be starting
     monkeypatch.setattr(attempts, "PENDING_TIMEOUT_S", 0.0)
     end_lost_flow_runs(client)
     for run in (pending, running):
-        state = state_of(client, run)
+        state = read_state(client, run)
         assert state.is_crashed() and state.message == "its process has exited"
-    assert state_of(client, waiting).is_scheduled()
+    assert read_state(client, waiting).is_scheduled()
     client.set_flow_run_state(waiting.id, Cancelled(), force=True)
-    assert not waits(stores)
+    assert not find_waiting_runs(stores)
 
 
 def test_flow_run_with_a_slowly_starting_process_stays_pending(client, deployment, monkeypatch):
@@ -118,13 +118,13 @@ def test_flow_run_with_a_slowly_starting_process_stays_pending(client, deploymen
         client.update_flow_run(run.id, infrastructure_pid=str(process.pid))
         monkeypatch.setattr(attempts, "PENDING_TIMEOUT_S", 0.0)
         end_lost_flow_runs(client)
-        assert state_of(client, run).is_pending()
+        assert read_state(client, run).is_pending()
     finally:
         process.kill()
         process.wait()
     end_lost_flow_runs(client)
-    assert state_of(client, run).is_crashed()
+    assert read_state(client, run).is_crashed()
 
 
-def waits(stores):
+def find_waiting_runs(stores):
     return [finding.fault for finding in probe_flow_runs(stores) if "waits since" in (finding.fault or "")]

@@ -27,7 +27,7 @@ REPRODUCE, ROUND = "cotrain-reproduce", "cotrain-round"
 
 
 class Marker:
-    """A file that an attack would make, had it succeeded; as a command and as Python."""
+    """Hold the path of a file that a successful attack would create, and code that creates it in shell and Python."""
 
     def __init__(self, path):
         self.path = path
@@ -45,7 +45,7 @@ def marker(tmp_path):
 
 @pytest.fixture(scope="module")
 def prefect(stores):
-    """Prefect's API with its password; server and worker run, pool and deployments are registered."""
+    """Start Prefect's server and worker, with pool and deployments registered; yield a client with the password."""
     (stores.home / "logs").mkdir(exist_ok=True)
     services = {service.name: service for service in make_services(stores.home, load_config(stores.home), stores)}
     secret = stores.prefect_auth.get_secret_value()
@@ -62,7 +62,7 @@ def prefect(stores):
 
 @pytest.fixture
 def overwrite(stores):
-    """Write into Prefect's database what the gate lets nobody send, as a table, a name and columns."""
+    """Return a function that changes columns of a table in Prefect's database, which the gate never allows."""
     config = load_config(stores.home)
     url = f"postgresql://prefect:{config.secrets['prefect_database']}@127.0.0.1:{config.ports['postgres']}/prefect"
 
@@ -74,12 +74,12 @@ def overwrite(stores):
             assert cursor.rowcount > 0
 
     yield write
-    register_again(stores)
+    restore_deployments(stores)
 
 
 @pytest.fixture
 def deploy(prefect, overwrite):
-    """Change the deployments, and return the id of one flow's."""
+    """Return a function that changes the deployments and returns the id of one flow's deployment."""
 
     def change(flow, **columns):
         overwrite("deployment", "local", **columns)
@@ -88,30 +88,30 @@ def deploy(prefect, overwrite):
     return change
 
 
-def register_again(stores):
+def restore_deployments(stores):
     with SyncPrefectClient(stores.prefect_api_url, auth_string=stores.prefect_auth.get_secret_value()) as client:
         register_deployments(client, stores)
 
 
-def run(prefect, deployment_id, **body):
-    """Start a run and wait for its end; its final state."""
+def run_deployment(prefect, deployment_id, **body):
+    """Start a run and wait until it has ended; return its final state and message."""
     response = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json=body)
     assert response.is_success, response.text
-    return wait(prefect, response.json()["id"])
+    return wait_for_run(prefect, response.json()["id"])
 
 
-def wait(prefect, run_id):
+def wait_for_run(prefect, run_id):
     state = until(lambda: (s := prefect.get(f"/flow_runs/{run_id}").json()["state"])["type"] in FINAL and s, 240, 0.3)
     return state["type"], state["message"] or ""
 
 
-def reproduce(prefect, **body):
-    return run(prefect, prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"], **body)
+def run_reproduce_flow(prefect, **body):
+    return run_deployment(prefect, prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"], **body)
 
 
-def open_pool(overwrite, marker):
-    """Put the template back that Prefect's own worker would follow, with a command in it."""
-    variables = {name: {"default": value} for name, value in job_variables(marker).items()}
+def write_pool_template(overwrite, marker):
+    """Write a job template with a command into the pool, as Prefect's own worker would execute it."""
+    variables = {name: {"default": value} for name, value in make_job_variables(marker).items()}
     template = {
         "job_configuration": {"command": marker.shell, "env": "{{ env }}", "working_dir": "{{ working_dir }}"},
         "variables": {"type": "object", "properties": variables},
@@ -119,8 +119,8 @@ def open_pool(overwrite, marker):
     overwrite("work_pool", "cotrain", base_job_template=template)
 
 
-def job_variables(marker):
-    """Command, environment and working folder, each of which would run something in a process that took it."""
+def make_job_variables(marker):
+    """Return a command, an environment and a working folder, each of which would run code in a process that uses it."""
     folder = marker.path.parent
     for name in ("sitecustomize.py", "usercustomize.py", "flows.py", "prefect.py", "json.py"):
         (folder / name).write_text(marker.python)
@@ -138,23 +138,23 @@ def test_work_pool_accepts_no_job_variables(prefect):
 
 
 def test_a_changed_template_of_the_pool_changes_nothing(prefect, overwrite, marker):
-    open_pool(overwrite, marker)
-    assert reproduce(prefect)[0] == "COMPLETED"
+    write_pool_template(overwrite, marker)
+    assert run_reproduce_flow(prefect)[0] == "COMPLETED"
 
 
 def test_job_variables_of_a_run_change_nothing(prefect, overwrite, marker):
-    open_pool(overwrite, marker)
-    assert reproduce(prefect, job_variables=job_variables(marker))[0] == "COMPLETED"
+    write_pool_template(overwrite, marker)
+    assert run_reproduce_flow(prefect, job_variables=make_job_variables(marker))[0] == "COMPLETED"
 
 
 def test_job_variables_of_a_deployment_change_nothing(prefect, overwrite, deploy, marker):
-    open_pool(overwrite, marker)
-    assert run(prefect, deploy(REPRODUCE, infra_overrides=job_variables(marker)))[0] == "COMPLETED"
+    write_pool_template(overwrite, marker)
+    assert run_deployment(prefect, deploy(REPRODUCE, infra_overrides=make_job_variables(marker)))[0] == "COMPLETED"
 
 
 def test_pull_steps_are_not_run(prefect, deploy, marker):
     step = {"prefect.deployments.steps.run_shell_script": {"script": marker.shell}}
-    assert run(prefect, deploy(REPRODUCE, pull_steps=[step]))[0] == "COMPLETED"
+    assert run_deployment(prefect, deploy(REPRODUCE, pull_steps=[step]))[0] == "COMPLETED"
 
 
 @pytest.mark.parametrize("entrypoint", ["{file}:flow", "evil.flow", "os.system"])
@@ -162,7 +162,7 @@ def test_a_foreign_entry_point_is_not_loaded(prefect, deploy, marker, entrypoint
     file = marker.path.with_name("evil.py")
     file.write_text(f"{marker.python}from prefect import flow\n@flow\ndef flow():\n    pass\n")
     mine = deploy(REPRODUCE, entrypoint=entrypoint.format(file=file), path=str(file.parent))
-    assert run(prefect, mine)[0] == "COMPLETED"
+    assert run_deployment(prefect, mine)[0] == "COMPLETED"
 
 
 def test_other_flows_deployments_and_schedules_are_refused(prefect):
@@ -192,10 +192,10 @@ def test_worker_limits_concurrent_flow_runs(prefect):
     ]
     which, counts = {"flow_runs": {"id": {"any_": runs}}}, []
 
-    def states():
+    def read_states():
         return [run["state"]["type"] for run in prefect.post("/flow_runs/filter", json=which).json()]
 
-    while not set(now := states()) <= set(FINAL):
+    while not set(now := read_states()) <= set(FINAL):
         counts.append(sum(state in ("PENDING", "RUNNING") for state in now))
         time.sleep(0.3)
     assert 1 < max(counts) <= MAX_FLOW_RUNS
@@ -204,7 +204,7 @@ def test_worker_limits_concurrent_flow_runs(prefect):
 def test_pool_concurrency_limit_is_reported_by_doctor_and_removed_by_registering(prefect, stores):
     assert prefect.patch("/work_pools/cotrain", json={"concurrency_limit": 0}).is_success
     assert any("concurrency limit of 0" in (finding.fault or "") for finding in probe_flow_runs(stores))
-    register_again(stores)
+    restore_deployments(stores)
     assert prefect.get("/work_pools/cotrain").json()["concurrency_limit"] is None
     assert not any("concurrency limit" in (finding.fault or "") for finding in probe_flow_runs(stores))
 
@@ -229,7 +229,7 @@ def test_prefect_kind_parameters_are_refused_and_run_nothing(prefect, deploy, ma
     assert response.status_code == 422
     mine = deploy(REPRODUCE, parameters={"limit": value})
     response = prefect.post(f"/deployments/{mine}/create_flow_run", json={})
-    assert response.is_client_error or wait(prefect, response.json()["id"])[0] == "FAILED"
+    assert response.is_client_error or wait_for_run(prefect, response.json()["id"])[0] == "FAILED"
 
 
 def test_automations_blocks_and_variables_cannot_be_created(prefect):
@@ -275,7 +275,7 @@ def test_wrong_parameters_are_refused_by_the_form(prefect, parameters):
 def test_invalid_parameters_accepted_by_prefect_fail_and_create_no_round(prefect, deploy, engine, parameters):
     before = count_rounds(engine)
     mine = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={}, parameters=parameters)
-    state, message = run(prefect, mine)
+    state, message = run_deployment(prefect, mine)
     assert state == "FAILED" and "parameters of cotrain-round are not valid" in message and "\n" not in message
     assert count_rounds(engine) == before
 

@@ -24,7 +24,7 @@ def context(stores, engine, objects, tmp_path):
 @pytest.fixture
 def start(context, objects):
     """Return a function that starts a first round with a frozen snapshot of ROWS and a line that is no row."""
-    started = []
+    round_ids = []
 
     def start_round(**parameters):
         data = dump_rows(ROWS) + b'{"prompt": "?"}\n'
@@ -35,12 +35,12 @@ def start(context, objects):
             session.merge(Snapshot(id=snapshot_id, num_rows=len(ROWS) + 1, counts=counts))
             training_round = rounds.request_round(session, "test", RoundParameters(max_steps=4, **parameters), new_id())
             training_round.parent_version, training_round.snapshot_id = None, snapshot_id
-            started.append(training_round.id)
+            round_ids.append(training_round.id)
         return training_round.id
 
     yield start_round
     with context.sessions.begin() as session:
-        for round_id in started:
+        for round_id in round_ids:
             rounds.finish_round(session, round_id, "cancelled", "the test is over")
 
 
@@ -49,7 +49,7 @@ def test_prepared_folder_is_complete_and_not_changed_by_a_second_call(context, s
     plan = prepare_run_folder(context, round_id)
     with context.sessions() as session:
         run_id = rounds.get_or_create_training_run(session, round_id).id
-        assert rounds.find_round(session, round_id).failed_items == {"plan": 1}  # the line that is no row
+        assert rounds.find_round(session, round_id).failed_items == {"plan": 1}  # the line that is not a row
     folder = RunFolder(context.runs / run_id)
     spec = folder.check_inputs()
     assert (spec.plan, spec.seed, spec.parent, spec.recipe.max_steps) == (plan, 7, None, 4)

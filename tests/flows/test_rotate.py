@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def accounts(home):
-    """A function for each account of a stack, which raises or returns false if the account is refused."""
+def make_account_checks(home):
+    """Return, for each account of a stack, a function that raises if the account's secret is refused."""
     settings, config = Settings(_env_file=home / "env", home=home), load_config(home)
     secret = config.secrets
 
@@ -72,19 +72,19 @@ def is_accepted(ask):
     return True
 
 
-def refused(found):
-    """Names of the accounts whose secrets are not accepted."""
-    return {name for name, ask in found.items() if not is_accepted(ask)}
+def find_refused_accounts(checks):
+    """Return the names of the accounts whose secrets are refused."""
+    return {name for name, ask in checks.items() if not is_accepted(ask)}
 
 
 def test_all_secrets_of_a_running_stack_are_rotated(stack):
-    before = accounts(stack.home)
+    before = make_account_checks(stack.home)
     old, certificate = load_config(stack.home).secrets, (stack.home / WEED_CERTIFICATE).read_bytes()
     _, output = stack.cotrain("rotate", check=True)
     assert (stack.home / WEED_CERTIFICATE).read_bytes() != certificate
     assert set(output["rotated"]) == set(ROTATABLE_SECRET_NAMES)
-    assert refused(accounts(stack.home)) == set()
-    assert refused(before) == before.keys()
+    assert find_refused_accounts(make_account_checks(stack.home)) == set()
+    assert find_refused_accounts(before) == before.keys()
     now = load_config(stack.home)
     assert {name for name in old if old[name] == now.secrets[name]} == {"split_salt"}
     assert now.retired == {}
@@ -93,20 +93,20 @@ def test_all_secrets_of_a_running_stack_are_rotated(stack):
 def test_secrets_rotated_while_the_stack_is_down_are_valid_after_up(stack):
     stack.cotrain("down", check=True)
     old = load_config(stack.home).secrets
-    for _ in range(2):  # the server still has the first one, which is retired twice
+    for _ in range(2):  # the server still has the first secret, which is retired twice
         stack.cotrain("rotate", "--secret", "postgres", "--secret", "mlflow", check=True)
     stack.cotrain("up", check=True)
     now = load_config(stack.home).secrets
     assert {name for name in old if old[name] != now[name]} == {"postgres", "mlflow"}
-    assert refused(accounts(stack.home)) == set()
+    assert find_refused_accounts(make_account_checks(stack.home)) == set()
 
 
 @pytest.mark.parametrize("seconds", [1.2, 3.0, 8.0])
 def test_killed_rotation_is_repeated_and_no_old_secret_remains_valid(stack, seconds):
-    """Killed with the keeper that it starts, as by a power cut: while it writes, stops the stack or starts it."""
+    """Kill the command and its keeper, as a power cut would: while it writes, stops the stack or starts it."""
     stack.cotrain("up", check=True)
-    before = accounts(stack.home)
-    assert refused(before) == set()
+    before = make_account_checks(stack.home)
+    assert find_refused_accounts(before) == set()
     command = [sys.executable, "-m", "flows.cli.app", "rotate"]
     with subprocess.Popen(command, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, cwd=ROOT) as process:
         time.sleep(seconds)
@@ -116,8 +116,8 @@ def test_killed_rotation_is_repeated_and_no_old_secret_remains_valid(stack, seco
             os.kill(state.pid, signal.SIGKILL)
     stack.cotrain("rotate", check=True)
     stack.cotrain("up", check=True)
-    assert refused(accounts(stack.home)) == set()
-    assert refused(before) == before.keys()
+    assert find_refused_accounts(make_account_checks(stack.home)) == set()
+    assert find_refused_accounts(before) == before.keys()
     assert load_config(stack.home).retired == {}
 
 

@@ -28,8 +28,8 @@ SHORT = RoundParameters(max_steps=20, learning_rate=2e-3, replay_rows=200)
 
 
 @pytest.fixture(scope="module")
-def first(operator, stack, base):
-    """The base round; `test_kills` kills each process at each of its steps."""
+def first_round(operator, stack, base):
+    """Return the base round, promoted; `test_kills` kills processes in each step of such rounds."""
     training_round = operator.start_round(SHORT)
     ended_round = stack.follow(operator, training_round)
     assert ended_round.state == "promoted", ended_round.reason
@@ -66,25 +66,25 @@ def test_an_operator_sees_and_changes_the_pool(stack):
     assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in output
 
 
-def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first):
-    assert first.candidate_version == 1
-    suite = first.decision["suites"][0]
+def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first_round):
+    assert first_round.candidate_version == 1
+    suite = first_round.decision["suites"][0]
     assert suite["suite"] == "base"
     assert 60 < suite["after"]["total"] < 180  # a tenth of 1,200 rows, drawn by their prompts
-    assert first.status["state"] == "finished"
-    assert first.status["bounds"] == [0, 2, 3]
+    assert first_round.status["state"] == "finished"
+    assert first_round.status["bounds"] == [0, 2, 3]
 
 
-def test_portal_serves_the_plan_of_a_round_as_svg(first, stack):
-    url = f"{stack.settings.portal_url}/rounds/{first.number}/plan.svg"
+def test_portal_serves_the_plan_of_a_round_as_svg(first_round, stack):
+    url = f"{stack.settings.portal_url}/rounds/{first_round.number}/plan.svg"
     drawn = httpx.get(url)
     assert drawn.headers["content-type"] == "image/svg+xml" and "2 layers" in drawn.text
-    assert f"/rounds/{first.number}/plan.svg" in httpx.get(stack.settings.portal_url).text
-    missing = httpx.get(url.replace(f"/{first.number}/", "/999/"))
+    assert f"/rounds/{first_round.number}/plan.svg" in httpx.get(stack.settings.portal_url).text
+    missing = httpx.get(url.replace(f"/{first_round.number}/", "/999/"))
     assert missing.status_code == 404 and "round 999 has no plan" in missing.json()["error"]["message"]
 
 
-def test_the_consumer_pulls_the_champion_in_a_fresh_process(first, stack, tmp_path):
+def test_the_consumer_pulls_the_champion_in_a_fresh_process(first_round, stack, tmp_path):
     code = """
 import sys, mlflow
 from yuan.model.weights import load
@@ -103,7 +103,7 @@ print(load(folder).config.name)
     assert result.stdout.strip() == "tiny", result.stderr[-2000:]
 
 
-def test_consumer_cannot_change_the_champion_alias(first, stack):
+def test_consumer_cannot_change_the_champion_alias(first_round, stack):
     settings = stack.settings
     auth = ("consumer", settings.mlflow_consumer_password.get_secret_value())
     body = {"name": "yuan", "alias": "champion", "version": "1"}
@@ -128,7 +128,7 @@ def test_mlflow_assistant_is_forbidden_for_all_accounts(stack):
     assert httpx.get(f"{base}/config").status_code == 401
 
 
-def test_openai_client_works_through_the_portal(first, stack, operator):
+def test_openai_client_works_through_the_portal(first_round, stack, operator):
     token = operator.add_contributor("openai-user").token
     with openai.OpenAI(base_url=f"{stack.settings.portal_url}/v1", api_key=token) as client:
         stack.until(lambda: [model.id for model in client.models.list()] == ["yuan"])
@@ -146,7 +146,7 @@ def test_openai_client_works_through_the_portal(first, stack, operator):
     assert chat.choices[0].message.role == "assistant"
 
 
-def test_reports_are_reproduced_trained_tested_and_notified_once(first, stack, contributor, operator, tmp_path):
+def test_reports_are_reproduced_trained_tested_and_notified_once(first_round, stack, contributor, operator, tmp_path):
     rows = load_skills(REPORTED_SKILLS)[0].make_rows(30, seed=1)
     for row in rows:
         contributor.submit(
@@ -164,14 +164,14 @@ def test_reports_are_reproduced_trained_tested_and_notified_once(first, stack, c
     assert [report.state for report in reports] == ["accepted"] * 30
     assert {report.role for report in reports} == {"train", "held_out"}
     if ended_round.state == "promoted":
-        delivered = stack.until(contributor.notices)  # the dispatcher delivers them, a moment after the decision
+        delivered = stack.until(contributor.notices)  # the dispatcher delivers them shortly after the decision
         assert sorted(notice.feedback_id for notice in delivered) == sorted(report.id for report in reports)
         assert all(report.verdict in ("fixed", "still_failing") for report in reports)
     else:
         assert contributor.notices() == []
 
 
-def test_running_the_prefect_deployment_creates_a_round(first, stack, operator):
+def test_running_the_prefect_deployment_creates_a_round(first_round, stack, operator):
     settings = stack.settings
     user, _, password = settings.prefect_auth.get_secret_value().partition(":")
     with httpx.Client(base_url=settings.prefect_api_url, auth=(user, password)) as prefect:
@@ -189,7 +189,7 @@ def test_running_the_prefect_deployment_creates_a_round(first, stack, operator):
 
 
 @pytest.mark.slow
-def test_reports_are_processed_between_rounds_and_reaching_the_threshold_starts_a_round(first, stack, operator):
+def test_reports_are_processed_between_rounds_and_reaching_the_threshold_starts_a_round(first_round, stack, operator):
     last_number = operator.round().number
     with stack.client(operator.add_contributor("between-rounds").token) as client:
         for row in load_skills(REPORTED_SKILLS)[0].make_rows(40, seed=3):
@@ -200,7 +200,7 @@ def test_reports_are_processed_between_rounds_and_reaching_the_threshold_starts_
 
 
 def test_reports_datasets_and_accounts_are_withdrawn_from_the_command_line(
-    first, stack, contributor, operator, tmp_path
+    first_round, stack, contributor, operator, tmp_path
 ):
     report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
     submitted = contributor.submit(report)
@@ -219,17 +219,17 @@ def test_reports_datasets_and_accounts_are_withdrawn_from_the_command_line(
 
 
 @pytest.mark.slow
-def test_stack_restarts_with_its_data_after_its_keeper_was_killed(first, stack, operator, contributor):
+def test_stack_restarts_with_its_data_after_its_keeper_was_killed(first_round, stack, operator, contributor):
     before = contributor.all_feedback()
     keeper = read_keeper_state(stack.home).pid
     os.kill(keeper, signal.SIGKILL)
     stack.until(lambda: not is_keeper_running(stack.home))
-    assert read_keeper_state(stack.home) is None  # what the dead keeper wrote is no news
+    assert read_keeper_state(stack.home) is None  # not the state that the dead keeper wrote
     stack.cotrain("up", check=True)
     assert contributor.all_feedback() == before
-    assert operator.round(first.id).state == "promoted"
+    assert operator.round(first_round.id).state == "promoted"
 
 
-def test_down_leaves_no_process(first, stack):
+def test_down_leaves_no_process(first_round, stack):
     stack.cotrain("down", check=True)
     assert list(find_stack_pids(load_config(stack.home).stack_id)) == []

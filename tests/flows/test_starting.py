@@ -20,11 +20,11 @@ from flows.stack.stack_config import (
 from flows.stack.stack_control import take_down
 from infra.files import write_private
 from infra.keeper_lock import find_keeper, hold_keeper_lock
-from tests.flows.test_commands import ROOT, cotrain
+from tests.flows.test_commands import ROOT, run_cotrain
 from tests.waiting import until
 
 WRONG = "COTRAIN_MAX_UPLOAD_BYTES=1000\n"
-# A keeper whose process takes a while to end after it has let go of the lock.
+# A keeper whose process exits only some time after it has released the lock.
 SLOW_KEEPER = """
 import signal, sys, threading, time
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_invalid_setting_is_found_with_its_file_line_and_fix(tmp_path, text, fau
 @pytest.mark.parametrize("command", ["up", "doctor", "status"])
 def test_invalid_settings_are_reported_before_anything_starts(tmp_path, command):
     (tmp_path / "env.local").write_text(WRONG + "COTRAIN_ROUNDS_AFTER_REPORT=1")
-    result = cotrain(command, home=tmp_path)
+    result = run_cotrain(command, home=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "COTRAIN_MAX_UPLOAD_BYTES must be" in result.stdout + result.stderr
     assert "write COTRAIN_ROUND_AFTER_REPORTS" in result.stdout + result.stderr
@@ -77,7 +77,7 @@ def test_invalid_settings_are_reported_before_anything_starts(tmp_path, command)
 
 
 def test_invalid_environment_variable_is_reported_with_its_source(tmp_path):
-    result = cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
+    result = run_cotrain("up", home=tmp_path, COTRAIN_MAX_REPORT_BYTES="1")
     assert "got '1' (a variable of the environment)" in result.stderr and not os.listdir(tmp_path)
 
 
@@ -90,9 +90,9 @@ def test_keeper_that_exits_at_start_is_reported_immediately_with_its_log_tail(tm
     load_or_make_config(tmp_path, durable=False)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
-    (tmp_path / "env").mkdir()  # where the keeper writes a file
+    (tmp_path / "env").mkdir()  # a folder at the path of a file that the keeper writes
     began = time.monotonic()
-    result = cotrain("up", home=tmp_path)
+    result = run_cotrain("up", home=tmp_path)
     assert result.returncode == 1 and time.monotonic() - began < 30
     assert f"the keeper ended with status 1; {tmp_path / 'logs' / 'keeper.log'} ends with" in result.stderr
     assert "IsADirectoryError" in result.stderr.splitlines()[-1] and "of an earlier start" not in result.stderr
@@ -105,8 +105,8 @@ def test_status_of_a_running_stack_goes_to_stdout_with_invalid_settings_reported
     write_private(tmp_path / "stack.json", state)
     (tmp_path / "env.local").write_text(WRONG)
     with hold_keeper_lock(tmp_path, load_or_make_config(tmp_path).stack_id):
-        shown = cotrain("status", home=tmp_path)
-        up = cotrain("up", home=tmp_path)
+        shown = run_cotrain("status", home=tmp_path)
+        up = run_cotrain("up", home=tmp_path)
     (line,) = [line for line in shown.stdout.splitlines() if "worker" in line]
     assert line.split()[:4] == ["worker", "ready", "7", "1.5"] and line.count("[/x]") == 40
     assert "COTRAIN_MAX_UPLOAD_BYTES must be" in shown.stdout and shown.stderr == ""
@@ -118,7 +118,7 @@ def test_rotation_does_not_begin_when_the_stack_could_not_restart(tmp_path):
     load_or_make_config(tmp_path)
     before = (tmp_path / CONFIG_FILE).read_bytes()
     (tmp_path / "env.local").write_text(WRONG)
-    result = cotrain("rotate", home=tmp_path)
+    result = run_cotrain("rotate", home=tmp_path)
     assert result.returncode == 1 and "COTRAIN_MAX_UPLOAD_BYTES must be" in result.stderr
     assert (tmp_path / CONFIG_FILE).read_bytes() == before
 

@@ -12,38 +12,38 @@ from sqlalchemy import select, update
 from feedback import leases
 from feedback.tables import Lease, PoolDevice
 from flows.supervisor.exit_reason import ExitReason, RunEnding, TrainingFailed
-from tests.yuan.runs import RECIPE, make
+from tests.yuan.runs import RECIPE, make_training_inputs
 from yuan.plan.pool import CPU_POOL_NAME
 from yuan.train.events import EndedEvent, ReplanEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
-STEPS = 400  # so many that a run is still under way when the supervisor looks again
+STEPS = 400  # enough that the run is still training when the supervisor checks it again
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("parent"))
+def training_inputs(tmp_path_factory):
+    return make_training_inputs(tmp_path_factory.mktemp("parent"))
 
 
 @pytest.fixture
-def supervisor(supervise, made):
-    return supervise(made, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
+def supervisor(supervise, training_inputs):
+    return supervise(training_inputs, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
 
 
-def kinds(folder: RunFolder):
+def list_ending_kinds(folder: RunFolder):
     return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
-def when_under_way(folder, action):
-    """Do something once the run has a checkpoint to go on from."""
+def run_when_checkpointed(folder, action):
+    """Call `action` in a thread once the run has a checkpoint to resume from; return the thread."""
 
-    def work():
+    def wait_and_act():
         while not list(folder.checkpoints.glob("step-000000[2-9]0/manifest.json")):
             time.sleep(0.01)
         action()
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=wait_and_act, daemon=True)
     thread.start()
     return thread
 
@@ -51,10 +51,10 @@ def when_under_way(folder, action):
 @pytest.mark.slow
 def test_killed_rank_causes_one_restart_and_loses_no_step(supervisor):
     folder = supervisor.folder
-    struck = when_under_way(folder, lambda: os.kill(read_heartbeats(folder.path)[1].pid, signal.SIGKILL))
+    action_thread = run_when_checkpointed(folder, lambda: os.kill(read_heartbeats(folder.path)[1].pid, signal.SIGKILL))
     supervisor.run()
-    struck.join()
-    assert kinds(folder) == ["unknown", "finished"]
+    action_thread.join()
+    assert list_ending_kinds(folder) == ["unknown", "finished"]
     assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     with supervisor.context.sessions() as session:
         leases_of_run = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
@@ -66,14 +66,14 @@ def test_killed_rank_causes_one_restart_and_loses_no_step(supervisor):
 def test_run_is_replanned_without_the_lost_device(supervisor):
     folder = supervisor.folder
 
-    def lose():
+    def lose_device():
         with supervisor.context.sessions.begin() as session:
             leases.set_device_lost(session, CPU_POOL_NAME, "cpu-process/1", "taken out by the operator")
 
-    struck = when_under_way(folder, lose)
+    action_thread = run_when_checkpointed(folder, lose_device)
     supervisor.run()
-    struck.join()
-    assert kinds(folder) == ["lost device", "finished"]
+    action_thread.join()
+    assert list_ending_kinds(folder) == ["lost device", "finished"]
     assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status().state == "finished"
     assert [event.bounds for event in folder.read_events() if isinstance(event, ReplanEvent)] == [[0, 3]]
     steps = [row.metrics["data/first_position"] for row in folder.read_metrics()]

@@ -19,7 +19,7 @@ from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from infra.tracker import VersionLost
 from tests.conftest import start
-from tests.infra.mlflow import mlflow_service
+from tests.infra.mlflow import make_mlflow_service
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.checkers import Exact
@@ -30,7 +30,7 @@ from yuan.model.weights import save
 
 @pytest.fixture
 def context(stores, engine, objects, tmp_path, monkeypatch):
-    """A context with a home of its own; what is put into the system's folder for scratch files can be seen."""
+    """Return a context with a separate home; `tmp_path/scratch` replaces the system's folder for temporary files."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     settings = stores.model_copy(update={"home": tmp_path})
@@ -38,8 +38,8 @@ def context(stores, engine, objects, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def record(context):
-    """Record a version whose export is in its run's folder; gives the run's id."""
+def record_version(context):
+    """Return a function that records a version whose export is in its run's folder, and returns the run's id."""
     round_ids = []
 
     def make(version):
@@ -65,7 +65,7 @@ def record(context):
 
 
 def add_case(context):
-    """A case that no version has taken."""
+    """Add a case that no version was evaluated on."""
     with context.sessions.begin() as session:
         add_cases(session, "reports", [Row(prompt=new_id(), answer="b", checker=Exact(value="b"))], "held_out")
 
@@ -77,8 +77,8 @@ def test_unknown_version_is_reported_without_querying_the_registry(context, vers
             ask(context, version)
 
 
-def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(context, record, tmp_path):
-    run_id = record(765_001)
+def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(context, record_version, tmp_path):
+    run_id = record_version(765_001)
     copy = copy_lost_version(context, 765_001, tmp_path / "target")
     export = context.runs / run_id / "export"
     assert {file.name for file in copy.iterdir()} == {file.name for file in export.iterdir()}
@@ -90,19 +90,19 @@ def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(cont
 
 @pytest.fixture(scope="module")
 def mlflow(stores):
-    process = start(mlflow_service(stores), load_config(stores.home).stack_id)
+    process = start(make_mlflow_service(stores), load_config(stores.home).stack_id)
     yield
     process.terminate()
     process.wait()
 
 
 @pytest.mark.slow
-def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlflow, context, record, tmp_path):
+def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlflow, context, record_version, tmp_path):
     folder = tmp_path / "registered"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
     version = context.tracker.register_version(context.tracker.start_run("lost", {}), folder, {}, 765_002)
-    run_id = record(version)
+    run_id = record_version(version)
     add_case(context)
     context.tracker.client.delete_model_version("yuan", str(context.tracker.require_number(version)))
     begun = time.monotonic()
@@ -117,12 +117,12 @@ def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlf
 
 
 @pytest.mark.slow
-def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(mlflow, context, record, tmp_path):
+def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(mlflow, context, record_version, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "manifest.json").write_text("{}")
     version = context.tracker.register_version(context.tracker.start_run("broken", {}), folder, {}, 765_003)
-    record(version)
+    record_version(version)
     add_case(context)
     with pytest.raises(RuntimeError, match=r"evaluation ended with status 1; its log ends with: .*Error"):
         evaluate.evaluate_version(context, version)

@@ -52,7 +52,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
 """
 
 
-def free_ports(count):
+def find_free_ports(count):
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [server.getsockname()[1] for server in servers]
     for server in servers:
@@ -60,14 +60,14 @@ def free_ports(count):
     return ports
 
 
-def slurm_cluster():
+def start_slurm_cluster():
     """Start the cluster; Slurm's commands find it through SLURM_CONF."""
     # munge requires that every user can enter the folders above its socket
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
-        yield from _cluster(Path(name))
+        yield from _run_cluster(Path(name))
 
 
-def _cluster(folder):
+def _run_cluster(folder):
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     folder.chmod(0o755)
@@ -76,7 +76,7 @@ def _cluster(folder):
     key.write_bytes(os.urandom(128))
     (folder / "plugstack.conf").touch()
     host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or "root"
-    text = CONFIG.format(folder=folder, host=host, user=user, ports=free_ports(2))
+    text = CONFIG.format(folder=folder, host=host, user=user, ports=find_free_ports(2))
     (folder / "slurm.conf").write_text(text)
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
@@ -88,15 +88,15 @@ def _cluster(folder):
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         if command[0] == "munged":
             until(lambda: (folder / "munge" / "sock").exists())
-    until(lambda: "idle" in said("sinfo", "--noheader", "--format=%T"))
+    until(lambda: "idle" in run_command("sinfo", "--noheader", "--format=%T"))
     yield folder
-    said("scancel", "--me")
-    until(lambda: not said("squeue", "--noheader"))
+    run_command("scancel", "--me")
+    until(lambda: not run_command("squeue", "--noheader"))
     for process in reversed(processes):
         process.send_signal(signal.SIGTERM)
         process.wait(20)
     os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
 
 
-def said(*command):
+def run_command(*command):
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -4,13 +4,13 @@ import pytest
 
 from flows.stack.stack_config import load_config
 from tests.conftest import start
-from tests.infra.mlflow import fill_mlflow, mlflow_service
+from tests.infra.mlflow import fill_mlflow, make_mlflow_service
 
 
 @pytest.fixture(scope="session")
 def mlflow(stores, tmp_path_factory):
     """Start and fill the MLflow server of the stores; it takes 6 s to start, so only slow tests use it."""
-    process = start(mlflow_service(stores), load_config(stores.home).stack_id)
+    process = start(make_mlflow_service(stores), load_config(stores.home).stack_id)
     yield fill_mlflow(stores, tmp_path_factory.mktemp("mlflow"))
     process.terminate()
     process.wait()

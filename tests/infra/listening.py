@@ -10,7 +10,7 @@ ORDINARY = 61_777
 
 
 @contextlib.contextmanager
-def as_user(uid):
+def run_as_user(uid):
     """Run the block as another user; needs root."""
     own_uid = os.geteuid()
     if own_uid not in (0, uid):
@@ -23,13 +23,13 @@ def as_user(uid):
 
 
 @contextlib.contextmanager
-def listening(host="127.0.0.1", port=0, uid=None, family=socket.AF_INET):
+def listen_on_port(host="127.0.0.1", port=0, uid=None, family=socket.AF_INET):
     """Open a listening socket as this user, or as another one, which needs root."""
-    with as_user(os.geteuid() if uid is None else uid):
+    with run_as_user(os.geteuid() if uid is None else uid):
         server = socket.create_server((host, port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     with server:
         yield server
 
 
-def port_of(server):
+def get_port(server):
     return server.getsockname()[1]

@@ -29,7 +29,7 @@ print(json.dumps(sorted({(m, p) for m, p in native + flask if m not in ("HEAD", 
 """
 
 
-def mlflow_service(settings):
+def make_mlflow_service(settings):
     """Return the stack's MLflow service for the stores of the tests."""
     config = load_config(settings.home)
     return next(service for service in make_services(settings.home, config, settings) if service.name == "mlflow")
@@ -48,7 +48,7 @@ def fill_placeholders(path):
     return re.sub(r"\{[^}]*\}|<[^>]*>", "x", re.sub(r"\{[^}]*:path\}|<path:[^>]*>", "x/y", path))
 
 
-def callers(settings):
+def get_credentials(settings):
     """Return the credentials of each caller: nobody, the consumer, the platform's reader and the administrator."""
     return {
         "nobody": None,
@@ -66,7 +66,7 @@ def is_refused_by_gate(answer):
     )
 
 
-def walk(settings, routes):
+def request_all_routes(settings, routes):
     """Send every method to every path as every caller.
 
     Returns:
@@ -77,14 +77,16 @@ def walk(settings, routes):
 
         def send(request):
             caller, method, path = request
-            response = client.request(method, fill_placeholders(path), auth=callers(settings)[caller])
+            response = client.request(method, fill_placeholders(path), auth=get_credentials(settings)[caller])
             return request, is_refused_by_gate(response)
 
-        requests = [(caller, method, path) for caller in callers(settings) for path in paths for method in METHODS]
+        requests = [
+            (caller, method, path) for caller in get_credentials(settings) for path in paths for method in METHODS
+        ]
         return dict(pool.map(send, requests))
 
 
-def render_walk(refused, routes):
+def render_table(refused, routes):
     """Return the walk's summary as a table for the documentation."""
     lines = ["| MLflow, as | routes | open | refused |", "| --- | --- | --- | --- |"]
     for caller in ("nobody", "consumer", "reader", "administrator"):

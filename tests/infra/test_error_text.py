@@ -17,7 +17,7 @@ from infra.logs import RedactingFormatter
 MARK = "the secret prompt"
 
 
-def caught(work):
+def catch_error(work):
     try:
         work()
     except Exception as error:
@@ -25,17 +25,17 @@ def caught(work):
     raise AssertionError("nothing was raised")
 
 
-def query(engine, sql):
-    def work():
+def make_query(engine, sql):
+    def execute():
         with engine.connect() as connection:
             connection.execute(text(sql), {"mark": MARK})
 
-    return work
+    return execute
 
 
 @pytest.mark.parametrize("sql", ["select cast(:mark as integer)", "select cast(:mark as jsonb)", "select 1/0, :mark"])
 def test_database_error_is_described_by_its_sqlstate(engine, sql):
-    error = caught(query(engine, sql))
+    error = catch_error(make_query(engine, sql))
     assert isinstance(error, DBAPIError)
     assert (
         "SQLSTATE" in describe_error(error)
@@ -45,7 +45,7 @@ def test_database_error_is_described_by_its_sqlstate(engine, sql):
 
 
 @pytest.mark.parametrize(
-    "work",
+    "raise_error",
     [
         lambda: FeedbackIn.model_validate({"kind": MARK, "prompt": MARK, MARK: 1}),
         lambda: int(MARK),
@@ -54,8 +54,8 @@ def test_database_error_is_described_by_its_sqlstate(engine, sql):
         lambda: (MARK + "'s \ud83d").encode(),
     ],
 )
-def test_an_error_about_a_text_does_not_quote_it(work):
-    error = caught(work)
+def test_an_error_about_a_text_does_not_quote_it(raise_error):
+    error = catch_error(raise_error)
     assert type(error).__name__ in describe_error(error) and MARK not in describe_error(error)
 
 

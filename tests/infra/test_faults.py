@@ -9,42 +9,42 @@ from sqlalchemy.exc import DataError, IntegrityError, OperationalError, Programm
 from infra.faults import is_item_error, is_transient_error
 
 
-def of_http(status):
+def make_http_error(status):
     request = httpx.Request("GET", "http://host/")
     return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
 
 
-def of_s3(status):
+def make_s3_error(status):
     return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
 
 
-def of_sql(kind, cause):
+def make_sql_error(kind, cause):
     return kind("select 1", {}, cause)
 
 
-ITS_OWN = [
-    *(of_http(status) for status in (400, 413, 422)),
-    of_s3(404),
-    of_sql(DataError, errors.UntranslatableCharacter()),
-    of_sql(IntegrityError, errors.UniqueViolation()),
-    of_sql(OperationalError, errors.ProgramLimitExceeded()),
+ITEM_ERRORS = [
+    *(make_http_error(status) for status in (400, 413, 422)),
+    make_s3_error(404),
+    make_sql_error(DataError, errors.UntranslatableCharacter()),
+    make_sql_error(IntegrityError, errors.UniqueViolation()),
+    make_sql_error(OperationalError, errors.ProgramLimitExceeded()),
     ValueError("a checker's"),
     RecursionError(),
     KeyError("prompt"),
 ]
-PASSING = [
-    *(of_http(status) for status in (408, 429, 500, 503)),
+TRANSIENT_ERRORS = [
+    *(make_http_error(status) for status in (408, 429, 500, 503)),
     httpx.ReadTimeout(""),
-    of_s3(503),
+    make_s3_error(503),
     EndpointConnectionError(endpoint_url="http://host"),
-    of_sql(OperationalError, errors.DeadlockDetected()),
-    of_sql(OperationalError, errors.AdminShutdown()),
+    make_sql_error(OperationalError, errors.DeadlockDetected()),
+    make_sql_error(OperationalError, errors.AdminShutdown()),
     ConnectionError("another version is in service"),
 ]
-NEITHER = [
-    *(of_http(status) for status in (401, 403, 404)),
-    of_s3(403),
-    of_sql(ProgrammingError, errors.UndefinedTable()),
+OTHER_ERRORS = [
+    *(make_http_error(status) for status in (401, 403, 404)),
+    make_s3_error(403),
+    make_sql_error(ProgrammingError, errors.UndefinedTable()),
     FileNotFoundError(),
     MemoryError(),
 ]
@@ -53,9 +53,9 @@ NEITHER = [
 @pytest.mark.parametrize(
     ("error", "own", "passing"),
     [
-        *((error, True, False) for error in ITS_OWN),
-        *((error, False, True) for error in PASSING),
-        *((error, False, False) for error in NEITHER),
+        *((error, True, False) for error in ITEM_ERRORS),
+        *((error, False, True) for error in TRANSIENT_ERRORS),
+        *((error, False, False) for error in OTHER_ERRORS),
     ],
 )
 def test_error_is_classified_as_item_transient_or_neither(error, own, passing):

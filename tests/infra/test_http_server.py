@@ -105,7 +105,7 @@ def test_flood_of_idle_connections_does_not_interrupt_uploads_or_downloads(dial,
     assert len(read_all(download)) > LARGE_BYTES
 
 
-def slow_connections(dial):
+def open_slow_connections(dial):
     """Open connections whose next request never completes; return each with the bytes that it keeps sending."""
     early = b"POST /early HTTP/1.1\r\nHost: test\r\nContent-Length: 99999\r\n\r\n"
     return {
@@ -118,7 +118,7 @@ def slow_connections(dial):
 
 def test_incomplete_request_head_times_out(dial):
     began, ended = time.monotonic(), {}
-    slow = slow_connections(dial)
+    slow = open_slow_connections(dial)
     while len(ended) < len(slow) and time.monotonic() - began < 5 * HEAD_LIMIT_S:
         for name in slow.keys() - ended.keys():
             connection, piece = slow[name]

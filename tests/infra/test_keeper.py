@@ -19,7 +19,7 @@ from infra.health import LivenessMonitor, LivenessPolicy, ServiceUnhealthy
 from infra.keeper import find_stack_pids, kill_stack_processes
 from infra.keeper_state import read_service_states
 from infra.processes import measure_cpu_demand_s
-from tests.infra.listening import ORDINARY, listening
+from tests.infra.listening import ORDINARY, listen_on_port
 from tests.waiting import until
 
 KEEPER = """
@@ -63,7 +63,7 @@ server.serve_forever()
 """
 
 
-ROBBER = """
+HOSTILE_SERVER = """
 import http.server, os, signal, socket, socketserver
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -71,12 +71,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(str(os.getpid()).encode())
         self.wfile.flush()
-        if self.path == "/shut":
+        if self.path == "/shutdown":
             server.socket.shutdown(socket.SHUT_RDWR)
             os._exit(1)
-        if self.path == "/rob":
-            rob()
-def rob():
+        if self.path == "/fork":
+            fork_and_exit()
+def fork_and_exit():
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for leave in (os.setsid, os.setpgrp):
@@ -84,7 +84,7 @@ def rob():
                 leave()
             except OSError:
                 pass
-        return  # and goes on to serve
+        return  # the child continues to serve
     os._exit(1)
 server = socketserver.TCPServer(None, Handler, bind_and_activate=False)
 server.socket.close()
@@ -93,7 +93,7 @@ server.serve_forever()
 """
 
 
-HIDING = """
+DETACHING_SERVER = """
 import http.server, os, sys
 PROGRAM = "import os, sys, time; os.write(1, b'%d ' % os.getpid()); time.sleep(float(sys.argv[1]))"
 for seconds in ("0", "300"):
@@ -110,7 +110,7 @@ server.serve_forever()
 
 
 @contextlib.contextmanager
-def keeping(folder, port, *program, listener="server"):
+def run_keeper(folder, port, *program, listener="server"):
     """Run a keeper of one web server or another program; `listener` says if the keeper or the server listens."""
     command = [sys.executable, "-c", textwrap.dedent(KEEPER), str(folder), listener, str(port), *program]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -124,26 +124,26 @@ def keeping(folder, port, *program, listener="server"):
 
 @pytest.fixture
 def keeper(tmp_path):
-    with keeping(tmp_path, load_or_make_config(tmp_path / "ports").ports["model_server"]) as process:
+    with run_keeper(tmp_path, load_or_make_config(tmp_path / "ports").ports["model_server"]) as process:
         yield tmp_path, process
 
 
-def state(folder):
+def read_state(folder):
     services = read_service_states(folder)
     return vars(services["web"]) if services else {}
 
 
 def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
     folder, process = keeper
-    until(lambda: state(folder).get("state") == "ready")
-    first, ready_at = state(folder)["pid"], state(folder)["ready_at"]
+    until(lambda: read_state(folder).get("state") == "ready")
+    first, ready_at = read_state(folder)["pid"], read_state(folder)["ready_at"]
     assert abs(time.time() - ready_at) < 60
     os.kill(first, signal.SIGKILL)
-    until(lambda: state(folder).get("state") == "restarting")
-    assert state(folder)["ready_at"] == ready_at  # the last time that it became ready
-    until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
-    assert state(folder)["ready_at"] > ready_at
-    assert state(folder)["restarts"] == 1
+    until(lambda: read_state(folder).get("state") == "restarting")
+    assert read_state(folder)["ready_at"] == ready_at  # the last time that it became ready
+    until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
+    assert read_state(folder)["ready_at"] > ready_at
+    assert read_state(folder)["restarts"] == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert not list(find_stack_pids("keeper-test"))
@@ -151,13 +151,13 @@ def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
 
 def test_service_that_fails_its_liveness_check_is_restarted_with_the_reason(keeper):
     folder, _ = keeper
-    until(lambda: state(folder).get("state") == "ready")
-    first = state(folder)["pid"]
+    until(lambda: read_state(folder).get("state") == "ready")
+    first = read_state(folder)["pid"]
     (folder / "ill").touch()
-    until(lambda: state(folder).get("restarts") == 1)
+    until(lambda: read_state(folder).get("restarts") == 1)
     (folder / "ill").unlink()
-    until(lambda: state(folder).get("state") == "ready" and state(folder)["pid"] != first)
-    reason = state(folder)["restart_reason"]
+    until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
+    reason = read_state(folder)["restart_reason"]
     assert "not alive" in reason and "TimeoutError: it says nothing" in reason
 
 
@@ -166,12 +166,12 @@ def test_check_sends_nothing_to_a_port_held_by_another_user(tmp_path, moment):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as cleanup:
         if moment == "before the start":
-            foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
-        cleanup.enter_context(keeping(tmp_path, port, "-c", "import time; time.sleep(60)"))
+            foreign = cleanup.enter_context(listen_on_port(port=port, uid=ORDINARY))
+        cleanup.enter_context(run_keeper(tmp_path, port, "-c", "import time; time.sleep(60)"))
         if moment == "after the start":
-            until(lambda: state(tmp_path).get("pid"))
-            foreign = cleanup.enter_context(listening(port=port, uid=ORDINARY))
-        until(lambda: f"port {port} is held by user {ORDINARY}" in (state(tmp_path).get("error") or ""))
+            until(lambda: read_state(tmp_path).get("pid"))
+            foreign = cleanup.enter_context(listen_on_port(port=port, uid=ORDINARY))
+        until(lambda: f"port {port} is held by user {ORDINARY}" in (read_state(tmp_path).get("error") or ""))
         foreign.settimeout(0.1)
         with pytest.raises(TimeoutError):
             foreign.accept()
@@ -179,39 +179,39 @@ def test_check_sends_nothing_to_a_port_held_by_another_user(tmp_path, moment):
 
 def test_port_with_a_keeper_listener_stays_bound_and_requests_wait_during_a_restart(tmp_path):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
-    with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
-        until(lambda: state(tmp_path).get("state") == "ready")
-        first = state(tmp_path)["pid"]
+    with run_keeper(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
+        until(lambda: read_state(tmp_path).get("state") == "ready")
+        first = read_state(tmp_path)["pid"]
         os.kill(first, signal.SIGKILL)
-        until(lambda: state(tmp_path)["restarts"] == 1)
+        until(lambda: read_state(tmp_path)["restarts"] == 1)
         for host in ("127.0.0.1", "0.0.0.0"):
             with pytest.raises(OSError, match="in use"):
                 socket.create_server((host, port))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as response:
             assert response.status == 200
-        assert state(tmp_path)["restarts"] == 1 and state(tmp_path)["pid"] != first
+        assert read_state(tmp_path)["restarts"] == 1 and read_state(tmp_path)["pid"] != first
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert is_port_free(port)
 
 
 @pytest.mark.skipif(not is_seccomp_enforced(), reason="this kernel or architecture has no filter of calls")
-@pytest.mark.parametrize("way", ["shut", "rob"])
+@pytest.mark.parametrize("way", ["shutdown", "fork"])
 def test_server_cannot_take_the_socket_or_connections_of_its_successor(tmp_path, way):
-    """Shut the socket down, or leave a process behind that would accept clients."""
+    """Shut the socket down, or leave a child process that would accept clients."""
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
-    with keeping(tmp_path, port, "-c", ROBBER, listener="keeper"):
-        until(lambda: state(tmp_path).get("state") == "ready")
-        first = state(tmp_path)["pid"]
+    with run_keeper(tmp_path, port, "-c", HOSTILE_SERVER, listener="keeper"):
+        until(lambda: read_state(tmp_path).get("state") == "ready")
+        first = read_state(tmp_path)["pid"]
         urllib.request.urlopen(f"{url}/{way}", timeout=10).close()
-        until(lambda: state(tmp_path).get("state") == "ready" and state(tmp_path)["pid"] != first)
+        until(lambda: read_state(tmp_path).get("state") == "ready" and read_state(tmp_path)["pid"] != first)
         for _ in range(20):
             with urllib.request.urlopen(f"{url}/pid", timeout=10) as response:
-                assert int(response.read()) == state(tmp_path)["pid"]
+                assert int(response.read()) == read_state(tmp_path)["pid"]
 
 
-def existing(pids):
+def find_existing(pids):
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
@@ -219,31 +219,31 @@ def existing(pids):
 def test_detached_processes_exit_with_the_keeper(tmp_path):
     """Start a process with another session and parent, and without the stack's id in its environment."""
     port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
-    hiding = HIDING.replace("FILE", str(hidden)).replace("PORT", str(port))
-    with keeping(tmp_path, port, "-c", hiding) as process:
-        until(lambda: state(tmp_path).get("state") == "ready")
+    program = DETACHING_SERVER.replace("FILE", str(hidden)).replace("PORT", str(port))
+    with run_keeper(tmp_path, port, "-c", program) as process:
+        until(lambda: read_state(tmp_path).get("state") == "ready")
         pids = until(
             lambda: hidden.exists() and len(ids := [int(pid) for pid in hidden.read_text().split()]) == 2 and ids
         )
         assert not set(pids) & set(find_stack_pids("keeper-test"))
-        until(lambda: len(existing(pids)) == 1)  # the keeper has reaped the one that exited
+        until(lambda: len(find_existing(pids)) == 1)  # the keeper has reaped the one that exited
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert existing(pids) == []
+        assert find_existing(pids) == []
 
 
 def test_port_held_by_another_program_is_reported_and_bound_once_free(tmp_path):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with contextlib.ExitStack() as other:
-        other.enter_context(listening(port=port))
-        with keeping(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):
+        other.enter_context(listen_on_port(port=port))
+        with run_keeper(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):
             holder = f"port {port} is held by user {os.geteuid()}"
-            until(lambda: holder in (state(tmp_path).get("error") or ""))
+            until(lambda: holder in (read_state(tmp_path).get("error") or ""))
             other.close()
-            until(lambda: state(tmp_path).get("state") == "ready")
+            until(lambda: read_state(tmp_path).get("state") == "ready")
 
 
-def idle():
+def measure_no_demand():
     return 0.0
 
 
@@ -254,10 +254,10 @@ def test_only_consecutive_failures_over_the_time_limit_trigger_a_restart():
         if next(results) == "bad":
             raise ConnectionError("refused\nsecond line")
 
-    monitor = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), idle)
+    monitor = LivenessMonitor(LivenessPolicy(check, failures=3, seconds=0.0), measure_no_demand)
     reasons = [monitor.check() for _ in range(7)]
     assert reasons[:6] == [None] * 6 and reasons[6].endswith("ConnectionError: refused")
-    slow = LivenessMonitor(LivenessPolicy(check, failures=1, seconds=30.0), idle)
+    slow = LivenessMonitor(LivenessPolicy(check, failures=1, seconds=30.0), measure_no_demand)
     assert slow.check() is None
 
 
@@ -302,7 +302,7 @@ def test_waiting_for_a_cpu_counts_as_cpu_demand():
 
 def test_services_exit_when_the_keeper_is_killed(keeper):
     folder, process = keeper
-    until(lambda: state(folder).get("state") == "ready")
+    until(lambda: read_state(folder).get("state") == "ready")
     process.kill()
     process.wait()
     until(lambda: not list(find_stack_pids("keeper-test")))

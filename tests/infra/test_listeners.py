@@ -8,45 +8,48 @@ import pytest
 
 from infra.http_server import choose_listen_options, is_listening_descriptor
 from infra.listeners import find_listener_uids, is_listening, open_listener, require_own_listener
-from tests.infra.listening import ORDINARY, as_user, listening, port_of
+from tests.infra.listening import ORDINARY, get_port, listen_on_port, run_as_user
 
 OWN = (os.geteuid(),)
 
 
 def test_own_listener_is_accepted_and_a_foreign_one_reported():
-    with listening() as server:
-        require_own_listener(f"http://127.0.0.1:{port_of(server)}/path", OWN)
-        require_own_listener(f"http://localhost:{port_of(server)}", OWN)
-    with listening(uid=ORDINARY) as server, pytest.raises(PermissionError, match="is held by user 61777, and not by"):
-        require_own_listener(f"http://127.0.0.1:{port_of(server)}", OWN)
+    with listen_on_port() as server:
+        require_own_listener(f"http://127.0.0.1:{get_port(server)}/path", OWN)
+        require_own_listener(f"http://localhost:{get_port(server)}", OWN)
+    with (
+        listen_on_port(uid=ORDINARY) as server,
+        pytest.raises(PermissionError, match="is held by user 61777, and not by"),
+    ):
+        require_own_listener(f"http://127.0.0.1:{get_port(server)}", OWN)
 
 
 def test_a_port_without_listener_is_refused():
-    with listening() as server:
-        port = port_of(server)
+    with listen_on_port() as server:
+        port = get_port(server)
     with pytest.raises(ConnectionRefusedError, match=f"nothing listens on 127.0.0.1:{port}"):
         require_own_listener(f"postgresql://name:password@127.0.0.1:{port}/x", OWN)
 
 
 @pytest.mark.parametrize(("host", "family"), [("0.0.0.0", socket.AF_INET), ("::", socket.AF_INET6)])
 def test_listener_on_all_addresses_is_found(host, family):
-    with listening(host, uid=ORDINARY, family=family) as server:
-        assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == {ORDINARY}
+    with listen_on_port(host, uid=ORDINARY, family=family) as server:
+        assert find_listener_uids(f"http://127.0.0.1:{get_port(server)}") == {ORDINARY}
 
 
 def test_a_listener_on_another_address_does_not_count():
-    with listening() as server, listening("127.0.0.2", port_of(server), uid=ORDINARY):
-        assert find_listener_uids(f"http://127.0.0.1:{port_of(server)}") == set(OWN)
+    with listen_on_port() as server, listen_on_port("127.0.0.2", get_port(server), uid=ORDINARY):
+        assert find_listener_uids(f"http://127.0.0.1:{get_port(server)}") == set(OWN)
 
 
 def test_connection_to_an_opened_listener_waits_until_a_server_accepts_it():
-    with listening() as server:
-        url = f"http://127.0.0.1:{port_of(server)}/path"
-        with pytest.raises(PermissionError, match=rf"port {port_of(server)} is held by user {os.geteuid()} "):
+    with listen_on_port() as server:
+        url = f"http://127.0.0.1:{get_port(server)}/path"
+        with pytest.raises(PermissionError, match=rf"port {get_port(server)} is held by user {os.geteuid()} "):
             open_listener(url)
-    with open_listener(url) as listener, socket.create_connection(("127.0.0.1", port_of(listener))) as client:
+    with open_listener(url) as listener, socket.create_connection(("127.0.0.1", get_port(listener))) as client:
         client.sendall(b"early")
-        with pytest.raises(OSError, match="in use"), socket.create_server(("0.0.0.0", port_of(listener))):
+        with pytest.raises(OSError, match="in use"), socket.create_server(("0.0.0.0", get_port(listener))):
             pass
         accepted, _ = listener.accept()
         with accepted:
@@ -58,7 +61,7 @@ def test_connection_to_an_opened_listener_waits_until_a_server_accepts_it():
 
 def test_another_user_cannot_bind_while_a_listener_is_replaced_or_shut_down():
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = port_of(free)
+        port = get_port(free)
     url = f"http://127.0.0.1:{port}"
     with open_listener(url) as old:
         with open_listener(url, replaces=old) as new:
@@ -73,7 +76,7 @@ def is_taken(port):
     """Tell whether another user can listen on a port, with any combination of the socket options that share it."""
     for options in ([], [socket.SO_REUSEADDR], [socket.SO_REUSEPORT], [socket.SO_REUSEADDR, socket.SO_REUSEPORT]):
         for host in ("127.0.0.1", "0.0.0.0"):
-            with as_user(ORDINARY), socket.socket() as other:
+            with run_as_user(ORDINARY), socket.socket() as other:
                 for option in options:
                     other.setsockopt(socket.SOL_SOCKET, option, 1)
                 with contextlib.suppress(OSError):
@@ -90,7 +93,7 @@ def test_an_address_that_is_not_of_this_machine_is_named():
 
 def test_a_server_without_an_inherited_listener_uses_its_url():
     assert choose_listen_options("http://127.0.0.1:8800/path") == {"host": "127.0.0.1", "port": 8800}
-    with listening() as server, socket.socket() as idle, open(os.devnull) as file:
+    with listen_on_port() as server, socket.socket() as idle, open(os.devnull) as file:
         assert is_listening_descriptor(server.fileno())
         assert not is_listening_descriptor(idle.fileno()) and not is_listening_descriptor(file.fileno())
         assert server.getsockname() and idle.fileno() > 0, "they stay open"

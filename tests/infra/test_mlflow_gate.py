@@ -21,12 +21,12 @@ from infra.tracker import Tracker
 from tests.infra.mlflow import (
     METHODS,
     SECRET,
-    callers,
     fill_placeholders,
+    get_credentials,
     list_routes,
-    mlflow_service,
-    render_walk,
-    walk,
+    make_mlflow_service,
+    render_table,
+    request_all_routes,
 )
 
 # Slow, since the server takes 6 s to start; fast tests attack the server of tests/flows/test_stack.py.
@@ -52,7 +52,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 def clients(stores, mlflow):
     """Return an HTTP client for each caller."""
     clients_by_account = {
-        name: httpx.Client(base_url=stores.mlflow_url, auth=auth, timeout=60) for name, auth in callers(stores).items()
+        name: httpx.Client(base_url=stores.mlflow_url, auth=auth, timeout=60)
+        for name, auth in get_credentials(stores).items()
     }
     yield clients_by_account
     for client in clients_by_account.values():
@@ -61,33 +62,37 @@ def clients(stores, mlflow):
 
 @pytest.fixture(scope="module")
 def routes(stores, mlflow):
-    return list_routes(mlflow_service(stores))
+    return list_routes(make_mlflow_service(stores))
 
 
 @pytest.fixture(scope="module")
-def refused(stores, routes):
-    return walk(stores, routes)
+def refused_requests(stores, routes):
+    return request_all_routes(stores, routes)
 
 
-def test_each_caller_can_access_only_its_listed_routes(refused):
+def test_each_caller_can_access_only_its_listed_routes(refused_requests):
     lists = {
         "nobody": PUBLIC_RULES,
         "consumer": PUBLIC_RULES + CONSUMER_RULES,
         "reader": PUBLIC_RULES + CONSUMER_RULES,
         "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
     }
-    reached = {asked for asked, is_refused in refused.items() if not is_refused}
-    listed = {asked for asked in refused if is_route_allowed(lists[asked[0]], asked[1], fill_placeholders(asked[2]))}
+    reached = {asked for asked, is_refused in refused_requests.items() if not is_refused}
+    listed = {
+        asked for asked in refused_requests if is_route_allowed(lists[asked[0]], asked[1], fill_placeholders(asked[2]))
+    }
     assert reached - listed == set()
     assert {
         asked for asked in listed - reached if asked[1] != "HEAD"
     } == set()  # a HEAD may be refused by MLflow itself
 
 
-def test_routes_that_run_code_or_call_other_hosts_are_forbidden(refused):
-    opened = {(method, path) for (_, method, path), is_refused in refused.items() if not is_refused}
+def test_routes_that_run_code_or_call_other_hosts_are_forbidden(refused_requests):
+    opened = {(method, path) for (_, method, path), is_refused in refused_requests.items() if not is_refused}
     assert [route for route in opened if NEVER_OPEN.search(route[1].replace("search-datasets", ""))] == []
-    assert not {method for _, method, _ in (a for a, closed in refused.items() if not closed and a[0] == "nobody")} - {
+    assert not {
+        method for _, method, _ in (a for a, closed in refused_requests.items() if not closed and a[0] == "nobody")
+    } - {
         "GET",
         "HEAD",
     }
@@ -99,8 +104,8 @@ def test_every_rule_matches_a_route(routes):
         assert any(rule.matches(method, fill_placeholders(path)) for method, path in routes), rule
 
 
-def test_documentation_contains_the_route_table(refused, routes):
-    table = render_walk(refused, routes)
+def test_documentation_contains_the_route_table(refused_requests, routes):
+    table = render_table(refused_requests, routes)
     assert any(table in page.read_text() for page in DOCS.glob("*.md")), table
 
 
@@ -132,7 +137,7 @@ def test_assistant_cannot_be_configured_or_queried(clients, caller):
 )
 def test_ambiguous_path_is_forbidden(stores, mlflow, path):
     address = urlsplit(stores.mlflow_url)
-    name, password = callers(stores)["administrator"]
+    name, password = get_credentials(stores)["administrator"]
     token = base64.b64encode(f"{name}:{password}".encode()).decode()
     connection = http.client.HTTPConnection(address.hostname, address.port)  # sends the path as it is
     connection.request("GET", path, headers={"Authorization": f"Basic {token}"})
@@ -141,9 +146,9 @@ def test_ambiguous_path_is_forbidden(stores, mlflow, path):
 
 
 def test_exactly_one_valid_basic_authorization_header_is_accepted(clients, stores):
-    name, password = callers(stores)["consumer"]
+    name, password = get_credentials(stores)["consumer"]
     basic = "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
-    admin = "Basic " + base64.b64encode(":".join(callers(stores)["administrator"]).encode()).decode()
+    admin = "Basic " + base64.b64encode(":".join(get_credentials(stores)["administrator"]).encode()).decode()
     url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
     assert ask(url, headers={"Authorization": basic}).status_code == 200
     for headers in (
@@ -249,7 +254,7 @@ def test_graphql_shows_a_consumer_nothing_of_another_experiment(clients, mlflow)
 
 @pytest.mark.parametrize("multipart", [False, True])
 def test_the_client_library_reads_everything_as_a_consumer(stores, mlflow, tmp_path, multipart):
-    name, password = callers(stores)["consumer"]
+    name, password = get_credentials(stores)["consumer"]
     env = {
         **{key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
         "MLFLOW_TRACKING_URI": stores.mlflow_url,
@@ -284,7 +289,11 @@ def test_search_and_query_of_a_consumer_are_limited_and_fast(clients, mlflow):
     body = {"experiment_ids": [mlflow.experiment]}
     aliases = "{" + " ".join(f"a{n}: __typename" for n in range(3000)) + "}"
     started = time.monotonic()
-    for refused in ({"order_by": orders}, {"max_results": 50_000}, {"filter": conditions + " AND params.a = 'x'"}):
+    for refused in (
+        {"order_by": orders},
+        {"max_results": 50_000},
+        {"filter": conditions + " AND params.a = 'x'"},
+    ):
         assert ask.post(search, json={**body, **refused}).status_code == 400
     for refused in ({"query": aliases}, {"query": None}, {"query": "{"}, {}):
         response = ask.post("/graphql", json=refused)
@@ -304,7 +313,7 @@ def test_body_that_is_not_a_json_object_gets_status_400(clients, content):
 
 @pytest.mark.parametrize("password", ["", "wrong"])
 def test_too_large_body_is_refused_before_it_is_read(clients, stores, password):
-    name, right = callers(stores)["consumer"]
+    name, right = get_credentials(stores)["consumer"]
     address = urlsplit(stores.mlflow_url)
     token = base64.b64encode(f"{name}:{password or right}".encode()).decode()
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
@@ -333,7 +342,7 @@ def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, sto
 
 
 def test_tracker_setup_is_idempotent_and_version_files_are_readable(clients, stores, mlflow):
-    Tracker(stores).set_up(dict(callers(stores)[caller] for caller in ("consumer", "reader")))
+    Tracker(stores).set_up(dict(get_credentials(stores)[caller] for caller in ("consumer", "reader")))
     listed = clients["consumer"].get("/ajax-api/3.0/mlflow/workspaces").json()
     assert [workspace["name"] for workspace in listed["workspaces"]] == ["default"]
     query = {"name": "yuan", "version": mlflow.version, "path": "config.json"}
@@ -344,7 +353,7 @@ def test_set_up_resets_the_consumer_password_to_the_setting(clients, stores):
     body = {"username": "consumer", "password": "somebody-changed-it"}
     assert clients["administrator"].patch("/api/2.0/mlflow/users/update-password", json=body).status_code == 200
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 401
-    Tracker(stores).set_up(dict(callers(stores)[caller] for caller in ("consumer", "reader")))
+    Tracker(stores).set_up(dict(get_credentials(stores)[caller] for caller in ("consumer", "reader")))
     assert clients["consumer"].get("/api/2.0/mlflow/users/current").status_code == 200
 
 

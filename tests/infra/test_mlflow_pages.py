@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.infra.mlflow import callers
+from tests.infra.mlflow import get_credentials
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 CHROMIUM = shutil.which("chromium")
@@ -25,7 +25,7 @@ def browser():
 @pytest.fixture
 def visit(stores, mlflow, browser):
     """Return a function that opens a path as the consumer in a fresh browser; fail on requests to other hosts."""
-    name, password = callers(stores)["consumer"]
+    name, password = get_credentials(stores)["consumer"]
     context = browser.new_context(http_credentials={"username": name, "password": password})
     context.set_default_timeout(120_000)
     page, foreign = context.new_page(), []

@@ -23,7 +23,7 @@ SEARCH, LOG = "/api/2.0/mlflow/runs/search", "/api/2.0/mlflow/runs/log-batch"
 UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
 
 
-class Behind:
+class RecordingApp:
     """Record forwarded paths and body sizes; respond to searches only while `may_answer` is set."""
 
     def __init__(self):
@@ -47,21 +47,21 @@ class Behind:
 
 
 @pytest.fixture
-def behind():
-    return Behind()
+def app():
+    return RecordingApp()
 
 
 @pytest.fixture
-def port(behind):
+def port(app):
     digests = [compute_credential_digest(*account) for account in (ADMINISTRATOR, CONSUMER, READER)]
-    gate = MlflowGate(behind, ADMINISTRATOR[0], digests, pause_s=1)
+    gate = MlflowGate(app, ADMINISTRATOR[0], digests, pause_s=1)
     server = uvicorn.Server(uvicorn.Config(gate, port=0, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     yield server.servers[0].sockets[0].getsockname()[1]
-    behind.may_answer.set()
+    app.may_answer.set()
     server.should_exit = True
     thread.join()
 
@@ -81,36 +81,36 @@ def send_raw(port, path, length, sent, auth=CONSUMER, method="POST"):
     return connection
 
 
-def status_of(connection):
+def read_status(connection):
     return int(connection.recv(4096).split()[1])
 
 
 @pytest.mark.parametrize("auth", [CONSUMER, ("consumer", "wrong"), ("root", "wrong"), ("unknown", "x")], ids=str)
-def test_a_long_body_is_refused_before_it_is_read(port, behind, auth):
+def test_a_long_body_is_refused_before_it_is_read(port, app, auth):
     with send_raw(port, SEARCH, 512 * 2**20, b"", auth) as connection:
-        assert status_of(connection) == 413
-    assert behind.reached == []
+        assert read_status(connection) == 413
+    assert app.reached == []
 
 
-def test_body_without_a_length_is_read_up_to_the_limit(port, behind):
+def test_body_without_a_length_is_read_up_to_the_limit(port, app):
     chunks = (b"x" * 65536 for _ in range(MAX_MLFLOW_BODY_BYTES // 65536 + 1))
     try:
         response = httpx.post(f"http://127.0.0.1:{port}{SEARCH}", content=chunks, auth=CONSUMER)
         assert response.status_code == 413
     except httpx.TransportError:
         pass  # the connection was closed while the client still sent
-    assert behind.reached == []
+    assert app.reached == []
 
 
-def test_stalled_body_times_out_and_an_incomplete_one_is_dropped(port, behind):
+def test_stalled_body_times_out_and_an_incomplete_one_is_dropped(port, app):
     with send_raw(port, SEARCH, 100, b"{") as connection:
-        assert status_of(connection) == 408
+        assert read_status(connection) == 408
     send_raw(port, SEARCH, 100, b"{").close()
     time.sleep(0.2)
-    assert behind.reached == []
+    assert app.reached == []
 
 
-def test_stalled_bodies_do_not_block_other_requests(port, post, behind):
+def test_stalled_bodies_do_not_block_other_requests(port, post, app):
     stalled = [send_raw(port, SEARCH, 100, b"{") for _ in range(MAX_WAITING_REQUESTS)]
     try:
         assert httpx.get(f"http://127.0.0.1:{port}/", auth=CONSUMER).status_code == 200
@@ -123,8 +123,8 @@ def test_stalled_bodies_do_not_block_other_requests(port, post, behind):
             connection.close()
 
 
-def test_concurrent_consumer_requests_are_limited_and_do_not_block_the_platform(post, behind, port):
-    behind.may_answer.clear()
+def test_concurrent_consumer_requests_are_limited_and_do_not_block_the_platform(post, app, port):
+    app.may_answer.clear()
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS + 9) as pool:
         url = f"http://127.0.0.1:{port}{SEARCH}"
         futures = [
@@ -133,41 +133,41 @@ def test_concurrent_consumer_requests_are_limited_and_do_not_block_the_platform(
         ]
         while not any(future.done() for future in futures):
             time.sleep(0.05)
-        assert behind.most == MAX_CONCURRENT_REQUESTS
+        assert app.most == MAX_CONCURRENT_REQUESTS
         reading = pool.submit(httpx.post, url, content="{}", auth=READER, timeout=30)
-        while behind.most == MAX_CONCURRENT_REQUESTS:
+        while app.most == MAX_CONCURRENT_REQUESTS:
             time.sleep(0.05)
         assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
-        behind.may_answer.set()
+        app.may_answer.set()
         statuses = [future.result().status_code for future in futures]
         assert reading.result().status_code == 200
     assert statuses.count(429) == 8 and statuses.count(200) == MAX_CONCURRENT_REQUESTS + MAX_WAITING_REQUESTS
 
 
-def test_administrator_uploads_are_streamed_and_its_json_is_limited(post, port, behind):
+def test_administrator_uploads_are_streamed_and_its_json_is_limited(post, port, app):
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=ADMINISTRATOR) as client:
         assert client.put(UPLOAD, content=b"x" * 20 * 2**20).status_code == 200
     assert post(b'{"a": "' + b"x" * 2 * MAX_MLFLOW_BODY_BYTES + b'"}', LOG, ADMINISTRATOR).status_code == 200
     with send_raw(port, LOG, 17 * 2**20, b"", ADMINISTRATOR) as connection:
-        assert status_of(connection) == 413
+        assert read_status(connection) == 413
     with send_raw(port, UPLOAD, 2**30, b"", ("root", "wrong"), "PUT") as connection:
-        assert status_of(connection) == 413
-    assert behind.reached[0] == (UPLOAD, 20 * 2**20)
+        assert read_status(connection) == 413
+    assert app.reached[0] == (UPLOAD, 20 * 2**20)
 
 
 @pytest.mark.parametrize("path", ["/health", "/static-files/x.js", "/api/3.0/mlflow/server-info"])
-def test_public_routes_accept_no_body(port, behind, path):
+def test_public_routes_accept_no_body(port, app, path):
     with send_raw(port, path, 100, b"{", method="GET") as connection:
-        assert status_of(connection) == 413
+        assert read_status(connection) == 413
     assert httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
 
 
 @pytest.mark.parametrize("body", ["[" * 2000, '"x"', "[]", "null", "{", "1" * 5000, b"\xff"])
-def test_body_that_is_not_an_object_gets_an_mlflow_error(post, behind, body):
+def test_body_that_is_not_an_object_gets_an_mlflow_error(post, app, body):
     for path, auth in ((SEARCH, CONSUMER), (LOG, ADMINISTRATOR), ("/graphql", CONSUMER)):
         response = post(body, path, auth)
         assert response.status_code == 400 and response.json()["error_code"] == "INVALID_PARAMETER_VALUE"
-    assert behind.reached == []
+    assert app.reached == []
 
 
 @pytest.mark.parametrize(
@@ -186,11 +186,11 @@ def test_body_that_is_not_an_object_gets_an_mlflow_error(post, behind, body):
     ],
     ids=lambda form: str(form)[:40],
 )
-def test_a_search_beyond_a_bound_is_refused(post, behind, form):
-    assert post(json.dumps(form)).status_code == 400 and behind.reached == []
+def test_a_search_beyond_a_bound_is_refused(post, app, form):
+    assert post(json.dumps(form)).status_code == 400 and app.reached == []
 
 
-def test_parameters_of_an_address_have_the_same_bounds(port, behind):
+def test_parameters_of_an_address_have_the_same_bounds(port, app):
     url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/search"
     for query in ({"order_by": ["name"] * 11}, {"max_results": 10**6}, {"filter": "x" * 10_001}, {"a": ["b"] * 1001}):
         assert httpx.get(url, params=query, auth=CONSUMER).status_code == 400

@@ -42,7 +42,7 @@ def test_a_process_that_has_ended_is_known_to_have_exited():
 
 
 def test_process_with_a_non_utf8_name_is_found():
-    """Any local user can run such a process; it must not stop who looks at the machine's processes."""
+    """Any local user can run such a process; reading the machine's processes must not fail because of it."""
     name_itself = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff)\\xe5', 0, 0, 0); print(flush=True); input()"
     command = [sys.executable, "-c", name_itself, "COTRAIN_TEST_NAME=odd"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

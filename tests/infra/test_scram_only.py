@@ -15,7 +15,7 @@ from infra.listeners import open_listener
 from infra.postgres import SSL_REQUEST
 from infra.scram_only import MAX_SIGN_IN_MESSAGE_BYTES, ScramOnlyProtocol, require_scram
 from infra.settings import Settings
-from tests.infra.listening import listening
+from tests.infra.listening import listen_on_port
 from tests.waiting import until
 
 PASSWORD = "secret-of-the-database"
@@ -29,33 +29,33 @@ def scram_only(monkeypatch):
     assert asyncpg.protocol.Protocol is ScramOnlyProtocol
 
 
-def message(kind, content):
+def make_message(kind, content):
     return struct.pack("!ci", kind, len(content) + 4) + content
 
 
-def request(code, more=b""):
-    return message(b"R", struct.pack("!i", code) + more)
+def make_request(code, more=b""):
+    return make_message(b"R", struct.pack("!i", code) + more)
 
 
-SCRAM = request(10, b"SCRAM-SHA-256\0\0")
-NOTICE = message(b"N", b"SNOTICE\0\0")
+SCRAM = make_request(10, b"SCRAM-SHA-256\0\0")
+NOTICE = make_message(b"N", b"SNOTICE\0\0")
 
 
 @pytest.mark.parametrize("size", [1, 3, 4096])
 @pytest.mark.parametrize(
     ("sent", "refusal"),
     [
-        (request(CLEARTEXT), "got [3]"),
-        (request(MD5, b"salt"), "got [5]"),
-        (request(KERBEROS), "got [7]"),
-        (request(SIGNED_IN), "got [0]"),
-        (NOTICE + request(CLEARTEXT), "got [3]"),
-        (SCRAM + request(CLEARTEXT), "got [10, 3]"),
-        (SCRAM + request(SIGNED_IN), "got [10, 0]"),
-        (request(12, b"v=x") + request(SIGNED_IN), "got [12]"),
-        (SCRAM + request(12, b"v=x") + request(SIGNED_IN), "got [10, 12]"),
+        (make_request(CLEARTEXT), "got [3]"),
+        (make_request(MD5, b"salt"), "got [5]"),
+        (make_request(KERBEROS), "got [7]"),
+        (make_request(SIGNED_IN), "got [0]"),
+        (NOTICE + make_request(CLEARTEXT), "got [3]"),
+        (SCRAM + make_request(CLEARTEXT), "got [10, 3]"),
+        (SCRAM + make_request(SIGNED_IN), "got [10, 0]"),
+        (make_request(12, b"v=x") + make_request(SIGNED_IN), "got [12]"),
+        (SCRAM + make_request(12, b"v=x") + make_request(SIGNED_IN), "got [10, 12]"),
         (SCRAM + SCRAM, "got [10, 10]"),
-        (message(b"R", b""), "got [0]"),
+        (make_message(b"R", b""), "got [0]"),
         (struct.pack("!ci", b"R", 3), "a message of 3 bytes"),
         (struct.pack("!ci", b"N", MAX_SIGN_IN_MESSAGE_BYTES + 1), "bytes while signing in"),
     ],
@@ -110,7 +110,7 @@ def test_prefect_server_sends_no_password_to_an_impostor_on_the_postgresql_port(
     prefect = next(service for service in make_services(tmp_path, config, settings) if service.name == "prefect")
     make_private_folders(prefect.cwd)
     received, log = bytearray(), tmp_path / "log"
-    with listening(port=config.ports["postgres"]) as impostor, contextlib.ExitStack() as cleanup:
+    with listen_on_port(port=config.ports["postgres"]) as impostor, contextlib.ExitStack() as cleanup:
         impostor.settimeout(120)
         listener = cleanup.enter_context(open_listener(prefect.listen))
         output = cleanup.enter_context(log.open("wb"))
@@ -125,7 +125,7 @@ def test_prefect_server_sends_no_password_to_an_impostor_on_the_postgresql_port(
         assert client.recv(1000) == SSL_REQUEST
         client.sendall(b"N")
         assert b"prefect" in client.recv(1000)
-        client.sendall(request(CLEARTEXT))
+        client.sendall(make_request(CLEARTEXT))
         with contextlib.suppress(ConnectionResetError):
             received += client.recv(1000)
         until(lambda: "must request SCRAM" in log.read_text())

@@ -12,7 +12,7 @@ from infra.confinement import Confinement
 from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_ending, render_batch_script
 from infra.processes import find_pids
-from tests.infra.cluster import needs_slurm, said, slurm_cluster
+from tests.infra.cluster import needs_slurm, run_command, start_slurm_cluster
 from tests.waiting import until
 
 # A rank like the platform's: it exits when its supervisor's heartbeat stops, or with the status in the file `leave`.
@@ -31,7 +31,7 @@ sys.exit(int((folder / "leave").read_text()))
 
 @pytest.fixture(scope="module")
 def slurm():
-    yield from slurm_cluster()
+    yield from start_slurm_cluster()
 
 
 @pytest.fixture
@@ -55,12 +55,12 @@ def job(tmp_path):
     )
 
 
-def started(job):
+def wait_for_rank_pids(job):
     until(lambda: all((job.folder / f"rank-{n}").exists() for n in range(2)))
     return [int((job.folder / f"rank-{n}").read_text()) for n in range(2)]
 
 
-def ended(running):
+def wait_for_ending(running):
     end = time.monotonic() + 90
     while (ending := running.wait(0.2)) is None:
         assert time.monotonic() < end, "did not end in time"
@@ -71,10 +71,10 @@ def ended(running):
 @pytest.mark.parametrize("status", [0, 7])
 def test_a_job_runs_to_its_end(slurm, job, status):
     with SlurmLauncher().run(job) as running:
-        started(job)
+        wait_for_rank_pids(job)
         assert running.wait(0.1) is None
         (job.folder / "leave").write_text(str(status))
-        ending = ended(running)
+        ending = wait_for_ending(running)
     assert ending.cause is None and (ending.status == 0) == (status == 0)
     assert (job.folder / "train.log").read_text().count("restart 0") == 2
 
@@ -82,7 +82,7 @@ def test_a_job_runs_to_its_end(slurm, job, status):
 @needs_slurm
 def test_exiting_the_launcher_context_ends_every_process(slurm, job):
     with SlurmLauncher().run(job):
-        pids = started(job)
+        pids = wait_for_rank_pids(job)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not list(find_pids("GLOO_MARK", job.folder.name))
 
@@ -90,9 +90,9 @@ def test_exiting_the_launcher_context_ends_every_process(slurm, job):
 @needs_slurm
 def test_cancelled_job_is_reported_as_cancelled(slurm, job):
     with SlurmLauncher().run(job) as running:
-        started(job)
-        said("scancel", f"--name={job.name}")
-        assert ended(running).cause == "cancelled"
+        wait_for_rank_pids(job)
+        run_command("scancel", f"--name={job.name}")
+        assert wait_for_ending(running).cause == "cancelled"
 
 
 @needs_slurm
@@ -109,13 +109,13 @@ def test_job_excludes_bad_nodes(slurm, job):
 @needs_slurm
 def test_requeued_job_restarts_and_finishes(slurm, job):
     with SlurmLauncher().run(job) as running:
-        first = started(job)
+        first_pids = wait_for_rank_pids(job)
         for rank in range(2):
             (job.folder / f"rank-{rank}").unlink()
-        said("scontrol", "requeue", said("squeue", "--noheader", f"--name={job.name}", "--format=%i"))
-        assert started(job) != first
+        run_command("scontrol", "requeue", run_command("squeue", "--noheader", f"--name={job.name}", "--format=%i"))
+        assert wait_for_rank_pids(job) != first_pids
         (job.folder / "leave").write_text("0")
-        assert ended(running).status == 0
+        assert wait_for_ending(running).status == 0
     assert "restart 1" in (job.folder / "train.log").read_text()
 
 
@@ -132,11 +132,11 @@ def test_job_refused_by_slurm_raises_the_slurm_error_message(slurm, job):
 def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
     """Submit like the worker, which may read only Slurm's configuration and its own folder."""
     confinement = Confinement(read=find_launcher_files("slurm"), write=(tmp_path,))
-    job_id = said(*confinement.command("/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 30"))
+    job_id = run_command(*confinement.command("/usr/bin/sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 30"))
     assert job_id.isdigit()
-    assert said(*confinement.command("/usr/bin/squeue", "--noheader", "--format=%i")) == job_id
-    said(*confinement.command("/usr/bin/scancel", job_id))
-    until(lambda: not said(*confinement.command("/usr/bin/squeue", "--noheader")))
+    assert run_command(*confinement.command("/usr/bin/squeue", "--noheader", "--format=%i")) == job_id
+    run_command(*confinement.command("/usr/bin/scancel", job_id))
+    until(lambda: not run_command(*confinement.command("/usr/bin/squeue", "--noheader")))
 
 
 def test_batch_script_contains_no_secret_and_sets_the_rendezvous_endpoint(job):

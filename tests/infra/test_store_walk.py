@@ -60,22 +60,22 @@ def s3(stores):
         yield client
 
 
-def sockets_of(pid):
+def find_sockets(pid):
     links = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
     return {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
 
 
-def listening_ports(pid):
+def find_listening_ports(pid):
     """Return (address, port) of every TCP socket on which a process listens, of both families."""
     rows = [
         row.split() for family in ("tcp", "tcp6") for row in Path(f"/proc/net/{family}").read_text().splitlines()[1:]
     ]
-    own_sockets = sockets_of(pid)
+    own_sockets = find_sockets(pid)
     listeners = [row[1].split(":") for row in rows if row[3] == "0A" and row[9] in own_sockets]
     return sorted({(address, int(port, 16)) for address, port in listeners})
 
 
-def shakes_hands(port, version):
+def can_exchange_over_tls(port, version):
     """Tell whether a client without the store's certificate can exchange data over TLS."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -89,7 +89,7 @@ def shakes_hands(port, version):
         return False
 
 
-def plain_answer(port):
+def request_without_tls(port):
     """Return the response to a client without TLS."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         try:
@@ -101,28 +101,28 @@ def plain_answer(port):
 
 def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
     config, pid = weed
-    known = {config.ports[name] for name in WEED_PORT_NAMES} | {
+    expected_ports = {config.ports[name] for name in WEED_PORT_NAMES} | {
         config.ports[f"{name}_grpc"] for name in WEED_PORT_NAMES
     }
-    listening = listening_ports(pid)
+    listening = find_listening_ports(pid)
     assert {address for address, _ in listening} == {"0100007F"}
-    assert {port for _, port in listening} == known
+    assert {port for _, port in listening} == expected_ports
 
 
 def test_every_port_except_s3_refuses_clients_without_certificate(weed):
     config, pid = weed
-    for _, port in listening_ports(pid):
+    for _, port in find_listening_ports(pid):
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            assert not shakes_hands(port, version), port
+            assert not can_exchange_over_tls(port, version), port
         if port != config.ports["s3"]:
-            response = plain_answer(port)
+            response = request_without_tls(port)
             assert response.startswith(b"HTTP/1.0 400") or b"HTTP/1" not in response, (port, response)
 
 
 def test_unix_sockets_of_the_store_are_accessible_to_its_owner_only(weed):
     _, pid = weed
     rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    own_sockets = sockets_of(pid)
+    own_sockets = find_sockets(pid)
     paths = [Path(row[7]) for row in rows if len(row) > 7 and row[6] in own_sockets and row[7].startswith("/")]
     assert len(paths) >= len(WEED_PORT_NAMES)
     for path in paths:

@@ -33,23 +33,23 @@ from infra.listeners import describe_callers, describe_user
 from infra.objects import open_object_store
 from infra.postgres import SIGN_IN_TIMEOUT_S, SSL_REQUEST, Postgres
 from infra.settings import Settings, StoreAccess
-from tests.infra.listening import ORDINARY, as_user, listening, port_of
+from tests.infra.listening import ORDINARY, get_port, listen_on_port, run_as_user
 from tests.waiting import until
 
 STRANGER = b"user\0stranger\0\0"
 
 
 def test_database_server_that_requests_a_cleartext_password_gets_none(tmp_path):
-    with listening() as impostor, ThreadPoolExecutor() as threads:
-        server = Postgres(tmp_path / "pg", port=port_of(impostor), password="secret-of-the-superuser")
-        received = threads.submit(ask_for_the_password, impostor)
+    with listen_on_port() as impostor, ThreadPoolExecutor() as threads:
+        server = Postgres(tmp_path / "pg", port=get_port(impostor), password="secret-of-the-superuser")
+        received = threads.submit(request_password, impostor)
         with pytest.raises(psycopg.OperationalError) as refusal:
             server.ping()
         assert received.result(20) == b""
         assert "authentication method requirement" in str(refusal.value)
 
 
-def ask_for_the_password(impostor):
+def request_password(impostor):
     """Send AuthenticationCleartextPassword to a client of PostgreSQL, and return its reply."""
     client, _ = impostor.accept()
     with client:
@@ -91,7 +91,7 @@ def test_killed_postgres_keeps_committed_rows(tmp_path):
         process = subprocess.Popen(
             server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
         )
-        until(lambda: answers(server))
+        until(lambda: is_available(server))
         with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
             connection.execute("create table if not exists kept (n int)")
             connection.execute("insert into kept values (%s)", [round_])
@@ -111,24 +111,25 @@ def test_postgres_without_free_connections_is_alive_and_serves_open_ones(tmp_pat
             subprocess.Popen(server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
         )
         cleanup.callback(process.kill)
-        until(lambda: answers(server))
+        until(lambda: is_available(server))
         connection = cleanup.enter_context(psycopg.connect(server.url("postgres"), autocommit=True))
         strangers = [cleanup.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(260)]
         for stranger in strangers:
             stranger.sendall(struct.pack("!ii", 8 + len(STRANGER), 3 << 16) + STRANGER)
-        until(lambda: not answers(server))
+        until(lambda: not is_available(server))
         with pytest.raises(psycopg.OperationalError, match="too many clients"):
             server.ping()
         server.check_answer()
         assert connection.execute("select 1").fetchone() == (1,)
         assert f"by {describe_user(os.geteuid())}" in describe_callers(server.port)
-        until(lambda: answers(server), seconds=SIGN_IN_TIMEOUT_S + 60)  # the server closes unauthenticated connections
+        # the server closes unauthenticated connections
+        until(lambda: is_available(server), seconds=SIGN_IN_TIMEOUT_S + 60)
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             server.check_answer()
 
 
-def answers(server):
+def is_available(server):
     try:
         server.check()
     except psycopg.OperationalError:
@@ -182,12 +183,12 @@ def test_store_gets_another_port_when_its_socket_path_belongs_to_another_user():
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         home = Path(folder)
         os.chown(home, ORDINARY, ORDINARY)
-        with as_user(ORDINARY):
+        with run_as_user(ORDINARY):
             config = load_or_make_config(home)
         blocked = get_weed_socket("s3_grpc", config.ports["s3_grpc"])
         blocked.touch()
         try:
-            with as_user(ORDINARY):
+            with run_as_user(ORDINARY):
                 with pytest.raises(PermissionError, match=rf"{blocked}, .* belongs to user 0 .*; remove it, or run"):
                     remove_weed_sockets(config)
                 fresh = replace_blocked_ports(home, config)

@@ -75,7 +75,7 @@ def test_number_of_counters_is_limited_and_the_least_recently_used_is_evicted(th
     while not throttle.admit("ann", "10.0.0.1"):
         pass
     for n in range(1000):
-        assert throttle.admit("ann", "10.0.0.1") > 0  # the guesser stays
+        assert throttle.admit("ann", "10.0.0.1") > 0  # the entry with failures is kept
         throttle.admit("x" * 10_000, f"10.1.{n // 250}.{n % 250}")
     for n in range(1000):
         throttle.admit("x" * 10_000, f"10.2.{n // 250}.{n % 250}")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.yuan.runs import make
+from tests.yuan.runs import make_training_inputs
 
 
 @pytest.fixture(scope="session")
 def training_inputs(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("parent"))
+    return make_training_inputs(tmp_path_factory.mktemp("parent"))

@@ -36,7 +36,7 @@ RECIPE = Recipe(
 WEIGHTS = {"long": 3.0, "short": 1.0}
 
 
-def make(parent):
+def make_training_inputs(parent):
     """Make a parent model and two sources of documents of different lengths."""
     tokenizer = tokenizers.train(["abcdefghijklmnop"], vocab_size=300)
     config = ModelConfig(name="test", num_layers=3, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=64)
@@ -50,14 +50,14 @@ def make(parent):
     return parent, config, {"long": samples[:150], "short": samples[150:]}
 
 
-def two_stages(config, recipe):
+def make_two_stage_plan(config, recipe):
     """Return a plan for two processes that recomputes its first layer, as if memory were short."""
     limits = SizeLimits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
     plan = make_plan(Workload.from_recipe(config, recipe), make_cpu_pool(), limits)
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def lay_out(folder, training_inputs, recipe=RECIPE, plan=None):
+def prepare_run(folder, training_inputs, recipe=RECIPE, plan=None):
     parent, config, sources = training_inputs
     folder.mkdir(parents=True)
     shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
@@ -66,7 +66,7 @@ def lay_out(folder, training_inputs, recipe=RECIPE, plan=None):
         kind="finetune",
         model=config,
         snapshot="s",
-        plan=plan or two_stages(config, recipe),
+        plan=plan or make_two_stage_plan(config, recipe),
         recipe=recipe,
         seed=5,
         parent="v1",
@@ -82,16 +82,16 @@ def launch(folder, script=None):
     return run_child(command, folder.path, env=dict(os.environ), log_name="train.log")
 
 
-def run(folder, script=None):
+def run_training(folder, script=None):
     with launch(folder, script) as process:
         assert process.wait(120) == 0, (folder.path / "train.log").read_text()[-2000:]
     return folder
 
 
-def plain_steps(training_inputs, finished, recipe=RECIPE):
+def train_plain_loop(training_inputs, finished_run, recipe=RECIPE):
     """Return loss and gradient norm of each step of the same training as a plain loop: one process, only torch."""
     parent, config, _ = training_inputs
-    corpus = finished.open_corpus(seed=5)
+    corpus = finished_run.open_corpus(seed=5)
     model = Yuan(config)
     model.load_state_dict(load_file(parent / "model.safetensors"))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -117,6 +117,6 @@ def plain_steps(training_inputs, finished, recipe=RECIPE):
     return steps
 
 
-def trained_steps(folder):
+def read_steps(folder):
     """Return loss and gradient norm of each step of a run."""
     return [(row.metrics["train/loss"], row.metrics["train/grad_norm"]) for row in folder.read_metrics()]

@@ -6,7 +6,7 @@ import torch
 import uvicorn
 
 from infra.http_server import make_server_options
-from tests.serving import served
+from tests.serving import serve_app
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
@@ -18,7 +18,7 @@ from yuan.serve.service import ModelService
 WINDOW, TOKEN = 2048, "secret"
 
 
-def make_served(version, window=WINDOW):
+def make_served_model(version, window=WINDOW):
     tokenizer = tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512)
     config = ModelConfig(
         name="test", num_layers=2, hidden_size=32, num_heads=4, vocab_size=len(tokenizer), seq_len=window
@@ -29,16 +29,16 @@ def make_served(version, window=WINDOW):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
-        model.embedding.weight[tokenizer.eod] = 0  # so that it seldom ends by itself
+        model.embedding.weight[tokenizer.eod] = 0  # so that <eod> is rarely chosen
     return ServedModel(model, tokenizer, version)
 
 
-def running(service):
+def serve_model(service):
     """Run the server in this process, on a free port; yield its URL."""
-    return served(make_api(TOKEN, service))
+    return serve_app(make_api(TOKEN, service))
 
 
-def metric(http, name):
+def read_metric(http, name):
     """Return the sum of a metric over its labels."""
     lines = http.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
@@ -46,7 +46,7 @@ def metric(http, name):
 
 if __name__ == "__main__":
     service = ModelService(ModelServerMetrics())
-    service.swap_in(make_served(1))
+    service.swap_in(make_served_model(1))
     torch.set_num_threads(1)
     uvicorn.run(
         make_api(TOKEN, service),

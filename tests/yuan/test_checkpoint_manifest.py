@@ -10,7 +10,7 @@ from yuan.train.file_digest import FileDigest, compute_digest, digest_content, f
 
 CONTENT = b"weights"
 STORED_DIGEST = {"bytes": 7, "sha256": hashlib.sha256(CONTENT).hexdigest()}
-# As versions without this record wrote it.
+# The stored form, as releases before `CheckpointManifest` wrote it.
 STORED = {
     "schema": 1,
     "step": 5,
@@ -32,7 +32,7 @@ MANIFEST = CheckpointManifest(
 )
 
 
-def seal(content):
+def make_sealed(content):
     return json.dumps({**content, "sha256": compute_seal(content)}).encode()
 
 
@@ -44,7 +44,7 @@ def test_stored_form_is_unchanged_and_round_trips():
 
 def test_unknown_fields_are_ignored_and_loss_and_decisions_may_be_missing():
     older = {key: value for key, value in STORED.items() if key not in ("loss", "decisions")}
-    manifest = parse_sealed_manifest(seal({**older, "added_later": 1}))
+    manifest = parse_sealed_manifest(make_sealed({**older, "added_later": 1}))
     assert (manifest.step, manifest.loss, manifest.decisions) == (5, None, None)
 
 
@@ -64,7 +64,7 @@ def test_unknown_fields_are_ignored_and_loss_and_decisions_may_be_missing():
     ],
 )
 def test_a_sealed_manifest_with_a_wrong_field_is_none(key, value):
-    assert parse_sealed_manifest(seal({**STORED, key: value})) is None
+    assert parse_sealed_manifest(make_sealed({**STORED, key: value})) is None
 
 
 def test_a_digest_is_stored_with_bytes_and_sha256_and_finds_a_changed_file(tmp_path):

@@ -21,7 +21,7 @@ def events():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory):
+def process_group(tmp_path_factory):
     """Start a process group of one rank; test_training covers several ranks."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/met", rank=0, world_size=1)
     yield
@@ -35,22 +35,22 @@ def store(tmp_path, events):
     store.close()
 
 
-def values(step):
+def make_values(step):
     return {key: torch.arange(size) + 100.0 * step + n for n, (key, size) in enumerate(SIZES.items())}
 
 
-def save(store, step):
-    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, updates=step)
+def save_checkpoint(store, step):
+    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in make_values(step).items()}, updates=step)
     store.wait()
 
 
 def test_any_slice_of_a_tensor_can_be_loaded(store):
-    save(store, 3)
+    save_checkpoint(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
     wanted = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
     store.load(3, wanted)
     for key, (start, length) in cuts.items():
-        assert torch.equal(wanted[key].values, values(3)[key][start : start + length])
+        assert torch.equal(wanted[key].values, make_values(3)[key][start : start + length])
 
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
@@ -65,7 +65,7 @@ def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
 
 def test_last_two_checkpoints_are_kept_and_the_newest_is_found(store, tmp_path, events):
     for step in (1, 2, 3):
-        save(store, step)
+        save_checkpoint(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     assert store.find_newest().step == 3 and store.find_newest().updates == 3
     assert events == [CheckpointEvent(step=step) for step in (1, 2, 3)]
@@ -74,7 +74,7 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_found(store, tmp_path, 
 def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
     store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
-        store.save(step, {key: TensorPiece(0, len(t), t) for key, t in values(step).items()}, updates=1, loss=loss)
+        store.save(step, {key: TensorPiece(0, len(t), t) for key, t in make_values(step).items()}, updates=1, loss=loss)
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
     assert store.find_newest(until=3).step == 2
@@ -83,30 +83,31 @@ def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
 
 
 def test_checkpoint_without_a_manifest_is_ignored(store, tmp_path):
-    save(store, 1)
-    save(store, 2)
+    save_checkpoint(store, 1)
+    save_checkpoint(store, 2)
     (tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE).unlink()
     assert store.find_newest().step == 1
-    save(store, 3)
+    save_checkpoint(store, 3)
     assert store.find_newest().step == 3 and not (tmp_path / "step-00000002").exists()
 
 
-def flip(path):
+def flip_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
 @pytest.mark.parametrize(
-    ("damage", "what"), [(flip, "another sha256"), (cut, "bytes, not"), (lambda path: path.unlink(), "cannot be read")]
+    ("damage", "what"),
+    [(flip_bit, "another sha256"), (truncate, "bytes, not"), (lambda path: path.unlink(), "cannot be read")],
 )
 def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, damage, what):
-    save(store, 1)
-    save(store, 2)
+    save_checkpoint(store, 1)
+    save_checkpoint(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
     assert store.find_newest().step == 1
     assert isinstance(events[-1], CheckpointDamagedEvent) and events[-1].step == 2
@@ -115,7 +116,7 @@ def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, dam
 
 @pytest.mark.parametrize("key", ["model", "order"])
 def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
-    save(store, 1)
+    save_checkpoint(store, 1)
     other = CheckpointStore(tmp_path, **{**ABOUT, key: {"name": "another"}}, keep=2, event=print)
     with pytest.raises(ValueError, match=f"another run: its {key}"):
         other.find_newest()
@@ -124,8 +125,8 @@ def test_a_checkpoint_of_another_run_is_refused(store, tmp_path, key):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": 2}', None])
 def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
-    save(store, 1)
-    save(store, 2)
+    save_checkpoint(store, 1)
+    save_checkpoint(store, 2)
     manifest = tmp_path / "step-00000002" / CHECKPOINT_MANIFEST_FILE
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
@@ -134,14 +135,14 @@ def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
 
 
 def test_error_for_a_missing_tensor_names_the_tensor(store):
-    save(store, 1)
+    save_checkpoint(store, 1)
     with pytest.raises(ValueError, match=r"weight/c in None elements, and the model in 4"):
         store.load(1, {"weight/c": TensorPiece(0, 4, torch.zeros(4))})
 
 
 def test_failed_save_is_an_event_and_the_previous_checkpoint_remains(store, tmp_path, events):
-    save(store, 1)
+    save_checkpoint(store, 1)
     (tmp_path / "step-00000002").write_text("a file is where the folder should be")
-    save(store, 2)
+    save_checkpoint(store, 2)
     assert isinstance(events[-1], CheckpointFailedEvent) and events[-1].step == 2
     assert store.find_newest().step == 1

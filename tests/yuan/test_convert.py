@@ -28,17 +28,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def published(folder, tmp_path_factory):
+def published_folder(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("hf")
     export_hf(folder, out, max_shard_bytes=60_000)
     return out
 
 
-def hf_tensors(folder):
+def load_hf_tensors(folder):
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def hf_forward(t, config, tokens):
+def compute_hf_logits(t, config, tokens):
     """Compute logits from published tensors, as described for the official modelling code (facts of its layout)."""
     heads, dim = config.num_heads, config.head_dim
 
@@ -73,15 +73,15 @@ def hf_forward(t, config, tokens):
     return norm(x, "model.norm.weight") @ t["lm_head.weight"].T
 
 
-def test_the_published_names_give_the_same_logits(folder, published):
+def test_the_published_names_give_the_same_logits(folder, published_folder):
     model = weights.load(folder)
     tokens = torch.randint(0, model.config.vocab_size, (2, 9))
-    expected = hf_forward(hf_tensors(published), model.config, tokens)
+    expected = compute_hf_logits(load_hf_tensors(published_folder), model.config, tokens)
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_round_trip_is_bit_equal(folder, published, tmp_path):
-    import_hf(published, tmp_path / "ours", max_shard_bytes=50_000)
+def test_a_round_trip_is_bit_equal(folder, published_folder, tmp_path):
+    import_hf(published_folder, tmp_path / "ours", max_shard_bytes=50_000)
     again = weights.load(tmp_path / "ours")
     model = weights.load(folder)
     assert again.config == dataclasses.replace(model.config)
@@ -90,12 +90,12 @@ def test_a_round_trip_is_bit_equal(folder, published, tmp_path):
     assert weights.load_tokenizer(tmp_path / "ours").model == weights.load_tokenizer(folder).model
 
 
-def test_shards_stay_below_the_size_limit_and_the_manifest_lists_every_file(published):
-    shards = sorted(published.glob("*.safetensors"))
+def test_shards_stay_below_the_size_limit_and_the_manifest_lists_every_file(published_folder):
+    shards = sorted(published_folder.glob("*.safetensors"))
     assert len(shards) > 2
     assert all(shard.stat().st_size < 62_000 + 20_000 for shard in shards)  # a limit of data, and a header
-    manifest = weights.verify_folder(published)
-    assert set(manifest.files) == {file.name for file in published.iterdir()} - {"manifest.json"}
+    manifest = weights.verify_folder(published_folder)
+    assert set(manifest.files) == {file.name for file in published_folder.iterdir()} - {"manifest.json"}
     assert manifest.about["snapshot"] == "s"
 
 
@@ -115,40 +115,40 @@ def test_presets_have_the_published_keys_and_shapes(preset, keys):
     )
 
 
-def test_pickled_shards_are_read_without_running_code(published, folder, tmp_path):
-    tensors = hf_tensors(published)
+def test_pickled_shards_are_read_without_running_code(published_folder, folder, tmp_path):
+    tensors = load_hf_tensors(published_folder)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     names = sorted(tensors)
     where = {name: f"pytorch_model-0000{1 + (n % 2)}-of-00002.bin" for n, name in enumerate(names)}
     for file in set(where.values()):
         torch.save({name: tensors[name] for name in names if where[name] == file}, tmp_path / file)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
     import_hf(tmp_path, tmp_path / "ours")
     assert torch.equal(weights.load(tmp_path / "ours").norm.weight, weights.load(folder).norm.weight)
     with pytest.raises(ValueError, match="tokenizer"):
         weights.load_tokenizer(tmp_path / "ours")
 
 
-class Evil:
+class PickledCode:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code ran')",))
 
 
-def test_a_pickle_with_code_is_refused(published, tmp_path):
-    torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+def test_a_pickle_with_code_is_refused(published_folder, tmp_path):
+    torch.save({"model.norm.weight": PickledCode()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         import_hf(tmp_path, tmp_path / "ours")
 
 
 @pytest.fixture
-def single(published, tmp_path):
+def write_published(published_folder, tmp_path):
     """Make a published folder with one weights file, and a function that writes changed tensors into it."""
-    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
 
     def write(**changes):
-        tensors = hf_tensors(published) | changes
+        tensors = load_hf_tensors(published_folder) | changes
         save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
         return tmp_path
 
@@ -164,18 +164,18 @@ def single(published, tmp_path):
         ({"lm_head.weight": torch.zeros(298, 32)}, "ties the two"),
     ],
 )
-def test_missing_unknown_or_mismatched_tensors_are_named(single, tmp_path, changes, says):
+def test_missing_unknown_or_mismatched_tensors_are_named(write_published, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
-        import_hf(single(**changes), tmp_path / "ours")
+        import_hf(write_published(**changes), tmp_path / "ours")
 
 
-def test_missing_lm_head_is_replaced_by_the_tied_embedding(single, folder, tmp_path):
-    import_hf(single(**{"lm_head.weight": None}), tmp_path / "ours")
+def test_missing_lm_head_is_replaced_by_the_tied_embedding(write_published, folder, tmp_path):
+    import_hf(write_published(**{"lm_head.weight": None}), tmp_path / "ours")
     assert torch.equal(weights.load(tmp_path / "ours").embedding.weight, weights.load(folder).embedding.weight)
 
 
-def test_a_corrupt_shard_is_named(published, tmp_path):
-    for file in published.iterdir():
+def test_a_corrupt_shard_is_named(published_folder, tmp_path):
+    for file in published_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -194,32 +194,32 @@ def test_a_corrupt_shard_is_named(published, tmp_path):
     [({"intermediate_size": 100}, "intermediate_size must be 128"), ({"hidden_act": "gelu"}, "hidden_act must be silu"),
      ({"hidden_size": None}, "not the configuration of a Yuan"), ({"use_shareqk": True}, "use_shareqk must be False")],
 )  # fmt: skip
-def test_unsupported_model_config_is_refused(published, tmp_path, change, says):
-    data = json.loads((published / "config.json").read_text()) | change
+def test_unsupported_model_config_is_refused(published_folder, tmp_path, change, says):
+    data = json.loads((published_folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=says):
         read_hf_config(tmp_path)
 
 
-def test_published_config_defaults_to_the_official_bf16_rope(published, tmp_path):
-    data = json.loads((published / "config.json").read_text())
+def test_published_config_defaults_to_the_official_bf16_rope(published_folder, tmp_path):
+    data = json.loads((published_folder / "config.json").read_text())
     for ours in ("rope_precision", "local_filter", "name"):
         del data[ours]
     (tmp_path / "config.json").write_text(json.dumps(data))
     assert read_hf_config(tmp_path).rope_precision == "bf16"
 
 
-def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(single, tmp_path):
+def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(write_published, tmp_path):
     big = tokenizers.train(["".join(chr(0x4E00 + n) for n in range(300))], vocab_size=1000)
-    folder = single()
+    folder = write_published()
     big.save(folder)
     with pytest.raises(ValueError, match=r"the tokenizer has .* pieces and the model"):
         import_hf(folder, tmp_path / "ours")
 
 
-def test_export_into_a_non_empty_folder_is_refused(folder, published):
+def test_export_into_a_non_empty_folder_is_refused(folder, published_folder):
     with pytest.raises(ValueError, match="is not empty"):
-        export_hf(folder, published)
+        export_hf(folder, published_folder)
 
 
 def test_conversion_of_a_400_mb_model_needs_less_than_150_mb(tmp_path):

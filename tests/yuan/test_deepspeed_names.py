@@ -15,7 +15,7 @@ from yuan.train.zero import engine
 SOURCES = [Path(file) for file in Path(zero.__file__).parent.glob("*.py")]
 
 
-def listed():
+def list_names():
     """Return location and name of each entry of the list in the package's docstring."""
     place, entries = None, []
     for row in inspect.getdoc(zero).splitlines():
@@ -26,7 +26,7 @@ def listed():
     return entries
 
 
-def source_of(place):
+def read_source(place):
     """Return the source of a module, or of a class with its base classes in DeepSpeed."""
     try:
         return inspect.getsource(importlib.import_module(place))
@@ -36,7 +36,7 @@ def source_of(place):
         return "".join(inspect.getsource(one) for one in classes if one.__module__.startswith("deepspeed"))
 
 
-def is_own(name, tree):
+def is_defined_in(name, tree):
     """Return True if the module itself defines a private name."""
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stored = {
@@ -47,9 +47,9 @@ def is_own(name, tree):
     return name in defined | stored
 
 
-@pytest.mark.parametrize(("place", "name"), listed())
+@pytest.mark.parametrize(("place", "name"), list_names())
 def test_each_listed_name_exists_in_deepspeed(place, name):
-    assert re.search(rf"\b{name}\b", source_of(place)), f"{place} has no {name} any more; see {zero.__name__}"
+    assert re.search(rf"\b{name}\b", read_source(place)), f"{place} has no {name} any more; see {zero.__name__}"
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
@@ -58,13 +58,13 @@ def test_each_private_name_that_is_used_is_listed(file):
     private = {
         node.attr
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and not is_own(node.attr, tree)
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and not is_defined_in(node.attr, tree)
     }
-    assert private <= {name for _, name in listed()}
+    assert private <= {name for _, name in list_names()}
 
 
 def test_list_has_more_than_25_names():
-    assert len(listed()) > 25
+    assert len(list_names()) > 25
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch):

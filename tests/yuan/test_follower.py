@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from tests.yuan.serving import make_served
+from tests.yuan.serving import make_served_model
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
@@ -27,7 +27,7 @@ class Registry:
         self.folder, self.alias, self.is_away, self.downloads = folder, None, False, []
 
     def add(self, version):
-        served = make_served(version, window=64)
+        served = make_served_model(version, window=64)
         save(self.folder / str(version), served.model.config, served.model.state_dict(), served.tokenizer, {})
 
     def aliases(self):
@@ -51,7 +51,7 @@ def registry(tmp_path):
 
 
 @pytest.fixture
-def started(registry, tmp_path):
+def start_server(registry, tmp_path):
     """Return a function that starts a server on the same cache and returns its service and follower."""
 
     def start():
@@ -69,10 +69,10 @@ def started(registry, tmp_path):
     return start
 
 
-def test_after_a_restart_without_the_registry_the_last_version_is_served(registry, started):
-    started()
+def test_after_a_restart_without_the_registry_the_last_version_is_served(registry, start_server):
+    start_server()
     registry.is_away = True
-    service, follower = started()
+    service, follower = start_server()
     assert service.served.version == 1 and registry.downloads == [1]
     registry.add(2)
     registry.alias, registry.is_away = 2, False
@@ -80,26 +80,26 @@ def test_after_a_restart_without_the_registry_the_last_version_is_served(registr
     assert service.served.version == 2
 
 
-def test_version_deleted_from_the_registry_is_served_from_the_cache(registry, started):
-    started()
+def test_version_deleted_from_the_registry_is_served_from_the_cache(registry, start_server):
+    start_server()
     shutil.rmtree(registry.folder / "1")
-    assert started()[0].served.version == 1
+    assert start_server()[0].served.version == 1
     registry.alias = None  # deleting a version drops its alias too
-    assert started()[0].served.version == 1
+    assert start_server()[0].served.version == 1
 
 
-def test_damaged_cache_folder_is_downloaded_again_and_not_served(registry, started, tmp_path):
-    started()
+def test_damaged_cache_folder_is_downloaded_again_and_not_served(registry, start_server, tmp_path):
+    start_server()
     weights = tmp_path / "cache" / "v1" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert started()[0].served.version == 1 and registry.downloads == [1, 1]
+    assert start_server()[0].served.version == 1 and registry.downloads == [1, 1]
     weights.write_bytes(b"x")
     registry.is_away = True
-    assert started()[0].served is None
+    assert start_server()[0].served is None
 
 
-def test_failed_load_keeps_the_previous_version_and_registry_outage_is_logged_once(registry, started, caplog):
-    service, follower = started()
+def test_failed_load_keeps_the_previous_version_and_registry_outage_is_logged_once(registry, start_server, caplog):
+    service, follower = start_server()
     registry.add(2)
     (registry.folder / "2" / "config.json").write_text("{}")
     registry.alias = 2
@@ -114,8 +114,8 @@ def test_failed_load_keeps_the_previous_version_and_registry_outage_is_logged_on
     assert [r.message.split(":")[0] for r in caplog.records] == ["the registry does not respond; v1 stays in service"]
 
 
-def test_cache_folder_of_the_version_in_service_is_kept_regardless_of_its_age(registry, started, tmp_path):
-    _, follower = started()
+def test_cache_folder_of_the_version_in_service_is_kept_regardless_of_its_age(registry, start_server, tmp_path):
+    _, follower = start_server()
     for version in (2, 3, 1, 4):
         registry.add(version)
         registry.alias = version
@@ -124,7 +124,7 @@ def test_cache_folder_of_the_version_in_service_is_kept_regardless_of_its_age(re
 
 
 @pytest.fixture
-def serve(tmp_path):
+def start_process(tmp_path):
     """Start the server's process as the keeper does, on an already listening socket; yield a client of it."""
     home, token, processes = tmp_path / "home", "token", []
     home.mkdir()
@@ -151,56 +151,56 @@ def serve(tmp_path):
             process.wait()
 
 
-def test_request_during_startup_waits_for_the_last_served_version(serve, tmp_path):
+def test_request_during_startup_waits_for_the_last_served_version(start_process, tmp_path):
     """The server accepts calls before the model is loaded, and the registry does not respond."""
-    small = make_served(1)
+    small = make_served_model(1)
     config = ModelConfig(
         name="test", num_layers=4, hidden_size=1024, num_heads=4, vocab_size=small.model.config.vocab_size, seq_len=64
     )
     cache = tmp_path / "home" / "serve"
     save(cache / "v1" / "model", config, Yuan(config).state_dict(), small.tokenizer, {})
     (cache / "last.json").write_text('{"version": 1}')
-    with serve(is_registry_silent=True) as http:
+    with start_process(is_registry_silent=True) as http:
         response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
     assert (response.status_code, response.json().get("model")) == (200, "yuan-v1")
 
 
-def test_server_without_a_version_returns_503_with_the_reason(serve):
-    with serve(is_registry_silent=False) as http:
+def test_server_without_a_version_returns_503_with_the_reason(start_process):
+    with start_process(is_registry_silent=False) as http:
         response = http.post("/v1/completions", json={"prompt": "a"})
     assert response.status_code == 503 and response.headers["retry-after"] == "60"
     assert "the registry does not respond; retry in a minute" in response.json()["error"]["message"]
 
 
-def refusal(service):
+def get_refusal(service):
     """Return the error message and Retry-After that a caller gets while no model is in service."""
     with pytest.raises(NoModelInService) as caught:
         service.submit(lambda served: None)
     return str(caught.value), caught.value.retry_after_s
 
 
-def test_error_message_matches_the_state_of_the_version(registry, started, monkeypatch):
+def test_error_message_matches_the_state_of_the_version(registry, start_server, monkeypatch):
     monkeypatch.setattr("yuan.serve.follower.LOAD_RETRY_S", 0.0)
     registry.alias = None
-    service, follower = started()
-    assert refusal(service) == (NO_VERSION_MESSAGE, None) and "promote" not in NO_VERSION_MESSAGE.replace(
+    service, follower = start_server()
+    assert get_refusal(service) == (NO_VERSION_MESSAGE, None) and "promote" not in NO_VERSION_MESSAGE.replace(
         "promoted", ""
     )
     registry.alias = 1
     download, refusals = registry.download, []
 
     def fail_download(version, folder):
-        refusals.append(refusal(service))
+        refusals.append(get_refusal(service))
         raise ConnectionError("refused")
 
     registry.download = fail_download
     follower.check_alias()
     assert refusals == [("v1 is being loaded; retry in a few seconds", 5)]
-    message, retry_after_s = refusal(service)
+    message, retry_after_s = get_refusal(service)
     assert "v1 cannot be loaded" in message and retry_after_s == 60
     registry.alias = None  # deleted from the registry, which drops its alias
     follower.check_alias()
-    assert refusal(service) == (message, retry_after_s)
+    assert get_refusal(service) == (message, retry_after_s)
     registry.alias, registry.download = 1, download
     follower.check_alias()
     assert service.served.version == 1

@@ -30,7 +30,7 @@ def model(tokenizer):
     model = Yuan(config).eval()
     for parameter in model.layers.parameters():
         if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.5)  # answers of some variety
+            torch.nn.init.normal_(parameter, std=0.5)  # so that different prompts get different answers
     return model
 
 
@@ -74,7 +74,7 @@ def test_an_answer_ends_at_the_window(model, tokenizer):
     assert completion.num_tokens <= 3
 
 
-def draws_of(sampling, logits, number=4000):
+def draw_frequencies(sampling, logits, number=4000):
     rows = torch.tensor(logits).repeat(number, 1)
     even = [(n + 0.5) / number for n in range(number)]
     chosen = choose_tokens(rows, [sampling] * number, [()] * number, even)
@@ -86,17 +86,17 @@ def test_sampling_follows_the_temperature_scaled_distribution():
     for heat in (0.5, 1.0, 2.0):
         expected = (torch.tensor(logits) / heat).softmax(dim=-1)
         torch.testing.assert_close(
-            draws_of(Sampling(max_tokens=1, temperature=heat), logits), expected, atol=1e-3, rtol=0
+            draw_frequencies(Sampling(max_tokens=1, temperature=heat), logits), expected, atol=1e-3, rtol=0
         )
 
 
 def test_top_k_and_top_p_keep_the_likeliest_tokens_only():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().tolist()
-    top_k = draws_of(Sampling(max_tokens=1, temperature=1, top_k=2), logits)
+    top_k = draw_frequencies(Sampling(max_tokens=1, temperature=1, top_k=2), logits)
     torch.testing.assert_close(top_k, torch.tensor([0, 4, 0, 3]) / 7, atol=1e-3, rtol=0)
-    top_p = draws_of(Sampling(max_tokens=1, temperature=1, top_p=0.7), logits)  # 0.4 and 0.3 reach it
+    top_p = draw_frequencies(Sampling(max_tokens=1, temperature=1, top_p=0.7), logits)  # 0.4 and 0.3 reach it
     torch.testing.assert_close(top_p, torch.tensor([0, 4, 0, 3]) / 7, atol=1e-3, rtol=0)
-    assert draws_of(Sampling(max_tokens=1, temperature=1, top_p=1e-9), logits)[1] == 1
+    assert draw_frequencies(Sampling(max_tokens=1, temperature=1, top_p=1e-9), logits)[1] == 1
 
 
 def test_repetition_penalty_follows_the_ctrl_formula():
@@ -126,7 +126,7 @@ def test_error_for_an_invalid_sampling_parameter_names_it(field, value):
         Sampling(**{"max_tokens": 1, field: value})
 
 
-def spoken(tokenizer, text, **wishes):
+def add_tokens(tokenizer, text, **wishes):
     """Return a sequence to which the text's tokens were added one by one, and its stable text after each."""
     sequence = DecodingSequence([tokenizer.sep], Sampling(max_tokens=50, **wishes), tokenizer, 100)
     shown = []
@@ -138,30 +138,30 @@ def spoken(tokenizer, text, **wishes):
 
 
 def test_text_ends_before_a_stop_string_that_is_never_shown(tokenizer):
-    sequence, shown = spoken(tokenizer, "abcdefgh", stop=("def", "zz"))
+    sequence, shown = add_tokens(tokenizer, "abcdefgh", stop=("def", "zz"))
     assert (sequence.text, sequence.finish_reason) == ("abc", "stop")
     assert shown == ["a", "ab", "abc", "abc", "abc", "abc"]
 
 
 def test_partial_stop_string_match_is_shown_after_a_mismatch(tokenizer):
-    _, shown = spoken(tokenizer, "abcdx", stop=("cde",))
+    _, shown = add_tokens(tokenizer, "abcdx", stop=("cde",))
     assert shown == ["a", "ab", "ab", "ab", "abcdx"]
 
 
 def test_incomplete_utf8_character_is_not_shown(tokenizer):
     text = "a龘b"  # not among the pieces, so it comes as three bytes
     assert len(tokenizer.encode(text)) == 5
-    assert spoken(tokenizer, text)[1] == ["a", "a", "a", "a龘", "a龘b"]
+    assert add_tokens(tokenizer, text)[1] == ["a", "a", "a", "a龘", "a龘b"]
 
 
 def test_a_zero_byte_is_shown_as_the_replacement_character(tokenizer):
-    sequence, shown = spoken(tokenizer, "a\0b")
+    sequence, shown = add_tokens(tokenizer, "a\0b")
     assert shown[-1] == sequence.get_stable_text() == "a\ufffdb"
 
 
 def test_stop_ids_end_generation_like_eod(tokenizer):
     b = tokenizer.encode("b")[0]
-    sequence, _ = spoken(tokenizer, "ab", stop_ids=(b,))
+    sequence, _ = add_tokens(tokenizer, "ab", stop_ids=(b,))
     assert (sequence.text, sequence.finish_reason, sequence.num_tokens) == ("a", "stop", 2)
 
 

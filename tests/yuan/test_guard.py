@@ -14,7 +14,7 @@ RECIPE = Recipe(
 )
 
 
-def judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
+def make_judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
     rng = random.Random(0)
     judge = StepJudge(6.0)
     for _ in range(steps):
@@ -32,27 +32,27 @@ def judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
     ],
 )
 def test_faulty_step_is_reported_with_its_loss_or_gradient_norm(loss, norm, says):
-    assert says in judge().find_fault(loss, norm)
+    assert says in make_judge().find_fault(loss, norm)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(2.0, 0.5), (3.9, 40.0), (0.01, 1e-9), (0.0, 0.0)])
 def test_normal_step_is_not_faulty(loss, norm):
-    assert judge().find_fault(loss, norm) is None
+    assert make_judge().find_fault(loss, norm) is None
 
 
 def test_noisy_run_has_at_most_one_false_alarm_in_10000_steps():
     rng = random.Random(1)
-    noisy = judge(noise=0.8)
+    noisy = make_judge(noise=0.8)
     steps = [(2 * math.exp(rng.gauss(0, 0.8)), 0.5 * math.exp(rng.gauss(0, 0.8))) for _ in range(10_000)]
     assert sum(noisy.find_fault(*step) is not None for step in steps) <= 1
 
 
 def test_only_non_finite_values_are_faulty_before_the_minimum_of_good_steps():
-    young = judge(steps=MIN_GOOD_STEPS - 1)
+    young = make_judge(steps=MIN_GOOD_STEPS - 1)
     assert young.find_fault(1e9, 1e9) is None and young.find_fault(math.nan, 1.0)
 
 
-def climb(decisions, step, recipe=RECIPE):
+def apply_action(decisions, step, recipe=RECIPE):
     """Apply the guard's action to a step that is faulty twice; return the action and the new decisions."""
     rung, span = decisions.choose_action(step, recipe), (8 * step, 8 * step + 8)
     if rung == "skip":
@@ -67,7 +67,7 @@ def climb(decisions, step, recipe=RECIPE):
 def test_persistent_faults_escalate_from_skip_to_rollback_to_stop():
     actions, decisions, step = [], GuardDecisions(), 55
     while not actions or actions[-1] != "stop":
-        rung, decisions = climb(decisions, step)
+        rung, decisions = apply_action(decisions, step)
         actions.append(rung)
         step = 50 if rung == "roll back" else step + 1
     assert actions == ["skip", "skip", "roll back"] * 2 + ["skip", "skip", "stop"]
@@ -77,7 +77,7 @@ def test_persistent_faults_escalate_from_skip_to_rollback_to_stop():
 def test_rollback_skips_only_the_data_of_faulty_steps():
     decisions = GuardDecisions()
     for step in (55, 57, 58):
-        _, decisions = climb(decisions, step)
+        _, decisions = apply_action(decisions, step)
     assert decisions.skipped == ((8 * 55, 8 * 56), (8 * 57, 8 * 59))
     assert decisions.compute_rate_factor(100) == 1.0
 
@@ -85,7 +85,7 @@ def test_rollback_skips_only_the_data_of_faulty_steps():
 def test_faults_older_than_the_memory_limit_are_ignored():
     decisions = GuardDecisions()
     for step in (10, 11):
-        _, decisions = climb(decisions, step)
+        _, decisions = apply_action(decisions, step)
     assert decisions.choose_action(12 + TROUBLE_MEMORY_STEPS, RECIPE) == "skip"
     assert decisions.choose_action(10 + TROUBLE_MEMORY_STEPS, RECIPE) == "roll back"
 
@@ -99,7 +99,7 @@ def test_first_fault_rolls_back_or_stops_if_skips_are_disabled():
 def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):
     decisions = GuardDecisions()
     for step in (55, 56, 57, 51):
-        _, decisions = climb(decisions, step)
+        _, decisions = apply_action(decisions, step)
     file = tmp_path / "guard.json"
     assert GuardDecisions.read(file) == GuardDecisions()
     assert GuardDecisions.read(file, decisions.to_json()) == decisions
@@ -108,5 +108,5 @@ def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):
 
 
 def test_skips_of_repeated_steps_are_dropped():
-    _, decisions = climb(GuardDecisions(), 55)
+    _, decisions = apply_action(GuardDecisions(), 55)
     assert decisions.drop_skips_from(55) == GuardDecisions() and decisions.drop_skips_from(56) == decisions

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.yuan.runs import RECIPE, launch, lay_out, run
+from tests.yuan.runs import RECIPE, launch, prepare_run, run_training
 from yuan.train.events import CleanRepeatEvent, RepeatEvent, RollBackEvent, SkipEvent, StopEvent
 from yuan.train.exit_status import ExitStatus, read_exit_notes
 from yuan.train.guard import GuardDecisions
@@ -24,7 +24,7 @@ PLANTED = Path(__file__).parents[2] / "benchmarks" / "planted.py"
 
 
 def prepare_faulty_run(folder, training_inputs, recipe=LONG, **plant):
-    lay_out(folder, training_inputs, recipe)
+    prepare_run(folder, training_inputs, recipe)
     (folder / "plant.json").write_text(json.dumps(plant))
     return RunFolder(folder)
 
@@ -42,12 +42,12 @@ def select_events(folder, event_type):
 
 @pytest.fixture(scope="module")
 def clean_run(training_inputs, tmp_path_factory):
-    return run(lay_out(tmp_path_factory.mktemp("runs") / "long", training_inputs, LONG))
+    return run_training(prepare_run(tmp_path_factory.mktemp("runs") / "long", training_inputs, LONG))
 
 
 @pytest.mark.slow
 def test_weights_are_bit_equal_after_a_transient_fault(training_inputs, clean_run, tmp_path):
-    folder = run(
+    folder = run_training(
         prepare_faulty_run(tmp_path / "once", training_inputs, what="nan", first=240, end=248, times=1), PLANTED
     )
     repeats = select_events(folder, (RepeatEvent, CleanRepeatEvent))
@@ -58,7 +58,7 @@ def test_weights_are_bit_equal_after_a_transient_fault(training_inputs, clean_ru
 
 @pytest.mark.slow
 def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
-    folder = run(
+    folder = run_training(
         prepare_faulty_run(tmp_path / "data", training_inputs, what="tenfold", first=240, end=250, times=None), PLANTED
     )
     skips = select_events(folder, SkipEvent)
@@ -71,7 +71,7 @@ def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
 
 @pytest.mark.slow
 def test_longer_span_of_faulty_data_triggers_a_rollback(training_inputs, clean_run, tmp_path):
-    folder = run(
+    folder = run_training(
         prepare_faulty_run(tmp_path / "stretch", training_inputs, what="nan", first=240, end=264, times=None), PLANTED
     )
     back = select_events(folder, RollBackEvent)
@@ -98,7 +98,7 @@ def test_persistent_faults_stop_the_run_with_a_reason(training_inputs, tmp_path)
 @pytest.mark.slow
 def test_stopped_rank_ends_the_run_with_a_no_progress_message(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=10_000, step_limit_s=4.0)
-    folder = lay_out(tmp_path / "stopped", training_inputs, recipe)
+    folder = prepare_run(tmp_path / "stopped", training_inputs, recipe)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while folder.read_status() is None:

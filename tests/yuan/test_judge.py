@@ -12,7 +12,7 @@ from yuan.data.judge import JUDGE_MEMORY_BYTES, AnswerJudge, CheckFailed
 RULE = Exact(value="a\u2028b")
 
 
-class Broken(Exact):
+class UnknownChecker(Exact):
     """Define a checker that the judge's process does not know."""
 
     value: int
@@ -31,7 +31,7 @@ def test_judge_returns_the_verdict_of_the_checker(judge):
 
 def test_checker_error_is_reported_and_the_next_answer_is_judged(judge):
     with pytest.raises(CheckFailed, match="the checker raised ValidationError"):
-        judge.check(Broken.model_construct(value=7), "7")
+        judge.check(UnknownChecker.model_construct(value=7), "7")
     assert judge.check(RULE, RULE.value)
 
 

@@ -20,9 +20,9 @@ def batch():
     return x, head, labels, weights
 
 
-def with_gradients(loss_of, x, head):
+def compute_with_gradients(compute_loss, x, head):
     x, head = x.clone().requires_grad_(), head.clone().requires_grad_()
-    loss = loss_of(x, head)
+    loss = compute_loss(x, head)
     (3 * loss).backward()  # an upstream gradient that is not one, as under accumulation
     return loss.detach(), x.grad, head.grad
 
@@ -38,8 +38,8 @@ def test_weighted_loss_equals_the_torch_mean_over_target_tokens():
 @pytest.mark.parametrize("block", [1, 4, 5, 27, None])
 def test_loss_and_gradients_equal_the_plain_computation(batch, block):
     x, head, labels, weights = batch
-    ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=block), x, head)
-    plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
+    ours = compute_with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=block), x, head)
+    plain = compute_with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
     for actual, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -47,8 +47,10 @@ def test_loss_and_gradients_equal_the_plain_computation(batch, block):
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_large_and_small_logits_stay_finite(batch, scale):
     x, head, labels, weights = batch
-    ours = with_gradients(lambda x, head: head_loss(x * scale, head, labels, weights, block=4), x, head)
-    plain = with_gradients(lambda x, head: weighted_cross_entropy((x * scale) @ head.T, labels, weights), x, head)
+    ours = compute_with_gradients(lambda x, head: head_loss(x * scale, head, labels, weights, block=4), x, head)
+    plain = compute_with_gradients(
+        lambda x, head: weighted_cross_entropy((x * scale) @ head.T, labels, weights), x, head
+    )
     for actual, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * scale)
 
@@ -57,15 +59,15 @@ def test_bf16_error_against_fp64_is_similar_to_the_plain_computation(batch):
     """The reference is fp64 on the same rounded values."""
     x, head, labels, weights = batch
     x, head = x.bfloat16(), head.bfloat16()
-    truth = with_gradients(
+    truth = compute_with_gradients(
         lambda x, head: (
             F.cross_entropy((x @ head.T).flatten(0, 1), labels.flatten(), reduction="none") * weights.double().flatten()
         ).sum(),
         x.double(),
         head.double(),
     )
-    ours = with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=5), x, head)
-    plain = with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
+    ours = compute_with_gradients(lambda x, head: head_loss(x, head, labels, weights, block=5), x, head)
+    plain = compute_with_gradients(lambda x, head: weighted_cross_entropy(x @ head.T, labels, weights), x, head)
     for actual, other, exact in zip(ours, plain, truth, strict=True):
         assert (actual.double() - exact).norm() <= 1.2 * (other.double() - exact).norm() + 1e-3 * exact.norm()
 
@@ -88,7 +90,7 @@ def test_logits_are_materialized_one_block_at_a_time(batch):
 
 def test_tokens_with_zero_weight_have_zero_loss_and_gradient(batch):
     x, head, labels, _ = batch
-    loss, dx, dhead = with_gradients(lambda x, head: head_loss(x, head, labels, torch.zeros(3, 9)), x, head)
+    loss, dx, dhead = compute_with_gradients(lambda x, head: head_loss(x, head, labels, torch.zeros(3, 9)), x, head)
     assert loss == 0
     assert not dx.any()
     assert not dhead.any()

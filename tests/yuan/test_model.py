@@ -86,7 +86,7 @@ def test_adding_and_removing_cache_rows_does_not_change_the_other_rows(model, to
     new = cache.make_following_rows(1)
     model.forward_incremental(tokens[2:, :3], new)
     cache.append_rows(new)
-    cache.drop_row(0)  # now rows 2 and 1
+    cache.drop_row(0)  # the remaining rows are 2 and 1
     last_logits = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
     torch.testing.assert_close(last_logits[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last_logits[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)

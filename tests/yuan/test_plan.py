@@ -19,11 +19,11 @@ RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=
 SMALL = ModelConfig(name="small", num_layers=6, hidden_size=1024, num_heads=16, vocab_size=32_000, seq_len=1024)
 
 
-def pool_of(**counts):
+def make_pool(**counts):
     return parse_pool({"name": "test", "group": [{"device_class": c, "count": n} for c, n in counts.items()]})
 
 
-def work_of(model, batch=8, **changes):
+def make_workload(model, batch=8, **changes):
     values = {"seq_len": model.seq_len, "precision": "bf16", "loss_block": compute_default_loss_block(model), **changes}
     return Workload(model=model, global_batch_size=batch, **values)
 
@@ -42,7 +42,7 @@ def test_demo_model_is_split_unevenly_over_two_processes():
 
 
 def test_plan_json_has_the_expected_fields():
-    plan = make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}))
+    plan = make_plan(make_workload(SMALL), make_pool(**{"A100-80": 4}))
     assert set(plan.to_json()) == {
         *("schema", "model", "pool", "sequence_length", "global_batch_size", "precision", "loss_block", "objective"),
         *("pipeline_size", "data_size", "micro_batch_size", "grad_accum_steps", "stages", "step_seconds"),
@@ -57,8 +57,8 @@ def test_plan_json_has_the_expected_fields():
 
 @pytest.mark.parametrize("counts", [{"A100-80": 32}, {"A100-80": 16, "H200": 16}, {"A100-40": 16, "H200": 24}])
 def test_a_plan_is_consistent_and_fits(counts):
-    pool = pool_of(**counts)
-    plan = make_plan(work_of(yuan_51b(), 1152), pool, explained=False)
+    pool = make_pool(**counts)
+    plan = make_plan(make_workload(yuan_51b(), 1152), pool, explained=False)
     room = {group.device_class: group.memory_gib * GIB for group in pool.groups}
     assert plan.feasible and plan.bounds[-1] == 42
     assert plan.data_size * plan.micro_batch_size * plan.grad_accum_steps == 1152
@@ -78,9 +78,11 @@ def test_plan_is_as_fast_as_the_best_over_all_grids():
     pool = Pool(
         name="p", groups=(slow, dataclasses.replace(slow, device_class="fast", memory_gib=9, sustained_tflops=45))
     )
-    best = make_plan(work_of(SMALL), pool, explained=False)
+    best = make_plan(make_workload(SMALL), pool, explained=False)
     every = [
-        make_plan(work_of(SMALL), pool, SizeLimits(pipeline_size=p, data_size=d, micro_batch_size=b), explained=False)
+        make_plan(
+            make_workload(SMALL), pool, SizeLimits(pipeline_size=p, data_size=d, micro_batch_size=b), explained=False
+        )
         for p, d, b in product(range(1, 5), (1, 2), (1, 2, 4, 8))
         if p * d <= 4 and 8 % (d * b) == 0
     ]
@@ -90,7 +92,7 @@ def test_plan_is_as_fast_as_the_best_over_all_grids():
 
 def test_memory_objective_needs_less_memory_than_the_time_objective():
     fastest, leanest = (
-        make_plan(work_of(yuan_2b(), 64), pool_of(**{"A100-80": 8}), objective=objective, explained=False)
+        make_plan(make_workload(yuan_2b(), 64), make_pool(**{"A100-80": 8}), objective=objective, explained=False)
         for objective in ("time", "memory")
     )
     assert leanest.peak_memory_bytes < fastest.peak_memory_bytes
@@ -101,7 +103,7 @@ def test_memory_objective_needs_less_memory_than_the_time_objective():
 
 def test_infeasible_plan_states_the_exact_memory_or_devices_that_are_missing():
     small = Pool(name="p", groups=(DeviceGroup(device_class="x", count=2, memory_gib=8, sustained_tflops=100),))
-    work = work_of(yuan_2b(), 64, seq_len=2048)
+    work = make_workload(yuan_2b(), 64, seq_len=2048)
     plan = make_plan(work, small)
     assert not plan.feasible and plan.binding == "memory"
     more_gib = int(plan.explanation.split(" GiB more")[0].split()[-1])
@@ -117,19 +119,19 @@ def test_infeasible_plan_states_the_exact_memory_or_devices_that_are_missing():
 
 
 def test_explanation_compares_the_plan_with_an_even_split():
-    plan = make_plan(work_of(yuan_102b(), 1152), load_pool("benchmarks/pools/a100-96.toml"))
+    plan = make_plan(make_workload(yuan_102b(), 1152), load_pool("benchmarks/pools/a100-96.toml"))
     assert "An even split would take" in plan.explanation and "book rates" in plan.explanation
 
 
 def test_fp32_plan_names_device_classes_without_an_fp32_rate():
-    work = dataclasses.replace(work_of(SMALL), precision="fp32")
+    work = dataclasses.replace(make_workload(SMALL), precision="fp32")
     bf16_only = DeviceGroup(device_class="x", count=4, memory_gib=70, sustained_tflops=100)
     explanations = [
         make_plan(workload, Pool(name="p", groups=(group,))).explanation
         for workload, group in (
             (work, bf16_only),
             (work, dataclasses.replace(bf16_only, fp32_tflops=20)),
-            (work_of(SMALL), bf16_only),
+            (make_workload(SMALL), bf16_only),
         )
     ]
     assert ["no fp32_tflops of x" in explanation for explanation in explanations] == [True, False, False]
@@ -146,18 +148,20 @@ def test_fp32_plan_names_device_classes_without_an_fp32_rate():
 )
 def test_error_for_impossible_sizes_names_the_rule(limits, reason):
     with pytest.raises(ValueError, match=reason):
-        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4 if "data_size" in limits else 9}), SizeLimits(**limits))
+        make_plan(
+            make_workload(SMALL), make_pool(**{"A100-80": 4 if "data_size" in limits else 9}), SizeLimits(**limits)
+        )
 
 
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="time, memory"):
-        make_plan(work_of(SMALL), pool_of(**{"A100-80": 4}), objective="price")  # type: ignore[arg-type]
+        make_plan(make_workload(SMALL), make_pool(**{"A100-80": 4}), objective="price")  # type: ignore[arg-type]
 
 
 def test_plan_table_and_diagram_show_every_stage():
-    pool = pool_of(**{"A100-80": 4})
-    plan = make_plan(work_of(SMALL), pool, SizeLimits(pipeline_size=4))
-    table, picture = format_plan_table(plan), draw_plan(work_of(SMALL), pool, plan)
+    pool = make_pool(**{"A100-80": 4})
+    plan = make_plan(make_workload(SMALL), pool, SizeLimits(pipeline_size=4))
+    table, picture = format_plan_table(plan), draw_plan(make_workload(SMALL), pool, plan)
     assert all(f"{s.first_layer}-{s.first_layer + s.layers - 1} ({s.layers})" in table for s in plan.stages)
     assert picture.count("micro-batch") >= 2 * 4 * plan.grad_accum_steps and "<script" not in picture
 

@@ -33,7 +33,7 @@ TRUE = DeviceGroup(
 )
 
 
-def step(group, accum):
+def predict_step_seconds(group, accum):
     grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=accum)
     return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], redone=[0, 0]).layout.seconds
 
@@ -49,10 +49,10 @@ def test_calibration_recovers_the_true_rates_from_timings():
         latency_s=150e-6,
         bandwidth=2e9,
     )
-    steps = [(4, step(TRUE, 4)), (12, step(TRUE, 12))]
+    steps = [(4, predict_step_seconds(TRUE, 4)), (12, predict_step_seconds(TRUE, 12))]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
     calibrated = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
     rates, truth = dataclasses.asdict(calibrated.measured), dataclasses.asdict(true)
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)
-    assert step(calibrated, 30) == pytest.approx(step(TRUE, 30), rel=1e-3)
+    assert predict_step_seconds(calibrated, 30) == pytest.approx(predict_step_seconds(TRUE, 30), rel=1e-3)

@@ -16,34 +16,37 @@ POOL = parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 8
 
 
 @pytest.fixture(scope="module")
-def current():
+def current_plan():
     return make_plan(WORK, POOL, explained=False)
 
 
-def test_the_same_pool_keeps_the_plan(current):
-    same = replan(WORK, current, POOL)
-    assert same.plan.bounds == current.bounds and same.moved_layers == () and same.payback_steps is None
+def test_the_same_pool_keeps_the_plan(current_plan):
+    same = replan(WORK, current_plan, POOL)
+    assert same.plan.bounds == current_plan.bounds and same.moved_layers == () and same.payback_steps is None
     assert "stays the best" in same.explanation
 
 
-def test_score_of_a_plan_equals_its_planned_time_and_memory(current):
-    scored = score_plan(WORK, POOL, current).layout
-    assert (scored.seconds, scored.peak_bytes) == (pytest.approx(current.step_seconds), current.peak_memory_bytes)
+def test_score_of_a_plan_equals_its_planned_time_and_memory(current_plan):
+    scored = score_plan(WORK, POOL, current_plan).layout
+    assert (scored.seconds, scored.peak_bytes) == (
+        pytest.approx(current_plan.step_seconds),
+        current_plan.peak_memory_bytes,
+    )
 
 
-def test_replanning_includes_lost_steps_and_the_objective(current):
+def test_replanning_includes_lost_steps_and_the_objective(current_plan):
     smaller_pool = resize_pool(POOL, {"A100-80": -1})
-    now, later = (replan(WORK, current, smaller_pool, lost_steps=steps).move_seconds for steps in (0, 7))
-    assert later - now == pytest.approx(7 * current.step_seconds)
-    leanest = replan(WORK, current, smaller_pool, objective="memory").plan
+    now, later = (replan(WORK, current_plan, smaller_pool, lost_steps=steps).move_seconds for steps in (0, 7))
+    assert later - now == pytest.approx(7 * current_plan.step_seconds)
+    leanest = replan(WORK, current_plan, smaller_pool, objective="memory").plan
     assert (
         leanest.peak_memory_bytes
         == make_plan(WORK, smaller_pool, objective="memory", explained=False).peak_memory_bytes
     )
 
 
-def test_lost_device_makes_the_old_plan_infeasible(current):
-    new = replan(WORK, current, resize_pool(POOL, {"A100-80": -1}))
+def test_lost_device_makes_the_old_plan_infeasible(current_plan):
+    new = replan(WORK, current_plan, resize_pool(POOL, {"A100-80": -1}))
     assert new.kept_step_seconds is None and new.plan.feasible
     assert new.plan.pipeline_size * new.plan.data_size <= 7
     assert new.plan.step_seconds == make_plan(WORK, resize_pool(POOL, {"A100-80": -1}), explained=False).step_seconds

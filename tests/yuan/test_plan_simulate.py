@@ -13,7 +13,7 @@ SENDS = {"SendActivation": 1, "SendGrad": -1}
 RECEIVES = {"RecvActivation": -1, "RecvGrad": 1}
 
 
-def replayed(forward, backward, links, accum):
+def replay_schedule(forward, backward, links, accum):
     """Return the seconds to the last backward pass by DeepSpeed's instructions; a send blocks until its receive."""
     stages = len(forward)
     streams = [
@@ -51,7 +51,7 @@ def test_simulated_step_time_equals_the_deepspeed_schedule(stages, accum):
     rng = np.random.default_rng(stages * 100 + accum)
     forward, backward, links = rng.uniform(1, 2, stages), rng.uniform(2, 4, stages), rng.uniform(0, 0.5, stages - 1)
     timeline = simulate(list(forward), list(backward), list(links), accum)
-    assert timeline.seconds == pytest.approx(replayed(forward, backward, links, accum), rel=1e-9)
+    assert timeline.seconds == pytest.approx(replay_schedule(forward, backward, links, accum), rel=1e-9)
 
 
 def test_equal_stages_match_the_1f1b_formula():
@@ -67,7 +67,7 @@ def test_passes_of_one_stage_do_not_overlap():
         assert (np.sort(ends)[:-1] <= np.sort(starts)[1:] + 1e-12).all()
 
 
-def closed_form(forward, backward, links, accum):
+def compute_closed_form(forward, backward, links, accum):
     """Return the time model's step without the finish; `links` are one direction."""
     both = [2 * x for x in links]
     compute, longer = forward + backward, np.maximum(forward, backward)
@@ -76,7 +76,7 @@ def closed_form(forward, backward, links, accum):
 
 
 @st.composite
-def pipelines(draw, most_spread):
+def draw_pipelines(draw, most_spread):
     """Draw passes of stages whose times exceed the minimum by up to `most_spread`, links, and micro-batches."""
     rng, stages = np.random.default_rng(draw(st.integers(0, 2**32))), draw(st.integers(1, 12))
     compute = 1 + rng.uniform(0, most_spread, stages)
@@ -85,12 +85,12 @@ def pipelines(draw, most_spread):
 
 
 @settings(max_examples=200, deadline=None)
-@given(pipelines(most_spread=9))
+@given(draw_pipelines(most_spread=9))
 def test_the_time_model_is_never_above_the_simulation(pipeline):
-    assert closed_form(*pipeline) <= simulate(*pipeline).seconds * (1 + 1e-12)
+    assert compute_closed_form(*pipeline) <= simulate(*pipeline).seconds * (1 + 1e-12)
 
 
 @settings(max_examples=200, deadline=None)
-@given(pipelines(most_spread=0.25))
+@given(draw_pipelines(most_spread=0.25))
 def test_time_model_equals_the_simulation_for_similar_stages(pipeline):
-    assert closed_form(*pipeline) == pytest.approx(simulate(*pipeline).seconds, rel=2e-3)
+    assert compute_closed_form(*pipeline) == pytest.approx(simulate(*pipeline).seconds, rel=2e-3)

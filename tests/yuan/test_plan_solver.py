@@ -24,21 +24,21 @@ EXACT = 1e-9  # relative
 
 
 @st.composite
-def problems(draw, most_classes=3):
+def draw_problems(draw, most_classes=3):
     """Draw small problems with free coefficients, within the guarantees of `MemoryCosts`."""
     stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
     layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
 
-    def whole(low, high):
+    def draw_integers(low, high):
         return rng.integers(low, high, (stages, classes))
 
-    layer_bytes = whole(3, 9)
+    layer_bytes = draw_integers(3, 9)
     link = rng.integers(0, 4, (stages, classes, classes)) / 4
     link[-1] = 0
     if draw(st.booleans()):
         link[:, 1:] = link[:, :1]  # all links to a class are equal
-    fixed_s, layer_s = whole(0, 4) / 2, whole(1, 6) / 2 + np.zeros((1, classes))
+    fixed_s, layer_s = draw_integers(0, 4) / 2, draw_integers(1, 6) / 2 + np.zeros((1, classes))
     forward = rng.integers(1, 4) / 4  # of a stage's time without recomputation
     return StageCosts(
         num_layers=layers,
@@ -46,29 +46,29 @@ def problems(draw, most_classes=3):
         bare=tuple(draw(st.booleans()) for _ in range(stages)),
         slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
         memory=MemoryCosts(
-            capacity=whole(8, 60),
-            fixed_bytes=whole(0, 9),
+            capacity=draw_integers(8, 60),
+            fixed_bytes=draw_integers(0, 9),
             layer_bytes=layer_bytes,
-            saved_bytes=np.minimum(whole(0, 9), layer_bytes),
-            extra_bytes=whole(0, 4),
+            saved_bytes=np.minimum(draw_integers(0, 9), layer_bytes),
+            extra_bytes=draw_integers(0, 4),
         ),
         time=TimeCosts(
             fixed_s=fixed_s,
             layer_s=layer_s,
-            redo_s=whole(1, 3) / 2,
+            redo_s=draw_integers(1, 3) / 2,
             forward_fixed_s=forward * fixed_s,
             forward_layer_s=forward * layer_s,
-            finish_fixed_s=whole(0, 9) / 2,
-            finish_layer_s=whole(0, 9) / 2,
+            finish_fixed_s=draw_integers(0, 9) / 2,
+            finish_layer_s=draw_integers(0, 9) / 2,
             link_s=link,
             return_s=bound_return_seconds(link),
         ),
     )
 
 
-def layouts(costs):
+def list_layouts(costs):
     """List all layouts with the fewest recomputed layers: seconds, peak, layers, classes, Σ, wait, finish."""
-    for layers, classes in assignments(costs):
+    for layers, classes in list_assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         redone = [
             next(
@@ -89,7 +89,9 @@ def layouts(costs):
         ]
         links = [0.0, *(costs.time.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
         wait = max(
-            added(costs, s, compute, links, costs.time.forward_fixed_s[s, c] + n * costs.time.forward_layer_s[s, c])
+            compute_added_seconds(
+                costs, s, compute, links, costs.time.forward_fixed_s[s, c] + n * costs.time.forward_layer_s[s, c]
+            )
             for s, n, c in places
         )
         finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
@@ -98,7 +100,7 @@ def layouts(costs):
         yield seconds, peak, layers, classes, sum(compute) + sum(links), wait, finish
 
 
-def added(costs, k, compute, links, forward):
+def compute_added_seconds(costs, k, compute, links, forward):
     """Return the seconds that stage k adds as the bottleneck, by definition; links[i] is before stage i."""
     later = len(compute) - 1 - k
     both = links[k] + links[k + 1]
@@ -109,7 +111,7 @@ def added(costs, k, compute, links, forward):
     return (costs.accum - 1 - later) * (compute[k] + both) + max(passes, behind)
 
 
-def assignments(costs):
+def list_assignments(costs):
     """Yield all assignments of layers and a class with a free slot to each stage."""
     for classes in product(range(costs.num_classes), repeat=costs.num_stages):
         if all(classes.count(c) <= slots for c, slots in enumerate(costs.slots)):
@@ -118,9 +120,9 @@ def assignments(costs):
                     yield layers, classes
 
 
-def least_peaks(costs):
+def list_least_peaks(costs):
     """Yield the peak of each assignment that fits, with any recomputation."""
-    for layers, classes in assignments(costs):
+    for layers, classes in list_assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         least = [min(costs.memory.compute_stage_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
         if all(size <= costs.memory.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
@@ -128,9 +130,9 @@ def least_peaks(costs):
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.sampled_from(["time", "memory"]))
+@given(draw_problems(), st.sampled_from(["time", "memory"]))
 def test_solution_equals_the_best_of_all_layouts(costs, objective):
-    every = list(layouts(costs))
+    every = list(list_layouts(costs))
     layout = solve(costs, objective)
     if not every:
         assert layout is None and bound_step_seconds(costs) == np.inf
@@ -140,14 +142,14 @@ def test_solution_equals_the_best_of_all_layouts(costs, objective):
         assert layout.seconds == pytest.approx(min(every)[0], rel=EXACT)
         assert layout.lower_bound == pytest.approx(layout.seconds)
     else:
-        assert layout.peak_bytes == min(least_peaks(costs))
+        assert layout.peak_bytes == min(list_least_peaks(costs))
     assert bound_step_seconds(costs) <= min(every)[0] * (1 + EXACT)
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(most_classes=2))
+@given(draw_problems(most_classes=2))
 def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
-    every = list(layouts(costs))
+    every = list(list_layouts(costs))
     layout = solve(costs)
     if layout is None:
         assert not every
@@ -160,9 +162,9 @@ def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.floats(0.9, 1.2))
+@given(draw_problems(), st.floats(0.9, 1.2))
 def test_layout_of_a_suboptimal_grid_is_within_the_slack_of_its_optimum(costs, share):
-    every = list(layouts(costs))
+    every = list(list_layouts(costs))
     if not every:
         return
     least = min(every)[0]
@@ -184,25 +186,25 @@ def test_layers_per_wait_equal_a_linear_program(rates, accum):
     rows = np.triu(np.ones((stages, stages)), 1)[[f > 0 for f in full]] + np.diag(full)[[f > 0 for f in full]]
     never = [(0, 2 / (accum - 1)) if f <= 0 else (0, None) for f in full]
 
-    def most(order):
+    def solve_linear_program(order):
         return -linprog([-rate for rate in order], A_ub=rows, b_ub=np.ones(len(rows)), bounds=never).fun
 
     fastest_first = sorted(rates, reverse=True)
     ours = compute_layers_per_wait(fastest_first, accum)
-    assert ours >= most(fastest_first) * (1 - 1e-7) and ours >= most(rates) * (1 - 1e-7)
+    assert ours >= solve_linear_program(fastest_first) * (1 - 1e-7) and ours >= solve_linear_program(rates) * (1 - 1e-7)
     if full[0] > 0:
-        assert ours == pytest.approx(most(fastest_first))
+        assert ours == pytest.approx(solve_linear_program(fastest_first))
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(most_classes=3))
+@given(draw_problems(most_classes=3))
 def test_lower_bound_holds_beyond_the_exact_problem_size(costs):
     limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0
     try:
         layout = solve(costs)
     finally:
         solver.MAX_EXACT_STATES = limit
-    every = list(layouts(costs))
+    every = list(list_layouts(costs))
     assert (layout is None) == (not every)
     if layout is not None:
         best = min(every)[0]
@@ -231,12 +233,12 @@ def test_medium_problems_equal_an_integer_program(seed):
     free_links = dataclasses.replace(costs.time, link_s=np.zeros_like(costs.time.link_s), return_s=np.zeros(stages))
     costs = dataclasses.replace(costs, time=free_links)
     layout = solve(costs)
-    best = integer_program(costs)
+    best = solve_integer_program(costs)
     assert (layout is None) == (best is None)
     assert layout is None or layout.seconds == pytest.approx(best, rel=1e-6)
 
 
-def integer_program(costs):
+def solve_integer_program(costs):
     """Return the minimum step by scipy's branch and cut; None if no layout fits."""
     stages, classes, _ = costs.seconds.shape
     fits = np.isfinite(costs.seconds)

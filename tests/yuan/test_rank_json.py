@@ -23,7 +23,7 @@ NOTE = {"rank": 0, "status": int(ExitStatus.HUNG), "message": "m", "time": NOW -
 HEARTBEAT = {"pid": 7, "time": NOW, "step": 3, "doing": "forward", "silent_s": 0.5}
 
 
-def write_with(file, record, name, value):
+def write_with_value(file, record, name, value):
     """Write the record with the JSON text of one value replaced."""
     file.parent.mkdir(exist_ok=True)
     parts = [f"{json.dumps(key)}: {value if key == name else json.dumps(good)}" for key, good in record.items()]
@@ -33,7 +33,7 @@ def write_with(file, record, name, value):
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:12])
 @pytest.mark.parametrize("name", STORED_TRAINING)
 def test_status_with_any_field_value_can_be_displayed_and_stored(tmp_path, name, value):
-    write_with(tmp_path / "status.json", STORED_TRAINING, name, value)
+    write_with_value(tmp_path / "status.json", STORED_TRAINING, name, value)
     status = RunFolder(tmp_path).read_status()
     if status is not None:
         assert describe_status(status)
@@ -45,10 +45,10 @@ def test_status_with_any_field_value_can_be_displayed_and_stored(tmp_path, name,
 @pytest.mark.parametrize(("folder", "record"), [("exits", NOTE), ("heartbeats", HEARTBEAT)])
 def test_job_exit_is_classified_with_any_content_of_rank_files(tmp_path, folder, record, value):
     run = RunFolder(tmp_path)
-    write_with(tmp_path / "exits" / "1.json", {**NOTE, "rank": 1}, "", "")
-    write_with(tmp_path / "heartbeats" / "1.json", HEARTBEAT, "", "")
+    write_with_value(tmp_path / "exits" / "1.json", {**NOTE, "rank": 1}, "", "")
+    write_with_value(tmp_path / "heartbeats" / "1.json", HEARTBEAT, "", "")
     for name in record:
-        write_with(tmp_path / folder / "0.json", record, name, value)
+        write_with_value(tmp_path / folder / "0.json", record, name, value)
         has_hung_rank(run, since=0)
         assert classify(run, JobEnding(status=1), since=0).message
         assert {note.rank for note in read_exit_notes(tmp_path, since=0)} <= {0, 1}
@@ -57,7 +57,7 @@ def test_job_exit_is_classified_with_any_content_of_rank_files(tmp_path, folder,
 
 def test_exit_note_with_a_future_time_or_another_rank_is_ignored(tmp_path):
     for name, changes in (("0", {"time": NOW + 86_400}), ("2", {"rank": 5})):
-        write_with(tmp_path / "exits" / f"{name}.json", {**NOTE, **changes}, "", "")
+        write_with_value(tmp_path / "exits" / f"{name}.json", {**NOTE, **changes}, "", "")
     assert read_exit_notes(tmp_path, since=0) == []
 
 

@@ -24,7 +24,7 @@ TRAINING = RunStatus(
     time=1000.5,
 )
 FINISHED = RunStatus(state="finished", step=9, max_steps=9, eta_s=0.0, bounds=[0, 2, 3], pid=7, time=1001.5)
-# As versions without this record wrote it.
+# The stored form, as releases before `RunStatus` wrote it.
 STORED_TRAINING = {
     "state": "training",
     "step": 4,

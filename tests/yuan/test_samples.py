@@ -30,29 +30,29 @@ def decode_targets(windows, tokenizer):
     return texts
 
 
-def rows(*pairs):
+def make_rows(*pairs):
     return [Row(prompt=prompt, answer=answer) for prompt, answer in pairs]
 
 
-def packed(tokenizer, seq_len, *pairs):
-    samples = [encode_row(row, tokenizer) for row in rows(*pairs)]
+def pack_targets(tokenizer, seq_len, *pairs):
+    samples = [encode_row(row, tokenizer) for row in make_rows(*pairs)]
     return decode_targets(pack_samples(samples, seq_len=seq_len, pad=tokenizer.pad), tokenizer)
 
 
 def test_prompt_in_a_window_without_eod_is_outside_the_loss_mask(tokenizer):
     """Flaw a: with no <eod> in the window the official mask excludes nothing, so the prompt is a target."""
-    texts = packed(tokenizer, 8, ("abc", "defghijklmnop"))
+    texts = pack_targets(tokenizer, 8, ("abc", "defghijklmnop"))
     assert "".join(texts) == "defghijklmnop|"
 
 
 def test_prompt_of_a_second_sample_is_outside_the_loss_mask(tokenizer):
     """Flaw b: with one <eod> in the window the second sample's prompt is a target."""
-    assert packed(tokenizer, 16, ("abc", "de"), ("fgh", "ij"))[0] == "de| + ij|"
+    assert pack_targets(tokenizer, 16, ("abc", "de"), ("fgh", "ij"))[0] == "de| + ij|"
 
 
 def test_prompt_cut_by_the_window_is_outside_the_loss_mask(tokenizer):
     """Flaw c: every token of a trailing segment whose separator is beyond the window's end is a target."""
-    texts = packed(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
+    texts = pack_targets(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
     assert texts == ["cde|op|"]  # the piece that holds only prompt is left out
 
 
@@ -77,13 +77,13 @@ def test_choice_of_assistant_turns_in_the_loss_mask(tokenizer):
         ConversationTurn("assistant", "gh"),
     ]
 
-    def texts(learn):
+    def encode_targets(learn):
         samples = encode_conversation(turns, tokenizer, learn=learn, system="be")
         return [decode_targets(pack_samples([s], seq_len=40, pad=tokenizer.pad), tokenizer)[0] for s in samples]
 
-    assert texts("last") == ["gh|"]
-    assert texts("all") == ["cd + gh|"]
-    assert texts("each") == ["cd|", "gh|"]
+    assert encode_targets("last") == ["gh|"]
+    assert encode_targets("all") == ["cd + gh|"]
+    assert encode_targets("each") == ["cd|", "gh|"]
 
 
 def test_conversation_has_the_published_format(tokenizer):
@@ -106,7 +106,7 @@ def test_non_alternating_turns_are_refused(tokenizer, roles):
         encode_conversation([ConversationTurn(role, "a") for role in roles], tokenizer)
 
 
-def parts_of(sample, tokenizer):
+def split_parts(sample, tokenizer):
     """Return prefix, middle and suffix of a rearranged sample, by its special tokens, and its form (PSM or SPM)."""
     mark, tokens = tokenizer.special, list(sample.tokens[:-1])
     prefix, suffix, middle = (tokens.index(mark[name]) for name in ("<FIM_PREFIX>", "<FIM_SUFFIX>", "<FIM_MIDDLE>"))
@@ -122,7 +122,7 @@ def test_fill_in_the_middle_keeps_every_character_and_uses_psm_and_spm(tokenizer
     forms = []
     for number in range(200):
         sample = encode_fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
-        form, front, back = parts_of(sample, tokenizer)
+        form, front, back = split_parts(sample, tokenizer)
         assert front + back == text
         assert all(sample.loss_mask)
         assert sample.tokens[-1] == tokenizer.eod

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, WINDOW, make_served, metric, running
+from tests.yuan.serving import TOKEN, WINDOW, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import MAX_MODEL_CALL_BYTES
@@ -24,14 +24,14 @@ def service():
 
 @pytest.fixture(scope="module")
 def url(service):
-    with running(service) as url:
+    with serve_model(service) as url:
         yield url
 
 
 @pytest.fixture
-def served(service):
+def served_model(service):
     """Put a model into service."""
-    service.swap_in(make_served(1))
+    service.swap_in(make_served_model(1))
     return service.served
 
 
@@ -52,25 +52,25 @@ def test_request_without_a_loaded_model_gets_503(url, http):
     assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable")
 
 
-def test_completion_equals_the_output_of_generate(client, served):
+def test_completion_equals_the_output_of_generate(client, served_model):
     prompts = ["abc", "加减"]
     completion = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
-    expected = generate(served.model, served.tokenizer, prompts, Sampling(max_tokens=9))
+    expected = generate(served_model.model, served_model.tokenizer, prompts, Sampling(max_tokens=9))
     assert [choice.text for choice in completion.choices] == [one.text for one in expected]
     assert completion.model == "yuan-v1"
     assert completion.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
     assert completion.usage.completion_tokens == sum(one.num_tokens for one in expected)
 
 
-def test_prompt_as_token_ids_gives_the_same_completion_as_text(client, served):
-    ids = [*served.tokenizer.encode("abc"), served.tokenizer.sep]
+def test_prompt_as_token_ids_gives_the_same_completion_as_text(client, served_model):
+    ids = [*served_model.tokenizer.encode("abc"), served_model.tokenizer.sep]
     as_text = client.completions.create(model="yuan", prompt="abc", max_tokens=5)
     as_ids = client.completions.create(model="yuan", prompt=[ids, ids], max_tokens=5)
     assert [choice.text for choice in as_ids.choices] == [as_text.choices[0].text] * 2
 
 
 @pytest.mark.parametrize("wishes", [{}, {"temperature": 1.0, "seed": 3, "n": 3, "stop": ["a1", "b"]}])
-def test_concatenated_stream_chunks_equal_the_full_response(client, served, wishes):
+def test_concatenated_stream_chunks_equal_the_full_response(client, served_model, wishes):
     messages = [
         {"role": "system", "content": "be short"},
         {"role": "user", "content": [{"type": "text", "text": "abc"}]},
@@ -88,7 +88,7 @@ def test_concatenated_stream_chunks_equal_the_full_response(client, served, wish
     assert last_chunk.usage == whole.usage
 
 
-def test_log_probabilities_in_completion_and_chat_format_are_equal(client, served):
+def test_log_probabilities_in_completion_and_chat_format_are_equal(client, served_model):
     text = client.completions.create(model="yuan", prompt="abc", max_tokens=4, logprobs=2).choices[0].logprobs
     chat = client.chat.completions.create(
         model="yuan", messages=[{"role": "user", "content": "abc"}], max_tokens=4, logprobs=True, top_logprobs=2
@@ -99,7 +99,7 @@ def test_log_probabilities_in_completion_and_chat_format_are_equal(client, serve
     assert len(text.tokens) == len(text.top_logprobs) == 4
 
 
-def test_model_version_is_in_a_response_header(http, served):
+def test_model_version_is_in_a_response_header(http, served_model):
     for stream in (False, True):
         response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "stream": stream})
         assert response.headers["x-yuan-version"] == "1"
@@ -121,7 +121,7 @@ def test_model_version_is_in_a_response_header(http, served):
         ({"prompt": "a", "stop_token_ids": [999_999]}, 400, "token ids must be below"),
     ],
 )
-def test_invalid_request_is_refused_with_a_reason(http, served, body, status, says):
+def test_invalid_request_is_refused_with_a_reason(http, served_model, body, status, says):
     response = http.post("/v1/completions", json=body)
     assert response.status_code == status
     assert says in response.json()["error"]["message"]
@@ -144,45 +144,45 @@ def test_request_is_refused_before_its_body_arrives(url, token, status):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_request_body_may_have_the_maximum_size_but_not_one_byte_more(http, served, is_chunked):
-    def ask(size):
+def test_request_body_may_have_the_maximum_size_but_not_one_byte_more(http, served_model, is_chunked):
+    def send_body(size):
         body = b'{"prompt": "abc", "max_tokens": 1}'.ljust(size)
         content = iter([body]) if is_chunked else body
         return http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
 
-    assert ask(MAX_MODEL_CALL_BYTES).status_code == 200
-    refused = ask(MAX_MODEL_CALL_BYTES + 1)
+    assert send_body(MAX_MODEL_CALL_BYTES).status_code == 200
+    refused = send_body(MAX_MODEL_CALL_BYTES + 1)
     assert refused.status_code == 413 and "send less" in refused.json()["error"]["message"]
-    assert ask(100).status_code == 200  # on the same connection
+    assert send_body(100).status_code == 200  # on the same connection
 
 
-def test_models_are_swapped_without_dropping_a_request(client, service, served):
+def test_models_are_swapped_without_dropping_a_request(client, service, served_model):
     """A long answer of v1 continues while v2 answers the next request."""
     stream = client.completions.create(model="yuan", prompt="abc", max_tokens=400, stream=True)
     first = next(stream)
-    service.swap_in(make_served(2))
+    service.swap_in(make_served_model(2))
     assert client.completions.create(model="yuan", prompt="abc", max_tokens=2).model == "yuan-v2"
     rest = list(stream)
     assert {chunk.model for chunk in [first, *rest]} == {"yuan-v1"}
     text = "".join(chunk.choices[0].text for chunk in [first, *rest])
-    assert text == generate(served.model, served.tokenizer, ["abc"], Sampling(max_tokens=400))[0].text
+    assert text == generate(served_model.model, served_model.tokenizer, ["abc"], Sampling(max_tokens=400))[0].text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnected_client_frees_its_batch_row(url, http, served, stream):
+def test_disconnected_client_frees_its_batch_row(url, http, served_model, stream):
     body = {"prompt": "abc", "max_tokens": 1900, "stream": stream}
-    before = metric(http, "yuan_tokens_total")
+    before = read_metric(http, "yuan_tokens_total")
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3) as client:
         try:
             with client.stream("POST", "/v1/completions", json=body) as response:
                 next(response.iter_raw())
         except httpx.ReadTimeout:
             pass
-    until(lambda: metric(http, "yuan_running") == 0)
-    assert metric(http, "yuan_tokens_total") - before < 1900
+    until(lambda: read_metric(http, "yuan_running") == 0)
+    assert read_metric(http, "yuan_tokens_total") - before < 1900
 
 
-def test_caller_with_many_sequences_does_not_block_other_callers(url, http, served):
+def test_caller_with_many_sequences_does_not_block_other_callers(url, http, served_model):
     hog = {"prompt": "abc", "n": 100, "max_tokens": 1900, "temperature": 2, "stream": True}
     headers = {"Authorization": f"Bearer {TOKEN}", "X-Yuan-Caller": "hog"}
     with (
@@ -195,15 +195,15 @@ def test_caller_with_many_sequences_does_not_block_other_callers(url, http, serv
         assert (refused.status_code, "of yours wait" in refused.text) == (503, True)
         other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
         assert other.status_code == 200
-        until(lambda: metric(http, "yuan_running") == 24)  # one that has ended is replaced at the next token
-        assert metric(http, "yuan_waiting") > 0
-    until(lambda: metric(http, "yuan_running") == 0 and metric(http, "yuan_waiting") == 0)
+        until(lambda: read_metric(http, "yuan_running") == 24)  # one that has ended is replaced at the next token
+        assert read_metric(http, "yuan_waiting") > 0
+    until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
 
 
-def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, served):
+def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, served_model):
     hog = {"prompt": "abc", "n": 100, "max_tokens": 1900, "temperature": 2, "stream": True}
     with contextlib.ExitStack() as hogs:
-        chunks = []  # a stream that nobody holds is closed
+        chunks = []  # a stream without a reference is closed
         for name in "abc":
             headers = {"Authorization": f"Bearer {TOKEN}", "X-Yuan-Caller": name}
             client = hogs.enter_context(httpx.Client(base_url=url, headers=headers, timeout=60))
@@ -212,13 +212,13 @@ def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, 
             next(chunks[-1])
         other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
         assert other.status_code == 200
-        assert metric(http, "yuan_running") <= 26 and metric(http, "yuan_waiting") > 200
-    until(lambda: metric(http, "yuan_running") == 0 and metric(http, "yuan_waiting") == 0)
+        assert read_metric(http, "yuan_running") <= 26 and read_metric(http, "yuan_waiting") > 200
+    until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
 
 
 @pytest.mark.slow
-def test_1000_concurrent_clients_get_a_completion_or_a_503(url, http, served):
-    async def crowd():
+def test_1000_concurrent_clients_get_a_completion_or_a_503(url, http, served_model):
+    async def call_concurrently():
         limits = httpx.Limits(max_connections=1000)
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -228,7 +228,7 @@ def test_1000_concurrent_clients_get_a_completion_or_a_503(url, http, served):
             ]
             return await asyncio.gather(*calls)
 
-    responses = asyncio.run(crowd())
+    responses = asyncio.run(call_concurrently())
     kinds = {response.status_code for response in responses}
     assert kinds <= {200, 503}
     assert sum(response.status_code == 200 for response in responses) >= 256

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, make_served, metric, running
+from tests.yuan.serving import TOKEN, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
 from yuan.generate.sampling import Sampling
@@ -23,45 +23,45 @@ PATH = "/v1/completions"
 @pytest.fixture
 def service():
     service = ModelService(ModelServerMetrics())
-    service.swap_in(make_served(1))
+    service.swap_in(make_served_model(1))
     return service
 
 
 @pytest.fixture
 def http(service):
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with running(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+    with serve_model(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
         yield http
 
 
 @pytest.fixture(scope="module")
-def shared():
+def shared_http():
     service = ModelService(ModelServerMetrics())
-    service.swap_in(make_served(1))
+    service.swap_in(make_served_model(1))
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with running(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+    with serve_model(service) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as http:
         yield http
 
 
-def expected(service, prompt, number=5):
+def generate_expected(service, prompt, number=5):
     served = service.served
     return generate(served.model, served.tokenizer, [prompt], Sampling(max_tokens=number))[0].text
 
 
-def text_of(http, prompt, number=5):
+def complete(http, prompt, number=5):
     response = http.post(PATH, json={"prompt": prompt, "max_tokens": number})
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["text"]
 
 
-def queue(engine, prompt, number=5, limit_s=60.0, deliver=None, **wishes):
+def submit_request(engine, prompt, number=5, limit_s=60.0, deliver=None, **sampling_values):
     """Submit a request to an engine without a server; pieces and errors are appended to the list."""
-    came = []
+    received = []
     tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
-    sampling = Sampling(max_tokens=number, **wishes)
-    request = GenerationRequest(engine.served, [tokens], sampling, deliver=deliver or came.append, limit_s=limit_s)
+    sampling = Sampling(max_tokens=number, **sampling_values)
+    request = GenerationRequest(engine.served, [tokens], sampling, deliver=deliver or received.append, limit_s=limit_s)
     engine.submit(request)
-    return request, came
+    return request, received
 
 
 def read_gauge(metrics, name):
@@ -72,12 +72,12 @@ def is_idle(metrics):
     return read_gauge(metrics, "yuan_running") == 0 and read_gauge(metrics, "yuan_waiting") == 0
 
 
-def is_done(came):
-    return bool(came) and (isinstance(came[-1], Exception) or came[-1].finish_reason is not None)
+def is_done(received):
+    return bool(received) and (isinstance(received[-1], Exception) or received[-1].finish_reason is not None)
 
 
-def said(came):
-    return "".join(piece.text for piece in came if isinstance(piece, AnswerPiece))
+def join_text(received):
+    return "".join(piece.text for piece in received if isinstance(piece, AnswerPiece))
 
 
 def test_engine_survives_a_disconnect_from_a_stream_of_several_choices(service, http):
@@ -85,88 +85,89 @@ def test_engine_survives_a_disconnect_from_a_stream_of_several_choices(service, 
     with http.stream("POST", PATH, json=body) as response:
         lines = response.iter_lines()
         next(lines), next(lines)
-    until(lambda: metric(http, "yuan_running") == 0)
-    assert text_of(http, "abc") == expected(service, "abc")
-    assert metric(http, "yuan_engine_errors_total") == 0
+    until(lambda: read_metric(http, "yuan_running") == 0)
+    assert complete(http, "abc") == generate_expected(service, "abc")
+    assert read_metric(http, "yuan_engine_errors_total") == 0
 
 
 def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
-    served = make_served(1)
+    served = make_served_model(1)
     decoder = Decoder(served.model)
-    wish = Sampling(max_tokens=9)
-    sequences = [DecodingSequence([5, 6, number], wish, served.tokenizer, 64) for number in (7, 8, 9)]
+    sampling = Sampling(max_tokens=9)
+    sequences = [DecodingSequence([5, 6, number], sampling, served.tokenizer, 64) for number in (7, 8, 9)]
     decoder.add(sequences)
     for sequence in sequences[:2]:
         decoder.remove(sequence)
         with torch.inference_mode():
             decoder.step()
     alone = Decoder(served.model)
-    alone.add([other := DecodingSequence([5, 6, 9], wish, served.tokenizer, 64)])
+    alone.add([other := DecodingSequence([5, 6, 9], sampling, served.tokenizer, 64)])
     alone.step(), alone.step()
     assert sequences[2].tokens == other.tokens
 
 
-@pytest.mark.parametrize("where", ["add", "step"])
-def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatch, where):
+@pytest.mark.parametrize("stage", ["add", "step"])
+def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatch, stage):
     """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
     engine, original_choose = service.engine, Decoder.choose_next_tokens
-    tokens_before = 0 if where == "add" else 2
+    tokens_before = 0 if stage == "add" else 2
 
-    def choose(self, group, logits):
+    def choose_or_raise(self, group, logits):
         if any(len(s.prompt) == 7 and len(s.tokens) >= tokens_before for s in group):
             raise MemoryError("of this row")
         return original_choose(self, group, logits)
 
-    monkeypatch.setattr(Decoder, "choose_next_tokens", choose)
-    deliveries = [queue(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
+    monkeypatch.setattr(Decoder, "choose_next_tokens", choose_or_raise)
+    deliveries = [submit_request(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
     until(lambda: all(map(is_done, deliveries)))
     monkeypatch.undo()
-    assert [type(came[-1]) for came in deliveries] == [AnswerPiece, DecodingFailed, AnswerPiece]
+    assert [type(received[-1]) for received in deliveries] == [AnswerPiece, DecodingFailed, AnswerPiece]
     hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
     alone = generate(engine.served.model, engine.served.tokenizer, ["abc", "de"], hot)
-    assert [said(deliveries[0]), said(deliveries[2])] == [one.text for one in alone]
+    assert [join_text(deliveries[0]), join_text(deliveries[2])] == [one.text for one in alone]
     assert service.fault() is None and 'place="decode"} 1.0' in service.metrics.text().decode()
 
 
 def test_error_in_every_pass_fails_requests_and_health_until_it_recovers(service, http, monkeypatch):
-    def broken(self, group, logits):
+    def raise_error(self, group, logits):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Decoder, "choose_next_tokens", broken)
+    monkeypatch.setattr(Decoder, "choose_next_tokens", raise_error)
     response = http.post(PATH, json={"prompt": "abc"})
     assert response.status_code == 500 and "decoding failed" in response.json()["error"]["message"]
     health = until(lambda: (h := http.get("/health")).status_code == 503 and h)
     assert "cannot be decoded" in health.json()["reason"]
     monkeypatch.undo()
-    assert text_of(http, "abc") == expected(service, "abc")
+    assert complete(http, "abc") == generate_expected(service, "abc")
     assert http.get("/health").json() == {"ok": True, "reason": "ok"}
 
 
 def test_failed_delivery_to_one_caller_does_not_affect_other_callers(service):
-    def closed(piece):
+    def raise_loop_closed(piece):
         raise RuntimeError("Event loop is closed")
 
     engine = service.engine
-    queue(engine, "abc", 50, deliver=closed)
-    _, came = queue(engine, "abc")
-    until(lambda: is_done(came))
+    submit_request(engine, "abc", 50, deliver=raise_loop_closed)
+    _, received = submit_request(engine, "abc")
+    until(lambda: is_done(received))
     until(lambda: is_idle(service.metrics))
-    assert said(came) == expected(service, "abc")
+    assert join_text(received) == generate_expected(service, "abc")
 
 
 def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
     metrics = ModelServerMetrics()
     engine = BatchingEngine(service.served, metrics, max_rows=1, max_waiting=4)
-    running_request, long = queue(engine, "abc", 1500)
+    running_request, long = submit_request(engine, "abc", 1500)
     until(lambda: long)
-    cancelled = [queue(engine, "abc")[0] for _ in range(4)]
+    cancelled = [submit_request(engine, "abc")[0] for _ in range(4)]
     with pytest.raises(QueueFull):
-        queue(engine, "abc")
+        submit_request(engine, "abc")
     for request in cancelled:
         request.cancel()
-    late = [queue(engine, "abc", limit_s=0.0)[1] for _ in range(4)]  # there is room although the one row is busy
+    # the queue has room although the only row is busy
+    late = [submit_request(engine, "abc", limit_s=0.0)[1] for _ in range(4)]
     until(lambda: all(late))
-    assert [type(came[-1]).__name__ for came in late] == ["AnswerTimeout"] * 4
+    assert [type(received[-1]).__name__ for received in late] == ["AnswerTimeout"] * 4
     until(lambda: read_gauge(metrics, "yuan_waiting") == 0)
     assert not is_done(long)
     running_request.cancel()
@@ -174,16 +175,16 @@ def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
 
 def test_health_reports_a_missing_model_or_an_ended_engine_thread(monkeypatch):
     service = ModelService(ModelServerMetrics())
-    with running(service) as url, httpx.Client(base_url=url) as http:
+    with serve_model(service) as url, httpx.Client(base_url=url) as http:
         assert http.get("/health").json() == {"ok": True, "reason": STARTING_MESSAGE}
-        service.swap_in(make_served(1))
+        service.swap_in(make_served_model(1))
 
-        def broken(self, joining, error=None):
+        def raise_error(self, joining, error=None):
             raise SystemExit
 
-        monkeypatch.setattr(BatchingEngine, "_run_pass", broken)
+        monkeypatch.setattr(BatchingEngine, "_run_pass", raise_error)
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        for _ in range(2):  # who is there when it ends, and who comes afterwards
+        for _ in range(2):  # one request while the thread ends, and one afterwards
             response = http.post(PATH, json={"prompt": "a"}, headers=headers)
             assert response.status_code == 503 and "try again" in response.json()["error"]["message"]
         health = http.get("/health")
@@ -206,14 +207,16 @@ def test_health_reports_a_missing_model_or_an_ended_engine_thread(monkeypatch):
         ("/v1/chat/completions", {"messages": None}, "messages"),
     ],
 )
-def test_invalid_text_or_number_is_refused_with_its_field(shared, path, body, param):
-    response = shared.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+def test_invalid_text_or_number_is_refused_with_its_field(shared_http, path, body, param):
+    response = shared_http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (422, param)
 
 
-def test_temperature_near_zero_equals_greedy_decoding(shared):
+def test_temperature_near_zero_equals_greedy_decoding(shared_http):
     cold, greedy = (
-        shared.post(PATH, json={"prompt": "abc", "max_tokens": 8, "temperature": heat}).json()["choices"][0]["text"]
+        shared_http.post(PATH, json={"prompt": "abc", "max_tokens": 8, "temperature": heat}).json()["choices"][0][
+            "text"
+        ]
         for heat in (1e-300, 0)
     )
     assert cold == greedy

@@ -20,7 +20,7 @@ def plan():
     return make_plan_from_bounds(WORK, make_cpu_pool().groups[0], (0, 2, 3), data_size=2, micro_batch_size=2)
 
 
-def as_planned(plan, slow=(1, 1, 1, 1)):
+def compute_planned_seconds(plan, slow=(1, 1, 1, 1)):
     """Return the compute seconds of each rank in a step, with some ranks slower than planned."""
     ranks = [stage.compute_seconds * plan.grad_accum_steps for stage in plan.stages for _ in range(plan.data_size)]
     return [seconds * factor for seconds, factor in zip(ranks, slow, strict=True)]
@@ -31,7 +31,8 @@ def test_straggler_and_its_recovery_are_reported(plan):
     for step in range(4 * PACE_WINDOW_STEPS):
         slow = (1, 1, 1.6, 1) if step < 2 * PACE_WINDOW_STEPS else (1, 1, 1, 1)
         events += [
-            (type(event), event.rank, event.step) for event in pacer.add(step, 1.0, as_planned(plan, slow), [0] * 4)
+            (type(event), event.rank, event.step)
+            for event in pacer.add(step, 1.0, compute_planned_seconds(plan, slow), [0] * 4)
         ]
     assert [(event, rank) for event, rank, _ in events] == [(StragglerEvent, 2), (CaughtUpEvent, 2)]
     assert pacer.compute_pace().stragglers == {}
@@ -39,7 +40,9 @@ def test_straggler_and_its_recovery_are_reported(plan):
 
 def test_planned_unequal_stages_are_not_stragglers(plan):
     pacer = ThroughputMeter(WORK.model, plan)
-    assert not any(pacer.add(step, 1.0, as_planned(plan), [0] * 4) for step in range(2 * PACE_WINDOW_STEPS))
+    assert not any(
+        pacer.add(step, 1.0, compute_planned_seconds(plan), [0] * 4) for step in range(2 * PACE_WINDOW_STEPS)
+    )
 
 
 def test_tokens_per_second_and_bubble_are_computed_from_stage_times(plan):

@@ -11,37 +11,41 @@ DATA = Path(os.environ.get("COTRAIN_TEST_DATA", Path(__file__).parents[3] / "sha
 
 
 @pytest.fixture(scope="module")
-def own():
+def own_tokenizer():
     return tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512)
 
 
 @pytest.fixture(scope="module")
-def published():
+def published_tokenizer():
     folder = DATA / "tokenizer"
     if not (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file():
         pytest.skip(f"the published tokenizer is not in {folder}; name its parent folder in COTRAIN_TEST_DATA")
     return tokenizers.load(folder)
 
 
-def test_published_ids_and_sizes(published):
-    assert (published.num_pieces, len(published), published.padded_size) == (134_953, 134_958, 135_040)
+def test_published_ids_and_sizes(published_tokenizer):
+    assert (published_tokenizer.num_pieces, len(published_tokenizer), published_tokenizer.padded_size) == (
+        134_953,
+        134_958,
+        135_040,
+    )
     expected = {
         "<eod>": 77185, "<sep>": 77187, "<pad>": 77188, "<mask>": 134953, "<predict>": 134954, "<FIM_SUFFIX>": 134955,
         "<FIM_PREFIX>": 134956, "<FIM_MIDDLE>": 134957, "<jupyter_start>": 96630, "<empty_output>": 96634,
         "<commit_before>": 96635, "<commit_msg>": 96636, "<commit_after>": 96637,
     }  # fmt: skip
-    assert {token: published.special[token] for token in expected} == expected
+    assert {token: published_tokenizer.special[token] for token in expected} == expected
 
 
-def test_published_text_has_the_ids_of_the_official_code(published):
+def test_published_text_has_the_ids_of_the_official_code(published_tokenizer):
     """A newline is a byte piece, the text <n> three pieces, and every separately encoded part starts with a space."""
-    assert published.encode("a\nb") == [263, 13, 29890]
-    assert published.encode("<n>") == [529, 29876, 29958]
-    assert published.encode("你好") == [29871, 38190]
-    assert published.decode([29871, 38190]) == "你好"
+    assert published_tokenizer.encode("a\nb") == [263, 13, 29890]
+    assert published_tokenizer.encode("<n>") == [529, 29876, 29958]
+    assert published_tokenizer.encode("你好") == [29871, 38190]
+    assert published_tokenizer.decode([29871, 38190]) == "你好"
 
 
-@pytest.mark.parametrize("which", ["own", "published"])
+@pytest.mark.parametrize("which", ["own_tokenizer", "published_tokenizer"])
 @pytest.mark.parametrize("token", tokenizers.SPECIAL_TOKENS)
 def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(which, token, request):
     tokenizer = request.getfixturevalue(which)
@@ -52,8 +56,8 @@ def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(whi
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.special[token]]) == "a"
 
 
-def test_ids_beyond_the_pieces_decode_to_empty_text(published):
-    assert published.decode([*published.encode("a"), 135_039, 134_953]) == "a"
+def test_ids_beyond_the_pieces_decode_to_empty_text(published_tokenizer):
+    assert published_tokenizer.decode([*published_tokenizer.encode("a"), 135_039, 134_953]) == "a"
 
 
 def test_invalid_or_missing_tokenizer_model_is_refused(tmp_path):
@@ -63,5 +67,5 @@ def test_invalid_or_missing_tokenizer_model_is_refused(tmp_path):
         tokenizers.load(tmp_path)
 
 
-def test_training_twice_gives_the_same_bytes(own):
-    assert tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512).model == own.model
+def test_training_twice_gives_the_same_bytes(own_tokenizer):
+    assert tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512).model == own_tokenizer.model

@@ -13,7 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.yuan.runs import RECIPE, STEPS, launch, lay_out, plain_steps, run, trained_steps, two_stages
+from tests.yuan.runs import (
+    RECIPE,
+    STEPS,
+    launch,
+    make_two_stage_plan,
+    prepare_run,
+    read_steps,
+    run_training,
+    train_plain_loop,
+)
 from yuan.model import weights
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
@@ -28,58 +37,63 @@ from yuan.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def finished(training_inputs, tmp_path_factory):
-    return run(lay_out(tmp_path_factory.mktemp("runs") / "whole", training_inputs))
+def finished_run(training_inputs, tmp_path_factory):
+    return run_training(prepare_run(tmp_path_factory.mktemp("runs") / "whole", training_inputs))
 
 
-def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, finished):
-    np.testing.assert_allclose(trained_steps(finished), plain_steps(training_inputs, finished), rtol=1e-5)
+def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, finished_run):
+    np.testing.assert_allclose(read_steps(finished_run), train_plain_loop(training_inputs, finished_run), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_documents_attend_to_each_other_without_isolation(training_inputs, finished, tmp_path):
+def test_documents_attend_to_each_other_without_isolation(training_inputs, finished_run, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
-    folder = run(lay_out(tmp_path / "open", training_inputs, recipe))
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
-    assert abs(folder.read_metrics()[0].metrics["train/loss"] - finished.read_metrics()[0].metrics["train/loss"]) > 1e-4
+    folder = run_training(prepare_run(tmp_path / "open", training_inputs, recipe))
+    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, recipe), rtol=1e-5)
+    assert (
+        abs(folder.read_metrics()[0].metrics["train/loss"] - finished_run.read_metrics()[0].metrics["train/loss"])
+        > 1e-4
+    )
 
 
 @pytest.mark.slow
-def test_bf16_gradient_norms_match_fp32(training_inputs, finished, tmp_path):
+def test_bf16_gradient_norms_match_fp32(training_inputs, finished_run, tmp_path):
     """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
-    folder = run(
-        lay_out(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
+    folder = run_training(
+        prepare_run(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
     )
-    norms, exact = ([row.metrics["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished))
+    norms, exact = ([row.metrics["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished_run))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
 
 
 @pytest.mark.slow
 def test_the_last_stage_may_hold_norm_and_head_alone(training_inputs, tmp_path):
     recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
-    plan = two_stages(training_inputs[1], recipe)
+    plan = make_two_stage_plan(training_inputs[1], recipe)
     stages = [
         dataclasses.replace(stage, first_layer=first, layers=end - first, recompute_layers=0)
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
-    folder = run(lay_out(tmp_path / "bare", training_inputs, recipe, dataclasses.replace(plan, stages=stages)))
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, folder, recipe), rtol=1e-5)
+    folder = run_training(
+        prepare_run(tmp_path / "bare", training_inputs, recipe, dataclasses.replace(plan, stages=stages))
+    )
+    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, recipe), rtol=1e-5)
 
 
-def test_deepspeed_uses_the_planned_uneven_stage_bounds(finished):
-    status = finished.read_status()
+def test_deepspeed_uses_the_planned_uneven_stage_bounds(finished_run):
+    status = finished_run.read_status()
     assert status.state == "finished"
-    assert status.bounds == finished.read_spec().plan.bounds == [0, 2, 3]
+    assert status.bounds == finished_run.read_spec().plan.bounds == [0, 2, 3]
 
 
-def test_export_is_a_model_folder(training_inputs, finished):
-    model = weights.load(finished.export)
+def test_export_is_a_model_folder(training_inputs, finished_run):
+    model = weights.load(finished_run.export)
     assert model.config == training_inputs[1]
-    assert weights.verify_folder(finished.export).about["parent"] == "v1"
+    assert weights.verify_folder(finished_run.export).about["parent"] == "v1"
 
 
-def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_path):
-    folder = lay_out(tmp_path / "killed", training_inputs)
+def test_killed_run_resumes_to_the_same_weights(training_inputs, finished_run, tmp_path):
+    folder = prepare_run(tmp_path / "killed", training_inputs)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while not list(folder.checkpoints.glob("step-0000000[2-9]/manifest.json")):
@@ -87,10 +101,10 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_p
             time.sleep(0.01)
         os.kill(read_heartbeats(folder.path)[0].pid, signal.SIGKILL)
         assert process.wait(60) != 0
-    run(folder)
+    run_training(folder)
     assert any(isinstance(event, ResumeEvent) for event in folder.read_events())
     assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
-    whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished, folder))
+    whole, resumed = (load_file(f.export / "model.safetensors") for f in (finished_run, folder))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
@@ -103,27 +117,27 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished, tmp_p
     ],
     ids=["one stage, two replicas", "two stages, two replicas", "four stages"],
 )
-def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finished, tmp_path, bounds, data_size):
+def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finished_run, tmp_path, bounds, data_size):
     folder = RunFolder(tmp_path / "moved")
-    shutil.copytree(finished.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
+    shutil.copytree(finished_run.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
     work = Workload.from_recipe(training_inputs[1], RECIPE)
     plan = make_plan_from_bounds(
         work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size
     )
-    spec = dataclasses.replace(finished.read_spec(), plan=plan)
+    spec = dataclasses.replace(finished_run.read_spec(), plan=plan)
     folder.write_spec(spec)
     shutil.rmtree(folder.checkpoints / "step-00000012")  # so that the new plan trains two steps
-    run(folder)
+    run_training(folder)
     assert [event.step for event in folder.read_events() if isinstance(event, ResumeEvent)] == [10]
-    np.testing.assert_allclose(trained_steps(folder), plain_steps(training_inputs, finished), rtol=1e-5)
-    ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished))
+    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, finished_run), rtol=1e-5)
+    ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished_run))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_ranks_exit_after_torchrun_is_killed(training_inputs, tmp_path):
-    folder = lay_out(tmp_path / "orphan", training_inputs)
+    folder = prepare_run(tmp_path / "orphan", training_inputs)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while folder.read_status() is None:
@@ -141,14 +155,14 @@ def test_truncated_metrics_line_does_not_affect_other_lines(tmp_path):
     folder = RunFolder(tmp_path)
     folder.append("metrics.jsonl", {"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # as a full disk leaves it
+        file.write('{"step": 2, "lo')  # as after a full disk
     folder.append("metrics.jsonl", {"step": 3})
     assert folder.read_metrics() == [MetricsRow(1, {}), MetricsRow(3, {})]
 
 
-def test_loss_is_the_token_weighted_mean_of_the_source_losses(finished):
-    corpus = finished.open_corpus(seed=5)
-    for row in finished.read_metrics():
+def test_loss_is_the_token_weighted_mean_of_the_source_losses(finished_run):
+    corpus = finished_run.open_corpus(seed=5)
+    for row in finished_run.read_metrics():
         windows, sources = corpus.read(np.arange(row.metrics["data/first_position"], row.metrics["data/end_position"]))
         counts = {source.name: windows.loss_mask[sources == n].sum() for n, source in enumerate(corpus.sources)}
         parts = {name: row.metrics[f"train/loss/{name}"] for name, count in counts.items() if count}
@@ -156,14 +170,14 @@ def test_loss_is_the_token_weighted_mean_of_the_source_losses(finished):
         assert whole == pytest.approx(row.metrics["train/loss"], rel=1e-5)
 
 
-def test_metrics_have_a_bubble_fraction_and_no_mfu_on_cpu(finished):
-    metrics, plan = finished.read_metrics()[-1].metrics, finished.read_spec().plan
+def test_metrics_have_a_bubble_fraction_and_no_mfu_on_cpu(finished_run):
+    metrics, plan = finished_run.read_metrics()[-1].metrics, finished_run.read_spec().plan
     assert 0 < metrics["train/bubble"] < 1 and metrics["train/mfu"] is None
     assert len(plan.stages) == 2
 
 
 def test_an_edited_run_is_refused(training_inputs, tmp_path):
-    folder = lay_out(tmp_path / "edited", training_inputs)
+    folder = prepare_run(tmp_path / "edited", training_inputs)
     text = (folder.path / "run.json").read_text()
     (folder.path / "run.json").write_text(text.replace('"learning_rate": 0.003', '"learning_rate": 0.3'))
     with pytest.raises(ValueError, match="it was edited manually"):
@@ -176,9 +190,9 @@ def test_an_edited_run_is_refused(training_inputs, tmp_path):
         folder.check_inputs()
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(training_inputs, finished, tmp_path):
-    folder = lay_out(tmp_path / "foreign", training_inputs)
-    shutil.copytree(finished.checkpoints, folder.checkpoints)
+def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(training_inputs, finished_run, tmp_path):
+    folder = prepare_run(tmp_path / "foreign", training_inputs)
+    shutil.copytree(finished_run.checkpoints, folder.checkpoints)
     assert folder.check_inputs() == folder.read_spec()
     manifest = next(folder.checkpoints.glob("step-*/manifest.json"))
     written = json.loads(manifest.read_text())
@@ -192,7 +206,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_rank_starts(trainin
 
 
 def test_run_killed_between_writing_seal_and_run_json_remains_valid(training_inputs, tmp_path):
-    folder = lay_out(tmp_path / "between", training_inputs)
+    folder = prepare_run(tmp_path / "between", training_inputs)
     before, spec = (folder.path / "run.json").read_bytes(), folder.read_spec()
     for seed in (6, 7):
         folder.write_spec(dataclasses.replace(spec, seed=seed))
@@ -200,18 +214,18 @@ def test_run_killed_between_writing_seal_and_run_json_remains_valid(training_inp
         assert folder.check_inputs() == spec
 
 
-def test_the_best_and_the_last_checkpoint_can_be_exported(finished, tmp_path):
+def test_the_best_and_the_last_checkpoint_can_be_exported(finished_run, tmp_path):
     manifests = {
-        path.parent: json.loads(path.read_text()) for path in finished.checkpoints.glob("step-*/manifest.json")
+        path.parent: json.loads(path.read_text()) for path in finished_run.checkpoints.glob("step-*/manifest.json")
     }
-    assert find_checkpoint(finished, "last").name == f"step-{STEPS:08d}"
-    best = find_checkpoint(finished, "best")
+    assert find_checkpoint(finished_run, "last").name == f"step-{STEPS:08d}"
+    best = find_checkpoint(finished_run, "best")
     assert manifests[best]["loss"] == min(m["loss"] for m in manifests.values() if m["loss"] is not None)
-    export_checkpoint(finished, find_checkpoint(finished, "last"), tmp_path / "out")
-    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", finished.export))
+    export_checkpoint(finished_run, find_checkpoint(finished_run, "last"), tmp_path / "out")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", finished_run.export))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     with pytest.raises(ValueError, match="has no checkpoint '7'; it has the steps"):
-        find_checkpoint(finished, "7")
+        find_checkpoint(finished_run, "7")
 
 
 def test_log_tail_returns_complete_lines_once_and_restarts_after_file_replacement(tmp_path):

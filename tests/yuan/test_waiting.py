@@ -9,7 +9,7 @@ from yuan.serve.request import QueueFull
 from yuan.serve.waiting import WaitingQueue
 
 
-def rows_of(*requests):
+def make_queue(*requests):
     """Queue requests (caller, sequences) in this order; return the callers in the order in which they get rows."""
     waiting, owner = WaitingQueue(max_rows=32, max_waiting=256), {}
     for caller, count in requests:
@@ -19,28 +19,28 @@ def rows_of(*requests):
     return waiting, owner
 
 
-def taken_by(waiting, owner, free, rows):
+def count_taken_rows(waiting, owner, free, rows):
     return Counter(owner[id(sequence)] for sequence in waiting.take(free, rows))
 
 
 def test_rows_are_shared_evenly_and_a_quarter_is_kept_for_newcomers():
-    waiting, owner = rows_of(("a", 100), ("b", 100), ("c", 2))
-    assert taken_by(waiting, owner, 32, rows := Counter()) == {"a": 11, "b": 11, "c": 2}
-    assert taken_by(waiting, owner, 8, rows) == {}
+    waiting, owner = make_queue(("a", 100), ("b", 100), ("c", 2))
+    assert count_taken_rows(waiting, owner, 32, rows := Counter()) == {"a": 11, "b": 11, "c": 2}
+    assert count_taken_rows(waiting, owner, 8, rows) == {}
     late = SimpleNamespace(caller="late", sequences=[object(), object()], is_over=False)
     waiting.add(late)
     owner |= dict.fromkeys(map(id, late.sequences), "late")
-    assert taken_by(waiting, owner, 8, rows) == {"late": 1}
-    assert taken_by(waiting, owner, 10, rows) == {"late": 1, "a": 1}
+    assert count_taken_rows(waiting, owner, 8, rows) == {"late": 1}
+    assert count_taken_rows(waiting, owner, 10, rows) == {"late": 1, "a": 1}
 
 
 def test_one_caller_has_three_quarters_of_the_rows_and_the_platform_all():
-    assert taken_by(*rows_of(("a", 100)), 32, Counter()) == {"a": 24}
-    assert taken_by(*rows_of(("", 100)), 32, Counter()) == {"": 32}
+    assert count_taken_rows(*make_queue(("a", 100)), 32, Counter()) == {"a": 24}
+    assert count_taken_rows(*make_queue(("", 100)), 32, Counter()) == {"": 32}
 
 
 def test_new_caller_is_queued_and_the_limit_per_caller_shrinks_with_more_callers():
-    waiting, _ = rows_of(("a", 128), ("b", 85), ("c", 64))
+    waiting, _ = make_queue(("a", 128), ("b", 85), ("c", 64))
     with pytest.raises(QueueFull, match="85 prompts of yours wait already, at most 64"):
         waiting.add(SimpleNamespace(caller="b", sequences=[object()], is_over=False))
     waiting.add(SimpleNamespace(caller="late", sequences=[object()] * 100, is_over=False))
@@ -48,10 +48,10 @@ def test_new_caller_is_queued_and_the_limit_per_caller_shrinks_with_more_callers
 
 
 def test_finished_requests_are_removed_from_the_queue():
-    waiting, owner = rows_of(("a", 3), ("b", 1))
+    waiting, owner = make_queue(("a", 3), ("b", 1))
     finished_request = SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=False)
     waiting.add(finished_request)
     finished_request.is_over = True
     waiting.add(SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=True))
     assert len(waiting) == 54
-    assert taken_by(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)
+    assert count_taken_rows(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)

@@ -30,7 +30,7 @@ from yuan.train.zero.pipeline import PlannedPipeline
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
 
 
-def recipe(replicas):
+def make_recipe(replicas):
     return Recipe(
         max_steps=2,
         learning_rate=1e-3,
@@ -49,7 +49,7 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
     assert result.returncode == 0, result.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
     terms = compute_memory_terms(
-        Workload.from_recipe(MODEL, recipe(replicas)), grid, make_cpu_pool().groups[0], 0, MODEL.num_layers, 0
+        Workload.from_recipe(MODEL, make_recipe(replicas)), grid, make_cpu_pool().groups[0], 0, MODEL.num_layers, 0
     )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
     first_rank = ranks[0]
@@ -74,7 +74,7 @@ def train_and_release(replicas):
 
 def start_training(replicas):
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
-    engine, _ = start_engine(module, recipe(replicas), build_deepspeed_config(recipe(replicas), replicas))
+    engine, _ = start_engine(module, make_recipe(replicas), build_deepspeed_config(make_recipe(replicas), replicas))
     return module, engine
 
 
@@ -83,7 +83,7 @@ def make_batch():
     return (tokens, torch.zeros_like(tokens)), (tokens, weights)
 
 
-def count(folder):
+def measure_memory(folder):
     """Return the bytes of this rank's storages, those of the optimizer's gradients, and the blockwise gradient norm."""
     memory.NORM_BLOCK_CPU_ELEMENTS = 1000
     replicas = int(os.environ["WORLD_SIZE"])
@@ -111,17 +111,17 @@ def count(folder):
     states = optimizer.optimizer.state.values()
     moments = [state[kind] for state in states for kind in ("exp_avg", "exp_avg_sq")]
     tensors_by_kind = {"weights": [*module.parameters(), *masters], "gradients": gradients, "moments": moments}
-    report = {name: storage_bytes(tensors) for name, tensors in tensors_by_kind.items()}
+    report = {name: count_storage_bytes(tensors) for name, tensors in tensors_by_kind.items()}
     report |= {"released": is_released}
     report |= {"squares": squares[-1], "norm": float(optimizer._global_grad_norm)}
     (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
     stop_distributed()
 
 
-def storage_bytes(tensors):
+def count_storage_bytes(tensors):
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 if __name__ == "__main__":
-    count(sys.argv[1])
+    measure_memory(sys.argv[1])
