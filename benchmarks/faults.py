@@ -39,7 +39,7 @@ from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
 STEPS, EVERY = 100, 20  # of a run, and between checkpoints
-RUN_LIMIT_S, STRIKE_LIMIT_S = 240, 60  # and for each strike
+RUN_LIMIT_S, FAULT_LIMIT_S = 240, 60  # for a run, and in addition for each fault
 DISK_MIB = 700
 
 
@@ -61,7 +61,7 @@ class Trial:
     def is_over(self) -> bool:
         return self.folder.is_finished
 
-    def processes(self, words: str) -> list[int]:
+    def find_pids(self, words: str) -> list[int]:
         """Return the pids of the stack's processes whose command line contains the words."""
         pids = []
         for pid in find_stack_pids(load_config(self.home).stack_id):
@@ -76,7 +76,7 @@ class Trial:
             return True
         return False
 
-    def rank(self) -> int | None:
+    def choose_rank_pid(self) -> int | None:
         """Return the pid of a random live rank."""
         beats = list(read_heartbeats(self.folder.path).values())
         alive = [beat.pid for beat in beats if time.time() - beat.time < 3 and Path(f"/proc/{beat.pid}").exists()]
@@ -87,21 +87,21 @@ Fault = Callable[[Trial], bool]
 
 
 def kill_rank(trial: Trial) -> bool:
-    pid = trial.rank()
+    pid = trial.choose_rank_pid()
     return pid is not None and trial.kill(pid)
 
 
 def stop_rank(trial: Trial) -> bool:
-    pid = trial.rank()
+    pid = trial.choose_rank_pid()
     return pid is not None and trial.kill(pid, signal.SIGSTOP)
 
 
-def kill_by(words: str) -> Fault:
-    def strike(trial: Trial) -> bool:
-        pids = trial.processes(words)
+def make_kill(words: str) -> Fault:
+    def inject(trial: Trial) -> bool:
+        pids = trial.find_pids(words)
         return bool(pids) and trial.kill(trial.rng.choice(pids))
 
-    return strike
+    return inject
 
 
 def kill_worker(trial: Trial) -> bool:
@@ -109,10 +109,10 @@ def kill_worker(trial: Trial) -> bool:
     return bool(pid) and trial.kill(pid)
 
 
-def outage(name: str) -> Fault:
+def make_outage(name: str) -> Fault:
     """Kill the server each time its keeper restarts it, until the outage ends."""
 
-    def strike(trial: Trial) -> bool:
+    def inject(trial: Trial) -> bool:
         end = time.monotonic() + trial.outage_s
         while time.monotonic() < end:
             with contextlib.suppress(KeyError, FileNotFoundError):
@@ -122,7 +122,7 @@ def outage(name: str) -> Fault:
             time.sleep(0.1)
         return True
 
-    return strike
+    return inject
 
 
 def fill_disk(trial: Trial) -> bool:
@@ -137,7 +137,7 @@ def fill_disk(trial: Trial) -> bool:
     def has_failed_or_ended() -> bool:
         events = trial.folder.read_events()[before:]
         is_noted = any(isinstance(event, CheckpointFailedEvent | EndedEvent) for event in events)
-        return is_noted or trial.is_over or not trial.processes("yuan.train.run")
+        return is_noted or trial.is_over or not trial.find_pids("yuan.train.run")
 
     poll_until(has_failed_or_ended, timeout_s=60, pause_s=0.1)
     filler.unlink()
@@ -160,14 +160,14 @@ def flip_bit(trial: Trial) -> bool:
 
 FAULTS: dict[str, Fault] = {
     "kill -9 of a rank": kill_rank,
-    "kill -9 of the launcher": kill_by("torch.distributed.run"),
-    "kill -9 of the supervisor": kill_by("flows.dispatcher.flow_process"),
+    "kill -9 of the launcher": make_kill("torch.distributed.run"),
+    "kill -9 of the supervisor": make_kill("flows.dispatcher.flow_process"),
     "kill -9 of the worker": kill_worker,
     "SIGSTOP of a rank": stop_rank,
-    "PostgreSQL down": outage("postgres"),
-    "S3 down": outage("s3"),
-    "MLflow down": outage("mlflow"),
-    "Prefect server down": outage("prefect"),
+    "PostgreSQL down": make_outage("postgres"),
+    "S3 down": make_outage("s3"),
+    "MLflow down": make_outage("mlflow"),
+    "Prefect server down": make_outage("prefect"),
     "disk full during a save": fill_disk,
     "bit flipped in a checkpoint": flip_bit,
 }
@@ -178,27 +178,29 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--outage", type=float, default=20.0)
     parser.add_argument("--only", help="part of a fault's name")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     ok = True
     references: dict[int, dict[str, Any]] = {}
-    with stack() as (home, client, is_small):
+    with start_stack() as (home, client, is_small):
         for name, fault in FAULTS.items():
-            if given.only and given.only not in name:
+            if arguments.only and arguments.only not in name:
                 continue
             if fault is fill_disk and not is_small:
                 show({"name": name, "skipped": "no file system of its own can be mounted here"})
                 continue
             steps = STEPS
             if name.endswith("down"):
-                steps = long_enough(left_alone(home, client, STEPS, references, given)["step_seconds"], given)
-            reference = left_alone(home, client, steps, references, given)
-            found = run(home, client, fault, steps, given)
+                steps = compute_num_steps(
+                    run_without_faults(home, client, STEPS, references, arguments)["step_seconds"], arguments
+                )
+            reference = run_without_faults(home, client, steps, references, arguments)
+            found = run(home, client, fault, steps, arguments)
             same = {f"same_{key}": found[key] == reference[key] for key in ("positions", "loss")}
             ok &= show(
                 {
-                    **line(name, found["struck"], "times struck", "the run left alone"),
+                    **line(name, found["num_faults"], "faults", "run without faults"),
                     "goal": "ends by itself, every position once, last loss bit-equal",
-                    "ok": found["ended"] and all(same.values()) and found["struck"] > 0,
+                    "ok": found["ended"] and all(same.values()) and found["num_faults"] > 0,
                     **same,
                     **{key: found[key] for key in ("ended", "seconds", "loss", "events")},
                 }
@@ -207,24 +209,24 @@ def main() -> int:
     return 0 if ok else 1
 
 
-def left_alone(
-    home: Path, client: Client, steps: int, known: dict[int, dict[str, Any]], given: argparse.Namespace
+def run_without_faults(
+    home: Path, client: Client, steps: int, runs_by_steps: dict[int, dict[str, Any]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the run without faults, executed once for each number of steps."""
-    if steps not in known:
-        found = known[steps] = run(home, client, None, steps, given)
-        says = line(f"left alone, {steps} steps", found["seconds"], "s")
-        show({**says, "loss": found["loss"], "ok": found["ended"]})
-    return known[steps]
+    if steps not in runs_by_steps:
+        found = runs_by_steps[steps] = run(home, client, None, steps, arguments)
+        result_line = line(f"run without faults, {steps} steps", found["seconds"], "s")
+        show({**result_line, "loss": found["loss"], "ok": found["ended"]})
+    return runs_by_steps[steps]
 
 
-def long_enough(step_seconds: float, given: argparse.Namespace) -> int:
+def compute_num_steps(step_seconds: float, arguments: argparse.Namespace) -> int:
     """Return the number of steps a run needs so that all outages fit in sequence."""
-    return int(1.25 * given.times * given.outage / step_seconds) + 2 * EVERY
+    return int(1.25 * arguments.times * arguments.outage / step_seconds) + 2 * EVERY
 
 
 @contextlib.contextmanager
-def stack() -> Iterator[tuple[Path, Client, bool]]:
+def start_stack() -> Iterator[tuple[Path, Client, bool]]:
     """Start an embedded stack with a small base mixture; runs get a small file system, if one can be mounted."""
     home = Path(tempfile.mkdtemp(prefix="faults-"))
     runs = home / "runs"
@@ -248,15 +250,15 @@ def stack() -> Iterator[tuple[Path, Client, bool]]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argparse.Namespace) -> dict[str, Any]:
+def run(home: Path, client: Client, fault: Fault | None, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Execute one run from its request to exported weights; then cancel the round, so that every run is a first one."""
     earlier_runs = set((home / "runs").glob("[0-9a-f]*"))
     for old_run in earlier_runs:
         shutil.rmtree(old_run, ignore_errors=True)
-    begun = time.monotonic()
+    start = time.monotonic()
     parameters = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
-    training_round = outliving(lambda: client.start_round(parameters))
-    limit_s = RUN_LIMIT_S + given.times * (STRIKE_LIMIT_S + given.outage)
+    training_round = retry(lambda: client.start_round(parameters))
+    limit_s = RUN_LIMIT_S + arguments.times * (FAULT_LIMIT_S + arguments.outage)
 
     def find_new_run() -> Path | None:
         folders = (file.parent for file in (home / "runs").glob("[0-9a-f]*/status.json"))
@@ -264,42 +266,42 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, given: argp
 
     if (run_folder := poll_until(find_new_run, timeout_s=limit_s, pause_s=0.05)) is None:
         raise TimeoutError(f"round {training_round.number} does not train")
-    trial = Trial(home, RunFolder(run_folder), given.outage)
-    struck = 0
+    trial = Trial(home, RunFolder(run_folder), arguments.outage)
+    num_faults = 0
     # Inject when the run first reaches a step, so that every fault hits a running run.
-    moments = moments_of(trial.rng, EVERY + 2, steps * 3 // 4, given.times) if fault else []
-    while not trial.is_over and time.monotonic() - begun < limit_s:
-        if moments and trial.step >= moments[0] and fault is not None and fault(trial):
-            struck += 1
-            moments.pop(0)
+    fault_steps = draw_fault_steps(trial.rng, EVERY + 2, steps * 3 // 4, arguments.times) if fault else []
+    while not trial.is_over and time.monotonic() - start < limit_s:
+        if fault_steps and trial.step >= fault_steps[0] and fault is not None and fault(trial):
+            num_faults += 1
+            fault_steps.pop(0)
         time.sleep(0.05)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     rows = trial.folder.read_metrics()
     result = {
         "ended": trial.is_over,
-        "struck": struck,
+        "num_faults": num_faults,
         "seconds": round(seconds),
         "step_seconds": statistics.median(row.metrics["train/step_seconds"] for row in rows) if rows else 1.0,
         "positions": [[row.step, row.metrics["data/first_position"], row.metrics["data/end_position"]] for row in rows],
         "loss": rows[-1].metrics["train/loss"] if rows else None,
-        "events": counted(trial.folder),
+        "events": count_events(trial.folder),
     }
     if not trial.is_over:
         sys.stderr.write((trial.folder.path / "train.log").read_text()[-3000:])
-    while (current := outliving(lambda: client.round(training_round.id))).state == "running":
-        outliving(lambda: client.cancel_round(training_round.id))
+    while (current := retry(lambda: client.round(training_round.id))).state == "running":
+        retry(lambda: client.cancel_round(training_round.id))
     if current.state != "cancelled":
         sys.stderr.write(f"round {training_round.number}: {current.state}: {current.reason}\n")
     return result
 
 
-def moments_of(rng: random.Random, first: int, end: int, times: int) -> list[int]:
+def draw_fault_steps(rng: random.Random, first: int, end: int, times: int) -> list[int]:
     """Return a random step from each of the equal parts of a run, so that the outages fit between them."""
     width = (end - first) / times
     return [int(first + (n + rng.random()) * width) for n in range(times)]
 
 
-def outliving(call: Callable[[], Any]) -> Any:
+def retry(call: Callable[[], Any]) -> Any:
     """Retry a call while the portal has no database connection."""
     end = time.monotonic() + 120
     while True:
@@ -311,7 +313,7 @@ def outliving(call: Callable[[], Any]) -> Any:
             time.sleep(0.5)
 
 
-def counted(folder: RunFolder) -> dict[str, int]:
+def count_events(folder: RunFolder) -> dict[str, int]:
     counts: dict[str, int] = {}
     for event in folder.read_events():
         name = f"{event.name}: {event.kind}" if isinstance(event, EndedEvent) else event.name

@@ -28,7 +28,7 @@ from yuan.plan.workload import Workload
 from yuan.train.events import RepeatEvent, RollBackEvent, SkipEvent
 from yuan.train.run_folder import RunFolder, RunSpec
 
-STEPS, MOST, BATCH = 80, 0.01, 16
+STEPS, MAX_DIFFERENCE, BATCH = 80, 0.01, 16
 RECIPE = Recipe(
     max_steps=STEPS,
     learning_rate=1e-3,
@@ -50,24 +50,30 @@ def main() -> int:
     ok = True
     with tempfile.TemporaryDirectory() as name:
         parent, model, samples = make(Path(name) / "parent")
-        alone = run(Path(name) / "alone", parent, model, samples, None)
-        usual = loss_of(alone)
+        clean_run = run(Path(name) / "alone", parent, model, samples, None)
+        clean_loss = compute_loss(clean_run)
         for what in ("nan", "tenfold"):
             for length, where in PLANTS.items():
                 folder = run(Path(name) / f"{what} {length}", parent, model, samples, {"what": what, **where})
-                off, (missing, told) = loss_of(folder) / usual - 1, skipped(folder)
-                says = line(f"{what}, {length}", round(off, 5), "of the loss without it", "the run without it")
-                is_right = abs(off) <= MOST and missing == told and len(folder.read_metrics()) >= STEPS - 2
-                is_equal = length != "once" or same_weights(alone, folder)
+                difference, (missing, reported) = compute_loss(folder) / clean_loss - 1, find_skipped_positions(folder)
+                result_line = line(
+                    f"{what}, {length}", round(difference, 5), "of the loss without faults", "run without faults"
+                )
+                is_right = (
+                    abs(difference) <= MAX_DIFFERENCE
+                    and missing == reported
+                    and len(folder.read_metrics()) >= STEPS - 2
+                )
+                is_equal = length != "once" or are_weights_equal(clean_run, folder)
                 counts = {
                     event_type.name: sum(isinstance(event, event_type) for event in folder.read_events())
                     for event_type in (RepeatEvent, SkipEvent, RollBackEvent)
                 }
-                goal = f"within {MOST}, skipped positions those of the events" + (
+                goal = f"within {MAX_DIFFERENCE}, skipped positions those of the events" + (
                     "; bit-equal" if length == "once" else ""
                 )
-                more = {"skipped": len(missing), "bit_equal": same_weights(alone, folder), **counts}
-                ok &= show({**says, "goal": goal, "ok": is_right and is_equal, **more})
+                more = {"skipped": len(missing), "bit_equal": are_weights_equal(clean_run, folder), **counts}
+                ok &= show({**result_line, "goal": goal, "ok": is_right and is_equal, **more})
     return 0 if ok else 1
 
 
@@ -92,7 +98,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
     return folder
 
 
-def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
+def find_skipped_positions(folder: RunFolder) -> tuple[list[int], list[int]]:
     """Return the positions missing from the recorded steps, and the positions skipped according to the events."""
     rows = folder.read_metrics()
     reported: set[int] = set()
@@ -106,7 +112,7 @@ def skipped(folder: RunFolder) -> tuple[list[int], list[int]]:
     return sorted(set(range(spans[-1][1])) - trained), sorted(reported)
 
 
-def loss_of(folder: RunFolder) -> float:
+def compute_loss(folder: RunFolder) -> float:
     """Return the exported weights' mean loss over all target tokens of the run's data."""
     model, corpus = weights.load(folder.export), folder.open_corpus(5)
     windows, _ = corpus.read(np.arange(corpus.sources[0].windows))
@@ -118,7 +124,7 @@ def loss_of(folder: RunFolder) -> float:
         return float(weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum()))
 
 
-def same_weights(one: RunFolder, other: RunFolder) -> bool:
+def are_weights_equal(one: RunFolder, other: RunFolder) -> bool:
     states = [weights.load(folder.export).state_dict() for folder in (one, other)]
     return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 

@@ -35,7 +35,7 @@ from infra.settings import Settings
 from yuan.plan.pool import DeviceGroup, Pool
 
 DEVICES, HOLDERS, TTL_S, POOL = 8, 6, 2.0, "bench"
-TURN = "BENCH_TURN"
+TURN_VARIABLE = "BENCH_TURN"
 
 # Occupy devices until killed; record a device that another process occupies.
 USE = """
@@ -53,11 +53,11 @@ time.sleep(3600)
 
 def main() -> int:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    with tempfile.TemporaryDirectory() as name, database(Path(name)) as settings:
-        figures = trial(Path(name), settings, kills)
+    with tempfile.TemporaryDirectory() as name, start_database(Path(name)) as settings:
+        figures = run_trial(Path(name), settings, kills)
     ok = True
     for what, figure, goal in (
-        ("devices given to two at once", figures["doubled"], 0),
+        ("devices leased to two processes at once", figures["doubled"], 0),
         ("devices lost at the end", DEVICES - figures["free"], 0),
         ("requests left waiting", figures["waiting"], 0),
     ):
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def database(home: Path) -> Iterator[Settings]:
+def start_database(home: Path) -> Iterator[Settings]:
     """Start a separate PostgreSQL with our tables."""
     config = load_config(home)
     write_environment(home, config)
@@ -93,7 +93,7 @@ def database(home: Path) -> Iterator[Settings]:
         process.wait()
 
 
-def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
+def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     engine = open_engine(settings)
     sessions = make_session_factory(engine)
     group = DeviceGroup(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
@@ -102,14 +102,14 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
         leases.register_pool(session, Pool(name=POOL, groups=(group,)))
     rng = random.Random(0)
     holders: list[subprocess.Popen[bytes]] = []
-    struck: set[str] = set()
-    done, begun = 0, time.monotonic()
+    killed_leases: set[str] = set()
+    done, start = 0, time.monotonic()
     while done < kills:
         holders = [holder for holder in holders if holder.poll() is None]
         while len(holders) < HOLDERS:
-            holders.append(start(folder, settings, rng.randint(1, DEVICES)))
+            holders.append(start_holder(folder, settings, rng.randint(1, DEVICES)))
         time.sleep(rng.uniform(0.05, 0.5))
-        done += strike(rng, sessions, struck)
+        done += kill_holder(rng, sessions, killed_leases)
         reap_dead_leases(sessions, {POOL: LocalLauncher()})
     for holder in holders:  # running holders exit on this signal; the reaper ends the stopped ones
         with contextlib.suppress(ProcessLookupError):
@@ -118,7 +118,7 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     while time.monotonic() < end and any(holder.poll() is None for holder in holders):
         reap_dead_leases(sessions, {POOL: LocalLauncher()})
         time.sleep(0.2)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     time.sleep(TTL_S)
     reap_dead_leases(sessions, {POOL: LocalLauncher()})
     with sessions() as session:
@@ -134,19 +134,21 @@ def trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
             "devices": session.scalar(select(func.count()).select_from(PoolDevice)),
             "seconds": round(seconds),
         }
-    kill_processes(TURN, str(folder))
+    kill_processes(TURN_VARIABLE, str(folder))
     engine.dispose()
     return figures
 
 
-def strike(rng: random.Random, sessions: SessionFactory, struck: set[str]) -> int:
+def kill_holder(rng: random.Random, sessions: SessionFactory, killed_leases: set[str]) -> int:
     """Kill or stop one process that holds devices, optionally its child first; return 0 if there is none, else 1."""
     with sessions() as session:
-        held_now = [lease for lease in leases.find_open_leases(session) if lease.devices and lease.id not in struck]
+        held_now = [
+            lease for lease in leases.find_open_leases(session) if lease.devices and lease.id not in killed_leases
+        ]
     if not held_now:
         return 0
     lease = rng.choice(held_now)
-    struck.add(lease.id)
+    killed_leases.add(lease.id)
     kind = rng.choice(("kill", "kill", "child first", "stop"))
     with contextlib.suppress(ProcessLookupError):
         for child in list(find_pids(JOB_VARIABLE, make_job_name(lease.id))) if kind == "child first" else ():
@@ -155,8 +157,8 @@ def strike(rng: random.Random, sessions: SessionFactory, struck: set[str]) -> in
     return 1
 
 
-def start(folder: Path, settings: Settings, count: int) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "COTRAIN_HOME": str(settings.home), TURN: str(folder)}
+def start_holder(folder: Path, settings: Settings, count: int) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "COTRAIN_HOME": str(settings.home), TURN_VARIABLE: str(folder)}
     command = [sys.executable, __file__, "hold", str(folder), str(count)]
     with (folder / "holders.log").open("ab") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=log)

@@ -53,14 +53,14 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Results:
     """Hold the results: rounds, versions promoted after the reports, state and reason of each record, the number of
     notices by report and version, and the front page."""
 
     training_rounds: list[RoundOut]
     promoted: list[int]
     records: dict[str, tuple[str, str | None]]
-    told: Counter[tuple[str, int]]
+    num_notices: Counter[tuple[str, int]]
     page: str
 
 
@@ -72,7 +72,7 @@ class Sender:
     items: list[Item] = field(default_factory=list)
 
 
-def report(number: int, prompt: str, expected: str, **more: Any) -> Body:
+def make_report(number: int, prompt: str, expected: str, **more: Any) -> Body:
     return {
         "kind": "correction",
         "prompt": prompt,
@@ -83,76 +83,80 @@ def report(number: int, prompt: str, expected: str, **more: Any) -> Body:
     }
 
 
-def honest(number: int, rng: random.Random) -> Item:
+def make_honest_item(number: int, rng: random.Random) -> Item:
     word = "".join(rng.choices("abcdefgh", k=6)) + str(number)
-    return Item("honest", REPORTS, json.dumps(report(number, f"Reverse: {word}", word[::-1])).encode())
+    return Item("honest", REPORTS, json.dumps(make_report(number, f"Reverse: {word}", word[::-1])).encode())
 
 
-def numeric(value: object, tolerance: object) -> Callable[[int, Body], object]:
+def make_numeric_report(value: object, tolerance: object) -> Callable[[int, Body], object]:
     checker = {"type": "numeric", "value": value, "tolerance": tolerance}
-    return lambda n, _: report(n, f"{MARK} count to {n}", "7", checker=checker)
+    return lambda n, _: make_report(n, f"{MARK} count to {n}", "7", checker=checker)
 
 
-def rows(*made: Body) -> bytes:
+def make_rows(*made: Body) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for row in made)
 
 
-def checkable(prompt: str, answer: str) -> Body:
+def make_checked_row(prompt: str, answer: str) -> Body:
     return {"prompt": prompt, "answer": answer, "checker": {"type": "exact", "value": answer}}
 
 
 # Makers of hostile items, from the item's number and an honest report that was sent before it.
 HOSTILE: dict[str, Callable[[int, Body], object]] = {
-    "prompt beyond the window": lambda n, _: report(n, f"{MARK} {n} " + "x" * 300, "y"),
-    "prompt as long as allowed": lambda n, _: report(n, f"{MARK} {n} ".ljust(20_000, "x"), "y"),
-    "body too large": lambda n, _: report(n, f"{MARK} {n} " + "x" * 90_000, "y"),
-    "line separators": lambda n, _: report(n, f"{MARK}\u2028{n}\u0085a\x1e\x0b", "a\u2028b\u0085c"),
-    "U+0000": lambda n, _: report(n, f"{MARK} \0 {n}", "a\0b"),
-    "half a character": lambda n, _: json.dumps(report(n, f"{MARK} {n} \ud83d", "a")),
-    "white space alone": lambda n, _: report(n, " \u3000\n" * (n % 5 + 1), MARK),
-    "right to left and control": lambda n, _: report(n, f"\u202e{MARK}\u2066\x07\x1b[2J\ufeff {n}", "\u202ea"),
-    "combining marks and emoji": lambda n, _: report(n, f"{MARK} {n} a" + "\u0301" * 200, "\U0001f469\u200d" * 40),
-    "markup and statements": lambda n, _: report(
+    "prompt beyond the window": lambda n, _: make_report(n, f"{MARK} {n} " + "x" * 300, "y"),
+    "prompt as long as allowed": lambda n, _: make_report(n, f"{MARK} {n} ".ljust(20_000, "x"), "y"),
+    "body too large": lambda n, _: make_report(n, f"{MARK} {n} " + "x" * 90_000, "y"),
+    "line separators": lambda n, _: make_report(n, f"{MARK}\u2028{n}\u0085a\x1e\x0b", "a\u2028b\u0085c"),
+    "U+0000": lambda n, _: make_report(n, f"{MARK} \0 {n}", "a\0b"),
+    "half a character": lambda n, _: json.dumps(make_report(n, f"{MARK} {n} \ud83d", "a")),
+    "white space alone": lambda n, _: make_report(n, " \u3000\n" * (n % 5 + 1), MARK),
+    "right to left and control": lambda n, _: make_report(n, f"\u202e{MARK}\u2066\x07\x1b[2J\ufeff {n}", "\u202ea"),
+    "combining marks and emoji": lambda n, _: make_report(n, f"{MARK} {n} a" + "\u0301" * 200, "\U0001f469\u200d" * 40),
+    "markup and statements": lambda n, _: make_report(
         n, f"<script>alert('{MARK}')</script>'; drop table \"case\"; {n}", "a"
     ),
-    "special tokens": lambda n, _: report(n, f"{MARK} <eod><sep><pad> {n}", "<eod><sep>"),
-    "number beyond all": numeric("1e9999999", 0),
-    "number near the limit": numeric("7", "1e999999"),
-    "number of many digits": lambda n, _: report(n, f"{MARK} digits {n}", "9" * 4000, checker=None),
+    "special tokens": lambda n, _: make_report(n, f"{MARK} <eod><sep><pad> {n}", "<eod><sep>"),
+    "number beyond all": make_numeric_report("1e9999999", 0),
+    "number near the limit": make_numeric_report("7", "1e999999"),
+    "number of many digits": lambda n, _: make_report(n, f"{MARK} digits {n}", "9" * 4000, checker=None),
     "duplicate": lambda n, earlier: {**earlier, "response": MARK},
     "contradiction": lambda n, earlier: {**earlier, "response": MARK, "expected": f"{MARK} {n}"},
-    "a version there is not": lambda n, _: {**report(n, f"{MARK} when {n}", "a"), "model_version": 10**40},
-    "an answer there is not": lambda n, _: report(n, f"{MARK} which {n}", "a", response_id=f"{MARK}{n}"),
+    "a version there is not": lambda n, _: {**make_report(n, f"{MARK} when {n}", "a"), "model_version": 10**40},
+    "an answer there is not": lambda n, _: make_report(n, f"{MARK} which {n}", "a", response_id=f"{MARK}{n}"),
     "not JSON": lambda n, _: f'{{"kind": NaN, "prompt": "{MARK}", {n}',
     "deep": lambda n, _: f'{{"prompt": {"[" * 5_000}"{MARK}"{"]" * 5_000}}}',
-    "unknown field": lambda n, _: report(n, f"{MARK} {n}", "a", admin=True),
-    "rows with separators": lambda n, _: rows(*(checkable(f"{MARK}\u2028{n} {i}\u0085", "a\u2028") for i in range(10))),
-    "rows with U+0000": lambda n, _: rows(*(checkable(f"{MARK}\0{n} {i}", "a\0") for i in range(10))),
-    "rows of white space": lambda n, _: rows(*(checkable(" ", f"{MARK} {n} {i}") for i in range(10))),
-    "rows beyond the window": lambda n, _: rows(*(checkable(f"{MARK} {n} {i} " + "x" * 300, "y") for i in range(10))),
+    "unknown field": lambda n, _: make_report(n, f"{MARK} {n}", "a", admin=True),
+    "rows with separators": lambda n, _: make_rows(
+        *(make_checked_row(f"{MARK}\u2028{n} {i}\u0085", "a\u2028") for i in range(10))
+    ),
+    "rows with U+0000": lambda n, _: make_rows(*(make_checked_row(f"{MARK}\0{n} {i}", "a\0") for i in range(10))),
+    "rows of white space": lambda n, _: make_rows(*(make_checked_row(" ", f"{MARK} {n} {i}") for i in range(10))),
+    "rows beyond the window": lambda n, _: make_rows(
+        *(make_checked_row(f"{MARK} {n} {i} " + "x" * 300, "y") for i in range(10))
+    ),
 }
 
 
-def hostile(number: int, earlier: Body) -> Item:
+def make_hostile_item(number: int, earlier: Body) -> Item:
     kind = list(HOSTILE)[number % len(HOSTILE)]
     body = HOSTILE[kind](number, earlier)
     content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
     return Item(kind, DATASETS if kind.startswith("rows") else REPORTS, content)
 
 
-def shuffled(senders: list[Sender], num_honest: int, num_hostile: int) -> None:
+def distribute_items(senders: list[Sender], num_honest: int, num_hostile: int) -> None:
     """Distribute items to the contributors; an item based on an honest report follows it, from the same contributor."""
     rng = random.Random(0)
     for number in range(num_honest):
-        senders[number % len(senders)].items.append(honest(number, rng))
+        senders[number % len(senders)].items.append(make_honest_item(number, rng))
     for number in range(num_hostile):
         items = senders[number % len(senders)].items
         place = rng.randrange(1, len(items) + 1)
         earlier = next(item for item in reversed(items[:place]) if item.kind == "honest")
-        items.insert(place, hostile(number, json.loads(earlier.content)))
+        items.insert(place, make_hostile_item(number, json.loads(earlier.content)))
 
 
-def send(url: str, sender: Sender) -> None:
+def send_items(url: str, sender: Sender) -> None:
     headers = {"Authorization": f"Bearer {sender.token}", "Content-Type": "application/json"}
     for item in sender.items:
         for _ in range(3):  # a 500 closes the connection, on which the next request fails
@@ -164,7 +168,7 @@ def send(url: str, sender: Sender) -> None:
 
 
 @contextlib.contextmanager
-def stack() -> Iterator[Settings]:
+def start_stack() -> Iterator[Settings]:
     home = Path(tempfile.mkdtemp(prefix="poison-"))
     (home / "env.local").write_text("COTRAIN_ROUND_AFTER_REPORTS=0\n")
     env = {**os.environ, "COTRAIN_HOME": str(home)}
@@ -178,16 +182,16 @@ def stack() -> Iterator[Settings]:
 
 
 def run_round(operator: Client) -> RoundOut:
-    begun, training_round = time.monotonic(), operator.start_round(ROUND)
+    start, training_round = time.monotonic(), operator.start_round(ROUND)
     while (current := operator.round(training_round.id)).state == "running":
-        if time.monotonic() - begun > ROUND_LIMIT_S:
+        if time.monotonic() - start > ROUND_LIMIT_S:
             raise TimeoutError(f"round {current.number} is at {current.step} after {ROUND_LIMIT_S} s")
         time.sleep(1)
     print(f"round {current.number} {current.state}: {current.reason}; failed {current.failed_items}", file=sys.stderr)
     return current
 
 
-def records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
+def read_records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | None]]:
     """Return state and reason of every record, as its owner sees them."""
     outcomes: dict[str, tuple[str, str | None]] = {}
     for sender in senders:
@@ -213,36 +217,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--honest", type=int, default=3000)
     parser.add_argument("--hostile", type=int, default=300)
-    given = parser.parse_args()
-    begun = time.monotonic()
-    with stack() as settings, Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    with start_stack() as settings, Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
         base = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
         (settings.home / "rows.jsonl").write_bytes(dump_rows(base))
         operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose="base")
         first = run_round(operator)
         senders = [Sender(operator.add_contributor(f"sender-{n}").token) for n in range(CONTRIBUTORS)]
-        shuffled(senders, given.honest, given.hostile)
+        distribute_items(senders, arguments.honest, arguments.hostile)
         with ThreadPoolExecutor(CONTRIBUTORS) as pool:
-            list(pool.map(lambda sender: send(settings.portal_url, sender), senders))
-        print(f"sent after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+            list(pool.map(lambda sender: send_items(settings.portal_url, sender), senders))
+        print(f"sent after {time.monotonic() - start:.0f} s", file=sys.stderr)
         training_rounds = [run_round(operator) for _ in range(2)]
         promoted = [
             training_round.candidate_version or 0
             for training_round in training_rounds
             if training_round.state == "promoted"
         ]
-        seen = Seen(
+        results = Results(
             training_rounds=[first, *training_rounds],
             promoted=promoted,
-            records=records(senders, settings.portal_url),
-            told=notices(senders, settings.portal_url, len(promoted)),
+            records=read_records(senders, settings.portal_url),
+            num_notices=count_notices(senders, settings.portal_url, len(promoted)),
             page=httpx.get(settings.portal_url).text,
         )
-    lines = [*honest_lines(senders, seen), *hostile_lines(senders, seen)]
-    return 0 if show(*lines, line("poison/seconds", round(time.monotonic() - begun), "s")) else 1
+    lines = [*make_honest_lines(senders, results), *make_hostile_lines(senders, results)]
+    return 0 if show(*lines, line("poison/seconds", round(time.monotonic() - start), "s")) else 1
 
 
-def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
+def count_notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
     """Count the notices by report and version, after their number has stopped changing."""
     end, counts = time.monotonic() + 60, Counter[tuple[str, int]]()
     while True:
@@ -255,35 +259,35 @@ def notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple
         time.sleep(3)
 
 
-def honest_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
+def make_honest_lines(senders: list[Sender], results: Results) -> list[dict[str, Any]]:
     good = [item.record_id for sender in senders for item in sender.items if item.kind == "honest"]
-    states = Counter(seen.records.get(one, ("lost", None))[0] for one in good)
+    states = Counter(results.records.get(one, ("lost", None))[0] for one in good)
     decided = states["accepted"] + states["rejected"] + states["disputed"]
-    accepted = [one for one in good if seen.records.get(one, ("lost", None))[0] == "accepted"]
-    once = sum(all(seen.told[one, version] == 1 for version in seen.promoted) for one in accepted)
-    is_once = bool(seen.promoted) and once == len(accepted) and max(seen.told.values(), default=0) == 1
-    unit = f"of {len(accepted)} accepted reports, for each of {len(seen.promoted)} versions"
+    accepted = [one for one in good if results.records.get(one, ("lost", None))[0] == "accepted"]
+    once = sum(all(results.num_notices[one, version] == 1 for version in results.promoted) for one in accepted)
+    is_once = bool(results.promoted) and once == len(accepted) and max(results.num_notices.values(), default=0) == 1
+    unit = f"of {len(accepted)} accepted reports, for each of {len(results.promoted)} versions"
     return [
         line("poison/honest_decided", decided, f"of {len(good)} reports", goal="all", ok=decided == len(good)),
-        line("poison/honest_told_once", once, unit, goal="all", ok=is_once),
+        line("poison/honest_notified_once", once, unit, goal="all", ok=is_once),
     ]
 
 
-def hostile_lines(senders: list[Sender], seen: Seen) -> list[dict[str, Any]]:
+def make_hostile_lines(senders: list[Sender], results: Results) -> list[dict[str, Any]]:
     items = [item for sender in senders for item in sender.items]
     bad = [item for item in items if item.kind != "honest"]
-    explained = sum(is_explained(item, seen.records) for item in bad)
-    outcomes = Counter((item.kind, item.status, *seen.records.get(item.record_id, ("", ""))) for item in bad)
+    explained = sum(is_explained(item, results.records) for item in bad)
+    outcomes = Counter((item.kind, item.status, *results.records.get(item.record_id, ("", ""))) for item in bad)
     for (kind, status, state, reason), count in sorted(outcomes.items(), key=str):
         print(f"{count} x {kind}: {status} {state} {reason or ''}"[:200], file=sys.stderr)
     errors = sum(item.status >= 500 or item.status == 0 for item in items)
-    ended = sum(training_round.state in ("promoted", "rejected") for training_round in seen.training_rounds)
-    shown = seen.page.count(MARK)
-    of_rounds = f"of {len(seen.training_rounds)} rounds"
+    ended = sum(training_round.state in ("promoted", "rejected") for training_round in results.training_rounds)
+    shown = results.page.count(MARK)
+    of_rounds = f"of {len(results.training_rounds)} rounds"
     return [
         line("poison/hostile_explained", explained, f"of {len(bad)} items", goal="all", ok=explained == len(bad)),
         line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
-        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(seen.training_rounds)),
+        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(results.training_rounds)),
         line("poison/shown", shown, "hostile texts on the front page", goal="0", ok=shown == 0),
     ]
 

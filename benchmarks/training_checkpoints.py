@@ -37,7 +37,7 @@ RECIPE = Recipe(
     warmup_steps=1,
     precision="bf16",
 )
-BOUNDS, REPLICAS, SAVED = (0, 7, 12), 2, 20
+BOUNDS, REPLICAS, NUM_SAVES = (0, 7, 12), 2, 20
 ORDER = {"seed": 1}
 UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
 
@@ -52,10 +52,10 @@ def main() -> int:
     low, high = interval(stalls)
     deepspeed_s = statistics.median(saved["deepspeed_s"])
     stall = line(
-        "training stands still for a checkpoint",
+        "training blocked by a checkpoint",
         round(statistics.median(saved["stall_s"]), 4),
         "s",
-        "the same checkpoint written at once",
+        "blocking write of the same checkpoint",
         statistics.median(stalls),
         (low, high),
         "at most 0.05",
@@ -65,7 +65,7 @@ def main() -> int:
     beside = [stall / whole for stall, whole in zip(saved["stall_s"], saved["deepspeed_s"], strict=True)]
     show(
         line(
-            "training stands still, beside DeepSpeed's save, which neither syncs nor hashes",
+            "training blocked, compared with DeepSpeed's save, which neither syncs nor hashes",
             round(deepspeed_s, 3),
             "s, theirs",
             "DeepSpeed's save_checkpoint",
@@ -77,7 +77,7 @@ def main() -> int:
     ratios = [b / a["load_s"] for a, b in zip(ours, times, strict=True)]
     low, high = interval(ratios)
     resumed = line(
-        "going on with another plan",
+        "resuming with another plan",
         round(statistics.median(a["load_s"] for a in ours), 3),
         "s",
         "DeepSpeed's universal checkpoint",
@@ -103,17 +103,17 @@ def run_in_ranks(what: str, folder: Path) -> dict[str, Any]:
 
 def convert(folder: Path) -> dict[str, float]:
     """Run DeepSpeed's conversion as its documentation describes."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     script = deepspeed.checkpoint.ds_to_universal.__file__
     command = [sys.executable, script, "--input_folder", str(folder / "theirs" / "saved")]
     subprocess.run([*command, "--output_folder", str(folder / "theirs" / "universal")], capture_output=True, check=True)
-    return {"convert_s": time.perf_counter() - begun}
+    return {"convert_s": time.perf_counter() - start}
 
 
 def run_rank(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
     start_distributed(2)
-    {"save": save, "ours": resume_with_ours, "theirs": resume_with_universal}[what](folder)
+    {"save": measure_saves, "ours": resume_with_ours, "theirs": resume_with_universal}[what](folder)
     stop_distributed()
 
 
@@ -123,7 +123,7 @@ def make_engine(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
     return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **more})[0]
 
 
-def save(folder: Path) -> None:
+def measure_saves(folder: Path) -> None:
     """Train one step, so that there are moments; then write our checkpoints, asynchronous and blocking, and theirs."""
     engine = make_engine(BOUNDS, 1)
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
@@ -132,9 +132,9 @@ def save(folder: Path) -> None:
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     own, updates = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
-    for step in range(SAVED + 1):
+    for step in range(NUM_SAVES + 1):
         dist.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         store.save(step + 1, own, updates=updates)
         stalled = time.perf_counter()
         store.wait()
@@ -143,34 +143,34 @@ def save(folder: Path) -> None:
         engine.save_checkpoint(str(folder / "theirs"), tag="saved")
         dist.barrier()
         if step:  # the first maps the memory that the others copy into
-            times["stall_s"].append(stalled - begun)
-            times["whole_s"].append(done - begun)
+            times["stall_s"].append(stalled - start)
+            times["whole_s"].append(done - start)
             times["deepspeed_s"].append(time.perf_counter() - done)
     store.close()
-    write_answer(folder / "save.json", times)
+    write_figures(folder / "save.json", times)
 
 
 def resume_with_ours(folder: Path) -> None:
     engine = make_engine((0, MODEL.num_layers), REPLICAS)
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     dist.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     manifest = store.find_newest()
     assert manifest is not None
     read = functools.partial(store.load, manifest.step)
     restore_state(engine, MODEL.num_layers, read, manifest.updates)
     dist.barrier()
-    write_answer(folder / "ours.json", {"load_s": time.perf_counter() - begun, "sums": sum_states(engine)})
+    write_figures(folder / "ours.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
     store.close()
 
 
 def resume_with_universal(folder: Path) -> None:
     engine = make_engine((0, MODEL.num_layers), REPLICAS, checkpoint={"load_universal": True})
     dist.barrier()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     engine.load_checkpoint(str(folder / "theirs"), tag="universal", load_lr_scheduler_states=False)
     dist.barrier()
-    write_answer(folder / "theirs.json", {"load_s": time.perf_counter() - begun, "sums": sum_states(engine)})
+    write_figures(folder / "theirs.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
 
 
 def sum_states(engine: Any) -> list[float]:
@@ -185,9 +185,9 @@ def sum_states(engine: Any) -> list[float]:
     return [float(f"{value:.10g}") for value in total]
 
 
-def write_answer(file: Path, said: dict[str, Any]) -> None:
+def write_figures(file: Path, figures: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
-        file.write_text(json.dumps(said))
+        file.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ BOUNDS = (0, 4, 6)
 
 
 def main() -> int:
-    show_hashes(plans())
+    show_hashes(hash_plans())
     with tempfile.TemporaryDirectory() as name:
         parent, model, samples = make(Path(name) / "parent")
         for precision in ("fp32", "bf16"):
             recipe = dataclasses.replace(RECIPE, precision=precision, checkpoint_every=5)
             folder = run(Path(name) / precision, parent, model, samples, recipe)
-            show_hashes([(f"{precision}: {what}", sha) for what, sha in fingerprints(folder)])
+            show_hashes([(f"{precision}: {what}", sha) for what, sha in hash_run(folder)])
     return 0
 
 
@@ -45,7 +45,7 @@ def show_hashes(hashes: list[tuple[str, str]]) -> None:
     show(*({**line(name, None, "sha256"), "figure": sha} for name, sha in hashes))
 
 
-def plans() -> list[tuple[str, str]]:
+def hash_plans() -> list[tuple[str, str]]:
     """Return the hash of the JSON of some plans, by name."""
     recipe = Recipe(max_steps=100, learning_rate=1e-4, seq_len=4096, micro_batch_size=1, global_batch_size=96)
     small = Recipe(max_steps=100, learning_rate=1e-4, seq_len=128, micro_batch_size=2, global_batch_size=64)
@@ -57,7 +57,9 @@ def plans() -> list[tuple[str, str]]:
     return [
         (
             name,
-            sha256(json.dumps(make_plan(Workload.from_recipe(model, asked), pool).to_json(), sort_keys=True).encode()),
+            hash_bytes(
+                json.dumps(make_plan(Workload.from_recipe(model, asked), pool).to_json(), sort_keys=True).encode()
+            ),
         )
         for name, (model, asked, pool) in cases.items()
     ]
@@ -82,22 +84,22 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
     return folder
 
 
-def fingerprints(folder: RunFolder) -> list[tuple[str, str]]:
+def hash_run(folder: RunFolder) -> list[tuple[str, str]]:
     """Return the hashes of a run's losses, data, exported weights and the tensors of its checkpoints."""
     losses = [(row.metrics["train/loss"], row.metrics["train/grad_norm"]) for row in folder.read_metrics()]
     weights = load_file(folder.path / "export" / "model.safetensors")
     files = sorted(file for file in folder.data.rglob("*") if file.is_file())
     hashes = [
-        ("losses and norms", sha256(json.dumps(losses).encode())),
-        ("weights", sha256_of_tensors(weights)),
-        ("data", sha256(b"".join(file.read_bytes() for file in files))),
+        ("losses and norms", hash_bytes(json.dumps(losses).encode())),
+        ("weights", hash_tensors(weights)),
+        ("data", hash_bytes(b"".join(file.read_bytes() for file in files))),
     ]
     for checkpoint in sorted(folder.checkpoints.glob("step-*")):
-        hashes.append((f"tensors of {checkpoint.name}", sha256_of_tensors(tensors_in(checkpoint))))
+        hashes.append((f"tensors of {checkpoint.name}", hash_tensors(read_tensors(checkpoint))))
     return hashes
 
 
-def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Read every tensor of a checkpoint into memory, by its key."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -113,7 +115,7 @@ def tensors_in(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
     """Hash names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -122,7 +124,7 @@ def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sha256(data: bytes) -> str:
+def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
