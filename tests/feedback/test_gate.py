@@ -19,9 +19,9 @@ def other_accounts(session):
     return [add_contributor(session, new_id())[0] for _ in range(2)]
 
 
-def add_reports(session, who, prefix, count, later):
+def add_reports(session, contributor, prefix, count, later):
     """Submit and accept reports; return the ids of their cases."""
-    rows = [submit(session, who, f"{prefix} {n}", "7") for n in range(count)]
+    rows = [submit(session, contributor, f"{prefix} {n}", "7") for n in range(count)]
     accept_all(session, later)
     return [row.case_id for row in rows]
 
@@ -99,16 +99,18 @@ def test_reports_after_the_promotion_do_not_offset_regressions(session, reporter
 
 
 def test_regressions_of_two_accounts_count_each(session, other_accounts, later):
-    cases = [add_reports(session, who, f"of {who.id}", 1, later)[0] for who in other_accounts]
+    cases = [add_reports(session, contributor, f"of {contributor.id}", 1, later)[0] for contributor in other_accounts]
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert "reports that pass in the champion fail again: 2, of 2 account(s)" in decision.reasons
-    assert {entry.account for entry in decision.regressions_by_account} == {who.id for who in other_accounts}
+    assert {entry.account for entry in decision.regressions_by_account} == {
+        contributor.id for contributor in other_accounts
+    }
 
 
 def test_regression_of_a_case_shared_by_two_accounts_blocks_the_candidate(session, other_accounts, later):
-    (case,), (same,) = (add_reports(session, who, "shared", 1, later) for who in other_accounts)
+    (case,), (same,) = (add_reports(session, contributor, "shared", 1, later) for contributor in other_accounts)
     assert case == same
     promote(session, 1, passed=[])
     promote(session, 2, passed=[case], parent=1)
@@ -125,15 +127,19 @@ def test_regression_of_one_operator_report_blocks_the_candidate(session, reporte
 
 def test_round_lists_accounts_with_regressions_and_ignores_withdrawn_accounts(session, other_accounts, reporter, later):
     reporter.role = "operator"
-    cases = [case for who in other_accounts for case in add_reports(session, who, f"of {who.id}", 30, later)]
+    cases = [
+        case
+        for contributor in other_accounts
+        for case in add_reports(session, contributor, f"of {contributor.id}", 30, later)
+    ]
     promote(session, 1, passed=[])
     promote(session, 2, passed=cases, parent=1)
     decision = promote(session, 3, passed=[], parent=2)
     assert [len(entry.reports) for entry in decision.regressions_by_account] == [20, 20]
     lines = describe_regressions(decision)
-    assert len(lines) == 3 and all(who.name in "\n".join(lines[:2]) for who in other_accounts)
+    assert len(lines) == 3 and all(contributor.name in "\n".join(lines[:2]) for contributor in other_accounts)
     assert "30 reports fail again, 0 earlier ones pass now" in lines[0] and "cotrain withdraw account" in lines[2]
-    for who in other_accounts:
-        withdraw_account(session, reporter, who, "senseless", ["reports"])
+    for contributor in other_accounts:
+        withdraw_account(session, reporter, contributor, "senseless", ["reports"])
     training_round = session.scalars(select(Round).where(Round.candidate_version == 3)).one()
     assert gate.decide_promotion(session, training_round).regressions == ()

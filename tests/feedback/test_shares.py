@@ -51,8 +51,8 @@ def test_account_cannot_hold_out_more_than_the_share_of_other_accounts_prompts(
     rows = make_checked_rows("honest ", HONEST)
     submissions = [(reporter, rows), (attacker, make_variants(rows, answers))]
     uploads = {
-        who.id: upload(session, objects, who, owned_rows)
-        for who, owned_rows in (reversed(submissions) if is_first else submissions)
+        contributor.id: upload(session, objects, contributor, owned_rows)
+        for contributor, owned_rows in (reversed(submissions) if is_first else submissions)
     }
     _, snapshot = freeze_mixture(session, objects)
     trained = {row.key for row in parse_rows(snapshot)}
@@ -64,8 +64,8 @@ def test_account_cannot_hold_out_more_than_the_share_of_other_accounts_prompts(
 def test_share_of_prompts_is_held_out_regardless_of_the_uploading_account(session, objects, reporter, attacker):
     rows = [row for skill in load_skills(BASE_SKILLS) for row in skill.make_rows(300, seed=0)]
     half = len(rows) // 2
-    for who, part in ((reporter, rows[:half]), (attacker, rows[half:])):
-        upload(session, objects, who, part)
+    for contributor, part in ((reporter, rows[:half]), (attacker, rows[half:])):
+        upload(session, objects, contributor, part)
     roles = session.execute(select(DatasetRow.prompt_key, DatasetRow.role)).all()
     drawn = {prompt for prompt, role in roles if role == "held_out"}
     prompts = {row.prompt_key for row in rows if row.checker is not None and row.prompt}

@@ -115,7 +115,7 @@ def sessions(stack):
 
 
 @pytest.fixture(scope="module")
-def base(operator, stack, tmp_path_factory):
+def base_dataset(operator, stack, tmp_path_factory):
     """Upload a small base mixture for the first round."""
     rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
     stack.push(operator, tmp_path_factory.mktemp("rows"), rows, name="base", purpose="base")

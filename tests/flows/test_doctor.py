@@ -53,7 +53,7 @@ RESTORE_STATEMENTS = [
 
 
 @pytest.fixture(scope="module")
-def first_round(stack, operator, base):
+def first_round(stack, operator, base_dataset):
     """Return the first round, promoted; its version is served."""
     training_round = operator.start_round(SHORT)
     ended_round = stack.follow(operator, training_round)

@@ -32,7 +32,7 @@ def prefect(stack):
 
 
 @pytest.fixture
-def started_run(stack, operator, sessions, base):
+def started_run(stack, operator, sessions, base_dataset):
     """Start a round, and yield it and its run's folder when the ranks have started; cancel it afterwards."""
     training_round = operator.start_round(PARAMETERS)
     run_id = stack.until(lambda: find_run_id(sessions, training_round))

@@ -56,8 +56,8 @@ def ask_model(settings, prompts, version=VERSION):
     return [answer for batch in reproduce_answers(settings, prompts, version) for answer in batch]
 
 
-@pytest.mark.parametrize("later", [200, 413, 500])
-def test_intermittent_model_server_errors_are_retried(stores, later):
+@pytest.mark.parametrize("retry_status", [200, 413, 500])
+def test_intermittent_model_server_errors_are_retried(stores, retry_status):
     """A failed request is retried once, and the response of the retry counts."""
     requests = []
 
@@ -65,14 +65,16 @@ def test_intermittent_model_server_errors_are_retried(stores, later):
         request = Request(scope, receive)
         prompts = (await request.json())["prompt"]
         requests.append(prompts)
-        status = 500 if prompts != ["?"] and len(requests) % 2 else later if prompts != ["?"] else 200
+        status = 500 if prompts != ["?"] and len(requests) % 2 else retry_status if prompts != ["?"] else 200
         response = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
         await JSONResponse(response, status)(scope, receive, send)
 
     with serve_app(fail_every_other_request) as url:
         results = ask_model(stores.model_copy(update={"model_server_url": url}), ["j"])
     expected = {200: "a", 413: "too long", 500: "the model server fails on it: too long"}
-    assert [str(one) for one in results] == [expected[later]] and len(requests) == (4 if later == 500 else 2)
+    assert [str(one) for one in results] == [expected[retry_status]] and len(requests) == (
+        4 if retry_status == 500 else 2
+    )
 
 
 def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_server):

@@ -37,7 +37,7 @@ PROCESSES = {
 
 
 @pytest.fixture(scope="module")
-def champion(stack, operator, base):
+def champion(stack, operator, base_dataset):
     ended_round = stack.follow(operator, operator.start_round(FIRST_ROUND))
     assert ended_round.state == "promoted", ended_round.reason
 

@@ -139,10 +139,10 @@ def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
     assert all(heads <= status for status in open_to.values())
     assert all(OPERATOR_ROUTES.is_allowed(route.method, route.example()) for route in others["operator"])
     assert others["nobody"] == others["wrong password"] == set()
-    answering = {caller: status & routes for caller, status in open_to.items()}
-    assert answering["nobody"] == answering["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
-    assert answering["operator"] == list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES)
-    row = summarise("Prefect", len(http_routes), answering)
+    open_routes = {caller: status & routes for caller, status in open_to.items()}
+    assert open_routes["nobody"] == open_routes["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
+    assert open_routes["operator"] == list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES)
+    row = summarise("Prefect", len(http_routes), open_routes)
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
 

@@ -64,9 +64,9 @@ def make_account_checks(home):
     }  # fmt: skip
 
 
-def is_accepted(ask):
+def is_accepted(check):
     try:
-        ask()
+        check()
     except (psycopg.OperationalError, ClientError, httpx.HTTPStatusError, PortalError):
         return False
     return True
@@ -74,7 +74,7 @@ def is_accepted(ask):
 
 def find_refused_accounts(checks):
     """Return the names of the accounts whose secrets are refused."""
-    return {name for name, ask in checks.items() if not is_accepted(ask)}
+    return {name for name, check in checks.items() if not is_accepted(check)}
 
 
 def test_all_secrets_of_a_running_stack_are_rotated(stack):

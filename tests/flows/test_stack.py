@@ -28,7 +28,7 @@ SHORT = RoundParameters(max_steps=20, learning_rate=2e-3, replay_rows=200)
 
 
 @pytest.fixture(scope="module")
-def first_round(operator, stack, base):
+def first_round(operator, stack, base_dataset):
     """Return the base round, promoted; `test_kills` kills processes in each step of such rounds."""
     training_round = operator.start_round(SHORT)
     ended_round = stack.follow(operator, training_round)
@@ -117,15 +117,15 @@ def test_consumer_cannot_change_the_champion_alias(first_round, stack):
 
 def test_mlflow_assistant_is_forbidden_for_all_accounts(stack):
     settings = stack.settings
-    base = f"{settings.mlflow_url}/ajax-api/3.0/mlflow/assistant"
+    base_url = f"{settings.mlflow_url}/ajax-api/3.0/mlflow/assistant"
     for name, password in (
         ("consumer", settings.mlflow_consumer_password),
         (settings.mlflow_username, settings.mlflow_password),
     ):
         auth = (name, password.get_secret_value())
-        assert httpx.put(f"{base}/config", json={"providers": {}}, auth=auth).status_code == 403
-        assert httpx.post(f"{base}/message", json={"message": "id"}, auth=auth).status_code == 403
-    assert httpx.get(f"{base}/config").status_code == 401
+        assert httpx.put(f"{base_url}/config", json={"providers": {}}, auth=auth).status_code == 403
+        assert httpx.post(f"{base_url}/message", json={"message": "id"}, auth=auth).status_code == 403
+    assert httpx.get(f"{base_url}/config").status_code == 401
 
 
 def test_openai_client_works_through_the_portal(first_round, stack, operator):

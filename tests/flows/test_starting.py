@@ -91,9 +91,9 @@ def test_keeper_that_exits_at_start_is_reported_immediately_with_its_log_tail(tm
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "keeper.log").write_text("of an earlier start\n")
     (tmp_path / "env").mkdir()  # a folder at the path of a file that the keeper writes
-    began = time.monotonic()
+    start = time.monotonic()
     result = run_cotrain("up", home=tmp_path)
-    assert result.returncode == 1 and time.monotonic() - began < 30
+    assert result.returncode == 1 and time.monotonic() - start < 30
     assert f"the keeper ended with status 1; {tmp_path / 'logs' / 'keeper.log'} ends with" in result.stderr
     assert "IsADirectoryError" in result.stderr.splitlines()[-1] and "of an earlier start" not in result.stderr
 

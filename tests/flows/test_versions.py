@@ -105,10 +105,10 @@ def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlf
     run_id = record_version(version)
     add_case(context)
     context.tracker.client.delete_model_version("yuan", str(context.tracker.require_number(version)))
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with pytest.raises(VersionLost, match=f"v{version} is missing from the registry; `cotrain doctor` says how"):
         evaluate.evaluate_version(context, version)
-    assert time.monotonic() - begun < 5 and list((tmp_path / "scratch").iterdir()) == []
+    assert time.monotonic() - start_time < 5 and list((tmp_path / "scratch").iterdir()) == []
     assert fetch_version(context, version, tmp_path / "target").name == "model"
     (tmp_path / "eval").mkdir()
     evaluation = evaluate.evaluate_version(context, version, tmp_path / "eval")

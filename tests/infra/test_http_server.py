@@ -85,9 +85,9 @@ def test_requests_are_served_with_more_unfinished_requests_than_the_open_file_li
     for _ in range(3 * OPEN_FILES // BURST):
         for _ in range(BURST):
             dial(data, receive_bytes=4096)
-        began = time.monotonic()
+        start_time = time.monotonic()
         assert client.get("/health").text == "ok"
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start_time)
     assert max(seconds) < 2
     assert log.stat().st_size < 2000 and "all 150 connections are in use" in log.read_text()
 
@@ -117,9 +117,9 @@ def open_slow_connections(dial):
 
 
 def test_incomplete_request_head_times_out(dial):
-    began, ended = time.monotonic(), {}
+    start_time, ended = time.monotonic(), {}
     slow = open_slow_connections(dial)
-    while len(ended) < len(slow) and time.monotonic() - began < 5 * HEAD_LIMIT_S:
+    while len(ended) < len(slow) and time.monotonic() - start_time < 5 * HEAD_LIMIT_S:
         for name in slow.keys() - ended.keys():
             connection, piece = slow[name]
             try:
@@ -131,7 +131,7 @@ def test_incomplete_request_head_times_out(dial):
             except ConnectionError:
                 is_open = False
             if not is_open:
-                ended[name] = time.monotonic() - began
+                ended[name] = time.monotonic() - start_time
     assert ended.keys() == slow.keys()
     assert all(0.9 * HEAD_LIMIT_S < seconds < 2.5 * HEAD_LIMIT_S for seconds in ended.values()), ended
 

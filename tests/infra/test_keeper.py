@@ -274,8 +274,8 @@ def test_server_that_uses_cpu_is_busy_and_not_hung(error, busy_seconds, is_resta
         monitor = LivenessMonitor(liveness, lambda: measure_cpu_demand_s(process.pid))
         try:
             assert monitor.check() is None
-            began = measure_cpu_demand_s(process.pid)
-            until(lambda: measure_cpu_demand_s(process.pid) > began + 0.2)
+            demand_before_s = measure_cpu_demand_s(process.pid)
+            until(lambda: measure_cpu_demand_s(process.pid) > demand_before_s + 0.2)
             assert (monitor.check() is not None) == is_restarted
         finally:
             process.kill()

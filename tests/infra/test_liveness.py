@@ -37,6 +37,6 @@ def test_rank_exits_when_its_supervisor_is_killed(rank, tmp_path):
 def test_rank_exits_immediately_when_parent_heartbeats_end(rank, tmp_path):
     with send_parent_heartbeats(tmp_path / "alive"):
         pass
-    begun = time.monotonic()
+    start = time.monotonic()
     assert rank.wait(10) == EXIT_TEMPORARY_FAILURE
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - start < 5

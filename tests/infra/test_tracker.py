@@ -15,8 +15,8 @@ def test_tracker_with_short_timeout_does_not_wait_for_minutes(stores):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         tracker = Tracker(stores.model_copy(update={"mlflow_url": url}))
-        begun = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(MlflowException, match="read timeout"), tracker.use_short_timeout():
             tracker.log("0" * 32, [(1, {"train/loss": 1.0})])
-    assert time.monotonic() - begun < 10 * SHORT_REQUEST_TIMEOUT_S
+    assert time.monotonic() - start < 10 * SHORT_REQUEST_TIMEOUT_S
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
