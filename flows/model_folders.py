@@ -1,7 +1,7 @@
 """Find the model folder of a version: on this machine, or in the registry."""
 
-import contextlib
 import json
+import re
 from pathlib import Path
 
 from flows.context import Context, open_context
@@ -16,9 +16,9 @@ def resolve_version(tracker: Tracker, version: str) -> int:
     """Resolve 7, v7 or an alias to a version number.
 
     Raises:
-        ValueError: if there is no such alias; the message lists the existing ones.
+        ValueError: if there is no such alias, whose message lists the existing ones, or the number is too long.
     """
-    with contextlib.suppress(ValueError):
+    if re.fullmatch("v?[0-9]+", version):
         return parse_version_number(version)
     aliases = tracker.read_aliases()
     if version not in aliases:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import settings
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from feedback import rounds
@@ -106,7 +106,8 @@ def objects(stores):
 def first_version(engine):
     """Return the version that reports refer to: number 1, registered by a finished training round."""
     with make_session_factory(engine).begin() as session:
-        training_round = Round(number=1, requested_by="test", parameters={}, state="promoted")
+        number = (session.scalar(select(func.max(Round.number))) or 0) + 1  # tests before may have committed rounds
+        training_round = Round(number=number, requested_by="test", parameters={}, state="promoted")
         session.add(training_round)
         session.flush()
         rounds.add_version(session, training_round.id, 1, ModelManifest({}, {}))

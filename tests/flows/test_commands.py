@@ -127,7 +127,7 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
         (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
-        (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version must be a number"),
+        (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version must be 7 or v7"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "1"], 2, "a correction needs expected"),
         (["round", "status"], 1, "run `cotrain up`"),
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
