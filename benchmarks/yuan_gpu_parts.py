@@ -15,6 +15,7 @@ import torch
 from pairs import line, show
 from torch import Tensor
 from torch.nn import functional as F
+from yuan_gpu import wait_for_device
 
 from yuan.config import ModelConfig, tiny, yuan_2b
 from yuan.model.attention_inputs import make_packed_inputs
@@ -103,11 +104,6 @@ def show_part(name: str, part: Part, device: torch.device) -> None:
         if call >= WARM_CALLS:
             seconds.append(time.perf_counter() - begun)
     show(line(name, round(1000 * statistics.median(seconds), 2), "ms"))
-
-
-def wait_for_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

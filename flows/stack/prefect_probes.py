@@ -3,7 +3,7 @@
 Prefect is queried over HTTP, since importing its library takes longer than all probes together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from infra.settings import FlowSettings
 # Subjects of findings: those of a probe, and of Prefect if it does not answer the probe.
 FLOW_RUN_SUBJECT, RUNNING_ROUND_SUBJECT = "a flow run that starts", "the running round"
 REPRODUCTION_SUBJECT = "the last processing of reports"
+RESUME_FIX, WORKER_LOG_FIX = "switch it on at its page in Prefect", "see `cotrain logs worker`"
 
 
 @dataclass(frozen=True)
@@ -57,70 +58,49 @@ def _parse_time(text: str | None) -> datetime | None:
 
 def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
     """Check that Prefect has its database, an online worker and active deployments, and starts due runs."""
-    found: list[Finding] = []
     with open_prefect_client(settings) as http:
         if http.get("/ready").status_code != 200:
-            return [
-                Finding(FLOW_RUN_SUBJECT, fault="Prefect's database does not answer", fix="see `cotrain logs postgres`")
-            ]
+            fault, fix = "Prefect's database does not answer", "see `cotrain logs postgres`"
+            return [Finding(FLOW_RUN_SUBJECT, fault=fault, fix=fix)]
         newest = fetch_newest_flow_run(http, {"start_time": {"is_null_": False}}, "START_TIME_DESC")
         started = newest.started_at if newest else None
-        deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
-        if not deployments:
-            fix = "the dispatcher registers them; see `cotrain logs dispatcher`"
-            return [
-                Finding(FLOW_RUN_SUBJECT, succeeded_at=started, fault="Prefect knows no deployment of ours", fix=fix)
-            ]
-        for one in deployments:
-            if one["paused"]:
-                fix = "switch it on at its page in Prefect"
-                found.append(
-                    Finding(
-                        FLOW_RUN_SUBJECT,
-                        succeeded_at=started,
-                        fault=f"the deployment {one['name']} is paused in Prefect",
-                        fix=fix,
-                    )
-                )
-        pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
-        if pool["is_paused"]:
-            fix = "switch it on at its page in Prefect"
-            found.append(
-                Finding(
-                    FLOW_RUN_SUBJECT,
-                    succeeded_at=started,
-                    fault=f"the work pool {WORK_POOL_NAME} is paused in Prefect",
-                    fix=fix,
-                )
-            )
-        if (limit := pool["concurrency_limit"]) is not None:
-            where = f"the work pool {WORK_POOL_NAME} in Prefect"
-            fault = f"{where} has a concurrency limit of {limit}, beyond which no flow run starts"
-            fix = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
-            found.append(Finding(FLOW_RUN_SUBJECT, succeeded_at=started, fault=fault, fix=fix))
-        workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
-        if not any(worker["status"] == "ONLINE" for worker in workers):
-            fix = "see `cotrain logs worker`"
-            found.append(
-                Finding(
-                    FLOW_RUN_SUBJECT,
-                    succeeded_at=started,
-                    fault="no worker is online, so that no flow run starts",
-                    fix=fix,
-                )
-            )
-        due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
-        which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
-        if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
-            found.append(
-                Finding(
-                    FLOW_RUN_SUBJECT,
-                    succeeded_at=started,
-                    fault=f"flow run {late.name} waits since {late.expected_at:%F %T}",
-                    fix="see `cotrain logs worker`",
-                )
-            )
-    return found or [Finding(FLOW_RUN_SUBJECT, succeeded_at=started)]
+        faults = list(_find_start_faults(http))
+    findings = [Finding(FLOW_RUN_SUBJECT, succeeded_at=started, fault=fault, fix=fix) for fault, fix in faults]
+    return findings or [Finding(FLOW_RUN_SUBJECT, succeeded_at=started)]
+
+
+def _find_start_faults(http: httpx.Client) -> Iterator[tuple[str, str]]:
+    """Yield what keeps flow runs from starting: faults and their fixes."""
+    deployments = http.post("/deployments/filter", json={}).raise_for_status().json()
+    if not deployments:
+        yield (
+            "Prefect has no deployment of this platform",
+            "the dispatcher registers them; see `cotrain logs dispatcher`",
+        )
+        return
+    for deployment in deployments:
+        if deployment["paused"]:
+            yield f"the deployment {deployment['name']} is paused in Prefect", RESUME_FIX
+    yield from _find_pool_faults(http)
+
+    due = (get_utc_now() - timedelta(seconds=LATE_AFTER_S)).isoformat()
+    which = {"state": {"type": {"any_": ["SCHEDULED", "PENDING"]}}, "expected_start_time": {"before_": due}}
+    if late := fetch_newest_flow_run(http, which, "EXPECTED_START_TIME_DESC"):
+        yield f"flow run {late.name} waits since {late.expected_at:%F %T}", WORKER_LOG_FIX
+
+
+def _find_pool_faults(http: httpx.Client) -> Iterator[tuple[str, str]]:
+    """Yield the faults of the work pool and its workers, and their fixes."""
+    pool = http.get(f"/work_pools/{WORK_POOL_NAME}").raise_for_status().json()
+    if pool["is_paused"]:
+        yield f"the work pool {WORK_POOL_NAME} is paused in Prefect", RESUME_FIX
+    if (limit := pool["concurrency_limit"]) is not None:
+        where = f"the work pool {WORK_POOL_NAME} in Prefect"
+        fix = "the dispatcher takes it back within five minutes; see `cotrain logs dispatcher`"
+        yield f"{where} has a concurrency limit of {limit}, beyond which no flow run starts", fix
+    workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
+    if not any(worker["status"] == "ONLINE" for worker in workers):
+        yield "no worker is online, so that no flow run starts", WORKER_LOG_FIX
 
 
 def probe_running_round(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
@@ -158,16 +138,8 @@ def probe_last_reproduction(settings: FlowSettings, facts: PlatformFacts) -> lis
         f"{facts.num_reports_waiting} reports wait, and the last run of {REPRODUCE_FLOW} failed: {run.state.message}"
     )
     fix = "the dispatcher retries within two minutes; see `cotrain logs flows`"
-    is_first = facts.last_reproduction is None
-    return [
-        Finding(
-            REPRODUCTION_SUBJECT,
-            succeeded_at=facts.last_reproduction,
-            fault=fault,
-            fix=fix,
-            never=is_first,
-        )
-    ]
+    at = facts.last_reproduction
+    return [Finding(REPRODUCTION_SUBJECT, succeeded_at=at, fault=fault, fix=fix, never=at is None)]
 
 
 def open_prefect_client(settings: FlowSettings) -> httpx.Client:
