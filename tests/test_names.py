@@ -39,6 +39,15 @@ def test_no_two_modules_have_one_name():
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """A file's name in a failure or an import identifies it; pytest itself requires the name `conftest`."""
+    places = defaultdict(list)
+    for file in (ROOT / "tests").rglob("*.py"):
+        if file.stem != "conftest":
+            places[file.stem].append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_no_two_classes_or_constants_have_one_name():
     places = defaultdict(set)
     for file in list_modules():

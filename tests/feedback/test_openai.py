@@ -20,7 +20,7 @@ from feedback.api.app import make_app
 from infra.database import make_session_factory
 from tests.serving import serve_app
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, make_served_model, read_metric, serve_model
+from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.data.text import make_storable
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService

@@ -12,7 +12,7 @@ from feedback import rounds
 from feedback.api.app import make_app
 from infra.database import make_session_factory
 from tests.serving import serve_app
-from tests.yuan.serving import TOKEN, make_served_model, serve_model
+from tests.yuan.model_server import TOKEN, make_served_model, serve_model
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
 
@@ -41,7 +41,7 @@ def run_schemathesis(portal_url, headers, scratch, examples, *options):
     """Run schemathesis over all operations, with every check, and return its report."""
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG, "run", f"{portal_url}/openapi.json"]
     command += ["--max-examples", examples, "--seed", SEED, "--header", f"Authorization: {headers['Authorization']}"]
-    environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(CONFIG.with_name("exploring.py"))}
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(CONFIG.with_name("schemathesis_hooks.py"))}
     result = subprocess.run(
         [*map(str, command), *options], cwd=scratch, env=environment, capture_output=True, text=True, check=False
     )

@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from tests.yuan.serving import make_served_model
+from tests.yuan.model_server import make_served_model
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, WINDOW, make_served_model, read_metric, serve_model
+from tests.yuan.model_server import TOKEN, WINDOW, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import MAX_MODEL_CALL_BYTES

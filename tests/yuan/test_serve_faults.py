@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, make_served_model, read_metric, serve_model
+from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
 from yuan.generate.sampling import Sampling

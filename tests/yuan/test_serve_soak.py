@@ -16,7 +16,7 @@ import torch
 
 from infra.process_group import find_free_port
 from tests.waiting import until
-from tests.yuan.serving import TOKEN, make_served_model, read_metric
+from tests.yuan.model_server import TOKEN, make_served_model, read_metric
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
 
@@ -31,7 +31,9 @@ INVALID = ({"prompt": "a\0"}, {"prompt": "a", "n": 0}, {"prompt": [10**6]}, {"to
 def server():
     """Run a model server as a process; yield its pid and URL."""
     port = find_free_port()
-    process = subprocess.Popen([sys.executable, "-m", "tests.yuan.serving", str(port)], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.yuan.model_server", str(port)], cwd=Path(__file__).parents[2]
+    )
     url = f"http://127.0.0.1:{port}"
     until(lambda: process.poll() is not None or is_healthy(url))
     yield process.pid, url

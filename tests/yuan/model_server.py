@@ -1,4 +1,4 @@
-"""Helpers that serve a small model; `python -m tests.yuan.serving PORT` runs the model server as a process."""
+"""Helpers that serve a small model; `python -m tests.yuan.model_server PORT` runs the model server as a process."""
 
 import sys
 
