@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from infra.http_server import make_server_options
-from tests.waiting import until
+from tests.waiting import wait_until
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def serve_app(app):
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until(lambda: server.started)
+        wait_until(lambda: server.started)
         host, port = server.servers[0].sockets[0].getsockname()
         yield f"http://{host}:{port}"
     finally:

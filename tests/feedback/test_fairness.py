@@ -12,7 +12,7 @@ from feedback.api.app import make_app
 from feedback.tables import new_id
 from infra.database import make_session_factory, open_engine
 from tests.serving import serve_app
-from tests.waiting import until
+from tests.waiting import wait_until
 
 CONNECTIONS, FLOOD = 16, 40
 
@@ -53,7 +53,7 @@ def test_others_are_served_while_one_account_floods_the_portal_with_slow_request
     with ThreadPoolExecutor(FLOOD) as callers:
         with lock_table(engine, "outbox"):
             flood = [callers.submit(ask, "notices", account.headers) for _ in range(FLOOD)]
-            until(lambda: count_waiting_queries(engine, "outbox") >= CONNECTIONS // 4)
+            wait_until(lambda: count_waiting_queries(engine, "outbox") >= CONNECTIONS // 4)
             assert all(ask("datasets", other_headers) == 200 for _ in range(20))
             assert httpx.get(url, timeout=60).status_code == 200
             assert not any(request.done() for request in flood)
@@ -65,7 +65,7 @@ def test_requests_without_a_token_share_one_connection_limit(engine, url, accoun
     with ThreadPoolExecutor(FLOOD) as callers:
         with lock_table(engine, "promotion"):  # the front page names the champion
             flood = [callers.submit(httpx.get, url, timeout=60) for _ in range(FLOOD)]
-            until(lambda: count_waiting_queries(engine, "promotion") >= CONNECTIONS // 4)
+            wait_until(lambda: count_waiting_queries(engine, "promotion") >= CONNECTIONS // 4)
             assert httpx.get(f"{url}/api/v1/feedback", headers=account.headers, timeout=60).status_code == 200
             assert not any(request.done() for request in flood)
         assert {one.result().status_code for one in flood} == {200}
@@ -82,7 +82,7 @@ def test_requests_with_unknown_tokens_share_one_connection_limit(engine, url, ac
     with ThreadPoolExecutor(FLOOD) as callers:
         with lock_table(engine, "promotion"):
             flood = [callers.submit(ask, number) for number in range(FLOOD)]
-            until(lambda: count_waiting_queries(engine, "promotion") >= CONNECTIONS // 4)
+            wait_until(lambda: count_waiting_queries(engine, "promotion") >= CONNECTIONS // 4)
             assert list_feedback(account.headers) == 200
             assert list_feedback(other_headers) == 200  # also for an account whose token the portal has not seen before
             assert not any(request.done() for request in flood)

@@ -19,7 +19,7 @@ from feedback.api import openai
 from feedback.api.app import make_app
 from infra.database import make_session_factory
 from tests.serving import serve_app
-from tests.waiting import until
+from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.data.text import make_storable
 from yuan.serve.metrics import ModelServerMetrics
@@ -225,10 +225,10 @@ def test_stream_disconnect_stores_the_sent_choices_once_and_frees_the_batch_rows
     with portal_http.stream("POST", COMPLETIONS, json=body, headers=account.headers) as response:
         lines = response.iter_lines()
         first = json.loads(next(lines).removeprefix("data: "))
-    stored = until(lambda: read_responses(engine, account))
+    stored = wait_until(lambda: read_responses(engine, account))
     assert first["choices"][0]["response_id"] in stored and len(stored) <= 2
     with httpx.Client(base_url=model_url, headers={"Authorization": f"Bearer {TOKEN}"}) as http:
-        until(lambda: read_metric(http, "yuan_running") == 0)
+        wait_until(lambda: read_metric(http, "yuan_running") == 0)
 
 
 @pytest.mark.parametrize("name", ["EVENT_SEND_TIMEOUT_S", "STREAM_TIMEOUT_S"])

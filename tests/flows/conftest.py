@@ -25,7 +25,7 @@ from infra.database import make_session_factory, open_engine
 from infra.keeper import find_stack_pids
 from infra.keeper_state import read_service_states
 from infra.settings import Settings
-from tests.waiting import until
+from tests.waiting import wait_until
 from tests.yuan.runs import prepare_run
 from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
@@ -69,13 +69,13 @@ class Stack:
                     pids.append(pid)
         return pids
 
-    until = staticmethod(until)
+    wait_until = staticmethod(wait_until)
 
     @classmethod
     def follow(cls, client, training_round):
         """Wait until a round has ended."""
-        return cls.until(
-            lambda: (r := client.round(training_round.id)).state != "running" and r, seconds=200, pause=0.5
+        return cls.wait_until(
+            lambda: (r := client.round(training_round.id)).state != "running" and r, timeout_s=200, pause_s=0.5
         )
 
     @staticmethod

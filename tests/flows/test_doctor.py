@@ -58,7 +58,7 @@ def first_round(stack, operator, base_dataset):
     training_round = operator.start_round(SHORT)
     ended_round = stack.follow(operator, training_round)
     assert ended_round.state == "promoted", ended_round.reason
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1)
     return ended_round
 
 
@@ -122,7 +122,7 @@ def test_postgresql_connection_exhaustion_is_reported_and_restarts_nothing(first
             connections.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(startup_message)
         assert "all connections of PostgreSQL are in use: " in read_faults(stack)
         assert httpx.get(stack.settings.portal_url).status_code == 200
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=60, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, timeout_s=60, pause_s=1)
     assert {name: state.restarts for name, state in read_service_states(stack.home).items()} == before
 
 
@@ -137,7 +137,7 @@ def test_prompt_that_fails_processing_appears_in_no_log_state_or_page(
         with sessions() as session:
             return session.scalar(select(Round.attempt).where(Round.id == training_round.id)) > 1
 
-    stack.until(is_retried)
+    stack.wait_until(is_retried)
     operator.cancel_round(training_round.id)
     logs = {file.name: file.read_text(errors="replace") for file in (stack.home / "logs").iterdir()}
     shown = {path: read_pages(prefect, path) for path in ("/logs/filter", "/flow_runs/filter", "/task_runs/filter")}
@@ -160,7 +160,7 @@ def read_pages(prefect, path):
 def test_version_deleted_in_mlflow_is_reported_and_restored(first_round, stack, operator, sessions, tmp_path):
     mlflow = make_mlflow_client(stack)
     mlflow.delete_model_version("yuan", "1")
-    faults = stack.until(lambda: (f := read_faults(stack)) and "cannot update aliases" in f and f, pause=1)
+    faults = stack.wait_until(lambda: (f := read_faults(stack)) and "cannot update aliases" in f and f, pause_s=1)
     with sessions() as session:
         run_id = session.get_one(ModelVersion, 1).run_id
     export = stack.home / "runs" / run_id / "export"
@@ -168,7 +168,7 @@ def test_version_deleted_in_mlflow_is_reported_and_restored(first_round, stack, 
     assert f"cotrain register {export} --version 1" in faults
     assert "v1, the champion, is missing" in read_faults(stack, "status")
     training_round = operator.start_round(SHORT)  # other functions still work
-    stack.until(lambda: operator.round(training_round.id).timeline)
+    stack.wait_until(lambda: operator.round(training_round.id).timeline)
     operator.cancel_round(training_round.id)
 
     other = shutil.copytree(export, tmp_path / "export")
@@ -185,9 +185,9 @@ def test_version_deleted_in_mlflow_is_reported_and_restored(first_round, stack, 
         output = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
     assert sorted(one["registered"] for one in output) == [False, False, True]
     assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
-    stack.until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
+    stack.wait_until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
     assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow does not reuse numbers
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1)
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_files_missing_from_the_store_are_reported_and_restored(first_round, sta
     status, output = stack.cotrain("export", "1", "--out", str(tmp_path / "out"))
     assert status == 1 and "the files of v1 are missing" in output and "Traceback" not in output
     assert stack.cotrain("register", str(export), "--version", "1", check=True)[1]["registered"]
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1)
     stack.cotrain("export", "1", "--out", str(tmp_path / "out"), check=True)
 
 
@@ -250,7 +250,7 @@ def test_failed_reproduction_run_is_reported_while_reports_wait(first_round, sta
     prefect.post(f"/deployments/{deployment}/create_flow_run", json=failed).raise_for_status()
     contributor.submit(FeedbackIn(kind="correction", prompt="p q r", response="?", model_version=1, expected="r q p"))
     assert "the last run of cotrain-reproduce failed: it was refused" in read_faults(stack)
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1, seconds=200)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1, timeout_s=200)
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_hung_server_is_reported_and_does_not_block_other_probes(first_round, st
             os.killpg(group, signal.SIGCONT)
     assert status == 1 and any(service in fault["fault"] for fault in output["faults"])
     assert {finding["what"]: finding["state"] for finding in output["findings"]}["an object put and read"] == "ok"
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1)
 
 
 def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():

@@ -13,7 +13,7 @@ from prefect.logging.handlers import APILogHandler
 from flows.dispatcher.attempts import has_live_process
 from flows.dispatcher.flow_process import StorableRecord
 from flows.prefect_gate.body_rules import parse_request_body
-from tests.waiting import until
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud83db"], ids=["U+0000", "half a character"])
@@ -35,7 +35,7 @@ def test_flow_run_is_alive_while_a_process_with_its_pid_and_id_is_running():
     with subprocess.Popen(command) as process:
         try:
             run = SimpleNamespace(id="a-run", infrastructure_pid=str(process.pid))
-            until(lambda: has_live_process(run))  # a process has no command line directly after its start
+            wait_until(lambda: has_live_process(run))  # a process has no command line directly after its start
             for other in ({"id": "another-run"}, {"infrastructure_pid": None}, {"infrastructure_pid": "host:1"}):
                 assert not has_live_process(SimpleNamespace(**vars(run) | other))
         finally:

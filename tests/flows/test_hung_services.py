@@ -27,7 +27,7 @@ def hang(stack, name):
 
 @pytest.mark.slow
 def test_only_hung_services_are_restarted(stack):
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, pause_s=1)
     start = count_restarts(stack)
     hang(stack, SLOWEST)
     for group in GROUPS:
@@ -35,12 +35,12 @@ def test_only_hung_services_are_restarted(stack):
         for name in group:
             hang(stack, name)
         for name in group:
-            state = stack.until(
-                lambda name=name, before=before: get_restarted_state(stack, name, before), seconds=400, pause=0.5
+            state = stack.wait_until(
+                lambda name=name, before=before: get_restarted_state(stack, name, before), timeout_s=400, pause_s=0.5
             )
             assert "it is not alive" in state.restart_reason, name
         expected = {name: count + (name in group) for name, count in before.items()}
         assert {**count_restarts(stack), SLOWEST: 0} == expected
-    state = stack.until(lambda: get_restarted_state(stack, SLOWEST, start), seconds=600, pause=1)
+    state = stack.wait_until(lambda: get_restarted_state(stack, SLOWEST, start), timeout_s=600, pause_s=1)
     assert "no heartbeat" in state.restart_reason
-    stack.until(lambda: stack.cotrain("doctor")[0] == 0, seconds=200, pause=1)
+    stack.wait_until(lambda: stack.cotrain("doctor")[0] == 0, timeout_s=200, pause_s=1)

@@ -35,20 +35,20 @@ def prefect(stack):
 def started_run(stack, operator, sessions, base_dataset):
     """Start a round, and yield it and its run's folder when the ranks have started; cancel it afterwards."""
     training_round = operator.start_round(PARAMETERS)
-    run_id = stack.until(lambda: find_run_id(sessions, training_round))
+    run_id = stack.wait_until(lambda: find_run_id(sessions, training_round))
     folder = RunFolder(stack.home / "runs" / run_id)
-    stack.until(lambda: len(read_heartbeats(folder.path)) == 2, pause=0.01)
+    stack.wait_until(lambda: len(read_heartbeats(folder.path)) == 2, pause_s=0.01)
     yield training_round, folder
     if operator.round(training_round.id).state == "running":
         operator.cancel_round(training_round.id)
-    stack.until(lambda: not find_rank_pids(stack))
+    stack.wait_until(lambda: not find_rank_pids(stack))
 
 
 @pytest.fixture
 def checkpointed_run(stack, started_run):
     """Return a started round and its run's folder once the run has two checkpoints to resume from."""
     _, folder = started_run
-    stack.until(lambda: len(list(folder.checkpoints.glob("step-*/manifest.json"))) > 1)
+    stack.wait_until(lambda: len(list(folder.checkpoints.glob("step-*/manifest.json"))) > 1)
     return started_run
 
 
@@ -102,7 +102,7 @@ def list_ending_kinds(folder):
 
 
 def check_run_finishes(stack, folder):
-    stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
+    stack.wait_until(lambda: (folder.export / "manifest.json").exists(), timeout_s=240)
     assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
 
 
@@ -119,10 +119,10 @@ def test_cancelling_in_prefect_cancels_the_round_and_stops_its_ranks(
     if "flow" in lost:
         kill_flow(stack)
     try:
-        ended_round = stack.until(lambda: (r := operator.round(training_round.id)).state != "running" and r)
+        ended_round = stack.wait_until(lambda: (r := operator.round(training_round.id)).state != "running" and r)
         assert (ended_round.state, ended_round.reason) == ("cancelled", "cancelled in Prefect")
-        stack.until(lambda: not find_rank_pids(stack))
-        stack.until(lambda: not list_open_leases(sessions))
+        stack.wait_until(lambda: not find_rank_pids(stack))
+        stack.wait_until(lambda: not list_open_leases(sessions))
     finally:
         if lost:
             os.kill(stack.pid("worker"), signal.SIGCONT)
@@ -138,13 +138,13 @@ def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(star
 
 def test_run_with_a_lost_disk_resumes_from_the_object_store(checkpointed_run, stack, sessions):
     _, folder = checkpointed_run
-    stack.until(lambda: any(isinstance(event, CheckpointStoredEvent) for event in folder.read_events()))
+    stack.wait_until(lambda: any(isinstance(event, CheckpointStoredEvent) for event in folder.read_events()))
     step = max(event.step for event in folder.read_events() if isinstance(event, CheckpointStoredEvent))
     kill_flow(stack)
     shutil.rmtree(folder.path, ignore_errors=True)
-    stack.until(lambda: not find_rank_pids(stack))
+    stack.wait_until(lambda: not find_rank_pids(stack))
     shutil.rmtree(folder.path, ignore_errors=True)
-    stack.until(lambda: (folder.export / "manifest.json").exists(), seconds=240)
+    stack.wait_until(lambda: (folder.export / "manifest.json").exists(), timeout_s=240)
     first = folder.read_metrics()[0].step
     assert first > step  # resumed from this checkpoint or a later one, not from the start
-    stack.until(lambda: not list_open_leases(sessions))
+    stack.wait_until(lambda: not list_open_leases(sessions))

@@ -88,7 +88,7 @@ def test_ports_stay_bound_and_requests_wait_while_servers_restart(stack):
         try:
             for name in urls:
                 stack.kill(name)
-            stack.until(lambda: all(count_restarts(stack)[name] == 1 for name in urls))
+            stack.wait_until(lambda: all(count_restarts(stack)[name] == 1 for name in urls))
             responses = {name: threads.submit(httpx.get, url, timeout=120) for name, url in urls.items()}
             statuses = {name: response.result().status_code for name, response in responses.items()}
         finally:
@@ -101,7 +101,7 @@ def test_ports_stay_bound_and_requests_wait_while_servers_restart(stack):
         services = read_service_states(stack.home)
         return services if all(services[n].state == "ready" and services[n].pid != before[n] for n in urls) else None
 
-    stack.until(get_states_if_all_restarted, seconds=120)
+    stack.wait_until(get_states_if_all_restarted, timeout_s=120)
     assert {name: count_restarts(stack)[name] for name in urls} == dict.fromkeys(urls, 1)
 
 
@@ -136,7 +136,7 @@ def test_down_finds_the_keeper_by_its_state_file_when_the_lock_is_empty(stack):
 def test_hung_keeper_is_reported_and_killed_by_down(stack):
     keeper = find_keeper(stack.home)
     os.kill(keeper.pid, signal.SIGSTOP)
-    stack.until(lambda: find_keeper(stack.home).is_silent, seconds=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
+    stack.wait_until(lambda: find_keeper(stack.home).is_silent, timeout_s=KEEPER_HEARTBEAT_TIMEOUT_S + 60)
     for command in ("doctor", "status"):
         status, output = stack.cotrain(command)
         assert status == 1 and "has sent no heartbeat" in json.dumps(output)
@@ -170,6 +170,6 @@ def test_hung_service_without_a_port_is_reported_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
     faults = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]
-    assert stack.until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in faults), 60)
+    assert stack.wait_until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in faults), 60)
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGCONT)

@@ -142,7 +142,7 @@ def check_reports(stack, sessions, client, reporter, round_id):
             )
             return sorted(session.scalars(query)) == expected
 
-    stack.until(are_notices_delivered, seconds=30)
+    stack.wait_until(are_notices_delivered, timeout_s=30)
     with sessions() as session:
         untested = [
             case
@@ -161,7 +161,7 @@ def reporter(stack, operator, champion):
     with stack.client(operator.add_contributor(f"reporter-{number}").token) as client:
         reporter = Reporter(client, number)
         reporter.start()
-        stack.until(lambda: len(reporter.acknowledged) >= 3)
+        stack.wait_until(lambda: len(reporter.acknowledged) >= 3)
         yield reporter
         reporter.stopped.set()
         reporter.join()
@@ -180,14 +180,14 @@ def test_round_survives_kills_in_every_step(stack, sessions, operator, reporter,
 
 def test_round_survives_loss_of_the_prefect_database(stack, sessions, operator, reporter):
     training_round = operator.start_round(NEXT_ROUND)
-    stack.until(lambda: get_state_and_step(stack, sessions, training_round.id)[1] == "train", pause=0.02)
+    stack.wait_until(lambda: get_state_and_step(stack, sessions, training_round.id)[1] == "train", pause_s=0.02)
     config = load_config(stack.home)
     postgres = Postgres(stack.home / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute("drop database prefect with (force)")
     assert operator.round(training_round.id).state == "running"
     stack.kill("prefect")
-    stack.until(lambda: get_state_and_step(stack, sessions, training_round.id)[0] != "running", seconds=300)
+    stack.wait_until(lambda: get_state_and_step(stack, sessions, training_round.id)[0] != "running", timeout_s=300)
     reporter.stopped.set()
     reporter.join()
     check_reports(stack, sessions, reporter.client, reporter, training_round.id)

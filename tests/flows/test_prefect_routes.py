@@ -23,7 +23,7 @@ from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
 from tests.routes import METHODS, Route, summarise
-from tests.waiting import until
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -243,7 +243,7 @@ def test_events_are_stored_after_an_unstorable_event(server):
     send(event("honest"), event("hostile", size=1e308))
     send(event("honest"))
     with httpx.Client(base_url=base, auth=tuple(secret.split(":", 1)), timeout=10) as client:
-        until(lambda: count(client))
+        wait_until(lambda: count(client))
 
 
 def test_admin_settings_route_returns_no_secret(server, stores):

@@ -18,7 +18,7 @@ from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
-from tests.waiting import until
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,9 @@ def run_deployment(prefect, deployment_id, **body):
 
 
 def wait_for_run(prefect, run_id):
-    state = until(lambda: (s := prefect.get(f"/flow_runs/{run_id}").json()["state"])["type"] in FINAL and s, 240, 0.3)
+    state = wait_until(
+        lambda: (s := prefect.get(f"/flow_runs/{run_id}").json()["state"])["type"] in FINAL and s, 240, 0.3
+    )
     return state["type"], state["message"] or ""
 
 

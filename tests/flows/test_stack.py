@@ -131,7 +131,7 @@ def test_mlflow_assistant_is_forbidden_for_all_accounts(stack):
 def test_openai_client_works_through_the_portal(first_round, stack, operator):
     token = operator.add_contributor("openai-user").token
     with openai.OpenAI(base_url=f"{stack.settings.portal_url}/v1", api_key=token) as client:
-        stack.until(lambda: [model.id for model in client.models.list()] == ["yuan"])
+        stack.wait_until(lambda: [model.id for model in client.models.list()] == ["yuan"])
         text = client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4)
         chat = client.chat.completions.create(model="yuan", messages=[{"role": "user", "content": "1 + 1 = ?"}])
         chunks = list(client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4, stream=True))
@@ -164,7 +164,7 @@ def test_reports_are_reproduced_trained_tested_and_notified_once(first_round, st
     assert [report.state for report in reports] == ["accepted"] * 30
     assert {report.role for report in reports} == {"train", "held_out"}
     if ended_round.state == "promoted":
-        delivered = stack.until(contributor.notices)  # the dispatcher delivers them shortly after the decision
+        delivered = stack.wait_until(contributor.notices)  # the dispatcher delivers them shortly after the decision
         assert sorted(notice.feedback_id for notice in delivered) == sorted(report.id for report in reports)
         assert all(report.verdict in ("fixed", "still_failing") for report in reports)
     else:
@@ -184,7 +184,7 @@ def test_running_the_prefect_deployment_creates_a_round(first_round, stack, oper
         before = operator.round().number
         body["parameters"] = {"max_steps": 5}
         assert prefect.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).status_code == 201
-    training_round = stack.until(lambda: (r := operator.round()).number > before and r)
+    training_round = stack.wait_until(lambda: (r := operator.round()).number > before and r)
     assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
@@ -194,8 +194,8 @@ def test_reports_are_processed_between_rounds_and_reaching_the_threshold_starts_
     with stack.client(operator.add_contributor("between-rounds").token) as client:
         for row in load_skills(REPORTED_SKILLS)[0].make_rows(40, seed=3):
             client.submit(FeedbackIn(kind="correction", prompt=row.prompt, response="?", model_version=1, expected="!"))
-        stack.until(lambda: {report.state for report in client.all_feedback()} == {"accepted"})
-    training_round = stack.until(lambda: (r := operator.round()).number > last_number and r)
+        stack.wait_until(lambda: {report.state for report in client.all_feedback()} == {"accepted"})
+    training_round = stack.wait_until(lambda: (r := operator.round()).number > last_number and r)
     assert operator.cancel_round(training_round.id).state == "cancelled"
 
 
@@ -223,7 +223,7 @@ def test_stack_restarts_with_its_data_after_its_keeper_was_killed(first_round, s
     before = contributor.all_feedback()
     keeper = read_keeper_state(stack.home).pid
     os.kill(keeper, signal.SIGKILL)
-    stack.until(lambda: not is_keeper_running(stack.home))
+    stack.wait_until(lambda: not is_keeper_running(stack.home))
     assert read_keeper_state(stack.home) is None  # not the state that the dead keeper wrote
     stack.cotrain("up", check=True)
     assert contributor.all_feedback() == before

@@ -21,7 +21,7 @@ from flows.stack.stack_control import take_down
 from infra.files import write_private
 from infra.keeper_lock import find_keeper, hold_keeper_lock
 from tests.flows.test_commands import ROOT, run_cotrain
-from tests.waiting import until
+from tests.waiting import wait_until
 
 WRONG = "COTRAIN_MAX_UPLOAD_BYTES=1000\n"
 # A keeper whose process exits only some time after it has released the lock.
@@ -128,7 +128,7 @@ def test_down_returns_after_the_keeper_process_has_exited(tmp_path):
     command = [sys.executable, "-c", SLOW_KEEPER, str(tmp_path), config.stack_id]
     with subprocess.Popen(command, cwd=ROOT) as keeper:
         try:
-            until(lambda: (holder := find_keeper(tmp_path)) and holder.pid == keeper.pid, seconds=30)
+            wait_until(lambda: (holder := find_keeper(tmp_path)) and holder.pid == keeper.pid, timeout_s=30)
             assert take_down(tmp_path)
             assert keeper.poll() == 0
         finally:

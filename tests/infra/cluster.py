@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import until
+from tests.waiting import wait_until
 
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
 needs_slurm = pytest.mark.skipif(
@@ -87,11 +87,11 @@ def _run_cluster(folder):
     for command in commands:
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         if command[0] == "munged":
-            until(lambda: (folder / "munge" / "sock").exists())
-    until(lambda: "idle" in run_command("sinfo", "--noheader", "--format=%T"))
+            wait_until(lambda: (folder / "munge" / "sock").exists())
+    wait_until(lambda: "idle" in run_command("sinfo", "--noheader", "--format=%T"))
     yield folder
     run_command("scancel", "--me")
-    until(lambda: not run_command("squeue", "--noheader"))
+    wait_until(lambda: not run_command("squeue", "--noheader"))
     for process in reversed(processes):
         process.send_signal(signal.SIGTERM)
         process.wait(20)

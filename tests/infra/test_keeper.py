@@ -20,7 +20,7 @@ from infra.keeper import find_stack_pids, kill_stack_processes
 from infra.keeper_state import read_service_states
 from infra.processes import measure_cpu_demand_s
 from tests.infra.listening import ORDINARY, listen_on_port
-from tests.waiting import until
+from tests.waiting import wait_until
 
 KEEPER = """
 import sys, urllib.request
@@ -135,13 +135,13 @@ def read_state(folder):
 
 def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
     folder, process = keeper
-    until(lambda: read_state(folder).get("state") == "ready")
+    wait_until(lambda: read_state(folder).get("state") == "ready")
     first, ready_at = read_state(folder)["pid"], read_state(folder)["ready_at"]
     assert abs(time.time() - ready_at) < 60
     os.kill(first, signal.SIGKILL)
-    until(lambda: read_state(folder).get("state") == "restarting")
+    wait_until(lambda: read_state(folder).get("state") == "restarting")
     assert read_state(folder)["ready_at"] == ready_at  # the last time that it became ready
-    until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
+    wait_until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
     assert read_state(folder)["ready_at"] > ready_at
     assert read_state(folder)["restarts"] == 1
     process.send_signal(signal.SIGTERM)
@@ -151,12 +151,12 @@ def test_killed_service_is_restarted_and_stop_leaves_no_process(keeper):
 
 def test_service_that_fails_its_liveness_check_is_restarted_with_the_reason(keeper):
     folder, _ = keeper
-    until(lambda: read_state(folder).get("state") == "ready")
+    wait_until(lambda: read_state(folder).get("state") == "ready")
     first = read_state(folder)["pid"]
     (folder / "ill").touch()
-    until(lambda: read_state(folder).get("restarts") == 1)
+    wait_until(lambda: read_state(folder).get("restarts") == 1)
     (folder / "ill").unlink()
-    until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
+    wait_until(lambda: read_state(folder).get("state") == "ready" and read_state(folder)["pid"] != first)
     reason = read_state(folder)["restart_reason"]
     assert "not alive" in reason and "TimeoutError: it says nothing" in reason
 
@@ -169,9 +169,9 @@ def test_check_sends_nothing_to_a_port_held_by_another_user(tmp_path, moment):
             foreign = cleanup.enter_context(listen_on_port(port=port, uid=ORDINARY))
         cleanup.enter_context(run_keeper(tmp_path, port, "-c", "import time; time.sleep(60)"))
         if moment == "after the start":
-            until(lambda: read_state(tmp_path).get("pid"))
+            wait_until(lambda: read_state(tmp_path).get("pid"))
             foreign = cleanup.enter_context(listen_on_port(port=port, uid=ORDINARY))
-        until(lambda: f"port {port} is held by user {ORDINARY}" in (read_state(tmp_path).get("error") or ""))
+        wait_until(lambda: f"port {port} is held by user {ORDINARY}" in (read_state(tmp_path).get("error") or ""))
         foreign.settimeout(0.1)
         with pytest.raises(TimeoutError):
             foreign.accept()
@@ -180,10 +180,10 @@ def test_check_sends_nothing_to_a_port_held_by_another_user(tmp_path, moment):
 def test_port_with_a_keeper_listener_stays_bound_and_requests_wait_during_a_restart(tmp_path):
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     with run_keeper(tmp_path, port, "-c", SLOW_TO_START, listener="keeper") as process:
-        until(lambda: read_state(tmp_path).get("state") == "ready")
+        wait_until(lambda: read_state(tmp_path).get("state") == "ready")
         first = read_state(tmp_path)["pid"]
         os.kill(first, signal.SIGKILL)
-        until(lambda: read_state(tmp_path)["restarts"] == 1)
+        wait_until(lambda: read_state(tmp_path)["restarts"] == 1)
         for host in ("127.0.0.1", "0.0.0.0"):
             with pytest.raises(OSError, match="in use"):
                 socket.create_server((host, port))
@@ -202,10 +202,10 @@ def test_server_cannot_take_the_socket_or_connections_of_its_successor(tmp_path,
     port = load_or_make_config(tmp_path / "ports").ports["model_server"]
     url = f"http://127.0.0.1:{port}"
     with run_keeper(tmp_path, port, "-c", HOSTILE_SERVER, listener="keeper"):
-        until(lambda: read_state(tmp_path).get("state") == "ready")
+        wait_until(lambda: read_state(tmp_path).get("state") == "ready")
         first = read_state(tmp_path)["pid"]
         urllib.request.urlopen(f"{url}/{way}", timeout=10).close()
-        until(lambda: read_state(tmp_path).get("state") == "ready" and read_state(tmp_path)["pid"] != first)
+        wait_until(lambda: read_state(tmp_path).get("state") == "ready" and read_state(tmp_path)["pid"] != first)
         for _ in range(20):
             with urllib.request.urlopen(f"{url}/pid", timeout=10) as response:
                 assert int(response.read()) == read_state(tmp_path)["pid"]
@@ -221,12 +221,12 @@ def test_detached_processes_exit_with_the_keeper(tmp_path):
     port, hidden = load_or_make_config(tmp_path / "ports").ports["model_server"], tmp_path / "hidden"
     program = DETACHING_SERVER.replace("FILE", str(hidden)).replace("PORT", str(port))
     with run_keeper(tmp_path, port, "-c", program) as process:
-        until(lambda: read_state(tmp_path).get("state") == "ready")
-        pids = until(
+        wait_until(lambda: read_state(tmp_path).get("state") == "ready")
+        pids = wait_until(
             lambda: hidden.exists() and len(ids := [int(pid) for pid in hidden.read_text().split()]) == 2 and ids
         )
         assert not set(pids) & set(find_stack_pids("keeper-test"))
-        until(lambda: len(find_existing(pids)) == 1)  # the keeper has reaped the one that exited
+        wait_until(lambda: len(find_existing(pids)) == 1)  # the keeper has reaped the one that exited
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert find_existing(pids) == []
@@ -238,9 +238,9 @@ def test_port_held_by_another_program_is_reported_and_bound_once_free(tmp_path):
         other.enter_context(listen_on_port(port=port))
         with run_keeper(tmp_path, port, "-c", SLOW_TO_START, listener="keeper"):
             holder = f"port {port} is held by user {os.geteuid()}"
-            until(lambda: holder in (read_state(tmp_path).get("error") or ""))
+            wait_until(lambda: holder in (read_state(tmp_path).get("error") or ""))
             other.close()
-            until(lambda: read_state(tmp_path).get("state") == "ready")
+            wait_until(lambda: read_state(tmp_path).get("state") == "ready")
 
 
 def measure_no_demand():
@@ -275,7 +275,7 @@ def test_server_that_uses_cpu_is_busy_and_not_hung(error, busy_seconds, is_resta
         try:
             assert monitor.check() is None
             demand_before_s = measure_cpu_demand_s(process.pid)
-            until(lambda: measure_cpu_demand_s(process.pid) > demand_before_s + 0.2)
+            wait_until(lambda: measure_cpu_demand_s(process.pid) > demand_before_s + 0.2)
             assert (monitor.check() is not None) == is_restarted
         finally:
             process.kill()
@@ -302,7 +302,7 @@ def test_waiting_for_a_cpu_counts_as_cpu_demand():
 
 def test_services_exit_when_the_keeper_is_killed(keeper):
     folder, process = keeper
-    until(lambda: read_state(folder).get("state") == "ready")
+    wait_until(lambda: read_state(folder).get("state") == "ready")
     process.kill()
     process.wait()
-    until(lambda: not list(find_stack_pids("keeper-test")))
+    wait_until(lambda: not list(find_stack_pids("keeper-test")))

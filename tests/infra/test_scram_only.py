@@ -16,7 +16,7 @@ from infra.postgres import SSL_REQUEST
 from infra.scram_only import MAX_SIGN_IN_MESSAGE_BYTES, ScramOnlyProtocol, require_scram
 from infra.settings import Settings
 from tests.infra.listening import listen_on_port
-from tests.waiting import until
+from tests.waiting import wait_until
 
 PASSWORD = "secret-of-the-database"
 CLEARTEXT, MD5, KERBEROS, SIGNED_IN = 3, 5, 7, 0
@@ -128,5 +128,5 @@ def test_prefect_server_sends_no_password_to_an_impostor_on_the_postgresql_port(
         client.sendall(make_request(CLEARTEXT))
         with contextlib.suppress(ConnectionResetError):
             received += client.recv(1000)
-        until(lambda: "must request SCRAM" in log.read_text())
+        wait_until(lambda: "must request SCRAM" in log.read_text())
     assert received == b""

@@ -13,7 +13,7 @@ from infra.launchers.job import Job
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_ending, render_batch_script
 from infra.processes import find_pids
 from tests.infra.cluster import needs_slurm, run_command, start_slurm_cluster
-from tests.waiting import until
+from tests.waiting import wait_until
 
 # A rank like the platform's: it exits when its supervisor's heartbeat stops, or with the status in the file `leave`.
 RANK = """
@@ -56,7 +56,7 @@ def job(tmp_path):
 
 
 def wait_for_rank_pids(job):
-    until(lambda: all((job.folder / f"rank-{n}").exists() for n in range(2)))
+    wait_until(lambda: all((job.folder / f"rank-{n}").exists() for n in range(2)))
     return [int((job.folder / f"rank-{n}").read_text()) for n in range(2)]
 
 
@@ -136,7 +136,7 @@ def test_a_confined_process_submits_and_follows_jobs(slurm, tmp_path):
     assert job_id.isdigit()
     assert run_command(*confinement.command("/usr/bin/squeue", "--noheader", "--format=%i")) == job_id
     run_command(*confinement.command("/usr/bin/scancel", job_id))
-    until(lambda: not run_command(*confinement.command("/usr/bin/squeue", "--noheader")))
+    wait_until(lambda: not run_command(*confinement.command("/usr/bin/squeue", "--noheader")))
 
 
 def test_batch_script_contains_no_secret_and_sets_the_rendezvous_endpoint(job):

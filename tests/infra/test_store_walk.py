@@ -13,7 +13,7 @@ import pytest
 from feedback.tables import new_id
 from flows.stack.stack_config import WEED_PORT_NAMES, load_config
 from infra.keeper import find_stack_pids
-from tests.waiting import until
+from tests.waiting import wait_until
 
 PATHS = [
     *("/", "/ui/index.html", "/metrics", "/debug/pprof/", "/debug/vars", "/admin", "/stats/counter", "/buckets/"),
@@ -226,7 +226,7 @@ def test_presigned_url_expires(objects, upload):
     key, _ = upload
     download, upload_again = objects.presign_download(key, 1), objects.presign_upload(key, 5, "text/plain", 1)
     objects.put(key, b"12345")
-    assert until(lambda: httpx.get(download).status_code == 403, seconds=30)
+    assert wait_until(lambda: httpx.get(download).status_code == 403, timeout_s=30)
     assert httpx.put(upload_again, content=b"54321", headers={"Content-Type": "text/plain"}).status_code == 403
     assert objects.get(key) == b"12345"
 

@@ -34,7 +34,7 @@ from infra.objects import open_object_store
 from infra.postgres import SIGN_IN_TIMEOUT_S, SSL_REQUEST, Postgres
 from infra.settings import Settings, StoreAccess
 from tests.infra.listening import ORDINARY, get_port, listen_on_port, run_as_user
-from tests.waiting import until
+from tests.waiting import wait_until
 
 STRANGER = b"user\0stranger\0\0"
 
@@ -91,7 +91,7 @@ def test_killed_postgres_keeps_committed_rows(tmp_path):
         process = subprocess.Popen(
             server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
         )
-        until(lambda: is_available(server))
+        wait_until(lambda: is_available(server))
         with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
             connection.execute("create table if not exists kept (n int)")
             connection.execute("insert into kept values (%s)", [round_])
@@ -111,19 +111,19 @@ def test_postgres_without_free_connections_is_alive_and_serves_open_ones(tmp_pat
             subprocess.Popen(server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})
         )
         cleanup.callback(process.kill)
-        until(lambda: is_available(server))
+        wait_until(lambda: is_available(server))
         connection = cleanup.enter_context(psycopg.connect(server.url("postgres"), autocommit=True))
         strangers = [cleanup.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(260)]
         for stranger in strangers:
             stranger.sendall(struct.pack("!ii", 8 + len(STRANGER), 3 << 16) + STRANGER)
-        until(lambda: not is_available(server))
+        wait_until(lambda: not is_available(server))
         with pytest.raises(psycopg.OperationalError, match="too many clients"):
             server.ping()
         server.check_answer()
         assert connection.execute("select 1").fetchone() == (1,)
         assert f"by {describe_user(os.geteuid())}" in describe_callers(server.port)
         # the server closes unauthenticated connections
-        until(lambda: is_available(server), seconds=SIGN_IN_TIMEOUT_S + 60)
+        wait_until(lambda: is_available(server), timeout_s=SIGN_IN_TIMEOUT_S + 60)
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TimeoutError):
             server.check_answer()
@@ -162,7 +162,7 @@ def test_description_of_a_busy_port_names_its_holder(tmp_path):
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        until(lambda: not is_port_free(port))
+        wait_until(lambda: not is_port_free(port))
         assert f"pid {process.pid}" in str(describe_port_holder(port, config.stack_id))
     finally:
         process.kill()

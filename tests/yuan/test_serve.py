@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.waiting import until
+from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, WINDOW, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
@@ -178,7 +178,7 @@ def test_disconnected_client_frees_its_batch_row(url, http, served_model, stream
                 next(response.iter_raw())
         except httpx.ReadTimeout:
             pass
-    until(lambda: read_metric(http, "yuan_running") == 0)
+    wait_until(lambda: read_metric(http, "yuan_running") == 0)
     assert read_metric(http, "yuan_tokens_total") - before < 1900
 
 
@@ -195,9 +195,9 @@ def test_caller_with_many_sequences_does_not_block_other_callers(url, http, serv
         assert (refused.status_code, "of yours wait" in refused.text) == (503, True)
         other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
         assert other.status_code == 200
-        until(lambda: read_metric(http, "yuan_running") == 24)  # one that has ended is replaced at the next token
+        wait_until(lambda: read_metric(http, "yuan_running") == 24)  # one that has ended is replaced at the next token
         assert read_metric(http, "yuan_waiting") > 0
-    until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
+    wait_until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
 
 
 def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, served_model):
@@ -213,7 +213,7 @@ def test_late_caller_is_served_while_three_callers_fill_their_shares(url, http, 
         other = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers={"X-Yuan-Caller": "x"})
         assert other.status_code == 200
         assert read_metric(http, "yuan_running") <= 26 and read_metric(http, "yuan_waiting") > 200
-    until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
+    wait_until(lambda: read_metric(http, "yuan_running") == 0 and read_metric(http, "yuan_waiting") == 0)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import httpx
 import pytest
 import torch
 
-from tests.waiting import until
+from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
@@ -85,7 +85,7 @@ def test_engine_survives_a_disconnect_from_a_stream_of_several_choices(service, 
     with http.stream("POST", PATH, json=body) as response:
         lines = response.iter_lines()
         next(lines), next(lines)
-    until(lambda: read_metric(http, "yuan_running") == 0)
+    wait_until(lambda: read_metric(http, "yuan_running") == 0)
     assert complete(http, "abc") == generate_expected(service, "abc")
     assert read_metric(http, "yuan_engine_errors_total") == 0
 
@@ -119,7 +119,7 @@ def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatc
 
     monkeypatch.setattr(Decoder, "choose_next_tokens", choose_or_raise)
     deliveries = [submit_request(engine, prompt, 40, temperature=1.0, seed=3)[1] for prompt in ("abc", "abcdef", "de")]
-    until(lambda: all(map(is_done, deliveries)))
+    wait_until(lambda: all(map(is_done, deliveries)))
     monkeypatch.undo()
     assert [type(received[-1]) for received in deliveries] == [AnswerPiece, DecodingFailed, AnswerPiece]
     hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
@@ -135,7 +135,7 @@ def test_error_in_every_pass_fails_requests_and_health_until_it_recovers(service
     monkeypatch.setattr(Decoder, "choose_next_tokens", raise_error)
     response = http.post(PATH, json={"prompt": "abc"})
     assert response.status_code == 500 and "decoding failed" in response.json()["error"]["message"]
-    health = until(lambda: (h := http.get("/health")).status_code == 503 and h)
+    health = wait_until(lambda: (h := http.get("/health")).status_code == 503 and h)
     assert "cannot be decoded" in health.json()["reason"]
     monkeypatch.undo()
     assert complete(http, "abc") == generate_expected(service, "abc")
@@ -149,8 +149,8 @@ def test_failed_delivery_to_one_caller_does_not_affect_other_callers(service):
     engine = service.engine
     submit_request(engine, "abc", 50, deliver=raise_loop_closed)
     _, received = submit_request(engine, "abc")
-    until(lambda: is_done(received))
-    until(lambda: is_idle(service.metrics))
+    wait_until(lambda: is_done(received))
+    wait_until(lambda: is_idle(service.metrics))
     assert join_text(received) == generate_expected(service, "abc")
 
 
@@ -158,7 +158,7 @@ def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
     metrics = ModelServerMetrics()
     engine = BatchingEngine(service.served, metrics, max_rows=1, max_waiting=4)
     running_request, long = submit_request(engine, "abc", 1500)
-    until(lambda: long)
+    wait_until(lambda: long)
     cancelled = [submit_request(engine, "abc")[0] for _ in range(4)]
     with pytest.raises(QueueFull):
         submit_request(engine, "abc")
@@ -166,9 +166,9 @@ def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
         request.cancel()
     # the queue has room although the only row is busy
     late = [submit_request(engine, "abc", limit_s=0.0)[1] for _ in range(4)]
-    until(lambda: all(late))
+    wait_until(lambda: all(late))
     assert [type(received[-1]).__name__ for received in late] == ["AnswerTimeout"] * 4
-    until(lambda: read_gauge(metrics, "yuan_waiting") == 0)
+    wait_until(lambda: read_gauge(metrics, "yuan_waiting") == 0)
     assert not is_done(long)
     running_request.cancel()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from infra.process_group import find_free_port
-from tests.waiting import until
+from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric
 from yuan.generate.answers import generate
 from yuan.generate.sampling import Sampling
@@ -35,7 +35,7 @@ def server():
         [sys.executable, "-m", "tests.yuan.model_server", str(port)], cwd=Path(__file__).parents[2]
     )
     url = f"http://127.0.0.1:{port}"
-    until(lambda: process.poll() is not None or is_healthy(url))
+    wait_until(lambda: process.poll() is not None or is_healthy(url))
     yield process.pid, url
     process.send_signal(signal.SIGTERM)
     process.wait(30)
@@ -158,11 +158,11 @@ def test_2000_callers_leak_no_resources_and_get_correct_completions(server):
             )
 
         run_callers(url, WARM_UP, seed=1)
-        until(is_idle)
+        wait_until(is_idle)
         before, start = measure_rss_mib(pid), time.monotonic()
         counts, checked = run_callers(url, CALLERS, seed=2)
         seconds = time.monotonic() - start
-        until(is_idle)
+        wait_until(is_idle)
         after = measure_rss_mib(pid)
         print(f"{CALLERS} callers in {seconds:.0f} s {dict(counts)}; RSS {before:.0f} MiB before, {after:.0f} after")
         assert sum(counts.values()) == CALLERS and min(counts.values()) > 20
