@@ -30,8 +30,8 @@ def accept_all(session, later, *, share=0.5, right=False):
     return reports.review_reports(session, later, SALT, share)
 
 
-def reproduce(session, answered, version=1):
-    return reports.note_reproductions(session, version, answered, lambda checker, answer: checker.check(answer))
+def reproduce(session, responses, version=1):
+    return reports.note_reproductions(session, version, responses, lambda checker, answer: checker.check(answer))
 
 
 def start_round(session):

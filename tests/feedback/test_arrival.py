@@ -60,7 +60,7 @@ def test_memory_does_not_grow_with_concurrent_uploads(stores, portal_process, ac
     before = measure_peak_mib(portal_process)
     files = [make_rows(50 * MIB, str(n)) for n in range(4)]
     with httpx.Client(base_url=stores.portal_url, timeout=300) as client, ThreadPoolExecutor(4) as senders:
-        responses = senders.map(lambda data, who: push(client, data, who), files, [account.headers, operator] * 2)
+        responses = senders.map(lambda data, sender: push(client, data, sender), files, [account.headers, operator] * 2)
         assert [response.status_code for response in responses] == [201] * 4
     assert measure_peak_mib(portal_process) - before < 70
 
@@ -133,14 +133,14 @@ def limited_portal(stores, engine, objects, first_version):
 
 
 def test_upload_beyond_the_storage_quota_is_refused(limited_portal, account, operator, engine):
-    one, two, three = (make_rows(40_000, f"{account.id} {n}") for n in range(3))
-    assert [push(limited_portal, data, account.headers).status_code for data in (one, two, one)] == [201] * 3
-    response = push(limited_portal, three, account.headers)
+    first, second, third = (make_rows(40_000, f"{account.id} {n}") for n in range(3))
+    assert [push(limited_portal, data, account.headers).status_code for data in (first, second, first)] == [201] * 3
+    response = push(limited_portal, third, account.headers)
     assert (response.status_code, response.json()["error"]["type"]) == (413, "too_large")
     message = response.json()["error"]["message"]
-    assert f"{len(one) + len(two):,} bytes and this one {len(three):,}, an account may have 100,000;" in message
+    assert f"{len(first) + len(second):,} bytes and this one {len(third):,}, an account may have 100,000;" in message
     assert "ask the operator" in message
-    assert push(limited_portal, three, operator).status_code == 201
+    assert push(limited_portal, third, operator).status_code == 201
     with make_session_factory(engine).begin() as session:
         assert len(session.scalars(select(Dataset).where(Dataset.contributor_id == account.id)).all()) == 3
 

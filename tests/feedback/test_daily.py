@@ -39,18 +39,18 @@ def push_rows(limited_portal):
     return send
 
 
-@pytest.mark.parametrize(("what", "table"), [("send_report", "feedback"), ("push_rows", "dataset")])
+@pytest.mark.parametrize(("fixture_name", "table"), [("send_report", "feedback"), ("push_rows", "dataset")])
 def test_submission_beyond_the_daily_limit_is_refused_until_24_hours_pass(
-    request, what, table, account, operator, engine
+    request, fixture_name, table, account, operator, engine
 ):
-    send = request.getfixturevalue(what)
+    send = request.getfixturevalue(fixture_name)
     key = {"Idempotency-Key": "first"}
     first = send(account.headers, **key)
     assert [first.status_code, send(account.headers).status_code] == [201, 201]
     refused = send(account.headers, **{"Idempotency-Key": "third"})
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "too_many")
     assert 86_000 < int(refused.headers["Retry-After"]) <= 86_400
-    name = {"send_report": "reports", "push_rows": "datasets"}[what]
+    name = {"send_report": "reports", "push_rows": "datasets"}[fixture_name]
     assert f"an account may send 2 {name} within 24 hours" in refused.json()["error"]["message"]
     assert send(account.headers, **key).json() == first.json()
     assert {send(operator).status_code for _ in range(3)} == {201}

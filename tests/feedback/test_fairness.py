@@ -58,7 +58,7 @@ def test_others_are_served_while_one_account_floods_the_portal_with_slow_request
             assert httpx.get(url, timeout=60).status_code == 200
             assert not any(request.done() for request in flood)
             assert count_waiting_queries(engine, "outbox") == CONNECTIONS // 4
-        assert {one.result() for one in flood} == {200}
+        assert {future.result() for future in flood} == {200}
 
 
 def test_requests_without_a_token_share_one_connection_limit(engine, url, account):
@@ -68,7 +68,7 @@ def test_requests_without_a_token_share_one_connection_limit(engine, url, accoun
             wait_until(lambda: count_waiting_queries(engine, "promotion") >= CONNECTIONS // 4)
             assert httpx.get(f"{url}/api/v1/feedback", headers=account.headers, timeout=60).status_code == 200
             assert not any(request.done() for request in flood)
-        assert {one.result().status_code for one in flood} == {200}
+        assert {future.result().status_code for future in flood} == {200}
 
 
 def test_requests_with_unknown_tokens_share_one_connection_limit(engine, url, account, other_headers):
@@ -87,5 +87,5 @@ def test_requests_with_unknown_tokens_share_one_connection_limit(engine, url, ac
             assert list_feedback(other_headers) == 200  # also for an account whose token the portal has not seen before
             assert not any(request.done() for request in flood)
             assert count_waiting_queries(engine, "promotion") == CONNECTIONS // 4
-        assert {one.result() for one in flood} == {200}
+        assert {future.result() for future in flood} == {200}
     assert list_feedback({"Authorization": "Bearer ct_made_up_0"}) == 401

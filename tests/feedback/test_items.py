@@ -48,25 +48,25 @@ def refuse_row(session, table, column, value):
     session.execute(text(f"create trigger planted {when} execute procedure planted()"))
 
 
-def check_only_it_failed(session, rows, one, reason):
+def check_only_target_failed(session, rows, target, reason):
     faults_by_report = find_faults_by_subject(session, [row.id for row in rows])
-    assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [one.id]
-    assert reason in faults_by_report[one.id][0][1]
-    assert any(reason in event.text for event in report_records.describe_report(session, one).timeline)
+    assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [target.id]
+    assert reason in faults_by_report[target.id][0][1]
+    assert any(reason in event.text for event in report_records.describe_report(session, target).timeline)
 
 
 def test_only_the_report_that_current_validation_refuses_is_rejected(session, reports_with_target, later):
-    rows, one = reports_with_target
-    one.body = {**one.body, "checker": {"type": "gone"}}
+    rows, target = reports_with_target
+    target.body = {**target.body, "checker": {"type": "gone"}}
     assert reports.screen_reports(session, later) == (NUM_REPORTS, 1)
-    assert [row.state for row in rows if row is not one] == ["in_review"] * (NUM_REPORTS - 1)
-    assert one.state == "rejected" and "checker" in one.reason
-    check_only_it_failed(session, rows, one, "checker")
+    assert [row.state for row in rows if row is not target] == ["in_review"] * (NUM_REPORTS - 1)
+    assert target.state == "rejected" and "checker" in target.reason
+    check_only_target_failed(session, rows, target, "checker")
 
 
 @pytest.mark.parametrize("fault", ["refused", "raises", "database"])
 def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, reports_with_target, later, fault):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     reports.screen_reports(session, later)
 
     def check(checker, answer):
@@ -77,11 +77,11 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
         return checker.check(answer)
 
     answers = {row.id: "wrong" for row in rows}
-    answers[one.id] = PromptRefused("a planted fault") if fault == "refused" else fault
+    answers[target.id] = PromptRefused("a planted fault") if fault == "refused" else fault
     assert reports.note_reproductions(session, 1, answers.items(), check) == 1
-    check_only_it_failed(session, rows, one, "division by zero" if fault == "database" else "a planted fault")
+    check_only_target_failed(session, rows, target, "division by zero" if fault == "database" else "a planted fault")
     assert reports.review_reports(session, later, SALT, 0.5) == reports.ReviewCounts(accepted=8)
-    assert (one.state, one.reproduction) == ("in_review", None) and one.reason
+    assert (target.state, target.reproduction) == ("in_review", None) and target.reason
     promote(session, 1, passed=[])
     assert (
         reports.find_unreproduced_reports(session, later, 1) == []
@@ -89,20 +89,20 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
     )
     promote(session, 2, passed=[], parent=1)
     assert (
-        reports.find_unreproduced_reports(session, later, 2) == [one]
+        reports.find_unreproduced_reports(session, later, 2) == [target]
         and reports.count_pending_reports(session, with_review=False)[0] == 1
     )
-    reports.note_reproductions(session, 2, [(one.id, "wrong")], check)
-    assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and one.reason is None
+    reports.note_reproductions(session, 2, [(target.id, "wrong")], check)
+    assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and target.reason is None
 
 
 def test_failed_review_of_one_report_does_not_block_the_others(session, reports_with_target, later):
-    rows, one = reports_with_target
-    refuse_row(session, "feedback", "case_id is not null and new.id", one.id)
+    rows, target = reports_with_target
+    refuse_row(session, "feedback", "case_id is not null and new.id", target.id)
     counts = accept_all(session, later)
     assert (counts.accepted, counts.failed) == (NUM_REPORTS - 1, 1)
-    assert one.state == "in_review"
-    check_only_it_failed(session, rows, one, "a planted fault")
+    assert target.state == "in_review"
+    check_only_target_failed(session, rows, target, "a planted fault")
 
 
 def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
@@ -112,9 +112,9 @@ def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
     reports_with_target,
     later,
 ):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     accept_all(session, later, share=0.0)
-    session.execute(update(Case).where(Case.id == one.case_id).values(checker={"type": "gone"}))
+    session.execute(update(Case).where(Case.id == target.case_id).values(checker={"type": "gone"}))
     kept_rows = make_checked_rows("here", 10)
     upload(session, objects, reporter, kept_rows)
     lost_dataset = upload(session, objects, reporter, make_checked_rows("gone", 10))
@@ -130,57 +130,57 @@ def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
         "datasets": num_train,
         "base": 0,
     }
-    check_only_it_failed(session, rows, one, "checker")
+    check_only_target_failed(session, rows, target, "checker")
     assert "its bytes are missing" in datasets.describe_dataset(session, lost_dataset).timeline[-1].text
 
 
 def test_a_result_that_cannot_be_stored_is_a_failed_case(session, reports_with_target, later):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     accept_all(session, later)
-    refuse_row(session, "case_result", "passed and new.case_id", one.case_id)
+    refuse_row(session, "case_result", "passed and new.case_id", target.case_id)
     promote(session, 1, passed=[row.case_id for row in rows])
     failures = session.execute(select(CaseResult.case_id, CaseResult.reason).where(~CaseResult.passed)).all()
-    assert failures == [(one.case_id, "the database refuses it: a planted fault")]
-    check_only_it_failed(session, rows, one, "a planted fault")
+    assert failures == [(target.case_id, "the database refuses it: a planted fault")]
+    check_only_target_failed(session, rows, target, "a planted fault")
     assert len(session.scalars(select(CaseResult)).all()) == NUM_REPORTS
 
 
 def test_case_that_could_not_be_evaluated_is_on_the_report_and_dataset_timelines(
     session, objects, reports_with_target, reporter, later
 ):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     accept_all(session, later)
     dataset = upload(session, objects, reporter, make_checked_rows("d", 20))
     training_round = start_round(session)
     add_candidate(session, training_round, 1)
     held_out = session.scalars(select(Case).where(Case.suite == "datasets")).all()
-    unjudged = {case.id for case in held_out} | {one.case_id}
+    unjudged = {case.id for case in held_out} | {target.case_id}
     cases = session.scalars(select(Case.id)).all()
     reasons = {case: "the prompt has 301 tokens" if case in unjudged else None for case in cases}
     results = [EvalResult(case, "", False, reasons[case]) for case in cases]
     promotion.store_results(session, 1, results)
-    check_only_it_failed(session, rows, one, "the prompt has 301 tokens")
+    check_only_target_failed(session, rows, target, "the prompt has 301 tokens")
     texts = [event.text for event in datasets.describe_dataset(session, dataset).timeline]
     assert any("evaluate v1" in text and "2 cases, of which the first: the prompt" in text for text in texts), texts
 
 
 def test_model_response_is_stored_with_unstorable_characters_replaced(session, reports_with_target, later):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     reports.screen_reports(session, later)
-    answers = {row.id: "a\0b\ud83d" if row is one else "wrong" for row in rows}
+    answers = {row.id: "a\0b\ud83d" if row is target else "wrong" for row in rows}
     assert reports.note_reproductions(session, 1, answers.items(), lambda checker, answer: False) == 0
     session.flush()
-    assert one.reproduced_response == "a\ufffdb\ufffd"
+    assert target.reproduced_response == "a\ufffdb\ufffd"
 
 
 def test_failed_notice_does_not_block_the_other_notices(session, reports_with_target, later):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     accept_all(session, later)
-    refuse_row(session, "outbox", "feedback_id", one.id)
+    refuse_row(session, "outbox", "feedback_id", target.id)
     assert promote(session, 1, passed=[]).promote
     assert promotion.mark_notices_delivered(session) == NUM_REPORTS - 1
-    assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not one}
-    assert find_faults_by_subject(session, [one.id])[one.id][0][1] == (
+    assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not target}
+    assert find_faults_by_subject(session, [target.id])[target.id][0][1] == (
         "could not be processed (notify): the database refuses it: a planted fault"
     )
 
@@ -230,14 +230,16 @@ def test_records_of_an_older_release_show_the_present_name_of_a_step(session, re
 def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
     session, objects, reporter, reports_with_target, later
 ):
-    rows, one = reports_with_target
+    rows, target = reports_with_target
     accept_all(session, later, share=0.0)
     dataset = upload(session, objects, reporter, make_checked_rows("left", 30))
     keys = session.execute(select(DatasetRow.number, DatasetRow.key).where(DatasetRow.role == "train"))
-    reasons = {key: "a planted fault" for _, key in keys} | {session.get_one(Case, one.case_id).key: "a planted fault"}
+    reasons = {key: "a planted fault" for _, key in keys} | {
+        session.get_one(Case, target.case_id).key: "a planted fault"
+    }
     for _ in range(2):  # a repeated step records it once
         snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
-    check_only_it_failed(session, rows, one, "its correction: a planted fault")
+    check_only_target_failed(session, rows, target, "its correction: a planted fault")
     (reason,) = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1
     assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")

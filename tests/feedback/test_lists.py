@@ -125,9 +125,9 @@ def test_the_client_reads_every_page(stores, objects, portal, engine, account, m
     add_records(engine, account, 5)
     monkeypatch.setattr(client, "CLIENT_PAGE_SIZE", 2)
     with serve_app(make_app(stores, engine, objects)) as url, Client(url, account.token) as account_client:
-        assert [one.text for one in account_client.notices()] == list("01234")
-        reports = [one.id for one in account_client.all_feedback()]
-    assert reports == [one["id"] for one in portal.get("/api/v1/feedback", headers=account.headers).json()]
+        assert [notice.text for notice in account_client.notices()] == list("01234")
+        reports = [report.id for report in account_client.all_feedback()]
+    assert reports == [report["id"] for report in portal.get("/api/v1/feedback", headers=account.headers).json()]
 
 
 def test_list_has_the_first_20_bad_rows_of_a_dataset_and_its_record_has_all(portal, account):

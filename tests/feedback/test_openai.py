@@ -134,7 +134,7 @@ def test_field_with_an_invalid_value_is_refused_with_its_name(portal_http, accou
 
 
 @pytest.mark.parametrize(
-    ("asked", "param"),
+    ("body", "param"),
     [
         ({"prompt": "  "}, "prompt"),
         ({"prompt": ""}, "prompt"),
@@ -152,15 +152,15 @@ def test_field_with_an_invalid_value_is_refused_with_its_name(portal_http, accou
         ({"messages": [{"role": "boss", "content": "a"}]}, "messages.0.role"),
     ],
 )
-def test_invalid_prompt_or_messages_are_refused_with_the_field_name(portal_http, account, asked, param):
-    path = CHAT if "messages" in asked else COMPLETIONS
-    response = portal_http.post(path, json=asked, headers=account.headers)
+def test_invalid_prompt_or_messages_are_refused_with_the_field_name(portal_http, account, body, param):
+    path = CHAT if "messages" in body else COMPLETIONS
+    response = portal_http.post(path, json=body, headers=account.headers)
     assert (response.status_code, response.json()["error"].get("param")) == (422, param), response.text
 
 
 def test_common_extra_fields_are_accepted_and_unknown_stop_token_ids_refused(portal_http, account):
-    def ask(**asked):
-        return portal_http.post(CHAT, json={"max_tokens": 1, **asked}, headers=account.headers)
+    def ask(**body):
+        return portal_http.post(CHAT, json={"max_tokens": 1, **body}, headers=account.headers)
 
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "a", "name": "x"}]
     usual = {"user": "me", "store": False, "metadata": {"a": "b"}, "parallel_tool_calls": True, "tools": None}

@@ -181,8 +181,8 @@ def test_account_withdrawal_processes_all_records_in_batches(session, objects, r
     assert {row.state for row in (*rows, *uploads)} == {"withdrawn"}
     assert (refused.state, other.state) == ("rejected", "received")
     assert rounds.find_untested_cases(session, 1) == []
-    for one in (report_records.describe_report(session, rows[-1]), datasets.describe_dataset(session, uploads[-1])):
-        assert one.timeline[-1].text == "withdrawn by an operator: junk"
+    for record in (report_records.describe_report(session, rows[-1]), datasets.describe_dataset(session, uploads[-1])):
+        assert record.timeline[-1].text == "withdrawn by an operator: junk"
 
 
 def test_an_operators_account_is_not_withdrawn_as_a_whole(session, reporter):
@@ -196,19 +196,19 @@ def test_the_route_that_withdraws_an_account(stores, engine, objects, first_vers
     with ExitStack() as opened:
         url = opened.enter_context(serve_app(make_app(stores, engine, objects)))
         client = opened.enter_context(Client(url, account.token))
-        mine = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
+        operator_client = opened.enter_context(Client(url, operator["Authorization"].removeprefix("Bearer ")))
         report_ids = [client.submit(body).id for _ in range(3)]
         (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "p", "answer": "a"}')
         dataset = client.push_dataset(tmp_path / "rows.jsonl")
-        name = mine.withdraw_account(account.id, "junk", "datasets").name
+        name = operator_client.withdraw_account(account.id, "junk", "datasets").name
         assert (client.dataset(dataset.id).state, client.feedback(report_ids[0]).state) == ("withdrawn", "received")
-        withdrawal = mine.withdraw_account(name, "junk")
+        withdrawal = operator_client.withdraw_account(name, "junk")
         assert (withdrawal.account, withdrawal.reports, withdrawal.datasets) == (account.id, 3, 0)
-        assert {client.feedback(one).reason for one in report_ids} == {"junk"}
-        again = mine.withdraw_account(name, "twice")
+        assert {client.feedback(report_id).reason for report_id in report_ids} == {"junk"}
+        again = operator_client.withdraw_account(name, "twice")
         assert (again.reports, again.datasets, client.feedback(report_ids[0]).reason) == (0, 0, "junk")
         with pytest.raises(PortalError, match="404: there is no account with the id or name nobody"):
-            mine.withdraw_account("nobody", "junk")
+            operator_client.withdraw_account("nobody", "junk")
         with pytest.raises(PortalError, match="403"):
             client.withdraw_account(name, "mine")
 

@@ -72,7 +72,7 @@ def test_intermittent_model_server_errors_are_retried(stores, retry_status):
     with serve_app(fail_every_other_request) as url:
         results = ask_model(stores.model_copy(update={"model_server_url": url}), ["j"])
     expected = {200: "a", 413: "too long", 500: "the model server fails on it: too long"}
-    assert [str(one) for one in results] == [expected[retry_status]] and len(requests) == (
+    assert [str(result) for result in results] == [expected[retry_status]] and len(requests) == (
         4 if retry_status == 500 else 2
     )
 
@@ -112,7 +112,7 @@ def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects
     with context.sessions.begin() as session:
         recorded_items = rounds.find_round(session, training_round).failed_items
         rounds.finish_round(session, training_round, "cancelled", "the test is over")
-    listed = [portal.get(f"/api/v1/datasets/{one}", headers=account.headers).json() for one in ids]
+    listed = [portal.get(f"/api/v1/datasets/{dataset_id}", headers=account.headers).json() for dataset_id in ids]
     assert [dataset["state"] for dataset in listed] == ["accepted", "rejected", "accepted"]
     assert "its bytes are missing in the object store" in listed[1]["reason"]
     assert recorded_items["accept"] == 1 <= counts.failed
@@ -142,7 +142,10 @@ def test_valid_reports_are_processed_despite_invalid_ones(context, portal, accou
         body = {"kind": "correction", "prompt": prompt, "response": "?", "model_version": 1, "expected": new_id()}
         ids[name] = portal.post("/api/v1/feedback", json=body, headers=account.headers).json()["id"]
     assert collect.process_waiting_reports(context, 10_000).to_row()["failed"] >= 2
-    reports = {name: portal.get(f"/api/v1/feedback/{one}", headers=account.headers).json() for name, one in ids.items()}
+    reports = {
+        name: portal.get(f"/api/v1/feedback/{report_id}", headers=account.headers).json()
+        for name, report_id in ids.items()
+    }
     assert {name for name, report in reports.items() if report["state"] == "accepted"} == {"fits", "separators", "last"}
     assert "301 tokens" in reports["long"]["reason"] and "not finite" in reports["broken"]["reason"]
     assert all(reports[name]["state"] == "in_review" for name in ("long", "broken"))

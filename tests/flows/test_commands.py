@@ -67,15 +67,15 @@ print("LOADED", sorted({HEAVY!r} & set(sys.modules)))
 
 def test_the_list_of_commands_has_each_commands_own_help():
     for name, place, help in COMMANDS:
-        own = LazyCommand(name, place, help).load()
-        assert own.name == name
-        assert " ".join(own.help.split("\n\n")[0].split()) == help
+        command = LazyCommand(name, place, help).load()
+        assert command.name == name
+        assert " ".join(command.help.split("\n\n")[0].split()) == help
 
 
 def test_a_command_whose_library_is_not_installed_says_what_to_install():
     code = "import sys; sys.modules['pydantic_settings'] = None; from flows.cli.app import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "status"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr == (
+    result = subprocess.run([sys.executable, "-c", code, "status"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and result.stderr == (
         "cotrain: `cotrain status` needs pydantic_settings, of the extra [platform]: pip install 'cotrain[platform]'\n"
     )
 

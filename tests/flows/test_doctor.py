@@ -106,7 +106,7 @@ def test_doctor_probes_user_visible_functions(first_round, stack):
         "an alias that follows",
         "an object put and read",
     )
-    assert {states[what] for what in probe_names} == {"ok"}
+    assert {states[name] for name in probe_names} == {"ok"}
     assert (states["a report that is reproduced"], states["a notice delivered"]) == ("never yet", "never yet")
     assert stack.cotrain("status")[1]["faults"] == []
 
@@ -183,7 +183,7 @@ def test_version_deleted_in_mlflow_is_reported_and_restored(first_round, stack, 
 
     with ThreadPoolExecutor() as operators:  # concurrently; exactly one call registers it
         output = list(operators.map(lambda _: stack.cotrain("register", str(export), check=True)[1], range(3)))
-    assert sorted(one["registered"] for one in output) == [False, False, True]
+    assert sorted(version["registered"] for version in output) == [False, False, True]
     assert len(mlflow.search_model_versions("name = 'yuan'")) == 1
     stack.wait_until(lambda: Tracker(stack.settings).read_aliases().get("champion") == 1)
     assert mlflow.get_model_version_by_alias("yuan", "champion").version != "1"  # MLflow does not reuse numbers
@@ -215,7 +215,7 @@ def test_a_later_round_trains_from_a_version_that_was_registered_again(first_rou
     ended_round = stack.follow(operator, operator.start_round(SHORT))
     assert ended_round.state in ("promoted", "rejected"), ended_round.reason
     assert ended_round.parent_version == 1 and ended_round.candidate_version > 1
-    newest = max(int(one.version) for one in make_mlflow_client(stack).search_model_versions("name = 'yuan'"))
+    newest = max(int(version.version) for version in make_mlflow_client(stack).search_model_versions("name = 'yuan'"))
     assert ended_round.candidate_version == newest
 
 
@@ -299,7 +299,7 @@ def test_unresponsive_service_shows_its_last_known_success_time(tmp_path):
         probe = Probe(server, server, ask=is_over.wait, last=find_last_success(tmp_path, server, None))
         (findings[server],) = run_probes([probe], 0.05)
     is_over.set()
-    assert {name: (one.succeeded_at, one.or_later) for name, one in findings.items()} == {
+    assert {name: (finding.succeeded_at, finding.or_later) for name, finding in findings.items()} == {
         "mlflow": (convert_timestamp(2_000), False),
         "s3": (convert_timestamp(1_000), True),
         "prefect": (None, False),

@@ -170,6 +170,6 @@ def test_hung_service_without_a_port_is_reported_within_a_minute(stack):
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGSTOP)
     faults = [f"the {name} has sent no heartbeat" for name in ("dispatcher", "worker")]
-    assert stack.wait_until(lambda: all(one in json.dumps(stack.cotrain("doctor")[1]) for one in faults), 60)
+    assert stack.wait_until(lambda: all(fault in json.dumps(stack.cotrain("doctor")[1]) for fault in faults), 60)
     for name in ("dispatcher", "worker"):
         os.killpg(stack.pid(name), signal.SIGCONT)

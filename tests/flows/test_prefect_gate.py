@@ -238,7 +238,7 @@ def test_prefect_kinds_are_refused_outside_of_parameters(gate):
 
 
 @pytest.mark.parametrize(
-    ("sent", "reached"),
+    ("weights", "parameters"),
     [
         ({"__prefect_kind": "json", "value": '{"base": 2.0}'}, {"weights": {"base": 2.0}}),
         ({"__prefect_kind": "none", "value": {"base": 2.0}}, {"weights": {"base": 2.0}}),
@@ -247,12 +247,12 @@ def test_prefect_kinds_are_refused_outside_of_parameters(gate):
     ],
     ids=str,
 )
-def test_prefect_kind_objects_of_the_pages_are_forwarded_as_plain_values(gate, sent, reached):
-    response = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": sent}, "name": "mine"})
-    assert json.loads(response.json()["body"]) == {"parameters": reached, "name": "mine"}
-    request = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": sent}}
+def test_prefect_kind_objects_of_the_pages_are_forwarded_as_plain_values(gate, weights, parameters):
+    response = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": weights}, "name": "mine"})
+    assert json.loads(response.json()["body"]) == {"parameters": parameters, "name": "mine"}
+    request = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": weights}}
     response = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=request)
-    assert json.loads(response.json()["body"])["values"] == reached
+    assert json.loads(response.json()["body"])["values"] == parameters
 
 
 def test_a_run_gets_only_parameters_of_a_registered_flow(gate):
@@ -369,10 +369,10 @@ def test_path_with_a_line_feed_is_forbidden(gate):
 
 @pytest.mark.parametrize("zone", ["Factory", "localtime", "posixrules", 7, ["UTC"], "Mars/Base"])
 def test_schedule_with_an_unusable_time_zone_is_refused(gate, zone):
-    one = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
+    path = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
     for name, status in ((zone, 422), ("Asia/Shanghai", 200)):
         schedule = {"cron": "0 3 6 * *", "timezone": name}
-        assert gate.patch(one, auth=RIGHT, json={"schedule": schedule}).status_code == status
+        assert gate.patch(path, auth=RIGHT, json={"schedule": schedule}).status_code == status
 
 
 def test_request_body_size_is_limited(gate):

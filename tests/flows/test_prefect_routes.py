@@ -78,13 +78,13 @@ def routes(application):
 def find_date_fields(form, name=""):
     """Return the names of a schema's fields that hold dates."""
     if isinstance(form, list):
-        return {name_of_date for one in form for name_of_date in find_date_fields(one, name)}
+        return {name_of_date for item in form for name_of_date in find_date_fields(item, name)}
     if not isinstance(form, dict):
         return set()
     own_names = {name} if form.get("format") in ("date-time", "date") else set()
     named = form.get("properties", {})
     fields = (
-        {name_of_date for key, one in named.items() for name_of_date in find_date_fields(one, key)}
+        {name_of_date for key, value in named.items() for name_of_date in find_date_fields(value, key)}
         if isinstance(named, dict)
         else set()
     )
@@ -93,9 +93,9 @@ def find_date_fields(form, name=""):
         | fields
         | {
             name_of_date
-            for key, one in form.items()
+            for key, value in form.items()
             if key != "properties"
-            for name_of_date in find_date_fields(one, name)
+            for name_of_date in find_date_fields(value, name)
         }
     )
 

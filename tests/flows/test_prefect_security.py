@@ -163,8 +163,8 @@ def test_pull_steps_are_not_run(prefect, deploy, marker):
 def test_a_foreign_entry_point_is_not_loaded(prefect, deploy, marker, entrypoint):
     file = marker.path.with_name("evil.py")
     file.write_text(f"{marker.python}from prefect import flow\n@flow\ndef flow():\n    pass\n")
-    mine = deploy(REPRODUCE, entrypoint=entrypoint.format(file=file), path=str(file.parent))
-    assert run_deployment(prefect, mine)[0] == "COMPLETED"
+    deployment_id = deploy(REPRODUCE, entrypoint=entrypoint.format(file=file), path=str(file.parent))
+    assert run_deployment(prefect, deployment_id)[0] == "COMPLETED"
 
 
 def test_other_flows_deployments_and_schedules_are_refused(prefect):
@@ -188,14 +188,15 @@ def test_other_flows_deployments_and_schedules_are_refused(prefect):
 
 
 def test_worker_limits_concurrent_flow_runs(prefect):
-    mine = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"]
+    deployment_id = prefect.get(f"/deployments/name/{REPRODUCE}/local").json()["id"]
     runs = [
-        prefect.post(f"/deployments/{mine}/create_flow_run", json={}).json()["id"] for _ in range(MAX_FLOW_RUNS + 1)
+        prefect.post(f"/deployments/{deployment_id}/create_flow_run", json={}).json()["id"]
+        for _ in range(MAX_FLOW_RUNS + 1)
     ]
-    which, counts = {"flow_runs": {"id": {"any_": runs}}}, []
+    run_filter, counts = {"flow_runs": {"id": {"any_": runs}}}, []
 
     def read_states():
-        return [run["state"]["type"] for run in prefect.post("/flow_runs/filter", json=which).json()]
+        return [run["state"]["type"] for run in prefect.post("/flow_runs/filter", json=run_filter).json()]
 
     while not set(now := read_states()) <= set(FINAL):
         counts.append(sum(state in ("PENDING", "RUNNING") for state in now))
@@ -226,11 +227,11 @@ def test_prefect_kind_parameters_are_refused_and_run_nothing(prefect, deploy, ma
     value = {
         name: text.replace("SHELL", marker.shell) if isinstance(text, str) else text for name, text in value.items()
     }
-    mine = deploy(REPRODUCE, enforce_parameter_schema=False, parameter_openapi_schema={})
-    response = prefect.post(f"/deployments/{mine}/create_flow_run", json={"parameters": {"limit": value}})
+    deployment_id = deploy(REPRODUCE, enforce_parameter_schema=False, parameter_openapi_schema={})
+    response = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json={"parameters": {"limit": value}})
     assert response.status_code == 422
-    mine = deploy(REPRODUCE, parameters={"limit": value})
-    response = prefect.post(f"/deployments/{mine}/create_flow_run", json={})
+    deployment_id = deploy(REPRODUCE, parameters={"limit": value})
+    response = prefect.post(f"/deployments/{deployment_id}/create_flow_run", json={})
     assert response.is_client_error or wait_for_run(prefect, response.json()["id"])[0] == "FAILED"
 
 
@@ -276,8 +277,8 @@ def test_wrong_parameters_are_refused_by_the_form(prefect, parameters):
 @pytest.mark.parametrize("parameters", [{"nonsense": 1}, {"max_steps": 0}, {"precision": "fp8"}], ids=str)
 def test_invalid_parameters_accepted_by_prefect_fail_and_create_no_round(prefect, deploy, engine, parameters):
     before = count_rounds(engine)
-    mine = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={}, parameters=parameters)
-    state, message = run_deployment(prefect, mine)
+    deployment_id = deploy(ROUND, enforce_parameter_schema=False, parameter_openapi_schema={}, parameters=parameters)
+    state, message = run_deployment(prefect, deployment_id)
     assert state == "FAILED" and "parameters of cotrain-round are not valid" in message and "\n" not in message
     assert count_rounds(engine) == before
 

@@ -110,8 +110,8 @@ def test_consumer_cannot_change_the_champion_alias(first_round, stack):
     url = f"{settings.mlflow_url}/api/2.0/mlflow/registered-models/alias"
     assert httpx.post(url, json=body, auth=auth).status_code == 403
     assert httpx.get(f"{settings.mlflow_url}/api/2.0/mlflow/registered-models/get?name=yuan").status_code == 401
-    for what in ("experiments", "registered-models"):
-        response = httpx.post(f"{settings.mlflow_url}/api/2.0/mlflow/{what}/create", json={"name": "mine"}, auth=auth)
+    for kind in ("experiments", "registered-models"):
+        response = httpx.post(f"{settings.mlflow_url}/api/2.0/mlflow/{kind}/create", json={"name": "mine"}, auth=auth)
         assert response.status_code == 403
 
 
@@ -205,17 +205,20 @@ def test_reports_datasets_and_accounts_are_withdrawn_from_the_command_line(
     report = FeedbackIn(kind="correction", prompt="poison", response="?", model_version=1, expected="p")
     submitted = contributor.submit(report)
     dataset = stack.push(contributor, tmp_path, load_skills(REPORTED_SKILLS)[0].make_rows(10, seed=4))
-    for what, record in (("report", submitted.id), ("dataset", dataset.id)):
-        _, output = stack.cotrain("withdraw", what, record, "--reason", "poison", check=True)
+    for kind, record in (("report", submitted.id), ("dataset", dataset.id)):
+        _, output = stack.cotrain("withdraw", kind, record, "--reason", "poison", check=True)
         assert (output["state"], output["reason"]) == ("withdrawn", "poison")
-        status, output = stack.cotrain("withdraw", what, "0" * 32, "--reason", "poison")
-        assert status == 1 and f"there is no {what} 0000" in output
-    dataset = operator.add_contributor("junk")
-    with stack.client(dataset.token) as client:
+        status, output = stack.cotrain("withdraw", kind, "0" * 32, "--reason", "poison")
+        assert status == 1 and f"there is no {kind} 0000" in output
+    account = operator.add_contributor("junk")
+    with stack.client(account.token) as client:
         submitted = [client.submit(report) for _ in range(3)]
         counts = [stack.cotrain("withdraw", "account", "junk", "--reason", "poison", check=True)[1] for _ in range(2)]
-        assert [(one["account"], one["reports"]) for one in counts] == [(dataset.id, 3), (dataset.id, 0)]
-        assert {client.feedback(one.id).state for one in submitted} == {"withdrawn"}
+        assert [(withdrawal["account"], withdrawal["reports"]) for withdrawal in counts] == [
+            (account.id, 3),
+            (account.id, 0),
+        ]
+        assert {client.feedback(report.id).state for report in submitted} == {"withdrawn"}
 
 
 @pytest.mark.slow

@@ -280,8 +280,8 @@ def test_root_without_cap_sys_admin_cannot_write_proc():
     outer = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import child, os; "]
     outer[2] += f"child.drop_capabilities(); os.execv({inner[0]!r}, {inner!r})"
     result = subprocess.run(outer, capture_output=True, text=True, cwd="/")
-    found = json.loads(result.stdout)
-    assert not found["own threads"] and not found["settings of the kernel"]
+    probed = json.loads(result.stdout)
+    assert not probed["own threads"] and not probed["settings of the kernel"]
     assert "fail with error 304" in result.stderr and "CAP_SYS_ADMIN" in result.stderr
 
 

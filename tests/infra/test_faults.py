@@ -51,12 +51,12 @@ OTHER_ERRORS = [
 
 
 @pytest.mark.parametrize(
-    ("error", "own", "passing"),
+    ("error", "is_item", "is_transient"),
     [
         *((error, True, False) for error in ITEM_ERRORS),
         *((error, False, True) for error in TRANSIENT_ERRORS),
         *((error, False, False) for error in OTHER_ERRORS),
     ],
 )
-def test_error_is_classified_as_item_transient_or_neither(error, own, passing):
-    assert (is_item_error(error), is_transient_error(error)) == (own, passing)
+def test_error_is_classified_as_item_transient_or_neither(error, is_item, is_transient):
+    assert (is_item_error(error), is_transient_error(error)) == (is_item, is_transient)

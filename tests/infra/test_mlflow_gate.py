@@ -77,13 +77,15 @@ def test_each_caller_can_access_only_its_listed_routes(refused_requests):
         "reader": PUBLIC_RULES + CONSUMER_RULES,
         "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
     }
-    reached = {asked for asked, is_refused in refused_requests.items() if not is_refused}
+    reached = {request for request, is_refused in refused_requests.items() if not is_refused}
     listed = {
-        asked for asked in refused_requests if is_route_allowed(lists[asked[0]], asked[1], fill_placeholders(asked[2]))
+        request
+        for request in refused_requests
+        if is_route_allowed(lists[request[0]], request[1], fill_placeholders(request[2]))
     }
     assert reached - listed == set()
     assert {
-        asked for asked in listed - reached if asked[1] != "HEAD"
+        request for request in listed - reached if request[1] != "HEAD"
     } == set()  # a HEAD may be refused by MLflow itself
 
 
@@ -177,10 +179,10 @@ def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
     bare = f"{mlflow.private}/{mlflow.private_run}/artifacts"
     proxied = "/api/2.0/mlflow-artifacts"
     private_model = f"/ajax-api/2.0/mlflow/logged-models/{mlflow.model}/artifacts"
-    both = {"run_id": mlflow.run, "run_uuid": mlflow.private_run}
+    run_ids = {"run_id": mlflow.run, "run_uuid": mlflow.private_run}
     requests = [
         ("/get-artifact", {"run_uuid": mlflow.private_run, "path": "secret.txt"}),
-        ("/get-artifact", {**both, "path": "secret.txt"}),
+        ("/get-artifact", {**run_ids, "path": "secret.txt"}),
         ("/get-artifact", {"run_uuid": mlflow.run, "path": f"../../../{private}/secret.txt"}),
         ("/get-artifact", {"run_uuid": mlflow.run, "path": f"%2e%2e/%2e%2e/%2e%2e/{private}/secret.txt"}),
         ("/model-versions/get-artifact", {"name": "yuan", "version": "1", "path": f"../../../../{private}/secret.txt"}),
@@ -225,18 +227,18 @@ def test_a_presigned_download_is_for_one_object(clients, mlflow):
 
 
 def test_graphql_shows_a_consumer_nothing_of_another_experiment(clients, mlflow):
-    def ask(field, asked, shown):
-        return f"query {{ {field}(input: {{{asked}}}) {{ {shown} }} }}"
+    def ask(field, arguments, shown):
+        return f"query {{ {field}(input: {{{arguments}}}) {{ {shown} }} }}"
 
     run, runs = "run { info { runId } data { metrics { key } } experiment { name } }", "runs { info { runId } }"
-    both = f'experimentIds: ["{mlflow.experiment}", "{mlflow.private}"]'
+    experiment_ids = f'experimentIds: ["{mlflow.experiment}", "{mlflow.private}"]'
     private_metric = f'runIds: ["{mlflow.private_run}"], metricKey: "secret_metric"'
     queries = [
         ask("mlflowGetRun", f'runId: "{mlflow.private_run}"', run),
         ask("mlflowGetRun", f'runUuid: "{mlflow.private_run}"', run),
         ask("mlflowGetExperiment", f'experimentId: "{mlflow.private}"', "experiment { name }"),
         ask("mlflowSearchRuns", f'experimentIds: ["{mlflow.private}"]', runs),
-        ask("mlflowSearchRuns", both, runs),
+        ask("mlflowSearchRuns", experiment_ids, runs),
         ask("mlflowSearchRuns", "", runs),
         ask("mlflowListArtifacts", f'runId: "{mlflow.private_run}"', "files { path }"),
         ask("mlflowGetMetricHistoryBulkInterval", private_metric, "metrics { value }"),
@@ -299,8 +301,8 @@ def test_search_and_query_of_a_consumer_are_limited_and_fast(clients, mlflow):
         response = ask.post("/graphql", json=refused)
         assert response.status_code == 400 and response.json()["error_code"] == "INVALID_PARAMETER_VALUE"
     assert time.monotonic() - started < 2
-    most = {**body, "order_by": orders[:MAX_ORDER_BY_ENTRIES], "filter": conditions}
-    assert ask.post(search, json=most).status_code == 200
+    largest_query = {**body, "order_by": orders[:MAX_ORDER_BY_ENTRIES], "filter": conditions}
+    assert ask.post(search, json=largest_query).status_code == 200
     assert time.monotonic() - started < 10
 
 

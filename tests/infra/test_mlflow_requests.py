@@ -72,12 +72,12 @@ def post(port):
         yield lambda body, path=SEARCH, auth=CONSUMER: client.post(path, content=body, auth=auth)
 
 
-def send_raw(port, path, length, sent, auth=CONSUMER, method="POST"):
+def send_raw(port, path, length, body, auth=CONSUMER, method="POST"):
     """Announce a body, send part of it, and return the socket."""
     token = base64.b64encode(":".join(auth).encode()).decode()
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Basic {token}\r\nContent-Length: {length}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    connection.sendall(head.encode() + sent)
+    connection.sendall(head.encode() + body)
     return connection
 
 

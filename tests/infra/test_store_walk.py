@@ -104,9 +104,9 @@ def test_the_store_listens_on_its_known_ports_of_loopback_only(weed):
     expected_ports = {config.ports[name] for name in WEED_PORT_NAMES} | {
         config.ports[f"{name}_grpc"] for name in WEED_PORT_NAMES
     }
-    listening = find_listening_ports(pid)
-    assert {address for address, _ in listening} == {"0100007F"}
-    assert {port for _, port in listening} == expected_ports
+    listening_ports = find_listening_ports(pid)
+    assert {address for address, _ in listening_ports} == {"0100007F"}
+    assert {port for _, port in listening_ports} == expected_ports
 
 
 def test_every_port_except_s3_refuses_clients_without_certificate(weed):

@@ -219,13 +219,15 @@ def test_all_services_listen_on_loopback_only(tmp_path):
     assert all(url.startswith("http://127.0.0.1:") for url in urls)
 
 
-@pytest.mark.parametrize(("account", "own", "other"), [("s3", "cotrain", "mlflow"), ("mlflow_s3", "mlflow", "cotrain")])
-def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, own, other):
+@pytest.mark.parametrize(
+    ("account", "own_bucket", "other_bucket"), [("s3", "cotrain", "mlflow"), ("mlflow_s3", "mlflow", "cotrain")]
+)
+def test_each_account_of_the_store_reaches_its_own_bucket_only(stores, account, own_bucket, other_bucket):
     secret = load_config(stores.home).secrets
     keys = {"s3_access_key": secret[f"{account}_access_key"], "s3_secret_key": secret[f"{account}_secret_key"]}
     access = StoreAccess(s3_endpoint=stores.s3_endpoint, **keys)
-    open_object_store(access, own).check()
-    foreign = open_object_store(access, other, attempts=1)
+    open_object_store(access, own_bucket).check()
+    foreign = open_object_store(access, other_bucket, attempts=1)
     for attempt in (foreign.check, lambda: foreign.get("probe"), lambda: foreign.list_keys(""), foreign.ensure_bucket):
         with pytest.raises(ClientError, match="AccessDenied"):
             attempt()

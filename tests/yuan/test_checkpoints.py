@@ -47,10 +47,10 @@ def save_checkpoint(store, step):
 def test_any_slice_of_a_tensor_can_be_loaded(store):
     save_checkpoint(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
-    wanted = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
-    store.load(3, wanted)
+    pieces = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
+    store.load(3, pieces)
     for key, (start, length) in cuts.items():
-        assert torch.equal(wanted[key].values, make_values(3)[key][start : start + length])
+        assert torch.equal(pieces[key].values, make_values(3)[key][start : start + length])
 
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
@@ -102,16 +102,16 @@ def truncate(path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "what"),
+    ("damage", "message"),
     [(flip_bit, "another sha256"), (truncate, "bytes, not"), (lambda path: path.unlink(), "cannot be read")],
 )
-def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, damage, what):
+def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, damage, message):
     save_checkpoint(store, 1)
     save_checkpoint(store, 2)
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
     assert store.find_newest().step == 1
     assert isinstance(events[-1], CheckpointDamagedEvent) and events[-1].step == 2
-    assert "__0_0.distcp" in events[-1].what and what in events[-1].what
+    assert "__0_0.distcp" in events[-1].what and message in events[-1].what
 
 
 @pytest.mark.parametrize("key", ["model", "order"])

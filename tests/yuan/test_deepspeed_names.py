@@ -33,7 +33,7 @@ def read_source(place):
     except ModuleNotFoundError:
         module, _, name = place.rpartition(".")
         classes = getattr(importlib.import_module(module), name).__mro__
-        return "".join(inspect.getsource(one) for one in classes if one.__module__.startswith("deepspeed"))
+        return "".join(inspect.getsource(cls) for cls in classes if cls.__module__.startswith("deepspeed"))
 
 
 def is_defined_in(name, tree):

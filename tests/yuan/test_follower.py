@@ -130,7 +130,7 @@ def start_process(tmp_path):
     home.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as registry:
         urls = {"model_server_url": listener, "mlflow_url": registry}
-        env = {f"COTRAIN_{key.upper()}": f"http://127.0.0.1:{one.getsockname()[1]}" for key, one in urls.items()}
+        env = {f"COTRAIN_{key.upper()}": f"http://127.0.0.1:{server.getsockname()[1]}" for key, server in urls.items()}
         env |= {"COTRAIN_HOME": str(home), "COTRAIN_MODEL_SERVER_TOKEN": token, "COTRAIN_MLFLOW_PASSWORD": "x"}
 
         def start(*, is_registry_silent):

@@ -174,5 +174,5 @@ def test_non_finite_logits_are_an_error(model, tokenizer):
     decoder = Decoder(broken)
     sequence = DecodingSequence(tokenizer.encode("bcd"), GREEDY, tokenizer, 64)
     failed = decoder.add([sequence])
-    assert [(who, type(error)) for who, error in failed] == [(sequence, NonFiniteLogits)]
+    assert [(failed_sequence, type(error)) for failed_sequence, error in failed] == [(sequence, NonFiniteLogits)]
     assert decoder.running == []

@@ -56,10 +56,10 @@ def test_completion_equals_the_output_of_generate(client, served_model):
     prompts = ["abc", "加减"]
     completion = client.completions.create(model="yuan", prompt=prompts, max_tokens=9)
     expected = generate(served_model.model, served_model.tokenizer, prompts, Sampling(max_tokens=9))
-    assert [choice.text for choice in completion.choices] == [one.text for one in expected]
+    assert [choice.text for choice in completion.choices] == [generation.text for generation in expected]
     assert completion.model == "yuan-v1"
-    assert completion.usage.prompt_tokens == sum(one.num_prompt_tokens for one in expected)
-    assert completion.usage.completion_tokens == sum(one.num_tokens for one in expected)
+    assert completion.usage.prompt_tokens == sum(generation.num_prompt_tokens for generation in expected)
+    assert completion.usage.completion_tokens == sum(generation.num_tokens for generation in expected)
 
 
 def test_prompt_as_token_ids_gives_the_same_completion_as_text(client, served_model):

@@ -124,7 +124,7 @@ def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatc
     assert [type(received[-1]) for received in deliveries] == [AnswerPiece, DecodingFailed, AnswerPiece]
     hot = Sampling(max_tokens=40, temperature=1.0, seed=3)
     alone = generate(engine.served.model, engine.served.tokenizer, ["abc", "de"], hot)
-    assert [join_text(deliveries[0]), join_text(deliveries[2])] == [one.text for one in alone]
+    assert [join_text(deliveries[0]), join_text(deliveries[2])] == [generated.text for generated in alone]
     assert service.fault() is None and 'place="decode"} 1.0' in service.metrics.text().decode()
 
 

@@ -45,10 +45,10 @@ def test_published_text_has_the_ids_of_the_official_code(published_tokenizer):
     assert published_tokenizer.decode([29871, 38190]) == "你好"
 
 
-@pytest.mark.parametrize("which", ["own_tokenizer", "published_tokenizer"])
+@pytest.mark.parametrize("fixture_name", ["own_tokenizer", "published_tokenizer"])
 @pytest.mark.parametrize("token", tokenizers.SPECIAL_TOKENS)
-def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(which, token, request):
-    tokenizer = request.getfixturevalue(which)
+def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(fixture_name, token, request):
+    tokenizer = request.getfixturevalue(fixture_name)
     for text in (token, f"a{token}b", f"{token}{token} 加"):
         ids = tokenizer.encode(text)
         assert set(ids).isdisjoint(tokenizer.special.values())
