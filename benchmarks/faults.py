@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
@@ -186,7 +186,7 @@ def main() -> int:
             if arguments.only and arguments.only not in name:
                 continue
             if fault is fill_disk and not is_small:
-                show({"name": name, "skipped": "no file system of its own can be mounted here"})
+                print_lines({"name": name, "skipped": "no file system of its own can be mounted here"})
                 continue
             steps = STEPS
             if name.endswith("down"):
@@ -194,15 +194,15 @@ def main() -> int:
                     run_without_faults(home, client, STEPS, references, arguments)["step_seconds"], arguments
                 )
             reference = run_without_faults(home, client, steps, references, arguments)
-            found = run(home, client, fault, steps, arguments)
-            same = {f"same_{key}": found[key] == reference[key] for key in ("positions", "loss")}
-            ok &= show(
+            result = run(home, client, fault, steps, arguments)
+            same = {f"same_{key}": result[key] == reference[key] for key in ("positions", "loss")}
+            ok &= print_lines(
                 {
-                    **line(name, found["num_faults"], "faults", "run without faults"),
+                    **make_line(name, result["num_faults"], "faults", "run without faults"),
                     "goal": "ends by itself, every position once, last loss bit-equal",
-                    "ok": found["ended"] and all(same.values()) and found["num_faults"] > 0,
+                    "ok": result["ended"] and all(same.values()) and result["num_faults"] > 0,
                     **same,
-                    **{key: found[key] for key in ("ended", "seconds", "loss", "events")},
+                    **{key: result[key] for key in ("ended", "seconds", "loss", "events")},
                 }
             )
     ok &= all(reference["ended"] for reference in references.values())
@@ -214,9 +214,9 @@ def run_without_faults(
 ) -> dict[str, Any]:
     """Return the run without faults, executed once for each number of steps."""
     if steps not in runs_by_steps:
-        found = runs_by_steps[steps] = run(home, client, None, steps, arguments)
-        result_line = line(f"run without faults, {steps} steps", found["seconds"], "s")
-        show({**result_line, "loss": found["loss"], "ok": found["ended"]})
+        result = runs_by_steps[steps] = run(home, client, None, steps, arguments)
+        result_line = make_line(f"run without faults, {steps} steps", result["seconds"], "s")
+        print_lines({**result_line, "loss": result["loss"], "ok": result["ended"]})
     return runs_by_steps[steps]
 
 

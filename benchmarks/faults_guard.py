@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from pairs import line, show
-from training_grids import make
+from pairs import make_line, print_lines
+from training_grids import make_training_inputs
 
 from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Recipe
@@ -39,7 +39,7 @@ RECIPE = Recipe(
     checkpoint_every=10,
 )
 FIRST = 40 * BATCH  # first position of the injected fault
-PLANTS: dict[str, dict[str, Any]] = {
+FAULT_SPANS: dict[str, dict[str, Any]] = {
     "once": {"first": FIRST, "end": FIRST + BATCH, "times": 1},
     "two steps": {"first": FIRST, "end": FIRST + 2 * BATCH, "times": None},
     "five steps": {"first": FIRST, "end": FIRST + 5 * BATCH, "times": None},
@@ -49,15 +49,15 @@ PLANTS: dict[str, dict[str, Any]] = {
 def main() -> int:
     ok = True
     with tempfile.TemporaryDirectory() as name:
-        parent, model, samples = make(Path(name) / "parent")
+        parent, model, samples = make_training_inputs(Path(name) / "parent")
         clean_run = run(Path(name) / "alone", parent, model, samples, None)
         clean_loss = compute_loss(clean_run)
-        for what in ("nan", "tenfold"):
-            for length, where in PLANTS.items():
-                folder = run(Path(name) / f"{what} {length}", parent, model, samples, {"what": what, **where})
+        for kind in ("nan", "tenfold"):
+            for length, span in FAULT_SPANS.items():
+                folder = run(Path(name) / f"{kind} {length}", parent, model, samples, {"kind": kind, **span})
                 difference, (missing, reported) = compute_loss(folder) / clean_loss - 1, find_skipped_positions(folder)
-                result_line = line(
-                    f"{what}, {length}", round(difference, 5), "of the loss without faults", "run without faults"
+                result_line = make_line(
+                    f"{kind}, {length}", round(difference, 5), "of the loss without faults", "run without faults"
                 )
                 is_right = (
                     abs(difference) <= MAX_DIFFERENCE
@@ -72,12 +72,12 @@ def main() -> int:
                 goal = f"within {MAX_DIFFERENCE}, skipped positions those of the events" + (
                     "; bit-equal" if length == "once" else ""
                 )
-                more = {"skipped": len(missing), "bit_equal": are_weights_equal(clean_run, folder), **counts}
-                ok &= show({**result_line, "goal": goal, "ok": is_right and is_equal, **more})
+                details = {"skipped": len(missing), "bit_equal": are_weights_equal(clean_run, folder), **counts}
+                ok &= print_lines({**result_line, "goal": goal, "ok": is_right and is_equal, **details})
     return 0 if ok else 1
 
 
-def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], plant: dict[str, Any] | None) -> RunFolder:
+def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], fault: dict[str, Any] | None) -> RunFolder:
     plan = make_plan_from_bounds(
         Workload.from_recipe(model, RECIPE), make_cpu_pool().groups[0], (0, 4, 6), data_size=1, micro_batch_size=2
     )
@@ -88,9 +88,9 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], pla
     spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=5, parent="v1")
     folder.prepare(spec, {"documents": samples}, pad=0)
     program: list[str | Path] = ["-m", "yuan.train.run"]
-    if plant is not None:
-        (path / "plant.json").write_text(json.dumps(plant))
-        program = [Path(__file__).with_name("planted.py")]
+    if fault is not None:
+        (path / "fault.json").write_text(json.dumps(fault))
+        program = [Path(__file__).with_name("fault_injection.py")]
     command = build_torchrun_command(plan.pipeline_size, *program, path)
     with run_child(command, path, env=dict(os.environ), log_name="train.log") as process:
         if process.wait(300):
@@ -124,8 +124,8 @@ def compute_loss(folder: RunFolder) -> float:
         return float(weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum()))
 
 
-def are_weights_equal(one: RunFolder, other: RunFolder) -> bool:
-    states = [weights.load(folder.export).state_dict() for folder in (one, other)]
+def are_weights_equal(first_run: RunFolder, second_run: RunFolder) -> bool:
+    states = [weights.load(folder.export).state_dict() for folder in (first_run, second_run)]
     return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pairs import line, show
+from pairs import make_line, print_lines
 from sqlalchemy import func, select
 
 from feedback import leases
@@ -56,12 +56,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, start_database(Path(name)) as settings:
         figures = run_trial(Path(name), settings, kills)
     ok = True
-    for what, figure, goal in (
+    for name, figure, goal in (
         ("devices leased to two processes at once", figures["doubled"], 0),
         ("devices lost at the end", DEVICES - figures["free"], 0),
         ("requests left waiting", figures["waiting"], 0),
     ):
-        ok &= show({**line(what, figure, "of 8 devices"), "goal": f"{goal}", "ok": figure == goal, **figures})
+        ok &= print_lines(
+            {**make_line(name, figure, "of 8 devices"), "goal": f"{goal}", "ok": figure == goal, **figures}
+        )
     return 0 if ok else 1
 
 
@@ -103,13 +105,13 @@ def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     rng = random.Random(0)
     holders: list[subprocess.Popen[bytes]] = []
     killed_leases: set[str] = set()
-    done, start = 0, time.monotonic()
-    while done < kills:
+    num_kills, start = 0, time.monotonic()
+    while num_kills < kills:
         holders = [holder for holder in holders if holder.poll() is None]
         while len(holders) < HOLDERS:
             holders.append(start_holder(folder, settings, rng.randint(1, DEVICES)))
         time.sleep(rng.uniform(0.05, 0.5))
-        done += kill_holder(rng, sessions, killed_leases)
+        num_kills += kill_holder(rng, sessions, killed_leases)
         reap_dead_leases(sessions, {POOL: LocalLauncher()})
     for holder in holders:  # running holders exit on this signal; the reaper ends the stopped ones
         with contextlib.suppress(ProcessLookupError):
@@ -124,7 +126,7 @@ def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     with sessions() as session:
         granted = select(func.count()).where(Lease.granted_at.is_not(None))
         figures = {
-            "kills": done,
+            "kills": num_kills,
             "doubled": len((folder / "violations").read_text().splitlines()) if (folder / "violations").exists() else 0,
             "free": len(leases.find_free_devices(session, POOL)),
             "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL)))),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import FeedbackOut, RoundOut, RoundParameters
@@ -72,14 +72,14 @@ class Sender:
     items: list[Item] = field(default_factory=list)
 
 
-def make_report(number: int, prompt: str, expected: str, **more: Any) -> Body:
+def make_report(number: int, prompt: str, expected: str, **fields: Any) -> Body:
     return {
         "kind": "correction",
         "prompt": prompt,
         "response": f"no answer {number}",
         "model_version": 1,
         "expected": expected,
-        **more,
+        **fields,
     }
 
 
@@ -93,8 +93,8 @@ def make_numeric_report(value: object, tolerance: object) -> Callable[[int, Body
     return lambda n, _: make_report(n, f"{MARK} count to {n}", "7", checker=checker)
 
 
-def make_rows(*made: Body) -> bytes:
-    return b"".join(json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for row in made)
+def make_rows(*rows: Body) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n" for row in rows)
 
 
 def make_checked_row(prompt: str, answer: str) -> Body:
@@ -197,8 +197,8 @@ def read_records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | 
     for sender in senders:
         with Client(url, sender.token, timeout_s=300) as client:
             reports: list[FeedbackOut] = client.all_feedback()
-            for one in reports:
-                outcomes[one.id] = (one.state, one.reason)
+            for report in reports:
+                outcomes[report.id] = (report.state, report.reason)
             for item in sender.items:
                 if item.path == DATASETS and item.record_id:
                     dataset = client.dataset(item.record_id)
@@ -206,10 +206,10 @@ def read_records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | 
     return outcomes
 
 
-def is_explained(item: Item, found: dict[str, tuple[str, str | None]]) -> bool:
+def is_explained(item: Item, records: dict[str, tuple[str, str | None]]) -> bool:
     if not item.record_id:
         return 400 <= item.status < 500
-    state, reason = found[item.record_id]
+    state, reason = records[item.record_id]
     return state == "accepted" or reason is not None
 
 
@@ -243,7 +243,7 @@ def main() -> int:
             page=httpx.get(settings.portal_url).text,
         )
     lines = [*make_honest_lines(senders, results), *make_hostile_lines(senders, results)]
-    return 0 if show(*lines, line("poison/seconds", round(time.monotonic() - start), "s")) else 1
+    return 0 if print_lines(*lines, make_line("poison/seconds", round(time.monotonic() - start), "s")) else 1
 
 
 def count_notices(senders: list[Sender], url: str, num_promoted: int) -> Counter[tuple[str, int]]:
@@ -260,24 +260,30 @@ def count_notices(senders: list[Sender], url: str, num_promoted: int) -> Counter
 
 
 def make_honest_lines(senders: list[Sender], results: Results) -> list[dict[str, Any]]:
-    good = [item.record_id for sender in senders for item in sender.items if item.kind == "honest"]
-    states = Counter(results.records.get(one, ("lost", None))[0] for one in good)
+    honest = [item.record_id for sender in senders for item in sender.items if item.kind == "honest"]
+    states = Counter(results.records.get(record_id, ("lost", None))[0] for record_id in honest)
     decided = states["accepted"] + states["rejected"] + states["disputed"]
-    accepted = [one for one in good if results.records.get(one, ("lost", None))[0] == "accepted"]
-    once = sum(all(results.num_notices[one, version] == 1 for version in results.promoted) for one in accepted)
-    is_once = bool(results.promoted) and once == len(accepted) and max(results.num_notices.values(), default=0) == 1
+    accepted = [record_id for record_id in honest if results.records.get(record_id, ("lost", None))[0] == "accepted"]
+    num_notified_once = sum(
+        all(results.num_notices[record_id, version] == 1 for version in results.promoted) for record_id in accepted
+    )
+    is_once = (
+        bool(results.promoted)
+        and num_notified_once == len(accepted)
+        and max(results.num_notices.values(), default=0) == 1
+    )
     unit = f"of {len(accepted)} accepted reports, for each of {len(results.promoted)} versions"
     return [
-        line("poison/honest_decided", decided, f"of {len(good)} reports", goal="all", ok=decided == len(good)),
-        line("poison/honest_notified_once", once, unit, goal="all", ok=is_once),
+        make_line("poison/honest_decided", decided, f"of {len(honest)} reports", goal="all", ok=decided == len(honest)),
+        make_line("poison/honest_notified_once", num_notified_once, unit, goal="all", ok=is_once),
     ]
 
 
 def make_hostile_lines(senders: list[Sender], results: Results) -> list[dict[str, Any]]:
     items = [item for sender in senders for item in sender.items]
-    bad = [item for item in items if item.kind != "honest"]
-    explained = sum(is_explained(item, results.records) for item in bad)
-    outcomes = Counter((item.kind, item.status, *results.records.get(item.record_id, ("", ""))) for item in bad)
+    hostile = [item for item in items if item.kind != "honest"]
+    explained = sum(is_explained(item, results.records) for item in hostile)
+    outcomes = Counter((item.kind, item.status, *results.records.get(item.record_id, ("", ""))) for item in hostile)
     for (kind, status, state, reason), count in sorted(outcomes.items(), key=str):
         print(f"{count} x {kind}: {status} {state} {reason or ''}"[:200], file=sys.stderr)
     errors = sum(item.status >= 500 or item.status == 0 for item in items)
@@ -285,10 +291,12 @@ def make_hostile_lines(senders: list[Sender], results: Results) -> list[dict[str
     shown = results.page.count(MARK)
     of_rounds = f"of {len(results.training_rounds)} rounds"
     return [
-        line("poison/hostile_explained", explained, f"of {len(bad)} items", goal="all", ok=explained == len(bad)),
-        line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
-        line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(results.training_rounds)),
-        line("poison/shown", shown, "hostile texts on the front page", goal="0", ok=shown == 0),
+        make_line(
+            "poison/hostile_explained", explained, f"of {len(hostile)} items", goal="all", ok=explained == len(hostile)
+        ),
+        make_line("poison/server_errors", errors, "requests", goal="0", ok=errors == 0),
+        make_line("poison/rounds_ended", ended, of_rounds, goal="all", ok=ended == len(results.training_rounds)),
+        make_line("poison/shown", shown, "hostile texts on the front page", goal="0", ok=shown == 0),
     ]
 
 

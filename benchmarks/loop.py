@@ -17,9 +17,9 @@ SEEDS = (0, 1, 2)
 def main(seeds: list[int]) -> int:
     all_ok = True
     for seed in seeds:
-        for line in measure(seed):
-            all_ok &= line["ok"]
-            print(json.dumps({**line, "seed": seed}), flush=True)
+        for entry in measure(seed):
+            all_ok &= entry["ok"]
+            print(json.dumps({**entry, "seed": seed}), flush=True)
     return 0 if all_ok else 1
 
 
@@ -34,20 +34,20 @@ def measure(seed: int) -> Iterator[dict[str, Any]]:
     for suite in result["suites"]:
         if suite["suite"].startswith("fresh/"):
             before, after = suite["before"]["rate"], suite["after"]["rate"]
-            yield line(f"{suite['suite']} before", before, "rate", "at most 0.2", before <= 0.2)
-            yield line(f"{suite['suite']} after", after, "rate", "at least 0.8", after >= 0.8)
+            yield make_line(f"{suite['suite']} before", before, "rate", "at most 0.2", before <= 0.2)
+            yield make_line(f"{suite['suite']} after", after, "rate", "at least 0.8", after >= 0.8)
     lost = result["base_before"] - result["base_after"]
-    yield line("base lost", round(lost, 4), "rate", "at most 0.02", lost <= 0.02)
-    yield line("reports", result["reports"], "reports", "at least 100", result["reports"] >= 100)
+    yield make_line("base lost", round(lost, 4), "rate", "at most 0.02", lost <= 0.02)
+    yield make_line("reports", result["reports"], "reports", "at least 100", result["reports"] >= 100)
     is_one_each = result["notices"] == result["reports"] == result["fixed"] + result["still_failing"]
-    yield line("one verdict and one notice each", result["notices"], "notices", "as many as reports", is_one_each)
-    yield line("stack up", result["parts"]["stack up"], "s", "at most 20", result["parts"]["stack up"] <= 20)
-    yield line("demo", result["seconds"], "s", "at most 360", result["seconds"] <= 360)
+    yield make_line("one verdict and one notice each", result["notices"], "notices", "as many as reports", is_one_each)
+    yield make_line("stack up", result["parts"]["stack up"], "s", "at most 20", result["parts"]["stack up"] <= 20)
+    yield make_line("demo", result["seconds"], "s", "at most 360", result["seconds"] <= 360)
     overhead_s = result["round_overhead_s"]
-    yield line("round less training and evaluation", overhead_s, "s", "at most 30", overhead_s <= 30)
+    yield make_line("round less training and evaluation", overhead_s, "s", "at most 30", overhead_s <= 30)
 
 
-def line(name: str, figure: float, unit: str, goal: str, ok: bool) -> dict[str, Any]:
+def make_line(name: str, figure: float, unit: str, goal: str, ok: bool) -> dict[str, Any]:
     return {"name": name, "figure": figure, "unit": unit, "goal": goal, "ok": ok}
 
 

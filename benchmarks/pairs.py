@@ -18,7 +18,7 @@ PAUSE_S = 0.3  # until the worker threads of the previous measurement have stopp
 RESAMPLES = 2000
 
 
-def ratios(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> list[float]:
+def measure_ratios(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> list[float]:
     """Return first/second of interleaved pairs; the order alternates, so that a drifting machine favours neither."""
 
     def after_a_pause(measure: Callable[[], float]) -> float:
@@ -35,30 +35,34 @@ def ratios(first: Callable[[], float], second: Callable[[], float], pairs: int =
     return measured_ratios
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def compute_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
 
 
-def at_least(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
+def make_at_least_line(
+    name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str
+) -> dict[str, Any]:
     """Return the line for "ours is at least goal times the peer"; ok if the interval's lower end is >= 0.97 goal."""
-    low, high = interval(values)
-    return line(
+    low, high = compute_interval(values)
+    return make_line(
         name, figure, unit, peer, statistics.median(values), (low, high), f"at least {goal}", low >= 0.97 * goal
     )
 
 
-def at_most(name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str) -> dict[str, Any]:
+def make_at_most_line(
+    name: str, values: Sequence[float], goal: float, *, figure: float, unit: str, peer: str
+) -> dict[str, Any]:
     """Return the line for "ours is at most goal times the peer"; ok if the interval's upper end is <= 1.03 goal."""
-    low, high = interval(values)
-    return line(
+    low, high = compute_interval(values)
+    return make_line(
         name, figure, unit, peer, statistics.median(values), (low, high), f"at most {goal}", high <= 1.03 * goal
     )
 
 
-def line(
+def make_line(
     name: str,
     figure: float | None,
     unit: str,
@@ -80,7 +84,7 @@ def line(
     }
 
 
-def show(*lines: dict[str, Any]) -> bool:
+def print_lines(*lines: dict[str, Any]) -> bool:
     """Print lines as JSON; return true if none of them missed its goal."""
     for entry in lines:
         print(json.dumps(entry), flush=True)
@@ -114,23 +118,25 @@ class Peer:
         self._process.wait()
 
 
-def contest(file: str, own: Sequence[str], other: Sequence[str], figure: str) -> tuple[list[float], float]:
+def compare_processes(
+    file: str, our_arguments: Sequence[str], peer_arguments: Sequence[str], figure: str
+) -> tuple[list[float], float]:
     """Return ratios own/other of a figure and our last figure; each side is a process of `file` with its arguments."""
-    first, second = Peer(file, *own), Peer(file, *other)
+    first, second = Peer(file, *our_arguments), Peer(file, *peer_arguments)
     try:
-        return ratios(lambda: first.measure()[figure], lambda: second.measure()[figure]), first.last[figure]
+        return measure_ratios(lambda: first.measure()[figure], lambda: second.measure()[figure]), first.last[figure]
     finally:
         first.close()
         second.close()
 
 
-def answer(measure: Callable[[], dict[str, float]]) -> None:
+def serve_measurements(measure: Callable[[], dict[str, float]]) -> None:
     """Measure at each line of standard input and print the figures; runs in the child process of `Peer`."""
     for _ in sys.stdin:
         print(json.dumps(measure()), flush=True)
 
 
-def peak_memory_mib(work: Callable[[], object]) -> float:
+def measure_peak_memory_mib(work: Callable[[], object]) -> float:
     """Return the peak increase of this process's resident memory during a call, in MiB."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # reset the high-water mark
@@ -144,7 +150,7 @@ def _status_kib(name: str) -> int:
         return int(next(row for row in file if row.startswith(name)).split()[1])
 
 
-def deepspeeds_partitions() -> tuple[Callable[..., list[int]], Callable[..., list[int]]]:
+def load_deepspeed_partitions() -> tuple[Callable[..., list[int]], Callable[..., list[int]]]:
     """Return DeepSpeed's `partition_balanced` and `partition_uniform`; its import messages go to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         from deepspeed.runtime.utils import partition_balanced, partition_uniform

@@ -7,7 +7,7 @@ or an A100's 79.1 GiB if that is more. Ours is planned once on the official grid
 import sys
 from dataclasses import replace
 
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from yuan.config import MODEL_PRESETS
 from yuan.plan.memory_model import GIB
@@ -48,7 +48,7 @@ def main() -> int:
         ):
             ours = search(work, same, limits).candidates[0]
             faster = theirs.seconds / ours.layout.seconds
-            says = line(
+            entry = make_line(
                 f"{name}, {where}",
                 round(ours.layout.seconds, 2),
                 "s/step",
@@ -57,9 +57,9 @@ def main() -> int:
                 goal="at least 1.0",
                 ok=faster >= 1,
             )
-            ok &= show(
+            ok &= print_lines(
                 {
-                    **says,
+                    **entry,
                     "official_seconds": round(theirs.seconds, 2),
                     "official_peak_gib": round(theirs.peak_bytes / GIB, 1),
                     "peak_gib": round(ours.layout.peak_bytes / GIB, 1),

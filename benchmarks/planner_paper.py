@@ -2,7 +2,7 @@
 
 import sys
 
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from yuan.plan.paper import (
     FIG_3_SPLIT,
@@ -21,8 +21,8 @@ TABLE_5 = 45.192  # seconds
 def show_error(name: str, ours: float, theirs: float, limit: float | None) -> bool:
     off = abs(ours / theirs - 1)
     goal = None if limit is None else f"within {limit:.2%}"
-    return show(
-        line(
+    return print_lines(
+        make_line(
             name,
             round(ours, 3),
             "s",
@@ -34,10 +34,10 @@ def show_error(name: str, ours: float, theirs: float, limit: float | None) -> bo
     )
 
 
-def show_peak(name: str, gigabytes: float, goal: float | None, **more: object) -> bool:
+def show_peak(name: str, gigabytes: float, goal: float | None, **fields: object) -> bool:
     ok = None if goal is None else round(gigabytes, 1) == goal
-    says = line(name, round(gigabytes, 2), "GB", goal=None if goal is None else f"{goal} GB", ok=ok)
-    return show({**says, **more})
+    entry = make_line(name, round(gigabytes, 2), "GB", goal=None if goal is None else f"{goal} GB", ok=ok)
+    return print_lines({**entry, **fields})
 
 
 def main() -> int:

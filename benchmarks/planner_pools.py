@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
 
-from pairs import deepspeeds_partitions, line, show
+from pairs import load_deepspeed_partitions, make_line, print_lines
 
 from yuan.config import ModelConfig
 from yuan.plan.memory_costs import DOES_NOT_FIT
@@ -22,11 +22,11 @@ from yuan.plan.solver import compute_step_seconds
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Workload, compute_default_loss_block
 
-partition_balanced, _ = deepspeeds_partitions()
+partition_balanced, _ = load_deepspeed_partitions()
 POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything
 CLASSES = ("A100-40", "A100-80", "H100-80", "H200", "L40S")
 SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers, width
-MOST_GAP, MOST_OFF = 0.01, 0.03
+MAX_GAP, MAX_SIMULATION_ERROR = 0.01, 0.03
 
 
 def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
@@ -146,7 +146,7 @@ def main() -> int:
 
 def show_baseline(name: str, ratios: list[float], results: PoolResults) -> bool:
     """Print the ratios of a baseline's step time to ours; none may be below 1."""
-    summary = line(
+    summary = make_line(
         f"random pools, step of {name} over ours",
         round(statistics.median(ratios), 3),
         "median ratio",
@@ -156,14 +156,14 @@ def show_baseline(name: str, ratios: list[float], results: PoolResults) -> bool:
         ok=min(ratios) > 1 - 1e-9,
     )
     counts = {"fits_in": len(ratios), "pools": results.num_planned, "neither_fits": results.num_neither_fits}
-    return show({**summary, "least": round(min(ratios), 4), "most": round(max(ratios), 3), **counts})
+    return print_lines({**summary, "least": round(min(ratios), 4), "most": round(max(ratios), 3), **counts})
 
 
 def show_gaps(results: PoolResults) -> bool:
     """Print the worst excess over the best of every layout, and the worst gap to the lower bound."""
     gaps = results.enumeration_gaps
-    is_best = show(
-        line(
+    is_best = print_lines(
+        make_line(
             f"small pools, ours over the best of every layout, {len(gaps)} pools",
             round(max(gaps), 12),
             "worst excess",
@@ -172,23 +172,23 @@ def show_gaps(results: PoolResults) -> bool:
         )
     )
     worst = max(results.bound_gaps)
-    summary = line("random pools, gap", round(worst, 5), "worst", goal="at most 1 %", ok=worst <= MOST_GAP)
-    is_near_bound = show({**summary, "proven_best": sum(gap < 1e-9 for gap in results.bound_gaps)})
+    summary = make_line("random pools, gap", round(worst, 5), "worst", goal="at most 1 %", ok=worst <= MAX_GAP)
+    is_near_bound = print_lines({**summary, "proven_best": sum(gap < 1e-9 for gap in results.bound_gaps)})
     return is_best and is_near_bound
 
 
 def show_simulation(gaps: list[float]) -> bool:
     """Print the largest deviation of the simulated pipeline from the time model."""
     worst = max(gaps, key=abs)
-    summary = line(
+    summary = make_line(
         "makespan, simulation over time model",
         round(worst, 4),
         "worst",
         goal="within 3 %",
-        ok=abs(worst) <= MOST_OFF,
+        ok=abs(worst) <= MAX_SIMULATION_ERROR,
     )
-    num_within = sum(abs(gap) <= MOST_OFF for gap in gaps)
-    return show({**summary, "median": round(statistics.median(gaps), 4), "within": num_within})
+    num_within = sum(abs(gap) <= MAX_SIMULATION_ERROR for gap in gaps)
+    return print_lines({**summary, "median": round(statistics.median(gaps), 4), "within": num_within})
 
 
 if __name__ == "__main__":

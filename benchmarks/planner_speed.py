@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from yuan.config import yuan_102b
 from yuan.plan.plan_record import PipelinePlan
@@ -46,14 +46,14 @@ def time_plan(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -
     begun = time.perf_counter()
     plan = work()
     seconds = time.perf_counter() - begun
-    says = line(
+    entry = make_line(
         name,
         round(seconds, 3),
         "s",
         goal=None if goal is None else f"{goal} s",
         ok=None if goal is None else seconds <= goal,
     )
-    ok = show({**says, "gap": plan.gap, "step_seconds": round(plan.step_seconds, 3)})
+    ok = print_lines({**entry, "gap": plan.gap, "step_seconds": round(plan.step_seconds, 3)})
     return ok, seconds
 
 
@@ -64,7 +64,9 @@ def check_split_of_84_over_32() -> bool:
     layout = solve(build_stage_costs(work, grid, pool.groups))
     seconds = time.perf_counter() - begun
     assert layout is not None
-    return show(line("84 layers over 32 stages, one grid", round(seconds, 4), "s", goal="0.1 s", ok=seconds <= 0.1))
+    return print_lines(
+        make_line("84 layers over 32 stages, one grid", round(seconds, 4), "s", goal="0.1 s", ok=seconds <= 0.1)
+    )
 
 
 def main() -> int:
@@ -81,14 +83,16 @@ def main() -> int:
         "1,024 devices of three", 30, lambda: make_plan(make_workload(), make_pool(**three), explained=False)
     )[0]
     pool = make_pool(**{"A100-80": 96})
-    one = make_plan(make_workload(), pool, explained=False)
-    for name, after in (
+    plan = make_plan(make_workload(), pool, explained=False)
+    for name, changed_pool in (
         ("a lost device", resize_pool(pool, {"A100-80": -1})),
         ("eight more", resize_pool(pool, {"A100-80": 8})),
-        ("a slow one", split_slow_devices(pool, "A100-80", one.data_size, 0.7)),
+        ("a slow one", split_slow_devices(pool, "A100-80", plan.data_size, 0.7)),
     ):
         ok &= time_plan(
-            f"new plan for 96 devices and {name}", 1, lambda after=after: replan(make_workload(), one, after).plan
+            f"new plan for 96 devices and {name}",
+            1,
+            lambda changed_pool=changed_pool: replan(make_workload(), plan, changed_pool).plan,
         )[0]
     curves: dict[str, list[tuple[int, float]]] = {}
     for classes, sizes in GROWTH.items():

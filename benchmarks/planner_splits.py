@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
-from pairs import deepspeeds_partitions, line, show
+from pairs import load_deepspeed_partitions, make_line, print_lines
 
 from yuan.config import ModelConfig, yuan_102b
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
@@ -21,7 +21,7 @@ from yuan.plan.solver import solve
 from yuan.plan.stage_costs import build_stage_costs
 from yuan.plan.workload import Grid, Workload
 
-partition_balanced, partition_uniform = deepspeeds_partitions()
+partition_balanced, partition_uniform = load_deepspeed_partitions()
 LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
 ROOM_GIB = 900_000  # compute time only: memory must not be a constraint
 THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
@@ -74,7 +74,7 @@ def main() -> int:
     ok = True
     for method, values in ratios_by_method.items():
         is_ours = method == "ours"
-        says = line(
+        entry = make_line(
             f"slowest stage over the least possible, {method}",
             round(statistics.mean(values), 4),
             "mean of 48 cases",
@@ -89,7 +89,7 @@ def main() -> int:
             "cases": len(values),
         }
         recorded = {} if is_ours else {"recorded_with_other_widths": THEIRS[method]}
-        ok &= show({**says, **counts, **recorded})
+        ok &= print_lines({**entry, **counts, **recorded})
     return 0 if ok else 1
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import deepspeed.checkpoint.ds_to_universal
 import torch
 from deepspeed import comm as dist
-from pairs import PAIRS, interval, line, show
+from pairs import PAIRS, compute_interval, make_line, print_lines
 
 from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe
@@ -49,9 +49,9 @@ def main() -> int:
         ours = [run_in_ranks("ours", folder) for _ in range(PAIRS)]
         theirs = [convert(folder) | run_in_ranks("theirs", folder) for _ in range(PAIRS)]
     stalls = [stall / whole for stall, whole in zip(saved["stall_s"], saved["whole_s"], strict=True)]
-    low, high = interval(stalls)
+    low, high = compute_interval(stalls)
     deepspeed_s = statistics.median(saved["deepspeed_s"])
-    stall = line(
+    stall = make_line(
         "training blocked by a checkpoint",
         round(statistics.median(saved["stall_s"]), 4),
         "s",
@@ -61,22 +61,22 @@ def main() -> int:
         "at most 0.05",
         high <= 0.05 * 1.03,
     )
-    ok = show({**stall, "whole_s": round(statistics.median(saved["whole_s"]), 3)})
+    ok = print_lines({**stall, "whole_s": round(statistics.median(saved["whole_s"]), 3)})
     beside = [stall / whole for stall, whole in zip(saved["stall_s"], saved["deepspeed_s"], strict=True)]
-    show(
-        line(
+    print_lines(
+        make_line(
             "training blocked, compared with DeepSpeed's save, which neither syncs nor hashes",
             round(deepspeed_s, 3),
             "s, theirs",
             "DeepSpeed's save_checkpoint",
             statistics.median(beside),
-            interval(beside),
+            compute_interval(beside),
         )
     )
     times = [a["convert_s"] + a["load_s"] for a in theirs]
     ratios = [b / a["load_s"] for a, b in zip(ours, times, strict=True)]
-    low, high = interval(ratios)
-    resumed = line(
+    low, high = compute_interval(ratios)
+    resumed = make_line(
         "resuming with another plan",
         round(statistics.median(a["load_s"] for a in ours), 3),
         "s",
@@ -88,17 +88,17 @@ def main() -> int:
     )
     same = all(a["sums"] == b["sums"] for a in ours for b in theirs)
     parts = {key: round(statistics.median(a[key] for a in theirs), 3) for key in ("convert_s", "load_s")}
-    ok &= show({**resumed, "theirs": parts, "same_weights_and_moments": same})
+    ok &= print_lines({**resumed, "theirs": parts, "same_weights_and_moments": same})
     return 0 if ok and same else 1
 
 
-def run_in_ranks(what: str, folder: Path) -> dict[str, Any]:
+def run_in_ranks(phase: str, folder: Path) -> dict[str, Any]:
     """Run this file on two ranks and return the figures that rank 0 wrote."""
-    command = build_torchrun_command(2, __file__, what, folder)
+    command = build_torchrun_command(2, __file__, phase, folder)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(result.stderr[-3000:])
-    return dict(json.loads((folder / f"{what}.json").read_text()))
+    return dict(json.loads((folder / f"{phase}.json").read_text()))
 
 
 def convert(folder: Path) -> dict[str, float]:
@@ -110,17 +110,17 @@ def convert(folder: Path) -> dict[str, float]:
     return {"convert_s": time.perf_counter() - start}
 
 
-def run_rank(what: str, folder: Path) -> None:
+def run_rank(phase: str, folder: Path) -> None:
     torch.set_num_threads(1)
     start_distributed(2)
-    {"save": measure_saves, "ours": resume_with_ours, "theirs": resume_with_universal}[what](folder)
+    {"save": measure_saves, "ours": resume_with_ours, "theirs": resume_with_universal}[phase](folder)
     stop_distributed()
 
 
-def make_engine(bounds: tuple[int, ...], replicas: int, **more: Any) -> Any:
+def make_engine(bounds: tuple[int, ...], replicas: int, **settings: Any) -> Any:
     module = PlannedPipeline(MODEL, list(bounds), 0)
     module.universal_checkpoint_info = UNIVERSAL
-    return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **more})[0]
+    return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **settings})[0]
 
 
 def measure_saves(folder: Path) -> None:
@@ -130,22 +130,22 @@ def measure_saves(folder: Path) -> None:
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
-    own, updates = collect_state(engine, MODEL.num_layers)
+    pieces, updates = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
     for step in range(NUM_SAVES + 1):
         dist.barrier()
         start = time.perf_counter()
-        store.save(step + 1, own, updates=updates)
+        store.save(step + 1, pieces, updates=updates)
         stalled = time.perf_counter()
         store.wait()
         dist.barrier()
-        done = time.perf_counter()
+        written = time.perf_counter()
         engine.save_checkpoint(str(folder / "theirs"), tag="saved")
         dist.barrier()
         if step:  # the first maps the memory that the others copy into
             times["stall_s"].append(stalled - start)
-            times["whole_s"].append(done - start)
-            times["deepspeed_s"].append(time.perf_counter() - done)
+            times["whole_s"].append(written - start)
+            times["deepspeed_s"].append(time.perf_counter() - written)
     store.close()
     write_figures(folder / "save.json", times)
 
@@ -175,9 +175,9 @@ def resume_with_universal(folder: Path) -> None:
 
 def sum_states(engine: Any) -> list[float]:
     """Return a checksum of weights and moments, over all replicas."""
-    own = collect_pieces(engine, MODEL.num_layers)
+    pieces = collect_pieces(engine, MODEL.num_layers)
     kinds = [
-        sum(float(piece.values.double().abs().sum()) for key, piece in own.items() if key.startswith(f"{kind}/"))
+        sum(float(piece.values.double().abs().sum()) for key, piece in pieces.items() if key.startswith(f"{kind}/"))
         for kind in ("weight", "exp_avg", "exp_avg_sq")
     ]
     total = torch.tensor(kinds, dtype=torch.float64)

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pairs import line, show
+from pairs import make_line, print_lines
 from safetensors.torch import load_file
-from training_grids import RECIPE, make
+from training_grids import RECIPE, make_training_inputs
 
 from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
@@ -32,17 +32,17 @@ BOUNDS = (0, 4, 6)
 def main() -> int:
     show_hashes(hash_plans())
     with tempfile.TemporaryDirectory() as name:
-        parent, model, samples = make(Path(name) / "parent")
+        parent, model, samples = make_training_inputs(Path(name) / "parent")
         for precision in ("fp32", "bf16"):
             recipe = dataclasses.replace(RECIPE, precision=precision, checkpoint_every=5)
             folder = run(Path(name) / precision, parent, model, samples, recipe)
-            show_hashes([(f"{precision}: {what}", sha) for what, sha in hash_run(folder)])
+            show_hashes([(f"{precision}: {part}", sha) for part, sha in hash_run(folder)])
     return 0
 
 
 def show_hashes(hashes: list[tuple[str, str]]) -> None:
     """Print one line for each name and its hash."""
-    show(*({**line(name, None, "sha256"), "figure": sha} for name, sha in hashes))
+    print_lines(*({**make_line(name, None, "sha256"), "figure": sha} for name, sha in hashes))
 
 
 def hash_plans() -> list[tuple[str, str]]:
@@ -58,10 +58,10 @@ def hash_plans() -> list[tuple[str, str]]:
         (
             name,
             hash_bytes(
-                json.dumps(make_plan(Workload.from_recipe(model, asked), pool).to_json(), sort_keys=True).encode()
+                json.dumps(make_plan(Workload.from_recipe(model, plan_recipe), pool).to_json(), sort_keys=True).encode()
             ),
         )
-        for name, (model, asked, pool) in cases.items()
+        for name, (model, plan_recipe, pool) in cases.items()
     ]
 
 
@@ -69,8 +69,8 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
     """Train in a run folder, as the platform does."""
     work, device = Workload.from_recipe(model, recipe), make_cpu_pool().groups[0]
     plan = make_plan_from_bounds(work, device, BOUNDS, data_size=1, micro_batch_size=recipe.micro_batch_size)
-    first, *others = plan.stages
-    plan = dataclasses.replace(plan, stages=[dataclasses.replace(first, recompute_layers=1), *others])
+    first, *other_stages = plan.stages
+    plan = dataclasses.replace(plan, stages=[dataclasses.replace(first, recompute_layers=1), *other_stages])
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())

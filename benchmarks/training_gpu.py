@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
@@ -38,23 +38,30 @@ def main() -> int:
     is_small = "--small" in sys.argv
     if not torch.cuda.is_available() and not is_small:
         for name in NAMES:
-            show({"name": name, "skipped": "no GPU here"})
+            print_lines({"name": name, "skipped": "no GPU here"})
         return 0
     with tempfile.TemporaryDirectory() as name:
         command = build_torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(result.stderr[-3000:])
-        found = json.loads((Path(name) / "found.json").read_text())
-    tokens, peak = found["tokens"] / found["seconds"], found["peak_tflops"]
-    about = {"device": found["device"], "model": found["model"], "plan": found["plan"]}
-    show({**line(NAMES[0], round(tokens), "tokens/s"), **about})
+        figures = json.loads((Path(name) / "figures.json").read_text())
+    tokens, peak = figures["tokens"] / figures["seconds"], figures["peak_tflops"]
+    about = {"device": figures["device"], "model": figures["model"], "plan": figures["plan"]}
+    print_lines({**make_line(NAMES[0], round(tokens), "tokens/s"), **about})
     if peak is None:
-        show({"name": NAMES[1], "skipped": f"the peak of {found['device']} is not known"})
+        print_lines({"name": NAMES[1], "skipped": f"the peak of {figures['device']} is not known"})
     else:
-        show({**line(NAMES[1], round(tokens * found["flops"] / (peak * 1e12), 3), "of the dense bf16 peak"), **about})
-    ratio = found["peak_bytes"] / found["planned_bytes"]
-    show({**line(NAMES[2], round(found["peak_bytes"] / 2**30, 1), "GiB", "the plan", round(ratio, 3)), **about})
+        print_lines(
+            {
+                **make_line(NAMES[1], round(tokens * figures["flops"] / (peak * 1e12), 3), "of the dense bf16 peak"),
+                **about,
+            }
+        )
+    ratio = figures["peak_bytes"] / figures["planned_bytes"]
+    print_lines(
+        {**make_line(NAMES[2], round(figures["peak_bytes"] / 2**30, 1), "GiB", "the plan", round(ratio, 3)), **about}
+    )
     return 0
 
 
@@ -63,17 +70,17 @@ def describe_device() -> tuple[Pool, str, float | None]:
     if not torch.cuda.is_available():
         return make_cpu_pool(), "CPU", None
     name = torch.cuda.get_device_name()
-    known = next((known for known in DEVICE_SPECS if known.split("-")[0] in name), None)
+    device_class = next((device_class for device_class in DEVICE_SPECS if device_class.split("-")[0] in name), None)
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    if known is None:
+    if device_class is None:
         return (
             Pool(name="gpu", groups=(DeviceGroup(device_class=name, count=1, memory_gib=gib, sustained_tflops=100),)),
             name,
             None,
         )
-    device = DEVICE_SPECS[known]
+    device = DEVICE_SPECS[device_class]
     group = DeviceGroup(
-        device_class=known,
+        device_class=device_class,
         count=1,
         memory_gib=gib,
         sustained_tflops=device.sustained_tflops,
@@ -103,7 +110,7 @@ def run_rank(folder: Path, is_small: bool) -> None:
         engine.train_batch(make_batches(model, recipe, engine.device)).item()
         if step >= WARM:
             seconds.append(time.perf_counter() - begun)
-    found = {
+    figures = {
         "device": name,
         "model": model.name,
         "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed)},
@@ -114,7 +121,7 @@ def run_rank(folder: Path, is_small: bool) -> None:
         "peak_bytes": read_peak_memory_bytes(engine.device),
         "planned_bytes": plan.peak_memory_bytes,
     }
-    (folder / "found.json").write_text(json.dumps(found))
+    (folder / "figures.json").write_text(json.dumps(figures))
     stop_distributed()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from deepspeed import comm as dist
-from pairs import PAIRS, at_least, interval, line, show
+from pairs import PAIRS, compute_interval, make_at_least_line, make_line, print_lines
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -51,24 +51,30 @@ def main() -> int:
         seconds = json.loads((Path(name) / "seconds.json").read_text())
     ours, torchs, plain = seconds["ours"], seconds["torch"], seconds["plain"]
     tokens = ACCUM * RECIPE.seq_len
-    ratios = [theirs / own for own, theirs in zip(ours, torchs, strict=True)]
+    ratios = [torch_s / ours_s for ours_s, torch_s in zip(ours, torchs, strict=True)]
     figure = round(tokens / statistics.median(ours))
     peer = "torch.distributed.pipelining 1F1B"
-    ok = show(at_least("throughput of two stages", ratios, 1.0, figure=figure, unit="tokens/s", peer=peer))
-    gained = [alone / own for own, alone in zip(ours, plain, strict=True)]
-    allowed, (low, high) = compute_bubble_limit(), interval(gained)
-    says = line(
+    ok = print_lines(
+        make_at_least_line("throughput of two stages", ratios, 1.0, figure=figure, unit="tokens/s", peer=peer)
+    )
+    speedups = [plain_s / ours_s for ours_s, plain_s in zip(ours, plain, strict=True)]
+    allowed, (low, high) = compute_bubble_limit(), compute_interval(speedups)
+    entry = make_line(
         "two stages over one process",
-        round(statistics.median(gained), 3),
+        round(statistics.median(speedups), 3),
         "times as fast",
         "plain torch, one thread",
-        statistics.median(gained) / allowed,
+        statistics.median(speedups) / allowed,
         (low / allowed, high / allowed),
         "at least 0.95 of what the bubble allows",
         low / allowed >= 0.97 * 0.95,
     )
-    ok &= show(
-        {**says, "allowed": round(allowed, 3), "torchs": round(statistics.median(plain) / statistics.median(torchs), 3)}
+    ok &= print_lines(
+        {
+            **entry,
+            "allowed": round(allowed, 3),
+            "torchs": round(statistics.median(plain) / statistics.median(torchs), 3),
+        }
     )
     return 0 if ok else 1
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from pairs import line, show
+from pairs import make_line, print_lines
 from torch import Tensor, nn
 
 from yuan.config import LocalFilterKind, ModelConfig
@@ -78,8 +78,8 @@ def run(variant: LocalFilterKind, seed: int) -> None:
     )
     model = Yuan(config)
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
@@ -123,7 +123,7 @@ def main() -> int:
         losses = [loss(variant, seed) for seed in SEEDS]
         gains = [loss("none", seed) - loss(variant, seed) for seed in SEEDS]
         is_goal = variant == "two_convs_norm"
-        says = line(
+        entry = make_line(
             f"test loss, {variant}",
             round(statistics.mean(losses), 4),
             "nats/token",
@@ -138,7 +138,7 @@ def main() -> int:
             if variant in PAPER
             else {}
         )
-        ok &= show({**says, **seeds, **paper})
+        ok &= print_lines({**entry, **seeds, **paper})
     return 0 if ok else 1
 
 

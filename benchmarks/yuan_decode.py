@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import yuan_step
-from pairs import answer, at_least, contest, show
+from pairs import compare_processes, make_at_least_line, print_lines, serve_measurements
 from torch import Tensor
 
 from infra.machine import has_fast_bf16
@@ -53,17 +53,21 @@ def run(name: str, precision: str, batch: str) -> None:
         return {"tokens_per_s": rows * NEW / (time.perf_counter() - began)}
 
     measure()
-    answer(measure)
+    serve_measurements(measure)
 
 
 def main() -> int:
     ok = True
     for precision in ("fp32", "bf16") if has_fast_bf16() else ("fp32",):
         for batch in ("1", "16"):
-            own, other = ("ours", precision, batch), ("llama", precision, batch)
-            found, speed = contest(__file__, own, other, "tokens_per_s")
+            our_arguments, peer_arguments = ("ours", precision, batch), ("llama", precision, batch)
+            speed_ratios, speed = compare_processes(__file__, our_arguments, peer_arguments, "tokens_per_s")
             name = f"decoding {precision}, batch {batch}"
-            ok &= show(at_least(name, found, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama"))
+            ok &= print_lines(
+                make_at_least_line(
+                    name, speed_ratios, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama"
+                )
+            )
     return 0 if ok else 1
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch
-from pairs import answer, at_most, contest, show
+from pairs import compare_processes, make_at_most_line, print_lines, serve_measurements
 
 from infra.machine import has_fast_bf16
 from yuan.config import ModelConfig, yuan_2b
@@ -64,20 +64,20 @@ def run(shape: str, variant: str, precision: str) -> None:
         return {"seconds": time.perf_counter() - began}
 
     step()
-    answer(measure)
+    serve_measurements(measure)
 
 
 def main() -> int:
     precision = "bf16" if has_fast_bf16() else "fp32"
     ok = True
-    for shape, most in (("table-1", MAX_TABLE_1), ("2b-layer", 1 / (1 - MAX_SHARE))):
-        own, other = (shape, "two_convs_norm", precision), (shape, "none", precision)
-        measured_ratios, seconds = contest(__file__, own, other, "seconds")
+    for shape, max_ratio in (("table-1", MAX_TABLE_1), ("2b-layer", 1 / (1 - MAX_SHARE))):
+        with_filter, without_filter = (shape, "two_convs_norm", precision), (shape, "none", precision)
+        measured_ratios, seconds = compare_processes(__file__, with_filter, without_filter, "seconds")
         name = f"filter, {shape}, {precision}"
-        report = at_most(
-            name, measured_ratios, round(most, 3), figure=round(seconds, 3), unit="s", peer="basic attention"
+        report = make_at_most_line(
+            name, measured_ratios, round(max_ratio, 3), figure=round(seconds, 3), unit="s", peer="basic attention"
         )
-        ok &= show({**report, "share": round(1 - 1 / report["ratio"], 4)})
+        ok &= print_lines({**report, "share": round(1 - 1 / report["ratio"], 4)})
     return 0 if ok else 1
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import at_least, interval, line, ratios, show
+from pairs import compute_interval, make_at_least_line, make_line, measure_ratios, print_lines
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -143,15 +143,19 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
     title = f"{config.name}, block-wise loss, {len(tokens)} rows"
     rates = measure_and_show(title, name, make_our_step(config, tokens, blockwise=True), tokens)
     release(device)
-    peak = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
+    peak = next((rate for name_part, rate in PEAK_TFLOPS.items() if name_part in name), None)
     ok = True
     if peak is None:
-        show({**line(f"{config.name}, MFU", None, "share"), "skipped": f"the peak rate of {name} is not known"})
+        print_lines(
+            {**make_line(f"{config.name}, MFU", None, "share"), "skipped": f"the peak rate of {name} is not known"}
+        )
     else:
         mfu = [rate * count_flops_per_token(config, config.seq_len) / (peak * 1e12) for rate in rates]
-        low, high = interval(mfu)
+        low, high = compute_interval(mfu)
         figure, goal = round(statistics.median(mfu), 4), f"at least {MFU_GOAL}"
-        ok = show(line(f"{config.name}, MFU, {name}", figure, "share", None, None, (low, high), goal, low >= MFU_GOAL))
+        ok = print_lines(
+            make_line(f"{config.name}, MFU, {name}", figure, "share", None, None, (low, high), goal, low >= MFU_GOAL)
+        )
 
     step, peer, num_tokens = (
         make_our_step(config, half, blockwise=True),
@@ -160,20 +164,25 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
     )
     step()
     peer()
-    pair_ratios = ratios(
+    pair_ratios = measure_ratios(
         make_speed_measure(step, num_tokens, device), make_speed_measure(peer, num_tokens, device), PAIRS
     )
     title, figure = f"{config.name} beside Llama, {name}", round(make_speed_measure(step, num_tokens, device)())
-    return show(at_least(title, pair_ratios, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")) and ok
+    return (
+        print_lines(
+            make_at_least_line(title, pair_ratios, 1.0, figure=figure, unit="tokens/s", peer="transformers Llama")
+        )
+        and ok
+    )
 
 
 def measure_and_show(title: str, device_name: str, step: Contestant, tokens: Tensor) -> list[float]:
     """Show the peak memory and the speed of a step; return the measured tokens/s."""
     device = tokens.device
     step()
-    show(line(f"{title}, peak memory, {device_name}", measure_peak_gib(step, device), "GiB"))
+    print_lines(make_line(f"{title}, peak memory, {device_name}", measure_peak_gib(step, device), "GiB"))
     rates = [make_speed_measure(step, tokens[:, 1:].numel(), device)() for _ in range(PAIRS)]
-    show(line(f"{title}, {device_name}", round(statistics.median(rates)), "tokens/s"))
+    print_lines(make_line(f"{title}, {device_name}", round(statistics.median(rates)), "tokens/s"))
     return rates
 
 
@@ -189,7 +198,7 @@ def main() -> int:
     arguments.add_argument("--small", action="store_true")
     small = arguments.parse_args().small
     if not torch.cuda.is_available() and not small:
-        show({**line("2.1B on one GPU", None, "tokens/s"), "skipped": "no GPU here"})
+        print_lines({**make_line("2.1B on one GPU", None, "tokens/s"), "skipped": "no GPU here"})
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, rows = dataclasses.replace(yuan_2b(), seq_len=4096), 2

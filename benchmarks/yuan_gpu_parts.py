@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import line, show
+from pairs import make_line, print_lines
 from torch import Tensor
 from torch.nn import functional as F
 from yuan_gpu import wait_for_device
@@ -31,7 +31,7 @@ Part = Callable[[], None]
 def main() -> int:
     is_small = "--small" in sys.argv
     if not torch.cuda.is_available() and not is_small:
-        show({**line("parts of a step", None, "ms"), "skipped": "no GPU here"})
+        print_lines({**make_line("parts of a step", None, "ms"), "skipped": "no GPU here"})
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(tiny(), seq_len=128) if is_small else dataclasses.replace(yuan_2b(), seq_len=4096)
@@ -103,7 +103,7 @@ def show_part(name: str, part: Part, device: torch.device) -> None:
         wait_for_device(device)
         if call >= WARM_CALLS:
             seconds.append(time.perf_counter() - begun)
-    show(line(name, round(1000 * statistics.median(seconds), 2), "ms"))
+    print_lines(make_line(name, round(1000 * statistics.median(seconds), 2), "ms"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import Peer, answer, at_most, line, peak_memory_mib, ratios, show
+from pairs import (
+    Peer,
+    make_at_most_line,
+    make_line,
+    measure_peak_memory_mib,
+    measure_ratios,
+    print_lines,
+    serve_measurements,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,12 +66,12 @@ def run(name: str) -> None:
         x.grad = head.grad = None
         gc.collect()
         began = time.perf_counter()
-        mib = peak_memory_mib(step)
+        mib = measure_peak_memory_mib(step)
         return {"seconds": time.perf_counter() - began, "mib": mib}
 
     with contextlib.redirect_stdout(sys.stderr):
         step()
-    answer(measure)
+    serve_measurements(measure)
 
 
 def main() -> int:
@@ -71,40 +79,42 @@ def main() -> int:
     ok, times = True, {}
     for name in PEERS:
         if name.startswith("cut") and importlib.util.find_spec("cut_cross_entropy") is None:
-            show({**line(f"loss time against {name}", None, "s", name), "skipped": "needs the extra [bench]"})
+            print_lines(
+                {**make_line(f"loss time against {name}", None, "s", name), "skipped": "needs the extra [bench]"}
+            )
             continue
         peer = Peer(__file__, name)
         seconds: dict[str, list[float]] = {"ours": [], name: []}
         mib: dict[str, list[float]] = {"ours": [], name: []}
 
-        def timed(who: Peer, label: str) -> float:
-            figures = who.measure()
+        def time_step(process: Peer, label: str) -> float:
+            figures = process.measure()
             seconds[label].append(figures["seconds"])  # noqa: B023
             mib[label].append(figures["mib"])  # noqa: B023
             return figures["seconds"]
 
-        pair_ratios = ratios(lambda: timed(ours, "ours"), lambda: timed(peer, name))  # noqa: B023
+        pair_ratios = measure_ratios(lambda: time_step(ours, "ours"), lambda: time_step(peer, name))  # noqa: B023
         times[name] = statistics.median(seconds[name])
-        own, theirs = statistics.median(mib["ours"]), statistics.median(mib[name])
+        our_mib, peer_mib = statistics.median(mib["ours"]), statistics.median(mib[name])
         figure = round(statistics.median(seconds["ours"]), 3)
-        ok &= show(
-            at_most(f"loss time against {name}", pair_ratios, MAX_RATIO, figure=figure, unit="s", peer=name),
-            line(
+        ok &= print_lines(
+            make_at_most_line(f"loss time against {name}", pair_ratios, MAX_RATIO, figure=figure, unit="s", peer=name),
+            make_line(
                 f"loss memory beside {name}",
-                round(own),
+                round(our_mib),
                 "MiB",
                 name,
-                own / theirs,
+                our_mib / peer_mib,
                 None,
                 f"at most {MAX_MIB} MiB",
-                own <= MAX_MIB,
+                our_mib <= MAX_MIB,
             ),
-            line(
+            make_line(
                 f"{name} is not both faster and leaner",
-                round(theirs),
+                round(peer_mib),
                 "MiB",
                 name,
-                ok=not (statistics.median(pair_ratios) > 1 and theirs < own),
+                ok=not (statistics.median(pair_ratios) > 1 and peer_mib < our_mib),
             ),
         )
         peer.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import openai
-from pairs import line, show
+from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
@@ -64,13 +64,15 @@ def measure(url: str, operator: Client) -> bool:
         seconds = time.perf_counter() - began
         expected = callers * REQUESTS
         name = f"{callers} streams through the portal"
-        show(
-            line(f"{name}, first token, median", round(statistics.median(first), 4), "s"),
-            line(f"{name}, first token, p99", round(compute_percentile(first, 0.99), 4), "s"),
-            line(f"{name}, whole answer, p99", round(compute_percentile(whole, 0.99), 4), "s"),
-            line(f"{name}, pieces", round(sum(tokens) / seconds), "pieces/s"),
+        print_lines(
+            make_line(f"{name}, first token, median", round(statistics.median(first), 4), "s"),
+            make_line(f"{name}, first token, p99", round(compute_percentile(first, 0.99), 4), "s"),
+            make_line(f"{name}, whole answer, p99", round(compute_percentile(whole, 0.99), 4), "s"),
+            make_line(f"{name}, pieces", round(sum(tokens) / seconds), "pieces/s"),
         )
-        if not show(line(f"{name}, answered", len(whole), "requests", goal=str(expected), ok=len(whole) == expected)):
+        if not print_lines(
+            make_line(f"{name}, answered", len(whole), "requests", goal=str(expected), ok=len(whole) == expected)
+        ):
             return False
     return True
 
@@ -91,16 +93,20 @@ def measure_crowd(url: str, token: str) -> bool:
     began = time.perf_counter()
     responses = asyncio.run(ask_all())
     seconds = time.perf_counter() - began
-    answered = sum(response.status_code == 200 for response in responses)
-    refused = sum(
+    num_answered = sum(response.status_code == 200 for response in responses)
+    num_refused = sum(
         response.status_code in (429, 503) and bool(response.json()["error"]["message"]) for response in responses
     )
     later_answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
-    ok = answered + refused == CROWD and later_answer.status_code == 200
-    report = line(
-        f"{CROWD} at once, answered or refused with a reason", answered + refused, "requests", goal=str(CROWD), ok=ok
+    ok = num_answered + num_refused == CROWD and later_answer.status_code == 200
+    report = make_line(
+        f"{CROWD} at once, answered or refused with a reason",
+        num_answered + num_refused,
+        "requests",
+        goal=str(CROWD),
+        ok=ok,
     )
-    return show({**report, "answered": answered, "refused": refused, "seconds": round(seconds, 1)})
+    return print_lines({**report, "answered": num_answered, "refused": num_refused, "seconds": round(seconds, 1)})
 
 
 def compute_percentile(values: list[float], share: float) -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import answer, at_least, contest, line, show
+from pairs import compare_processes, make_at_least_line, make_line, print_lines, serve_measurements
 from torch import Tensor, nn
 
 from infra.machine import has_fast_bf16
@@ -80,22 +80,26 @@ def run(name: str, precision: str) -> None:
 
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     step()
-    answer(measure)
+    serve_measurements(measure)
 
 
 def main() -> int:
     ok = True
     precisions = ["fp32", "bf16"] if has_fast_bf16() else ["fp32"]
     for precision in precisions:
-        found, speed = contest(__file__, ("ours", precision), ("llama", precision), "tokens_per_s")
+        speed_ratios, speed = compare_processes(__file__, ("ours", precision), ("llama", precision), "tokens_per_s")
         name = f"training step {precision}"
-        ok &= show(at_least(name, found, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama"))
+        ok &= print_lines(
+            make_at_least_line(name, speed_ratios, 1.0, figure=round(speed), unit="tokens/s", peer="transformers Llama")
+        )
     if "bf16" in precisions:
-        found, speed = contest(__file__, ("ours", "bf16"), ("ours", "fp32"), "tokens_per_s")
+        speed_ratios, speed = compare_processes(__file__, ("ours", "bf16"), ("ours", "fp32"), "tokens_per_s")
         name = "training step bf16 over fp32"
-        ok &= show(at_least(name, found, 2.0, figure=round(speed), unit="tokens/s", peer="ours fp32"))
+        ok &= print_lines(
+            make_at_least_line(name, speed_ratios, 2.0, figure=round(speed), unit="tokens/s", peer="ours fp32")
+        )
     else:
-        show({**line("training step bf16", None, "tokens/s"), "skipped": "this processor has no fast bf16"})
+        print_lines({**make_line("training step bf16", None, "tokens/s"), "skipped": "this processor has no fast bf16"})
     return 0 if ok else 1
 
 

@@ -20,12 +20,12 @@ from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
 LONG = dataclasses.replace(RECIPE, max_steps=36, warmup_steps=20, checkpoint_every=8)
-PLANTED = Path(__file__).parents[2] / "benchmarks" / "planted.py"
+FAULT_INJECTION = Path(__file__).parents[2] / "benchmarks" / "fault_injection.py"
 
 
-def prepare_faulty_run(folder, training_inputs, recipe=LONG, **plant):
+def prepare_faulty_run(folder, training_inputs, recipe=LONG, **fault):
     prepare_run(folder, training_inputs, recipe)
-    (folder / "plant.json").write_text(json.dumps(plant))
+    (folder / "fault.json").write_text(json.dumps(fault))
     return RunFolder(folder)
 
 
@@ -48,7 +48,7 @@ def clean_run(training_inputs, tmp_path_factory):
 @pytest.mark.slow
 def test_weights_are_bit_equal_after_a_transient_fault(training_inputs, clean_run, tmp_path):
     folder = run_training(
-        prepare_faulty_run(tmp_path / "once", training_inputs, what="nan", first=240, end=248, times=1), PLANTED
+        prepare_faulty_run(tmp_path / "once", training_inputs, kind="nan", first=240, end=248, times=1), FAULT_INJECTION
     )
     repeats = select_events(folder, (RepeatEvent, CleanRepeatEvent))
     assert [type(event) for event in repeats] == [RepeatEvent, CleanRepeatEvent]
@@ -59,7 +59,8 @@ def test_weights_are_bit_equal_after_a_transient_fault(training_inputs, clean_ru
 @pytest.mark.slow
 def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
     folder = run_training(
-        prepare_faulty_run(tmp_path / "data", training_inputs, what="tenfold", first=240, end=250, times=None), PLANTED
+        prepare_faulty_run(tmp_path / "data", training_inputs, kind="tenfold", first=240, end=250, times=None),
+        FAULT_INJECTION,
     )
     skips = select_events(folder, SkipEvent)
     assert [event.positions for event in skips] == [[240, 248], [248, 256]]
@@ -72,7 +73,8 @@ def test_bad_data_is_skipped_and_listed(training_inputs, clean_run, tmp_path):
 @pytest.mark.slow
 def test_longer_span_of_faulty_data_triggers_a_rollback(training_inputs, clean_run, tmp_path):
     folder = run_training(
-        prepare_faulty_run(tmp_path / "stretch", training_inputs, what="nan", first=240, end=264, times=None), PLANTED
+        prepare_faulty_run(tmp_path / "stretch", training_inputs, kind="nan", first=240, end=264, times=None),
+        FAULT_INJECTION,
     )
     back = select_events(folder, RollBackEvent)
     assert [(event.to, event.positions, event.rate_factor) for event in back] == [(24, [[240, 264]], 1.0)]
@@ -86,9 +88,9 @@ def test_longer_span_of_faulty_data_triggers_a_rollback(training_inputs, clean_r
 def test_persistent_faults_stop_the_run_with_a_reason(training_inputs, tmp_path):
     recipe = dataclasses.replace(LONG, max_rollbacks=1)
     folder = prepare_faulty_run(
-        tmp_path / "forever", training_inputs, recipe, what="nan", first=160, end=10**9, times=None
+        tmp_path / "forever", training_inputs, recipe, kind="nan", first=160, end=10**9, times=None
     )
-    with launch(folder, PLANTED) as process:
+    with launch(folder, FAULT_INJECTION) as process:
         assert process.wait(120) != 0
     notes = read_exit_notes(folder.path, since=0)
     assert {note.status for note in notes} == {ExitStatus.NUMERICAL} and "its loss is nan" in notes[0].message
