@@ -97,18 +97,18 @@ def test_pending_notice_of_a_withdrawn_report_is_not_delivered(session, reporter
     assert promotion.mark_notices_delivered(session) == 0
 
 
-@pytest.mark.parametrize("is_told", [False, True])
-def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_told):
+@pytest.mark.parametrize("is_notified", [False, True])
+def test_a_withdrawn_report_has_no_verdict(session, reporter, later, is_notified):
     row = submit(session, reporter)
     accept_all(session, later)
     promote(session, 1, passed=[])
-    if is_told:
+    if is_notified:
         promotion.mark_notices_delivered(session)
     assert report_records.describe_report(session, row).summary == "failing in v1"
     withdraw_report(session, reporter, row.id, "mistaken")
     record = report_records.describe_report(session, row)
     assert (record.summary, record.verdict, record.verdict_version) == ("withdrawn", None, None)
-    assert any("failing in v" in event.text for event in record.timeline) is is_told
+    assert any("failing in v" in event.text for event in record.timeline) is is_notified
 
 
 def test_withdrawn_dataset_is_removed_from_mixture_and_tests(session, objects, reporter):
