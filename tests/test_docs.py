@@ -21,6 +21,9 @@ REPOSITORY_PATH = re.compile(rf"(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 PYTHON_FILE = re.compile(r"[\w./*-]+\.py")
 DOTTED_NAME = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 CLASS_MEMBER = re.compile(r"[A-Z][a-z]\w*\.[a-z]\w*")
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+TABLE_ROW = re.compile(r"^\| (?!---|I want)(.*) \| (.*) \| (.*) \|$", re.MULTILINE)
+LONG_MARK = " (long)"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -140,6 +143,54 @@ def test_every_module_and_name_in_code_exists():
 def test_every_member_of_a_class_exists(page):
     named = [word.split(".") for word in read_words(page) if CLASS_MEMBER.fullmatch(word)]
     assert not [name for name in named if name[1] not in collect_classes().get(name[0], ())]
+
+
+def read_section(page, heading):
+    """Return the prose below a heading of the second level."""
+    return read_prose(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def find_files(name):
+    """Return the files of a path of the repository, which may be a folder."""
+    path = ROOT / name
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def has_slow_tests_only(path):
+    """Tell if every test of a file is marked as slow, by itself or by the file's `pytestmark`."""
+    assignments = [ast.unparse(node) for node in parse_module(path) if isinstance(node, ast.Assign)]
+    if any(text.startswith("pytestmark = ") and "pytest.mark.slow" in text for text in assignments):
+        return True
+    tests = [node for node in parse_module(path) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return all("pytest.mark.slow" in map(ast.unparse, node.decorator_list) for node in tests)
+
+
+CHANGES = TABLE_ROW.findall(read_section(ROOT / "CONTRIBUTING.md", "Find the file to change"))
+
+
+@pytest.mark.parametrize(("change", "files", "_tests"), CHANGES, ids=[change for change, _, _ in CHANGES])
+def test_identifiers_of_a_change_occur_in_its_files(change, files, _tests):
+    spans = CODE_SPAN.findall(files)
+    paths = [path for span in spans if REPOSITORY_PATH.fullmatch(span) for path in find_files(span)]
+    text = "\n".join(path.read_text() for path in paths)
+    identifiers = [span for span in CODE_SPAN.findall(change) + spans if IDENTIFIER.fullmatch(span)]
+    assert [name for name in identifiers if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_only_files_of_slow_tests_are_marked_as_long():
+    wrong = []
+    for _change, _files, tests in CHANGES:
+        for name, mark in re.findall(rf"`(tests/[\w/]+\.py)`({re.escape(LONG_MARK)})?", tests):
+            if has_slow_tests_only(ROOT / name) != bool(mark):
+                wrong.append(name)
+    assert wrong == []
+
+
+def test_every_package_folder_has_a_row_in_the_readme():
+    tree = read_section(ROOT / "README.md", "Find the code")
+    folders = [file.parent for package in PACKAGES for file in (ROOT / package).rglob("__init__.py")]
+    names = [f"{folder.relative_to(ROOT)}/" for folder in folders]
+    assert [name for name in sorted(names) if f"| `{name}` |" not in tree] == []
 
 
 def test_a_missing_path_or_name_is_found():
