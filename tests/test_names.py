@@ -78,7 +78,7 @@ def test_tests_and_benchmarks_use_public_names_only():
     assert uses == []
 
 
-# Words that the table "Use standard words" of CONTRIBUTING.md replaces: nobody searches for them.
+# Words that the table "Use standard words" of CONTRIBUTING.md replaces, since they are not what a reader searches for.
 REPLACED_WORDS = (
     r"anew|asked|gone|goes_on|go_on|harms?|is_left|learned|let_be|lives|mend|nobody|robs?|said|somebody|taught|taken_up|"
     r"told|under_way|whatever|who|whoever|whom"

@@ -90,10 +90,10 @@ def request_all_routes(client, app, callers, **values):
 
 
 def test_portal_allows_each_caller_only_its_listed_routes(portal, account, other_headers, operator, records):
-    callers = {"nobody": {}, "owner": account.headers, "another": other_headers, "operator": operator}
+    callers = {"anonymous": {}, "owner": account.headers, "another": other_headers, "operator": operator}
     num_walked, open_to = request_all_routes(portal, portal.app, callers, **records)
     everybody, accounts = PORTAL["open"] | HEADS, PORTAL["open"] | HEADS | PORTAL["account"]
-    assert open_to["nobody"] == everybody
+    assert open_to["anonymous"] == everybody
     assert open_to["owner"] == accounts | PORTAL["owner"]
     assert open_to["another"] == accounts
     assert open_to["operator"] - PORTAL["owner"] == accounts | PORTAL["operator"]
@@ -104,9 +104,9 @@ def test_model_server_accepts_only_its_token():
     app = make_api("secret", ModelService(ModelServerMetrics()))
     with TestClient(app) as client:
         wrong = {"Authorization": "Bearer wrong"}
-        callers = {"nobody": {}, "wrong token": wrong, "token": {"Authorization": "Bearer secret"}}
+        callers = {"anonymous": {}, "wrong token": wrong, "token": {"Authorization": "Bearer secret"}}
         num_walked, open_to = request_all_routes(client, app, callers)
         unknown = [client.get(path).status_code for path in ("/docs", "/openapi.json", "/redoc", "/new")]
-    assert open_to == {"nobody": HEALTH, "wrong token": HEALTH, "token": MODEL_SERVER}
+    assert open_to == {"anonymous": HEALTH, "wrong token": HEALTH, "token": MODEL_SERVER}
     assert set(unknown) <= {401, 404}
     assert summarise("model server", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()

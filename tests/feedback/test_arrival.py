@@ -115,7 +115,7 @@ def test_full_disk_returns_503_and_frees_the_partial_file(stores, account, tmp_p
     mounting = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
     if subprocess.run([*mounting, mount], capture_output=True).returncode != 0:
-        pytest.skip("this machine lets nobody mount a small disk in a namespace of his own")
+        pytest.skip("this machine does not allow a process to mount a small disk in its own namespace")
     script = [sys.executable, "-c", FULL_DISK, stores.home / "env", tmp_path, account.headers["Authorization"]]
     inside = [*mounting, f'{mount}; exec "$@"', "sh", *script]
     result = subprocess.run(inside, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -125,7 +125,7 @@ def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
     base, secret = server
     operator = tuple(secret.split(":", 1))
     http_routes = {Route(route.path, method) for route in routes for method in METHODS if route.method != "WEBSOCKET"}
-    open_to = {"nobody": set(), "wrong password": set(), "operator": set()}
+    open_to = {"anonymous": set(), "wrong password": set(), "operator": set()}
     for caller, auth in zip(open_to, (None, (operator[0], "wrong"), operator), strict=True):
         with httpx.Client(base_url=base, auth=auth, timeout=30) as client:
             for route in http_routes:
@@ -138,9 +138,9 @@ def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
     others = {caller: status - routes - heads for caller, status in open_to.items()}
     assert all(heads <= status for status in open_to.values())
     assert all(OPERATOR_ROUTES.is_allowed(route.method, route.example()) for route in others["operator"])
-    assert others["nobody"] == others["wrong password"] == set()
+    assert others["anonymous"] == others["wrong password"] == set()
     open_routes = {caller: status & routes for caller, status in open_to.items()}
-    assert open_routes["nobody"] == open_routes["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
+    assert open_routes["anonymous"] == open_routes["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
     assert open_routes["operator"] == list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES)
     row = summarise("Prefect", len(http_routes), open_routes)
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
@@ -176,7 +176,7 @@ def accepts_password(base, path, token):
 @pytest.mark.parametrize(
     ("message", "code"),
     [
-        pytest.param(json.dumps({"token": [[n] for n in range(1_500_000)]}), 1009, id="megabytes, which nobody reads"),
+        pytest.param(json.dumps({"token": [[n] for n in range(1_500_000)]}), 1009, id="megabytes, which are not read"),
         pytest.param(json.dumps({"token": [[n] for n in range(50_000)]}), 1008, id="kilobytes, which the gate refuses"),
         pytest.param(None, 1008, id="none"),
     ],

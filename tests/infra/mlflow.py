@@ -49,9 +49,9 @@ def fill_placeholders(path):
 
 
 def get_credentials(settings):
-    """Return the credentials of each caller: nobody, the consumer, the platform's reader and the administrator."""
+    """Return the credentials of each caller: anonymous, the consumer, the platform's reader and the administrator."""
     return {
-        "nobody": None,
+        "anonymous": None,
         "consumer": (CONSUMER_ACCOUNT, settings.mlflow_consumer_password.get_secret_value()),
         "reader": (READER_ACCOUNT, settings.mlflow_reader_password.get_secret_value()),
         "administrator": (settings.mlflow_username, settings.mlflow_password.get_secret_value()),
@@ -89,7 +89,7 @@ def request_all_routes(settings, routes):
 def render_table(refused, routes):
     """Return the walk's summary as a table for the documentation."""
     lines = ["| MLflow, as | routes | open | refused |", "| --- | --- | --- | --- |"]
-    for caller in ("nobody", "consumer", "reader", "administrator"):
+    for caller in ("anonymous", "consumer", "reader", "administrator"):
         closed = sum(refused[caller, method, path] for method, path in routes)
         lines.append(f"| {caller} | {len(routes)} | {len(routes) - closed} | {closed} |")
     return "\n".join(lines)

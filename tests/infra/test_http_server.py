@@ -25,7 +25,7 @@ UNFINISHED = {
     "nothing": b"",
     "half a head": HEALTH[:20],
     "half a body": b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\nhalf",
-    "an answer that nobody reads": HEALTH.replace(b"health", b"large"),
+    "a response that is not read": HEALTH.replace(b"health", b"large"),
 }
 
 
@@ -94,7 +94,7 @@ def test_requests_are_served_with_more_unfinished_requests_than_the_open_file_li
 
 def test_flood_of_idle_connections_does_not_interrupt_uploads_or_downloads(dial, client):
     upload = dial(UNFINISHED["half a body"])
-    download = dial(UNFINISHED["an answer that nobody reads"])
+    download = dial(UNFINISHED["a response that is not read"])
     for _ in range(2 * OPEN_FILES // BURST):
         for _ in range(BURST):
             dial()
@@ -138,7 +138,7 @@ def test_incomplete_request_head_times_out(dial):
 
 def test_request_head_timeout_does_not_apply_to_slow_bodies_and_readers(dial):
     body = dial(UNFINISHED["half a body"])
-    reader = dial(UNFINISHED["an answer that nobody reads"])
+    reader = dial(UNFINISHED["a response that is not read"])
     time.sleep(1.5 * HEAD_LIMIT_S)
     body.sendall(b" body")
     assert body.recv(1000).startswith(b"HTTP/1.1 200")

@@ -72,7 +72,7 @@ def refused_requests(stores, routes):
 
 def test_each_caller_can_access_only_its_listed_routes(refused_requests):
     lists = {
-        "nobody": PUBLIC_RULES,
+        "anonymous": PUBLIC_RULES,
         "consumer": PUBLIC_RULES + CONSUMER_RULES,
         "reader": PUBLIC_RULES + CONSUMER_RULES,
         "administrator": PUBLIC_RULES + ADMINISTRATOR_RULES,
@@ -93,7 +93,7 @@ def test_routes_that_run_code_or_call_other_hosts_are_forbidden(refused_requests
     opened = {(method, path) for (_, method, path), is_refused in refused_requests.items() if not is_refused}
     assert [route for route in opened if NEVER_OPEN.search(route[1].replace("search-datasets", ""))] == []
     assert not {
-        method for _, method, _ in (a for a, closed in refused_requests.items() if not closed and a[0] == "nobody")
+        method for _, method, _ in (a for a, closed in refused_requests.items() if not closed and a[0] == "anonymous")
     } - {
         "GET",
         "HEAD",
@@ -111,11 +111,11 @@ def test_documentation_contains_the_route_table(refused_requests, routes):
     assert any(table in page.read_text() for page in DOCS.glob("*.md")), table
 
 
-@pytest.mark.parametrize("caller", ["nobody", "consumer", "administrator"])
+@pytest.mark.parametrize("caller", ["anonymous", "consumer", "administrator"])
 def test_assistant_cannot_be_configured_or_queried(clients, caller):
     base = "/ajax-api/3.0/mlflow/assistant"
     provider = {"providers": {"openai": {"base_url": "http://127.0.0.1:9", "permissions": {"full_access": True}}}}
-    status = 401 if caller == "nobody" else 403
+    status = 401 if caller == "anonymous" else 403
     assert clients[caller].put(f"{base}/config", json=provider).status_code == status
     assert clients[caller].post(f"{base}/message", json={"message": "run id"}).status_code == status
     assert clients[caller].get("/ajax-api/9.0/mlflow/added-by-an-upgrade").status_code == status
@@ -151,7 +151,7 @@ def test_exactly_one_valid_basic_authorization_header_is_accepted(clients, store
     name, password = get_credentials(stores)["consumer"]
     basic = "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
     admin = "Basic " + base64.b64encode(":".join(get_credentials(stores)["administrator"]).encode()).decode()
-    url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
+    url, ask = "/api/2.0/mlflow/users/current", clients["anonymous"].get
     assert ask(url, headers={"Authorization": basic}).status_code == 200
     for headers in (
         [("Authorization", basic), ("Authorization", admin)],
@@ -171,7 +171,7 @@ def test_second_mlflow_administrator_gets_consumer_routes_only(clients):
     body = {"username": "second", "is_admin": True}
     assert clients["administrator"].patch("/api/2.0/mlflow/users/update-admin", json=body).status_code == 403
     auth = ("second", "second-password-1")
-    assert clients["nobody"].get("/api/2.0/mlflow/users/list", auth=auth).status_code == 403
+    assert clients["anonymous"].get("/api/2.0/mlflow/users/list", auth=auth).status_code == 403
 
 
 def test_no_artifact_route_shows_another_experiments_file(clients, mlflow):
@@ -330,7 +330,7 @@ def test_too_large_body_is_refused_before_it_is_read(clients, stores, password):
 def test_wrong_passwords_lock_an_account_out_and_never_the_platform(clients, stores):
     account = {"username": "ann", "password": "anns-own-password"}
     clients["administrator"].post("/api/2.0/mlflow/users/create", json=account)
-    url, ask = "/api/2.0/mlflow/users/current", clients["nobody"].get
+    url, ask = "/api/2.0/mlflow/users/current", clients["anonymous"].get
     assert ask(url, auth=("ann", "anns-own-password")).status_code == 200
     for name in ("ann", "consumer"):
         guesses = [
