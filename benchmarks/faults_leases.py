@@ -1,5 +1,7 @@
 """Two hundred random kills of lease holders: `python benchmarks/faults_leases.py [KILLS]`, nine minutes.
 
+Goals: no device leased to two processes at once, none lost at the end, no request left in the queue.
+
 Processes request one to eight of eight devices on two nodes and hold them with a time to live (TTL) of two seconds;
 each has a child process on its devices, as training has. At random moments holders, children, or both get SIGKILL, or a
 holder gets SIGSTOP; a reaper works as the dispatcher does. Every process on a device locks that device's file, so the

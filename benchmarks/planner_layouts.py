@@ -1,5 +1,7 @@
 """The official 51B and 102B layouts compared with ours: `python benchmarks/planner_layouts.py`, seconds.
 
+Goal: ours is at least as fast by the cost model.
+
 Both use the same 96 devices, batch, loss and memory: each device has the memory of the official layout's largest stage,
 or an A100's 79.1 GiB if that is more. Ours is planned once on the official grid, once on any; recomputation as needed.
 """

@@ -1,5 +1,7 @@
 """A hundred random pools of two and three classes: `python benchmarks/planner_pools.py [POOLS]`, minutes.
 
+Goals: no baseline is faster, the gap is at most 1 %, and the simulation is within 3 % of the time model.
+
 Each plan is compared, on the same grid and device classes, with the even split and the split balanced by parameters,
 where they fit, with recomputation as needed. Optimality: on small pools every layout of every grid is evaluated;
 elsewhere the solver's gap is reported. The simulator's makespan is compared with the time model's.

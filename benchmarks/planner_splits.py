@@ -1,9 +1,11 @@
 """Our split compared with DeepSpeed's own functions, compute time only: `python benchmarks/planner_splits.py`, seconds.
 
+Goal: the slowest stage of our split is within 0.05 % of the least possible in every case.
+
 48 cases: 24, 32, 42 and 84 layers over 4, 8, 16 and 32 stages, no fewer than two layers a stage, by four widths at
-Yuan's vocabulary. DeepSpeed's methods partition what its users hand it, an embedding, the layers and a head, as its
-PipelineModule does. A figure is the slowest stage over the least possible, which a count that shares nothing with the
-solver gives.
+Yuan's vocabulary. DeepSpeed's methods partition the list of modules that its users define: an embedding, the layers and
+a head, as its PipelineModule does. A figure is the slowest stage over the least possible, which is computed without the
+solver.
 """
 
 import statistics

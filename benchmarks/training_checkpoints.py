@@ -1,8 +1,11 @@
 """Checkpoints compared with DeepSpeed's own: `python benchmarks/training_checkpoints.py`, six minutes.
 
+Goals: training is blocked for at most 0.05 of the time of a blocking write; resuming with another plan is at least 5
+times as fast as DeepSpeed's; both load the same weights and moments.
+
 A pipeline of two stages, about 60 million parameters with their moments in fp32. Measures how long a checkpoint blocks
 training, compared with a blocking write of the same data; and how long a run takes to resume as one stage with two
-replicas, compared with DeepSpeed's conversion to a universal checkpoint and its load. Both must load the same weights.
+replicas, compared with DeepSpeed's conversion to a universal checkpoint and its load.
 """
 
 import functools

@@ -1,5 +1,7 @@
 """Losses of every grid compared with one process: `python benchmarks/training_grids.py`, two minutes.
 
+Goal: every loss within a relative 1e-5 of the loop's.
+
 Twenty steps in fp32 as P2·D1, P1·D2, P2·D2 and P4·D1, the layers split unevenly, each through torchrun and DeepSpeed as
 a run of the platform; compared with a plain PyTorch loop in one process.
 """

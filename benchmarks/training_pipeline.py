@@ -1,5 +1,8 @@
 """Two pipeline stages compared with torch's 1F1B and one process: `python benchmarks/training_pipeline.py`, minutes.
 
+Goals: at least the throughput of torch's 1F1B, and at least 0.95 of the speedup over one process that the bubble
+allows.
+
 The same model, split and micro-batches, fp32, one thread and one core for each of two ranks, in turns in the same
 processes: our engine on DeepSpeed; `torch.distributed.pipelining`, its tied embedding, clipping and optimizer done
 manually, and no document numbers sent; and on the first rank alone, the other waiting, a plain PyTorch loop.

@@ -1,5 +1,7 @@
 """Decoding throughput compared with transformers' Llama with its KV cache: `python benchmarks/yuan_decode.py`.
 
+Goal: at least Llama's tokens/s.
+
 The models of yuan_step.py, greedy, 64 tokens after a prompt of 64, at batch 1 and 16; all cores, fp32, and bf16 where
 the CPU has hardware support for it. The prefill is not counted.
 """

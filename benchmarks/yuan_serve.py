@@ -1,7 +1,8 @@
-"""Latency of streams through the portal: first and last token, for 1 and 16 callers; and a burst of 1,000 callers.
+"""Latency of streams through the portal, and a burst of 1,000 callers: `python benchmarks/yuan_serve.py`.
 
-`python benchmarks/yuan_serve.py` starts its own stack, trains a tiny model for some seconds, and calls it through the
-public API.
+Starts its own stack, trains a tiny model, and calls it through the public API: first and last token for 1 and 16
+callers. Goals: every call of the streams gets its response; every call of the burst gets one or a refusal with a
+reason; a call after the burst gets a response.
 """
 
 import asyncio
