@@ -1,4 +1,4 @@
-"""Paired measurements: the JSON lines that every benchmark prints, and their statistics.
+"""Paired measurements, shared by the benchmarks: the JSON lines that each prints, and their statistics.
 
 A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median.
 """
