@@ -1,4 +1,4 @@
-"""Print sha256 hashes of a short run, its checkpoints and a few plans: `python benchmarks/training_fingerprint.py`.
+"""Print sha256 hashes of a short run, its checkpoints and plans: `python benchmarks/training_fingerprint.py`, 30 s.
 
 A refactoring changes no number: run it at the commit before and at the one after, and compare the lines. They hold for
 one machine and one set of libraries. The run is one of fp32 on two stages with a recomputed layer, and one of bf16.
