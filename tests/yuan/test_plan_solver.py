@@ -15,7 +15,7 @@ from yuan.plan.bounds import bound_step_seconds
 from yuan.plan.memory_costs import MemoryCosts
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import compute_layers_per_wait
-from yuan.plan.solver import find_leanest_layout, solve
+from yuan.plan.solver import minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_costs import TimeCosts, bound_return_seconds
 from yuan.plan.workload import Grid, Workload
@@ -154,7 +154,7 @@ def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
     if layout is None:
         assert not every
         return
-    best = find_leanest_layout(costs, layout)
+    best = minimize_peak_memory(costs, layout)
     same = next(entry for entry in every if entry[2:4] == (best.layers, best.classes))
     least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
     tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
@@ -168,7 +168,7 @@ def test_layout_of_a_suboptimal_grid_is_within_the_slack_of_its_optimum(costs, s
     if not every:
         return
     least = min(every)[0]
-    layout = solve(costs, best=least * share)
+    layout = solve(costs, other_seconds=least * share)
     assert layout is not None
     assert (
         least * (1 - EXACT)
@@ -254,7 +254,7 @@ def solve_integer_program(costs):
         full, behind = costs.accum - 1 - later, np.zeros_like(seconds)
         assert full > 0, "the batch fills the pipeline"
         behind[stage + 1 :] = seconds[stage + 1 :]
-        for rest in (behind, later * selected * np.where(fits, costs.longer, 0)):
+        for rest in (behind, later * selected * np.where(fits, costs.longer_pass, 0)):
             rows.append((np.append((full * selected * seconds + rest).ravel(), [-1, 0]), -np.inf, 0))
         rows.append((np.append((selected * costs.finish).ravel(), [0, -1]), -np.inf, 0))
     for c in range(classes):

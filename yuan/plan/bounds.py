@@ -1,8 +1,10 @@
 """Compute fast lower bounds over all layouts on a grid, from a relaxation of the solver's problem.
 
 The relaxation ignores the order of classes along the pipeline (each stage gets the cheapest links) and, in the sum of
-times, which stage holds which layer. Letters: P stages, C device classes, L layers; μ the time that the bottleneck
-stage adds to the sum over all stages (see `critical_path`).
+times, which stage holds which layer.
+
+Letters: P stages, C device classes; c, x, x', u, f, w and q of a stage as in `critical_path`; Σ is Σ (c + x) over all
+stages, and μ the time that the bottleneck stage adds to it.
 """
 
 from bisect import bisect_left
@@ -19,6 +21,7 @@ BoolArray = npt.NDArray[np.bool_]
 NUM_WAIT_INTERVALS = 24  # intervals of μ
 WAIT_INTERVAL_GROWTH = 1.02  # of μ from one interval to the next
 WAIT_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum μ
+FIRST_WAIT_DIVISOR = 64  # of the largest μ; the search for the minimum μ starts at the quotient and doubles it
 NUM_TIGHTENING_PASSES = 2  # passes that lower max. places, since fewer places in early stages mean more in later ones
 
 
@@ -32,18 +35,23 @@ def bound_step_seconds(costs: StageCosts, cutoff: float = float("inf")) -> float
         return float("inf")
     relaxed = _RelaxedProblem(costs)
 
-    # Some stage has at least the mean number of places, so the finish is at least that of as many places.
+    # Every stage has at least one place, and some stage at least the mean number of places.
     mean_places = -(-costs.num_places // costs.num_stages)
-    finish = float(max(costs.finish[..., 0].min(axis=1).max(), costs.finish[..., mean_places - 1].min()))
-    if not relaxed.is_feasible(cutoff - finish - relaxed.compute_least_sum(np.inf)):
+    finish_of_one_place = costs.finish[..., 0].min(axis=1).max()
+    finish_of_mean_places = costs.finish[..., mean_places - 1].min()
+    min_finish = float(max(finish_of_one_place, finish_of_mean_places))
+
+    max_wait = cutoff - min_finish - relaxed.compute_minimum_sum(np.inf)
+    if not relaxed.is_feasible(max_wait):
         return float("inf")
 
     # Intervals of μ: geometric from its minimum, and the last one unbounded.
-    min_wait = relaxed.find_least_wait()
+    min_wait = relaxed.find_minimum_wait()
     num_intervals = NUM_WAIT_INTERVALS if min_wait else 1
-    edges = [*(min_wait * WAIT_INTERVAL_GROWTH**n for n in range(num_intervals)), float("inf")]
-    sums = [relaxed.compute_least_sum(edge) for edge in edges]
-    return finish + min(total + edge for edge, total in zip(edges[:-1], sums[1:], strict=True))
+    lower_edges = [min_wait * WAIT_INTERVAL_GROWTH**n for n in range(num_intervals)]
+    upper_edges = [*lower_edges[1:], float("inf")]
+    min_sums = [relaxed.compute_minimum_sum(edge) for edge in upper_edges]
+    return min_finish + min(total + edge for edge, total in zip(lower_edges, min_sums, strict=True))
 
 
 def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | None:
@@ -54,7 +62,7 @@ def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | N
     return bisect_left(
         range(int(costs.memory.capacity.max())),
         True,
-        key=lambda cap: _RelaxedProblem(costs.cap_memory(cap)).is_feasible(),
+        key=lambda num_bytes: _RelaxedProblem(costs.cap_memory(num_bytes)).is_feasible(),
     )
 
 
@@ -64,115 +72,144 @@ def may_fit(costs: StageCosts) -> bool:
 
 
 class _RelaxedProblem:
-    """The solver's problem without couplings between stages; arrays are (P, C, places) unless noted."""
+    """The solver's problem without couplings between stages.
+
+    Attributes:
+        fits: True where a stage fits its device, (P, C, places).
+        pass_wait: f · u + w · q, a part of μ that does not depend on later stages, (P, C, places).
+        later_wait_offset: f · u, and the links that Σ u of the later stages has besides their Σ (c + x'), (P, C,
+            places); with that sum it is the other part of μ.
+        num_kept: number of places that need no recomputation, (P, C).
+        links_s: Σ x of the whole pipeline.
+    """
 
     def __init__(self, costs: StageCosts) -> None:
-        # The cheapest link before and after each stage, (P, C).
-        before = np.zeros((costs.num_stages, costs.num_classes))
-        before[1:] = costs.time.link_s[:-1].min(axis=1)
-        after = costs.time.link_s.min(axis=2)
         self.costs = costs
-        self.finite = np.isfinite(costs.seconds)
-
-        # What a stage adds to Σ: alone, and with the links behind it but without their compute time.
-        full = count_steady_batches(costs.num_stages, costs.accum)[:, None, None]
-        busy = full * np.where(self.finite, costs.seconds + (before + after)[..., None], 0.0)
-        ahead = count_filling_batches(costs.num_stages, costs.accum)[:, None, None]
-        self.alone = busy + ahead * (costs.longer + (before + after)[..., None] / 2)
-        self.ahead = busy + (after + costs.time.return_s[:, None])[..., None]
-
         self.slots = np.array(costs.slots)
-        self.links = float(costs.time.link_s.min(axis=(1, 2)).sum())
-        self.kept = (costs.redone == 0).sum(axis=-1)  # places that need no recomputation, (P, C)
+        self.fits = np.isfinite(costs.seconds)
+        self.num_kept = (costs.redone == 0).sum(axis=-1)
+        self.links_s = float(costs.time.link_s.min(axis=(1, 2)).sum())
+
+        # The cheapest links before and after each stage, and both together, (P, C).
+        previous_link_s = np.zeros((costs.num_stages, costs.num_classes))
+        previous_link_s[1:] = costs.time.link_s[:-1].min(axis=1)
+        next_link_s = costs.time.link_s.min(axis=2)
+        links = (previous_link_s + next_link_s)[..., None]
+
+        # f · u; u is infinite where a stage does not fit, and f may be zero.
+        num_steady = count_steady_batches(costs.num_stages, costs.accum)[:, None, None]
+        steady = num_steady * np.where(self.fits, costs.seconds + links, 0.0)
+
+        # w · q, with half of both links in q.
+        num_filling = count_filling_batches(costs.num_stages, costs.accum)[:, None, None]
+        self.pass_wait = steady + num_filling * (costs.longer_pass + links / 2)
+
+        self.later_wait_offset = steady + (next_link_s + costs.time.return_s[:, None])[..., None]
 
     def is_feasible(self, wait: float = np.inf) -> bool:
         """Return False if no assignment of stages to classes takes all layers, by a bound from its dual problem."""
-        most = self._compute_max_places(wait)
-        if not (most.max(axis=1, where=self.slots > 0, initial=0) > 0).all():
+        max_places = self._compute_max_places(wait)
+        stage_max = max_places.max(axis=1, where=self.slots > 0, initial=0)
+        if not (stage_max > 0).all():
             return False
-        return _bound_assigned_layers(most, self.slots, self.costs.num_places) >= self.costs.num_places
+        return _bound_assigned_places(max_places, self.slots, self.costs.num_places) >= self.costs.num_places
 
-    def find_least_wait(self) -> float:
+    def find_minimum_wait(self) -> float:
         """Return a lower bound on μ over all layouts that fit, by bisection."""
-        low, high = 0.0, float(self.alone.max(where=self.finite, initial=0.0)) / 64
+        largest = float(self.pass_wait.max(where=self.fits, initial=0.0))
+        low, high = 0.0, largest / FIRST_WAIT_DIVISOR
         while not self.is_feasible(high):
             low, high = high, 2 * high
         while high - low > WAIT_BOUND_TOLERANCE * high:
             middle = (low + high) / 2
-            low, high = (low, middle) if self.is_feasible(middle) else (middle, high)
+            if self.is_feasible(middle):
+                high = middle
+            else:
+                low = middle
         return low
 
-    def compute_least_sum(self, wait: float) -> float:
+    def compute_minimum_sum(self, wait: float) -> float:
         """Return a lower bound on Σ for μ <= `wait`: layers go to the cheapest classes, first those not recomputed."""
-        costs, most = self.costs, self._compute_max_places(wait)
-        usable = self.slots > 0
+        costs, max_places = self.costs, self._compute_max_places(wait)
+        has_slots = self.slots > 0
         bare = np.array(costs.bare, np.int64)
 
         # (seconds per layer, number of layers) of each class, with and without recomputation.
         offers: list[tuple[float, int]] = []
-        for c in np.flatnonzero(usable):
-            layers = np.maximum(most[:, c] - bare, 0)
-            room = _sum_largest(layers, self.slots[c])
-            kept = _sum_largest(np.minimum(layers, np.maximum(self.kept[:, c] - bare, 0)), self.slots[c])
-            layer = float(costs.time.layer_s[:, c].min())
-            offers += [(layer, kept), (layer + float(costs.time.redo_s[:, c].min()), room - kept)]
+        for c in np.flatnonzero(has_slots):
+            max_layers = np.maximum(max_places[:, c] - bare, 0)
+            max_kept = np.minimum(max_layers, np.maximum(self.num_kept[:, c] - bare, 0))
+            num_layers = _sum_largest(max_layers, self.slots[c])
+            num_kept = _sum_largest(max_kept, self.slots[c])
 
-        # Fill the cheapest offers first.
-        total, remaining = float(costs.time.fixed_s[:, usable].min(axis=1).sum()) + self.links, costs.num_layers
-        for seconds, room in sorted(offers):
-            total += seconds * min(remaining, room)
-            remaining -= min(remaining, room)
+            layer_s = float(costs.time.layer_s[:, c].min())
+            redo_s = float(costs.time.redo_s[:, c].min())
+            offers += [(layer_s, num_kept), (layer_s + redo_s, num_layers - num_kept)]
+
+        # The fixed part of each stage and the links, then all layers, the cheapest offers first.
+        total = float(costs.time.fixed_s[:, has_slots].min(axis=1).sum()) + self.links_s
+        remaining = costs.num_layers
+        for seconds, num_layers in sorted(offers):
+            total += seconds * min(remaining, num_layers)
+            remaining -= min(remaining, num_layers)
         return total
 
     def _compute_max_places(self, wait: float) -> IntArray:
         """Return the most places of each stage under a limit on μ, for any later stages, (P, C)."""
-        return compute_max_places(self.costs, self.finite & (self.alone <= wait), self.ahead, wait)
+        return compute_max_places(self.costs, self.fits & (self.pass_wait <= wait), self.later_wait_offset, wait)
 
 
-def compute_max_places(costs: StageCosts, allowed: BoolArray, ahead: FloatArray, wait: float) -> IntArray:
+def compute_max_places(costs: StageCosts, allowed: BoolArray, later_wait_offset: FloatArray, wait: float) -> IntArray:
     """Return the most places of each stage so that it adds at most `wait`, for any later stages, (P, ...).
 
     Args:
         allowed: True for the numbers of places that satisfy all other limits, (P, ..., places).
-        ahead: time that a stage adds, without the compute time of later stages, in the same shape.
+        later_wait_offset: time that a stage adds, without Σ (c + x') of the later stages, in the same shape.
     """
-    most: IntArray = allowed.sum(axis=-1)  # monotonic: time and memory grow with places
+    max_places: IntArray = allowed.sum(axis=-1)  # monotonic: time and memory grow with places
     if not np.isfinite(wait):
-        return most
+        return max_places
 
-    # Each pass bounds the time behind a stage from the current limits, and lowers the limits with it.
-    middle, ones = tuple(range(1, allowed.ndim - 1)), (1,) * (allowed.ndim - 1)
-    is_full = (count_steady_batches(costs.num_stages, costs.accum) > 0).reshape(-1, *ones)
+    # Arrays by stage, (P,), broadcast to the shape of `allowed`; only a stage that is ever full waits for later ones.
+    stage_shape = (-1,) + (1,) * (allowed.ndim - 1)
+    class_axes = tuple(range(1, allowed.ndim - 1))
+    num_steady = count_steady_batches(costs.num_stages, costs.accum)
+    is_never_full = (num_steady <= 0).reshape(stage_shape)
+
+    # Each pass bounds the time of the later stages from the current limits, and lowers the limits with it.
     for _ in range(NUM_TIGHTENING_PASSES):
-        behind = costs.bound_seconds_behind(most.max(axis=middle)).reshape(-1, *ones)
-        allowed = allowed & ((ahead + behind <= wait) | ~is_full)
-        most = allowed.sum(axis=-1)
-    return most
+        later_s = costs.bound_later_seconds(max_places.max(axis=class_axes)).reshape(stage_shape)
+        allowed = allowed & ((later_wait_offset + later_s <= wait) | is_never_full)
+        max_places = allowed.sum(axis=-1)
+    return max_places
 
 
 def _sum_largest(values: IntArray, count: int) -> int:
     return int(np.sort(values)[::-1][:count].sum())
 
 
-def _bound_assigned_layers(most: IntArray, slots: IntArray, target: int) -> float:
-    """Return an upper bound on the layers of any assignment of stages to classes; stops once it is below `target`.
+def _bound_assigned_places(max_places: IntArray, slots: IntArray, num_required: int) -> float:
+    """Return an upper bound on the places of any assignment of stages to classes; stops once it is below the required.
 
-    For prices λ >= 0 of a stage on each class, Σ_s max_c (most - λ) + Σ slots · λ is an upper bound (Lagrangian dual);
-    it is minimised over one price at a time (coordinate descent).
+    For prices λ >= 0 of a stage on each class, Σ_s max_c (max_places - λ) + Σ slots · λ is an upper bound (Lagrangian
+    dual); it is minimised over one price at a time (coordinate descent).
     """
-    values = np.where((most > 0) & (slots > 0), most.astype(np.float64), -np.inf)
+    places = np.where((max_places > 0) & (slots > 0), max_places.astype(np.float64), -np.inf)  # (P, C)
     prices = np.zeros(len(slots))
-    bound = float(values.max(axis=1).sum())
-    for _ in range(len(slots) if len(slots) > 1 else 0):
+    bound = float(places.max(axis=1).sum())
+    num_rounds = len(slots) if len(slots) > 1 else 0
+    for _ in range(num_rounds):
         for c in range(len(slots)):
-            if bound < target:
+            if bound < num_required:
                 return bound
 
-            # The bound for all integer prices of class c at once.
-            candidates = np.arange(int(most.max()) + 1.0)
-            others = np.delete(values - prices, c, axis=1).max(axis=1)
-            taken = np.maximum(values[:, c][:, None] - candidates, others[:, None]).sum(axis=0)
-            other_prices = float(prices @ slots - prices[c] * slots[c])
-            bounds = taken + candidates * slots[c] + other_prices
-            prices[c], bound = candidates[int(bounds.argmin())], float(bounds.min())
+            # The bound for all integer prices of class c at once: each stage takes class c or its best other class.
+            class_prices = np.arange(int(max_places.max()) + 1.0)
+            net_places = places[:, c][:, None] - class_prices
+            other_net_places = np.delete(places - prices, c, axis=1).max(axis=1)
+            stage_sums = np.maximum(net_places, other_net_places[:, None]).sum(axis=0)
+
+            other_slot_prices = float(prices @ slots - prices[c] * slots[c])
+            bounds = stage_sums + class_prices * slots[c] + other_slot_prices
+            prices[c], bound = class_prices[int(bounds.argmin())], float(bounds.min())
     return bound

@@ -21,26 +21,30 @@ import numpy as np
 from yuan.plan.memory_model import IntArray
 
 
-def count_steady_batches(stages: int, accum: int) -> IntArray:
+def count_steady_batches(num_stages: int, accum: int) -> IntArray:
     """Return f for each stage: the micro-batches that it takes while it is full."""
-    counts: IntArray = np.maximum(accum - stages + np.arange(stages), 0)
+    counts: IntArray = np.maximum(accum - num_stages + np.arange(num_stages), 0)
     return counts
 
 
-def count_filling_batches(stages: int, accum: int) -> IntArray:
+def count_filling_batches(num_stages: int, accum: int) -> IntArray:
     """Return w for each stage: the micro-batches that it takes while the pipeline fills or drains."""
-    counts: IntArray = np.minimum(np.arange(stages)[::-1], accum - 1)
+    counts: IntArray = np.minimum(np.arange(num_stages)[::-1], accum - 1)
     return counts
 
 
 def compute_waits(
-    own: Sequence[float], longer: Sequence[float], links: Sequence[float], returns: Sequence[float], accum: int
+    compute: Sequence[float],
+    longer_passes: Sequence[float],
+    links: Sequence[float],
+    returns: Sequence[float],
+    accum: int,
 ) -> list[float]:
     """Return what each stage adds to Σ (c + x) if it is the bottleneck; the step takes the maximum.
 
     Args:
-        own: c of each stage, in seconds.
-        longer: the longer of its two passes, computing only.
+        compute: c of each stage, in seconds.
+        longer_passes: the longer of the two passes of each stage, computing only.
         links: x between each stage and the next, both directions; P - 1 of them.
         returns: for each stage, Σ x of the links behind the next stage, or a lower bound of it.
         accum: A.
@@ -48,16 +52,18 @@ def compute_waits(
     >>> compute_waits([3, 3, 3], [2, 2, 2], [0, 0], [0, 0, 0], 5)
     [12.0, 12.0, 12.0]
     """
-    stages = len(own)
-    before, after = [0.0, *links], [*links, 0.0]
-    periods = [c + x + y for c, x, y in zip(own, before, after, strict=True)]
+    num_stages = len(compute)
+    links_before, links_after = [0.0, *links], [*links, 0.0]
+    periods = [c + x + y for c, x, y in zip(compute, links_before, links_after, strict=True)]
 
-    # Σ (c + x) of the stages behind k, with its link to them; `returns` completes it to Σ u.
-    behind = [*accumulate((c + x for c, x in zip(own[:0:-1], before[:0:-1], strict=True)), initial=0.0)][::-1]
+    # Σ (c + x) of the stages after each one, x before the stage; `returns` completes it to their Σ u.
+    sums = [c + x for c, x in zip(compute, links_before, strict=True)]
+    later_sums = [*accumulate(reversed(sums[1:]), initial=0.0)][::-1]
 
     waits = []
-    counts = zip(count_steady_batches(stages, accum), count_filling_batches(stages, accum), strict=True)
-    for k, (f, w) in enumerate(counts):
-        passes = w * (longer[k] + (before[k] + after[k]) / 2)
-        waits.append(float(f * periods[k] + max(passes, behind[k] + returns[k] if f else 0.0)))
+    num_steady, num_filling = count_steady_batches(num_stages, accum), count_filling_batches(num_stages, accum)
+    for k, (f, w) in enumerate(zip(num_steady, num_filling, strict=True)):
+        q = longer_passes[k] + (links_before[k] + links_after[k]) / 2
+        later_periods = later_sums[k] + returns[k] if f else 0.0
+        waits.append(float(f * periods[k] + max(w * q, later_periods)))
     return waits

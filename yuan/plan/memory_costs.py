@@ -32,11 +32,13 @@ class MemoryCosts:
     saved_bytes: IntArray
     extra_bytes: IntArray
 
-    def compute_stage_bytes(self, stage: int, device: int, layers: int, redone: int) -> int:
+    def compute_stage_bytes(self, stage: int, stage_class: int, layers: int, redone: int) -> int:
         """Return the memory of a stage on a device class, in bytes."""
-        at = (stage, device)
-        kept = int(self.fixed_bytes[at]) + layers * int(self.layer_bytes[at]) - redone * int(self.saved_bytes[at])
-        return kept + (int(self.extra_bytes[at]) if redone else 0)
+        index = (stage, stage_class)
+        num_bytes = int(self.fixed_bytes[index]) + layers * int(self.layer_bytes[index])
+        if redone:
+            num_bytes += int(self.extra_bytes[index]) - redone * int(self.saved_bytes[index])
+        return num_bytes
 
     def tabulate_bytes(self, layers: IntArray, redone: IntArray) -> IntArray:
         """Return the memory of every stage on every class, in bytes, (P, C, places).
@@ -46,26 +48,28 @@ class MemoryCosts:
             redone: numbers of recomputed layers, in the same way; entries below zero count as zero for `extra_bytes`.
         """
         without_redo = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
-        sizes: IntArray = (
-            without_redo - self.saved_bytes[..., None] * redone + self.extra_bytes[..., None] * (redone > 0)
-        )
+        saved = self.saved_bytes[..., None] * redone
+        extra = self.extra_bytes[..., None] * (redone > 0)
+        sizes: IntArray = without_redo - saved + extra
         return sizes
 
     def tabulate_fewest_redone(self, layers: IntArray) -> IntArray:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT, (P, C, places)."""
         # The excess over the capacity, which recomputation has to save; recomputing at all costs the extra bytes.
-        excess = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers - self.capacity[..., None]
+        without_redo = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
+        excess = without_redo - self.capacity[..., None]
         excess_if_redone = excess + self.extra_bytes[..., None]
 
         # Rounded up; a layer that saves nothing is excluded below, so its divisor is arbitrary.
         saved = self.saved_bytes[..., None]
-        redone = np.where(excess <= 0, 0, -(-excess_if_redone // np.maximum(saved, 1)))
+        num_needed = -(-excess_if_redone // np.maximum(saved, 1))
+        redone = np.where(excess <= 0, 0, num_needed)
         fits = (redone <= layers) & ((redone == 0) | (saved > 0))
         return np.where(fits, redone, DOES_NOT_FIT)
 
-    def cap(self, most: int) -> "MemoryCosts":
-        """Return the costs with at most `most` bytes on any device."""
-        return replace(self, capacity=np.minimum(self.capacity, most))
+    def cap_capacity(self, max_bytes: int) -> "MemoryCosts":
+        """Return the costs with at most `max_bytes` on any device."""
+        return replace(self, capacity=np.minimum(self.capacity, max_bytes))
 
     def select_classes(self, classes: Sequence[int]) -> "MemoryCosts":
         """Return the costs of each stage on the class given for it, (P, 1)."""
@@ -89,8 +93,11 @@ def build_memory_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]
     stages = np.arange(grid.pipeline_size)[:, None]
     corners = ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2))  # layers, and how many of them are recomputed
     layers, redone = np.array(corners).T
+
+    # One table for each class, (P, corners); together, one array for each corner, (P, C).
     tables = [sum(compute_memory_terms(work, grid, group, stages, layers, redone).values()) for group in groups]
-    sizes = dict(zip(corners, np.moveaxis(np.stack(tables, axis=1), -1, 0), strict=True))  # each (P, C)
+    tables_by_corner = np.moveaxis(np.stack(tables, axis=1), -1, 0)
+    sizes = dict(zip(corners, tables_by_corner, strict=True))
 
     saved = sizes[2, 1] - sizes[2, 2]  # by the second recomputed layer, which needs no extra bytes
     capacity = np.array([int(group.memory_gib * GIB) for group in groups], np.int64)

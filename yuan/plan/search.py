@@ -8,7 +8,7 @@ from yuan.plan.bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.critical_path import count_steady_batches
 from yuan.plan.dynamic_program import DynamicProgram
 from yuan.plan.pool import DeviceGroup, Pool
-from yuan.plan.solver import Layout, find_leanest_layout, is_exact, solve
+from yuan.plan.solver import Layout, is_exact, minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import predict_compute_seconds, predict_finish_seconds
 from yuan.plan.workload import Grid, Workload
@@ -224,8 +224,8 @@ class _GridSearch:
         """Return the candidates; of the best grid, the layout with the lowest peak memory among equally fast ones."""
         candidates = [ranked.candidate for ranked in self.best]
         if candidates:
-            leanest = find_leanest_layout(self.best[0].costs, candidates[0].layout)
-            candidates[0] = replace(candidates[0], layout=leanest)
+            layout = minimize_peak_memory(self.best[0].costs, candidates[0].layout)
+            candidates[0] = replace(candidates[0], layout=layout)
         return SearchResult(tuple(candidates), self.floor)
 
     def _get_objective_value(self, layout: Layout) -> float:

@@ -25,7 +25,7 @@ from yuan.plan.time_model import FloatArray
 MAX_EXACT_STATES = 40_000_000  # most table cells of an exact dynamic program
 # Fraction of a step's time by which a layout may be above the optimum of its grid, if the grid cannot be the best one.
 LAYOUT_SLACK_FRACTION = 1e-2
-LEAST_WAIT_TOLERANCE = 1e-3  # relative precision of the minimum μ that is feasible
+MIN_WAIT_TOLERANCE = 1e-3  # relative precision of the minimum μ that is feasible
 # Fraction of a step's time: a range of μ narrower than this is searched from its upper end, layout by layout.
 NARROW_RANGE_FRACTION = 3e-3
 
@@ -43,18 +43,18 @@ class Layout:
 
 
 def solve(
-    costs: StageCosts, objective: str = "time", cutoff: float = float("inf"), best: float = float("inf")
+    costs: StageCosts, objective: str = "time", cutoff: float = float("inf"), other_seconds: float = float("inf")
 ) -> Layout | None:
     """Return the best layout, or None if no layout fits and is below `cutoff`.
 
     With up to two classes the result is exact; with more it may be above `lower_bound`, which always holds. Of layouts
-    with equal time any one may be returned; `find_leanest_layout` chooses among them.
+    with equal time any one may be returned; `minimize_peak_memory` chooses among them.
 
     Args:
         objective: "time" for the fastest step; "memory" for the lowest peak, and among those the fastest.
         cutoff: seconds, or bytes for the objective "memory".
-        best: seconds of a layout on another grid; if no layout here is faster, the result need not be the optimum, only
-            within LAYOUT_SLACK_FRACTION of it.
+        other_seconds: seconds of a layout on another grid; if no layout here is faster, the result need not be the
+            optimum, only within LAYOUT_SLACK_FRACTION of it.
 
     Returns:
         A layout whose stages all fit their devices and whose layers add up to those of `costs`. Its `seconds` are those
@@ -81,9 +81,9 @@ def solve(
     if not costs.has_places:
         return None
     if objective == "memory":
-        peak = _find_least_peak(costs if cutoff == float("inf") else costs.cap_memory(int(cutoff)))
+        peak = _find_minimum_peak(costs if cutoff == float("inf") else costs.cap_memory(int(cutoff)))
         return None if peak is None else _LayoutSearch(costs.cap_memory(peak)).find_best()
-    return _LayoutSearch(costs, cutoff, best).find_best()
+    return _LayoutSearch(costs, cutoff, other_seconds).find_best()
 
 
 def is_exact(costs: StageCosts) -> bool:
@@ -91,20 +91,20 @@ def is_exact(costs: StageCosts) -> bool:
     return costs.num_classes <= 2 or count_states(costs) <= MAX_EXACT_STATES
 
 
-def find_leanest_layout(costs: StageCosts, best: Layout) -> Layout:
+def minimize_peak_memory(costs: StageCosts, best: Layout) -> Layout:
     """Return the layout as fast as the best with the lowest peak memory, and of those the lexicographically first.
 
     As fast means: the same Σ, with max h and max g not larger.
     """
-    return _LayoutSearch(costs).find_leanest(best)
+    return _LayoutSearch(costs).minimize_peak_memory(best)
 
 
-def _find_least_peak(costs: StageCosts) -> int | None:
+def _find_minimum_peak(costs: StageCosts) -> int | None:
     """Return the minimum memory of the fullest device, with any recomputation."""
     if not DynamicProgram(costs).is_feasible():
         return None
-    caps = range(int(costs.memory.capacity.max()))
-    return bisect_left(caps, True, key=lambda cap: DynamicProgram(costs.cap_memory(cap)).is_feasible())
+    sizes = range(int(costs.memory.capacity.max()))
+    return bisect_left(sizes, True, key=lambda num_bytes: DynamicProgram(costs.cap_memory(num_bytes)).is_feasible())
 
 
 @dataclass(frozen=True)
@@ -120,164 +120,197 @@ class _SearchPoint:
         return self.total + self.wait
 
 
-class _LayoutSearch:
-    """Search over both limits for a layout faster than `cutoff`; exact only for layouts faster than `others`."""
+@dataclass(frozen=True)
+class _WaitRange:
+    """Waits (low, high], and a lower bound on Σ (c + x) of the layouts in that range."""
 
-    def __init__(self, costs: StageCosts, cutoff: float = float("inf"), others: float = float("inf")) -> None:
+    low: float
+    high: float
+    min_total: float
+
+
+class _LayoutSearch:
+    """Search over both limits for a layout faster than `cutoff`; exact only for layouts faster than `other_seconds`."""
+
+    def __init__(self, costs: StageCosts, cutoff: float = float("inf"), other_seconds: float = float("inf")) -> None:
         self.costs, self.program = costs, DynamicProgram(costs)
-        self.cutoff, self.others = cutoff, others
+        self.cutoff, self.other_seconds = cutoff, other_seconds
         self.is_exact = is_exact(costs)
         # (limit on the wait, minimum sum under it); remains valid when the limit on the finish falls
-        self.seen: list[tuple[float, float]] = []
+        self.solved_waits: list[tuple[float, float]] = []
 
     def find_best(self) -> Layout | None:
         """Lower the limit on the finish step by step, as long as that can give a faster layout."""
-        least_finish = self._find_least_finish()
-        if least_finish is None:
+        min_finish = self._find_minimum_finish()
+        if min_finish is None:
             return None
         best: Layout | None = None
-        limit, bound = np.inf, np.inf
+        max_finish, bound = np.inf, np.inf
         while True:
             cutoff = min(self.cutoff, np.inf if best is None else best.seconds)
-            result = self._search_under_finish(limit, cutoff, least_finish)
+            result = self._search_under_finish(max_finish, cutoff, min_finish)
             if result is None:
                 break
             point, point_bound = result
-            bound = min(bound, point_bound + least_finish)
+            bound = min(bound, point_bound + min_finish)
             if best is None or _is_better(point.layout, best):
                 best = point.layout
 
             # A lower limit on the finish cannot give less than this point's time before the finish.
-            floor = point.before_finish + least_finish
+            floor = point.before_finish + min_finish
             if floor >= self._compute_target(best.seconds, floor):
                 break
-            limit = np.nextafter(_compute_finish_seconds(self.costs, point.layout.layers, point.layout.classes), 0)
+            finish = _compute_finish_seconds(self.costs, point.layout.layers, point.layout.classes)
+            max_finish = np.nextafter(finish, 0)
         if best is None or best.seconds >= self.cutoff:
             return None
-        return _replace_lower_bound(best, min(best.seconds, self.others if self.is_exact else bound))
+        return _replace_lower_bound(best, min(best.seconds, self.other_seconds if self.is_exact else bound))
 
-    def _compute_target(self, value: float, least: float) -> float:
-        """Return the value that a better layout has to beat, given the best value and a lower bound `least`."""
-        return value * (1 - (LAYOUT_SLACK_FRACTION if least >= self.others else TIE_TOLERANCE))
+    def _compute_target(self, best_seconds: float, bound: float) -> float:
+        """Return the seconds that a better layout has to beat, given the best ones and a lower bound on its own."""
+        tolerance = LAYOUT_SLACK_FRACTION if bound >= self.other_seconds else TIE_TOLERANCE
+        return best_seconds * (1 - tolerance)
 
-    def _find_least_finish(self) -> float | None:
+    def _find_minimum_finish(self) -> float | None:
         """Return a lower bound on the finish over all layouts; None if nothing fits."""
         values = np.unique(self.costs.finish)
-        least = bisect_left(values, True, key=lambda value: self.program.is_feasible(finish=value))
-        return float(values[least]) if least < len(values) else None
+        index = bisect_left(values, True, key=lambda value: self.program.is_feasible(finish=value))
+        return float(values[index]) if index < len(values) else None
 
     def _search_under_finish(
-        self, finish: float, cutoff: float, least_finish: float
+        self, max_finish: float, cutoff: float, min_finish: float
     ) -> tuple[_SearchPoint, float] | None:
         """Return the best layout under a limit on the finish, and a lower bound; both on the time before the finish."""
         if self.is_exact:
-            point = self._minimize_over_waits(cutoff - least_finish, finish, least_finish)
+            point = self._minimize_over_waits(cutoff - min_finish, max_finish, min_finish)
             return None if point is None else (point, point.before_finish)
-        return self._search_roomiest_classes(cutoff - least_finish - self.costs.bound_least_sum(), finish)
+        return self._search_max_place_classes(cutoff - min_finish - self.costs.bound_minimum_sum(), max_finish)
 
-    def _minimize_over_waits(self, cutoff: float, finish: float, least_finish: float = 0.0) -> _SearchPoint | None:
+    def _minimize_over_waits(self, cutoff: float, max_finish: float, min_finish: float = 0.0) -> _SearchPoint | None:
         """Return the point with the minimum Σ + wait below the cutoff, by bisection over ranges of waits.
 
-        Each range (low, high] has a lower bound on Σ: that of the layout found at a higher wait.
+        The lower bound on Σ of a range is that of the layout found at a higher wait.
         """
-        least = self.costs.bound_least_sum()
-        lowest = self._bracket_least_wait(cutoff - least, finish)
-        if lowest is None:
+        min_total = self.costs.bound_minimum_sum()
+        max_wait = cutoff - min_total
+        bracket = self._bracket_minimum_wait(max_wait, max_finish)
+        if bracket is None:
             return None
-        best, value, is_first = None, cutoff, True
-        ranges = [(lowest[0], cutoff - least, least)]
+        min_wait, _ = bracket
+
+        best: _SearchPoint | None = None
+        best_seconds, is_first = cutoff, True
+        ranges = [_WaitRange(min_wait, max_wait, min_total)]
         while ranges:
-            # Narrow the range to the waits that can still beat the best value.
-            low, high, total = ranges.pop()
-            low, total = self._narrow_range(low, high, total)
-            high = min(high * (1 - TIE_TOLERANCE), self._compute_target(value, low + total + least_finish) - total)
+            # Narrow the range to the waits that can still beat the best layout.
+            current = self._narrow_range(ranges.pop())
+            low, total = current.low, current.min_total
+            target = self._compute_target(best_seconds, low + total + min_finish)
+            high = min(current.high * (1 - TIE_TOLERANCE), target - total)
             if high <= low:
                 continue
 
             # Solve at the upper end first and in narrow ranges, else in the middle.
-            at = high if is_first or high - low <= NARROW_RANGE_FRACTION * value else (low + high) / 2
-            point, is_first = self._solve_under_limits(at, finish), False
-            self.seen.append((at, np.inf if point is None else point.total))
+            is_narrow = high - low <= NARROW_RANGE_FRACTION * best_seconds
+            wait = high if is_first or is_narrow else (low + high) / 2
+            point, is_first = self._solve_under_limits(wait, max_finish), False
+            self.solved_waits.append((wait, np.inf if point is None else point.total))
 
-            # Above `at` only a smaller sum can be better; below, the sum is at least that of this point.
-            if at < high and (point is None or point.total > total * (1 + TIE_TOLERANCE)):
-                ranges.append((at, high, total))
+            # Above `wait` only a smaller sum can be better; below, the sum is at least that of this point.
+            if wait < high and (point is None or point.total > total * (1 + TIE_TOLERANCE)):
+                ranges.append(_WaitRange(wait, high, total))
             if point is None:
                 continue
-            ranges.append((low, min(point.wait, at), point.total))
-            if point.before_finish < value:
-                best, value = point, point.before_finish
+            ranges.append(_WaitRange(low, min(point.wait, wait), point.total))
+            if point.before_finish < best_seconds:
+                best, best_seconds = point, point.before_finish
         return best
 
-    def _bracket_least_wait(self, highest: float, finish: float) -> tuple[float, float] | None:
+    def _bracket_minimum_wait(self, max_wait: float, max_finish: float) -> tuple[float, float] | None:
         """Bracket the minimum wait: no layout has less than the first, and the second, close above, may be feasible."""
-        program = self.program
-        if not program.is_feasible(highest, finish):
+        if not self.program.is_feasible(max_wait, max_finish):
             return None
-        low, high = 0.0, min(highest, self.costs.accum * self.costs.bound_least_sum() / self.costs.num_stages)
-        while not program.is_feasible(high, finish):
-            low, high = high, min(highest, 2 * high)
-        while high - low > LEAST_WAIT_TOLERANCE * high:
+
+        # Double from the wait of equal stages, then bisect.
+        equal_stages_wait = self.costs.accum * self.costs.bound_minimum_sum() / self.costs.num_stages
+        low, high = 0.0, min(max_wait, equal_stages_wait)
+        while not self.program.is_feasible(high, max_finish):
+            low, high = high, min(max_wait, 2 * high)
+        while high - low > MIN_WAIT_TOLERANCE * high:
             middle = (low + high) / 2
-            low, high = (low, middle) if program.is_feasible(middle, finish) else (middle, high)
+            if self.program.is_feasible(middle, max_finish):
+                high = middle
+            else:
+                low = middle
         return low, high
 
-    def _narrow_range(self, low: float, high: float, total: float) -> tuple[float, float]:
-        """Narrow a range and its sum by the results under higher limits on the finish."""
-        for at, least in self.seen:
-            if least == np.inf:
-                low = max(low, at)
-            elif at >= high:
-                total = max(total, least)
-        return low, total
+    def _narrow_range(self, wait_range: _WaitRange) -> _WaitRange:
+        """Narrow a range and raise its bound by the results under higher limits on the finish."""
+        low, min_total = wait_range.low, wait_range.min_total
+        for wait, total in self.solved_waits:
+            if total == np.inf:
+                low = max(low, wait)
+            elif wait >= wait_range.high:
+                min_total = max(min_total, total)
+        return _WaitRange(low, wait_range.high, min_total)
 
-    def _search_roomiest_classes(self, highest: float, finish: float) -> tuple[_SearchPoint, float] | None:
+    def _search_max_place_classes(self, max_wait: float, max_finish: float) -> tuple[_SearchPoint, float] | None:
         """Choose the classes with the most places near the minimum wait; return the best layout on them and a bound."""
-        lowest = self._bracket_least_wait(highest, finish)
-        if lowest is None:
+        bracket = self._bracket_minimum_wait(max_wait, max_finish)
+        if bracket is None:
             return None
-        low, high = lowest
-        places = self.program.compute_max_places(high, finish)
-        sequence = self.program.find_roomiest_classes(self.program.compute_room(places), places)
-        point = _LayoutSearch(self.costs.fix_classes(sequence))._minimize_over_waits(np.inf, finish)
+        min_wait, feasible_wait = bracket
+        max_places = self.program.compute_max_places(feasible_wait, max_finish)
+        place_sums = self.program.compute_max_place_sums(max_places)
+        classes = self.program.find_max_place_classes(place_sums, max_places)
+
+        point = _LayoutSearch(self.costs.fix_classes(classes))._minimize_over_waits(np.inf, max_finish)
         if point is None:
             return None
-        return self._make_point(point.layout.layers, sequence), self.costs.bound_least_sum() + low
+        return self._make_point(point.layout.layers, classes), self.costs.bound_minimum_sum() + min_wait
 
     def _solve_under_limits(self, wait: float, finish: float) -> _SearchPoint | None:
         """Return the point with the minimum Σ under both limits; None if there is none."""
-        most = self.program.compute_max_places(wait, finish)
-        if most.max(axis=(1, 2, 3)).sum() < self.costs.num_places:
+        max_places = self.program.compute_max_places(wait, finish)
+        if max_places.max(axis=(1, 2, 3)).sum() < self.costs.num_places:
             return None
-        path = self.program.walk(self.program.compute_least_sums(wait, most), wait, most)
+        path = self.program.reconstruct_path(self.program.compute_minimum_sums(wait, max_places))
         if path is None:
             return None
         places, classes = path
         return self._make_point(self.costs.count_layers(places), classes)
 
     def _make_point(self, layers: tuple[int, ...], classes: tuple[int, ...]) -> _SearchPoint:
-        total = sum(_get_stage_seconds(self.costs, layers, classes)) + sum(_get_link_seconds(self.costs, classes))
         return _SearchPoint(
-            _make_layout(self.costs, layers, classes), total, max(compute_added_seconds(self.costs, layers, classes))
+            layout=_make_layout(self.costs, layers, classes),
+            total=_compute_total_seconds(self.costs, layers, classes),
+            wait=max(compute_added_seconds(self.costs, layers, classes)),
         )
 
-    def find_leanest(self, best: Layout) -> Layout:
-        """Lower the memory cap as far as the best time allows, by bisection over the possible peaks of a stage."""
+    def minimize_peak_memory(self, best: Layout) -> Layout:
+        """Lower the memory limit as far as the best time allows, by bisection over the possible peaks of a stage."""
         if not self.is_exact:
             return best
         wait = max(compute_added_seconds(self.costs, best.layers, best.classes)) * (1 + TIE_TOLERANCE)
         finish = _compute_finish_seconds(self.costs, best.layers, best.classes) * (1 + TIE_TOLERANCE)
-        caps = [cap for cap in self._list_peak_bytes() if cap < best.peak_bytes]
-        low, high = 0, len(caps)
+
+        peaks = [peak for peak in self._list_peak_bytes() if peak < best.peak_bytes]
+        low, high = 0, len(peaks)
         while low < high:
             middle = (low + high) // 2
-            other = _LayoutSearch(self.costs.cap_memory(int(caps[middle])))._solve_under_limits(wait, finish)
-            if other is not None and other.layout.seconds <= best.seconds * (1 + TIE_TOLERANCE):
-                best, high = _make_layout(self.costs, other.layout.layers, other.layout.classes), middle
+            point = self._solve_under_memory(int(peaks[middle]), wait, finish)
+            if point is not None and point.layout.seconds <= best.seconds * (1 + TIE_TOLERANCE):
+                best = _make_layout(self.costs, point.layout.layers, point.layout.classes)
+                high = middle
             else:
                 low = middle + 1
-        last = _LayoutSearch(self.costs.cap_memory(best.peak_bytes))._solve_under_limits(wait, finish)
-        return best if last is None else _replace_lower_bound(last.layout, best.lower_bound)
+
+        # Once more under the lowest limit, for the lexicographically first layout.
+        first = self._solve_under_memory(best.peak_bytes, wait, finish)
+        return best if first is None else _replace_lower_bound(first.layout, best.lower_bound)
+
+    def _solve_under_memory(self, max_bytes: int, wait: float, finish: float) -> _SearchPoint | None:
+        return _LayoutSearch(self.costs.cap_memory(max_bytes))._solve_under_limits(wait, finish)
 
     def _list_peak_bytes(self) -> IntArray:
         """Return all possible memory sizes of a stage with the fewest recomputed layers, sorted."""
@@ -295,7 +328,7 @@ def _replace_lower_bound(layout: Layout, bound: float) -> Layout:
 
 
 def _make_layout(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> Layout:
-    redone = tuple(int(fewest) for fewest in _look_up_stages(costs, costs.redone, layers, classes))
+    redone = tuple(int(count) for count in _look_up_stages(costs, costs.redone, layers, classes))
     assert DOES_NOT_FIT not in redone, "the program places no layers that do not fit"
     seconds = compute_step_seconds(costs, layers, classes)
     stages = enumerate(zip(classes, layers, redone, strict=True))
@@ -305,23 +338,29 @@ def _make_layout(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int,
 
 def compute_step_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
     """Return the step seconds of a layout that fits, by the time model."""
-    total = sum(_get_stage_seconds(costs, layers, classes)) + sum(_get_link_seconds(costs, classes))
-    return total + max(compute_added_seconds(costs, layers, classes)) + _compute_finish_seconds(costs, layers, classes)
+    total = _compute_total_seconds(costs, layers, classes)
+    wait = max(compute_added_seconds(costs, layers, classes))
+    return total + wait + _compute_finish_seconds(costs, layers, classes)
+
+
+def _compute_total_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
+    """Return Σ (c + x) of a layout."""
+    return sum(_get_stage_seconds(costs, layers, classes)) + sum(_get_link_seconds(costs, classes))
 
 
 def compute_busy_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
     """Return each stage's seconds per micro-batch, with the transfers over both its links."""
     links = _get_link_seconds(costs, classes)
     compute = _get_stage_seconds(costs, layers, classes)
-    return [t + a + b for t, a, b in zip(compute, [0.0, *links], [*links, 0.0], strict=True)]
+    links_before, links_after = [0.0, *links], [*links, 0.0]
+    return [c + before + after for c, before, after in zip(compute, links_before, links_after, strict=True)]
 
 
 def compute_added_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
     """Return the seconds that each stage adds to Σ (c + x) if it is the bottleneck."""
-    longer = _look_up_stages(costs, costs.longer, layers, classes)
     return compute_waits(
         _get_stage_seconds(costs, layers, classes),
-        longer,
+        _look_up_stages(costs, costs.longer_pass, layers, classes),
         _get_link_seconds(costs, classes),
         costs.time.return_s.tolist(),
         costs.accum,

@@ -19,14 +19,15 @@ from yuan.plan.workload import Grid, Workload
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageCosts:
-    """Costs of the stages of a grid, and the number of stages (`slots`) that each class can hold.
+    """Costs of the stages of a grid; tables by places are (P, C, places), computed on first use.
 
-    A bare stage may have no layer, as the last one, which holds norm and head. Its places count its layers plus one, so
-    that every stage has at least one place. (The first stage needs a layer: DeepSpeed reduces gradient norms group by
-    group, and an embedding alone has no group of parameters without decay.)
-
-    `num_layers` are to be split over the stages, `accum` is the number of micro-batches of a step. Tables by places are
-    (P, C, places), computed on first use.
+    Attributes:
+        num_layers: layers to be split over the stages.
+        accum: micro-batches of a step.
+        bare: for each stage, True if it may have no layer, as the last one, which holds norm and head. Its places count
+            its layers plus one, so that every stage has at least one place. (The first stage needs a layer: DeepSpeed
+            reduces gradient norms group by group, and an embedding alone has no group of parameters without decay.)
+        slots: number of stages that each class can hold.
     """
 
     num_layers: int
@@ -75,7 +76,7 @@ class StageCosts:
         return np.where(self.redone == DOES_NOT_FIT, np.inf, seconds)
 
     @cached_property
-    def longer(self) -> FloatArray:
+    def longer_pass(self) -> FloatArray:
         """Return the longer of a stage's two passes, the forward pass if it does not fit, (P, C, places)."""
         forward = self.time.tabulate_forward_seconds(self.layers)
         both = np.where(self.redone == DOES_NOT_FIT, 0.0, self.seconds)
@@ -87,29 +88,34 @@ class StageCosts:
         """Return the seconds of a stage after the last micro-batch, (P, C, places)."""
         return self.time.tabulate_finish_seconds(self.layers)
 
-    def bound_least_sum(self) -> float:
+    def bound_minimum_sum(self) -> float:
         """Return a lower bound on Σ (c + x) of all stages: everything on its cheapest class, over the cheapest links.
 
         That is the fixed part of each stage and each layer on its fastest class.
         """
-        usable = np.array(self.slots) > 0
-        fixed = self.time.fixed_s[:, usable].min(axis=1).sum()
+        has_slots = np.array(self.slots) > 0
+        fixed = self.time.fixed_s[:, has_slots].min(axis=1).sum()
+        layer = self.time.layer_s[:, has_slots].min()
         links = self.time.link_s.min(axis=(1, 2)).sum()
-        return float(fixed + self.num_layers * self.time.layer_s[:, usable].min() + links)
+        return float(fixed + self.num_layers * layer + links)
 
-    def bound_seconds_behind(self, most: IntArray) -> FloatArray:
-        """Return a lower bound on Σ (c + x) of all later stages, if stages hold at most `most` places, (P,)."""
-        usable = np.array(self.slots) > 0
+    def bound_later_seconds(self, max_places: IntArray) -> FloatArray:
+        """Return for each stage a lower bound on Σ (c + x') of all later stages, (P,).
+
+        Args:
+            max_places: the most places of each stage, (P,).
+        """
+        has_slots = np.array(self.slots) > 0
         bare = np.array(self.bare, np.int64)
 
         # Fixed part of the later stages, and the fewest layers that this and all earlier stages leave to them.
-        fixed = self.time.fixed_s[:, usable].min(axis=1)
-        fixed_behind = fixed.sum() - np.cumsum(fixed)
-        bare_behind = bare.sum() - np.cumsum(bare)
-        layers_behind = np.maximum(self.num_places - np.cumsum(most) - bare_behind, 0)
+        fixed = self.time.fixed_s[:, has_slots].min(axis=1)
+        later_fixed = fixed.sum() - np.cumsum(fixed)
+        num_later_bare = bare.sum() - np.cumsum(bare)
+        min_later_layers = np.maximum(self.num_places - np.cumsum(max_places) - num_later_bare, 0)
 
-        behind: FloatArray = fixed_behind + layers_behind * self.time.layer_s[:, usable].min()
-        return behind + self.time.return_s
+        later_s: FloatArray = later_fixed + min_later_layers * self.time.layer_s[:, has_slots].min()
+        return later_s + self.time.return_s
 
     def count_places(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Convert layers per stage to places per stage."""
@@ -119,13 +125,14 @@ class StageCosts:
         """Convert places per stage to layers per stage."""
         return tuple(n - is_bare for n, is_bare in zip(places, self.bare, strict=True))
 
-    def get_fewest_redone(self, stage: int, device: int, layers: int) -> int:
+    def get_fewest_redone(self, stage: int, stage_class: int, layers: int) -> int:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT."""
-        return int(self.redone[stage, device, layers - 1 + self.bare[stage]])
+        places = layers + self.bare[stage]
+        return int(self.redone[stage, stage_class, places - 1])
 
-    def cap_memory(self, most: int) -> "StageCosts":
-        """Return the costs with at most `most` bytes on any device."""
-        return replace(self, memory=self.memory.cap(most))
+    def cap_memory(self, max_bytes: int) -> "StageCosts":
+        """Return the costs with at most `max_bytes` on any device."""
+        return replace(self, memory=self.memory.cap_capacity(max_bytes))
 
     def fix_classes(self, classes: Sequence[int]) -> "StageCosts":
         """Return the costs with the class of each stage fixed, as a problem with a single class."""
@@ -135,10 +142,11 @@ class StageCosts:
 
 def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> StageCosts:
     """Compute the costs of a grid's stages on the device classes of a pool."""
+    is_last_bare = grid.pipeline_size > 1  # a single stage needs a layer
     return StageCosts(
         num_layers=work.model.num_layers,
         accum=grid.grad_accum_steps,
-        bare=(*[False] * (grid.pipeline_size - 1), grid.pipeline_size > 1),  # a single stage needs a layer
+        bare=(*[False] * (grid.pipeline_size - 1), is_last_bare),
         slots=tuple(group.count // grid.data_size for group in groups),
         memory=build_memory_costs(work, grid, groups),
         time=build_time_costs(work, grid, groups),

@@ -30,8 +30,10 @@ class TimeCosts:
     - of that, the forward pass takes forward_fixed_s + l · forward_layer_s;
     - the finish after the last micro-batch takes finish_fixed_s + l · finish_layer_s.
 
-    link_s (P, C, C) is the time between a stage of the first class and the next stage of the second; the last row is
-    zero. return_s (P,) is a lower bound on the time of all links behind the next stage.
+    Attributes:
+        link_s: time between a stage of the first class and the next stage of the second, (P, C, C); the last row is
+            zero.
+        return_s: a lower bound on the time of all links behind the next stage, (P,).
     """
 
     fixed_s: FloatArray
@@ -46,7 +48,8 @@ class TimeCosts:
 
     def tabulate_seconds(self, layers: IntArray, redone: IntArray) -> FloatArray:
         """Return the seconds of one micro-batch, (P, C, places); the arguments broadcast to that shape."""
-        return self.fixed_s[..., None] + self.layer_s[..., None] * layers + self.redo_s[..., None] * redone
+        without_redo = self.fixed_s[..., None] + self.layer_s[..., None] * layers
+        return without_redo + self.redo_s[..., None] * redone
 
     def tabulate_forward_seconds(self, layers: IntArray) -> FloatArray:
         """Return the seconds of one forward pass, (P, C, places)."""
@@ -109,14 +112,15 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
 def _predict_links(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> FloatArray:
     """Predict the seconds between each stage and the next by their classes, (P, C, C)."""
     links = np.zeros((grid.pipeline_size, len(groups), len(groups)))
-    for sender, source in enumerate(groups):
-        for receiver, target in enumerate(groups):
-            links[:-1, sender, receiver] = predict_transfer_seconds(work, grid, source, target)
+    for c, sender in enumerate(groups):
+        for next_c, receiver in enumerate(groups):
+            links[:-1, c, next_c] = predict_transfer_seconds(work, grid, sender, receiver)
     return links
 
 
 def bound_return_seconds(links: FloatArray) -> FloatArray:
     """Return for each stage the time of all links behind the next stage if each is the cheapest, (P,)."""
     cheapest = links.min(axis=(1, 2))
-    behind: FloatArray = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0.0)
-    return behind
+    from_here = np.cumsum(cheapest[::-1])[::-1]  # of the link behind a stage and all later ones
+    from_next: FloatArray = np.append(from_here[1:], 0.0)
+    return from_next
