@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from flows.calibrate_pool import run_measurement
 from yuan.config import ModelConfig, Recipe
-from yuan.plan.calibration_fit import calibrate_group
+from yuan.plan.calibration_fit import StepTiming, calibrate_group
 from yuan.plan.pool import DeviceGroup, make_cpu_pool
 from yuan.plan.score import score
 from yuan.plan.workload import Grid, Workload
@@ -102,7 +102,7 @@ def main() -> int:
     result = measure_minimum(request)
     small_batch_s, large_batch_s, *measured_s = result.step_s
     one_each = replace(make_workload(STAGES), loss_block=BLOCK)
-    steps = [(CALIBRATION[0].accum, small_batch_s), (CALIBRATION[1].accum, large_batch_s)]
+    steps = [StepTiming(CALIBRATION[0].accum, small_batch_s), StepTiming(CALIBRATION[1].accum, large_batch_s)]
     device = DeviceGroup(device_class=result.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
     blank = device if GPUS else make_cpu_pool().groups[0]
     group = calibrate_group(blank, one_each, 1, result, steps, f"{STAGES} processes on {result.device}")

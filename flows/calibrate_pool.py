@@ -12,7 +12,7 @@ from infra.confinement import build_confined_environment
 from infra.files import read_tail
 from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Precision, Recipe
-from yuan.plan.calibration_fit import calibrate_group
+from yuan.plan.calibration_fit import StepTiming, calibrate_group
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Workload
 from yuan.train.calibration.messages import CalibrationRequest, CalibrationResult, CalibrationTrial
@@ -55,7 +55,7 @@ def measure_rates(
     result = run_measurement(
         CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
     )
-    steps = list(zip(accums, result.step_s, strict=True))
+    steps = [StepTiming(accum, seconds) for accum, seconds in zip(accums, result.step_s, strict=True)]
     return calibrate_group(group, work, micro_batch_size, result, steps, f"{shape} on {result.device}")
 
 

@@ -111,7 +111,7 @@ def test_log_probabilities_are_those_of_the_model():
     logits = torch.randn(1, 30)
     chosen = choose_tokens(logits, [Sampling(max_tokens=1, temperature=0, logprobs=3)], [()], [0.0])[0]
     expected = logits[0].log_softmax(dim=-1).sort(descending=True)
-    assert [token for token, _ in chosen.top] == expected.indices[:3].tolist()
+    assert [alternative.token for alternative in chosen.top] == expected.indices[:3].tolist()
     assert chosen.logprob == pytest.approx(float(expected.values[0]))
 
 
@@ -174,5 +174,5 @@ def test_non_finite_logits_are_an_error(model, tokenizer):
     decoder = Decoder(broken)
     sequence = DecodingSequence(tokenizer.encode("bcd"), GREEDY, tokenizer, 64)
     failed = decoder.add([sequence])
-    assert [(failed_sequence, type(error)) for failed_sequence, error in failed] == [(sequence, NonFiniteLogits)]
+    assert [(failure.sequence, type(failure.error)) for failure in failed] == [(sequence, NonFiniteLogits)]
     assert decoder.running == []

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.calibration_fit import DeviceTimings, calibrate_group
+from yuan.plan.calibration_fit import DeviceTimings, StepTiming, calibrate_group
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
 from yuan.plan.pool import DeviceGroup, MeasuredRates
 from yuan.plan.score import score
@@ -49,7 +49,7 @@ def test_calibration_recovers_the_true_rates_from_timings():
         latency_s=150e-6,
         bandwidth=2e9,
     )
-    steps = [(4, predict_step_seconds(TRUE, 4)), (12, predict_step_seconds(TRUE, 12))]
+    steps = [StepTiming(accum, predict_step_seconds(TRUE, accum)) for accum in (4, 12)]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
     calibrated = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
     rates, truth = dataclasses.asdict(calibrated.measured), dataclasses.asdict(true)

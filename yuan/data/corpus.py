@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from yuan.data.mixture import Mixture, compute_quotas
 from yuan.data.packing import PackedWindows
@@ -20,7 +19,11 @@ CORPUS_INDEX_FILE, CORPUS_SCHEMA = "data.json", 1
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """Count the contents of a source: `quota` is its windows in a mixture block."""
+    """The counts of one source of a corpus.
+
+    Attributes:
+        quota: its windows in a block of the mixture.
+    """
 
     name: str
     quota: int
@@ -89,6 +92,21 @@ def write_corpus(
     return corpus_sources
 
 
+@dataclass(frozen=True)
+class _SourceWindows:
+    """The windows of one source among requested positions.
+
+    Attributes:
+        number: number of the source.
+        windows: numbers of its windows.
+        indices: the index of each in the requested positions.
+    """
+
+    number: int
+    windows: Int64Array
+    indices: Int64Array
+
+
 class Corpus:
     """Read the windows of a corpus folder by position in the mixture, under a seed.
 
@@ -123,7 +141,7 @@ class Corpus:
     def count_target_tokens(self, positions: Int64Array) -> int:
         """Count the target tokens at these positions, without reading any token."""
         by_source = self._split_by_source(positions)
-        return sum(int(self._parts[number].target_counts[windows].sum()) for number, windows, _ in by_source)
+        return sum(int(self._parts[source.number].target_counts[source.windows].sum()) for source in by_source)
 
     def read(self, positions: Int64Array) -> tuple[PackedWindows, Int64Array]:
         """Return the windows at these positions, and the source number of each window."""
@@ -134,27 +152,30 @@ class Corpus:
             loss_mask=np.empty(shape, np.bool_),
             documents=np.empty(shape, np.int32),
         )
-        sources = np.empty(len(positions), np.int64)
+        source_numbers = np.empty(len(positions), np.int64)
 
-        for number, windows, places in self._split_by_source(positions):
-            part = self._parts[number].read(windows)
-            out.tokens[places] = part.tokens
-            out.labels[places] = part.labels
-            out.loss_mask[places] = part.loss_mask
-            out.documents[places] = part.documents
-            sources[places] = number
+        for source in self._split_by_source(positions):
+            part = self._parts[source.number].read(source.windows)
+            out.tokens[source.indices] = part.tokens
+            out.labels[source.indices] = part.labels
+            out.loss_mask[source.indices] = part.loss_mask
+            out.documents[source.indices] = part.documents
+            source_numbers[source.indices] = source.number
 
-        return out, sources
+        return out, source_numbers
 
     def describe_windows(self, positions: Int64Array) -> list[str]:
         """Return each position's window as `source:number`, for log messages and reports."""
         sources, windows = self.mixture.locate_windows(positions)
         return [f"{self.sources[s].name}:{w}" for s, w in zip(sources, windows, strict=True)]
 
-    def _split_by_source(self, positions: Int64Array) -> list[tuple[int, Int64Array, npt.NDArray[np.int64]]]:
-        """Return, for each source that occurs: its number, its windows, and their indices in `positions`."""
+    def _split_by_source(self, positions: Int64Array) -> list[_SourceWindows]:
+        """Return the windows of each source that occurs."""
         sources, windows = self.mixture.locate_windows(positions)
-        return [(int(n), windows[sources == n], np.flatnonzero(sources == n)) for n in np.unique(sources)]
+        return [
+            _SourceWindows(int(number), windows[sources == number], np.flatnonzero(sources == number))
+            for number in np.unique(sources)
+        ]
 
 
 def list_corpus_files(folder: Path) -> list[Path]:

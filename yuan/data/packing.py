@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,22 @@ from yuan.data.samples import Sample
 Int32Array = npt.NDArray[np.int32]
 
 
+class TokenPiece(NamedTuple):
+    """A piece of a sample as arrays (n,); a window consists of pieces."""
+
+    tokens: Int32Array
+    loss_mask: npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class PackedWindows:
-    """Hold packed windows, each array (windows, S): inputs, next tokens, loss mask, and document numbers."""
+    """Packed windows, each array (windows, S).
+
+    Attributes:
+        tokens: the inputs.
+        labels: the next token of each.
+        documents: document numbers, which restart in each window; -1 for padding.
+    """
 
     tokens: Int32Array
     labels: Int32Array
@@ -28,8 +42,6 @@ class PackedWindows:
 def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> PackedWindows:
     """Pack samples in memory; `yuan.data.tokens` does the same in files.
 
-    Document numbers restart in each window; padding is document -1.
-
     Raises:
         ValueError: if there is no sample.
     """
@@ -37,8 +49,8 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
     return build_windows([_convert_to_arrays(window) for window in windows], seq_len, pad)
 
 
-def _convert_to_arrays(window: Sequence[Sample]) -> list[tuple[Int32Array, npt.NDArray[np.bool_]]]:
-    return [(np.array(piece.tokens, np.int32), np.array(piece.loss_mask, np.bool_)) for piece in window]
+def _convert_to_arrays(window: Sequence[Sample]) -> list[TokenPiece]:
+    return [TokenPiece(np.array(piece.tokens, np.int32), np.array(piece.loss_mask, np.bool_)) for piece in window]
 
 
 def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
@@ -64,20 +76,18 @@ def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list
     yield window
 
 
-def build_windows(
-    windows: Sequence[Sequence[tuple[Int32Array, npt.NDArray[np.bool_]]]], seq_len: int, pad: int
-) -> PackedWindows:
-    """Convert windows of pieces, each piece its tokens and their loss mask, into arrays padded to seq_len."""
+def build_windows(windows: Sequence[Sequence[TokenPiece]], seq_len: int, pad: int) -> PackedWindows:
+    """Convert windows of pieces into arrays padded to seq_len."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
     loss_masks, documents = np.zeros(shape, np.bool_), np.full(shape, -1, np.int32)
     for w, window in enumerate(windows):
         start = 0
-        for number, (piece, loss_mask) in enumerate(window):
-            end = start + len(piece) - 1  # n tokens are n - 1 predictions
-            tokens[w, start:end] = piece[:-1]
-            labels[w, start:end] = piece[1:]
-            loss_masks[w, start:end] = loss_mask[1:]
+        for number, piece in enumerate(window):
+            end = start + len(piece.tokens) - 1  # n tokens are n - 1 predictions
+            tokens[w, start:end] = piece.tokens[:-1]
+            labels[w, start:end] = piece.tokens[1:]
+            loss_masks[w, start:end] = piece.loss_mask[1:]
             documents[w, start:end] = number
             start = end
     return PackedWindows(tokens, labels, loss_masks, documents)

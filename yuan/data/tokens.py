@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.packing import PackedWindows, build_windows, split_into_windows
+from yuan.data.packing import PackedWindows, TokenPiece, build_windows, split_into_windows
 from yuan.data.samples import Sample
 
 TOKENS_FILE, PIECES_FILE = "tokens.bin", "pieces.npy"
@@ -77,11 +77,11 @@ class TokenFiles:
         """Return the windows with these numbers."""
         return build_windows([self._read_window(int(number)) for number in numbers], self.seq_len, self.pad)
 
-    def _read_window(self, number: int) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    def _read_window(self, number: int) -> list[TokenPiece]:
         window = []
         for start, length in self._pieces[self._windows[number] : self._windows[number + 1]]:
             stored = self._tokens[start : start + length]
             tokens = (stored & np.uint32(LOSS_MASK_BIT - 1)).astype(np.int32)
             loss_mask = stored >= LOSS_MASK_BIT
-            window.append((tokens, loss_mask))
+            window.append(TokenPiece(tokens, loss_mask))
         return window

@@ -58,7 +58,7 @@ def answer_each(
             failed = decoder.add(joining)
         else:
             failed = decoder.step()
-        errors.update(failed)
+        errors.update({failure.sequence: failure.error for failure in failed})
 
     answers: list[Completion | Exception] = []
     for entry in sequences_or_errors:

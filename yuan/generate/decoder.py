@@ -1,5 +1,7 @@
 """Batched decoding of sequences, which can be added and removed between two tokens."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ class NonFiniteLogits(ValueError):
     """Report that the model returned logits that are not finite."""
 
 
+@dataclass(frozen=True)
+class FailedSequence:
+    """A sequence that is no longer decoded, and the error that ended it."""
+
+    sequence: DecodingSequence
+    error: Exception
+
+
 class Decoder:
     """Decode running sequences with a model, one cache row each."""
 
@@ -24,17 +34,18 @@ class Decoder:
         self._device = model.embedding.weight.device
 
     @torch.inference_mode()
-    def add(self, sequences: list[DecodingSequence]) -> list[tuple[DecodingSequence, Exception]]:
+    def add(self, sequences: list[DecodingSequence]) -> list[FailedSequence]:
         """Prefill new sequences, prompt and tokens so far, and choose the next token of each.
 
         Returns:
-            Sequences that failed, with the error; they are not running.
+            The sequences that failed; they are not running.
 
         Raises:
             Exception: any error of a forward pass; then none of these sequences is running, and the others are
                 unchanged.
         """
-        num_before, failed = len(self.running), []
+        num_before = len(self.running)
+        failed: list[FailedSequence] = []
         try:
             for group in _group_by_length(sequences):
                 failed += self._prefill(group)
@@ -44,7 +55,7 @@ class Decoder:
             raise
         return failed
 
-    def _prefill(self, group: list[DecodingSequence]) -> list[tuple[DecodingSequence, Exception]]:
+    def _prefill(self, group: list[DecodingSequence]) -> list[FailedSequence]:
         counts = [len(sequence.seen) for sequence in group]
         tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
         for row, sequence in enumerate(group):
@@ -57,11 +68,11 @@ class Decoder:
         return self.choose_next_tokens(group, logits_BV)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[DecodingSequence, Exception]]:
+    def step(self) -> list[FailedSequence]:
         """Choose one more token for every running sequence; finished sequences are removed.
 
         Returns:
-            Sequences that failed, with the error; they are not running.
+            The sequences that failed; they are not running.
 
         Raises:
             Exception: any error of the forward pass; then discard this decoder and add its sequences to a new one.
@@ -78,10 +89,8 @@ class Decoder:
         self.running[row] = self.running[-1]
         self.running.pop()
 
-    def choose_next_tokens(
-        self, group: list[DecodingSequence], logits_BV: Tensor
-    ) -> list[tuple[DecodingSequence, Exception]]:
-        """Append the next token to each sequence of the group; return those that failed, with their errors."""
+    def choose_next_tokens(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[FailedSequence]:
+        """Append the next token to each sequence of the group; return those that failed."""
         group = list(group)  # a copy: `remove` changes self.running during the loop
         finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
         choices = choose_tokens(
@@ -91,14 +100,16 @@ class Decoder:
             [sequence.draw() for sequence in group],
         )
 
-        failed: list[tuple[DecodingSequence, Exception]] = []
+        failed: list[FailedSequence] = []
         for sequence, chosen, is_finite in zip(group, choices, finite, strict=True):
             try:
                 if not is_finite:
-                    raise NonFiniteLogits("the model returned logits that are not finite; this version is broken")
+                    raise NonFiniteLogits(
+                        "the model returned logits that are not finite; this version is broken, serve another one"
+                    )
                 sequence.add_token(chosen)
             except Exception as error:  # affects this sequence only
-                failed.append((sequence, error))
+                failed.append(FailedSequence(sequence, error))
                 self.remove(sequence)
             else:
                 if sequence.finish_reason is not None:

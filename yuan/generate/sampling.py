@@ -54,12 +54,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log-probability under the model."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
 class ChosenToken:
-    """Hold a chosen token, its log-probability under the model, and the most likely alternatives with theirs."""
+    """A chosen token, its log-probability under the model, and the most likely alternatives.
+
+    Attributes:
+        logprob: None unless the request asks for log-probabilities.
+        top: the most likely tokens, best first; they may include the chosen one.
+    """
 
     token: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 def choose_tokens(
@@ -136,5 +149,6 @@ def _make_chosen_token(logits_V: Tensor, token: int, num_alternatives: int | Non
         values, tokens = logprobs_V.topk(min(num_alternatives, len(logprobs_V)))
     else:
         values, tokens = logprobs_V[:0], logprobs_V[:0]
-    top = tuple(zip([int(t) for t in tokens.tolist()], values.tolist(), strict=True))
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    top = tuple(TokenLogprob(int(top_token), logprob) for top_token, logprob in pairs)
     return ChosenToken(token, float(logprobs_V[token]), top)

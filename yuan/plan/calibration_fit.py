@@ -17,9 +17,15 @@ UNLIMITED_OPTIMIZER_GB_S = 1e5  # placeholder that makes the optimizer cost noth
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTimings:
-    """Seconds of one micro-batch: forward and backward of a layer, both passes of the head with loss and the embedding.
+    """Measured seconds of one micro-batch, and the link between two devices.
 
-    `latency_s` and `bandwidth` (bytes per second) are of a message between two devices; None with a single device.
+    Attributes:
+        forward_s: forward pass of a layer.
+        backward_s: backward pass of a layer.
+        head_s: both passes of the head with loss.
+        embedding_s: both passes of the embedding.
+        latency_s: of a message between two devices; None with a single device.
+        bandwidth: of such a message, in bytes per second; None with a single device.
     """
 
     forward_s: float
@@ -30,13 +36,21 @@ class DeviceTimings:
     bandwidth: float | None
 
 
+@dataclass(frozen=True)
+class StepTiming:
+    """The seconds of a step of so many micro-batches, on a pipeline with one layer per device."""
+
+    accum: int
+    seconds: float
+
+
 def calibrate_group(
     group: DeviceGroup,
     work: Workload,
     micro_batch: int,
     clock: DeviceTimings,
-    steps: Sequence[tuple[int, float]],
-    what: str,
+    steps: Sequence[StepTiming],
+    description: str,
 ) -> DeviceGroup:
     """Return the group with measured rates.
 
@@ -45,13 +59,13 @@ def calibrate_group(
 
     Args:
         work: a model with as many layers as there are devices.
-        steps: (micro-batches, seconds) of steps of different length, of a pipeline with one layer per device.
-        what: a sentence that describes the measurement.
+        steps: steps of different length.
+        description: a sentence that describes the measurement.
     """
     stages, tokens = work.model.num_layers, micro_batch * work.seq_len
     forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
     measured = MeasuredRates(
-        what=what,
+        what=description,
         forward_tflops=forward / clock.forward_s / TERA,
         backward_tflops=BACKWARD_FLOPS_RATIO * forward / clock.backward_s / TERA,
         head_tflops=(1 + BACKWARD_FLOPS_RATIO) * tokens * count_head_forward_flops(work.model) / clock.head_s / TERA,
@@ -68,14 +82,18 @@ def calibrate_group(
     group = replace(group, measured=measured, sustained_tflops=_compute_sustained_tflops(group, measured))
 
     # Overhead per micro-batch: the measured slope of a step over micro-batches minus the predicted one.
-    (few, short), *_, (many, long) = sorted(steps)
-    slope = (long - short) / (many - few)
-    predicted = [_predict_step_seconds(group, work, micro_batch, accum) for accum in (few, many)]
-    overhead = max(0.0, slope - (predicted[1] - predicted[0]) / (many - few))
+    by_length = sorted(steps, key=lambda step: step.accum)
+    short, long = by_length[0], by_length[-1]
+    num_more = long.accum - short.accum
+    slope = (long.seconds - short.seconds) / num_more
+    short_predicted, long_predicted = (
+        _predict_step_seconds(group, work, micro_batch, step.accum) for step in (short, long)
+    )
+    overhead = max(0.0, slope - (long_predicted - short_predicted) / num_more)
 
     # Optimizer: the remaining time of the short step, for the stage with the most parameters.
-    optimizer_s = short - (predicted[0] + (stages + few - 1) * overhead)
-    grid = _make_one_layer_grid(work, micro_batch, few)
+    optimizer_s = short.seconds - (short_predicted + (stages + short.accum - 1) * overhead)
+    grid = _make_one_layer_grid(work, micro_batch, short.accum)
     parameters = int(count_stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
     rate = OPTIMIZER_BYTES_PER_PARAMETER * parameters / max(optimizer_s, 1e-6) / GIGA
     return replace(

@@ -152,20 +152,29 @@ def _predict_kept_seconds(work: Workload, current: PipelinePlan, pool: Pool) -> 
     return score_plan(work, pool, replace(current, stages=stages)).layout.seconds
 
 
+@dataclass(frozen=True)
+class _LayerPlace:
+    """The stage number and device class that hold a layer."""
+
+    stage: int
+    device_class: str
+
+
 def _find_moved_layers(old: PipelinePlan, new: PipelinePlan) -> tuple[int, ...]:
     """Return the layers whose stage number or device class changes; all if the pipeline or data size changes."""
-
-    def map_layers(plan: PipelinePlan) -> dict[int, tuple[int, str]]:
-        return {
-            stage.first_layer + n: (s, stage.device_class)
-            for s, stage in enumerate(plan.stages)
-            for n in range(stage.layers)
-        }
-
-    before, after = map_layers(old), map_layers(new)
+    old_places, new_places = _locate_layers(old), _locate_layers(new)
     if (old.data_size, old.pipeline_size) != (new.data_size, new.pipeline_size):
-        return tuple(after)
-    return tuple(layer for layer, stage in after.items() if before.get(layer) != stage)
+        return tuple(new_places)
+    return tuple(layer for layer, place in new_places.items() if old_places.get(layer) != place)
+
+
+def _locate_layers(plan: PipelinePlan) -> dict[int, _LayerPlace]:
+    """Return the place of each layer, by its number."""
+    places = {}
+    for number, stage in enumerate(plan.stages):
+        for layer in range(stage.first_layer, stage.first_layer + stage.layers):
+            places[layer] = _LayerPlace(number, stage.device_class)
+    return places
 
 
 def _estimate_state_load_seconds(plan: PipelinePlan, pool: Pool, moved: tuple[int, ...], parameters: int) -> float:

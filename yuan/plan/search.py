@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from yuan.plan.bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.critical_path import count_steady_batches
@@ -81,10 +81,10 @@ def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
         ValueError: if a size is not positive, there are more stages than layers, more processes than devices, or the
             batch does not divide.
     """
-    for field in ("pipeline_size", "data_size", "micro_batch_size"):
-        value = getattr(limits, field)
+    for name in ("pipeline_size", "data_size", "micro_batch_size"):
+        value = getattr(limits, name)
         if value is not None and value < 1:
-            raise ValueError(f"{field} must be at least 1, got {value}")
+            raise ValueError(f"{name} must be at least 1, got {value}; leave it out to search all sizes")
     pipeline, data, micro = limits.pipeline_size or 1, limits.data_size or 1, limits.micro_batch_size or 1
     if pipeline > work.model.num_layers:
         raise ValueError(
@@ -151,6 +151,16 @@ def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLim
     return False
 
 
+@dataclass(frozen=True, order=True)
+class _QueuedGrid:
+    """A grid to solve and its costs; ordered by the lower bound of its objective, then by its number."""
+
+    bound: float
+    number: int
+    grid: Grid = field(compare=False)
+    costs: StageCosts = field(compare=False)
+
+
 @dataclass(frozen=True)
 class _RankedCandidate:
     """A candidate with its rank among all, lowest first, and the costs of its grid."""
@@ -168,7 +178,7 @@ class _GridSearch:
     ) -> None:
         self.work, self.groups, self.objective = work, groups, objective
         self.max_value, self.kept = cutoff, kept
-        self.pending: list[tuple[float, int, Grid, StageCosts]] = []  # a heap by bound, then by order of arrival
+        self.pending: list[_QueuedGrid] = []  # a heap; numbers are in the order of arrival
         self.best: list[_RankedCandidate] = []
         self.num_queued = 0
         self.floor = float("inf")  # lower bound over the grids that were solved
@@ -201,23 +211,23 @@ class _GridSearch:
             bound = float("inf") if peak is None else peak
         if bound < self.cutoff:
             self.num_queued += 1
-            heapq.heappush(self.pending, (bound, self.num_queued, grid, costs))
+            heapq.heappush(self.pending, _QueuedGrid(bound, self.num_queued, grid, costs))
 
     def solve_next(self) -> None:
         """Solve the queued grid with the lowest bound; clear the queue if that bound is not below the cutoff."""
         if not self.pending:
             return
-        bound, _, grid, costs = heapq.heappop(self.pending)
-        if bound >= self.cutoff:
+        queued = heapq.heappop(self.pending)
+        if queued.bound >= self.cutoff:
             self.pending.clear()
             return
-        layout = solve(costs, self.objective, self.cutoff, self.fastest)
-        if layout is None and not is_exact(costs):
-            self.floor = min(self.floor, bound)
+        layout = solve(queued.costs, self.objective, self.cutoff, self.fastest)
+        if layout is None and not is_exact(queued.costs):
+            self.floor = min(self.floor, queued.bound)
         if layout is not None:
             self.floor = min(self.floor, layout.lower_bound)
-            candidate = PlanCandidate(grid, layout, self.groups)
-            self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, costs))
+            candidate = PlanCandidate(queued.grid, layout, self.groups)
+            self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, queued.costs))
             self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.kept]
 
     def result(self) -> SearchResult:

@@ -110,8 +110,8 @@ class BatchingEngine:
         try:
             joining = [] if self._is_recovering else self._take_waiting()
             self._metrics.count_tokens(len(joining or self._decoder.running))
-            for sequence, error in self._decoder.add(joining) if joining else self._decoder.step():
-                self._fail_sequence(sequence, error)
+            for failure in self._decoder.add(joining) if joining else self._decoder.step():
+                self._fail_sequence(failure.sequence, failure.error)
             self._is_recovering, self._fault = False, None
         except Exception as error:
             self._recover(joining, error)
@@ -170,8 +170,8 @@ class BatchingEngine:
 
     def _rejoin(self, request: GenerationRequest, sequences: list[DecodingSequence]) -> None:
         try:
-            for sequence, error in self._decoder.add(sequences):
-                self._fail_sequence(sequence, error)
+            for failure in self._decoder.add(sequences):
+                self._fail_sequence(failure.sequence, failure.error)
         except Exception as error:
             log.warning("a request cannot be decoded (%s)", type(error).__name__)
             self._fail_request(request, DecodingFailed())

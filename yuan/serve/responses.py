@@ -66,7 +66,7 @@ class CompletionFormatter:
         }
 
     def _format_alternatives(self, chosen: ChosenToken) -> ResponseJson:
-        return {self._decode_token(token): logprob for token, logprob in chosen.top}
+        return {self._decode_token(top.token): top.logprob for top in chosen.top}
 
     def _decode_token(self, token: int) -> str:
         return self._tokenizer.decode([token])
@@ -100,7 +100,7 @@ class ChatFormatter(CompletionFormatter):
         }
 
     def _format_top_logprobs(self, chosen: ChosenToken) -> list[ResponseJson]:
-        return [self._format_logprob(token, value) for token, value in chosen.top]
+        return [self._format_logprob(top.token, top.logprob) for top in chosen.top]
 
     def _format_logprob(self, token: int, logprob: float | None) -> ResponseJson:
         word = self._decode_token(token)
