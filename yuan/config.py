@@ -14,14 +14,14 @@ MODEL_CONFIG_FILE = "config.json"  # of a model folder
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Describe the shape of a Yuan 2.0 network.
+    """The shape of a Yuan 2.0 network.
 
-    Every layer holds 18 H² + 4.5 H parameters: attention 4 H², the two filter
-    convolutions 2 H² + 1.5 H, SwiGLU 12 H², three norms 3 H. The embedding is also
-    the output head.
+    Every layer holds 18 H² + 4.5 H parameters: attention 4 H², the two filter convolutions 2 H² + 1.5 H, SwiGLU 12 H²,
+    three norms 3 H. The embedding is also the output head.
 
-    `rope_precision` "bf16" rounds the rotary angles as the official training does, "fp32" keeps them exact.
-    `local_filter` is "two_convs_norm" for Yuan; the other values are the rows of the paper's Table 1, for the ablation.
+    Attributes:
+        rope_precision: "bf16" rounds the rotary angles as the official training does, "fp32" keeps them exact.
+        local_filter: "two_convs_norm" for Yuan; the other values are the rows of the paper's Table 1, for the ablation.
 
     Raises:
         ValueError: if a width is not positive, the heads do not divide the width evenly, or a choice is unknown.
@@ -103,12 +103,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Configure a run's training: batch, learning-rate schedule, optimizer.
+    """The configuration of a run's training: batch, learning-rate schedule, optimizer.
 
-    The learning rate warms up linearly and then follows a cosine to `final_lr_ratio` of its peak. Packed documents do
-    not attend to each other; with `isolate_documents` off they do, and only positions restart, as in the official
-    training. `spike_sigmas`, `max_skips` and `max_rollbacks` configure the loss guard (`yuan.train.guard`); a rank that
-    makes no progress for `step_limit_s` seconds exits.
+    Attributes:
+        warmup_steps: steps of linear warm-up of the learning rate; a cosine follows.
+        final_lr_ratio: where the cosine ends, over the peak.
+        isolate_documents: packed documents do not attend to each other; off, they do, and only positions restart, as in
+            the official training.
+        spike_sigmas, max_skips, max_rollbacks: settings of the loss guard (`yuan.train.guard`).
+        step_limit_s: seconds without progress after which a rank exits.
 
     Raises:
         ValueError: if a value is out of range or the batches do not divide.

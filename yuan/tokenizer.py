@@ -22,11 +22,14 @@ PieceKind = Literal["char", "bpe"]
 
 
 class Tokenizer:
-    """Encode and decode text with a SentencePiece model; `special` maps each special token to its id.
+    """Encode and decode text with a SentencePiece model.
 
     Special tokens that are pieces of the model keep their ids; the others get ids after the last piece, as in the
     official code. Encoding text never yields a special token: `<sep>` in a prompt is encoded as its characters, not as
     the separator. Decoding never writes special tokens or unused embedding rows into text.
+
+    Attributes:
+        special: the id of each special token.
 
     Raises:
         ValueError: if the bytes are not a SentencePiece model, or it lacks `<eod>`, `<sep>` or `<pad>`.
@@ -122,7 +125,7 @@ def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") 
     """
     reserved = len(SPECIAL_TOKENS) + 3 + 256
     if vocab_size <= reserved:
-        raise ValueError(f"vocab_size must exceed the {reserved} reserved pieces, got {vocab_size}")
+        raise ValueError(f"vocab_size must exceed the {reserved} reserved pieces, got {vocab_size}; raise it")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),

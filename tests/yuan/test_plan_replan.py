@@ -66,7 +66,7 @@ def test_a_slow_device_gets_less_work():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [({"H200": 1}, "it has A100-80"), ({"A100-80": -9}, "has 8 devices of A100-80")]
+    ("change", "reason"), [({"H200": 1}, "use one that it has: A100-80"), ({"A100-80": -9}, "has 8 devices of A100-80")]
 )
 def test_error_for_an_impossible_pool_change_names_the_rule(change, reason):
     with pytest.raises(ValueError, match=reason):

@@ -63,7 +63,7 @@ class Numeric(_CheckerBase):
     @model_validator(mode="after")
     def _check_tolerance(self) -> "Numeric":
         if 2 * self.tolerance > max(Decimal(1), abs(self.value)):
-            raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1")
+            raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1; lower it")
         return self
 
     def _accepts(self, folded: str) -> bool:

@@ -60,12 +60,12 @@ class AnswerJudge:
             response = _receive(process, end)
         except TimeoutError:
             self._kill_process()
-            raise CheckFailed(f"the checker gave no verdict within {self._limit_s:g} s") from None
+            raise CheckFailed(f"the checker gave no verdict within {self._limit_s:g} s; simplify its rule") from None
         except (BrokenPipeError, EOFError):
             self._kill_process()
-            raise CheckFailed("the checker ended the process that ran it") from None
+            raise CheckFailed("the checker ended the process that ran it; simplify its rule") from None
         if "passed" not in response:
-            raise CheckFailed(f"the checker raised {response['raised']}")
+            raise CheckFailed(f"the checker raised {response['raised']}; correct its rule")
         return bool(response["passed"])
 
     def _start_process(self) -> subprocess.Popen[bytes]:

@@ -22,7 +22,12 @@ MIN_BLOCK_PLACES = 1024
 
 @dataclass(frozen=True)
 class Mixture:
-    """Map positions to windows, from each source's number of windows, its places in a block, and the shuffle seed.
+    """Map positions to windows.
+
+    Attributes:
+        sizes: number of windows of each source.
+        quotas: places of each source in a block.
+        seed: seed of the shuffles.
 
     Raises:
         ValueError: if there is no source, or one has no window or no place.
@@ -77,7 +82,10 @@ def compute_quotas(sizes: Sequence[int], weights: Sequence[float] | None = None)
     if weights is None:
         return tuple(sizes)
     if len(weights) != len(sizes) or not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"every source needs a positive weight, got {list(weights)} for {len(sizes)} sources")
+        raise ValueError(
+            f"every source needs a positive weight, got {list(weights)} for {len(sizes)} sources; "
+            "leave a source without weight out"
+        )
 
     shares = [weight / sum(weights) for weight in weights]
     block = max(MIN_BLOCK_PLACES, 2 ** math.ceil(math.log2(MIN_PLACES_PER_SOURCE / min(shares))))

@@ -71,7 +71,9 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     for number, line in enumerate(_read_lines(stream), start=1):
         if line is None:
-            yield BadRow(row=number, reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need")
+            yield BadRow(
+                row=number, reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it"
+            )
         elif line.strip():
             try:
                 yield Row.model_validate_json(line)

@@ -18,7 +18,7 @@ TURN_SEPARATOR = "<n>"  # between turns, as text: the published chat template
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold token ids and their loss mask, which is true for the target tokens."""
+    """Token ids and their loss mask, which is true for the target tokens."""
 
     tokens: tuple[int, ...]
     loss_mask: tuple[bool, ...]
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ConversationTurn:
-    """Hold one turn of a conversation."""
+    """One turn of a conversation."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -93,7 +93,7 @@ def encode_fill_in_middle(
     """
     for name, value in (("rate", rate), ("spm_share", spm_share)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+            raise ValueError(f"{name} must be between 0 and 1, got {value}; it is a probability")
     draw = random.Random(f"fill in the middle {seed!r}")
     if draw.random() >= rate or not text:
         return _join_parts([([*tokenizer.encode(text), tokenizer.eod], True)])

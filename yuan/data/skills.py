@@ -74,11 +74,11 @@ def load_skills(path: Path) -> list[Skill]:
     """
     entries = runpy.run_path(str(path)).get("SKILLS")
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} defines no list SKILLS of mappings with name, generate and checker")
+        raise ValueError(f"{path} defines no list SKILLS; add one of mappings with name, generate and checker")
     skills = [_parse_skill(path, number, entry) for number, entry in enumerate(entries)]
     names = [skill.name for skill in skills]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: skill names must differ, got {names}")
+        raise ValueError(f"{path}: skill names must differ, got {names}; rename one")
     return skills
 
 
@@ -87,9 +87,12 @@ def _parse_skill(path: Path, number: int, entry: Any) -> Skill:
         skill = Skill(**entry)
         row = skill.make_row(random.Random(0))
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: SKILLS[{number}] is not a skill: {error}") from error
+        raise ValueError(
+            f"{path}: SKILLS[{number}] is not a skill ({error}); it needs name, generate and checker"
+        ) from error
     if row.checker is None or not row.checker.check(row.answer):
         raise ValueError(
-            f"{path}: skill {skill.name!r} generated an answer that its own checker rejects: {row.answer!r}"
+            f"{path}: skill {skill.name!r} generated an answer that its own checker rejects, {row.answer!r}; "
+            "correct one of the two"
         )
     return skill

@@ -34,8 +34,9 @@ _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
 class TextRule:
     """Validate an annotated `str`: at most `max_length` characters, all of which can be stored.
 
-    `allow` sets the values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty
-    string and white space ("blank").
+    Attributes:
+        allow: values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty string
+            and white space ("blank").
     """
 
     max_length: int
@@ -55,7 +56,7 @@ class TextRule:
         if fault := find_unstorable(value):
             raise PydanticCustomError("text", "must not contain {fault}; leave it out", {"fault": fault})
         if self.allow == "text" and not value.strip():
-            raise PydanticCustomError("text", "must not be empty or only white space")
+            raise PydanticCustomError("text", "must not be empty or only white space; write text")
         if self.allow == "empty" and value and not value.strip():
             raise PydanticCustomError("text", "must not be only white space; leave it empty or write text")
         return value
@@ -137,13 +138,13 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
     try:
         value = json.loads(data if isinstance(data, str) else data.decode())
     except UnicodeDecodeError as error:
-        raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not") from None
+        raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:
-        raise BadJson("must not be nested so deeply") from None
+        raise BadJson("must not be nested so deeply; send fewer levels") from None
     except json.JSONDecodeError as error:
-        raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}") from None
+        raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}; correct it there") from None
     except ValueError:  # Python parses integers of 4,300 digits at most
-        raise BadJson("must not have numbers of so many digits") from None
+        raise BadJson("must not have numbers of so many digits; send fewer digits") from None
     _check_values(value, max_values)
     return value
 
@@ -160,7 +161,7 @@ def _check_values(document: Any, max_values: int | None) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
-                    raise BadJson(f"a name must not contain {fault}", _extend_path(place, key))
+                    raise BadJson(f"a name must not contain {fault}; leave it out", _extend_path(place, key))
                 unchecked.append((_extend_path(place, key), item))
         elif isinstance(value, list):
             unchecked += [(_extend_path(place, str(number)), item) for number, item in enumerate(value)]
@@ -168,7 +169,7 @@ def _check_values(document: Any, max_values: int | None) -> None:
             if fault := find_unstorable(value):
                 raise BadJson(f"must not contain {fault}; leave it out", place)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise BadJson("must be a finite number", place)
+            raise BadJson("must be a finite number; replace NaN or infinity", place)
 
 
 def _extend_path(place: str, key: str) -> str:

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The result of one case; `reason` says why it could not be judged, and then it failed."""
+    """The result of one case.
+
+    Attributes:
+        reason: why the answer could not be judged; the case then failed. None for a verdict of the checker.
+    """
 
     case_id: str
     answer: str

@@ -37,7 +37,7 @@ MAX_EVAL_REASON_CHARACTERS = 500
 
 
 class EvalCase(BaseModel):
-    """Define one case of an evaluation."""
+    """One case of an evaluation."""
 
     id: str
     prompt: str

@@ -14,7 +14,12 @@ MAX_BATCH_ROWS = 128
 
 @dataclass(frozen=True)
 class Completion:
-    """Hold the generated text, the finish reason (`stop` or `length`), and token counts."""
+    """The answer to one prompt.
+
+    Attributes:
+        finish_reason: "stop" or "length".
+        num_tokens: generated tokens, including the stop token.
+    """
 
     text: str
     finish_reason: str

@@ -16,13 +16,18 @@ MIN_TEMPERATURE = 1e-30  # a lower temperature can be 0 in fp32; the largest log
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Set the decoding parameters of a request.
+    """The decoding parameters of a request.
 
-    Temperature 0 chooses the most likely token. `top_k` 0 and `top_p` 1 keep all tokens. A repetition penalty above 1
-    divides positive logits of tokens seen before, in prompt or answer, and multiplies negative ones (CTRL, section
-    4.1). Text ends before the first stop string and before a stop id or `<eod>`. `logprobs` is the number of
-    alternatives to report with each token's log-probability; None reports no log-probabilities. The same seed gives the
-    same answer, independent of the other sequences of the batch.
+    Attributes:
+        temperature: 0 chooses the most likely token.
+        top_k: number of most likely tokens to sample from; 0 keeps all.
+        top_p: total probability of the most likely tokens to sample from; 1 keeps all.
+        repetition_penalty: above 1 it divides positive logits of tokens seen before, in prompt or answer, and
+            multiplies negative ones (CTRL, section 4.1).
+        seed: the same seed gives the same answer, independent of the other sequences of the batch.
+        stop: text ends before the first of these strings.
+        stop_ids: text ends before one of these tokens or `<eod>`.
+        logprobs: alternatives to report with each token's log-probability; None reports no log-probabilities.
 
     Raises:
         ValueError: if a value is out of range.

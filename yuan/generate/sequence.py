@@ -10,11 +10,15 @@ REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete UTF-8 character decodes to it
 
 
 class DecodingSequence:
-    """Hold prompt tokens, generated tokens, and the text that can be streamed.
+    """Prompt tokens, generated tokens, and the text that can be streamed.
 
-    `finish_reason` is None while the sequence runs, then "stop" or "length". `get_stable_text` holds back incomplete
-    characters and text that may become a stop string, so text is only ever appended. A U+0000 that the model generates,
-    which databases do not accept as text, is replaced by U+FFFD.
+    `get_stable_text` holds back incomplete characters and text that may become a stop string, so text is only ever
+    appended. A U+0000 that the model generates, which databases do not accept as text, is replaced by U+FFFD.
+
+    Attributes:
+        room: number of tokens that may be generated.
+        chosen: the generated tokens with their log-probabilities; `tokens` are their ids.
+        finish_reason: None while the sequence runs, then "stop" or "length".
     """
 
     def __init__(self, prompt: Tokens[int], sampling: Sampling, tokenizer: Tokenizer, window: int) -> None:

@@ -19,14 +19,16 @@ CAUSAL_WINDOW = (-1, 0)  # all tokens before, none after
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Hold rotary angles (S, D) or (B, 1, S, D), an attention mask (B, 1, S, K) and document boundaries (B, S, 1).
+    """Rotary angles, an attention mask and document boundaries, for all layers of one pass.
 
-    The mask is additive, 0 or minus infinity in the dtype of the scores, so that attention does not convert it in every
-    layer. Without a mask attention is causal (or full, if `is_causal` is false). `continues` is true where a token
-    continues its predecessor's document; None where the filter ignores document boundaries.
-
-    `document_offsets` replaces the mask where a kernel for documents of different lengths exists: the starts of all
-    documents in the rows laid end to end, and the end of the last, (documents + 1,), int32.
+    Attributes:
+        cos, sin: of the rotary angles, (S, D) or (B, 1, S, D).
+        mask: additive, 0 or minus infinity in the dtype of the scores, so that attention does not convert it in every
+            layer, (B, 1, S, K). Without a mask attention is causal (or full, if `is_causal` is false).
+        continues: true where a token continues its predecessor's document, (B, S, 1); None where the filter ignores
+            document boundaries.
+        document_offsets: the starts of all documents in the rows laid end to end, and the end of the last,
+            (documents + 1,), int32; replaces the mask where a kernel for documents of different lengths exists.
     """
 
     cos: Tensor

@@ -19,8 +19,10 @@ class CacheBlock:
     All tensors come from `_make_zeros` and are ordinary tensors without gradients, so that the cache can be changed
     inside and outside of inference mode: a tensor created in that mode cannot be changed outside of it.
 
-    Keys and values are (R, N, K, D). `shares1` (R, 1, H/2) and `shares2` (R, 1, H) are the contributions of a row's
-    last token to the next output of the filter's two convolutions. With these two, incremental filtering is exact.
+    Attributes:
+        keys, values: (R, N, K, D).
+        shares1, shares2: contributions of a row's last token to the next output of the filter's two convolutions,
+            (R, 1, H/2) and (R, 1, H); with these two, incremental filtering is exact.
     """
 
     def __init__(self, config: ModelConfig, like: Tensor) -> None:

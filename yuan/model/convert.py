@@ -79,7 +79,8 @@ def import_hf(
         source.read_tensor(hf_layout.HF_HEAD), source.read_tensor(hf_layout.HF_EMBEDDING)
     ):
         raise ValueError(
-            f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}; Yuan 2.0 ties the two"
+            f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}, and Yuan 2.0 ties the two; "
+            "fetch the model again"
         )
     _make_empty_folder(out)
     kind = _choose_dtype(dtype, source, hf_layout.HF_NORM)
@@ -159,12 +160,15 @@ def read_hf_config(folder: Path) -> ModelConfig:
             f"{folder} has no {MODEL_CONFIG_FILE}, which defines the shapes; download it next to the weights"
         ) from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan: {error!r}") from None
+        raise ValueError(
+            f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan ({error!r}); fetch the model again"
+        ) from None
     rules = (("intermediate_size", config.ffn_hidden_size), ("hidden_act", "silu"), ("use_shareqk", False))
     for field, expected in rules:
         if data.get(field, expected) != expected:
             raise ValueError(
-                f"{field} must be {expected} in a Yuan 2.0, got {data[field]!r} in {folder / MODEL_CONFIG_FILE}"
+                f"{field} must be {expected} in a Yuan 2.0, got {data[field]!r} in {folder / MODEL_CONFIG_FILE}; "
+                "import a Yuan 2.0 model"
             )
     return _apply_preset_name(config)
 
@@ -211,10 +215,15 @@ def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> I
         yield name, tensor.to(kind).contiguous().clone()
 
 
-def _choose_dtype(wanted: str | None, source: TensorReader, name: str) -> torch.dtype:
-    if wanted is not None and wanted not in DTYPES_BY_NAME:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {wanted!r}")
-    return DTYPES_BY_NAME[wanted] if wanted else source.read_tensor(name).dtype
+def _choose_dtype(dtype_name: str | None, source: TensorReader, tensor_name: str) -> torch.dtype:
+    """Return the dtype of a name; without a name, that of a stored tensor."""
+    if dtype_name is None:
+        return source.read_tensor(tensor_name).dtype
+    if dtype_name not in DTYPES_BY_NAME:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {dtype_name!r}; leave it out for the stored one"
+        )
+    return DTYPES_BY_NAME[dtype_name]
 
 
 def _make_empty_folder(out: Path) -> None:

@@ -64,10 +64,13 @@ def head_loss(
         or x_BSH.shape[-1] != head_VH.shape[-1]
     ):
         shapes = [tuple(t.shape) for t in (x_BSH, head_VH, labels_BS, weights_BS)]
-        raise ValueError(f"hidden (..., H), head (V, H), labels and weights (...) must fit together, got {shapes}")
+        raise ValueError(
+            f"hidden (..., H), head (V, H), labels and weights (...) must fit together, got {shapes}; "
+            "pass labels and weights of the hidden states' leading shape"
+        )
     rows = compute_default_block_rows(head_VH) if block is None else block
     if rows < 1:
-        raise ValueError(f"block must be at least 1 row, got {rows}")
+        raise ValueError(f"block must be at least 1 row, got {rows}; leave it out for the default")
 
     is_target = weights_BS != 0
     targets = is_target.flatten().nonzero()[:, 0]  # a GPU waits for this count; the selections below need no other
@@ -266,7 +269,7 @@ def _compute_logit_gradients(
 
 
 def _multiply_into(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
-    """Write or add a scaled matrix product to an fp32 target, accumulated in fp32 for factors of any dtype."""
+    """Write or add the scaled product left @ right to an fp32 target, accumulated in fp32 for factors of any dtype."""
     if left.dtype == torch.float32:
         target.addmm_(left, right, beta=float(adds), alpha=scale)
     elif left.device.type == "cuda":  # one pass over the target, without a product in memory

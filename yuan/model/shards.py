@@ -13,6 +13,7 @@ from torch import Tensor
 WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE, PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
+DAMAGE_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError)
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
 
@@ -46,7 +47,10 @@ class TensorReader:
             if name in names and self.shape(name) != expected[name]:
                 problems.append(f"{name} has shape {self.shape(name)} and should have {expected[name]}")
         if problems:
-            raise ValueError(f"the weights in {self._folder} do not fit its config.json: {'; '.join(problems)}")
+            raise ValueError(
+                f"the weights in {self._folder} do not fit its config.json: {', '.join(problems)}; "
+                "fetch the model again"
+            )
 
     def _find_files(self) -> dict[str, str]:
         for index in (WEIGHTS_INDEX_FILE, PICKLED_WEIGHTS_INDEX_FILE):
@@ -60,8 +64,8 @@ class TensorReader:
         if (self._folder / PICKLED_WEIGHTS_FILE).is_file():
             return dict.fromkeys(self._load_pickle(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
         raise ValueError(
-            f"{self._folder} has no weights; expected {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
-            f"{PICKLED_WEIGHTS_INDEX_FILE}"
+            f"{self._folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
+            f"{PICKLED_WEIGHTS_INDEX_FILE} there"
         )
 
     def _list_names(self, file: str) -> list[str]:
@@ -112,11 +116,9 @@ class DamageReporter:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        known = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError)
-        if isinstance(error, known):
-            raise ValueError(
-                f"{self._path} is damaged ({str(error).splitlines()[0][:200]}); fetch the model again"
-            ) from None
+        if isinstance(error, DAMAGE_ERRORS):
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
 
 
 def write_shards(

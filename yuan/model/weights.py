@@ -87,7 +87,9 @@ def verify_folder(folder: Path) -> ModelManifest:
     """
     try:
         manifest = ModelManifest.parse((folder / MODEL_MANIFEST_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{folder} is not a model folder ({error}); name one with {MODEL_MANIFEST_FILE}") from None
+    except ValueError as error:
         raise ValueError(f"{folder} is not a model folder: {error}") from None
     for name, expected in manifest.files.items():
         path = folder / name

@@ -18,7 +18,7 @@ def read_current_plan(file: Path, work: Workload) -> PipelinePlan:
     try:
         data: dict[str, Any] = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error}; write it with `cotrain plan --json`") from None
     data.pop("move", None)
     plan: PipelinePlan = PipelinePlan.from_json(data)
     requested = (work.model.name, work.seq_len, work.global_batch_size, work.precision)

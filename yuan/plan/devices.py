@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSpec:
-    """One device: usable memory in GiB, TFLOP/s in bf16 and fp32, GB/s of its memory and of its link inside a node."""
+    """The data of one device.
+
+    Attributes:
+        memory_gib: memory that programs can use.
+        peak_tflops, sustained_tflops: in bf16.
+        memory_gb_s: bandwidth of its memory.
+        intra_node_gb_s: its link inside a node.
+    """
 
     memory_gib: float
     peak_tflops: float

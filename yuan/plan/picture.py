@@ -62,13 +62,13 @@ def _draw_memory(plan: PipelinePlan, pool: Pool) -> Iterator[str]:
     for n, stage in enumerate(plan.stages):
         y = 38 + n * ROW_HEIGHT_PX
         yield _draw_label(y, n, stage)
-        at = float(LEFT_MARGIN_PX)
+        box_x = float(LEFT_MARGIN_PX)
         for name in names:
             width = stage.memory_terms.get(name, 0) / GIB * scale
             if width > 0:
-                yield _draw_box(at, y, width, colours[name], f"{name.replace('_', ' ')}: {width / scale:.2f} GiB")
-            at += width
-        yield f'<text x="{at + 4:.1f}" y="{y + 11}">{stage.memory_bytes / GIB:.1f}</text>'
+                yield _draw_box(box_x, y, width, colours[name], f"{name.replace('_', ' ')}: {width / scale:.2f} GiB")
+            box_x += width
+        yield f'<text x="{box_x + 4:.1f}" y="{y + 11}">{stage.memory_bytes / GIB:.1f}</text>'
         limit = LEFT_MARGIN_PX + limits_gib[stage.device_class] * scale
         yield f'<path d="M{limit:.1f} {y - ROW_GAP_PX / 2} v{ROW_HEIGHT_PX}" stroke="#c03030" stroke-width="2"/>'
 

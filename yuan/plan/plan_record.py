@@ -11,8 +11,11 @@ PLAN_SCHEMA = 1
 class Stage:
     """One pipeline stage: layers [first_layer, first_layer + layers), their device class, memory and compute time.
 
-    `memory_terms` are bytes by name and add up to `memory_bytes`, the peak. `compute_seconds` is one micro-batch
-    forward and backward, recomputation included.
+    Attributes:
+        recompute_layers: number of its first layers that are recomputed.
+        memory_bytes: peak memory of a device.
+        memory_terms: bytes by name, which add up to the peak.
+        compute_seconds: one micro-batch forward and backward, recomputation included.
     """
 
     layers: int
@@ -28,9 +31,13 @@ class Stage:
 class PipelinePlan:
     """Assignment of a run to a pool: sizes, stages, predicted time and memory.
 
-    `step_seconds` is predicted by the time model; no layout of the same workload on the pool is faster than
-    `lower_bound`, and `gap` is `step_seconds / lower_bound - 1`. `bubble_fraction` is the fraction of the devices' time
-    in which they do not compute. A plan that is not feasible has the layout that is nearest to fitting.
+    Attributes:
+        step_seconds: predicted by the time model.
+        bubble_fraction: fraction of the devices' time in which they do not compute.
+        lower_bound: seconds of a step; no layout of the same workload on the pool is faster.
+        gap: step_seconds / lower_bound - 1.
+        feasible: False if nothing fits; the layout is then the one that is nearest to fitting.
+        binding: the limiting resource, "compute" or "memory".
     """
 
     model: str
@@ -92,4 +99,4 @@ class PipelinePlan:
         try:
             return cls(**{**data, "stages": [Stage(**stage) for stage in data["stages"]]})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"not a plan of schema {PLAN_SCHEMA}: {error}") from None
+            raise ValueError(f"not a plan of schema {PLAN_SCHEMA}: {error}; plan again") from None

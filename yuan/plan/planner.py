@@ -35,18 +35,18 @@ def make_plan(
     objective: Objective = "time",
     *,
     explained: bool = True,
-    kept: int = MAX_SIMULATED_CANDIDATES,
+    num_candidates: int = MAX_SIMULATED_CANDIDATES,
 ) -> PipelinePlan:
     """Compute the best plan to train `work` on `pool`: sizes, and layers, recomputed layers and device of each stage.
 
     The objective "time" minimises the step's time, ties broken by peak memory and then lexicographically; the objective
     "memory" minimises the memory of the fullest device, and then time. One and two device classes are solved exactly;
-    with more, `gap` bounds the distance to the optimum. The `kept` best candidates are simulated, and the fastest in
+    with more, `gap` bounds the distance to the optimum. The best candidates are simulated, and the fastest one in that
     simulation is returned.
 
     Args:
         limits: fixed pipeline, data or micro-batch size, if any.
-        kept: number of best candidates to simulate.
+        num_candidates: number of best candidates to simulate.
         explained: also compute what changes of the pool would gain.
 
     Returns:
@@ -59,20 +59,20 @@ def make_plan(
     if objective not in get_args(Objective):
         raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
     check_limits(work, pool, limits)
-    result = search(work, pool, limits, objective, kept=kept)
+    result = search(work, pool, limits, objective, num_candidates=num_candidates)
     if not result.candidates:
         return _build_infeasible_plan(work, pool, limits, objective)
 
-    first = chosen = result.candidates[0]
+    first = best = result.candidates[0]
     if objective == "time":
         simulated = [simulate_step_seconds(work, candidate) for candidate in result.candidates]
-        chosen = result.candidates[simulated.index(min(simulated))]
+        best = result.candidates[simulated.index(min(simulated))]
 
     # The bound is in seconds, which the objective "memory" does not minimise.
     lower_bound = result.lower_bound if objective == "time" else None
-    plan = build_plan(work, pool, chosen, objective, lower_bound=lower_bound)
-    binding, text = explain(work, pool, limits, chosen, what_if=explained)
-    if chosen is not first:
+    plan = build_plan(work, pool, best, objective, lower_bound=lower_bound)
+    binding, text = explain(work, pool, limits, best, what_if=explained)
+    if best is not first:
         text += (
             f" The time model's own best has {first.grid.pipeline_size} stages and {first.grid.data_size} replicas: "
             f"{first.layout.seconds:.4g} s a step by the model, but {simulated[0]:.4g} s in simulation against "
@@ -109,14 +109,14 @@ def make_plan_from_bounds(
 def build_plan(
     work: Workload,
     pool: Pool,
-    chosen: PlanCandidate,
+    candidate: PlanCandidate,
     objective: Objective = "time",
     *,
     lower_bound: float | None = None,
 ) -> PipelinePlan:
     """Build a plan from a candidate, without explanation."""
-    grid, layout = chosen.grid, chosen.layout
-    stages = [_build_stage(work, grid, assignment, layout) for assignment in chosen.assignments]
+    grid, layout = candidate.grid, candidate.layout
+    stages = [_build_stage(work, grid, assignment, layout) for assignment in candidate.assignments]
     compute_seconds = grid.grad_accum_steps * sum(stage.compute_seconds for stage in stages)
     return PipelinePlan(
         model=work.model.name,
@@ -143,9 +143,9 @@ def build_plan(
     )
 
 
-def simulate_candidate(work: Workload, chosen: PlanCandidate) -> Timeline:
+def simulate_candidate(work: Workload, candidate: PlanCandidate) -> Timeline:
     """Simulate a step of a candidate, event by event."""
-    grid, stages = chosen.grid, chosen.assignments
+    grid, stages = candidate.grid, candidate.assignments
     forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
     both_passes = [float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.redone)) for s in stages]
     backward = [both - first for both, first in zip(both_passes, forward, strict=True)]

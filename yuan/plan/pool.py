@@ -23,9 +23,12 @@ MAX_PLAUSIBLE_VALUE = 1e6  # GiB, TFLOP/s or GB/s above those of any device; a l
 class MeasuredRates:
     """Rates of one device class measured by `cotrain calibrate`, for one model and batch shape.
 
-    TFLOP/s of a layer's forward and backward pass, and of the head with loss (both passes); GB/s of the bytes that
-    embedding and optimizer read and write; and the overhead of a stage per micro-batch in microseconds. `what`
-    describes the measurement.
+    Attributes:
+        what: a description of the measurement.
+        forward_tflops, backward_tflops: of a layer's passes.
+        head_tflops: of both passes of the head with loss.
+        embedding_gb_s, optimizer_gb_s: GB/s of the bytes that embedding and optimizer read and write.
+        overhead_us: microseconds of a stage per micro-batch.
 
     Raises:
         ValueError: if a rate is not positive.
@@ -49,9 +52,15 @@ class MeasuredRates:
 class DeviceGroup:
     """Devices of one class, on nodes of `devices_per_node`.
 
-    `memory_gib` is the memory that programs on one device can use, of which `reserve_gib` stays unused.
-    `sustained_tflops` is for bf16, `fp32_tflops` for fp32; `memory_gb_s` is the bandwidth of the device's memory.
-    Links: GB/s and latency in microseconds, one direction, of a device inside its node and of a node to other nodes.
+    Attributes:
+        memory_gib: memory that programs on one device can use.
+        sustained_tflops: rate of large transformers in bf16, as `peak_tflops` is.
+        fp32_tflops: the rate in fp32; None if unknown.
+        memory_gb_s: bandwidth of the device's memory.
+        intra_node_gb_s, intra_node_latency_us: link of a device inside its node, one direction.
+        inter_node_gb_s, inter_node_latency_us: link of a node to other nodes, one direction.
+        reserve_gib: part of `memory_gib` that stays unused.
+        measured: rates that replace those of the data sheet; None if not calibrated.
 
     Raises:
         ValueError: if a value is not a positive number, or the sustained rate is above the peak.
@@ -77,7 +86,9 @@ class DeviceGroup:
         for field in ("count", "devices_per_node"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} {name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(
+                    f"{field} {name} must be a whole number of at least 1, got {value!r}; correct the pool"
+                )
         for field in (
             *("memory_gib", "sustained_tflops", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"),
             *(field for field in ("peak_tflops", "fp32_tflops") if getattr(self, field) is not None),
@@ -92,7 +103,7 @@ class DeviceGroup:
         if self.peak_tflops is not None and self.sustained_tflops > self.peak_tflops:
             raise ValueError(
                 f"sustained_tflops {name} must not be above peak_tflops {self.peak_tflops}, got "
-                f"{self.sustained_tflops}; a device cannot do more than its peak"
+                f"{self.sustained_tflops}; a device cannot do more than its peak, lower it"
             )
 
 
@@ -100,7 +111,9 @@ class DeviceGroup:
 class Pool:
     """A named set of device groups for one run.
 
-    `launcher` names the launcher that starts the processes, `launch` holds its settings.
+    Attributes:
+        launcher: name of the launcher that starts the processes.
+        launch: its settings, by name.
 
     Raises:
         ValueError: if there is no group, two have the same device class, or the launcher is unknown.
@@ -118,7 +131,7 @@ class Pool:
         if self.launcher not in get_args(LauncherName):
             raise ValueError(
                 f"launcher of pool {self.name!r} must be one of {', '.join(get_args(LauncherName))}, "
-                f"got {self.launcher!r}"
+                f"got {self.launcher!r}; leave it out for local"
             )
         if len(set(classes)) < len(classes):
             raise ValueError(f"pool {self.name!r} must name each device class once, got {classes}; add up their counts")
@@ -154,7 +167,7 @@ def load_pool(spec: str) -> Pool:
     try:
         data = tomllib.loads(Path(file).read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read the pool file {file}: {error}") from None
+        raise ValueError(f"cannot read the pool file {file}: {error}; pass a TOML file with [[pool]]") from None
     _check_keys(data, {"pool"}, f"{file}")
     entries = data.get("pool", [])
     names = [str(entry.get("name")) for entry in entries]
@@ -172,7 +185,7 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
     """
     _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
     if "name" not in entry:
-        raise ValueError("a [[pool]] needs a name")
+        raise ValueError(f'a [[pool]] needs a name, got the keys {sorted(entry)}; add name = "..."')
     return Pool(
         name=str(entry["name"]),
         groups=tuple(_parse_group(group) for group in entry.get("group", ())),
@@ -224,12 +237,11 @@ def _format_known_classes() -> str:
     return ", ".join(DEVICE_SPECS)
 
 
-def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in entry:
-        if key not in known:
-            raise ValueError(
-                f"{where} has the unknown key {key!r}{_suggest_nearest(key, sorted(known))}; known: {sorted(known)}"
-            )
+def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str) -> None:
+    for key in table:
+        if key not in known_keys:
+            suggestion = _suggest_nearest(key, sorted(known_keys))
+            raise ValueError(f"{table_name} has the unknown key {key!r}{suggestion}; use one of {sorted(known_keys)}")
 
 
 def _suggest_nearest(word: str, words: list[str]) -> str:
@@ -237,16 +249,16 @@ def _suggest_nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if word and matches else ""
 
 
-def _check_positive(what: str, value: object) -> None:
+def _check_positive(label: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{what} must be positive, got {value!r}")
+        raise ValueError(f"{label} must be positive, got {value!r}; write a number above 0")
     if value >= MAX_PLAUSIBLE_VALUE:
-        raise ValueError(f"{what} must be below {MAX_PLAUSIBLE_VALUE:,.0f}, got {value!r}; check its unit")
+        raise ValueError(f"{label} must be below {MAX_PLAUSIBLE_VALUE:,.0f}, got {value!r}; check its unit")
 
 
-def _check_not_negative(what: str, value: object) -> None:
+def _check_not_negative(label: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{what} must be zero or more, got {value!r}")
+        raise ValueError(f"{label} must be zero or more, got {value!r}; write 0 if there is none")
 
 
 def find_device_group(pool: Pool, device_class: str | None) -> DeviceGroup:

@@ -27,7 +27,9 @@ def apply_pool_changes(
         try:
             factor = float(share)
         except ValueError:
-            raise ValueError(f"the share of {change!r} must be a number between 0 and 1, got {share!r}") from None
+            raise ValueError(
+                f"the share of {change!r} must be a number, got {share!r}; write a speed between 0 and 1"
+            ) from None
         pool = split_slow_devices(pool, name, int(count), factor)
     return pool
 
@@ -36,5 +38,5 @@ def _split_change(change: str, num_parts: int) -> list[str]:
     parts = change.rsplit(":", num_parts - 1)
     if len(parts) != num_parts or not (parts[1].isascii() and parts[1].isdecimal()):
         form = "CLASS:N" if num_parts == 2 else "CLASS:N:SHARE"
-        raise ValueError(f"a change is written {form}, got {change!r}")
+        raise ValueError(f"a change is written {form}, got {change!r}; write N as digits")
     return parts

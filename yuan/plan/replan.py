@@ -22,10 +22,12 @@ RESTART_ESTIMATE_S = 60.0  # to stop and start the processes and build process g
 class Replan:
     """The best new plan and the cost of the move to it.
 
-    `kept_step_seconds` is the step time of the current stages on the changed pool; None if they no longer fit on it.
-    `moved_layers` are the layers whose stage or device class changes; `moved_bytes` their weights and optimizer states.
-    `move_seconds` is the sum of the restart, the load of states into the slowest new stage, and the steps to repeat.
-    After `payback_steps` the faster steps have saved `move_seconds`; None if the new plan is not faster.
+    Attributes:
+        kept_step_seconds: step time of the current stages on the changed pool; None if they no longer fit on it.
+        moved_layers: the layers whose stage or device class changes.
+        moved_bytes: their weights and optimizer states.
+        move_seconds: the restart, the load of states into the slowest new stage, and the steps to repeat.
+        payback_steps: steps after which the faster steps have saved `move_seconds`; None if the new plan is not faster.
     """
 
     plan: PipelinePlan
@@ -55,26 +57,23 @@ def replan(
     Raises:
         ValueError: if the objective is unknown or the limits contradict the model or the pool.
     """
-    plan = make_plan(work, pool, limits, objective, explained=False, kept=NUM_SIMULATED_REPLANS)
-    kept = _predict_kept_seconds(work, current, pool)
-    moved = _find_moved_layers(current, plan)
+    plan = make_plan(work, pool, limits, objective, explained=False, num_candidates=NUM_SIMULATED_REPLANS)
+    kept_seconds = _predict_kept_seconds(work, current, pool)
+    moved_layers = _find_moved_layers(current, plan)
     parameters = work.model.layer_parameters
-    seconds = (
-        RESTART_ESTIMATE_S
-        + _estimate_state_load_seconds(plan, pool, moved, parameters)
-        + lost_steps * current.step_seconds
-    )
+    load_seconds = _estimate_state_load_seconds(plan, pool, moved_layers, parameters)
+    move_seconds = RESTART_ESTIMATE_S + load_seconds + lost_steps * current.step_seconds
 
     # The move is paid back by the seconds that each step is faster; without a feasible alternative nothing is saved.
-    gain = 0.0 if kept is None or not plan.feasible else kept - plan.step_seconds
-    payback = math.ceil(seconds / gain) if gain > MIN_REPLAN_GAIN * plan.step_seconds else None
+    gain = 0.0 if kept_seconds is None or not plan.feasible else kept_seconds - plan.step_seconds
+    payback_steps = math.ceil(move_seconds / gain) if gain > MIN_REPLAN_GAIN * plan.step_seconds else None
     move = Replan(
         plan=plan,
-        kept_step_seconds=kept,
-        moved_layers=moved,
-        moved_bytes=len(moved) * parameters * STATE_BYTES_PER_PARAMETER,
-        move_seconds=seconds,
-        payback_steps=payback,
+        kept_step_seconds=kept_seconds,
+        moved_layers=moved_layers,
+        moved_bytes=len(moved_layers) * parameters * STATE_BYTES_PER_PARAMETER,
+        move_seconds=move_seconds,
+        payback_steps=payback_steps,
         explanation="",
     )
     return replace(move, explanation=_explain_replan(move))
@@ -89,9 +88,14 @@ def resize_pool(pool: Pool, counts: Mapping[str, int]) -> Pool:
     current = {group.device_class: group.count for group in pool.groups}
     for name, count in counts.items():
         if name not in current:
-            raise ValueError(f"pool {pool.name!r} has no device class {name!r}; it has {', '.join(current)}")
+            raise ValueError(
+                f"pool {pool.name!r} has no device class {name!r}; use one that it has: {', '.join(current)}"
+            )
         if current[name] + count < 0:
-            raise ValueError(f"pool {pool.name!r} has {current[name]} devices of {name}, got {count} as the change")
+            raise ValueError(
+                f"pool {pool.name!r} has {current[name]} devices of {name}, got {count} as the change; "
+                f"remove at most {current[name]}"
+            )
     new_counts = {name: count + counts.get(name, 0) for name, count in current.items()}
     groups = (
         replace(group, count=new_counts[group.device_class]) for group in pool.groups if new_counts[group.device_class]
@@ -108,7 +112,7 @@ def split_slow_devices(pool: Pool, device_class: str, count: int, factor: float)
         ValueError: if the class is unknown or smaller, or the factor is not between 0 and 1.
     """
     if not 0 < factor < 1:
-        raise ValueError(f"factor of a slow device must be above 0 and below 1, got {factor}")
+        raise ValueError(f"factor of a slow device must be above 0 and below 1, got {factor}; 0.5 is half the speed")
     remaining = resize_pool(pool, {device_class: -count})
     group = next(group for group in pool.groups if group.device_class == device_class)
     return replace(remaining, groups=(*remaining.groups, _make_slow_group(group, count, factor)))
@@ -177,7 +181,9 @@ def _locate_layers(plan: PipelinePlan) -> dict[int, _LayerPlace]:
     return places
 
 
-def _estimate_state_load_seconds(plan: PipelinePlan, pool: Pool, moved: tuple[int, ...], parameters: int) -> float:
+def _estimate_state_load_seconds(
+    plan: PipelinePlan, pool: Pool, moved_layers: tuple[int, ...], layer_parameters: int
+) -> float:
     """Estimate the seconds to load moved states into the slowest stage over its inter-node link.
 
     The replicas of a stage share the reading.
@@ -186,8 +192,9 @@ def _estimate_state_load_seconds(plan: PipelinePlan, pool: Pool, moved: tuple[in
     slowest = 0.0
     for stage in plan.stages:
         layers = range(stage.first_layer, stage.first_layer + stage.layers)
-        size = len(set(layers) & set(moved)) * parameters * STATE_BYTES_PER_PARAMETER
-        slowest = max(slowest, size / links[stage.device_class])
+        num_moved = len(set(layers) & set(moved_layers))
+        num_bytes = num_moved * layer_parameters * STATE_BYTES_PER_PARAMETER
+        slowest = max(slowest, num_bytes / links[stage.device_class])
     return slowest
 
 

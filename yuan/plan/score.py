@@ -36,7 +36,8 @@ def score(
     """
     if not len(layers) == len(classes) == len(redone) == grid.pipeline_size or sum(layers) != work.model.num_layers:
         raise ValueError(
-            f"a layout needs {grid.pipeline_size} stages and {work.model.num_layers} layers, got {list(layers)}"
+            f"a layout needs {grid.pipeline_size} stages and {work.model.num_layers} layers, got {list(layers)}; "
+            "give classes and recomputed layers for as many stages"
         )
     stages = [
         StageAssignment(number, groups[c], num_layers, num_redone)

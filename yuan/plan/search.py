@@ -112,7 +112,7 @@ def search(
     objective: str = "time",
     *,
     cutoff: float = float("inf"),
-    kept: int = MAX_SIMULATED_CANDIDATES,
+    num_candidates: int = MAX_SIMULATED_CANDIDATES,
 ) -> SearchResult:
     """Search the best layouts of a model on a pool, by branch and bound over grids.
 
@@ -120,12 +120,12 @@ def search(
 
     Args:
         cutoff: seconds (bytes for the objective "memory") that a layout must be below.
-        kept: number of candidates to return.
+        num_candidates: number of candidates to return.
 
     Returns:
         The best candidate and the next best ones that are close to it; none if nothing fits.
     """
-    grids = _GridSearch(work, pool.groups, objective, cutoff, kept)
+    grids = _GridSearch(work, pool.groups, objective, cutoff, num_candidates)
     bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
 
     # Solve one grid early: its value is a cutoff for the many grids that remain to be bounded.
@@ -174,10 +174,10 @@ class _GridSearch:
     """A queue of grids to solve, lowest bound first, and the best candidates so far."""
 
     def __init__(
-        self, work: Workload, groups: tuple[DeviceGroup, ...], objective: str, cutoff: float, kept: int
+        self, work: Workload, groups: tuple[DeviceGroup, ...], objective: str, cutoff: float, num_candidates: int
     ) -> None:
         self.work, self.groups, self.objective = work, groups, objective
-        self.max_value, self.kept = cutoff, kept
+        self.max_value, self.num_candidates = cutoff, num_candidates
         self.pending: list[_QueuedGrid] = []  # a heap; numbers are in the order of arrival
         self.best: list[_RankedCandidate] = []
         self.num_queued = 0
@@ -189,8 +189,8 @@ class _GridSearch:
         if not self.best:
             return self.max_value
         first, last = (self._get_objective_value(self.best[n].candidate.layout) for n in (0, -1))
-        last_kept = last if len(self.best) == self.kept else float("inf")
-        return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, last_kept)
+        limit = last if len(self.best) == self.num_candidates else float("inf")
+        return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, limit)
 
     @property
     def fastest(self) -> float:
@@ -228,7 +228,7 @@ class _GridSearch:
             self.floor = min(self.floor, layout.lower_bound)
             candidate = PlanCandidate(queued.grid, layout, self.groups)
             self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, queued.costs))
-            self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.kept]
+            self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.num_candidates]
 
     def result(self) -> SearchResult:
         """Return the candidates; of the best grid, the layout with the lowest peak memory among equally fast ones."""

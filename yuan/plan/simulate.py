@@ -61,8 +61,9 @@ def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequenc
         ready = np.maximum(clock[pairs], clock[pairs + 1])
         clock[pairs] = clock[pairs + 1] = ready + x[pairs] * num_transfers[num_transfers > 0]
 
-        at = numbers[is_active]
-        starts[kind[at], at, batch[at]] = clock[at]
-        clock[at] += seconds[kind[at], at]
-        ends[kind[at], at, batch[at]] = clock[at]
+        active = numbers[is_active]
+        index = (kind[active], active, batch[active])
+        starts[index] = clock[active]
+        clock[active] += seconds[kind[active], active]
+        ends[index] = clock[active]
     return Timeline(starts[0], ends[0], starts[1], ends[1])

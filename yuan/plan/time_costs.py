@@ -91,19 +91,19 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
     compute = [predict_compute_seconds(work, grid, group, stages, layers, redone) for group in groups]
     forward = [predict_forward_seconds(work, grid, group, stages, zero_and_one) for group in groups]
     finish = [predict_finish_seconds(work, grid, group, stages, zero_and_one) for group in groups]
-    nothing, one, one_redone = np.moveaxis(np.stack(compute, axis=1), -1, 0)
-    forward_nothing, forward_one = np.moveaxis(np.stack(forward, axis=1), -1, 0)
-    finish_nothing, finish_one = np.moveaxis(np.stack(finish, axis=1), -1, 0)
+    fixed_s, one_layer_s, one_redone_s = np.moveaxis(np.stack(compute, axis=1), -1, 0)
+    forward_fixed_s, forward_one_layer_s = np.moveaxis(np.stack(forward, axis=1), -1, 0)
+    finish_fixed_s, finish_one_layer_s = np.moveaxis(np.stack(finish, axis=1), -1, 0)
 
     links = _predict_links(work, grid, groups)
     return TimeCosts(
-        fixed_s=nothing,
-        layer_s=one - nothing,
-        redo_s=one_redone - one,
-        forward_fixed_s=forward_nothing,
-        forward_layer_s=forward_one - forward_nothing,
-        finish_fixed_s=finish_nothing,
-        finish_layer_s=finish_one - finish_nothing,
+        fixed_s=fixed_s,
+        layer_s=one_layer_s - fixed_s,
+        redo_s=one_redone_s - one_layer_s,
+        forward_fixed_s=forward_fixed_s,
+        forward_layer_s=forward_one_layer_s - forward_fixed_s,
+        finish_fixed_s=finish_fixed_s,
+        finish_layer_s=finish_one_layer_s - finish_fixed_s,
         link_s=links,
         return_s=bound_return_seconds(links),
     )

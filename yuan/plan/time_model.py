@@ -29,7 +29,13 @@ MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """Rates of a device class: FLOP/s of layers and head, bytes/s of embedding and optimizer, overhead in seconds."""
+    """Rates of a device class.
+
+    Attributes:
+        forward, backward, head: FLOP/s of a layer's passes and of the head.
+        embedding, optimizer: bytes per second.
+        overhead_s: seconds of a stage per micro-batch.
+    """
 
     forward: float
     backward: float

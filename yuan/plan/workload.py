@@ -17,8 +17,10 @@ PUBLISHED_BATCH_SIZES = {
 class Workload:
     """A model and the samples of one optimizer step.
 
-    `loss_block` is the number of rows of logits in memory at a time on the last stage; None is the plain loss, which
-    keeps all rows (for comparison only: the engine never does). `isolate_documents` needs memory for an attention mask.
+    Attributes:
+        loss_block: rows of logits in memory at a time on the last stage; None is the plain loss, which keeps all rows
+            (for comparison only: the engine never does).
+        isolate_documents: documents do not attend to each other, which needs memory for an attention mask.
 
     Raises:
         ValueError: if a number is not positive.
