@@ -28,7 +28,7 @@ def apply_pool_changes(
             factor = float(share)
         except ValueError:
             raise ValueError(
-                f"the share of {change!r} must be a number, got {share!r}; write a speed between 0 and 1"
+                f"the share of {change!r} must be a number between 0 and 1, got {share!r}; 0.5 is half speed"
             ) from None
         pool = split_slow_devices(pool, name, int(count), factor)
     return pool
