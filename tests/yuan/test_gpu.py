@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from yuan.config import tiny
 from yuan.model.attention_inputs import make_packed_inputs
-from yuan.model.compiling import can_compile, find_compile_obstacle
+from yuan.model.compilation import can_compile, find_compile_obstacle
 from yuan.model.loss import head_loss, weighted_cross_entropy
 from yuan.model.transformer import Layer, Yuan
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from yuan.model.compiling import can_compile
+from yuan.model.compilation import can_compile
 
 # A block's probabilities in fp32; the loss allocates nothing else of this size except the head's gradient.
 LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 2**30

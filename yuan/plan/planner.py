@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from yuan.plan.explain import explain, explain_infeasible
 from yuan.plan.memory_model import compute_memory_terms
-from yuan.plan.picture import draw
 from yuan.plan.plan_record import PipelinePlan, Stage
+from yuan.plan.plan_svg import draw_plan_svg
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.score import score
 from yuan.plan.search import (
@@ -181,7 +181,7 @@ def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
 
 def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
     """Draw the memory of each stage and a simulated step, as SVG."""
-    return draw(plan, pool, simulate_candidate(work, score_plan(work, pool, plan)))
+    return draw_plan_svg(plan, pool, simulate_candidate(work, score_plan(work, pool, plan)))
 
 
 def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:

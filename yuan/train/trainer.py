@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
-from yuan.model.compiling import find_compile_obstacle
+from yuan.model.compilation import find_compile_obstacle
 from yuan.model.shards import TensorReader
 from yuan.safe_files import replace_file_below
 from yuan.train.batches import read_micro_batches

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from yuan.config import Recipe
 from yuan.model.attention_inputs import make_packed_inputs
-from yuan.model.compiling import can_compile, keep_compilation_in_process
+from yuan.model.compilation import can_compile, keep_compilation_in_process
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer
 from yuan.train.calibration.messages import (

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from yuan.config import Recipe
-from yuan.model.compiling import can_compile
+from yuan.model.compilation import can_compile
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from yuan.config import ModelConfig
 from yuan.model.attention_inputs import AttentionInputs, make_packed_inputs
-from yuan.model.compiling import keep_compilation_in_process
+from yuan.model.compilation import keep_compilation_in_process
 from yuan.model.loss import head_loss
 from yuan.model.shards import TensorReader
 from yuan.model.transformer import Layer, initialise_weights

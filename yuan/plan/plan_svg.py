@@ -25,7 +25,7 @@ TERM_COLOURS = (
 FORWARD_COLOUR, BACKWARD_COLOUR = "#4878a8", "#d89048"
 
 
-def draw(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:
+def draw_plan_svg(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:
     """Draw memory and timeline, one below the other, with a legend of colours and a title on every box."""
     memory, timing = list(_draw_memory(plan, pool)), list(_draw_timeline(plan, timeline))
     rows = len(plan.stages) * ROW_HEIGHT_PX
