@@ -24,9 +24,9 @@ EXACT = 1e-9  # relative
 
 
 @st.composite
-def draw_problems(draw, most_classes=3):
+def draw_problems(draw, max_classes=3):
     """Draw small problems with free coefficients, within the guarantees of `MemoryCosts`."""
-    stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, most_classes))
+    stages, classes = draw(st.integers(1, 4)), draw(st.integers(1, max_classes))
     layers = draw(st.integers(max(1, stages - 1), 7))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
 
@@ -66,8 +66,25 @@ def draw_problems(draw, most_classes=3):
     )
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class EnumeratedLayout:
+    """A layout with the fewest recomputed layers, ordered by its time; `total` is Σ (c + x)."""
+
+    seconds: float
+    peak: int
+    layers: tuple[int, ...]
+    classes: tuple[int, ...]
+    total: float
+    wait: float
+    finish: float
+
+    @property
+    def tie_order(self):
+        return self.peak, self.layers, self.classes
+
+
 def list_layouts(costs):
-    """List all layouts with the fewest recomputed layers: seconds, peak, layers, classes, Σ, wait, finish."""
+    """Yield all layouts that fit."""
     for layers, classes in list_assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
         redone = [
@@ -95,9 +112,9 @@ def list_layouts(costs):
             for s, n, c in places
         )
         finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
-        seconds = sum(compute) + sum(links) + wait + finish
+        total = sum(compute) + sum(links)
         peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
-        yield seconds, peak, layers, classes, sum(compute) + sum(links), wait, finish
+        yield EnumeratedLayout(total + wait + finish, peak, layers, classes, total, wait, finish)
 
 
 def compute_added_seconds(costs, k, compute, links, forward):
@@ -120,13 +137,13 @@ def list_assignments(costs):
                     yield layers, classes
 
 
-def list_least_peaks(costs):
+def list_minimum_peaks(costs):
     """Yield the peak of each assignment that fits, with any recomputation."""
     for layers, classes in list_assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
-        least = [min(costs.memory.compute_stage_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
-        if all(size <= costs.memory.capacity[s, c] for size, (s, _, c) in zip(least, places, strict=True)):
-            yield max(least)
+        min_bytes = [min(costs.memory.compute_stage_bytes(s, c, n, r) for r in range(n + 1)) for s, n, c in places]
+        if all(size <= costs.memory.capacity[s, c] for size, (s, _, c) in zip(min_bytes, places, strict=True)):
+            yield max(min_bytes)
 
 
 @settings(max_examples=100, deadline=None)
@@ -139,15 +156,15 @@ def test_solution_equals_the_best_of_all_layouts(costs, objective):
         return
     assert layout is not None
     if objective == "time":
-        assert layout.seconds == pytest.approx(min(every)[0], rel=EXACT)
+        assert layout.seconds == pytest.approx(min(every).seconds, rel=EXACT)
         assert layout.lower_bound == pytest.approx(layout.seconds)
     else:
-        assert layout.peak_bytes == min(list_least_peaks(costs))
-    assert bound_step_seconds(costs) <= min(every)[0] * (1 + EXACT)
+        assert layout.peak_bytes == min(list_minimum_peaks(costs))
+    assert bound_step_seconds(costs) <= min(every).seconds * (1 + EXACT)
 
 
 @settings(max_examples=60, deadline=None)
-@given(draw_problems(most_classes=2))
+@given(draw_problems(max_classes=2))
 def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
     every = list(list_layouts(costs))
     layout = solve(costs)
@@ -155,9 +172,9 @@ def test_ties_are_broken_by_memory_then_by_layers_and_classes(costs):
         assert not every
         return
     best = minimize_peak_memory(costs, layout)
-    same = next(entry for entry in every if entry[2:4] == (best.layers, best.classes))
-    least = np.array([min(every)[0], *same[4:]]) * (1 + EXACT)
-    tied = [entry[1:4] for entry in every if (np.array([entry[0], *entry[4:]]) <= least).all()]
+    same = next(entry for entry in every if (entry.layers, entry.classes) == (best.layers, best.classes))
+    limits = np.array([min(every).seconds, same.total, same.wait, same.finish]) * (1 + EXACT)
+    tied = [e.tie_order for e in every if (np.array([e.seconds, e.total, e.wait, e.finish]) <= limits).all()]
     assert (best.peak_bytes, best.layers, best.classes) == min(tied)
 
 
@@ -167,15 +184,12 @@ def test_layout_of_a_suboptimal_grid_is_within_the_slack_of_its_optimum(costs, s
     every = list(list_layouts(costs))
     if not every:
         return
-    least = min(every)[0]
-    layout = solve(costs, other_seconds=least * share)
+    optimum = min(every).seconds
+    layout = solve(costs, other_seconds=optimum * share)
     assert layout is not None
-    assert (
-        least * (1 - EXACT)
-        <= layout.seconds
-        <= least * (1 + EXACT if share > 1 + EXACT else 1 + 2 * solver.LAYOUT_SLACK_FRACTION)
-    )
-    assert layout.lower_bound <= least * (1 + EXACT)
+    slack = EXACT if share > 1 + EXACT else 2 * solver.LAYOUT_SLACK_FRACTION
+    assert optimum * (1 - EXACT) <= layout.seconds <= optimum * (1 + slack)
+    assert layout.lower_bound <= optimum * (1 + EXACT)
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,7 +211,7 @@ def test_layers_per_wait_equal_a_linear_program(rates, accum):
 
 
 @settings(max_examples=60, deadline=None)
-@given(draw_problems(most_classes=3))
+@given(draw_problems(max_classes=3))
 def test_lower_bound_holds_beyond_the_exact_problem_size(costs):
     limit, solver.MAX_EXACT_STATES = solver.MAX_EXACT_STATES, 0
     try:
@@ -207,7 +221,7 @@ def test_lower_bound_holds_beyond_the_exact_problem_size(costs):
     every = list(list_layouts(costs))
     assert (layout is None) == (not every)
     if layout is not None:
-        best = min(every)[0]
+        best = min(every).seconds
         assert layout.lower_bound <= best * (1 + EXACT) and best <= layout.seconds * (1 + EXACT)
 
 
