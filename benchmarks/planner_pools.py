@@ -16,11 +16,11 @@ from itertools import combinations, pairwise, product
 from pairs import load_deepspeed_partitions, make_line, print_lines
 
 from yuan.config import ModelConfig
+from yuan.plan.layout import compute_step_seconds
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.planner import simulate_candidate
 from yuan.plan.pool import Pool, parse_pool
 from yuan.plan.search import PlanCandidate, SizeLimits, iter_grids, search
-from yuan.plan.solver import compute_step_seconds
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Workload, compute_default_loss_block
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from yuan.plan.layout import compute_added_seconds, compute_busy_seconds, compute_step_seconds
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import Pool
 from yuan.plan.search import PlanCandidate, SizeLimits, has_feasible_layout, search
-from yuan.plan.solver import compute_added_seconds, compute_busy_seconds, compute_step_seconds, solve
+from yuan.plan.solver import solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import lacks_rate
 from yuan.plan.workload import Workload, compute_default_loss_block

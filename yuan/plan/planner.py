@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from yuan.plan.explain import explain, explain_infeasible
+from yuan.plan.layout import Layout
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.plan_svg import draw_plan_svg
@@ -20,7 +21,6 @@ from yuan.plan.search import (
     search,
 )
 from yuan.plan.simulate import Timeline, simulate
-from yuan.plan.solver import Layout
 from yuan.plan.time_model import predict_compute_seconds, predict_forward_seconds, predict_transfer_seconds
 from yuan.plan.workload import Grid, Workload
 

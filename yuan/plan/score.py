@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 
 from yuan.plan.critical_path import compute_waits
+from yuan.plan.layout import Layout
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import PlanCandidate, StageAssignment
-from yuan.plan.solver import Layout
 from yuan.plan.time_model import (
     predict_compute_seconds,
     predict_finish_seconds,

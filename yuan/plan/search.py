@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from yuan.plan.bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.critical_path import count_steady_batches
 from yuan.plan.dynamic_program import DynamicProgram
+from yuan.plan.layout import Layout
 from yuan.plan.pool import DeviceGroup, Pool
-from yuan.plan.solver import Layout, is_exact, minimize_peak_memory, solve
+from yuan.plan.solver import is_exact, minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import predict_compute_seconds, predict_finish_seconds
 from yuan.plan.workload import Grid, Workload

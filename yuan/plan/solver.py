@@ -11,16 +11,20 @@ Letters: P stages, C device classes, L layers.
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from yuan.plan.critical_path import compute_waits
 from yuan.plan.dynamic_program import TIE_TOLERANCE, DynamicProgram, count_states
+from yuan.plan.layout import (
+    Layout,
+    compute_added_seconds,
+    compute_finish_seconds,
+    compute_total_seconds,
+    make_layout,
+)
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
-from yuan.plan.time_model import FloatArray
 
 MAX_EXACT_STATES = 40_000_000  # most table cells of an exact dynamic program
 # Fraction of a step's time by which a layout may be above the optimum of its grid, if the grid cannot be the best one.
@@ -28,18 +32,6 @@ LAYOUT_SLACK_FRACTION = 1e-2
 MIN_WAIT_TOLERANCE = 1e-3  # relative precision of the minimum μ that is feasible
 # Fraction of a step's time: a range of μ narrower than this is searched from its upper end, layout by layout.
 NARROW_RANGE_FRACTION = 3e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Layers, device class and recomputed layers of each stage, and the resulting step time and peak memory."""
-
-    layers: tuple[int, ...]
-    classes: tuple[int, ...]
-    redone: tuple[int, ...]
-    seconds: float
-    peak_bytes: int
-    lower_bound: float
 
 
 def solve(
@@ -160,7 +152,7 @@ class _LayoutSearch:
             floor = point.before_finish + min_finish
             if floor >= self._compute_target(best.seconds, floor):
                 break
-            finish = _compute_finish_seconds(self.costs, point.layout.layers, point.layout.classes)
+            finish = compute_finish_seconds(self.costs, point.layout.layers, point.layout.classes)
             max_finish = np.nextafter(finish, 0)
         if best is None or best.seconds >= self.cutoff:
             return None
@@ -282,8 +274,8 @@ class _LayoutSearch:
 
     def _make_point(self, layers: tuple[int, ...], classes: tuple[int, ...]) -> _SearchPoint:
         return _SearchPoint(
-            layout=_make_layout(self.costs, layers, classes),
-            total=_compute_total_seconds(self.costs, layers, classes),
+            layout=make_layout(self.costs, layers, classes),
+            total=compute_total_seconds(self.costs, layers, classes),
             wait=max(compute_added_seconds(self.costs, layers, classes)),
         )
 
@@ -292,7 +284,7 @@ class _LayoutSearch:
         if not self.is_exact:
             return best
         wait = max(compute_added_seconds(self.costs, best.layers, best.classes)) * (1 + TIE_TOLERANCE)
-        finish = _compute_finish_seconds(self.costs, best.layers, best.classes) * (1 + TIE_TOLERANCE)
+        finish = compute_finish_seconds(self.costs, best.layers, best.classes) * (1 + TIE_TOLERANCE)
 
         peaks = [peak for peak in self._list_peak_bytes() if peak < best.peak_bytes]
         low, high = 0, len(peaks)
@@ -300,7 +292,7 @@ class _LayoutSearch:
             middle = (low + high) // 2
             point = self._solve_under_memory(int(peaks[middle]), wait, finish)
             if point is not None and point.layout.seconds <= best.seconds * (1 + TIE_TOLERANCE):
-                best = _make_layout(self.costs, point.layout.layers, point.layout.classes)
+                best = make_layout(self.costs, point.layout.layers, point.layout.classes)
                 high = middle
             else:
                 low = middle + 1
@@ -325,63 +317,3 @@ def _is_better(layout: Layout, other: Layout) -> bool:
 
 def _replace_lower_bound(layout: Layout, bound: float) -> Layout:
     return Layout(**{**vars(layout), "lower_bound": bound})
-
-
-def _make_layout(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> Layout:
-    redone = tuple(int(count) for count in _look_up_stages(costs, costs.redone, layers, classes))
-    assert DOES_NOT_FIT not in redone, "the program places no layers that do not fit"
-    seconds = compute_step_seconds(costs, layers, classes)
-    stages = enumerate(zip(classes, layers, redone, strict=True))
-    peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for s, (c, n, r) in stages)
-    return Layout(layers=layers, classes=classes, redone=redone, seconds=seconds, peak_bytes=peak, lower_bound=seconds)
-
-
-def compute_step_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
-    """Return the step seconds of a layout that fits, by the time model."""
-    total = _compute_total_seconds(costs, layers, classes)
-    wait = max(compute_added_seconds(costs, layers, classes))
-    return total + wait + _compute_finish_seconds(costs, layers, classes)
-
-
-def _compute_total_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
-    """Return Σ (c + x) of a layout."""
-    return sum(_get_stage_seconds(costs, layers, classes)) + sum(_get_link_seconds(costs, classes))
-
-
-def compute_busy_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
-    """Return each stage's seconds per micro-batch, with the transfers over both its links."""
-    links = _get_link_seconds(costs, classes)
-    compute = _get_stage_seconds(costs, layers, classes)
-    links_before, links_after = [0.0, *links], [*links, 0.0]
-    return [c + before + after for c, before, after in zip(compute, links_before, links_after, strict=True)]
-
-
-def compute_added_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
-    """Return the seconds that each stage adds to Σ (c + x) if it is the bottleneck."""
-    return compute_waits(
-        _get_stage_seconds(costs, layers, classes),
-        _look_up_stages(costs, costs.longer_pass, layers, classes),
-        _get_link_seconds(costs, classes),
-        costs.time.return_s.tolist(),
-        costs.accum,
-    )
-
-
-def _get_stage_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> list[float]:
-    return _look_up_stages(costs, costs.seconds, layers, classes)
-
-
-def _look_up_stages(
-    costs: StageCosts, table: FloatArray | IntArray, layers: tuple[int, ...], classes: tuple[int, ...]
-) -> list[float]:
-    """Look up each stage in a table by stage, class and places."""
-    places = costs.count_places(layers)
-    return [float(table[s, c, n - 1]) for s, (n, c) in enumerate(zip(places, classes, strict=True))]
-
-
-def _get_link_seconds(costs: StageCosts, classes: tuple[int, ...]) -> list[float]:
-    return [float(costs.time.link_s[s, a, b]) for s, (a, b) in enumerate(pairwise(classes))]
-
-
-def _compute_finish_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
-    return max(_look_up_stages(costs, costs.finish, layers, classes))
