@@ -16,7 +16,7 @@ class DecodingSequence:
     appended. A U+0000 that the model generates, which databases do not accept as text, is replaced by U+FFFD.
 
     Attributes:
-        room: number of tokens that may be generated.
+        max_new_tokens: number of tokens that may be generated.
         chosen: the generated tokens with their log-probabilities; `tokens` are their ids.
         finish_reason: None while the sequence runs, then "stop" or "length".
     """
@@ -27,7 +27,7 @@ class DecodingSequence:
         if len(prompt) >= window:
             raise ValueError(f"the prompt has {len(prompt)} tokens and the window {window}; shorten the prompt")
         self.prompt, self.sampling, self._tokenizer = list(prompt), sampling, tokenizer
-        self.room = min(sampling.max_tokens, window - len(prompt))
+        self.max_new_tokens = min(sampling.max_tokens, window - len(prompt))
         self.chosen: list[ChosenToken] = []
         self.tokens: list[int] = []
         self.text = ""
@@ -63,7 +63,7 @@ class DecodingSequence:
         self.chosen.append(chosen)
         if self.sampling.stop and self._stop_at_stop_string(self._decode()):
             return
-        if len(self.tokens) == self.room:
+        if len(self.tokens) == self.max_new_tokens:
             self._finish("length")
 
     def _stop_at_stop_string(self, text: str) -> bool:

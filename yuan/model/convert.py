@@ -38,13 +38,17 @@ def export_hf(
     config, source = read_config(folder), TensorReader(folder)
     source.check_shapes(hf_layout.get_yuan_shapes(config))
     _make_empty_folder(out)
-    kind = _choose_dtype(dtype, source, "norm.weight")
+    torch_dtype = _choose_dtype(dtype, source, "norm.weight")
     files = _write_tensors(
-        out, hf_layout.get_hf_shapes(config), hf_layout.convert_to_hf(config, source.read_tensor), kind, max_shard_bytes
+        out,
+        hf_layout.get_hf_shapes(config),
+        hf_layout.convert_to_hf(config, source.read_tensor),
+        torch_dtype,
+        max_shard_bytes,
     )
     tokenizer = tokenizers.load(folder) if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file() else None
 
-    hf_config = build_hf_config(config, tokenizer, kind)
+    hf_config = build_hf_config(config, tokenizer, torch_dtype)
     generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
     if tokenizer is not None:
@@ -83,12 +87,12 @@ def import_hf(
             "fetch the model again"
         )
     _make_empty_folder(out)
-    kind = _choose_dtype(dtype, source, hf_layout.HF_NORM)
+    torch_dtype = _choose_dtype(dtype, source, hf_layout.HF_NORM)
     files = _write_tensors(
         out,
         hf_layout.get_yuan_shapes(config),
         hf_layout.convert_from_hf(config, source.read_tensor),
-        kind,
+        torch_dtype,
         max_shard_bytes,
     )
     (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
@@ -202,17 +206,17 @@ def _write_tensors(
     out: Path,
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
-    kind: torch.dtype,
+    torch_dtype: torch.dtype,
     max_bytes: int,
 ) -> list[str]:
-    sizes = {name: kind.itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast_tensors(tensors, kind), max_bytes=max_bytes)
+    sizes = {name: torch_dtype.itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    return write_shards(out, sizes, _cast_tensors(tensors, torch_dtype), max_bytes=max_bytes)
 
 
-def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], kind: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], torch_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         # Clone: parts of one matrix would share memory, which safetensors rejects.
-        yield name, tensor.to(kind).contiguous().clone()
+        yield name, tensor.to(torch_dtype).contiguous().clone()
 
 
 def _choose_dtype(dtype_name: str | None, source: TensorReader, tensor_name: str) -> torch.dtype:
