@@ -25,7 +25,7 @@ DEVICES = 96
 def main() -> int:
     ok = True
     pool = load_pool("benchmarks/pools/a100-96.toml")
-    for name, (layers, redone) in OFFICIAL_LAYOUTS.items():
+    for name, (layers, recompute_layers) in OFFICIAL_LAYOUTS.items():
         work = Workload(
             model=MODEL_PRESETS[name](),
             seq_len=4096,
@@ -41,7 +41,9 @@ def main() -> int:
             micro_batch_size=1,
             grad_accum_steps=work.global_batch_size // data,
         )
-        theirs = score(work, grid, pool.groups, layers=layers, classes=[0] * stages, redone=[redone] * stages).layout
+        theirs = score(
+            work, grid, pool.groups, layers=layers, classes=[0] * stages, recompute_layers=[recompute_layers] * stages
+        ).layout
         room = max(theirs.peak_bytes / GIB, pool.groups[0].memory_gib)
         same = replace(pool, groups=(replace(pool.groups[0], memory_gib=room),))
         for where, limits in (
@@ -67,7 +69,7 @@ def main() -> int:
                     "peak_gib": round(ours.layout.peak_bytes / GIB, 1),
                     "grid": [ours.grid.pipeline_size, ours.grid.data_size, ours.grid.micro_batch_size],
                     "layers": ours.layout.layers,
-                    "redone": ours.layout.redone,
+                    "redone": ours.layout.recompute_layers,
                 }
             )
     return 0 if ok else 1

@@ -64,14 +64,14 @@ def main() -> int:
         assert best is not None
         loss = ", block-wise loss" if blockwise else ""
         ok &= show_peak(f"Fig. 3, ours{loss}", best.peak_bytes / 1e9, goal, layers=best.layers)
-        redone = solve(build_fig_3_costs(blockwise=blockwise, recompute=True), "memory")
-        assert redone is not None
+        recompute_layers = solve(build_fig_3_costs(blockwise=blockwise, recompute=True), "memory")
+        assert recompute_layers is not None
         show_peak(
             f"Fig. 3, ours{loss}, recomputing",
-            redone.peak_bytes / 1e9,
+            recompute_layers.peak_bytes / 1e9,
             None,
-            layers=redone.layers,
-            redone=redone.redone,
+            layers=recompute_layers.layers,
+            recompute_layers=recompute_layers.recompute_layers,
         )
     return 0 if ok else 1
 

@@ -54,7 +54,8 @@ def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
 def predict_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float | None:
     """Return the step time of a split on given classes; None if it does not fit."""
     if any(
-        costs.get_fewest_redone(s, c, n) == DOES_NOT_FIT for s, (n, c) in enumerate(zip(layers, classes, strict=True))
+        costs.get_fewest_recompute_layers(s, c, n) == DOES_NOT_FIT
+        for s, (n, c) in enumerate(zip(layers, classes, strict=True))
     ):
         return None
     return compute_step_seconds(costs, layers, classes)

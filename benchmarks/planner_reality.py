@@ -59,11 +59,15 @@ def make_trials() -> list[CalibrationTrial]:
     """Return seven splits, each without and with recomputation (all of the first stage, half of the last)."""
     if STAGES == 1:
         return [
-            CalibrationTrial(bounds=(0, n), recompute=(redone,), accum=ACCUM) for n in DEPTHS for redone in (0, n // 2)
+            CalibrationTrial(bounds=(0, n), recompute=(recompute_layers,), accum=ACCUM)
+            for n in DEPTHS
+            for recompute_layers in (0, n // 2)
         ]
     plain = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
-    redone = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST]
-    return [trial for pair in zip(plain, redone, strict=True) for trial in pair]
+    recompute_layers = [
+        CalibrationTrial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST
+    ]
+    return [trial for pair in zip(plain, recompute_layers, strict=True) for trial in pair]
 
 
 def measure_minimum(request: CalibrationRequest) -> CalibrationResult:
@@ -90,7 +94,7 @@ def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(make_workload(trial.bounds[-1]), loss_block=BLOCK)
-    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, redone=trial.recompute)
+    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.recompute)
     return candidate.layout.seconds
 
 

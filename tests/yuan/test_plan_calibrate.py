@@ -35,7 +35,7 @@ TRUE = DeviceGroup(
 
 def predict_step_seconds(group, accum):
     grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=accum)
-    return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], redone=[0, 0]).layout.seconds
+    return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], recompute_layers=[0, 0]).layout.seconds
 
 
 def test_calibration_recovers_the_true_rates_from_timings():

@@ -55,4 +55,4 @@ def test_split_with_minimum_peak_memory_of_fig_3(blockwise, layers, gigabytes):
 def test_recomputation_lowers_the_peak_memory_of_fig_3():
     without_redo, with_redo = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
     assert without_redo is not None and with_redo is not None
-    assert with_redo.peak_bytes < without_redo.peak_bytes and max(with_redo.redone) > 0
+    assert with_redo.peak_bytes < without_redo.peak_bytes and max(with_redo.recompute_layers) > 0

@@ -87,7 +87,7 @@ def list_layouts(costs):
     """Yield all layouts that fit."""
     for layers, classes in list_assignments(costs):
         places = list(zip(range(costs.num_stages), layers, classes, strict=True))
-        redone = [
+        recompute_layers = [
             next(
                 (
                     r
@@ -98,11 +98,11 @@ def list_layouts(costs):
             )
             for s, n, c in places
         ]
-        if None in redone:
+        if None in recompute_layers:
             continue
         compute = [
             costs.time.fixed_s[s, c] + n * costs.time.layer_s[s, c] + r * costs.time.redo_s[s, c]
-            for (s, n, c), r in zip(places, redone, strict=True)
+            for (s, n, c), r in zip(places, recompute_layers, strict=True)
         ]
         links = [0.0, *(costs.time.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]
         wait = max(
@@ -113,7 +113,9 @@ def list_layouts(costs):
         )
         finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
         total = sum(compute) + sum(links)
-        peak = max(costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, redone, strict=True))
+        peak = max(
+            costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, recompute_layers, strict=True)
+        )
         yield EnumeratedLayout(total + wait + finish, peak, layers, classes, total, wait, finish)
 
 

@@ -87,7 +87,7 @@ class _RelaxedProblem:
         self.costs = costs
         self.slots = np.array(costs.slots)
         self.fits = np.isfinite(costs.seconds)
-        self.num_kept = (costs.redone == 0).sum(axis=-1)
+        self.num_kept = (costs.recompute_layers == 0).sum(axis=-1)
         self.links_s = float(costs.time.link_s.min(axis=(1, 2)).sum())
 
         # The cheapest links before and after each stage, and both together, (P, C).

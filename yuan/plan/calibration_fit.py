@@ -117,4 +117,4 @@ def _make_one_layer_grid(work: Workload, micro_batch: int, accum: int) -> Grid:
 def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch: int, accum: int) -> float:
     zeros, ones = [0] * work.model.num_layers, [1] * work.model.num_layers
     grid = _make_one_layer_grid(work, micro_batch, accum)
-    return score(work, grid, (group,), layers=ones, classes=zeros, redone=zeros).layout.seconds
+    return score(work, grid, (group,), layers=ones, classes=zeros, recompute_layers=zeros).layout.seconds

@@ -56,7 +56,7 @@ def explain_infeasible(work: Workload, pool: Pool, limits: SizeLimits, nearest: 
     costs = build_stage_costs(work, nearest.grid, nearest.groups)
     needed_gib = [
         costs.memory.compute_stage_bytes(s, c, n, r) / GIB
-        for s, (c, n, r) in enumerate(zip(layout.classes, layout.layers, layout.redone, strict=True))
+        for s, (c, n, r) in enumerate(zip(layout.classes, layout.layers, layout.recompute_layers, strict=True))
     ]
     fullest = max(range(len(needed_gib)), key=needed_gib.__getitem__)
     device_gib = next(group.memory_gib for group in pool.groups if group.device_class == groups[fullest].device_class)
@@ -121,8 +121,10 @@ def _describe_slowest_stage(candidate: PlanCandidate, costs: StageCosts) -> str:
     times = compute_busy_seconds(costs, layout.layers, layout.classes)
     added = compute_added_seconds(costs, layout.layers, layout.classes)
     slowest = max(range(len(times)), key=lambda s: (added[s], times[s]))
-    layers, redone = layout.layers[slowest], layout.redone[slowest]
-    layers_text = f"{layers} layer{'s' if layers > 1 else ''}" + (f", {redone} of them recomputed," if redone else "")
+    layers, recompute_layers = layout.layers[slowest], layout.recompute_layers[slowest]
+    layers_text = f"{layers} layer{'s' if layers > 1 else ''}" + (
+        f", {recompute_layers} of them recomputed," if recompute_layers else ""
+    )
     head = " and the head" if slowest == len(times) - 1 else ""
     verb = "take" if layers > 1 or head else "takes"
     return (
@@ -142,7 +144,7 @@ def _describe_even_split(candidate: PlanCandidate, costs: StageCosts) -> str:
     too_full = [
         s
         for s, (c, n) in enumerate(zip(classes, even, strict=True))
-        if costs.get_fewest_redone(s, c, n) == DOES_NOT_FIT
+        if costs.get_fewest_recompute_layers(s, c, n) == DOES_NOT_FIT
     ]
     if too_full:
         s = too_full[0]

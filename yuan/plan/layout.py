@@ -15,7 +15,9 @@ class Layout:
     """A layout of a grid, with its step time and peak memory.
 
     Attributes:
-        layers, classes, redone: for each stage its layers, the index of its device class, and its recomputed layers.
+        layers: of each stage.
+        classes: index of the device class of each stage.
+        recompute_layers: of the layers of each stage, how many are recomputed.
         seconds: of a step, by the time model.
         peak_bytes: of the fullest device.
         lower_bound: seconds of a step; no layout of the grid is faster.
@@ -23,7 +25,7 @@ class Layout:
 
     layers: tuple[int, ...]
     classes: tuple[int, ...]
-    redone: tuple[int, ...]
+    recompute_layers: tuple[int, ...]
     seconds: float
     peak_bytes: int
     lower_bound: float
@@ -31,12 +33,19 @@ class Layout:
 
 def make_layout(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> Layout:
     """Make a layout that fits, with the fewest recomputed layers; its lower bound is its own time."""
-    redone = tuple(int(count) for count in _look_up_stages(costs, costs.redone, layers, classes))
-    assert DOES_NOT_FIT not in redone, "the program places no layers that do not fit"
+    recompute_layers = tuple(int(count) for count in _look_up_stages(costs, costs.recompute_layers, layers, classes))
+    assert DOES_NOT_FIT not in recompute_layers, "the program places no layers that do not fit"
     seconds = compute_step_seconds(costs, layers, classes)
     stages = range(costs.num_stages)
-    peak = max(costs.memory.compute_stage_bytes(s, classes[s], layers[s], redone[s]) for s in stages)
-    return Layout(layers=layers, classes=classes, redone=redone, seconds=seconds, peak_bytes=peak, lower_bound=seconds)
+    peak = max(costs.memory.compute_stage_bytes(s, classes[s], layers[s], recompute_layers[s]) for s in stages)
+    return Layout(
+        layers=layers,
+        classes=classes,
+        recompute_layers=recompute_layers,
+        seconds=seconds,
+        peak_bytes=peak,
+        lower_bound=seconds,
+    )
 
 
 def compute_step_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:

@@ -32,40 +32,41 @@ class MemoryCosts:
     saved_bytes: IntArray
     extra_bytes: IntArray
 
-    def compute_stage_bytes(self, stage: int, stage_class: int, layers: int, redone: int) -> int:
+    def compute_stage_bytes(self, stage: int, stage_class: int, layers: int, recompute_layers: int) -> int:
         """Return the memory of a stage on a device class, in bytes."""
         index = (stage, stage_class)
         num_bytes = int(self.fixed_bytes[index]) + layers * int(self.layer_bytes[index])
-        if redone:
-            num_bytes += int(self.extra_bytes[index]) - redone * int(self.saved_bytes[index])
+        if recompute_layers:
+            num_bytes += int(self.extra_bytes[index]) - recompute_layers * int(self.saved_bytes[index])
         return num_bytes
 
-    def tabulate_bytes(self, layers: IntArray, redone: IntArray) -> IntArray:
+    def tabulate_bytes(self, layers: IntArray, recompute_layers: IntArray) -> IntArray:
         """Return the memory of every stage on every class, in bytes, (P, C, places).
 
         Args:
             layers: numbers of layers, in a shape that broadcasts to (P, C, places).
-            redone: numbers of recomputed layers, in the same way; entries below zero count as zero for `extra_bytes`.
+            recompute_layers: how many of them are recomputed, in the same way; entries below zero count as zero for
+                `extra_bytes`.
         """
-        without_redo = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
-        saved = self.saved_bytes[..., None] * redone
-        extra = self.extra_bytes[..., None] * (redone > 0)
-        sizes: IntArray = without_redo - saved + extra
+        without_recompute = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
+        saved = self.saved_bytes[..., None] * recompute_layers
+        extra = self.extra_bytes[..., None] * (recompute_layers > 0)
+        sizes: IntArray = without_recompute - saved + extra
         return sizes
 
-    def tabulate_fewest_redone(self, layers: IntArray) -> IntArray:
+    def tabulate_fewest_recompute_layers(self, layers: IntArray) -> IntArray:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT, (P, C, places)."""
         # The excess over the capacity, which recomputation has to save; recomputing at all costs the extra bytes.
-        without_redo = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
-        excess = without_redo - self.capacity[..., None]
-        excess_if_redone = excess + self.extra_bytes[..., None]
+        without_recompute = self.fixed_bytes[..., None] + self.layer_bytes[..., None] * layers
+        excess = without_recompute - self.capacity[..., None]
+        excess_if_recomputed = excess + self.extra_bytes[..., None]
 
         # Rounded up; a layer that saves nothing is excluded below, so its divisor is arbitrary.
         saved = self.saved_bytes[..., None]
-        num_needed = -(-excess_if_redone // np.maximum(saved, 1))
-        redone = np.where(excess <= 0, 0, num_needed)
-        fits = (redone <= layers) & ((redone == 0) | (saved > 0))
-        return np.where(fits, redone, DOES_NOT_FIT)
+        num_needed = -(-excess_if_recomputed // np.maximum(saved, 1))
+        recompute_layers = np.where(excess <= 0, 0, num_needed)
+        fits = (recompute_layers <= layers) & ((recompute_layers == 0) | (saved > 0))
+        return np.where(fits, recompute_layers, DOES_NOT_FIT)
 
     def cap_capacity(self, max_bytes: int) -> "MemoryCosts":
         """Return the costs with at most `max_bytes` on any device."""
@@ -92,10 +93,12 @@ def build_memory_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]
     """Compute the coefficients of a grid, from the affine memory model at 0, 1 and 2 layers."""
     stages = np.arange(grid.pipeline_size)[:, None]
     corners = ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2))  # layers, and how many of them are recomputed
-    layers, redone = np.array(corners).T
+    layers, recompute_layers = np.array(corners).T
 
     # One table for each class, (P, corners); together, one array for each corner, (P, C).
-    tables = [sum(compute_memory_terms(work, grid, group, stages, layers, redone).values()) for group in groups]
+    tables = [
+        sum(compute_memory_terms(work, grid, group, stages, layers, recompute_layers).values()) for group in groups
+    ]
     tables_by_corner = np.moveaxis(np.stack(tables, axis=1), -1, 0)
     sizes = dict(zip(corners, tables_by_corner, strict=True))
 

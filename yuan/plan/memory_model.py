@@ -27,7 +27,7 @@ def compute_memory_terms(
     group: DeviceGroup,
     stage: IntArray | int,
     layers: IntArray | int,
-    recompute: IntArray | int,
+    recompute_layers: IntArray | int,
 ) -> dict[str, IntArray]:
     """Compute the terms of a stage's peak memory under 1F1B with ZeRO-1; each is affine in (recomputed) layers.
 
@@ -37,7 +37,7 @@ def compute_memory_terms(
     of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps the received tensor and a clone).
 
     Args:
-        stage, layers, recompute: numbers, or arrays that broadcast together.
+        stage, layers, recompute_layers: numbers, or arrays that broadcast together.
 
     Returns:
         Bytes by name, in the broadcast shape of the arguments; their sum is the peak, including the device's reserve.
@@ -46,32 +46,43 @@ def compute_memory_terms(
     section 3.4 and Fig. 3.
     """
     model, size = work.model, work.bytes_per_value
-    stage, layers, recompute = np.broadcast_arrays(*(np.asarray(n, np.int64) for n in (stage, layers, recompute)))
-    first, last = stage == 0, stage == grid.pipeline_size - 1
-    parameters, ends = count_stage_parameters(work, grid, stage, layers), count_stage_parameters(work, grid, stage, 0)
+    numbers = (np.asarray(n, np.int64) for n in (stage, layers, recompute_layers))
+    stage, layers, recompute_layers = np.broadcast_arrays(*numbers)
+    zero = np.zeros_like(stage)
+    is_first, is_last = stage == 0, stage == grid.pipeline_size - 1
+
+    # Parameters of the stage, and those of them that are not in its layers.
+    parameters = count_stage_parameters(work, grid, stage, layers)
+    end_parameters = count_stage_parameters(work, grid, stage, 0)
+    states = 8 if work.precision == "fp32" and grid.data_size == 1 else 12  # bytes per parameter, over all replicas
+    layer_states = layers * -(-model.layer_parameters // grid.data_size)
+    end_states = -(-end_parameters // grid.data_size)
+
+    # S·B·H values, the bytes that a layer keeps of a micro-batch, and the micro-batches kept at a time.
     values = work.seq_len * grid.micro_batch_size * model.hidden_size
+    kept_bytes = int(size * ACTIVATION_VALUES_PER_LAYER * values)
     live = np.minimum(grid.pipeline_size - stage, grid.grad_accum_steps)
-    kept = int(size * ACTIVATION_VALUES_PER_LAYER * values)
+
+    # The block-wise loss keeps a block of logits and accumulates the head's gradient in fp32.
     logits = work.seq_len * grid.micro_batch_size * model.vocab_size
-    states = 8 if work.precision == "fp32" and grid.data_size == 1 else 12
-    head, zero = model.vocab_size * model.hidden_size, np.zeros_like(stage)
     if work.loss_block is None:
-        logit_bytes, head_gradient = BYTES_PER_LOGIT * logits, 0
+        logit_bytes, head_gradient_bytes = BYTES_PER_LOGIT * logits, 0
     else:
-        logit_bytes, head_gradient = 4 * min(work.loss_block * model.vocab_size, logits), 4 * head
+        logit_bytes = 4 * min(work.loss_block * model.vocab_size, logits)
+        head_gradient_bytes = 4 * model.vocab_size * model.hidden_size
     return {
         "weights": size * parameters,
         "gradients": size * parameters,
         "gradient_buffer": 4 * parameters if work.precision == "bf16" else zero,
-        "optimizer": states * (layers * -(-model.layer_parameters // grid.data_size) - (-ends // grid.data_size)),
-        "activations": live * (kept * (layers - recompute) + size * values * recompute),
-        "recompute_workspace": kept * (recompute > 0),
-        "stage_input": np.where(first, 0, 2 * np.maximum(2, live) * size * values),
-        "embedding_output": first * live * size * values,
+        "optimizer": states * (layer_states + end_states),
+        "activations": live * (kept_bytes * (layers - recompute_layers) + size * values * recompute_layers),
+        "recompute_workspace": kept_bytes * (recompute_layers > 0),
+        "stage_input": np.where(is_first, 0, 2 * np.maximum(2, live) * size * values),
+        "embedding_output": is_first * live * size * values,
         "attention_mask": live * size * work.seq_len**2 * grid.micro_batch_size * work.isolate_documents,
         "backward_workspace": zero + size * BACKWARD_WORKSPACE_VALUES * values,
-        "logits": last * logit_bytes,
-        "head_gradient": last * head_gradient,
+        "logits": is_last * logit_bytes,
+        "head_gradient": is_last * head_gradient_bytes,
         "reserve": zero + int(group.reserve_gib * GIB),
     }
 

@@ -110,8 +110,8 @@ def _sum_term_bytes(plan: PipelinePlan, name: str) -> int:
 
 
 def _draw_label(y: float, number: int, stage: Stage) -> str:
-    redone = f", {stage.recompute_layers} redone" if stage.recompute_layers else ""
-    return f'<text x="4" y="{y + 11}" font-size="10">{number}: {stage.layers} layers{redone}</text>'
+    recomputation = f", {stage.recompute_layers} redone" if stage.recompute_layers else ""
+    return f'<text x="4" y="{y + 11}" font-size="10">{number}: {stage.layers} layers{recomputation}</text>'
 
 
 def _draw_box(x: float, y: float, width: float, colour: str, title: str) -> str:

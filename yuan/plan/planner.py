@@ -103,7 +103,7 @@ def make_plan_from_bounds(
         grad_accum_steps=work.global_batch_size // data_size // micro_batch_size,
     )
     zeros = [0] * stages
-    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=zeros, redone=zeros))
+    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=zeros, recompute_layers=zeros))
 
 
 def build_plan(
@@ -147,7 +147,9 @@ def simulate_candidate(work: Workload, candidate: PlanCandidate) -> Timeline:
     """Simulate a step of a candidate, event by event."""
     grid, stages = candidate.grid, candidate.assignments
     forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
-    both_passes = [float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.redone)) for s in stages]
+    both_passes = [
+        float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.recompute_layers)) for s in stages
+    ]
     backward = [both - first for both, first in zip(both_passes, forward, strict=True)]
     links = [predict_transfer_seconds(work, grid, a.group, b.group) / 2 for a, b in pairwise(stages)]  # one way
     return simulate(forward, backward, links, grid.grad_accum_steps)
@@ -175,7 +177,7 @@ def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
         pool.groups,
         layers=[stage.layers for stage in plan.stages],
         classes=[classes[stage.device_class] for stage in plan.stages],
-        redone=[stage.recompute_layers for stage in plan.stages],
+        recompute_layers=[stage.recompute_layers for stage in plan.stages],
     )
 
 
@@ -191,17 +193,17 @@ def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:
 
 def _build_stage(work: Workload, grid: Grid, assignment: StageAssignment, layout: Layout) -> Stage:
     number, group = assignment.number, assignment.group
-    layers, redone = assignment.layers, assignment.redone
-    memory_terms = compute_memory_terms(work, grid, group, number, layers, redone)
+    layers, recompute_layers = assignment.layers, assignment.recompute_layers
+    memory_terms = compute_memory_terms(work, grid, group, number, layers, recompute_layers)
     memory_bytes = {name: int(size) for name, size in memory_terms.items()}
     return Stage(
         layers=layers,
         first_layer=sum(layout.layers[:number]),
         device_class=group.device_class,
-        recompute_layers=redone,
+        recompute_layers=recompute_layers,
         memory_bytes=sum(memory_bytes.values()),
         memory_terms=memory_bytes,
-        compute_seconds=float(predict_compute_seconds(work, grid, group, number, layers, redone)),
+        compute_seconds=float(predict_compute_seconds(work, grid, group, number, layers, recompute_layers)),
     )
 
 

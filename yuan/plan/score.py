@@ -24,28 +24,33 @@ def score(
     *,
     layers: Sequence[int],
     classes: Sequence[int],
-    redone: Sequence[int],
+    recompute_layers: Sequence[int],
 ) -> PlanCandidate:
     """Score a layout: step seconds and peak bytes, also for a layout that does not fit.
 
     Args:
-        layers, classes, redone: for each stage its layers, the index of its group, and its recomputed layers.
+        layers, classes, recompute_layers: for each stage its layers, the index of its group, and its recomputed layers.
 
     Raises:
         ValueError: if the numbers of stages or layers differ from the grid and the model.
     """
-    if not len(layers) == len(classes) == len(redone) == grid.pipeline_size or sum(layers) != work.model.num_layers:
+    if (
+        not len(layers) == len(classes) == len(recompute_layers) == grid.pipeline_size
+        or sum(layers) != work.model.num_layers
+    ):
         raise ValueError(
             f"a layout needs {grid.pipeline_size} stages and {work.model.num_layers} layers, got {list(layers)}; "
             "give classes and recomputed layers for as many stages"
         )
     stages = [
-        StageAssignment(number, groups[c], num_layers, num_redone)
-        for number, (c, num_layers, num_redone) in enumerate(zip(classes, layers, redone, strict=True))
+        StageAssignment(number, groups[c], num_layers, num_recompute)
+        for number, (c, num_layers, num_recompute) in enumerate(zip(classes, layers, recompute_layers, strict=True))
     ]
 
     # c of each stage, the longer of its two passes, and x of each link.
-    compute = [float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.redone)) for s in stages]
+    compute = [
+        float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.recompute_layers)) for s in stages
+    ]
     forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
     longer = [max(first, both - first) for first, both in zip(forward, compute, strict=True)]
     links = [predict_transfer_seconds(work, grid, a.group, b.group) for a, b in pairwise(stages)]
@@ -61,7 +66,7 @@ def score(
     layout = Layout(
         layers=tuple(layers),
         classes=tuple(classes),
-        redone=tuple(redone),
+        recompute_layers=tuple(recompute_layers),
         seconds=seconds,
         peak_bytes=peak,
         lower_bound=0.0,
@@ -70,5 +75,5 @@ def score(
 
 
 def _compute_peak_bytes(work: Workload, grid: Grid, stage: StageAssignment) -> int:
-    terms = compute_memory_terms(work, grid, stage.group, stage.number, stage.layers, stage.redone)
+    terms = compute_memory_terms(work, grid, stage.group, stage.number, stage.layers, stage.recompute_layers)
     return sum(int(size) for size in terms.values())

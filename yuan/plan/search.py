@@ -28,7 +28,7 @@ class StageAssignment:
     number: int
     group: DeviceGroup
     layers: int
-    redone: int
+    recompute_layers: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class PlanCandidate:
     @property
     def assignments(self) -> list[StageAssignment]:
         """Return what each stage holds, in order."""
-        stages = enumerate(zip(self.stage_groups, self.layout.layers, self.layout.redone, strict=True))
-        return [StageAssignment(number, group, layers, redone) for number, (group, layers, redone) in stages]
+        stages = enumerate(zip(self.stage_groups, self.layout.layers, self.layout.recompute_layers, strict=True))
+        return [
+            StageAssignment(number, group, layers, recompute_layers)
+            for number, (group, layers, recompute_layers) in stages
+        ]
 
     def predict_finish_seconds(self, work: Workload) -> float:
         """Return the seconds after the last backward pass, of the stage where they are most."""

@@ -306,8 +306,8 @@ class _LayoutSearch:
 
     def _list_peak_bytes(self) -> IntArray:
         """Return all possible memory sizes of a stage with the fewest recomputed layers, sorted."""
-        sizes = self.costs.memory.tabulate_bytes(self.costs.layers, self.costs.redone)
-        peaks: IntArray = np.unique(sizes[self.costs.redone != DOES_NOT_FIT])
+        sizes = self.costs.memory.tabulate_bytes(self.costs.layers, self.costs.recompute_layers)
+        peaks: IntArray = np.unique(sizes[self.costs.recompute_layers != DOES_NOT_FIT])
         return peaks
 
 

@@ -65,21 +65,21 @@ class StageCosts:
         return (self.places - np.array(self.bare, np.int64)[:, None])[:, None, :]
 
     @cached_property
-    def redone(self) -> IntArray:
+    def recompute_layers(self) -> IntArray:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT, (P, C, places)."""
-        return self.memory.tabulate_fewest_redone(self.layers)
+        return self.memory.tabulate_fewest_recompute_layers(self.layers)
 
     @cached_property
     def seconds(self) -> FloatArray:
         """Return the seconds of one micro-batch on a stage, infinite if it does not fit, (P, C, places)."""
-        seconds = self.time.tabulate_seconds(self.layers, self.redone)
-        return np.where(self.redone == DOES_NOT_FIT, np.inf, seconds)
+        seconds = self.time.tabulate_seconds(self.layers, self.recompute_layers)
+        return np.where(self.recompute_layers == DOES_NOT_FIT, np.inf, seconds)
 
     @cached_property
     def longer_pass(self) -> FloatArray:
         """Return the longer of a stage's two passes, the forward pass if it does not fit, (P, C, places)."""
         forward = self.time.tabulate_forward_seconds(self.layers)
-        both = np.where(self.redone == DOES_NOT_FIT, 0.0, self.seconds)
+        both = np.where(self.recompute_layers == DOES_NOT_FIT, 0.0, self.seconds)
         passes: FloatArray = np.maximum(forward, both - forward)
         return passes
 
@@ -125,10 +125,10 @@ class StageCosts:
         """Convert places per stage to layers per stage."""
         return tuple(n - is_bare for n, is_bare in zip(places, self.bare, strict=True))
 
-    def get_fewest_redone(self, stage: int, stage_class: int, layers: int) -> int:
+    def get_fewest_recompute_layers(self, stage: int, stage_class: int, layers: int) -> int:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT."""
         places = layers + self.bare[stage]
-        return int(self.redone[stage, stage_class, places - 1])
+        return int(self.recompute_layers[stage, stage_class, places - 1])
 
     def cap_memory(self, max_bytes: int) -> "StageCosts":
         """Return the costs with at most `max_bytes` on any device."""

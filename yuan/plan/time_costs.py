@@ -46,10 +46,10 @@ class TimeCosts:
     link_s: FloatArray
     return_s: FloatArray
 
-    def tabulate_seconds(self, layers: IntArray, redone: IntArray) -> FloatArray:
+    def tabulate_seconds(self, layers: IntArray, recompute_layers: IntArray) -> FloatArray:
         """Return the seconds of one micro-batch, (P, C, places); the arguments broadcast to that shape."""
-        without_redo = self.fixed_s[..., None] + self.layer_s[..., None] * layers
-        return without_redo + self.redo_s[..., None] * redone
+        without_recompute = self.fixed_s[..., None] + self.layer_s[..., None] * layers
+        return without_recompute + self.redo_s[..., None] * recompute_layers
 
     def tabulate_forward_seconds(self, layers: IntArray) -> FloatArray:
         """Return the seconds of one forward pass, (P, C, places)."""
@@ -85,13 +85,13 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
     """Compute the coefficients of a grid, from the affine time model at 0 and 1 layers."""
     stages = np.arange(grid.pipeline_size)[:, None]
     zero_and_one = np.array([0, 1])
-    layers, redone = np.array([0, 1, 1]), np.array([0, 0, 1])
+    layers, recompute_layers = np.array([0, 1, 1]), np.array([0, 0, 1])
 
     # Each entry of the lists is of one class, (P, numbers of layers); stacked and split, each array is (P, C).
-    compute = [predict_compute_seconds(work, grid, group, stages, layers, redone) for group in groups]
+    compute = [predict_compute_seconds(work, grid, group, stages, layers, recompute_layers) for group in groups]
     forward = [predict_forward_seconds(work, grid, group, stages, zero_and_one) for group in groups]
     finish = [predict_finish_seconds(work, grid, group, stages, zero_and_one) for group in groups]
-    fixed_s, one_layer_s, one_redone_s = np.moveaxis(np.stack(compute, axis=1), -1, 0)
+    fixed_s, one_layer_s, one_recomputed_s = np.moveaxis(np.stack(compute, axis=1), -1, 0)
     forward_fixed_s, forward_one_layer_s = np.moveaxis(np.stack(forward, axis=1), -1, 0)
     finish_fixed_s, finish_one_layer_s = np.moveaxis(np.stack(finish, axis=1), -1, 0)
 
@@ -99,7 +99,7 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
     return TimeCosts(
         fixed_s=fixed_s,
         layer_s=one_layer_s - fixed_s,
-        redo_s=one_redone_s - one_layer_s,
+        redo_s=one_recomputed_s - one_layer_s,
         forward_fixed_s=forward_fixed_s,
         forward_layer_s=forward_one_layer_s - forward_fixed_s,
         finish_fixed_s=finish_fixed_s,

@@ -85,12 +85,12 @@ def predict_compute_seconds(
     group: DeviceGroup,
     stage: IntArray | int,
     layers: IntArray | int,
-    recompute: IntArray | int,
+    recompute_layers: IntArray | int,
 ) -> FloatArray:
     """Predict the seconds of one micro-batch on a stage: both passes of its layers, recomputation, embedding, head.
 
     Args:
-        stage, layers, recompute: numbers, or arrays that broadcast together.
+        stage, layers, recompute_layers: numbers, or arrays that broadcast together.
     """
     rates, tokens = get_device_rates(group, work), work.seq_len * grid.micro_batch_size
     layer = tokens * count_layer_forward_flops(work.model, work.seq_len)
@@ -99,8 +99,8 @@ def predict_compute_seconds(
     first, last = np.asarray(stage) == 0, np.asarray(stage) == grid.pipeline_size - 1
 
     # Recomputation is a second forward pass; the backward pass has twice the FLOPs of the forward pass.
-    layers, recompute = np.asarray(layers), np.asarray(recompute)
-    per_layer = (layers + recompute) / rates.forward + 2 * layers / rates.backward
+    layers, recompute_layers = np.asarray(layers), np.asarray(recompute_layers)
+    per_layer = (layers + recompute_layers) / rates.forward + 2 * layers / rates.backward
     seconds: FloatArray = layer * per_layer + head * last + embedding * first + rates.overhead_s
     return seconds
 
