@@ -64,10 +64,10 @@ def make_trials() -> list[CalibrationTrial]:
             for recompute_layers in (0, n // 2)
         ]
     plain = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
-    recompute_layers = [
+    recomputing = [
         CalibrationTrial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST
     ]
-    return [trial for pair in zip(plain, recompute_layers, strict=True) for trial in pair]
+    return [trial for pair in zip(plain, recomputing, strict=True) for trial in pair]
 
 
 def measure_minimum(request: CalibrationRequest) -> CalibrationResult:
