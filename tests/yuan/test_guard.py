@@ -7,7 +7,7 @@ import random
 import pytest
 
 from yuan.config import Recipe
-from yuan.train.guard import GUARD_WINDOW_STEPS, MIN_GOOD_STEPS, TROUBLE_MEMORY_STEPS, GuardDecisions, StepJudge
+from yuan.train.guard import GUARD_WINDOW_STEPS, MIN_GOOD_STEPS, FAULT_MEMORY_STEPS, GuardDecisions, StepJudge
 
 RECIPE = Recipe(
     max_steps=9, learning_rate=1, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=1, max_skips=2
@@ -86,8 +86,8 @@ def test_faults_older_than_the_memory_limit_are_ignored():
     decisions = GuardDecisions()
     for step in (10, 11):
         _, decisions = apply_action(decisions, step)
-    assert decisions.choose_action(12 + TROUBLE_MEMORY_STEPS, RECIPE) == "skip"
-    assert decisions.choose_action(10 + TROUBLE_MEMORY_STEPS, RECIPE) == "roll back"
+    assert decisions.choose_action(12 + FAULT_MEMORY_STEPS, RECIPE) == "skip"
+    assert decisions.choose_action(10 + FAULT_MEMORY_STEPS, RECIPE) == "roll back"
 
 
 def test_first_fault_rolls_back_or_stops_if_skips_are_disabled():

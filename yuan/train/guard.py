@@ -8,7 +8,7 @@ Each step is checked before its update: its loss and gradient norm are compared 
    the second roll back on, the learning rate is halved as well.
 4. After `max_rollbacks` roll backs, the run stops.
 
-TROUBLE_MEMORY_STEPS steps without a fault reset the counts.
+FAULT_MEMORY_STEPS steps without a fault reset the counts.
 
 Every decision is a function of numbers that all ranks share, so all ranks make the same decision.
 """
@@ -18,7 +18,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from yuan.data.mixture import PositionSpan
 
 GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; the value of OLMo-core
 MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
-TROUBLE_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no longer count
+FAULT_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no longer count
 # Ratios to the median that are always accepted, however small the recent variation. One run had gradient norms of 35
 # times the median (clipped) at step after step of its first hundred steps and then converged without intervention.
 LOSS_RATIO_FLOOR, NORM_RATIO_FLOOR = 2.0, 100.0
@@ -48,25 +48,31 @@ class GuardAction(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTrouble:
-    """A step that was faulty twice, its data positions [first, end), and the action taken."""
+class StepFault:
+    """A fault that the repeat of a step confirmed: the step, its data positions [first, end), and the action taken.
+
+    For a roll back, `step` is the step of the checkpoint that the run returned to.
+    """
 
     step: int
     first: int
     end: int
-    did: GuardAction
+    action: GuardAction
 
 
 @dataclass(frozen=True)
 class GuardDecisions:
     """All decisions of the guard in a run; kept across roll backs and restarts.
 
-    `skipped` are spans of positions that no step uses; `cuts` are the steps from which the learning rate is halved.
+    Attributes:
+        skipped: spans of positions that no step uses.
+        cuts: steps from which the learning rate is halved.
+        faults: faults that were confirmed, in the order of the decisions.
     """
 
     skipped: tuple[PositionSpan, ...] = ()
     cuts: tuple[int, ...] = ()
-    troubles: tuple[StepTrouble, ...] = field(default=())
+    faults: tuple[StepFault, ...] = ()
 
     def compute_rate_factor(self, step: int) -> float:
         """Return the factor on the learning rate of a step."""
@@ -74,54 +80,54 @@ class GuardDecisions:
 
     def choose_action(self, step: int, recipe: Recipe) -> GuardAction:
         """Choose the action for a step that was faulty twice."""
-        recent = self._find_recent_troubles(step)
-        num_rollbacks = sum(trouble.did == GuardAction.ROLL_BACK for trouble in recent)
-        num_skips = sum(trouble.did == GuardAction.SKIP for trouble in recent)
+        recent = self._find_recent_faults(step)
+        num_rollbacks = sum(fault.action == GuardAction.ROLL_BACK for fault in recent)
+        num_skips = sum(fault.action == GuardAction.SKIP for fault in recent)
         if num_skips < recipe.max_skips:
             return GuardAction.SKIP
         return GuardAction.ROLL_BACK if num_rollbacks < recipe.max_rollbacks else GuardAction.STOP
 
     def skip(self, step: int, span: PositionSpan) -> "GuardDecisions":
         """Return the decisions with this step skipped."""
-        trouble = StepTrouble(step=step, first=span[0], end=span[1], did=GuardAction.SKIP)
-        return replace(self, troubles=(*self.troubles, trouble))
+        fault = StepFault(step=step, first=span[0], end=span[1], action=GuardAction.SKIP)
+        return replace(self, faults=(*self.faults, fault))
 
     def drop_skips_from(self, step: int) -> "GuardDecisions":
         """Drop the skips from this step on, since those steps are trained and checked again."""
-        kept = tuple(t for t in self.troubles if t.did != GuardAction.SKIP or t.step < step)
-        return replace(self, troubles=kept)
+        kept = tuple(fault for fault in self.faults if fault.action != GuardAction.SKIP or fault.step < step)
+        return replace(self, faults=kept)
 
-    def list_open_skips(self, step: int) -> list[StepTrouble]:
+    def list_open_skips(self, step: int) -> list[StepFault]:
         """List the recent skips that no roll back has handled yet, in order of steps."""
-        return sorted(
-            (t for t in self._find_recent_troubles(step) if t.did == GuardAction.SKIP), key=lambda trouble: trouble.step
-        )
+        skips = [fault for fault in self._find_recent_faults(step) if fault.action == GuardAction.SKIP]
+        return sorted(skips, key=lambda fault: fault.step)
 
     def roll_back(self, step: int, to: int, span: PositionSpan) -> "GuardDecisions":
         """Exclude the data of this step and of the recent skips from the step `to` on."""
-        recent = self._find_recent_troubles(step)
-        is_first = not any(trouble.did == GuardAction.ROLL_BACK for trouble in recent)
-        handled_skips = {trouble for trouble in recent if trouble.did == GuardAction.SKIP}
-        kept = tuple(trouble for trouble in self.troubles if trouble not in handled_skips)
+        recent = self._find_recent_faults(step)
+        is_first = not any(fault.action == GuardAction.ROLL_BACK for fault in recent)
+        handled_skips = {fault for fault in recent if fault.action == GuardAction.SKIP}
+        kept = tuple(fault for fault in self.faults if fault not in handled_skips)
         return GuardDecisions(
-            skipped=merge_spans((*self.skipped, *((t.first, t.end) for t in handled_skips), span)),
+            skipped=merge_spans((*self.skipped, *((skip.first, skip.end) for skip in handled_skips), span)),
             cuts=self.cuts if is_first else (*self.cuts, to),
-            troubles=(*kept, StepTrouble(step=to, first=span[0], end=span[1], did=GuardAction.ROLL_BACK)),
+            faults=(*kept, StepFault(step=to, first=span[0], end=span[1], action=GuardAction.ROLL_BACK)),
         )
 
-    def _find_recent_troubles(self, step: int) -> list[StepTrouble]:
-        """Return the newest troubles, each at most TROUBLE_MEMORY_STEPS before the next one or before `step`."""
-        recent: list[StepTrouble] = []
-        for trouble in reversed(self.troubles):
-            if step - trouble.step > TROUBLE_MEMORY_STEPS:
+    def _find_recent_faults(self, step: int) -> list[StepFault]:
+        """Return the newest faults, each at most FAULT_MEMORY_STEPS before the next one or before `step`."""
+        recent: list[StepFault] = []
+        for fault in reversed(self.faults):
+            if step - fault.step > FAULT_MEMORY_STEPS:
                 break
-            recent.append(trouble)
-            step = min(step, trouble.step)
+            recent.append(fault)
+            step = min(step, fault.step)
         return recent
 
     def to_json(self) -> str:
-        troubles = [[t.step, t.first, t.end, t.did] for t in self.troubles]
-        return json.dumps({"skipped": self.skipped, "cuts": self.cuts, "troubles": troubles})
+        # The stored key stays `troubles`.
+        faults = [[fault.step, fault.first, fault.end, fault.action] for fault in self.faults]
+        return json.dumps({"skipped": self.skipped, "cuts": self.cuts, "troubles": faults})
 
     @classmethod
     def read(cls, file: Path, otherwise: str | None = None) -> "GuardDecisions":
@@ -133,8 +139,11 @@ class GuardDecisions:
                 return cls()
             text = otherwise
         data = json.loads(text)
-        troubles = tuple(StepTrouble(step=s, first=f, end=e, did=GuardAction(did)) for s, f, e, did in data["troubles"])
-        return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), troubles)
+        faults = tuple(
+            StepFault(step=step, first=first, end=end, action=GuardAction(action))
+            for step, first, end, action in data["troubles"]
+        )
+        return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), faults)
 
 
 def merge_spans(spans: Iterable[PositionSpan]) -> tuple[PositionSpan, ...]:
@@ -166,7 +175,7 @@ class StepJudge:
         self._norms.append(norm)
 
     def find_fault(self, loss: float, norm: float) -> str | None:
-        """Describe what is wrong with a step; return None if nothing is."""
+        """Describe the fault of a step; return None if it has none."""
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return f"its {name} is {value}"

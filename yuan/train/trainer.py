@@ -116,8 +116,8 @@ class Trainer:
             group["lr"] = rate
 
         result = self._run_repeatable_pass(positions)
-        if result.wrong is not None:
-            return self._handle_trouble(positions, result.wrong, result.seconds)
+        if result.fault is not None:
+            return self._handle_fault(positions, result.fault, result.seconds)
 
         self.judge.add_good_step(result.loss, result.norm)
         self._losses.append(result.loss)
@@ -132,13 +132,13 @@ class Trainer:
     def _run_repeatable_pass(self, positions: Int64Array) -> StepResult:
         """Run a step, and repeat it if it is faulty: a clean repeat means that the machine, not the data, caused it."""
         first = self.run_pass(positions)
-        if first.wrong is None:
+        if first.fault is None:
             return first
 
-        self.run_log.log_event(RepeatEvent(step=self.step, why=first.wrong))
+        self.run_log.log_event(RepeatEvent(step=self.step, why=first.fault))
         second = self.run_pass(positions)
-        if second.wrong is None:
-            self.run_log.log_event(CleanRepeatEvent(step=self.step, why=first.wrong))
+        if second.fault is None:
+            self.run_log.log_event(CleanRepeatEvent(step=self.step, why=first.fault))
         return second
 
     def run_pass(self, positions: Int64Array) -> StepResult:
@@ -149,14 +149,14 @@ class Trainer:
     def _find_fault(self, loss: float, norm: float) -> str | None:
         return self.judge.find_fault(loss, norm)
 
-    def _handle_trouble(self, positions: Int64Array, fault: str, seconds: float) -> bool:
+    def _handle_fault(self, positions: Int64Array, fault: str, seconds: float) -> bool:
         """Skip, roll back or stop after a step that was faulty twice; return False if the run rolled back."""
         span = (int(positions[0]), int(positions[-1]) + 1)
         action = self.decisions.choose_action(self.step, self.recipe)
         if action == GuardAction.STOP:
             self.run_log.log_event(StopEvent(step=self.step, why=fault))
             raise NumericalError(
-                f"step {self.step} is wrong, {fault}, after {self.recipe.max_rollbacks} roll backs; look at the "
+                f"step {self.step} is faulty, {fault}, after {self.recipe.max_rollbacks} roll backs; look at the "
                 f"data at positions {span} and at the learning rate, then start a new run from a checkpoint"
             )
         if action == GuardAction.ROLL_BACK:
@@ -177,7 +177,7 @@ class Trainer:
         manifest = self.checkpoints.find_newest(until=open_skips[0].step if open_skips else self.step)
         if manifest is None:
             raise NumericalError(
-                f"step {self.step} is wrong, {fault}, and no complete checkpoint is older; start a new run"
+                f"step {self.step} is faulty, {fault}, and no complete checkpoint is older; start a new run"
             )
         step = manifest.step
 
@@ -186,7 +186,7 @@ class Trainer:
         self.checkpoints.drop_after(step)
         self._save_decisions(self.decisions.roll_back(self.step, step, span))
 
-        spans = merge_spans([*((trouble.first, trouble.end) for trouble in open_skips), span])
+        spans = merge_spans([*((skip.first, skip.end) for skip in open_skips), span])
         positions = np.concatenate([np.arange(*part, dtype=np.int64) for part in spans])
         event = RollBackEvent(
             step=self.step,

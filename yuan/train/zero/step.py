@@ -15,7 +15,7 @@ from yuan.train.zero.memory import read_peak_memory_bytes
 from yuan.train.zero.pipeline import SourceLossTally
 from yuan.train.zero.stage_timer import StageTimer
 
-FaultCheck = Callable[[float, float], str | None]
+FaultFinder = Callable[[float, float], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,14 @@ class StepResult:
     """Result of a step, the same on all ranks.
 
     `loss` is the mean over the target tokens, `source_losses` that of each source (NaN for a source without tokens),
-    `norm` the gradient norm before clipping. `wrong` describes the fault; if it is None, the update was applied.
+    `norm` the gradient norm before clipping. `fault` describes its fault; if it is None, the update was applied.
     `computed` and `memory` hold the compute seconds and the peak memory bytes of each rank.
     """
 
     loss: float
     source_losses: list[float]
     norm: float
-    wrong: str | None
+    fault: str | None
     seconds: float
     computed: list[float]
     memory: list[float]
@@ -43,14 +43,15 @@ class StepRunner:
     checked in that call, so nothing is computed twice, and DeepSpeed clears the gradients afterwards as usual.
 
     Args:
-        wrong: returns a description of what is wrong with a loss and a norm, or None; the same on every rank.
+        find_fault: returns a description of the fault of a step with this loss and norm, or None; the same on every
+            rank.
     """
 
-    def __init__(self, engine: Any, tally: SourceLossTally, timer: StageTimer, wrong: FaultCheck) -> None:
-        self._engine, self._tally, self._timer, self._find_fault = engine, tally, timer, wrong
+    def __init__(self, engine: Any, tally: SourceLossTally, timer: StageTimer, find_fault: FaultFinder) -> None:
+        self._engine, self._tally, self._timer, self._find_fault = engine, tally, timer, find_fault
         self._reduced: list[float] | None = None  # see _reduce_over_ranks
         self._norm = math.inf
-        self._verdict: str | None = None
+        self._fault: str | None = None
         inner = engine.optimizer.optimizer
         self._update = inner.step
         inner.step = self._update_unless_faulty
@@ -58,14 +59,14 @@ class StepRunner:
         engine._aggregate_total_loss = MethodType(lambda _: torch.zeros(()), engine)
 
     def run(self, batches: Iterator[Any]) -> StepResult:
-        """Run forward and backward over a step's micro-batches, and update the weights if nothing is wrong."""
-        self._reduced = self._verdict = None
+        """Run forward and backward over a step's micro-batches, and update the weights if the step has no fault."""
+        self._reduced = self._fault = None
         began = time.perf_counter()
         self._engine.reset_activation_shape()
         self._engine.train_batch(batches)
         if self._reduced is None:  # DeepSpeed itself skips the optimizer if the norm is not finite
-            self._judge()
-        assert self._reduced is not None, "every rank has judged"
+            self._check()
+        assert self._reduced is not None, "every rank has checked the step"
 
         # [loss, norm, loss sum of each source, tokens of each source, seconds of each rank, bytes of each rank]
         sources, ranks = len(self._tally.sums), dist.get_world_size()
@@ -75,7 +76,7 @@ class StepRunner:
             loss=loss,
             source_losses=[s / n if n else math.nan for s, n in zip(sums, counts, strict=True)],
             norm=self._norm,
-            wrong=self._verdict,
+            fault=self._fault,
             seconds=time.perf_counter() - began,
             computed=rest[:ranks],
             memory=rest[ranks:],
@@ -84,13 +85,13 @@ class StepRunner:
     def _update_unless_faulty(self, *arguments: Any, **named: Any) -> Any:
         """Replace the optimizer's step; some of DeepSpeed's wrappers call it once for each parameter group."""
         if self._reduced is None:
-            self._judge()
-        return None if self._verdict else self._update(*arguments, **named)
+            self._check()
+        return None if self._fault else self._update(*arguments, **named)
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         self._reduced = self._reduce_over_ranks()
         self._norm = self._reduced[1]
-        self._verdict = self._find_fault(self._reduced[0], self._norm)
+        self._fault = self._find_fault(self._reduced[0], self._norm)
 
     def _reduce_over_ranks(self) -> list[float]:
         """Sum loss, norm, source losses, compute seconds and peak bytes over all ranks, in one all-reduce.
