@@ -1,13 +1,23 @@
 """Test the guard: which steps it judges faulty, and which action it chooses."""
 
 import dataclasses
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
 from yuan.config import Recipe
-from yuan.train.guard import GUARD_WINDOW_STEPS, MIN_GOOD_STEPS, FAULT_MEMORY_STEPS, GuardDecisions, StepJudge
+from yuan.train.guard import (
+    FAULT_MEMORY_STEPS,
+    GUARD_WINDOW_STEPS,
+    MIN_GOOD_STEPS,
+    GuardAction,
+    GuardDecisions,
+    StepFault,
+    StepJudge,
+)
 
 RECIPE = Recipe(
     max_steps=9, learning_rate=1, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=1, max_skips=2
@@ -105,6 +115,27 @@ def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):
     assert GuardDecisions.read(file, decisions.to_json()) == decisions
     file.write_text(decisions.to_json())
     assert GuardDecisions.read(file) == decisions
+
+
+def test_decisions_are_stored_with_named_fields():
+    decisions = GuardDecisions().skip(7, (56, 64)).roll_back(9, 5, (72, 80))
+    assert json.loads(decisions.to_json()) == {
+        "skipped": [[56, 64], [72, 80]],
+        "cuts": [],
+        "faults": [{"step": 5, "first": 72, "end": 80, "action": "roll back"}],
+    }
+
+
+def test_decisions_of_release_0_2_are_read():
+    stored = '{"skipped": [[56, 64]], "cuts": [5], "troubles": [[5, 72, 80, "roll back"], [9, 88, 96, "skip"]]}'
+    assert GuardDecisions.read(Path("missing.json"), stored) == GuardDecisions(
+        skipped=((56, 64),),
+        cuts=(5,),
+        faults=(
+            StepFault(step=5, first=72, end=80, action=GuardAction.ROLL_BACK),
+            StepFault(step=9, first=88, end=96, action=GuardAction.SKIP),
+        ),
+    )
 
 
 def test_skips_of_repeated_steps_are_dropped():

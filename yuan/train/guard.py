@@ -18,9 +18,10 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from yuan.config import Recipe
 from yuan.data.mixture import PositionSpan
@@ -58,6 +59,12 @@ class StepFault:
     first: int
     end: int
     action: GuardAction
+
+    @classmethod
+    def from_json(cls, data: Any) -> "StepFault":
+        """Read a fault of guard.json; releases up to 0.2 stored it as a list of the fields' values."""
+        values = dict(zip(("step", "first", "end", "action"), data, strict=True)) if isinstance(data, list) else data
+        return cls(**{**values, "action": GuardAction(values["action"])})
 
 
 @dataclass(frozen=True)
@@ -125,25 +132,26 @@ class GuardDecisions:
         return recent
 
     def to_json(self) -> str:
-        # The stored key stays `troubles`.
-        faults = [[fault.step, fault.first, fault.end, fault.action] for fault in self.faults]
-        return json.dumps({"skipped": self.skipped, "cuts": self.cuts, "troubles": faults})
+        """Return the text of guard.json."""
+        return json.dumps(asdict(self))
 
     @classmethod
-    def read(cls, file: Path, otherwise: str | None = None) -> "GuardDecisions":
-        """Read the decisions of a run; without the file, parse `otherwise` (from `to_json`), else return none."""
+    def read(cls, file: Path, fallback: str | None = None) -> "GuardDecisions":
+        """Read the decisions of a run; without the file, parse `fallback` (from `to_json`), else return none."""
         try:
             text = file.read_text()
         except FileNotFoundError:
-            if otherwise is None:
+            if fallback is None:
                 return cls()
-            text = otherwise
+            text = fallback
         data = json.loads(text)
-        faults = tuple(
-            StepFault(step=step, first=first, end=end, action=GuardAction(action))
-            for step, first, end, action in data["troubles"]
+        # Releases up to 0.2 stored the faults under `troubles`.
+        faults = data["faults"] if "faults" in data else data["troubles"]
+        return cls(
+            skipped=tuple((first, end) for first, end in data["skipped"]),
+            cuts=tuple(data["cuts"]),
+            faults=tuple(StepFault.from_json(fault) for fault in faults),
         )
-        return cls(tuple((first, end) for first, end in data["skipped"]), tuple(data["cuts"]), faults)
 
 
 def merge_spans(spans: Iterable[PositionSpan]) -> tuple[PositionSpan, ...]:
