@@ -84,10 +84,15 @@ class AliasFollower:
     def __init__(
         self, aliases: Callable[[], dict[str, int]], alias: str, versions: VersionCache, service: ModelService
     ) -> None:
-        self._aliases, self._alias, self._versions, self._service = aliases, alias, versions, service
+        self._aliases = aliases
+        self._alias = alias
+        self._versions = versions
+        self._service = service
         self.began = threading.Event()
         self._last_problem: str | None = None
-        self._retry_at, self._pause_s, self._unusable_version = 0.0, LOAD_RETRY_S, 0
+        self._unusable_version = 0
+        self._retry_at = 0.0
+        self._pause_s = LOAD_RETRY_S
 
     def follow(self) -> None:
         """Serve the last version, then poll the alias without end."""

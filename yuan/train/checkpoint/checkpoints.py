@@ -55,7 +55,11 @@ class CheckpointStore:
     def __init__(
         self, folder: Path, *, model: Mapping[str, Any], order: Mapping[str, Any], keep: int, event: EventCallback
     ) -> None:
-        self.folder, self.model, self.order, self.keep, self.event = folder, model, order, keep, event
+        self.folder = folder
+        self.model = model
+        self.order = order
+        self.keep = keep
+        self.event = event
         # A separate gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
