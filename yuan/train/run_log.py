@@ -30,7 +30,13 @@ class RunLog:
             self._folder.append_event(replace(event, time=time.time()))
 
     def log_step(
-        self, step: int, done: StepResult, rate: float, positions: Int64Array, pacer: ThroughputMeter, bounds: list[int]
+        self,
+        step: int,
+        result: StepResult,
+        rate: float,
+        positions: Int64Array,
+        pacer: ThroughputMeter,
+        bounds: list[int],
     ) -> None:
         """Append the metrics of a step that was applied; replace status.json every STATUS_INTERVAL_S seconds."""
         if not self._writes:
@@ -38,19 +44,19 @@ class RunLog:
         pace = pacer.compute_pace()
         by_source = {
             f"train/loss/{name}": loss
-            for name, loss in zip(self._sources, done.source_losses, strict=True)
+            for name, loss in zip(self._sources, result.source_losses, strict=True)
             if not math.isnan(loss)
         }
         metrics = {
-            "train/loss": done.loss,
+            "train/loss": result.loss,
             **(by_source if len(self._sources) > 1 else {}),
             "train/learning_rate": rate,
-            "train/grad_norm": done.norm,
+            "train/grad_norm": result.norm,
             "train/tokens_per_s": pace.tokens_per_s,
-            "train/step_seconds": done.seconds,
+            "train/step_seconds": result.seconds,
             "train/bubble": pace.bubble,
             "train/mfu": pace.mfu,
-            "train/peak_memory_gib": max(done.memory) / 2**30,
+            "train/peak_memory_gib": max(result.peak_memory_bytes) / 2**30,
             "data/first_position": int(positions[0]),
             "data/end_position": int(positions[-1]) + 1,
         }
@@ -61,8 +67,8 @@ class RunLog:
                 state="training",
                 step=step,
                 max_steps=self._max_steps,
-                loss=done.loss,
-                grad_norm=done.norm,
+                loss=result.loss,
+                grad_norm=result.norm,
                 eta_s=(self._max_steps - step) * pace.step_seconds,
                 pace=pace,
                 bounds=bounds,

@@ -25,23 +25,23 @@ class ThroughputMeter:
         self._plan = plan
         self._tokens = plan.global_batch_size * plan.sequence_length
         self._flops = count_flops_per_token(model, plan.sequence_length) * self._tokens
-        self._steps: deque[float] = deque(maxlen=PACE_WINDOW_STEPS)
-        self._computed: deque[Sequence[float]] = deque(maxlen=PACE_WINDOW_STEPS)
-        self._memory: Sequence[float] = ()
+        self._step_seconds: deque[float] = deque(maxlen=PACE_WINDOW_STEPS)
+        self._compute_seconds: deque[Sequence[float]] = deque(maxlen=PACE_WINDOW_STEPS)
+        self._peak_memory_bytes: Sequence[float] = ()
         self._straggling: dict[int, float] = {}
 
     def add(
-        self, step: int, seconds: float, computed: Sequence[float], memory: Sequence[float]
+        self, step: int, seconds: float, compute_seconds: Sequence[float], peak_memory_bytes: Sequence[float]
     ) -> list[StragglerEvent | CaughtUpEvent]:
         """Add a step: its number, its wall time, and the compute seconds and peak memory bytes of each rank.
 
         Returns:
             Events: ranks that became stragglers, and stragglers that caught up.
         """
-        self._steps.append(seconds)
-        self._computed.append(computed)
-        self._memory = memory
-        return self._update_stragglers(step) if len(self._steps) == PACE_WINDOW_STEPS else []
+        self._step_seconds.append(seconds)
+        self._compute_seconds.append(compute_seconds)
+        self._peak_memory_bytes = peak_memory_bytes
+        return self._update_stragglers(step) if len(self._step_seconds) == PACE_WINDOW_STEPS else []
 
     def compute_pace(self) -> Pace:
         """Compute the medians over the last steps.
@@ -49,7 +49,7 @@ class ThroughputMeter:
         MFU is the model's FLOPs per second over the peak FLOPs per second of all devices. The known peaks are those of
         bf16, so there is none in fp32. Needs at least one step.
         """
-        seconds, medians = statistics.median(self._steps), self._compute_medians()
+        seconds, medians = statistics.median(self._step_seconds), self._compute_medians()
         specs = [DEVICE_SPECS.get(stage.device_class) for stage in self._plan.stages]
         is_peak_known = self._plan.precision == "bf16" and all(specs)
         peak_flops = sum(spec.peak_tflops for spec in specs if spec) * 1e12 * self._plan.data_size
@@ -63,7 +63,7 @@ class ThroughputMeter:
         )
 
     def _compute_medians(self) -> list[float]:
-        return [statistics.median(times) for times in zip(*self._computed, strict=True)]
+        return [statistics.median(times) for times in zip(*self._compute_seconds, strict=True)]
 
     def _describe_stages(self, medians: list[float]) -> list[StagePace]:
         d = self._plan.data_size  # ranks n d to (n + 1) d are the replicas of stage n
@@ -71,7 +71,7 @@ class ThroughputMeter:
             StagePace(
                 compute_seconds=max(medians[n * d : (n + 1) * d]),
                 planned_seconds=stage.compute_seconds * self._plan.grad_accum_steps,
-                peak_bytes=max(self._memory[n * d : (n + 1) * d]),
+                peak_bytes=max(self._peak_memory_bytes[n * d : (n + 1) * d]),
                 planned_bytes=stage.memory_bytes,
             )
             for n, stage in enumerate(self._plan.stages)

@@ -48,7 +48,10 @@ class Trainer:
     """Train one rank of a run, from its folder to the exported weights."""
 
     def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: HeartbeatWriter) -> None:
-        self.folder, self.spec, self.recipe, self.heartbeat = folder, spec, spec.recipe, heartbeat
+        self.folder = folder
+        self.spec = spec
+        self.recipe = spec.recipe
+        self.heartbeat = heartbeat
         self.corpus = folder.open_corpus(spec.seed)
         source_names = [source.name for source in self.corpus.sources]
         self.rank = dist.get_rank()
@@ -123,7 +126,7 @@ class Trainer:
         self._losses.append(result.loss)
         self.step += 1
 
-        for event in self.pacer.add(self.step, result.seconds, result.computed, result.memory):
+        for event in self.pacer.add(self.step, result.seconds, result.compute_seconds, result.peak_memory_bytes):
             self.run_log.log_event(event)
         self.run_log.log_step(self.step, result, rate, positions, self.pacer, self.module.actual_bounds)
         self.heartbeat.note_step(self.step, result.seconds)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any
 
@@ -22,9 +22,14 @@ FaultFinder = Callable[[float, float], str | None]
 class StepResult:
     """Result of a step, the same on all ranks.
 
-    `loss` is the mean over the target tokens, `source_losses` that of each source (NaN for a source without tokens),
-    `norm` the gradient norm before clipping. `fault` describes its fault; if it is None, the update was applied.
-    `computed` and `memory` hold the compute seconds and the peak memory bytes of each rank.
+    Attributes:
+        loss: mean over the target tokens.
+        source_losses: the same for each data source; NaN for a source without tokens.
+        norm: gradient norm before clipping.
+        fault: description of the step's fault; if it is None, the update was applied.
+        seconds: wall time of the step on this rank.
+        compute_seconds: time of the forward and backward passes of each rank.
+        peak_memory_bytes: peak memory of each rank so far.
     """
 
     loss: float
@@ -32,8 +37,39 @@ class StepResult:
     norm: float
     fault: str | None
     seconds: float
-    computed: list[float]
-    memory: list[float]
+    compute_seconds: list[float]
+    peak_memory_bytes: list[float]
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """Numbers of a step that are summed over all ranks, each a vector.
+
+    A rank sets only its own entries and leaves the others zero, so the sums collect them. `loss` and `norm` have one
+    entry, `source_loss_sums` and `source_token_counts` one for each data source, the others one for each rank.
+
+    >>> numbers = StepNumbers(*(torch.tensor([1.0, n]) for n in range(6)))
+    >>> numbers.unpack(2 * numbers.pack(torch.device("cpu"))).norm.tolist()
+    [2.0, 2.0]
+    """
+
+    loss: Tensor
+    norm: Tensor
+    source_loss_sums: Tensor
+    source_token_counts: Tensor
+    compute_seconds: Tensor
+    peak_memory_bytes: Tensor
+
+    def pack(self, device: torch.device) -> Tensor:
+        """Concatenate all numbers in one fp64 vector, for one all-reduce."""
+        return torch.cat([part.to(device, torch.float64) for part in self._list_parts()])
+
+    def unpack(self, message: Tensor) -> "StepNumbers":
+        """Split a vector with the layout of `pack`, such as the sum of those of all ranks."""
+        return StepNumbers(*message.split([len(part) for part in self._list_parts()]))
+
+    def _list_parts(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 class StepRunner:
@@ -48,9 +84,11 @@ class StepRunner:
     """
 
     def __init__(self, engine: Any, tally: SourceLossTally, timer: StageTimer, find_fault: FaultFinder) -> None:
-        self._engine, self._tally, self._timer, self._find_fault = engine, tally, timer, find_fault
-        self._reduced: list[float] | None = None  # see _reduce_over_ranks
-        self._norm = math.inf
+        self._engine = engine
+        self._tally = tally
+        self._timer = timer
+        self._find_fault = find_fault
+        self._numbers: StepNumbers | None = None  # the sums over all ranks; None until the step is checked
         self._fault: str | None = None
         inner = engine.optimizer.optimizer
         self._update = inner.step
@@ -60,58 +98,62 @@ class StepRunner:
 
     def run(self, batches: Iterator[Any]) -> StepResult:
         """Run forward and backward over a step's micro-batches, and update the weights if the step has no fault."""
-        self._reduced = self._fault = None
-        began = time.perf_counter()
+        self._numbers = self._fault = None
+        start = time.perf_counter()
         self._engine.reset_activation_shape()
         self._engine.train_batch(batches)
-        if self._reduced is None:  # DeepSpeed itself skips the optimizer if the norm is not finite
-            self._check()
-        assert self._reduced is not None, "every rank has checked the step"
+        numbers = self._check_step()  # not checked yet if DeepSpeed skipped the optimizer: the norm is not finite
 
-        # [loss, norm, loss sum of each source, tokens of each source, seconds of each rank, bytes of each rank]
-        sources, ranks = len(self._tally.sums), dist.get_world_size()
-        loss, rest = self._reduced[0], self._reduced[2:]
-        sums, counts, rest = rest[:sources], rest[sources : 2 * sources], rest[2 * sources :]
+        loss_sums, token_counts = numbers.source_loss_sums.tolist(), numbers.source_token_counts.tolist()
         return StepResult(
-            loss=loss,
-            source_losses=[s / n if n else math.nan for s, n in zip(sums, counts, strict=True)],
-            norm=self._norm,
+            loss=numbers.loss.item(),
+            source_losses=[s / n if n else math.nan for s, n in zip(loss_sums, token_counts, strict=True)],
+            norm=numbers.norm.item(),
             fault=self._fault,
-            seconds=time.perf_counter() - began,
-            computed=rest[:ranks],
-            memory=rest[ranks:],
+            seconds=time.perf_counter() - start,
+            compute_seconds=numbers.compute_seconds.tolist(),
+            peak_memory_bytes=numbers.peak_memory_bytes.tolist(),
         )
 
     def _update_unless_faulty(self, *arguments: Any, **named: Any) -> Any:
         """Replace the optimizer's step; some of DeepSpeed's wrappers call it once for each parameter group."""
-        if self._reduced is None:
-            self._check()
+        self._check_step()
         return None if self._fault else self._update(*arguments, **named)
 
-    def _check(self) -> None:
-        self._reduced = self._reduce_over_ranks()
-        self._norm = self._reduced[1]
-        self._fault = self._find_fault(self._reduced[0], self._norm)
+    def _check_step(self) -> StepNumbers:
+        """Sum the numbers over all ranks and look for a fault, once in each step; return the sums."""
+        if self._numbers is None:
+            numbers = self._measure_step()
+            message = numbers.pack(self._engine.device)
+            dist.all_reduce(message)
+            self._numbers = numbers.unpack(message.cpu())
+            self._fault = self._find_fault(self._numbers.loss.item(), self._numbers.norm.item())
+        return self._numbers
 
-    def _reduce_over_ranks(self) -> list[float]:
-        """Sum loss, norm, source losses, compute seconds and peak bytes over all ranks, in one all-reduce.
+    def _measure_step(self) -> StepNumbers:
+        """Return this rank's part of the step's numbers."""
+        engine = self._engine
+        rank = dist.get_rank()
+        loss_sums, token_counts = self._tally.take()
 
-        Each rank sets only its own entries and leaves the others zero, so the sum collects them.
-        """
-        engine, rank, ranks = self._engine, dist.get_rank(), dist.get_world_size()
-        sums, counts = self._tally.take()
-        computed, memory = torch.zeros(ranks), torch.zeros(ranks)
-        computed[rank], memory[rank] = self._timer.take(), read_peak_memory_bytes(engine.device)
-
+        # The last stage has the mean loss of its replica's micro-batches.
         loss: Tensor = torch.zeros(())
         if engine.is_last_stage():
             loss = engine.total_loss / engine.gradient_accumulation_steps() / engine.grid.get_data_parallel_world_size()
 
         # The norm of rank 0 only: replicas reduce it in other groups, so their last bits may differ.
         rank_norm = engine.optimizer._global_grad_norm if rank == 0 else 0.0
-        norm = torch.tensor([math.inf if rank_norm is None else float(rank_norm)])
+        norm = math.inf if rank_norm is None else float(rank_norm)
 
-        parts = [loss.reshape(1), norm, sums, counts, computed, memory]
-        message = torch.cat([part.to(engine.device, torch.float64) for part in parts])
-        dist.all_reduce(message)
-        return [float(number) for number in message.tolist()]
+        compute_seconds, peak_memory_bytes = torch.zeros(dist.get_world_size()), torch.zeros(dist.get_world_size())
+        compute_seconds[rank] = self._timer.take()
+        peak_memory_bytes[rank] = read_peak_memory_bytes(engine.device)
+
+        return StepNumbers(
+            loss=loss.reshape(1),
+            norm=torch.tensor([norm]),
+            source_loss_sums=loss_sums,
+            source_token_counts=token_counts,
+            compute_seconds=compute_seconds,
+            peak_memory_bytes=peak_memory_bytes,
+        )
