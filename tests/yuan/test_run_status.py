@@ -5,11 +5,16 @@ import json
 import pytest
 
 from yuan.train.run_folder import RunFolder
-from yuan.train.run_status import Pace, RunStatus, StagePace
+from yuan.train.run_status import RunStatus, StageThroughput, Throughput
 
 STORED_STAGE = {"compute_seconds": 0.25, "planned_seconds": 0.5, "peak_bytes": 100, "planned_bytes": 200}
-PACE = Pace(
-    step_seconds=0.5, tokens_per_s=256.0, bubble=0.25, mfu=None, stages=[StagePace(**STORED_STAGE)], stragglers={3: 1.5}
+THROUGHPUT = Throughput(
+    step_seconds=0.5,
+    tokens_per_s=256.0,
+    bubble=0.25,
+    mfu=None,
+    stages=[StageThroughput(**STORED_STAGE)],
+    stragglers={3: 1.5},
 )
 TRAINING = RunStatus(
     state="training",
@@ -18,7 +23,7 @@ TRAINING = RunStatus(
     loss=2.5,
     grad_norm=1.5,
     eta_s=2.5,
-    pace=PACE,
+    throughput=THROUGHPUT,
     bounds=[0, 2, 3],
     pid=7,
     time=1000.5,

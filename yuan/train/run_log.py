@@ -35,13 +35,13 @@ class RunLog:
         result: StepResult,
         rate: float,
         positions: Int64Array,
-        pacer: ThroughputMeter,
+        throughput_meter: ThroughputMeter,
         bounds: list[int],
     ) -> None:
         """Append the metrics of a step that was applied; replace status.json every STATUS_INTERVAL_S seconds."""
         if not self._writes:
             return
-        pace = pacer.compute_pace()
+        throughput = throughput_meter.compute_throughput()
         by_source = {
             f"train/loss/{name}": loss
             for name, loss in zip(self._sources, result.source_losses, strict=True)
@@ -52,10 +52,10 @@ class RunLog:
             **(by_source if len(self._sources) > 1 else {}),
             "train/learning_rate": rate,
             "train/grad_norm": result.norm,
-            "train/tokens_per_s": pace.tokens_per_s,
+            "train/tokens_per_s": throughput.tokens_per_s,
             "train/step_seconds": result.seconds,
-            "train/bubble": pace.bubble,
-            "train/mfu": pace.mfu,
+            "train/bubble": throughput.bubble,
+            "train/mfu": throughput.mfu,
             "train/peak_memory_gib": max(result.peak_memory_bytes) / 2**30,
             "data/first_position": int(positions[0]),
             "data/end_position": int(positions[-1]) + 1,
@@ -69,8 +69,8 @@ class RunLog:
                 max_steps=self._max_steps,
                 loss=result.loss,
                 grad_norm=result.norm,
-                eta_s=(self._max_steps - step) * pace.step_seconds,
-                pace=pace,
+                eta_s=(self._max_steps - step) * throughput.step_seconds,
+                throughput=throughput,
                 bounds=bounds,
             )
             self._write_status(status)

@@ -11,7 +11,7 @@ MAX_STAGES, MAX_STRAGGLERS = 4096, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagePace:
+class StageThroughput:
     """Compute seconds per step of a stage's slowest replica and peak memory of its fullest, measured and planned."""
 
     compute_seconds: float
@@ -20,33 +20,36 @@ class StagePace:
     planned_bytes: float
 
     @classmethod
-    def from_json(cls, data: Any) -> "StagePace | None":
-        """Read the pace of a stage; None if a field is missing or not a number."""
+    def from_json(cls, data: Any) -> "StageThroughput | None":
+        """Read the throughput of a stage; None if a field is missing or not a number."""
         if not isinstance(data, Mapping):
             return None
-        values = {field.name: get_number(data, field.name) for field in fields(cls)}
-        return None if None in values.values() else cls(**values)  # type: ignore[arg-type]
+        names = [field.name for field in fields(cls)]
+        numbers = {name: number for name in names if (number := get_number(data, name)) is not None}
+        return cls(**numbers) if len(numbers) == len(names) else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Throughput:
     """Medians over the last steps.
 
-    `bubble` is the fraction of the step in which ranks do not
-    compute; `mfu` (model FLOPs utilization) is None if a device's peak in the plan's precision is unknown, as for CPUs
-    and in fp32. `stragglers` holds how many times slower than planned a rank is, relative to the others.
+    Attributes:
+        bubble: fraction of the step in which ranks do not compute.
+        mfu: model FLOPs utilization; None if a device's peak in the plan's precision is unknown, as for CPUs and in
+            fp32.
+        stragglers: how many times slower than planned a rank is, relative to the others.
     """
 
     step_seconds: float
     tokens_per_s: float
     bubble: float
     mfu: float | None
-    stages: Sequence[StagePace]
+    stages: Sequence[StageThroughput]
     stragglers: Mapping[int, float]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Pace | None":
-        """Read the pace from a status; None if a field is missing or not a number."""
+    def from_json(cls, data: Mapping[str, Any]) -> "Throughput | None":
+        """Read the throughput from a status; None if a field is missing or not a number."""
         step_seconds, tokens_per_s, bubble = (
             get_number(data, key) for key in ("step_seconds", "tokens_per_s", "bubble")
         )
@@ -65,10 +68,14 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Progress of a run, as its rank 0 saw it at `time`, in seconds since the epoch.
+    """Progress of a run, as its rank 0 saw it.
 
-    `state` is "training" or "finished"; a finished run has no loss, gradient norm and pace. `bounds` are the stage
-    bounds that DeepSpeed uses. `pid` is the process of rank 0, `eta_s` the remaining seconds.
+    Attributes:
+        state: "training" or "finished"; a finished run has no loss, gradient norm and throughput.
+        eta_s: remaining seconds.
+        bounds: stage bounds that DeepSpeed uses.
+        pid: process of rank 0.
+        time: seconds since the epoch.
     """
 
     state: str
@@ -77,18 +84,18 @@ class RunStatus:
     loss: float | None = None
     grad_norm: float | None = None
     eta_s: float | None = None
-    pace: Pace | None = None
+    throughput: Throughput | None = None
     bounds: Sequence[int] = ()
     pid: int | None = None
     time: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of status.json, where the fields of the pace are not nested."""
+        """Return the content of status.json, where the fields of the throughput are not nested."""
         progress = {"state": self.state, "step": self.step, "max_steps": self.max_steps, "loss": self.loss}
         grad_norm = {} if self.grad_norm is None else {"grad_norm": self.grad_norm}
-        pace = {} if self.pace is None else asdict(self.pace)
+        throughput = {} if self.throughput is None else asdict(self.throughput)
         written = {"bounds": list(self.bounds), "pid": self.pid, "time": self.time}
-        return {**progress, **grad_norm, "eta_s": self.eta_s, **pace, **written}
+        return {**progress, **grad_norm, "eta_s": self.eta_s, **throughput, **written}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunStatus":
@@ -109,7 +116,7 @@ class RunStatus:
             loss=get_number(data, "loss"),
             grad_norm=get_number(data, "grad_norm"),
             eta_s=get_number(data, "eta_s"),
-            pace=Pace.from_json(data),
+            throughput=Throughput.from_json(data),
             bounds=_parse_bounds(data.get("bounds")),
             pid=get_count(data, "pid"),
             time=get_number(data, "time") or 0.0,
@@ -124,10 +131,10 @@ def _parse_bounds(bounds: Any) -> list[int]:
     return [layer for layer in layers if layer is not None] if None not in layers else []
 
 
-def _parse_stages(stages: Sequence[Any]) -> list[StagePace]:
+def _parse_stages(stages: Sequence[Any]) -> list[StageThroughput]:
     """Read the stages; none if one of them is not valid, since their order counts."""
-    paces = [StagePace.from_json(stage) for stage in stages[:MAX_STAGES]]
-    return [pace for pace in paces if pace is not None] if None not in paces else []
+    parsed = [StageThroughput.from_json(stage) for stage in stages[:MAX_STAGES]]
+    return [stage for stage in parsed if stage is not None] if None not in parsed else []
 
 
 def _parse_stragglers(stragglers: Mapping[str, Any]) -> dict[int, float]:

@@ -9,9 +9,9 @@ from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.events import CaughtUpEvent, StragglerEvent
-from yuan.train.run_status import Pace, StagePace
+from yuan.train.run_status import StageThroughput, Throughput
 
-PACE_WINDOW_STEPS = 32  # last steps whose medians are reported
+THROUGHPUT_WINDOW_STEPS = 32  # last steps whose medians are reported
 STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
 
 
@@ -25,8 +25,8 @@ class ThroughputMeter:
         self._plan = plan
         self._tokens = plan.global_batch_size * plan.sequence_length
         self._flops = count_flops_per_token(model, plan.sequence_length) * self._tokens
-        self._step_seconds: deque[float] = deque(maxlen=PACE_WINDOW_STEPS)
-        self._compute_seconds: deque[Sequence[float]] = deque(maxlen=PACE_WINDOW_STEPS)
+        self._step_seconds: deque[float] = deque(maxlen=THROUGHPUT_WINDOW_STEPS)
+        self._compute_seconds: deque[Sequence[float]] = deque(maxlen=THROUGHPUT_WINDOW_STEPS)
         self._peak_memory_bytes: Sequence[float] = ()
         self._straggling: dict[int, float] = {}
 
@@ -41,9 +41,9 @@ class ThroughputMeter:
         self._step_seconds.append(seconds)
         self._compute_seconds.append(compute_seconds)
         self._peak_memory_bytes = peak_memory_bytes
-        return self._update_stragglers(step) if len(self._step_seconds) == PACE_WINDOW_STEPS else []
+        return self._update_stragglers(step) if len(self._step_seconds) == THROUGHPUT_WINDOW_STEPS else []
 
-    def compute_pace(self) -> Pace:
+    def compute_throughput(self) -> Throughput:
         """Compute the medians over the last steps.
 
         MFU is the model's FLOPs per second over the peak FLOPs per second of all devices. The known peaks are those of
@@ -53,7 +53,7 @@ class ThroughputMeter:
         specs = [DEVICE_SPECS.get(stage.device_class) for stage in self._plan.stages]
         is_peak_known = self._plan.precision == "bf16" and all(specs)
         peak_flops = sum(spec.peak_tflops for spec in specs if spec) * 1e12 * self._plan.data_size
-        return Pace(
+        return Throughput(
             step_seconds=seconds,
             tokens_per_s=self._tokens / seconds,
             bubble=max(0.0, 1 - sum(medians) / (len(medians) * seconds)),
@@ -65,10 +65,10 @@ class ThroughputMeter:
     def _compute_medians(self) -> list[float]:
         return [statistics.median(times) for times in zip(*self._compute_seconds, strict=True)]
 
-    def _describe_stages(self, medians: list[float]) -> list[StagePace]:
+    def _describe_stages(self, medians: list[float]) -> list[StageThroughput]:
         d = self._plan.data_size  # ranks n d to (n + 1) d are the replicas of stage n
         return [
-            StagePace(
+            StageThroughput(
                 compute_seconds=max(medians[n * d : (n + 1) * d]),
                 planned_seconds=stage.compute_seconds * self._plan.grad_accum_steps,
                 peak_bytes=max(self._peak_memory_bytes[n * d : (n + 1) * d]),

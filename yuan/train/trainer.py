@@ -56,7 +56,7 @@ class Trainer:
         source_names = [source.name for source in self.corpus.sources]
         self.rank = dist.get_rank()
         self.run_log = RunLog(folder, self.rank, source_names, self.recipe.max_steps)
-        self.pacer = ThroughputMeter(spec.model, spec.plan)
+        self.throughput_meter = ThroughputMeter(spec.model, spec.plan)
 
         torch.manual_seed(spec.seed)
         tally = SourceLossTally(len(source_names))
@@ -126,9 +126,11 @@ class Trainer:
         self._losses.append(result.loss)
         self.step += 1
 
-        for event in self.pacer.add(self.step, result.seconds, result.compute_seconds, result.peak_memory_bytes):
+        for event in self.throughput_meter.add(
+            self.step, result.seconds, result.compute_seconds, result.peak_memory_bytes
+        ):
             self.run_log.log_event(event)
-        self.run_log.log_step(self.step, result, rate, positions, self.pacer, self.module.actual_bounds)
+        self.run_log.log_step(self.step, result, rate, positions, self.throughput_meter, self.module.actual_bounds)
         self.heartbeat.note_step(self.step, result.seconds)
         return True
 
