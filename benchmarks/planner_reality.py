@@ -30,7 +30,7 @@ LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GP
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
 DEPTHS = (4, 6, 8, 10, 12, 14, 16)  # layers, where there is but one stage
 CALIBRATION = tuple(
-    CalibrationTrial(bounds=tuple(range(STAGES + 1)), recompute=(0,) * STAGES, accum=accum)
+    CalibrationTrial(bounds=tuple(range(STAGES + 1)), num_recomputed=(0,) * STAGES, grad_accum_steps=accum)
     for accum in (ACCUM, 3 * ACCUM)
 )
 HIDDEN, VOCAB, SEQ_LEN, BLOCK = (2048, 135_040, 4096, 512) if GPUS else (256, 8_192, 256, 256)
@@ -59,13 +59,14 @@ def make_trials() -> list[CalibrationTrial]:
     """Return seven splits, each without and with recomputation (all of the first stage, half of the last)."""
     if STAGES == 1:
         return [
-            CalibrationTrial(bounds=(0, n), recompute=(recompute_layers,), accum=ACCUM)
+            CalibrationTrial(bounds=(0, n), num_recomputed=(num_recomputed,), grad_accum_steps=ACCUM)
             for n in DEPTHS
-            for recompute_layers in (0, n // 2)
+            for num_recomputed in (0, n // 2)
         ]
-    plain = [CalibrationTrial(bounds=(0, n, LAYERS), recompute=(0, 0), accum=ACCUM) for n in FIRST]
+    plain = [CalibrationTrial(bounds=(0, n, LAYERS), num_recomputed=(0, 0), grad_accum_steps=ACCUM) for n in FIRST]
     recomputing = [
-        CalibrationTrial(bounds=(0, n, LAYERS), recompute=(n, (LAYERS - n) // 2), accum=ACCUM) for n in FIRST
+        CalibrationTrial(bounds=(0, n, LAYERS), num_recomputed=(n, (LAYERS - n) // 2), grad_accum_steps=ACCUM)
+        for n in FIRST
     ]
     return [trial for pair in zip(plain, recomputing, strict=True) for trial in pair]
 
@@ -91,10 +92,10 @@ def make_workload(layers: int) -> Workload:
 
 
 def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
-    grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.accum)
+    grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.grad_accum_steps)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(make_workload(trial.bounds[-1]), loss_block=BLOCK)
-    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.recompute)
+    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.num_recomputed)
     return candidate.layout.seconds
 
 
@@ -106,14 +107,17 @@ def main() -> int:
     result = measure_minimum(request)
     small_batch_s, large_batch_s, *measured_s = result.step_s
     one_each = replace(make_workload(STAGES), loss_block=BLOCK)
-    steps = [StepTiming(CALIBRATION[0].accum, small_batch_s), StepTiming(CALIBRATION[1].accum, large_batch_s)]
+    steps = [
+        StepTiming(CALIBRATION[0].grad_accum_steps, small_batch_s),
+        StepTiming(CALIBRATION[1].grad_accum_steps, large_batch_s),
+    ]
     device = DeviceGroup(device_class=result.device, count=STAGES, memory_gib=70.0, sustained_tflops=100.0)
     blank = device if GPUS else make_cpu_pool().groups[0]
     group = calibrate_group(blank, one_each, 1, result, steps, f"{STAGES} processes on {result.device}")
     predicted_s = [predict(group, trial) for trial in requested_trials]
     for trial, predicted, measured in zip(requested_trials, predicted_s, measured_s, strict=True):
         entry = make_line(
-            f"layers {trial.bounds}, recomputed {trial.recompute}",
+            f"layers {trial.bounds}, recomputed {trial.num_recomputed}",
             round(predicted, 3),
             "s",
             "the clock",

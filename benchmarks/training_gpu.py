@@ -100,7 +100,12 @@ def run_rank(folder: Path, is_small: bool) -> None:
     isolated = recipe.isolate_documents
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         module = PlannedPipeline(
-            model, plan.bounds, 0, loss_block=plan.loss_block, isolated=isolated, recomputed=plan.recomputed
+            model,
+            plan.bounds,
+            0,
+            loss_block=plan.loss_block,
+            isolated=isolated,
+            recomputed_layers=plan.recomputed_layers,
         )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
@@ -113,7 +118,7 @@ def run_rank(folder: Path, is_small: bool) -> None:
     figures = {
         "device": name,
         "model": model.name,
-        "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed)},
+        "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed_layers)},
         "seconds": statistics.median(seconds),
         "tokens": BATCH * length,
         "flops": count_flops_per_token(model, length),

@@ -144,7 +144,7 @@ class Part(nn.Module):
         self.has_embedding, self.upstream = has_embedding, upstream
         if AUTOGRAD not in sys.argv:
             self.tied.get_gradient = make_gradient_getter(None, self.tied.weight)
-        self.layers = nn.ModuleList(LayerStage(MODEL, rows, recomputed=False) for _ in range(first, end))
+        self.layers = nn.ModuleList(LayerStage(MODEL, rows, is_recomputed=False) for _ in range(first, end))
         self.norm = NormStage(MODEL) if has_head else None
         self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
 

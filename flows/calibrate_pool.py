@@ -49,7 +49,9 @@ def measure_rates(
     )
     work = Workload.from_recipe(one_layer_per_rank, recipe)
     bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
-    trials = tuple(CalibrationTrial(bounds=bounds, recompute=(0,) * ranks, accum=accum) for accum in accums)
+    trials = tuple(
+        CalibrationTrial(bounds=bounds, num_recomputed=(0,) * ranks, grad_accum_steps=accum) for accum in accums
+    )
     shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
     report(f"measuring {shape} ...")
     result = run_measurement(

@@ -78,7 +78,7 @@ class PipelinePlan:
         return dict(Counter(stage.device_class for stage in self.stages for _ in range(self.data_size)))
 
     @property
-    def recomputed(self) -> set[int]:
+    def recomputed_layers(self) -> set[int]:
         """Return the recomputed layers: the first ones of each stage, whose activations are kept longest."""
         return {stage.first_layer + n for stage in self.stages for n in range(stage.recompute_layers)}
 

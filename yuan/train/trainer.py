@@ -93,7 +93,7 @@ class Trainer:
             spec.seed,
             loss_block=spec.plan.loss_block,
             isolated=self.recipe.isolate_documents,
-            recomputed=spec.plan.recomputed,
+            recomputed_layers=spec.plan.recomputed_layers,
             tally=tally,
         )
         if spec.parent is not None:

@@ -158,10 +158,10 @@ def fit_link(small_s: float, large_s: float) -> tuple[float, float]:
 
 def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, device: torch.device) -> list[float]:
     """Return the seconds of the timed steps of a trial, run with the training engine itself."""
-    recipe = replace(request.recipe, global_batch_size=trial.accum * request.recipe.micro_batch_size)
-    recomputed = {
-        first + n for first, redone in zip(trial.bounds[:-1], trial.recompute, strict=True) for n in range(redone)
-    }
+    recipe = replace(request.recipe, global_batch_size=trial.grad_accum_steps * request.recipe.micro_batch_size)
+    recomputed_layers: set[int] = set()
+    for first, num_recomputed in zip(trial.bounds[:-1], trial.num_recomputed, strict=True):
+        recomputed_layers.update(range(first, first + num_recomputed))
     with device:  # weights of any value do, and a GPU initializes them faster
         module = PlannedPipeline(
             replace(request.model, num_layers=trial.bounds[-1]),
@@ -169,7 +169,7 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
             0,
             loss_block=request.loss_block,
             isolated=recipe.isolate_documents,
-            recomputed=recomputed,
+            recomputed_layers=recomputed_layers,
         )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
@@ -177,7 +177,7 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
         engine.reset_activation_shape()
         dist.barrier()
         start = time.perf_counter()
-        engine.train_batch(_make_batches(request, trial.accum, engine.device))
+        engine.train_batch(_make_batches(request, trial.grad_accum_steps, engine.device))
         _synchronize_device(device)
         if step:  # the first step allocates memory and is not counted
             seconds.append(time.perf_counter() - start)
@@ -185,10 +185,10 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
     return seconds
 
 
-def _make_batches(request: CalibrationRequest, accum: int, device: torch.device) -> Iterator[Any]:
+def _make_batches(request: CalibrationRequest, num_batches: int, device: torch.device) -> Iterator[Any]:
     recipe = request.recipe
     shape = (recipe.micro_batch_size, recipe.seq_len)
-    for _ in range(accum):
+    for _ in range(num_batches):
         tokens_BS = torch.randint(request.model.vocab_size, shape, device=device)
         weights_BS = torch.full(shape, 1.0 / tokens_BS.numel(), device=device)
         yield (tokens_BS, _make_documents(*shape).to(device)), (tokens_BS, weights_BS)

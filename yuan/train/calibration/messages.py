@@ -13,11 +13,17 @@ CALIBRATION_REQUEST_FILE, CALIBRATION_RESULT_FILE = "measure.json", "measured.js
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTrial:
-    """A pipeline whose step time is measured: stage bounds, recomputed layers per stage, micro-batches per step."""
+    """A pipeline whose step time is measured.
+
+    Attributes:
+        bounds: stage bounds, as `PipelinePlan.bounds`.
+        num_recomputed: number of recomputed layers of each stage; they are its first ones.
+        grad_accum_steps: micro-batches per step.
+    """
 
     bounds: tuple[int, ...]
-    recompute: tuple[int, ...]
-    accum: int
+    num_recomputed: tuple[int, ...]
+    grad_accum_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +47,12 @@ class CalibrationRequest:
     def read(cls, folder: Path) -> "CalibrationRequest":
         data = json.loads((folder / CALIBRATION_REQUEST_FILE).read_text())
         trials = tuple(
-            CalibrationTrial(bounds=tuple(t["bounds"]), recompute=tuple(t["recompute"]), accum=t["accum"])
-            for t in data["trials"]
+            CalibrationTrial(
+                bounds=tuple(trial["bounds"]),
+                num_recomputed=tuple(trial["num_recomputed"]),
+                grad_accum_steps=trial["grad_accum_steps"],
+            )
+            for trial in data["trials"]
         )
         model, recipe = ModelConfig.from_json(data["model"]), Recipe.from_json(data["recipe"])
         return cls(**{**data, "model": model, "recipe": recipe, "trials": trials})

@@ -40,15 +40,15 @@ class StageRows:
 class LayerStage(nn.Module):
     """Run one transformer layer of the pipeline; if recomputed, keep only its input for the backward pass."""
 
-    def __init__(self, config: ModelConfig, rows: StageRows, recomputed: bool) -> None:
+    def __init__(self, config: ModelConfig, rows: StageRows, is_recomputed: bool) -> None:
         super().__init__()
-        self.rows, self.recomputed = rows, recomputed
+        self.rows, self.is_recomputed = rows, is_recomputed
         self.layer = Layer(config)
         initialise_weights(self, config)
 
     def forward(self, batch: StageBatch) -> StageBatch:
         x_BSH, document_BS = batch
-        if self.recomputed and torch.is_grad_enabled():
+        if self.is_recomputed and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._run, x_BSH, document_BS, use_reentrant=False, preserve_rng_state=False)
             return out, document_BS
         return self._run(x_BSH, document_BS), document_BS
@@ -101,7 +101,7 @@ class PlannedPipeline(PipelineModule):
         bounds: first transformer layer of each stage, and the end, as `PipelinePlan.bounds`.
         loss_block: rows of logits computed at a time on the last stage; for None see `head_loss`.
         isolated: whether attention stays within each packed document; see `make_packed_inputs`.
-        recomputed: numbers of the layers that are recomputed in the backward pass.
+        recomputed_layers: numbers of the layers that are recomputed in the backward pass.
         tally: sums the losses by source; the labels are then (next tokens, weights, sources of the rows).
 
     DeepSpeed has no parameter for an explicit partition (its request #2974), so its partition hook is overridden.
@@ -115,13 +115,13 @@ class PlannedPipeline(PipelineModule):
         *,
         loss_block: int | None = None,
         isolated: bool = True,
-        recomputed: Collection[int] = (),
+        recomputed_layers: Collection[int] = (),
         tally: SourceLossTally | None = None,
     ) -> None:
         self._loss_block, self._tally = loss_block, tally
         rows = StageRows(config, isolated)
         embedding = TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME)
-        layers = [LayerSpec(LayerStage, config, rows, n in recomputed) for n in range(config.num_layers)]
+        layers = [LayerSpec(LayerStage, config, rows, n in recomputed_layers) for n in range(config.num_layers)]
         norm = LayerSpec(NormStage, config)
         head = TiedLayerSpec(
             "embedding", EmbeddingStage, config, forward_fn=pass_head_weight, tied_weight_attr=TIED_WEIGHT_NAME
