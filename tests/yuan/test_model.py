@@ -83,10 +83,10 @@ def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
 def test_adding_and_removing_cache_rows_does_not_change_the_other_rows(model, tokens):
     cache = model.make_cache(2)
     model.forward_incremental(tokens[:2, :6], cache)
-    new = cache.make_following_rows(1)
+    new = cache.make_following_slots(1)
     model.forward_incremental(tokens[2:, :3], new)
-    cache.append_rows(new)
-    cache.drop_row(0)  # the remaining rows are 2 and 1
+    cache.append_slots(new)
+    cache.drop_slot(0)  # the remaining slots are 2 and 1
     last_logits = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
     torch.testing.assert_close(last_logits[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last_logits[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)

@@ -169,7 +169,7 @@ def test_models_are_swapped_without_dropping_a_request(client, service, served_m
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnected_client_frees_its_batch_row(url, http, served_model, stream):
+def test_disconnected_client_frees_its_slot(url, http, served_model, stream):
     body = {"prompt": "abc", "max_tokens": 1900, "stream": stream}
     before = read_metric(http, "yuan_tokens_total")
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=0.3) as client:

@@ -108,13 +108,13 @@ def test_a_cache_can_be_changed_in_and_outside_of_inference_mode():
 
 @pytest.mark.parametrize("stage", ["add", "step"])
 def test_error_caused_by_one_request_fails_only_that_request(service, monkeypatch, stage):
-    """Make the decoder raise if a prompt of 7 tokens is among its rows, in their first pass or in a later one."""
+    """Make the decoder raise if a prompt of 7 tokens is among its sequences, in their first pass or in a later one."""
     engine, original_choose = service.engine, Decoder.choose_next_tokens
     tokens_before = 0 if stage == "add" else 2
 
     def choose_or_raise(self, group, logits):
         if any(len(s.prompt) == 7 and len(s.tokens) >= tokens_before for s in group):
-            raise MemoryError("of this row")
+            raise MemoryError("of this sequence")
         return original_choose(self, group, logits)
 
     monkeypatch.setattr(Decoder, "choose_next_tokens", choose_or_raise)
@@ -156,7 +156,7 @@ def test_failed_delivery_to_one_caller_does_not_affect_other_callers(service):
 
 def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
     metrics = ModelServerMetrics()
-    engine = BatchingEngine(service.served, metrics, max_rows=1, max_waiting=4)
+    engine = BatchingEngine(service.served, metrics, max_slots=1, max_waiting=4)
     running_request, long = submit_request(engine, "abc", 1500)
     wait_until(lambda: long)
     cancelled = [submit_request(engine, "abc")[0] for _ in range(4)]
@@ -164,7 +164,7 @@ def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
         submit_request(engine, "abc")
     for request in cancelled:
         request.cancel()
-    # the queue has room although the only row is busy
+    # the queue has room although the only slot is busy
     late = [submit_request(engine, "abc", limit_s=0.0)[1] for _ in range(4)]
     wait_until(lambda: all(late))
     assert [type(received[-1]).__name__ for received in late] == ["AnswerTimeout"] * 4

@@ -1,4 +1,4 @@
-"""Fair queue: the assignment of the engine's rows to callers, and the limits on waiting sequences."""
+"""Fair queue: the assignment of the engine's slots to callers, and the limits on waiting sequences."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ from yuan.serve.waiting import WaitingQueue
 
 
 def make_queue(*requests):
-    """Queue requests (caller, sequences) in this order; return the callers in the order in which they get rows."""
-    waiting, owner = WaitingQueue(max_rows=32, max_waiting=256), {}
+    """Queue requests (caller, sequences) in this order; return the callers in the order in which they get slots."""
+    waiting, owner = WaitingQueue(max_slots=32, max_waiting=256), {}
     for caller, count in requests:
         request = SimpleNamespace(caller=caller, sequences=[object() for _ in range(count)], is_over=False)
         owner |= {id(sequence): caller for sequence in request.sequences}
@@ -19,24 +19,24 @@ def make_queue(*requests):
     return waiting, owner
 
 
-def count_taken_rows(waiting, owner, free, rows):
-    return Counter(owner[id(sequence)] for sequence in waiting.take(free, rows))
+def count_taken_slots(waiting, owner, free, slots):
+    return Counter(owner[id(sequence)] for sequence in waiting.take(free, slots))
 
 
-def test_rows_are_shared_evenly_and_a_quarter_is_kept_for_newcomers():
+def test_slots_are_shared_evenly_and_a_quarter_is_kept_for_newcomers():
     waiting, owner = make_queue(("a", 100), ("b", 100), ("c", 2))
-    assert count_taken_rows(waiting, owner, 32, rows := Counter()) == {"a": 11, "b": 11, "c": 2}
-    assert count_taken_rows(waiting, owner, 8, rows) == {}
+    assert count_taken_slots(waiting, owner, 32, slots := Counter()) == {"a": 11, "b": 11, "c": 2}
+    assert count_taken_slots(waiting, owner, 8, slots) == {}
     late = SimpleNamespace(caller="late", sequences=[object(), object()], is_over=False)
     waiting.add(late)
     owner |= dict.fromkeys(map(id, late.sequences), "late")
-    assert count_taken_rows(waiting, owner, 8, rows) == {"late": 1}
-    assert count_taken_rows(waiting, owner, 10, rows) == {"late": 1, "a": 1}
+    assert count_taken_slots(waiting, owner, 8, slots) == {"late": 1}
+    assert count_taken_slots(waiting, owner, 10, slots) == {"late": 1, "a": 1}
 
 
-def test_one_caller_has_three_quarters_of_the_rows_and_the_platform_all():
-    assert count_taken_rows(*make_queue(("a", 100)), 32, Counter()) == {"a": 24}
-    assert count_taken_rows(*make_queue(("", 100)), 32, Counter()) == {"": 32}
+def test_one_caller_has_three_quarters_of_the_slots_and_the_platform_all():
+    assert count_taken_slots(*make_queue(("a", 100)), 32, Counter()) == {"a": 24}
+    assert count_taken_slots(*make_queue(("", 100)), 32, Counter()) == {"": 32}
 
 
 def test_new_caller_is_queued_and_the_limit_per_caller_shrinks_with_more_callers():
@@ -54,4 +54,4 @@ def test_finished_requests_are_removed_from_the_queue():
     finished_request.is_over = True
     waiting.add(SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=True))
     assert len(waiting) == 54
-    assert count_taken_rows(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)
+    assert count_taken_slots(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)

@@ -46,7 +46,7 @@ def answer_each(
 ) -> list[Completion | Exception]:
     """Answer each prompt as `generate` does; return the exception in place of an answer that failed.
 
-    Up to 128 sequences are decoded together, and waiting ones join as rows become free; an answer does not depend on
+    Up to 128 sequences are decoded together, and waiting ones join as slots become free; an answer does not depend on
     the other sequences of its batch.
     """
     sequences_or_errors = [_make_sequence(model, tokenizer, prompt, sampling) for prompt in prompts]
@@ -57,7 +57,7 @@ def answer_each(
 
     while waiting or decoder.running:
         free = MAX_BATCH_ROWS - len(decoder.running)
-        # A prefill of many prompts costs less than many small ones, so wait until a quarter of the rows is free.
+        # A prefill of many prompts costs less than many small ones, so wait until a quarter of the slots is free.
         if waiting and free >= min(len(waiting), MAX_BATCH_ROWS // 4):
             joining, waiting = waiting[-free:], waiting[:-free]
             failed = decoder.add(joining)

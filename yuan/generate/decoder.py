@@ -25,7 +25,7 @@ class FailedSequence:
 
 
 class Decoder:
-    """Decode running sequences with a model, one cache row each."""
+    """Decode running sequences with a model, one cache slot each."""
 
     def __init__(self, model: Yuan) -> None:
         self.model = model
@@ -51,7 +51,7 @@ class Decoder:
                 failed += self._prefill(group)
         except Exception:
             del self.running[num_before:]
-            self._cache.keep_first_rows(num_before)
+            self._cache.keep_first_slots(num_before)
             raise
         return failed
 
@@ -61,9 +61,9 @@ class Decoder:
         for row, sequence in enumerate(group):
             tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
 
-        new_rows = self._cache.make_following_rows(len(group))
-        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new_rows, counts)
-        self._cache.append_rows(new_rows)
+        new_slots = self._cache.make_following_slots(len(group))
+        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new_slots, counts)
+        self._cache.append_slots(new_slots)
         self.running += group
         return self.choose_next_tokens(group, logits_BV)
 
@@ -83,10 +83,10 @@ class Decoder:
         return self.choose_next_tokens(self.running, self.model.forward_incremental(last, self._cache))
 
     def remove(self, sequence: DecodingSequence) -> None:
-        """Remove a running sequence; the last one takes its row."""
-        row = self.running.index(sequence)
-        self._cache.drop_row(row)
-        self.running[row] = self.running[-1]
+        """Remove a running sequence; the last one takes its slot."""
+        slot = self.running.index(sequence)
+        self._cache.drop_slot(slot)
+        self.running[slot] = self.running[-1]
         self.running.pop()
 
     def choose_next_tokens(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[FailedSequence]:

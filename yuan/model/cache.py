@@ -1,6 +1,6 @@
 """Decoding cache of past tokens: attention keys and values, and two vectors of the local filter.
 
-Shape letters: R rows of the block, B rows in use, N heads, S new tokens, K capacity, D head dim, H hidden.
+Shape letters: R slots of the block, B slots in use, N heads, S new tokens, K capacity, D head dim, H hidden.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ INITIAL_CAPACITY_TOKENS = 64
 
 
 class CacheBlock:
-    """Store the cache tensors, one of each kind per layer; rows and length grow by doubling.
+    """Store the cache tensors, one of each kind per layer; slots and length grow by doubling.
 
     All tensors come from `_make_zeros` and are ordinary tensors without gradients, so that the cache can be changed
     inside and outside of inference mode: a tensor created in that mode cannot be changed outside of it.
 
     Attributes:
         keys, values: (R, N, K, D).
-        shares1, shares2: contributions of a row's last token to the next output of the filter's two convolutions,
+        shares1, shares2: contributions of a slot's last token to the next output of the filter's two convolutions,
             (R, 1, H/2) and (R, 1, H); with these two, incremental filtering is exact.
     """
 
@@ -38,8 +38,8 @@ class CacheBlock:
         for group in (self.keys, self.values, self.shares1, self.shares2):
             yield from group
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Grow the tensors to at least `rows` rows of `length` tokens.
+    def reserve(self, slots: int, length: int) -> None:
+        """Grow the tensors to at least `slots` slots of `length` tokens.
 
         Raises:
             ValueError: if `length` exceeds the window.
@@ -47,20 +47,20 @@ class CacheBlock:
         limit = self.config.seq_len
         if length > limit:
             raise ValueError(f"the window holds {limit} tokens, got {length}; shorten the prompt or the answer")
-        old_rows, old_length = self.keys[0].shape[0], self.keys[0].shape[2]
-        if rows <= old_rows and length <= old_length:
+        old_slots, old_length = self.keys[0].shape[0], self.keys[0].shape[2]
+        if slots <= old_slots and length <= old_length:
             return
 
-        new_rows, new_length = old_rows, old_length
-        if rows > old_rows:
-            new_rows = max(2 * old_rows, rows)
+        new_slots, new_length = old_slots, old_length
+        if slots > old_slots:
+            new_slots = max(2 * old_slots, slots)
         if length > old_length:
             new_length = min(limit, max(INITIAL_CAPACITY_TOKENS, 2 * old_length, length))
 
-        keys = [_grow(t, (new_rows, t.shape[1], new_length, t.shape[3])) for t in self.keys]
-        values = [_grow(t, (new_rows, t.shape[1], new_length, t.shape[3])) for t in self.values]
-        shares1 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares1]
-        shares2 = [_grow(t, (new_rows, *t.shape[1:])) for t in self.shares2]
+        keys = [_grow(t, (new_slots, t.shape[1], new_length, t.shape[3])) for t in self.keys]
+        values = [_grow(t, (new_slots, t.shape[1], new_length, t.shape[3])) for t in self.values]
+        shares1 = [_grow(t, (new_slots, *t.shape[1:])) for t in self.shares1]
+        shares2 = [_grow(t, (new_slots, *t.shape[1:])) for t in self.shares2]
         # Assign only after every allocation succeeded: out of memory must leave the block unchanged.
         self.keys, self.values = keys, values
         self.shares1, self.shares2 = shares1, shares2
@@ -78,78 +78,78 @@ def _grow(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class DecodingCache:
-    """Access a contiguous range of a block's rows, each with its own length."""
+    """Access a contiguous range of a block's slots, each with its own length."""
 
-    def __init__(self, block: CacheBlock, first: int = 0, num_rows: int = 0) -> None:
+    def __init__(self, block: CacheBlock, first: int = 0, num_slots: int = 0) -> None:
         self.block, self.first = block, first
-        self.lengths = [0] * num_rows
+        self.lengths = [0] * num_slots
         self._last_real_index: Tensor | None = None
-        block.reserve(first + num_rows, 0)
+        block.reserve(first + num_slots, 0)
         for tensor in (*block.shares1, *block.shares2):
-            tensor[first : first + num_rows].zero_()
+            tensor[first : first + num_slots].zero_()
 
     @property
-    def rows(self) -> slice:
+    def slots(self) -> slice:
         return slice(self.first, self.first + len(self.lengths))
 
     def begin_pass(self, num_new: int, counts: list[int] | None) -> None:
-        """Reserve num_new tokens a row; `counts` of each row are real, the rest is padding on the right."""
-        self.block.reserve(self.rows.stop, max(self.lengths) + num_new)
+        """Reserve num_new tokens a slot; `counts` of each slot are real, the rest is padding on the right."""
+        self.block.reserve(self.slots.stop, max(self.lengths) + num_new)
         is_padded = counts is not None and any(count != num_new for count in counts)
         self._last_real_index = torch.tensor(counts, device=self.block.like.device) - 1 if is_padded else None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, N, S, D), and return all up to the end of the longest row."""
+        """Write a layer's new keys and values (B, N, S, D), and return all up to the end of the longest slot."""
         num_new = keys.shape[2]
         end = max(self.lengths) + num_new
-        all_keys = self.block.keys[layer][self.rows, :, :end]
-        all_values = self.block.values[layer][self.rows, :, :end]
+        all_keys = self.block.keys[layer][self.slots, :, :end]
+        all_values = self.block.values[layer][self.slots, :, :end]
         if len(set(self.lengths)) == 1:
             all_keys[:, :, -num_new:] = keys
             all_values[:, :, -num_new:] = values
         else:
-            # Rows of different length: write each row's tokens behind its own last one, by index (B, 1) and (B, S).
-            row = torch.arange(len(self.lengths), device=keys.device)[:, None]
+            # Slots of different length: write each slot's tokens behind its own last one, by index (B, 1) and (B, S).
+            slot = torch.arange(len(self.lengths), device=keys.device)[:, None]
             index = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_new, device=keys.device)
-            all_keys[row, :, index] = keys.transpose(1, 2)
-            all_values[row, :, index] = values.transpose(1, 2)
+            all_keys[slot, :, index] = keys.transpose(1, 2)
+            all_values[slot, :, index] = values.transpose(1, 2)
         return all_keys, all_values
 
     def shares(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the contributions of each row's last token to a layer's two convolutions."""
-        return self.block.shares1[layer][self.rows], self.block.shares2[layer][self.rows]
+        """Return the contributions of each slot's last token to a layer's two convolutions."""
+        return self.block.shares1[layer][self.slots], self.block.shares2[layer][self.slots]
 
     def store_shares(self, layer: int, new1: Tensor, new2: Tensor) -> None:
-        """Store the contributions of each row's last real token, out of those (B, S, ...) of all new tokens."""
+        """Store the contributions of each slot's last real token, out of those (B, S, ...) of all new tokens."""
         for stored, new in zip(self.shares(layer), (new1, new2), strict=True):
             if self._last_real_index is None:
                 stored.copy_(new[:, -1:])
             else:
-                row = torch.arange(len(new), device=new.device)
-                stored.copy_(new[row, self._last_real_index][:, None])
+                slot = torch.arange(len(new), device=new.device)
+                stored.copy_(new[slot, self._last_real_index][:, None])
 
     def advance(self, counts: list[int]) -> None:
-        """Add a pass's numbers of real tokens to the rows' lengths."""
+        """Add a pass's numbers of real tokens to the slots' lengths."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def make_following_rows(self, num_rows: int) -> "DecodingCache":
-        """Return empty rows after these in the same block; fill them, then add them with `append_rows`."""
-        return DecodingCache(self.block, self.rows.stop, num_rows)
+    def make_following_slots(self, num_slots: int) -> "DecodingCache":
+        """Return empty slots after these in the same block; fill them, then add them with `append_slots`."""
+        return DecodingCache(self.block, self.slots.stop, num_slots)
 
-    def append_rows(self, following: "DecodingCache") -> None:
-        """Add the rows of a cache made by `make_following_rows` to this one."""
-        assert following.block is self.block and following.first == self.rows.stop, "rows must be adjacent"
+    def append_slots(self, following: "DecodingCache") -> None:
+        """Add the slots of a cache made by `make_following_slots` to this one."""
+        assert following.block is self.block and following.first == self.slots.stop, "slots must be adjacent"
         self.lengths += following.lengths
 
-    def keep_first_rows(self, num_rows: int) -> None:
-        """Drop all rows after the first num_rows."""
-        del self.lengths[num_rows:]
+    def keep_first_slots(self, num_slots: int) -> None:
+        """Drop all slots after the first num_slots."""
+        del self.lengths[num_slots:]
 
-    def drop_row(self, row: int) -> None:
-        """Drop a row and move the last row into its place."""
+    def drop_slot(self, slot: int) -> None:
+        """Drop a slot and move the last slot into its place."""
         last = len(self.lengths) - 1
-        if row != last:
+        if slot != last:
             for tensor in self.block.iter_tensors():
-                tensor[self.first + row] = tensor[self.first + last]
-            self.lengths[row] = self.lengths[last]
+                tensor[self.first + slot] = tensor[self.first + last]
+            self.lengths[slot] = self.lengths[last]
         self.lengths.pop()

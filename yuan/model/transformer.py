@@ -153,9 +153,9 @@ class Yuan(nn.Module):
         """Apply the final norm and the tied output head to hidden states (..., H)."""
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def make_cache(self, num_rows: int = 0) -> DecodingCache:
-        """Make an empty cache for num_rows rows."""
-        return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_rows)
+    def make_cache(self, num_slots: int = 0) -> DecodingCache:
+        """Make an empty cache of num_slots slots, one for each sequence."""
+        return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_slots)
 
 
 def initialise_weights(module: nn.Module, config: ModelConfig) -> None:

@@ -141,7 +141,7 @@ class AnswerReceiver:
         self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def close(self) -> None:
-        """Cancel the request, which frees its rows. Call it exactly once."""
+        """Cancel the request, which frees its slots. Call it exactly once."""
         self.metrics.change_open_calls(-1)
         self._timer.cancel()
         self.request.cancel()
@@ -162,7 +162,7 @@ class AnswerReceiver:
 
 
 class EventStream(StreamingResponse):
-    """Stream the events of an answer; rows are always freed, also if the caller disconnects before the first event."""
+    """Stream the events of an answer; slots are always freed, also if the caller disconnects before the first event."""
 
     def __init__(self, listener: AnswerReceiver, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)

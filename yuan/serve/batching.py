@@ -20,18 +20,18 @@ ENGINE_STALL_TIMEOUT_S = 300.0  # longer than any request may take, so that a sl
 class BatchingEngine:
     """Run one model in its own thread until it is drained.
 
-    If a forward pass raises, only the requests whose own rows cause the error fail: the decoder is rebuilt, and the
-    rows of each request are added to it separately. If a delivery raises, only its request fails. Every error is
-    counted in the metrics.
+    If a forward pass raises, only the requests whose own sequences cause the error fail: the decoder is rebuilt, and
+    the sequences of each request are added to it separately. If a delivery raises, only its request fails. Every error
+    is counted in the metrics.
 
-    Rows are shared fairly among callers; see `WaitingQueue`.
+    Each decoded sequence takes one slot of `max_slots`; slots are shared fairly among callers; see `WaitingQueue`.
     """
 
     def __init__(
-        self, served: ServedModel, metrics: ModelServerMetrics, *, max_rows: int = 32, max_waiting: int = 256
+        self, served: ServedModel, metrics: ModelServerMetrics, *, max_slots: int = 32, max_waiting: int = 256
     ) -> None:
         self.served, self._metrics = served, metrics
-        self._max_rows, self._waiting = max_rows, WaitingQueue(max_rows, max_waiting)
+        self._max_slots, self._waiting = max_slots, WaitingQueue(max_slots, max_waiting)
         self._decoder = Decoder(served.model)
         self._requests: list[GenerationRequest] = []
         self._wake = threading.Condition()
@@ -122,20 +122,20 @@ class BatchingEngine:
             self._recover([], error)
 
     def _take_waiting(self) -> list[DecodingSequence]:
-        """Take waiting sequences for the free rows."""
-        room = self._max_rows - len(self._decoder.running)
-        if not self._waiting or room <= 0:
+        """Take waiting sequences for the free slots."""
+        num_free = self._max_slots - len(self._decoder.running)
+        if not self._waiting or num_free <= 0:
             return []
-        rows = self._count_rows_by_caller()
+        slots_by_caller = self._count_slots_by_caller()
         with self._wake:
-            return self._waiting.take(room, rows)
+            return self._waiting.take(num_free, slots_by_caller)
 
-    def _count_rows_by_caller(self) -> Counter[str]:
+    def _count_slots_by_caller(self) -> Counter[str]:
         running = {id(sequence) for sequence in self._decoder.running}
-        rows: Counter[str] = Counter()
+        slots_by_caller: Counter[str] = Counter()
         for request in self._requests:
-            rows[request.caller] += sum(id(sequence) in running for sequence in request.sequences)
-        return rows
+            slots_by_caller[request.caller] += sum(id(sequence) in running for sequence in request.sequences)
+        return slots_by_caller
 
     def _find_request(self, sequence: DecodingSequence) -> GenerationRequest | None:
         return next((request for request in self._requests if sequence in request.sequences), None)
@@ -150,21 +150,21 @@ class BatchingEngine:
             self._fail_request(owner, error)
 
     def _recover(self, joining: list[DecodingSequence], error: Exception) -> None:
-        """Rebuild the decoder after an error, and add the rows of each request to it separately.
+        """Rebuild the decoder after an error, and add the sequences of each request to it separately.
 
-        Requests whose rows raise again fail. If the next pass, which admits no new sequences, also raises, all requests
-        with rows fail, since the error cannot be attributed to one.
+        Requests whose sequences raise again fail. If the next pass, which admits no new sequences, also raises, all
+        requests with running sequences fail, since the error cannot be attributed to one.
         """
         log.error("decoding failed", exc_info=error)
         self._metrics.count_error("decode")
         sequences = [s for s in (*self._decoder.running, *joining) if s.finish_reason is None]
         self._decoder = Decoder(self.served.model)
         for request in list(self._requests):
-            request_rows = [sequence for sequence in sequences if sequence in request.sequences]
-            if request_rows and self._is_recovering:
+            running = [sequence for sequence in sequences if sequence in request.sequences]
+            if running and self._is_recovering:
                 self._fail_request(request, DecodingFailed())
-            elif request_rows and not request.is_over:
-                self._rejoin(request, request_rows)
+            elif running and not request.is_over:
+                self._rejoin(request, running)
         self._is_recovering = bool(self._decoder.running)
         self._probe_decoding()
 
@@ -220,7 +220,7 @@ class BatchingEngine:
             self._metrics.count_error("deliver")
 
     def _remove_request(self, request: GenerationRequest) -> None:
-        """Free the rows of a request that is over."""
+        """Free the slots of a request that is over."""
         with self._wake:
             self._requests.remove(request)
         for sequence in request.sequences:

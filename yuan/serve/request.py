@@ -40,7 +40,7 @@ class AnswerTimeout(TimeoutError):
 
 
 class DecodingFailed(RuntimeError):
-    """Report that a forward pass over a request's rows raised."""
+    """Report that a forward pass over a request's sequences raised."""
 
     def __init__(self) -> None:
         super().__init__("decoding failed; the reason is in the model server's log")
@@ -111,7 +111,7 @@ class GenerationRequest:
         self._ended = [False] * len(self.sequences)
 
     def cancel(self) -> None:
-        """End the request, for a caller that disconnected; its rows are freed at the next token."""
+        """End the request, for a caller that disconnected; its slots are freed at the next token."""
         self.is_over = True
 
     def fail(self, error: Exception) -> None:

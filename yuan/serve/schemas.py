@@ -14,7 +14,7 @@ from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
 if TYPE_CHECKING:
     from yuan.tokenizer import Tokenizer
 
-CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its rows among callers
+CALLER_HEADER = "X-Yuan-Caller"  # for whom the portal asks, so that the engine shares its slots among callers
 MAX_CHOICES = 128
 MAX_COMPLETION_TOKENS = 4096
 MAX_PROMPT_CHARS = 1_000_000  # the window and the body limit are reached before

@@ -1,4 +1,4 @@
-"""Fair queue of the sequences that wait for rows of the engine."""
+"""Fair queue of the sequences that wait for slots of the engine."""
 
 from collections import Counter, deque
 
@@ -7,20 +7,20 @@ from yuan.serve.request import GenerationRequest, QueueFull
 
 
 class WaitingQueue:
-    """Queue sequences by caller, and share rows so that no caller can occupy all of them.
+    """Queue sequences by caller, and share slots so that no caller can occupy all of them.
 
-    The next row goes to the caller with the fewest rows, round-robin among equals. The last quarter of the rows is
-    reserved for callers that have none, so that a new caller gets a row under any load. Requests without a caller are
-    the platform's own: they share rows in the same way, but may fill every row.
+    The next slot goes to the caller with the fewest slots, round-robin among equals. The last quarter of the slots is
+    reserved for callers that have none, so that a new caller gets a slot under any load. Requests without a caller are
+    the platform's own: they share slots in the same way, but may fill every slot.
 
     Args:
-        max_rows: rows of the engine.
+        max_slots: slots of the engine.
         max_waiting: limit of waiting sequences. The platform's own may use all of it; one caller may use half of it if
             no other caller waits, a third with one other waiting caller, and so on.
     """
 
-    def __init__(self, max_rows: int, max_waiting: int) -> None:
-        self._max_waiting, self._reserve = max_waiting, max_rows // 4
+    def __init__(self, max_slots: int, max_waiting: int) -> None:
+        self._max_waiting, self._reserve = max_waiting, max_slots // 4
         self._queues: dict[str, deque[tuple[GenerationRequest, DecodingSequence]]] = {}
 
     def __len__(self) -> int:
@@ -41,30 +41,30 @@ class WaitingQueue:
             raise QueueFull(f"{num_waiting} {subject} wait already, at most {limit}; try again later")
         self._queues.setdefault(caller, deque()).extend((request, sequence) for sequence in request.sequences)
 
-    def take(self, free: int, rows: Counter[str]) -> list[DecodingSequence]:
-        """Take sequences for the free rows; drop those of requests that are over.
+    def take(self, num_free: int, slots_by_caller: Counter[str]) -> list[DecodingSequence]:
+        """Take sequences for the free slots; drop those of requests that are over.
 
         Args:
-            free: number of free rows.
-            rows: number of rows of each caller; the taken rows are added.
+            num_free: number of free slots.
+            slots_by_caller: number of slots of each caller; the taken slots are added.
         """
         taken: list[DecodingSequence] = []
-        while free > len(taken):
-            # The reserved rows are for callers that have none, and for the platform itself.
-            is_reserved = free - len(taken) <= self._reserve
-            eligible = [caller for caller in self._queues if not (is_reserved and caller and rows[caller])]
+        while num_free > len(taken):
+            # The reserved slots are for callers that have none, and for the platform itself.
+            is_reserved = num_free - len(taken) <= self._reserve
+            eligible = [caller for caller in self._queues if not (is_reserved and caller and slots_by_caller[caller])]
             if not eligible:
                 break
 
-            # The first of the callers with the fewest rows.
-            caller = min(eligible, key=lambda caller: rows[caller])
+            # The first of the callers with the fewest slots.
+            caller = min(eligible, key=lambda caller: slots_by_caller[caller])
             queue = self._queues.pop(caller)
             request, sequence = queue.popleft()
             if not request.is_over:
                 taken.append(sequence)
-                rows[caller] += 1
+                slots_by_caller[caller] += 1
             if queue:
-                self._queues[caller] = queue  # reinserted last: round-robin among callers with equal rows
+                self._queues[caller] = queue  # reinserted last: round-robin among callers with equal slots
         return taken
 
     def drop_finished(self) -> None:
