@@ -77,7 +77,7 @@ def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
         store.save(step, {key: TensorPiece(0, len(t), t) for key, t in make_values(step).items()}, updates=1, loss=loss)
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
-    assert store.find_newest(until=3).step == 2
+    assert store.find_newest(max_step=3).step == 2
     store.drop_after(2)
     assert store.find_newest().step == 2
 

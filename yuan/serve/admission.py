@@ -18,7 +18,9 @@ class AdmissionMiddleware:
     """ASGI middleware: forward a request after its token is verified and its body is read."""
 
     def __init__(self, app: ASGIApp, token: str, metrics: ModelServerMetrics) -> None:
-        self._app, self._expected, self._metrics = app, f"Bearer {token}".encode(), metrics
+        self._app = app
+        self._authorization = f"Bearer {token}".encode()
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] == PUBLIC_PATH:
@@ -34,7 +36,7 @@ class AdmissionMiddleware:
 
     def _has_token(self, scope: Scope) -> bool:
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(values) == 1 and hmac.compare_digest(values[0], self._expected)
+        return len(values) == 1 and hmac.compare_digest(values[0], self._authorization)
 
     def _refuse(self, status: int, message: str) -> JSONResponse:
         """Count a refused call, and return the response to send."""

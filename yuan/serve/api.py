@@ -103,20 +103,23 @@ class AnswerReceiver:
     """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
 
     def __init__(self, service: ModelService, sampling: Sampling, *, num_choices: int, caller: str) -> None:
-        self._service, self.metrics = service, service.metrics
-        self._sampling, self._num_choices, self._caller = sampling, num_choices, caller
+        self.metrics = service.metrics
+        self._service = service
+        self._sampling = sampling
+        self._num_choices = num_choices
+        self._caller = caller
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, prompts_of: Callable[[ServedModel], list[list[int]]]) -> None:
+    def submit(self, get_prompts: Callable[[ServedModel], list[list[int]]]) -> None:
         """Queue the prompts for the model in service.
 
         Raises:
             NoModelInService, QueueFull, EngineStopped, ValueError: see `ModelService.submit`.
         """
 
-        def make(served: ServedModel) -> GenerationRequest:
-            prompts = prompts_of(served)
+        def make_request(served: ServedModel) -> GenerationRequest:
+            prompts = get_prompts(served)
             if len(prompts) * self._num_choices > MAX_CHOICES:
                 raise ValueError(
                     f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
@@ -131,7 +134,7 @@ class AnswerReceiver:
                 caller=self._caller,
             )
 
-        self.request = self._service.submit(make)
+        self.request = self._service.submit(make_request)
         stalled = EngineStopped("the engine does not respond; try again in a minute")
         self.metrics.change_open_calls(+1)
         self._timer = self._loop.call_later(ANSWER_TIMEOUT_S + ENGINE_GRACE_S, self._pieces.put_nowait, stalled)
@@ -154,11 +157,11 @@ class AnswerReceiver:
             if isinstance(piece, Exception):
                 raise piece
             if is_first:
-                self.metrics.observe_first_token(time.monotonic() - self.request.began)
+                self.metrics.observe_first_token(time.monotonic() - self.request.start_s)
                 is_first = False
             num_unfinished -= piece.finish_reason is not None
             yield piece
-        self.metrics.observe_request(time.monotonic() - self.request.began)
+        self.metrics.observe_request(time.monotonic() - self.request.start_s)
 
 
 class EventStream(StreamingResponse):

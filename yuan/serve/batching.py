@@ -191,8 +191,8 @@ class BatchingEngine:
     def _deliver(self) -> None:
         now, is_any_over = time.monotonic(), False
         for request in list(self._requests):
-            if not request.is_over and now > request.deadline:
-                limit_s = request.deadline - request.began
+            if not request.is_over and now > request.deadline_s:
+                limit_s = request.deadline_s - request.start_s
                 self._fail_request(request, AnswerTimeout(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
             if not request.is_over:
                 self._deliver_request(request)

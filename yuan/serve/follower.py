@@ -78,7 +78,7 @@ class VersionCache:
 class AliasFollower:
     """Keep the version of an alias in service; if it cannot be loaded, the previous version stays in service.
 
-    `began` is set once a model is in service, or the first check of the alias has found none.
+    `ready` is set once a model is in service, or the first check of the alias has found none.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class AliasFollower:
         self._alias = alias
         self._versions = versions
         self._service = service
-        self.began = threading.Event()
+        self.ready = threading.Event()
         self._last_problem: str | None = None
         self._unusable_version = 0
         self._retry_at = 0.0
@@ -99,7 +99,7 @@ class AliasFollower:
         self.resume()
         while True:
             self.check_alias()
-            self.began.set()
+            self.ready.set()
             time.sleep(ALIAS_POLL_INTERVAL_S)
 
     def resume(self) -> None:
@@ -123,7 +123,7 @@ class AliasFollower:
             return self._serve_version(version, f"alias {self._alias}")
         self._log_problem(None)
 
-    def _serve_version(self, version: int, why: str) -> None:
+    def _serve_version(self, version: int, reason: str) -> None:
         if version == self._unusable_version and time.monotonic() < self._retry_at:
             return
         self._service.absence_reason = (f"v{version} is being loaded; retry in a few seconds", SHORT_RETRY_AFTER_S)
@@ -135,9 +135,9 @@ class AliasFollower:
             is_repeated = version == self._unusable_version
             self._pause_s = min(2 * self._pause_s, MAX_LOAD_RETRY_S) if is_repeated else LOAD_RETRY_S
             self._unusable_version, self._retry_at = version, time.monotonic() + self._pause_s
-            return self._log_problem(f"v{version}, {why}, cannot be served", error)
-        self.began.set()
-        log.info("v%d is in service: %s", version, why)
+            return self._log_problem(f"v{version}, {reason}, cannot be served", error)
+        self.ready.set()
+        log.info("v%d is in service: %s", version, reason)
         self._unusable_version, self._last_problem = 0, None
         try:
             self._versions.record_served(version)

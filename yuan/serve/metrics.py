@@ -24,13 +24,13 @@ class ModelServerMetrics:
         self._waiting = Gauge("yuan_waiting", "sequences that wait", registry=self._registry)
         self._calls = Gauge("yuan_calls", "calls whose answer has not ended", registry=self._registry)
         self._version = Gauge("yuan_version", "version in service", registry=self._registry)
-        self._first = Histogram(
+        self._first_token_seconds = Histogram(
             "yuan_first_token_seconds",
             "from request to first token",
             registry=self._registry,
             buckets=FIRST_TOKEN_BUCKETS_S,
         )
-        self._whole = Histogram(
+        self._request_seconds = Histogram(
             "yuan_request_seconds", "from request to last token", registry=self._registry, buckets=REQUEST_BUCKETS_S
         )
 
@@ -47,17 +47,17 @@ class ModelServerMetrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def change_open_calls(self, more: int) -> None:
-        self._calls.inc(more)
+    def change_open_calls(self, change: int) -> None:
+        self._calls.inc(change)
 
     def set_version(self, version: int) -> None:
         self._version.set(version)
 
     def observe_first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
+        self._first_token_seconds.observe(seconds)
 
     def observe_request(self, seconds: float) -> None:
-        self._whole.observe(seconds)
+        self._request_seconds.observe(seconds)
 
     def text(self) -> bytes:
         """Return the metrics in the Prometheus text format."""

@@ -1,8 +1,7 @@
 """A generation request in the engine, its answer pieces, and its errors."""
 
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from yuan.generate.sampling import ChosenToken, Sampling
@@ -65,7 +64,7 @@ class AnswerPiece:
 
     index: int
     text: str
-    chosen: Many[ChosenToken]
+    chosen: Sequence[ChosenToken]
     finish_reason: str | None
 
 
@@ -82,7 +81,7 @@ class GenerationRequest:
     def __init__(
         self,
         served: ServedModel,
-        prompts: Many[Many[int]],
+        prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
         deliver: Callable[[AnswerPiece | Exception], None],
@@ -103,8 +102,8 @@ class GenerationRequest:
             for choice_sampling in choice_samplings
         ]
         self.served, self.deliver = served, deliver
-        self.began = time.monotonic()
-        self.deadline = self.began + limit_s
+        self.start_s = time.monotonic()
+        self.deadline_s = self.start_s + limit_s
         self.is_over = False
         self._num_shown = [0] * len(self.sequences)
         self._num_delivered = [0] * len(self.sequences)

@@ -39,7 +39,7 @@ def run_model_server(settings: ModelServerSettings, alias: str = DEFAULT_ALIAS) 
     follower = AliasFollower(tracker.read_aliases, alias, versions, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # The keeper's socket queues connections meanwhile, so none is refused while a version is loaded.
-    follower.began.wait(FIRST_LOAD_WAIT_S)
+    follower.ready.wait(FIRST_LOAD_WAIT_S)
     app = make_api(settings.model_server_token.get_secret_value(), service)
     uvicorn.run(
         app,

@@ -43,7 +43,7 @@ class ModelService:
         engines = [*self._draining, self.engine] if self.engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
-    def submit(self, make: Callable[[ServedModel], GenerationRequest]) -> GenerationRequest:
+    def submit(self, make_request: Callable[[ServedModel], GenerationRequest]) -> GenerationRequest:
         """Make a request for the model in service and queue it there.
 
         Raises:
@@ -56,6 +56,6 @@ class ModelService:
             engine = self.engine
             if engine is None:
                 raise NoModelInService(*self.absence_reason)
-            request = make(engine.served)
+            request = make_request(engine.served)
             if engine.submit(request):
                 return request

@@ -79,5 +79,5 @@ class WaitingQueue:
     def _compute_limit(self, caller: str) -> int:
         if not caller:
             return self._max_waiting
-        others = sum(1 for name in self._queues if name and name != caller)
-        return self._max_waiting // (2 + others)
+        num_others = sum(1 for name in self._queues if name and name != caller)
+        return self._max_waiting // (2 + num_others)

@@ -68,11 +68,13 @@ class ExitNote:
         Raises:
             ValueError: if it is another rank's, or has no status or time.
         """
-        status, at = get_count(data, "status"), get_number(data, "time")
-        if get_count(data, "rank") != rank or status is None or at is None:
+        status, timestamp = get_count(data, "status"), get_number(data, "time")
+        if get_count(data, "rank") != rank or status is None or timestamp is None:
             raise ValueError(f"an exit note of rank {rank} needs its rank, a status and a time")
         message = get_text(data, "message", MAX_NOTE_CHARACTERS)
-        return cls(rank=rank, status=status, message=message, time=at, host=get_text(data, "host", MAX_HOST_CHARACTERS))
+        return cls(
+            rank=rank, status=status, message=message, time=timestamp, host=get_text(data, "host", MAX_HOST_CHARACTERS)
+        )
 
 
 def classify_error(error: BaseException) -> ExitStatus:

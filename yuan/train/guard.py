@@ -109,16 +109,16 @@ class GuardDecisions:
         skips = [fault for fault in self._find_recent_faults(step) if fault.action == GuardAction.SKIP]
         return sorted(skips, key=lambda fault: fault.step)
 
-    def roll_back(self, step: int, to: int, span: PositionSpan) -> "GuardDecisions":
-        """Exclude the data of this step and of the recent skips from the step `to` on."""
+    def roll_back(self, step: int, checkpoint_step: int, span: PositionSpan) -> "GuardDecisions":
+        """Exclude the data of this step and of the recent skips from the step of the checkpoint on."""
         recent = self._find_recent_faults(step)
         is_first = not any(fault.action == GuardAction.ROLL_BACK for fault in recent)
         handled_skips = {fault for fault in recent if fault.action == GuardAction.SKIP}
         kept = tuple(fault for fault in self.faults if fault not in handled_skips)
         return GuardDecisions(
             skipped=merge_spans((*self.skipped, *((skip.first, skip.end) for skip in handled_skips), span)),
-            cuts=self.cuts if is_first else (*self.cuts, to),
-            faults=(*kept, StepFault(step=to, first=span[0], end=span[1], action=GuardAction.ROLL_BACK)),
+            cuts=self.cuts if is_first else (*self.cuts, checkpoint_step),
+            faults=(*kept, StepFault(step=checkpoint_step, first=span[0], end=span[1], action=GuardAction.ROLL_BACK)),
         )
 
     def _find_recent_faults(self, step: int) -> list[StepFault]:

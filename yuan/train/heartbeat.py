@@ -29,9 +29,13 @@ MIN_TIMED_STEPS = 5  # steps needed before the median is used
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """State of a rank at `time`, in seconds since the epoch.
+    """State of a rank.
 
-    `step` is the last complete step, `doing` the current instruction, `silent_s` the seconds since it began.
+    Attributes:
+        time: seconds since the epoch.
+        step: the last complete step.
+        doing: the current instruction.
+        silent_s: seconds since the instruction began.
     """
 
     pid: int
@@ -47,11 +51,13 @@ class Heartbeat:
         Raises:
             ValueError: if it has no process id or time.
         """
-        pid, at = get_count(data, "pid"), get_number(data, "time")
-        if pid is None or at is None:
+        pid, timestamp = get_count(data, "pid"), get_number(data, "time")
+        if pid is None or timestamp is None:
             raise ValueError(f"a heartbeat needs pid and time, got {data.get('pid')!r} and {data.get('time')!r}")
         step, silent_s = get_count(data, "step") or 0, get_number(data, "silent_s") or 0.0
-        return cls(pid=pid, time=at, step=step, doing=get_text(data, "doing", MAX_DOING_CHARACTERS), silent_s=silent_s)
+        return cls(
+            pid=pid, time=timestamp, step=step, doing=get_text(data, "doing", MAX_DOING_CHARACTERS), silent_s=silent_s
+        )
 
 
 class HeartbeatWriter:
@@ -63,7 +69,9 @@ class HeartbeatWriter:
     """
 
     def __init__(self, run: Path, rank: int, limit_s: float) -> None:
-        self._run, self._rank, self._max_limit_s = run, rank, limit_s
+        self._run = run
+        self._rank = rank
+        self._max_limit_s = limit_s
         self._step = 0
         # Instruction, start time, use of the longest limit: one tuple, so that the thread reads a consistent state.
         self._progress = ("starting", time.monotonic(), True)
@@ -71,15 +79,15 @@ class HeartbeatWriter:
         (run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def note_progress(self, doing: str, *, is_patient: bool = False) -> None:
+    def record_progress(self, doing: str, *, is_patient: bool = False) -> None:
         """Record that an instruction begins; `is_patient` (not part of a step) allows it the longest limit."""
         self._progress = (doing, time.monotonic(), is_patient)
 
-    def note_step(self, step: int, seconds: float) -> None:
+    def record_step(self, step: int, seconds: float) -> None:
         """Record that a step is complete."""
         self._step = step
         self._steps.append(seconds)
-        self.note_progress("between steps")
+        self.record_progress("between steps")
 
     def limit_s(self, is_patient: bool) -> float:
         """Return the time limit for one instruction, in seconds."""
@@ -89,8 +97,8 @@ class HeartbeatWriter:
 
     def _beat(self) -> None:
         while True:
-            doing, since, is_patient = self._progress
-            silent_s, limit_s = time.monotonic() - since, self.limit_s(is_patient)
+            doing, start, is_patient = self._progress
+            silent_s, limit_s = time.monotonic() - start, self.limit_s(is_patient)
             if silent_s > limit_s:
                 message = (
                     f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {limit_s:.0f} s allowed"

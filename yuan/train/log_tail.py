@@ -14,7 +14,9 @@ class LogTail:
     """Read the new records of a log since the last read; restart at the beginning if the file was replaced."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._inode, self._offset = file, 0, 0
+        self._file = file
+        self._inode = 0
+        self._offset = 0
         self.has_more = False  # True if the last read stopped before the end of the file
 
     def read(self) -> list[dict[str, Any]]:
@@ -28,14 +30,14 @@ class LogTail:
                 if file_stat.st_ino != self._inode or file_stat.st_size < self._offset:
                     self._inode, self._offset = file_stat.st_ino, 0
                 stream.seek(self._offset)
-                new = stream.read(LOG_READ_BYTES)
+                content = stream.read(LOG_READ_BYTES)
         except (FileNotFoundError, NotRegularFileError):
             self.has_more = False
             return []
-        self.has_more = len(new) == LOG_READ_BYTES
-        complete = new[: new.rfind(b"\n") + 1]
+        self.has_more = len(content) == LOG_READ_BYTES
+        complete = content[: content.rfind(b"\n") + 1]
         if self.has_more and not complete:  # longer than any line that a run writes: skip it
-            complete = new
+            complete = content
         self._offset += len(complete)
         return [row for line in complete.split(b"\n") if (row := _parse_record(line))]
 

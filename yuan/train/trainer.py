@@ -69,7 +69,7 @@ class Trainer:
         # Creates the optimizer moments, so that even the first update can be skipped.
         collect_pieces(self.engine, spec.model.num_layers)
         self.stepper = StepRunner(
-            self.engine, tally, StageTimer(self.engine, heartbeat.note_progress), self._find_fault
+            self.engine, tally, StageTimer(self.engine, heartbeat.record_progress), self._find_fault
         )
 
         self.checkpoints = CheckpointStore(
@@ -131,7 +131,7 @@ class Trainer:
         ):
             self.run_log.log_event(event)
         self.run_log.log_step(self.step, result, rate, positions, self.throughput_meter, self.module.actual_bounds)
-        self.heartbeat.note_step(self.step, result.seconds)
+        self.heartbeat.record_step(self.step, result.seconds)
         return True
 
     def _run_repeatable_pass(self, positions: Int64Array) -> StepResult:
@@ -172,14 +172,14 @@ class Trainer:
         samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
         self.run_log.log_event(SkipEvent(step=self.step, why=fault, positions=span, samples=samples))
         self.step += 1
-        self.heartbeat.note_step(self.step, seconds)
+        self.heartbeat.record_step(self.step, seconds)
         return True
 
     def _roll_back(self, span: PositionSpan, fault: str) -> None:
         """Restore the last checkpoint before the first open skip, and exclude the data of the faulty steps."""
-        self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
+        self.heartbeat.record_progress("reading a checkpoint", is_patient=True)
         open_skips = self.decisions.list_open_skips(self.step)
-        manifest = self.checkpoints.find_newest(until=open_skips[0].step if open_skips else self.step)
+        manifest = self.checkpoints.find_newest(max_step=open_skips[0].step if open_skips else self.step)
         if manifest is None:
             raise NumericalError(
                 f"step {self.step} is faulty, {fault}, and no complete checkpoint is older; start a new run"
@@ -215,14 +215,14 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Copy this rank's pieces; a thread writes them while training continues."""
-        self.heartbeat.note_progress("copying a checkpoint", is_patient=True)  # waits for the previous checkpoint
+        self.heartbeat.record_progress("copying a checkpoint", is_patient=True)  # waits for the previous checkpoint
         pieces, updates = collect_state(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
         self.checkpoints.save(self.step, pieces, updates=updates, loss=loss, decisions=self.decisions.to_json())
-        self.heartbeat.note_progress("between steps")
+        self.heartbeat.record_progress("between steps")
 
     def _resume(self) -> int:
         """Resume from the newest complete checkpoint, written under any plan; return its step, or 0 without one."""
@@ -244,7 +244,7 @@ class Trainer:
     def _restore_checkpoint(self, manifest: CheckpointManifest) -> None:
         """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""
         step = manifest.step
-        self.heartbeat.note_progress("reading a checkpoint", is_patient=True)
+        self.heartbeat.record_progress("reading a checkpoint", is_patient=True)
         read = functools.partial(self.checkpoints.load, step)
         restore_state(self.engine, self.spec.model.num_layers, read, manifest.updates)
         self.run_log.drop_metrics_after(step)
@@ -267,7 +267,7 @@ class Trainer:
 
     def _export(self) -> None:
         """Export the last checkpoint as a model folder, on rank 0."""
-        self.heartbeat.note_progress("exporting", is_patient=True)
+        self.heartbeat.record_progress("exporting", is_patient=True)
         manifest = self.checkpoints.find_newest()
         if manifest is None or manifest.step != self.step:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")

@@ -132,7 +132,7 @@ def _measure_link(device: torch.device) -> tuple[float, float]:
                 dist.recv(message, 0)
                 dist.send(message, 0)
 
-        return _time_calls(round_trip, device, min_s=0.0, repeats=50, of=min) / 2
+        return _time_calls(round_trip, device, min_s=0.0, repeats=50, summarize=min) / 2
 
     return fit_link(time_one_way(SMALL_MESSAGE_BYTES), time_one_way(LARGE_MESSAGE_BYTES))
 
@@ -205,9 +205,9 @@ def _time_calls(
     *,
     min_s: float = MIN_TIMING_S,
     repeats: int = MIN_TIMING_REPEATS,
-    of: Callable[[list[float]], float] = statistics.median,
+    summarize: Callable[[list[float]], float] = statistics.median,
 ) -> float:
-    """Return the median (or `of`) of the seconds of calls, after one warm-up call."""
+    """Return the median (or `summarize`) of the seconds of calls, after one warm-up call."""
     dist.barrier()
     work()
     seconds: list[float] = []
@@ -218,7 +218,7 @@ def _time_calls(
         work()
         _synchronize_device(device)
         seconds.append(time.perf_counter() - start)
-    return of(seconds)
+    return summarize(seconds)
 
 
 def _synchronize_device(device: torch.device) -> None:

@@ -101,18 +101,18 @@ class CheckpointStore:
             self._pending_write.result()
             self._pending_write = None
 
-    def find_newest(self, *, until: int | None = None) -> CheckpointManifest | None:
+    def find_newest(self, *, max_step: int | None = None) -> CheckpointManifest | None:
         """Return the manifest of the newest valid checkpoint; damaged ones are skipped, with an event for each.
 
         Args:
-            until: ignore checkpoints of later steps.
+            max_step: ignore checkpoints of later steps.
 
         Raises:
             ValueError: if it is of another run: another model, or another order of data.
         """
         self.wait()
         for path, manifest in self._list_manifests():
-            if until is not None and parse_step(path) > until:
+            if max_step is not None and parse_step(path) > max_step:
                 continue
             if manifest is None:
                 self._report_damage(path, f"{CHECKPOINT_MANIFEST_FILE} differs from its seal")
@@ -134,13 +134,13 @@ class CheckpointStore:
         log.warning("checkpoint %s is damaged: %s", path, damage)
         self._emit_event(CheckpointDamagedEvent(step=parse_step(path), what=damage))
 
-    def load(self, step: int, wanted: Mapping[str, TensorPiece]) -> None:
+    def load(self, step: int, pieces: Mapping[str, TensorPiece]) -> None:
         """Fill the pieces from a checkpoint, written under any plan.
 
         Raises:
             ValueError: if a piece is missing, or has another size.
         """
-        read_pieces(self._build_path(step), wanted)
+        read_pieces(self._build_path(step), pieces)
 
     def close(self) -> None:
         """Wait for the pending checkpoint and stop the writer thread."""
@@ -230,7 +230,7 @@ class CheckpointStore:
         """Merge the dicts of all ranks."""
         parts: list[dict[str, Gathered]] = [{}] * self.ranks
         dist.all_gather_object(parts, part, group=self.group)
-        return {name: value for each in parts for name, value in each.items()}
+        return {name: value for rank_part in parts for name, value in rank_part.items()}
 
     def _find_damage(self, path: Path, manifest: CheckpointManifest) -> str | None:
         """Describe damaged files; each rank reads a part of the files, and all get the same result."""
@@ -238,13 +238,13 @@ class CheckpointStore:
         return format_differences(self._gather(find_differences(path, manifest, names)))
 
     def _check_same_run(self, path: Path, manifest: CheckpointManifest) -> None:
-        for key, found, expected in (
+        for key, stored, expected in (
             ("model", manifest.model, self.model),
             ("order", manifest.order, self.order),
         ):
-            if found != expected:
+            if stored != expected:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {found!r}, and this run's is {expected!r}; "
+                    f"checkpoint {path} is of another run: its {key} is {stored!r}, and this run's is {expected!r}; "
                     "remove it from the folder, or start a run in a new folder"
                 )
 

@@ -49,13 +49,13 @@ def write_pieces(folder: Path, pieces: Mapping[str, TensorPiece], group: dist.Pr
     save({}, storage_writer=FileSystemWriter(folder), planner=_PieceSavePlanner(pieces), process_group=group)
 
 
-def read_pieces(folder: Path, wanted: Mapping[str, TensorPiece]) -> None:
+def read_pieces(folder: Path, pieces: Mapping[str, TensorPiece]) -> None:
     """Fill pieces from a checkpoint, cut in any way; only the overlapping parts are read.
 
     Raises:
         ValueError: if a tensor is missing, or has another size.
     """
-    reader, planner = FileSystemReader(folder), _PieceLoadPlanner(wanted)
+    reader, planner = FileSystemReader(folder), _PieceLoadPlanner(pieces)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner({}, metadata, is_coordinator=True)
@@ -85,7 +85,7 @@ class _PieceSavePlanner(SavePlanner):
 
 
 class _PieceLoadPlanner(LoadPlanner):
-    """Read the parts of shards that overlap with the wanted pieces."""
+    """Read the parts of shards that overlap with the pieces to fill."""
 
     def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
         self._pieces = pieces

@@ -53,13 +53,13 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
             read_pieces(checkpoint, {f"weight/{name}": TensorPiece(0, len(whole), whole)})
             yield name, whole.view(shape)
 
-    about = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}
+    lineage = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}
     with replace_folder(target) as scratch:
         files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
-        weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, about)
+        weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, lineage)
 
 
-def find_checkpoint(folder: RunFolder, which: str) -> Path:
+def find_checkpoint(folder: RunFolder, name: str) -> Path:
     """Find a checkpoint of a run by name: `last`, `best` (lowest training loss), or the number of its step.
 
     Raises:
@@ -72,14 +72,14 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
     }
     path_by_step = {str(manifest.step): path for path, manifest in manifests.items()}
     losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
-    if which == "last" and manifests:
+    if name == "last" and manifests:
         return max(manifests, key=lambda path: manifests[path].step)
-    if which == "best" and losses:
+    if name == "best" and losses:
         return min(losses, key=lambda path: losses[path])
-    if which in path_by_step:
-        return path_by_step[which]
+    if name in path_by_step:
+        return path_by_step[name]
     steps = ", ".join(path_by_step) or "none"
-    raise ValueError(f"{folder.path} has no checkpoint {which!r}; it has the steps {steps}")
+    raise ValueError(f"{folder.path} has no checkpoint {name!r}; it has the steps {steps}")
 
 
 def main() -> int:

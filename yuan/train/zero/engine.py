@@ -32,16 +32,18 @@ def check_deepspeed() -> None:
         )
 
 
-def start_distributed(planned: int) -> None:
+def start_distributed(num_ranks: int) -> None:
     """Join the process group that torchrun prepared.
 
     Raises:
         ValueError: if the number of processes differs from the plan, or DeepSpeed is of another version.
     """
     check_deepspeed()
-    world = int(os.environ["WORLD_SIZE"])
-    if world != planned:
-        raise ValueError(f"the plan needs {planned} processes, got {world}; restart with --nproc-per-node {planned}")
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != num_ranks:
+        raise ValueError(
+            f"the plan needs {num_ranks} processes, got {world_size}; restart with --nproc-per-node {num_ranks}"
+        )
     # DeepSpeed would compile a shared-memory op here, which needs a compiler; gloo works without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", dist_init_required=True)

@@ -58,18 +58,18 @@ def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, Tensor
     pieces = collect_pieces(engine, num_layers)
 
     # A rank reads the whole weight of each of its parameters, but only its own slice of the moments.
-    whole = {
+    weights = {
         f"{WEIGHT_KIND}/{name}": torch.empty(p.numel()) for name, p in _iter_named_parameters(engine.module, num_layers)
     }
-    moments = {key: piece for key, piece in pieces.items() if key not in whole}
-    read(moments | {key: TensorPiece(0, len(values), values) for key, values in whole.items()})
+    moments = {key: piece for key, piece in pieces.items() if key not in weights}
+    read(moments | {key: TensorPiece(0, len(values), values) for key, values in weights.items()})
 
-    for key in pieces.keys() & whole.keys():
+    for key in pieces.keys() & weights.keys():
         piece = pieces[key]
-        piece.values.copy_(whole[key].narrow(0, piece.start, len(piece.values)))
+        piece.values.copy_(weights[key].narrow(0, piece.start, len(piece.values)))
     with torch.no_grad():
         for name, parameter in _iter_named_parameters(engine.module, num_layers):
-            parameter.copy_(whole[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
+            parameter.copy_(weights[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
 
     for group in _get_base_optimizer(engine).param_groups:
         _get_base_optimizer(engine).state[group["params"][0]]["step"].fill_(float(updates))

@@ -16,15 +16,17 @@ class StageTimer:
     """Sum the compute time of an engine's forward and backward passes; measured with CUDA events on a GPU.
 
     Args:
-        at: called with the name of each instruction before it runs.
+        report_instruction: called with the name of each instruction before it runs.
     """
 
-    def __init__(self, engine: Any, at: Callable[[str], None]) -> None:
+    def __init__(self, engine: Any, report_instruction: Callable[[str], None]) -> None:
         self._on_gpu = engine.device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         methods = PipelineEngine._INSTRUCTION_MAP
-        engine._INSTRUCTION_MAP = {kind: self._wrap_instruction(kind, methods[kind], at) for kind in methods}
+        engine._INSTRUCTION_MAP = {
+            kind: self._wrap_instruction(kind, method, report_instruction) for kind, method in methods.items()
+        }
 
     def take(self) -> float:
         """Return the compute seconds since the last call, and reset them; waits for the GPU."""
@@ -36,12 +38,12 @@ class StageTimer:
         return seconds
 
     def _wrap_instruction(
-        self, kind: type, method: Callable[..., Any], at: Callable[[str], None]
+        self, kind: type, method: Callable[..., Any], report_instruction: Callable[[str], None]
     ) -> Callable[..., Any]:
         name = kind.__name__
 
         def run(engine: Any, **arguments: Any) -> None:
-            at(name)
+            report_instruction(name)
             bound = MethodType(method, engine)
             if kind not in COMPUTE_INSTRUCTIONS:
                 bound(**arguments)
