@@ -122,7 +122,8 @@ class AnswerReceiver:
             prompts = get_prompts(served)
             if len(prompts) * self._num_choices > MAX_CHOICES:
                 raise ValueError(
-                    f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}"
+                    f"at most {MAX_CHOICES} choices in all, got {len(prompts)} prompts by {self._num_choices}; "
+                    "send fewer"
                 )
             return GenerationRequest(
                 served,

@@ -7,7 +7,7 @@ REQUEST_BUCKETS_S = (0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class ModelServerMetrics:
-    """Hold the metrics of one server."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -11,11 +11,11 @@ from yuan.tokenizer import Tokenizer
 
 
 class QueueFull(RuntimeError):
-    """Report that too many requests wait."""
+    """Too many requests wait."""
 
 
 class NoModelInService(LookupError):
-    """Report that no model is in service yet; the message has the reason and what the caller can do.
+    """No model is in service yet; the message has the reason and what the caller can do.
 
     Args:
         retry_after_s: seconds after which a retry may succeed; None if waiting does not help.
@@ -27,7 +27,7 @@ class NoModelInService(LookupError):
 
 
 class UnknownTokenIds(ValueError):
-    """Report a field with token ids outside the served model's vocabulary; `param` names the field."""
+    """A field has token ids outside the served model's vocabulary; `param` names the field."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -35,23 +35,23 @@ class UnknownTokenIds(ValueError):
 
 
 class AnswerTimeout(TimeoutError):
-    """Report that a request took longer than its limit."""
+    """A request took longer than its limit."""
 
 
 class DecodingFailed(RuntimeError):
-    """Report that a forward pass over a request's sequences raised."""
+    """A forward pass over a request's sequences raised."""
 
     def __init__(self) -> None:
         super().__init__("decoding failed; the reason is in the model server's log")
 
 
 class EngineStopped(RuntimeError):
-    """Report that the engine has stopped after a fatal error; the process will be restarted."""
+    """The engine has stopped after a fatal error; the process will be restarted."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Hold a model in service and its version."""
+    """A model in service and its version."""
 
     model: Yuan
     tokenizer: Tokenizer
@@ -60,7 +60,14 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """Hold new output of one choice: text that will not change, tokens, and the finish reason if it has finished."""
+    """New output of one choice.
+
+    Attributes:
+        index: number of the choice.
+        text: new text, which will not change.
+        chosen: new tokens.
+        finish_reason: None if the choice has not finished.
+    """
 
     index: int
     text: str
@@ -69,7 +76,7 @@ class AnswerPiece:
 
 
 class GenerationRequest:
-    """Track the prompts of one caller, each answered `num_choices` times with different seeds.
+    """The prompts of one caller, each answered `num_choices` times with different seeds.
 
     `deliver` is called from the engine's thread with each piece, and once with an error if the request fails.
 

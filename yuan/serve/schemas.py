@@ -57,7 +57,7 @@ def check_prompt(prompt: object) -> object:
     elif not prompt or any(isinstance(item, int) for item in prompt):
         check_ids(prompt)
     elif len(prompt) > MAX_CHOICES:
-        raise make_rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}")
+        raise make_rule_error("", f"at most {MAX_CHOICES} prompts are taken, got {len(prompt)}; send fewer")
     else:
         check = check_text if isinstance(prompt[0], str) else check_ids
         for number, item in enumerate(prompt):
@@ -112,7 +112,7 @@ class StreamOptions(BaseModel):
 
 
 class DecodingFields(BaseModel):
-    """Define the fields of both routes.
+    """The fields of both routes.
 
     Unknown fields are ignored, as clients send many; unsupported fields that would change the answer are rejected. The
     default temperature is 0, unlike OpenAI's, so that answers are reproducible.
@@ -154,7 +154,7 @@ class DecodingFields(BaseModel):
 
 
 class CompletionIn(DecodingFields):
-    """Define a text-completion request; prompts are text, or token ids, which are used without changes."""
+    """A text-completion request; prompts are text, or token ids, which are used without changes."""
 
     prompt: Annotated[
         PromptText
@@ -206,7 +206,7 @@ class Message(BaseModel):
 
 
 class ChatIn(DecodingFields):
-    """Define a chat-completion request."""
+    """A chat-completion request."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)

@@ -55,13 +55,16 @@ class RunSpec:
         if self.kind not in RUN_KINDS:
             raise ValueError(f"kind must be one of {RUN_KINDS}, got {self.kind!r}")
         if (self.kind == "pretrain") != (self.parent is None):
-            raise ValueError(f"a pretrain run has no parent and the others have one, got {self.kind}, {self.parent}")
+            raise ValueError(
+                f"a pretrain run has no parent and the others have one, got {self.kind} and {self.parent}; "
+                "change kind or parent"
+            )
         if self.plan.bounds[-1] != self.model.num_layers:
             raise ValueError(
                 f"the plan splits {self.plan.bounds[-1]} layers and the model has {self.model.num_layers}; plan again"
             )
         if not self.plan.feasible:
-            raise ValueError(f"the plan is not feasible: {self.plan.explanation}")
+            raise ValueError(f"the plan is not feasible: {self.plan.explanation}; plan again")
         planned = (self.plan.sequence_length, self.plan.global_batch_size, self.plan.micro_batch_size)
         requested = (self.recipe.seq_len, self.recipe.global_batch_size, self.recipe.micro_batch_size)
         if planned != requested:
@@ -111,7 +114,7 @@ class RunSpec:
             }
             return cls(**{**data, **parts})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a run.json of schema 1: {error}") from None
+            raise ValueError(f"not a run.json of schema {cls.schema}: {error}; prepare a new run") from None
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class CheckpointStore:
         digests = self._gather({file.name: _compute_digest_or_error(file) for file in rank_files})
         for name, digest in digests.items():
             if isinstance(digest, str):
-                raise OSError(f"{name} was written but cannot be read: {digest}")
+                raise OSError(f"{name} was written but cannot be read: {digest}; check the disk")
         return {name: digest for name, digest in digests.items() if isinstance(digest, FileDigest)}
 
     def _commit(self, path: Path, manifest: CheckpointManifest) -> None:

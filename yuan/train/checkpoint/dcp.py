@@ -100,7 +100,10 @@ class _PieceLoadPlanner(LoadPlanner):
             stored = self._metadata.get(key)
             size = stored.size.numel() if isinstance(stored, TensorStorageMetadata) else None
             if size != piece.size or not isinstance(stored, TensorStorageMetadata):
-                raise ValueError(f"the checkpoint has {key} in {size} elements, and the model in {piece.size}")
+                raise ValueError(
+                    f"the checkpoint must have {key} in {piece.size} elements, got {size or 'none'}; use a checkpoint "
+                    "of the run's model"
+                )
             items += create_read_items_for_chunk_list(key, stored, [_make_chunk(piece)])
         return LoadPlan(items)
 

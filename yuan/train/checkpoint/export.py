@@ -43,7 +43,10 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
         raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; export another one")
     spec = folder.read_spec()
     if manifest.model != spec.model.to_json():
-        raise ValueError(f"checkpoint {checkpoint} is of the model {manifest.model}, but the run's is {spec.model}")
+        raise ValueError(
+            f"checkpoint {checkpoint} is of the model {manifest.model}, but the run's is {spec.model}; export it "
+            "in the folder of its own run"
+        )
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Yuan(spec.model).state_dict().items()}
 
@@ -79,7 +82,7 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
     if name in path_by_step:
         return path_by_step[name]
     steps = ", ".join(path_by_step) or "none"
-    raise ValueError(f"{folder.path} has no checkpoint {name!r}; it has the steps {steps}")
+    raise ValueError(f"{folder.path} has no checkpoint {name!r}; it has the steps {steps}; name one of them")
 
 
 def main() -> int:

@@ -197,7 +197,10 @@ def translate_parameter_name(name: str, num_layers: int) -> str:
         return name.removeprefix("tied_modules.embedding.")
     match = re.fullmatch(r"(\d+)\.(?:layer\.)?(.+)", name)
     if match is None:
-        raise ValueError(f"unknown pipeline parameter {name}")
+        raise ValueError(
+            f"a pipeline parameter is named NUMBER.NAME or tied_modules.embedding.NAME, got {name}; "
+            "extend translate_parameter_name"
+        )
     number = int(match[1]) - 1
     return match[2] if number == num_layers else f"layers.{number}.{match[2]}"
 
@@ -214,5 +217,8 @@ def load_weights(module: nn.Module, source: TensorReader, num_layers: int) -> No
             stored_shape = source.shape(model_name) if model_name in source.names else None
             if stored_shape != shape:
                 got = "none" if stored_shape is None else stored_shape
-                raise ValueError(f"the parent has no weight {model_name} of shape {shape}, got {got}")
+                raise ValueError(
+                    f"the parent must have a weight {model_name} of shape {shape}, got {got}; choose a parent of the "
+                    "run's model"
+                )
             parameter.copy_(source.read_tensor(model_name))
