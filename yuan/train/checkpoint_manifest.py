@@ -19,8 +19,16 @@ CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")  # no run reaches 10**8 s
 class CheckpointManifest:
     """Content of a checkpoint's manifest.json, which is written last and makes the checkpoint valid.
 
-    `model` and `order` are the run's model and order of data. `updates` counts the optimizer's updates; `loss` is the
-    mean over the good steps since the previous checkpoint, None without one; `decisions` are those of the guard.
+    `model` and `order` stay the JSON that was stored: they are compared with those of a run, and nothing reads a field
+    of them. So the manifest of another release is reported as one of another run, not as damaged.
+
+    Attributes:
+        model: the run's model, from `ModelConfig.to_json`.
+        order: the run's order of data, from `RunSpec.order`, with the windows of each source.
+        updates: number of the optimizer's updates.
+        loss: mean over the good steps since the previous checkpoint; None without one.
+        decisions: those of the guard, from `GuardDecisions.to_json`.
+        files: digests of the checkpoint's other files, by name.
     """
 
     step: int
@@ -52,8 +60,9 @@ class CheckpointManifest:
         Raises:
             ValueError: if it is of another schema, or a field is missing or wrong.
         """
-        step, updates, files = (data.get(key) for key in ("step", "updates", "files"))
-        model, order, loss, decisions = (data.get(key) for key in ("model", "order", "loss", "decisions"))
+        step, files = data.get("step"), data.get("files")
+        model, order = data.get("model"), data.get("order")
+        updates, loss, decisions = data.get("updates"), data.get("loss"), data.get("decisions")
         if not (
             data.get("schema") == MANIFEST_SCHEMA
             and isinstance(step, int)
