@@ -59,8 +59,8 @@ class EvaluationCounts:
     failed: int = 0
 
 
-def evaluate(context: Context, round_id: str) -> list[EvaluationCounts]:
-    """Evaluate candidate and champion on the cases for which they have no result."""
+def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationCounts]:
+    """Evaluate a round's candidate and its parent, the champion, on the cases for which they have no result."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "evaluate", context.attempt)
         training_round = rounds.find_round(session, round_id)

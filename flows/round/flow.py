@@ -12,30 +12,29 @@ from feedback.contracts import RoundParameters
 from feedback.tables import new_id
 from flows.context import Context, open_context
 from flows.registry import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
-from flows.round import collect as collecting
-from flows.round import evaluate as evaluation
-from flows.round import prepare_run, promote
+from flows.round import collect, evaluate, prepare_run, promote
 from flows.round.artifacts import build_gate_rows, build_plan_rows, format_decision, format_plan, publish_table
 from flows.round.progress import RunCancelled, make_progress_callback
-from flows.round.tasks import StepUnrecoverable, hide_error_text, make_step
+from flows.round.tasks import StepUnrecoverable, hide_error_text, make_task
 from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
 
-process_waiting_reports = make_step(collecting.process_waiting_reports, "process reports")
-collect = make_step(collecting.collect, "collect")
-freeze_snapshot = make_step(collecting.freeze_snapshot, "snapshot")
-prepare_run_folder = make_step(prepare_run.prepare_run_folder, "plan")
-train = make_step(supervisor.train, "train")
-register_version = make_step(evaluation.register_version, "register")
-evaluate = make_step(evaluation.evaluate, "evaluate")
-decide = make_step(promote.decide, "decide")
-publish_outcome = make_step(promote.publish_outcome, "notify")
+# Operators see these names in Prefect, which stores them with every task run.
+collect_task = make_task(collect.collect_reports_and_datasets, "collect")
+snapshot_task = make_task(collect.freeze_snapshot, "snapshot")
+plan_task = make_task(prepare_run.prepare_run_folder, "plan")
+train_task = make_task(supervisor.train_candidate, "train")
+register_task = make_task(evaluate.register_version, "register")
+evaluate_task = make_task(evaluate.evaluate_round_versions, "evaluate")
+decide_task = make_task(promote.decide_round, "decide")
+notify_task = make_task(promote.publish_outcome, "notify")
+process_reports_task = make_task(collect.process_waiting_reports, "process reports")
 
 
 @flow(
     name=ROUND_FLOW,
     description="One training round: screen, reproduce, freeze, plan, train, evaluate, decide, notify.",
-    validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
+    validate_parameters=False,  # flows.dispatcher.flow_process validates them before Prefect sees them
 )
 def cotrain_round(form: RoundForm) -> str | State[str]:
     """Run a round to completion and return its final state; a round that has ended is not changed."""
@@ -50,11 +49,11 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
         # An earlier attempt may still be exiting; two attempts must not write the same files.
         with hide_error_text("the round"), hold_file_lock(context.get_round_lock(round_id)):
             return run_steps(replace(context, attempt=attempt), round_id)
-    except rounds.RoundOwnershipLost as ended:
-        return str(ended)
-    except RunCancelled as cancelled:
-        fail_round(context, round_id, str(cancelled), state="cancelled")
-        return Cancelled(message=str(cancelled))
+    except rounds.RoundOwnershipLost as error:
+        return str(error)
+    except RunCancelled as error:
+        fail_round(context, round_id, str(error), state="cancelled")
+        return Cancelled(message=str(error))
     except StepUnrecoverable as error:
         fail_round(context, round_id, str(error))
         raise
@@ -66,19 +65,23 @@ def run_steps(context: Context, round_id: str) -> str:
     Raises:
         RoundOwnershipLost: if the round has ended, or a later attempt works on it.
     """
-    collected = collect(context, round_id)
-    publish_table("collected", [] if collected is None else [asdict(collected)])
-    freeze_snapshot(context, round_id)
-    plan = prepare_run_folder(context, round_id)
+    collected_counts = collect_task(context, round_id)
+    publish_table("collected", [] if collected_counts is None else [asdict(collected_counts)])
+    snapshot_task(context, round_id)
+
+    plan = plan_task(context, round_id)
     publish_table("plan", build_plan_rows(plan))
     create_markdown_artifact(key="plan-explained", markdown=format_plan(context, round_id, plan))
-    train(context, round_id, make_progress_callback())
-    register_version(context, round_id)
-    publish_table("evaluated", [asdict(counts) for counts in evaluate(context, round_id)])
-    decision = decide(context, round_id)
+
+    train_task(context, round_id, make_progress_callback())
+    register_task(context, round_id)
+    evaluation_counts = evaluate_task(context, round_id)
+    publish_table("evaluated", [asdict(version_counts) for version_counts in evaluation_counts])
+
+    decision = decide_task(context, round_id)
     publish_table("gate", build_gate_rows(decision))
     create_markdown_artifact(key="decision", markdown=format_decision(decision))
-    publish_outcome(context)
+    notify_task(context)
     with context.sessions() as session:
         return rounds.find_round(session, round_id).state
 
@@ -98,11 +101,11 @@ def fail_round(context: Context, round_id: str, reason: str, state: str = "faile
 @flow(
     name=REPRODUCE_FLOW,
     description="Between rounds: screen new reports, reproduce them against the champion, accept those it fails on.",
-    validate_parameters=False,  # flows.dispatcher.flow_process has, before Prefect sees them
+    validate_parameters=False,  # flows.dispatcher.flow_process validates them before Prefect sees them
 )
 def cotrain_reproduce(form: ReproduceForm) -> dict[str, int]:
     """Process waiting reports; the dispatcher starts this flow when there are some."""
-    counts = process_waiting_reports(open_context(), form.limit)
+    counts = process_reports_task(open_context(), form.limit)
     row: dict[str, int] = {} if counts is None else counts.to_row()
     publish_table("processed-reports", [row])
     return row

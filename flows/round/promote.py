@@ -9,7 +9,7 @@ from flows.context import Context, RecordsContext
 log = logging.getLogger(__name__)
 
 
-def decide(context: Context, round_id: str) -> PromotionDecision:
+def decide_round(context: Context, round_id: str) -> PromotionDecision:
     """Decide on the candidate's promotion; promotion, verdicts, notices and round end are one transaction."""
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, "decide", context.attempt)

@@ -74,19 +74,23 @@ def is_server_unavailable(task_: Any, run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-def make_step(function: Callable[..., Any], name: str) -> Any:
-    """Make a Prefect task of a step: never cached, retried on I/O errors only, errors without processed text."""
+def make_task(function: Callable[..., Any], name: str) -> Any:
+    """Make a Prefect task of a step: never cached, retried on I/O errors only, errors without processed text.
+
+    Args:
+        name: as Prefect shows and stores it.
+    """
 
     @functools.wraps(function)
     def step(*args: Any, **kwargs: Any) -> Any:
         with hide_error_text(name):
             return function(*args, **kwargs)
 
-    make_task = task(
+    decorate = task(
         name=name,
         cache_policy=NO_CACHE,
         retries=6,
         retry_delay_seconds=[1, 2, 4, 8, 15, 30],
         retry_condition_fn=is_server_unavailable,
     )
-    return make_task(step)
+    return decorate(step)

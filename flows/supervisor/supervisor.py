@@ -42,7 +42,7 @@ MAX_LOGGED_CHARACTERS = 300
 MAX_DEVICE_REASON_CHARACTERS = 300  # of the reason that a device is out of use
 
 
-def train(context: Context, round_id: str, progress: ProgressCallback) -> None:
+def train_candidate(context: Context, round_id: str, progress: ProgressCallback) -> None:
     """Run a round's training until its weights are exported.
 
     Raises:

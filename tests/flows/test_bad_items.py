@@ -108,7 +108,7 @@ def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects
     with context.sessions.begin() as session:
         session.execute(update(Round).values(state="cancelled"))
         training_round = rounds.request_round(session, "test", RoundParameters(), new_id()).id
-    counts = collect.collect(context, training_round)
+    counts = collect.collect_reports_and_datasets(context, training_round)
     with context.sessions.begin() as session:
         recorded_items = rounds.find_round(session, training_round).failed_items
         rounds.finish_round(session, training_round, "cancelled", "the test is over")
