@@ -21,8 +21,23 @@ REVIEWER = "reproduction"  # actor in the audit log: a report is accepted if the
 
 
 @dataclass(frozen=True)
+class ItemCounts:
+    """Number of the reports or datasets that a step went through, and of those of them that it could not process."""
+
+    total: int
+    failed: int
+
+
+@dataclass(frozen=True)
 class CollectedCounts:
-    """Numbers of what a round collected, as its table `collected` shows them; `failed` counts items of every kind."""
+    """Numbers of what a round collected, as its table `collected` shows them.
+
+    Attributes:
+        accepted, rejected, disputed: reports, by the outcome of their review.
+        screened: reports, those that failed included.
+        datasets: datasets that were accepted.
+        failed: items of every kind that could not be processed.
+    """
 
     accepted: int
     rejected: int
@@ -32,7 +47,7 @@ class CollectedCounts:
     failed: int
 
 
-def collect(context: Context, round_id: str) -> CollectedCounts | None:
+def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCounts | None:
     """Screen, reproduce against the champion, review, and accept what was uploaded before the cut-off.
 
     Returns:
@@ -42,55 +57,65 @@ def collect(context: Context, round_id: str) -> CollectedCounts | None:
         if not rounds.begin_step(session, round_id, "collect", context.attempt):
             return None
         training_round = rounds.find_round(session, round_id)
-        cut_off, parent = training_round.cut_off, training_round.parent_version
+        cut_off = training_round.cut_off
+        parent_version = training_round.parent_version
 
-    num_screened, not_screened = _screen(context, cut_off)
-    not_reproduced = 0 if parent is None else _reproduce(context, cut_off, parent, limit=None)[1]
-    reviewed = _review(context, cut_off, round_id)
-    num_accepted, not_accepted = _accept_datasets(context, cut_off)
+    screened = _screen_reports(context, cut_off)
+    num_failed_reproductions = 0
+    if parent_version is not None:  # the first round has no model to reproduce reports against
+        num_failed_reproductions = _reproduce_reports(context, cut_off, parent_version, limit=None).failed
+    reviewed = _review_reports(context, cut_off, round_id)
+    datasets = _accept_datasets(context, cut_off)
 
-    failed = {
-        "screen": not_screened,
-        "reproduce": not_reproduced,
+    num_failed_by_step = {
+        "screen": screened.failed,
+        "reproduce": num_failed_reproductions,
         "review": reviewed.failed,
-        "accept": not_accepted,
+        "accept": datasets.failed,
     }
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, failed)
+        rounds.record_failed_items(session, round_id, num_failed_by_step)
     counts = CollectedCounts(
         accepted=reviewed.accepted,
         rejected=reviewed.rejected,
         disputed=reviewed.disputed,
-        screened=num_screened,
-        datasets=num_accepted,
-        failed=sum(failed.values()),
+        screened=screened.total,
+        datasets=datasets.total - datasets.failed,
+        failed=sum(num_failed_by_step.values()),
     )
     log.info("collected: %s", asdict(counts))
     return counts
 
 
-def _accept_datasets(context: Context, cut_off: datetime) -> tuple[int, int]:
-    """Accept checked datasets, each in its own transaction; return the numbers accepted and failed."""
-    share, max_cases = context.settings.held_out_share, context.settings.max_account_cases
+def _accept_datasets(context: Context, cut_off: datetime) -> ItemCounts:
+    """Accept checked datasets, each in its own transaction, so that one that fails stops no other."""
+    held_out_share = context.settings.held_out_share
+    max_cases = context.settings.max_account_cases
     with context.sessions() as session:
         dataset_ids = find_checked_datasets(session, cut_off)
-    failed = 0
+
+    num_failed = 0
     for dataset_id in dataset_ids:
         try:
             with context.sessions.begin() as session:
-                accept_dataset(session, dataset_id, context.objects.get, context.salt, share, max_cases)
+                accept_dataset(session, dataset_id, context.objects.get, context.salt, held_out_share, max_cases)
         except Exception as error:
             if not is_item_error(error):
                 raise
-            failed += 1
+            num_failed += 1
             with context.sessions.begin() as session:
                 record_acceptance_failure(session, dataset_id, error)
-    return len(dataset_ids) - failed, failed
+    return ItemCounts(total=len(dataset_ids), failed=num_failed)
 
 
 @dataclass(frozen=True)
 class WaitingReportsCounts:
-    """Numbers of reports processed between rounds; `review` is None while a round runs, since none is reviewed then."""
+    """Numbers of reports processed between rounds.
+
+    Attributes:
+        failed: reports that could not be screened or reproduced.
+        review: None while a round runs, since no report is reviewed then.
+    """
 
     screened: int = 0
     reproduced: int = 0
@@ -118,38 +143,44 @@ def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCount
     if version is None:
         return None
 
-    num_screened, not_screened = _screen(context, now)
-    num_reproduced, not_reproduced = _reproduce(context, now, version, limit)
+    screened = _screen_reports(context, now)
+    reproduced = _reproduce_reports(context, now, version, limit)
     with context.sessions() as session:
-        is_running = rounds.find_running_round(session) is not None
-    review = None if is_running else _review(context, now, f"v{version}")
-    return WaitingReportsCounts(num_screened, num_reproduced, not_screened + not_reproduced, review)
+        is_round_running = rounds.find_running_round(session) is not None
+    review = None if is_round_running else _review_reports(context, now, f"v{version}")
+    return WaitingReportsCounts(
+        screened=screened.total,
+        reproduced=reproduced.total,
+        failed=screened.failed + reproduced.failed,
+        review=review,
+    )
 
 
-def _screen(context: Context, cut_off: datetime) -> tuple[int, int]:
+def _screen_reports(context: Context, cut_off: datetime) -> ItemCounts:
     with context.sessions.begin() as session:
-        return reports.screen_reports(session, cut_off)
+        num_screened, num_failed = reports.screen_reports(session, cut_off)
+    return ItemCounts(total=num_screened, failed=num_failed)
 
 
-def _reproduce(context: Context, cut_off: datetime, version: int, limit: int | None) -> tuple[int, int]:
-    """Query the version with the prompts of reports, and store each batch; return the numbers queried and failed."""
+def _reproduce_reports(context: Context, cut_off: datetime, version: int, limit: int | None) -> ItemCounts:
+    """Query the version with the prompts of reports, `limit` at most, and store the answers batch by batch."""
     with context.sessions() as session:
         rows = reports.find_unreproduced_reports(session, cut_off, version, limit)
-        ids = [row.id for row in rows]
+        report_ids = [row.id for row in rows]
         prompts = [str(row.body.get("prompt", "")) for row in rows]
 
-    num_queried = failed = 0
+    num_queried = num_failed = 0
     with AnswerJudge() as judge:
         for answers in reproduce_answers(context.settings, prompts, version):
-            batch = list(zip(ids[num_queried:], answers, strict=False))
+            batch = list(zip(report_ids[num_queried:], answers, strict=False))
             with context.sessions.begin() as session:
-                failed += reports.note_reproductions(session, version, batch, judge.check)
+                num_failed += reports.note_reproductions(session, version, batch, judge.check)
             num_queried += len(answers)
-    log.info("reproduced %d reports against v%d, %d could not be processed", num_queried, version, failed)
-    return num_queried, failed
+    log.info("reproduced %d reports against v%d, %d could not be processed", num_queried, version, num_failed)
+    return ItemCounts(total=num_queried, failed=num_failed)
 
 
-def _review(context: Context, cut_off: datetime, subject: str) -> reports.ReviewCounts:
+def _review_reports(context: Context, cut_off: datetime, subject: str) -> reports.ReviewCounts:
     with context.sessions.begin() as session:
         counts = reports.review_reports(session, cut_off, context.salt, HELD_OUT_REPORT_SHARE)
         audit(session, REVIEWER, "reviewed", subject, **asdict(counts))
