@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,20 +28,68 @@ from yuan.train.run_folder import PLAN_PICTURE_FILE, RUN_SPEC_FILE, RunFolder, R
 
 log = logging.getLogger(__name__)
 
-ROUND_SEQ_LEN, ROUND_MICRO_BATCH_SIZE, ROUND_GLOBAL_BATCH_SIZE = 128, 2, 8
-MAX_ROUND_VOCAB_SIZE, MODEL_VOCAB_MULTIPLE = 1024, 64
+ROUND_SEQ_LEN = 128  # tokens
+ROUND_MICRO_BATCH_SIZE = 2  # windows of ROUND_SEQ_LEN tokens
+ROUND_GLOBAL_BATCH_SIZE = 8  # windows
+MAX_ROUND_VOCAB_SIZE = 1024  # of a tokenizer that a first round trains
+MODEL_VOCAB_MULTIPLE = 64  # the model's vocabulary is padded to a multiple of it
 MAX_WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a round's run is prepared from; `part_sizes` are the rows of each part of the snapshot, in its order."""
+    """Records from which a round's run is prepared.
+
+    Attributes:
+        part_sizes: number of rows of each part of the snapshot, in the snapshot's order.
+        parent_version: the version whose weights training starts from; None: new weights.
+    """
 
     run_id: str
     snapshot_id: str
     part_sizes: dict[str, int]
-    parent: int | None
+    parent_version: int | None
     parameters: RoundParameters
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The config of the model that a run trains, and its tokenizer."""
+
+    config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
+
+
+class WeightMissing(SafeMessageError, ValueError):
+    """A round's weights lack a part that has rows."""
+
+
+class RowEncoder:
+    """Encodes rows one by one, so that no more than one row's tokens are in memory, and excludes those that it cannot.
+
+    Attributes:
+        exclusion_reasons: the reason of each row excluded so far, by the row's key; by `line N` for line N of the
+            snapshot that can no longer be parsed, which has no key.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.exclusion_reasons: dict[str, str] = {}
+
+    def encode(self, rows: Iterable[Row | BadRow]) -> Iterator[Sample]:
+        """Yield the sample of each row that can be encoded; other rows are added to `exclusion_reasons`."""
+        for row in rows:
+            if isinstance(row, BadRow):
+                self.exclusion_reasons[f"line {row.row}"] = row.reason
+                continue
+            try:
+                sample = encode_row(row, self._tokenizer)
+            except Exception as error:
+                if not is_item_error(error):
+                    raise
+                self.exclusion_reasons[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
+            else:
+                yield sample
 
 
 def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
@@ -61,36 +109,30 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
 
-    parsed = _read_snapshot(context, inputs.snapshot_id)
-    rows = [row for row in parsed if isinstance(row, Row)]
-    model, tokenizer = _prepare_model(context, folder, inputs.parent, rows)
-    tokenizer.save(folder.path)
+    snapshot_rows = _read_snapshot(context, inputs.snapshot_id)
+    model = _prepare_model(context, folder, inputs.parent_version, snapshot_rows)
+    model.tokenizer.save(folder.path)
 
     recipe = _build_recipe(inputs.parameters)
-    work = Workload.from_recipe(model, recipe)
-    pool = load_configured_pool(context.settings)
-    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe))
-    with context.sessions.begin() as session:
-        plan = rounds.get_or_store_plan(session, round_id, new_plan)  # an earlier attempt's, if there is one
-    picture = draw_plan(work, pool, plan)
-    (folder.path / PLAN_PICTURE_FILE).write_text(picture)
-    context.objects.put(rounds.make_plan_picture_key(inputs.run_id), picture.encode())
+    plan = _plan_run(context, round_id, folder, model.config, recipe)
 
     spec = RunSpec(
-        kind="pretrain" if inputs.parent is None else "finetune",
-        model=model,
+        kind="pretrain" if inputs.parent_version is None else "finetune",
+        model=model.config,
         snapshot=inputs.snapshot_id,
         plan=plan,
         recipe=recipe,
         seed=inputs.parameters.seed,
-        parent=None if inputs.parent is None else f"v{inputs.parent}",
+        parent=None if inputs.parent_version is None else f"v{inputs.parent_version}",
     )
-    left_out = _write_windows(folder, spec, inputs, parsed, tokenizer)
+    exclusion_reasons = _write_windows(folder, spec, inputs, snapshot_rows, model.tokenizer)
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, {"plan": len(left_out)})
-        snapshots.note_left_out_rows(session, "plan", left_out)
+        rounds.record_failed_items(session, round_id, {"plan": len(exclusion_reasons)})
+        snapshots.note_left_out_rows(session, "plan", exclusion_reasons)
+
     folder.write_spec(spec)
-    log.info("prepared run %s: %d rows, excluded %d, stages %s", inputs.run_id, len(parsed), len(left_out), plan.bounds)
+    num_rows, num_excluded = len(snapshot_rows), len(exclusion_reasons)
+    log.info("prepared run %s: %d rows, excluded %d, stages %s", inputs.run_id, num_rows, num_excluded, plan.bounds)
     return plan
 
 
@@ -104,7 +146,7 @@ def _read_inputs(context: Context, round_id: str) -> RunInputs:
             run_id=rounds.get_or_create_training_run(session, round_id).id,
             snapshot_id=snapshot_id,
             part_sizes=snapshots.read_part_sizes(session, snapshot_id),
-            parent=training_round.parent_version,
+            parent_version=training_round.parent_version,
             parameters=rounds.read_parameters(training_round),
         )
 
@@ -119,110 +161,108 @@ def _read_snapshot(context: Context, snapshot_id: str) -> list[Row | BadRow]:
     return list(parse_rows(context.objects.get(key)))
 
 
+def _prepare_model(
+    context: Context, folder: RunFolder, parent_version: int | None, snapshot_rows: Sequence[Row | BadRow]
+) -> RunModel:
+    """Return the parent's config and tokenizer, or the tiny preset with a tokenizer trained on the rows.
+
+    The parent's model folder is copied into the run folder.
+    """
+    if parent_version is not None:
+        download = folder.path / ".download"
+        fetch_version(context, parent_version, download).rename(folder.parent)
+        shutil.rmtree(download)
+        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
+        return RunModel(config, tokenizers.load(folder.parent))
+
+    texts = (f"{row.prompt}\n{row.answer}" for row in snapshot_rows if isinstance(row, Row))
+    tokenizer = tokenizers.train(texts, vocab_size=MAX_ROUND_VOCAB_SIZE)
+    padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
+    return RunModel(tiny(padded_vocab_size), tokenizer)
+
+
+def _plan_run(context: Context, round_id: str, folder: RunFolder, config: ModelConfig, recipe: Recipe) -> PipelinePlan:
+    """Plan the run for the configured pool, store the plan in the round's record, and store the plan's picture.
+
+    A plan that an earlier attempt has stored is returned unchanged.
+    """
+    work = Workload.from_recipe(config, recipe)
+    pool = load_configured_pool(context.settings)
+    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe))
+    with context.sessions.begin() as session:
+        plan = rounds.get_or_store_plan(session, round_id, new_plan)
+
+    picture = draw_plan(work, pool, plan)
+    (folder.path / PLAN_PICTURE_FILE).write_text(picture)
+    context.objects.put(rounds.make_plan_picture_key(folder.path.name), picture.encode())
+    return plan
+
+
 def _write_windows(
     folder: RunFolder,
     spec: RunSpec,
     inputs: RunInputs,
-    parsed: Sequence[Row | BadRow],
+    snapshot_rows: Sequence[Row | BadRow],
     tokenizer: tokenizers.Tokenizer,
 ) -> dict[str, str]:
-    """Encode the rows and write them as windows; return the reasons of the rows left out, as `build_sources` does."""
-    left_out: dict[str, str] = {}
-    sources = build_sources(parsed, inputs.part_sizes, tokenizer, spec.seed, left_out)
+    """Encode the rows and write them as windows; return the `exclusion_reasons` of a `RowEncoder`."""
+    parts = shuffle_parts(snapshot_rows, inputs.part_sizes, spec.seed)
     weights = inputs.parameters.weights
-    shares = None
+    part_weights = None
     if weights is not None:
-        shares = select_weights({str(name): weight for name, weight in weights.items()}, sources)
-    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=shares)  # reads the sources, which fill `left_out`
-    return left_out
+        part_weights = select_weights({str(name): weight for name, weight in weights.items()}, parts)
+
+    encoder = RowEncoder(tokenizer)
+    sources = {name: encoder.encode(part_rows) for name, part_rows in parts.items()}
+    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=part_weights)  # encodes every row
+    return encoder.exclusion_reasons
 
 
-class WeightMissing(SafeMessageError, ValueError):
-    """A round's weights lack a part that has rows."""
+def shuffle_parts(
+    snapshot_rows: Sequence[Row | BadRow], part_sizes: Mapping[str, int], seed: int
+) -> dict[str, list[Row | BadRow]]:
+    """Split a snapshot's rows into its parts, and shuffle each part; parts without rows are omitted.
+
+    Args:
+        part_sizes: number of rows by the part's name, in the order in which the parts follow each other.
+    """
+    parts: dict[str, list[Row | BadRow]] = {}
+    start = 0
+    for name, size in part_sizes.items():
+        part_rows = list(snapshot_rows[start : start + size])
+        start += size
+        if part_rows:
+            random.Random(f"{seed} {name}").shuffle(part_rows)
+            parts[name] = part_rows
+    return parts
 
 
-def select_weights(weights: Mapping[str, float], sources: Collection[str]) -> dict[str, float]:
+def select_weights(weights: Mapping[str, float], part_names: Collection[str]) -> dict[str, float]:
     """Return the weights of the parts that have rows; the weights of empty parts are ignored.
 
     Raises:
         WeightMissing: if a part with rows has no weight.
     """
-    missing = sorted(set(sources) - set(weights))
+    missing = sorted(set(part_names) - set(weights))
     if missing:
         raise WeightMissing(f"the round's weights lack {', '.join(missing)}, which have rows; give each a weight")
-    return {name: weights[name] for name in sources}
+    return {name: weights[name] for name in part_names}
 
 
-def build_sources(
-    parsed: Sequence[Row | BadRow],
-    parts: dict[str, int],
-    tokenizer: tokenizers.Tokenizer,
-    seed: int,
-    left_out: dict[str, str],
-) -> dict[str, Iterator[Sample]]:
-    """Build an iterator of samples for each part of the mixture, in the snapshot's order; each part is shuffled.
-
-    Args:
-        left_out: receives the key and the reason of each row that cannot be encoded; the key of a snapshot line that
-            can no longer be parsed is its line number.
-    """
-    sources: dict[str, Iterator[Sample]] = {}
-    start = 0
-    for name, count in parts.items():
-        part_rows = list(parsed[start : start + count])
-        start += count
-        random.Random(f"{seed} {name}").shuffle(part_rows)
-        if part_rows:
-            sources[name] = _encode_rows(part_rows, tokenizer, left_out)
-    return sources
-
-
-def _encode_rows(
-    rows: Sequence[Row | BadRow], tokenizer: tokenizers.Tokenizer, left_out: dict[str, str]
-) -> Iterator[Sample]:
-    for row in rows:
-        if isinstance(row, BadRow):
-            left_out[f"line {row.row}"] = row.reason
-            continue
-        try:
-            sample = encode_row(row, tokenizer)
-        except Exception as error:
-            if not is_item_error(error):
-                raise
-            left_out[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
-        else:
-            yield sample
-
-
-def _prepare_model(
-    context: Context, folder: RunFolder, parent: int | None, rows: list[Row]
-) -> tuple[ModelConfig, tokenizers.Tokenizer]:
-    """Return the parent's config and tokenizer, or the tiny preset with a tokenizer trained on these rows."""
-    if parent is not None:
-        downloaded = fetch_version(context, parent, folder.path / ".download")
-        downloaded.rename(folder.parent)
-        shutil.rmtree(folder.path / ".download")
-        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
-        return config, tokenizers.load(folder.parent)
-    tokenizer = tokenizers.train((f"{row.prompt}\n{row.answer}" for row in rows), vocab_size=MAX_ROUND_VOCAB_SIZE)
-    padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
-    return tiny(padded_vocab_size), tokenizer
+def _build_recipe(parameters: RoundParameters) -> Recipe:
+    return Recipe(
+        max_steps=parameters.max_steps,
+        learning_rate=parameters.learning_rate,
+        seq_len=ROUND_SEQ_LEN,
+        micro_batch_size=ROUND_MICRO_BATCH_SIZE,
+        global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
+        warmup_steps=min(MAX_WARMUP_STEPS, parameters.max_steps - 1),
+        precision=_choose_precision(parameters.precision),
+        checkpoint_every=parameters.checkpoint_every,
+    )
 
 
 def _choose_precision(requested: Literal["auto", "bf16", "fp32"]) -> Precision:
     if requested == "auto":
         return "bf16" if has_fast_bf16() else "fp32"
     return requested
-
-
-def _build_recipe(requested: RoundParameters) -> Recipe:
-    return Recipe(
-        max_steps=requested.max_steps,
-        learning_rate=requested.learning_rate,
-        seq_len=ROUND_SEQ_LEN,
-        micro_batch_size=ROUND_MICRO_BATCH_SIZE,
-        global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
-        warmup_steps=min(MAX_WARMUP_STEPS, requested.max_steps - 1),
-        precision=_choose_precision(requested.precision),
-        checkpoint_every=requested.checkpoint_every,
-    )

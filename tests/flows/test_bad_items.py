@@ -185,10 +185,10 @@ def test_rows_that_cannot_be_encoded_are_skipped_and_reported():
     tokenizer = BrokenTokenizer(tokenizers.train(["abc"], vocab_size=512), "d")
     broken = Row(prompt="a", answer="d")
     parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
-    left_out = {}
-    sources = prepare_run.build_sources(parsed, {"corrections": 2, "datasets": 0, "base": 2}, tokenizer, 0, left_out)
-    assert {name: len(list(samples)) for name, samples in sources.items()} == {"corrections": 1, "base": 1}
-    assert left_out == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
+    parts = prepare_run.shuffle_parts(parsed, {"corrections": 2, "datasets": 0, "base": 2}, seed=0)
+    encoder = prepare_run.RowEncoder(tokenizer)
+    assert {name: len(list(encoder.encode(rows))) for name, rows in parts.items()} == {"corrections": 1, "base": 1}
+    assert encoder.exclusion_reasons == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
 def test_weights_are_required_only_for_parts_with_rows():
