@@ -7,7 +7,7 @@ import typer
 
 from flows.cli.output import JsonOption, explain_errors, read_version_option, show
 from flows.context import open_context
-from flows.round.versions import register_again
+from flows.round.versions import restore_version
 from infra.settings import Settings
 
 
@@ -26,6 +26,7 @@ def register(
     """
     number = read_version_option(version) if version else None
     with explain_errors():
-        restored, is_new = register_again(open_context(Settings), folder, number)
-        text = f"v{restored} is in the registry again" if is_new else f"v{restored} is in the registry; nothing changed"
-        show({"version": restored, "registered": is_new}, text, as_json)
+        restored = restore_version(open_context(Settings), folder, number)
+        outcome = " again" if restored.was_missing else "; nothing changed"
+        text = f"v{restored.version} is in the registry{outcome}"
+        show({"version": restored.version, "registered": restored.was_missing}, text, as_json)

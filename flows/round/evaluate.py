@@ -26,7 +26,8 @@ from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
 log = logging.getLogger(__name__)
 
-EVAL_LOG_FILE, EVAL_LOG_TAIL_BYTES = "eval.log", 2000
+EVAL_LOG_FILE = "eval.log"
+EVAL_LOG_TAIL_BYTES = 2000
 MAX_EVAL_ATTEMPTS = 3  # an evaluation that was killed says nothing about the model
 # On average: an answer has at most as many tokens as the expected one, plus a margin.
 MAX_RESULT_BYTES_PER_CASE = 1 << 20
@@ -36,14 +37,18 @@ def register_version(context: Context, round_id: str) -> int:
     """Register the exported folder as a new version, and return its number; a retry for a run reuses its version."""
     with context.sessions() as session:
         run = rounds.get_or_create_training_run(session, round_id)
-        run_id, mlflow_run = run.id, str(run.mlflow_run_id)
-        known = rounds.find_version_of_run(session, run_id)
+        run_id = run.id
+        mlflow_run = str(run.mlflow_run_id)
+        earlier_record = rounds.find_version_of_run(session, run_id)
+    earlier_version = None if earlier_record is None else earlier_record.version
+
     tags = {ROUND_TAG: round_id, RUN_TAG: run_id}
     # Ranks can write the folder and consumers read the registry, so only verified copies of manifest files go there.
     with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)
-        version = context.tracker.register_version(mlflow_run, scratch, tags, known.version if known else None)
+        version = context.tracker.register_version(mlflow_run, scratch, tags, earlier_version)
     context.tracker.end_run(mlflow_run)
+
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)
     log.info("registered v%d from run %s", version, run_id)
@@ -52,7 +57,12 @@ def register_version(context: Context, round_id: str) -> int:
 
 @dataclass(frozen=True)
 class EvaluationCounts:
-    """Numbers of the cases on which one call evaluated a version, and of those that could not be judged."""
+    """Counts of one evaluation of a version.
+
+    Attributes:
+        cases: cases that it was evaluated on, which had no result for it before.
+        failed: cases of these that could not be judged.
+    """
 
     version: int
     cases: int = 0
@@ -66,10 +76,10 @@ def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationC
         training_round = rounds.find_round(session, round_id)
         candidate, champion = training_round.candidate_version, training_round.parent_version
 
-    place = context.settings.home / "eval"
-    place.mkdir(exist_ok=True)
-    versions = [version for version in (candidate, champion) if version is not None]
-    counts = [evaluate_version(context, version, place) for version in versions]
+    scratch_parent = context.settings.home / "eval"
+    scratch_parent.mkdir(exist_ok=True)
+    versions = [version for version in (candidate, champion) if version is not None]  # a first round has no champion
+    counts = [evaluate_version(context, version, scratch_parent) for version in versions]
 
     num_failed = sum(version_counts.failed for version_counts in counts)
     with context.sessions.begin() as session:
@@ -77,17 +87,17 @@ def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationC
     return counts
 
 
-def evaluate_version(context: Context, version: int, place: Path | None = None) -> EvaluationCounts:
+def evaluate_version(context: Context, version: int, scratch_parent: Path | None = None) -> EvaluationCounts:
     """Evaluate a version on all cases without a result, and store the results.
 
     Args:
-        place: parent of the scratch folder, which is kept for its log on failure; with it, a version lost from the
-            registry is evaluated from its run's export. None, for an operator's command: the system's temporary
-            folder, where no service writes; the scratch folder is always removed.
+        scratch_parent: parent of the scratch folder, which is kept for its log on failure; with it, a version lost
+            from the registry is evaluated from its run's export. None, for an operator's command: the system's
+            temporary folder, where no service writes; the scratch folder is always removed.
 
     Raises:
         VersionNotRegistered: if there never was such a version.
-        VersionLost: if the version is lost from the registry and, with `place`, its run has no complete export.
+        VersionLost: if the registry has lost the version and, with `scratch_parent`, its run has no complete export.
         RuntimeError: if its evaluation fails.
     """
     with context.sessions() as session:
@@ -100,18 +110,19 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
     try:
         context.tracker.require_files(version, (MODEL_MANIFEST_FILE,))
     except VersionLost:
-        if place is None:
+        if scratch_parent is None:
             raise
         is_lost = True
 
-    with _make_evaluation_folder(version, place) as folder:
+    with _make_evaluation_folder(version, scratch_parent) as folder:
         try:
             model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
             results = run_evaluation(context, folder, model, case_lines)
         except RuntimeError as error:
             log_file = folder / EVAL_LOG_FILE
-            where = f"ends with: {_read_log_tail(log_file)}" if place is None else f"is {log_file}"
-            raise RuntimeError(f"{error}; its log {where}") from None
+            # Without a parent folder, the scratch folder and its log are about to be removed.
+            log_hint = f"ends with: {_read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
+            raise RuntimeError(f"{error}; its log {log_hint}") from None
         with context.sessions.begin() as session:
             promotion.store_results(session, version, results)
 
@@ -121,21 +132,22 @@ def evaluate_version(context: Context, version: int, place: Path | None = None) 
 
 
 @contextlib.contextmanager
-def _make_evaluation_folder(version: int, place: Path | None) -> Iterator[Path]:
-    """Make a scratch folder; below `place`, keep it after a failure, for its log, until the version's next evaluation.
+def _make_evaluation_folder(version: int, scratch_parent: Path | None) -> Iterator[Path]:
+    """Make a scratch folder; without `scratch_parent`, in the system's temporary folder, it is always removed.
 
-    Without a place it is always removed.
+    Below `scratch_parent` it is kept after a failure, for its log, until the version's next evaluation.
     """
-    for old_folder in place.glob(f"v{version}-*") if place is not None else ():
-        shutil.rmtree(old_folder)
-    folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=place))
+    if scratch_parent is not None:
+        for old_folder in scratch_parent.glob(f"v{version}-*"):
+            shutil.rmtree(old_folder)
+    folder = Path(tempfile.mkdtemp(prefix=f"v{version}-", dir=scratch_parent))
     try:
         yield folder
     except BaseException:
-        if place is None:
+        if scratch_parent is None:
             shutil.rmtree(folder)
         raise
-    shutil.rmtree(folder, ignore_errors=place is not None)
+    shutil.rmtree(folder, ignore_errors=scratch_parent is not None)
 
 
 def _dump_case(case: Case) -> bytes:
@@ -161,8 +173,8 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
     Raises:
         RuntimeError: if it fails, or writes no results file; its log may contain text of the cases.
     """
-    cases_file, results_file = folder / "cases.jsonl", folder / "results.jsonl"
-    log_file = folder / EVAL_LOG_FILE
+    cases_file = folder / "cases.jsonl"
+    results_file = folder / "results.jsonl"
     cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
     confinement = Confinement(read=(Path(model),), write=(folder,), accelerators="process", signal="SIGKILL")
     command = confinement.command(
@@ -170,9 +182,8 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
     )
 
     for _ in range(MAX_EVAL_ATTEMPTS):
-        with run_child(
-            command, folder, env=build_evaluation_environment(context, folder), log_name=log_file.name
-        ) as process:
+        environment = build_evaluation_environment(context, folder)
+        with run_child(command, folder, env=environment, log_name=EVAL_LOG_FILE) as process:
             status = process.wait()
         if status == 0:
             break

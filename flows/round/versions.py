@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from feedback import rounds
@@ -22,47 +23,58 @@ log = logging.getLogger(__name__)
 VERSION_COPY_FOLDERS = ("serve", "generate")  # folders of copies: the model server's, and the command line's
 
 
-def register_again(context: Context, folder: Path, wanted: int | None = None) -> tuple[int, bool]:
+@dataclass(frozen=True)
+class RestoredVersion:
+    """A version that is complete in the registry; `was_missing`: it, or some of its files, had to be restored."""
+
+    version: int
+    was_missing: bool
+
+
+def restore_version(context: Context, folder: Path, version: int | None = None) -> RestoredVersion:
     """Restore a version, or its files, that was deleted from the registry, from a copy of its model folder.
+
+    A version that is complete in the registry is not changed.
 
     Args:
         folder: `runs/RUN/export`, or any other copy, such as the model server's.
-        wanted: the version's number; None: identify it by its run or its manifest.
-
-    Returns:
-        The version, and whether it, or its files, had to be restored; a complete version is not changed.
+        version: None: identify it by its run or its manifest.
 
     Raises:
+        VersionNotRegistered: if there never was such a version.
         ValueError: if the folder is incomplete, or not that of the version; the message lists the differences.
     """
     folder = folder.resolve()  # links in the operator's path are followed, but none inside the folder
     try:
         manifest = ModelManifest.parse(read_file(folder, MODEL_MANIFEST_FILE))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a model folder: {MODEL_MANIFEST_FILE}: {error}") from None
+        raise ValueError(
+            f"{folder} is not a model folder: {MODEL_MANIFEST_FILE}: {error}; give runs/RUN/export or another copy"
+        ) from None
+
     with context.sessions.begin() as session:
         rounds.lock_registrations(session)
-        known = rounds.identify_version(session, manifest, wanted, folder.parent.name)
-        mlflow_run = str(rounds.get_or_create_training_run(session, known.round_id).mlflow_run_id)
-        recorded = ModelManifest.from_json(known.manifest)
-        differing = describe_manifest_differences(manifest, recorded)
-        if differing:
-            raise ValueError(f"{folder} is not what v{known.version} was: {differing}; give another copy")
+        record = rounds.identify_version(session, manifest, version, folder.parent.name)
+        mlflow_run = str(rounds.get_or_create_training_run(session, record.round_id).mlflow_run_id)
+        recorded_manifest = ModelManifest.from_json(record.manifest)
+        differences = describe_manifest_differences(manifest, recorded_manifest)
+        if differences:
+            raise ValueError(f"{folder} is not what v{record.version} was: {differences}; give another copy")
 
-        is_there = context.tracker.has_version(known.version)
-        names = [*recorded.files, MODEL_MANIFEST_FILE]
-        if is_there and not context.tracker.find_missing_files(known.version, names):
-            return known.version, False
+        is_registered = context.tracker.has_version(record.version)
+        file_names = [*recorded_manifest.files, MODEL_MANIFEST_FILE]
+        if is_registered and not context.tracker.find_missing_files(record.version, file_names):
+            return RestoredVersion(record.version, was_missing=False)
 
-        tags = {ROUND_TAG: known.round_id, RUN_TAG: known.run_id}
-        with make_scratch_folder(context.settings.home / f".register-v{known.version}") as scratch:
-            copy_manifest_files(folder, scratch, recorded)
-            if is_there:
-                context.tracker.upload_version(known.version, scratch)
+        tags = {ROUND_TAG: record.round_id, RUN_TAG: record.run_id}
+        with make_scratch_folder(context.settings.home / f".register-v{record.version}") as scratch:
+            copy_manifest_files(folder, scratch, recorded_manifest)
+            if is_registered:
+                context.tracker.upload_version(record.version, scratch)
             else:
-                context.tracker.register_version(mlflow_run, scratch, tags, known.version)
-    log.info("registered v%d again from %s", known.version, folder)
-    return known.version, True
+                context.tracker.register_version(mlflow_run, scratch, tags, record.version)
+    log.info("registered v%d again from %s", record.version, folder)
+    return RestoredVersion(record.version, was_missing=True)
 
 
 def require_registered(context: Context, version: int) -> None:
@@ -100,18 +112,19 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
     """
     with context.sessions() as session:
         record = rounds.find_version(session, version)
-        run_id, recorded = record.run_id, ModelManifest.from_json(record.manifest)
-    how = describe_registration(context.settings.home, version, run_id)
+        run_id = record.run_id
+        recorded_manifest = ModelManifest.from_json(record.manifest)
+    fix = describe_registration(context.settings.home, version, run_id)
 
     copy = target / "model"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        copy_manifest_files(context.runs / run_id / "export", copy, recorded)
+        copy_manifest_files(context.runs / run_id / "export", copy, recorded_manifest)
     except ValueError as error:
         log.warning("v%d is missing from the registry, and its run's export is not usable: %s", version, error)
-        raise VersionLost(f"v{version} is missing from the registry; {how}, then start another round") from None
-    log.warning("v%d is missing from the registry, and its run's export is used; %s", version, how)
+        raise VersionLost(f"v{version} is missing from the registry; {fix}, then start another round") from None
+    log.warning("v%d is missing from the registry, and its run's export is used; %s", version, fix)
     return copy
 
 
@@ -138,44 +151,49 @@ def copy_export(run: Path, target: Path) -> ModelManifest:
     try:
         manifest = ModelManifest.parse(read_file(run, f"export/{MODEL_MANIFEST_FILE}"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the weights of {run} cannot be registered: {error}") from None
+        raise ValueError(
+            f"the weights of {run} cannot be registered: {error}; "
+            f"write them again: python -m yuan.train.checkpoint.export {run}"
+        ) from None
     copy_manifest_files(run / "export", target, manifest)
     return manifest
 
 
-def copy_manifest_files(folder: Path, target: Path, recorded: ModelManifest) -> None:
-    """Copy only the files that a recorded manifest lists, from a folder that services can write.
+def copy_manifest_files(folder: Path, target: Path, manifest: ModelManifest) -> None:
+    """Copy only the files that a manifest lists, from a folder that services can write, and write the manifest.
 
     The copy is published in the registry, so no link is followed, not even in place of the folder, and the sha256 of
     every file is verified.
 
     Raises:
-        ValueError: if a file differs from the recorded one.
+        ValueError: if a file differs from the manifest or cannot be copied.
     """
-    for name, expected in recorded.files.items():
+    for name, expected_sha256 in manifest.files.items():
         if Path(name).name != name or name == "..":
-            raise ValueError(f"a manifest must list files of one folder, got {make_printable(name)}")
+            raise ValueError(f"a manifest must list files of one folder, got {make_printable(name)}; give another copy")
         try:
             source = open_file(folder.parent, f"{folder.name}/{name}")
-            if (size := os.fstat(source).st_size) > shutil.disk_usage(target).free:  # it may be sparse
+            num_bytes = os.fstat(source).st_size
+            if num_bytes > shutil.disk_usage(target).free:  # it may be sparse
                 os.close(source)
-                raise OSError(f"it has {size} bytes, and the disk has less room")
+                raise OSError(f"it has {num_bytes} bytes, and the disk has less room; free space")
             sha256 = copy_descriptor(source, target / name)
         except OSError as error:
             raise ValueError(f"{name} of {folder} cannot be copied: {error.strerror or error}") from None
-        if sha256 != expected:
-            raise ValueError(f"{name} of {folder} has the sha256 {sha256}, recorded is {expected}; give another copy")
-    (target / MODEL_MANIFEST_FILE).write_text(json.dumps(recorded.to_json()))
+        if sha256 != expected_sha256:
+            raise ValueError(
+                f"{name} of {folder} has the sha256 {sha256}, recorded is {expected_sha256}; give another copy"
+            )
+    (target / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest.to_json()))
 
 
 def describe_registration(home: Path, version: int, run_id: str) -> str:
     """Describe the command that restores a lost version, from the first copy that exists on this machine."""
     run = home / "runs" / run_id
-    places = (run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS))
-    copies = [place / MODEL_MANIFEST_FILE for place in places]
-    for manifest in copies:
-        if manifest.exists():
-            return f"register it again: cotrain register {manifest.parent} --version {version}"
+    copies = [run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS)]
+    for copy in copies:
+        if (copy / MODEL_MANIFEST_FILE).exists():
+            return f"register it again: cotrain register {copy} --version {version}"
     if any(list_committed_checkpoints(run / "checkpoints")):
         return (
             f"write its weights again, `python -m yuan.train.checkpoint.export {run}`, and register them: "
@@ -187,24 +205,25 @@ def describe_registration(home: Path, version: int, run_id: str) -> str:
     )
 
 
-def describe_manifest_differences(found: ModelManifest, recorded: ModelManifest) -> str:
-    """Describe the differences between two manifests; empty if there are none.
+def describe_manifest_differences(manifest: ModelManifest, recorded: ModelManifest) -> str:
+    """Describe the differences between a folder's manifest and the recorded one; empty if there are none.
 
     >>> recorded = ModelManifest({"a": "1", "b": "3"}, {"step": 6})
     >>> describe_manifest_differences(ModelManifest({"a": "1", "b": "2"}, {"step": 5}), recorded)
     'b has the sha256 2, recorded is 3; step is 5, recorded is 6'
     """
     differences = []
-    for name in sorted(found.files.keys() | recorded.files.keys()):
-        sha256, expected = found.files.get(name), recorded.files.get(name)
-        if sha256 != expected:
-            difference = f"{name} has the sha256 {sha256 or 'of no file'}, recorded is {expected or 'no such file'}"
-            differences.append(difference)
+    for name in sorted(manifest.files.keys() | recorded.files.keys()):
+        sha256, recorded_sha256 = manifest.files.get(name), recorded.files.get(name)
+        if sha256 != recorded_sha256:
+            differences.append(
+                f"{name} has the sha256 {sha256 or 'of no file'}, recorded is {recorded_sha256 or 'no such file'}"
+            )
 
-    found_fields = {**found.about, "schema": found.schema}
+    fields = {**manifest.about, "schema": manifest.schema}
     recorded_fields = {**recorded.about, "schema": recorded.schema}
-    for field in sorted(found_fields.keys() | recorded_fields.keys()):
-        value, recorded_value = found_fields.get(field), recorded_fields.get(field)
+    for field in sorted(fields.keys() | recorded_fields.keys()):
+        value, recorded_value = fields.get(field), recorded_fields.get(field)
         if value != recorded_value:
             differences.append(f"{field} is {value}, recorded is {recorded_value}")
     return "; ".join(differences)
