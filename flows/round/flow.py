@@ -41,7 +41,7 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
     context = open_context()
     round_id = form.round_id
     if round_id is None:
-        # This run only files the request; the dispatcher starts the round in another flow run, under its own key.
+        # This run only stores the request; the dispatcher starts the round in another flow run, under its own key.
         return f"requested round {request_round(context, form.round_parameters())}"
     with context.sessions() as session:
         attempt = rounds.find_round(session, round_id).attempt

@@ -26,22 +26,25 @@ def make_progress_callback() -> ProgressCallback:
     Raises:
         RunCancelled: from the function, once an operator has cancelled.
     """
-    artifact: list[Any] = []
-    polled_at = [0.0]
+    artifact_id: Any = None
+    polled_at = 0.0
 
-    def show(status: RunStatus | None) -> None:
-        if time.monotonic() - polled_at[0] > CANCEL_POLL_S:
-            polled_at[0] = time.monotonic()
+    def show_progress(status: RunStatus | None) -> None:
+        nonlocal artifact_id, polled_at
+        if time.monotonic() - polled_at > CANCEL_POLL_S:
+            polled_at = time.monotonic()
             raise_if_cancelled()
+
         if status is None:
             return
-        percent, line = 100.0 * status.step / status.max_steps, describe_status(status)
-        if artifact:
-            update_progress_artifact(artifact[0], percent, description=line)
+        percent = 100.0 * status.step / status.max_steps
+        line = describe_status(status)
+        if artifact_id is None:
+            artifact_id = create_progress_artifact(percent, key="training", description=line)
         else:
-            artifact.append(create_progress_artifact(percent, key="training", description=line))
+            update_progress_artifact(artifact_id, percent, description=line)
 
-    return show
+    return show_progress
 
 
 def raise_if_cancelled() -> None:

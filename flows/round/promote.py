@@ -28,13 +28,18 @@ def decide_round(context: Context, round_id: str) -> PromotionDecision:
 
 
 def publish_outcome(context: RecordsContext) -> int:
-    """Deliver notices to reporters and set the registry's aliases to the champion. Safe to call from any process."""
+    """Deliver notices to reporters and set the registry's aliases to the champion; return the number of notices.
+
+    Safe to call from any process.
+    """
     with context.sessions.begin() as session:
-        delivered = promotion.mark_notices_delivered(session)
-    with (
-        context.sessions.begin() as session
-    ):  # a separate transaction: an outage of the registry must not undo deliveries
-        changed = promotion.reconcile_aliases(session, context.tracker.read_aliases(), context.tracker.set_alias)
-    if delivered or changed:
-        log.info("delivered %d notices, set aliases %s", delivered, changed)
-    return delivered
+        num_delivered = promotion.mark_notices_delivered(session)
+
+    # A separate transaction: an outage of the registry must not undo deliveries.
+    with context.sessions.begin() as session:
+        changed_aliases = promotion.reconcile_aliases(
+            session, context.tracker.read_aliases(), context.tracker.set_alias
+        )
+    if num_delivered or changed_aliases:
+        log.info("delivered %d notices, set aliases %s", num_delivered, changed_aliases)
+    return num_delivered
