@@ -25,7 +25,12 @@ SessionFactory = sessionmaker[Session]
 
 @dataclass(frozen=True)
 class GrantedLease:
-    """A granted lease: its id, its devices, and an event that is set when it is lost."""
+    """A granted lease.
+
+    Attributes:
+        devices: ids of its devices, as `CLASS/NUMBER`.
+        lost: is set when the lease is lost; its devices may then be granted to others.
+    """
 
     id: str
     devices: tuple[str, ...]
@@ -41,18 +46,20 @@ def make_job_name(lease_id: str) -> str:
 def hold_lease(
     sessions: SessionFactory,
     pool: str,
-    wanted: Mapping[str, int],
+    device_counts: Mapping[str, int],
     *,
     run_id: str,
     team: str,
     priority: int = 0,
     ttl_s: float = leases.LEASE_TTL_S,
-    waiting: Callable[[int], None] = lambda _: None,
+    report_waiting: Callable[[int], None] = lambda _: None,
 ) -> Iterator[GrantedLease]:
     """Wait for devices and hold them while the block runs; no process may use them when the block ends.
 
     Args:
-        waiting: called while waiting, with the number of leases ahead in the queue; may raise to give up.
+        device_counts: number of devices by device class.
+        ttl_s: time to live without heartbeats, in seconds.
+        report_waiting: called while waiting, with the number of leases ahead in the queue; may raise to give up.
 
     Raises:
         NoCapacity: if the pool cannot grant this, now or after a device was lost during the wait.
@@ -60,7 +67,14 @@ def hold_lease(
     """
     with sessions.begin() as session:
         lease = leases.request_lease(
-            session, pool, wanted, run_id=run_id, team=team, holder=get_own_identity(), priority=priority, ttl_s=ttl_s
+            session,
+            pool,
+            device_counts,
+            run_id=run_id,
+            team=team,
+            holder=get_own_identity(),
+            priority=priority,
+            ttl_s=ttl_s,
         )
     stop, lost = threading.Event(), threading.Event()
     heartbeats = threading.Thread(
@@ -69,7 +83,7 @@ def hold_lease(
     heartbeats.start()
     reason = "done"
     try:
-        devices = _wait_for_grant(sessions, lease, lost, waiting)
+        devices = _wait_for_grant(sessions, lease, lost, report_waiting)
         log.info("lease %s of pool %s: %s", lease.id[:8], pool, ", ".join(devices))
         yield GrantedLease(lease.id, devices, lost)
     except BaseException as error:
@@ -82,21 +96,28 @@ def hold_lease(
 
 
 def _wait_for_grant(
-    sessions: SessionFactory, lease: Lease, lost: threading.Event, waiting: Callable[[int], None]
+    sessions: SessionFactory, lease: Lease, lost: threading.Event, report_waiting: Callable[[int], None]
 ) -> tuple[str, ...]:
+    """Wait until the lease is granted, also through outages of the database, and return its devices."""
+    num_leases_ahead = 0
     while True:
         with contextlib.suppress(*DATABASE_ERRORS), sessions.begin() as session:
             leases.grant_leases(session, lease.pool)
             current = session.get_one(Lease, lease.id)
             if current.devices is not None:
                 return tuple(current.devices)
+
+            # A device may have been lost since the request.
             leases.check_capacity(session, lease.pool, lease.wanted)
             queue = [waiting_lease.id for waiting_lease in session.scalars(leases.select_waiting_leases(lease.pool))]
-            if lease.id not in queue:
+            if lease.id in queue:
+                num_leases_ahead = queue.index(lease.id)
+            else:
                 lost.set()
+
         if lost.is_set():
-            raise leases.LeaseLost(f"lease {lease.id} was reaped while it waited")
-        waiting(queue.index(lease.id) if queue else 0)
+            raise leases.LeaseLost(f"lease {lease.id} was reaped while it waited; request another one")
+        report_waiting(num_leases_ahead)
         time.sleep(LEASE_POLL_S)
 
 

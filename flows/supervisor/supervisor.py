@@ -108,7 +108,7 @@ class Supervisor:
                 run_id=self.run_id,
                 team=settings.team,
                 priority=self.priority,
-                waiting=lambda _: self.reporter.report(),
+                report_waiting=lambda _: self.reporter.report(),
             ) as lease:
                 return self._watch_run(plan, lease)
         except leases.NoCapacity as error:  # a device was lost while waiting for the lease
