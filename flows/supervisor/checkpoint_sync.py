@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from infra.faults import OBJECT_STORE_ERRORS
@@ -28,19 +29,28 @@ log = logging.getLogger(__name__)
 CHECKPOINT_KEY_PREFIX = "checkpoints"
 CHECKPOINT_UPLOAD_POLL_S = 2.0
 MAX_CHECKPOINT_MANIFEST_BYTES = 64 * 2**20
-RefusedCheckpoint = tuple[str, str]  # a checkpoint's name and the sha256 of its manifest
+MAX_LOGGED_ERROR_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class RefusedCheckpoint:
+    """A checkpoint whose files differ from its manifest; a new one of the same name has another manifest."""
+
+    name: str
+    manifest_sha256: str
 
 
 @contextlib.contextmanager
 def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
     """Upload every checkpoint that is committed while the block runs, the last one before the block ends."""
-    stop, refused = threading.Event(), set[RefusedCheckpoint]()
+    stop = threading.Event()
+    refused: set[RefusedCheckpoint] = set()
 
-    def work() -> None:
+    def upload_until_stopped() -> None:
         while not stop.wait(CHECKPOINT_UPLOAD_POLL_S):
             _try_sync_checkpoints(objects, run_id, folder, refused)
 
-    thread = threading.Thread(target=work, daemon=True, name="uploads")
+    thread = threading.Thread(target=upload_until_stopped, daemon=True, name="uploads")
     thread.start()
     try:
         yield
@@ -65,32 +75,35 @@ def sync_checkpoints(
     stored_names = _list_stored_checkpoints(objects, run_id)
     local_names = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
 
-    uploaded = []
+    uploaded_names = []
     for name in local_names:
         manifest = b""
         try:
             manifest = _read_manifest_content(folder, name)
-            if (name, digest_content(manifest).sha256) in refused:
+            if RefusedCheckpoint(name, digest_content(manifest).sha256) in refused:
                 continue
             if name in stored_names:
                 if objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
                     continue
                 _delete_stored_checkpoint(objects, run_id, name)  # of a trajectory that a roll back has discarded
             if _upload_checkpoint(objects, run_id, folder, name, manifest):
-                uploaded.append(name)
+                uploaded_names.append(name)
         except FileNotFoundError:  # the run has pruned it meanwhile
             continue
         # Damaged, or not written by our ranks; the other checkpoints are uploaded.
         except (NotRegularFileError, ValueError) as error:
-            log.warning("checkpoint %s of run %s is not stored: %s", name, run_id, make_printable(str(error))[:300])
+            reason = make_printable(str(error))[:MAX_LOGGED_ERROR_CHARACTERS]
+            log.warning("checkpoint %s of run %s is not stored, later ones are: %s", name, run_id, reason)
             _delete_stored_checkpoint(objects, run_id, name)
-            refused.add((name, digest_content(manifest).sha256))
+            refused.add(RefusedCheckpoint(name, digest_content(manifest).sha256))
 
-    newest = max(local_names, default="")
+    # Names sort by step. A stored checkpoint below the newest local one was pruned by the run; an empty folder, after
+    # the loss of a disk, deletes nothing.
+    newest_name = max(local_names, default="")
     for name in stored_names - set(local_names):
-        if name < newest:  # the run has passed this step and pruned it
+        if name < newest_name:
             _delete_stored_checkpoint(objects, run_id, name)
-    return uploaded
+    return uploaded_names
 
 
 def _upload_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder, name: str, manifest: bytes) -> bool:
@@ -100,9 +113,9 @@ def _upload_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder, nam
         FileNotFoundError: if the run has pruned it meanwhile.
         NotRegularFileError, ValueError: if it is damaged, or was not written by our ranks.
     """
-    for file, digest in parse_manifest_files(manifest, name).items():
-        with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file}"), "rb") as stream:
-            objects.put_file(_make_key(run_id, name, file), stream, digest.num_bytes, digest.sha256)
+    for file_name, digest in parse_manifest_files(manifest, name).items():
+        with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file_name}"), "rb") as stream:
+            objects.put_file(_make_key(run_id, name, file_name), stream, digest.num_bytes, digest.sha256)
 
     if _read_manifest_content(folder, name) != manifest:
         _delete_stored_checkpoint(objects, run_id, name)
@@ -115,8 +128,8 @@ def _read_manifest_content(folder: RunFolder, name: str) -> bytes:
     return read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
 
 
-def _make_key(run_id: str, name: str, file: str) -> str:
-    return f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file}"
+def _make_key(run_id: str, name: str, file_name: str) -> str:
+    return f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file_name}"
 
 
 def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
@@ -144,14 +157,14 @@ def _download_checkpoint(objects: ObjectStore, run_id: str, name: str, target: P
     """Download a checkpoint; return whether all its files match the manifest."""
     manifest = objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
     try:
-        files = parse_manifest_files(manifest, name)
-        for file in files:
-            objects.get_file(_make_key(run_id, name, file), target / file)
-        is_whole = all(find_difference(target, file, digest) is None for file, digest in files.items())
+        digests = parse_manifest_files(manifest, name)
+        for file_name in digests:
+            objects.get_file(_make_key(run_id, name, file_name), target / file_name)
+        is_complete = all(find_difference(target, file_name, digest) is None for file_name, digest in digests.items())
     except ValueError:
         return False
     (target / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    return is_whole
+    return is_complete
 
 
 def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
@@ -166,7 +179,7 @@ def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
 
 
 def parse_manifest_files(content: bytes, name: str) -> Mapping[str, FileDigest]:
-    """Return the files that the manifest of a checkpoint of this name lists, with their digests.
+    """Return the digests of the files that the manifest of a checkpoint of this name lists, by the file's name.
 
     Raises:
         ValueError: if its seal is wrong, it belongs to another checkpoint, or it lists no files or files outside
@@ -176,9 +189,10 @@ def parse_manifest_files(content: bytes, name: str) -> Mapping[str, FileDigest]:
     if manifest is None or manifest.step != parse_step(Path(name)):
         raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is damaged, or of another checkpoint")
 
-    foreign = [file for file in manifest.files if Path(file).name != file or file in ("..", CHECKPOINT_MANIFEST_FILE)]
-    if foreign or not manifest.files:
-        raise ValueError(f"a manifest must list files of its own folder, got {foreign or 'none'}")
+    forbidden_names = ("..", CHECKPOINT_MANIFEST_FILE)
+    foreign_names = [name for name in manifest.files if Path(name).name != name or name in forbidden_names]
+    if foreign_names or not manifest.files:
+        raise ValueError(f"a manifest must list files of its own folder, got {foreign_names or 'none'}")
     return manifest.files
 
 
@@ -203,4 +217,5 @@ def _try_sync_checkpoints(
             folder.append_event(CheckpointStoredEvent(step=parse_step(Path(name))))
             log.info("stored checkpoint %s of run %s", name, run_id)
     except (*OBJECT_STORE_ERRORS, OSError) as error:
-        log.warning("checkpoints of run %s are not stored yet: %s", run_id, str(error)[:200])
+        reason = str(error)[:MAX_LOGGED_ERROR_CHARACTERS]
+        log.warning("checkpoints of run %s are not stored yet, retrying: %s", run_id, reason)

@@ -87,9 +87,13 @@ MAX_ENDING_CHARACTERS = 3000  # of the message of an ending
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnding:
-    """The reason of a run's end, a message that explains it, and the rank that failed first and its host if known.
+    """The end of a run's processes.
 
-    The message may quote output of ranks; its lines are made printable here, since it goes to logs and web pages.
+    Attributes:
+        message: explains the reason. It may quote output of ranks; its lines are made printable here, since it goes
+            to logs and web pages.
+        rank: the rank that failed first, if known.
+        host: that rank's machine, if known.
     """
 
     reason: ExitReason
@@ -159,17 +163,28 @@ def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, since:
 
     # The rank that reports a hang waited for another one, whose heartbeat may have stopped.
     silent_ranks = _find_silent_ranks(folder, since, note.time)
-    liveness = (
-        f"without heartbeat: rank {', '.join(map(str, silent_ranks))}" if silent_ranks else "all ranks were alive"
-    )
+    liveness = "all ranks were alive"
+    if silent_ranks:
+        liveness = f"without heartbeat: rank {', '.join(map(str, silent_ranks))}"
     return RunEnding(reason=reason, message=f"{message}; {liveness}", rank=_get_single_rank(silent_ranks))
 
 
 def _find_silent_ranks(folder: RunFolder, since: float, at: float) -> list[int]:
-    """Return the ranks without a heartbeat for RANK_HEARTBEAT_TIMEOUT_S at a time, which were stopped or had exited."""
-    times = {rank: beat.time for rank, beat in read_heartbeats(folder.path).items() if beat.time >= since}
-    newest = max(times.values(), default=at)
-    return [rank for rank, last in times.items() if min(newest, at) - last > RANK_HEARTBEAT_TIMEOUT_S]
+    """Return the ranks without a heartbeat for RANK_HEARTBEAT_TIMEOUT_S at a time, which were stopped or had exited.
+
+    Args:
+        since: start of the job, in seconds since the epoch; heartbeats of earlier jobs are ignored.
+        at: the time, in seconds since the epoch; the newest heartbeat's, if that is earlier.
+    """
+    heartbeats = read_heartbeats(folder.path)
+    heartbeat_times = {rank: heartbeat.time for rank, heartbeat in heartbeats.items() if heartbeat.time >= since}
+    newest_time = max(heartbeat_times.values(), default=at)
+    reference_time = min(newest_time, at)
+    return [
+        rank
+        for rank, heartbeat_time in heartbeat_times.items()
+        if reference_time - heartbeat_time > RANK_HEARTBEAT_TIMEOUT_S
+    ]
 
 
 def _get_single_rank(ranks: list[int]) -> int | None:

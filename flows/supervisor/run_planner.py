@@ -20,15 +20,19 @@ from yuan.safe_files import replace_file_below
 from yuan.train.events import ReplanEvent
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
-MAX_MEMORY_SHRINKS, MEMORY_SHRINK_FACTOR = 3, 0.85  # of the memory a plan may use, after each out of memory
-MAX_WHY_CHARACTERS = 500  # of a reason in an event
+MAX_MEMORY_SHRINKS = 3  # plans for less memory, in a process
+MEMORY_SHRINK_FACTOR = 0.85  # of the memory that a plan may use, for each of them
+MAX_EVENT_REASON_CHARACTERS = 500  # of the field `why` of an event
 
 
 class RunPlanner:
     """Replaces a run's plan, in its folder and in the round's record, and counts how often memory was reduced."""
 
     def __init__(self, context: Context, round_id: str, folder: RunFolder, reporter: RunReporter) -> None:
-        self._context, self._round_id, self._folder, self._reporter = context, round_id, folder, reporter
+        self._context = context
+        self._round_id = round_id
+        self._folder = folder
+        self._reporter = reporter
         self._num_shrinks = 0
 
     def ensure_plan_fits(self, pool: Pool) -> PipelinePlan:
@@ -40,10 +44,10 @@ class RunPlanner:
         """
         plan = self._folder.check_inputs().plan
         with self._context.sessions() as session:
-            working = leases.count_working_devices(session, pool.name)
-        if Counter(plan.device_counts) <= working:
+            working_counts = leases.count_working_devices(session, pool.name)
+        if Counter(plan.device_counts) <= working_counts:
             return plan
-        return self._replan(pool, f"the plan needs {plan.device_counts}, and {dict(working)} are available")
+        return self._replan(pool, f"the plan needs {plan.device_counts}, and {dict(working_counts)} are available")
 
     def shrink_plan(self, pool: Pool, message: str) -> None:
         """Plan again with less memory than before.
@@ -53,9 +57,13 @@ class RunPlanner:
         """
         self._num_shrinks += 1
         if self._num_shrinks > MAX_MEMORY_SHRINKS:
-            share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
-            raise TrainingFailed(f"out of memory with a plan for {share:.0%} of the memory: {message}")
-        self._replan(pool, f"{message}; planning with {MEMORY_SHRINK_FACTOR**self._num_shrinks:.0%} of the memory")
+            memory_share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
+            raise TrainingFailed(
+                f"out of memory with a plan for {memory_share:.0%} of the memory: {message}; "
+                "start another round on a pool with more devices or more memory per device"
+            )
+        memory_share = MEMORY_SHRINK_FACTOR**self._num_shrinks
+        self._replan(pool, f"{message}; planning with {memory_share:.0%} of the memory")
 
     def get_working_pool(self, pool: Pool) -> Pool:
         """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
@@ -64,35 +72,41 @@ class RunPlanner:
             TrainingFailed: if no device works.
         """
         with self._context.sessions() as session:
-            working = leases.count_working_devices(session, pool.name)
-        if not working:
-            raise TrainingFailed(f"pool {pool.name!r} has lost all its devices; return some to it")
-        changes = {group.device_class: working[group.device_class] - group.count for group in pool.groups}
-        resized = resize_pool(pool, changes)
-        share = MEMORY_SHRINK_FACTOR**self._num_shrinks
-        groups = tuple(replace(group, memory_gib=group.memory_gib * share) for group in resized.groups)
-        return replace(resized, groups=groups)
+            working_counts = leases.count_working_devices(session, pool.name)
+        if not working_counts:
+            raise TrainingFailed(
+                f"pool {pool.name!r} has lost all its devices; return some to it with `cotrain pool return`"
+            )
+        changes = {group.device_class: working_counts[group.device_class] - group.count for group in pool.groups}
+        working_pool = resize_pool(pool, changes)
 
-    def _replan(self, pool: Pool, why: str) -> PipelinePlan:
+        memory_share = MEMORY_SHRINK_FACTOR**self._num_shrinks
+        groups = tuple(replace(group, memory_gib=group.memory_gib * memory_share) for group in working_pool.groups)
+        return replace(working_pool, groups=groups)
+
+    def _replan(self, pool: Pool, reason: str) -> PipelinePlan:
         """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
         spec = self._folder.read_spec()
         working_pool = self.get_working_pool(pool)
         work = Workload.from_recipe(spec.model, spec.recipe)
         move = replan(work, spec.plan, working_pool, make_plan_limits(working_pool, spec.recipe))
-        if not move.plan.feasible:
-            raise TrainingFailed(f"{why}; {move.plan.explanation}")
-
         plan = move.plan
+        if not plan.feasible:
+            raise TrainingFailed(f"{reason}; {plan.explanation}")
+
         self._folder.write_spec(replace(spec, plan=plan))
-        replace_file_below(self._folder.path, PLAN_PICTURE_FILE, draw_plan(work, working_pool, plan).encode())
+        picture = draw_plan(work, working_pool, plan)
+        replace_file_below(self._folder.path, PLAN_PICTURE_FILE, picture.encode())
         event = ReplanEvent(
-            why=why[:MAX_WHY_CHARACTERS],
+            why=reason[:MAX_EVENT_REASON_CHARACTERS],
             bounds=plan.bounds,
             data_size=plan.data_size,
             explanation=move.explanation,
             time=time.time(),
         )
         self._folder.append_event(event)
+
+        # The folder's plan is the one that counts; an outage of the database must not end the run.
         with contextlib.suppress(*DATABASE_ERRORS), self._context.sessions.begin() as session:
             rounds.replace_plan(session, self._round_id, plan)
         self._reporter.publish_new_plan()

@@ -58,7 +58,9 @@ REPORTED_EVENTS = (
 )
 REPORTED_EVENT_NAMES = [event_type.name for event_type in REPORTED_EVENTS]
 
-MAX_EVENTS_PER_MINUTE, EVENT_WINDOW_S, MAX_EVENT_CHARACTERS = 20, 60.0, 300  # per run, in the stack's logs
+EVENT_WINDOW_S = 60.0
+MAX_EVENTS_PER_MINUTE = 20  # of a run, in the stack's logs
+MAX_EVENT_CHARACTERS = 300
 TRACKER_RETRY_PAUSE_S = 30.0  # after a failed request
 MAX_PUBLISHED_BYTES = 64 * 2**20
 
@@ -66,30 +68,42 @@ ProgressCallback = Callable[[RunStatus | None], None]
 
 
 class RunReporter:
-    """Reports status and metrics; data that a server missed while it was down is sent when it is back.
-
-    Raises:
-        RoundOwnershipLost: from `report`, when the round has ended or a later attempt works on it.
-    """
+    """Reports a run's status, events and metrics; data that a server missed during an outage is sent after it."""
 
     def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: ProgressCallback) -> None:
-        self._context, self._round_id, self._folder, self._progress = context, round_id, folder, progress
+        self._context = context
+        self._round_id = round_id
+        self._folder = folder
+        self._progress = progress
+
+        self._metrics_log = LogTail(folder.path / METRICS_FILE)
         self._mlflow_run: str | None = None
-        self._metrics, self._events = LogTail(folder.path / METRICS_FILE), LogTail(folder.path / EVENTS_FILE)
-        self._unsent: list[MetricsRow] = []
-        self._sent_step = -1
-        self._tracker_retry_at = 0.0
-        self._minute_began, self._num_logged, self._num_suppressed = time.monotonic(), 0, 0
+        self._unsent_rows: list[MetricsRow] = []
+        self._last_sent_step = -1
+        self._tracker_retry_at = 0.0  # of the monotonic clock, in seconds
+
+        self._event_log = LogTail(folder.path / EVENTS_FILE)
+        self._event_window_start = time.monotonic()
+        self._num_logged_events = 0  # since the start of the window
+        self._num_suppressed_events = 0
 
     def report(self) -> None:
-        """Send the current status and new metrics to every server that answers."""
+        """Send the current status and new metrics to every server that answers.
+
+        Raises:
+            RoundOwnershipLost: if the round has ended or a later attempt works on it.
+        """
         status = self._folder.read_status()
         with _tolerate_outage("the round's record"), self._context.sessions.begin() as session:
-            rounds.get_or_create_training_run(session, self._round_id).status = status.to_json() if status else None
+            training_run = rounds.get_or_create_training_run(session, self._round_id)
+            training_run.status = None if status is None else status.to_json()
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
+
         self.log_events()
+
         with _tolerate_outage("Prefect"):
             self._progress(status)
+
         # MLflow's client takes seconds to time out, during which the run is not watched; hence the pause.
         if time.monotonic() > self._tracker_retry_at:
             self._tracker_retry_at = time.monotonic() + TRACKER_RETRY_PAUSE_S
@@ -104,10 +118,10 @@ class RunReporter:
             MlflowException: if the tracker does not answer.
         """
         self._log_suppressed_count()
-        self._unsent += parse_metrics_rows(self._metrics.read_all())
-        run = self._sync_tracker()
-        self._publish(run, EVENTS_FILE)
-        return run
+        self._unsent_rows += parse_metrics_rows(self._metrics_log.read_all())
+        mlflow_run = self._sync_tracker()
+        self._publish(mlflow_run, EVENTS_FILE)
+        return mlflow_run
 
     def publish_new_plan(self) -> None:
         """Upload the run's changed plan to the tracker."""
@@ -116,67 +130,75 @@ class RunReporter:
 
     def log_events(self) -> None:
         """Log the run's events. Ranks write them, so lines are made printable and limited in number and length."""
-        if time.monotonic() - self._minute_began > EVENT_WINDOW_S:
+        if time.monotonic() - self._event_window_start > EVENT_WINDOW_S:
             self._log_suppressed_count()
-            self._minute_began, self._num_logged = time.monotonic(), 0
-        for record in self._events.read():
+            self._event_window_start = time.monotonic()
+            self._num_logged_events = 0
+
+        for record in self._event_log.read():
             event = parse_event(record)
             if isinstance(event, RollBackEvent):  # the steps after `to` are repeated and reported again
-                self._sent_step = min(self._sent_step, event.to)
+                self._last_sent_step = min(self._last_sent_step, event.to)
             # An event is reported even if its other fields are not valid.
             if record.get("event") not in REPORTED_EVENT_NAMES:
                 continue
-            if self._num_logged == MAX_EVENTS_PER_MINUTE:
-                self._num_suppressed += 1
+            if self._num_logged_events == MAX_EVENTS_PER_MINUTE:
+                self._num_suppressed_events += 1
                 continue
-            self._num_logged += 1
+            self._num_logged_events += 1
             text = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("time", "samples"))
             log.warning("%s", make_printable(text, MAX_EVENT_CHARACTERS))
 
     def _log_suppressed_count(self) -> None:
-        if self._num_suppressed:
-            log.warning("%d more events are in %s", self._num_suppressed, self._folder.path / EVENTS_FILE)
-            self._num_suppressed = 0
+        if self._num_suppressed_events:
+            log.warning("%d more events are in %s", self._num_suppressed_events, self._folder.path / EVENTS_FILE)
+            self._num_suppressed_events = 0
 
     def _sync_tracker(self) -> str:
-        run = self._mlflow_run or self._start_tracker_run()
-        self._mlflow_run = run
-        self._unsent += parse_metrics_rows(self._metrics.read())
-        rows = [row for row in self._unsent if row.step > self._sent_step]
-        if rows:
-            self._context.tracker.log(run, [(row.step, row.metrics) for row in rows])
-            self._sent_step = rows[-1].step
-        self._unsent.clear()
-        return run
+        """Send the metrics that the tracker does not have yet, start its run if there is none, and return its id."""
+        if self._mlflow_run is None:
+            self._mlflow_run = self._start_tracker_run()
+
+        # Rows are kept until they are sent. After a restart, steps are repeated that were sent before.
+        self._unsent_rows += parse_metrics_rows(self._metrics_log.read())
+        new_rows = [row for row in self._unsent_rows if row.step > self._last_sent_step]
+        if new_rows:
+            self._context.tracker.log(self._mlflow_run, [(row.step, row.metrics) for row in new_rows])
+            self._last_sent_step = new_rows[-1].step
+        self._unsent_rows.clear()
+        return self._mlflow_run
 
     def _start_tracker_run(self) -> str:
         """Start the tracker's run, with plan, snapshot id and configuration, and return its id."""
-        spec, tracker = self._folder.read_spec(), self._context.tracker
+        spec = self._folder.read_spec()
+        tracker = self._context.tracker
         with self._context.sessions() as session:
             run_id = rounds.get_or_create_training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
-        run = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
+        mlflow_run = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
+
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
-        tracker.log(run, [], {**dataclasses.asdict(spec.recipe), **provenance})
-        self._log_plan(run)
+        tracker.log(mlflow_run, [], {**dataclasses.asdict(spec.recipe), **provenance})
+        self._log_plan(mlflow_run)
+
         with self._context.sessions.begin() as session:
-            rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = run
-        return run
+            rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = mlflow_run
+        return mlflow_run
 
-    def _log_plan(self, run: str) -> None:
-        plan = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
-        replace_file_below(self._folder.path, PLAN_FILE, plan.encode())
+    def _log_plan(self, mlflow_run: str) -> None:
+        plan_json = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
+        replace_file_below(self._folder.path, PLAN_FILE, plan_json.encode())
         for name in (RUN_SPEC_FILE, PLAN_FILE, PLAN_PICTURE_FILE):
-            self._publish(run, name)
+            self._publish(mlflow_run, name)
 
-    def _publish(self, run: str, name: str) -> None:
+    def _publish(self, mlflow_run: str, name: str) -> None:
         """Upload a text file of the run folder, which ranks can write, to the tracker, where consumers read it."""
         try:
             text = read_file(self._folder.path, name, MAX_PUBLISHED_BYTES).decode(errors="replace")
         except (FileNotFoundError, NotRegularFileError) as error:
             log.warning("%s of the run is not published: %s", name, error.strerror)
             return
-        self._context.tracker.log_text(run, name, text)
+        self._context.tracker.log_text(mlflow_run, name, text)
 
 
 @contextlib.contextmanager

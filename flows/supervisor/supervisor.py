@@ -20,7 +20,7 @@ from flows.supervisor.exit_reason import (
 from flows.supervisor.lease_holder import GrantedLease, hold_lease, make_job_name
 from flows.supervisor.pool_launcher import load_configured_pool, make_launcher
 from flows.supervisor.reaper import reap_dead_leases
-from flows.supervisor.run_planner import MAX_WHY_CHARACTERS, RunPlanner
+from flows.supervisor.run_planner import MAX_EVENT_REASON_CHARACTERS, RunPlanner
 from flows.supervisor.run_reporter import ProgressCallback, RunReporter
 from infra.confinement import build_confined_environment
 from infra.faults import DATABASE_ERRORS
@@ -54,6 +54,7 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
         rounds.begin_step(session, round_id, "train", context.attempt)
         run_id = rounds.get_or_create_training_run(session, round_id).id
         priority = rounds.read_parameters(rounds.find_round(session, round_id)).priority
+
     folder = RunFolder(context.runs / run_id)
     reporter = RunReporter(context, round_id, folder, progress)
     with upload_in_background(context.objects, run_id, folder):
@@ -74,25 +75,39 @@ class Supervisor:
         reporter: RunReporter,
         priority: int = 0,
     ) -> None:
-        self.context, self.round_id, self.run_id = context, round_id, run_id
-        self.folder, self.reporter, self.priority = folder, reporter, priority
+        self.context = context
+        self.run_id = run_id
+        self.folder = folder
+        self.reporter = reporter
+        self.priority = priority
         self.pool = load_configured_pool(context.settings)
         self.launcher = make_launcher(self.pool)
         self.planner = RunPlanner(context, round_id, folder, reporter)
-        self.restarts = self.last_checkpoint_step = 0
+        self.num_restarts = 0  # consecutive, without a new checkpoint
+        self.last_checkpoint_step = 0
 
     def run(self) -> None:
+        """Run the processes, as often as needed, until the weights are exported.
+
+        Raises:
+            RoundOwnershipLost: if the round ended or a later attempt took over; the processes have exited.
+            TrainingFailed: if the run cannot continue.
+            OSError: if the disk is full.
+        """
         with self.context.sessions.begin() as session:
             leases.register_pool(session, self.pool)
         # The previous attempt may have been killed while it held a lease.
         reap_dead_leases(self.context.sessions, {self.pool.name: self.launcher})
-        restored = restore_checkpoint(self.context.objects, self.run_id, self.folder)
-        if restored:
-            log.info("restored checkpoint %s of run %s from the store", restored, self.run_id)
+
+        # The disk with the run's folder may be a new one.
+        restored_name = restore_checkpoint(self.context.objects, self.run_id, self.folder)
+        if restored_name is not None:
+            log.info("restored checkpoint %s of run %s from the store", restored_name, self.run_id)
+
         while not self.folder.is_finished:
             ending = self._run_once()
             self.folder.append_event(
-                EndedEvent(kind=ending.reason, why=ending.message[:MAX_WHY_CHARACTERS], time=time.time())
+                EndedEvent(kind=ending.reason, why=ending.message[:MAX_EVENT_REASON_CHARACTERS], time=time.time())
             )
             self._handle_ending(ending)
 
@@ -123,18 +138,23 @@ class Supervisor:
         """Start the plan's processes on the leased devices, and watch them until they exit or lose a device."""
         rank_devices = _assign_devices(plan, lease.devices)
         job = self._make_job(plan, lease, rank_devices)
-        since = time.time()
-        with self.launcher.run(job) as running:
-            while (job_ending := running.wait(RUN_REPORT_EVERY_S)) is None:
+        started_at = time.time()
+        with self.launcher.run(job) as running_job:
+            while (job_ending := running_job.wait(RUN_REPORT_EVERY_S)) is None:
                 self.reporter.report()
-                if self._is_local and has_hung_rank(self.folder, since):
-                    # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
-                    self.launcher.end(job.name, RUN_REPORT_EVERY_S)
-                elif early_ending := self._find_device_loss(lease):
-                    return early_ending  # leaving the block ends the processes
 
-        ending = classify(self.folder, job_ending, since)
-        # The rank's number comes from a note that a rank wrote.
+                # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
+                if self._is_local and has_hung_rank(self.folder, started_at):
+                    self.launcher.end(job.name, RUN_REPORT_EVERY_S)
+                    continue
+
+                # Leaving the block ends the processes, before others may use their devices.
+                device_loss = self._find_device_loss(lease)
+                if device_loss is not None:
+                    return device_loss
+
+        ending = classify(self.folder, job_ending, started_at)
+        # The rank's number comes from a note that a rank wrote, so it may be out of range.
         if ending.policy == ExitPolicy.REPLACE_DEVICE and ending.rank is not None and ending.rank < len(rank_devices):
             self.mark_device_lost(rank_devices[ending.rank], ending)
         return ending
@@ -167,7 +187,7 @@ class Supervisor:
         lost_devices = self._find_lost_devices(lease)
         if not lost_devices:
             return None
-        message = "; ".join(f"{name}: {why}" for name, why in lost_devices.items())
+        message = "; ".join(f"{device}: {reason}" for device, reason in lost_devices.items())
         return RunEnding(reason=ExitReason.LOST_DEVICE, message=message)
 
     @property
@@ -227,11 +247,12 @@ class Supervisor:
     def _count_restart(self, ending: RunEnding) -> None:
         """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
         newest_step = self.folder.newest_step()
-        self.restarts = self.restarts + 1 if newest_step <= self.last_checkpoint_step else 0
+        has_progressed = newest_step > self.last_checkpoint_step
+        self.num_restarts = 0 if has_progressed else self.num_restarts + 1
         self.last_checkpoint_step = max(self.last_checkpoint_step, newest_step)
-        if self.restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
+        if self.num_restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
-                f"started {self.restarts} times without getting beyond step {newest_step}: {ending.message}; "
+                f"started {self.num_restarts} times without getting beyond step {newest_step}: {ending.message}; "
                 f"{read_log_tail(self.folder)}"
             )
 
