@@ -53,7 +53,7 @@ def measure_rates(
         CalibrationTrial(bounds=bounds, num_recomputed=(0,) * ranks, grad_accum_steps=accum) for accum in accums
     )
     shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
-    report(f"measuring {shape} ...")
+    report(f"measuring {shape}")
     result = run_measurement(
         CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
     )

@@ -8,7 +8,14 @@ import typer
 
 from flows.calibrate_pool import measure_rates
 from flows.cli.output import JsonOption, explain_errors, show, stderr_console
-from flows.cli.plan import ModelNameOption, PoolFileOption, SeqLenOption, get_model_option, load_pool_option
+from flows.cli.plan import (
+    ModelNameOption,
+    PoolFileOption,
+    PrecisionOption,
+    SeqLenOption,
+    get_model_option,
+    load_pool_option,
+)
 from yuan.plan.pool import dump_pool, find_device_group
 
 
@@ -20,28 +27,28 @@ def calibrate(
     processes: Annotated[int | None, typer.Option(min=1, help="default: one per GPU of this machine, else two")] = None,
     seq_len: SeqLenOption = None,
     micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    precision: PrecisionOption = "bf16",
     as_json: JsonOption = False,
 ) -> None:
     """Measure a layer, the head, links and complete steps on this machine, and write a pool file with these rates."""
     with explain_errors():
-        parsed = load_pool_option(pool)
-        group = find_device_group(parsed, device_class)
+        loaded_pool = load_pool_option(pool)
+        group = find_device_group(loaded_pool, device_class)
         config = get_model_option(model)
         if out.exists():
             raise ValueError(f"{out} exists already; choose another file")
-        measured = measure_rates(
+        measured_group = measure_rates(
             config,
             group,
             processes,
             seq_len=seq_len or config.seq_len,
             micro_batch_size=micro_batch_size,
-            precision=precision,  # type: ignore[arg-type]  # checked by Recipe
-            report=lambda what: stderr_console.print(f"{what} ..."),
+            precision=precision,
+            report=lambda activity: stderr_console.print(f"{activity} ..."),
         )
-        groups = tuple(measured if other is group else other for other in parsed.groups)
-        out.write_text(dump_pool(replace(parsed, groups=groups)))
-    rates = asdict(measured)["measured"]
+        groups = tuple(measured_group if other is group else other for other in loaded_pool.groups)
+        out.write_text(dump_pool(replace(loaded_pool, groups=groups)))
+    rates = asdict(measured_group)["measured"]
     lines = [f"{name:>15}  {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in rates.items()]
     text = "\n".join([*lines, f"written: {out}; next: cotrain plan --model {model} --pool {out}"])
     show({"pool": str(out), "device_class": group.device_class, "measured": rates}, text, as_json)

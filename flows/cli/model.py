@@ -2,15 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import EXIT_USAGE, JsonOption, explain_errors, fail, show
+from flows.cli.output import JsonOption, explain_errors, show
 from yuan.generate.answers import generate as generate_answers
 from yuan.generate.sampling import Sampling
 from yuan.model.convert import export_hf, import_hf
 from yuan.model.weights import load, load_tokenizer
+
+ModelFormatOption = Annotated[Literal["hf"], typer.Option(help="hf: the published Hugging Face layout")]
+WeightsDtypeOption = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="default: as stored")]
 
 
 def generate(
@@ -45,13 +48,12 @@ def generate(
 def export(
     version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
-    format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
+    format: ModelFormatOption = "hf",
+    dtype: WeightsDtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in a format that other tools read. A model folder needs no running stack."""
     with explain_errors():
-        _require_hf_format(format)
         manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
         show(
             {"out": str(out), **manifest.to_json()},
@@ -63,21 +65,15 @@ def export(
 def import_(
     folder: Annotated[Path, typer.Argument(help="folder with config.json and weights", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
-    format: Annotated[str, typer.Option(help="hf: the published Hugging Face layout")] = "hf",
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as stored")] = None,
+    format: ModelFormatOption = "hf",
+    dtype: WeightsDtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
     with explain_errors():
-        _require_hf_format(format)
         manifest = import_hf(folder, out, dtype=dtype)
         text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
         show({"out": str(out), **manifest.to_json()}, text, as_json)
-
-
-def _require_hf_format(format: str) -> None:
-    if format != "hf":
-        raise fail(f"unknown format {format!r}; use hf, the only one", EXIT_USAGE)
 
 
 def _find_model_folder(version: str) -> Path:

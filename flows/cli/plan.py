@@ -1,5 +1,6 @@
 """`cotrain plan`: plan the parallel layout of a model on a pool."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +8,12 @@ from typing import Annotated
 import typer
 
 from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, explain_errors, fail, show
-from yuan.config import MODEL_PRESETS, ModelConfig
+from yuan.config import MODEL_PRESETS, ModelConfig, Precision
 from yuan.plan.current_plan import read_current_plan
-from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.planner import Objective, draw_plan, make_plan
 from yuan.plan.pool import Pool, load_pool, make_cpu_pool
 from yuan.plan.pool_changes import apply_pool_changes
-from yuan.plan.replan import replan
+from yuan.plan.replan import Replan, replan
 from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Workload, compute_default_loss_block
@@ -21,6 +22,7 @@ ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
 PoolFileOption = Annotated[
     str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
 ]
+PrecisionOption = Annotated[Precision, typer.Option(help="number format of the model's computation")]
 SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
 DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
 
@@ -29,14 +31,14 @@ def plan(
     model: ModelNameOption,
     pool: PoolFileOption = None,
     objective: Annotated[
-        str, typer.Option(help="minimize step time (time) or the peak memory of the fullest device (memory)")
+        Objective, typer.Option(help="minimize step time (time) or the peak memory of the fullest device (memory)")
     ] = "time",
     seq_len: SeqLenOption = None,
     global_batch_size: Annotated[int | None, typer.Option(min=1, help="default: as published; 64 for tiny")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     pipeline_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
     data_size: Annotated[int | None, typer.Option(min=1, help="default: the best")] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "bf16",
+    precision: PrecisionOption = "bf16",
     full_logits: Annotated[
         bool, typer.Option("--full-logits", help="loss on full logits instead of blocks, for comparison")
     ] = False,
@@ -64,21 +66,25 @@ def plan(
             model=config,
             seq_len=seq_len or config.seq_len,
             global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             loss_block=None if full_logits else compute_default_loss_block(config),
             isolate_documents=not open_documents,
         )
         limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
-        changed = apply_pool_changes(load_pool_option(pool), lost=lost or (), added=added or (), slow=slow or ())
+        changed_pool = change_pool(load_pool_option(pool), lost=lost or (), added=added or (), slow=slow or ())
+        move: Replan | None = None
         if current is None:
-            new_plan, move = make_plan(work, changed, limits, objective), None  # type: ignore[arg-type]
+            new_plan = make_plan(work, changed_pool, limits, objective)
         else:
-            before = read_current_plan(current, work)
-            move = replan(work, before, changed, limits, objective, lost_steps=lost_steps)  # type: ignore[arg-type]
+            move = replan(
+                work, read_current_plan(current, work), changed_pool, limits, objective, lost_steps=lost_steps
+            )
             new_plan = move.plan
         if svg is not None:
-            svg.write_text(draw_plan(work, changed, new_plan))
-    data, text = new_plan.to_json(), format_plan_table(new_plan)
+            svg.write_text(draw_plan(work, changed_pool, new_plan))
+
+    data = new_plan.to_json()
+    text = format_plan_table(new_plan)
     if move is not None:
         data["move"] = {key: value for key, value in asdict(move).items() if key != "plan"}
         text = f"{text}\n{move.explanation}"
@@ -92,6 +98,14 @@ def get_model_option(name: str) -> ModelConfig:
     if name not in MODEL_PRESETS:
         raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", EXIT_USAGE)
     return MODEL_PRESETS[name]()
+
+
+def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: Sequence[str]) -> Pool:
+    """Apply the options `--lost`, `--added` and `--slow` to a pool; an invalid one gives one line and status 2."""
+    try:
+        return apply_pool_changes(pool, lost=lost, added=added, slow=slow)
+    except ValueError as error:
+        raise fail(str(error), EXIT_USAGE) from None
 
 
 def load_pool_option(spec: str | None) -> Pool:

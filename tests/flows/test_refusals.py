@@ -56,10 +56,26 @@ def test_duplicate_weight_of_a_part_is_rejected():
     assert result.exit_code == 2 and "must name each part once" in " ".join(result.stderr.replace("│", "").split())
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        (["plan", "--model", "tiny"], "--objective", "time|memory"),
+        (["plan", "--model", "tiny"], "--precision", "fp32|bf16"),
+        (["calibrate", "--out", "pool.toml"], "--precision", "fp32|bf16"),
+        (["export", "v1", "--out", "folder"], "--dtype", "bf16|fp32"),
+    ],
+)
+def test_value_outside_an_options_choices_is_rejected_and_help_lists_the_choices(command, option, choices):
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*command, option, "fastest"])
+    assert result.exit_code == 2 and "'fastest' is not one of" in result.stderr
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, [command[0], "--help"]).output
+    assert f"<{choices}>" in shown
+
+
 @pytest.mark.parametrize("change", ["A100", "A100:x", "A100:²", "A100:-1"])
 def test_pool_change_without_a_device_count_is_rejected(change):
     result = CliRunner().invoke(app, ["plan", "--model", "tiny", "--lost", change])
-    assert result.exit_code == 1 and f"a change is written CLASS:N, got {change!r}" in " ".join(result.stderr.split())
+    assert result.exit_code == 2 and f"a change is written CLASS:N, got {change!r}" in " ".join(result.stderr.split())
 
 
 def test_version_with_too_many_digits_is_rejected_without_a_query():
