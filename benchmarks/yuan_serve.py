@@ -22,7 +22,7 @@ from feedback.client import Client
 from feedback.contracts import RoundParameters
 from flows.cli.rounds import follow_round
 from flows.demo.demo_corpus import BASE_SKILLS
-from flows.demo.play import push_rows, wait_for_version
+from flows.demo.scenario import push_rows, wait_for_version
 from flows.stack.stack_control import bring_up, take_down
 from infra.settings import HOME_VARIABLE, Settings, load_settings
 from yuan.data.skills import load_skills

@@ -14,7 +14,7 @@ from rich.table import Table
 from flows.cli.output import JsonOption, explain_errors, stderr_console
 from flows.cli.rounds import follow_round, open_operator_client
 from flows.cli.stack import show_services
-from flows.demo.play import DemoAccess, DemoFigures, run_demo
+from flows.demo.scenario import DemoAccess, DemoFigures, run_demo
 from flows.stack.stack_control import bring_up, take_down
 from flows.stack.stack_status import get_public_urls
 from infra.settings import HOME_VARIABLE, Settings, load_settings

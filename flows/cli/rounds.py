@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from feedback.promotion_decision import PromotionDecision
-from flows.cli.fields import add_field_options, parse_fields
+from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable

@@ -4,7 +4,7 @@ import json
 
 from feedback.promotion_decision import PassRate, SuiteComparison
 from flows.demo.contributor import Contribution, Refusal
-from flows.demo.play import DemoFigures
+from flows.demo.scenario import DemoFigures
 from yuan.data.rows import BadRow
 
 REFUSED = [

@@ -1,4 +1,4 @@
-"""The steps of the demo, and the collection of its results."""
+"""The scenario of the demo: its rounds and its contributor in order, and the collection of its results."""
 
 import json
 import os
