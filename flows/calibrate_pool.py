@@ -36,8 +36,8 @@ def measure_rates(
         processes: number of processes on this machine; None: one per GPU, or two without GPUs.
         report: called with a description of each measurement before it starts.
     """
-    ranks = processes or torch.cuda.device_count() or 2
-    one_layer_per_rank = replace(config, num_layers=ranks)
+    num_ranks = processes or torch.cuda.device_count() or 2
+    one_layer_per_rank = replace(config, num_layers=num_ranks)
     recipe = Recipe(
         max_steps=1,
         warmup_steps=0,
@@ -48,21 +48,25 @@ def measure_rates(
         precision=precision,
     )
     work = Workload.from_recipe(one_layer_per_rank, recipe)
-    bounds, accums = tuple(range(ranks + 1)), (2 * ranks, 6 * ranks)
+    bounds = tuple(range(num_ranks + 1))
+    num_recomputed = (0,) * num_ranks
+    # Two steps of different length, from which `calibrate_group` derives a stage's overhead.
+    nums_micro_batches = (2 * num_ranks, 6 * num_ranks)
     trials = tuple(
-        CalibrationTrial(bounds=bounds, num_recomputed=(0,) * ranks, grad_accum_steps=accum) for accum in accums
+        CalibrationTrial(bounds=bounds, num_recomputed=num_recomputed, grad_accum_steps=num_micro_batches)
+        for num_micro_batches in nums_micro_batches
     )
-    shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {ranks} processes"
+    request = CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials)
+
+    shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {num_ranks} processes"
     report(f"measuring {shape}")
-    result = run_measurement(
-        CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials), ranks
-    )
-    steps = [StepTiming(accum, seconds) for accum, seconds in zip(accums, result.step_s, strict=True)]
+    result = run_measurement(request, num_ranks)
+    steps = [StepTiming(count, seconds) for count, seconds in zip(nums_micro_batches, result.step_s, strict=True)]
     return calibrate_group(group, work, micro_batch_size, result, steps, f"{shape} on {result.device}")
 
 
-def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResult:
-    """Run a measurement on `ranks` processes of this machine, with one thread each unless OMP_NUM_THREADS is set.
+def run_measurement(request: CalibrationRequest, num_ranks: int) -> CalibrationResult:
+    """Run a measurement on `num_ranks` processes of this machine, with one thread each unless OMP_NUM_THREADS is set.
 
     Raises:
         RuntimeError: with the end of the log, if the ranks fail.
@@ -73,7 +77,7 @@ def run_measurement(request: CalibrationRequest, ranks: int) -> CalibrationResul
         env = build_confined_environment(folder, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
         request.write(folder)
         with run_child(
-            build_torchrun_command(ranks, "-m", "yuan.train.calibration.run", folder),
+            build_torchrun_command(num_ranks, "-m", "yuan.train.calibration.run", folder),
             folder,
             env=env,
             log_name="measure.log",

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from feedback.promotion_decision import PassRate
 from flows.cli.output import JsonOption, explain_errors, stderr_console
 from flows.cli.rounds import follow_round, open_operator_client
 from flows.cli.stack import show_services
@@ -44,7 +45,8 @@ def demo(
             if down:
                 take_down(home)
         figures = replace(figures, parts={"stack up": up_seconds, **figures.parts})
-        seconds, urls = round(time.monotonic() - started_at, 1), get_public_urls(home)
+        seconds = round(time.monotonic() - started_at, 1)
+        urls = get_public_urls(home)
     if as_json:
         Console(soft_wrap=True).print_json(data={**figures.to_json(), "seconds": seconds, "urls": urls})
         return
@@ -68,8 +70,8 @@ def _run_demo(skills: Path | None, seed: int) -> DemoFigures:
             DemoAccess(load_settings(Settings).portal_url, client),
             skills_file=skills,
             seed=seed,
-            say=stderr_console.print,
-            follow=follow_round,
+            print_line=stderr_console.print,
+            follow_round=follow_round,
         )
 
 
@@ -78,12 +80,11 @@ def _show_figures(figures: DemoFigures, seconds: float) -> None:
     for heading in ("suite", "before", "after", "95 % interval after", "cases"):
         table.add_column(heading)
     for suite in figures.suites:
-        before, (low, high) = suite.before, suite.after.interval
         table.add_row(
             suite.suite,
-            f"{before.rate:.1%} [{before.interval[0]:.1%}, {before.interval[1]:.1%}]" if before else "",
+            "" if suite.before is None else _format_rate_before(suite.before),
             f"{suite.after.rate:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            "{:.1%} to {:.1%}".format(*suite.after.interval),
             str(suite.after.total),
         )
     console = _make_console()
@@ -91,9 +92,14 @@ def _show_figures(figures: DemoFigures, seconds: float) -> None:
     verdicts = f"{figures.reports} reports accepted: {figures.fixed} fixed, {figures.still_failing} still failing"
     console.print(f"{verdicts}; {figures.notices} notices on the reporter's timeline")
     for refusal in figures.refused:
-        console.print(f"refused as expected: {refusal.what} with {refusal.status}: {refusal.reason}")
+        console.print(f"refused as expected: {refusal.request} with {refusal.status}: {refusal.reason}")
     console.print("  ".join(f"{name} {part_seconds:.0f} s" for name, part_seconds in figures.parts.items()))
     console.print(f"{seconds:.0f} s in all")
+
+
+def _format_rate_before(before: PassRate) -> str:
+    low, high = before.interval
+    return f"{before.rate:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _show_access(home: Path, urls: dict[str, str]) -> None:

@@ -19,9 +19,11 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
         number = resolve_version(context.tracker, version)
         evaluate_version(context, number)
         with context.sessions() as session:
-            pass_rates = {name: rate.to_json() for name, rate in compute_pass_rates(session, number).items()}
-    lines = [
-        f"{name:28} {r['rate']:.3f}  [{r['interval'][0]:.3f}, {r['interval'][1]:.3f}]  of {r['total']}"
-        for name, r in pass_rates.items()
-    ]
-    show({"version": number, "suites": pass_rates}, "\n".join([f"v{number}", *lines]), as_json)
+            pass_rates = compute_pass_rates(session, number)
+
+    lines = [f"v{number}"]
+    for suite, pass_rate in pass_rates.items():
+        low, high = pass_rate.interval
+        lines.append(f"{suite:28} {pass_rate.rate:.3f}  [{low:.3f}, {high:.3f}]  of {pass_rate.total}")
+    suites = {suite: pass_rate.to_json() for suite, pass_rate in pass_rates.items()}
+    show({"version": number, "suites": suites}, "\n".join(lines), as_json)

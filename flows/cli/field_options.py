@@ -20,9 +20,10 @@ def add_field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = inspect.signature(command).parameters.values()
+        named_parameters = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         options = [_make_option(name, field) for name, field in model.model_fields.items()]
-        command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature([*options, *named_parameters])  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -43,18 +44,24 @@ def parse_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str,
 
 
 def _make_option(name: str, field: FieldInfo) -> inspect.Parameter:
-    kind: Any = list[str] | None if _is_mapping(field) else field.annotation
-    hint = f"{field.description}{_describe_bounds(field.metadata)}"
+    option_type: Any = field.annotation
+    help_text = f"{field.description}{_describe_bounds(field.metadata)}"
     if _is_mapping(field):
-        hint += "; NAME=NUMBER, may be repeated"
-    option = Annotated[kind, typer.Option(help=hint)]
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=option)
+        option_type = list[str] | None
+        help_text += "; NAME=NUMBER, may be repeated"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=field.default,
+        annotation=Annotated[option_type, typer.Option(help=help_text)],
+    )
 
 
 def _is_mapping(field: FieldInfo) -> bool:
-    kind = field.annotation
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return any(get_origin(one) is dict for one in kinds)
+    """Check whether the field's type is a dictionary, or a union with one."""
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    member_types = get_args(field.annotation) if is_union else (field.annotation,)
+    return any(get_origin(member_type) is dict for member_type in member_types)
 
 
 def _describe_bounds(metadata: Sequence[Any]) -> str:

@@ -25,10 +25,11 @@ def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
     with explain_errors(), _explain_pool_errors():
         records = open_pool_records(name)
         with records.sessions() as session:
+            waiting_leases = session.scalars(leases.select_waiting_leases(records.pool)).all()
             contents: dict[str, Any] = {
                 "pool": records.pool,
                 "devices": [asdict(device) for device in leases.list_devices(session, records.pool)],
-                "waiting": [_build_lease_row(w) for w in session.scalars(leases.select_waiting_leases(records.pool))],
+                "waiting": [_build_lease_row(lease) for lease in waiting_leases],
                 "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
             }
     lines = [f"pool {records.pool}"]
@@ -36,7 +37,8 @@ def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
         host = f" on {device['lost_host']}" if device["lost_host"] else ""
         state = f"lost{host}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
         lines.append(f"  {device['id']:24} {device['node']:24} {state}")
-    lines += [f"  waiting: {w['run_id']} for {w['wanted']}, priority {w['priority']}" for w in contents["waiting"]]
+    for row in contents["waiting"]:
+        lines.append(f"  waiting: {row['run_id']} for {row['wanted']}, priority {row['priority']}")
     lines += [f"  {team}: {hours:.2f} device-hours" for team, hours in contents["hours"]["team"].items()]
     show(contents, "\n".join(lines), as_json)
 

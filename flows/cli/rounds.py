@@ -65,7 +65,7 @@ def cancel(
 ) -> None:
     """Cancel a running round and its training."""
     with explain_errors(), open_operator_client() as client:
-        _show_round(client.cancel_round(client.round(round_id).id), as_json, wanted="cancelled")
+        _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state="cancelled")
 
 
 def open_operator_client() -> Client:
@@ -110,8 +110,8 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
     return lines
 
 
-def _show_round(training_round: RoundOut, as_json: bool, wanted: str = "promoted") -> None:
-    """Show a round; the exit status is 1 if it ended in another state than the wanted one."""
+def _show_round(training_round: RoundOut, as_json: bool, expected_state: str = "promoted") -> None:
+    """Show a round; the exit status is 1 if it ended in another state than the expected one."""
     text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
     text += f" at {training_round.step}" if training_round.state == "running" else f": {training_round.reason}"
     failed = sum(training_round.failed_items.values())
@@ -119,5 +119,5 @@ def _show_round(training_round: RoundOut, as_json: bool, wanted: str = "promoted
     if training_round.decision is not None:
         text = "\n".join([text, *describe_regressions(PromotionDecision.from_json(training_round.decision))])
     show(training_round.model_dump(mode="json"), text, as_json)
-    if training_round.state in ("failed", "cancelled", "rejected") and training_round.state != wanted:
+    if training_round.state in ("failed", "cancelled", "rejected") and training_round.state != expected_state:
         raise typer.Exit(EXIT_FAILED)

@@ -113,8 +113,9 @@ def _build_service_table(states: ServiceStates) -> Table:
     table = Table(box=None, header_style="bold")
     for heading in ("service", "state", "pid", "seconds", "restarts", ""):
         table.add_column(heading)
-    for name, s in states.items():
-        cells = (s.state, s.pid, s.seconds, s.restarts or None, s.error or s.restart_reason)
+    for name, state in states.items():
+        reason = state.error or state.restart_reason
+        cells = (state.state, state.pid, state.seconds, state.restarts or None, reason)
         texts = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
         table.add_row(name, *map(Text, texts))  # as Text, so that brackets in an error are not parsed as markup
     return table

@@ -27,39 +27,66 @@ MALFORMED_DATASET = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot j
 
 @dataclass(frozen=True)
 class Refusal:
-    """The portal's answer to a request that it must refuse; `rows` are the bad rows that it lists, if any."""
+    """The portal's response to a request that it must refuse.
 
-    what: str
+    Attributes:
+        request: describes the request.
+        status: HTTP status.
+        rows: the bad rows that the response lists, if any.
+    """
+
+    request: str
     status: int
     reason: str
     rows: list[BadRow] | None = None
 
     def to_json(self) -> dict[str, Any]:
         rows = {} if self.rows is None else {"rows": [row.model_dump() for row in self.rows]}
-        return {"what": self.what, "status": self.status, "reason": self.reason, **rows}
+        return {"what": self.request, "status": self.status, "reason": self.reason, **rows}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Refusal":
         rows = fields.get("rows")
-        return cls(**{**fields, "rows": None if rows is None else [BadRow(**row) for row in rows]})
+        return cls(
+            request=fields["what"],
+            status=fields["status"],
+            reason=fields["reason"],
+            rows=None if rows is None else [BadRow(**row) for row in rows],
+        )
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What the contributor has sent: numbers of questions, of reports and of rows, and the requests refused."""
+    """Summary of the contributor's requests.
 
-    asked: int
-    reports: int
-    rows: int
-    refused: list[Refusal]
+    Attributes:
+        num_questions: prompts that it sent to the champion.
+        num_reports: reports of wrong answers.
+        num_rows: rows of its dataset.
+        refusals: of the requests that had to be refused.
+    """
+
+    num_questions: int
+    num_reports: int
+    num_rows: int
+    refusals: list[Refusal]
 
     def to_json(self) -> dict[str, Any]:
-        refused = [refusal.to_json() for refusal in self.refused]
-        return {"asked": self.asked, "reports": self.reports, "refused": refused, "rows": self.rows}
+        return {
+            "asked": self.num_questions,
+            "reports": self.num_reports,
+            "refused": [refusal.to_json() for refusal in self.refusals],
+            "rows": self.num_rows,
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Contribution":
-        return cls(**{**fields, "refused": [Refusal.from_json(refusal) for refusal in fields["refused"]]})
+        return cls(
+            num_questions=fields["asked"],
+            num_reports=fields["reports"],
+            num_rows=fields["rows"],
+            refusals=[Refusal.from_json(refusal) for refusal in fields["refused"]],
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,14 @@ class WrongAnswer:
     response: str
     response_id: str
     version: int
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Number of the prompts of one request, and the wrong answers to them that are to be reported."""
+
+    num_questions: int
+    wrong_answers: list[WrongAnswer]
 
 
 def main() -> int:
@@ -84,51 +119,52 @@ def contribute(client: Client, skills: Sequence[Skill], seed: int) -> Contributi
     """Report wrong answers in each skill, send two requests that must be refused, and push a dataset."""
     num_questions = num_reports = 0
     for skill in skills:
-        for num_asked, wrong_answers in find_wrong_answers(client, skill, seed):
-            num_questions += num_asked
-            num_reports += len(wrong_answers)
-            for wrong in wrong_answers:
-                report_wrong_answer(client, wrong)
+        for batch in find_wrong_answers(client, skill, seed):
+            num_questions += batch.num_questions
+            num_reports += len(batch.wrong_answers)
+            for wrong_answer in batch.wrong_answers:
+                report_wrong_answer(client, wrong_answer)
 
-    refused = [push_malformed(client), submit_oversized(client)]
+    refusals = [push_malformed(client), submit_oversized(client)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "corrections.jsonl"
         file.write_bytes(dump_rows(build_dataset_rows(skills, seed)))
         dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
-    return Contribution(num_questions, num_reports, dataset.num_rows, refused)
+    return Contribution(num_questions, num_reports, dataset.num_rows, refusals)
 
 
-def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[tuple[int, list[WrongAnswer]]]:
-    """Query the champion until REPORTS_PER_SKILL answers are wrong; yield each request's prompts and wrong answers."""
+def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[QuestionBatch]:
+    """Query the champion until REPORTS_PER_SKILL answers are wrong; yield one batch per request."""
     rows = skill.make_rows(MAX_QUESTIONS_PER_SKILL, seed=seed + 7, at_least=1)
-    num_wanted = REPORTS_PER_SKILL
+    num_missing = REPORTS_PER_SKILL
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
-        batch = rows[start : start + QUESTIONS_PER_REQUEST]
-        completion = client.complete([row.prompt for row in batch])
+        batch_rows = rows[start : start + QUESTIONS_PER_REQUEST]
+        completion = client.complete([row.prompt for row in batch_rows])
         version = parse_model_name(completion["model"])
 
-        wrong = [
+        wrong_answers = [
             WrongAnswer(row, choice["text"], choice["response_id"], version)
-            for row, choice in zip(batch, completion["choices"], strict=True)
+            for row, choice in zip(batch_rows, completion["choices"], strict=True)
             if row.checker is not None and not row.checker.check(choice["text"])
         ]
-        yield len(batch), wrong[:num_wanted]
-        num_wanted -= len(wrong[:num_wanted])
-        if not num_wanted:
+        wrong_answers = wrong_answers[:num_missing]
+        yield QuestionBatch(len(batch_rows), wrong_answers)
+        num_missing -= len(wrong_answers)
+        if num_missing == 0:
             return
 
 
-def report_wrong_answer(client: Client, wrong: WrongAnswer) -> None:
+def report_wrong_answer(client: Client, wrong_answer: WrongAnswer) -> None:
     """Report one wrong answer with its correction."""
     client.submit(
         FeedbackIn(
             kind="correction",
-            prompt=wrong.row.prompt,
-            response=wrong.response,
-            response_id=wrong.response_id,
-            model_version=wrong.version,
-            expected=wrong.row.answer,
-            checker=wrong.row.checker,
+            prompt=wrong_answer.row.prompt,
+            response=wrong_answer.response,
+            response_id=wrong_answer.response_id,
+            model_version=wrong_answer.version,
+            expected=wrong_answer.row.answer,
+            checker=wrong_answer.row.checker,
         )
     )
 

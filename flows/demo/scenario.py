@@ -25,7 +25,8 @@ from yuan.version_names import format_model_name
 
 BASE_ROUND = RoundParameters(max_steps=950, learning_rate=2e-3)
 DEMO_ROUND = RoundParameters(max_steps=1150, learning_rate=1.5e-3, replay_rows=9000)
-FRESH_SUITE, FRESH_PER_SKILL = "fresh", 200
+FRESH_SUITE = "fresh"
+FRESH_ROWS_PER_SKILL = 200
 SERVICE_TIMEOUT_S = 60.0
 NOTICE_TIMEOUT_S = 30.0
 
@@ -39,7 +40,7 @@ class DemoFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoAccess:
-    """The demo's connections: the portal's URL and the operator's client."""
+    """The portal's URL, and a client with the operator's token."""
 
     url: str
     operator: Client
@@ -93,7 +94,7 @@ class DemoFigures:
 
 
 def run_demo(
-    access: DemoAccess, *, skills_file: Path | None, seed: int, say: PrintLine, follow: FollowRound
+    access: DemoAccess, *, skills_file: Path | None, seed: int, print_line: PrintLine, follow_round: FollowRound
 ) -> DemoFigures:
     """Run the base round, the contributor and the second round, and return the results.
 
@@ -104,20 +105,24 @@ def run_demo(
     skills_file = skills_file or REPORTED_SKILLS
     skills = load_skills(skills_file)
     timer = Timer()
-    say(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
+
+    print_line(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
     push_rows(access.operator, "base", "base", build_base_rows(skills, seed))
-    push_rows(access.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_PER_SKILL))
-    first = run_round(access, BASE_ROUND.model_copy(update={"seed": seed}), follow)
+    push_rows(access.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_ROWS_PER_SKILL))
+    first = run_round(access, BASE_ROUND.model_copy(update={"seed": seed}), follow_round)
     wait_for_version(access.operator, int(first.candidate_version or 0))
     timer.lap("base round")
+
     account = access.operator.add_contributor(f"demo-{seed}-{int(time.time())}")
-    say("a contributor asks, reports wrong answers and pushes a dataset")
+    print_line("a contributor asks, reports wrong answers and pushes a dataset")
     contribution = run_contributor(access.url, account.token, skills_file, seed)
-    counts = f"{contribution.asked} questions, {contribution.reports} reports"
-    say(f"{counts}, a dataset of {contribution.rows} rows; 2 refused on purpose")
+    counts = f"{contribution.num_questions} questions, {contribution.num_reports} reports"
+    print_line(f"{counts}, a dataset of {contribution.num_rows} rows; 2 refused on purpose")
     timer.lap("contributor")
-    second = run_round(access, DEMO_ROUND.model_copy(update={"seed": seed}), follow)
+
+    second = run_round(access, DEMO_ROUND.model_copy(update={"seed": seed}), follow_round)
     timer.lap("round")
+
     with Client(access.url, account.token) as client:
         return gather_figures(client, first=first, second=second, contribution=contribution, laps=timer.laps)
 
@@ -142,10 +147,12 @@ def push_rows(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
         client.push_dataset(file, name=name, purpose=purpose)
 
 
-def run_round(access: DemoAccess, parameters: RoundParameters, follow: FollowRound) -> RoundOut:
-    ended_round = follow(access.operator, access.operator.start_round(parameters).id)
+def run_round(access: DemoAccess, parameters: RoundParameters, follow_round: FollowRound) -> RoundOut:
+    ended_round = follow_round(access.operator, access.operator.start_round(parameters).id)
     if ended_round.state != "promoted":
-        raise DemoFailed(f"round {ended_round.number} is {ended_round.state}: {ended_round.reason}")
+        raise DemoFailed(
+            f"round {ended_round.number} is {ended_round.state}: {ended_round.reason}; see `cotrain logs flows`"
+        )
     return ended_round
 
 
@@ -164,7 +171,9 @@ def wait_for_version(client: Client, version: int) -> None:
         return bool(served == format_model_name(version))
 
     if not poll_until(is_served, timeout_s=SERVICE_TIMEOUT_S, pause_s=0.3):
-        raise DemoFailed(f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}")
+        raise DemoFailed(
+            f"v{version} is not in service after {SERVICE_TIMEOUT_S:.0f} s: {reason}; see `cotrain doctor`"
+        )
 
 
 def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> Contribution:
@@ -189,8 +198,8 @@ def gather_figures(
         champion_after=second.candidate_version,
         suites=PromotionDecision.from_json(second.decision).suites,
         reports=len(accepted),
-        submitted=contribution.reports,
-        refused=contribution.refused,
+        submitted=contribution.num_reports,
+        refused=contribution.refusals,
         fixed=sum(report.verdict == Verdict.FIXED for report in accepted),
         still_failing=sum(report.verdict == Verdict.STILL_FAILING for report in accepted),
         notices=len(notices),

@@ -14,7 +14,7 @@ REFUSED = [
 
 
 def test_contribution_survives_a_json_round_trip():
-    contribution = Contribution(asked=1200, reports=120, rows=5000, refused=REFUSED)
+    contribution = Contribution(num_questions=1200, num_reports=120, num_rows=5000, refusals=REFUSED)
     printed = json.dumps(contribution.to_json())
     assert Contribution.from_json(json.loads(printed)) == contribution
     assert json.loads(printed)["refused"][1] == {"what": "oversized report", "status": 413, "reason": "send less"}
