@@ -14,7 +14,7 @@ from infra.tracker import Tracker
 
 @dataclass(frozen=True)
 class RecordsContext:
-    """Connections to the platform's database and the tracker."""
+    """Settings and connections of a process that uses the platform's records: its database and the tracker."""
 
     settings: RecordsAccess
     sessions: sessionmaker[Session]
@@ -33,7 +33,11 @@ class DispatcherContext(RecordsContext):
 
 @dataclass(frozen=True)
 class Context(RecordsContext):
-    """Settings and connections of a flow's steps; in a round's flow also the number of the attempt."""
+    """Settings and connections of a flow's steps.
+
+    Attributes:
+        attempt: number of the attempt at the round; 0 outside of a round's flow.
+    """
 
     settings: FlowSettings
     objects: ObjectStore

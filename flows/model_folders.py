@@ -22,7 +22,10 @@ def resolve_version(tracker: Tracker, version: str) -> int:
         return parse_version_number(version)
     aliases = tracker.read_aliases()
     if version not in aliases:
-        raise ValueError(f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}")
+        raise ValueError(
+            f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}; "
+            "give a version as 7 or v7, or an alias"
+        )
     return aliases[version]
 
 

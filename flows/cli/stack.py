@@ -70,7 +70,8 @@ def logs(
     file = folder / f"{service}.log"
     if not file.is_file() or file.parent != folder:
         names = sorted(path.stem for path in folder.glob("*.log"))
-        raise fail(f"there is no log of {service!r} in {folder}; there are {names}")
+        fix = f"choose one of {', '.join(names)}" if names else "start the stack with `cotrain up`"
+        raise fail(f"there is no log of {service!r} in {folder}; {fix}")
     for line in read_last_lines(file, lines):  # escaped, so that a log cannot send control codes to the terminal
         print("".join(letter if letter.isprintable() or letter == "\t" else repr(letter)[1:-1] for letter in line))
 

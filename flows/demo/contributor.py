@@ -178,7 +178,7 @@ def push_malformed(client: Client) -> Refusal:
             client.push_dataset(file)
         except PortalError as error:
             return Refusal("malformed file", error.status, error.body.message, error.body.rows or [])
-    raise RuntimeError("the portal accepted a malformed file")
+    raise RuntimeError("the portal must refuse a malformed file, and accepted it")
 
 
 def submit_oversized(client: Client) -> Refusal:
@@ -190,7 +190,7 @@ def submit_oversized(client: Client) -> Refusal:
         client.submit(huge)
     except PortalError as error:
         return Refusal("oversized report", error.status, error.body.message)
-    raise RuntimeError("the portal accepted an oversized report")
+    raise RuntimeError("the portal must refuse an oversized report, and accepted it")
 
 
 def build_dataset_rows(skills: Sequence[Skill], seed: int) -> list[Row]:

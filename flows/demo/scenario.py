@@ -128,7 +128,7 @@ def run_demo(
 
 
 class Timer:
-    """Measures the seconds of each part."""
+    """Measure the parts of the demo; `laps` has the seconds of each, by its name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -182,7 +182,8 @@ def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> Contr
     env = {**os.environ, "COTRAIN_TOKEN": token}
     completed = subprocess.run(command, env=env, capture_output=True, text=True)
     if completed.returncode != 0:
-        raise DemoFailed(f"the contributor failed: {completed.stderr.strip().splitlines()[-1:]}")
+        last_lines = completed.stderr.strip().splitlines()[-1:] or ["without output"]
+        raise DemoFailed(f"the contributor's process ended with status {completed.returncode}: {last_lines[0]}")
     return Contribution.from_json(json.loads(completed.stdout))
 
 

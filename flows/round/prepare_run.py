@@ -65,7 +65,7 @@ class WeightMissing(SafeMessageError, ValueError):
 
 
 class RowEncoder:
-    """Encodes rows one by one, so that no more than one row's tokens are in memory, and excludes those that it cannot.
+    """Encode rows one by one, so that only one row's tokens are in memory, and exclude rows that cannot be encoded.
 
     Attributes:
         exclusion_reasons: the reason of each row excluded so far, by the row's key; by `line N` for line N of the

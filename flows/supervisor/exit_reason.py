@@ -14,7 +14,7 @@ from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
 
 
 class ExitReason(StrEnum):
-    """Why the processes of a run ended; the values are stored in events and shown to users."""
+    """Reasons for the end of a run's processes; the values are stored in events and shown to users."""
 
     FINISHED = "finished"
     OUT_OF_MEMORY = "out of memory"
@@ -33,7 +33,7 @@ class TrainingFailed(SafeMessageError, RuntimeError):
 
 
 class ExitPolicy(Enum):
-    """What the supervisor does after an exit; the values describe it."""
+    """Reactions of the supervisor to an exit; the values describe them."""
 
     COMPLETE = "the weights are exported; nothing remains to do"
     RESTART = "start the processes again, a limited number of times without a new checkpoint"

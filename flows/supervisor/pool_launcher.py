@@ -44,7 +44,9 @@ def make_launcher(pool: Pool) -> Launcher:
         if pool.launcher == "kubernetes":
             return _make_kubernetes_launcher(options)
     except TypeError as error:
-        raise ValueError(f"[pool.launch] of pool {pool.name!r} for {pool.launcher}: {error}") from None
+        raise ValueError(
+            f"[pool.launch] of pool {pool.name!r} for {pool.launcher}: {error}; correct the pool file"
+        ) from None
     if options:
         raise ValueError(
             f"[pool.launch] of pool {pool.name!r}: a local launcher takes no options, got {options}; remove them"

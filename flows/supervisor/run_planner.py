@@ -26,7 +26,7 @@ MAX_EVENT_REASON_CHARACTERS = 500  # of the field `why` of an event
 
 
 class RunPlanner:
-    """Replaces a run's plan, in its folder and in the round's record, and counts how often memory was reduced."""
+    """Replace a run's plan, in its folder and in the round's record, and count how often memory was reduced."""
 
     def __init__(self, context: Context, round_id: str, folder: RunFolder, reporter: RunReporter) -> None:
         self._context = context

@@ -68,7 +68,7 @@ ProgressCallback = Callable[[RunStatus | None], None]
 
 
 class RunReporter:
-    """Reports a run's status, events and metrics; data that a server missed during an outage is sent after it."""
+    """Report a run's status, events and metrics; data that a server missed during an outage is sent after it."""
 
     def __init__(self, context: Context, round_id: str, folder: RunFolder, progress: ProgressCallback) -> None:
         self._context = context

@@ -64,7 +64,7 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
 
 
 class Supervisor:
-    """Supervises one run: restarts or re-plans it until it has finished, or fails it."""
+    """Supervise one run: restart or re-plan it until it has finished, or fail it."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class Supervisor:
         if self.num_restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
                 f"started {self.num_restarts} times without getting beyond step {newest_step}: {ending.message}; "
-                f"{read_log_tail(self.folder)}"
+                f"remove the cause and start another round; the log ends with: {read_log_tail(self.folder)}"
             )
 
 
