@@ -9,10 +9,9 @@ from datetime import datetime
 from sqlalchemy import ScalarSelect, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
-from feedback.accounts import OPERATOR_ROLE
 from feedback.promotion_decision import AccountRegressions
+from feedback.states import AccountRole, ReportState
 from feedback.tables import Case, CaseResult, Contributor, Feedback, Promotion
-from feedback.withdrawal import WITHDRAWN
 
 SIGNIFICANCE_LEVEL = 0.05  # losses with this probability or more may be chance
 MAX_REPORTS_PER_ACCOUNT = 20  # named in a decision
@@ -57,7 +56,7 @@ class AccountChanges:
         Without this rule, an account that reports enough of them could block the promotion of every candidate.
         """
         is_learned = any(2 * self.passed[role] >= self.total[role] for role in self.lost.values())
-        return self.role == OPERATOR_ROLE or is_learned or self.p_value < SIGNIFICANCE_LEVEL
+        return self.role == AccountRole.OPERATOR or is_learned or self.p_value < SIGNIFICANCE_LEVEL
 
     def summarize(self) -> AccountRegressions:
         """Return the counts for a decision, with the account's first 20 reports."""
@@ -108,7 +107,7 @@ def _find_losing_accounts(session: Session, broken: Sequence[str]) -> dict[str, 
         select(Feedback.id.label("report_id"), Case.id.label("case_id"), Case.role, Contributor)
         .join(Case, Case.id == Feedback.case_id)
         .join(Contributor, Contributor.id == Feedback.contributor_id)
-        .where(Feedback.state == "accepted", Case.id.in_(broken))
+        .where(Feedback.state == ReportState.ACCEPTED, Case.id.in_(broken))
         .order_by(Feedback.created_at, Feedback.id)
     )
     accounts: dict[str, AccountChanges] = {}
@@ -136,7 +135,7 @@ def _count_active_cases(
         .join(Case, Case.id == Feedback.case_id)
         .join(before, (before.case_id == Case.id) & (before.version == champion))
         .join(after, (after.case_id == Case.id) & (after.version == candidate))
-        .where(Feedback.state == "accepted", Feedback.contributor_id.in_(accounts))
+        .where(Feedback.state == ReportState.ACCEPTED, Feedback.contributor_id.in_(accounts))
         .where(Case.withdrawn_at.is_(None), Case.created_at <= promoted_at)
         .group_by(Feedback.contributor_id, Case.role, before.passed, after.passed)
     )
@@ -159,13 +158,13 @@ def _count_withdrawn_cases(
     """
     kept, before = aliased(Feedback), aliased(CaseResult)
     is_kept = exists().where(
-        kept.case_id == Case.id, kept.contributor_id == Feedback.contributor_id, kept.state == "accepted"
+        kept.case_id == Case.id, kept.contributor_id == Feedback.contributor_id, kept.state == ReportState.ACCEPTED
     )
     passes_champion = exists().where(before.case_id == Case.id, before.version == champion, before.passed)
     query = (
         select(Feedback.contributor_id, Case.role, func.count(Case.id.distinct()))
         .join(Case, Case.id == Feedback.case_id)
-        .where(Feedback.state == WITHDRAWN, Feedback.contributor_id.in_(accounts))
+        .where(Feedback.state == ReportState.WITHDRAWN, Feedback.contributor_id.in_(accounts))
         .where(Case.created_at <= promoted_at, ~is_kept, ~passes_champion)
         .group_by(Feedback.contributor_id, Case.role)
     )

@@ -8,10 +8,11 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from feedback.states import AccountRole
 from feedback.tables import ApiToken, AuditEvent, Contributor, Dataset, Feedback, IdempotencyKey
 from yuan.data.text import make_printable
 
-OPERATOR_ROLE = "operator"
+OPERATOR_ACCOUNT_NAME = "operator"
 DAY_S = 24 * 3600
 SETTINGS_TOKEN_NAME = "settings"  # name of the operator token that comes from the installation's settings
 
@@ -77,8 +78,10 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
 
 def ensure_operator(session: Session, token: str) -> None:
     """Create the installation's operator account with the token from its settings; revoke its earlier ones."""
-    session.execute(insert(Contributor).values(name=OPERATOR_ROLE, role=OPERATOR_ROLE).on_conflict_do_nothing())
-    operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR_ROLE)).one()
+    session.execute(
+        insert(Contributor).values(name=OPERATOR_ACCOUNT_NAME, role=AccountRole.OPERATOR).on_conflict_do_nothing()
+    )
+    operator = session.scalars(select(Contributor).where(Contributor.name == OPERATOR_ACCOUNT_NAME)).one()
     row = {"digest": digest_token(token), "contributor_id": operator.id, "name": SETTINGS_TOKEN_NAME}
     session.execute(insert(ApiToken).values(row).on_conflict_do_nothing())
     outdated = (

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from feedback.states import CaseRole
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row
 
 
-def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> None:
+def add_cases(session: Session, suite: str, rows: Sequence[Row], role: CaseRole) -> None:
     """Create a case in a suite for each row that has a checker; existing keys keep their case and role.
 
     An existing case that was withdrawn becomes active again.
@@ -35,13 +36,13 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: str) -> N
         session.execute(upsert, values)
 
 
-def choose_case_role(prompt_key: str, salt: str, share: float) -> str:
+def choose_case_role(prompt_key: str, salt: str, share: float) -> CaseRole:
     """Choose a case's role by a salted hash of its prompt: `held_out` for a fraction `share` of prompts, else `train`.
 
     The same prompt always gets the same role, whatever the answer. So no contributor can choose the role, not even by
     withdrawing a report and sending it again with another expected answer.
     """
-    return "held_out" if compute_salted_fraction(prompt_key, salt) < share else "train"
+    return CaseRole.HELD_OUT if compute_salted_fraction(prompt_key, salt) < share else CaseRole.TRAIN
 
 
 def compute_salted_fraction(key: str, salt: str) -> float:

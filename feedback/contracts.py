@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.rows import BadRow
@@ -24,7 +25,6 @@ REQUIRED_FIELDS_BY_KIND: dict[str, tuple[str, ...]] = {
     "problem": (),
     "rating": ("rating",),
 }
-Purpose = Literal["mixture", "base", "suite"]
 
 
 class Example(BaseModel):
@@ -117,7 +117,7 @@ class FeedbackOut(BaseModel):
 
     id: str
     kind: str
-    state: str
+    state: str = Field(description=list_values(ReportState))
     reason: str | None
     role: str | None = Field(description="train or held_out, once accepted")
     verdict: Verdict | None = Field(description="newest verdict, of version `verdict_version`")
@@ -167,7 +167,7 @@ class DatasetOut(BaseModel):
     id: str
     name: str
     purpose: str
-    state: str
+    state: str = Field(description=list_values(DatasetState))
     reason: str | None
     sha256: str
     num_rows: int
@@ -247,7 +247,7 @@ class RoundOut(BaseModel):
 
     id: str
     number: int
-    state: str
+    state: str = Field(description=list_values(RoundState))
     step: str
     reason: str | None
     parent_version: int | None

@@ -10,10 +10,10 @@ from sqlalchemy import ARRAY, String, any_, func, insert, literal, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from feedback.accounts import OPERATOR_ROLE
 from feedback.cases import add_cases, compute_salted_fraction
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
 from feedback.items import note_fault, note_faulty_rows
+from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
 from yuan.data.rows import Row
@@ -25,7 +25,7 @@ INSERT_BATCH_ROWS = 5000
 
 def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
     """Return the ids of datasets that passed the check and wait for acceptance, oldest first."""
-    query = select(Dataset.id).where(Dataset.state == "checked", Dataset.created_at <= cut_off)
+    query = select(Dataset.id).where(Dataset.state == DatasetState.CHECKED, Dataset.created_at <= cut_off)
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
 
@@ -55,7 +55,7 @@ def accept_dataset(
     """
     lock_datasets(session)
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
-    if dataset.state != "checked":
+    if dataset.state != DatasetState.CHECKED:
         return
 
     numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
@@ -68,7 +68,7 @@ def accept_dataset(
         for item in keyed
         if item.number not in duplicates and item.row.checker is not None and item.row.prompt
     }
-    if dataset.purpose == "suite":
+    if dataset.purpose == DatasetPurpose.SUITE:
         held_out = set(testable)
     else:
         max_rows = _compute_held_out_limit(session, dataset, max_cases)
@@ -76,26 +76,29 @@ def accept_dataset(
 
     entries = []
     for item in keyed:
-        role = "duplicate" if item.number in duplicates else "held_out" if item.number in held_out else "train"
+        if item.number in duplicates:
+            role = RowRole.DUPLICATE
+        else:
+            role = RowRole.HELD_OUT if item.number in held_out else RowRole.TRAIN
         keys = {"key": item.key, "prompt_key": item.prompt_key}
         entries.append({"dataset_id": dataset.id, "number": item.number, **keys, "role": role})
     for start in range(0, len(entries), INSERT_BATCH_ROWS):
         session.execute(insert(DatasetRow), entries[start : start + INSERT_BATCH_ROWS])
 
     cases = [item.row for item in keyed if item.number in held_out]
-    add_cases(session, get_suite_name(dataset), cases, "held_out")
+    add_cases(session, get_suite_name(dataset), cases, CaseRole.HELD_OUT)
     dataset.num_duplicates += len(duplicates)
-    dataset.state, dataset.reason, dataset.decided_at = "accepted", None, transaction_time()
+    dataset.state, dataset.reason, dataset.decided_at = DatasetState.ACCEPTED, None, transaction_time()
 
 
 def record_acceptance_failure(session: Session, dataset_id: str, error: Exception) -> None:
     """Record why a dataset could not be accepted: reject it if its content is at fault, else leave it for a retry."""
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
-    if dataset.state != "checked":
+    if dataset.state != DatasetState.CHECKED:
         return
     dataset.reason = note_fault(session, dataset_id, "accept", error)
     if isinstance(error, ValueError | DBAPIError | ClientError):
-        dataset.state, dataset.decided_at = "rejected", transaction_time()
+        dataset.state, dataset.decided_at = DatasetState.REJECTED, transaction_time()
 
 
 def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, max_rows: int) -> set[int]:
@@ -120,10 +123,10 @@ def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, max
 
 def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) -> int:
     """Return the number of a dataset's rows that may be held out, by the limits per dataset and per account."""
-    if session.get_one(Contributor, dataset.contributor_id).role == OPERATOR_ROLE:
+    if session.get_one(Contributor, dataset.contributor_id).role == AccountRole.OPERATOR:
         return MAX_HELD_OUT_ROWS_PER_DATASET
-    cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == "held_out")
-    of_account = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == "accepted")
+    cases = select(func.count()).select_from(DatasetRow).join(Dataset).where(DatasetRow.role == RowRole.HELD_OUT)
+    of_account = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == DatasetState.ACCEPTED)
     remaining = max_cases - session.scalars(of_account).one()
     return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, remaining))
 
@@ -140,6 +143,6 @@ def _find_duplicates(session: Session, rows: Sequence[KeyedRow]) -> set[int]:
 
 
 def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:
-    query = select(DatasetRow.key).join(Dataset).where(Dataset.state == "accepted")
+    query = select(DatasetRow.key).join(Dataset).where(Dataset.state == DatasetState.ACCEPTED)
     query = query.where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
     return set(session.scalars(query))

@@ -14,7 +14,8 @@ from feedback.accounts import InvalidField, NotFound
 from feedback.contracts import DatasetOut, Event
 from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject
 from feedback.paging import read_page
-from feedback.tables import Contributor, Dataset, IdempotencyKey
+from feedback.states import DatasetPurpose, DatasetState
+from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
 from yuan.data.rows import BadRow, Row, parse_rows
 
@@ -23,7 +24,7 @@ MAX_LISTED_BAD_ROWS = 1000
 MAX_DATASET_LINES = 500_000
 READ_CHUNK_BYTES = 2**20
 
-RESERVED_SUITES = ("reports", "base", "datasets")
+RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
 SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 FetchObject = Callable[[str], bytes]
@@ -54,14 +55,14 @@ def add_dataset(
     Raises:
         InvalidField: if it is a suite and its name is not allowed for a suite.
     """
-    if purpose == "suite":
+    if purpose == DatasetPurpose.SUITE:
         check_suite_name(name)
     dataset = Dataset(
         id=dataset_id,
         contributor_id=contributor.id,
         name=name,
         purpose=purpose,
-        state="rejected" if file.reason else "checked",
+        state=DatasetState.REJECTED if file.reason else DatasetState.CHECKED,
         reason=file.reason,
         sha256=sha256,
         num_bytes=file.num_bytes,
@@ -181,12 +182,12 @@ def _build_dataset_records(
         # Of events at the same time, as of one transaction, the cause comes first: the sort below keeps this order.
         decided_at = row.decided_at or row.created_at  # a file with bad rows is rejected on arrival, without decided_at
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
-        if row.state == "accepted":
+        if row.state == DatasetState.ACCEPTED:
             events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
         events += [Event(at=at, text=text) for at, text in faults[row.id]]
         if row.id in withdrawals:
             events.append(withdrawals[row.id])
-        if row.state == "rejected":
+        if row.state == DatasetState.REJECTED:
             events.append(Event(at=decided_at, text=f"rejected: {row.reason}"))
 
         records.append(

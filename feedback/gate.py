@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from feedback.account_changes import AccountChanges, count_account_changes
 from feedback.promotion_decision import PassRate, PromotionDecision, SuiteComparison
-from feedback.tables import REPORTS_SUITE, Case, CaseResult, Round
+from feedback.states import CaseRole
+from feedback.tables import BASE_SUITE, REPORTS_SUITE, Case, CaseResult, Round
 
-BASE_SUITE = "base"
 MAX_BASE_RATE_DROP = 0.02
 MAX_ACCOUNTS_PER_DECISION = 20
 
@@ -24,7 +24,7 @@ def compute_pass_rates(session: Session, version: int) -> dict[str, PassRate]:
     query = (
         select(Case.suite, Case.capability, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Case.id)
-        .where(CaseResult.version == version, Case.role == "held_out", Case.withdrawn_at.is_(None))
+        .where(CaseResult.version == version, Case.role == CaseRole.HELD_OUT, Case.withdrawn_at.is_(None))
     )
     passed: Counter[str] = Counter()
     total: Counter[str] = Counter()

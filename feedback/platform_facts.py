@@ -7,10 +7,11 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from feedback import reports, rounds
+from feedback.states import ReportState
 from feedback.tables import AuditEvent, Dataset, ModelVersion, Outbox, Promotion, Response, Round
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
-REVIEW_OUTCOMES = ("accepted", "rejected", "disputed")
+REVIEW_OUTCOMES = (ReportState.ACCEPTED, ReportState.REJECTED, ReportState.DISPUTED)
 
 
 @dataclass(frozen=True)

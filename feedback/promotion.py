@@ -19,6 +19,7 @@ from feedback.items import (
     process_in_bulk,
 )
 from feedback.promotion_decision import PromotionDecision
+from feedback.states import ReportState, RowRole
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
 from feedback.verdicts import Verdict, derive_verdict
 from yuan.eval.results import EvalResult
@@ -73,7 +74,7 @@ def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, 
     """Record on the timelines of reports and datasets which of their cases could not be judged, one line each."""
     reports = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
     datasets = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
-    datasets = datasets.where(Case.id.in_(unjudged), DatasetRow.role == "held_out")
+    datasets = datasets.where(Case.id.in_(unjudged), DatasetRow.role == RowRole.HELD_OUT)
 
     reasons_by_subject: dict[str, list[str]] = defaultdict(list)
     for subject, case_id in (*session.execute(reports), *session.execute(datasets)):
@@ -113,7 +114,7 @@ def write_notices(session: Session, before: int | None, after: int) -> int:
     query = (
         select(Feedback, CaseResult.passed)
         .join(CaseResult, CaseResult.case_id == Feedback.case_id)
-        .where(Feedback.state == "accepted", CaseResult.version == after)
+        .where(Feedback.state == ReportState.ACCEPTED, CaseResult.version == after)
         .order_by(Feedback.created_at, Feedback.id)
     )
     passed_before = set(

@@ -8,9 +8,15 @@ from sqlalchemy.orm import Session
 
 from feedback.contracts import Event, FeedbackOut
 from feedback.items import find_faults_by_subject
+from feedback.states import CaseRole, ReportState
 from feedback.tables import CaseResult, Feedback, Outbox
 from feedback.verdicts import ResultChange, Verdict, derive_result_changes
-from feedback.withdrawal import WITHDRAWN, find_withdrawal_events
+from feedback.withdrawal import find_withdrawal_events
+
+CASE_USES: dict[str, str] = {
+    CaseRole.TRAIN: "train: for training and regression tests",
+    CaseRole.HELD_OUT: "held out: for tests only",
+}
 
 
 def describe_report(session: Session, row: Feedback) -> FeedbackOut:
@@ -33,7 +39,7 @@ def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[Feedbac
         # Of events at the same time, as of one transaction, the cause comes first: the sort keeps this order.
         events = _list_first_events(row)
         events += [Event(at=at, text=text) for at, text in faults[row.id]]
-        if row.state in ("rejected", "disputed"):
+        if row.state in (ReportState.REJECTED, ReportState.DISPUTED):
             events.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
         events += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]
         if row.id in withdrawals:
@@ -51,15 +57,17 @@ def _list_first_events(row: Feedback) -> list[Event]:
         at = row.reproduced_at or row.decided_at or row.created_at  # older rows have no reproduced_at
         events.append(Event(at=at, text=f"prompt retried with v{row.reproduced_version}: {row.reproduction}"))
     if row.decided_at and row.case:
-        use = {"train": "train: for training and regression tests", "held_out": "held out: for tests only"}
-        events.append(Event(at=row.decided_at, text=f"accepted as a case, {use[row.case.role]}"))
+        use = CASE_USES.get(row.case.role, row.case.role)
+        events.append(Event(at=row.decided_at, text=f"accepted as a case, {use}"))
     return events
 
 
 def _build_report_record(
     row: Feedback, timeline: list[Event], notices: Sequence[Outbox], changes: Sequence[tuple[int, ResultChange]]
 ) -> FeedbackOut:
-    is_withdrawn = row.state == WITHDRAWN  # a withdrawn report shows no verdict, not even one already delivered
+    is_withdrawn = (
+        row.state == ReportState.WITHDRAWN
+    )  # a withdrawn report shows no verdict, not even one already delivered
     newest = notices[-1] if notices and not is_withdrawn else None
     described = [f"{change} in v{version}" for version, change in changes if change != ResultChange.PASSING]
     return FeedbackOut(

@@ -15,10 +15,13 @@ from feedback.contracts import FeedbackIn
 from feedback.items import make_storable_text, note_fault, process_each
 from feedback.paging import read_page
 from feedback.promotion import find_champion
+from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole, Screening
 from feedback.tables import REPORTS_SUITE, Case, Contributor, Dataset, DatasetRow, Feedback, transaction_time
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT_CHARS
+
+REPRODUCED = "reproduced"  # value of `Feedback.reproduction` if the version answers wrong again
 
 
 def add_feedback(session: Session, contributor: Contributor, report: FeedbackIn, feedback_id: str) -> Feedback:
@@ -60,13 +63,13 @@ def screen_reports(session: Session, cut_off: datetime) -> tuple[int, int]:
         The number of reports processed, and the number of those that failed.
     """
     rows = session.scalars(
-        select(Feedback).where(Feedback.state == "received", Feedback.created_at <= cut_off).with_for_update()
+        select(Feedback).where(Feedback.state == ReportState.RECEIVED, Feedback.created_at <= cut_off).with_for_update()
     ).all()
 
     def screen_one(row: Feedback) -> None:
         FeedbackIn.model_validate(row.body)  # the rules may be stricter now than when the report was received
-        row.state = "in_review"
-        row.screening = "checkable" if row.kind == "correction" else "needs a reviewer"
+        row.state = ReportState.IN_REVIEW
+        row.screening = Screening.CHECKABLE if row.kind == "correction" else Screening.NEEDS_REVIEWER
 
     return len(rows), process_each(
         session, rows, screen_one, lambda row, error: _record_report_failure(session, row, "screen", error)
@@ -83,9 +86,9 @@ def _record_report_failure(
     """
     row.reason = note_fault(session, row.id, step, error)
     is_malformed = isinstance(error, ValidationError)
-    row.state = "rejected" if is_malformed else "in_review"
+    row.state = ReportState.REJECTED if is_malformed else ReportState.IN_REVIEW
     row.decided_at = transaction_time() if is_malformed else None
-    row.screening = row.screening or "needs a reviewer"
+    row.screening = row.screening or Screening.NEEDS_REVIEWER
     row.reproduction = row.reproduced_at = None
     row.reproduced_version = row.reproduced_version if version is None else version
 
@@ -98,10 +101,10 @@ def count_pending_reports(session: Session, *, with_review: bool) -> tuple[int, 
     Args:
         with_review: also count the reports that wait for review.
     """
-    checkable = (Feedback.state == "in_review") & (Feedback.screening == "checkable")
-    is_pending = (Feedback.state == "received") | (checkable & _is_unanswered_by(find_champion(session)))
+    checkable = (Feedback.state == ReportState.IN_REVIEW) & (Feedback.screening == Screening.CHECKABLE)
+    is_pending = (Feedback.state == ReportState.RECEIVED) | (checkable & _is_unanswered_by(find_champion(session)))
     if with_review:
-        is_pending |= (Feedback.state == "in_review") & Feedback.reproduction.is_not(None)
+        is_pending |= (Feedback.state == ReportState.IN_REVIEW) & Feedback.reproduction.is_not(None)
     count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(is_pending)).one()
     return count, oldest
 
@@ -115,7 +118,7 @@ def _is_unanswered_by(version: int | None) -> ColumnElement[bool]:
 
 def count_accepted_since(session: Session, moment: datetime | None) -> int:
     """Count the reports accepted after a moment; with None, all accepted reports."""
-    query = select(func.count()).select_from(Feedback).where(Feedback.state == "accepted")
+    query = select(func.count()).select_from(Feedback).where(Feedback.state == ReportState.ACCEPTED)
     return session.scalars(query if moment is None else query.where(Feedback.decided_at > moment)).one()
 
 
@@ -124,8 +127,8 @@ def find_unreproduced_reports(
 ) -> Sequence[Feedback]:
     """Return the checkable reports in review that the version has not answered yet, oldest first."""
     query = select(Feedback).where(
-        Feedback.state == "in_review",
-        Feedback.screening == "checkable",
+        Feedback.state == ReportState.IN_REVIEW,
+        Feedback.screening == Screening.CHECKABLE,
         Feedback.created_at <= cut_off,
         _is_unanswered_by(version),
     )
@@ -149,14 +152,14 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Reprod
     def note(reproduced: ReproducedAnswer) -> None:
         feedback_id, answer = reproduced
         row = _lock_report(session, feedback_id)
-        if row.state != "in_review":
+        if row.state != ReportState.IN_REVIEW:
             return
         if isinstance(answer, ValueError):
             raise answer
         is_right = check(FeedbackIn.model_validate(row.body).rule, answer)
         row.reproduced_version, row.reproduced_response = version, make_storable_text(answer, MAX_TEXT_CHARS)
         row.reproduced_at = transaction_time()
-        row.reproduction = f"already fixed in v{version}" if is_right else "reproduced"
+        row.reproduction = f"already fixed in v{version}" if is_right else REPRODUCED
         row.reason = None
 
     def blame(reproduced: ReproducedAnswer, error: Exception) -> None:
@@ -189,9 +192,9 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
         share: the fraction of prompts to hold out, in [0, 1].
     """
     query = select(Feedback).where(
-        Feedback.state == "in_review", Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
+        Feedback.state == ReportState.IN_REVIEW, Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
     )
-    num_by_state = Counter[str]()
+    num_by_state = Counter[str]()  # states after the review
 
     def review_one(row: Feedback) -> None:
         _decide_report(session, row, salt, share)
@@ -203,7 +206,12 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
 
     rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
     num_failed = process_each(session, rows, review_one, blame)
-    return ReviewCounts(**num_by_state, failed=num_failed)
+    return ReviewCounts(
+        accepted=num_by_state[ReportState.ACCEPTED],
+        rejected=num_by_state[ReportState.REJECTED],
+        disputed=num_by_state[ReportState.DISPUTED],
+        failed=num_failed,
+    )
 
 
 def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:
@@ -211,17 +219,19 @@ def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> 
     report = FeedbackIn.model_validate(row.body)
     sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
 
-    if row.reproduction != "reproduced":
-        row.state, row.reason = "rejected", f"not reproduced: v{row.reproduced_version} answers this prompt right"
+    if row.reproduction != REPRODUCED:
+        row.state = ReportState.REJECTED
+        row.reason = f"not reproduced: v{row.reproduced_version} answers this prompt right"
     elif _is_contradicted(session, sample):
-        row.state, row.reason = "disputed", "another accepted report expects a different answer to this prompt"
+        row.state = ReportState.DISPUTED
+        row.reason = "another accepted report expects a different answer to this prompt"
         row.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
-        role = "train" if is_trained else choose_case_role(sample.prompt_key, salt, share)
+        role = CaseRole.TRAIN if is_trained else choose_case_role(sample.prompt_key, salt, share)
         add_cases(session, REPORTS_SUITE, [sample], role)
         case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
-        row.state, row.reason, row.case_id = "accepted", None, case.id
+        row.state, row.reason, row.case_id = ReportState.ACCEPTED, None, case.id
     row.decided_at = transaction_time()
 
 
@@ -239,7 +249,11 @@ def _is_trained(session: Session, prompt_key: str) -> bool:
     and a held-out case would remove the dataset's row from training.
     """
     rows = select(DatasetRow.number).join(Dataset).where(DatasetRow.prompt_key == prompt_key)
-    rows = rows.where(DatasetRow.role == "train", Dataset.state == "accepted", Dataset.purpose != "suite")
-    held_out = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == "held_out")
+    rows = rows.where(
+        DatasetRow.role == RowRole.TRAIN,
+        Dataset.state == DatasetState.ACCEPTED,
+        Dataset.purpose != DatasetPurpose.SUITE,
+    )
+    held_out = select(Case.id).where(Case.prompt_key == prompt_key, Case.role == CaseRole.HELD_OUT)
     held_out = held_out.where(Case.withdrawn_at.is_(None))
     return session.scalar(select(rows.exists() & ~held_out.exists())) is True

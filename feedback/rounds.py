@@ -14,6 +14,7 @@ from feedback.contracts import Event, RoundOut, RoundParameters
 from feedback.items import get_step_name
 from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
+from feedback.states import RoundState
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
 from yuan.model.model_manifest import ModelManifest
@@ -59,7 +60,7 @@ def notify_dispatcher(session: Session) -> None:
 
 def find_running_round(session: Session) -> Round | None:
     """Return the running round; None if no round is running."""
-    return session.scalar(select(Round).where(Round.state == "running"))
+    return session.scalar(select(Round).where(Round.state == RoundState.RUNNING))
 
 
 def find_newest_round(session: Session) -> Round | None:
@@ -91,7 +92,7 @@ def check_attempt(training_round: Round, attempt: int) -> None:
     Raises:
         RoundOwnershipLost: if the round is not running, or not this attempt's.
     """
-    if training_round.state != "running":
+    if training_round.state != RoundState.RUNNING:
         raise RoundOwnershipLost(f"the round is {training_round.state}")
     if training_round.attempt != attempt:
         raise RoundOwnershipLost(f"attempt {training_round.attempt} has taken over from attempt {attempt}")
@@ -119,13 +120,13 @@ def increment_attempt(session: Session, round_id: str) -> int:
     return training_round.attempt
 
 
-def finish_round(session: Session, round_id: str, state: str, reason: str, actor: str = "round") -> None:
+def finish_round(session: Session, round_id: str, state: RoundState, reason: str, actor: str = "round") -> None:
     """Set the final state of a running round; do nothing if it has ended already."""
     training_round = session.get_one(Round, round_id, with_for_update=True)
-    if training_round.state != "running":
+    if training_round.state != RoundState.RUNNING:
         return
     training_round.state, training_round.reason = state, reason
-    if state == "promoted":
+    if state == RoundState.PROMOTED:
         training_round.step = "done"
     training_round.finished_at = datetime.now(timezone.utc)
     audit(session, actor, f"round {state}", round_id, reason=reason)
@@ -264,16 +265,16 @@ def read_decision(training_round: Round) -> PromotionDecision | None:
 
 def describe_round_end(training_round: Round) -> str | None:
     """Return a one-sentence public summary of how a round ended, None while it runs; only operators see `reason`."""
-    if training_round.state == "failed":
+    if training_round.state == RoundState.FAILED:
         return f"failed while {STEP_ACTIVITIES.get(training_round.step, training_round.step)}; operators see why"
-    if training_round.state == "rejected":
+    if training_round.state == RoundState.REJECTED:
         decision = read_decision(training_round)
         num_regressions = 0 if decision is None else len(decision.regressions)
         detail = f": {num_regressions} reports that passed before fail again" if num_regressions else ""
         return f"did not pass the gate{detail}"
-    if training_round.state == "promoted":
+    if training_round.state == RoundState.PROMOTED:
         return f"v{training_round.candidate_version} is the champion"
-    return "cancelled" if training_round.state == "cancelled" else None
+    return "cancelled" if training_round.state == RoundState.CANCELLED else None
 
 
 def describe_round(session: Session, training_round: Round) -> RoundOut:

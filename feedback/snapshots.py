@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
 from feedback.items import note_fault, note_faulty_rows, note_new_reasons, process_each
 from feedback.rounds import read_parameters
+from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
 from yuan.data.rows import Row, dump_rows
 
@@ -62,12 +63,12 @@ def read_failed_count(session: Session, snapshot_id: str) -> int:
 
 
 def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
-    held_out = select(Case.prompt_key).where(Case.role == "held_out", Case.withdrawn_at.is_(None))
+    held_out = select(Case.prompt_key).where(Case.role == CaseRole.HELD_OUT, Case.withdrawn_at.is_(None))
     closed_prompts = set(session.scalars(held_out))
     parts = (
         _collect_corrections(session, training_round.cut_off),
-        _collect_train_rows(session, ("mixture",), fetch),
-        _collect_train_rows(session, ("base",), fetch),
+        _collect_train_rows(session, DatasetPurpose.MIXTURE, fetch),
+        _collect_train_rows(session, DatasetPurpose.BASE, fetch),
     )
 
     parameters = read_parameters(training_round)
@@ -116,15 +117,19 @@ def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
     reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
     owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
     note_new_reasons(
-        session, "snapshot", dict.fromkeys(session.scalars(owners.where(Feedback.state == "accepted")), reason)
+        session,
+        "snapshot",
+        dict.fromkeys(session.scalars(owners.where(Feedback.state == ReportState.ACCEPTED)), reason),
     )
 
 
 def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[OwnedRow], int]:
     """Return the expected answers of train cases, one row per case, and the number of cases that failed."""
-    accepted = select(Feedback.case_id).where(Feedback.state == "accepted", Feedback.created_at <= cut_off)
+    accepted = select(Feedback.case_id).where(Feedback.state == ReportState.ACCEPTED, Feedback.created_at <= cut_off)
     query = (
-        select(Case).where(Case.suite == REPORTS_SUITE, Case.role == "train", Case.id.in_(accepted)).order_by(Case.key)
+        select(Case)
+        .where(Case.suite == REPORTS_SUITE, Case.role == CaseRole.TRAIN, Case.id.in_(accepted))
+        .order_by(Case.key)
     )
     rows: list[OwnedRow] = []
 
@@ -140,15 +145,15 @@ def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[Owne
     return rows, failed
 
 
-def _collect_train_rows(session: Session, purposes: tuple[str, ...], fetch: FetchObject) -> tuple[list[OwnedRow], int]:
+def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchObject) -> tuple[list[OwnedRow], int]:
     """Return the train rows of accepted datasets, and the number of datasets and of rows that could not be read."""
-    query = select(Dataset).where(Dataset.state == "accepted", Dataset.purpose.in_(purposes))
+    query = select(Dataset).where(Dataset.state == DatasetState.ACCEPTED, Dataset.purpose == purpose)
     rows: list[OwnedRow] = []
     num_bad = 0
 
     def read(dataset: Dataset) -> None:
         nonlocal num_bad
-        train = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == "train")
+        train = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == RowRole.TRAIN)
         train_numbers = set(session.scalars(train))
         numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in train_numbers]
@@ -173,12 +178,18 @@ def note_left_out_rows(session: Session, step: str, reasons: Mapping[str, str]) 
     faults: defaultdict[str, list[str]] = defaultdict(list)
 
     rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
-    rows = rows.where(Dataset.state == "accepted", DatasetRow.role == "train", DatasetRow.key == any_left_out)
+    rows = rows.where(
+        Dataset.state == DatasetState.ACCEPTED, DatasetRow.role == RowRole.TRAIN, DatasetRow.key == any_left_out
+    )
     for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
         faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
 
-    corrections = select(Feedback.id, Case.key).join(Case).where(Feedback.state == "accepted", Case.key == any_left_out)
-    for feedback_id, key in session.execute(corrections.where(Case.suite == REPORTS_SUITE, Case.role == "train")):
+    corrections = (
+        select(Feedback.id, Case.key).join(Case).where(Feedback.state == ReportState.ACCEPTED, Case.key == any_left_out)
+    )
+    for feedback_id, key in session.execute(
+        corrections.where(Case.suite == REPORTS_SUITE, Case.role == CaseRole.TRAIN)
+    ):
         faults[feedback_id].append(f"its correction: {reasons[key]}")
 
     for subject, subject_faults in faults.items():

@@ -12,8 +12,21 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, te
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from feedback.states import (
+    AccountRole,
+    CaseRole,
+    DatasetPurpose,
+    DatasetState,
+    ReportState,
+    RoundState,
+    RowRole,
+    list_values,
+)
+from feedback.verdicts import Verdict
+
 JsonbObject = dict[str, Any]
-REPORTS_SUITE = "reports"  # the suite of the cases made from reports
+# The platform's suites of cases: made from reports, from rows of the base, and from rows of the other datasets.
+REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE = "reports", "base", "datasets"
 
 
 class Base(DeclarativeBase):
@@ -38,7 +51,7 @@ class Contributor(Created, Base):
     __tablename__ = "contributor"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(unique=True)
-    role: Mapped[str] = mapped_column(default="contributor", comment="contributor | operator")
+    role: Mapped[str] = mapped_column(default=AccountRole.CONTRIBUTOR, comment=list_values(AccountRole))
 
 
 class ApiToken(Created, Base):
@@ -81,7 +94,7 @@ class Feedback(Created, Base):
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     kind: Mapped[str]
     body: Mapped[JsonbObject]
-    state: Mapped[str] = mapped_column(default="received", index=True)
+    state: Mapped[str] = mapped_column(default=ReportState.RECEIVED, index=True)
     reason: Mapped[str | None]
     screening: Mapped[str | None]
     reproduction: Mapped[str | None]
@@ -94,7 +107,7 @@ class Feedback(Created, Base):
     disputed_key: Mapped[str | None] = mapped_column(comment="while disputed: the prompt key of the other's case")
     __table_args__ = (
         Index("feedback_in_order", "contributor_id", "created_at", "id"),
-        Index("disputed_feedback", "disputed_key", postgresql_where=text("state = 'disputed'")),
+        Index("disputed_feedback", "disputed_key", postgresql_where=text(f"state = '{ReportState.DISPUTED}'")),
     )
 
 
@@ -105,8 +118,8 @@ class Dataset(Created, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     name: Mapped[str]
-    purpose: Mapped[str] = mapped_column(comment="mixture | base | suite")
-    state: Mapped[str] = mapped_column(comment="uploading | checked | accepted | rejected | withdrawn")
+    purpose: Mapped[str] = mapped_column(comment=list_values(DatasetPurpose))
+    state: Mapped[str] = mapped_column(comment=list_values(DatasetState))
     reason: Mapped[str | None]
     sha256: Mapped[str]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -127,8 +140,8 @@ class DatasetRow(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     key: Mapped[str] = mapped_column(index=True)
     prompt_key: Mapped[str] = mapped_column(index=True)
-    role: Mapped[str] = mapped_column(comment="train | held_out | duplicate")
-    __table_args__ = (Index("held_out_rows", "dataset_id", postgresql_where=text("role = 'held_out'")),)
+    role: Mapped[str] = mapped_column(comment=list_values(RowRole))
+    __table_args__ = (Index("held_out_rows", "dataset_id", postgresql_where=text(f"role = '{RowRole.HELD_OUT}'")),)
 
 
 class Case(Created, Base):
@@ -145,7 +158,7 @@ class Case(Created, Base):
     prompt: Mapped[str]
     expected: Mapped[str]
     checker: Mapped[JsonbObject]
-    role: Mapped[str] = mapped_column(comment="train | held_out")
+    role: Mapped[str] = mapped_column(comment=list_values(CaseRole))
     capability: Mapped[str | None]
     withdrawn_at: Mapped[datetime | None] = mapped_column(comment="nobody stands for it any more")
     __table_args__ = (UniqueConstraint("suite", "key"),)
@@ -187,7 +200,7 @@ class Round(Created, Base):
     __tablename__ = "round"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     number: Mapped[int] = mapped_column(unique=True)
-    state: Mapped[str] = mapped_column(default="running")
+    state: Mapped[str] = mapped_column(default=RoundState.RUNNING)
     step: Mapped[str] = mapped_column(default="collect")
     cut_off: Mapped[datetime] = mapped_column(server_default=func.now())
     requested_by: Mapped[str]
@@ -201,7 +214,9 @@ class Round(Created, Base):
     failed_items: Mapped[JsonbObject] = mapped_column(server_default="{}", comment="items that failed alone, by step")
     finished_at: Mapped[datetime | None]
     __table_args__ = (
-        Index("one_running_round", text("(true)"), unique=True, postgresql_where=text("state = 'running'")),
+        Index(
+            "one_running_round", text("(true)"), unique=True, postgresql_where=text(f"state = '{RoundState.RUNNING}'")
+        ),
     )
 
 
@@ -285,7 +300,7 @@ class Outbox(Created, Base):
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     feedback_id: Mapped[str] = mapped_column(ForeignKey("feedback.id"))
     version: Mapped[int]
-    verdict: Mapped[str] = mapped_column(comment="fixed | still_failing | regressed | passing")
+    verdict: Mapped[str] = mapped_column(comment=list_values(Verdict))
     text: Mapped[str]
     delivered_at: Mapped[datetime | None]
     __table_args__ = (UniqueConstraint("feedback_id", "version"), Index("notices_in_order", "contributor_id", "id"))

@@ -7,13 +7,27 @@ from datetime import datetime, timezone
 from sqlalchemy import ColumnElement, case, delete, exists, select, update
 from sqlalchemy.orm import Session, aliased
 
-from feedback.accounts import OPERATOR_ROLE, InvalidField, NotFound, audit
+from feedback.accounts import InvalidField, NotFound, audit
 from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.contracts import Event
-from feedback.tables import REPORTS_SUITE, AuditEvent, Case, Contributor, Dataset, DatasetRow, Feedback, Outbox
+from feedback.states import AccountRole, DatasetPurpose, DatasetState, ReportState, RowRole
+from feedback.tables import (
+    BASE_SUITE,
+    DATASETS_SUITE,
+    REPORTS_SUITE,
+    AuditEvent,
+    Case,
+    Contributor,
+    Dataset,
+    DatasetRow,
+    Feedback,
+    Outbox,
+)
 
-WITHDRAWN = "withdrawn"
-INACTIVE_STATES = (WITHDRAWN, "rejected")  # records in these states are in no mixture, case or notice
+WITHDRAWN_ACTION = "withdrawn"
+# Records in these states are in no mixture, case or notice.
+INACTIVE_REPORT_STATES = (ReportState.WITHDRAWN, ReportState.REJECTED)
+INACTIVE_DATASET_STATES = (DatasetState.WITHDRAWN, DatasetState.REJECTED)
 WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # records of an account per transaction
 
 
@@ -30,12 +44,12 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
     row = session.get(Feedback, feedback_id, with_for_update=True)
     _check_ownership(who, row, "report", feedback_id)
     assert row is not None, "checked"
-    if row.state == WITHDRAWN:
+    if row.state == ReportState.WITHDRAWN:
         return row
-    row.state, row.reason = WITHDRAWN, reason
+    row.state, row.reason = ReportState.WITHDRAWN, reason
     session.flush()
 
-    others = exists().where(Feedback.case_id == Case.id, Feedback.state == "accepted")
+    others = exists().where(Feedback.case_id == Case.id, Feedback.state == ReportState.ACCEPTED)
     _withdraw_cases(session, Case.id == row.case_id, unless=others)
     session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
     _audit_withdrawal(session, who, row, reason)
@@ -55,18 +69,18 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
     row = session.get(Dataset, dataset_id, with_for_update=True)
     _check_ownership(who, row, "dataset", dataset_id)
     assert row is not None, "checked"
-    if row.state == WITHDRAWN:
+    if row.state == DatasetState.WITHDRAWN:
         return row
-    row.state, row.reason = WITHDRAWN, reason
+    row.state, row.reason = DatasetState.WITHDRAWN, reason
     session.flush()
     _transfer_roles_to_duplicates(session, row)
 
     # Its cases are those of its held-out rows; a case stays if another accepted dataset of the suite holds out its row.
-    held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == "held_out")
+    held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == RowRole.HELD_OUT)
     others = (
         exists()
-        .where(DatasetRow.key == Case.key, DatasetRow.role == "held_out", DatasetRow.dataset_id == Dataset.id)
-        .where(Dataset.state == "accepted", _is_same_suite(row))
+        .where(DatasetRow.key == Case.key, DatasetRow.role == RowRole.HELD_OUT, DatasetRow.dataset_id == Dataset.id)
+        .where(Dataset.state == DatasetState.ACCEPTED, _is_same_suite(row))
     )
     _withdraw_cases(session, (Case.suite == get_suite_name(row)) & Case.key.in_(held_out), unless=others)
     _audit_withdrawal(session, who, row, reason)
@@ -94,12 +108,14 @@ def withdraw_account(
     Raises:
         InvalidField: if it is an operator's account, which holds the base and the suites.
     """
-    if account.role == OPERATOR_ROLE:
+    if account.role == AccountRole.OPERATOR:
         raise InvalidField(
             f"{account.name} is an operator's account; withdraw its reports and datasets one by one", "account"
         )
     if "reports" in kinds:
-        active = select(Feedback).where(Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_STATES))
+        active = select(Feedback).where(
+            Feedback.contributor_id == account.id, Feedback.state.not_in(INACTIVE_REPORT_STATES)
+        )
         oldest = active.order_by(Feedback.created_at, Feedback.id).limit(WITHDRAWAL_BATCH_SIZES["reports"])
         # Lock all reports before the first case, in the order in which a review locks them, to prevent a deadlock.
         reports = session.scalars(oldest.with_for_update()).all()
@@ -111,7 +127,7 @@ def withdraw_account(
     if "datasets" in kinds:
         lock_datasets(session)
         active_ids = select(Dataset.id).where(
-            Dataset.contributor_id == account.id, Dataset.state.not_in(INACTIVE_STATES)
+            Dataset.contributor_id == account.id, Dataset.state.not_in(INACTIVE_DATASET_STATES)
         )
         oldest_ids = active_ids.order_by(Dataset.created_at, Dataset.id).limit(WITHDRAWAL_BATCH_SIZES["datasets"])
         dataset_ids = session.scalars(oldest_ids).all()
@@ -128,17 +144,17 @@ def lock_datasets(session: Session) -> None:
 
 def get_suite_name(dataset: Dataset) -> str:
     """Return the name of the suite to which a dataset's held-out rows belong."""
-    if dataset.purpose == "suite":
+    if dataset.purpose == DatasetPurpose.SUITE:
         return dataset.name
-    return "base" if dataset.purpose == "base" else "datasets"
+    return BASE_SUITE if dataset.purpose == DatasetPurpose.BASE else DATASETS_SUITE
 
 
 def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
     """Return the withdrawal event of each withdrawn record, by record id."""
-    withdrawn = {row.id: row for row in rows if row.state == WITHDRAWN}
+    withdrawn = {row.id: row for row in rows if row.state in (ReportState.WITHDRAWN, DatasetState.WITHDRAWN)}
     if not withdrawn:
         return {}
-    query = select(AuditEvent).where(AuditEvent.subject.in_(withdrawn), AuditEvent.action == WITHDRAWN)
+    query = select(AuditEvent).where(AuditEvent.subject.in_(withdrawn), AuditEvent.action == WITHDRAWN_ACTION)
     events: dict[str, Event] = {}
     for event in session.scalars(query.order_by(AuditEvent.id)):
         row = withdrawn[event.subject]
@@ -148,9 +164,9 @@ def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset])
 
 
 def _check_ownership(who: Contributor, row: Feedback | Dataset | None, kind: str, record_id: str) -> None:
-    if row is None or (who.role != OPERATOR_ROLE and row.contributor_id != who.id):
+    if row is None or (who.role != AccountRole.OPERATOR and row.contributor_id != who.id):
         raise NotFound(
-            f"there is no {kind} {record_id}" if who.role == OPERATOR_ROLE else f"you have no {kind} {record_id}"
+            f"there is no {kind} {record_id}" if who.role == AccountRole.OPERATOR else f"you have no {kind} {record_id}"
         )
 
 
@@ -165,13 +181,15 @@ def _withdraw_cases(session: Session, which: ColumnElement[bool], *, unless: Col
     # Reports that contradicted a withdrawn case are reviewed again.
     undisputed_keys = {prompt_key for suite, prompt_key in withdrawn if suite == REPORTS_SUITE}
     if undisputed_keys:
-        disputed = update(Feedback).where(Feedback.state == "disputed", Feedback.disputed_key.in_(undisputed_keys))
-        session.execute(disputed.values(state="in_review", reason=None, disputed_key=None))
+        disputed = update(Feedback).where(
+            Feedback.state == ReportState.DISPUTED, Feedback.disputed_key.in_(undisputed_keys)
+        )
+        session.execute(disputed.values(state=ReportState.IN_REVIEW, reason=None, disputed_key=None))
 
 
 def _is_same_suite(row: Dataset) -> ColumnElement[bool]:
     is_same_purpose = Dataset.purpose == row.purpose
-    return is_same_purpose & (Dataset.name == row.name) if row.purpose == "suite" else is_same_purpose
+    return is_same_purpose & (Dataset.name == row.name) if row.purpose == DatasetPurpose.SUITE else is_same_purpose
 
 
 def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
@@ -181,14 +199,16 @@ def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
         select(
             DatasetRow.dataset_id,
             DatasetRow.number,
-            case((_is_same_suite(row), withdrawn.role), else_="train").label("role"),
+            case((_is_same_suite(row), withdrawn.role), else_=RowRole.TRAIN.value).label("role"),
         )
         .join(Dataset, Dataset.id == DatasetRow.dataset_id)
         .join(
             withdrawn,
-            (withdrawn.key == DatasetRow.key) & (withdrawn.dataset_id == row.id) & (withdrawn.role != "duplicate"),
+            (withdrawn.key == DatasetRow.key)
+            & (withdrawn.dataset_id == row.id)
+            & (withdrawn.role != RowRole.DUPLICATE),
         )
-        .where(Dataset.state == "accepted", DatasetRow.role == "duplicate")
+        .where(Dataset.state == DatasetState.ACCEPTED, DatasetRow.role == RowRole.DUPLICATE)
         .distinct(DatasetRow.key)
         .order_by(DatasetRow.key, Dataset.created_at, Dataset.id, DatasetRow.number)
         .subquery()
@@ -202,5 +222,5 @@ def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
 
 
 def _audit_withdrawal(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
-    audit(session, who.id, WITHDRAWN, row.id, reason=reason)
+    audit(session, who.id, WITHDRAWN_ACTION, row.id, reason=reason)
     session.flush()

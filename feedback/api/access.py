@@ -18,12 +18,12 @@ from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.accounts import (
-    OPERATOR_ROLE,
     InvalidField,
     claim_idempotency_key,
     digest_token,
     find_contributor_by_token,
 )
+from feedback.states import AccountRole
 from feedback.tables import Contributor, new_id
 from yuan.data.text import BadJson, make_printable, parse_json
 
@@ -292,7 +292,7 @@ def require_operator(contributor: CurrentContributor) -> Contributor:
     Raises:
         Forbidden: if it is not.
     """
-    if contributor.role != OPERATOR_ROLE:
+    if contributor.role != AccountRole.OPERATOR:
         raise Forbidden("this needs an operator's token")
     return contributor
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, report_records, reports
-from feedback.accounts import OPERATOR_ROLE, audit, compute_quota_wait_s, lock_idempotency_key
+from feedback.accounts import audit, compute_quota_wait_s, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
     AuthenticatedAccount,
@@ -32,9 +32,10 @@ from feedback.api.access import (
 )
 from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
 from feedback.api.errors import document_errors, make_error_response
-from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut, Purpose
+from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.rounds import notify_dispatcher
+from feedback.states import AccountRole, DatasetPurpose
 from feedback.tables import Contributor, Dataset, Feedback, new_id
 from feedback.verdicts import Verdict
 from yuan.data.rows import BadRow, Row
@@ -96,7 +97,7 @@ def submit(
     """Report a response. Every accepted report becomes a test for all later versions."""
     feedback_id, exists = repeat.claim(session, contributor)
     if not exists:
-        if contributor.role != OPERATOR_ROLE:
+        if contributor.role != AccountRole.OPERATOR:
             _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
         provenance.check_provenance(session, contributor, form)
         reports.add_feedback(session, contributor, form, feedback_id)
@@ -161,17 +162,17 @@ async def push_dataset(
     request: Request,
     name: Annotated[str, TextRule(100), Query(description="name of the dataset; for a suite: letters, digits, . _ -")],
     account: CurrentAccount,
-    purpose: Purpose = "mixture",
+    purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
     idempotency_key: IdempotencyKeyHeader = None,
 ) -> DatasetOut | JSONResponse:
     """Upload a JSONL file of rows. A file with a malformed row is refused; the response lists the malformed rows."""
     # Receive and check the file outside of a transaction, so that a slow or large upload does not block others.
-    if purpose != "mixture" and account.role != OPERATOR_ROLE:
+    if purpose != DatasetPurpose.MIXTURE and account.role != AccountRole.OPERATOR:
         raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
-    if purpose == "suite":
+    if purpose == DatasetPurpose.SUITE:
         datasets.check_suite_name(name)
     state = request.app.state
-    has_limits = account.role != OPERATOR_ROLE
+    has_limits = account.role != AccountRole.OPERATOR
     with state.uploads.begin(account.id), open_scratch_file(state.scratch) as file:
         if has_limits:
             daily_limit = state.max_daily_datasets

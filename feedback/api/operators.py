@@ -26,6 +26,7 @@ from feedback.contracts import (
     RoundParameters,
     WithdrawalIn,
 )
+from feedback.states import RoundState
 from feedback.withdrawal import WITHDRAWAL_BATCH_SIZES, withdraw_account, withdraw_dataset, withdraw_report
 
 router = APIRouter(
@@ -78,7 +79,7 @@ def get_round(round_id: RoundIdPath, operator: CurrentOperator, session: Session
 def cancel_round(round_id: RoundIdPath, operator: CurrentOperator, session: SessionDep) -> RoundOut:
     """Cancel a running round; its training ends within seconds."""
     training_round = rounds.find_round(session, round_id)
-    rounds.finish_round(session, training_round.id, "cancelled", "cancelled by an operator", actor=operator.id)
+    rounds.finish_round(session, training_round.id, RoundState.CANCELLED, "cancelled by an operator", actor=operator.id)
     rounds.notify_dispatcher(session)
     return rounds.describe_round(session, training_round)
 

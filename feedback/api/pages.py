@@ -17,6 +17,7 @@ from feedback.api.access import SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision
+from feedback.states import RoundState
 from feedback.tables import Plan, Round
 from infra.objects import ObjectStore
 
@@ -84,7 +85,7 @@ def build_front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
     newest = select(Round).options(defer(Round.decision)).order_by(Round.number.desc()).limit(MAX_FRONT_PAGE_ROUNDS)
     rounds = session.scalars(newest).all()
     for training_round in rounds:
-        if training_round.state != "running" and training_round.id not in ends:
+        if training_round.state != RoundState.RUNNING and training_round.id not in ends:
             ends[training_round.id] = read_round_end(session, training_round)
     round_ids = [training_round.id for training_round in rounds]
     planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_(round_ids)))

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from feedback.promotion_decision import PromotionDecision
+from feedback.states import RoundState
 from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
@@ -18,6 +19,7 @@ from yuan.train.run_status import RunStatus
 
 ROUND_POLL_S = 0.5
 MAX_SHOWN_REPORTS = 5  # per account; --json has twenty
+ENDED_WITHOUT_PROMOTION = (RoundState.FAILED, RoundState.CANCELLED, RoundState.REJECTED)
 
 
 def check_round_id(value: str) -> str:
@@ -65,7 +67,7 @@ def cancel(
 ) -> None:
     """Cancel a running round and its training."""
     with explain_errors(), open_operator_client() as client:
-        _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state="cancelled")
+        _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state=RoundState.CANCELLED)
 
 
 def open_operator_client() -> Client:
@@ -84,7 +86,7 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
         bar = progress.add_task("round", total=None, facts="")
         while True:
             training_round = client.round(round_id)
-            if training_round.state != "running":
+            if training_round.state != RoundState.RUNNING:
                 return training_round
             facts = ""
             if training_round.step == "train" and training_round.status:
@@ -110,14 +112,14 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
     return lines
 
 
-def _show_round(training_round: RoundOut, as_json: bool, expected_state: str = "promoted") -> None:
+def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundState = RoundState.PROMOTED) -> None:
     """Show a round; the exit status is 1 if it ended in another state than the expected one."""
     text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
-    text += f" at {training_round.step}" if training_round.state == "running" else f": {training_round.reason}"
+    text += f" at {training_round.step}" if training_round.state == RoundState.RUNNING else f": {training_round.reason}"
     failed = sum(training_round.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:
         text = "\n".join([text, *describe_regressions(PromotionDecision.from_json(training_round.decision))])
     show(training_round.model_dump(mode="json"), text, as_json)
-    if training_round.state in ("failed", "cancelled", "rejected") and training_round.state != expected_state:
+    if training_round.state in ENDED_WITHOUT_PROMOTION and training_round.state != expected_state:
         raise typer.Exit(EXIT_FAILED)

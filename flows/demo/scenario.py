@@ -13,8 +13,9 @@ from typing import Any
 
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
-from feedback.gate import BASE_SUITE
 from feedback.promotion_decision import PromotionDecision, SuiteComparison
+from feedback.states import DatasetPurpose, ReportState, RoundState
+from feedback.tables import BASE_SUITE
 from feedback.verdicts import Verdict
 from flows.demo.contributor import Contribution, Refusal
 from flows.demo.demo_corpus import REPORTED_SKILLS, build_base_rows, build_fresh_rows
@@ -107,8 +108,8 @@ def run_demo(
     timer = Timer()
 
     print_line(f"base model: documents and exercises without {', '.join(skill.name for skill in skills)}")
-    push_rows(access.operator, "base", "base", build_base_rows(skills, seed))
-    push_rows(access.operator, FRESH_SUITE, "suite", build_fresh_rows(skills, seed, FRESH_ROWS_PER_SKILL))
+    push_rows(access.operator, BASE_SUITE, DatasetPurpose.BASE, build_base_rows(skills, seed))
+    push_rows(access.operator, FRESH_SUITE, DatasetPurpose.SUITE, build_fresh_rows(skills, seed, FRESH_ROWS_PER_SKILL))
     first = run_round(access, BASE_ROUND.model_copy(update={"seed": seed}), follow_round)
     wait_for_version(access.operator, int(first.candidate_version or 0))
     timer.lap("base round")
@@ -140,7 +141,7 @@ class Timer:
         self._last = now
 
 
-def push_rows(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
+def push_rows(client: Client, name: str, purpose: DatasetPurpose, rows: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.jsonl"
         file.write_bytes(dump_rows(rows))
@@ -149,7 +150,7 @@ def push_rows(client: Client, name: str, purpose: str, rows: list[Row]) -> None:
 
 def run_round(access: DemoAccess, parameters: RoundParameters, follow_round: FollowRound) -> RoundOut:
     ended_round = follow_round(access.operator, access.operator.start_round(parameters).id)
-    if ended_round.state != "promoted":
+    if ended_round.state != RoundState.PROMOTED:
         raise DemoFailed(
             f"round {ended_round.number} is {ended_round.state}: {ended_round.reason}; see `cotrain logs flows`"
         )
@@ -192,7 +193,7 @@ def gather_figures(
 ) -> DemoFigures:
     """Collect the demo's results, read through the contributor's client."""
     assert second.decision is not None, "a promoted round has a decision"
-    accepted = [report for report in contributor.all_feedback() if report.state == "accepted"]
+    accepted = [report for report in contributor.all_feedback() if report.state == ReportState.ACCEPTED]
     notices = wait_for_notices(contributor, len(accepted))
     return DemoFigures(
         champion_before=first.candidate_version,

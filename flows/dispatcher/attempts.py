@@ -22,6 +22,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed
 
 from feedback import rounds
+from feedback.states import RoundState
 from feedback.tables import Round
 from flows.context import DispatcherContext
 from flows.dispatcher.deployments import ROUND_DEPLOYMENT
@@ -64,11 +65,11 @@ def start_attempt(
     """
     # A run whose worker and process have both exited stays in "cancelling" indefinitely, so that state is final here.
     if last is not None and last.state is not None and (last.state.is_cancelled() or last.state.is_cancelling()):
-        return end_round(context, training_round.id, "cancelled", "cancelled in Prefect")
+        return end_round(context, training_round.id, RoundState.CANCELLED, "cancelled in Prefect")
     if training_round.attempt >= MAX_ROUND_ATTEMPTS:
         reason = last.state.message if last is not None and last.state is not None else "its flow run was lost"
         return end_round(
-            context, training_round.id, "failed", f"given up after {training_round.attempt} attempts: {reason}"
+            context, training_round.id, RoundState.FAILED, f"given up after {training_round.attempt} attempts: {reason}"
         )
     deployment = client.read_deployment_by_name(ROUND_DEPLOYMENT)
     with context.sessions.begin() as session:
@@ -82,7 +83,7 @@ def start_attempt(
     log.info("started round %d, attempt %d, as flow run %s", training_round.number, attempt, run.id)
 
 
-def end_round(context: DispatcherContext, round_id: str, state: str, reason: str) -> None:
+def end_round(context: DispatcherContext, round_id: str, state: RoundState, reason: str) -> None:
     with context.sessions.begin() as session:
         rounds.finish_round(session, round_id, state, reason, actor="dispatcher")
     log.warning("round %s is %s: %s", round_id, state, reason)

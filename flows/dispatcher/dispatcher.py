@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import find_champion
+from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
@@ -184,7 +185,7 @@ def request_due_round(context: DispatcherContext) -> None:
     min_reports = context.settings.round_after_reports
     with context.sessions.begin() as session:
         last = rounds.find_newest_round(session)
-        if not min_reports or last is None or last.state == "running":
+        if not min_reports or last is None or last.state == RoundState.RUNNING:
             return
         accepted = reports.count_accepted_since(session, last.finished_at)
         if accepted >= min_reports:

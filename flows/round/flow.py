@@ -9,6 +9,7 @@ from prefect.states import Cancelled
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
+from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import Context, open_context
 from flows.registry import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
@@ -52,7 +53,7 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
     except rounds.RoundOwnershipLost as error:
         return str(error)
     except RunCancelled as error:
-        fail_round(context, round_id, str(error), state="cancelled")
+        fail_round(context, round_id, str(error), state=RoundState.CANCELLED)
         return Cancelled(message=str(error))
     except StepUnrecoverable as error:
         fail_round(context, round_id, str(error))
@@ -92,7 +93,7 @@ def request_round(context: Context, parameters: RoundParameters) -> str:
         return rounds.request_round(session, "prefect", parameters, new_id()).id
 
 
-def fail_round(context: Context, round_id: str, reason: str, state: str = "failed") -> None:
+def fail_round(context: Context, round_id: str, reason: str, state: RoundState = RoundState.FAILED) -> None:
     """End the round without a promoted version; the portal shows the reason."""
     with context.sessions.begin() as session:
         rounds.finish_round(session, round_id, state, reason[:2000])

@@ -4,6 +4,7 @@ import logging
 
 from feedback import gate, promotion, rounds
 from feedback.promotion_decision import PromotionDecision
+from feedback.states import RoundState
 from flows.context import Context, RecordsContext
 
 log = logging.getLogger(__name__)
@@ -18,10 +19,10 @@ def decide_round(context: Context, round_id: str) -> PromotionDecision:
         if decision.promote:
             num_failed_notices = promotion.promote_candidate(session, training_round, decision)
             rounds.record_failed_items(session, round_id, {"notify": num_failed_notices})
-            rounds.finish_round(session, round_id, "promoted", f"v{decision.candidate} is the champion")
+            rounds.finish_round(session, round_id, RoundState.PROMOTED, f"v{decision.candidate} is the champion")
         else:
             training_round.decision = decision.to_json()
-            rounds.finish_round(session, round_id, "rejected", "; ".join(decision.reasons))
+            rounds.finish_round(session, round_id, RoundState.REJECTED, "; ".join(decision.reasons))
         rounds.notify_dispatcher(session)
     log.info("decided: promote=%s %s", decision.promote, list(decision.reasons))
     return decision

@@ -12,7 +12,7 @@ from feedback.api.app import make_app
 from feedback.client import Client
 from feedback.items import note_reason
 from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
-from feedback.withdrawal import WITHDRAWN
+from feedback.withdrawal import WITHDRAWN_ACTION
 from infra.database import make_session_factory
 from tests.feedback.test_hostile import check_refusal
 from tests.serving import serve_app
@@ -41,7 +41,7 @@ def add_records(engine, account, count):
             session.add(CaseResult(case_id=case.id, version=1, passed=True, answer=""))
             for record in (report, dataset):
                 note_reason(session, record.id, "screen", "a reason")
-                audit(session, account.id, WITHDRAWN, record.id)
+                audit(session, account.id, WITHDRAWN_ACTION, record.id)
 
 
 @contextmanager
