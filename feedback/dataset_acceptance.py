@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from feedback.cases import add_cases, compute_salted_fraction
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
 from feedback.items import note_fault, note_faulty_rows
+from feedback.round_steps import ItemStep
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -59,7 +60,7 @@ def accept_dataset(
         return
 
     numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-    note_faulty_rows(session, dataset.id, "accept", [f"row {row.row}: {row.reason}" for row in bad.values()])
+    note_faulty_rows(session, dataset.id, ItemStep.ACCEPT, [f"row {row.row}: {row.reason}" for row in bad.values()])
 
     keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in numbered]
     duplicates = _find_duplicates(session, keyed)
@@ -96,7 +97,7 @@ def record_acceptance_failure(session: Session, dataset_id: str, error: Exceptio
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != DatasetState.CHECKED:
         return
-    dataset.reason = note_fault(session, dataset_id, "accept", error)
+    dataset.reason = note_fault(session, dataset_id, ItemStep.ACCEPT, error)
     if isinstance(error, ValueError | DBAPIError | ClientError):
         dataset.state, dataset.decided_at = DatasetState.REJECTED, transaction_time()
 

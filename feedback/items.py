@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
+from feedback.round_steps import get_item_step_name
 from feedback.tables import AuditEvent
 from infra.faults import is_item_error
 from yuan.data.text import describe_errors, make_storable
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 ITEM_FAULT_ACTION = "could not be processed"
 MAX_ITEM_REASON_CHARACTERS = 500
 MAX_NAMED_ROWS = 20
-RENAMED_STEPS = {"tell": "notify"}  # present names, by the name in records that an older release stored
 Item = TypeVar("Item")
 
 
@@ -123,18 +123,9 @@ def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> default
     faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)
     query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == ITEM_FAULT_ACTION)
     for event in session.scalars(query.order_by(AuditEvent.id)):
-        reason = f"{ITEM_FAULT_ACTION} ({get_step_name(event.detail['step'])}): {event.detail['reason']}"
+        reason = f"{ITEM_FAULT_ACTION} ({get_item_step_name(event.detail['step'])}): {event.detail['reason']}"
         faults[event.subject].append((event.created_at, reason))
     return faults
-
-
-def get_step_name(stored: str) -> str:
-    """Return the present name of a step that a record names; steps that kept their name are returned as they are.
-
-    >>> get_step_name("tell"), get_step_name("screen")
-    ('notify', 'screen')
-    """
-    return RENAMED_STEPS.get(stored, stored)
 
 
 def describe_item_error(error: Exception) -> str:

@@ -19,6 +19,7 @@ from feedback.items import (
     process_in_bulk,
 )
 from feedback.promotion_decision import PromotionDecision
+from feedback.round_steps import ItemStep
 from feedback.states import ReportState, RowRole
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
 from feedback.verdicts import Verdict, derive_verdict
@@ -61,7 +62,7 @@ def store_results(session: Session, version: int, results: Sequence[EvalResult])
         session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
 
     def blame(result: EvalResult, error: Exception) -> None:
-        reason = note_fault(session, result.case_id, "evaluate", error)
+        reason = note_fault(session, result.case_id, ItemStep.EVALUATE, error)
         unjudged[result.case_id] = reason
         store([EvalResult(result.case_id, answer="", passed=False, reason=reason)])
 
@@ -82,7 +83,7 @@ def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, 
 
     for subject, reasons in reasons_by_subject.items():
         prefix = f"{len(reasons)} cases, of which the first: " if len(reasons) > 1 else ""
-        note_reason(session, subject, f"evaluate v{version}", f"{prefix}{reasons[0]}")
+        note_reason(session, subject, f"{ItemStep.EVALUATE} v{version}", f"{prefix}{reasons[0]}")
 
 
 def promote_candidate(session: Session, training_round: Round, decision: PromotionDecision) -> int:
@@ -136,7 +137,7 @@ def write_notices(session: Session, before: int | None, after: int) -> int:
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
 
     def blame(result: Row[tuple[Feedback, bool]], error: Exception) -> None:
-        note_fault(session, result[0].id, "notify", error)
+        note_fault(session, result[0].id, ItemStep.NOTIFY, error)
 
     return process_each(session, session.execute(query).all(), notify, blame)
 

@@ -15,6 +15,7 @@ from feedback.contracts import FeedbackIn
 from feedback.items import make_storable_text, note_fault, process_each
 from feedback.paging import read_page
 from feedback.promotion import find_champion
+from feedback.round_steps import ItemStep
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole, Screening
 from feedback.tables import REPORTS_SUITE, Case, Contributor, Dataset, DatasetRow, Feedback, transaction_time
 from yuan.data.checkers import Checker
@@ -72,12 +73,12 @@ def screen_reports(session: Session, cut_off: datetime) -> tuple[int, int]:
         row.screening = Screening.CHECKABLE if row.kind == "correction" else Screening.NEEDS_REVIEWER
 
     return len(rows), process_each(
-        session, rows, screen_one, lambda row, error: _record_report_failure(session, row, "screen", error)
+        session, rows, screen_one, lambda row, error: _record_report_failure(session, row, ItemStep.SCREEN, error)
     )
 
 
 def _record_report_failure(
-    session: Session, row: Feedback, step: str, error: Exception, version: int | None = None
+    session: Session, row: Feedback, step: ItemStep, error: Exception, version: int | None = None
 ) -> None:
     """Record why a report could not be processed.
 
@@ -163,7 +164,7 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Reprod
         row.reason = None
 
     def blame(reproduced: ReproducedAnswer, error: Exception) -> None:
-        _record_report_failure(session, _lock_report(session, reproduced[0]), "reproduce", error, version)
+        _record_report_failure(session, _lock_report(session, reproduced[0]), ItemStep.REPRODUCE, error, version)
 
     return process_each(session, answered, note, blame)
 
@@ -202,7 +203,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
         num_by_state[row.state] += 1
 
     def blame(row: Feedback, error: Exception) -> None:
-        _record_report_failure(session, row, "review", error)
+        _record_report_failure(session, row, ItemStep.REVIEW, error)
 
     rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
     num_failed = process_each(session, rows, review_one, blame)

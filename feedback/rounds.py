@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from feedback.accounts import Conflict, NotFound, audit
 from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.contracts import Event, RoundOut, RoundParameters
-from feedback.items import get_step_name
 from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
+from feedback.round_steps import STEP_ACTIVITIES, ItemStep, RoundStep, get_item_step_name
 from feedback.states import RoundState
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
@@ -23,7 +23,6 @@ from yuan.plan.plan_record import PipelinePlan
 NOTIFY_CHANNEL = "cotrain"
 MAX_VERSION_NUMBER = 2**31 - 1  # the largest value of a PostgreSQL integer column
 STEP_BEGUN_ACTION = "step begun"
-ROUND_STEPS = ("collect", "snapshot", "plan", "train", "evaluate", "decide", "done")
 
 
 def request_round(session: Session, actor: str, parameters: RoundParameters, round_id: str) -> Round:
@@ -98,7 +97,7 @@ def check_attempt(training_round: Round, attempt: int) -> None:
         raise RoundOwnershipLost(f"attempt {training_round.attempt} has taken over from attempt {attempt}")
 
 
-def begin_step(session: Session, round_id: str, step: str, attempt: int) -> bool:
+def begin_step(session: Session, round_id: str, step: RoundStep, attempt: int) -> bool:
     """Record that an attempt begins a step; return False if the round is past the step, so that a rerun skips it.
 
     Raises:
@@ -106,7 +105,8 @@ def begin_step(session: Session, round_id: str, step: str, attempt: int) -> bool
     """
     training_round = session.get_one(Round, round_id, with_for_update=True)
     check_attempt(training_round, attempt)
-    if ROUND_STEPS.index(training_round.step) > ROUND_STEPS.index(step):
+    steps = list(RoundStep)
+    if steps.index(RoundStep(training_round.step)) > steps.index(step):
         return False
     training_round.step = step
     audit(session, "round", STEP_BEGUN_ACTION, round_id, step=step)
@@ -127,15 +127,18 @@ def finish_round(session: Session, round_id: str, state: RoundState, reason: str
         return
     training_round.state, training_round.reason = state, reason
     if state == RoundState.PROMOTED:
-        training_round.step = "done"
+        training_round.step = RoundStep.DONE
     training_round.finished_at = datetime.now(timezone.utc)
     audit(session, actor, f"round {state}", round_id, reason=reason)
 
 
-def record_failed_items(session: Session, round_id: str, counts: Mapping[str, int]) -> None:
+def record_failed_items(session: Session, round_id: str, counts: Mapping[ItemStep, int]) -> None:
     """Store the number of failed items for each step of a round; a rerun of a step replaces its count."""
     training_round = session.get_one(Round, round_id, with_for_update=True)
-    training_round.failed_items = {**training_round.failed_items, **counts}
+    failed_items = dict(training_round.failed_items)
+    for step, count in counts.items():
+        failed_items[step] = count
+    training_round.failed_items = failed_items
 
 
 def get_or_store_plan(session: Session, round_id: str, plan: PipelinePlan) -> PipelinePlan:
@@ -242,16 +245,6 @@ def find_untested_cases(session: Session, version: int) -> Sequence[Case]:
     return session.scalars(query.order_by(Case.id)).all()
 
 
-STEP_ACTIVITIES = {
-    "collect": "collecting",
-    "snapshot": "freezing its mixture",
-    "plan": "planning",
-    "train": "training",
-    "evaluate": "evaluating",
-    "decide": "deciding",
-}
-
-
 def read_parameters(training_round: Round) -> RoundParameters:
     """Return the round's parameters; those that an older release did not store have their defaults."""
     return RoundParameters.model_validate(training_round.parameters)
@@ -290,7 +283,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,
         decision=training_round.decision,
-        failed_items={get_step_name(step): count for step, count in training_round.failed_items.items()},
+        failed_items={get_item_step_name(step): count for step, count in training_round.failed_items.items()},
         status=run.status if run else None,
         created_at=training_round.created_at,
         finished_at=training_round.finished_at,

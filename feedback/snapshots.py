@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
 from feedback.items import note_fault, note_faulty_rows, note_new_reasons, process_each
+from feedback.round_steps import ItemStep
 from feedback.rounds import read_parameters
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
@@ -110,7 +111,7 @@ def _note_closed_rows(session: Session, num_rows: Counter[str], closed: Counter[
         dataset_id: f"rows left out, {count:,} of {num_rows[dataset_id]:,}: {cause}"
         for dataset_id, count in closed.items()
     }
-    note_new_reasons(session, "snapshot", reasons)
+    note_new_reasons(session, ItemStep.SNAPSHOT, reasons)
 
 
 def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
@@ -118,7 +119,7 @@ def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
     owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
     note_new_reasons(
         session,
-        "snapshot",
+        ItemStep.SNAPSHOT,
         dict.fromkeys(session.scalars(owners.where(Feedback.state == ReportState.ACCEPTED)), reason),
     )
 
@@ -139,7 +140,7 @@ def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[Owne
 
     def blame(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
-            note_fault(session, owner, "snapshot", error)
+            note_fault(session, owner, ItemStep.SNAPSHOT, error)
 
     failed = process_each(session, session.scalars(query).all(), add_row, blame)
     return rows, failed
@@ -157,18 +158,18 @@ def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchO
         train_numbers = set(session.scalars(train))
         numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in train_numbers]
-        note_faulty_rows(session, dataset.id, "snapshot", faults)
+        note_faulty_rows(session, dataset.id, ItemStep.SNAPSHOT, faults)
         rows.extend([(dataset.id, row) for number, row in numbered if number in train_numbers])
         num_bad += len(faults)
 
     def blame(dataset: Dataset, error: Exception) -> None:
-        note_fault(session, dataset.id, "snapshot", error)
+        note_fault(session, dataset.id, ItemStep.SNAPSHOT, error)
 
     failed = process_each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
     return rows, failed + num_bad
 
 
-def note_left_out_rows(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+def note_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:
     """Record on the owners' timelines which mixture rows a later step left out.
 
     Args:

@@ -12,6 +12,7 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, te
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from feedback.round_steps import RoundStep
 from feedback.states import (
     AccountRole,
     CaseRole,
@@ -201,7 +202,7 @@ class Round(Created, Base):
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     number: Mapped[int] = mapped_column(unique=True)
     state: Mapped[str] = mapped_column(default=RoundState.RUNNING)
-    step: Mapped[str] = mapped_column(default="collect")
+    step: Mapped[str] = mapped_column(default=RoundStep.COLLECT)
     cut_off: Mapped[datetime] = mapped_column(server_default=func.now())
     requested_by: Mapped[str]
     parameters: Mapped[JsonbObject]

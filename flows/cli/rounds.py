@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from feedback.promotion_decision import PromotionDecision
+from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
@@ -89,7 +90,7 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
             if training_round.state != RoundState.RUNNING:
                 return training_round
             facts = ""
-            if training_round.step == "train" and training_round.status:
+            if training_round.step == RoundStep.TRAIN and training_round.status:
                 status = RunStatus.from_json(training_round.status)
                 progress.update(bar, total=status.max_steps, completed=status.step)
                 facts = describe_status(status)

@@ -14,6 +14,7 @@ from typing import Any
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
 from feedback.promotion_decision import PromotionDecision, SuiteComparison
+from feedback.round_steps import RoundStep
 from feedback.states import DatasetPurpose, ReportState, RoundState
 from feedback.tables import BASE_SUITE
 from feedback.verdicts import Verdict
@@ -227,5 +228,7 @@ def compute_overhead_s(training_round: RoundOut) -> float:
     """Compute the seconds of a round that are neither training nor evaluation."""
     assert training_round.finished_at is not None, "the round has ended"
     started_at = {event.text: event.at for event in reversed(training_round.timeline)}
-    overhead = (started_at["train"] - training_round.created_at) + (training_round.finished_at - started_at["decide"])
+    overhead = (started_at[RoundStep.TRAIN] - training_round.created_at) + (
+        training_round.finished_at - started_at[RoundStep.DECIDE]
+    )
     return round(overhead.total_seconds(), 1)

@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from feedback import promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import find_champion
+from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
@@ -174,7 +175,7 @@ def start_due_reproduction(context: DispatcherContext, client: SyncPrefectClient
     with context.sessions() as session:
         training_round = rounds.find_running_round(session)
         count, oldest = reports.count_pending_reports(session, with_review=training_round is None)
-        if find_champion(session) is None or (training_round is not None and training_round.step == "collect"):
+        if find_champion(session) is None or (training_round is not None and training_round.step == RoundStep.COLLECT):
             return
     if count >= REPORT_BATCH_SIZE or (count and compute_age_s(oldest) >= REPORT_BATCH_WAIT_S):
         start_reproduction_run(client, count)

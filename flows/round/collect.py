@@ -9,6 +9,7 @@ from feedback.accounts import audit
 from feedback.dataset_acceptance import accept_dataset, find_checked_datasets, record_acceptance_failure
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
+from feedback.round_steps import ItemStep, RoundStep
 from flows.context import Context
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
@@ -54,7 +55,7 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
         The numbers of items; None if the round is past this step.
     """
     with context.sessions.begin() as session:
-        if not rounds.begin_step(session, round_id, "collect", context.attempt):
+        if not rounds.begin_step(session, round_id, RoundStep.COLLECT, context.attempt):
             return None
         training_round = rounds.find_round(session, round_id)
         cut_off = training_round.cut_off
@@ -68,10 +69,10 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
     datasets = _accept_datasets(context, cut_off)
 
     num_failed_by_step = {
-        "screen": screened.failed,
-        "reproduce": num_failed_reproductions,
-        "review": reviewed.failed,
-        "accept": datasets.failed,
+        ItemStep.SCREEN: screened.failed,
+        ItemStep.REPRODUCE: num_failed_reproductions,
+        ItemStep.REVIEW: reviewed.failed,
+        ItemStep.ACCEPT: datasets.failed,
     }
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, num_failed_by_step)
@@ -190,12 +191,13 @@ def _review_reports(context: Context, cut_off: datetime, subject: str) -> report
 def freeze_snapshot(context: Context, round_id: str) -> str:
     """Freeze the round's mixture and return its id."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "snapshot", context.attempt)
+        rounds.begin_step(session, round_id, RoundStep.SNAPSHOT, context.attempt)
 
         def store(data: bytes) -> str:
             return context.objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
 
         snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store)
-        rounds.record_failed_items(session, round_id, {"snapshot": snapshots.read_failed_count(session, snapshot_id)})
+        num_failed = snapshots.read_failed_count(session, snapshot_id)
+        rounds.record_failed_items(session, round_id, {ItemStep.SNAPSHOT: num_failed})
     log.info("froze snapshot %s", snapshot_id[:12])
     return snapshot_id

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feedback import promotion, rounds
+from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
 from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
@@ -72,7 +73,7 @@ class EvaluationCounts:
 def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationCounts]:
     """Evaluate a round's candidate and its parent, the champion, on the cases for which they have no result."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "evaluate", context.attempt)
+        rounds.begin_step(session, round_id, RoundStep.EVALUATE, context.attempt)
         training_round = rounds.find_round(session, round_id)
         candidate, champion = training_round.candidate_version, training_round.parent_version
 
@@ -83,7 +84,7 @@ def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationC
 
     num_failed = sum(version_counts.failed for version_counts in counts)
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, {"evaluate": num_failed})
+        rounds.record_failed_items(session, round_id, {ItemStep.EVALUATE: num_failed})
     return counts
 
 

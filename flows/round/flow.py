@@ -9,6 +9,7 @@ from prefect.states import Cancelled
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
+from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import Context, open_context
@@ -21,13 +22,13 @@ from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
 
 # Operators see these names in Prefect, which stores them with every task run.
-collect_task = make_task(collect.collect_reports_and_datasets, "collect")
-snapshot_task = make_task(collect.freeze_snapshot, "snapshot")
-plan_task = make_task(prepare_run.prepare_run_folder, "plan")
-train_task = make_task(supervisor.train_candidate, "train")
+collect_task = make_task(collect.collect_reports_and_datasets, RoundStep.COLLECT)
+snapshot_task = make_task(collect.freeze_snapshot, RoundStep.SNAPSHOT)
+plan_task = make_task(prepare_run.prepare_run_folder, RoundStep.PLAN)
+train_task = make_task(supervisor.train_candidate, RoundStep.TRAIN)
 register_task = make_task(evaluate.register_version, "register")
-evaluate_task = make_task(evaluate.evaluate_round_versions, "evaluate")
-decide_task = make_task(promote.decide_round, "decide")
+evaluate_task = make_task(evaluate.evaluate_round_versions, RoundStep.EVALUATE)
+decide_task = make_task(promote.decide_round, RoundStep.DECIDE)
 notify_task = make_task(promote.publish_outcome, "notify")
 process_reports_task = make_task(collect.process_waiting_reports, "process reports")
 

@@ -11,6 +11,7 @@ from typing import Literal
 from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
 from feedback.items import describe_item_error
+from feedback.round_steps import ItemStep, RoundStep
 from flows.context import Context
 from flows.round.versions import fetch_version
 from flows.supervisor.pool_launcher import load_configured_pool, make_plan_limits
@@ -127,8 +128,8 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     )
     exclusion_reasons = _write_windows(folder, spec, inputs, snapshot_rows, model.tokenizer)
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, {"plan": len(exclusion_reasons)})
-        snapshots.note_left_out_rows(session, "plan", exclusion_reasons)
+        rounds.record_failed_items(session, round_id, {ItemStep.PLAN: len(exclusion_reasons)})
+        snapshots.note_left_out_rows(session, ItemStep.PLAN, exclusion_reasons)
 
     folder.write_spec(spec)
     num_rows, num_excluded = len(snapshot_rows), len(exclusion_reasons)
@@ -139,7 +140,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
 def _read_inputs(context: Context, round_id: str) -> RunInputs:
     """Begin the step, and return what the round has recorded for its run."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "plan", context.attempt)
+        rounds.begin_step(session, round_id, RoundStep.PLAN, context.attempt)
         training_round = rounds.find_round(session, round_id)
         snapshot_id = str(training_round.snapshot_id)
         return RunInputs(

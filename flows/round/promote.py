@@ -4,6 +4,7 @@ import logging
 
 from feedback import gate, promotion, rounds
 from feedback.promotion_decision import PromotionDecision
+from feedback.round_steps import ItemStep, RoundStep
 from feedback.states import RoundState
 from flows.context import Context, RecordsContext
 
@@ -13,12 +14,12 @@ log = logging.getLogger(__name__)
 def decide_round(context: Context, round_id: str) -> PromotionDecision:
     """Decide on the candidate's promotion; promotion, verdicts, notices and round end are one transaction."""
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "decide", context.attempt)
+        rounds.begin_step(session, round_id, RoundStep.DECIDE, context.attempt)
         training_round = rounds.find_round(session, round_id)
         decision = gate.decide_promotion(session, training_round)
         if decision.promote:
             num_failed_notices = promotion.promote_candidate(session, training_round, decision)
-            rounds.record_failed_items(session, round_id, {"notify": num_failed_notices})
+            rounds.record_failed_items(session, round_id, {ItemStep.NOTIFY: num_failed_notices})
             rounds.finish_round(session, round_id, RoundState.PROMOTED, f"v{decision.candidate} is the champion")
         else:
             training_round.decision = decision.to_json()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from feedback import leases, rounds
+from feedback.round_steps import RoundStep
 from flows.context import Context
 from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_background
 from flows.supervisor.exit_reason import (
@@ -51,7 +52,7 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
         OSError: if the disk is full; the dispatcher starts the next attempt when there is free space.
     """
     with context.sessions.begin() as session:
-        rounds.begin_step(session, round_id, "train", context.attempt)
+        rounds.begin_step(session, round_id, RoundStep.TRAIN, context.attempt)
         run_id = rounds.get_or_create_training_run(session, round_id).id
         priority = rounds.read_parameters(rounds.find_round(session, round_id)).priority
 

@@ -7,6 +7,7 @@ import pytest
 from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion_decision import PassRate, PromotionDecision, SuiteComparison
+from feedback.round_steps import STEP_ACTIVITIES, RoundStep
 from feedback.tables import Round, new_id
 from infra.database import make_session_factory
 
@@ -54,11 +55,10 @@ def test_page_of_a_rejected_round_shows_no_case_ids_and_no_contributor_data(port
     assert "did not pass the gate: 1 reports that passed before fail again" in page
 
 
-@pytest.mark.parametrize("step", [step for step in rounds.ROUND_STEPS if step != "done"])
+@pytest.mark.parametrize("step", [step for step in RoundStep if step != RoundStep.DONE])
 def test_every_step_has_a_failure_message(step):
-    assert rounds.describe_round_end(Round(state="failed", step=step)).startswith(
-        f"failed while {rounds.STEP_ACTIVITIES[step]};"
-    )
+    end = rounds.describe_round_end(Round(state="failed", step=step))
+    assert end.startswith(f"failed while {STEP_ACTIVITIES[step]};")
 
 
 def measure_cpu_seconds(portal, path):
