@@ -59,10 +59,12 @@ def accept_dataset(
     if dataset.state != DatasetState.CHECKED:
         return
 
-    numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-    note_faulty_rows(session, dataset.id, ItemStep.ACCEPT, [f"row {row.row}: {row.reason}" for row in bad.values()])
+    stored = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
+    note_faulty_rows(
+        session, dataset.id, ItemStep.ACCEPT, [f"row {row.row}: {row.reason}" for row in stored.bad_rows.values()]
+    )
 
-    keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in numbered]
+    keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in stored.rows.items()]
     duplicates = _find_duplicates(session, keyed)
     testable = {
         item.number: item.prompt_key

@@ -184,7 +184,7 @@ def _build_dataset_records(
         events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
         if row.state == DatasetState.ACCEPTED:
             events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
-        events += [Event(at=at, text=text) for at, text in faults[row.id]]
+        events += faults[row.id]
         if row.id in withdrawals:
             events.append(withdrawals[row.id])
         if row.state == DatasetState.REJECTED:
@@ -208,12 +208,25 @@ def _build_dataset_records(
     return records
 
 
-def parse_stored_rows(data: bytes) -> tuple[list[tuple[int, Row]], dict[int, BadRow]]:
-    """Parse a stored file; return its rows and the rows that today's rules refuse, both with numbers from 0."""
-    rows, bad = [], {}
+@dataclass(frozen=True)
+class StoredRows:
+    """The rows of a stored file.
+
+    Attributes:
+        rows: valid rows, by row number, from 0.
+        bad_rows: rows that an older release accepted and today's rules refuse, by row number, from 0.
+    """
+
+    rows: dict[int, Row]
+    bad_rows: dict[int, BadRow]
+
+
+def parse_stored_rows(data: bytes) -> StoredRows:
+    """Parse a stored file of rows; numbers start at 0."""
+    stored = StoredRows({}, {})
     for number, row in enumerate(parse_rows(data)):
         if isinstance(row, Row):
-            rows.append((number, row))
+            stored.rows[number] = row
         else:
-            bad[number] = row
-    return rows, bad
+            stored.bad_rows[number] = row
+    return stored

@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
+from feedback.contracts import Event
 from feedback.round_steps import get_item_step_name
 from feedback.tables import AuditEvent
 from infra.faults import is_item_error
@@ -25,6 +26,19 @@ ITEM_FAULT_ACTION = "could not be processed"
 MAX_ITEM_REASON_CHARACTERS = 500
 MAX_NAMED_ROWS = 20
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """The result of a step that processes items one by one.
+
+    Attributes:
+        num_items: number of items, those that failed included.
+        num_failed: number of items that failed.
+    """
+
+    num_items: int = 0
+    num_failed: int = 0
 
 
 def process_each(
@@ -114,17 +128,17 @@ def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) ->
     """
     recorded = find_faults_by_subject(session, list(reasons))
     for subject, reason in reasons.items():
-        if all(reason not in text for _, text in recorded[subject]):
+        if all(reason not in event.text for event in recorded[subject]):
             note_reason(session, subject, step, reason)
 
 
-def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[tuple[datetime, str]]]:
-    """Return (time, reason) of each failure to process these items, by item id, oldest first."""
-    faults: defaultdict[str, list[tuple[datetime, str]]] = defaultdict(list)
+def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[Event]]:
+    """Return the timeline events of failures to process these items, by item id, oldest first."""
+    faults: defaultdict[str, list[Event]] = defaultdict(list)
     query = select(AuditEvent).where(AuditEvent.subject.in_(subjects), AuditEvent.action == ITEM_FAULT_ACTION)
     for event in session.scalars(query.order_by(AuditEvent.id)):
         reason = f"{ITEM_FAULT_ACTION} ({get_item_step_name(event.detail['step'])}): {event.detail['reason']}"
-        faults[event.subject].append((event.created_at, reason))
+        faults[event.subject].append(Event(at=event.created_at, text=reason))
     return faults
 
 

@@ -38,7 +38,7 @@ def read_platform_facts(session: Session) -> PlatformFacts:
     versions = [version for version in (newest.version, newest.previous) if version] if newest else []
     lineage = session.scalars(select(ModelVersion).where(ModelVersion.version.in_(versions))).all()
     running = rounds.find_running_round(session)
-    count, oldest = reports.count_pending_reports(session, with_review=running is None)
+    pending = reports.count_pending_reports(session, with_review=running is None)
     oldest_notice = select(func.min(Outbox.created_at)).where(Outbox.delivered_at.is_(None))
     num_decided = sum(
         (AuditEvent.detail[name].as_integer() for name in REVIEW_OUTCOMES[1:]),
@@ -55,8 +55,8 @@ def read_platform_facts(session: Session) -> PlatformFacts:
         lineage={version.version: version.run_id for version in lineage},
         files={version.version: [MODEL_MANIFEST_FILE, *version.manifest.get("files", ())] for version in lineage},
         running=running,
-        num_reports_waiting=count,
-        oldest_report=oldest,
+        num_reports_waiting=pending.count,
+        oldest_report=pending.oldest_at,
         oldest_notice=session.scalar(oldest_notice),
         last_answer=last(Response.created_at),  # type: ignore[arg-type]
         last_reproduction=session.scalar(last_review),

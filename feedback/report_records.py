@@ -38,7 +38,7 @@ def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[Feedbac
     for row in rows:
         # Of events at the same time, as of one transaction, the cause comes first: the sort keeps this order.
         events = _list_first_events(row)
-        events += [Event(at=at, text=text) for at, text in faults[row.id]]
+        events += faults[row.id]
         if row.state in (ReportState.REJECTED, ReportState.DISPUTED):
             events.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
         events += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]

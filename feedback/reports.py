@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, joinedload
 from feedback.accounts import NotFound
 from feedback.cases import add_cases, choose_case_role
 from feedback.contracts import FeedbackIn
-from feedback.items import make_storable_text, note_fault, process_each
+from feedback.items import ItemCounts, make_storable_text, note_fault, process_each
 from feedback.paging import read_page
 from feedback.promotion import find_champion
 from feedback.round_steps import ItemStep
@@ -25,18 +25,18 @@ from yuan.data.text import MAX_TEXT_CHARS
 REPRODUCED = "reproduced"  # value of `Feedback.reproduction` if the version answers wrong again
 
 
-def add_feedback(session: Session, contributor: Contributor, report: FeedbackIn, feedback_id: str) -> Feedback:
+def add_feedback(session: Session, contributor: Contributor, form: FeedbackIn, feedback_id: str) -> Feedback:
     """Store a report as received."""
-    row = Feedback(
+    report = Feedback(
         id=feedback_id,
         contributor_id=contributor.id,
-        kind=report.kind,
-        body=report.model_dump(mode="json", exclude_none=True),
+        kind=form.kind,
+        body=form.model_dump(mode="json", exclude_none=True),
     )
-    session.add(row)
+    session.add(report)
     session.flush()
-    session.refresh(row)
-    return row
+    session.refresh(report)
+    return report
 
 
 def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -> Feedback:
@@ -45,10 +45,10 @@ def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -
     Raises:
         NotFound: if there is none with this id, or it belongs to another account.
     """
-    row = session.get(Feedback, feedback_id)
-    if row is None or row.contributor_id != contributor.id:
-        raise NotFound(f"you have no report {feedback_id}")
-    return row
+    report = session.get(Feedback, feedback_id)
+    if report is None or report.contributor_id != contributor.id:
+        raise NotFound(f"you have no report {feedback_id}; list yours with GET /api/v1/feedback")
+    return report
 
 
 def list_feedback(session: Session, contributor: Contributor, limit: int, after: str | None) -> Sequence[Feedback]:
@@ -57,45 +57,49 @@ def list_feedback(session: Session, contributor: Contributor, limit: int, after:
     return read_page(session, query, Feedback, contributor, limit, after)
 
 
-def screen_reports(session: Session, cut_off: datetime) -> tuple[int, int]:
-    """Screen the reports received up to the cut-off; those that cannot become a case wait for a reviewer.
+def screen_reports(session: Session, cut_off: datetime) -> ItemCounts:
+    """Screen the reports received up to the cut-off; those that cannot become a case wait for a reviewer."""
+    query = select(Feedback).where(Feedback.state == ReportState.RECEIVED, Feedback.created_at <= cut_off)
+    reports = session.scalars(query.with_for_update()).all()
 
-    Returns:
-        The number of reports processed, and the number of those that failed.
-    """
-    rows = session.scalars(
-        select(Feedback).where(Feedback.state == ReportState.RECEIVED, Feedback.created_at <= cut_off).with_for_update()
-    ).all()
+    def screen(report: Feedback) -> None:
+        FeedbackIn.model_validate(report.body)  # the rules may be stricter now than when the report was received
+        report.state = ReportState.IN_REVIEW
+        report.screening = Screening.CHECKABLE if report.kind == "correction" else Screening.NEEDS_REVIEWER
 
-    def screen_one(row: Feedback) -> None:
-        FeedbackIn.model_validate(row.body)  # the rules may be stricter now than when the report was received
-        row.state = ReportState.IN_REVIEW
-        row.screening = Screening.CHECKABLE if row.kind == "correction" else Screening.NEEDS_REVIEWER
+    def record_failure(report: Feedback, error: Exception) -> None:
+        _record_report_failure(session, report, ItemStep.SCREEN, error)
 
-    return len(rows), process_each(
-        session, rows, screen_one, lambda row, error: _record_report_failure(session, row, ItemStep.SCREEN, error)
-    )
+    return ItemCounts(len(reports), process_each(session, reports, screen, record_failure))
 
 
 def _record_report_failure(
-    session: Session, row: Feedback, step: ItemStep, error: Exception, version: int | None = None
+    session: Session, report: Feedback, step: ItemStep, error: Exception, version: int | None = None
 ) -> None:
     """Record why a report could not be processed.
 
     A malformed report is rejected. Any other stays in review with the reason: this model version or this release could
     not process it, so reproduction is retried with the next champion.
     """
-    row.reason = note_fault(session, row.id, step, error)
+    report.reason = note_fault(session, report.id, step, error)
     is_malformed = isinstance(error, ValidationError)
-    row.state = ReportState.REJECTED if is_malformed else ReportState.IN_REVIEW
-    row.decided_at = transaction_time() if is_malformed else None
-    row.screening = row.screening or Screening.NEEDS_REVIEWER
-    row.reproduction = row.reproduced_at = None
-    row.reproduced_version = row.reproduced_version if version is None else version
+    report.state = ReportState.REJECTED if is_malformed else ReportState.IN_REVIEW
+    report.decided_at = transaction_time() if is_malformed else None
+    report.screening = report.screening or Screening.NEEDS_REVIEWER
+    report.reproduction = report.reproduced_at = None
+    report.reproduced_version = report.reproduced_version if version is None else version
 
 
-def count_pending_reports(session: Session, *, with_review: bool) -> tuple[int, datetime | None]:
-    """Count the reports that wait for screening or reproduction; return the count and the oldest one's time of receipt.
+@dataclass(frozen=True)
+class PendingReports:
+    """The reports that wait: their number, and the oldest one's time of receipt; None if there are none."""
+
+    count: int
+    oldest_at: datetime | None
+
+
+def count_pending_reports(session: Session, *, with_review: bool) -> PendingReports:
+    """Count the reports that wait for screening or reproduction.
 
     A report whose reproduction failed with the current champion waits for the next one, and is not counted.
 
@@ -106,8 +110,8 @@ def count_pending_reports(session: Session, *, with_review: bool) -> tuple[int, 
     is_pending = (Feedback.state == ReportState.RECEIVED) | (checkable & _is_unanswered_by(find_champion(session)))
     if with_review:
         is_pending |= (Feedback.state == ReportState.IN_REVIEW) & Feedback.reproduction.is_not(None)
-    count, oldest = session.execute(select(func.count(), func.min(Feedback.created_at)).where(is_pending)).one()
-    return count, oldest
+    count, oldest_at = session.execute(select(func.count(), func.min(Feedback.created_at)).where(is_pending)).one()
+    return PendingReports(count, oldest_at)
 
 
 def _is_unanswered_by(version: int | None) -> ColumnElement[bool]:
@@ -136,11 +140,20 @@ def find_unreproduced_reports(
     return session.scalars(query.order_by(Feedback.created_at, Feedback.id).limit(limit)).all()
 
 
-ReproducedAnswer = tuple[str, str | ValueError]  # a report's id, and the answer or the error in its place
+@dataclass(frozen=True)
+class ReproducedAnswer:
+    """A version's answer to the prompt of a report, or the error in its place."""
+
+    feedback_id: str
+    answer: str | ValueError
+
+
 AnswerCheck = Callable[[Checker, str], bool]
 
 
-def note_reproductions(session: Session, version: int, answered: Iterable[ReproducedAnswer], check: AnswerCheck) -> int:
+def record_reproductions(
+    session: Session, version: int, answers: Iterable[ReproducedAnswer], check: AnswerCheck
+) -> int:
     """Record the version's answers to reports' prompts, judged by the reports' checkers; skip decided reports.
 
     Args:
@@ -150,23 +163,24 @@ def note_reproductions(session: Session, version: int, answered: Iterable[Reprod
         The number of reports that failed.
     """
 
-    def note(reproduced: ReproducedAnswer) -> None:
-        feedback_id, answer = reproduced
-        row = _lock_report(session, feedback_id)
-        if row.state != ReportState.IN_REVIEW:
+    def record(reproduced: ReproducedAnswer) -> None:
+        report = _lock_report(session, reproduced.feedback_id)
+        if report.state != ReportState.IN_REVIEW:
             return
-        if isinstance(answer, ValueError):
-            raise answer
-        is_right = check(FeedbackIn.model_validate(row.body).rule, answer)
-        row.reproduced_version, row.reproduced_response = version, make_storable_text(answer, MAX_TEXT_CHARS)
-        row.reproduced_at = transaction_time()
-        row.reproduction = f"already fixed in v{version}" if is_right else REPRODUCED
-        row.reason = None
+        if isinstance(reproduced.answer, ValueError):
+            raise reproduced.answer
+        is_right = check(FeedbackIn.model_validate(report.body).rule, reproduced.answer)
+        report.reproduced_version = version
+        report.reproduced_response = make_storable_text(reproduced.answer, MAX_TEXT_CHARS)
+        report.reproduced_at = transaction_time()
+        report.reproduction = f"already fixed in v{version}" if is_right else REPRODUCED
+        report.reason = None
 
-    def blame(reproduced: ReproducedAnswer, error: Exception) -> None:
-        _record_report_failure(session, _lock_report(session, reproduced[0]), ItemStep.REPRODUCE, error, version)
+    def record_failure(reproduced: ReproducedAnswer, error: Exception) -> None:
+        report = _lock_report(session, reproduced.feedback_id)
+        _record_report_failure(session, report, ItemStep.REPRODUCE, error, version)
 
-    return process_each(session, answered, note, blame)
+    return process_each(session, answers, record, record_failure)
 
 
 def _lock_report(session: Session, feedback_id: str) -> Feedback:
@@ -197,16 +211,16 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
     )
     num_by_state = Counter[str]()  # states after the review
 
-    def review_one(row: Feedback) -> None:
-        _decide_report(session, row, salt, share)
+    def review(report: Feedback) -> None:
+        _decide_report(session, report, salt, share)
         session.flush()  # raise before counting if the database refuses the row
-        num_by_state[row.state] += 1
+        num_by_state[report.state] += 1
 
-    def blame(row: Feedback, error: Exception) -> None:
-        _record_report_failure(session, row, ItemStep.REVIEW, error)
+    def record_failure(report: Feedback, error: Exception) -> None:
+        _record_report_failure(session, report, ItemStep.REVIEW, error)
 
-    rows = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
-    num_failed = process_each(session, rows, review_one, blame)
+    reports = session.scalars(query.order_by(Feedback.created_at, Feedback.id).with_for_update()).all()
+    num_failed = process_each(session, reports, review, record_failure)
     return ReviewCounts(
         accepted=num_by_state[ReportState.ACCEPTED],
         rejected=num_by_state[ReportState.REJECTED],
@@ -215,25 +229,25 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
     )
 
 
-def _decide_report(session: Session, row: Feedback, salt: str, share: float) -> None:
+def _decide_report(session: Session, report: Feedback, salt: str, share: float) -> None:
     """Set a reproduced report's new state, and its case if it is accepted; see `review_reports`."""
-    report = FeedbackIn.model_validate(row.body)
-    sample = Row(prompt=report.prompt, answer=report.expected or "", checker=report.rule)
+    form = FeedbackIn.model_validate(report.body)
+    sample = Row(prompt=form.prompt, answer=form.expected or "", checker=form.rule)
 
-    if row.reproduction != REPRODUCED:
-        row.state = ReportState.REJECTED
-        row.reason = f"not reproduced: v{row.reproduced_version} answers this prompt right"
+    if report.reproduction != REPRODUCED:
+        report.state = ReportState.REJECTED
+        report.reason = f"not reproduced: v{report.reproduced_version} answers this prompt right"
     elif _is_contradicted(session, sample):
-        row.state = ReportState.DISPUTED
-        row.reason = "another accepted report expects a different answer to this prompt"
-        row.disputed_key = sample.prompt_key
+        report.state = ReportState.DISPUTED
+        report.reason = "another accepted report expects a different answer to this prompt"
+        report.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
         role = CaseRole.TRAIN if is_trained else choose_case_role(sample.prompt_key, salt, share)
         add_cases(session, REPORTS_SUITE, [sample], role)
         case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
-        row.state, row.reason, row.case_id = ReportState.ACCEPTED, None, case.id
-    row.decided_at = transaction_time()
+        report.state, report.reason, report.case_id = ReportState.ACCEPTED, None, case.id
+    report.decided_at = transaction_time()
 
 
 def _is_contradicted(session: Session, sample: Row) -> bool:

@@ -3,6 +3,7 @@
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import ARRAY, String, any_, literal, select, update
@@ -19,8 +20,28 @@ from yuan.data.rows import Row, dump_rows
 
 SNAPSHOTS_FOLDER = "snapshots"
 SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # in the order of a snapshot's rows
+EXCLUDED_COUNT_SUFFIX = "_closed_out"  # of a part's name: key in `Snapshot.counts` of its decontaminated rows
 
-OwnedRow = tuple[str, Row]  # a row with the id of its dataset or case
+
+@dataclass(frozen=True)
+class OwnedRow:
+    """A row of a mixture with the id of its dataset or case."""
+
+    owner_id: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """The rows of one part of a mixture.
+
+    Attributes:
+        rows: the part's rows, those with the prompt of a held-out case included.
+        num_failed: number of datasets, dataset rows and corrections that could not be read.
+    """
+
+    rows: list[OwnedRow]
+    num_failed: int
 
 
 def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: Callable[[bytes], str]) -> str:
@@ -65,7 +86,7 @@ def read_failed_count(session: Session, snapshot_id: str) -> int:
 
 def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
     held_out = select(Case.prompt_key).where(Case.role == CaseRole.HELD_OUT, Case.withdrawn_at.is_(None))
-    closed_prompts = set(session.scalars(held_out))
+    held_out_prompts = set(session.scalars(held_out))
     parts = (
         _collect_corrections(session, training_round.cut_off),
         _collect_train_rows(session, DatasetPurpose.MIXTURE, fetch),
@@ -74,58 +95,63 @@ def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject
 
     parameters = read_parameters(training_round)
     kept: list[Row] = []
-    counts = {"failed": sum(num_failed for _, num_failed in parts)}
-    for name, (part, _) in zip(SNAPSHOT_PARTS, parts, strict=True):
-        open_rows, closed_owners = _split_closed_rows(part, closed_prompts)
+    counts = {"failed": sum(part.num_failed for part in parts)}
+    for name, part in zip(SNAPSHOT_PARTS, parts, strict=True):
+        clean_rows, excluded_owners = _decontaminate(part.rows, held_out_prompts)
         if name == "base" and training_round.parent_version is not None:
-            num_replay = min(parameters.replay_rows, len(open_rows))
-            open_rows = random.Random(f"replay {parameters.seed}").sample(open_rows, num_replay)
-        counts |= {name: len(open_rows), f"{name}_closed_out": len(closed_owners)}
-        kept += open_rows
+            num_replay = min(parameters.replay_rows, len(clean_rows))
+            clean_rows = random.Random(f"replay {parameters.seed}").sample(clean_rows, num_replay)
+        counts |= {name: len(clean_rows), f"{name}{EXCLUDED_COUNT_SUFFIX}": len(excluded_owners)}
+        kept += clean_rows
         if name == "corrections":
-            _note_closed_corrections(session, closed_owners)
+            _record_excluded_corrections(session, excluded_owners)
         else:
-            _note_closed_rows(session, Counter(owner for owner, _ in part), Counter(closed_owners))
+            num_rows = Counter(item.owner_id for item in part.rows)
+            _record_num_excluded_rows(session, num_rows, Counter(excluded_owners))
     return kept, counts
 
 
-def _split_closed_rows(part: Sequence[OwnedRow], closed_prompts: Set[str]) -> tuple[list[Row], list[str]]:
+def _decontaminate(rows: Sequence[OwnedRow], held_out_prompts: Set[str]) -> tuple[list[Row], list[str]]:
     """Return the rows whose prompt is not held out, and the owner ids of the other rows, one entry per row."""
-    kept: list[Row] = []
-    closed_owners: list[str] = []
-    for owner, row in part:
-        if row.prompt and row.prompt_key in closed_prompts:
-            closed_owners.append(owner)
+    clean_rows: list[Row] = []
+    excluded_owners: list[str] = []
+    for item in rows:
+        if item.row.prompt and item.row.prompt_key in held_out_prompts:
+            excluded_owners.append(item.owner_id)
         else:
-            kept.append(row)
-    return kept, closed_owners
+            clean_rows.append(item.row)
+    return clean_rows, excluded_owners
 
 
-def _note_closed_rows(session: Session, num_rows: Counter[str], closed: Counter[str]) -> None:
-    """Record for datasets' owners the number of their train rows excluded by held-out cases."""
+def _record_num_excluded_rows(session: Session, num_rows: Counter[str], num_excluded: Counter[str]) -> None:
+    """Record for datasets' owners the number of their train rows that decontamination excluded.
+
+    Args:
+        num_rows: number of train rows, by dataset id.
+        num_excluded: number of those excluded, by dataset id.
+    """
     for dataset_id in num_rows:
-        changed = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != closed[dataset_id])
-        session.execute(changed.values(num_closed_out=closed[dataset_id]))
+        count = num_excluded[dataset_id]
+        changed = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != count)
+        session.execute(changed.values(num_closed_out=count))
     cause = "their prompts are those of held-out cases, which only test"
     reasons = {
         dataset_id: f"rows left out, {count:,} of {num_rows[dataset_id]:,}: {cause}"
-        for dataset_id, count in closed.items()
+        for dataset_id, count in num_excluded.items()
     }
     note_new_reasons(session, ItemStep.SNAPSHOT, reasons)
 
 
-def _note_closed_corrections(session: Session, case_ids: Sequence[str]) -> None:
+def _record_excluded_corrections(session: Session, case_ids: Sequence[str]) -> None:
+    """Record on reports' timelines that decontamination excluded their corrections."""
+    is_excluded = Feedback.case_id == any_(literal(list(case_ids), ARRAY(String)))
+    report_ids = session.scalars(select(Feedback.id).where(is_excluded, Feedback.state == ReportState.ACCEPTED))
     reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
-    owners = select(Feedback.id).where(Feedback.case_id == any_(literal(list(case_ids), ARRAY(String))))
-    note_new_reasons(
-        session,
-        ItemStep.SNAPSHOT,
-        dict.fromkeys(session.scalars(owners.where(Feedback.state == ReportState.ACCEPTED)), reason),
-    )
+    note_new_reasons(session, ItemStep.SNAPSHOT, dict.fromkeys(report_ids, reason))
 
 
-def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[OwnedRow], int]:
-    """Return the expected answers of train cases, one row per case, and the number of cases that failed."""
+def _collect_corrections(session: Session, cut_off: datetime) -> MixturePart:
+    """Collect the expected answers of train cases, one row per case."""
     accepted = select(Feedback.case_id).where(Feedback.state == ReportState.ACCEPTED, Feedback.created_at <= cut_off)
     query = (
         select(Case)
@@ -136,18 +162,18 @@ def _collect_corrections(session: Session, cut_off: datetime) -> tuple[list[Owne
 
     def add_row(case: Case) -> None:
         fields = {"prompt": case.prompt, "answer": case.expected, "source": REPORTS_SUITE, "checker": case.checker}
-        rows.append((case.id, Row.model_validate(fields)))
+        rows.append(OwnedRow(case.id, Row.model_validate(fields)))
 
-    def blame(case: Case, error: Exception) -> None:
+    def record_failure(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
             note_fault(session, owner, ItemStep.SNAPSHOT, error)
 
-    failed = process_each(session, session.scalars(query).all(), add_row, blame)
-    return rows, failed
+    num_failed = process_each(session, session.scalars(query).all(), add_row, record_failure)
+    return MixturePart(rows, num_failed)
 
 
-def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchObject) -> tuple[list[OwnedRow], int]:
-    """Return the train rows of accepted datasets, and the number of datasets and of rows that could not be read."""
+def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchObject) -> MixturePart:
+    """Collect the train rows of the accepted datasets with a purpose."""
     query = select(Dataset).where(Dataset.state == DatasetState.ACCEPTED, Dataset.purpose == purpose)
     rows: list[OwnedRow] = []
     num_bad = 0
@@ -156,17 +182,18 @@ def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchO
         nonlocal num_bad
         train = select(DatasetRow.number).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == RowRole.TRAIN)
         train_numbers = set(session.scalars(train))
-        numbered, bad = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-        faults = [f"row {row.row}: {row.reason}" for number, row in bad.items() if number in train_numbers]
+        stored = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
+        faults = [f"row {row.row}: {row.reason}" for number, row in stored.bad_rows.items() if number in train_numbers]
         note_faulty_rows(session, dataset.id, ItemStep.SNAPSHOT, faults)
-        rows.extend([(dataset.id, row) for number, row in numbered if number in train_numbers])
+        rows.extend([OwnedRow(dataset.id, row) for number, row in stored.rows.items() if number in train_numbers])
         num_bad += len(faults)
 
-    def blame(dataset: Dataset, error: Exception) -> None:
+    def record_failure(dataset: Dataset, error: Exception) -> None:
         note_fault(session, dataset.id, ItemStep.SNAPSHOT, error)
 
-    failed = process_each(session, session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all(), read, blame)
-    return rows, failed + num_bad
+    datasets = session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all()
+    num_failed = process_each(session, datasets, read, record_failure)
+    return MixturePart(rows, num_failed + num_bad)
 
 
 def note_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:

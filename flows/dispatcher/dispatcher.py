@@ -131,8 +131,8 @@ def is_busy(context: DispatcherContext) -> bool:
     """Check whether a round runs or reports wait, for which the dispatcher polls more often."""
     with context.sessions() as session:
         training_round = rounds.find_running_round(session)
-        count, _ = reports.count_pending_reports(session, with_review=training_round is None)
-        return training_round is not None or (count > 0 and find_champion(session) is not None)
+        pending = reports.count_pending_reports(session, with_review=training_round is None)
+        return training_round is not None or (pending.count > 0 and find_champion(session) is not None)
 
 
 def deliver_notices(context: DispatcherContext) -> None:
@@ -174,11 +174,12 @@ def start_due_reproduction(context: DispatcherContext, client: SyncPrefectClient
     """Start the reproduction flow when REPORT_BATCH_SIZE reports wait, or one for REPORT_BATCH_WAIT_S."""
     with context.sessions() as session:
         training_round = rounds.find_running_round(session)
-        count, oldest = reports.count_pending_reports(session, with_review=training_round is None)
+        pending = reports.count_pending_reports(session, with_review=training_round is None)
         if find_champion(session) is None or (training_round is not None and training_round.step == RoundStep.COLLECT):
             return
-    if count >= REPORT_BATCH_SIZE or (count and compute_age_s(oldest) >= REPORT_BATCH_WAIT_S):
-        start_reproduction_run(client, count)
+    is_old = pending.count > 0 and compute_age_s(pending.oldest_at) >= REPORT_BATCH_WAIT_S
+    if pending.count >= REPORT_BATCH_SIZE or is_old:
+        start_reproduction_run(client, pending.count)
 
 
 def request_due_round(context: DispatcherContext) -> None:

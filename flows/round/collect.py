@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from feedback import reports, rounds, snapshots
 from feedback.accounts import audit
 from feedback.dataset_acceptance import accept_dataset, find_checked_datasets, record_acceptance_failure
+from feedback.items import ItemCounts
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
 from feedback.round_steps import ItemStep, RoundStep
@@ -19,14 +20,6 @@ log = logging.getLogger(__name__)
 # Half of the reports are held out, so that a hundred reports still give a pass rate with a useful interval.
 HELD_OUT_REPORT_SHARE = 0.5
 REVIEWER = "reproduction"  # actor in the audit log: a report is accepted if the champion fails on it
-
-
-@dataclass(frozen=True)
-class ItemCounts:
-    """Number of the reports or datasets that a step went through, and of those of them that it could not process."""
-
-    total: int
-    failed: int
 
 
 @dataclass(frozen=True)
@@ -62,17 +55,17 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
         parent_version = training_round.parent_version
 
     screened = _screen_reports(context, cut_off)
-    num_failed_reproductions = 0
+    reproduced = ItemCounts()
     if parent_version is not None:  # the first round has no model to reproduce reports against
-        num_failed_reproductions = _reproduce_reports(context, cut_off, parent_version, limit=None).failed
+        reproduced = _reproduce_reports(context, cut_off, parent_version, limit=None)
     reviewed = _review_reports(context, cut_off, round_id)
     datasets = _accept_datasets(context, cut_off)
 
     num_failed_by_step = {
-        ItemStep.SCREEN: screened.failed,
-        ItemStep.REPRODUCE: num_failed_reproductions,
+        ItemStep.SCREEN: screened.num_failed,
+        ItemStep.REPRODUCE: reproduced.num_failed,
         ItemStep.REVIEW: reviewed.failed,
-        ItemStep.ACCEPT: datasets.failed,
+        ItemStep.ACCEPT: datasets.num_failed,
     }
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, num_failed_by_step)
@@ -80,8 +73,8 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
         accepted=reviewed.accepted,
         rejected=reviewed.rejected,
         disputed=reviewed.disputed,
-        screened=screened.total,
-        datasets=datasets.total - datasets.failed,
+        screened=screened.num_items,
+        datasets=datasets.num_items - datasets.num_failed,
         failed=sum(num_failed_by_step.values()),
     )
     log.info("collected: %s", asdict(counts))
@@ -106,7 +99,7 @@ def _accept_datasets(context: Context, cut_off: datetime) -> ItemCounts:
             num_failed += 1
             with context.sessions.begin() as session:
                 record_acceptance_failure(session, dataset_id, error)
-    return ItemCounts(total=len(dataset_ids), failed=num_failed)
+    return ItemCounts(len(dataset_ids), num_failed)
 
 
 @dataclass(frozen=True)
@@ -150,35 +143,36 @@ def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCount
         is_round_running = rounds.find_running_round(session) is not None
     review = None if is_round_running else _review_reports(context, now, f"v{version}")
     return WaitingReportsCounts(
-        screened=screened.total,
-        reproduced=reproduced.total,
-        failed=screened.failed + reproduced.failed,
+        screened=screened.num_items,
+        reproduced=reproduced.num_items,
+        failed=screened.num_failed + reproduced.num_failed,
         review=review,
     )
 
 
 def _screen_reports(context: Context, cut_off: datetime) -> ItemCounts:
     with context.sessions.begin() as session:
-        num_screened, num_failed = reports.screen_reports(session, cut_off)
-    return ItemCounts(total=num_screened, failed=num_failed)
+        return reports.screen_reports(session, cut_off)
 
 
 def _reproduce_reports(context: Context, cut_off: datetime, version: int, limit: int | None) -> ItemCounts:
     """Query the version with the prompts of reports, `limit` at most, and store the answers batch by batch."""
     with context.sessions() as session:
-        rows = reports.find_unreproduced_reports(session, cut_off, version, limit)
-        report_ids = [row.id for row in rows]
-        prompts = [str(row.body.get("prompt", "")) for row in rows]
+        unreproduced = reports.find_unreproduced_reports(session, cut_off, version, limit)
+        report_ids = [report.id for report in unreproduced]
+        prompts = [str(report.body.get("prompt", "")) for report in unreproduced]
 
     num_queried = num_failed = 0
     with AnswerJudge() as judge:
         for answers in reproduce_answers(context.settings, prompts, version):
-            batch = list(zip(report_ids[num_queried:], answers, strict=False))
+            batch_ids = report_ids[num_queried : num_queried + len(answers)]
+            answered = zip(batch_ids, answers, strict=True)
+            batch = [reports.ReproducedAnswer(report_id, answer) for report_id, answer in answered]
             with context.sessions.begin() as session:
-                num_failed += reports.note_reproductions(session, version, batch, judge.check)
+                num_failed += reports.record_reproductions(session, version, batch, judge.check)
             num_queried += len(answers)
     log.info("reproduced %d reports against v%d, %d could not be processed", num_queried, version, num_failed)
-    return ItemCounts(total=num_queried, failed=num_failed)
+    return ItemCounts(num_queried, num_failed)
 
 
 def _review_reports(context: Context, cut_off: datetime, subject: str) -> reports.ReviewCounts:

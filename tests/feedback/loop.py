@@ -26,12 +26,14 @@ def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
 def accept_all(session, later, *, share=0.5, right=False):
     reports.screen_reports(session, later)
     pending = reports.find_unreproduced_reports(session, later, 1)
-    reproduce(session, [(row.id, row.body["expected"] if right else "wrong") for row in pending])
+    reproduce(session, {report.id: report.body["expected"] if right else "wrong" for report in pending})
     return reports.review_reports(session, later, SALT, share)
 
 
-def reproduce(session, responses, version=1):
-    return reports.note_reproductions(session, version, responses, lambda checker, answer: checker.check(answer))
+def reproduce(session, answers, version=1, check=lambda checker, answer: checker.check(answer)):
+    """Record answers, by report id, as the version's; return the number of reports that failed."""
+    answered = [reports.ReproducedAnswer(feedback_id, answer) for feedback_id, answer in answers.items()]
+    return reports.record_reproductions(session, version, answered, check)
 
 
 def start_round(session):

@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import datasets, promotion, report_records, reports, rounds, snapshots
 from feedback.dataset_acceptance import accept_dataset
-from feedback.items import find_faults_by_subject, note_reason, process_each
+from feedback.items import ItemCounts, find_faults_by_subject, note_reason, process_each
 from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
@@ -21,6 +21,7 @@ from tests.feedback.loop import (
     is_held_out,
     make_checked_rows,
     promote,
+    reproduce,
     start_round,
     submit,
     upload,
@@ -51,14 +52,14 @@ def refuse_row(session, table, column, value):
 def check_only_target_failed(session, rows, target, reason):
     faults_by_report = find_faults_by_subject(session, [row.id for row in rows])
     assert [feedback_id for feedback_id, faults in faults_by_report.items() if faults] == [target.id]
-    assert reason in faults_by_report[target.id][0][1]
+    assert reason in faults_by_report[target.id][0].text
     assert any(reason in event.text for event in report_records.describe_report(session, target).timeline)
 
 
 def test_only_the_report_that_current_validation_refuses_is_rejected(session, reports_with_target, later):
     rows, target = reports_with_target
     target.body = {**target.body, "checker": {"type": "gone"}}
-    assert reports.screen_reports(session, later) == (NUM_REPORTS, 1)
+    assert reports.screen_reports(session, later) == ItemCounts(NUM_REPORTS, 1)
     assert [row.state for row in rows if row is not target] == ["in_review"] * (NUM_REPORTS - 1)
     assert target.state == "rejected" and "checker" in target.reason
     check_only_target_failed(session, rows, target, "checker")
@@ -78,21 +79,21 @@ def test_a_report_that_cannot_be_reproduced_waits_for_the_next_version(session, 
 
     answers = {row.id: "wrong" for row in rows}
     answers[target.id] = PromptRefused("a planted fault") if fault == "refused" else fault
-    assert reports.note_reproductions(session, 1, answers.items(), check) == 1
+    assert reproduce(session, answers, check=check) == 1
     check_only_target_failed(session, rows, target, "division by zero" if fault == "database" else "a planted fault")
     assert reports.review_reports(session, later, SALT, 0.5) == reports.ReviewCounts(accepted=8)
     assert (target.state, target.reproduction) == ("in_review", None) and target.reason
     promote(session, 1, passed=[])
     assert (
         reports.find_unreproduced_reports(session, later, 1) == []
-        and reports.count_pending_reports(session, with_review=True)[0] == 0
+        and reports.count_pending_reports(session, with_review=True).count == 0
     )
     promote(session, 2, passed=[], parent=1)
     assert (
         reports.find_unreproduced_reports(session, later, 2) == [target]
-        and reports.count_pending_reports(session, with_review=False)[0] == 1
+        and reports.count_pending_reports(session, with_review=False).count == 1
     )
-    reports.note_reproductions(session, 2, [(target.id, "wrong")], check)
+    reproduce(session, {target.id: "wrong"}, 2, check)
     assert reports.review_reports(session, later, SALT, 0.5).accepted == 1 and target.reason is None
 
 
@@ -168,7 +169,7 @@ def test_model_response_is_stored_with_unstorable_characters_replaced(session, r
     rows, target = reports_with_target
     reports.screen_reports(session, later)
     answers = {row.id: "a\0b\ud83d" if row is target else "wrong" for row in rows}
-    assert reports.note_reproductions(session, 1, answers.items(), lambda checker, answer: False) == 0
+    assert reproduce(session, answers, check=lambda checker, answer: False) == 0
     session.flush()
     assert target.reproduced_response == "a\ufffdb\ufffd"
 
@@ -180,7 +181,7 @@ def test_failed_notice_does_not_block_the_other_notices(session, reports_with_ta
     assert promote(session, 1, passed=[]).promote
     assert promotion.mark_notices_delivered(session) == NUM_REPORTS - 1
     assert set(session.scalars(select(Outbox.feedback_id))) == {row.id for row in rows if row is not target}
-    assert find_faults_by_subject(session, [target.id])[target.id][0][1] == (
+    assert find_faults_by_subject(session, [target.id])[target.id][0].text == (
         "could not be processed (notify): the database refuses it: a planted fault"
     )
 
@@ -224,7 +225,7 @@ def test_records_of_an_older_release_show_the_present_name_of_a_step(session, re
     note_reason(session, row.id, "tell", "a fault")
     session.flush()
     assert rounds.describe_round(session, training_round).failed_items == {"notify": 2}
-    assert find_faults_by_subject(session, [row.id])[row.id][0][1] == "could not be processed (notify): a fault"
+    assert find_faults_by_subject(session, [row.id])[row.id][0].text == "could not be processed (notify): a fault"
 
 
 def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
@@ -240,7 +241,7 @@ def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
     for _ in range(2):  # a repeated step records it once
         snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     check_only_target_failed(session, rows, target, "its correction: a planted fault")
-    (reason,) = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
+    (reason,) = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1
     assert f"(plan): rows left out, {num_train}: row " in reason and reason.endswith(f"; and {num_train - 20} more")
 
@@ -263,6 +264,6 @@ def test_rows_that_current_validation_refuses_are_excluded_and_reported(session,
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
     snapshot_id, stored = freeze_mixture(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
-    texts = [text for _, text in find_faults_by_subject(session, [dataset.id])[dataset.id]]
+    texts = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     assert "(accept): rows left out, 1: row 2: prompt" in texts[0]
     assert "(snapshot): rows left out, 1: row 4: prompt" in texts[1]

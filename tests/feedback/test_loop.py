@@ -176,16 +176,16 @@ def test_superseded_attempt_cannot_begin_a_step(session):
 
 
 def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, later):
-    assert reports.count_pending_reports(session, with_review=True) == (0, None)
+    assert reports.count_pending_reports(session, with_review=True) == reports.PendingReports(0, None)
     first = submit(session, reporter)
-    assert reports.count_pending_reports(session, with_review=False) == (1, first.created_at)
+    assert reports.count_pending_reports(session, with_review=False) == reports.PendingReports(1, first.created_at)
     reports.screen_reports(session, later)
-    assert reports.count_pending_reports(session, with_review=False)[0] == 1
-    reproduce(session, [(first.id, "wrong")])
-    assert reports.count_pending_reports(session, with_review=False)[0] == 0
-    assert reports.count_pending_reports(session, with_review=True)[0] == 1
+    assert reports.count_pending_reports(session, with_review=False).count == 1
+    reproduce(session, {first.id: "wrong"})
+    assert reports.count_pending_reports(session, with_review=False).count == 0
+    assert reports.count_pending_reports(session, with_review=True).count == 1
     reports.review_reports(session, later, SALT, 0.5)
-    assert reports.count_pending_reports(session, with_review=True)[0] == 0
+    assert reports.count_pending_reports(session, with_review=True).count == 0
     assert reports.count_accepted_since(session, None) == 1
     assert reports.count_accepted_since(session, later) == 0
 
@@ -193,7 +193,7 @@ def test_reports_wait_until_they_are_reproduced_and_reviewed(session, reporter, 
 def test_a_decided_report_keeps_its_reproduction(session, reporter, later):
     row = submit(session, reporter)
     accept_all(session, later)
-    reproduce(session, [(row.id, "cba")], version=2)
+    reproduce(session, {row.id: "cba"}, version=2)
     assert (row.state, row.reproduced_version) == ("accepted", 1)
 
 
