@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from feedback.cases import add_cases, compute_salted_fraction
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
-from feedback.items import note_fault, note_faulty_rows
+from feedback.items import record_faulty_rows, record_item_fault
 from feedback.round_steps import ItemStep
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
@@ -60,9 +60,8 @@ def accept_dataset(
         return
 
     stored = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-    note_faulty_rows(
-        session, dataset.id, ItemStep.ACCEPT, [f"row {row.row}: {row.reason}" for row in stored.bad_rows.values()]
-    )
+    faults = [f"row {row.row}: {row.reason}" for row in stored.bad_rows.values()]
+    record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, faults)
 
     keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in stored.rows.items()]
     duplicates = _find_duplicates(session, keyed)
@@ -99,7 +98,7 @@ def record_acceptance_failure(session: Session, dataset_id: str, error: Exceptio
     dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
     if dataset.state != DatasetState.CHECKED:
         return
-    dataset.reason = note_fault(session, dataset_id, ItemStep.ACCEPT, error)
+    dataset.reason = record_item_fault(session, dataset_id, ItemStep.ACCEPT, error)
     if isinstance(error, ValueError | DBAPIError | ClientError):
         dataset.state, dataset.decided_at = DatasetState.REJECTED, transaction_time()
 

@@ -139,10 +139,10 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
     Raises:
         NotFound: if there is none with this id, or it belongs to another account.
     """
-    row = session.get(Dataset, dataset_id)
-    if row is None or row.contributor_id != contributor.id:
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None or dataset.contributor_id != contributor.id:
         raise NotFound(f"you have no dataset {dataset_id}")
-    return row
+    return dataset
 
 
 def is_key_of_dataset(session: Session, contributor_id: str, key: str) -> bool:
@@ -158,50 +158,51 @@ def list_datasets(session: Session, contributor: Contributor, limit: int, after:
     return read_page(session, query, Dataset, contributor, limit, after)
 
 
-def describe_dataset(session: Session, row: Dataset) -> DatasetOut:
+def describe_dataset(session: Session, dataset: Dataset) -> DatasetOut:
     """Build a dataset's public record with its timeline."""
-    return _build_dataset_records(session, [row], {row.id: row.bad_rows})[0]
+    return _build_dataset_records(session, [dataset], {dataset.id: dataset.bad_rows})[0]
 
 
-def describe_datasets(session: Session, rows: Sequence[Dataset]) -> list[DatasetOut]:
+def describe_datasets(session: Session, datasets: Sequence[Dataset]) -> list[DatasetOut]:
     """Build the public records of datasets, with a constant number of queries and the first 20 bad rows of each."""
     first_rows = cast(f"$[0 to {MAX_NAMED_ROWS - 1}]", JSONPATH)
     query = select(Dataset.id, func.jsonb_path_query_array(Dataset.bad_rows, first_rows, type_=JSONB))
-    bad_rows = session.execute(query.where(Dataset.id.in_([row.id for row in rows])))
-    return _build_dataset_records(session, rows, {dataset_id: bad for dataset_id, bad in bad_rows})
+    bad_rows = session.execute(query.where(Dataset.id.in_([dataset.id for dataset in datasets])))
+    return _build_dataset_records(session, datasets, {dataset_id: bad for dataset_id, bad in bad_rows})
 
 
 def _build_dataset_records(
-    session: Session, rows: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]
+    session: Session, datasets: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]
 ) -> list[DatasetOut]:
-    faults = find_faults_by_subject(session, [row.id for row in rows])
-    withdrawals = find_withdrawal_events(session, rows)
+    faults = find_faults_by_subject(session, [dataset.id for dataset in datasets])
+    withdrawals = find_withdrawal_events(session, datasets)
 
     records = []
-    for row in rows:
+    for dataset in datasets:
         # Of events at the same time, as of one transaction, the cause comes first: the sort below keeps this order.
-        decided_at = row.decided_at or row.created_at  # a file with bad rows is rejected on arrival, without decided_at
-        events = [Event(at=row.created_at, text=f"uploaded: {row.num_rows} rows, {row.num_bytes} bytes")]
-        if row.state == DatasetState.ACCEPTED:
-            events.append(Event(at=decided_at, text=f"accepted, {row.num_duplicates} duplicates left out"))
-        events += faults[row.id]
-        if row.id in withdrawals:
-            events.append(withdrawals[row.id])
-        if row.state == DatasetState.REJECTED:
-            events.append(Event(at=decided_at, text=f"rejected: {row.reason}"))
+        # A file with bad rows is rejected on arrival, without decided_at.
+        decided_at = dataset.decided_at or dataset.created_at
+        events = [Event(at=dataset.created_at, text=f"uploaded: {dataset.num_rows} rows, {dataset.num_bytes} bytes")]
+        if dataset.state == DatasetState.ACCEPTED:
+            events.append(Event(at=decided_at, text=f"accepted, {dataset.num_duplicates} duplicates left out"))
+        events += faults[dataset.id]
+        if dataset.id in withdrawals:
+            events.append(withdrawals[dataset.id])
+        if dataset.state == DatasetState.REJECTED:
+            events.append(Event(at=decided_at, text=f"rejected: {dataset.reason}"))
 
         records.append(
             DatasetOut(
-                id=row.id,
-                name=row.name,
-                purpose=row.purpose,
-                state=row.state,
-                reason=row.reason,
-                sha256=row.sha256,
-                num_rows=row.num_rows,
-                num_duplicates=row.num_duplicates,
-                num_closed_out=row.num_closed_out,
-                bad_rows=bad_rows[row.id],
+                id=dataset.id,
+                name=dataset.name,
+                purpose=dataset.purpose,
+                state=dataset.state,
+                reason=dataset.reason,
+                sha256=dataset.sha256,
+                num_rows=dataset.num_rows,
+                num_duplicates=dataset.num_duplicates,
+                num_closed_out=dataset.num_closed_out,
+                bad_rows=bad_rows[dataset.id],
                 timeline=sorted(events, key=lambda event: event.at),
             )
         )

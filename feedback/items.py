@@ -42,9 +42,12 @@ class ItemCounts:
 
 
 def process_each(
-    session: Session, items: Iterable[Item], work: Callable[[Item], object], blame: Callable[[Item, Exception], object]
+    session: Session,
+    items: Iterable[Item],
+    process: Callable[[Item], object],
+    record_failure: Callable[[Item, Exception], object],
 ) -> int:
-    """Process each item in its own savepoint; if one fails, roll back its savepoint and call `blame` for it.
+    """Process each item in its own savepoint; if one fails, roll back its savepoint and call `record_failure` for it.
 
     Returns:
         The number of items that failed.
@@ -56,11 +59,11 @@ def process_each(
     for item in items:
         try:
             with session.begin_nested():
-                work(item)
+                process(item)
         except Exception as error:
             if not is_item_error(error):
                 raise
-            blame(item, error)
+            record_failure(item, error)
             num_failed += 1
     return num_failed
 
@@ -68,8 +71,8 @@ def process_each(
 def process_in_bulk(
     session: Session,
     items: Sequence[Item],
-    work: Callable[[Sequence[Item]], object],
-    blame: Callable[[Item, Exception], object],
+    process: Callable[[Sequence[Item]], object],
+    record_failure: Callable[[Item, Exception], object],
 ) -> int:
     """Process all items in one call; if it fails, halve the batch until each failing item is alone.
 
@@ -77,28 +80,29 @@ def process_in_bulk(
         The number of items that failed.
     """
     if len(items) <= 1:
-        return process_each(session, items, lambda item: work([item]), blame)
+        return process_each(session, items, lambda item: process([item]), record_failure)
     try:
         with session.begin_nested():
-            work(items)
+            process(items)
     except Exception as error:
         if not is_item_error(error):
             raise
         half = len(items) // 2
-        return sum(process_in_bulk(session, batch, work, blame) for batch in (items[:half], items[half:]))
+        batches = (items[:half], items[half:])
+        return sum(process_in_bulk(session, batch, process, record_failure) for batch in batches)
     return 0
 
 
-def note_fault(session: Session, subject: str, step: str, error: Exception) -> str:
+def record_item_fault(session: Session, subject: str, step: str, error: Exception) -> str:
     """Record on an item's timeline why a step could not process it; return the reason."""
     reason = describe_item_error(error)
-    note_reason(session, subject, step, reason)
+    record_fault_reason(session, subject, step, reason)
     # The log has no reason, since it may quote the item's text.
     log.warning("%s: %s %s (%s)", step, subject, ITEM_FAULT_ACTION, describe_error_place(error))
     return reason
 
 
-def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
+def record_fault_reason(session: Session, subject: str, step: str, reason: str) -> None:
     """Record on an item's timeline why a step could not process it or a part of it."""
     audit(
         session,
@@ -110,17 +114,17 @@ def note_reason(session: Session, subject: str, step: str, reason: str) -> None:
     )
 
 
-def note_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
+def record_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
     """Record once on an item's timeline which of its rows a step left out and why, listing the first 20."""
     if not faults:
         return
     more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
     summary = f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
     reason = make_storable_text(summary, MAX_ITEM_REASON_CHARACTERS) + more
-    note_new_reasons(session, step, {subject: reason})
+    record_new_fault_reasons(session, step, {subject: reason})
 
 
-def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) -> None:
+def record_new_fault_reasons(session: Session, step: str, reasons: Mapping[str, str]) -> None:
     """Record each item's reason on its timeline, unless it is there already, since the same fault recurs every round.
 
     Args:
@@ -129,7 +133,7 @@ def note_new_reasons(session: Session, step: str, reasons: Mapping[str, str]) ->
     recorded = find_faults_by_subject(session, list(reasons))
     for subject, reason in reasons.items():
         if all(reason not in event.text for event in recorded[subject]):
-            note_reason(session, subject, step, reason)
+            record_fault_reason(session, subject, step, reason)
 
 
 def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[Event]]:

@@ -66,7 +66,7 @@ def register_pool(session: Session, pool: Pool) -> None:
 def request_lease(
     session: Session,
     pool: str,
-    wanted: Mapping[str, int],
+    device_counts: Mapping[str, int],
     *,
     run_id: str,
     team: str,
@@ -77,7 +77,7 @@ def request_lease(
     """Add a lease request to a pool's queue.
 
     Args:
-        wanted: the number of devices by device class, each at least 1.
+        device_counts: the number of devices by device class, each at least 1.
         holder: the requesting process, as `infra.processes.get_own_identity` names it; it must send heartbeats while
             it waits.
         priority: points, from -100 to 100; WAIT_S_PER_PRIORITY_POINT seconds of waiting add one.
@@ -86,19 +86,20 @@ def request_lease(
     Raises:
         NotFound: if there is no such pool.
         NoCapacity: if the pool has too few working devices, free or in use; the message lists them.
-        ValueError: if `wanted` is empty or has a count below 1, or the priority is out of range.
+        ValueError: if `device_counts` is empty or has a count below 1, or the priority is out of range.
     """
-    if not wanted or min(wanted.values()) < 1:
+    if not device_counts or min(device_counts.values()) < 1:
         raise ValueError(
-            f"a lease needs at least one device of each class that it names, got {dict(wanted)}; use counts from 1"
+            "a lease needs at least one device of each class that it names, "
+            f"got {dict(device_counts)}; use counts from 1"
         )
     if not -MAX_LEASE_PRIORITY <= priority <= MAX_LEASE_PRIORITY:
         raise ValueError(f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}")
     if session.get(DevicePool, pool) is None:
         raise NotFound(f"there is no pool {pool!r}")
-    check_capacity(session, pool, wanted)
+    check_capacity(session, pool, device_counts)
     lease = Lease(
-        pool=pool, wanted=dict(wanted), run_id=run_id, team=team, holder=holder, priority=priority, ttl_s=ttl_s
+        pool=pool, wanted=dict(device_counts), run_id=run_id, team=team, holder=holder, priority=priority, ttl_s=ttl_s
     )
     session.add(lease)
     session.flush()
@@ -314,20 +315,20 @@ def compute_device_hours(session: Session, by: str = "run_id") -> dict[str, floa
     return {name: float(amount) for name, amount in rows}
 
 
-def check_capacity(session: Session, pool: str, wanted: Mapping[str, int]) -> None:
+def check_capacity(session: Session, pool: str, device_counts: Mapping[str, int]) -> None:
     """Check that a pool has enough working devices, free or in use.
 
     Raises:
         NoCapacity: if not; the message lists up to 8 lost devices.
     """
     working = count_working_devices(session, pool)
-    if any(working[name] < count for name, count in wanted.items()):
+    if any(working[name] < count for name, count in device_counts.items()):
         lost = session.scalars(
             select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_not(None))
         ).all()
         losses = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
         raise NoCapacity(
-            f"pool {pool!r} has {dict(working)} working devices, and {dict(wanted)} are wanted{losses}; "
+            f"pool {pool!r} has {dict(working)} working devices, and {dict(device_counts)} are wanted{losses}; "
             "plan for fewer, or return devices to the pool"
         )
 

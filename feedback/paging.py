@@ -14,16 +14,21 @@ Record = TypeVar("Record", Feedback, Dataset)
 
 
 def read_page(
-    session: Session, query: Select[tuple[Record]], kind: type[Record], who: Contributor, limit: int, after: str | None
+    session: Session,
+    query: Select[tuple[Record]],
+    kind: type[Record],
+    contributor: Contributor,
+    limit: int,
+    after: str | None,
 ) -> Sequence[Record]:
     """Return up to `limit` of the account's records after the one with id `after`, ordered by (created_at, id).
 
     Raises:
         InvalidField: if this account has no record with the id `after`.
     """
-    query = query.where(kind.contributor_id == who.id)
+    query = query.where(kind.contributor_id == contributor.id)
     if after is not None:
-        cursor = select(kind.created_at, kind.id).where(kind.id == after, kind.contributor_id == who.id)
+        cursor = select(kind.created_at, kind.id).where(kind.id == after, kind.contributor_id == contributor.id)
         last_seen = session.execute(cursor).first()
         if last_seen is None:
             raise make_cursor_error()
@@ -32,13 +37,13 @@ def read_page(
     return session.scalars(query.order_by(kind.created_at, kind.id).limit(limit)).all()
 
 
-def read_notices(session: Session, who: Contributor, limit: int, after: int | None) -> Sequence[Outbox]:
+def read_notices(session: Session, contributor: Contributor, limit: int, after: int | None) -> Sequence[Outbox]:
     """Return up to `limit` of the account's delivered notices with a number above `after`, ordered by number.
 
     Raises:
         InvalidField: if this account has no delivered notice with the number `after`.
     """
-    query = select(Outbox).where(Outbox.contributor_id == who.id, Outbox.delivered_at.is_not(None))
+    query = select(Outbox).where(Outbox.contributor_id == contributor.id, Outbox.delivered_at.is_not(None))
     if after is not None:
         if session.scalar(query.where(Outbox.id == after).with_only_columns(Outbox.id)) is None:
             raise make_cursor_error()

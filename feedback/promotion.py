@@ -13,10 +13,10 @@ from feedback.accounts import audit
 from feedback.items import (
     describe_error_place,
     make_storable_text,
-    note_fault,
-    note_reason,
     process_each,
     process_in_bulk,
+    record_fault_reason,
+    record_item_fault,
 )
 from feedback.promotion_decision import PromotionDecision
 from feedback.round_steps import ItemStep
@@ -61,17 +61,17 @@ def store_results(session: Session, version: int, results: Sequence[EvalResult])
         ]
         session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
 
-    def blame(result: EvalResult, error: Exception) -> None:
-        reason = note_fault(session, result.case_id, ItemStep.EVALUATE, error)
+    def record_failure(result: EvalResult, error: Exception) -> None:
+        reason = record_item_fault(session, result.case_id, ItemStep.EVALUATE, error)
         unjudged[result.case_id] = reason
         store([EvalResult(result.case_id, answer="", passed=False, reason=reason)])
 
     if results:
-        process_in_bulk(session, results, store, blame)
-    _note_unjudged_cases(session, version, unjudged)
+        process_in_bulk(session, results, store, record_failure)
+    _record_unjudged_cases(session, version, unjudged)
 
 
-def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
+def _record_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, str]) -> None:
     """Record on the timelines of reports and datasets which of their cases could not be judged, one line each."""
     reports = select(Feedback.id, Feedback.case_id).where(Feedback.case_id.in_(unjudged))
     datasets = select(DatasetRow.dataset_id, Case.id).join(Case, Case.key == DatasetRow.key)
@@ -83,7 +83,7 @@ def _note_unjudged_cases(session: Session, version: int, unjudged: Mapping[str, 
 
     for subject, reasons in reasons_by_subject.items():
         prefix = f"{len(reasons)} cases, of which the first: " if len(reasons) > 1 else ""
-        note_reason(session, subject, f"{ItemStep.EVALUATE} v{version}", f"{prefix}{reasons[0]}")
+        record_fault_reason(session, subject, f"{ItemStep.EVALUATE} v{version}", f"{prefix}{reasons[0]}")
 
 
 def promote_candidate(session: Session, training_round: Round, decision: PromotionDecision) -> int:
@@ -136,10 +136,10 @@ def write_notices(session: Session, before: int | None, after: int) -> int:
         }
         session.execute(insert(Outbox).values(values).on_conflict_do_nothing())
 
-    def blame(result: Row[tuple[Feedback, bool]], error: Exception) -> None:
-        note_fault(session, result[0].id, ItemStep.NOTIFY, error)
+    def record_failure(result: Row[tuple[Feedback, bool]], error: Exception) -> None:
+        record_item_fault(session, result[0].id, ItemStep.NOTIFY, error)
 
-    return process_each(session, session.execute(query).all(), notify, blame)
+    return process_each(session, session.execute(query).all(), notify, record_failure)
 
 
 def _has_notice(session: Session, feedback_id: str) -> bool:
@@ -176,25 +176,26 @@ def reconcile_aliases(
     Returns:
         The aliases that were changed, with their versions.
     """
-    wanted = _find_wanted_aliases(session)
-    changed = {alias: version for alias, version in wanted.items() if actual.get(alias) != version}
+    versions = _find_alias_versions(session)
+    changed = {alias: version for alias, version in versions.items() if actual.get(alias) != version}
     refused: list[str] = []
 
     def set_one(alias: str) -> None:
         audit(session, "reconciler", "alias set", alias, version=changed[alias], found=actual.get(alias))
         set_alias(alias, changed[alias])
 
-    def blame(alias: str, error: Exception) -> None:
+    def record_failure(alias: str, error: Exception) -> None:
         log.warning(
             "the registry refused to set alias %s to v%s: %s", alias, changed[alias], describe_error_place(error)
         )
         refused.append(alias)
 
-    process_each(session, changed, set_one, blame)
+    process_each(session, changed, set_one, record_failure)
     return {alias: version for alias, version in changed.items() if alias not in refused}
 
 
-def _find_wanted_aliases(session: Session) -> dict[str, int | None]:
+def _find_alias_versions(session: Session) -> dict[str, int | None]:
+    """Return the version that each alias must have, None for an alias that must not exist."""
     newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
     query = select(Round.candidate_version).where(Round.candidate_version.is_not(None)).order_by(Round.number.desc())
     return {

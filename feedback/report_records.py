@@ -19,66 +19,65 @@ CASE_USES: dict[str, str] = {
 }
 
 
-def describe_report(session: Session, row: Feedback) -> FeedbackOut:
+def describe_report(session: Session, report: Feedback) -> FeedbackOut:
     """Build a report's public record with its timeline."""
-    return describe_reports(session, [row])[0]
+    return describe_reports(session, [report])[0]
 
 
-def describe_reports(session: Session, rows: Sequence[Feedback]) -> list[FeedbackOut]:
+def describe_reports(session: Session, reports: Sequence[Feedback]) -> list[FeedbackOut]:
     """Build the public records of reports, with the same number of queries as for one report."""
-    ids = [row.id for row in rows]
+    ids = [report.id for report in reports]
     faults = find_faults_by_subject(session, ids)
-    withdrawals = find_withdrawal_events(session, rows)
+    withdrawals = find_withdrawal_events(session, reports)
     notices: defaultdict[str, list[Outbox]] = defaultdict(list)
     for notice in session.scalars(select(Outbox).where(Outbox.feedback_id.in_(ids)).order_by(Outbox.version)):
         notices[notice.feedback_id].append(notice)
-    results = _read_case_results(session, {row.case_id for row in rows if row.case_id})
+    results = _read_case_results(session, {report.case_id for report in reports if report.case_id})
 
     records = []
-    for row in rows:
+    for report in reports:
         # Of events at the same time, as of one transaction, the cause comes first: the sort keeps this order.
-        events = _list_first_events(row)
-        events += faults[row.id]
-        if row.state in (ReportState.REJECTED, ReportState.DISPUTED):
-            events.append(Event(at=row.decided_at or row.created_at, text=f"{row.state}: {row.reason}"))
-        events += [Event(at=item.delivered_at, text=item.text) for item in notices[row.id] if item.delivered_at]
-        if row.id in withdrawals:
-            events.append(withdrawals[row.id])
+        events = _list_first_events(report)
+        events += faults[report.id]
+        if report.state in (ReportState.REJECTED, ReportState.DISPUTED):
+            events.append(Event(at=report.decided_at or report.created_at, text=f"{report.state}: {report.reason}"))
+        events += [Event(at=item.delivered_at, text=item.text) for item in notices[report.id] if item.delivered_at]
+        if report.id in withdrawals:
+            events.append(withdrawals[report.id])
         timeline = sorted(events, key=lambda event: event.at)
-        changes = derive_result_changes(results[row.case_id]) if row.case_id else []
-        records.append(_build_report_record(row, timeline, notices[row.id], changes))
+        changes = derive_result_changes(results[report.case_id]) if report.case_id else []
+        records.append(_build_report_record(report, timeline, notices[report.id], changes))
     return records
 
 
-def _list_first_events(row: Feedback) -> list[Event]:
+def _list_first_events(report: Feedback) -> list[Event]:
     """Return the events that the report's own row records: received, reproduced, accepted."""
-    events = [Event(at=row.created_at, text=f"received: {row.kind} about v{row.body['model_version']}")]
-    if row.reproduction:
-        at = row.reproduced_at or row.decided_at or row.created_at  # older rows have no reproduced_at
-        events.append(Event(at=at, text=f"prompt retried with v{row.reproduced_version}: {row.reproduction}"))
-    if row.decided_at and row.case:
-        use = CASE_USES.get(row.case.role, row.case.role)
-        events.append(Event(at=row.decided_at, text=f"accepted as a case, {use}"))
+    events = [Event(at=report.created_at, text=f"received: {report.kind} about v{report.body['model_version']}")]
+    if report.reproduction:
+        at = report.reproduced_at or report.decided_at or report.created_at  # older rows have no reproduced_at
+        events.append(Event(at=at, text=f"prompt retried with v{report.reproduced_version}: {report.reproduction}"))
+    if report.decided_at and report.case:
+        use = CASE_USES.get(report.case.role, report.case.role)
+        events.append(Event(at=report.decided_at, text=f"accepted as a case, {use}"))
     return events
 
 
 def _build_report_record(
-    row: Feedback, timeline: list[Event], notices: Sequence[Outbox], changes: Sequence[tuple[int, ResultChange]]
+    report: Feedback, timeline: list[Event], notices: Sequence[Outbox], changes: Sequence[tuple[int, ResultChange]]
 ) -> FeedbackOut:
-    is_withdrawn = (
-        row.state == ReportState.WITHDRAWN
-    )  # a withdrawn report shows no verdict, not even one already delivered
+    # A withdrawn report shows no verdict, not even one already delivered.
+    is_withdrawn = report.state == ReportState.WITHDRAWN
     newest = notices[-1] if notices and not is_withdrawn else None
     described = [f"{change} in v{version}" for version, change in changes if change != ResultChange.PASSING]
     return FeedbackOut(
-        id=row.id,
-        kind=row.kind,
-        state=row.state,
-        reason=row.reason,
-        role=row.case.role if row.case else None,
+        id=report.id,
+        kind=report.kind,
+        state=report.state,
+        reason=report.reason,
+        role=report.case.role if report.case else None,
         verdict=Verdict(newest.verdict) if newest else None,
         verdict_version=newest.version if newest else None,
-        summary=row.state if is_withdrawn else ", ".join(described) or row.state,
+        summary=report.state if is_withdrawn else ", ".join(described) or report.state,
         timeline=timeline,
     )
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, joinedload
 from feedback.accounts import NotFound
 from feedback.cases import add_cases, choose_case_role
 from feedback.contracts import FeedbackIn
-from feedback.items import ItemCounts, make_storable_text, note_fault, process_each
+from feedback.items import ItemCounts, make_storable_text, process_each, record_item_fault
 from feedback.paging import read_page
 from feedback.promotion import find_champion
 from feedback.round_steps import ItemStep
@@ -81,7 +81,7 @@ def _record_report_failure(
     A malformed report is rejected. Any other stays in review with the reason: this model version or this release could
     not process it, so reproduction is retried with the next champion.
     """
-    report.reason = note_fault(session, report.id, step, error)
+    report.reason = record_item_fault(session, report.id, step, error)
     is_malformed = isinstance(error, ValidationError)
     report.state = ReportState.REJECTED if is_malformed else ReportState.IN_REVIEW
     report.decided_at = transaction_time() if is_malformed else None

@@ -215,19 +215,19 @@ def find_version(session: Session, version: int) -> ModelVersion:
     return record
 
 
-def identify_version(session: Session, manifest: ModelManifest, wanted: int | None, run_id: str) -> ModelVersion:
+def identify_version(session: Session, manifest: ModelManifest, version: int | None, run_id: str) -> ModelVersion:
     """Return the version of which a model folder is a copy.
 
     Args:
-        wanted: the version number, if the caller knows it.
-        run_id: the training run, searched if `wanted` is None; the last resort is an equal manifest.
+        version: the version number, if the caller knows it.
+        run_id: the training run, searched if `version` is None; the last resort is an equal manifest.
 
     Raises:
-        VersionNotRegistered: if `wanted` was never registered.
+        VersionNotRegistered: if `version` was never registered.
         ValueError: if no version, or more than one, has this manifest.
     """
-    if wanted is not None:
-        return find_version(session, wanted)
+    if version is not None:
+        return find_version(session, version)
     version_of_run = find_version_of_run(session, run_id)
     if version_of_run is not None:
         return version_of_run

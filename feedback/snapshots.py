@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
-from feedback.items import note_fault, note_faulty_rows, note_new_reasons, process_each
+from feedback.items import process_each, record_faulty_rows, record_item_fault, record_new_fault_reasons
 from feedback.round_steps import ItemStep
 from feedback.rounds import read_parameters
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
@@ -139,7 +139,7 @@ def _record_num_excluded_rows(session: Session, num_rows: Counter[str], num_excl
         dataset_id: f"rows left out, {count:,} of {num_rows[dataset_id]:,}: {cause}"
         for dataset_id, count in num_excluded.items()
     }
-    note_new_reasons(session, ItemStep.SNAPSHOT, reasons)
+    record_new_fault_reasons(session, ItemStep.SNAPSHOT, reasons)
 
 
 def _record_excluded_corrections(session: Session, case_ids: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ def _record_excluded_corrections(session: Session, case_ids: Sequence[str]) -> N
     is_excluded = Feedback.case_id == any_(literal(list(case_ids), ARRAY(String)))
     report_ids = session.scalars(select(Feedback.id).where(is_excluded, Feedback.state == ReportState.ACCEPTED))
     reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
-    note_new_reasons(session, ItemStep.SNAPSHOT, dict.fromkeys(report_ids, reason))
+    record_new_fault_reasons(session, ItemStep.SNAPSHOT, dict.fromkeys(report_ids, reason))
 
 
 def _collect_corrections(session: Session, cut_off: datetime) -> MixturePart:
@@ -166,7 +166,7 @@ def _collect_corrections(session: Session, cut_off: datetime) -> MixturePart:
 
     def record_failure(case: Case, error: Exception) -> None:
         for owner in session.scalars(select(Feedback.id).where(Feedback.case_id == case.id)).all():
-            note_fault(session, owner, ItemStep.SNAPSHOT, error)
+            record_item_fault(session, owner, ItemStep.SNAPSHOT, error)
 
     num_failed = process_each(session, session.scalars(query).all(), add_row, record_failure)
     return MixturePart(rows, num_failed)
@@ -184,19 +184,19 @@ def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchO
         train_numbers = set(session.scalars(train))
         stored = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
         faults = [f"row {row.row}: {row.reason}" for number, row in stored.bad_rows.items() if number in train_numbers]
-        note_faulty_rows(session, dataset.id, ItemStep.SNAPSHOT, faults)
+        record_faulty_rows(session, dataset.id, ItemStep.SNAPSHOT, faults)
         rows.extend([OwnedRow(dataset.id, row) for number, row in stored.rows.items() if number in train_numbers])
         num_bad += len(faults)
 
     def record_failure(dataset: Dataset, error: Exception) -> None:
-        note_fault(session, dataset.id, ItemStep.SNAPSHOT, error)
+        record_item_fault(session, dataset.id, ItemStep.SNAPSHOT, error)
 
     datasets = session.scalars(query.order_by(Dataset.created_at, Dataset.id)).all()
     num_failed = process_each(session, datasets, read, record_failure)
     return MixturePart(rows, num_failed + num_bad)
 
 
-def note_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:
+def record_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:
     """Record on the owners' timelines which mixture rows a later step left out.
 
     Args:
@@ -221,4 +221,4 @@ def note_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, s
         faults[feedback_id].append(f"its correction: {reasons[key]}")
 
     for subject, subject_faults in faults.items():
-        note_faulty_rows(session, subject, step, subject_faults)
+        record_faulty_rows(session, subject, step, subject_faults)

@@ -31,7 +31,7 @@ INACTIVE_DATASET_STATES = (DatasetState.WITHDRAWN, DatasetState.REJECTED)
 WITHDRAWAL_BATCH_SIZES = {"reports": 200, "datasets": 10}  # records of an account per transaction
 
 
-def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason: str) -> Feedback:
+def withdraw_report(session: Session, actor: Contributor, feedback_id: str, reason: str) -> Feedback:
     """Withdraw a report: one's own, or any as an operator; do nothing if it is withdrawn already.
 
     A withdrawn report has no verdict and gets no notice. Its case leaves tests and gate, and its correction leaves the
@@ -41,22 +41,22 @@ def withdraw_report(session: Session, who: Contributor, feedback_id: str, reason
     Raises:
         NotFound: if there is no such report, or it belongs to another account.
     """
-    row = session.get(Feedback, feedback_id, with_for_update=True)
-    _check_ownership(who, row, "report", feedback_id)
-    assert row is not None, "checked"
-    if row.state == ReportState.WITHDRAWN:
-        return row
-    row.state, row.reason = ReportState.WITHDRAWN, reason
+    report = session.get(Feedback, feedback_id, with_for_update=True)
+    _check_ownership(actor, report, "report", feedback_id)
+    assert report is not None, "checked"
+    if report.state == ReportState.WITHDRAWN:
+        return report
+    report.state, report.reason = ReportState.WITHDRAWN, reason
     session.flush()
 
-    others = exists().where(Feedback.case_id == Case.id, Feedback.state == ReportState.ACCEPTED)
-    _withdraw_cases(session, Case.id == row.case_id, unless=others)
-    session.execute(delete(Outbox).where(Outbox.feedback_id == row.id, Outbox.delivered_at.is_(None)))
-    _audit_withdrawal(session, who, row, reason)
-    return row
+    is_shared = exists().where(Feedback.case_id == Case.id, Feedback.state == ReportState.ACCEPTED)
+    _withdraw_cases(session, Case.id == report.case_id, is_shared=is_shared)
+    session.execute(delete(Outbox).where(Outbox.feedback_id == report.id, Outbox.delivered_at.is_(None)))
+    _audit_withdrawal(session, actor, report, reason)
+    return report
 
 
-def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason: str) -> Dataset:
+def withdraw_dataset(session: Session, actor: Contributor, dataset_id: str, reason: str) -> Dataset:
     """Withdraw a dataset: one's own, or any as an operator; do nothing if it is withdrawn already.
 
     Its rows leave the next mixture, and its cases leave tests and gate. Where another accepted dataset has the same row
@@ -66,25 +66,25 @@ def withdraw_dataset(session: Session, who: Contributor, dataset_id: str, reason
         NotFound: if there is no such dataset, or it belongs to another account.
     """
     lock_datasets(session)
-    row = session.get(Dataset, dataset_id, with_for_update=True)
-    _check_ownership(who, row, "dataset", dataset_id)
-    assert row is not None, "checked"
-    if row.state == DatasetState.WITHDRAWN:
-        return row
-    row.state, row.reason = DatasetState.WITHDRAWN, reason
+    dataset = session.get(Dataset, dataset_id, with_for_update=True)
+    _check_ownership(actor, dataset, "dataset", dataset_id)
+    assert dataset is not None, "checked"
+    if dataset.state == DatasetState.WITHDRAWN:
+        return dataset
+    dataset.state, dataset.reason = DatasetState.WITHDRAWN, reason
     session.flush()
-    _transfer_roles_to_duplicates(session, row)
+    _transfer_roles_to_duplicates(session, dataset)
 
     # Its cases are those of its held-out rows; a case stays if another accepted dataset of the suite holds out its row.
-    held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == row.id, DatasetRow.role == RowRole.HELD_OUT)
-    others = (
+    held_out = select(DatasetRow.key).where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == RowRole.HELD_OUT)
+    is_shared = (
         exists()
         .where(DatasetRow.key == Case.key, DatasetRow.role == RowRole.HELD_OUT, DatasetRow.dataset_id == Dataset.id)
-        .where(Dataset.state == DatasetState.ACCEPTED, _is_same_suite(row))
+        .where(Dataset.state == DatasetState.ACCEPTED, _is_same_suite(dataset))
     )
-    _withdraw_cases(session, (Case.suite == get_suite_name(row)) & Case.key.in_(held_out), unless=others)
-    _audit_withdrawal(session, who, row, reason)
-    return row
+    _withdraw_cases(session, (Case.suite == get_suite_name(dataset)) & Case.key.in_(held_out), is_shared=is_shared)
+    _audit_withdrawal(session, actor, dataset, reason)
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class WithdrawalBatch:
 
 
 def withdraw_account(
-    session: Session, who: Contributor, account: Contributor, reason: str, kinds: Collection[str]
+    session: Session, actor: Contributor, account: Contributor, reason: str, kinds: Collection[str]
 ) -> WithdrawalBatch:
     """Withdraw, as an operator, the oldest 200 reports or else 10 datasets of an account; skip rejected ones.
 
@@ -120,7 +120,7 @@ def withdraw_account(
         # Lock all reports before the first case, in the order in which a review locks them, to prevent a deadlock.
         reports = session.scalars(oldest.with_for_update()).all()
         for report in reports:
-            withdraw_report(session, who, report.id, reason)
+            withdraw_report(session, actor, report.id, reason)
         if reports:
             return WithdrawalBatch(reports=len(reports))
 
@@ -132,7 +132,7 @@ def withdraw_account(
         oldest_ids = active_ids.order_by(Dataset.created_at, Dataset.id).limit(WITHDRAWAL_BATCH_SIZES["datasets"])
         dataset_ids = session.scalars(oldest_ids).all()
         for dataset_id in dataset_ids:
-            withdraw_dataset(session, who, dataset_id, reason)
+            withdraw_dataset(session, actor, dataset_id, reason)
         return WithdrawalBatch(datasets=len(dataset_ids))
     return WithdrawalBatch()
 
@@ -149,32 +149,32 @@ def get_suite_name(dataset: Dataset) -> str:
     return BASE_SUITE if dataset.purpose == DatasetPurpose.BASE else DATASETS_SUITE
 
 
-def find_withdrawal_events(session: Session, rows: Sequence[Feedback | Dataset]) -> dict[str, Event]:
+def find_withdrawal_events(session: Session, records: Sequence[Feedback | Dataset]) -> dict[str, Event]:
     """Return the withdrawal event of each withdrawn record, by record id."""
-    withdrawn = {row.id: row for row in rows if row.state in (ReportState.WITHDRAWN, DatasetState.WITHDRAWN)}
+    withdrawn_states = (ReportState.WITHDRAWN, DatasetState.WITHDRAWN)
+    withdrawn = {record.id: record for record in records if record.state in withdrawn_states}
     if not withdrawn:
         return {}
     query = select(AuditEvent).where(AuditEvent.subject.in_(withdrawn), AuditEvent.action == WITHDRAWN_ACTION)
     events: dict[str, Event] = {}
     for event in session.scalars(query.order_by(AuditEvent.id)):
-        row = withdrawn[event.subject]
-        actor = "you" if event.actor == row.contributor_id else "an operator"
-        events.setdefault(row.id, Event(at=event.created_at, text=f"withdrawn by {actor}: {row.reason}"))
+        record = withdrawn[event.subject]
+        actor = "you" if event.actor == record.contributor_id else "an operator"
+        events.setdefault(record.id, Event(at=event.created_at, text=f"withdrawn by {actor}: {record.reason}"))
     return events
 
 
-def _check_ownership(who: Contributor, row: Feedback | Dataset | None, kind: str, record_id: str) -> None:
-    if row is None or (who.role != AccountRole.OPERATOR and row.contributor_id != who.id):
-        raise NotFound(
-            f"there is no {kind} {record_id}" if who.role == AccountRole.OPERATOR else f"you have no {kind} {record_id}"
-        )
+def _check_ownership(actor: Contributor, record: Feedback | Dataset | None, kind: str, record_id: str) -> None:
+    if record is None or (actor.role != AccountRole.OPERATOR and record.contributor_id != actor.id):
+        subject = "there is" if actor.role == AccountRole.OPERATOR else "you have"
+        raise NotFound(f"{subject} no {kind} {record_id}")
 
 
-def _withdraw_cases(session: Session, which: ColumnElement[bool], *, unless: ColumnElement[bool]) -> None:
-    """Remove the selected cases from tests and gate, except those that have another owner."""
+def _withdraw_cases(session: Session, is_selected: ColumnElement[bool], *, is_shared: ColumnElement[bool]) -> None:
+    """Remove the selected cases from tests and gate, except those that another record shares."""
     # Lock first, so that the condition below sees owners added by transactions that just committed.
-    session.execute(select(Case.id).where(which).with_for_update())
-    withdrawal = update(Case).where(which, ~unless, Case.withdrawn_at.is_(None))
+    session.execute(select(Case.id).where(is_selected).with_for_update())
+    withdrawal = update(Case).where(is_selected, ~is_shared, Case.withdrawn_at.is_(None))
     withdrawal = withdrawal.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
     withdrawn = session.execute(withdrawal, execution_options={"synchronize_session": False}).all()
 
@@ -187,25 +187,26 @@ def _withdraw_cases(session: Session, which: ColumnElement[bool], *, unless: Col
         session.execute(disputed.values(state=ReportState.IN_REVIEW, reason=None, disputed_key=None))
 
 
-def _is_same_suite(row: Dataset) -> ColumnElement[bool]:
-    is_same_purpose = Dataset.purpose == row.purpose
-    return is_same_purpose & (Dataset.name == row.name) if row.purpose == DatasetPurpose.SUITE else is_same_purpose
+def _is_same_suite(dataset: Dataset) -> ColumnElement[bool]:
+    is_same_purpose = Dataset.purpose == dataset.purpose
+    is_suite = dataset.purpose == DatasetPurpose.SUITE
+    return is_same_purpose & (Dataset.name == dataset.name) if is_suite else is_same_purpose
 
 
-def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
+def _transfer_roles_to_duplicates(session: Session, dataset: Dataset) -> None:
     """Transfer each row's role to its earliest accepted duplicate; a duplicate in another suite becomes train."""
     withdrawn = aliased(DatasetRow)
     successors = (
         select(
             DatasetRow.dataset_id,
             DatasetRow.number,
-            case((_is_same_suite(row), withdrawn.role), else_=RowRole.TRAIN.value).label("role"),
+            case((_is_same_suite(dataset), withdrawn.role), else_=RowRole.TRAIN.value).label("role"),
         )
         .join(Dataset, Dataset.id == DatasetRow.dataset_id)
         .join(
             withdrawn,
             (withdrawn.key == DatasetRow.key)
-            & (withdrawn.dataset_id == row.id)
+            & (withdrawn.dataset_id == dataset.id)
             & (withdrawn.role != RowRole.DUPLICATE),
         )
         .where(Dataset.state == DatasetState.ACCEPTED, DatasetRow.role == RowRole.DUPLICATE)
@@ -221,6 +222,6 @@ def _transfer_roles_to_duplicates(session: Session, row: Dataset) -> None:
     session.execute(transfer, execution_options={"synchronize_session": False})
 
 
-def _audit_withdrawal(session: Session, who: Contributor, row: Feedback | Dataset, reason: str) -> None:
-    audit(session, who.id, WITHDRAWN_ACTION, row.id, reason=reason)
+def _audit_withdrawal(session: Session, actor: Contributor, record: Feedback | Dataset, reason: str) -> None:
+    audit(session, actor.id, WITHDRAWN_ACTION, record.id, reason=reason)
     session.flush()

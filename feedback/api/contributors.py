@@ -114,9 +114,9 @@ def list_feedback(
     after: AfterId = None,
 ) -> list[FeedbackOut]:
     """List your reports, oldest first, one page at a time."""
-    rows = reports.list_feedback(session, contributor, limit + 1, after)
-    set_next_link(response, "/api/v1/feedback", limit, [row.id for row in rows])
-    return report_records.describe_reports(session, rows[:limit])
+    records = reports.list_feedback(session, contributor, limit + 1, after)
+    set_next_link(response, "/api/v1/feedback", limit, [record.id for record in records])
+    return report_records.describe_reports(session, records[:limit])
 
 
 @router.get("/feedback/{feedback_id}", responses=document_errors(404))
@@ -134,18 +134,18 @@ def notices(
     after: AfterNumber = None,
 ) -> list[NoticeOut]:
     """List the notices about your reports, oldest first, one page at a time."""
-    rows = paging.read_notices(session, contributor, limit + 1, after)
-    set_next_link(response, "/api/v1/notices", limit, [row.id for row in rows])
+    records = paging.read_notices(session, contributor, limit + 1, after)
+    set_next_link(response, "/api/v1/notices", limit, [notice.id for notice in records])
     return [
         NoticeOut(
-            number=row.id,
-            feedback_id=row.feedback_id,
-            version=row.version,
-            verdict=Verdict(row.verdict),
-            text=row.text,
-            delivered_at=row.delivered_at,
+            number=notice.id,
+            feedback_id=notice.feedback_id,
+            version=notice.version,
+            verdict=Verdict(notice.verdict),
+            text=notice.text,
+            delivered_at=notice.delivered_at,
         )
-        for row in rows[:limit]
+        for notice in records[:limit]
     ]
 
 
@@ -259,11 +259,12 @@ def _record_dataset(
             session, contributor, dataset_id=dataset_id, name=name, purpose=purpose, file=file, sha256=sha256
         )
         audit(session, contributor.id, "dataset pushed", dataset_id)
-    row = datasets.get_dataset(session, contributor, dataset_id)
-    if row.bad_rows or not row.num_rows:
-        message = f"dataset {row.id}: {row.reason}; no row was accepted, correct the file and push it again"
-        return make_error_response(422, "malformed", message, rows=[BadRow.model_validate(bad) for bad in row.bad_rows])
-    return datasets.describe_dataset(session, row)
+    dataset = datasets.get_dataset(session, contributor, dataset_id)
+    if dataset.bad_rows or not dataset.num_rows:
+        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted, correct the file and push it again"
+        bad_rows = [BadRow.model_validate(row) for row in dataset.bad_rows]
+        return make_error_response(422, "malformed", message, rows=bad_rows)
+    return datasets.describe_dataset(session, dataset)
 
 
 @router.get("/datasets", responses=PAGED_RESPONSES)
@@ -275,9 +276,9 @@ def list_datasets(
     after: AfterId = None,
 ) -> list[DatasetOut]:
     """List your datasets, oldest first, one page at a time, each with its first 20 bad rows."""
-    rows = datasets.list_datasets(session, contributor, limit + 1, after)
-    set_next_link(response, "/api/v1/datasets", limit, [row.id for row in rows])
-    return datasets.describe_datasets(session, rows[:limit])
+    records = datasets.list_datasets(session, contributor, limit + 1, after)
+    set_next_link(response, "/api/v1/datasets", limit, [record.id for record in records])
+    return datasets.describe_datasets(session, records[:limit])
 
 
 @router.get("/datasets/{dataset_id}", responses=document_errors(404))

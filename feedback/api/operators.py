@@ -86,15 +86,15 @@ def cancel_round(round_id: RoundIdPath, operator: CurrentOperator, session: Sess
 
 @router.post("/feedback/{feedback_id}/withdraw", responses=document_errors(404))
 def withdraw_feedback(
-    feedback_id: RecordIdPath, form: WithdrawalIn, who: CurrentContributor, session: SessionDep
+    feedback_id: RecordIdPath, form: WithdrawalIn, actor: CurrentContributor, session: SessionDep
 ) -> FeedbackOut:
     """Withdraw one of your reports, or any as an operator: no more training, tests or notices; the record stays."""
-    return report_records.describe_report(session, withdraw_report(session, who, feedback_id, form.reason))
+    return report_records.describe_report(session, withdraw_report(session, actor, feedback_id, form.reason))
 
 
 @router.post("/datasets/{dataset_id}/withdraw", responses=document_errors(404))
 def withdraw_rows(
-    dataset_id: RecordIdPath, form: WithdrawalIn, who: CurrentContributor, session: SessionDep
+    dataset_id: RecordIdPath, form: WithdrawalIn, actor: CurrentContributor, session: SessionDep
 ) -> DatasetOut:
     """Withdraw one of your datasets, or any as an operator: no more training or tests; the record stays."""
-    return datasets.describe_dataset(session, withdraw_dataset(session, who, dataset_id, form.reason))
+    return datasets.describe_dataset(session, withdraw_dataset(session, actor, dataset_id, form.reason))

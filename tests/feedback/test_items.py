@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback import datasets, promotion, report_records, reports, rounds, snapshots
 from feedback.dataset_acceptance import accept_dataset
-from feedback.items import ItemCounts, find_faults_by_subject, note_reason, process_each
+from feedback.items import ItemCounts, find_faults_by_subject, process_each, record_fault_reason
 from feedback.reproduce import PromptRefused
 from feedback.tables import Case, CaseResult, DatasetRow, Outbox, new_id
 from tests.feedback.loop import (
@@ -222,7 +222,7 @@ def test_counts_of_failed_items_are_kept_with_the_round(session):
 def test_records_of_an_older_release_show_the_present_name_of_a_step(session, reporter):
     training_round, row = start_round(session), submit(session, reporter, "a", "1")
     rounds.record_failed_items(session, training_round.id, {"tell": 2})
-    note_reason(session, row.id, "tell", "a fault")
+    record_fault_reason(session, row.id, "tell", "a fault")
     session.flush()
     assert rounds.describe_round(session, training_round).failed_items == {"notify": 2}
     assert find_faults_by_subject(session, [row.id])[row.id][0].text == "could not be processed (notify): a fault"
@@ -239,7 +239,7 @@ def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
         session.get_one(Case, target.case_id).key: "a planted fault"
     }
     for _ in range(2):  # a repeated step records it once
-        snapshots.note_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
+        snapshots.record_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     check_only_target_failed(session, rows, target, "its correction: a planted fault")
     (reason,) = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1

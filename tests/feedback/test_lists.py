@@ -10,7 +10,7 @@ from feedback import client
 from feedback.accounts import audit
 from feedback.api.app import make_app
 from feedback.client import Client
-from feedback.items import note_reason
+from feedback.items import record_fault_reason
 from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN_ACTION
 from infra.database import make_session_factory
@@ -40,7 +40,7 @@ def add_records(engine, account, count):
             session.add(Outbox(**notice, text=str(n), delivered_at=datetime.now(timezone.utc)))
             session.add(CaseResult(case_id=case.id, version=1, passed=True, answer=""))
             for record in (report, dataset):
-                note_reason(session, record.id, "screen", "a reason")
+                record_fault_reason(session, record.id, "screen", "a reason")
                 audit(session, account.id, WITHDRAWN_ACTION, record.id)
 
 
