@@ -3,7 +3,6 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 
 from sqlalchemy import Row, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -21,7 +20,7 @@ from feedback.items import (
 from feedback.promotion_decision import PromotionDecision
 from feedback.round_steps import ItemStep
 from feedback.states import ReportState, RowRole
-from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round
+from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round, transaction_time
 from feedback.verdicts import Verdict, derive_verdict
 from yuan.eval.results import EvalResult
 
@@ -153,10 +152,7 @@ def mark_notices_delivered(session: Session) -> int:
     """
     waiting = select(Outbox.id).where(Outbox.delivered_at.is_(None)).with_for_update(skip_locked=True)
     delivered = session.execute(
-        update(Outbox)
-        .where(Outbox.id.in_(waiting))
-        .values(delivered_at=datetime.now(timezone.utc))
-        .returning(Outbox.id)
+        update(Outbox).where(Outbox.id.in_(waiting)).values(delivered_at=transaction_time()).returning(Outbox.id)
     )
     return len(delivered.all())
 

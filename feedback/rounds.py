@@ -1,7 +1,6 @@
 """Training rounds: at most one runs at a time; each is a row that stores its progress."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
@@ -128,7 +127,8 @@ def finish_round(session: Session, round_id: str, state: RoundState, reason: str
     training_round.state, training_round.reason = state, reason
     if state == RoundState.PROMOTED:
         training_round.step = RoundStep.DONE
-    training_round.finished_at = datetime.now(timezone.utc)
+    # Not the transaction's time: it may have begun before the round's last step, and waited for the lock.
+    training_round.finished_at = func.clock_timestamp()
     audit(session, actor, f"round {state}", round_id, reason=reason)
 
 

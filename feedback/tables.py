@@ -40,7 +40,10 @@ def new_id() -> str:
 
 
 def transaction_time() -> Any:
-    """Return an SQL expression for the start time of the transaction, by the clock of the database."""
+    """Return an SQL expression for the start time of the transaction, by the clock of the database.
+
+    Every stored time is by this clock, so that a timeline is in order whichever host wrote its events.
+    """
     return func.now()
 
 

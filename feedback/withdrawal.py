@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 from sqlalchemy import ColumnElement, case, delete, exists, select, update
 from sqlalchemy.orm import Session, aliased
@@ -22,6 +21,7 @@ from feedback.tables import (
     DatasetRow,
     Feedback,
     Outbox,
+    transaction_time,
 )
 
 WITHDRAWN_ACTION = "withdrawn"
@@ -175,7 +175,7 @@ def _withdraw_cases(session: Session, is_selected: ColumnElement[bool], *, is_sh
     # Lock first, so that the condition below sees owners added by transactions that just committed.
     session.execute(select(Case.id).where(is_selected).with_for_update())
     withdrawal = update(Case).where(is_selected, ~is_shared, Case.withdrawn_at.is_(None))
-    withdrawal = withdrawal.values(withdrawn_at=datetime.now(timezone.utc)).returning(Case.suite, Case.prompt_key)
+    withdrawal = withdrawal.values(withdrawn_at=transaction_time()).returning(Case.suite, Case.prompt_key)
     withdrawn = session.execute(withdrawal, execution_options={"synchronize_session": False}).all()
 
     # Reports that contradicted a withdrawn case are reviewed again.

@@ -2,7 +2,9 @@
 
 import logging
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import datetime
+
+from sqlalchemy import select
 
 from feedback import reports, rounds, snapshots
 from feedback.accounts import audit
@@ -11,6 +13,7 @@ from feedback.items import ItemCounts
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
 from feedback.round_steps import ItemStep, RoundStep
+from feedback.tables import transaction_time
 from flows.context import Context
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
@@ -131,9 +134,9 @@ def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCount
     Returns:
         The numbers of reports; None if there is no champion yet.
     """
-    now = datetime.now(timezone.utc)
     with context.sessions() as session:
         version = find_champion(session)
+        now: datetime = session.scalars(select(transaction_time())).one()
     if version is None:
         return None
 

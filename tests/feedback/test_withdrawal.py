@@ -3,14 +3,15 @@
 from contextlib import ExitStack
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from feedback import datasets, gate, promotion, report_records, rounds
 from feedback.accounts import InvalidField, NotFound, add_contributor
 from feedback.api.app import make_app
 from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
-from feedback.tables import AuditEvent, DatasetRow, Outbox, new_id
+from feedback.states import RoundState
+from feedback.tables import AuditEvent, Case, DatasetRow, Outbox, new_id
 from feedback.withdrawal import (
     WITHDRAWAL_BATCH_SIZES,
     WithdrawalBatch,
@@ -43,6 +44,20 @@ def test_withdrawn_report_is_removed_from_mixture_tests_and_notices(session, obj
     assert session.scalars(select(Outbox.feedback_id)).all() == [stays.id]
     record = report_records.describe_report(session, goes)
     assert (record.state, record.timeline[-1].text) == ("withdrawn", "withdrawn by you: it was mistaken")
+
+
+def test_withdrawal_and_end_of_a_round_have_times_of_the_database_clock(session, reporter, later):
+    report = submit(session, reporter)
+    accept_all(session, later)
+    withdraw_report(session, reporter, report.id, "mistaken")
+    transaction_start, before = session.execute(select(func.now(), func.clock_timestamp())).one()
+    withdrawn_at = session.scalars(select(Case.withdrawn_at).where(Case.id == report.case_id)).one()
+    assert withdrawn_at == transaction_start
+    training_round = start_round(session)
+    rounds.finish_round(session, training_round.id, RoundState.FAILED, "test")
+    session.flush()
+    after = session.scalars(select(func.clock_timestamp())).one()
+    assert before < training_round.finished_at < after
 
 
 def test_report_withdrawn_during_a_round_is_ignored_by_the_gate(session, reporter, later):
