@@ -132,7 +132,7 @@ class NoticeOut(BaseModel):
     number: int = Field(description="number of the notice, increasing with time; use it as `after`")
     feedback_id: str
     version: int
-    verdict: Verdict
+    verdict: Verdict | None = Field(description="null: a verdict that this release does not know")
     text: str
     delivered_at: datetime | None
 

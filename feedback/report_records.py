@@ -10,7 +10,7 @@ from feedback.contracts import Event, FeedbackOut
 from feedback.items import find_faults_by_subject
 from feedback.states import CaseRole, ReportState
 from feedback.tables import CaseResult, Feedback, Outbox
-from feedback.verdicts import ResultChange, Verdict, derive_result_changes
+from feedback.verdicts import ResultChange, derive_result_changes, parse_verdict
 from feedback.withdrawal import find_withdrawal_events
 
 CASE_USES: dict[str, str] = {
@@ -75,7 +75,7 @@ def _build_report_record(
         state=report.state,
         reason=report.reason,
         role=report.case.role if report.case else None,
-        verdict=Verdict(newest.verdict) if newest else None,
+        verdict=parse_verdict(newest.verdict, report.id) if newest else None,
         verdict_version=newest.version if newest else None,
         summary=report.state if is_withdrawn else ", ".join(described) or report.state,
         timeline=timeline,

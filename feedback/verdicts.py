@@ -1,7 +1,10 @@
 """Names for results of a report's case: verdicts against the replaced champion, and changes between versions."""
 
+import logging
 from collections.abc import Iterable
 from enum import StrEnum
+
+log = logging.getLogger(__name__)
 
 
 class Verdict(StrEnum):
@@ -24,6 +27,15 @@ class ResultChange(StrEnum):
     FIXED = "fixed"
     PASSING = "passing"
     REGRESSED = "regressed"
+
+
+def parse_verdict(stored: str, feedback_id: str) -> Verdict | None:
+    """Parse the stored verdict on a report; None if this release does not know it, with a line in the log."""
+    try:
+        return Verdict(stored)
+    except ValueError:
+        log.warning("report %s has the unknown verdict %r; it is shown without a verdict", feedback_id, stored)
+        return None
 
 
 def derive_verdict(*, passed_before: bool, passed: bool) -> Verdict:

@@ -37,7 +37,7 @@ from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.rounds import notify_dispatcher
 from feedback.states import AccountRole, DatasetPurpose
 from feedback.tables import Contributor, Dataset, Feedback, new_id
-from feedback.verdicts import Verdict
+from feedback.verdicts import parse_verdict
 from yuan.data.rows import BadRow, Row
 from yuan.data.text import TextRule
 
@@ -141,7 +141,7 @@ def notices(
             number=notice.id,
             feedback_id=notice.feedback_id,
             version=notice.version,
-            verdict=Verdict(notice.verdict),
+            verdict=parse_verdict(notice.verdict, notice.feedback_id),
             text=notice.text,
             delivered_at=notice.delivered_at,
         )

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, update
 
 from feedback import client
 from feedback.accounts import audit
@@ -84,6 +84,21 @@ def test_number_of_queries_does_not_depend_on_the_number_of_records(portal, engi
         counts.append(len(statements))
     assert len(response.json()) == 30
     assert counts[0] == counts[1] == counts[2] <= 10
+
+
+@pytest.mark.parametrize("name", ["feedback", "notices"])
+def test_unknown_stored_verdict_is_missing_from_its_own_record_only(
+    portal, engine, account, first_version, caplog, name
+):
+    add_records(engine, account, 3)
+    with make_session_factory(engine).begin() as session:
+        changed = update(Outbox).where(Outbox.contributor_id == account.id, Outbox.text == "1")
+        feedback_id = session.scalars(changed.values(verdict="of a later release").returning(Outbox.feedback_id)).one()
+    response = portal.get(f"/api/v1/{name}", headers=account.headers)
+    assert response.status_code == 200
+    verdicts = {item.get("feedback_id") or item["id"]: item["verdict"] for item in response.json()}
+    assert verdicts.pop(feedback_id) is None and list(verdicts.values()) == ["fixed", "fixed"]
+    assert f"report {feedback_id} has the unknown verdict 'of a later release'" in caplog.text
 
 
 @pytest.mark.parametrize("name", LISTS)
