@@ -57,7 +57,9 @@ def find_account(session: Session, name_or_id: str) -> Contributor:
     account = session.get(Contributor, name_or_id)
     account = account or session.scalar(select(Contributor).where(Contributor.name == name_or_id))
     if account is None:
-        raise NotFound(f"there is no account with the id or name {make_printable(name_or_id)}", "account")
+        raise NotFound(
+            f"there is no account with the id or name {make_printable(name_or_id)}; check its spelling", "account"
+        )
     return account
 
 

@@ -172,6 +172,7 @@ class DatasetOut(BaseModel):
     sha256: str
     num_rows: int
     num_duplicates: int
+    # The number excluded by decontamination; the name is kept, since clients read it.
     num_closed_out: int = Field(
         description="train rows that the newest round excluded because held-out cases have the same prompts"
     )

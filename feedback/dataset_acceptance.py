@@ -32,7 +32,13 @@ def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
 
 @dataclass(frozen=True)
 class KeyedRow:
-    """A row of a stored file with its number and its keys, which are hashes and so computed once."""
+    """A row of a stored file with its keys, which are hashes and so computed once.
+
+    Attributes:
+        number: its position in the file, from 0.
+        key: hash of its prompt and answer; a row with the key of an earlier one is a duplicate.
+        prompt_key: hash of its prompt.
+    """
 
     number: int
     row: Row

@@ -32,7 +32,13 @@ FetchObject = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class FileCheckResult:
-    """The result of checking an uploaded file; `reason` says why it is refused, None if it is not."""
+    """The result of checking an uploaded file.
+
+    Attributes:
+        num_rows: number of rows read; the check stops at 1,000 malformed ones.
+        bad_rows: the malformed rows.
+        reason: why the file is refused; None if it is not.
+    """
 
     num_bytes: int
     num_rows: int
@@ -141,7 +147,7 @@ def get_dataset(session: Session, contributor: Contributor, dataset_id: str) -> 
     """
     dataset = session.get(Dataset, dataset_id)
     if dataset is None or dataset.contributor_id != contributor.id:
-        raise NotFound(f"you have no dataset {dataset_id}")
+        raise NotFound(f"you have no dataset {dataset_id}; use an id of your list")
     return dataset
 
 

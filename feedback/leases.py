@@ -94,7 +94,9 @@ def request_lease(
             f"got {dict(device_counts)}; use counts from 1"
         )
     if not -MAX_LEASE_PRIORITY <= priority <= MAX_LEASE_PRIORITY:
-        raise ValueError(f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}")
+        raise ValueError(
+            f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}; use one of these"
+        )
     if session.get(DevicePool, pool) is None:
         raise NotFound(f"there is no pool {pool!r}")
     check_capacity(session, pool, device_counts)
@@ -265,7 +267,15 @@ def count_working_devices(session: Session, pool: str) -> Counter[str]:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A device of a pool; `lost_host` is its machine in the batch system, `run_id` the run that holds it."""
+    """A device of a pool.
+
+    Attributes:
+        device_class: its class in the pool's file.
+        node: the node of the pool's file to which it belongs.
+        lost_reason: why it is out of use; None if it works.
+        lost_host: its machine as the batch system names it, if that is lost.
+        run_id: the training run that holds it; None if it is free.
+    """
 
     id: str
     device_class: str

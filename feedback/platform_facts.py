@@ -16,12 +16,22 @@ REVIEW_OUTCOMES = (ReportState.ACCEPTED, ReportState.REJECTED, ReportState.DISPU
 
 @dataclass(frozen=True)
 class PlatformFacts:
-    """The database facts that `cotrain doctor` checks; a time is None if the event has never happened."""
+    """The database facts that `cotrain doctor` checks; a time is None if the event has never happened.
+
+    Attributes:
+        champion: the version in service; None before the first promotion.
+        lineage: training run id by version, for the champion and its predecessor.
+        files: names of the files of their model folders, by version.
+        running: the running round; None if no round is running.
+        num_reports_waiting: number of reports that wait for screening or reproduction, or for review between rounds.
+        oldest_report: when the oldest of them was received.
+        oldest_notice: when the oldest notice that is not delivered was written.
+    """
 
     champion: int | None
     promoted_at: datetime | None
-    lineage: dict[int, str]  # run id by version, for the champion and its predecessor
-    files: dict[int, list[str]]  # files of their model folders, by version
+    lineage: dict[int, str]
+    files: dict[int, list[str]]
     running: Round | None
     num_reports_waiting: int
     oldest_report: datetime | None

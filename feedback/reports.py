@@ -47,7 +47,7 @@ def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -
     """
     report = session.get(Feedback, feedback_id)
     if report is None or report.contributor_id != contributor.id:
-        raise NotFound(f"you have no report {feedback_id}; list yours with GET /api/v1/feedback")
+        raise NotFound(f"you have no report {feedback_id}; use an id of your list")
     return report
 
 
@@ -92,7 +92,11 @@ def _record_report_failure(
 
 @dataclass(frozen=True)
 class PendingReports:
-    """The reports that wait: their number, and the oldest one's time of receipt; None if there are none."""
+    """The reports that wait for a step.
+
+    Attributes:
+        oldest_at: when the oldest one was received; None if there are none.
+    """
 
     count: int
     oldest_at: datetime | None
@@ -142,7 +146,11 @@ def find_unreproduced_reports(
 
 @dataclass(frozen=True)
 class ReproducedAnswer:
-    """A version's answer to the prompt of a report, or the error in its place."""
+    """A version's answer to the prompt of a report.
+
+    Attributes:
+        answer: the answer, or the error in its place.
+    """
 
     feedback_id: str
     answer: str | ValueError

@@ -74,7 +74,7 @@ def find_round(session: Session, round_id: str) -> Round:
     """
     training_round = find_newest_round(session) if round_id == "latest" else session.get(Round, round_id)
     if training_round is None:
-        raise NotFound(f"there is no round {round_id}")
+        raise NotFound(f"there is no round {round_id}; use the id that its start returned, or latest")
     return training_round
 
 

@@ -166,8 +166,9 @@ def find_withdrawal_events(session: Session, records: Sequence[Feedback | Datase
 
 def _check_ownership(actor: Contributor, record: Feedback | Dataset | None, kind: str, record_id: str) -> None:
     if record is None or (actor.role != AccountRole.OPERATOR and record.contributor_id != actor.id):
-        subject = "there is" if actor.role == AccountRole.OPERATOR else "you have"
-        raise NotFound(f"{subject} no {kind} {record_id}")
+        if actor.role == AccountRole.OPERATOR:
+            raise NotFound(f"there is no {kind} {record_id}; use the id of its record")
+        raise NotFound(f"you have no {kind} {record_id}; use an id of your list")
 
 
 def _withdraw_cases(session: Session, is_selected: ColumnElement[bool], *, is_shared: ColumnElement[bool]) -> None:

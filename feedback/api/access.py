@@ -97,7 +97,12 @@ class StrictRoute(APIRoute):
 
 
 class CallerSlots:
-    """The parallel transactions that one caller may have; `num_users` counts the requests that hold or await a slot."""
+    """The parallel transactions that one caller may have.
+
+    Attributes:
+        slots: one slot for each parallel transaction.
+        num_users: number of requests that hold or await a slot.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.slots, self.num_users = asyncio.Semaphore(num_slots), 0
@@ -189,7 +194,11 @@ def _find_account_id(session: Session, token: str) -> str | None:
 
 
 class UploadLimiter:
-    """Limits of parallel uploads per account; `checks` limits the file checks of all accounts together."""
+    """Limits of parallel uploads per account, and of file checks.
+
+    Attributes:
+        checks: limit of the file checks of all accounts together.
+    """
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
@@ -279,7 +288,7 @@ def check_query(request: Request) -> None:
     try:
         unquote_to_bytes(request.url.query).decode()
     except UnicodeDecodeError:
-        raise InvalidField("must be percent-encoded UTF-8", "query") from None
+        raise InvalidField("must be percent-encoded UTF-8; encode its characters again", "query") from None
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
@@ -293,7 +302,7 @@ def require_operator(contributor: CurrentContributor) -> Contributor:
         Forbidden: if it is not.
     """
     if contributor.role != AccountRole.OPERATOR:
-        raise Forbidden("this needs an operator's token")
+        raise Forbidden("this needs an operator's token; ask an operator to do it")
     return contributor
 
 

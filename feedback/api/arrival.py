@@ -18,7 +18,13 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class ReceivedBody:
-    """The digests of a received body and of its request, and the body's size."""
+    """What is kept of a received body, whose bytes are in a file.
+
+    Attributes:
+        sha256: digest of the body.
+        request_digest: digest of method, path, query and body; see `begin_digest`.
+        num_bytes: size of the body.
+    """
 
     sha256: str
     request_digest: str

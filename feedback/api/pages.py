@@ -31,15 +31,27 @@ RoundNumberPath = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
 
 @dataclass(frozen=True)
 class RoundEnd:
-    """The public part of a round's result."""
+    """The public part of a round's result.
+
+    Attributes:
+        headline: how it ended, in one sentence.
+        suites: pass rates by suite, without capabilities of datasets, whose names contributors chose.
+    """
 
     headline: str | None
-    suites: list[SuiteComparison]  # without capabilities of datasets, whose names contributors chose
+    suites: list[SuiteComparison]
 
 
 @dataclass(frozen=True)
 class FrontPage:
-    """The data of the template index.html: the rounds, their public results by round id, and the rounds with a plan."""
+    """The data of the template index.html.
+
+    Attributes:
+        champion: the version in service; None before the first promotion.
+        rounds: the newest rounds, newest first.
+        ends: public results of those that have ended, by round id.
+        planned: ids of those that have a plan.
+    """
 
     champion: int | None
     rounds: list[Round]
