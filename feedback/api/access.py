@@ -310,17 +310,34 @@ CurrentOperator = Annotated[Contributor, Depends(require_operator, scope="functi
 
 
 @dataclass(frozen=True)
+class ClaimedRecord:
+    """The record to which the key of a request is bound.
+
+    Attributes:
+        id: its id, new for a new key.
+        is_repeat: True if an earlier request has bound the key.
+    """
+
+    id: str
+    is_repeat: bool
+
+
+@dataclass(frozen=True)
 class IdempotentRequest:
     """A write's idempotency key and the request it belongs to."""
 
     key: str
     request_digest: str
 
-    def claim(self, session: Session, contributor: Contributor) -> tuple[str, bool]:
-        """Return the id for the record, and True if an earlier request has created the record already."""
+    def claim(self, session: Session, contributor: Contributor) -> ClaimedRecord:
+        """Bind the key to a new record, or return the record to which an earlier request has bound it.
+
+        Raises:
+            Conflict: if the key was used for another request.
+        """
         record_id = new_id()
         earlier_id = claim_idempotency_key(session, contributor, self.key, self.request_digest, record_id)
-        return (record_id, False) if earlier_id is None else (earlier_id, True)
+        return ClaimedRecord(record_id, False) if earlier_id is None else ClaimedRecord(earlier_id, True)
 
 
 IdempotencyKeyHeader = Annotated[

@@ -95,14 +95,14 @@ def submit(
     repeat: IdempotentRequestDep,
 ) -> FeedbackOut:
     """Report a response. Every accepted report becomes a test for all later versions."""
-    feedback_id, exists = repeat.claim(session, contributor)
-    if not exists:
+    claimed = repeat.claim(session, contributor)
+    if not claimed.is_repeat:
         if contributor.role != AccountRole.OPERATOR:
             _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
         provenance.check_provenance(session, contributor, form)
-        reports.add_feedback(session, contributor, form, feedback_id)
+        reports.add_feedback(session, contributor, form, claimed.id)
         notify_dispatcher(session)
-    return report_records.describe_report(session, reports.get_feedback(session, contributor, feedback_id))
+    return report_records.describe_report(session, reports.get_feedback(session, contributor, claimed.id))
 
 
 @router.get("/feedback", responses=PAGED_RESPONSES)
@@ -227,8 +227,7 @@ def _claim_dataset_id(session: Session, account: AuthenticatedAccount, repeat: I
 
     An earlier request may have claimed the key and ended before it recorded the dataset, or may still do so.
     """
-    dataset_id, _ = repeat.claim(session, session.get_one(Contributor, account.id))
-    return dataset_id
+    return repeat.claim(session, session.get_one(Contributor, account.id)).id
 
 
 def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: ReceivedBody, limit: int) -> None:

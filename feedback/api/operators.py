@@ -61,11 +61,11 @@ def start_round(
     form: RoundParameters, operator: CurrentOperator, session: SessionDep, repeat: IdempotentRequestDep
 ) -> RoundOut:
     """Request a round; the dispatcher starts its flow."""
-    round_id, exists = repeat.claim(session, operator)
-    if exists:
-        training_round = rounds.find_round(session, round_id)
+    claimed = repeat.claim(session, operator)
+    if claimed.is_repeat:
+        training_round = rounds.find_round(session, claimed.id)
     else:
-        training_round = rounds.request_round(session, operator.id, form, round_id)
+        training_round = rounds.request_round(session, operator.id, form, claimed.id)
     return rounds.describe_round(session, training_round)
 
 
