@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
@@ -254,7 +255,7 @@ class RoundOut(BaseModel):
     parent_version: int | None
     candidate_version: int | None
     snapshot_id: str | None
-    decision: dict[str, Any] | None
+    decision: PromotionDecision | None
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"
     )

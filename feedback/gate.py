@@ -32,7 +32,7 @@ def compute_pass_rates(session: Session, version: int) -> dict[str, PassRate]:
         for name in (suite, f"{suite}/{capability}") if capability else (suite,):
             total[name] += 1
             passed[name] += is_passed
-    return {name: PassRate(passed[name], total[name]) for name in sorted(total)}
+    return {name: PassRate(passed=passed[name], total=total[name]) for name in sorted(total)}
 
 
 def find_regressions(session: Session, champion: int, candidate: int) -> list[str]:
@@ -78,7 +78,7 @@ def decide_promotion(session: Session, training_round: Round) -> PromotionDecisi
         regressions=tuple(broken),
         regressions_may_be_chance=is_chance,
         regressions_by_account=tuple(account.summarize() for account in accounts[:MAX_ACCOUNTS_PER_DECISION]),
-        suites=tuple(SuiteComparison(name, before.get(name), rate) for name, rate in after.items()),
+        suites=tuple(SuiteComparison(suite=name, before=before.get(name), after=rate) for name, rate in after.items()),
     )
 
 
@@ -98,7 +98,7 @@ def _list_objections(
         judges_reports: if True, the rate on held-out reports counts; it falls only where a report fails again.
     """
     reasons = []
-    no_cases = PassRate(0, 0)
+    no_cases = PassRate(passed=0, total=0)
 
     old, new = before.get(BASE_SUITE, no_cases), after.get(BASE_SUITE, no_cases)
     if old.total and new.rate < old.rate - MAX_BASE_RATE_DROP:

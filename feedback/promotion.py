@@ -103,7 +103,9 @@ def promote_candidate(session: Session, training_round: Round, decision: Promoti
             reason="first version" if training_round.parent_version is None else "passed the gate",
         )
     )
-    session.execute(update(Round).where(Round.id == training_round.id).values(decision=decision.to_json()))
+    session.execute(
+        update(Round).where(Round.id == training_round.id).values(decision=decision.model_dump(mode="json"))
+    )
     num_failed = write_notices(session, training_round.parent_version, version)
     audit(session, "round", "promoted", training_round.id, version=version, previous=training_round.parent_version)
     return num_failed

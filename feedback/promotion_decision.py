@@ -1,38 +1,31 @@
 """The record of the promotion gate's decision, as rounds store it and the portal publishes it."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 Z_95 = 1.959963984540054
 
 
-@dataclass(frozen=True)
-class PassRate:
+class PassRate(BaseModel):
     """Passed cases out of total, with the 95 % Wilson interval."""
+
+    model_config = ConfigDict(frozen=True)
 
     passed: int
     total: int
 
+    @computed_field
     @property
     def rate(self) -> float:
         """Return passed / total; 0 if there is no case."""
         return self.passed / self.total if self.total else 0.0
 
+    @computed_field
     @property
     def interval(self) -> tuple[float, float]:
         """Return the 95 % Wilson interval of the rate."""
         return compute_wilson_interval(self.passed, self.total)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts with the rate and interval that follow from them."""
-        return {"passed": self.passed, "total": self.total, "rate": self.rate, "interval": list(self.interval)}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "PassRate":
-        """Parse the output of `to_json`."""
-        return cls(int(fields["passed"]), int(fields["total"]))
 
 
 def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
@@ -49,8 +42,7 @@ def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@dataclass(frozen=True)
-class SuiteComparison:
+class SuiteComparison(BaseModel):
     """Held-out pass rates of a suite, or of one capability of it as `suite/capability`.
 
     Attributes:
@@ -58,70 +50,40 @@ class SuiteComparison:
         after: the candidate's rate.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     suite: str
     before: PassRate | None
     after: PassRate
 
-    def to_json(self) -> dict[str, Any]:
-        before = None if self.before is None else self.before.to_json()
-        return {"suite": self.suite, "before": before, "after": self.after.to_json()}
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "SuiteComparison":
-        """Parse the output of `to_json`."""
-        before = None if fields["before"] is None else PassRate.from_json(fields["before"])
-        return cls(fields["suite"], before, PassRate.from_json(fields["after"]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccountRegressions:
+class AccountRegressions(BaseModel):
     """The changes from champion to candidate in the report cases of one account.
 
     Attributes:
         account: the account's id.
-        is_significant: True if the losses count against the candidate.
+        is_significant: True if the losses count against the candidate; before it was stored, all losses counted.
         num_lost: number of cases that the champion passes and the candidate fails.
         num_gained: number of older cases that the champion fails and the candidate passes.
         p_value: probability of at least so many losses by chance.
         reports: ids of the account's first reports of the lost cases.
     """
 
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
+
     account: str
     name: str
-    is_significant: bool
-    num_lost: int
-    num_gained: int
-    p_value: float
+    is_significant: bool = Field(default=True, alias="counts")
+    num_lost: int = Field(alias="regressed")
+    num_gained: int = Field(alias="gained")
+    p_value: float = Field(alias="p")
     reports: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "account": self.account,
-            "name": self.name,
-            "counts": self.is_significant,
-            "regressed": self.num_lost,
-            "gained": self.num_gained,
-            "p": self.p_value,
-            "reports": list(self.reports),
-        }
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "AccountRegressions":
-        """Parse the output of `to_json`; before `counts` was stored, all losses counted."""
-        return cls(
-            account=fields["account"],
-            name=fields["name"],
-            is_significant=fields.get("counts", True),
-            num_lost=fields["regressed"],
-            num_gained=fields["gained"],
-            p_value=fields["p"],
-            reports=tuple(fields["reports"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromotionDecision:
+class PromotionDecision(BaseModel):
     """The gate's decision on a candidate, with what it is based on.
+
+    The first releases stored neither chance nor accounts.
 
     Attributes:
         promote: True if the candidate may become the champion.
@@ -134,6 +96,8 @@ class PromotionDecision:
         suites: pass rates by suite, in the order of their names.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     promote: bool
     reasons: tuple[str, ...]
     champion: int | None
@@ -142,31 +106,3 @@ class PromotionDecision:
     regressions_may_be_chance: bool = False
     regressions_by_account: tuple[AccountRegressions, ...] = ()
     suites: tuple[SuiteComparison, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the decision as rounds store it."""
-        return {
-            "promote": self.promote,
-            "reasons": list(self.reasons),
-            "champion": self.champion,
-            "candidate": self.candidate,
-            "regressions": list(self.regressions),
-            "regressions_may_be_chance": self.regressions_may_be_chance,
-            "regressions_by_account": [account.to_json() for account in self.regressions_by_account],
-            "suites": [suite.to_json() for suite in self.suites],
-        }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "PromotionDecision":
-        """Parse a stored decision; the first releases stored neither chance nor accounts."""
-        accounts = fields.get("regressions_by_account", ())
-        return cls(
-            promote=fields["promote"],
-            reasons=tuple(fields["reasons"]),
-            champion=fields["champion"],
-            candidate=fields["candidate"],
-            regressions=tuple(fields["regressions"]),
-            regressions_may_be_chance=fields.get("regressions_may_be_chance", False),
-            regressions_by_account=tuple(AccountRegressions.from_json(account) for account in accounts),
-            suites=tuple(SuiteComparison.from_json(suite) for suite in fields["suites"]),
-        )

@@ -1,7 +1,9 @@
 """Training rounds: at most one runs at a time; each is a row that stores its progress."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
+from pydantic import ValidationError
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
@@ -16,8 +18,11 @@ from feedback.round_steps import STEP_ACTIVITIES, ItemStep, RoundStep, get_item_
 from feedback.states import RoundState
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
+from yuan.data.text import describe_errors
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
+
+log = logging.getLogger(__name__)
 
 NOTIFY_CHANNEL = "cotrain"
 MAX_VERSION_NUMBER = 2**31 - 1  # the largest value of a PostgreSQL integer column
@@ -251,9 +256,15 @@ def read_parameters(training_round: Round) -> RoundParameters:
 
 
 def read_decision(training_round: Round) -> PromotionDecision | None:
-    """Return the gate's decision on the round's candidate; None if there is none."""
-    stored = training_round.decision
-    return None if stored is None else PromotionDecision.from_json(stored)
+    """Return the gate's decision on the round's candidate; None if there is none, or the stored one is malformed."""
+    if training_round.decision is None:
+        return None
+    try:
+        return PromotionDecision.model_validate(training_round.decision)
+    except ValidationError as error:
+        # Show the round without it: one malformed record must not hide all rounds of the front page.
+        log.warning("the decision of round %d cannot be read: %s", training_round.number, describe_errors(error))
+        return None
 
 
 def describe_round_end(training_round: Round) -> str | None:
@@ -282,7 +293,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         parent_version=training_round.parent_version,
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,
-        decision=training_round.decision,
+        decision=read_decision(training_round),
         failed_items={get_item_step_name(step): count for step, count in training_round.failed_items.items()},
         status=run.status if run else None,
         created_at=training_round.created_at,

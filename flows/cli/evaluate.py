@@ -25,5 +25,5 @@ def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], 
     for suite, pass_rate in pass_rates.items():
         low, high = pass_rate.interval
         lines.append(f"{suite:28} {pass_rate.rate:.3f}  [{low:.3f}, {high:.3f}]  of {pass_rate.total}")
-    suites = {suite: pass_rate.to_json() for suite, pass_rate in pass_rates.items()}
+    suites = {suite: pass_rate.model_dump(mode="json") for suite, pass_rate in pass_rates.items()}
     show({"version": number, "suites": suites}, "\n".join(lines), as_json)

@@ -120,7 +120,7 @@ def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundSt
     failed = sum(training_round.failed_items.values())
     text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:
-        text = "\n".join([text, *describe_regressions(PromotionDecision.from_json(training_round.decision))])
+        text = "\n".join([text, *describe_regressions(training_round.decision)])
     show(training_round.model_dump(mode="json"), text, as_json)
     if training_round.state in ENDED_WITHOUT_PROMOTION and training_round.state != expected_state:
         raise typer.Exit(EXIT_FAILED)

@@ -13,7 +13,7 @@ from typing import Any
 
 from feedback.client import Client
 from feedback.contracts import NoticeOut, RoundOut, RoundParameters
-from feedback.promotion_decision import PromotionDecision, SuiteComparison
+from feedback.promotion_decision import SuiteComparison
 from feedback.round_steps import RoundStep
 from feedback.states import DatasetPurpose, ReportState, RoundState
 from feedback.tables import BASE_SUITE
@@ -89,7 +89,7 @@ class DemoFigures:
             "fixed": self.fixed,
             "still_failing": self.still_failing,
             "notices": self.notices,
-            "suites": [suite.to_json() for suite in self.suites],
+            "suites": [suite.model_dump(mode="json") for suite in self.suites],
             "round_overhead_s": self.round_overhead_s,
             "parts": self.parts,
         }
@@ -199,7 +199,7 @@ def gather_figures(
     return DemoFigures(
         champion_before=first.candidate_version,
         champion_after=second.candidate_version,
-        suites=PromotionDecision.from_json(second.decision).suites,
+        suites=second.decision.suites,
         reports=len(accepted),
         submitted=contribution.num_reports,
         refused=contribution.refusals,

@@ -22,7 +22,7 @@ def decide_round(context: Context, round_id: str) -> PromotionDecision:
             rounds.record_failed_items(session, round_id, {ItemStep.NOTIFY: num_failed_notices})
             rounds.finish_round(session, round_id, RoundState.PROMOTED, f"v{decision.candidate} is the champion")
         else:
-            training_round.decision = decision.to_json()
+            training_round.decision = decision.model_dump(mode="json")
             rounds.finish_round(session, round_id, RoundState.REJECTED, "; ".join(decision.reasons))
         rounds.notify_dispatcher(session)
     log.info("decided: promote=%s %s", decision.promote, list(decision.reasons))

@@ -33,9 +33,11 @@ def end_round(engine):
 
 def make_rejection(suites, **facts):
     """Return the stored decision of a rejected candidate, which passes half of four cases in each suite."""
-    comparisons = tuple(SuiteComparison(suite, None, PassRate(2, 4)) for suite in suites)
+    comparisons = tuple(
+        SuiteComparison(suite=suite, before=None, after=PassRate(passed=2, total=4)) for suite in suites
+    )
     decision = PromotionDecision(promote=False, champion=6, candidate=7, suites=comparisons, **{"reasons": (), **facts})
-    return decision.to_json()
+    return decision.model_dump(mode="json")
 
 
 def test_reason_of_a_failed_round_is_visible_to_operators_only(portal, operator, end_round):
@@ -53,6 +55,12 @@ def test_page_of_a_rejected_round_shows_no_case_ids_and_no_contributor_data(port
     assert MARK not in page and "base/reverse" in page
     assert "50.0 % of 4\n<td>15.0 to 85.0 %" in page
     assert "did not pass the gate: 1 reports that passed before fail again" in page
+
+
+def test_malformed_stored_decision_does_not_hide_the_rounds(portal, operator, end_round):
+    training_round = end_round("rejected", "decide", {"promote": "perhaps"})
+    assert f"Round {training_round.number} " in portal.get("/").text
+    assert portal.get(f"/api/v1/rounds/{training_round.id}", headers=operator).json()["decision"] is None
 
 
 @pytest.mark.parametrize("step", [step for step in RoundStep if step != RoundStep.DONE])

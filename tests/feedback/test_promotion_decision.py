@@ -13,6 +13,7 @@ from feedback.promotion_decision import (
 )
 
 ACCOUNT = {"account": "ab", "name": "ann", "counts": False, "regressed": 2, "gained": 3, "p": 0.8125, "reports": ["r"]}
+HALF = PassRate(passed=1, total=2)
 RATE = {"passed": 1, "total": 2, "rate": 0.5, "interval": list(compute_wilson_interval(1, 2))}
 FIRST_RELEASE = {
     "promote": False,
@@ -45,22 +46,25 @@ def test_a_decision_is_stored_under_the_names_that_clients_read():
             ),
         ),
         suites=(
-            SuiteComparison("base", None, PassRate(1, 2)),
-            SuiteComparison("fresh", PassRate(1, 2), PassRate(1, 2)),
+            SuiteComparison(suite="base", before=None, after=HALF),
+            SuiteComparison(suite="fresh", before=HALF, after=HALF),
         ),
     )
-    assert decision.to_json() == STORED
-    assert PromotionDecision.from_json(json.loads(json.dumps(STORED))) == decision
+    assert decision.model_dump(mode="json") == STORED
+    assert json.loads(decision.model_dump_json()) == STORED
+    assert PromotionDecision.model_validate(json.loads(json.dumps({**STORED, "added_later": 1}))) == decision
 
 
 def test_first_release_decision_without_chance_and_account_fields_can_be_read():
-    decision = PromotionDecision.from_json(FIRST_RELEASE)
+    decision = PromotionDecision.model_validate(FIRST_RELEASE)
     assert not decision.regressions_may_be_chance and decision.regressions_by_account == ()
-    assert [suite.after for suite in decision.suites] == [PassRate(1, 2), PassRate(1, 2)]
+    assert [suite.after for suite in decision.suites] == [HALF, HALF]
+    added_fields = {"regressions_may_be_chance": False, "regressions_by_account": []}
+    assert decision.model_dump(mode="json") == {**FIRST_RELEASE, **added_fields}
 
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_account_regressions_are_significant_unless_stored_otherwise(counts):
     older = {name: value for name, value in ACCOUNT.items() if name != "counts"}
-    assert AccountRegressions.from_json(older).is_significant
-    assert AccountRegressions.from_json({**older, "counts": counts}).is_significant is counts
+    assert AccountRegressions.model_validate(older).is_significant
+    assert AccountRegressions.model_validate({**older, "counts": counts}).is_significant is counts

@@ -22,7 +22,7 @@ def test_contribution_survives_a_json_round_trip():
 
 def test_fresh_and_base_suite_pass_rates_have_separate_names():
     suites = tuple(
-        SuiteComparison(name, PassRate(before, 4), PassRate(after, 4))
+        SuiteComparison(suite=name, before=PassRate(passed=before, total=4), after=PassRate(passed=after, total=4))
         for name, before, after in (("base", 4, 3), ("fresh", 0, 4), ("fresh/reverse", 0, 4))
     )
     figures = DemoFigures(

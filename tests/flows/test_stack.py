@@ -68,9 +68,9 @@ def test_an_operator_sees_and_changes_the_pool(stack):
 
 def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first_round):
     assert first_round.candidate_version == 1
-    suite = first_round.decision["suites"][0]
-    assert suite["suite"] == "base"
-    assert 60 < suite["after"]["total"] < 180  # a tenth of 1,200 rows, drawn by their prompts
+    suite = first_round.decision.suites[0]
+    assert suite.suite == "base"
+    assert 60 < suite.after.total < 180  # a tenth of 1,200 rows, drawn by their prompts
     assert first_round.status["state"] == "finished"
     assert first_round.status["bounds"] == [0, 2, 3]
 
