@@ -1,9 +1,10 @@
 """Schemas of the portal's HTTP API: requests, responses, errors."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetState, ReportState, RoundState, list_values
@@ -11,6 +12,7 @@ from feedback.verdicts import Verdict
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
+from yuan.train.run_status import RunStatus
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
@@ -244,6 +246,22 @@ class RoundParameters(BaseModel):
         return self
 
 
+def _parse_run_status(status: object) -> RunStatus:
+    if isinstance(status, RunStatus):
+        return status
+    if not isinstance(status, Mapping):
+        raise ValueError(f"a status must be a JSON object, got a {type(status).__name__}")
+    return RunStatus.from_json(status)
+
+
+# In JSON it is the content of status.json, in Python the record that the trainer writes there.
+RunStatusField = Annotated[
+    RunStatus,
+    PlainValidator(_parse_run_status),
+    PlainSerializer(RunStatus.to_json, return_type=dict[str, Any]),
+]
+
+
 class RoundOut(BaseModel):
     """A training round with its progress."""
 
@@ -259,7 +277,10 @@ class RoundOut(BaseModel):
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"
     )
-    status: dict[str, Any] | None
+    status: RunStatusField | None = Field(
+        description="progress of the training run: `state` (training or finished), `step` of `max_steps`, `loss`, "
+        "`grad_norm`, `eta_s` and, while it trains, the pace of the last steps, by stage in `stages`"
+    )
     created_at: datetime
     finished_at: datetime | None
     timeline: list[Event]

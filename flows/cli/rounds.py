@@ -16,7 +16,6 @@ from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
 from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable
-from yuan.train.run_status import RunStatus
 
 ROUND_POLL_S = 0.5
 MAX_SHOWN_REPORTS = 5  # per account; --json has twenty
@@ -91,9 +90,9 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
                 return training_round
             facts = ""
             if training_round.step == RoundStep.TRAIN and training_round.status:
-                status = RunStatus.from_json(training_round.status)
-                progress.update(bar, total=status.max_steps, completed=status.step)
-                facts = describe_status(status)
+                run_status = training_round.status
+                progress.update(bar, total=run_status.max_steps, completed=run_status.step)
+                facts = describe_status(run_status)
             progress.update(bar, description=f"round {training_round.number}: {training_round.step}", facts=facts)
             time.sleep(ROUND_POLL_S)
 

@@ -71,8 +71,7 @@ def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first_round
     suite = first_round.decision.suites[0]
     assert suite.suite == "base"
     assert 60 < suite.after.total < 180  # a tenth of 1,200 rows, drawn by their prompts
-    assert first_round.status["state"] == "finished"
-    assert first_round.status["bounds"] == [0, 2, 3]
+    assert (first_round.status.state, first_round.status.bounds) == ("finished", [0, 2, 3])
 
 
 def test_portal_serves_the_plan_of_a_round_as_svg(first_round, stack):
