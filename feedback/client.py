@@ -20,6 +20,7 @@ from feedback.contracts import (
     NoticeOut,
     RoundOut,
     RoundParameters,
+    StoredCompletion,
 )
 
 ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
@@ -119,10 +120,10 @@ class Client:
                 return batch.model_copy(update={"reports": reports, "datasets": datasets})
             reports, datasets = reports + batch.reports, datasets + batch.datasets
 
-    def complete(self, prompts: list[str], *, max_tokens: int = 48) -> dict[str, Any]:
-        """Complete prompts with the champion at temperature 0; return the JSON of an OpenAI text completion."""
+    def complete(self, prompts: list[str], *, max_tokens: int = 48) -> StoredCompletion:
+        """Complete prompts with the champion at temperature 0; return one choice for each prompt, in their order."""
         body = {"model": "yuan", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
-        return dict(self._request("POST", "/v1/completions", json=body).json())
+        return StoredCompletion.model_validate(self._request("POST", "/v1/completions", json=body).json())
 
     def add_contributor(self, name: str) -> ContributorOut:
         """Create an account; operators only."""

@@ -12,6 +12,7 @@ from feedback.verdicts import Verdict
 from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
+from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
@@ -284,6 +285,18 @@ class RoundOut(BaseModel):
     created_at: datetime
     finished_at: datetime | None
     timeline: list[Event]
+
+
+class StoredChoice(TextChoice):
+    """An answer that the portal has stored; a report about it names its `response_id`."""
+
+    response_id: str
+
+
+class StoredCompletion(TextCompletion):
+    """A text completion whose answers the portal has stored."""
+
+    choices: tuple[StoredChoice, ...]
 
 
 class ErrorBody(BaseModel):

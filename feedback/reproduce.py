@@ -8,6 +8,7 @@ import httpx
 
 from infra.faults import REFUSED_INPUT_STATUSES
 from infra.settings import ModelServerAccess
+from yuan.serve.response_schemas import TextCompletion
 from yuan.version_names import format_model_name
 
 REPRODUCTION_BATCH_PROMPTS = 64
@@ -51,10 +52,10 @@ def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> l
 
 
 def _read_answers(response: httpx.Response, version: int) -> list[str | ValueError]:
-    completion = response.raise_for_status().json()
-    if completion["model"] != format_model_name(version):
-        raise ConnectionError(f"the request was for v{version}, and {completion['model']} answered; retry")
-    return [choice["text"] for choice in completion["choices"]]
+    completion = TextCompletion.model_validate(response.raise_for_status().json())
+    if completion.model != format_model_name(version):
+        raise ConnectionError(f"the request was for v{version}, and {completion.model} answered; retry")
+    return [choice.text for choice in completion.choices]
 
 
 def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, response: httpx.Response) -> str | ValueError:

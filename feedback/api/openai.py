@@ -41,6 +41,7 @@ RESPONSE_STORE_ERRORS = (*STORE_UNAVAILABLE_ERRORS, PortalBusy)
 # Limits for a caller to read the next event, and to read the whole stream; generation itself ends within 110 s. A
 # stream holds one of the portal's connections to the model server, which buffers unread events in memory.
 EVENT_SEND_TIMEOUT_S, STREAM_TIMEOUT_S = 30.0, 180.0
+# Not a schema: a response is forwarded with all its fields, and `ResponseRecorder` checks those that it stores.
 CompletionJson = dict[str, Any]
 # In addition to JSON, for `stream: true`; the schema describes one event, since OpenAPI before 3.2 has no streams.
 SSE_EVENT_SCHEMA = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}

@@ -140,12 +140,12 @@ def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[Ques
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         batch_rows = rows[start : start + QUESTIONS_PER_REQUEST]
         completion = client.complete([row.prompt for row in batch_rows])
-        version = parse_model_name(completion["model"])
+        version = parse_model_name(completion.model)
 
         wrong_answers = [
-            WrongAnswer(row, choice["text"], choice["response_id"], version)
-            for row, choice in zip(batch_rows, completion["choices"], strict=True)
-            if row.checker is not None and not row.checker.check(choice["text"])
+            WrongAnswer(row, choice.text, choice.response_id, version)
+            for row, choice in zip(batch_rows, completion.choices, strict=True)
+            if row.checker is not None and not row.checker.check(choice.text)
         ]
         wrong_answers = wrong_answers[:num_missing]
         yield QuestionBatch(len(batch_rows), wrong_answers)

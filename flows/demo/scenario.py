@@ -165,12 +165,12 @@ def wait_for_version(client: Client, version: int) -> None:
     def is_served() -> bool:
         nonlocal reason
         try:
-            served = client.complete(["1+1"], max_tokens=1)["model"]
+            served = client.complete(["1+1"], max_tokens=1).model
         except Exception as error:  # not served yet; the last reason is reported below
             reason = str(error)
             return False
         reason = f"{served} is served"
-        return bool(served == format_model_name(version))
+        return served == format_model_name(version)
 
     if not poll_until(is_served, timeout_s=SERVICE_TIMEOUT_S, pause_s=0.3):
         raise DemoFailed(

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from feedback import tables
 from feedback.api import openai
 from feedback.api.app import make_app
+from feedback.client import Client
 from infra.database import make_session_factory
 from tests.serving import serve_app
 from tests.waiting import wait_until
@@ -218,6 +219,17 @@ def test_each_choice_is_stored_with_its_prompt(portal_http, engine, account):
     assert len(expected) == 4 and read_responses(engine, account) == expected
 
 
+def test_client_reads_the_id_of_each_stored_choice(portal_http, engine, account):
+    with Client(str(portal_http.base_url), account.headers["Authorization"].removeprefix("Bearer ")) as client:
+        completion = client.complete(["ab", "cd"], max_tokens=3)
+    assert (completion.model, completion.usage.completion_tokens) == ("yuan-v1", 6)
+    expected = {
+        choice.response_id: (prompt, choice.text)
+        for prompt, choice in zip(["ab", "cd"], completion.choices, strict=True)
+    }
+    assert read_responses(engine, account) == expected
+
+
 def test_stream_disconnect_stores_the_sent_choices_once_and_frees_the_batch_rows(
     portal_http, model_url, engine, account
 ):
@@ -287,7 +299,7 @@ class ModelServerStub:
 
 @pytest.fixture(scope="module")
 def call_stub(stores, engine, objects):
-    """Serve the portal in front of a `Talker`; yield a function that requests a completion or a stream from it."""
+    """Serve the portal in front of a `ModelServerStub`; yield a function that requests a completion or a stream."""
     stub = ModelServerStub()
     with serve_app(stub) as url, serve_portal(stores, engine, objects, url) as http:
 

@@ -27,6 +27,7 @@ from yuan.model.weights import save
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import ServedModel
+from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.serve.service import ModelService
 
 VERSION, WINDOW = 3, 64
@@ -66,7 +67,9 @@ def test_intermittent_model_server_errors_are_retried(stores, retry_status):
         prompts = (await request.json())["prompt"]
         requests.append(prompts)
         status = 500 if prompts != ["?"] and len(requests) % 2 else retry_status if prompts != ["?"] else 200
-        response = {"model": f"yuan-v{VERSION}", "choices": [{"text": "a"}], "error": {"message": "too long"}}
+        choice = TextChoice(index=0, text="a", finish_reason="stop", logprobs=None)
+        completion = TextCompletion(id="1", created=0, model=f"yuan-v{VERSION}", choices=(choice,))
+        response = {**completion.model_dump(), "error": {"message": "too long"}}
         await JSONResponse(response, status)(scope, receive, send)
 
     with serve_app(fail_every_other_request) as url:

@@ -25,7 +25,8 @@ from yuan.serve.request import (
     QueueFull,
     ServedModel,
 )
-from yuan.serve.responses import STREAM_END_EVENT, ChatFormatter, CompletionFormatter, format_sse
+from yuan.serve.response_schemas import StreamError, StreamErrorEvent
+from yuan.serve.responses import STREAM_END_EVENT, AnswerFormatter, ChatFormatter, CompletionFormatter, format_sse
 from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
 
@@ -62,8 +63,8 @@ def make_api(token: str, service: ModelService) -> FastAPI:
             service, build_sampling(form, form.logprobs), num_choices=form.n, caller=get_caller(call)
         )
         listener.submit(lambda served: form.prompts(served.tokenizer))
-        shape = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
-        return await respond(listener, shape, form, call)
+        formatter = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
+        return await respond(listener, formatter, form, call)
 
     @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
@@ -71,8 +72,8 @@ def make_api(token: str, service: ModelService) -> FastAPI:
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
         listener = AnswerReceiver(service, sampling, num_choices=form.n, caller=get_caller(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
-        shape = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
-        return await respond(listener, shape, form, call)
+        formatter = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
+        return await respond(listener, formatter, form, call)
 
     _add_error_handlers(app, service)
     return app
@@ -180,14 +181,14 @@ class EventStream(StreamingResponse):
 
 
 async def respond(
-    listener: AnswerReceiver, shape: CompletionFormatter, form: CompletionIn | ChatIn, call: Call
+    listener: AnswerReceiver, formatter: AnswerFormatter, form: CompletionIn | ChatIn, call: Call
 ) -> Response:
     """Return the answer as one response or as an event stream."""
     headers = {VERSION_HEADER: str(listener.version)}
     listener.metrics.count_request(call.url.path, 200)
     if form.stream:
         with_usage = form.stream_options is not None and form.stream_options.include_usage
-        return EventStream(listener, _iter_events(listener, shape, with_usage=with_usage), headers)
+        return EventStream(listener, _iter_events(listener, formatter, with_usage=with_usage), headers)
 
     try:
         answer = await run_until_disconnect(call, _complete_answer(listener))
@@ -195,7 +196,7 @@ async def respond(
         listener.close()
     if answer is None:
         return Response(status_code=499)
-    return JSONResponse(shape.format_response(answer), headers=headers)
+    return JSONResponse(formatter.format_response(answer).model_dump(), headers=headers)
 
 
 async def _complete_answer(listener: AnswerReceiver) -> GenerationRequest:
@@ -206,20 +207,20 @@ async def _complete_answer(listener: AnswerReceiver) -> GenerationRequest:
 
 
 async def _iter_events(
-    listener: AnswerReceiver, shape: CompletionFormatter, *, with_usage: bool
+    listener: AnswerReceiver, formatter: AnswerFormatter, *, with_usage: bool
 ) -> AsyncIterator[bytes]:
     started: set[int] = set()
     try:
         async for piece in listener.iter_pieces():
             if piece.text or piece.chosen or piece.finish_reason:
-                yield shape.format_event(piece, first=piece.index not in started)
+                yield format_sse(formatter.format_chunk(piece, first=piece.index not in started))
                 started.add(piece.index)
         if with_usage:
-            yield shape.format_usage_event(listener.request)
+            yield format_sse(formatter.format_usage_chunk(listener.request))
         yield STREAM_END_EVENT
     except Exception as error:  # the status is already sent, so send the error as the last event
         status, kind, message = _describe_error(error)
-        yield format_sse({"error": {"message": message, "type": kind, "code": status}})
+        yield format_sse(StreamErrorEvent(error=StreamError(message=message, type=kind, code=status)))
 
 
 def _describe_error(error: Exception) -> tuple[int, str, str]:

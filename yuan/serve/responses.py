@@ -1,126 +1,156 @@
 """Format answers as OpenAI API responses: one JSON object, or a stream of events."""
 
-import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Many
 from itertools import accumulate
-from typing import Any
 
 from yuan.generate.sampling import ChosenToken
 from yuan.serve.request import AnswerPiece, GenerationRequest
+from yuan.serve.response_schemas import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ResponseSchema,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    TokenAlternative,
+    TokenLogprob,
+    Usage,
+)
 from yuan.tokenizer import Tokenizer
 from yuan.version_names import format_model_name
 
-ResponseJson = dict[str, Any]
 
+class AnswerFormatter(ABC):
+    """Format the answer to one call; `id_prefix` is that of the answer's id."""
 
-class CompletionFormatter:
-    """Format the answer to one text-completion call; subclasses override the format of a choice."""
-
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    id_prefix: str
 
     def __init__(self, version: int, tokenizer: Tokenizer, *, with_logprobs: bool) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._version, self._tokenizer, self._with_logprobs = version, tokenizer, with_logprobs
-        self._created = int(time.time())
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.created, self.model = int(time.time()), format_model_name(version)
+        self._tokenizer, self._with_logprobs = tokenizer, with_logprobs
 
-    def build_envelope(self, kind: str, choices: list[ResponseJson], **more: Any) -> ResponseJson:
-        model = format_model_name(self._version)
-        return {"id": self.id, "object": kind, "created": self._created, "model": model, "choices": choices, **more}
-
-    def format_response(self, request: GenerationRequest) -> ResponseJson:
+    @abstractmethod
+    def format_response(self, request: GenerationRequest) -> ResponseSchema:
         """Return the response to a request that has ended."""
-        choices = [
-            self.choice(n, s.text, s.finish_reason, s.chosen, first=True) for n, s in enumerate(request.sequences)
-        ]
-        return self.build_envelope(self.kind, choices, usage=count_usage(request))
 
-    def format_event(self, piece: AnswerPiece, *, first: bool) -> bytes:
-        """Return one event of a stream."""
-        choice = self.delta(piece, first=first)
-        return format_sse(self.build_envelope(self.chunk_kind, [choice]))
+    @abstractmethod
+    def format_chunk(self, piece: AnswerPiece, *, first: bool) -> ResponseSchema:
+        """Return the event of a stream for a piece; `first` is True for the first piece of its choice."""
 
-    def format_usage_event(self, request: GenerationRequest) -> bytes:
+    @abstractmethod
+    def format_usage_chunk(self, request: GenerationRequest) -> ResponseSchema:
         """Return the event with the token usage, for requests with `include_usage`."""
-        return format_sse(self.build_envelope(self.chunk_kind, [], usage=count_usage(request)))
-
-    def choice(
-        self, index: int, text: str, reason: str | None, chosen: Many[ChosenToken], *, first: bool
-    ) -> ResponseJson:
-        return {"index": index, "text": text, "finish_reason": reason, "logprobs": self.logprobs(chosen)}
-
-    def delta(self, piece: AnswerPiece, *, first: bool) -> ResponseJson:
-        return self.choice(piece.index, piece.text, piece.finish_reason, piece.chosen, first=first)
-
-    def logprobs(self, chosen: Many[ChosenToken]) -> ResponseJson | None:
-        if not self._with_logprobs:
-            return None
-        words = [self._decode_token(c.token) for c in chosen]
-        offsets = [0, *accumulate(map(len, words))][: len(words)]  # where each word starts in the text
-        return {
-            "tokens": words,
-            "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [self._format_alternatives(c) for c in chosen],
-            "text_offset": offsets,
-        }
-
-    def _format_alternatives(self, chosen: ChosenToken) -> ResponseJson:
-        return {self._decode_token(top.token): top.logprob for top in chosen.top}
 
     def _decode_token(self, token: int) -> str:
         return self._tokenizer.decode([token])
 
 
-class ChatFormatter(CompletionFormatter):
-    """Format the answer to one chat-completion call."""
+class CompletionFormatter(AnswerFormatter):
+    """Format the answer to one text-completion call."""
 
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix = "cmpl"
 
-    def choice(
-        self, index: int, text: str, reason: str | None, chosen: Many[ChosenToken], *, first: bool
-    ) -> ResponseJson:
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": reason, "logprobs": self.logprobs(chosen)}
+    def format_response(self, request: GenerationRequest) -> TextCompletion:
+        choices = tuple(
+            self._format_choice(index, sequence.text, sequence.finish_reason, sequence.chosen)
+            for index, sequence in enumerate(request.sequences)
+        )
+        usage = count_usage(request)
+        return TextCompletion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
-    def delta(self, piece: AnswerPiece, *, first: bool) -> ResponseJson:
-        role = {"role": "assistant"} if first else {}
-        delta = {**role, "content": piece.text}
-        logprobs = self.logprobs(piece.chosen)
-        return {"index": piece.index, "delta": delta, "finish_reason": piece.finish_reason, "logprobs": logprobs}
+    def format_chunk(self, piece: AnswerPiece, *, first: bool) -> TextCompletion:
+        choice = self._format_choice(piece.index, piece.text, piece.finish_reason, piece.chosen)
+        return TextCompletion(id=self.id, created=self.created, model=self.model, choices=(choice,))
 
-    def logprobs(self, chosen: Many[ChosenToken]) -> ResponseJson | None:
+    def format_usage_chunk(self, request: GenerationRequest) -> TextCompletion:
+        usage = count_usage(request)
+        return TextCompletion(id=self.id, created=self.created, model=self.model, choices=(), usage=usage)
+
+    def _format_choice(self, index: int, text: str, finish_reason: str | None, chosen: Many[ChosenToken]) -> TextChoice:
+        logprobs = self._format_logprobs(chosen)
+        return TextChoice(index=index, text=text, finish_reason=finish_reason, logprobs=logprobs)
+
+    def _format_logprobs(self, chosen: Many[ChosenToken]) -> TextLogprobs | None:
         if not self._with_logprobs:
             return None
-        return {
-            "content": [
-                {**self._format_logprob(c.token, c.logprob), "top_logprobs": self._format_top_logprobs(c)}
-                for c in chosen
-            ]
-        }
+        words = tuple(self._decode_token(c.token) for c in chosen)
+        offsets = (0, *accumulate(map(len, words)))[: len(words)]  # where each word starts in the text
+        return TextLogprobs(
+            tokens=words,
+            token_logprobs=tuple(c.logprob for c in chosen),
+            top_logprobs=tuple(self._format_alternatives(c) for c in chosen),
+            text_offset=offsets,
+        )
 
-    def _format_top_logprobs(self, chosen: ChosenToken) -> list[ResponseJson]:
-        return [self._format_logprob(top.token, top.logprob) for top in chosen.top]
+    def _format_alternatives(self, chosen: ChosenToken) -> dict[str, float]:
+        return {self._decode_token(top.token): top.logprob for top in chosen.top}
 
-    def _format_logprob(self, token: int, logprob: float | None) -> ResponseJson:
+
+class ChatFormatter(AnswerFormatter):
+    """Format the answer to one chat-completion call."""
+
+    id_prefix = "chatcmpl"
+
+    def format_response(self, request: GenerationRequest) -> ChatCompletion:
+        choices = tuple(
+            ChatChoice(
+                index=index,
+                message=ChatMessage(content=sequence.text),
+                finish_reason=sequence.finish_reason,
+                logprobs=self._format_logprobs(sequence.chosen),
+            )
+            for index, sequence in enumerate(request.sequences)
+        )
+        usage = count_usage(request)
+        return ChatCompletion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    def format_chunk(self, piece: AnswerPiece, *, first: bool) -> ChatCompletionChunk:
+        choice = ChatChunkChoice(
+            index=piece.index,
+            delta=ChatDelta(role="assistant" if first else None, content=piece.text),
+            finish_reason=piece.finish_reason,
+            logprobs=self._format_logprobs(piece.chosen),
+        )
+        return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=(choice,))
+
+    def format_usage_chunk(self, request: GenerationRequest) -> ChatCompletionChunk:
+        usage = count_usage(request)
+        return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=(), usage=usage)
+
+    def _format_logprobs(self, chosen: Many[ChosenToken]) -> ChatLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        return ChatLogprobs(content=tuple(self._format_token(c) for c in chosen))
+
+    def _format_token(self, chosen: ChosenToken) -> TokenLogprob:
+        word = self._decode_token(chosen.token)
+        alternatives = tuple(self._format_alternative(top.token, top.logprob) for top in chosen.top)
+        return TokenLogprob(token=word, logprob=chosen.logprob, bytes=tuple(word.encode()), top_logprobs=alternatives)
+
+    def _format_alternative(self, token: int, logprob: float) -> TokenAlternative:
         word = self._decode_token(token)
-        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+        return TokenAlternative(token=word, logprob=logprob, bytes=tuple(word.encode()))
 
 
-def count_usage(request: GenerationRequest) -> ResponseJson:
+def count_usage(request: GenerationRequest) -> Usage:
     """Count prompt and completion tokens; a prompt that several choices share is counted once."""
     num_prompt = sum(len(prompt) for prompt in request.prompts)
     num_completion = sum(sequence.num_tokens for sequence in request.sequences)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
-    }
+    return Usage(prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion)
 
 
-def format_sse(data: ResponseJson) -> bytes:
+def format_sse(event: ResponseSchema) -> bytes:
     """Format one server-sent event, in ASCII, since many clients treat U+2028 and similar as the end of a line."""
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    return b"data: " + event.model_dump_json(ensure_ascii=True).encode() + b"\n\n"
 
 
 STREAM_END_EVENT = b"data: [DONE]\n\n"
