@@ -4,14 +4,14 @@
 pushes a dataset, and prints one JSON object.
 """
 
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from feedback.client import Client, PortalError
 from feedback.contracts import FeedbackIn
@@ -25,38 +25,24 @@ QUESTIONS_PER_REQUEST, MAX_QUESTIONS_PER_SKILL = 40, 600
 MALFORMED_DATASET = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(BaseModel):
     """The portal's response to a request that it must refuse.
 
     Attributes:
-        request: describes the request.
+        request: describes the request; `what` in JSON.
         status: HTTP status.
         rows: the bad rows that the response lists, if any.
     """
 
-    request: str
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    request: str = Field(alias="what")
     status: int
     reason: str
-    rows: list[BadRow] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        rows = {} if self.rows is None else {"rows": [row.model_dump() for row in self.rows]}
-        return {"what": self.request, "status": self.status, "reason": self.reason, **rows}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Refusal":
-        rows = fields.get("rows")
-        return cls(
-            request=fields["what"],
-            status=fields["status"],
-            reason=fields["reason"],
-            rows=None if rows is None else [BadRow(**row) for row in rows],
-        )
+    rows: list[BadRow] | None = Field(default=None, exclude_if=lambda rows: rows is None)
 
 
-@dataclass(frozen=True)
-class Contribution:
+class Contribution(BaseModel):
     """Summary of the contributor's requests.
 
     Attributes:
@@ -66,27 +52,12 @@ class Contribution:
         refusals: of the requests that had to be refused.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     num_questions: int
     num_reports: int
     num_rows: int
     refusals: list[Refusal]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "asked": self.num_questions,
-            "reports": self.num_reports,
-            "refused": [refusal.to_json() for refusal in self.refusals],
-            "rows": self.num_rows,
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Contribution":
-        return cls(
-            num_questions=fields["asked"],
-            num_reports=fields["reports"],
-            num_rows=fields["rows"],
-            refusals=[Refusal.from_json(refusal) for refusal in fields["refused"]],
-        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,7 @@ def main() -> int:
     url, skills_file, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     with Client(url, os.environ["COTRAIN_TOKEN"]) as client:
         contribution = contribute(client, load_skills(skills_file), seed)
-    print(json.dumps(contribution.to_json()))
+    print(contribution.model_dump_json(ensure_ascii=True))
     return 0
 
 
@@ -130,7 +101,9 @@ def contribute(client: Client, skills: Sequence[Skill], seed: int) -> Contributi
         file = Path(folder) / "corrections.jsonl"
         file.write_bytes(dump_rows(build_dataset_rows(skills, seed)))
         dataset = client.push_dataset(file, idempotency_key=f"demo-dataset-{seed}")
-    return Contribution(num_questions, num_reports, dataset.num_rows, refusals)
+    return Contribution(
+        num_questions=num_questions, num_reports=num_reports, num_rows=dataset.num_rows, refusals=refusals
+    )
 
 
 def find_wrong_answers(client: Client, skill: Skill, seed: int) -> Iterator[QuestionBatch]:
@@ -177,7 +150,8 @@ def push_malformed(client: Client) -> Refusal:
         try:
             client.push_dataset(file)
         except PortalError as error:
-            return Refusal("malformed file", error.status, error.body.message, error.body.rows or [])
+            rows = error.body.rows or []
+            return Refusal(request="malformed file", status=error.status, reason=error.body.message, rows=rows)
     raise RuntimeError("the portal must refuse a malformed file, and accepted it")
 
 
@@ -189,7 +163,7 @@ def submit_oversized(client: Client) -> Refusal:
     try:
         client.submit(huge)
     except PortalError as error:
-        return Refusal("oversized report", error.status, error.body.message)
+        return Refusal(request="oversized report", status=error.status, reason=error.body.message)
     raise RuntimeError("the portal must refuse an oversized report, and accepted it")
 
 

@@ -1,6 +1,5 @@
 """The scenario of the demo: its rounds and its contributor in order, and the collection of its results."""
 
-import json
 import os
 import subprocess
 import sys
@@ -85,7 +84,7 @@ class DemoFigures:
             "base_after": base.after.rate,
             "reports": self.reports,
             "submitted": self.submitted,
-            "refused": [refusal.to_json() for refusal in self.refused],
+            "refused": [refusal.model_dump() for refusal in self.refused],
             "fixed": self.fixed,
             "still_failing": self.still_failing,
             "notices": self.notices,
@@ -186,7 +185,7 @@ def run_contributor(url: str, token: str, skills_file: Path, seed: int) -> Contr
     if completed.returncode != 0:
         last_lines = completed.stderr.strip().splitlines()[-1:] or ["without output"]
         raise DemoFailed(f"the contributor's process ended with status {completed.returncode}: {last_lines[0]}")
-    return Contribution.from_json(json.loads(completed.stdout))
+    return Contribution.model_validate_json(completed.stdout)
 
 
 def gather_figures(

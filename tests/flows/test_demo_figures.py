@@ -8,16 +8,21 @@ from flows.demo.scenario import DemoFigures
 from yuan.data.rows import BadRow
 
 REFUSED = [
-    Refusal("malformed file", 422, "2 rows are malformed", [BadRow(row=2, reason="answer is missing")]),
-    Refusal("oversized report", 413, "send less"),
+    Refusal(
+        request="malformed file",
+        status=422,
+        reason="2 rows are malformed",
+        rows=[BadRow(row=2, reason="answer is missing")],
+    ),
+    Refusal(request="oversized report", status=413, reason="send less"),
 ]
 
 
 def test_contribution_survives_a_json_round_trip():
     contribution = Contribution(num_questions=1200, num_reports=120, num_rows=5000, refusals=REFUSED)
-    printed = json.dumps(contribution.to_json())
-    assert Contribution.from_json(json.loads(printed)) == contribution
-    assert json.loads(printed)["refused"][1] == {"what": "oversized report", "status": 413, "reason": "send less"}
+    printed = contribution.model_dump_json()
+    assert Contribution.model_validate_json(printed) == contribution
+    assert json.loads(printed)["refusals"][1] == {"what": "oversized report", "status": 413, "reason": "send less"}
 
 
 def test_fresh_and_base_suite_pass_rates_have_separate_names():
