@@ -1,25 +1,11 @@
 """Run a program confined: `python -I child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
-The steps, in this order: protect /proc (`thread_names`), change the user (`user`), drop every capability, set
-no_new_privs, restrict files, ports and signals with Landlock, request `signal` for the parent's death, refuse with
-seccomp the system calls that Landlock does not restrict, and replace this process by the program.
+The JSON is a `ConfinementSpec`. The steps, in this order: protect /proc (`thread_names`), change the user (`user`),
+drop every capability, set no_new_privs, restrict files, ports and signals with Landlock, request `signal` for the
+parent's death, refuse with seccomp the system calls that Landlock does not restrict, and replace this process by the
+program.
 
-`user` selects how root's privileges are dropped, which PostgreSQL requires:
-
-- `same`: the user stays the same; root loses its capabilities.
-- `namespace`: the process has `uid` inside its own user namespace, and is still the calling user outside.
-- `search`, `override`: the process changes to `uid` and keeps one capability, to enter folders that only root may
-  enter; used where user namespaces are forbidden.
-
-`thread_names` lets CUDA start, whose driver writes /proc/<pid>/task/<tid>/comm and fails with error 304 if it may not:
-
-- `none`: nothing in /proc may be written.
-- `own`: files of the threads of this process, which keeps its process id.
-- `descendants`: Landlock knows no patterns, so this includes all of /proc that the user may write. For root that is
-  more than processes, so the process gets a procfs of its own, where all else is read-only. Where that is impossible
-  and something else may be written, the right is refused.
-
-This file runs alone, before any package can be imported.
+This file runs alone, before any package can be imported, so it imports the standard library only.
 """
 
 import contextlib
@@ -33,29 +19,34 @@ import socket
 import stat
 import struct
 import sys
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 24, 28, 38, 47
+PR_SET_PDEATHSIG = 1
+PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
 SECBIT_NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
 CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
-MS_NO_SUID, MS_NO_DEVICES, MS_NO_EXEC, MS_BIND, MS_RECURSIVE, MS_PRIVATE, MS_SLAVE = (
-    2,
-    4,
-    8,
-    4096,
-    16384,
-    1 << 18,
-    1 << 19,
-)
-MOUNT_SETATTR, MOUNT_READ_ONLY, AT_FDCWD, AT_RECURSIVE = 442, 1, -100, 0x8000
+MS_NO_SUID, MS_NO_DEVICES, MS_NO_EXEC = 2, 4, 8
+MS_BIND, MS_RECURSIVE = 1 << 12, 1 << 14
+MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
+MOUNT_SETATTR = 442  # the system call's number, the same on every architecture
+MOUNT_READ_ONLY = 1
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
 
 # Landlock: system calls (the same numbers on every architecture), and access rights of linux/landlock.h.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 GET_VERSION, PATH_BENEATH, NET_PORT = 1, 1, 2
-EXECUTE_RIGHT, WRITE_FILE_RIGHT, READ_FILE_RIGHT, READ_DIR_RIGHT = 1, 2, 4, 8
+EXECUTE_RIGHT = 1 << 0
+WRITE_FILE_RIGHT = 1 << 1
+READ_FILE_RIGHT = 1 << 2
+READ_DIR_RIGHT = 1 << 3
 CHANGE_RIGHTS = sum(1 << bit for bit in (4, 5, 7, 8, 9, 10, 12))  # remove and create folders, files, sockets, ...
 MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # create device files: never granted
 MAKE_SOCKET_RIGHT = 1 << 9
@@ -96,23 +87,95 @@ SYSTEM_V_CALLS = (
 )
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
 # BPF instructions on a 32-bit word.
-BPF_LOAD, BPF_AND, BPF_EQUAL, BPF_NOT_LESS, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
-SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000  # with errno 0 the call returns 0 and does nothing
+BPF_LOAD, BPF_AND = 0x20, 0x54
+BPF_EQUAL, BPF_NOT_LESS = 0x15, 0x35
+BPF_RETURN = 0x06
+SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
 FIRST_X32_CALL = 0x40000000  # on x86_64, numbers from here on are the x32 ABI's
-ALL_BITS_MASK, SOCKET_TYPE_MASK, MSG_FASTOPEN = 0xFFFFFFFF, 0xF, 0x20000000
+ALL_BITS_MASK, SOCKET_TYPE_MASK = 0xFFFFFFFF, 0xF
+MSG_FASTOPEN = 0x20000000
 PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
 
 BpfInstruction = tuple[int, int, int, int]  # code, instructions to skip if true, and if false, operand
 ArgumentTest = tuple[int, int, tuple[int, ...]]  # argument's index, the bits that count, their allowed values
+UserChange = Literal["same", "namespace", "search", "override"]
+ThreadNameAccess = Literal["none", "own", "descendants"]
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check_result(result: int, what: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ConfinementSpec:
+    """Define what a process may access, with every path and every right stated. No field has a default.
+
+    Attributes:
+        read: files and folders that may be read and executed.
+        write: files and folders that may be read and changed; programs in them cannot be executed.
+        list_folders: folders whose entries may be listed, at every depth.
+        sockets: folders where the process may create Unix sockets, and nothing else.
+        thread_names: the threads that it may name. CUDA needs this to start: its driver writes
+            /proc/<pid>/task/<tid>/comm and fails with error 304 if it may not.
+
+            - `none`: nothing in /proc may be written.
+            - `own`: files of the threads of this process, which keeps its process id.
+            - `descendants`: Landlock knows no patterns, so this includes all of /proc that the user may write. For root
+              that is more than processes, so the process gets a procfs of its own, where all else is read-only. Where
+              that is impossible and something else may be written, the right is refused.
+        bind: TCP ports on which it may listen.
+        connect: TCP ports to which it may connect; None leaves the network unrestricted, `bind` included.
+        is_server: true if it serves clients on an inherited socket. It then cannot pass the socket to other processes,
+            so it may not create Unix sockets, and cannot leave its process group.
+        system_v: true if it may use System V shared memory, which PostgreSQL needs to prevent a second instance.
+        scope_signals: true if it may send signals only to processes in the same confinement.
+        scope_sockets: true if it may connect to abstract Unix sockets only of processes in the same confinement.
+        signal: name of the signal that the process receives when its parent exits for any reason.
+        user: how root's privileges are dropped, which PostgreSQL requires.
+
+            - `same`: the user stays the same; root loses its capabilities.
+            - `namespace`: the process has `uid` inside its own user namespace, and is still the calling user outside.
+            - `search`, `override`: the process changes to `uid` and keeps one capability, to enter folders that only
+              root may enter; used where user namespaces are forbidden.
+        uid: the new user id; not used with `same`.
+    """
+
+    read: Sequence[str]
+    write: Sequence[str]
+    list_folders: Sequence[str]
+    sockets: Sequence[str]
+    thread_names: ThreadNameAccess
+    bind: Sequence[int]
+    connect: Sequence[int] | None
+    is_server: bool
+    system_v: bool
+    scope_signals: bool
+    scope_sockets: bool
+    signal: str
+    user: UserChange
+    uid: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ConfinementSpec":
+        """Read the fields from JSON.
+
+        Raises:
+            TypeError: if a field is missing or unknown, so that nothing starts with a rule left out.
+        """
+        return cls(**json.loads(text))
+
+
+def check_result(result: int, operation: str) -> int:
+    """Return the result of a call of the C library.
+
+    Raises:
+        OSError: if it is negative, with the operation's name and the text of errno.
+    """
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{operation}: {os.strerror(number)}")
     return result
 
 
@@ -127,7 +190,8 @@ def change_user(uid: int, capability: int) -> None:
 
 
 def set_capabilities(bits: int) -> None:
-    header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", bits, bits, bits, 0, 0, 0)
+    header = struct.pack("=Ii", 0x20080522, 0)  # version 3 of the structure, this process
+    data = struct.pack("=6I", bits, bits, bits, 0, 0, 0)  # effective, permitted, inheritable; the upper bits are 0
     check_result(libc.capset(header, data), "capset")
 
 
@@ -204,11 +268,11 @@ def mount(source: str | None, target: str, flags: int, *, kind: str | None = Non
     check_result(libc.mount(*texts, flags, None), f"mount {target}")
 
 
-def find_thread_names_path(spec: dict[str, Any]) -> str | None:
+def find_thread_names_path(spec: ConfinementSpec) -> str | None:
     """Return the path beneath which files may be written so that threads can be named; None if that is not granted."""
-    if spec["thread_names"] == "none":
+    if spec.thread_names == "none":
         return None
-    if spec["thread_names"] == "own":
+    if spec.thread_names == "own":
         return "/proc/self/task"
     if os.geteuid() == 0 and (setting := find_writable_setting()):
         print(
@@ -240,7 +304,7 @@ def get_landlock_version() -> int:
     return max(0, int(libc.syscall(CREATE_RULESET, None, 0, GET_VERSION)))
 
 
-def apply_landlock(spec: dict[str, Any]) -> None:
+def apply_landlock(spec: ConfinementSpec) -> None:
     """Allow only the files, folders, TCP ports and signal targets of the specification, as far as the kernel can."""
     version = get_landlock_version()
     if version == 0:
@@ -248,28 +312,28 @@ def apply_landlock(spec: dict[str, Any]) -> None:
 
     # The kernel rejects bits that its ABI version does not know.
     known = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
-    net = BIND_TCP | CONNECT_TCP if version >= 4 and spec["connect"] is not None else 0
-    scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 and spec["scope_sockets"] else 0
-    if version >= 6 and spec["scope_signals"]:
+    net = BIND_TCP | CONNECT_TCP if version >= 4 and spec.connect is not None else 0
+    scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 and spec.scope_sockets else 0
+    if version >= 6 and spec.scope_signals:
         scoped |= SCOPE_SIGNALS
     handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & known
     attributes = struct.pack("=QQQ", handled, net, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = check_result(libc.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock ruleset")
 
-    for path in spec["read"]:
+    for path in spec.read:
         allow_path(ruleset, path, READ_RIGHTS & known)
-    for path in spec["write"]:
+    for path in spec.write:
         allow_path(ruleset, path, WRITE_RIGHTS & known)
-    for path in spec["list"]:
+    for path in spec.list_folders:
         allow_path(ruleset, path, READ_DIR_RIGHT)
-    for path in spec["sockets"]:
+    for path in spec.sockets:
         allow_path(ruleset, path, MAKE_SOCKET_RIGHT)
     if thread_names := find_thread_names_path(spec):
         allow_path(ruleset, thread_names, (WRITE_FILE_RIGHT | TRUNCATE_RIGHT) & known)
         # While a descriptor refers to it, the kernel keeps the object that the rule belongs to.
         os.set_inheritable(os.open(thread_names, os.O_PATH), True)
     if net:
-        for right, ports in ((BIND_TCP, spec["bind"]), (CONNECT_TCP, spec["connect"])):
+        for right, ports in ((BIND_TCP, spec.bind), (CONNECT_TCP, spec.connect or ())):
             for port in ports:
                 rule = struct.pack("=QQ", right, port)
                 check_result(libc.syscall(ADD_RULE, ruleset, NET_PORT, rule, 0), f"landlock port {port}")
@@ -334,7 +398,8 @@ def build_seccomp_program(*, is_server: bool, system_v: bool) -> list[BpfInstruc
     its process group, by which the keeper ends it.
     """
     machine = os.uname().machine
-    refused, missing, done = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS, SECCOMP_ERRNO
+    refused, missing = SECCOMP_ERRNO | errno.EPERM, SECCOMP_ERRNO | errno.ENOSYS
+    without_effect = SECCOMP_ERRNO  # errno 0: the call returns 0 and does nothing
     program: list[BpfInstruction] = [
         (BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET),
         (BPF_EQUAL, 1, 0, ARCHITECTURES[machine]),  # in 32-bit programs the same numbers mean other calls
@@ -350,7 +415,7 @@ def build_seccomp_program(*, is_server: bool, system_v: bool) -> list[BpfInstruc
         program += match_call(name, allow_if(itself, otherwise=refused))
     # The C library passes the id of a new thread here, not 0. An error would end programs that bind their threads to
     # cores (OMP_PROC_BIND), so the call succeeds without effect and the threads stay unbound.
-    program += match_call("sched_setaffinity", allow_if(itself, otherwise=done))
+    program += match_call("sched_setaffinity", allow_if(itself, otherwise=without_effect))
     for name, process in (("setpriority", PRIO_PROCESS), ("ioprio_set", IOPRIO_WHO_PROCESS)):
         program += match_call(
             name, allow_if((0, ALL_BITS_MASK, (process,)), (1, ALL_BITS_MASK, (0,)), otherwise=refused)
@@ -410,30 +475,29 @@ def allow_sockets(*, otherwise: int, with_unix: bool) -> list[BpfInstruction]:
 def raise_file_limit() -> None:
     """Raise the soft limit of open files: a thousand clients need a thousand, more than many systems' default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    raised = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < raised:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 def main() -> None:
-    spec, command = json.loads(sys.argv[1]), sys.argv[2:]
+    spec, command = ConfinementSpec.from_json(sys.argv[1]), sys.argv[2:]
     raise_file_limit()
-    if spec["thread_names"] == "descendants" and os.geteuid() == 0 and get_landlock_version() > 0:
+    if spec.thread_names == "descendants" and os.geteuid() == 0 and get_landlock_version() > 0:
         with contextlib.suppress(OSError):  # without the right to mount; `find_thread_names_path` looks at the result
             protect_kernel_settings()
-    if spec["user"] == "namespace":
-        enter_user_namespace(
-            spec["uid"]
-        )  # its capabilities are valid only inside the namespace, and are lost at the exec
-    elif spec["user"] in CAPABILITIES:
-        change_user(spec["uid"], CAPABILITIES[spec["user"]])
+    if spec.user == "namespace":
+        # Its capabilities are valid only inside the namespace, and are lost at the exec.
+        enter_user_namespace(spec.uid)
+    elif spec.user in CAPABILITIES:
+        change_user(spec.uid, CAPABILITIES[spec.user])
     elif os.geteuid() == 0:
         drop_capabilities()
     check_result(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     apply_landlock(spec)
     # After the change of user, since that clears the parent death signal.
-    check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec["signal"]), 0, 0, 0), "parent death signal")
-    apply_seccomp(is_server=spec["is_server"], system_v=spec["system_v"])
+    check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec.signal), 0, 0, 0), "parent death signal")
+    apply_seccomp(is_server=spec.is_server, system_v=spec.system_v)
     os.umask(0o077)
     os.execv(command[0], command)
 

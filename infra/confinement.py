@@ -4,7 +4,6 @@ A compromised service can then read only its own folder, the interpreter and the
 folder, settings or environment, even if both run as the same user.
 """
 
-import json
 import os
 import sys
 import sysconfig
@@ -17,10 +16,10 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from infra import child
+from infra.child import ConfinementSpec, ThreadNameAccess, UserChange
 
 CHILD_PROGRAM = Path(child.__file__)
 DISTRIBUTION_NAME = "cotrain"
-UserChange = Literal["same", "namespace", "search", "override"]
 AcceleratorUse = Literal["none", "process", "descendants"]
 
 # Of /etc only what the C library, OpenSSL and Python read; none of these files holds a secret.
@@ -34,7 +33,11 @@ SYSTEM_FILES = (
 DEVICE_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 SHARED_MEMORY_FOLDER = "/dev/shm"  # collectives of several processes on one machine need it
 ACCELERATOR_FILE_PATTERNS = ("nvidia*", "nvidia-caps", "infiniband", "dri", "kfd")
-THREAD_NAMES: dict[AcceleratorUse, str] = {"none": "none", "process": "own", "descendants": "descendants"}
+THREAD_NAMES_BY_USE: dict[AcceleratorUse, ThreadNameAccess] = {
+    "none": "none",
+    "process": "own",
+    "descendants": "descendants",
+}
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 SAFE_VARIABLES = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CC", "TORCH_COMPILE_DISABLE")
 # Variables that sites set for collectives and accelerators; no platform setting and no credential has these prefixes.
@@ -45,21 +48,12 @@ SAFE_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX
 class Confinement:
     """Define what one process and its children may access.
 
+    Fields that are not listed here have the same meaning as in `infra.child.ConfinementSpec`.
+
     Attributes:
         read: files and folders that may be read, in addition to the interpreter, this code and the system.
-        write: files and folders that may be read and changed; programs in them cannot be executed.
-        sockets: folders of other services where the process may create Unix sockets, and nothing else.
-        bind, connect: TCP ports on which it may listen, and to which it may connect. `connect=None` leaves the network
-            unrestricted.
-        is_server: true if it serves clients on an inherited socket. It then cannot pass the socket to other processes,
-            so it may not create Unix sockets, and cannot leave its process group.
-        system_v: true if it may use System V shared memory, which PostgreSQL needs to prevent a second instance.
         accelerators: which processes use this machine's accelerators: none, this process alone, or its descendants too.
-            They may then write to the device files and, for CUDA, the names of threads; see `infra/child.py`.
-        scope_signals: true if it may send signals only to processes in the same confinement.
-        scope_sockets: true if it may connect to abstract Unix sockets only of processes in the same confinement.
-        signal: the signal that the process receives when its parent exits for any reason.
-        user, uid: the way in which root's privileges are dropped; see `infra/child.py`.
+            They may then write to the device files and, for CUDA, the names of threads.
     """
 
     read: tuple[Path, ...] = ()
@@ -80,24 +74,23 @@ class Confinement:
         """Return the command that runs a program under this confinement."""
         accelerator_files = () if self.accelerators == "none" else find_accelerator_files()
         has_cuda = any(path.name.startswith("nvidia") for path in accelerator_files)
-        read = [*SYSTEM_FILES, *map(str, find_interpreter_folders()), *map(str, self.read)]
-        specification = {
-            "read": read,
-            "write": [*DEVICE_FILES, *map(str, self.write), *map(str, accelerator_files)],
-            "thread_names": THREAD_NAMES[self.accelerators] if has_cuda else "none",
-            "list": ["/dev"],  # a confined process that confines others must find the accelerator files to grant
-            "sockets": [str(folder) for folder in self.sockets],
-            "bind": self.bind,
-            "connect": self.connect,
-            "is_server": self.is_server,
-            "system_v": self.system_v,
-            "scope_signals": self.scope_signals,
-            "scope_sockets": self.scope_sockets,
-            "signal": self.signal,
-            "user": self.user,
-            "uid": self.uid,
-        }
-        return [sys.executable, "-I", str(CHILD_PROGRAM), json.dumps(specification), program, *arguments]
+        spec = ConfinementSpec(
+            read=[*SYSTEM_FILES, *map(str, find_interpreter_folders()), *map(str, self.read)],
+            write=[*DEVICE_FILES, *map(str, self.write), *map(str, accelerator_files)],
+            list_folders=["/dev"],  # a confined process that confines others must find the accelerator files to grant
+            sockets=[str(folder) for folder in self.sockets],
+            thread_names=THREAD_NAMES_BY_USE[self.accelerators] if has_cuda else "none",
+            bind=self.bind,
+            connect=self.connect,
+            is_server=self.is_server,
+            system_v=self.system_v,
+            scope_signals=self.scope_signals,
+            scope_sockets=self.scope_sockets,
+            signal=self.signal,
+            user=self.user,
+            uid=self.uid,
+        )
+        return [sys.executable, "-I", str(CHILD_PROGRAM), spec.to_json(), program, *arguments]
 
 
 @cache

@@ -21,7 +21,8 @@ import psutil
 import psycopg
 from psycopg import sql
 
-from infra.confinement import CHILD_PROGRAM, Confinement, UserChange
+from infra.child import UserChange
+from infra.confinement import CHILD_PROGRAM, Confinement
 from infra.files import read_regular, write_private
 
 NOBODY_UID = 65534  # initdb requires a user that has a name
