@@ -24,9 +24,9 @@ from prefect.states import Cancelled, Crashed
 from feedback import rounds
 from feedback.states import RoundState
 from feedback.tables import Round
+from flows.allowed_flows import make_attempt_run_name
 from flows.context import DispatcherContext
 from flows.dispatcher.deployments import ROUND_DEPLOYMENT
-from flows.registry import make_attempt_run_name
 from infra.machine import has_free_disk
 
 log = logging.getLogger(__name__)

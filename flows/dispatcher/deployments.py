@@ -5,8 +5,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
+from flows.allowed_flows import ALLOWED_FLOWS, REPRODUCE_FLOW, ROUND_FLOW, WORK_POOL_NAME
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_TEMPLATE
-from flows.registry import REGISTERED_FLOWS, REPRODUCE_FLOW, ROUND_FLOW, WORK_POOL_NAME
 from infra.settings import DispatcherSettings
 
 ROUND_DEPLOYMENT = f"{ROUND_FLOW}/{DEPLOYMENT_NAME}"
@@ -28,15 +28,15 @@ def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings
 
 
 def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:
-    """Register a deployment of one flow of `flows.registry`, which the worker looks up by name."""
-    registered = REGISTERED_FLOWS[name]
+    """Register a deployment of one of the allowed flows, which the worker looks up by name."""
+    flow = ALLOWED_FLOWS[name]
     client.create_deployment(
         flow_id=client.create_flow_from_name(name),
         name=DEPLOYMENT_NAME,
         work_pool_name=WORK_POOL_NAME,
-        parameter_openapi_schema=registered.schema(),
+        parameter_openapi_schema=flow.build_schema(),
         enforce_parameter_schema=True,
-        description=registered.load().description,
+        description=flow.load().description,
         paused=None,
         tags=["cotrain"],
         schedules=schedules,

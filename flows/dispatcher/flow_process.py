@@ -1,8 +1,8 @@
 """Entry of a flow run's process: `python -I -m flows.dispatcher.flow_process RUN_ID`, started by the worker.
 
 Of the run's data on Prefect's server only the flow's name and the JSON parameters are used: the name is looked up in
-`flows.registry`, the parameters are validated by its form. The deployment's entry point, pull steps, job variables and
-stored results are never read, since everybody who has Prefect's password can write them.
+`flows.allowed_flows`, the parameters are validated by its form. The deployment's entry point, pull steps, job variables
+and stored results are never read, since everybody who has Prefect's password can write them.
 The process is terminated when its worker exits, and reports the run as crashed.
 """
 
@@ -22,7 +22,7 @@ from prefect.flow_engine import run_flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed
 
-from flows.registry import find_flow, parse_form
+from flows.allowed_flows import find_flow, parse_form
 from infra.child import PR_SET_PDEATHSIG
 from infra.settings import get_home_folder
 from yuan.data.text import make_storable
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def run(run_id: UUID) -> None:
-    """Run the registered flow that a flow run names; fail a run with an unknown flow or invalid parameters."""
+    """Run the allowed flow that a flow run names; fail a run with an unknown flow or invalid parameters."""
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(run_id)
         name = client.read_flow(flow_run.flow_id).name
@@ -64,10 +64,10 @@ def run(run_id: UUID) -> None:
             flow_run_logger(flow_run).error(str(refusal))
             client.set_flow_run_state(run_id, Failed(message=str(refusal)), force=True)
             return
-    run_registered_flow(name, flow_run, form)
+    run_allowed_flow(name, flow_run, form)
 
 
-def run_registered_flow(name: str, flow_run: FlowRun, form: object) -> None:
+def run_allowed_flow(name: str, flow_run: FlowRun, form: object) -> None:
     # return_type="state", since Prefect would unpickle the result of a state that the server sent.
     flow = find_flow(name).load()
     run_flow(flow, flow_run=flow_run, parameters={"form": form}, return_type="state")

@@ -19,9 +19,9 @@ from prefect.runner._process_manager import ProcessHandle
 from prefect.utilities.processutils import run_process
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
+from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
 from flows.prefect_gate.deployment_rules import WORK_POOL_TEMPLATE
-from flows.registry import WORK_POOL_NAME
 from flows.supervisor.pool_launcher import CLUSTER_CONFIG_VARIABLES
 from infra.confinement import SAFE_VARIABLE_PREFIXES, SAFE_VARIABLES
 from infra.keeper import STACK_ID_VARIABLE

@@ -11,7 +11,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
-from flows.registry import REGISTERED_FLOWS, parse_form
+from flows.allowed_flows import ALLOWED_FLOWS, parse_form
 from yuan.data.text import BadJson, find_unstorable, make_printable, parse_json
 
 PREFECT_KIND_KEY = "__prefect_kind"  # marks a value that the server expands
@@ -109,7 +109,7 @@ def check_page_token(token: str) -> None:
 
 
 def check_run_parameters(form: Mapping[str, Any]) -> None:
-    """Check that a body gives a run only the parameters of a registered flow.
+    """Check that a body gives a run only the parameters of an allowed flow.
 
     Raises:
         PrefectInputRefused: if it has others, or turns off the server's own validation.
@@ -121,7 +121,7 @@ def check_run_parameters(form: Mapping[str, Any]) -> None:
     if (parameters := form.get("parameters")) is None:
         return
     faults = []
-    for name in REGISTERED_FLOWS:
+    for name in ALLOWED_FLOWS:
         try:
             parse_form(name, parameters)
             return

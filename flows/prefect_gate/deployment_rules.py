@@ -13,7 +13,7 @@ from zoneinfo import available_timezones
 
 from prefect._vendor.croniter.croniter import croniter  # the server's own
 
-from flows.registry import REGISTERED_FLOWS, WORK_POOL_NAME
+from flows.allowed_flows import ALLOWED_FLOWS, WORK_POOL_NAME
 from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import make_printable
 
@@ -56,7 +56,7 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
     """Describe why a body must not reach the server; None if it may.
 
     >>> find_foreign_deployment("/api/flows/", {"name": "mine"})
-    'only the flows cotrain-round, cotrain-reproduce are run here; register another in flows/registry.py'
+    'only the flows cotrain-round, cotrain-reproduce are run here; add another to flows/allowed_flows.py'
     >>> find_foreign_deployment("/api/deployments/", {**DEPLOYMENT_FIXED_FIELDS, "concurrency_limit": 1})
     'concurrency_limit must be null, as flows/dispatcher/deployments.py sends it, got 1; leave it as registered'
     """
@@ -72,15 +72,15 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
     if not isinstance(form, dict):
         return "the body must be a JSON object; send one"
     if path == "/api/flows/":
-        if form.get("name") in list(REGISTERED_FLOWS):
+        if form.get("name") in list(ALLOWED_FLOWS):
             return None
-        return f"only the flows {', '.join(REGISTERED_FLOWS)} are run here; register another in flows/registry.py"
+        return f"only the flows {', '.join(ALLOWED_FLOWS)} are run here; add another to flows/allowed_flows.py"
     if path != "/api/deployments/":
         return _find_schedule_fault(form, is_whole=False)
     if fault := _find_foreign_field(form, DEPLOYMENT_FIXED_FIELDS, DEPLOYMENT_FREE_FIELDS):
         return fault
-    if form.get("parameter_openapi_schema") not in [registered.schema() for registered in REGISTERED_FLOWS.values()]:
-        return "parameter_openapi_schema must be the schema of a flow that flows/registry.py registers; send that one"
+    if form.get("parameter_openapi_schema") not in [flow.build_schema() for flow in ALLOWED_FLOWS.values()]:
+        return "parameter_openapi_schema must be the schema of a flow in flows/allowed_flows.py; send that one"
     schedules = form.get("schedules", [])
     if not isinstance(schedules, list) or len(schedules) > MAX_SCHEDULES:
         return f"a deployment may have a list of {MAX_SCHEDULES} schedules; send less"

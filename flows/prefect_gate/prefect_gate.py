@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 
 import uvicorn
 
+from flows.allowed_flows import ALLOWED_FLOWS
 from flows.prefect_gate.body_rules import (
     EVENT_PAGES_PATH,
     SCHEMA_VALIDATION_PATH,
@@ -31,7 +32,6 @@ from flows.prefect_gate.body_rules import (
 )
 from flows.prefect_gate.deployment_rules import find_foreign_deployment
 from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_METHOD, WEBSOCKET_ROUTES, is_page
-from flows.registry import REGISTERED_FLOWS
 from infra.http_server import choose_listen_options, make_server_options
 from infra.request_body import (
     AsgiApp,
@@ -217,12 +217,12 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
     """Describe why a JSON schema in a body must not reach the server; None if it may.
 
     The server validates values against schemas of the client, in the thread that serves all requests; a pattern such as
-    `^(a+)+$` blocks it indefinitely. So only the schemas of registered flows are forwarded.
+    `^(a+)+$` blocks it indefinitely. So only the schemas of allowed flows are forwarded.
     """
     schema = form.get("schema") if path == SCHEMA_VALIDATION_PATH and isinstance(form, dict) else None
-    if not schema or schema in [registered.schema() for registered in REGISTERED_FLOWS.values()]:
+    if not schema or schema in [flow.build_schema() for flow in ALLOWED_FLOWS.values()]:
         return None
-    return "schema must be the schema of a flow that flows/registry.py registers; send that one"
+    return "schema must be the schema of a flow in flows/allowed_flows.py; send that one"
 
 
 def _is_message_refused(message: AsgiMessage) -> bool:

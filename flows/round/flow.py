@@ -12,8 +12,8 @@ from feedback.contracts import RoundParameters
 from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from feedback.tables import new_id
+from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.context import Context, open_context
-from flows.registry import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.round import collect, evaluate, prepare_run, promote
 from flows.round.artifacts import build_gate_rows, build_plan_rows, format_decision, format_plan, publish_table
 from flows.round.progress import RunCancelled, make_progress_callback

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from feedback.platform_facts import PlatformFacts
+from flows.allowed_flows import REPRODUCE_FLOW, WORK_POOL_NAME, make_attempt_run_name
 from flows.duties import compute_age_s
-from flows.registry import REPRODUCE_FLOW, WORK_POOL_NAME, make_attempt_run_name
 from flows.stack.probing import LATE_AFTER_S, PROBE_TIMEOUT_S, Finding, get_utc_now
 from infra.settings import FlowSettings
 

@@ -11,9 +11,9 @@ import httpx
 from sqlalchemy.exc import OperationalError
 
 from feedback.platform_facts import PlatformFacts, read_platform_facts
+from flows.allowed_flows import REPRODUCE_FLOW
 from flows.context import Context
 from flows.duties import Duty, DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
-from flows.registry import REPRODUCE_FLOW
 from flows.round.versions import describe_registration
 from flows.stack.prefect_probes import (
     FLOW_RUN_SUBJECT,

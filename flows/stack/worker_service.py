@@ -4,8 +4,8 @@ from pathlib import Path
 
 import httpx
 
+from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
-from flows.registry import WORK_POOL_NAME
 from flows.stack.own_service import check_heartbeat_file, make_own_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment

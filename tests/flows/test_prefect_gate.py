@@ -11,10 +11,10 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from flows.allowed_flows import ALLOWED_FLOWS
 from flows.prefect_gate.body_rules import MAX_EVENT_BYTES
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS, MAX_CRON_CHARACTERS, WORK_POOL_TEMPLATE
 from flows.prefect_gate.prefect_gate import MAX_PREFECT_BODY_BYTES, PrefectGate
-from flows.registry import REGISTERED_FLOWS
 from infra.throttle import MAX_ACCOUNT_FAILURES
 
 RIGHT, RUNS = ("cotrain", "a-generated-secret"), "/api/flow_runs/filter"
@@ -126,7 +126,7 @@ SECONDLY = [
     "x",
 ]
 OWN = {**DEPLOYMENT_FIXED_FIELDS, "flow_id": f"{'0' * 8}-0000-4000-8000-{'0' * 12}", "schedules": []}
-OWN["parameter_openapi_schema"] = REGISTERED_FLOWS["cotrain-reproduce"].schema()
+OWN["parameter_openapi_schema"] = ALLOWED_FLOWS["cotrain-reproduce"].build_schema()
 SCHEDULE = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/schedules/{'0' * 8}-0000-4000-8000-{'0' * 12}"
 
 
@@ -137,7 +137,7 @@ def test_schedule_that_is_too_frequent_or_never_due_is_refused(gate, schedule):
     assert gate.patch(SCHEDULE, auth=RIGHT, json={"schedule": schedule}).status_code == 422
 
 
-def test_only_registered_flows_and_deployments_with_limited_schedules_are_accepted(gate):
+def test_only_allowed_flows_and_deployments_with_limited_schedules_are_accepted(gate):
     def statuses(*bodies):
         return [gate.post("/api/deployments/", auth=RIGHT, json=body).status_code for body in bodies]
 
@@ -149,8 +149,7 @@ def test_only_registered_flows_and_deployments_with_limited_schedules_are_accept
         == [422] * 4
     )
     names = {
-        name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code
-        for name in ("mine", *REGISTERED_FLOWS)
+        name: gate.post("/api/flows/", auth=RIGHT, json={"name": name}).status_code for name in ("mine", *ALLOWED_FLOWS)
     }
     assert list(names.values()) == [422, 200, 200]
     for body in ({"active": False}, {"schedule": {"interval": 3600.0}}):
@@ -250,12 +249,12 @@ def test_prefect_kinds_are_refused_outside_of_parameters(gate):
 def test_prefect_kind_objects_of_the_pages_are_forwarded_as_plain_values(gate, weights, parameters):
     response = gate.post(RUN, auth=RIGHT, json={"parameters": {"weights": weights}, "name": "mine"})
     assert json.loads(response.json()["body"]) == {"parameters": parameters, "name": "mine"}
-    request = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {"weights": weights}}
+    request = {"schema": ALLOWED_FLOWS["cotrain-round"].build_schema(), "values": {"weights": weights}}
     response = gate.post("/api/ui/schemas/validate", auth=RIGHT, json=request)
     assert json.loads(response.json()["body"])["values"] == parameters
 
 
-def test_a_run_gets_only_parameters_of_a_registered_flow(gate):
+def test_a_run_gets_only_parameters_of_an_allowed_flow(gate):
     for form in ({"parameters": {"nonsense": 1}}, {"parameters": {"limit": 0}}, {"enforce_parameter_schema": False}):
         assert get_refusal(gate, RUN, json.dumps(form))
     assert get_refusal(gate, RUN_ITSELF, json.dumps({"parameters": {"limit": 0}}), "PATCH")

@@ -14,11 +14,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from flows.allowed_flows import ALLOWED_FLOWS
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
 from flows.prefect_gate.body_rules import DATE_FIELD_PATTERN
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
 from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_ROUTES, is_page
-from flows.registry import REGISTERED_FLOWS
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
@@ -261,7 +261,7 @@ def test_pages_are_public_and_have_the_content_security_policy(server):
         assert page == "/ui-settings" or is_page("GET", page)
 
 
-def test_only_schemas_of_registered_flows_reach_the_server(server):
+def test_only_schemas_of_allowed_flows_reach_the_server(server):
     """A schema whose regular expression never finishes would block the whole server."""
     base, secret = server
     slow = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}}
@@ -270,6 +270,6 @@ def test_only_schemas_of_registered_flows_reach_the_server(server):
         flow = client.post("/api/flows/", json={"name": "cotrain-round"}).json()["id"]
         body = {**DEPLOYMENT_FIXED_FIELDS, "flow_id": flow, "parameter_openapi_schema": slow}
         response = client.post("/api/deployments/", json=body)
-        known = {"schema": REGISTERED_FLOWS["cotrain-round"].schema(), "values": {}}
+        known = {"schema": ALLOWED_FLOWS["cotrain-round"].build_schema(), "values": {}}
         known_validation = client.post("/api/ui/schemas/validate", json=known)
     assert (validation.status_code, response.status_code, known_validation.status_code) == (422, 422, 200)

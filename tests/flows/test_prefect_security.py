@@ -1,4 +1,4 @@
-"""Test that a holder of Prefect's password can run nothing but the registered flows."""
+"""Test that a holder of Prefect's password can run nothing but the allowed flows."""
 
 import time
 
@@ -10,10 +10,10 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import func, select
 
 from feedback.tables import Round
+from flows.allowed_flows import ALLOWED_FLOWS
 from flows.dispatcher.deployments import register_deployments
 from flows.dispatcher.worker import MAX_FLOW_RUNS
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
-from flows.registry import REGISTERED_FLOWS
 from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
@@ -173,7 +173,7 @@ def test_other_flows_deployments_and_schedules_are_refused(prefect):
     body = {
         **DEPLOYMENT_FIXED_FIELDS,
         "flow_id": registered["flow_id"],
-        "parameter_openapi_schema": REGISTERED_FLOWS[ROUND].schema(),
+        "parameter_openapi_schema": ALLOWED_FLOWS[ROUND].build_schema(),
     }
     refused = [
         prefect.post("/flows/", json={"name": "mine"}),

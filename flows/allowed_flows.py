@@ -46,7 +46,7 @@ class ReproduceForm(BaseModel):
 
 
 @dataclass(frozen=True)
-class RegisteredFlow:
+class AllowedFlow:
     """Module and name of a flow's function, which takes one `form`, and the form's type."""
 
     module: str
@@ -57,17 +57,17 @@ class RegisteredFlow:
         flow: Flow[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return flow
 
-    def schema(self) -> dict[str, Any]:
-        """Return the JSON schema by which Prefect validates parameters and from which its UI builds the Run form."""
+    def build_schema(self) -> dict[str, Any]:
+        """Build the JSON schema by which Prefect validates parameters and from which its UI builds the Run form."""
         schema = self.form.model_json_schema(ref_template="#/definitions/{model}")
         for position, field in enumerate(schema["properties"].values()):
             field["position"] = position
         return {**schema, "title": "Parameters"}
 
 
-REGISTERED_FLOWS: Mapping[str, RegisteredFlow] = {
-    ROUND_FLOW: RegisteredFlow("flows.round.flow", "cotrain_round", RoundForm),
-    REPRODUCE_FLOW: RegisteredFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
+ALLOWED_FLOWS: Mapping[str, AllowedFlow] = {
+    ROUND_FLOW: AllowedFlow("flows.round.flow", "cotrain_round", RoundForm),
+    REPRODUCE_FLOW: AllowedFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
 }
 
 
@@ -80,18 +80,18 @@ def make_attempt_run_name(round_number: int, attempt: int) -> str:
     return f"round-{round_number}-attempt-{attempt}"
 
 
-def find_flow(name: str) -> RegisteredFlow:
+def find_flow(name: str) -> AllowedFlow:
     """Look up a flow by its name.
 
     Raises:
-        ValueError: if no flow of that name is registered.
+        ValueError: if no flow of that name is allowed.
     """
-    if name not in REGISTERED_FLOWS:
+    if name not in ALLOWED_FLOWS:
         raise ValueError(
-            f"only the flows {', '.join(REGISTERED_FLOWS)} are run here, got {name[:100]!r}; "
-            "start one of their deployments, or register the flow in flows/registry.py"
+            f"only the flows {', '.join(ALLOWED_FLOWS)} are run here, got {name[:100]!r}; "
+            "start one of their deployments, or add the flow to flows/allowed_flows.py"
         )
-    return REGISTERED_FLOWS[name]
+    return ALLOWED_FLOWS[name]
 
 
 def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:

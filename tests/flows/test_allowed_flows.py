@@ -1,13 +1,13 @@
-"""Test the registered flows: their parameters, schemas and validation errors."""
+"""Test the allowed flows: their parameters, schemas and validation errors."""
 
 import jsonschema
 import pytest
 
 from feedback.contracts import RoundParameters
-from flows.registry import REGISTERED_FLOWS, RoundForm, parse_form
+from flows.allowed_flows import ALLOWED_FLOWS, RoundForm, parse_form
 
 
-def test_unregistered_flow_is_refused_with_the_list_of_registered_flows():
+def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
     with pytest.raises(ValueError, match="only the flows cotrain-round, cotrain-reproduce are run here, got 'mine'"):
         parse_form("mine", {})
 
@@ -37,16 +37,16 @@ def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
 
 
 def test_run_form_has_the_same_fields_as_the_portal():
-    fields = REGISTERED_FLOWS["cotrain-round"].schema()["properties"]
+    fields = ALLOWED_FLOWS["cotrain-round"].build_schema()["properties"]
     properties = RoundParameters.model_json_schema()["properties"]
     assert {name: fields[name] | properties[name] for name in properties} == {name: fields[name] for name in properties}
     assert set(fields) - set(properties) == {"round_id"}
 
 
 def test_schemas_accept_the_defaults_and_reject_unknown_parameters():
-    for registered in REGISTERED_FLOWS.values():
-        validator = jsonschema.Draft202012Validator(registered.schema())
-        assert validator.is_valid(registered.form().model_dump())
+    for flow in ALLOWED_FLOWS.values():
+        validator = jsonschema.Draft202012Validator(flow.build_schema())
+        assert validator.is_valid(flow.form().model_dump())
         assert not validator.is_valid({"unknown": 1})
 
 
