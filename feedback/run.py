@@ -6,7 +6,7 @@ from feedback.api.app import make_app
 from infra.database import open_engine
 from infra.http_server import choose_listen_options, make_server_options
 from infra.logs import configure_logging
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import PortalSettings, load_settings
 
 

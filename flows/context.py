@@ -7,7 +7,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session, sessionmaker
 
 from infra.database import make_session_factory, open_engine
-from infra.objects import ObjectStore, open_object_store
+from infra.object_store import ObjectStore, open_object_store
 from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, load_settings
 from infra.tracker import Tracker
 

@@ -1,4 +1,4 @@
-"""Define what a process may access: files, ports, processes, privileges; `infra/child.py` enforces it before the exec.
+"""Define what a process may access: files, ports, processes, privileges; `infra.confined_child` enforces it.
 
 A compromised service can then read only its own folder, the interpreter and the system's libraries: no other service's
 folder, settings or environment, even if both run as the same user.
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from infra import child
-from infra.child import ConfinementSpec, ThreadNameAccess, UserChange
+from infra import confined_child
+from infra.confined_child import ConfinementSpec, ThreadNameAccess, UserChange
 
-CHILD_PROGRAM = Path(child.__file__)
+CHILD_PROGRAM = Path(confined_child.__file__)
 DISTRIBUTION_NAME = "cotrain"
 AcceleratorUse = Literal["none", "process", "descendants"]
 
@@ -48,7 +48,7 @@ SAFE_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "OMP_", "UCX
 class Confinement:
     """Define what one process and its children may access.
 
-    Fields that are not listed here have the same meaning as in `infra.child.ConfinementSpec`.
+    Fields that are not listed here have the same meaning as in `infra.confined_child.ConfinementSpec`.
 
     Attributes:
         read: files and folders that may be read, in addition to the interpreter, this code and the system.
@@ -110,12 +110,12 @@ def find_accelerator_files() -> tuple[Path, ...]:
 
 def is_landlock_enforced() -> bool:
     """Tell whether the kernel enforces file confinement (Landlock)."""
-    return child.get_landlock_version() > 0
+    return confined_child.get_landlock_version() > 0
 
 
 def is_seccomp_enforced() -> bool:
     """Tell whether the kernel can refuse the system calls that Landlock does not restrict (seccomp)."""
-    return child.has_seccomp()
+    return confined_child.has_seccomp()
 
 
 def build_confined_environment(folder: Path, **values: str) -> dict[str, str]:

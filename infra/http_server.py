@@ -82,7 +82,7 @@ def is_listening_descriptor(descriptor: int) -> bool:
 def format_uvicorn_options() -> str:
     """Return the options for uvicorn's command line, with standard input as the listening socket.
 
-    They are for a process that `infra.child` starts with its file limit raised to the hard limit.
+    They are for a process that `infra.confined_child` starts with its file limit raised to the hard limit.
     """
     _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     protocol = f"{HttpProtocol.__module__}:{HttpProtocol.__qualname__}"

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from infra.lanes import LaneFull, RequestLane
 from infra.mlflow_requests import (
     MlflowRequestRefused,
     check_graphql,
@@ -48,6 +47,7 @@ from infra.request_body import (
     read_body,
     replay_body,
 )
+from infra.request_limiter import RequestLimiter, RequestLimitReached
 from infra.throttle import SignInThrottle, is_machine_secret
 
 ADMINISTRATOR_VARIABLE = "MLFLOW_AUTH_ADMIN_USERNAME"  # MLflow's variable: the account it creates at its first start
@@ -104,12 +104,17 @@ def create_app() -> AsgiApp:
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """Limit the concurrent requests of a group of accounts: one lane for reading bodies, one for MLflow's responses."""
+class AccountLimits:
+    """Limit the concurrent requests of a group of accounts.
 
-    bodies: RequestLane = field(default_factory=lambda: RequestLane(MAX_WAITING_REQUESTS, 0, 0))
-    answers: RequestLane = field(
-        default_factory=lambda: RequestLane(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
+    Attributes:
+        bodies: for requests whose body is being read.
+        responses: for requests that MLflow processes.
+    """
+
+    bodies: RequestLimiter = field(default_factory=lambda: RequestLimiter(MAX_WAITING_REQUESTS, 0, 0))
+    responses: RequestLimiter = field(
+        default_factory=lambda: RequestLimiter(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
     )
 
 
@@ -128,9 +133,9 @@ class MlflowGate:
         self._machine_digests = tuple(machine_digests)
         self._pause_s = pause_s
         self._throttle = SignInThrottle()
-        # The administrator, which is the platform, uses no lane; the platform's reader account has its own lanes.
-        self._visitors = RequestLane(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
-        self._accounts, self._reader = Lanes(), Lanes()
+        # The administrator, which is the platform, is not limited; the platform's reader account has its own limits.
+        self._visitors = RequestLimiter(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
+        self._accounts, self._reader = AccountLimits(), AccountLimits()
 
     async def __call__(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         if scope["type"] == "lifespan":
@@ -161,11 +166,11 @@ class MlflowGate:
         return ADMINISTRATOR_RULES if caller.name == self._administrator else CONSUMER_RULES
 
     async def _forward_public(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
-        """Forward a request that needs no account; health probes never wait in a lane."""
+        """Forward a request that needs no account; health probes never wait for a slot."""
         if has_body(scope["headers"]):
             raise MlflowRefusal(413, "this route takes no body")
-        lane = None if scope["path"] == "/health" else self._visitors
-        await self._forward(lane, _rewrite_headers(scope, None), receive, send)
+        limiter = None if scope["path"] == "/health" else self._visitors
+        await self._forward(limiter, _rewrite_headers(scope, None), receive, send)
 
     async def _forward_signed_in(
         self, caller: "Credentials", scope: AsgiScope, receive: AsgiReceive, send: AsgiSend
@@ -180,9 +185,9 @@ class MlflowGate:
                         scope, receive, MAX_ADMINISTRATOR_BODY_BYTES, is_trusted=True
                     )
                 return await self._app(forwarded, receive, send_response)
-            lanes = self._reader if caller.name == READER_ACCOUNT else self._accounts
+            limits = self._reader if caller.name == READER_ACCOUNT else self._accounts
             return await self._forward(
-                lanes.answers, forwarded, await self._check_request(lanes, scope, receive), send_response
+                limits.responses, forwarded, await self._check_request(limits, scope, receive), send_response
             )
 
         address = scope["client"][0]  # the connection's peer: uvicorn is configured to ignore forwarded headers
@@ -197,12 +202,12 @@ class MlflowGate:
 
         try:
             receive = await self._check_request(self._accounts, scope, receive)
-            await self._forward(self._accounts.answers, forwarded, receive, watch)
+            await self._forward(self._accounts.responses, forwarded, receive, watch)
         except (MlflowRefusal, ClientDisconnected):
             self._throttle.note_success(caller.name, address)  # MLflow did not check the password, so this was no guess
             raise
 
-    async def _check_request(self, lanes: "Lanes", scope: AsgiScope, receive: AsgiReceive) -> AsgiReceive:
+    async def _check_request(self, limits: AccountLimits, scope: AsgiScope, receive: AsgiReceive) -> AsgiReceive:
         """Read and check the parameters and the body of a request that is not the administrator's."""
         try:
             check_query_parameters(scope["query_string"])
@@ -211,7 +216,7 @@ class MlflowGate:
         if not has_body(scope["headers"]):
             return await self._read_checked_body(scope, receive, 0)
         with _refuse_when_full():
-            async with lanes.bodies.enter():
+            async with limits.bodies.hold_slot():
                 return await self._read_checked_body(scope, receive, MAX_MLFLOW_BODY_BYTES)
 
     async def _read_checked_body(
@@ -231,8 +236,10 @@ class MlflowGate:
             raise MlflowRefusal(error.status, str(error)) from None
         return replay_body(body, receive)
 
-    async def _forward(self, lane: RequestLane | None, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
-        """Forward a request when the lane has a free slot; drop the response of a client that stops reading it."""
+    async def _forward(
+        self, limiter: RequestLimiter | None, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend
+    ) -> None:
+        """Forward a request when the limiter has a free slot; drop the response of a client that stops reading it."""
         is_stalled = False
 
         async def send_within_timeout(message: AsgiMessage) -> None:
@@ -245,10 +252,10 @@ class MlflowGate:
                 raise
 
         try:
-            if lane is None:
+            if limiter is None:
                 return await self._app(scope, receive, send_within_timeout)
             with _refuse_when_full():
-                async with lane.enter():
+                async with limiter.hold_slot():
                     await self._app(scope, receive, send_within_timeout)
         except Exception:
             if not is_stalled:
@@ -259,7 +266,7 @@ class MlflowGate:
 def _refuse_when_full() -> Iterator[None]:
     try:
         yield
-    except LaneFull:
+    except RequestLimitReached:
         raise MlflowRefusal(429, MLFLOW_BUSY_MESSAGE, RETRY_AFTER_HEADER) from None
 
 

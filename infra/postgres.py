@@ -21,7 +21,7 @@ import psutil
 import psycopg
 from psycopg import sql
 
-from infra.child import UserChange
+from infra.confined_child import UserChange
 from infra.confinement import CHILD_PROGRAM, Confinement
 from infra.files import read_regular, write_private
 
@@ -196,7 +196,7 @@ def choose_user_change() -> UserChange:
     if os.geteuid() != 0:
         return "same"
     enter = f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); "
-    enter += f"import child; child.enter_user_namespace({NOBODY_UID})"
+    enter += f"import confined_child; confined_child.enter_user_namespace({NOBODY_UID})"
     if subprocess.run([sys.executable, "-I", "-c", enter], capture_output=True).returncode == 0:
         return "namespace"
     status = Path("/proc/self/status").read_text()

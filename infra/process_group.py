@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from infra.files import open_log, remove_path
-from infra.liveness import EXIT_TEMPORARY_FAILURE, PARENT_FILE_VARIABLE, exit_on_lost_heartbeat
+from infra.parent_heartbeat import EXIT_TEMPORARY_FAILURE, PARENT_FILE_VARIABLE, exit_on_lost_heartbeat
 from infra.polling import poll_until
 from infra.processes import find_pids, kill_processes
 

@@ -25,7 +25,7 @@ from flows.stack.stack_config import (
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import Settings
 from yuan.model.model_manifest import ModelManifest
 

@@ -18,7 +18,7 @@ from feedback.api.errors import (
     document_errors,
 )
 from infra.database import make_session_factory
-from infra.objects import ObjectStore
+from infra.object_store import ObjectStore
 from infra.settings import PortalSettings
 
 MODEL_SERVER_TIMEOUT_S = 120.0

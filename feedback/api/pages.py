@@ -19,7 +19,7 @@ from feedback.promotion_decision import SuiteComparison
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision
 from feedback.states import RoundState
 from feedback.tables import Plan, Round
-from infra.objects import ObjectStore
+from infra.object_store import ObjectStore
 
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).with_name("templates"))

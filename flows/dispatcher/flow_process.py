@@ -23,7 +23,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import Failed
 
 from flows.allowed_flows import find_flow, parse_form
-from infra.child import PR_SET_PDEATHSIG
+from infra.confined_child import PR_SET_PDEATHSIG
 from infra.settings import get_home_folder
 from yuan.data.text import make_storable
 

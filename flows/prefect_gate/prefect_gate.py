@@ -1,6 +1,6 @@
 """Prefect's server behind a gate: `python -m flows.prefect_gate` instead of `prefect server start`.
 
-Only routes on the allow-lists of `flows.prefect_gate.prefect_rules` are forwarded, so that routes which an upgrade adds
+Only routes on the allow-lists of `flows.prefect_gate.route_rules` are forwarded, so that routes which an upgrade adds
 stay closed. Password guessing is rate-limited. A content security policy keeps browsers from loading anything from
 other hosts, which Prefect's newer pages do (an analytics host) although analytics are off.
 """
@@ -31,7 +31,7 @@ from flows.prefect_gate.body_rules import (
     parse_request_body,
 )
 from flows.prefect_gate.deployment_rules import find_foreign_deployment
-from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_METHOD, WEBSOCKET_ROUTES, is_page
+from flows.prefect_gate.route_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_METHOD, WEBSOCKET_ROUTES, is_page
 from infra.http_server import choose_listen_options, make_server_options
 from infra.request_body import (
     AsgiApp,
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 PREFECT_ROUTE_CLOSED_MESSAGE = (
-    "this route of Prefect's server is closed; flows/prefect_gate/prefect_rules.py lists the open ones"
+    "this route of Prefect's server is closed; flows/prefect_gate/route_rules.py lists the open ones"
 )
 WEBSOCKET_POLICY_VIOLATION = 1008
 MAX_PREFECT_BODY_BYTES = 8 * 1024 * 1024

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S
-from flows.stack.own_service import check_heartbeat_file, make_own_service
+from flows.stack.platform_service import check_heartbeat_file, make_platform_service
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment
 from infra.confinement import Confinement, parse_port
@@ -20,7 +20,7 @@ def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
     pool_files = find_pool_files(settings)
     servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
 
-    return make_own_service(
+    return make_platform_service(
         home,
         name="dispatcher",
         module="flows.dispatcher",

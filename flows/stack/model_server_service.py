@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.stack.own_service import check_url, make_own_service, make_private_folders
+from flows.stack.platform_service import check_url, make_platform_service, make_private_folders
 from infra.confinement import Confinement, parse_port
 from infra.health import LivenessPolicy, check_health
 from infra.keeper import ManagedService
@@ -13,7 +13,7 @@ def make_model_server_service(home: Path, settings: Settings) -> ManagedService:
     """Describe the model server, which downloads versions from MLflow into `serve/`."""
     cache = home / "serve"
     token = settings.model_server_token.get_secret_value()
-    return make_own_service(
+    return make_platform_service(
         home,
         name="model-server",
         module="yuan.serve.run",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.stack.own_service import check_url, make_own_service
+from flows.stack.platform_service import check_url, make_platform_service
 from infra.confinement import Confinement, parse_port
 from infra.health import LivenessPolicy, check_answer
 from infra.keeper import ManagedService
@@ -13,7 +13,7 @@ def make_portal_service(home: Path, settings: Settings) -> ManagedService:
     """Describe the portal, which connects to the database, the store and the model server."""
     servers = (settings.database_url.get_secret_value(), settings.s3_endpoint, settings.model_server_url)
     health_url = f"{settings.portal_url}/health"
-    return make_own_service(
+    return make_platform_service(
         home,
         name="portal",
         module="feedback.run",

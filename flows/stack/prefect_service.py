@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from flows.stack.own_service import check_url, make_private_folders
+from flows.stack.platform_service import check_url, make_private_folders
 from flows.stack.stack_config import StackConfig
 from infra.confinement import Confinement, build_confined_environment
 from infra.health import LivenessPolicy, check_answer

@@ -36,7 +36,7 @@ from flows.stack.probing import (
 from infra.confinement import parse_port
 from infra.keeper_state import ServiceState, read_service_states
 from infra.listeners import describe_callers
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import FlowSettings
 from yuan.version_names import format_model_name
 

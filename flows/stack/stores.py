@@ -18,7 +18,7 @@ from infra.files import write_private
 from infra.health import LivenessPolicy, check_answer
 from infra.keeper import ManagedService
 from infra.listeners import describe_user
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.postgres import Postgres
 from infra.settings import Settings, StoreAccess
 

@@ -6,7 +6,7 @@ import httpx
 
 from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
-from flows.stack.own_service import check_heartbeat_file, make_own_service, make_private_folders
+from flows.stack.platform_service import check_heartbeat_file, make_platform_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment
 from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
@@ -28,7 +28,7 @@ def make_worker_service(home: Path, settings: Settings) -> ManagedService:
         flow_log.touch(0o600)
         heartbeat_file.unlink(missing_ok=True)
 
-    return make_own_service(
+    return make_platform_service(
         home,
         name="worker",
         module="flows.dispatcher.worker",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.faults import OBJECT_STORE_ERRORS
-from infra.objects import ObjectStore
+from infra.object_store import ObjectStore
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
 from yuan.train.checkpoint_manifest import (

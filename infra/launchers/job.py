@@ -47,7 +47,7 @@ class Job:
 
     @property
     def parent_heartbeat_file(self) -> Path:
-        """Return the file with the supervisor's heartbeat for processes on other machines; see `infra.liveness`."""
+        """Return the file with the supervisor's heartbeat for other machines; see `infra.parent_heartbeat`."""
         return self.folder / f".alive-{self.name}"
 
 

@@ -24,7 +24,7 @@ from infra.launchers.job import (
     RunningJob,
     select_rank_variables,
 )
-from infra.liveness import PARENT_FILE_VARIABLE, send_parent_heartbeats
+from infra.parent_heartbeat import PARENT_FILE_VARIABLE, send_parent_heartbeats
 from infra.polling import poll_until
 
 log = logging.getLogger(__name__)

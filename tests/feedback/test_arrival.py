@@ -98,7 +98,7 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 from feedback.api.app import make_app
 from infra.database import open_engine
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import Settings
 
 settings = Settings(_env_file=sys.argv[1], home=Path(sys.argv[2]))

@@ -9,7 +9,7 @@ import pytest
 
 from feedback.tables import new_id
 from flows.supervisor.checkpoint_sync import restore_checkpoint, sync_checkpoints, upload_in_background
-from infra.objects import UPLOAD_PART_BYTES
+from infra.object_store import UPLOAD_PART_BYTES
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CheckpointManifest,

@@ -30,7 +30,7 @@ from flows.stack.probing import Finding, Probe, convert_timestamp, run_probes
 from flows.stack.stack_config import load_config
 from infra.keeper_lock import hold_keeper_lock
 from infra.keeper_state import read_service_states
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import StoreAccess
 from infra.tracker import Tracker
 

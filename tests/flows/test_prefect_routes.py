@@ -18,7 +18,7 @@ from flows.allowed_flows import ALLOWED_FLOWS
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
 from flows.prefect_gate.body_rules import DATE_FIELD_PATTERN
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS
-from flows.prefect_gate.prefect_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_ROUTES, is_page
+from flows.prefect_gate.route_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSOCKET_ROUTES, is_page
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start

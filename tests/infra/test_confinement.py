@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import child, confinement
+from infra import confined_child, confinement
 from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
 from infra.launchers.job import Job
 from infra.launchers.local import LocalLauncher
@@ -95,7 +95,9 @@ print(json.dumps(found))
 OWN_FILES = {"read own", "write own", "rename own"}
 OWN_CALLS = {"affinity of other", "limit own", "priority of own", "affinity of own", "udp", "unix"}
 NOT_A_SERVERS = {"unix datagrams", "unix to others", "session", "group"}
-needs_seccomp = pytest.mark.skipif(not child.has_seccomp(), reason="this kernel or architecture has no filter of calls")
+needs_seccomp = pytest.mark.skipif(
+    not confined_child.has_seccomp(), reason="this kernel or architecture has no filter of calls"
+)
 needs_landlock = pytest.mark.skipif(not is_landlock_enforced(), reason="this kernel has no Landlock")
 
 
@@ -117,7 +119,7 @@ def probe(request, tmp_path_factory):
         (place / "file").write_text("secret")
     shutil.copy("/bin/true", own_folder / "program")
     (shared / "probe.py").write_text(PROBE)
-    (shared / "child.py").write_text(CHILD_PROGRAM.read_text())
+    (shared / "confined_child.py").write_text(CHILD_PROGRAM.read_text())
     identity = {"user": ORDINARY, "group": ORDINARY, "extra_groups": []} if is_ordinary else {}
     if is_ordinary:
         for path in (shared, *shared.rglob("*")):
@@ -128,7 +130,7 @@ def probe(request, tmp_path_factory):
     def run(confinement):
         command = confinement.command(python, str(shared / "probe.py"), *map(str, (own_folder, other, victim.pid)),
                                       str(listener.getsockname()[1]))  # fmt: skip
-        command[0], command[2] = python, str(shared / "child.py")
+        command[0], command[2] = python, str(shared / "confined_child.py")
         specification = json.loads(command[3])
         specification["read"].append(str(shared / "probe.py"))
         command[3] = json.dumps(specification)
@@ -187,7 +189,7 @@ def test_threads_that_are_bound_to_cores_start(tmp_path):
 
 
 @needs_landlock
-@pytest.mark.skipif(child.get_landlock_version() < 6, reason="this kernel confines no ports or signals")
+@pytest.mark.skipif(confined_child.get_landlock_version() < 6, reason="this kernel confines no ports or signals")
 def test_ports_and_signals_are_open_where_they_are_granted(probe):
     run, own_folder, port = probe
     report = run(Confinement(write=(own_folder,), connect=(port,), bind=(0,), scope_signals=False))
@@ -277,8 +279,12 @@ def test_root_without_cap_sys_admin_cannot_write_proc():
     code = f"CODE = {WRITE_PROBE!r}\n" + WRITE_PROBE
     inner = Confinement().command(sys.executable, "-c", code)
     inner[3] = json.dumps({**json.loads(inner[3]), "thread_names": "descendants"})
-    outer = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import child, os; "]
-    outer[2] += f"child.drop_capabilities(); os.execv({inner[0]!r}, {inner!r})"
+    outer = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(CHILD_PROGRAM.parent)!r}); import confined_child, os; ",
+    ]
+    outer[2] += f"confined_child.drop_capabilities(); os.execv({inner[0]!r}, {inner!r})"
     result = subprocess.run(outer, capture_output=True, text=True, cwd="/")
     probed = json.loads(result.stdout)
     assert not probed["own threads"] and not probed["settings of the kernel"]

@@ -13,9 +13,9 @@ import pytest
 import uvicorn
 
 from infra import mlflow_rules
-from infra.lanes import LaneFull, RequestLane
 from infra.mlflow_gate import MAX_CONCURRENT_REQUESTS, MAX_MLFLOW_BODY_BYTES, MAX_WAITING_REQUESTS, MlflowGate
 from infra.mlflow_requests import MAX_ORDER_BY_ENTRIES, MAX_RESULTS, MlflowRequestRefused, check_graphql
+from infra.request_limiter import RequestLimiter, RequestLimitReached
 from infra.throttle import compute_credential_digest
 
 ADMINISTRATOR, CONSUMER, READER = ("root", "r" * 40), ("consumer", "c" * 40), (mlflow_rules.READER_ACCOUNT, "p" * 40)
@@ -228,14 +228,14 @@ def test_graphql_accepts_variables_and_operation_name_of_the_right_type(more):
         check_graphql({**query, **more})
 
 
-def test_request_that_waits_too_long_for_a_lane_raises_lane_full():
+def test_request_that_waits_too_long_for_a_slot_is_refused():
     async def fill():
-        lane = RequestLane(1, 1, 0.05)
-        async with lane.enter():
-            with pytest.raises(LaneFull):
-                async with lane.enter():
+        limiter = RequestLimiter(1, 1, 0.05)
+        async with limiter.hold_slot():
+            with pytest.raises(RequestLimitReached):
+                async with limiter.hold_slot():
                     pass
-        async with lane.enter():
+        async with limiter.hold_slot():
             return True
 
     assert asyncio.run(fill())

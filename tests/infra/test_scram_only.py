@@ -8,7 +8,7 @@ import subprocess
 import asyncpg
 import pytest
 
-from flows.stack.own_service import make_private_folders
+from flows.stack.platform_service import make_private_folders
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.listeners import open_listener

@@ -5,7 +5,7 @@ import os
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_or_make_config, write_environment
 from infra.keeper import kill_stack_processes
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.settings import Settings
 from tests.conftest import start
 

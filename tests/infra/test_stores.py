@@ -30,7 +30,7 @@ from flows.stack.stack_config import (
 )
 from flows.stack.stores import remove_weed_sockets
 from infra.listeners import describe_callers, describe_user
-from infra.objects import open_object_store
+from infra.object_store import open_object_store
 from infra.postgres import SIGN_IN_TIMEOUT_S, SSL_REQUEST, Postgres
 from infra.settings import Settings, StoreAccess
 from tests.infra.listening import ORDINARY, get_port, listen_on_port, run_as_user

@@ -14,7 +14,7 @@ from infra.settings import HOME_VARIABLE
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 
 
-def make_own_service(
+def make_platform_service(
     home: Path,
     *,
     name: str,

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from infra.liveness import EXIT_TEMPORARY_FAILURE, send_parent_heartbeats
+from infra.parent_heartbeat import EXIT_TEMPORARY_FAILURE, send_parent_heartbeats
 
-RANK = "import sys, pathlib, time; from infra.liveness import exit_on_lost_heartbeat; "
+RANK = "import sys, pathlib, time; from infra.parent_heartbeat import exit_on_lost_heartbeat; "
 RANK += "exit_on_lost_heartbeat(pathlib.Path(sys.argv[1]), 1.5); time.sleep(60)"
-WRITER = "import sys, pathlib, time; import infra.liveness as alive; "
+WRITER = "import sys, pathlib, time; import infra.parent_heartbeat as alive; "
 WRITER += "alive.PARENT_HEARTBEAT_EVERY_S = 0.2; cm = alive.send_parent_heartbeats(pathlib.Path(sys.argv[1])); "
 WRITER += "cm.__enter__(); time.sleep(60)"
 

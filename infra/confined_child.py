@@ -1,4 +1,4 @@
-"""Run a program confined: `python -I child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
+"""Run a program confined: `python -I confined_child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
 The JSON is a `ConfinementSpec`. The steps, in this order: protect /proc (`thread_names`), change the user (`user`),
 drop every capability, set no_new_privs, restrict files, ports and signals with Landlock, request `signal` for the
