@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, explain_errors, fail, show, show_table, stderr_console
-from flows.stack.probing import Finding
+from flows.stack.findings import Finding
 from flows.stack.stack_control import ServiceStates, ShowStates, are_all_ready, bring_up, rotate_secrets, take_down
 from flows.stack.stack_status import diagnose, get_public_urls, read_stack_status
 from infra.files import read_last_lines
@@ -124,9 +124,9 @@ def _build_service_table(states: ServiceStates) -> Table:
 
 def _describe_finding(finding: Finding) -> str:
     if finding.fault:
-        return f"- {finding.fault}\n  last success: {finding.when}\n  fix: {finding.fix}"
-    outcome = "not yet observed" if finding.state == "never yet" else f"ok at {finding.when}"
-    return f"  {finding.what}: {outcome}"
+        return f"- {finding.fault}\n  last success: {finding.describe_last_success()}\n  fix: {finding.fix}"
+    outcome = "not yet observed" if finding.state == "never yet" else f"ok at {finding.describe_last_success()}"
+    return f"  {finding.subject}: {outcome}"
 
 
 def _get_home() -> Path:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
-from flows.stack.probing import Finding, convert_timestamp
+from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
 from infra.confinement import is_landlock_enforced, is_seccomp_enforced
 from infra.keeper_lock import find_keeper, is_keeper_running

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.stack.doctor import find_keeper_faults, find_machine_faults, find_setting_faults
-from flows.stack.probing import Finding
+from flows.stack.findings import Finding
 from flows.stack.stack_config import (
     CONFIG_FILE,
     drop_retired_secrets,

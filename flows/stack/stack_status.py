@@ -11,7 +11,7 @@ from flows.stack.doctor import (
     find_setting_faults,
     find_stack_faults,
 )
-from flows.stack.probing import Finding
+from flows.stack.findings import Finding
 from flows.stack.stack_config import load_config
 from flows.stack.stack_control import ServiceStates
 from infra.keeper_lock import is_keeper_running

@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
-import httpx
-
-from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
 from flows.stack.platform_service import check_heartbeat_file, make_platform_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
+from flows.stack.prefect_api import has_online_worker, open_prefect_client
 from flows.stack.prefect_service import build_prefect_environment
 from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
 from infra.health import LivenessPolicy
 from infra.keeper import ManagedService
 from infra.settings import FlowSettings, PrefectAccess, Settings, WorkerSettings
 
+READINESS_TIMEOUT_S = 3.0
 WORKER_HANG_TIMEOUT_S = 120.0  # heartbeat age for a restart
 
 
@@ -51,9 +50,12 @@ def make_worker_service(home: Path, settings: Settings) -> ManagedService:
 
 
 def check_worker_is_online(settings: PrefectAccess) -> None:
-    """Raise unless Prefect counts a worker of the work pool as online."""
-    user, _, password = settings.prefect_auth.get_secret_value().partition(":")
-    url = f"{settings.prefect_api_url}/work_pools/{WORK_POOL_NAME}/workers/filter"
-    response = httpx.post(url, json={}, auth=(user, password), timeout=3).raise_for_status()
-    if not any(worker["status"] == "ONLINE" for worker in response.json()):
-        raise ConnectionError("no worker is online")
+    """Raise unless Prefect counts a worker of the work pool as online.
+
+    Raises:
+        ConnectionError: if none is online.
+        httpx.HTTPError: if Prefect does not answer.
+    """
+    with open_prefect_client(settings, READINESS_TIMEOUT_S) as http:
+        if not has_online_worker(http):
+            raise ConnectionError("no worker is online")

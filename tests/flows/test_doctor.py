@@ -25,8 +25,9 @@ from flows.cli.app import app
 from flows.round.versions import describe_registration
 from flows.stack import doctor
 from flows.stack.doctor import find_silent_services, find_stack_faults
+from flows.stack.findings import Finding, convert_timestamp
+from flows.stack.probe_runner import Probe, run_probes
 from flows.stack.probes import find_last_success
-from flows.stack.probing import Finding, Probe, convert_timestamp, run_probes
 from flows.stack.stack_config import load_config
 from infra.keeper_lock import hold_keeper_lock
 from infra.keeper_state import read_service_states
@@ -274,7 +275,7 @@ def test_a_probe_that_hangs_or_raises_is_a_fault_of_its_server_alone():
 
     is_over = threading.Event()
     probes = {"hangs": is_over.wait, "refuses": refuse, "works": lambda: [Finding("works")]}
-    findings = run_probes([Probe(f"server that {name}", name, ask=ask) for name, ask in probes.items()], 0.2)
+    findings = run_probes([Probe(f"server that {name}", name, check=check) for name, check in probes.items()], 0.2)
     is_over.set()
     assert [finding.state for finding in findings] == ["fault", "fault", "never yet"]
     assert "server that hangs has not answered" in findings[0].fault
@@ -289,14 +290,15 @@ def test_unresponsive_service_shows_its_last_known_success_time(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(data))
 
-    assert Finding("a", fault="b").when == "unknown" and Finding("a", fault="b", never=True).when == "never"
+    assert Finding("a", fault="b").describe_last_success() == "unknown"
+    assert Finding("a", fault="b", never_succeeded=True).describe_last_success() == "never"
     ready = {"mlflow": {"state": "ready", "ready_at": 1_000.0}, "s3": {"state": "ready", "ready_at": 1_000.0}}
     write_json("stack.json", {"pid": os.getpid(), "services": {**ready, "worker": {"state": "ready"}}})
     # The duty's name in version 0.2, whose file is read once after an upgrade.
     write_json("dispatcher/duties.json", {"make aliases follow": {"succeeded_at": 2_000.0}})
     is_over, findings = threading.Event(), {}
     for server in ("mlflow", "s3", "prefect"):
-        probe = Probe(server, server, ask=is_over.wait, last=find_last_success(tmp_path, server, None))
+        probe = Probe(server, server, check=is_over.wait, last_success=find_last_success(tmp_path, server, None))
         (findings[server],) = run_probes([probe], 0.05)
     is_over.set()
     assert {name: (finding.succeeded_at, finding.or_later) for name, finding in findings.items()} == {
@@ -304,7 +306,8 @@ def test_unresponsive_service_shows_its_last_known_success_time(tmp_path):
         "s3": (convert_timestamp(1_000), True),
         "prefect": (None, False),
     }
-    assert findings["s3"].when.endswith(" or later") and findings["prefect"].when == "unknown"
+    assert findings["s3"].describe_last_success().endswith(" or later")
+    assert findings["prefect"].describe_last_success() == "unknown"
     write_json("worker/alive", "")
     os.utime(tmp_path / "worker" / "alive", (3_000, 3_000))
     (silent,) = find_silent_services(tmp_path)
@@ -315,7 +318,7 @@ def test_restarting_service_shows_its_ready_time_as_last_success(tmp_path):
     states = {"mlflow": {"state": "restarting", "error": None, "restart_reason": "it ended", "ready_at": 1_000.0}}
     with hold_keeper_lock(tmp_path, "id"):
         (tmp_path / "stack.json").write_text(json.dumps({"pid": os.getpid(), "services": states}))
-        (stack_fault,) = [finding for finding in find_stack_faults(tmp_path) if finding.what == "mlflow"]
+        (stack_fault,) = [finding for finding in find_stack_faults(tmp_path) if finding.subject == "mlflow"]
     assert (stack_fault.fault, stack_fault.succeeded_at, stack_fault.or_later) == (
         "mlflow is restarting: it ended",
         convert_timestamp(1_000),
