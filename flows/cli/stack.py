@@ -82,7 +82,8 @@ def doctor(as_json: JsonOption = False) -> None:
         findings = diagnose(_get_home())
     faults = [finding for finding in findings if finding.fault]
     text = "\n".join([*map(_describe_finding, findings), *([] if faults else ["no faults found"])])
-    faults_json = [{"fault": finding.fault, "mend": finding.fix} for finding in faults]
+    # `mend` is a deprecated copy of `fix`.
+    faults_json = [{"fault": finding.fault, "fix": finding.fix, "mend": finding.fix} for finding in faults]
     show({"faults": faults_json, "findings": [finding.to_json() for finding in findings]}, text, as_json)
     if faults:
         raise typer.Exit(1)

@@ -36,13 +36,14 @@ class Finding:
         return f"{self.succeeded_at.astimezone():%F %T}{' or later' if self.or_later else ''}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the finding as JSON data; `fix` is named `mend` there."""
+        """Return the finding as JSON data; `mend` is a deprecated copy of `fix`."""
         return {
             "what": self.subject,
             "state": self.state,
             "succeeded_at": self.succeeded_at.isoformat(timespec="seconds") if self.succeeded_at else None,
             "or_later": self.or_later,
             "fault": self.fault,
+            "fix": self.fix,
             "mend": self.fix,
         }
 

@@ -336,7 +336,7 @@ def test_full_disk_is_the_first_fault_with_free_bytes_and_folder(tmp_path, monke
     free = shutil.disk_usage(tmp_path).free
     assert faults[0]["fault"].startswith(f"the disk of {tmp_path} is full: ") and "bytes are free" in faults[0]["fault"]
     assert abs(int(re.search("([0-9]+) bytes", faults[0]["fault"])[1]) - free) < 2**30
-    assert "make room" in faults[0]["mend"]
+    assert "make room" in faults[0]["fix"] and faults[0]["mend"] == faults[0]["fix"]
     assert f"the disk of {tmp_path} is full" in CliRunner().invoke(app, [command]).stdout
 
 
