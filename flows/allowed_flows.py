@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from prefect import Flow
 
 WORK_POOL_NAME = "cotrain"  # of the one work pool at Prefect
-ROUND_FLOW, REPRODUCE_FLOW = "cotrain-round", "cotrain-reproduce"
+ROUND_FLOW = "cotrain-round"
+REPRODUCE_FLOW = "cotrain-reproduce"
 
 MAX_SHOWN_PARAMETER_ERRORS = 5
 
 
 class RoundForm(RoundParameters):
-    """Parameters of a run of `cotrain-round`: those of a new round, or the id of the round that it continues."""
+    """Hold the parameters of a run of `cotrain-round`: those of a new round, or the id of one to continue."""
 
     round_id: str | None = Field(
         default=None,
@@ -36,7 +37,7 @@ class RoundForm(RoundParameters):
 
 
 class ReproduceForm(BaseModel):
-    """Parameters of a run of `cotrain-reproduce`."""
+    """Hold the parameters of a run of `cotrain-reproduce`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,7 +48,12 @@ class ReproduceForm(BaseModel):
 
 @dataclass(frozen=True)
 class AllowedFlow:
-    """Module and name of a flow's function, which takes one `form`, and the form's type."""
+    """Define where a flow's function is, and the parameters that it takes.
+
+    Attributes:
+        module, function: the function's module and name; it takes one argument, `form`.
+        form: the type of the argument.
+    """
 
     module: str
     function: str
@@ -104,9 +110,8 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
         return find_flow(name).form.model_validate(parameters)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
-        more = (
-            f"; and {len(faults) - MAX_SHOWN_PARAMETER_ERRORS} more" if len(faults) > MAX_SHOWN_PARAMETER_ERRORS else ""
-        )
+        num_hidden = len(faults) - MAX_SHOWN_PARAMETER_ERRORS
+        more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise ValueError(
             f"parameters of {name} are not valid: {'; '.join(faults[:MAX_SHOWN_PARAMETER_ERRORS])}{more}; "
             "see the Run form of its deployment"

@@ -1,4 +1,4 @@
-"""Duties: periodic tasks of a process, each of which fails independently of the others."""
+"""Run duties: periodic tasks of a process, each of which fails independently of the others."""
 
 import json
 import logging
@@ -16,13 +16,14 @@ from infra.files import read_regular, replace_file
 log = logging.getLogger(__name__)
 
 # Heartbeat files of services without a port, below the home folder; written every few seconds.
-DISPATCHER_HEARTBEAT_FILE, WORKER_HEARTBEAT_FILE = Path("dispatcher/alive.json"), Path("worker/alive")
+DISPATCHER_HEARTBEAT_FILE = Path("dispatcher/alive.json")
+WORKER_HEARTBEAT_FILE = Path("worker/alive")
 SERVICE_HEARTBEAT_TIMEOUT_S = 30.0  # heartbeat age from which such a service counts as silent
 FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
 
 
 class Duty(StrEnum):
-    """The dispatcher's duties; the values are in logs, in `doctor` and in duties.json."""
+    """Name the dispatcher's duties; the values are in logs, in `doctor` and in duties.json."""
 
     DELIVER_NOTICES = "deliver notices"
     REQUEST_DUE_ROUND = "request a due round"
@@ -44,7 +45,14 @@ FORMER_DUTY_NAMES = {
 
 @dataclass
 class DutyStatus:
-    """Status of a duty: its last success, the start of its failures and the last error; times in seconds since 1970."""
+    """Hold the status of a duty; times are in seconds since 1970.
+
+    Attributes:
+        succeeded_at: time of the last success.
+        failing_since: time of the first failure after the last success.
+        failures: number of failures since then.
+        error: the last failure's error.
+    """
 
     succeeded_at: float | None = None
     failing_since: float | None = None
@@ -58,45 +66,48 @@ class DutyStatus:
 
 
 class Duties:
-    """Duties and their status file, which `status` and `doctor` read.
+    """Run duties when they are due, and write their status file, which `status` and `doctor` read.
 
     Args:
-        work: functions by the name of the duty, called in this order.
-        file: written after every pass and read at the start, so that a restart keeps the last successes.
-        expected: errors of servers that do not answer, which are logged without traceback.
-        beat: called before each duty, since a duty may block until the timeout of a server that hangs.
+        functions: functions by the name of the duty, called in this order.
+        status_file: written after every pass and read at the start, so that a restart keeps the last successes.
+        expected_errors: errors of servers that do not answer, which are logged without traceback.
+        send_heartbeat: called before each duty, since a duty may block until the timeout of a server that hangs.
     """
 
     def __init__(
         self,
-        work: Mapping[str, Callable[[], object]],
-        file: Path,
+        functions: Mapping[str, Callable[[], object]],
+        status_file: Path,
         *,
-        expected: tuple[type[Exception], ...] = (),
-        beat: Callable[[], object] = lambda: None,
+        expected_errors: tuple[type[Exception], ...] = (),
+        send_heartbeat: Callable[[], object] = lambda: None,
     ) -> None:
-        self._work, self._file, self._expected, self._send_heartbeat = work, file, expected, beat
-        saved = read_duty_statuses(file)
-        self.statuses = {name: saved.get(name, DutyStatus()) for name in work}
-        self._retry_at = dict.fromkeys(work, 0.0)
+        self._functions = functions
+        self._status_file = status_file
+        self._expected_errors = expected_errors
+        self._send_heartbeat = send_heartbeat
+        saved_statuses = read_duty_statuses(status_file)
+        self.statuses = {name: saved_statuses.get(name, DutyStatus()) for name in functions}
+        self._retry_at = dict.fromkeys(functions, 0.0)
 
     def run_due(self) -> None:
         """Run each duty that is not in backoff after a failure; the failure of one does not stop the others."""
-        for name, work in self._work.items():
+        for name, run_duty in self._functions.items():
             self._send_heartbeat()
             if time.monotonic() < self._retry_at[name]:
                 continue
             try:
-                work()
+                run_duty()
             except Exception as error:  # of any kind: the other duties continue, and doctor shows the error
                 self._note_failure(name, error)
             else:
                 self._note_success(name)
-        self._write()
+        self._write_status_file()
 
     def wake(self) -> None:
         """End the backoff of all duties; call it when a server that all of them need is back."""
-        self._retry_at = dict.fromkeys(self._work, 0.0)
+        self._retry_at = dict.fromkeys(self._functions, 0.0)
 
     @property
     def is_any_failing(self) -> bool:
@@ -108,17 +119,19 @@ class Duties:
         self.statuses[name] = DutyStatus(succeeded_at=time.time())
 
     def _note_failure(self, name: str, error: Exception) -> None:
-        status, message = self.statuses[name], describe_error(error)
+        status = self.statuses[name]
+        message = describe_error(error)
         if message != status.error:  # logged once per change, not at every retry
-            details = message if isinstance(error, self._expected) else format_redacted_traceback(error)
+            details = message if isinstance(error, self._expected_errors) else format_redacted_traceback(error)
             log.error("cannot %s: %s", name, details)
-        status.error, status.failures = message, status.failures + 1
+        status.error = message
+        status.failures += 1
         status.failing_since = status.failing_since or time.time()
         self._retry_at[name] = time.monotonic() + status.pause_s
 
-    def _write(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(self._file, json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
+    def _write_status_file(self) -> None:
+        self._status_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_file(self._status_file, json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
 
 
 def get_duty_status_file(home: Path) -> Path:
@@ -136,5 +149,5 @@ def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
 
 
 def compute_age_s(moment: datetime | None) -> float:
-    """Return how long ago a moment was, in seconds; 0 of what never was."""
+    """Return how long ago a moment was, in seconds; 0 for None."""
     return 0.0 if moment is None else (datetime.now(timezone.utc) - moment).total_seconds()

@@ -97,24 +97,27 @@ def make_attempt_key(context: DispatcherContext, round_id: str, attempt: int) ->
 
 def find_flow_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
     """Return the flow run with an idempotency key; None if it was never created or Prefect's database was lost."""
-    found = list_flow_runs(client, FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key])), limit=1)
-    return found[0] if found else None
+    key_filter = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key]))
+    runs = list_flow_runs(client, key_filter, limit=1)
+    return runs[0] if runs else None
 
 
 def find_newest_flow_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
     """Return the newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
-    now = datetime.now(timezone.utc) + timedelta(seconds=POSTPONED_AFTER_S)
-    which = FlowRunFilter(
+    latest_start = datetime.now(timezone.utc) + timedelta(seconds=POSTPONED_AFTER_S)
+    started_filter = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),
-        expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=latest_start),
     )
-    found = list_flow_runs(client, which, limit=1)
-    return found[0] if found else None
+    runs = list_flow_runs(client, started_filter, limit=1)
+    return runs[0] if runs else None
 
 
-def list_flow_runs(client: SyncPrefectClient, which: FlowRunFilter, limit: int) -> list[FlowRun]:
+def list_flow_runs(client: SyncPrefectClient, flow_run_filter: FlowRunFilter, limit: int) -> list[FlowRun]:
     """Return the flow runs that match a filter, newest first."""
-    return client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit)
+    return client.read_flow_runs(
+        flow_run_filter=flow_run_filter, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=limit
+    )
 
 
 def end_lost_flow_runs(client: SyncPrefectClient) -> None:
@@ -122,8 +125,8 @@ def end_lost_flow_runs(client: SyncPrefectClient) -> None:
 
     No other code checks an attempt that was superseded or whose round has ended; it would stay open indefinitely.
     """
-    open_now = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_FLOW_RUN_STATES)))
-    for run in list_flow_runs(client, open_now, MAX_LISTED_FLOW_RUNS):
+    open_filter = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=OPEN_FLOW_RUN_STATES)))
+    for run in list_flow_runs(client, open_filter, MAX_LISTED_FLOW_RUNS):
         end_if_lost(client, run)
 
 
@@ -133,16 +136,17 @@ def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
     if state is None or state.is_final():
         return True
     if state.is_scheduled():
-        start, why = state.state_details.scheduled_time, "it was postponed"
+        reason = "it was postponed"
+        start = state.state_details.scheduled_time
         is_lost = start is not None and start.timestamp() - time.time() > POSTPONED_AFTER_S
     else:
-        why = "its process has exited"
+        reason = "its process has exited"
         is_starting = state.is_pending() and time.time() - state.timestamp.timestamp() <= PENDING_TIMEOUT_S
         is_lost = not is_starting and not has_live_process(run)
     if is_lost:
-        final: State = Cancelled(message=why) if state.is_cancelling() else Crashed(message=why)
+        final: State = Cancelled(message=reason) if state.is_cancelling() else Crashed(message=reason)
         client.set_flow_run_state(run.id, final, force=True)
-        log.warning("ended flow run %s: %s", run.name, why)
+        log.warning("ended flow run %s: %s", run.name, reason)
     return is_lost
 
 

@@ -55,9 +55,11 @@ def main() -> None:
 
 def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> None:
     """Run the duties without end, woken by PostgreSQL; reconnect when the connection is lost."""
-    file = get_duty_status_file(context.settings.home)
     duties = Duties(
-        make_duties(context, client), file, expected=SERVER_ERRORS, beat=lambda: write_heartbeat(context.settings)
+        make_duties(context, client),
+        get_duty_status_file(context.settings.home),
+        expected_errors=SERVER_ERRORS,
+        send_heartbeat=lambda: write_heartbeat(context.settings),
     )
     last_error: str | None = None
     while True:
@@ -95,35 +97,39 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
     }
 
 
-def make_periodic(pause_s: float, work: Callable[[], object]) -> Callable[[], None]:
+def make_periodic(pause_s: float, run_duty: Callable[[], object]) -> Callable[[], None]:
     """Wrap a function so that calls within `pause_s` after its last success do nothing."""
     next_run_at = 0.0
 
     def run_if_due() -> None:
         nonlocal next_run_at
         if time.monotonic() >= next_run_at:
-            work()
+            run_duty()
             next_run_at = time.monotonic() + pause_s
 
     return run_if_due
 
 
 class DeploymentRegistrar:
-    """Registers the deployments at the start, every five minutes, and at the next call after they were deleted."""
+    """Register the deployments at the start, every five minutes, and at the next call after they were deleted."""
 
     def __init__(self, context: DispatcherContext, client: SyncPrefectClient) -> None:
-        self._context, self._client, self._due = context, client, 0.0
+        self._context = context
+        self._client = client
+        self._next_registration_at = 0.0
 
     def ensure_registered(self) -> None:
-        if time.monotonic() >= self._due:  # repeated, since everybody who has Prefect's password can change them
+        # Repeated, since everybody who has Prefect's password can change them.
+        if time.monotonic() >= self._next_registration_at:
             register_deployments(self._client, self._context.settings)
-            self._due = time.monotonic() + REGISTER_EVERY_S
+            self._next_registration_at = time.monotonic() + REGISTER_EVERY_S
 
-    def run_with_deployments(self, work: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
+    def run_with_deployments(self, run_duty: Callable[[DispatcherContext, SyncPrefectClient], None]) -> None:
+        """Run a duty that needs the deployments; if one is missing, register them at the next call."""
         try:
-            work(self._context, self._client)
+            run_duty(self._context, self._client)
         except ObjectNotFound:
-            self._due = 0.0
+            self._next_registration_at = 0.0
             raise
 
 
@@ -204,9 +210,8 @@ def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
     if last is not None and is_failed and compute_age_s(last.end_time or last.created) < REPRODUCTION_RETRY_PAUSE_S:
         return
-    run = client.create_flow_run_from_deployment(
-        deployment.id
-    )  # no idempotency key, which a postponed run could block indefinitely
+    # No idempotency key, which a postponed run could block indefinitely.
+    run = client.create_flow_run_from_deployment(deployment.id)
     log.info("%d reports wait: started flow run %s", count, run.id)
 
 

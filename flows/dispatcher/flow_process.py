@@ -29,7 +29,7 @@ from yuan.data.text import make_storable
 
 
 class StorableRecord(logging.LogRecord):
-    """A log record whose text Prefect's server can store; for one invalid line it rejects the whole batch."""
+    """Hold a log line that Prefect's server can store; for one invalid line it rejects the whole batch."""
 
     def getMessage(self) -> str:
         return make_storable(super().getMessage())

@@ -51,7 +51,7 @@ INHERITED_VARIABLES = (
 
 
 class FixedJob(BaseJobConfiguration):
-    """Job configuration that is the same for every flow run; the server's template and variables are not read."""
+    """Configure every flow run's job in the same way; the server's template and variables are not read."""
 
     @classmethod
     async def resolve_for_flow_run(cls, flow_run: FlowRun, **sources: Any) -> "FixedJob":
@@ -61,7 +61,7 @@ class FixedJob(BaseJobConfiguration):
 
 
 class NoHooks:
-    """Hook runner that does nothing: our flows have no hooks, and Prefect would load the deployment's code for them."""
+    """Run no hooks: our flows have none, and Prefect would load the deployment's code for them."""
 
     async def run_cancellation_hooks(self, flow_run: FlowRun, state: State[Any]) -> None:
         pass
@@ -71,7 +71,7 @@ class NoHooks:
 
 
 class FlowProcessStarter:
-    """Starts `flows.dispatcher.flow_process` for a flow run."""
+    """Start `flows.dispatcher.flow_process` for a flow run."""
 
     def __init__(self, control: ControlChannel) -> None:
         self._control = control
@@ -94,7 +94,7 @@ class FlowProcessStarter:
 
 
 class Worker(BaseWorker[FixedJob, BaseVariables, BaseWorkerResult]):
-    """Runs each flow run of the pool as a process with a fixed command."""
+    """Run each flow run of the pool as a process with a fixed command."""
 
     type = "process"
     job_configuration = FixedJob

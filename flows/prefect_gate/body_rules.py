@@ -34,7 +34,7 @@ _OMITTED = object()
 
 
 class PrefectInputRefused(ValueError):
-    """A client's input must not reach the server; the message says why."""
+    """Report that a client's input must not reach the server; the message says why."""
 
 
 def parse_request_body(path: str, body: bytes) -> tuple[Any, bytes]:
@@ -153,9 +153,9 @@ def check_values(document: Any) -> None:
         elif isinstance(value, list):
             pending += [(name, item, bits) for item in value]
         elif isinstance(value, (int, float)) and not -(2**bits) <= value < 2**bits:
-            got = _shorten(str(value))
             raise PrefectInputRefused(
-                f"{_shorten(name)} must be between -2**{bits} and 2**{bits}, got {got}; send a smaller number"
+                f"{_shorten(name)} must be between -2**{bits} and 2**{bits}, got {_shorten(str(value))}; "
+                "send a smaller number"
             )
         if isinstance(value, (str, int, float)) and DATE_FIELD_PATTERN.fullmatch(name) and _is_unsafe_date(value):
             rule = "be between the years 1970 and 8999 and begin with year, month and day, as in 2026-12-01T00:00:00Z"

@@ -93,14 +93,14 @@ def _find_foreign_field(form: dict[str, Any], fixed: dict[str, Any], free: froze
     for field in sorted(fixed.keys() | form.keys() - free):
         if field not in fixed:
             return f"{make_printable(field, 60)} is no field that flows/dispatcher/deployments.py sends; leave it out"
-        value, sent = form.get(field), fixed[field]
-        if value != sent and (value is not None or sent):
-            return _describe_changed_field(field, sent, value)
+        value, fixed_value = form.get(field), fixed[field]
+        if value != fixed_value and (value is not None or fixed_value):
+            return _describe_changed_field(field, fixed_value, value)
     return None
 
 
-def _describe_changed_field(field: str, sent: Any, value: Any) -> str:
-    rule = f"{field} must be {json.dumps(sent)}, as flows/dispatcher/deployments.py sends it"
+def _describe_changed_field(field: str, fixed_value: Any, value: Any) -> str:
+    rule = f"{field} must be {json.dumps(fixed_value)}, as flows/dispatcher/deployments.py sends it"
     return f"{rule}, got {make_printable(json.dumps(value), 60)}; leave it as registered"
 
 
@@ -117,15 +117,16 @@ def _find_schedule_fault(form: Any, *, is_whole: bool) -> str | None:
 def _find_interval_fault(schedule: Any) -> str | None:
     zone = schedule.get("timezone") if isinstance(schedule, dict) else None
     if zone is not None and not (isinstance(zone, str) and zone in TIME_ZONES):
-        got = make_printable(str(zone), 60)
-        return f"timezone of a schedule must be one like Asia/Shanghai, got {got}; send such a one"
+        return (
+            "timezone of a schedule must be one like Asia/Shanghai, "
+            f"got {make_printable(str(zone), 60)}; send such a one"
+        )
     is_single = isinstance(schedule, dict) and len({"interval", "cron", "rrule"} & schedule.keys()) == 1
     if is_single and (_is_slow_interval(schedule.get("interval")) or _has_next_date(schedule.get("cron"))):
         return None
     return (
         f"a schedule must be an interval of at least {MIN_SCHEDULE_INTERVAL_S} s or a cron of five fields "
-        "that comes due; "
-        "send one of these"
+        "that comes due; send one of these"
     )
 
 

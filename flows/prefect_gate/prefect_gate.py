@@ -50,31 +50,41 @@ from infra.throttle import SignInThrottle
 log = logging.getLogger(__name__)
 
 
-PICTURES_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
+IMAGE_HOST_VARIABLE = "COTRAIN_PORTAL_URL"  # the portal draws the plan that a round's artifact shows
 PREFECT_ROUTE_CLOSED_MESSAGE = (
     "this route of Prefect's server is closed; flows/prefect_gate/route_rules.py lists the open ones"
 )
 WEBSOCKET_POLICY_VIOLATION = 1008
 MAX_PREFECT_BODY_BYTES = 8 * 1024 * 1024
-MAX_FIRST_MESSAGE_CHARACTERS, FIRST_MESSAGE_TIMEOUT_S = (
-    4096,
-    10.0,
-)  # of a websocket: it is the password in a little JSON
+# Of a websocket: the first message is the password in a little JSON.
+MAX_FIRST_MESSAGE_CHARACTERS = 4096
+FIRST_MESSAGE_TIMEOUT_S = 10.0
 
 
 class PrefectGate:
-    """An ASGI application that forwards requests on the allow-lists, after checking the password where required.
+    """Forward requests on the allow-lists to an ASGI application, after checking the password where required.
 
-    `secret` is the generated `user:password`; correct credentials always pass, so that rate limits cannot lock the
-    platform out.
+    Args:
+        app: Prefect's server.
+        secret: the generated `user:password`; correct credentials always pass, so that rate limits cannot lock the
+            platform out.
+        image_host: a host from which pages may load images, besides Prefect's server.
+        first_message_timeout_s: time within which a websocket's client must send its first message.
     """
 
     def __init__(
-        self, app: AsgiApp, secret: str, pictures: str = "", *, first_message_s: float = FIRST_MESSAGE_TIMEOUT_S
+        self,
+        app: AsgiApp,
+        secret: str,
+        image_host: str = "",
+        *,
+        first_message_timeout_s: float = FIRST_MESSAGE_TIMEOUT_S,
     ) -> None:
-        self._app, self._secret, self._first_message_s = app, secret.encode(), first_message_s
+        self._app = app
+        self._secret = secret.encode()
+        self._first_message_timeout_s = first_message_timeout_s
         self._throttle = SignInThrottle()
-        self._headers = build_page_headers(pictures)
+        self._page_headers = build_page_headers(image_host)
 
     async def __call__(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         if scope["type"] == "lifespan":
@@ -83,14 +93,12 @@ class PrefectGate:
         if scope["type"] == "websocket":
             if not WEBSOCKET_ROUTES.is_allowed(method, path):
                 return await send({"type": "websocket.close", "code": WEBSOCKET_POLICY_VIOLATION})
-            ends = WebsocketGuard(
-                receive, send, partial(self._is_refused, _get_client_address(scope)), self._first_message_s
-            )
-            return await self._app(scope, ends.receive, ends.send)
+            is_refused = partial(self._is_first_message_refused, _get_client_address(scope))
+            guard = WebsocketGuard(receive, send, is_refused, self._first_message_timeout_s)
+            return await self._app(scope, guard.receive, guard.send)
         send = self._add_page_headers(send)
-        if method == "HEAD" and PUBLIC_ROUTES.is_allowed(
-            "GET", path
-        ):  # the keeper asks so; uvicorn leaves the answer's body out
+        if method == "HEAD" and PUBLIC_ROUTES.is_allowed("GET", path):
+            # The keeper sends HEAD requests; uvicorn leaves the response's body out.
             method, scope = "GET", {**scope, "method": "GET"}
         if not (is_page(method, path) or PUBLIC_ROUTES.is_allowed(method, path)):
             if not OPERATOR_ROUTES.is_allowed(method, path):
@@ -125,7 +133,7 @@ class PrefectGate:
             return 429, f"too many wrong passwords; try again in {wait_s} s"
         return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
 
-    def _is_refused(self, address: str, message: AsgiMessage) -> bool:
+    def _is_first_message_refused(self, address: str, message: AsgiMessage) -> bool:
         """Check whether a websocket's first message must not reach the server, which itself checks its password."""
         text = message.get("text")
         if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
@@ -141,35 +149,45 @@ class PrefectGate:
     def _add_page_headers(self, send: AsgiSend) -> AsgiSend:
         async def with_headers(message: AsgiMessage) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *self._headers]}
+                message = {**message, "headers": [*message["headers"], *self._page_headers]}
             await send(message)
 
         return with_headers
 
 
 class WebsocketGuard:
-    """Wraps receive and send of a websocket; closes it if its first message is late or a message is refused.
+    """Wrap receive and send of a websocket; close it if its first message is late or a message is refused.
 
     The server parses every message, even of megabytes, in the event loop that serves all clients, before it checks the
     password; and an event that it cannot store also loses events of other clients.
     """
 
     def __init__(
-        self, receive: AsgiReceive, send: AsgiSend, is_refused: Callable[[AsgiMessage], bool], limit_s: float
+        self,
+        receive: AsgiReceive,
+        send: AsgiSend,
+        is_first_message_refused: Callable[[AsgiMessage], bool],
+        first_message_timeout_s: float,
     ) -> None:
-        self._receive, self._send, self._is_refused, self._limit_s = receive, send, is_refused, limit_s
-        self._is_accepted = self._is_sender_known = self._is_closed = False
+        self._receive = receive
+        self._send = send
+        self._is_first_message_refused = is_first_message_refused
+        self._first_message_timeout_s = first_message_timeout_s
+        self._is_accepted = False
+        self._is_sender_known = False
+        self._is_closed = False
 
     async def receive(self) -> AsgiMessage:
         if not self._is_accepted:
             return await self._receive()
         try:
-            async with asyncio.timeout(None if self._is_sender_known else self._limit_s):
+            async with asyncio.timeout(None if self._is_sender_known else self._first_message_timeout_s):
                 message = await self._receive()
         except TimeoutError:
             return await self._close()
         if message["type"] == "websocket.receive":
-            if _is_message_refused(message) if self._is_sender_known else self._is_refused(message):
+            is_refused = _is_message_refused if self._is_sender_known else self._is_first_message_refused
+            if is_refused(message):
                 return await self._close()
             self._is_sender_known = True
         return message
@@ -185,11 +203,11 @@ class WebsocketGuard:
         return {"type": "websocket.disconnect", "code": WEBSOCKET_POLICY_VIOLATION}
 
 
-def build_page_headers(pictures: str) -> list[tuple[bytes, bytes]]:
-    """Build headers that keep a browser from loading from other hosts; `pictures` is a host allowed for images."""
+def build_page_headers(image_host: str) -> list[tuple[bytes, bytes]]:
+    """Build headers that keep a browser from loading from other hosts, except images from `image_host`."""
     policy = (
         "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
-        f"img-src 'self' data: blob: {pictures}; worker-src 'self' blob:; connect-src 'self'; "
+        f"img-src 'self' data: blob: {image_host}; worker-src 'self' blob:; connect-src 'self'; "
         "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     )
     return [
@@ -269,7 +287,7 @@ def main() -> None:
     if api.auth_string is None:
         raise ValueError("Prefect's server needs a password; set PREFECT_SERVER_API_AUTH_STRING to user:password")
     gate = PrefectGate(
-        create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(PICTURES_VARIABLE, "")
+        create_app(final=True), api.auth_string.get_secret_value(), os.environ.get(IMAGE_HOST_VARIABLE, "")
     )
     log.setLevel(logging.INFO)
     # Forwarded headers are not trusted: with them, a client could use a new address for each password guess.

@@ -12,7 +12,7 @@ WEBSOCKET_METHOD = "WEBSOCKET"
 
 
 class RouteAllowList:
-    """A set of routes, each a method and a path form as in Starlette."""
+    """Hold a set of routes, each a method and a path form as in Starlette."""
 
     def __init__(self, text: str) -> None:
         self.routes = [(method, path) for method, path in (line.split() for line in text.strip().splitlines())]
@@ -28,7 +28,7 @@ class RouteAllowList:
         >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready\\n")  # which `$` alone would accept
         False
         """
-        return any(method == known and pattern.fullmatch(path) for known, pattern in self._patterns)
+        return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in self._patterns)
 
 
 def is_page(method: str, path: str) -> bool:

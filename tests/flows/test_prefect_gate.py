@@ -37,7 +37,7 @@ def gate():
     async def echo(path: str, request: Request):
         return {"reached": path, "body": (await request.body()).decode()}
 
-    with TestClient(PrefectGate(app, ":".join(RIGHT), "http://pictures.example", first_message_s=1)) as client:
+    with TestClient(PrefectGate(app, ":".join(RIGHT), "http://pictures.example", first_message_timeout_s=1)) as client:
         yield client
 
 
