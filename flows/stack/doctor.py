@@ -9,6 +9,8 @@ import shutil
 import time
 from pathlib import Path
 
+from dotenv.parser import Binding
+
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
 from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
@@ -25,12 +27,10 @@ from infra.settings import (
     parse_variable_file,
 )
 
-MACHINE_SUBJECT, KEEPER_SUBJECT, STACK_CONFIG_SUBJECT, SETTINGS_SUBJECT = (
-    "this machine",
-    "the keeper",
-    "the stack's config",
-    "the settings",
-)
+MACHINE_SUBJECT = "this machine"
+KEEPER_SUBJECT = "the keeper"
+STACK_CONFIG_SUBJECT = "the stack's config"
+SETTINGS_SUBJECT = "the settings"
 NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel has no Landlock, so every service can read the others' folders and secrets",
@@ -42,7 +42,8 @@ NO_SECCOMP_FINDING = Finding(
     "every port of this machine",
     fix="use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md lists what is not guaranteed",
 )
-MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
+MIN_DISK_GIB = 2.0
+MIN_MEMORY_GIB = 3.0
 FULL_DISK_BYTES = 64 * 2**20  # with less free space, PostgreSQL and the store begin to reject writes
 HEARTBEAT_FILES = {"dispatcher": DISPATCHER_HEARTBEAT_FILE, "worker": WORKER_HEARTBEAT_FILE}
 # Names allowed in env.local: the settings, and the token, which commands read if a shell sources the file.
@@ -60,42 +61,48 @@ def find_setting_faults(home: Path) -> list[Finding]:
     except (OSError, UnicodeDecodeError) as error:
         fix = "make it a text file in UTF-8 that you may read"
         return [Finding(SETTINGS_SUBJECT, fault=f"{file} cannot be read: {error}", fix=fix)]
-    found: list[Finding] = []
-    for line in lines:
-        name, place = (line.key or "").upper(), describe_variable_place(line, file)
-        if line.error or (name.startswith(SETTINGS_VARIABLE_PREFIX) and line.value is None):
-            fault = f"a line without NAME=VALUE sets nothing ({place})"
-            found.append(Finding(SETTINGS_SUBJECT, fault=fault, fix="write one, or # before the line"))
-        elif name.startswith(SETTINGS_VARIABLE_PREFIX) and name not in KNOWN_VARIABLES:
-            near = difflib.get_close_matches(
-                name.removeprefix(SETTINGS_VARIABLE_PREFIX),
-                [one.removeprefix(SETTINGS_VARIABLE_PREFIX) for one in KNOWN_VARIABLES],
-            )
-            meant = (
-                f"write {' or '.join(map(get_variable_name, near))}"
-                if near
-                else "the names are in .env.example; write one"
-            )
-            fault = f"there is no setting {name} ({place})"
-            found.append(Finding(SETTINGS_SUBJECT, fault=fault, fix=f"{meant}, or take the line out"))
-    return found + [
-        Finding(SETTINGS_SUBJECT, fault=wrong, fix="correct the value there") for wrong in find_wrong_values(file)
+    findings = [finding for line in lines if (finding := _check_setting_line(line, file)) is not None]
+    return findings + [
+        Finding(SETTINGS_SUBJECT, fault=fault, fix="correct the value there") for fault in find_wrong_values(file)
     ]
+
+
+def _check_setting_line(line: Binding, file: Path) -> Finding | None:
+    """Return the fault of a line that names a variable of the platform; None if it sets a known one."""
+    name, place = (line.key or "").upper(), describe_variable_place(line, file)
+    if line.error or (name.startswith(SETTINGS_VARIABLE_PREFIX) and line.value is None):
+        fault = f"a line without NAME=VALUE sets nothing ({place})"
+        return Finding(SETTINGS_SUBJECT, fault=fault, fix="write one, or # before the line")
+    if not name.startswith(SETTINGS_VARIABLE_PREFIX) or name in KNOWN_VARIABLES:
+        return None
+
+    similar_names = difflib.get_close_matches(
+        name.removeprefix(SETTINGS_VARIABLE_PREFIX),
+        [variable.removeprefix(SETTINGS_VARIABLE_PREFIX) for variable in KNOWN_VARIABLES],
+    )
+    correction = (
+        f"write {' or '.join(map(get_variable_name, similar_names))}"
+        if similar_names
+        else "the names are in .env.example; write one"
+    )
+    return Finding(
+        SETTINGS_SUBJECT, fault=f"there is no setting {name} ({place})", fix=f"{correction}, or take the line out"
+    )
 
 
 def find_machine_faults(home: Path) -> list[Finding]:
     """Check disk, permissions, memory and ports; a full disk comes first, since it may cause the other faults."""
-    found = find_disk_faults(home)
+    findings = find_disk_faults(home)
     place = find_existing_folder(home)
     if not os.access(place, os.W_OK):
         fix = "give yourself the right, or set COTRAIN_HOME elsewhere"
-        return [*found, Finding(MACHINE_SUBJECT, fault=f"{place} cannot be written", fix=fix)]
+        return [*findings, Finding(MACHINE_SUBJECT, fault=f"{place} cannot be written", fix=fix)]
     if not is_keeper_running(home):
         if measure_available_memory_gib() < MIN_MEMORY_GIB:
             fault = f"{measure_available_memory_gib():.1f} GiB of memory are free, {MIN_MEMORY_GIB:.0f} are needed"
-            found.append(Finding(MACHINE_SUBJECT, fault=fault, fix="end other programs or use a larger machine"))
-        found += find_busy_ports(home)
-    return found
+            findings.append(Finding(MACHINE_SUBJECT, fault=fault, fix="end other programs or use a larger machine"))
+        findings += find_busy_ports(home)
+    return findings
 
 
 def find_disk_faults(home: Path) -> list[Finding]:
@@ -130,16 +137,14 @@ def find_busy_ports(home: Path) -> list[Finding]:
 
 def find_stack_faults(home: Path) -> list[Finding]:
     """Check for a lost config, missing heartbeats of keeper or services, and a kernel that cannot confine them."""
-    found = find_config_faults(home)
+    findings = find_config_faults(home)
     if not is_keeper_running(home):
-        is_expected = not found and (home / CONFIG_FILE).exists()
-        return (
-            [*found, Finding("the stack", fault="the stack is not up", fix="run `cotrain up`")]
-            if is_expected
-            else found
-        )
-    found += find_keeper_faults(home)
-    found += [
+        if not findings and (home / CONFIG_FILE).exists():
+            return [Finding("the stack", fault="the stack is not up", fix="run `cotrain up`")]
+        return findings
+
+    findings += find_keeper_faults(home)
+    findings += [
         Finding(
             name,
             succeeded_at=convert_timestamp(state.ready_at) if state.ready_at else None,
@@ -150,9 +155,12 @@ def find_stack_faults(home: Path) -> list[Finding]:
         for name, state in read_service_states(home).items()
         if state.state != "ready"
     ]
-    found += find_silent_services(home)
-    found += [] if is_landlock_enforced() else [NO_LANDLOCK_FINDING]
-    return found if is_seccomp_enforced() else [*found, NO_SECCOMP_FINDING]
+    findings += find_silent_services(home)
+    if not is_landlock_enforced():
+        findings.append(NO_LANDLOCK_FINDING)
+    if not is_seccomp_enforced():
+        findings.append(NO_SECCOMP_FINDING)
+    return findings
 
 
 def find_config_faults(home: Path) -> list[Finding]:
@@ -187,17 +195,21 @@ def find_keeper_faults(home: Path) -> list[Finding]:
 
 def find_silent_services(home: Path) -> list[Finding]:
     """Find ready services without a port whose heartbeat is older than SERVICE_HEARTBEAT_TIMEOUT_S."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     services = read_service_states(home)
-    for name, sign in HEARTBEAT_FILES.items():
+    for name, file in HEARTBEAT_FILES.items():
         try:
-            silent_s = time.time() - (home / sign).lstat().st_mtime
+            heartbeat_at = (home / file).lstat().st_mtime
         except OSError:  # no heartbeat yet; without one the keeper does not report the dispatcher as ready
             continue
+        silent_s = time.time() - heartbeat_at
         if services.get(name, ServiceState()).state == "ready" and silent_s > SERVICE_HEARTBEAT_TIMEOUT_S:
-            fix = f"the keeper restarts it if this continues; see `cotrain logs {name}`"
-            fault = f"the {name} has sent no heartbeat for {silent_s:.0f} s"
-            found.append(
-                Finding(f"the {name}", succeeded_at=convert_timestamp(time.time() - silent_s), fault=fault, fix=fix)
+            findings.append(
+                Finding(
+                    f"the {name}",
+                    succeeded_at=convert_timestamp(heartbeat_at),
+                    fault=f"the {name} has sent no heartbeat for {silent_s:.0f} s",
+                    fix=f"the keeper restarts it if this continues; see `cotrain logs {name}`",
+                )
             )
-    return found
+    return findings

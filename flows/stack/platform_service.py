@@ -77,4 +77,4 @@ def check_heartbeat_file(file: Path, timeout_s: float) -> None:
     """
     age_s = time.time() - file.stat().st_mtime
     if age_s > timeout_s:
-        raise TimeoutError(f"no heartbeat for {age_s:.0f} s")
+        raise TimeoutError(f"no heartbeat for {age_s:.0f} s, allowed are {timeout_s:.0f} s; see the service's log")

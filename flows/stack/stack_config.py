@@ -36,7 +36,8 @@ PORT_NAMES = (
 )
 PORT_RANGE = (20_000, 28_999)  # below 29,500, torchrun's default rendezvous port
 PORT_RANGE_VARIABLE = "COTRAIN_PORT_RANGE"
-MAX_PORT, MAX_PORT_TRIES = 65_535, 10_000
+MAX_PORT = 65_535
+MAX_PORT_TRIES = 10_000
 SECRET_NAMES = (
     *("postgres", "database", "prefect_database", "mlflow_database", "mlflow_auth_database"),
     *("s3_access_key", "s3_secret_key", "s3_admin_access_key", "s3_admin_secret_key"),
@@ -46,14 +47,20 @@ SECRET_NAMES = (
 WEED_CERTIFICATE = "weed-settings/tls.pem"
 ROTATABLE_SECRET_NAMES = (*(name for name in SECRET_NAMES if name != "split_salt"), "weed_certificate")
 PORT_RELEASE_TIMEOUT_S = 3.0
-CONFIG_FILE, CONFIG_COPY_FILE = "stack-config.json", "stack-config.copy.json"
+CONFIG_FILE = "stack-config.json"
+CONFIG_COPY_FILE = "stack-config.copy.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """Ports and secrets of one home folder, chosen at the first start and kept.
+    """Hold the ports and secrets of one home folder, chosen at the first start and kept.
 
-    `retired` holds the secrets that rotations replaced, oldest first, until every server uses the new ones.
+    Attributes:
+        stack_id: in the environment of every process of the stack.
+        ports: by the names in PORT_NAMES.
+        secrets: by the names in SECRET_NAMES.
+        durable: true if the database writes to disk at every commit.
+        retired: secrets that rotations replaced, by name, oldest first, until every server uses the new ones.
     """
 
     stack_id: str
@@ -94,25 +101,26 @@ def load_config(home: Path) -> StackConfig:
     file = home / CONFIG_FILE
     try:
         config = StackConfig(**json.loads(file.read_text()))
-        missing = [name for name in PORT_NAMES if name not in config.ports]  # removed manually, to choose another port
-        unknown = [name for name in SECRET_NAMES if name not in config.secrets]  # added by a newer version of the code
+        # A port is missing if an operator removed it to change it, a secret if a newer version of the code needs it.
+        missing_ports = [name for name in PORT_NAMES if name not in config.ports]
+        missing_secrets = [name for name in SECRET_NAMES if name not in config.secrets]
     except FileNotFoundError:
         if not has_data(home):
             raise ValueError(f"there is no stack in {home}; make one with `cotrain up`") from None
         raise ValueError(_describe_lost_config(file, "is missing")) from None
     except (ValueError, TypeError, AttributeError):
         raise ValueError(_describe_lost_config(file, "is damaged")) from None
-    if missing or unknown:
-        config.ports.update(choose_ports(missing, set(config.ports.values())))
-        config.secrets.update(generate_secrets(unknown))
+    if missing_ports or missing_secrets:
+        config.ports.update(choose_ports(missing_ports, set(config.ports.values())))
+        config.secrets.update(generate_secrets(missing_secrets))
         save_config(home, config)
     return config
 
 
-def _describe_lost_config(file: Path, how: str) -> str:
+def _describe_lost_config(file: Path, condition: str) -> str:
     copy = file.with_name(CONFIG_COPY_FILE)
-    way_out = f"put its copy back: cp {copy} {file}" if copy.exists() else "restore it from a backup"
-    return f"{file}, which holds the stack's passwords, ports and salt, {how}; {way_out}"
+    fix = f"put its copy back: cp {copy} {file}" if copy.exists() else "restore it from a backup"
+    return f"{file}, which holds the stack's passwords, ports and salt, {condition}; {fix}"
 
 
 def save_config(home: Path, config: StackConfig) -> None:
@@ -137,20 +145,21 @@ def retire_secrets(home: Path, names: Sequence[str] = ()) -> list[str]:
         ValueError: if a name is unknown, or is the split salt, which must never change.
     """
     config = load_config(home)
-    wrong = [name for name in names if name not in ROTATABLE_SECRET_NAMES]
-    if wrong:
-        why = " (it decides which cases are held out and must never change)" if wrong[0] in SECRET_NAMES else ""
+    wrong_names = [name for name in names if name not in ROTATABLE_SECRET_NAMES]
+    if wrong_names:
+        is_fixed = wrong_names[0] in SECRET_NAMES
+        reason = " (it decides which cases are held out and must never change)" if is_fixed else ""
         raise ValueError(
-            f"there is no secret {wrong[0]!r} to rotate{why}; choose from {', '.join(ROTATABLE_SECRET_NAMES)}"
+            f"there is no secret {wrong_names[0]!r} to rotate{reason}; choose from {', '.join(ROTATABLE_SECRET_NAMES)}"
         )
-    chosen = list(names or ROTATABLE_SECRET_NAMES)
-    kept = [name for name in chosen if name in config.secrets]
-    retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in kept}
-    fresh = replace(config, secrets=config.secrets | generate_secrets(kept), retired=config.retired | retired)
-    save_config(home, fresh)
-    if "weed_certificate" in chosen:  # a separate file, which the next start recreates
+    names_to_rotate = list(names or ROTATABLE_SECRET_NAMES)
+    in_config = [name for name in names_to_rotate if name in config.secrets]
+    retired = {name: [*config.retired.get(name, []), config.secrets[name]] for name in in_config}
+    secrets_after = config.secrets | generate_secrets(in_config)
+    save_config(home, replace(config, secrets=secrets_after, retired=config.retired | retired))
+    if "weed_certificate" in names_to_rotate:  # a separate file, which the next start recreates
         (home / WEED_CERTIFICATE).unlink(missing_ok=True)
-    return chosen
+    return names_to_rotate
 
 
 def drop_retired_secrets(home: Path) -> None:
@@ -171,23 +180,19 @@ def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ())
     """
     port_range = read_port_range()
     defaults = {} if PORT_RANGE_VARIABLE in os.environ else PUBLIC_PORTS
-    chosen: dict[str, int] = {}
+    ports: dict[str, int] = {}
     for name in names:
-        usual = [defaults[name]] if name in defaults else []
-        tries = (random.SystemRandom().randint(*port_range) for _ in range(MAX_PORT_TRIES))
-        for port in (*usual, *tries):
-            if (
-                port not in taken
-                and port not in chosen.values()
-                and is_port_free(port)
-                and not is_port_blocked(name, port)
-            ):
-                chosen[name] = port
+        default_ports = [defaults[name]] if name in defaults else []
+        random_ports = (random.SystemRandom().randint(*port_range) for _ in range(MAX_PORT_TRIES))
+        for port in (*default_ports, *random_ports):
+            is_taken = port in taken or port in ports.values()
+            if not is_taken and is_port_free(port) and not is_port_blocked(name, port):
+                ports[name] = port
                 break
         else:
             rule = f"ports {port_range[0]} to {port_range[1]}, and for the store their files {get_weed_socket(name, 0)}"
             raise RuntimeError(f"no free port for {name} in {MAX_PORT_TRIES} tries; see who holds {rule}")
-    return chosen
+    return ports
 
 
 def read_port_range() -> tuple[int, int]:
@@ -232,9 +237,9 @@ def replace_blocked_ports(home: Path, config: StackConfig) -> StackConfig:
         return config
     for name in blocked:
         log.warning("%s is not ours to remove; another port is chosen", get_weed_socket(name, config.ports[name]))
-    fresh = replace(config, ports=config.ports | choose_ports(blocked, set(config.ports.values())))
-    save_config(home, fresh)
-    return fresh
+    changed = replace(config, ports=config.ports | choose_ports(blocked, set(config.ports.values())))
+    save_config(home, changed)
+    return changed
 
 
 def describe_port_holder(port: int, stack_id: str) -> str | None:

@@ -31,7 +31,8 @@ from infra.telemetry import NO_TELEMETRY_VARIABLES
 UP_TIMEOUT_S = 120.0
 MAX_STARTUP_RESTARTS = 3  # a service that exited this often at startup will not become ready by waiting
 KEEPER_LOG_LINES = 5  # shown from the log of a keeper that has exited
-DOWN_TIMEOUT_S, SILENT_KEEPER_GRACE_S = 60.0, 15.0  # for a keeper with a heartbeat, and for one without
+DOWN_TIMEOUT_S = 60.0  # for a keeper with a heartbeat
+SILENT_KEEPER_GRACE_S = 15.0  # for a keeper without one
 KEEPER_KILL_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 60.0  # for killed processes
 
@@ -77,7 +78,7 @@ def _raise_faults(faults: Sequence[Finding]) -> None:
 
 @dataclass(frozen=True)
 class _KeeperProcess:
-    """A keeper that this process started, its log, and the byte offset where its output begins there."""
+    """Hold a keeper that this process started, its log, and the byte offset where its output begins there."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -132,7 +133,7 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None, show_states: Sh
     if are_all_ready(states):
         return
     if is_gone and keeper is not None:
-        raise RuntimeError(f"the stack did not come up: {keeper.describe_end()}")
+        raise RuntimeError(f"the stack did not come up, see `cotrain doctor`: {keeper.describe_end()}")
     not_ready = [f"{name}: {s.error or s.state}" for name, s in states.items() if s.state != "ready"]
     detail = "; ".join(not_ready) or ("the keeper has ended" if is_gone else "no service has started")
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")

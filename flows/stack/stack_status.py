@@ -21,7 +21,14 @@ from infra.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class StackStatus:
-    """Hold whether a stack runs, the states of its services, the URLs of its web interfaces, and the faults found."""
+    """Hold the state of a stack.
+
+    Attributes:
+        is_up: true if a keeper runs.
+        services: states of the services by name; empty if the stack is not up.
+        urls: URLs of the web interfaces by service; empty if the stack is not up or its config cannot be read.
+        faults: the findings with a fault.
+    """
 
     is_up: bool
     services: ServiceStates
@@ -44,8 +51,8 @@ def read_stack_status(home: Path) -> StackStatus:
 
 def diagnose(home: Path) -> list[Finding]:
     """Check settings, machine and stack, and run every probe of a running stack."""
-    own = find_setting_faults(home) + find_machine_faults(home) + find_stack_faults(home)
-    return own + examine_running_stack(home)
+    faults = find_setting_faults(home) + find_machine_faults(home) + find_stack_faults(home)
+    return faults + examine_running_stack(home)
 
 
 def examine_running_stack(home: Path) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
 from flows.stack.platform_service import check_heartbeat_file, make_platform_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
@@ -58,4 +59,4 @@ def check_worker_is_online(settings: PrefectAccess) -> None:
     """
     with open_prefect_client(settings, READINESS_TIMEOUT_S) as http:
         if not has_online_worker(http):
-            raise ConnectionError("no worker is online")
+            raise ConnectionError(f"no worker of the work pool {WORK_POOL_NAME} is online; see `cotrain logs worker`")
