@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-PROBE_KEY, PROBE_BYTES = "probe", b"p" * 8192
+PROBE_KEY = "probe"
+PROBE_BYTES = b"p" * 8192
 UPLOAD_PART_BYTES = 16 * 2**20  # of a multipart upload; S3 requires parts of at least 5 MiB and at most 10,000 parts
 MAX_UPLOAD_PARTS = 10_000
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
@@ -32,7 +33,8 @@ class ObjectStore:
     """
 
     def __init__(self, client: "S3Client", bucket: str) -> None:
-        self.client, self.bucket = client, bucket
+        self.client = client
+        self.bucket = bucket
 
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
@@ -56,8 +58,11 @@ class ObjectStore:
         Raises:
             ValueError: if size or sha256 differ from the expected ones; the object is unchanged.
         """
-        if os.fstat(stream.fileno()).st_size != size:
-            raise ValueError(f"{key} has {os.fstat(stream.fileno()).st_size} bytes, expected are {size}")
+        actual_size = os.fstat(stream.fileno()).st_size
+        if actual_size != size:
+            raise ValueError(
+                f"the file for {key} must have {size} bytes, got {actual_size}; it has changed: upload a complete copy"
+            )
         part_bytes = max(UPLOAD_PART_BYTES, -(-size // MAX_UPLOAD_PARTS))
         if size <= part_bytes:
             data = stream.read(size)
@@ -170,12 +175,16 @@ class ObjectStore:
         """Raise unless an object can be written and read back; a bucket responds seconds before its volumes do."""
         self.put(PROBE_KEY, PROBE_BYTES)
         if self.get(PROBE_KEY) != PROBE_BYTES:
-            raise OSError("the store returned other bytes than it received")
+            raise OSError(
+                f"the store returned other bytes than it received for {PROBE_KEY} of bucket {self.bucket}; see its log"
+            )
 
 
-def _check_sha256(key: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(f"{key} has the sha256 {found}, expected is {expected}")
+def _check_sha256(key: str, actual: str, expected: str) -> None:
+    if actual != expected:
+        raise ValueError(
+            f"the file for {key} must have the sha256 {expected}, got {actual}; it has changed: upload a complete copy"
+        )
 
 
 def open_object_store(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> ObjectStore:

@@ -30,7 +30,8 @@ POSTGRES_UID = 61001  # the server requires no name; no other process of a machi
 INITDB_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 # A program that binds the port while the server is down may request a plain-text password; SCRAM never sends it.
 REQUIRE_SCRAM_OPTION = "require_auth=scram-sha-256"
-SIGN_IN_TIMEOUT_S, POSTGRES_ANSWER_TIMEOUT_S = 10, 10.0
+SIGN_IN_TIMEOUT_S = 10
+POSTGRES_ANSWER_TIMEOUT_S = 10.0
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # the server responds to it before it assigns a connection slot
 NOT_DURABLE_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
@@ -75,7 +76,9 @@ class Postgres:
         process = subprocess.run(command, cwd="/", env=INITDB_ENVIRONMENT, capture_output=True, text=True)
         if process.returncode != 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-            raise RuntimeError(f"initdb failed: {process.stderr.strip()[-500:]}")
+            raise RuntimeError(
+                f"initdb failed in {self.folder}: {process.stderr.strip()[-500:]}; remove the cause, then retry"
+            )
         password_file.unlink()
 
     def command(self) -> list[str]:
@@ -130,7 +133,7 @@ class Postgres:
         with socket.create_connection(("127.0.0.1", self.port), timeout=POSTGRES_ANSWER_TIMEOUT_S) as connection:
             connection.sendall(SSL_REQUEST)
             if connection.recv(1) not in (b"N", b"S"):
-                raise ConnectionError("PostgreSQL closed the connection without a response")
+                raise ConnectionError("PostgreSQL closed the connection without a response; see logs/postgres.log")
 
     def ping(self) -> None:
         """Raise unless the server executes a query."""

@@ -184,7 +184,7 @@ def read_settings(kind: type[SettingsT], home: Path) -> SettingsT:
         return kind(_env_file=files, home=home)
     except ValidationError as error:
         if descriptions := _describe_wrong_values(error, files):
-            raise ValueError("; ".join(descriptions)) from None
+            raise ValueError(f"{'; '.join(descriptions)}; correct the value there") from None
         missing = ", ".join(get_variable_name(str(detail["loc"][0])) for detail in error.errors())
         raise ValueError(
             f"no usable settings in {home}: {missing}; run `cotrain up` or set them as in .env.example"

@@ -31,9 +31,14 @@ from infra.polling import poll_until
 
 log = logging.getLogger(__name__)
 
-JOBSET_API_GROUP, JOBSET_API_VERSION, JOBSET_PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
-JOBSET_NAME_LABEL, POD_INDEX_LABEL = "jobset.sigs.k8s.io/jobset-name", "batch.kubernetes.io/job-completion-index"
-REPLICATED_JOB_NAME, CONTAINER_NAME, RENDEZVOUS_PORT = "node", "trainer", 29_500
+JOBSET_API_GROUP = "jobset.x-k8s.io"
+JOBSET_API_VERSION = "v1alpha2"
+JOBSET_PLURAL = "jobsets"
+JOBSET_NAME_LABEL = "jobset.sigs.k8s.io/jobset-name"
+POD_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+REPLICATED_JOB_NAME = "node"
+CONTAINER_NAME = "trainer"
+RENDEZVOUS_PORT = 29_500
 MAX_POD_NAME_CHARACTERS = 63
 JOBSET_DELETE_TIMEOUT_S = 120.0
 KUBERNETES_REQUEST_TIMEOUT_S = 15.0
@@ -44,10 +49,14 @@ KUBERNETES_ERRORS = (ApiException, HTTPError, OSError)
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """Hold a site's Kubernetes options.
+    """Hold a site's Kubernetes options, the keys of [pool.launch].
 
-    `claim` is the persistent volume claim with the run folders, mounted at `mount_path`, the same path as at the
-    supervisor. With a `queue` of Kueue, jobs are created suspended and Kueue admits them.
+    Attributes:
+        claim: the persistent volume claim with the run folders.
+        mount_path: where it is mounted, the same path as at the supervisor.
+        device_resource: the cluster's name of one device.
+        memory: memory limit of a pod, in Kubernetes' notation.
+        queue: a queue of Kueue; with it, jobs are created suspended and Kueue admits them.
     """
 
     image: str
@@ -71,7 +80,8 @@ class KubernetesLauncher:
 
     def __init__(self, options: KubernetesOptions, api: client.ApiClient) -> None:
         self._options = options
-        self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+        self._objects = client.CustomObjectsApi(api)
+        self._core = client.CoreV1Api(api)
 
     @contextlib.contextmanager
     def run(self, job: Job) -> Iterator[RunningJob]:
@@ -110,10 +120,14 @@ class KubernetesLauncher:
         except ApiException as error:
             response = f"{error.status} {str(error.body)[:500]}"
             if error.status == 429 or error.status >= 500:
-                raise LauncherUnreachable(f"the cluster cannot accept {name} now: {response}") from None
-            raise RuntimeError(f"the cluster rejects {name}: {response}") from None
+                raise LauncherUnreachable(f"the cluster cannot accept {name} now: {response}; retry later") from None
+            raise RuntimeError(
+                f"the cluster rejects {name}: {response}; correct [pool.launch] in the pool's file"
+            ) from None
         except (HTTPError, OSError) as error:
-            raise LauncherUnreachable(f"the cluster does not respond: {str(error)[:200]}") from None
+            raise LauncherUnreachable(
+                f"the cluster does not respond: {str(error)[:200]}; see that its API server can be reached from here"
+            ) from None
 
     def end(self, name: str, within_s: float) -> bool:
         """Delete the job of a name; true if none of its pods remains within `within_s` seconds."""
@@ -147,7 +161,10 @@ class _RunningJobSet:
     """Poll a job in the cluster by its name."""
 
     def __init__(self, objects: Any, core: Any, namespace: str, job: Job) -> None:
-        self._objects, self._core, self._namespace, self._job = objects, core, namespace, job
+        self._objects = objects
+        self._core = core
+        self._namespace = namespace
+        self._job = job
         self.over = threading.Event()
 
     def wait(self, seconds: float) -> JobEnding | None:

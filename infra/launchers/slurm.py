@@ -55,7 +55,14 @@ CAUSE_BY_FINAL_STATE: dict[str, JobEndingCause | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """Hold a site's Slurm options; `gres` is per node, such as `gpu:8`, and `time_limit` is in Slurm's format."""
+    """Hold a site's Slurm options, the keys of [pool.launch].
+
+    Attributes:
+        gres: generic resources per node, such as `gpu:8`.
+        time_limit: maximum run time of a job, in Slurm's format.
+        memory_per_node: in Slurm's format, such as `64G`.
+        rendezvous_port: TCP port of the job's first node, where the ranks meet.
+    """
 
     partition: str | None = None
     account: str | None = None
@@ -136,14 +143,14 @@ class _RunningSlurmJob:
         return parse_job_ending(job_line)
 
 
-def parse_job_ending(shown: str) -> JobEnding | None:
+def parse_job_ending(job_line: str) -> JobEnding | None:
     """Parse the output of `scontrol show job --oneliner`; None if the job is pending, running or completing.
 
     >>> parse_job_ending("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
     >>> parse_job_ending("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
     'node lost'
     """
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    fields = dict(word.split("=", 1) for word in job_line.split() if "=" in word)
     state = fields["JobState"]
     if state not in CAUSE_BY_FINAL_STATE:
         return None
@@ -216,7 +223,7 @@ def _submit_job(job: Job, script: Path) -> str:
         raise
     except RuntimeError as error:
         hint = f"; it excludes {', '.join(job.avoid)}, where devices were lost" if job.avoid else ""
-        raise RuntimeError(f"{error}{hint}") from None
+        raise RuntimeError(f"{error}{hint}; correct [pool.launch] in the pool's file") from None
 
 
 def _run_slurm_command(*command: str) -> str:
@@ -229,7 +236,9 @@ def _run_slurm_command(*command: str) -> str:
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_COMMAND_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise LauncherUnreachable(f"{command[0]} did not respond within {SLURM_COMMAND_TIMEOUT_S:.0f} s") from None
+        raise LauncherUnreachable(
+            f"{command[0]} did not respond within {SLURM_COMMAND_TIMEOUT_S:.0f} s; see `scontrol ping`"
+        ) from None
     if process.returncode:
         output = (process.stderr or process.stdout).strip()[:500]
         is_unreachable = any(message in output.lower() for message in SLURM_UNREACHABLE_MESSAGES)

@@ -55,7 +55,10 @@ def test_values_with_quotes_and_spaces_survive_a_round_trip(home, monkeypatch):
 def test_invalid_setting_is_reported_with_its_file_and_line(home):
     file = home / "env.local"
     file.write_text("COTRAIN_HELD_OUT_SHARE=2\n")
-    with pytest.raises(ValueError, match=f"^COTRAIN_HELD_OUT_SHARE must be less than 1, got '2' .{file}, line 1.$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^COTRAIN_HELD_OUT_SHARE must be less than 1, got '2' .{file}, line 1.; correct the value there$",
+    ):
         write_environment(home, load_or_make_config(home))
 
 
